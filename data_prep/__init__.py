@@ -1,0 +1,1 @@
+"""Pairs to shards: turns manifests and folders of media into verified WebDataset tars."""

@@ -1,0 +1,386 @@
+"""The format of a dataset on disk: tars that any WebDataset reader opens, and an index beside each.
+
+    dataset.json          DatasetInfo: version, media kind, totals, drops by reason, fingerprint
+    manifest.jsonl        one ManifestRow per shard
+    00000000.tar          ustar; the members of a sample stand side by side and share their key
+    00000000.idx          ShardIndex: where each member's bytes are, with size and crc32
+    00000000.parquet      columns for people and filters; training never reads it
+
+A `.idx` file is, little-endian:
+
+    8 bytes               magic b"ISOIDX1\\n"
+    uint32                length of the header in bytes, a multiple of 4
+    header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256, rejected
+    uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
+                          bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF: absent
+
+A shard is finished if and only if its `.idx`, which is renamed into place last, matches its tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.config_file import InputError
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 512
+ABSENT = 0xFFFFFFFF
+INDEX_MAGIC = b"ISOIDX1\n"
+MEDIA_EXTENSIONS = {
+    "image": ("jpg", "jpeg", "png", "webp"),
+    "audio": ("flac", "wav", "mp3", "ogg", "opus"),
+}
+NUM_OPEN_TARS = 64
+
+
+class CorruptSampleError(ValueError):
+    """The bytes of one sample are not what the index says, or do not decode."""
+
+
+# ---------------------------------------------------------------------------------- one sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The members of one sample: extension without dot -> bytes."""
+
+    shard: str
+    key: str
+    members: dict[str, bytes]
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key}"
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key runs to the first dot of the last path component."""
+    folder, slash, file_name = name.rpartition("/")
+    stem, _, extension = file_name.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def media_kind_of(extension: str) -> str | None:
+    """The kind of media an extension stands for ("image", "audio"), or None."""
+    return next((kind for kind, known in MEDIA_EXTENSIONS.items() if extension in known), None)
+
+
+def media_extension_of(members: Sequence[str]) -> str | None:
+    """The first extension among `members` that is media."""
+    return next((extension for extension in members if media_kind_of(extension)), None)
+
+
+def captions_of(sample: Sample) -> list[str]:
+    """The captions of a sample: from `.json` (captions, caption or text), else from `.txt`.
+
+    Raises:
+        CorruptSampleError: there is no caption, or it is not UTF-8 or JSON.
+    """
+    metadata = metadata_of(sample)
+    for key in ("captions", "caption", "text"):
+        if metadata.get(key):
+            captions = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
+            return [str(caption) for caption in captions]
+    try:
+        caption = sample.members.get("txt", b"").decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CorruptSampleError(f"{sample}: .txt is not UTF-8: {error}") from None
+    if not caption:
+        raise CorruptSampleError(f"{sample}: expected a caption in .json or .txt, found none")
+    return [caption]
+
+
+def metadata_of(sample: Sample) -> dict[str, Any]:
+    """What the sample's `.json` member holds; empty where there is none.
+
+    Raises:
+        CorruptSampleError: the member is not a JSON object.
+    """
+    if "json" not in sample.members:
+        return {}
+    try:
+        metadata = json.loads(sample.members["json"])
+    except ValueError as error:
+        raise CorruptSampleError(f"{sample}: .json is not JSON: {error}") from None
+    if not isinstance(metadata, dict):
+        raise CorruptSampleError(f"{sample}: .json holds {type(metadata).__name__}, not an object")
+    return metadata
+
+
+# ----------------------------------------------------------------------------------- one index
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the members of every sample of one shard are."""
+
+    fields: tuple[str, ...]
+    table: np.ndarray  # uint32 [n, k, 3]: data block, size in bytes, crc32
+    tar_bytes: int
+    tar_sha256: str
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs dropped on writing
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.table)
+
+    def to_bytes(self) -> bytes:
+        header = json.dumps(
+            {
+                "fields": list(self.fields),
+                "num_samples": self.num_samples,
+                "tar_bytes": self.tar_bytes,
+                "tar_sha256": self.tar_sha256,
+                "rejected": self.rejected,
+            },
+            sort_keys=True,
+        ).encode()
+        header += b" " * (-len(header) % 4)
+        length = np.uint32(len(header)).astype("<u4").tobytes()
+        return INDEX_MAGIC + length + header + self.table.astype("<u4").tobytes()
+
+    @classmethod
+    def read(cls, path: Path) -> ShardIndex:
+        """
+        Raises:
+            InputError: the file is missing or is not an index of this version.
+        """
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: no index; make it with python -m data_prep.index_shards"
+            ) from None
+        if content[:8] != INDEX_MAGIC:
+            raise InputError(f"{path}: expected an index ({INDEX_MAGIC!r}), found {content[:8]!r}")
+        try:
+            header_end = 12 + int(np.frombuffer(content, "<u4", 1, 8)[0])
+            header = json.loads(content[12:header_end])
+            shape = (header["num_samples"], len(header["fields"]), 3)
+            table = np.frombuffer(content, "<u4", offset=header_end).reshape(shape)
+        except (ValueError, KeyError, IndexError) as error:
+            raise InputError(
+                f"{path}: damaged index ({error}); delete it and make it again with "
+                "python -m data_prep.index_shards, or prepare the shard again"
+            ) from None
+        return cls(
+            fields=tuple(header["fields"]),
+            table=table,
+            tar_bytes=header["tar_bytes"],
+            tar_sha256=header["tar_sha256"],
+            rejected=header.get("rejected", {}),
+        )
+
+
+# ------------------------------------------------------------------------------ dataset folder
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One shard as `manifest.jsonl` records it."""
+
+    name: str  # stem of the shard's files
+    num_samples: int
+    tar_bytes: int
+    tar_sha256: str
+    index_bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `dataset.json` holds."""
+
+    media: str  # "image" or "audio"
+    fields: list[str]
+    num_samples: int
+    num_shards: int
+    tar_bytes: int
+    fingerprint: str  # of the manifest's rows: equal data has equal fingerprints
+    rejected: dict[str, int] = field(default_factory=dict)  # pairs dropped, by reason
+    preparation: dict[str, Any] = field(default_factory=dict)  # config that made the dataset
+    isopair_version: str = ""
+    tar_folder: str = "."  # where the tars are, from this folder
+    format_version: int = FORMAT_VERSION
+
+
+def fingerprint_of(rows: Sequence[ManifestRow]) -> str:
+    """sha256 over what the shards hold, in order: names and places do not count."""
+    canonical = [[row.num_samples, row.tar_sha256, row.index_sha256] for row in rows]
+    return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
+
+
+def manifest_row(folder: Path, name: str) -> ManifestRow:
+    """The manifest row of a finished shard, from its index."""
+    content = (folder / f"{name}.idx").read_bytes()
+    index = ShardIndex.read(folder / f"{name}.idx")
+    return ManifestRow(
+        name=name,
+        num_samples=index.num_samples,
+        tar_bytes=index.tar_bytes,
+        tar_sha256=index.tar_sha256,
+        index_bytes=len(content),
+        index_sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is either whole or absent, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_dataset_files(
+    folder: Path, info: DatasetInfo, *, manifest: Sequence[ManifestRow]
+) -> None:
+    """Writes `manifest.jsonl` and then `dataset.json`, whose presence says the dataset is whole."""
+    lines = "".join(json.dumps(asdict(row)) + "\n" for row in manifest)
+    write_atomically(folder / "manifest.jsonl", lines.encode())
+    write_atomically(folder / "dataset.json", json.dumps(asdict(info), indent=2).encode() + b"\n")
+
+
+class Dataset:
+    """Reads any sample of a dataset by its ordinal: its place when all shards are laid end to end.
+
+    Args:
+        folder: the folder that holds dataset.json.
+
+    Raises:
+        InputError: the dataset is missing, is unfinished, or a tar has not its recorded size.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.info, self.manifest = _read_dataset_files(folder)
+        self.tar_folder = folder / self.info.tar_folder
+        self.shard_sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._index = lru_cache(maxsize=None)(self._read_index)
+        self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(_open_descriptor)
+        for row in self.manifest:
+            self._check_tar_size(row)
+
+    def __len__(self) -> int:
+        return int(self.shard_starts[-1])
+
+    def locate(self, ordinal: int) -> tuple[int, int]:
+        """(number of the shard, place inside it) of a sample."""
+        shard = int(np.searchsorted(self.shard_starts, ordinal, side="right")) - 1
+        return shard, ordinal - int(self.shard_starts[shard])
+
+    def tar_path(self, shard: int) -> Path:
+        return self.tar_folder / f"{self.manifest[shard].name}.tar"
+
+    def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
+        """The sample's members, each checked against its crc32.
+
+        Args:
+            ordinal: 0 to len - 1.
+            fields: the extensions wanted; None for all.
+
+        Raises:
+            CorruptSampleError: a member's bytes differ from its crc32 or are missing.
+            OSError: the tar cannot be read.
+        """
+        shard, place = self.locate(ordinal)
+        index = self._index(shard)
+        descriptor = self._tar_descriptor(self.tar_path(shard)).number
+        blocks = index.table[place, :, 0]
+        header_block = int(blocks[blocks != ABSENT].min()) - 1
+        key = _key_at(descriptor, header_block)
+        sample = Sample(shard=str(self.tar_path(shard)), key=key, members={})
+        for name, (block, size, crc) in zip(index.fields, index.table[place].tolist(), strict=True):
+            if block == ABSENT or (fields is not None and name not in fields):
+                continue
+            content = os.pread(descriptor, size, block * BLOCK_BYTES)
+            if len(content) != size or zlib.crc32(content) != crc:
+                raise CorruptSampleError(
+                    f"{sample}: .{name} has not the crc32 of its index; "
+                    f"check the dataset with python -m data_prep.verify_shards"
+                )
+            sample.members[name] = content
+        return sample
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        path = self.folder / f"{self.manifest[shard].name}.idx"
+        index = ShardIndex.read(path)
+        if index.tar_sha256 != self.manifest[shard].tar_sha256:
+            raise InputError(f"{path}: belongs to another tar than manifest.jsonl records")
+        return index
+
+    def _check_tar_size(self, row: ManifestRow) -> None:
+        path = self.tar_folder / f"{row.name}.tar"
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise InputError(
+                f"{path}: expected a shard of {row.tar_bytes} bytes: {error.strerror}"
+            ) from None
+        if found != row.tar_bytes:
+            raise InputError(
+                f"{path}: corrupt shard: expected {row.tar_bytes} bytes (manifest.jsonl), found "
+                f"{found}; restore it, or prepare it again after deleting it and its .idx"
+            )
+
+
+def _read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
+    try:
+        info_text = (folder / "dataset.json").read_text(encoding="utf-8")
+        manifest_text = (folder / "manifest.jsonl").read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{error.filename}: expected a dataset of shards: {error.strerror}; make one with "
+            "python -m data_prep.make_shards, or index tars that you have with "
+            "python -m data_prep.index_shards"
+        ) from None
+    try:
+        values = json.loads(info_text)
+        if values.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"{folder / 'dataset.json'}: expected format version {FORMAT_VERSION}, "
+                f"found {values.get('format_version')}"
+            )
+        info = DatasetInfo(**values)
+        manifest = [ManifestRow(**json.loads(line)) for line in manifest_text.splitlines()]
+    except (TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder}: damaged dataset.json or manifest.jsonl: {error}") from None
+    if fingerprint_of(manifest) != info.fingerprint:
+        raise InputError(
+            f"{folder}: manifest.jsonl has not the fingerprint that dataset.json records; "
+            "check the dataset with python -m data_prep.verify_shards"
+        )
+    return info, manifest
+
+
+class _Descriptor:
+    """An open file that is closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        os.close(self.number)
+
+
+def _open_descriptor(path: Path) -> _Descriptor:
+    return _Descriptor(path)
+
+
+def _key_at(descriptor: int, header_block: int) -> str:
+    header = os.pread(descriptor, BLOCK_BYTES, header_block * BLOCK_BYTES)
+    name = header[:100].rstrip(b"\0").decode("utf-8", errors="replace")
+    return split_member_name(name)[0]
