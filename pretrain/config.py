@@ -1,0 +1,280 @@
+"""Every setting of a pretraining run, one frozen section per concern; YAML mirrors this tree.
+
+Fields made with `free` may differ when a run is resumed: they change speed or bookkeeping, never
+the result. All others are part of what the run is.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from data_prep.config_file import Section, free
+
+MediaKind = Literal["image", "audio"]
+PairingName = Literal["image-text", "audio-text"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+# Mean and deviation of RGB in [0, 1] that CLIP's image towers expect (Radford et al. 2021).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def media_of_pairing(pairing: PairingName) -> MediaKind:
+    """The media kind that a pairing contrasts with text."""
+    return "image" if pairing == "image-text" else "audio"
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+class MediaTower(Section):
+    """One encoder of images or of log-mel pictures; its output is projected to embed_dim."""
+
+    library: Literal["timm", "open_clip", "transformers"]
+    name: (
+        str  # timm model, open_clip model whose image tower is taken, or transformers model/folder
+    )
+    pretrained: bool | str = (
+        False  # weights: true, an open_clip tag, or a file; false: from scratch
+    )
+    frozen: bool = False  # keep as loaded; its projection is trained
+    options: dict[str, Any] = {}  # further arguments of the library's constructor or config
+
+
+class TextTower(Section):
+    """The encoder of captions and its tokenizer."""
+
+    library: Literal["open_clip", "transformers"]
+    name: str = "TextTransformer"  # "TextTransformer" (sized by options), open_clip or HF model
+    pretrained: bool | str = False
+    frozen: bool = False
+    options: dict[str, Any] = {}
+    context_length: PositiveInt = 77  # tokens; captions are cut and padded to it
+    tokenizer: str | None = None  # transformers tokenizer (name or folder); null: open_clip's BPE
+    pooling: Literal["mean", "first"] = "mean"  # over tokens; transformers towers only
+
+
+class LogitScale(Section):
+    """The learned inverse temperature, one per pairing, kept as its logarithm."""
+
+    initial: PositiveFloat = 1 / 0.07
+    maximum: PositiveFloat = 100.0  # clamped in the optimizer step
+
+
+class Model(Section):
+    """Towers by modality; each pairing uses one media tower and the text tower."""
+
+    embed_dim: PositiveInt  # joint embedding width D
+    image: MediaTower | None = None
+    audio: MediaTower | None = None
+    text: TextTower
+    logit_scale: LogitScale = LogitScale()
+
+
+# ------------------------------------------------------------------------------------ transforms
+
+
+class ImageTransform(Section):
+    """From a decoded image to the tower's square input."""
+
+    size: PositiveInt = 224  # pixels
+    resize: Literal["shortest", "squash"] = "shortest"  # evaluation: shorter side and centre crop
+    crop_area: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)  # training: share of the area kept
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)  # training: width over height
+    flip_probability: Share = 0.0  # training: mirror left and right
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = CLIP_STD
+
+    @field_validator("crop_area", "crop_ratio")
+    @classmethod
+    def _rising(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"expected [low, high], found {list(bounds)}")
+        return bounds
+
+
+class LogMel(Section):
+    """Log-mel spectrogram in decibels, standardised by fixed numbers."""
+
+    fft_samples: PositiveInt = 1024  # also the length of the Hann window
+    hop_samples: PositiveInt = 480
+    num_mel_bins: PositiveInt = 64
+    low_hz: float = Field(50.0, ge=0)
+    high_hz: PositiveFloat = 14000.0
+    mel_scale: Literal["htk", "slaney"] = "slaney"
+    mel_norm: Literal["slaney"] | None = "slaney"  # null: triangles of height one
+    mean_db: float = -30.0  # subtracted, then divided by std_db
+    std_db: PositiveFloat = 20.0
+
+
+class AudioTransform(Section):
+    """From a decoded clip to a waveform of fixed length, and from there to the tower's input."""
+
+    sample_rate_hz: PositiveInt = 48000
+    clip_seconds: PositiveFloat = 10.0  # longer clips are cropped: anywhere, at evaluation centred
+    padding: Literal["repeat", "silence"] = "repeat"  # of shorter clips
+    log_mel: LogMel = LogMel()
+
+    @model_validator(mode="after")
+    def _below_nyquist(self) -> AudioTransform:
+        if self.log_mel.high_hz > self.sample_rate_hz / 2:
+            raise ValueError(
+                f"log_mel.high_hz={self.log_mel.high_hz:g} is above half of "
+                f"sample_rate_hz={self.sample_rate_hz}; use at most {self.sample_rate_hz / 2:g}"
+            )
+        return self
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+class Source(Section):
+    """One dataset of a pairing."""
+
+    name: str  # part of every random key: renaming a source changes the order
+    dataset: Path  # folder that holds dataset.json
+    weight: PositiveFloat = 1.0  # share of the pairing's batch, relative to its other sources
+
+
+class Pairing(Section):
+    """A stream of (media, caption) pairs and the loss over it."""
+
+    global_batch_size: PositiveInt  # pairs contrasted with one another in a step
+    loss: Literal["softmax"] = "softmax"
+    weight: PositiveFloat = 1.0  # of this loss in the step's sum
+    sources: list[Source] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct_sources(self) -> Pairing:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected sources of different names, found {names}")
+        return self
+
+
+class Loading(Section):
+    """How samples are read."""
+
+    window: PositiveInt = 32768  # samples of a lane shuffled among themselves
+    num_workers: int = free(2, ge=0)  # loader processes of each rank
+    max_bad_fraction: Share = 1e-3  # unreadable samples, of one epoch, that stop the run
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class Optimizer(Section):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    learning_rate: PositiveFloat  # peak
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    weight_decay: float = Field(0.2, ge=0)  # not on norms, biases and logit scales
+    gradient_clipping: PositiveFloat | None = 1.0  # largest global gradient norm
+
+
+class Schedule(Section):
+    """Learning rate over steps: linear warm-up, then one of three shapes."""
+
+    num_steps: PositiveInt
+    warmup_steps: int = Field(0, ge=0)
+    shape: Literal["cosine", "constant", "constant_with_cooldown"] = "cosine"
+    cooldown_steps: int = Field(0, ge=0)  # last steps, falling linearly to zero
+
+    @model_validator(mode="after")
+    def _fits(self) -> Schedule:
+        if (self.shape == "constant_with_cooldown") != (self.cooldown_steps > 0):
+            raise ValueError(
+                f"shape={self.shape} with cooldown_steps={self.cooldown_steps}; "
+                "constant_with_cooldown needs cooldown_steps above 0, other shapes need 0"
+            )
+        if self.warmup_steps + self.cooldown_steps > self.num_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} "
+                f"do not fit into num_steps={self.num_steps}"
+            )
+        return self
+
+
+class Engine(Section):
+    """What computes: none of it changes the result beyond rounding, but for the precision."""
+
+    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters stay fp32
+    timeout_seconds: PositiveFloat = free(1800.0)  # of a collective, before the run fails
+
+
+class ValidationSource(Section):
+    """Held-out pairs of one pairing."""
+
+    dataset: Path
+    batch_size: PositiveInt  # pairs contrasted with one another: the figures depend on it
+
+
+class Validation(Section):
+    """Loss and in-batch recall on held-out pairs during training."""
+
+    every_steps: PositiveInt = free(1000)
+    pairings: dict[PairingName, ValidationSource] = {}
+
+
+class Run(Section):
+    """The run folder and what is written into it."""
+
+    folder: Path = free()
+    log_every_steps: PositiveInt = free(10)
+    checkpoint_every_steps: PositiveInt = free(1000)
+    keep_checkpoints: PositiveInt = free(3)  # the newest; older ones are deleted
+    trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
+    stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
+
+
+class PretrainConfig(Section):
+    """A whole run."""
+
+    seed: int = 0
+    lanes: PositiveInt  # divides every pairing's global_batch_size; at most this many processes
+    micro_batch_size: PositiveInt | Literal["auto"] = free("auto")  # pairs encoded at once
+    run: Run
+    model: Model
+    image: ImageTransform = ImageTransform()
+    audio: AudioTransform = AudioTransform()
+    pairings: dict[PairingName, Pairing] = Field(min_length=1)
+    loading: Loading = Loading()
+    optimizer: Optimizer
+    schedule: Schedule
+    engine: Engine = Engine()
+    validation: Validation = Validation()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> PretrainConfig:
+        for name, pairing in self.pairings.items():
+            size, lanes = pairing.global_batch_size, self.lanes
+            if size % lanes:
+                fitting = [n for n in (size // lanes * lanes, -(-size // lanes) * lanes) if n]
+                raise ValueError(
+                    f"pairings.{name}.global_batch_size={size} is not a multiple of lanes={lanes}; "
+                    f"use {' or '.join(map(str, fitting))}, or lanes={math.gcd(size, lanes)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _towers_exist(self) -> PretrainConfig:
+        for name in self.pairings:
+            kind = media_of_pairing(name)
+            if getattr(self.model, kind) is None:
+                raise ValueError(f"pairings.{name} needs a tower: set model.{kind}")
+        for name in self.validation.pairings:
+            if name not in self.pairings:
+                raise ValueError(
+                    f"validation.pairings.{name}: expected one of {list(self.pairings)}"
+                )
+        return self
+
+    def slots_per_lane(self, pairing: PairingName) -> int:
+        """Consecutive positions of every lane that one step takes."""
+        return self.pairings[pairing].global_batch_size // self.lanes

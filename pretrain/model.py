@@ -1,0 +1,167 @@
+"""The contrastive model: one tower per modality, one joint space, one temperature per pairing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pretrain.config import ImageTransform, MediaKind, PairingName, PretrainConfig, media_of_pairing
+from pretrain.log_mel import LogMelSpectrogram
+from pretrain.tokenizer import Tokenizer
+from pretrain.towers import (
+    build_media_backbone,
+    build_text_backbone,
+    output_width,
+    save_tower_config,
+)
+
+# (media features [B, D], text features [B, D], inverse temperature [1]), features L2-normalised.
+PairingFeatures = tuple[Tensor, Tensor, Tensor]
+
+
+class NormalizedPixels(nn.Module):
+    """uint8 [B, 3, H, Wd] -> float32, in units of the mean and deviation the tower expects."""
+
+    def __init__(self, config: ImageTransform) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config.std)[:, None, None], persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+class Tower(nn.Module):
+    """Input stage, backbone and projection into the joint space: [B, ...] -> [B, D]."""
+
+    def __init__(self, input_stage: nn.Module, backbone: nn.Module, *, width: int, embed_dim: int):
+        super().__init__()
+        self.input_stage = input_stage
+        self.backbone = backbone
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        self.is_frozen = not any(p.requires_grad for p in backbone.parameters())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.projection(self.backbone(self.input_stage(inputs)))  # [B, W] -> [B, D]
+
+    def train(self, mode: bool = True) -> Tower:
+        """A frozen backbone stays in evaluation mode, so that its statistics never move."""
+        super().train(mode)
+        if self.is_frozen:
+            self.backbone.eval()
+        return self
+
+
+class ContrastiveModel(nn.Module):
+    """Encodes media and captions into one space.
+
+    `forward` is for training; outside of it use `encode_image`, `encode_audio`, `encode_text`.
+    """
+
+    def __init__(
+        self, towers: Mapping[str, Tower], *, pairings: list[PairingName], initial_scale: float
+    ) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(towers)
+        # Of shape (1,): engines that flatten parameters cannot take a scalar.
+        initial = torch.full((1,), math.log(initial_scale))
+        self.log_logit_scale = nn.ParameterDict(
+            {name: nn.Parameter(initial.clone()) for name in pairings}
+        )
+
+    def forward(
+        self, batches: Mapping[PairingName, tuple[Tensor, Tensor]]
+    ) -> dict[PairingName, PairingFeatures]:
+        """Features of every pairing in the step.
+
+        Args:
+            batches: per pairing its media (uint8 [B, 3, H, Wd] or float32 [B, samples]) and tokens
+                (int64 [B, L]); B may differ between pairings and may be 0.
+        """
+        return {
+            name: (
+                self.encode_media(media_of_pairing(name), media),
+                self.encode_text(tokens),
+                self.log_logit_scale[name].exp(),
+            )
+            for name, (media, tokens) in batches.items()
+        }
+
+    def encode_media(self, kind: MediaKind, media: Tensor) -> Tensor:
+        """[B, D] L2-normalised embeddings of images or clips."""
+        return functional.normalize(self.towers[kind](media).float(), dim=-1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, Wd] -> [B, D] L2-normalised."""
+        return self.encode_media("image", pixels)
+
+    def encode_audio(self, waveforms: Tensor) -> Tensor:
+        """float32 [B, samples] -> [B, D] L2-normalised."""
+        return self.encode_media("audio", waveforms)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 [B, L] -> [B, D] L2-normalised."""
+        return functional.normalize(self.towers["text"](tokens).float(), dim=-1)
+
+    def save_assets(self, folder: Path) -> None:
+        """Writes what rebuilding the towers needs besides config and weights."""
+        for kind, tower in self.towers.items():
+            save_tower_config(tower.backbone, folder, kind=kind)
+
+
+def build_model(
+    config: PretrainConfig, *, tokenizer: Tokenizer, assets: Path | None = None
+) -> ContrastiveModel:
+    """The model a config describes, initialised from its seed or its pretrained towers.
+
+    Args:
+        config: the whole config.
+        tokenizer: of the text tower.
+        assets: a checkpoint's folder of files; pretrained weights are then left to the checkpoint.
+
+    Raises:
+        InputError: a tower cannot be built or breaks a law (see pretrain.towers).
+    """
+    torch.manual_seed(config.seed)
+    towers: dict[str, Tower] = {}
+    if config.model.image is not None:
+        pixels = torch.zeros(1, 3, config.image.size, config.image.size, dtype=torch.uint8)
+        towers["image"] = _media_tower(
+            config, "image", NormalizedPixels(config.image), pixels, assets
+        )
+    if config.model.audio is not None:
+        num_samples = round(config.audio.clip_seconds * config.audio.sample_rate_hz)
+        waveforms = torch.zeros(1, num_samples)
+        towers["audio"] = _media_tower(
+            config, "audio", LogMelSpectrogram(config.audio), waveforms, assets
+        )
+    towers["text"] = _text_tower(config, tokenizer, assets)
+    return ContrastiveModel(
+        towers,
+        pairings=list(config.pairings),
+        initial_scale=config.model.logit_scale.initial,
+    )
+
+
+def _media_tower(
+    config: PretrainConfig,
+    kind: MediaKind,
+    input_stage: nn.Module,
+    example: Tensor,
+    assets: Path | None,
+) -> Tower:
+    backbone = build_media_backbone(getattr(config.model, kind), kind=kind, assets=assets)
+    width = output_width(backbone, input_stage(example), where=f"model.{kind}")
+    return Tower(input_stage, backbone, width=width, embed_dim=config.model.embed_dim)
+
+
+def _text_tower(config: PretrainConfig, tokenizer: Tokenizer, assets: Path | None) -> Tower:
+    backbone = build_text_backbone(config.model.text, tokenizer=tokenizer, assets=assets)
+    width = output_width(backbone, tokenizer(["a caption"]), where="model.text")
+    return Tower(nn.Identity(), backbone, width=width, embed_dim=config.model.embed_dim)

@@ -1,0 +1,174 @@
+"""Loads a rank's share of each step: sample order -> bytes -> tensors.
+
+The dataset that torch's DataLoader sees has one item per step, so that workers divide steps between
+them and who loads what never changes what is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from pretrain.config import PairingName, PretrainConfig, media_of_pairing
+from pretrain.media_transforms import MediaTransform, build_transforms
+from pretrain.sample_order import (
+    PairingOrder,
+    SourceOrder,
+    StepSamples,
+    digest_halves,
+    key_of,
+    lanes_of_rank,
+    sample_rng,
+)
+from pretrain.shard_reader import BadSample, PairReader
+from pretrain.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PairingBatch:
+    """A rank's pairs of one pairing in one step."""
+
+    media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
+    tokens: Tensor  # int64 [B, L]
+    digest: np.ndarray  # int64 [2], see sample_order.digest_halves
+    bad_samples: list[BadSample]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A rank's share of one step."""
+
+    step: int
+    pairings: dict[PairingName, PairingBatch]
+
+
+class PairingReader:
+    """All sources of one pairing, in their order."""
+
+    def __init__(
+        self,
+        name: PairingName,
+        *,
+        config: PretrainConfig,
+        transform: MediaTransform,
+        tokenizer: Tokenizer,
+    ) -> None:
+        pairing = config.pairings[name]
+        self.seed = config.seed
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.readers = [
+            PairReader(
+                source.name,
+                folder=source.dataset,
+                kind=media_of_pairing(name),
+                transform=transform,
+                window=config.loading.window,
+            )
+            for source in pairing.sources
+        ]
+        self.source_keys = [key_of("source", name, source.name) for source in pairing.sources]
+        self.order = PairingOrder(
+            name,
+            sources=[
+                SourceOrder(
+                    reader.source,
+                    shard_sizes=reader.dataset.shard_sizes,
+                    lanes=config.lanes,
+                    window=config.loading.window,
+                    seed=config.seed,
+                )
+                for reader in self.readers
+            ],
+            weights=[source.weight for source in pairing.sources],
+            global_batch_size=pairing.global_batch_size,
+            seed=config.seed,
+        )
+
+    def load(self, step: int, *, lanes: range) -> PairingBatch:
+        """The pairs that the given lanes hold in one step."""
+        samples = self.order.samples_of_step(step, lanes=lanes)
+        media, captions, bad_samples = [], [], []
+        for pair_media, caption, bad in self._pairs(samples):
+            media.append(pair_media)
+            captions.append(caption)
+            bad_samples.extend(bad)
+        return PairingBatch(
+            media=torch.stack(media),
+            tokens=self.tokenizer(captions),
+            digest=digest_halves(samples, source_keys=self.source_keys),
+            bad_samples=bad_samples,
+        )
+
+    def _pairs(self, samples: StepSamples) -> Iterator[tuple[Tensor, str, list[BadSample]]]:
+        rows = zip(
+            samples.sources.tolist(),
+            samples.epochs.tolist(),
+            samples.ordinals.tolist(),
+            strict=True,
+        )
+        for source, epoch, ordinal in rows:
+            reader = self.readers[source]
+            pair, bad = reader.read(ordinal)
+            rng = sample_rng(self.seed, source=reader.source, epoch=epoch, ordinal=ordinal)
+            caption = pair.captions[int(rng.random() * len(pair.captions))]
+            yield self.transform.augment(pair.media, rng), caption, bad
+
+
+class StepDataset(TorchDataset):
+    """Item t is this rank's share of step t."""
+
+    def __init__(
+        self, config: PretrainConfig, *, tokenizer: Tokenizer, rank: int, world_size: int
+    ) -> None:
+        transforms = build_transforms(config)
+        self.lanes = lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)
+        self.num_steps = config.schedule.num_steps
+        self.pairings = {
+            name: PairingReader(
+                name,
+                config=config,
+                transform=transforms[media_of_pairing(name)],
+                tokenizer=tokenizer,
+            )
+            for name in config.pairings
+        }
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> StepBatch:
+        return StepBatch(
+            step,
+            {name: reader.load(step, lanes=self.lanes) for name, reader in self.pairings.items()},
+        )
+
+
+def build_loader(
+    dataset: StepDataset, *, first_step: int, last_step: int, num_workers: int
+) -> DataLoader:
+    """Steps first_step to last_step - 1, in order."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first_step, last_step),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_use_one_thread if num_workers else None,
+        prefetch_factor=2 if num_workers else None,
+    )
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _use_one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,118 @@
+"""Reads one source's samples by ordinal, and replaces those whose bytes are bad.
+
+A sample that fails its checksum or does not decode is replaced by a neighbour in its shard that
+depends on the bad sample's place alone: the same one on every rank, in every epoch and attempt. The
+replacement is recorded. A file that cannot be read at all is an error that stops the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.media_decode import MediaError
+from data_prep.shard_format import CorruptSampleError, Dataset, captions_of, media_extension_of
+from pretrain.media_transforms import MediaTransform
+from pretrain.sample_order import key_of, permute
+
+MAX_SUBSTITUTES = 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A decoded image or clip and its captions."""
+
+    ordinal: int  # of the sample whose content this is
+    media: Any
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One row of the ledger of substitutions."""
+
+    source: str
+    ordinal: int
+    substitute: int
+    reason: str
+
+
+class PairReader:
+    """Decoded pairs of one source, by ordinal.
+
+    Args:
+        source: its name.
+        folder: its dataset.
+        transform: decodes its kind of media.
+        window: how far, in samples, a substitute may be from what it replaces.
+
+    Raises:
+        InputError: the dataset is missing or damaged, or holds another kind of media.
+    """
+
+    def __init__(
+        self, source: str, *, folder: Path, kind: str, transform: MediaTransform, window: int
+    ) -> None:
+        self.source = source
+        self.dataset = Dataset(folder)
+        self.transform = transform
+        self.window = window
+        if self.dataset.info.media != kind:
+            raise InputError(
+                f"source {source!r}: expected a dataset of {kind}, found {self.dataset.info.media} "
+                f"in {folder}"
+            )
+
+    def read(self, ordinal: int) -> tuple[Pair, list[BadSample]]:
+        """The pair, or its substitute and why.
+
+        Raises:
+            InputError: neither it nor its substitutes can be decoded.
+            OSError: the shard cannot be read.
+        """
+        reason = ""
+        for candidate in [ordinal, *self._substitutes(ordinal)]:
+            try:
+                pair = self.read_exactly(candidate)
+            except (CorruptSampleError, MediaError) as error:
+                reason = reason or str(error)
+                continue
+            if not reason:
+                return pair, []
+            return pair, [BadSample(self.source, ordinal, candidate, reason)]
+        raise InputError(
+            f"source {self.source!r}: neither this sample nor {MAX_SUBSTITUTES} neighbours can be "
+            f"read: {reason}; check the dataset with python -m data_prep.verify_shards"
+        )
+
+    def read_exactly(self, ordinal: int) -> Pair:
+        """The pair, without substitution.
+
+        Raises:
+            CorruptSampleError, MediaError: its bytes are bad.
+        """
+        sample = self.dataset.read_sample(ordinal)
+        extension = media_extension_of(list(sample.members))
+        if extension is None:
+            raise CorruptSampleError(f"{sample}: no media among {sorted(sample.members)}")
+        try:
+            media = self.transform.decode(sample.members[extension], extension)
+        except MediaError as error:
+            raise MediaError(f"{sample}: .{extension}: {error}") from None
+        return Pair(ordinal, media, captions_of(sample))
+
+    def _substitutes(self, ordinal: int) -> list[int]:
+        """Other samples of the same shard, within the window, in the order they are tried."""
+        shard, place = self.dataset.locate(ordinal)
+        start = place // self.window * self.window
+        size = min(self.window, int(self.dataset.shard_sizes[shard]) - start)
+        if size < 2:
+            return []
+        steps = np.arange(min(MAX_SUBSTITUTES, size - 1))
+        distances = 1 + permute(steps, sizes=size - 1, keys=key_of("substitute", shard, place))
+        places = start + (place - start + distances) % size
+        return (int(self.dataset.shard_starts[shard]) + places).tolist()

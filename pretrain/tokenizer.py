@@ -1,0 +1,84 @@
+"""Captions to token ids of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.config_file import InputError
+from pretrain.config import TextTower
+
+# Where a checkpoint keeps the files of a tokenizer that came from a folder or a hub.
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Tokenizer:
+    """int64 [M, L] token ids of M captions, cut and padded to L = context_length."""
+
+    def __init__(self, backend: Any, *, context_length: int, pad_id: int, vocab_size: int) -> None:
+        self.backend = backend
+        self.context_length = context_length
+        self.pad_id = pad_id
+        self.vocab_size = vocab_size
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        if hasattr(self.backend, "save_pretrained"):
+            return self.backend(
+                list(captions),
+                padding="max_length",
+                truncation=True,
+                max_length=self.context_length,
+                return_tensors="pt",
+            )["input_ids"]
+        if not captions:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
+        return self.backend(list(captions), context_length=self.context_length)
+
+    def save(self, folder: Path) -> None:
+        """Writes what `build_tokenizer` needs and the installed libraries do not ship."""
+        if hasattr(self.backend, "save_pretrained"):
+            self.backend.save_pretrained(str(folder / TOKENIZER_FOLDER))
+
+
+def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokenizer:
+    """The tokenizer of a text tower.
+
+    Args:
+        config: the tower's section.
+        assets: the folder a checkpoint keeps its files in; None to load by name.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
+    """
+    if config.library == "open_clip" and config.tokenizer is None:
+        return _open_clip_tokenizer(config)
+    from transformers import AutoTokenizer
+
+    name = str(assets / TOKENIZER_FOLDER) if assets else (config.tokenizer or config.name)
+    try:
+        backend = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.text.tokenizer: expected a transformers tokenizer at {name!r}: {error}"
+        ) from None
+    if backend.pad_token_id is None:
+        raise InputError(f"model.text.tokenizer: {name!r} has no padding token")
+    return Tokenizer(
+        backend,
+        context_length=config.context_length,
+        pad_id=backend.pad_token_id,
+        vocab_size=len(backend),
+    )
+
+
+def _open_clip_tokenizer(config: TextTower) -> Tokenizer:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    backend = SimpleTokenizer(context_length=config.context_length)
+    return Tokenizer(
+        backend, context_length=config.context_length, pad_id=0, vocab_size=backend.vocab_size
+    )
