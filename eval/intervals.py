@@ -1,0 +1,134 @@
+"""95 % intervals: Wilson's for proportions, a bootstrap over media items for retrieval.
+
+The captions of one media item succeed and fail together, so the bootstrap resamples items, not
+captions: resampling captions gives intervals that are far too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+NORMAL_QUANTILE = 1.959963984540054  # 97.5 % quantile of the standard normal
+
+# (values [n], how often each was drawn [n] int64) -> statistic
+Statistic = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure with what is needed to judge it."""
+
+    value: float
+    low: float  # 95 % interval
+    high: float
+    chance: float  # what a model that knows nothing scores
+    num_queries: int
+    interval: str  # how low and high were found
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Settings of the resampling."""
+
+    num_samples: int = 1000
+    seed: int = 0
+
+
+def wilson_interval(num_hits: float, num_trials: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927); it does not collapse at 0 and 1.
+
+    Args:
+        num_hits: 0 to num_trials; may be fractional where ties count in part.
+        num_trials: at least 1.
+    """
+    share, z2 = num_hits / num_trials, NORMAL_QUANTILE**2
+    center = share + z2 / (2 * num_trials)
+    spread = NORMAL_QUANTILE * np.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
+    scale = 1 + z2 / num_trials
+    return max(0.0, float((center - spread) / scale)), min(1.0, float((center + spread) / scale))
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """Mean of the values drawn."""
+    return float(values @ weights / weights.sum())
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Median of the values drawn, in the whole ranks that papers print: floor of the middle."""
+    order = np.argsort(values, kind="stable")
+    ends = np.cumsum(weights[order])
+    low, high = np.searchsorted(ends, [(ends[-1] - 1) // 2, ends[-1] // 2], side="right")
+    return float(np.floor((values[order[low]] + values[order[high]]) / 2))
+
+
+def bootstrap_interval(
+    values: np.ndarray, *, clusters: np.ndarray, statistic: Statistic, bootstrap: Bootstrap
+) -> tuple[float, float]:
+    """Percentile interval of a statistic when whole clusters are drawn with replacement.
+
+    Args:
+        values: [n], one per query.
+        clusters: [n] integers from 0, each used: the media item that the query belongs to.
+        statistic: see `Statistic`.
+        bootstrap: number of resamples and seed.
+    """
+    generator = np.random.default_rng(bootstrap.seed)
+    num_clusters = int(clusters.max()) + 1
+    statistics = np.empty(bootstrap.num_samples)
+    for place in range(bootstrap.num_samples):
+        drawn = generator.integers(num_clusters, size=num_clusters)
+        times_drawn = np.bincount(drawn, minlength=num_clusters)
+        statistics[place] = statistic(values, times_drawn[clusters])
+    return _percentile_interval(statistics)
+
+
+def rate_interval(
+    hits: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
+) -> tuple[float, float, str]:
+    """(low, high, method) of a mean of hits, bootstrapped over clusters.
+
+    Where all hits are 0, or all 1, every resample is the same; the interval is then Wilson's with
+    one trial per cluster.
+
+    Args:
+        hits: [n] in [0, 1].
+        clusters: [n] integers from 0, each used.
+        bootstrap: number of resamples and seed.
+    """
+    if hits.min() == hits.max() and hits[0] in (0.0, 1.0):
+        num_clusters = int(clusters.max()) + 1
+        return *wilson_interval(hits[0] * num_clusters, num_clusters), "Wilson over media items"
+    interval = bootstrap_interval(
+        hits, clusters=clusters, statistic=weighted_mean, bootstrap=bootstrap
+    )
+    return *interval, "bootstrap over media items"
+
+
+def class_mean_interval(
+    recalls: np.ndarray, *, class_sizes: np.ndarray, bootstrap: Bootstrap
+) -> tuple[float, float, str]:
+    """(low, high, method) of the mean of class recalls, resampling the items of each class.
+
+    Args:
+        recalls: [classes present], each the mean of hits.
+        class_sizes: [classes present], at least 1.
+        bootstrap: number of resamples and seed.
+    """
+    num_items = int(class_sizes.sum())
+    if recalls.min() == recalls.max() and recalls[0] in (0.0, 1.0):
+        return *wilson_interval(recalls[0] * num_items, num_items), "Wilson"
+    generator = np.random.default_rng(bootstrap.seed)
+    # Drawing n items with replacement from n hits and misses is a binomial draw.
+    drawn = generator.binomial(class_sizes, recalls, (bootstrap.num_samples, len(class_sizes)))
+    means = (drawn / class_sizes).mean(axis=-1)
+    return *_percentile_interval(means), "bootstrap within classes"
+
+
+def _percentile_interval(statistics: np.ndarray) -> tuple[float, float]:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(statistics, [tail, 100 - tail])
+    return float(low), float(high)
