@@ -1,0 +1,53 @@
+"""The config of `python -m eval.evaluate`: one checkpoint, and what to measure on which dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from data_prep.config_file import Section
+
+
+class ZeroShotClassificationSection(Section):
+    """Names the class of each media item by the nearest class prompt."""
+
+    task: Literal["zero_shot_classification"]
+    dataset: Path  # folder of shards whose samples carry "class_name" in .json, or an index in .cls
+    class_names: list[str] | Path  # a list, or a text file with one name per line
+    prompt_templates: list[str] | Path  # likewise; {} or {c} stands for the class name
+
+
+class RetrievalSection(Section):
+    """Finds the captions of each media item, and the media item of each caption."""
+
+    task: Literal["retrieval"]
+    dataset: Path  # folder of shards whose samples carry captions in .json or .txt
+    # Text file with one caption per line: wrong captions that join the gallery of media to text.
+    distractor_captions: Path | None = None
+    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
+
+    @field_validator("ks")
+    @classmethod
+    def _check_ks(cls, ks: list[int]) -> list[int]:
+        if sorted(set(ks)) != ks:
+            raise ValueError(f"expected rising numbers without repeats, found {ks}")
+        return ks
+
+
+EvaluationSection = Annotated[
+    ZeroShotClassificationSection | RetrievalSection, Field(discriminator="task")
+]
+
+
+class EvaluateConfig(Section):
+    """What `python -m eval.evaluate` reads."""
+
+    checkpoint: Path  # a run folder (its newest checkpoint) or one checkpoint's folder
+    output: Path  # folder for results.json, results.md and report.html
+    evaluations: dict[str, EvaluationSection] = Field(min_length=1)  # by the name of your choice
+    batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
+    workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
+    seed: int = Field(0, ge=0)  # of the bootstrap
+    bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval

@@ -1,0 +1,201 @@
+"""Reads everything an evaluation needs besides the model: samples, labels, class names, captions.
+
+Needs no torch, so that `--dry-run` is quick; and it runs before the model is loaded, so that a
+missing label is found before hours of encoding.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.shard_format import CorruptSampleError, Dataset, Sample, captions_of, metadata_of
+from eval.class_prompts import check_templates
+from eval.config import EvaluateConfig, RetrievalSection, ZeroShotClassificationSection
+
+TEXT_FIELDS = ("json", "txt", "cls")
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Zero-shot classification of the media items of a dataset."""
+
+    name: str
+    dataset: Dataset
+    class_names: list[str]  # [K]
+    prompt_templates: list[str]
+    targets: np.ndarray  # [Q] int64, place in class_names
+
+    def description(self) -> str:
+        num_prompts = len(self.class_names) * len(self.prompt_templates)
+        return (
+            f"{self.name}: zero-shot classification, {len(self.dataset)} {self.dataset.info.media} "
+            f"items, {len(self.class_names)} classes, {len(self.prompt_templates)} templates, "
+            f"{num_prompts} prompts ({self.dataset.folder})"
+        )
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Retrieval in both directions between the media items and the captions of a dataset."""
+
+    name: str
+    dataset: Dataset
+    captions: list[str]  # [M]
+    media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
+    distractor_captions: list[str]  # describe no item; in the gallery of media to text only
+    ks: list[int]
+
+    def description(self) -> str:
+        return (
+            f"{self.name}: retrieval, {len(self.dataset)} {self.dataset.info.media} items, "
+            f"{len(self.captions)} captions, {len(self.distractor_captions)} distractor captions, "
+            f"k {self.ks} ({self.dataset.folder})"
+        )
+
+
+Task = ClassificationTask | RetrievalTask
+
+
+def read_tasks(config: EvaluateConfig) -> list[Task]:
+    """The tasks of a config, in its order, with every label and caption read and checked.
+
+    Raises:
+        InputError: a file is missing, or a sample lacks its label or caption, naming it.
+    """
+    readers = {
+        "zero_shot_classification": read_classification_task,
+        "retrieval": read_retrieval_task,
+    }
+    datasets: dict[Path, Dataset] = {}  # a dataset that several tasks use is opened once
+    tasks = []
+    for name, section in config.evaluations.items():
+        if section.dataset not in datasets:
+            datasets[section.dataset] = open_dataset(section.dataset)
+        tasks.append(readers[section.task](name, section, datasets[section.dataset]))
+    return tasks
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """The dataset in a folder.
+
+    Raises:
+        InputError: it is missing, unfinished or empty.
+    """
+    dataset = Dataset(folder)
+    if len(dataset) == 0:
+        raise InputError(f"{folder}: expected samples to evaluate on, found an empty dataset")
+    return dataset
+
+
+def read_classification_task(
+    name: str, section: ZeroShotClassificationSection, dataset: Dataset
+) -> ClassificationTask:
+    """The class names, templates and the class of every sample.
+
+    Raises:
+        InputError: see `class_index_of`, `read_lines` and `check_templates`.
+    """
+    class_names = read_lines(section.class_names)
+    repeated = sorted({known for known in class_names if class_names.count(known) > 1})
+    if repeated:
+        raise InputError(f"evaluations.{name}.class_names: these stand twice: {repeated}")
+    templates = check_templates(read_lines(section.prompt_templates))
+    place_of = {known: place for place, known in enumerate(class_names)}
+    targets = [
+        class_index_of(sample, class_names=class_names, place_of=place_of)
+        for sample in read_texts(dataset)
+    ]
+    return ClassificationTask(name, dataset, class_names, templates, np.array(targets))
+
+
+def read_retrieval_task(name: str, section: RetrievalSection, dataset: Dataset) -> RetrievalTask:
+    """The captions of every sample, and the distractors.
+
+    Raises:
+        InputError: a sample has no caption, or the file of distractors cannot be read.
+    """
+    captions: list[str] = []
+    media_of_text: list[int] = []
+    for ordinal, sample in enumerate(read_texts(dataset)):
+        of_sample = _or_input_error(captions_of, sample)
+        captions += of_sample
+        media_of_text += [ordinal] * len(of_sample)
+    distractors = []
+    if section.distractor_captions is not None:
+        distractors = read_lines(section.distractor_captions)
+    return RetrievalTask(
+        name, dataset, captions, np.array(media_of_text), distractors, list(section.ks)
+    )
+
+
+def read_lines(source: list[str] | Path) -> list[str]:
+    """The texts of a list, or of a text file with one per line; blank lines do not count.
+
+    Raises:
+        InputError: the file is missing or not UTF-8, or nothing is left.
+    """
+    lines, place = source, "the list"
+    if isinstance(source, Path):
+        place = str(source)
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{source}: expected a text file with one entry per line: {error}"
+            ) from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"{place}: expected at least one entry, found none")
+    return texts
+
+
+def read_texts(dataset: Dataset) -> Iterator[Sample]:
+    """The samples of a dataset in order, without their media.
+
+    Raises:
+        InputError: a member is damaged, naming shard and key.
+    """
+    for ordinal in range(len(dataset)):
+        yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
+
+
+def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> int:
+    """The place of a sample's class in `class_names`: from "class_name" in `.json`, else `.cls`.
+
+    Raises:
+        InputError: there is no class, or `class_names` does not hold it.
+    """
+    found = _or_input_error(metadata_of, sample).get("class_name")
+    if found is not None:
+        if found not in place_of:
+            nearest = difflib.get_close_matches(str(found), class_names, n=1, cutoff=0.0)
+            raise InputError(
+                f"{sample}: class {found!r} is not one of the {len(class_names)} class_names; "
+                f"the nearest is {nearest[0]!r}"
+            )
+        return place_of[found]
+    if "cls" not in sample.members:
+        raise InputError(
+            f'{sample}: expected "class_name" in .json or an index in .cls, found neither; '
+            f"members: {sorted(sample.members)}"
+        )
+    text = sample.members["cls"].decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= len(class_names):
+        raise InputError(
+            f"{sample}: .cls: expected an index from 0 to {len(class_names) - 1}, found {text!r}"
+        )
+    return int(text)
+
+
+def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:
+    """Damage stops an evaluation: a figure over the samples that happened to be whole misleads."""
+    try:
+        return read(*arguments, **options)
+    except CorruptSampleError as error:
+        raise InputError(str(error)) from None
