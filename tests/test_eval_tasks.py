@@ -2,36 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from toy_evaluation import write_dataset
 
 from data_prep.config_file import ConfigError, InputError, read_config
-from data_prep.shard_format import (
-    DatasetInfo,
-    fingerprint_of,
-    manifest_row,
-    write_dataset_files,
-)
-from data_prep.shard_writer import ShardWriter
 from eval.config import EvaluateConfig
 from eval.tasks import read_lines, read_tasks
-
-
-def write_texts(folder, samples, *, media="image"):
-    """A dataset of one shard whose samples hold `samples`: members without media."""
-    folder.mkdir()
-    writer = ShardWriter(folder, "00000000")
-    for number, members in enumerate(samples):
-        writer.add(f"{number:04d}", members=members)
-    index = writer.finish()
-    manifest = [manifest_row(folder, "00000000")]
-    info = DatasetInfo(
-        media=media,
-        fields=list(index.fields),
-        num_samples=index.num_samples,
-        num_shards=1,
-        tar_bytes=index.tar_bytes,
-        fingerprint=fingerprint_of(manifest),
-    )
-    write_dataset_files(folder, info, manifest=manifest)
 
 
 def config_of(folder, **section):
@@ -54,7 +29,7 @@ def labelled(name):
 
 
 def test_classes_come_from_json_or_an_index(tmp_path):
-    write_texts(tmp_path / "toy", [labelled("dog"), {"cls": b"0\n"}, labelled("cat")])
+    write_dataset(tmp_path / "toy", [labelled("dog"), {"cls": b"0\n"}, labelled("cat")])
     (task,) = read_tasks(classification(tmp_path / "toy"))
     np.testing.assert_array_equal(task.targets, [1, 0, 0])
     assert task.description() == (
@@ -74,20 +49,20 @@ def test_classes_come_from_json_or_an_index(tmp_path):
     ],
 )
 def test_sample_without_a_known_class_is_named(tmp_path, members, message):
-    write_texts(tmp_path / "toy", [labelled("dog"), members])
+    write_dataset(tmp_path / "toy", [labelled("dog"), members])
     with pytest.raises(InputError, match=message):
         read_tasks(classification(tmp_path / "toy"))
 
 
 def test_repeated_class_name_is_refused(tmp_path):
-    write_texts(tmp_path / "toy", [labelled("dog")])
+    write_dataset(tmp_path / "toy", [labelled("dog")])
     with pytest.raises(InputError, match=r"evaluations\.toy\.class_names: .*'dog'"):
         read_tasks(classification(tmp_path / "toy", class_names=["dog", "cat", "dog"]))
 
 
 def test_every_caption_knows_its_item(tmp_path):
     two = {"json": json.dumps({"captions": ["a", "b"]}).encode()}
-    write_texts(tmp_path / "toy", [two, {"txt": b"c"}])
+    write_dataset(tmp_path / "toy", [two, {"txt": b"c"}])
     distractors = tmp_path / "others.txt"
     distractors.write_text("d\n\ne\n")
     (task,) = read_tasks(
@@ -99,13 +74,13 @@ def test_every_caption_knows_its_item(tmp_path):
 
 
 def test_sample_without_caption_is_named(tmp_path):
-    write_texts(tmp_path / "toy", [{"txt": b"a"}, {"txt": b" "}])
+    write_dataset(tmp_path / "toy", [{"txt": b"a"}, {"txt": b" "}])
     with pytest.raises(InputError, match="sample 0001: expected a caption"):
         read_tasks(config_of(tmp_path / "toy", task="retrieval"))
 
 
 def test_empty_dataset_is_refused(tmp_path):
-    write_texts(tmp_path / "toy", [])
+    write_dataset(tmp_path / "toy", [])
     with pytest.raises(InputError, match="found an empty dataset"):
         read_tasks(config_of(tmp_path / "toy", task="retrieval"))
 

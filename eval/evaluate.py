@@ -1,0 +1,70 @@
+"""Measures a checkpoint: zero-shot classification and retrieval, with intervals and a report.
+
+    python -m eval.evaluate configs/eval/demo.yaml
+    python -m eval.evaluate configs/eval/demo.yaml checkpoint=runs/mine output=results/mine
+
+1. read the tasks: labels, captions, class names, prompts, all checked   eval.tasks
+2. load the model of the checkpoint                                      eval.embeddings
+3. encode media and texts, and score them                                eval.measure
+4. write results.json and results.md, then report.html                   eval.results, eval.report
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from data_prep.config_file import InputError, run_command
+from eval.config import EvaluateConfig
+from eval.tasks import read_tasks
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluates a checkpoint and writes what was found into the output folder."""
+    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    from eval.embeddings import load_encoder
+    from eval.intervals import Bootstrap
+    from eval.measure import measure_tasks
+    from eval.report import write_report
+    from eval.results import results_record, scores_table, write_results
+    from pretrain.checkpoint import find_checkpoint
+
+    start = time.monotonic()
+    check_checkpoint(config)
+    tasks = read_tasks(config)
+    checkpoint = find_checkpoint(config.checkpoint)
+    encoder = load_encoder(checkpoint, batch_size=config.batch_size, workers=config.workers)
+    bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
+    outcomes = measure_tasks(tasks, encoder=encoder, bootstrap=bootstrap)
+    seconds = time.monotonic() - start
+    record = results_record(
+        config, outcomes, encoder=encoder, checkpoint=checkpoint, seconds=seconds
+    )
+    table = scores_table(outcomes)
+    write_results(config.output, record, table=table)
+    report = write_report(config, outcomes, record=record, checkpoint=checkpoint)
+    print(table)  # noqa: T201
+    print(report)  # noqa: T201
+
+
+def dry_run(config: EvaluateConfig) -> None:
+    """Checks the files of every task, and prints what would be measured."""
+    check_checkpoint(config)
+    for task in read_tasks(config):
+        print(task.description())  # noqa: T201
+
+
+def check_checkpoint(config: EvaluateConfig) -> None:
+    """
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not config.checkpoint.is_dir():
+        raise InputError(
+            f"{config.checkpoint}: expected a run folder or a checkpoint folder, found none; "
+            "python -m pretrain.train makes one (key: checkpoint)"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(EvaluateConfig, run=run, dry_run=dry_run, description=__doc__))

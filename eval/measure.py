@@ -1,0 +1,105 @@
+"""Runs tasks through a model: media and texts to embeddings, embeddings to scores."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from data_prep.shard_format import Dataset
+from eval.class_prompts import average_prompts, class_prompts
+from eval.embeddings import Encoder, encode_media, encode_texts
+from eval.intervals import Bootstrap
+from eval.retrieval import RetrievalResult, retrieve
+from eval.tasks import ClassificationTask, RetrievalTask, Task
+from eval.zero_shot import ClassificationResult, classify
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task, its result, and the embeddings that the report shows neighbours from."""
+
+    task: Task
+    result: ClassificationResult | RetrievalResult
+    media_embeddings: Tensor  # [Q, D], L2-normalised
+    text_embeddings: Tensor  # [K, D] classes, or [M + distractors, D] captions, L2-normalised
+    seconds: float
+
+
+def measure_tasks(
+    tasks: Sequence[Task], *, encoder: Encoder, bootstrap: Bootstrap
+) -> list[Outcome]:
+    """The outcome of each task; the media of a dataset that several tasks use are encoded once.
+
+    Raises:
+        InputError: see `eval.embeddings`.
+    """
+    measures = {ClassificationTask: measure_classification, RetrievalTask: measure_retrieval}
+    media_embeddings: dict[Dataset, Tensor] = {}
+    outcomes = []
+    for task in tasks:
+        start = time.monotonic()
+        if task.dataset not in media_embeddings:
+            media_embeddings[task.dataset] = encode_media(encoder, task.dataset)
+        media = media_embeddings[task.dataset]
+        result, texts = measures[type(task)](task, media, encoder=encoder, bootstrap=bootstrap)
+        outcomes.append(Outcome(task, result, media, texts, time.monotonic() - start))
+        logger.info("%s: %.1f s", task.name, outcomes[-1].seconds)
+    return outcomes
+
+
+def measure_classification(
+    task: ClassificationTask, media_embeddings: Tensor, *, encoder: Encoder, bootstrap: Bootstrap
+) -> tuple[ClassificationResult, Tensor]:
+    """The result of a classification, and its class embeddings [K, D].
+
+    Args:
+        task: what to measure.
+        media_embeddings: [Q, D], L2-normalised.
+        encoder: for the prompts.
+        bootstrap: for the intervals.
+    """
+    prompts = class_prompts(task.class_names, task.prompt_templates)
+    class_embeddings = average_prompts(
+        encode_texts(encoder, prompts, name=f"prompts of {task.name}"),
+        num_classes=len(task.class_names),
+    )
+    result = classify(
+        media_embeddings.to(encoder.device),
+        class_embeddings.to(encoder.device),
+        targets=task.targets,
+        bootstrap=bootstrap,
+    )
+    return result, class_embeddings
+
+
+def measure_retrieval(
+    task: RetrievalTask, media_embeddings: Tensor, *, encoder: Encoder, bootstrap: Bootstrap
+) -> tuple[RetrievalResult, Tensor]:
+    """The result of a retrieval, and the embeddings [M + X, D] of captions and distractors.
+
+    Args:
+        task: what to measure.
+        media_embeddings: [Q, D], L2-normalised.
+        encoder: for the captions.
+        bootstrap: for the intervals.
+    """
+    num_captions = len(task.captions)
+    texts = encode_texts(
+        encoder, task.captions + task.distractor_captions, name=f"captions of {task.name}"
+    )
+    on_device = texts.to(encoder.device)
+    result = retrieve(
+        media_embeddings.to(encoder.device),
+        on_device[:num_captions],
+        media_of_text=task.media_of_text,
+        distractor_embeddings=on_device[num_captions:],
+        ks=task.ks,
+        bootstrap=bootstrap,
+    )
+    return result, texts

@@ -1,0 +1,198 @@
+"""Writes report.html: figures against chance, confusions, retrieved items, training, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from data_prep.html_report import (
+    Section,
+    columns,
+    fact_list,
+    heading,
+    interval_bar,
+    render_page,
+    table,
+)
+from data_prep.shard_format import write_atomically
+from eval.config import EvaluateConfig
+from eval.intervals import wilson_interval
+from eval.measure import Outcome
+from eval.report_charts import confusion_chart, training_charts
+from eval.report_gallery import retrieval_gallery
+from eval.results import is_rank, score_cells
+from eval.tasks import ClassificationTask, RetrievalTask
+from pretrain.run_folder import read_metrics
+
+# Bounds on what is shown keep the page below about 5 MB.
+MAX_QUERIES_IN_ALL = 24
+MAX_QUERIES_PER_DIRECTION = 8
+MAX_CLASS_ROWS = 60
+MAX_CONFUSIONS = 15
+
+
+def write_report(
+    config: EvaluateConfig,
+    outcomes: Sequence[Outcome],
+    *,
+    record: dict[str, Any],
+    checkpoint: Path,
+) -> Path:
+    """Writes report.html into the output folder and returns its path.
+
+    Args:
+        config: the evaluation's config.
+        outcomes: of its tasks.
+        record: what results.json holds.
+        checkpoint: folder of the checkpoint evaluated.
+    """
+    sections = [
+        headline_section(outcomes),
+        *(_outcome_section(outcome, outcomes) for outcome in outcomes),
+        *training_sections(checkpoint),
+        provenance_section(record),
+    ]
+    page = render_page(
+        "Evaluation of a contrastive model",
+        subtitle=f"{record['checkpoint']['folder']}, step {record['checkpoint']['step']}",
+        sections=sections,
+    )
+    path = config.output / "report.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def headline_section(outcomes: Sequence[Outcome]) -> Section:
+    """All figures with their intervals, against chance."""
+    rows = []
+    for outcome in outcomes:
+        name = outcome.task.name
+        for figure, score in outcome.result.scores.items():
+            value, interval, chance, num_queries = score_cells(figure, score)
+            bar = Markup("")
+            if not is_rank(figure):
+                bar = interval_bar(
+                    score.value, low=score.low, high=score.high, reference=score.chance
+                )
+            label = figure.replace("_", " ")
+            rows.append((name, label, bar, value, interval, chance, num_queries))
+            name = ""
+    header = ("evaluation", "figure", "", "value", "95 % interval", "chance", "n")
+    return Section(
+        "Figures",
+        [table(header, rows, numeric={3, 4, 5, 6})],
+        note="Dark line: 95 % interval. Orange mark: what a model that knows nothing scores. "
+        "Retrieval recall@k is the share of queries with a right answer among the first k.",
+    )
+
+
+def _outcome_section(outcome: Outcome, outcomes: Sequence[Outcome]) -> Section:
+    if isinstance(outcome.task, ClassificationTask):
+        return classification_section(outcome)
+    num_retrievals = sum(isinstance(other.task, RetrievalTask) for other in outcomes)
+    num_queries = min(MAX_QUERIES_PER_DIRECTION, max(2, MAX_QUERIES_IN_ALL // num_retrievals))
+    return Section(
+        outcome.task.name,
+        retrieval_gallery(outcome, num_queries=num_queries),
+        note=outcome.task.description()
+        + ". In each direction the hardest queries come first, then some from all over the set.",
+    )
+
+
+def classification_section(outcome: Outcome) -> Section:
+    """Confusion matrix, the worst classes, and the commonest confusions."""
+    task, result = outcome.task, outcome.result
+    return Section(
+        task.name,
+        [
+            columns(
+                [
+                    heading("Confusion matrix")
+                    + confusion_chart(result.confusion, task.class_names),
+                    heading("Recall by class, worst first") + _class_table(outcome),
+                ]
+            ),
+            heading("Commonest confusions"),
+            _confusion_table(result.confusion, task.class_names),
+        ],
+        note=task.description(),
+    )
+
+
+def _class_table(outcome: Outcome) -> Markup:
+    result, names = outcome.result, outcome.task.class_names
+    sizes = result.confusion.sum(axis=1)
+    present = np.flatnonzero(sizes)
+    worst_first = present[np.argsort(result.class_recalls[present], kind="stable")]
+    rows = [
+        (
+            names[place],
+            interval_bar_of_class(result.class_recalls[place], int(sizes[place]), len(names)),
+            f"{100 * result.class_recalls[place]:.1f} %",
+            str(sizes[place]),
+        )
+        for place in worst_first[:MAX_CLASS_ROWS].tolist()
+    ]
+    return table(("class", "", "recall", "n"), rows, numeric={2, 3})
+
+
+def interval_bar_of_class(recall: float, num_items: int, num_classes: int) -> Markup:
+    """The recall of one class with its Wilson interval, against chance."""
+    low, high = wilson_interval(recall * num_items, num_items)
+    return interval_bar(recall, low=low, high=high, reference=1 / num_classes)
+
+
+def _confusion_table(confusion: np.ndarray, class_names: Sequence[str]) -> Markup:
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=np.int64))
+    commonest = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
+    rows = []
+    for true, predicted in zip(*np.unravel_index(commonest, wrong.shape), strict=True):
+        if wrong[true, predicted]:
+            share = wrong[true, predicted] / confusion[true].sum()
+            cells = (class_names[true], class_names[predicted], str(wrong[true, predicted]))
+            rows.append((*cells, f"{100 * share:.1f} %"))
+    header = ("true class", "taken for", "items", "share of the class")
+    return table(header, rows, numeric={2, 3})
+
+
+def training_sections(checkpoint: Path) -> list[Section]:
+    """The curves of the run that the checkpoint lies in; nothing if it lies elsewhere."""
+    if checkpoint.parent.name != "checkpoints":
+        return []
+    rows = read_metrics(checkpoint.parent.parent)
+    if not rows:
+        return []
+    return [Section("Training", [training_charts(rows)], note=f"Run {checkpoint.parent.parent}")]
+
+
+def provenance_section(record: dict[str, Any]) -> Section:
+    """Everything that the figures are a function of."""
+    environment, method = record["environment"], record["method"]
+    facts = {
+        "checkpoint": record["checkpoint"]["folder"],
+        "step": record["checkpoint"]["step"],
+        "sha256 of the model": record["checkpoint"]["model_sha256"],
+    }
+    for name, evaluation in record["evaluations"].items():
+        dataset = evaluation["dataset"]
+        counts = {key: value for key, value in evaluation.items() if key.startswith("num_")}
+        facts[f"{name}: data"] = (
+            f"{dataset['folder']}, {dataset['num_samples']} {dataset['media']} samples, "
+            f"fingerprint {dataset['fingerprint']}"
+        )
+        facts[f"{name}: counts"] = ", ".join(f"{key[4:]} {counts[key]}" for key in counts)
+        if "prompt_templates" in evaluation:
+            facts[f"{name}: prompts"] = "; ".join(evaluation["prompt_templates"])
+    facts |= {
+        "scores": f"{method['embedding_dtype']} embeddings, {method['score_dtype']}, "
+        f"ties {method['ties']}",
+        "intervals": f"95 %, {method['bootstrap_samples']} resamples, seed {method['seed']}",
+        "device": environment["device"],
+        "code": environment["git_commit"] or "not in a git checkout",
+        "finished": f"{record['finished']}, after {record['seconds']} s",
+    }
+    return Section("Provenance", [fact_list(facts)])

@@ -1,0 +1,145 @@
+"""The retrieval gallery: some queries with their five nearest answers, right or wrong.
+
+Half of the queries shown are the hardest, those whose right answer stands lowest; the rest are
+spread evenly over the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from markupsafe import Markup
+from torch import Tensor
+
+from data_prep.html_report import badge, heading, picture, sound
+from data_prep.media_decode import decode_audio, decode_image
+from data_prep.shard_format import Dataset, media_extension_of
+from eval.measure import Outcome
+from eval.ranking import QueryRanks, cosine_scores
+
+NUM_ANSWERS = 5
+SOUND_RATE_HZ = 16_000
+
+
+class MediaViews:
+    """Pictures or players of a dataset's media items, each made once."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.of = lru_cache(maxsize=None)(self._make)
+
+    def _make(self, ordinal: int) -> Markup:
+        sample = self.dataset.read_sample(ordinal)
+        extension = media_extension_of(list(sample.members))
+        content = sample.members[extension]
+        if self.dataset.info.media == "audio":
+            waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
+            view = sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3)
+        else:
+            view = picture(decode_image(content, extension), alt=sample.key)
+        return Markup('<div class="media">{}</div>').format(view)
+
+
+def shown_queries(first_ranks: np.ndarray, *, num_queries: int) -> list[int]:
+    """Places of the queries to show: the hardest half first, then some spread over the rest."""
+    num_queries = min(num_queries, len(first_ranks))
+    hardest = np.argsort(-first_ranks, kind="stable")[: num_queries // 2]
+    rest = np.setdiff1d(np.arange(len(first_ranks)), hardest)
+    places = np.linspace(0, len(rest) - 1, num_queries - len(hardest)).round().astype(int)
+    return [*hardest.tolist(), *rest[places].tolist()]
+
+
+def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
+    """The gallery's places nearest to each query, best first.
+
+    Args:
+        queries: [rows, D], L2-normalised.
+        gallery: [columns, D], L2-normalised.
+    """
+    num_answers = min(NUM_ANSWERS, len(gallery))
+    return torch.topk(cosine_scores(queries, gallery), num_answers, dim=-1).indices.tolist()
+
+
+def retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Markup]:
+    """Blocks that show both directions of a retrieval.
+
+    Args:
+        outcome: of a retrieval task.
+        num_queries: shown per direction.
+    """
+    views = MediaViews(outcome.task.dataset)
+    kind = outcome.task.dataset.info.media
+    return [
+        heading(f"{kind} to text"),
+        *_media_to_text_rows(outcome, views, num_queries=num_queries),
+        heading(f"text to {kind}"),
+        *_text_to_media_rows(outcome, views, num_queries=num_queries),
+    ]
+
+
+def _media_to_text_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
+    task, ranks = outcome.task, outcome.result.media_to_text
+    texts = task.captions + task.distractor_captions
+    owners = [*task.media_of_text.tolist(), *[-1] * len(task.distractor_captions)]
+    queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
+    answers = nearest(outcome.media_embeddings[queries], outcome.text_embeddings)
+    return [
+        Markup(
+            '<div class="query beside"><div>{}</div><div><p>{}</p>'
+            '<ol class="answers">{}</ol>{}</div></div>'
+        ).format(
+            views.of(query),
+            _rank_badge(ranks, query),
+            Markup("").join(_text_answer(texts[text], owners[text] == query) for text in found),
+            _missed_caption(task.captions, task.media_of_text, query, found),
+        )
+        for query, found in zip(queries, answers, strict=True)
+    ]
+
+
+def _text_answer(text: str, is_right: bool) -> Markup:
+    if is_right:
+        return Markup('<li class="good">{} &#10003;</li>').format(text)
+    return Markup("<li>{}</li>").format(text)
+
+
+def _missed_caption(
+    captions: Sequence[str], media_of_text: np.ndarray, query: int, found: Sequence[int]
+) -> Markup:
+    own = np.flatnonzero(media_of_text == query)
+    if set(own.tolist()) & set(found):
+        return Markup("")
+    return Markup('<p class="note">its caption: {}</p>').format(captions[own[0]])
+
+
+def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
+    task, ranks = outcome.task, outcome.result.text_to_media
+    queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
+    answers = nearest(outcome.text_embeddings[queries], outcome.media_embeddings)
+    return [
+        Markup('<div class="query"><p>{} {}</p><div class="cards">{}</div></div>').format(
+            task.captions[query],
+            _rank_badge(ranks, query),
+            Markup("").join(
+                _media_answer(views.of(media), place, media == task.media_of_text[query])
+                for place, media in enumerate(found, start=1)
+            ),
+        )
+        for query, found in zip(queries, answers, strict=True)
+    ]
+
+
+def _media_answer(view: Markup, place: int, is_right: bool) -> Markup:
+    mark = badge("right", kind="good") if is_right else ""
+    return Markup('<div class="card {}">{}{} {}</div>').format(
+        "good" if is_right else "", view, place, mark
+    )
+
+
+def _rank_badge(ranks: QueryRanks, query: int) -> Markup:
+    rank = float(ranks.first_ranks()[query])
+    text = f"rank {rank:g} of {ranks.gallery_size}"
+    return badge(text, kind="good" if rank <= NUM_ANSWERS else "bad")

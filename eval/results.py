@@ -1,0 +1,168 @@
+"""Outcomes to files: results.json with full provenance, and a table for people in results.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.shard_format import write_atomically
+from eval.config import EvaluateConfig
+from eval.embeddings import Encoder
+from eval.intervals import CONFIDENCE, Score
+from eval.measure import Outcome
+from eval.tasks import ClassificationTask
+from pretrain.run_folder import describe_environment
+
+COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
+
+
+def results_record(
+    config: EvaluateConfig,
+    outcomes: Sequence[Outcome],
+    *,
+    encoder: Encoder,
+    checkpoint: Path,
+    seconds: float,
+) -> dict[str, Any]:
+    """What results.json holds: the figures, and everything they are a function of.
+
+    Args:
+        config: the evaluation's config.
+        outcomes: of its tasks.
+        encoder: that made the embeddings.
+        checkpoint: folder of the checkpoint evaluated.
+        seconds: of the whole evaluation.
+    """
+    return {
+        "checkpoint": _checkpoint_record(checkpoint),
+        "evaluations": {outcome.task.name: _outcome_record(outcome) for outcome in outcomes},
+        "method": {
+            "embedding_dtype": "float32",
+            "score_dtype": "float64 products rounded to float32",
+            "tf32": False,
+            "ties": "broken at chance",
+            "confidence": CONFIDENCE,
+            "bootstrap_samples": config.bootstrap_samples,
+            "seed": config.seed,
+        },
+        "environment": {"device": device_name(encoder)} | describe_environment(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "config": json.loads(config.model_dump_json()),
+    }
+
+
+def device_name(encoder: Encoder) -> str:
+    """What encoded: "cpu", or the name of the GPU."""
+    if encoder.device.type == "cuda":
+        return torch.cuda.get_device_name(encoder.device)
+    return encoder.device.type
+
+
+def _checkpoint_record(folder: Path) -> dict[str, Any]:
+    recorded = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    return {
+        "folder": str(folder),
+        "step": recorded["step"],
+        "model_sha256": recorded["sha256"].get("model.safetensors"),
+    }
+
+
+def _outcome_record(outcome: Outcome) -> dict[str, Any]:
+    task = outcome.task
+    details = _classification_record if isinstance(task, ClassificationTask) else _retrieval_record
+    return {
+        "dataset": {
+            "folder": str(task.dataset.folder),
+            "media": task.dataset.info.media,
+            "num_samples": len(task.dataset),
+            "fingerprint": task.dataset.info.fingerprint,
+        },
+        "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
+        **details(outcome),
+        "seconds": round(outcome.seconds, 2),
+    }
+
+
+def _classification_record(outcome: Outcome) -> dict[str, Any]:
+    task, result = outcome.task, outcome.result
+    recalls = zip(task.class_names, result.class_recalls.tolist(), strict=True)
+    return {
+        "task": "zero_shot_classification",
+        "num_queries": len(task.targets),
+        "num_classes": len(task.class_names),
+        "num_classes_without_items": int(sum(math.isnan(r) for r in result.class_recalls)),
+        "num_prompts": len(task.class_names) * len(task.prompt_templates),
+        "class_names": task.class_names,
+        "prompt_templates": task.prompt_templates,
+        "class_recalls": {name: None if math.isnan(r) else r for name, r in recalls},
+        "confusion_matrix": result.confusion.tolist(),
+    }
+
+
+def _retrieval_record(outcome: Outcome) -> dict[str, Any]:
+    task, result = outcome.task, outcome.result
+    return {
+        "task": "retrieval",
+        "num_media": len(task.dataset),
+        "num_captions": len(task.captions),
+        "num_repeated_captions": len(task.captions) - len(set(task.captions)),
+        "num_distractor_captions": len(task.distractor_captions),
+        "media_to_text_gallery": result.media_to_text.gallery_size,
+        "text_to_media_gallery": result.text_to_media.gallery_size,
+        "recall": "hit rate: a query succeeds if any right answer is among the first k",
+    }
+
+
+def scores_table(outcomes: Sequence[Outcome]) -> str:
+    """The figures of all evaluations as a Markdown table with aligned columns."""
+    rows = [COLUMNS, *((name, *cells) for name, cells in _table_rows(outcomes))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]]:
+    return [
+        (outcome.task.name, (figure, *score_cells(figure, score)))
+        for outcome in outcomes
+        for figure, score in outcome.result.scores.items()
+    ]
+
+
+def is_rank(figure: str) -> bool:
+    """Whether a figure counts places, best 1, rather than being a share of queries."""
+    return figure.endswith("_rank")
+
+
+def score_cells(figure: str, score: Score) -> tuple[str, str, str, str]:
+    """(value, interval, chance, number of queries) as text."""
+    show = _rank_text if is_rank(figure) else _percent_text
+    interval = f"{show(score.low)} to {show(score.high)}"
+    return show(score.value), interval, show(score.chance), str(score.num_queries)
+
+
+def _percent_text(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 or share == 0 else f"{100 * share:.2g} %"
+
+
+def _rank_text(rank: float) -> str:
+    return f"{rank:.0f}" if rank == round(rank) else f"{rank:.1f}"
+
+
+def write_results(folder: Path, record: dict[str, Any], *, table: str) -> None:
+    """Writes results.json and results.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "results.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_atomically(folder / "results.md", table.encode())

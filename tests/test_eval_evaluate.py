@@ -1,0 +1,183 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from toy_evaluation import (
+    COLORS,
+    PITCHES_HZ,
+    ToyModel,
+    load_toy_model,
+    picture_sample,
+    sound_sample,
+    write_dataset,
+    write_toy_run,
+)
+
+from data_prep.config_file import run_command
+from eval.config import EvaluateConfig
+from eval.evaluate import dry_run, run
+
+
+@pytest.fixture
+def config_path(tmp_path, monkeypatch):
+    """A config over pictures and sounds, for a model that load_model is made to return."""
+    monkeypatch.setattr("eval.embeddings.load_model", load_toy_model)
+    pictures = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
+    sounds = [sound_sample(list(PITCHES_HZ)[n % 3], seed=n) for n in range(6)]
+    (tmp_path / "others.txt").write_text("a grey cat\r\n\r\na yellow dog\r\n")
+    (tmp_path / "templates.txt").write_text("a {} picture\na photo in {c}\n")
+    config = {
+        "checkpoint": str(write_toy_run(tmp_path / "run")),
+        "output": str(tmp_path / "out"),
+        "batch_size": 5,
+        "bootstrap_samples": 100,
+        "evaluations": {
+            "colors": {
+                "task": "zero_shot_classification",
+                "dataset": str(write_dataset(tmp_path / "pictures", pictures)),
+                "class_names": [*COLORS, "unused"],
+                "prompt_templates": str(tmp_path / "templates.txt"),
+            },
+            "pictures": {
+                "task": "retrieval",
+                "dataset": str(tmp_path / "pictures"),
+                "distractor_captions": str(tmp_path / "others.txt"),
+            },
+            "tones": {
+                "task": "retrieval",
+                "dataset": str(write_dataset(tmp_path / "sounds", sounds, media="audio")),
+                "ks": [1, 2],
+            },
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def evaluate(path, *overrides):
+    return run_command(
+        EvaluateConfig,
+        run=run,
+        dry_run=dry_run,
+        description="",
+        arguments=[str(path), *overrides],
+    )
+
+
+def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
+    assert evaluate(config_path) == 0
+    out = config_path.parent / "out"
+    record = json.loads((out / "results.json").read_text())
+    colors, pictures, tones = (
+        record["evaluations"][name] for name in ("colors", "pictures", "tones")
+    )
+    assert colors["scores"]["top_1_accuracy"]["value"] == 1
+    assert colors["scores"]["top_1_accuracy"]["chance"] == 0.25
+    assert colors["num_classes_without_items"] == 1
+    assert colors["num_prompts"] == 8
+    assert colors["confusion_matrix"][0] == [4, 0, 0, 0]
+    assert colors["class_recalls"]["unused"] is None
+    # Each caption stands at its own picture; 3 others of its colour are level with it or above.
+    assert 0 < pictures["scores"]["text_to_media_recall@1"]["value"] < 1
+    assert pictures["scores"]["text_to_media_recall@5"]["value"] == 1
+    assert pictures["media_to_text_gallery"] == 26
+    assert pictures["num_repeated_captions"] == 9
+    # Two tones of each pitch, with equal captions: the tie is broken at chance.
+    assert tones["scores"]["media_to_text_recall@1"]["value"] == pytest.approx(0.5)
+    assert tones["scores"]["media_to_text_recall@2"]["value"] == pytest.approx(1)
+    assert record["checkpoint"]["step"] == 40
+    fingerprint = json.loads((config_path.parent / "sounds/dataset.json").read_text())[
+        "fingerprint"
+    ]
+    assert tones["dataset"]["fingerprint"] == fingerprint
+
+    printed = capsys.readouterr().out.rstrip().splitlines()
+    assert printed[-1] == str(out / "report.html")
+    table = (out / "results.md").read_text()
+    assert table.strip() in "\n".join(printed)
+    assert re.search(r"\| colors +\| top_1_accuracy +\| 100\.0 % +\| 75\.8 % to 100\.0 % ", table)
+
+
+def test_report_is_complete_and_needs_no_network(config_path):
+    assert evaluate(config_path) == 0
+    page = (config_path.parent / "out/report.html").read_text()
+    assert not re.findall(r"(?:src|href|url|xmlns)[^>]{0,12}https?:", page)
+    assert set(re.findall(r'src="(data:[a-z/]+)', page)) == {"data:image/jpeg", "data:audio/mpeg"}
+    for expected in (
+        "top 1 accuracy",
+        "media to text recall@5",
+        "confusion matrix",
+        "validation recall@1",
+        "logit scale",
+        "a painting in red &lt;0&gt;",  # captions are escaped
+        "a photo in {c}",
+        json.loads((config_path.parent / "pictures/dataset.json").read_text())["fingerprint"],
+    ):
+        assert expected in page, expected
+    assert len(page) < 1_000_000
+
+
+def test_results_do_not_depend_on_batches_or_workers(config_path):
+    scores = []
+    for overrides in ((), ("batch_size=1",), ("batch_size=100", "workers=2")):
+        assert evaluate(config_path, *overrides) == 0
+        record = json.loads((config_path.parent / "out/results.json").read_text())
+        scores.append({name: each["scores"] for name, each in record["evaluations"].items()})
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_dry_run_counts_without_loading_torch(config_path):
+    code = (
+        "import sys; from eval.evaluate import *\n"
+        "status = run_command(EvaluateConfig, run=run, dry_run=dry_run, description='')\n"
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, str(config_path), "--dry-run"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "12 image items, 4 classes, 2 templates, 8 prompts" in finished.stdout
+    assert "12 image items, 24 captions, 2 distractor captions, k [1, 5, 10]" in finished.stdout
+    assert not (config_path.parent / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sample_that_cannot_be_decoded_stops_the_evaluation(config_path, capsys, workers):
+    samples = [picture_sample("red", seed=n) for n in range(3)]
+    samples[1]["png"] = samples[1]["png"][:60]
+    folder = write_dataset(config_path.parent / "damaged", samples)
+    override = f"evaluations.pictures.dataset={folder}"
+    assert evaluate(config_path, override, f"workers={workers}") == 1
+    error = capsys.readouterr().err
+    assert "00000000.tar: sample 0001: .png cannot be decoded" in error
+    assert "Traceback" not in error
+
+
+def test_dataset_of_media_that_the_model_has_no_tower_for_is_refused(
+    config_path, capsys, monkeypatch
+):
+    def load_image_model(folder, *, device):
+        model, transforms, tokenizer = load_toy_model(folder)
+        return model, {"image": transforms["image"]}, tokenizer
+
+    monkeypatch.setattr("eval.embeddings.load_model", load_image_model)
+    assert evaluate(config_path) == 1
+    assert "sounds holds audio, but the model has towers for ['image']" in capsys.readouterr().err
+
+
+def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        ToyModel, "encode_text", lambda self, tokens: torch.full((len(tokens), 6), torch.nan)
+    )
+    assert evaluate(config_path) == 1
+    assert "prompts of colors: 8 of 8 embeddings hold NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("checkpoint=absent",), ("checkpoint=absent", "--dry-run")])
+def test_missing_checkpoint_is_named(config_path, capsys, arguments):
+    assert evaluate(config_path, *arguments) == 1
+    assert "absent: expected a run folder or a checkpoint folder" in capsys.readouterr().err
