@@ -136,7 +136,7 @@ class Source(Section):
     """One dataset of a pairing."""
 
     name: str  # part of every random key: renaming a source changes the order
-    dataset: Path  # folder that holds dataset.json
+    dataset: Path = free()  # folder that holds dataset.json; what counts is its fingerprint
     weight: PositiveFloat = 1.0  # share of the pairing's batch, relative to its other sources
 
 
@@ -211,7 +211,7 @@ class Engine(Section):
 class ValidationSource(Section):
     """Held-out pairs of one pairing."""
 
-    dataset: Path
+    dataset: Path = free()
     batch_size: PositiveInt  # pairs contrasted with one another: the figures depend on it
 
 

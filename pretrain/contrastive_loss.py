@@ -26,6 +26,7 @@ class ContrastiveLoss:
     value: float  # of the global batch, the same on every rank
     media_to_text_recall_at_1: float  # share of the N media whose own caption is the nearest
     text_to_media_recall_at_1: float
+    num_pairs: int  # N
 
 
 def softmax_loss(media: Tensor, text: Tensor, scale: Tensor) -> ContrastiveLoss:
@@ -61,6 +62,7 @@ def softmax_loss(media: Tensor, text: Tensor, scale: Tensor) -> ContrastiveLoss:
         value=value,
         media_to_text_recall_at_1=media_hits / num_pairs,
         text_to_media_recall_at_1=text_hits / num_pairs,
+        num_pairs=num_pairs,
     )
 
 

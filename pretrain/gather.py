@@ -5,11 +5,16 @@ Every rank must reach each call. Ranks may hold different numbers of rows, also 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data_prep.config_file import InputError
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -79,3 +84,19 @@ class _GatherRows(torch.autograd.Function):
         gradient = sum_over_ranks(gradient.contiguous())
         first = sum(ctx.counts[: rank()])
         return gradient[first : first + ctx.counts[rank()]], None
+
+
+def on_main_process(action: Callable[[], Result]) -> Result:
+    """Runs `action` on rank 0 alone; every rank returns its result or raises its InputError."""
+    result, message = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except InputError as error:
+            if world_size() == 1:
+                raise
+            message = str(error)
+    result, message = gather_objects((result, message))[0]
+    if message is not None:
+        raise InputError(message)
+    return result

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from data_prep.config_file import InputError, RunError
 from pretrain.config import PairingName, PretrainConfig, media_of_pairing
 from pretrain.media_transforms import MediaTransform, build_transforms
 from pretrain.sample_order import (
@@ -144,26 +145,60 @@ class StepDataset(TorchDataset):
     def __len__(self) -> int:
         return self.num_steps
 
-    def __getitem__(self, step: int) -> StepBatch:
-        return StepBatch(
-            step,
-            {name: reader.load(step, lanes=self.lanes) for name, reader in self.pairings.items()},
-        )
+    def __getitem__(self, step: int) -> StepBatch | InputError | OSError:
+        """The batch, or the error that prevents it: raised in a worker process, its message would
+        arrive wrapped in a traceback."""
+        try:
+            return StepBatch(
+                step,
+                {
+                    name: reader.load(step, lanes=self.lanes)
+                    for name, reader in self.pairings.items()
+                },
+            )
+        except (InputError, OSError) as error:
+            return error
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources together."""
+        return sum(len(r.dataset) for p in self.pairings.values() for r in p.readers)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each source's dataset, under "<pairing>/<source>"."""
+        return {
+            f"{name}/{reader.source}": reader.dataset.info.fingerprint
+            for name, pairing in self.pairings.items()
+            for reader in pairing.readers
+        }
 
 
-def build_loader(
+def load_steps(
     dataset: StepDataset, *, first_step: int, last_step: int, num_workers: int
-) -> DataLoader:
-    """Steps first_step to last_step - 1, in order."""
-    return DataLoader(
+) -> Iterator[StepBatch]:
+    """Steps first_step to last_step - 1, in order, loaded ahead by worker processes.
+
+    Raises:
+        InputError: samples and their substitutes cannot be decoded.
+        RunError: a shard cannot be read.
+    """
+    loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=range(first_step, last_step),
         num_workers=num_workers,
         collate_fn=_unchanged,
-        worker_init_fn=_use_one_thread if num_workers else None,
-        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_use_one_thread,
     )
+    for batch in loader:
+        if isinstance(batch, OSError):
+            raise RunError(
+                f"cannot read a shard: {batch}; nothing was skipped: start again when it can be "
+                "read, and the run goes on from its newest checkpoint"
+            )
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def _unchanged(batch: Any) -> Any:

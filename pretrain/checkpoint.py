@@ -1,0 +1,182 @@
+"""Checkpoints: written whole or not at all, and enough by themselves to rebuild the model.
+
+    step_00001000/
+      model.safetensors        parameters and saved buffers, fp32, by name
+      optimizer.safetensors    "<moment>/<parameter>" -> flat tensor
+      config.yaml              the run's resolved config
+      assets/                  tokenizer and tower configs that the libraries do not ship
+      checkpoint.json          format version, step, sha256 of every other file; written last
+
+A folder counts only if checkpoint.json is there and every sum agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.config_file import InputError, read_config, to_yaml
+from data_prep.shard_format import write_atomically
+from pretrain.config import MediaKind, PretrainConfig
+from pretrain.engine import Engine
+from pretrain.media_transforms import MediaTransform, build_transforms
+from pretrain.model import ContrastiveModel, build_model
+from pretrain.tokenizer import Tokenizer, build_tokenizer
+
+FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint folder is incomplete or its files have other sums than recorded."""
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    config: PretrainConfig, *, engine: Engine, tokenizer: Tokenizer, step: int
+) -> Path:
+    """Writes the state after `step` steps and deletes all but the newest keep_checkpoints.
+
+    To be called on the main process, which holds the whole state.
+    """
+    parent = config.run.folder / "checkpoints"
+    final = parent / f"step_{step:08d}"
+    temporary = parent / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "assets").mkdir(parents=True)
+    moments = {
+        f"{fragment.key}/{fragment.name}": fragment.values.detach().cpu().contiguous()
+        for fragment in engine.fragments()
+        if fragment.key != "parameter"
+    }
+    state = {name: value.contiguous() for name, value in engine.full_state_dict().items()}
+    save_file(state, temporary / "model.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
+    (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    tokenizer.save(temporary / "assets")
+    engine.model.save_assets(temporary / "assets")
+    record = {"format_version": FORMAT_VERSION, "step": step, "sha256": _sums(temporary)}
+    write_atomically(temporary / "checkpoint.json", json.dumps(record, indent=2).encode())
+    if final.exists():  # only a damaged one: complete ones are resumed from, never rewritten
+        shutil.rmtree(final)
+    temporary.replace(final)
+    _delete_old(parent, keep=config.run.keep_checkpoints)
+    return final
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {}
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _delete_old(parent: Path, *, keep: int) -> None:
+    for folder in sorted(parent.glob("step_*"))[:-keep]:
+        shutil.rmtree(folder)
+    for leftover in parent.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """What checkpoint.json records, after checking every file against it.
+
+    Raises:
+        DamagedCheckpointError: naming the file that is missing or differs.
+    """
+    try:
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{folder}: no readable checkpoint.json: {error}") from None
+    for name, expected in record["sha256"].items():
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DamagedCheckpointError(f"{folder / name}: {error.strerror}") from None
+        if found != expected:
+            raise DamagedCheckpointError(f"{folder / name}: sha256 is {found}, not {expected}")
+    return record
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose sums agree; damaged ones are named in the log."""
+    for folder in sorted((run_folder / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            verify_checkpoint(folder)
+        except DamagedCheckpointError as error:
+            logger.warning("skipping a damaged checkpoint: %s", error)
+            continue
+        return folder
+    return None
+
+
+def restore(engine: Engine, folder: Path) -> int:
+    """Loads a checkpoint into the engine; returns the number of steps it holds."""
+    step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
+    engine.model.load_state_dict(load_file(folder / "model.safetensors"))
+    moments = load_file(folder / "optimizer.safetensors")
+    for fragment in engine.fragments():
+        if fragment.key != "parameter":
+            fragment.values.copy_(moments[f"{fragment.key}/{fragment.name}"])
+    engine.after_load(num_steps_done=step)
+    return step
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint a person means by a checkpoint folder or a run folder.
+
+    Raises:
+        InputError: there is none, or the one named is damaged.
+    """
+    if (folder / "checkpoint.json").exists():
+        try:
+            verify_checkpoint(folder)
+        except DamagedCheckpointError as error:
+            raise InputError(f"damaged checkpoint: {error}") from None
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise InputError(
+            f"{folder}: expected a run folder with a checkpoint, or a checkpoint; found neither; "
+            "train one with python -m pretrain.train"
+        )
+    return newest
+
+
+def load_model(
+    folder: str | Path, *, device: str = "cpu"
+) -> tuple[ContrastiveModel, dict[MediaKind, MediaTransform], Tokenizer]:
+    """A trained model in evaluation mode, its transforms by kind of media, and its tokenizer.
+
+    Args:
+        folder: a run folder (its newest checkpoint is taken) or one checkpoint.
+        device: where the model goes.
+
+    Raises:
+        InputError: there is no whole checkpoint.
+    """
+    checkpoint = find_checkpoint(Path(folder))
+    config = read_config(PretrainConfig, checkpoint / "config.yaml")
+    assets = checkpoint / "assets"
+    tokenizer = build_tokenizer(config.model.text, assets=assets)
+    model = build_model(config, tokenizer=tokenizer, assets=assets)
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    model = model.to(torch.device(device)).eval().requires_grad_(False)
+    return model, build_transforms(config), tokenizer

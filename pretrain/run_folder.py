@@ -1,0 +1,198 @@
+"""The run folder: what a run is (config, versions), its attempts, and its metrics.
+
+    config.yaml  environment.json      written before the first step
+    attempts.jsonl                     one row per start
+    metrics/<attempt>.jsonl            one row per logged step or validation
+    bad_samples/<attempt>.jsonl        one row per substituted sample
+    status.json                        where the run stands
+
+Only the main process writes here.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from data_prep.config_file import ConfigError, differing_keys, fixed_values, read_config, to_yaml
+from data_prep.shard_format import write_atomically
+from pretrain.config import PretrainConfig
+from pretrain.shard_reader import BadSample
+
+
+def refuse_other_run(config: PretrainConfig, *, fingerprints: dict[str, str]) -> None:
+    """
+    Raises:
+        ConfigError: the run folder holds a run whose config or data differ; the keys are named.
+    """
+    folder = config.run.folder
+    if not (folder / "config.yaml").exists():
+        return
+    earlier = read_config(PretrainConfig, folder / "config.yaml")
+    different = differing_keys(fixed_values(earlier), fixed_values(config))
+    known = json.loads((folder / "environment.json").read_text())["dataset_fingerprints"]
+    different |= differing_keys(known, fingerprints, prefix="fingerprint")
+    if config.schedule.shape == "constant":  # which has no end that its rates depend on
+        different.pop("schedule.num_steps", None)
+    if different:
+        lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in different.items()]
+        raise ConfigError(
+            f"{folder} holds a run that differs from this config:\n"
+            + "\n".join(lines)
+            + "\nresume it with its own config, or set run.folder to a new folder"
+        )
+
+
+class RunFolder:
+    """One attempt at a run: the first, or the next one at the run that the folder holds.
+
+    Args:
+        config: the resolved config.
+        fingerprints: of each dataset, by source.
+        world_size: number of processes.
+        is_writer: whether this is the main process; elsewhere every call does nothing.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        fingerprints: dict[str, str],
+        world_size: int,
+        is_writer: bool,
+    ) -> None:
+        self.folder = config.run.folder
+        self.num_steps = config.schedule.num_steps
+        self.num_steps_done = 0
+        self.is_writer = is_writer
+        if not is_writer:
+            return
+        for name in ("metrics", "bad_samples", "checkpoints"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.yaml", to_yaml(config).encode())
+        environment = {"dataset_fingerprints": fingerprints} | describe_environment()
+        _write_json(self.folder / "environment.json", environment)
+        self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
+        self.attempt = f"{len(self._earlier_attempts) + 1:04d}"
+        self._row = {
+            "attempt": self.attempt,
+            "started": _now(),
+            "world_size": world_size,
+            "strategy": "ddp" if world_size > 1 else "single process",
+            "hosts": [socket.gethostname()],
+            "from_step": None,
+            "to_step": None,
+            "ended": None,
+            "outcome": "running",
+        }
+        self._write_attempts()
+
+    @contextmanager
+    def attempt_from(self, step: int) -> Iterator[None]:
+        """Records the step this attempt begins after, and how its block ends."""
+        self.num_steps_done = step
+        self._record(from_step=step)
+        try:
+            yield
+        except BaseException as error:
+            self._record(to_step=self.num_steps_done, ended=_now(), outcome=f"failed: {error!r}")
+            self.write_status("failed")
+            raise
+        is_finished = self.num_steps_done >= self.num_steps
+        outcome = "finished" if is_finished else "stopped"
+        self._record(to_step=self.num_steps_done, ended=_now(), outcome=outcome)
+        self.write_status(outcome)
+
+    def write_metrics(self, row: dict[str, Any]) -> None:
+        """Appends a row of metrics."""
+        self._append("metrics", [row])
+
+    def write_bad_samples(self, step: int, bad_samples: Sequence[BadSample]) -> None:
+        """Enters a step's substitutions into the ledger."""
+        self._append("bad_samples", [{"step": step} | asdict(bad) for bad in bad_samples])
+
+    def write_status(self, state: str) -> None:
+        """Says where the run stands."""
+        if self.is_writer:
+            status = {"state": state, "step": self.num_steps_done, "num_steps": self.num_steps}
+            _write_json(self.folder / "status.json", status | {"updated": _now()})
+
+    def _record(self, **values: Any) -> None:
+        if self.is_writer:
+            self._row |= values
+            self._write_attempts()
+
+    def _write_attempts(self) -> None:
+        rows = [*self._earlier_attempts, self._row]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.folder / "attempts.jsonl", content.encode())
+
+    def _append(self, subfolder: str, rows: Sequence[dict[str, Any]]) -> None:
+        if self.is_writer:
+            path = self.folder / subfolder / f"{self.attempt}.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; none if it does not exist. A last line cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """One row per logged step and per validation, in step order, from all attempts at a run.
+
+    Where attempts overlap, the latest one's row is taken.
+    """
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    for path in sorted((folder / "metrics").glob("*.jsonl")):
+        for row in read_rows(path):
+            rows[row["step"], "validation" in row] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions that a result may depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+        "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, "-dirty" with changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds")

@@ -1,0 +1,74 @@
+"""Numbers that follow from a config and its datasets, for `--dry-run` and the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pretrain.config import PretrainConfig
+from pretrain.gradient_cache import num_micro_batches
+from pretrain.model import ContrastiveModel
+from pretrain.pair_loader import PairingReader, StepDataset
+from pretrain.sample_order import lanes_of_rank
+
+
+def describe_plan(
+    config: PretrainConfig, *, dataset: StepDataset, model: ContrastiveModel, world_size: int
+) -> list[str]:
+    """Lines that say how long, how large and how much per step."""
+    return [
+        *_describe_model(model),
+        *(line for reader in dataset.pairings.values() for line in _describe(config, reader)),
+        *_describe_step(config, dataset, world_size),
+    ]
+
+
+def _describe_model(model: ContrastiveModel) -> Iterator[str]:
+    for kind, tower in model.towers.items():
+        total = sum(p.numel() for p in tower.parameters())
+        trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
+        yield f"{kind} tower: {total:,} parameters, {trained:,} trained"
+
+
+def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
+    order = reader.order
+    yield (
+        f"{order.name}: {order.slots_per_lane * order.lanes} pairs a step, "
+        f"{order.slots_per_lane} from each of {order.lanes} lanes"
+    )
+    drawn = order.samples_drawn(config.schedule.num_steps)
+    for pair_reader, source, samples in zip(reader.readers, order.sources, drawn, strict=True):
+        per_step = samples / config.schedule.num_steps
+        yield (
+            f"  {source.name}: {source.num_samples:,} samples in {len(source.shard_sizes)} shards, "
+            f"{source.lane_length:,} per lane; {per_step:.1f} a step, "
+            f"{source.num_samples / per_step:,.1f} steps per epoch, "
+            f"{samples / source.num_samples:.2f} epochs in {config.schedule.num_steps:,} steps; "
+            f"fingerprint {pair_reader.dataset.info.fingerprint[:12]}"
+        )
+
+
+def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int) -> Iterator[str]:
+    lane_counts = [
+        len(lanes_of_rank(rank, world_size=world_size, lanes=config.lanes))
+        for rank in range(world_size)
+    ]
+    pieces = num_micro_batches(config, num_processes=world_size)
+    read = sum(_mean_bytes_read(reader) for reader in dataset.pairings.values())
+    num_pairs = sum(pairing.global_batch_size for pairing in config.pairings.values())
+    feature_bytes = 2 * num_pairs * config.model.embed_dim * 4
+    yield (
+        f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each, "
+        f"{pieces} micro-batches a step"
+    )
+    yield (
+        f"a step reads {read / 1e6:.2f} MB from shards and gathers {feature_bytes / 1e6:.2f} MB "
+        "of features on every process"
+    )
+
+
+def _mean_bytes_read(reader: PairingReader) -> float:
+    """Bytes of shards that one step of a pairing reads, on average over the run."""
+    order = reader.order
+    drawn = order.samples_drawn(1_000_000)
+    mean_bytes = [r.dataset.info.tar_bytes / len(r.dataset) for r in reader.readers]
+    return sum(n * size for n, size in zip(drawn, mean_bytes, strict=True)) / 1_000_000

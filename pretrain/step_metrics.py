@@ -1,0 +1,172 @@
+"""What a step reports, to the run folder, the trackers and the progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pretrain.config import PretrainConfig
+from pretrain.engine import Engine
+from pretrain.gather import sum_over_ranks
+from pretrain.gradient_cache import StepLosses
+from pretrain.pair_loader import StepBatch
+from pretrain.run_folder import RunFolder
+from pretrain.sample_order import format_digest
+
+logger = logging.getLogger(__name__)
+
+
+class PhaseTimer:
+    """Seconds of host time spent in each phase since the last `take`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of its block to a phase."""
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """(seconds since the last call, of which by phase), and begins anew."""
+        now = time.perf_counter()
+        taken = (now - self._since, self._seconds)
+        self._since, self._seconds = now, {}
+        return taken
+
+
+def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
+    """Per pairing the digest of the step's sample ids; every rank must call it."""
+    halves = np.stack([pairing.digest for pairing in batch.pairings.values()])
+    summed = sum_over_ranks(torch.from_numpy(halves).to(device)).tolist()
+    return {name: format_digest(pair) for name, pair in zip(batch.pairings, summed, strict=True)}
+
+
+class StepReporter:
+    """Writes metrics and keeps the progress bar; on other than the main process it does nothing.
+
+    Args:
+        run: the run folder.
+        engine: for its trackers.
+        config: the whole config.
+        first_step: steps that are already done.
+    """
+
+    def __init__(
+        self, run: RunFolder, engine: Engine, config: PretrainConfig, *, first_step: int
+    ) -> None:
+        self.run = run
+        self.engine = engine
+        self.num_steps = config.schedule.num_steps
+        self.pairs_per_step = sum(p.global_batch_size for p in config.pairings.values())
+        self.last_logged_step = first_step
+        self.bar = None
+        if run.is_writer and sys.stderr.isatty():
+            self.bar = tqdm(total=self.num_steps, initial=first_step, unit="step", desc="pretrain")
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def report_step(
+        self,
+        step: int,
+        *,
+        losses: StepLosses,
+        digest: dict[str, str],
+        learning_rate: float,
+        grad_norm: float,
+        timer: PhaseTimer,
+    ) -> None:
+        """Writes one row of metrics; `step` counts the steps done."""
+        seconds, phases = timer.take()
+        steps = step - self.last_logged_step
+        self.last_logged_step = step
+        if not self.run.is_writer:
+            return
+        row = {
+            "step": step,
+            "samples_seen": step * self.pairs_per_step,
+            "total_loss": losses.total,
+            "loss": {name: loss.value for name, loss in losses.by_pairing.items()},
+            "media_to_text_recall@1": {
+                name: loss.media_to_text_recall_at_1 for name, loss in losses.by_pairing.items()
+            },
+            "logit_scale": losses.scales,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "data_digest": digest,
+            "samples_per_second": steps * self.pairs_per_step / seconds,
+            "data_wait_share": phases.get("data", 0.0) / seconds,
+            "seconds": {name: value / steps for name, value in phases.items()},
+        }
+        self.run.write_metrics(row)
+        self.run.write_status("running")
+        self.engine.log(flatten_numbers(row), step=step)
+        self._show(row)
+
+    def report_validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+        """Writes one row of validation figures, by pairing."""
+        if not self.run.is_writer:
+            return
+        row = {"step": step, "validation": figures}
+        self.run.write_metrics(row)
+        self.engine.log(flatten_numbers({"validation": figures}), step=step)
+        shown = "; ".join(
+            f"{name} loss {values['loss']:.3f}, "
+            f"R@1 {values['media_to_text_recall@1']:.2f} / {values['text_to_media_recall@1']:.2f}"
+            for name, values in figures.items()
+        )
+        self._say(f"step {step}: validation: {shown}")
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, row: dict[str, Any]) -> None:
+        scales = "/".join(f"{scale:.1f}" for scale in row["logit_scale"].values())
+        shown = {
+            "loss": f"{row['total_loss']:.3f}",
+            "samples/s": f"{row['samples_per_second']:.0f}",
+            "wait": f"{row['data_wait_share']:.0%}",
+            "lr": f"{row['learning_rate']:.1e}",
+            "scale": scales,
+            "norm": f"{row['grad_norm']:.2f}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(shown)
+        else:
+            figures = " ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d: %s", row["step"], self.num_steps, figures)
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            logger.info("%s", line)
+
+
+def flatten_numbers(values: dict[str, Any], *, prefix: str = "") -> dict[str, float]:
+    """Nested numbers under names joined by "/"; whatever is not a number is left out."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten_numbers(value, prefix=f"{name}/")
+        elif isinstance(value, int | float):
+            flat[name] = value
+    return flat

@@ -1,0 +1,185 @@
+"""Pretrains a contrastive model: shards in, checkpoints out.
+
+    python -m pretrain.train configs/pretrain/demo.yaml schedule.num_steps=100
+
+The same command runs under `accelerate launch`, `torchrun` or `srun`; the number of processes never
+changes which result comes. Run again, it goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from data_prep.config_file import RunError, run_command
+from pretrain.bad_sample_ledger import BadSampleLedger
+from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
+from pretrain.config import PretrainConfig
+from pretrain.engine import Engine, check_trackers, start_accelerator
+from pretrain.gather import on_main_process, rank, world_size
+from pretrain.gradient_cache import StepLosses, backward_of_step
+from pretrain.model import build_model
+from pretrain.optimizer import build_optimizer, learning_rate_at
+from pretrain.pair_loader import StepBatch, StepDataset, load_steps
+from pretrain.run_folder import RunFolder, refuse_other_run
+from pretrain.run_plan import describe_plan
+from pretrain.step_metrics import PhaseTimer, StepReporter, digest_of_step
+from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.validation import ValidationSet, build_validation_sets, validate
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Runs a config to its last step, from the newest checkpoint of its run folder if it has one.
+
+    Raises:
+        InputError: the config, a dataset or the run folder cannot be used.
+        RunError: the run cannot go on.
+    """
+    check_trackers(config)
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=rank(), world_size=world_size())
+    validation_sets = build_validation_sets(config, tokenizer=tokenizer)
+    run = open_run(config, dataset, validation_sets)
+    model = build_model(config, tokenizer=tokenizer)
+    engine = Engine(
+        accelerator,
+        model=model,
+        optimizer=build_optimizer(config, model),
+        gradient_clipping=config.optimizer.gradient_clipping,
+    )
+    engine.init_trackers(config)
+    first_step = resume(config, engine)
+    with run.attempt_from(first_step):
+        train_steps(config, engine, dataset, validation_sets, tokenizer, run)
+    engine.finish()
+
+
+def open_run(
+    config: PretrainConfig, dataset: StepDataset, validation_sets: list[ValidationSet]
+) -> RunFolder:
+    """This attempt's run folder, refused on every rank if it holds another run."""
+    fingerprints = dataset.fingerprints() | {
+        f"validation/{held_out.pairing}": held_out.reader.dataset.info.fingerprint
+        for held_out in validation_sets
+    }
+    on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))
+    return RunFolder(
+        config, fingerprints=fingerprints, world_size=world_size(), is_writer=rank() == 0
+    )
+
+
+def resume(config: PretrainConfig, engine: Engine) -> int:
+    """Steps already done: those of the newest whole checkpoint, which is loaded."""
+    newest = on_main_process(lambda: newest_checkpoint(config.run.folder))
+    if newest is None:
+        return 0
+    step = restore(engine, newest)
+    if engine.is_main_process:
+        logger.info("going on from %s", newest)
+    return step
+
+
+def train_steps(
+    config: PretrainConfig,
+    engine: Engine,
+    dataset: StepDataset,
+    validation_sets: list[ValidationSet],
+    tokenizer: Tokenizer,
+    run: RunFolder,
+) -> None:
+    """The training loop; `step` counts the steps done."""
+    first_step = run.num_steps_done
+    last_step = min(config.schedule.num_steps, config.run.stop_after_step or sys.maxsize)
+    batches = load_steps(
+        dataset,
+        first_step=first_step,
+        last_step=last_step,
+        num_workers=config.loading.num_workers,
+    )
+    timer = PhaseTimer()
+    reporter = StepReporter(run, engine, config, first_step=first_step)
+    ledger = BadSampleLedger(
+        run,
+        num_samples=dataset.num_samples,
+        max_bad_fraction=config.loading.max_bad_fraction,
+    )
+    engine.train_mode(True)
+    for step in range(first_step + 1, last_step + 1):
+        with timer.phase("data"):
+            batch = next(batches)
+        losses, learning_rate, grad_norm = train_step(config, engine, batch, timer)
+        run.num_steps_done = step
+        ledger.enter(batch, device=engine.device)
+        reporter.advance()
+        is_last = step == last_step
+        if is_last or step % config.run.log_every_steps == 0:
+            digest = digest_of_step(batch, device=engine.device)
+            reporter.report_step(
+                step,
+                losses=losses,
+                digest=digest,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                timer=timer,
+            )
+        if validation_sets and (is_last or step % config.validation.every_steps == 0):
+            figures = {held_out.pairing: validate(engine, held_out) for held_out in validation_sets}
+            reporter.report_validation(step, figures)
+        if is_last or step % config.run.checkpoint_every_steps == 0:
+            with timer.phase("save"):
+                on_main_process(
+                    lambda: save_checkpoint(
+                        config, engine=engine, tokenizer=tokenizer, step=run.num_steps_done
+                    )
+                )
+    reporter.close()
+
+
+def train_step(
+    config: PretrainConfig, engine: Engine, batch: StepBatch, timer: PhaseTimer
+) -> tuple[StepLosses, float, float]:
+    """One optimizer step; returns its losses, learning rate, and gradient norm before clipping.
+
+    Raises:
+        RunError: loss or gradient is not finite; the step was not applied.
+    """
+    learning_rate = learning_rate_at(
+        batch.step, peak=config.optimizer.learning_rate, schedule=config.schedule
+    )
+    try:
+        with timer.phase("forward and backward"):
+            losses = backward_of_step(engine, batch, config)
+        with timer.phase("optimizer"):
+            grad_norm = engine.step(learning_rate=learning_rate)
+    except FloatingPointError as error:
+        raise RunError(
+            f"step {batch.step + 1}: {error}; the step was not applied. Lower "
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g} or raise "
+            f"schedule.warmup_steps={config.schedule.warmup_steps} in a new run folder"
+        ) from None
+    return losses, learning_rate, grad_norm
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Builds everything but the process group, and prints the derived numbers."""
+    check_trackers(config)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    tokenizer = build_tokenizer(config.model.text)
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
+    build_validation_sets(config, tokenizer=tokenizer)
+    model = build_model(config, tokenizer=tokenizer)
+    lines = describe_plan(config, dataset=dataset, model=model, world_size=num_processes)
+    print("\n".join(lines))  # noqa: T201
+
+
+def main() -> int:
+    """The command line."""
+    return run_command(PretrainConfig, run=pretrain, dry_run=dry_run, description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

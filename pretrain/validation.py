@@ -1,0 +1,99 @@
+"""Loss and in-batch recall on held-out pairs, each seen once, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_prep.config_file import InputError
+from pretrain.config import PairingName, PretrainConfig, media_of_pairing
+from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
+from pretrain.engine import Engine
+from pretrain.gather import rank, world_size
+from pretrain.media_transforms import build_transforms
+from pretrain.shard_reader import PairReader
+from pretrain.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The held-out pairs of one pairing, cut into batches that are contrasted within."""
+
+    pairing: PairingName
+    reader: PairReader
+    tokenizer: Tokenizer
+    batch_size: int
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(media, tokens) of this rank's part of each batch; the last batch may be smaller."""
+        num_pairs = len(self.reader.dataset)
+        for start in range(0, num_pairs, self.batch_size):
+            stop = min(start + self.batch_size, num_pairs)
+            first, last = (
+                start + (stop - start) * number // world_size() for number in (rank(), rank() + 1)
+            )
+            pairs = [self.reader.read_exactly(ordinal) for ordinal in range(first, last)]
+            media = [self.reader.transform(pair.media) for pair in pairs]
+            tokens = self.tokenizer([pair.captions[0] for pair in pairs])
+            yield self._stack(media), tokens
+
+    def _stack(self, media: list[Tensor]) -> Tensor:
+        if media:
+            return torch.stack(media)
+        shape_of_one = self.reader.transform(self.reader.read_exactly(0).media)
+        return shape_of_one.new_zeros(0, *shape_of_one.shape)
+
+
+def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> list[ValidationSet]:
+    """The validation sets a config names.
+
+    Raises:
+        InputError: a dataset is missing, empty, or of the wrong kind.
+    """
+    transforms = build_transforms(config)
+    sets = []
+    for name, source in config.validation.pairings.items():
+        kind = media_of_pairing(name)
+        reader = PairReader(
+            f"validation.{name}",
+            folder=source.dataset,
+            kind=kind,
+            transform=transforms[kind],
+            window=config.loading.window,
+        )
+        if len(reader.dataset) == 0:
+            raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
+        sets.append(ValidationSet(name, reader, tokenizer, source.batch_size))
+    return sets
+
+
+@torch.no_grad()
+def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
+    """Mean over the set's pairs of loss and in-batch recall at 1; every rank must call it.
+
+    Raises:
+        ValueError: a held-out pair cannot be decoded.
+    """
+    name = validation_set.pairing
+    engine.train_mode(False)
+    sums: dict[str, float] = {}
+    num_pairs = 0
+    for media, tokens in validation_set.batches():
+        inputs = {name: (media.to(engine.device), tokens.to(engine.device))}
+        loss = softmax_loss(*engine.forward(inputs)[name])
+        for key, value in _figures(loss).items():
+            sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
+        num_pairs += loss.num_pairs
+    engine.train_mode(True)
+    return {key: value / num_pairs for key, value in sums.items()}
+
+
+def _figures(loss: ContrastiveLoss) -> dict[str, float]:
+    return {
+        "loss": loss.value,
+        "media_to_text_recall@1": loss.media_to_text_recall_at_1,
+        "text_to_media_recall@1": loss.text_to_media_recall_at_1,
+    }
