@@ -1,8 +1,8 @@
 """Reads a typed config: defaults, then a YAML file, then `section.key=value` from the command line.
 
-Every command of the project goes through `run_command`, so that all of them take the same arguments
-(`CONFIG.yaml [section.key=value ...] [--dry-run]`), refuse unknown keys with the nearest known name,
-and end with status 0 (done), 1 (failed) or 2 (wrong usage or config).
+Every command of the project goes through `run_command`, so that all of them take the same
+arguments (`CONFIG.yaml [section.key=value ...] [--dry-run]`), refuse unknown keys with the nearest
+known name, and end with status 0 (done), 1 (failed) or 2 (wrong usage or config).
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class ConfigError(InputError):
     """A config or command line that is wrong before anything was run (exit status 2)."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on. The message says why and what to do; commands print it alone."""
+
+
 class Section(BaseModel):
     """Base of every config section: frozen, and unknown keys are errors."""
 
@@ -66,7 +70,7 @@ def _unknown_key_message(key: str, known: Sequence[str]) -> str:
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """Safe loader with YAML 1.2's scalars: 5e-4 is a number; off, on, yes, no and dates are text."""
+    """Safe loader with YAML 1.2's scalars: 5e-4 is a number; off, on, yes, no, dates are text."""
 
 
 _Yaml12Loader.yaml_implicit_resolvers = {
@@ -266,12 +270,12 @@ def run_command(
             dry_run(config)
         else:
             run(config)
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {_rank_prefix(error)}{error}", file=sys.stderr, flush=True)  # noqa: T201
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def _rank_prefix(error: InputError) -> str:
+def _rank_prefix(error: Exception) -> str:
     rank = os.environ.get("RANK")
     return "" if rank is None or isinstance(error, ConfigError) else f"rank {rank}: "

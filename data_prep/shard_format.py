@@ -10,9 +10,11 @@ A `.idx` file is, little-endian:
 
     8 bytes               magic b"ISOIDX1\\n"
     uint32                length of the header in bytes, a multiple of 4
-    header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256, rejected
+    header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256,
+                          rejected, and long_keys where there are any
     uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
-                          bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF: absent
+                          bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
+                          absent
 
 A shard is finished if and only if its `.idx`, which is renamed into place last, matches its tar.
 """
@@ -129,22 +131,24 @@ class ShardIndex:
     tar_bytes: int
     tar_sha256: str
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs dropped on writing
+    # place -> key, where a tar that others made does not hold it in the member's own header
+    long_keys: dict[int, str] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
         return len(self.table)
 
     def to_bytes(self) -> bytes:
-        header = json.dumps(
-            {
-                "fields": list(self.fields),
-                "num_samples": self.num_samples,
-                "tar_bytes": self.tar_bytes,
-                "tar_sha256": self.tar_sha256,
-                "rejected": self.rejected,
-            },
-            sort_keys=True,
-        ).encode()
+        values = {
+            "fields": list(self.fields),
+            "num_samples": self.num_samples,
+            "tar_bytes": self.tar_bytes,
+            "tar_sha256": self.tar_sha256,
+            "rejected": self.rejected,
+        }
+        if self.long_keys:
+            values["long_keys"] = self.long_keys
+        header = json.dumps(values, sort_keys=True).encode()
         header += b" " * (-len(header) % 4)
         length = np.uint32(len(header)).astype("<u4").tobytes()
         return INDEX_MAGIC + length + header + self.table.astype("<u4").tobytes()
@@ -179,6 +183,7 @@ class ShardIndex:
             tar_bytes=header["tar_bytes"],
             tar_sha256=header["tar_sha256"],
             rejected=header.get("rejected", {}),
+            long_keys={int(place): key for place, key in header.get("long_keys", {}).items()},
         )
 
 
@@ -265,7 +270,8 @@ class Dataset:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.info, self.manifest = _read_dataset_files(folder)
+        self.info, self.manifest = read_dataset_files(folder)
+        _check_fingerprint(folder, self.info, self.manifest)
         self.tar_folder = folder / self.info.tar_folder
         self.shard_sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
@@ -301,7 +307,7 @@ class Dataset:
         descriptor = self._tar_descriptor(self.tar_path(shard)).number
         blocks = index.table[place, :, 0]
         header_block = int(blocks[blocks != ABSENT].min()) - 1
-        key = _key_at(descriptor, header_block)
+        key = index.long_keys.get(place) or _key_at(descriptor, header_block)
         sample = Sample(shard=str(self.tar_path(shard)), key=key, members={})
         for name, (block, size, crc) in zip(index.fields, index.table[place].tolist(), strict=True):
             if block == ABSENT or (fields is not None and name not in fields):
@@ -337,7 +343,12 @@ class Dataset:
             )
 
 
-def _read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
+def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
+    """What dataset.json and manifest.jsonl hold, whether or not they agree.
+
+    Raises:
+        InputError: one of them is missing, is damaged, or is of another version.
+    """
     try:
         info_text = (folder / "dataset.json").read_text(encoding="utf-8")
         manifest_text = (folder / "manifest.jsonl").read_text(encoding="utf-8")
@@ -358,12 +369,15 @@ def _read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
         manifest = [ManifestRow(**json.loads(line)) for line in manifest_text.splitlines()]
     except (TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}: damaged dataset.json or manifest.jsonl: {error}") from None
+    return info, manifest
+
+
+def _check_fingerprint(folder: Path, info: DatasetInfo, manifest: list[ManifestRow]) -> None:
     if fingerprint_of(manifest) != info.fingerprint:
         raise InputError(
             f"{folder}: manifest.jsonl has not the fingerprint that dataset.json records; "
             "check the dataset with python -m data_prep.verify_shards"
         )
-    return info, manifest
 
 
 class _Descriptor:
@@ -382,5 +396,13 @@ def _open_descriptor(path: Path) -> _Descriptor:
 
 def _key_at(descriptor: int, header_block: int) -> str:
     header = os.pread(descriptor, BLOCK_BYTES, header_block * BLOCK_BYTES)
-    name = header[:100].rstrip(b"\0").decode("utf-8", errors="replace")
-    return split_member_name(name)[0]
+    return split_member_name(plain_member_name(header))[0]
+
+
+def plain_member_name(header: bytes) -> str:
+    """The name that a member's own header holds, without those of PAX or GNU before it."""
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0":
+        prefix = header[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", errors="replace")
