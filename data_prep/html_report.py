@@ -32,6 +32,8 @@ CHART_STYLE = {
     "font.size": 9,
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "isopair",  # the same chart gives the same bytes
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -209,7 +211,6 @@ def svg_chart(figure: Figure, *, alt: str) -> Markup:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # HTML needs none, and they look like links
     svg = svg.replace(INK, "currentColor")
-    svg = re.sub(r'(<g id="patch_1">\s*<path [^>]*style=")fill: [^;"]*', r"\1fill: none", svg)
     return Markup('<figure class="chart" role="img" aria-label="{}">{}</figure>').format(
         alt, Markup(svg)
     )
@@ -266,14 +267,17 @@ tbody tr:last-child td { border-bottom: 0; }
 .query { border-top: 1px solid var(--line); padding: 12px 0; }
 .query.beside { display: grid; grid-template-columns: 150px 1fr; gap: 16px; align-items: start; }
 .query p { margin: 0 0 8px; }
-.cards { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px; }
+.cards { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 10px; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 6px; font-size: 12px;
   line-height: 1.35; overflow-wrap: anywhere; }
-.card.good { border: 2px solid var(--good); padding: 5px; }
+.card.good { border: 2px solid var(--good); padding: 5px; color: var(--good); font-weight: 600; }
+.card.missed { border: 2px dashed var(--bad); padding: 5px; }
+.card.missed, .query p.missed { color: var(--bad); }
+.query p.missed { margin: 2px 0 0; padding-left: 24px; font-size: 14px; }
 .card .media, .query .media { display: flex; align-items: center; justify-content: center;
   min-height: 60px; margin-bottom: 4px; }
 .media img { max-width: 100%; height: auto; border-radius: 5px; }
-.card .media { height: 116px; } .card .media img { max-height: 116px; width: auto; }
+.card .media:has(img) { height: 104px; } .card .media img { max-height: 104px; width: auto; }
 .sound { width: 100%; } .sound audio { width: 100%; height: 30px; display: block; }
 .waveform { width: 100%; height: 40px; display: block; fill: var(--accent); }
 ol.answers { margin: 0; padding-left: 24px; font-size: 14px; }

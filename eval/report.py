@@ -29,10 +29,11 @@ from eval.tasks import ClassificationTask, RetrievalTask
 from pretrain.run_folder import read_metrics
 
 # Bounds on what is shown keep the page below about 5 MB.
-MAX_QUERIES_IN_ALL = 24
+# Browsers refuse to play more than 75 sounds of a page; a query shows up to seven.
+MAX_QUERIES_IN_ALL = {"image": 24, "audio": 10}
 MAX_QUERIES_PER_DIRECTION = 8
 MAX_CLASS_ROWS = 60
-MAX_CONFUSIONS = 15
+MAX_CONFUSIONS = 10
 
 
 def write_report(
@@ -93,32 +94,47 @@ def headline_section(outcomes: Sequence[Outcome]) -> Section:
 def _outcome_section(outcome: Outcome, outcomes: Sequence[Outcome]) -> Section:
     if isinstance(outcome.task, ClassificationTask):
         return classification_section(outcome)
-    num_retrievals = sum(isinstance(other.task, RetrievalTask) for other in outcomes)
-    num_queries = min(MAX_QUERIES_PER_DIRECTION, max(2, MAX_QUERIES_IN_ALL // num_retrievals))
+    media = outcome.task.dataset.info.media
+    num_alike = sum(
+        isinstance(other.task, RetrievalTask) and other.task.dataset.info.media == media
+        for other in outcomes
+    )
+    share = MAX_QUERIES_IN_ALL[media] // num_alike
+    num_queries = min(MAX_QUERIES_PER_DIRECTION, max(1, share))
     return Section(
         outcome.task.name,
         retrieval_gallery(outcome, num_queries=num_queries),
-        note=outcome.task.description()
-        + ". In each direction the hardest queries come first, then some from all over the set.",
+        note=" ".join(_retrieval_notes(outcome.task)),
     )
+
+
+def _retrieval_notes(task: RetrievalTask) -> list[str]:
+    notes = [
+        f"{task.description()}.",
+        "In each direction the hardest queries come first, then some from all over the set.",
+    ]
+    num_repeated = len(task.captions) - len(set(task.captions))
+    if num_repeated:
+        notes.append(
+            f"{num_repeated} captions repeat the words of another one: each is right only for its "
+            "own item, which bounds the recall that any model can reach."
+        )
+    return notes
 
 
 def classification_section(outcome: Outcome) -> Section:
     """Confusion matrix, the worst classes, and the commonest confusions."""
     task, result = outcome.task, outcome.result
+    matrix = [
+        heading("Confusion matrix"),
+        confusion_chart(result.confusion, task.class_names),
+        heading("Commonest confusions"),
+        _confusion_table(result.confusion, task.class_names),
+    ]
+    classes = [heading("Recall by class, worst first"), _class_table(outcome)]
     return Section(
         task.name,
-        [
-            columns(
-                [
-                    heading("Confusion matrix")
-                    + confusion_chart(result.confusion, task.class_names),
-                    heading("Recall by class, worst first") + _class_table(outcome),
-                ]
-            ),
-            heading("Commonest confusions"),
-            _confusion_table(result.confusion, task.class_names),
-        ],
+        [columns([Markup("").join(matrix), Markup("").join(classes)])],
         note=task.description(),
     )
 
@@ -184,7 +200,9 @@ def provenance_section(record: dict[str, Any]) -> Section:
             f"{dataset['folder']}, {dataset['num_samples']} {dataset['media']} samples, "
             f"fingerprint {dataset['fingerprint']}"
         )
-        facts[f"{name}: counts"] = ", ".join(f"{key[4:]} {counts[key]}" for key in counts)
+        facts[f"{name}: counts"] = ", ".join(
+            f"{key[4:].replace('_', ' ')} {counts[key]}" for key in counts
+        )
         if "prompt_templates" in evaluation:
             facts[f"{name}: prompts"] = "; ".join(evaluation["prompt_templates"])
     facts |= {

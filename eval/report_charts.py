@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from data_prep.html_report import INK, SERIES_COLORS, chart, svg_chart
 
 MAX_CLASSES_WITH_COUNTS = 25  # above this, counts would not be readable
-CELL_COLOR = (0.25, 0.45, 0.85)
+CELL_COLOR = (0.2, 0.42, 0.82)
 
 # Series name -> (steps, values)
 Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -53,7 +53,7 @@ def _write_counts(axes: Axes, confusion: np.ndarray, shares: np.ndarray) -> None
             ha="center",
             va="center",
             fontsize=8,
-            color="white" if shares[true, predicted] > 0.5 else INK,
+            color="white" if shares[true, predicted] > 0.7 else INK,
         )
 
 

@@ -43,11 +43,23 @@ class MediaViews:
         return Markup('<div class="media">{}</div>').format(view)
 
 
-def shown_queries(first_ranks: np.ndarray, *, num_queries: int) -> list[int]:
-    """Places of the queries to show: the hardest half first, then some spread over the rest."""
-    num_queries = min(num_queries, len(first_ranks))
-    hardest = np.argsort(-first_ranks, kind="stable")[: num_queries // 2]
-    rest = np.setdiff1d(np.arange(len(first_ranks)), hardest)
+def shown_queries(
+    first_ranks: np.ndarray, *, num_queries: int, labels: Sequence[str] | None = None
+) -> list[int]:
+    """Places of the queries to show: the hardest half first, then some spread over the rest.
+
+    Args:
+        first_ranks: [queries] rank of the first right answer.
+        num_queries: how many to show.
+        labels: of queries with equal labels only the hardest is shown.
+    """
+    by_rank = np.argsort(-first_ranks, kind="stable")
+    if labels is not None:
+        _, firsts = np.unique([labels[place] for place in by_rank], return_index=True)
+        by_rank = by_rank[np.sort(firsts)]
+    num_queries = min(num_queries, len(by_rank))
+    hardest = by_rank[: num_queries // 2]
+    rest = np.sort(by_rank[num_queries // 2 :])
     places = np.linspace(0, len(rest) - 1, num_queries - len(hardest)).round().astype(int)
     return [*hardest.tolist(), *rest[places].tolist()]
 
@@ -112,31 +124,36 @@ def _missed_caption(
     own = np.flatnonzero(media_of_text == query)
     if set(own.tolist()) & set(found):
         return Markup("")
-    return Markup('<p class="note">its caption: {}</p>').format(captions[own[0]])
+    return Markup('<p class="missed">missed: {}</p>').format(captions[own[0]])
 
 
 def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
     task, ranks = outcome.task, outcome.result.text_to_media
-    queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
+    queries = shown_queries(ranks.first_ranks(), num_queries=num_queries, labels=task.captions)
     answers = nearest(outcome.text_embeddings[queries], outcome.media_embeddings)
     return [
         Markup('<div class="query"><p>{} {}</p><div class="cards">{}</div></div>').format(
             task.captions[query],
             _rank_badge(ranks, query),
-            Markup("").join(
-                _media_answer(views.of(media), place, media == task.media_of_text[query])
-                for place, media in enumerate(found, start=1)
-            ),
+            _media_answers(views, found, right=int(task.media_of_text[query])),
         )
         for query, found in zip(queries, answers, strict=True)
     ]
 
 
-def _media_answer(view: Markup, place: int, is_right: bool) -> Markup:
-    mark = badge("right", kind="good") if is_right else ""
-    return Markup('<div class="card {}">{}{} {}</div>').format(
-        "good" if is_right else "", view, place, mark
-    )
+def _media_answers(views: MediaViews, found: Sequence[int], *, right: int) -> Markup:
+    cards = [
+        _card(views.of(media), str(place), kind="good" if media == right else "")
+        for place, media in enumerate(found, start=1)
+    ]
+    if right not in found:
+        cards.append(_card(views.of(right), "missed", kind="missed"))
+    return Markup("").join(cards)
+
+
+def _card(view: Markup, label: str, *, kind: str) -> Markup:
+    mark = Markup(" &#10003;") if kind == "good" else ""
+    return Markup('<div class="card {}">{}{}{}</div>').format(kind, view, label, mark)
 
 
 def _rank_badge(ranks: QueryRanks, query: int) -> Markup:

@@ -18,6 +18,7 @@ def random_classification(num_media=200, num_classes=12, width=6, seed=0):
     return (*(normalize(torch.tensor(rows).float(), dim=-1) for rows in (media, classes)), targets)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_accuracies_equal_scikit_learn():
     media, classes, targets = random_classification()
     result = classify(media, classes, targets=targets, bootstrap=FEW_RESAMPLES)
