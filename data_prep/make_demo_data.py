@@ -1,0 +1,124 @@
+"""Writes the demo's pairs: real files with manifests, to try the whole pipeline on.
+
+    python -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
+
+    digits/   real scans of handwritten digits (from scikit-learn): zero-shot classification
+    scenes/   drawn scenes, some combinations of attributes held out: zero-shot retrieval
+    sounds/   synthesised sounds of twelve kinds: zero-shot classification of audio
+
+Each set has train.tsv, validation.tsv and test.tsv, and the same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import DemoData
+from data_prep.config_file import run_command
+from data_prep.demo_images import (
+    DIGIT_NAMES,
+    DIGIT_PROMPTS,
+    NUM_VALIDATION_SCENES,
+    digit_splits,
+    scene_caption,
+    scene_combinations,
+    scene_items,
+)
+from data_prep.demo_item import write_lines, write_split
+from data_prep.demo_sounds import SOUND_PROMPTS, SOUNDS, sound_items
+
+NUM_TEST_CLIPS = 25  # of each kind of sound
+NUM_VALIDATION_CLIPS = 10
+
+
+def make_demo_data(config: DemoData) -> None:
+    """Writes the three sets and says what they are.
+
+    Raises:
+        InputError: scikit-learn, which brings the digits, is not installed.
+    """
+    _write_digits(config.output / "digits", config)
+    _write_scenes(config.output / "scenes", config)
+    _write_sounds(config.output / "sounds", config)
+
+
+def _write_digits(folder: Path, config: DemoData) -> None:
+    counts = {
+        split: write_split(folder, split, items)
+        for split, items in digit_splits(config.seed).items()
+    }
+    write_lines(folder / "class_names.txt", DIGIT_NAMES)
+    write_lines(folder / "prompt_templates.txt", DIGIT_PROMPTS)
+    _report(folder, counts, "scans of handwritten digits")
+
+
+def _write_scenes(folder: Path, config: DemoData) -> None:
+    known, held_out = scene_combinations(config.seed)
+    rng = np.random.default_rng([config.seed, 20])
+    chosen = [known[place] for place in rng.permutation(len(known))[:NUM_VALIDATION_SCENES]]
+    splits = {
+        "train": (known, config.scenes_per_combination, 2),
+        "validation": (chosen, 1, 1),
+        "test": (held_out, 1, 1),
+    }
+    counts = {
+        split: write_split(
+            folder,
+            split,
+            scene_items(
+                combinations, copies=copies, num_captions=num, seed=[config.seed, 21 + place]
+            ),
+        )
+        for place, (split, (combinations, copies, num)) in enumerate(splits.items())
+    }
+    write_lines(folder / "other_captions.txt", [scene_caption(each, rng) for each in known])
+    _report(
+        folder,
+        counts,
+        f"drawn scenes; the test shows {len(held_out)} of {len(known) + len(held_out)} "
+        "combinations of attributes, none of which is in training",
+    )
+
+
+def _write_sounds(folder: Path, config: DemoData) -> None:
+    clips = {
+        "train": config.clips_per_sound,
+        "validation": NUM_VALIDATION_CLIPS,
+        "test": NUM_TEST_CLIPS,
+    }
+    counts = {
+        split: write_split(
+            folder, split, sound_items(clips_per_sound=number, seed=[config.seed, 30 + place])
+        )
+        for place, (split, number) in enumerate(clips.items())
+    }
+    write_lines(folder / "class_names.txt", SOUNDS)
+    write_lines(folder / "prompt_templates.txt", SOUND_PROMPTS)
+    _report(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
+
+
+def _report(folder: Path, counts: dict[str, int], what: str) -> None:
+    numbers = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
+    print(f"{folder}: {numbers}: {what}")  # noqa: T201
+
+
+def print_plan(config: DemoData) -> None:
+    """Prints what would be written."""
+    known, held_out = scene_combinations(config.seed)
+    print(  # noqa: T201
+        f"would write into {config.output}: digits (1,797 pictures), scenes "
+        f"({len(known) * config.scenes_per_combination:,} for training, {len(held_out)} held-out "
+        f"combinations), sounds ({len(SOUNDS) * config.clips_per_sound:,} clips for training)"
+    )
+
+
+def main() -> int:
+    """The command."""
+    return run_command(DemoData, run=make_demo_data, dry_run=print_plan, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
