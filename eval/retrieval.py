@@ -131,7 +131,7 @@ def retrieval_ranks(
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(text_embeddings, name="text_embeddings")
-    owners = torch.as_tensor(media_of_text, device=media_embeddings.device)
+    owners = torch.as_tensor(media_of_text, device=media_embeddings.device).long()
     gallery = text_embeddings
     if distractor_embeddings is not None and len(distractor_embeddings) > 0:
         check_finite(distractor_embeddings, name="distractor_embeddings")
@@ -147,18 +147,32 @@ def retrieval_ranks(
         [right_scores, right_scores.new_full((len(gallery) - num_captions,), torch.nan)]
     )
 
+    counts = _count_wrong_answers(
+        media_embeddings, gallery, owners=owners, of_query=of_query, best=best, tile=tile
+    )
+    return _both_ranks(counts, num_best, num_captions=num_captions, gallery_size=len(gallery))
+
+
+def _count_wrong_answers(
+    media_embeddings: Tensor,
+    gallery: Tensor,
+    *,
+    owners: Tensor,
+    of_query: Tensor,
+    best: Tensor,
+    tile: int,
+) -> dict[str, Tensor]:
+    """Wrong answers above and level with `best` [Q] of each media item and `of_query` [M + X] of
+    each caption, tile by tile."""
     counts = {
-        name: torch.zeros(size, dtype=torch.int64, device=best.device)
-        for name, size in (
-            ("media_above", num_media),
-            ("media_level", num_media),
-            ("text_above", len(gallery)),
-            ("text_level", len(gallery)),
-        )
+        "media_above": torch.zeros_like(best, dtype=torch.int64),
+        "media_level": torch.zeros_like(best, dtype=torch.int64),
+        "text_above": torch.zeros_like(of_query, dtype=torch.int64),
+        "text_level": torch.zeros_like(of_query, dtype=torch.int64),
     }
     for text_start in range(0, len(gallery), tile):
         texts = slice(text_start, text_start + tile)
-        for media_start in range(0, num_media, tile):
+        for media_start in range(0, len(media_embeddings), tile):
             media = slice(media_start, media_start + tile)
             scores = cosine_scores(gallery[texts], media_embeddings[media])  # [tile, tile]
             _mask_right_pairs(scores, owners[texts] - media_start)
@@ -166,7 +180,7 @@ def retrieval_ranks(
             counts["text_level"][texts] += (scores == of_query[texts, None]).sum(dim=1)
             counts["media_above"][media] += (scores > best[media]).sum(dim=0)
             counts["media_level"][media] += (scores == best[media]).sum(dim=0)
-    return _both_ranks(counts, num_best, num_captions=num_captions, gallery_size=len(gallery))
+    return counts
 
 
 def _both_ranks(
