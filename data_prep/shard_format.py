@@ -275,10 +275,22 @@ class Dataset:
         self.tar_folder = folder / self.info.tar_folder
         self.shard_sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._index = lru_cache(maxsize=None)(self._read_index)
-        self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(_open_descriptor)
+        self._set_up_caches()
         for row in self.manifest:
             self._check_tar_size(row)
+
+    def _set_up_caches(self) -> None:
+        self._index = lru_cache(maxsize=None)(self._read_index)
+        self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(_open_descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, so that loader processes can be started in any way."""
+        caches = ("_index", "_tar_descriptor")
+        return {name: value for name, value in vars(self).items() if name not in caches}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_up_caches()
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])

@@ -207,8 +207,14 @@ class Engine:
         self.accelerator.log(values, step=step)
 
     def finish(self) -> None:
-        """Closes the trackers and leaves the process group."""
+        """Closes the trackers and leaves the process group; only `model` can be used afterwards.
+
+        The wrapper goes first: were it the last to hold the group, the group's threads would be
+        joined under the interpreter's lock, which one of them may be waiting for.
+        """
         self.accelerator.end_training()
+        del self._wrapped_model, self._wrapped_optimizer
+        self.accelerator.free_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
 

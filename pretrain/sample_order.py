@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -27,6 +26,7 @@ FEISTEL_ROUNDS = 6
 # Sources share each row of this many slots in exact proportion to their weights.
 MIXING_BLOCK_SLOTS = 4096
 MAX_SOURCES = 64
+NUM_TABLES_KEPT = 8
 # Weights are turned into integers, so that counts are exact for ever.
 WEIGHT_PARTS = 10**9
 
@@ -87,6 +87,11 @@ def sample_rng(seed: int, *, source: str, epoch: int, ordinal: int) -> np.random
     return np.random.Generator(np.random.Philox(key=key_of(seed, source, epoch, ordinal)))
 
 
+def _newest(tables: dict) -> dict:
+    """The last few of the tables made so far: steps move through epochs and blocks in order."""
+    return dict(list(tables.items())[-NUM_TABLES_KEPT:])
+
+
 # ------------------------------------------------------------------------------------ a source
 
 
@@ -121,7 +126,7 @@ class SourceOrder:
                 f"source {name!r} has {self.num_samples} samples, fewer than lanes={lanes}; "
                 f"set lanes to at most {self.num_samples}"
             )
-        self._epoch_axis = lru_cache(maxsize=8)(self._make_epoch_axis)
+        self._epoch_axes: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def samples_at(self, lanes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, ordinal) of the sample at each (lane, position); positions are unbounded.
@@ -153,8 +158,13 @@ class SourceOrder:
             keys = scramble(keys ^ part.astype(np.uint64))
         return starts + permute(places - starts, sizes=sizes, keys=keys)
 
-    def _make_epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(shards in this epoch's order, where each begins on the axis, rotation of the axis)."""
+        if epoch not in self._epoch_axes:
+            self._epoch_axes = _newest(self._epoch_axes) | {epoch: self._make_epoch_axis(epoch)}
+        return self._epoch_axes[epoch]
+
+    def _make_epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         key = np.uint64(key_of(self.seed, "shards", self.name, epoch))
         numbers = np.arange(len(self.shard_sizes), dtype=np.uint64)
         shard_order = np.argsort(scramble(scramble(numbers) ^ key), kind="stable")
@@ -212,7 +222,7 @@ class PairingOrder:
         total = sum(weights)
         self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights]
         self._largest = int(np.argmax(weights))
-        self._mixing_block = lru_cache(maxsize=4)(self._make_mixing_block)
+        self._mixing_blocks: dict[tuple[int, range], tuple[np.ndarray, np.ndarray]] = {}
 
     def samples_of_step(self, step: int, *, lanes: range) -> StepSamples:
         """The samples of one step that the given lanes hold, lane after lane."""
@@ -246,6 +256,12 @@ class PairingOrder:
             source_numbers[here] = block_sources[at]
             positions[here] = block_positions[at]
         return source_numbers, positions
+
+    def _mixing_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
+        if (block, lanes) not in self._mixing_blocks:
+            made = {(block, lanes): self._make_mixing_block(block, lanes)}
+            self._mixing_blocks = _newest(self._mixing_blocks) | made
+        return self._mixing_blocks[block, lanes]
 
     def _make_mixing_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
         """([lanes, slots] source, [lanes, slots] position in that source's lane) of one block.

@@ -1,0 +1,191 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.config_file import InputError
+from pretrain.sample_order import (
+    MIXING_BLOCK_SLOTS,
+    PairingOrder,
+    SourceOrder,
+    digest_halves,
+    format_digest,
+    lanes_of_rank,
+    permute,
+    sample_rng,
+)
+
+LANES = 8
+
+
+def make_source(name="a", shard_sizes=(100, 50, 33), lanes=LANES, window=10, seed=0):
+    return SourceOrder(name, shard_sizes=shard_sizes, lanes=lanes, window=window, seed=seed)
+
+
+def make_pairing(sources=None, weights=(1.0,), batch=32, seed=0):
+    sources = sources or [make_source(seed=seed)]
+    return PairingOrder(
+        "image-text", sources=sources, weights=weights, global_batch_size=batch, seed=seed
+    )
+
+
+def global_step(pairing, step, world_size):
+    """(slot, source, epoch, ordinal) of a step, joined over ranks."""
+    rows = []
+    for rank in range(world_size):
+        lanes = lanes_of_rank(rank, world_size=world_size, lanes=pairing.lanes)
+        samples = pairing.samples_of_step(step, lanes=lanes)
+        columns = (samples.slots, samples.sources, samples.epochs, samples.ordinals)
+        rows += list(zip(*(column.tolist() for column in columns), strict=True))
+    return rows
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_permute_is_a_bijection(size, key):
+    assert sorted(permute(np.arange(size), sizes=size, keys=key)) == list(range(size))
+
+
+@given(size=st.integers(1, 10**10), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_permute_of_a_large_domain_stays_inside_it_without_collisions(size, key):
+    places = np.unique(np.linspace(0, size - 1, 500).astype(np.int64))
+    permuted = permute(places, sizes=size, keys=key)
+    assert permuted.min() >= 0
+    assert permuted.max() < size
+    assert len(np.unique(permuted)) == len(places)
+
+
+def test_permute_shuffles_well_enough():
+    size = 10_000
+    permuted = permute(np.arange(size), sizes=size, keys=5)
+    lag_one = np.corrcoef(permuted[:-1], permuted[1:])[0, 1]
+    assert abs(lag_one) < 0.04  # 4 standard deviations of a random permutation
+    assert abs(np.corrcoef(np.arange(size), permuted)[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("shard_sizes", [(183,), (100, 50, 33), (3,) * 61, (0, 90, 0, 93)])
+@pytest.mark.parametrize("window", [1, 10, 10_000])
+def test_every_epoch_draws_each_sample_once_but_for_fewer_than_one_per_lane(shard_sizes, window):
+    source = make_source(shard_sizes=shard_sizes, window=window)
+    left_over = []
+    for epoch in range(3):
+        positions = epoch * source.lane_length + np.arange(source.lane_length)
+        lanes = np.repeat(np.arange(LANES), source.lane_length)
+        epochs, ordinals = source.samples_at(lanes, np.tile(positions, LANES))
+        assert set(epochs.tolist()) == {epoch}
+        assert len(set(ordinals.tolist())) == LANES * source.lane_length
+        assert set(ordinals.tolist()) <= set(range(183))
+        left_over.append(frozenset(range(183)) - set(ordinals.tolist()))
+    assert all(len(missing) == 183 % LANES for missing in left_over)
+    assert len(set(left_over)) > 1  # they rotate
+
+
+def test_a_window_of_one_reads_shards_in_sequence():
+    source = make_source(shard_sizes=(50, 50, 50, 50), window=1)
+    _, ordinals = source.samples_at(np.zeros(25, dtype=np.int64), np.arange(25))
+    steps = np.diff(ordinals)
+    assert (steps == 1).sum() >= 23  # at most one jump, to the next shard
+
+
+def test_epochs_and_seeds_give_different_orders():
+    lanes, positions = np.zeros(20, dtype=np.int64), np.arange(20)
+    orders = [
+        make_source(seed=seed).samples_at(lanes, positions + offset)[1].tolist()
+        for seed, offset in ((0, 0), (1, 0), (0, 22))
+    ]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_a_step_does_not_depend_on_the_number_of_ranks():
+    sources = [make_source("a"), make_source("b", shard_sizes=(400,), window=64)]
+    pairing = make_pairing(sources, weights=(1, 3))
+    for step in (0, 5, MIXING_BLOCK_SLOTS // 4 - 1, MIXING_BLOCK_SLOTS // 4, 5000):
+        alone = global_step(pairing, step, 1)
+        assert [row[0] for row in alone] == list(range(32))
+        for world_size in (2, 3, 4, 7, 8):
+            assert global_step(pairing, step, world_size) == alone
+
+
+def test_mixing_counts_are_exact_per_block_and_even_per_step():
+    sources = [make_source("a"), make_source("b", shard_sizes=(400,)), make_source("c")]
+    pairing = make_pairing(sources, weights=(1, 2, 0.5), batch=LANES * 4)
+    shares = np.array([1, 2, 0.5]) / 3.5
+    total = Counter()
+    for step in range(MIXING_BLOCK_SLOTS // 4):
+        counts = Counter(source for _, source, _, _ in global_step(pairing, step, 1))
+        for number, share in enumerate(shares):
+            assert abs(counts[number] - share * LANES * 4) <= 4  # one per slot of a lane
+        total += counts
+    for number, share in enumerate(shares):
+        assert abs(total[number] - share * MIXING_BLOCK_SLOTS * LANES) <= LANES
+        assert pairing.samples_drawn(MIXING_BLOCK_SLOTS // 4)[number] == total[number]
+
+
+def test_mixed_sources_still_draw_each_sample_once_per_epoch():
+    sources = [make_source("a"), make_source("b", shard_sizes=(400,))]
+    pairing = make_pairing(sources, weights=(1, 1))
+    drawn = Counter()
+    for step in range(100):
+        drawn.update(row[1:] for row in global_step(pairing, step, 1))
+    assert max(drawn.values()) == 1
+    first_epoch_of_a = [row for row in drawn if row[:2] == (0, 0)]
+    assert len(first_epoch_of_a) == 183 // LANES * LANES
+
+
+def test_a_source_smaller_than_the_lanes_is_refused_with_what_to_set():
+    with pytest.raises(InputError, match="'a' has 5 samples, fewer than lanes=8; set lanes to at"):
+        make_source(shard_sizes=(5,))
+
+
+def test_more_processes_than_lanes_are_refused():
+    with pytest.raises(InputError, match="9 processes for lanes=8"):
+        lanes_of_rank(0, world_size=9, lanes=8)
+
+
+def test_lanes_are_dealt_in_neighbouring_runs_of_nearly_equal_length():
+    runs = [lanes_of_rank(rank, world_size=3, lanes=8) for rank in range(3)]
+    assert [lane for run in runs for lane in run] == list(range(8))
+    assert sorted(map(len, runs)) == [2, 3, 3]
+
+
+def test_the_digest_adds_up_over_ranks_and_sees_every_change():
+    pairing = make_pairing()
+    keys = [7]
+
+    def digest(step, world_size):
+        halves = sum(
+            digest_halves(
+                pairing.samples_of_step(
+                    step, lanes=lanes_of_rank(rank, world_size=world_size, lanes=LANES)
+                ),
+                source_keys=keys,
+            )
+            for rank in range(world_size)
+        )
+        return format_digest(halves)
+
+    assert digest(3, 1) == digest(3, 5)
+    assert digest(3, 1) != digest(4, 1)
+
+
+def test_the_randomness_of_a_sample_depends_on_seed_source_epoch_and_ordinal_alone():
+    def draw(**changes):
+        place = {"seed": 0, "source": "a", "epoch": 2, "ordinal": 5} | changes
+        return sample_rng(place.pop("seed"), **place).random()
+
+    assert draw() == draw()
+    others = [draw(seed=1), draw(source="b"), draw(epoch=3), draw(ordinal=6)]
+    assert len({draw(), *others}) == 5
+
+
+def test_the_order_has_not_changed_since_version_one():
+    """Figures of this project's first release: a change here breaks every run that is resumed."""
+    sources = [make_source("a"), make_source("b", shard_sizes=(400,), window=64)]
+    pairing = make_pairing(sources, weights=(1, 3))
+    assert format_digest(
+        digest_halves(pairing.samples_of_step(1234, lanes=range(LANES)), source_keys=[1, 2])
+    ) == "646dac67e09925a3"

@@ -1,0 +1,227 @@
+"""The three laws, end to end: real processes, real files."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from gloo_processes import WorkerFailedError, run_in_processes
+from safetensors.torch import load_file
+from toy_run import toy_config
+
+from data_prep.config_file import to_yaml
+from pretrain.run_folder import read_metrics, read_rows
+
+STEPS = {"num_steps": 20, "warmup_steps": 2}
+
+
+def train(config):
+    from pretrain.train import pretrain
+
+    pretrain(config)
+
+
+def steps_of(folder):
+    return [row for row in read_metrics(folder) if "validation" not in row]
+
+
+@pytest.fixture(scope="module")
+def alone(toy_data, tmp_path_factory):
+    """Run folder of 20 steps by one process, not disturbed."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    validation = {
+        "every_steps": 10,
+        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+    }
+    run_in_processes(1, train, toy_config(toy_data, folder, schedule=STEPS, validation=validation))
+    return folder
+
+
+def assert_same_run(folder, expected, *, rel=1e-4):
+    rows, expected_rows = steps_of(folder), steps_of(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for row, truth in zip(rows, expected_rows, strict=True):
+        assert row["data_digest"] == truth["data_digest"]
+        assert row["loss"] == pytest.approx(truth["loss"], rel=rel)
+        assert row["grad_norm"] == pytest.approx(truth["grad_norm"], rel=10 * rel)
+        assert row["logit_scale"] == pytest.approx(truth["logit_scale"], rel=rel)
+
+
+def test_a_run_writes_what_it_is_and_what_it_did(alone):
+    assert (alone / "config.yaml").exists()
+    environment = json.loads((alone / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert set(environment["dataset_fingerprints"]) == {
+        "image-text/colors",
+        "image-text/more_colors",
+        "audio-text/tones",
+        "validation/image-text",
+    }
+    [attempt] = read_rows(alone / "attempts.jsonl")
+    assert (attempt["from_step"], attempt["to_step"], attempt["outcome"]) == (0, 20, "finished")
+    assert json.loads((alone / "status.json").read_text())["state"] == "finished"
+    rows = steps_of(alone)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[-1]["samples_seen"] == 20 * 24
+    assert rows[-1]["total_loss"] < rows[0]["total_loss"]
+    assert list((alone / "tensorboard").rglob("events.out.tfevents.*"))
+    validations = [row["validation"] for row in read_metrics(alone) if "validation" in row]
+    assert len(validations) == 2
+    assert 0 <= validations[0]["image-text"]["media_to_text_recall@1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "changes"),
+    [(2, {}), (3, {}), (2, {"micro_batch_size": 3}), (1, {"loading": {"num_workers": 2}})],
+    ids=["2 processes", "3 processes", "micro-batches", "loader workers"],
+)
+def test_a_run_does_not_depend_on_what_it_ran_on(
+    toy_data, tmp_path, alone, num_processes, changes
+):
+    config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
+    loading = config.loading.model_copy(update=changes.get("loading", {}))
+    config = config.model_copy(update=changes | {"loading": loading})
+    run_in_processes(num_processes, train, config)
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(
+    toy_data, tmp_path, alone
+):
+    config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
+    stopping = config.run.model_copy(update={"stop_after_step": 7})
+    run_in_processes(2, train, config.model_copy(update={"run": stopping}))
+    assert len(steps_of(tmp_path / "run")) == 7
+    run_in_processes(1, train, config)
+    assert_same_run(tmp_path / "run", alone)
+    attempts = read_rows(tmp_path / "run" / "attempts.jsonl")
+    assert [(row["world_size"], row["from_step"]) for row in attempts] == [(2, 0), (1, 7)]
+    # Beyond the metrics: the parameters. Adam turns the rounding noise of parameters whose true
+    # gradient is zero (key biases) into steps of the learning rate, so the bound is a share of it.
+    final = "checkpoints/step_00000020/model.safetensors"
+    resumed, undisturbed = load_file(tmp_path / "run" / final), load_file(alone / final)
+    for name, value in undisturbed.items():
+        if not name.endswith("in_proj_bias"):
+            torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_resuming_in_one_process_is_bit_exact(toy_data, tmp_path, alone):
+    shutil.copytree(alone, tmp_path / "run")
+    config = toy_config(toy_data, tmp_path / "again", schedule=STEPS)
+    stopping = config.run.model_copy(update={"stop_after_step": 11})
+    run_in_processes(1, train, config.model_copy(update={"run": stopping}))
+    run_in_processes(1, train, config)
+    final = "checkpoints/step_00000020/model.safetensors"
+    resumed, undisturbed = load_file(tmp_path / "again" / final), load_file(alone / final)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(toy_data, tmp_path, alone):
+    config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
+    for last_step in (5, 9):
+        stopping = config.run.model_copy(update={"stop_after_step": last_step})
+        run_in_processes(1, train, config.model_copy(update={"run": stopping}))
+    newest = tmp_path / "run" / "checkpoints" / "step_00000009" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    run_in_processes(1, train, config)
+    assert read_rows(tmp_path / "run" / "attempts.jsonl")[-1]["from_step"] == 5
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_keys_that_differ(
+    toy_data, tmp_path, alone
+):
+    shutil.copytree(alone, tmp_path / "run")
+    config = toy_config(
+        toy_data, tmp_path / "run", schedule=STEPS, optimizer={"learning_rate": 2e-3}
+    )
+    with pytest.raises(WorkerFailedError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.002"):
+        run_in_processes(2, train, config)
+
+
+def test_a_non_finite_loss_stops_the_run_naming_the_step(toy_data, tmp_path):
+    config = toy_config(
+        toy_data,
+        tmp_path / "run",
+        optimizer={"learning_rate": 1e30, "gradient_clipping": None},
+        schedule={"num_steps": 9, "warmup_steps": 0},
+    )
+    with pytest.raises(WorkerFailedError, match=r"RunError: step \d+: .*(nan|inf).* not applied"):
+        run_in_processes(1, train, config)
+    [attempt] = read_rows(tmp_path / "run" / "attempts.jsonl")
+    assert attempt["outcome"].startswith("failed: RunError")
+
+
+def copy_with_bad_bytes(toy_data, folder, *, num_bad):
+    """The toy data, with a flipped bit in `num_bad` pictures of the first source."""
+    from data_prep.shard_format import BLOCK_BYTES, ShardIndex
+
+    shutil.copytree(toy_data, folder)
+    index = ShardIndex.read(folder / "colors" / "00000000.idx")
+    column = index.fields.index("png")
+    tar = folder / "colors" / "00000000.tar"
+    content = bytearray(tar.read_bytes())
+    for place in range(num_bad):
+        content[int(index.table[place, column, 0]) * BLOCK_BYTES + 20] ^= 1
+    tar.write_bytes(content)
+    return folder
+
+
+def test_bad_bytes_are_substituted_the_same_way_anywhere_and_entered_in_the_ledger(
+    toy_data, tmp_path
+):
+    data = copy_with_bad_bytes(toy_data, tmp_path / "data", num_bad=2)
+    for num_processes in (1, 2):
+        config = toy_config(
+            data,
+            tmp_path / f"run{num_processes}",
+            schedule=STEPS,
+            loading={"max_bad_fraction": 0.1, "num_workers": 0, "window": 16},
+        )
+        run_in_processes(num_processes, train, config)
+    assert_same_run(tmp_path / "run2", tmp_path / "run1")
+    ledgers = [
+        {(r["step"], r["ordinal"], r["substitute"]) for r in read_rows(path)}
+        for path in sorted(tmp_path.glob("run?/bad_samples/0001.jsonl"))
+    ]
+    assert ledgers[0] == ledgers[1]
+    assert {ordinal for _, ordinal, _ in ledgers[0]} == {0, 1}
+    assert len({(ordinal, substitute) for _, ordinal, substitute in ledgers[0]}) == 2
+
+
+def test_too_many_bad_samples_stop_the_run(toy_data, tmp_path):
+    data = copy_with_bad_bytes(toy_data, tmp_path / "data", num_bad=5)
+    config = toy_config(data, tmp_path / "run", schedule=STEPS)
+    with pytest.raises(WorkerFailedError, match=r"RunError: 2 of 158 samples are unreadable"):
+        run_in_processes(1, train, config)
+
+
+def test_bfloat16_trains_close_to_float32(toy_data, tmp_path, alone):
+    config = toy_config(
+        toy_data, tmp_path / "run", schedule=STEPS, engine={"precision": "bf16", "device": "cpu"}
+    )
+    run_in_processes(2, train, config)
+    for row, truth in zip(steps_of(tmp_path / "run"), steps_of(alone), strict=True):
+        assert row["data_digest"] == truth["data_digest"]
+        assert row["total_loss"] == pytest.approx(truth["total_loss"], rel=0.05)
+
+
+def test_the_command_runs_under_torchrun_and_reports_a_user_error_once(
+    toy_data, tmp_path, alone
+):
+    """One true launch; the other tests use the quicker fork server."""
+    config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["pretrain.train", str(tmp_path / "config.yaml")]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", alone)
+    assert math.isclose(steps_of(tmp_path / "run")[-1]["samples_seen"], 480)
