@@ -44,12 +44,13 @@ def _noise(
     num_samples: int, rng: np.random.Generator, *, low_hz: float, high_hz: float, tilt: float = 0
 ) -> np.ndarray:
     """Noise of unit power between two frequencies; its amplitude falls as frequency ** -tilt."""
-    frequency = np.fft.rfftfreq(num_samples, 1 / SAMPLE_RATE_HZ) + 1e-9
+    padded = 1 << (num_samples - 1).bit_length()  # a power of two transforms many times faster
+    frequency = np.fft.rfftfreq(padded, 1 / SAMPLE_RATE_HZ) + 1e-9
     shape = (frequency / 1000) ** -tilt / (1 + (low_hz / frequency) ** 4)
     spectrum = (
         shape / (1 + (frequency / high_hz) ** 4) * np.exp(2j * np.pi * rng.random(len(frequency)))
     )
-    noise = np.fft.irfft(spectrum, num_samples)
+    noise = np.fft.irfft(spectrum, padded)[:num_samples]
     return noise / np.sqrt(np.mean(noise**2))
 
 

@@ -29,6 +29,7 @@ from data_prep.demo_images import (
 )
 from data_prep.demo_item import write_lines, write_split
 from data_prep.demo_sounds import SOUND_PROMPTS, SOUNDS, sound_items
+from data_prep.worker_pool import run_tasks
 
 NUM_TEST_CLIPS = 25  # of each kind of sound
 NUM_VALIDATION_CLIPS = 10
@@ -40,22 +41,27 @@ def make_demo_data(config: DemoData) -> None:
     Raises:
         InputError: scikit-learn, which brings the digits, is not installed.
     """
-    _write_digits(config.output / "digits", config)
-    _write_scenes(config.output / "scenes", config)
-    _write_sounds(config.output / "sounds", config)
+    tasks = [(name, config) for name in WRITERS]
+    for sentence in run_tasks(_write_set, tasks, workers=config.workers):
+        print(sentence)  # noqa: T201
 
 
-def _write_digits(folder: Path, config: DemoData) -> None:
+def _write_set(task: tuple[str, DemoData]) -> str:
+    name, config = task
+    return WRITERS[name](config.output / name, config)
+
+
+def _write_digits(folder: Path, config: DemoData) -> str:
     counts = {
         split: write_split(folder, split, items)
         for split, items in digit_splits(config.seed).items()
     }
     write_lines(folder / "class_names.txt", DIGIT_NAMES)
     write_lines(folder / "prompt_templates.txt", DIGIT_PROMPTS)
-    _report(folder, counts, "scans of handwritten digits")
+    return _sentence(folder, counts, "scans of handwritten digits")
 
 
-def _write_scenes(folder: Path, config: DemoData) -> None:
+def _write_scenes(folder: Path, config: DemoData) -> str:
     known, held_out = scene_combinations(config.seed)
     rng = np.random.default_rng([config.seed, 20])
     chosen = [known[place] for place in rng.permutation(len(known))[:NUM_VALIDATION_SCENES]]
@@ -75,7 +81,7 @@ def _write_scenes(folder: Path, config: DemoData) -> None:
         for place, (split, (combinations, copies, num)) in enumerate(splits.items())
     }
     write_lines(folder / "other_captions.txt", [scene_caption(each, rng) for each in known])
-    _report(
+    return _sentence(
         folder,
         counts,
         f"drawn scenes; the test shows {len(held_out)} of {len(known) + len(held_out)} "
@@ -83,7 +89,7 @@ def _write_scenes(folder: Path, config: DemoData) -> None:
     )
 
 
-def _write_sounds(folder: Path, config: DemoData) -> None:
+def _write_sounds(folder: Path, config: DemoData) -> str:
     clips = {
         "train": config.clips_per_sound,
         "validation": NUM_VALIDATION_CLIPS,
@@ -97,12 +103,16 @@ def _write_sounds(folder: Path, config: DemoData) -> None:
     }
     write_lines(folder / "class_names.txt", SOUNDS)
     write_lines(folder / "prompt_templates.txt", SOUND_PROMPTS)
-    _report(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
+    return _sentence(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
 
 
-def _report(folder: Path, counts: dict[str, int], what: str) -> None:
+# Longest first, so that two processes end together.
+WRITERS = {"sounds": _write_sounds, "scenes": _write_scenes, "digits": _write_digits}
+
+
+def _sentence(folder: Path, counts: dict[str, int], what: str) -> str:
     numbers = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
-    print(f"{folder}: {numbers}: {what}")  # noqa: T201
+    return f"{folder}: {numbers}: {what}"
 
 
 def print_plan(config: DemoData) -> None:
