@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from data_prep.shard_format import (
 log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
+# Of shard_writer and write_atomically: .<file>.<process>.tmp
+TEMPORARY_NAME = re.compile(r"\..+\.(tar|idx|parquet|json|jsonl)\.\d+\.tmp")
 
 
 @contextmanager
@@ -52,8 +55,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # some network file systems lock no folders
             log.warning("%s: cannot be locked (%s); run one command at a time", folder, error)
-        for temporary in folder.rglob(".*.tmp"):
-            temporary.unlink()
+        for path in folder.rglob(".*.tmp"):
+            if TEMPORARY_NAME.fullmatch(path.name):
+                path.unlink()
         yield
     finally:
         os.close(descriptor)
