@@ -206,17 +206,18 @@ class Engine:
         """Sends values to the trackers."""
         self.accelerator.log(values, step=step)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Closes the trackers and leaves the process group; only `model` can be used afterwards.
 
-        The wrapper goes first: were it the last to hold the group, the group's threads would be
-        joined under the interpreter's lock, which one of them may be waiting for.
+        The wrapper must not be the last to hold the group: the group's threads would be joined
+        under the interpreter's lock, which one of them may be waiting for, and the process would
+        never end.
         """
-        self.accelerator.end_training()
+        group = dist.group.WORLD if dist.is_initialized() else None
+        self.accelerator.end_training()  # which also destroys the process group
         del self._wrapped_model, self._wrapped_optimizer
         self.accelerator.free_memory()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        del group
 
 
 def check_trackers(config: PretrainConfig) -> None:

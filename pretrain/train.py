@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import closing
 
 from data_prep.config_file import RunError, run_command
 from pretrain.bad_sample_ledger import BadSampleLedger
@@ -51,11 +52,11 @@ def pretrain(config: PretrainConfig) -> None:
         optimizer=build_optimizer(config, model),
         gradient_clipping=config.optimizer.gradient_clipping,
     )
-    engine.init_trackers(config)
-    first_step = resume(config, engine)
-    with run.attempt_from(first_step):
-        train_steps(config, engine, dataset, validation_sets, tokenizer, run)
-    engine.finish()
+    with closing(engine):
+        engine.init_trackers(config)
+        first_step = resume(config, engine)
+        with run.attempt_from(first_step):
+            train_steps(config, engine, dataset, validation_sets, tokenizer, run)
 
 
 def open_run(
