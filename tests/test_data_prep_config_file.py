@@ -1,0 +1,97 @@
+import pytest
+
+from data_prep.config_file import (
+    ConfigError,
+    InputError,
+    Section,
+    differing_keys,
+    fixed_values,
+    free,
+    read_config,
+    run_command,
+)
+
+
+class Source(Section):
+    name: str
+    weight: float = 1.0
+
+
+class Toy(Section):
+    learning_rate: float = 1.0
+    mode: str = "none"
+    sources: list[Source] = []
+    workers: int = free(1)
+
+
+def read(tmp_path, text, *overrides):
+    path = tmp_path / "toy.yaml"
+    path.write_text(text)
+    return read_config(Toy, path, overrides=overrides)
+
+
+def test_exponents_are_numbers_and_off_stays_text(tmp_path):
+    config = read(tmp_path, "learning_rate: 5e-4\nmode: off\n")
+    assert (config.learning_rate, config.mode) == (5e-4, "off")
+    assert read(tmp_path, "mode: x\n", "learning_rate=1e-3").learning_rate == 1e-3
+
+
+def test_unknown_keys_suggest_the_nearest(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"unknown key .learning_rat.; did you mean .learning_rat"
+    ):
+        read(tmp_path, "learning_rat: 1\n")
+    with pytest.raises(
+        ConfigError, match=r"sources\.0: unknown key 'wieght'; did you mean 'weight"
+    ):
+        read(tmp_path, "sources: [{name: a, wieght: 2}]\n")
+
+
+def test_overrides_reach_into_lists(tmp_path):
+    text = "sources: [{name: a}, {name: b}]\n"
+    config = read(tmp_path, text, "sources.1.weight=0.5", "sources.0.name=c")
+    assert [(source.name, source.weight) for source in config.sources] == [("c", 1.0), ("b", 0.5)]
+    with pytest.raises(ConfigError, match="expected an index from 0 to 1, found '2'"):
+        read(tmp_path, text, "sources.2.weight=0.5")
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
+        read(tmp_path, text, "sources")
+
+
+def test_duplicate_keys_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="key 'mode' stands twice"):
+        read(tmp_path, "mode: a\nmode: b\n")
+
+
+def test_a_wrong_type_says_where_and_what_was_found(tmp_path):
+    with pytest.raises(ConfigError, match=r"toy\.yaml: sources\.0\.weight: .*found 'heavy'"):
+        read(tmp_path, "sources: [{name: a, weight: heavy}]\n")
+    with pytest.raises(ConfigError, match=r"sources\.0\.name: this key is required"):
+        read(tmp_path, "sources: [{weight: 1}]\n")
+
+
+def test_free_fields_may_differ_and_others_are_named():
+    old, new = Toy(workers=1, mode="a"), Toy(workers=8, mode="b")
+    assert differing_keys(fixed_values(old), fixed_values(new)) == {"mode": ("a", "b")}
+
+
+def test_exit_status_is_0_done_1_failed_2_wrong_usage(tmp_path, capsys):
+    path = tmp_path / "toy.yaml"
+    path.write_text("mode: a\n")
+
+    def fail(config):
+        raise InputError("the file is empty")
+
+    def status(*arguments, run=print):
+        return run_command(
+            Toy, run=run, dry_run=print, description="toy", arguments=[str(path), *arguments]
+        )
+
+    assert status() == 0
+    assert status(run=fail) == 1
+    assert "error: the file is empty" in capsys.readouterr().err
+    assert status("--dry-run", run=fail) == 0
+    assert status("mood=b") == 2
+    with pytest.raises(SystemExit, match="2"):
+        status("--no-such-flag")
+    path.unlink()
+    assert status() == 2

@@ -1,0 +1,314 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from toy_pairs import (
+    contents,
+    picture_bytes,
+    rejected_rows,
+    shard,
+    sound_bytes,
+    verify,
+    write_pictures,
+    write_tsv,
+)
+
+from data_prep.config import Columns
+from data_prep.config_file import InputError
+from data_prep.dataset_folder import lock_folder
+from data_prep.make_shards import main
+from data_prep.shard_format import Dataset, captions_of, metadata_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def all_captions(dataset):
+    read = Dataset(dataset)
+    return [captions_of(read.read_sample(number)) for number in range(len(read))]
+
+
+def command_line(tmp_path, monkeypatch, *arguments):
+    config = tmp_path / "config.yaml"
+    config.write_text("media: image\n")
+    monkeypatch.setattr(sys, "argv", ["make_shards", str(config), *arguments])
+    return main()
+
+
+# --------------------------------------------------------------------------------------- bytes
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 10)
+    one = shard(manifest, tmp_path / "one", workers=1)
+    two = shard(manifest, tmp_path / "two", workers=2)
+    assert contents(one) == contents(two)
+    assert len(list(one.glob("*.tar"))) == 4  # 10 items, 3 per shard
+    verify(one, decode=True)
+
+
+def test_a_run_killed_midway_and_run_again_ends_with_the_same_bytes(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 400)
+    whole = shard(manifest, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"input: {manifest}\noutput: {killed}\nmedia: image\nsamples_per_shard: 3\n")
+    command = [sys.executable, "-m", "data_prep.make_shards", str(config)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
+        while len(list(killed.glob("*.idx"))) < 5:
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("*.idx")}
+    assert 5 <= len(kept) < 134
+    assert not (killed / "dataset.json").exists()
+    (killed / ".00000007.tar.99999.tmp").write_bytes(b"left by a dead attempt")
+    shard(manifest, killed)
+    assert contents(killed) == contents(whole)
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+
+
+def test_a_finished_dataset_says_so_and_stays_as_it_is(tmp_path, capsys):
+    manifest = write_pictures(tmp_path / "media", 5)
+    dataset = shard(manifest, tmp_path / "dataset")
+    before = contents(dataset)
+    shard(manifest, dataset, workers=2)
+    assert "already finished" in capsys.readouterr().out
+    assert contents(dataset) == before
+
+
+def test_a_deleted_shard_is_made_again(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 5)
+    dataset = shard(manifest, tmp_path / "dataset")
+    before = contents(dataset)
+    (dataset / "00000001.tar").unlink()
+    shard(manifest, dataset)
+    assert contents(dataset) == before
+
+
+def test_another_config_or_input_is_refused_with_what_differs(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 5)
+    dataset = shard(manifest, tmp_path / "dataset")
+    with pytest.raises(InputError, match=r"config\.samples_per_shard: 3, now 4"):
+        shard(manifest, dataset, samples_per_shard=4)
+    with manifest.open("a") as file:
+        file.write("picture_0.jpg\tone more\n")
+    with pytest.raises(InputError, match=r"input\.num_pairs: 7, now 8"):
+        shard(manifest, dataset)
+
+
+def test_a_folder_with_tars_of_another_origin_is_refused(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.tar").touch()
+    with pytest.raises(InputError, match=r"found mine\.tar"):
+        shard(manifest, tmp_path / "other")
+
+
+def test_a_second_command_on_the_same_folder_is_refused(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 2)
+    with (
+        lock_folder(tmp_path / "dataset"),
+        pytest.raises(InputError, match="another command is writing"),
+    ):
+        shard(manifest, tmp_path / "dataset")
+
+
+# --------------------------------------------------------------------------------------- pairs
+
+
+def test_rows_of_one_media_file_become_one_item_or_several(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture_bytes(0))
+    (tmp_path / "b.JPEG").write_bytes(picture_bytes(1))
+    rows = [("a.jpg", "one"), ("b.JPEG", "two"), ("a.jpg", "three")]
+    manifest = write_tsv(tmp_path / "pairs.tsv", rows)
+    grouped = shard(manifest, tmp_path / "grouped")
+    assert all_captions(grouped) == [["one", "three"], ["two"]]
+    sample = Dataset(grouped).read_sample(0)
+    assert sample.members["txt"] == b"one"  # for readers that know no .json
+    assert sorted(Dataset(grouped).read_sample(1).members) == ["jpeg", "txt"]
+    rows = shard(manifest, tmp_path / "rows", captions_per_item="row")
+    assert all_captions(rows) == [["one"], ["two"], ["three"]]
+
+
+def test_class_names_and_uids_are_kept_in_json_and_parquet(tmp_path):
+    (tmp_path / "a.wav").write_bytes(sound_bytes(0))
+    manifest = tmp_path / "pairs.csv"
+    manifest.write_text('file,text,label,id\na.wav,"hum, low",tone,u1\n')
+    columns = Columns(media="file", caption="text", class_name="label", uid="id")
+    dataset = shard(manifest, tmp_path / "dataset", media="audio", columns=columns)
+    metadata = metadata_of(Dataset(dataset).read_sample(0))
+    assert metadata == {"captions": ["hum, low"], "class_name": "tone", "uid": "u1"}
+    (row,) = pyarrow.parquet.read_table(dataset / "00000000.parquet").to_pylist()
+    assert (row["uid"], row["class_name"], row["source"]) == ("u1", "tone", "a.wav")
+    assert (row["seconds"], row["sample_rate_hz"]) == (0.2, 8000)  # 1600 samples at 8 kHz
+
+
+def test_jsonl_rows_may_hold_a_list_of_captions(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture_bytes(0, "PNG"))
+    manifest = tmp_path / "pairs.jsonl"
+    manifest.write_text(json.dumps({"path": "a.png", "caption": ["one", "two"]}) + "\n")
+    assert all_captions(shard(manifest, tmp_path / "dataset")) == [["one", "two"]]
+
+
+def test_a_folder_takes_captions_from_the_files_beside_its_media(tmp_path):
+    folder = tmp_path / "media"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(picture_bytes(0))
+    (folder / "a.txt").write_text("from txt\n")
+    (folder / "sub" / "b.webp").write_bytes(picture_bytes(1, "WEBP"))
+    (folder / "sub" / "b.json").write_text('{"captions": ["x", "y"], "class_name": "c"}')
+    (folder / "notes.md").write_text("no pair")
+    dataset = shard(folder, tmp_path / "dataset")
+    assert all_captions(dataset) == [["from txt"], ["x", "y"]]
+    assert metadata_of(Dataset(dataset).read_sample(1))["class_name"] == "c"
+
+
+def test_quotation_marks_in_a_tsv_are_plain_text(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture_bytes(0))
+    rows = [("a.jpg", '"Hello" on a sign'), ("a.jpg", '"open')]
+    manifest = write_tsv(tmp_path / "pairs.tsv", rows)
+    assert all_captions(shard(manifest, tmp_path / "d")) == [['"Hello" on a sign', '"open']]
+    with pytest.raises(InputError, match=r"line 2: .*quotes=false"):
+        shard(manifest, tmp_path / "quoted", quotes=True)
+
+
+# ----------------------------------------------------------------------------------- bad pairs
+
+
+def write_bad_pairs(folder):
+    """A manifest with one pair for every reason, and one good pair."""
+    folder.mkdir()
+    ogg = sound_bytes(0, "OGG", "VORBIS")
+    files = {
+        "good.jpg": picture_bytes(0),
+        "cut.jpg": picture_bytes(1)[:-40],
+        "cut.png": picture_bytes(1, "PNG")[:-40],
+        "is_png.jpg": picture_bytes(2, "PNG"),
+        "empty.jpg": b"",
+        "text.jpg": b"<html>not found</html>",
+        "sound.ogg": ogg,
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    rows = [
+        ("good.jpg", "fine", "a"),
+        ("cut.jpg", "x", "a"),
+        ("cut.png", "x", "a"),
+        ("is_png.jpg", "x", "a"),
+        ("empty.jpg", "x", "a"),
+        ("text.jpg", "x", "a"),
+        ("sound.ogg", "x", "a"),
+        ("absent.jpg", "x", "a"),
+        ("", "x", "a"),
+        ("good.jpg", "  ", "a"),
+        ("good.jpg", "too", "many", "columns"),
+        ("good.jpg", "other class", "b"),
+    ]
+    manifest = write_tsv(folder / "pairs.tsv", rows, ("path", "caption", "class_name"))
+    with manifest.open("ab") as file:
+        file.write(b"good.jpg\tcaf\xe9\ta\n")
+    return manifest
+
+
+REASONS = {
+    3: "undecodable",
+    4: "undecodable",
+    5: "wrong_extension",
+    6: "empty_file",
+    7: "undecodable",
+    8: "unknown_extension",
+    9: "missing_file",
+    10: "missing_media_path",
+    11: "empty_caption",
+    12: "wrong_column_count",
+    13: "conflicting_class_name",
+    14: "not_utf8",
+}
+
+
+def test_every_bad_pair_is_listed_with_its_reason_and_fails_the_job(tmp_path):
+    manifest = write_bad_pairs(tmp_path / "media")
+    fields = {"columns": Columns(class_name="class_name"), "samples_per_shard": 4}
+    dataset = tmp_path / "dataset"
+    with pytest.raises(InputError, match=r"12 of 13 pairs are bad \(92.3%\): 3 undecodable, "):
+        shard(manifest, dataset, **fields)
+    assert not (dataset / "dataset.json").exists()
+    assert {row["row"]: row["reason"] for row in rejected_rows(dataset)} == REASONS
+
+    written = {path: path.stat().st_mtime_ns for path in dataset.glob("*.tar")}
+    shard(manifest, dataset, max_rejected_fraction=0.95, **fields)
+    assert {path: path.stat().st_mtime_ns for path in dataset.glob("*.tar")} == written
+    assert all_captions(dataset) == [["fine"]]
+    assert Dataset(dataset).info.rejected["undecodable"] == 3
+    assert len(rejected_rows(dataset)) == 12
+    verify(dataset, decode=True)
+
+
+@pytest.mark.parametrize(
+    ("sound_format", "subtype", "extension"),
+    [("WAV", "PCM_16", "wav"), ("FLAC", "PCM_16", "flac"), ("OGG", "VORBIS", "ogg")],
+)
+def test_clips_that_were_cut_short_are_rejected(tmp_path, sound_format, subtype, extension):
+    content = sound_bytes(0, sound_format, subtype)
+    (tmp_path / f"whole.{extension}").write_bytes(content)
+    (tmp_path / f"cut.{extension}").write_bytes(content[: len(content) * 2 // 3])
+    rows = [(f"whole.{extension}", "x"), (f"cut.{extension}", "x")]
+    manifest = write_tsv(tmp_path / "pairs.tsv", rows)
+    dataset = shard(manifest, tmp_path / "dataset", media="audio", max_rejected_fraction=0.5)
+    assert [row["reason"] for row in rejected_rows(dataset)] == ["undecodable"]
+
+
+def test_an_input_without_a_usable_pair_is_an_error(tmp_path):
+    manifest = write_tsv(tmp_path / "pairs.tsv", [("absent.jpg", "x")])
+    with pytest.raises(InputError, match="no usable pair among 1"):
+        shard(manifest, tmp_path / "dataset", max_rejected_fraction=1)
+    empty = write_tsv(tmp_path / "empty.tsv", [])
+    with pytest.raises(InputError, match="found none"):
+        shard(empty, tmp_path / "other")
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "jsonl"])
+def test_a_wrong_column_lists_those_found_and_suggests_the_nearest(tmp_path, suffix):
+    manifest = write_tsv(tmp_path / "pairs.tsv", [("a.jpg", "x")], ("path", "captoin"))
+    if suffix == "jsonl":
+        manifest = tmp_path / "pairs.jsonl"
+        manifest.write_text('{"path": "a.jpg", "captoin": "x"}\n')
+    with pytest.raises(InputError, match="found path, captoin; did you mean 'captoin'"):
+        shard(manifest, tmp_path / "dataset")
+    assert not (tmp_path / "dataset").exists()
+
+
+# ------------------------------------------------------------------------------------- command
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    manifest = write_pictures(tmp_path / "media", 7)
+    arguments = (f"input={manifest}", f"output={tmp_path / 'out'}", "samples_per_shard=3")
+    assert command_line(tmp_path, monkeypatch, *arguments, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "pairs: 10\nitems: 7\nshards: 3 of at most 3 samples" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_input_ends_with_status_1(tmp_path, monkeypatch, capsys):
+    arguments = (f"input={tmp_path / 'none.tsv'}", f"output={tmp_path / 'out'}")
+    assert command_line(tmp_path, monkeypatch, *arguments, "--dry-run") == 1
+    assert command_line(tmp_path, monkeypatch, *arguments) == 1
+    assert "none.tsv: expected a manifest or a folder" in capsys.readouterr().err
+
+
+def test_data_prep_starts_without_torch():
+    modules = ["make_shards", "verify_shards", "index_shards", "make_demo_data"]
+    imports = "; ".join(f"import data_prep.{name}" for name in modules)
+    heavy = "{'torch', 'pyarrow', 'soundfile', 'sklearn', 'pretrain', 'eval'}"
+    code = f"import sys; {imports}; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.stderr.strip() == ""

@@ -1,0 +1,101 @@
+import tarfile
+
+import numpy as np
+import pytest
+from toy_pairs import picture_bytes, shard, write_pictures
+
+from data_prep.shard_format import (
+    CorruptSampleError,
+    Dataset,
+    Sample,
+    ShardIndex,
+    captions_of,
+    split_member_name,
+)
+from data_prep.shard_writer import ShardWriter
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return shard(write_pictures(tmp_path / "media", 8), tmp_path / "dataset")
+
+
+def test_samples_round_trip_byte_for_byte(dataset):
+    read = Dataset(dataset)
+    assert len(read) == 8
+    for number in range(8):
+        sample = read.read_sample(number)
+        assert sample.key == f"{number:012d}"
+        assert sample.members["jpg"] == picture_bytes(number)
+        expected = [f"caption {number}"] + [f"other {number}"] * (number % 3 == 0)
+        assert captions_of(sample) == expected
+
+
+def test_python_tarfile_reads_the_same_members(dataset):
+    read = Dataset(dataset)
+    for number in range(8):
+        sample = read.read_sample(number)
+        with tarfile.open(read.tar_path(read.locate(number)[0]), "r:") as tar:
+            for extension, content in sample.members.items():
+                assert tar.extractfile(f"{sample.key}.{extension}").read() == content
+
+
+def test_webdataset_reads_the_same_samples(dataset):
+    import webdataset
+
+    tars = [str(path) for path in sorted(dataset.glob("*.tar"))]
+    read = Dataset(dataset)
+    theirs = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert len(theirs) == len(read)
+    for number, sample in enumerate(theirs):
+        ours = read.read_sample(number)
+        assert sample["__key__"] == ours.key
+        assert {name: sample[name] for name in sample if name[0] != "_"} == ours.members
+
+
+def test_wrong_bytes_are_named_by_shard_and_key(dataset):
+    tar = dataset / "00000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(CorruptSampleError, match=r"00000001\.tar: sample 000000000003: \.jpg"):
+        Dataset(dataset).read_sample(3)
+
+
+def test_an_index_survives_writing_and_reading(tmp_path):
+    index = ShardIndex(
+        fields=("jpg", "txt"),
+        table=np.arange(12, dtype=np.uint32).reshape(2, 2, 3),
+        tar_bytes=2048,
+        tar_sha256="ab",
+        rejected={"empty_caption": 3},
+        long_keys={1: "a/very/long/key"},
+    )
+    (tmp_path / "x.idx").write_bytes(index.to_bytes())
+    read = ShardIndex.read(tmp_path / "x.idx")
+    assert read.to_bytes() == index.to_bytes()
+    assert (read.rejected, read.long_keys) == (index.rejected, index.long_keys)
+
+
+def test_names_longer_than_ustar_holds_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path, "x")
+    with pytest.raises(ValueError, match="at most 100 fit"):
+        writer.add("k" * 98, members={"txt": b""})
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_end_at_the_first_dot_of_the_file_name():
+    assert split_member_name("a.b/c.d.JPG") == ("a.b/c", "d.jpg")
+    assert split_member_name("plain") == ("plain", "")
+
+
+def test_captions_come_from_json_before_txt():
+    def captions(**members):
+        return captions_of(Sample("x.tar", "k", members))
+
+    assert captions(json=b'{"captions": ["a", "b"]}', txt=b"c") == ["a", "b"]
+    assert captions(json=b'{"caption": null}', txt=b" c\n") == ["c"]
+    for bad in ({}, {"txt": b"\xff"}, {"json": b"{"}, {"json": b"[]"}):
+        with pytest.raises(CorruptSampleError, match=r"x\.tar: sample k"):
+            captions(**bad)
