@@ -67,7 +67,7 @@ NUM_HELD_OUT = 120  # of 900 combinations
 NUM_VALIDATION_SCENES = 512
 
 HUES = {"red": 0, "yellow": 55, "green": 120, "cyan": 180, "blue": 230, "purple": 290}  # degrees
-RADII = {"small": (4.2, 5.2), "large": (7.6, 9.0)}  # pixels
+RADII = {"small": (5.0, 6.0), "large": (8.2, 9.5)}  # pixels
 CENTRES = {
     "top left": (9.5, 9.5),
     "top right": (22.5, 9.5),

@@ -233,18 +233,25 @@ SOUNDS = {
 # --------------------------------------------------------------------------------------- clips
 
 
-def sound_items(*, clips_per_sound: int, seed: Sequence[int]) -> Iterator[DemoItem]:
+def sound_items(
+    *, clips_per_sound: int, num_captions: int, seed: Sequence[int]
+) -> Iterator[DemoItem]:
     """New clips of every kind, in mixed order, as WAV and FLAC by turns."""
     kinds = [kind for kind in SOUNDS for _ in range(clips_per_sound)]
     order = np.random.default_rng(seed).permutation(len(kinds))
     for number, place in enumerate(order):
         kind, rng = kinds[place], np.random.default_rng([*seed, number])
-        phrases = SOUNDS[kind][1]
-        template = SOUND_TEMPLATES[rng.integers(len(SOUND_TEMPLATES))]
-        caption = template.format(phrases[rng.integers(len(phrases))])
+        captions = [sound_caption(kind, rng) for _ in range(num_captions)]
         extension = ("wav", "flac")[number % 2]
         content = encode_sound(synthesise(kind, rng), extension)
-        yield DemoItem(f"{number:05d}.{extension}", content, (caption,), kind)
+        yield DemoItem(f"{number:05d}.{extension}", content, tuple(dict.fromkeys(captions)), kind)
+
+
+def sound_caption(kind: str, rng: np.random.Generator) -> str:
+    """One of the many ways to say what is heard."""
+    phrases = SOUNDS[kind][1]
+    template = SOUND_TEMPLATES[rng.integers(len(SOUND_TEMPLATES))]
+    return template.format(phrases[rng.integers(len(phrases))])
 
 
 def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:

@@ -31,6 +31,8 @@ from data_prep.demo_item import write_lines, write_split
 from data_prep.demo_sounds import SOUND_PROMPTS, SOUNDS, sound_items
 from data_prep.worker_pool import run_tasks
 
+# Several, of which each epoch draws one: a single caption would be learnt by heart with its clip.
+NUM_TRAINING_CAPTIONS = 4
 NUM_TEST_CLIPS = 25  # of each kind of sound
 NUM_VALIDATION_CLIPS = 10
 
@@ -66,7 +68,7 @@ def _write_scenes(folder: Path, config: DemoData) -> str:
     rng = np.random.default_rng([config.seed, 20])
     chosen = [known[place] for place in rng.permutation(len(known))[:NUM_VALIDATION_SCENES]]
     splits = {
-        "train": (known, config.scenes_per_combination, 2),
+        "train": (known, config.scenes_per_combination, NUM_TRAINING_CAPTIONS),
         "validation": (chosen, 1, 1),
         "test": (held_out, 1, 1),
     }
@@ -90,16 +92,18 @@ def _write_scenes(folder: Path, config: DemoData) -> str:
 
 
 def _write_sounds(folder: Path, config: DemoData) -> str:
-    clips = {
-        "train": config.clips_per_sound,
-        "validation": NUM_VALIDATION_CLIPS,
-        "test": NUM_TEST_CLIPS,
+    splits = {
+        "train": (config.clips_per_sound, NUM_TRAINING_CAPTIONS),
+        "validation": (NUM_VALIDATION_CLIPS, 1),
+        "test": (NUM_TEST_CLIPS, 1),
     }
     counts = {
         split: write_split(
-            folder, split, sound_items(clips_per_sound=number, seed=[config.seed, 30 + place])
+            folder,
+            split,
+            sound_items(clips_per_sound=clips, num_captions=num, seed=[config.seed, 30 + place]),
         )
-        for place, (split, number) in enumerate(clips.items())
+        for place, (split, (clips, num)) in enumerate(splits.items())
     }
     write_lines(folder / "class_names.txt", SOUNDS)
     write_lines(folder / "prompt_templates.txt", SOUND_PROMPTS)

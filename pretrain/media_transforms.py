@@ -77,7 +77,9 @@ class ImageToPixels:
     @staticmethod
     def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
         """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic: PIL's, to within one level."""
-        pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)  # -> [3, H, Wd]
+        pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(
+            2, 0, 1
+        )  # -> [3, H, Wd]
         if pixels.shape[1:] == size:
             return pixels
         return functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]

@@ -16,7 +16,7 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.towers import (
     build_media_backbone,
     build_text_backbone,
-    output_width,
+    probe_backbone,
     save_tower_config,
 )
 
@@ -157,11 +157,11 @@ def _media_tower(
     assets: Path | None,
 ) -> Tower:
     backbone = build_media_backbone(getattr(config.model, kind), kind=kind, assets=assets)
-    width = output_width(backbone, input_stage(example), where=f"model.{kind}")
+    width = probe_backbone(backbone, input_stage(example), where=f"model.{kind}")
     return Tower(input_stage, backbone, width=width, embed_dim=config.model.embed_dim)
 
 
 def _text_tower(config: PretrainConfig, tokenizer: Tokenizer, assets: Path | None) -> Tower:
     backbone = build_text_backbone(config.model.text, tokenizer=tokenizer, assets=assets)
-    width = output_width(backbone, tokenizer(["a caption"]), where="model.text")
+    width = probe_backbone(backbone, tokenizer(["a caption"]), where="model.text")
     return Tower(nn.Identity(), backbone, width=width, embed_dim=config.model.embed_dim)

@@ -7,6 +7,7 @@ replacement is recorded. A file that cannot be read at all is an error that stop
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class PairReader:
             OSError: the shard cannot be read.
         """
         reason = ""
-        for candidate in [ordinal, *self._substitutes(ordinal)]:
+        for candidate in self._candidates(ordinal):
             try:
                 pair = self.read_exactly(candidate)
             except (CorruptSampleError, MediaError) as error:
@@ -105,14 +106,15 @@ class PairReader:
             raise MediaError(f"{sample}: .{extension}: {error}") from None
         return Pair(ordinal, media, captions_of(sample))
 
-    def _substitutes(self, ordinal: int) -> list[int]:
-        """Other samples of the same shard, within the window, in the order they are tried."""
+    def _candidates(self, ordinal: int) -> Iterator[int]:
+        """The sample, then others of its shard, within the window, in the order they are tried."""
+        yield ordinal
         shard, place = self.dataset.locate(ordinal)
         start = place // self.window * self.window
         size = min(self.window, int(self.dataset.shard_sizes[shard]) - start)
         if size < 2:
-            return []
+            return
         steps = np.arange(min(MAX_SUBSTITUTES, size - 1))
         distances = 1 + permute(steps, sizes=size - 1, keys=key_of("substitute", shard, place))
         places = start + (place - start + distances) % size
-        return (int(self.dataset.shard_starts[shard]) + places).tolist()
+        yield from (int(self.dataset.shard_starts[shard]) + places).tolist()

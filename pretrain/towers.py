@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data_prep.config_file import InputError
@@ -225,18 +224,26 @@ def _refuse_dropout(backbone: nn.Module, where: str) -> None:
             )
 
 
-def output_width(backbone: nn.Module, example: Tensor, *, where: str) -> int:
-    """W of a backbone, from encoding one example.
+def probe_backbone(backbone: nn.Module, example: Tensor, *, where: str) -> int:
+    """W of a backbone, found by encoding one example; freezes parameters its output does not use.
+
+    (Libraries build heads that pooled features never pass through; engines wait for the gradient
+    of every parameter that is not frozen.)
 
     Raises:
         InputError: the backbone does not take such input, or does not return [B, W].
     """
     was_training = backbone.training
     try:
-        with torch.no_grad():
-            features = backbone.eval()(example)
+        features = backbone.eval()(example)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise InputError(f"{where}: cannot encode input {list(example.shape)}: {error}") from error
+    if features.requires_grad:
+        features.sum().backward()
+        unused = [p for p in backbone.parameters() if p.requires_grad and p.grad is None]
+        for parameter in unused:
+            parameter.requires_grad_(False)
+        backbone.zero_grad()
     backbone.train(was_training)
     if features.ndim != 2:
         raise InputError(

@@ -186,6 +186,9 @@ def test_the_order_has_not_changed_since_version_one():
     """Figures of this project's first release: a change here breaks every run that is resumed."""
     sources = [make_source("a"), make_source("b", shard_sizes=(400,), window=64)]
     pairing = make_pairing(sources, weights=(1, 3))
-    assert format_digest(
-        digest_halves(pairing.samples_of_step(1234, lanes=range(LANES)), source_keys=[1, 2])
-    ) == "646dac67e09925a3"
+    assert (
+        format_digest(
+            digest_halves(pairing.samples_of_step(1234, lanes=range(LANES)), source_keys=[1, 2])
+        )
+        == "646dac67e09925a3"
+    )

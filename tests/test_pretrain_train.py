@@ -79,9 +79,7 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
     [(2, {}), (3, {}), (2, {"micro_batch_size": 3}), (1, {"loading": {"num_workers": 2}})],
     ids=["2 processes", "3 processes", "micro-batches", "loader workers"],
 )
-def test_a_run_does_not_depend_on_what_it_ran_on(
-    toy_data, tmp_path, alone, num_processes, changes
-):
+def test_a_run_does_not_depend_on_what_it_ran_on(toy_data, tmp_path, alone, num_processes, changes):
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
     loading = config.loading.model_copy(update=changes.get("loading", {}))
     config = config.model_copy(update=changes | {"loading": loading})
@@ -89,9 +87,7 @@ def test_a_run_does_not_depend_on_what_it_ran_on(
     assert_same_run(tmp_path / "run", alone)
 
 
-def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(
-    toy_data, tmp_path, alone
-):
+def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(toy_data, tmp_path, alone):
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
     stopping = config.run.model_copy(update={"stop_after_step": 7})
     run_in_processes(2, train, config.model_copy(update={"run": stopping}))
@@ -212,9 +208,7 @@ def test_bfloat16_trains_close_to_float32(toy_data, tmp_path, alone):
         assert row["total_loss"] == pytest.approx(truth["total_loss"], rel=0.05)
 
 
-def test_the_command_runs_under_torchrun_and_reports_a_user_error_once(
-    toy_data, tmp_path, alone
-):
+def test_the_command_runs_under_torchrun_and_reports_a_user_error_once(toy_data, tmp_path, alone):
     """One true launch; the other tests use the quicker fork server."""
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
     (tmp_path / "config.yaml").write_text(to_yaml(config))

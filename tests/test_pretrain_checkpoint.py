@@ -1,0 +1,90 @@
+import json
+
+import pytest
+import torch
+from gloo_processes import run_in_processes
+from PIL import Image
+from toy_run import toy_config
+
+from data_prep.config_file import InputError
+from pretrain.checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoint,
+    load_model,
+    newest_checkpoint,
+    verify_checkpoint,
+)
+
+
+def train(config):
+    from pretrain.train import pretrain
+
+    pretrain(config)
+
+
+@pytest.fixture(scope="module")
+def run(toy_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = toy_config(toy_data, folder, schedule={"num_steps": 6, "warmup_steps": 0})
+    settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 2}
+    config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
+    run_in_processes(1, train, config)
+    return folder
+
+
+def test_only_the_newest_are_kept_and_each_is_whole(run):
+    folders = sorted((run / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step_00000005", "step_00000006"]
+    assert [verify_checkpoint(folder)["step"] for folder in folders] == [5, 6]
+
+
+def test_load_model_gives_a_model_that_encodes(run):
+    model, transforms, tokenizer = load_model(run)
+    image = transforms["image"](Image.new("RGB", (30, 20), "red"))
+    embeddings = model.encode_image(image[None])
+    assert embeddings.shape == (1, 16)
+    assert not embeddings.requires_grad
+    texts = model.encode_text(tokenizer(["a red picture", "a sound"]))
+    assert torch.allclose(texts.norm(dim=-1), torch.ones(2), atol=1e-5)
+    assert not model.training
+
+
+def test_a_checkpoint_folder_is_taken_as_it_is(run):
+    folder = run / "checkpoints" / "step_00000005"
+    assert find_checkpoint(folder) == folder
+    assert find_checkpoint(run).name == "step_00000006"
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no record"])
+def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage, caplog):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    weights = newest / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "flipped bit":
+        middle = len(content) // 2
+        weights.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "truncated":
+        weights.write_bytes(content[:-1])
+    elif damage == "missing":
+        (newest / "optimizer.safetensors").unlink()
+    else:
+        (newest / "checkpoint.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match="step_00000006"):
+        verify_checkpoint(newest)
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000005"
+    assert "skipping a damaged checkpoint" in caplog.text
+
+
+def test_a_folder_without_checkpoint_says_what_was_expected(tmp_path):
+    with pytest.raises(InputError, match=r"expected a run folder with a checkpoint"):
+        load_model(tmp_path)
+
+
+def test_a_checkpoint_holds_no_pickle(run):
+    names = {path.suffix for path in run.joinpath("checkpoints").rglob("*") if path.is_file()}
+    assert names == {".safetensors", ".json", ".yaml"}
+    record = json.loads((run / "checkpoints" / "step_00000006" / "checkpoint.json").read_text())
+    assert set(record["sha256"]) == {"model.safetensors", "optimizer.safetensors", "config.yaml"}

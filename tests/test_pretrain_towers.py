@@ -1,0 +1,195 @@
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip.tokenizer import default_bpe
+from toy_run import toy_config
+
+from data_prep.config_file import InputError
+from pretrain.model import build_model
+from pretrain.tokenizer import build_tokenizer
+
+TINY_BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 49408,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+TINY_VIT = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+TINY_AST = {
+    "max_length": 26,
+    "num_mel_bins": 16,
+    "patch_size": 8,
+    "frequency_stride": 8,
+    "time_stride": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+@pytest.fixture
+def config_with(tmp_path):
+    """A toy config with some towers replaced."""
+
+    def build(**towers):
+        config = toy_config(tmp_path, tmp_path / "run")
+        model = config.model.model_dump(mode="json")
+        for kind, tower in towers.items():
+            model[kind] = (model[kind] if kind == "text" else {}) | tower
+        return toy_config(tmp_path, tmp_path / "run", model=model)
+
+    return build
+
+
+def build(config):
+    return build_model(config, tokenizer=build_tokenizer(config.model.text))
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        {},
+        {"image": {"library": "transformers", "name": "vit", "options": TINY_VIT}},
+        {
+            "audio": {
+                "library": "transformers",
+                "name": "audio-spectrogram-transformer",
+                "options": TINY_AST,
+            }
+        },
+        {"image": {"library": "open_clip", "name": "RN50", "frozen": True}, "size": 224},
+    ],
+    ids=["timm", "transformers image", "transformers audio", "open_clip image"],
+)
+def test_towers_of_every_library_give_normalised_embeddings(config_with, towers):
+    towers = dict(towers)
+    size = towers.pop("size", 16)
+    config = config_with(**towers)
+    config = config.model_copy(update={"image": config.image.model_copy(update={"size": size})})
+    model = build(config).eval()
+    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    for embeddings in (
+        model.encode_image(pixels),
+        model.encode_audio(torch.randn(2, 1600)),
+        model.encode_text(torch.randint(1, 400, (2, 12))),
+    ):
+        assert embeddings.shape == (2, 16)
+        assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2), atol=1e-5)
+
+
+def test_a_transformers_text_tower_ignores_padding(config_with, tmp_path):
+    tokenizer_folder = write_clip_tokenizer(tmp_path / "tokenizer")
+    config = config_with(
+        text={
+            "library": "transformers",
+            "name": "bert",
+            "options": TINY_BERT,
+            "tokenizer": str(tokenizer_folder),
+        }
+    )
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer).eval()
+    tokens = tokenizer(["a red circle", "a dog"])
+    assert tokens.shape == (2, 12)
+    longer = torch.cat([tokens, torch.full((2, 5), tokenizer.pad_id)], dim=1)
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer))
+    # BERT's own pooling layer stands beside the path: nothing waits for its gradient.
+    model.encode_text(tokens).sum().backward()
+    assert all(p.grad is not None for p in model.towers["text"].parameters() if p.requires_grad)
+
+
+def write_clip_tokenizer(folder: Path) -> Path:
+    """A transformers tokenizer from the vocabulary that open_clip ships: no download."""
+    from transformers import CLIPTokenizer
+
+    simple = open_clip.tokenizer.SimpleTokenizer(default_bpe())
+    merges = [" ".join(pair) for pair in simple.bpe_ranks]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(simple.encoder))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    start, end = "<start_of_text>", "<end_of_text>"
+    CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        bos_token=start,
+        eos_token=end,
+        unk_token=end,
+        pad_token="!",
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_initial_weights_depend_on_the_seed_alone(config_with):
+    states = [build(config_with()).state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    other = build(config_with().model_copy(update={"seed": 1})).state_dict()
+    assert not torch.equal(
+        states[0]["towers.text.projection.weight"], other["towers.text.projection.weight"]
+    )
+
+
+def test_batch_norm_in_a_trained_tower_is_refused_and_frozen_is_accepted(config_with):
+    resnet = {"library": "timm", "name": "test_resnet"}
+    with pytest.raises(InputError, match=r"model\.image: layer .* is a BatchNorm.*frozen: true"):
+        build(config_with(image=resnet))
+    model = build(config_with(image=resnet | {"frozen": True})).train()
+    assert not model.towers["image"].backbone.training
+    assert model.towers["text"].backbone.training
+    trained = [name for name, p in model.towers["image"].named_parameters() if p.requires_grad]
+    assert trained == ["projection.weight"]
+
+
+def test_dropout_in_a_trained_tower_is_refused(config_with):
+    dropping = {"library": "timm", "name": "test_vit", "options": {"img_size": 16, "patch_size": 8}}
+    dropping["options"] |= {"proj_drop_rate": 0.1}
+    with pytest.raises(InputError, match=r"model\.image: layer .* drops with probability 0\.1"):
+        build(config_with(image=dropping))
+    with pytest.raises(InputError, match=r"model\.text: layer .* drops with probability"):
+        options = TINY_BERT | {"attention_probs_dropout_prob": 0.2}
+        config = config_with(text={"library": "transformers", "name": "bert", "options": options})
+        tokenizer = build_tokenizer(toy_text(config))
+        build_model(config, tokenizer=tokenizer)
+
+
+def toy_text(config):
+    return config.model.text.model_copy(update={"library": "open_clip"})
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ({"library": "timm", "name": "test_convnexx"}, "timm cannot build 'test_convnexx'"),
+        (
+            {"library": "timm", "name": "test_convnext", "options": {"patch_size": 2}},
+            r"cannot encode input \[1, 3, 16, 16\]",
+        ),
+        ({"library": "open_clip", "name": "ViT-Z"}, "open_clip has no model 'ViT-Z'"),
+        (
+            {"library": "open_clip", "name": "ViT-B-32", "pretrained": True},
+            "does not say which weights",
+        ),
+        ({"library": "transformers", "name": "no-such"}, "transformers cannot build 'no-such'"),
+    ],
+)
+def test_a_tower_that_cannot_be_built_says_why(config_with, tower, message):
+    with pytest.raises(InputError, match=message):
+        build(config_with(image=tower))
+
+
+def test_open_clip_has_no_audio_towers(config_with):
+    with pytest.raises(InputError, match=r"model\.audio: open_clip has no audio towers"):
+        build(config_with(audio={"library": "open_clip", "name": "ViT-B-32"}))
