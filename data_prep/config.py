@@ -62,5 +62,5 @@ class DemoData(Section):
     output: Path = Path("demo/data")  # folder to write into
     seed: int = Field(0, ge=0)
     scenes_per_combination: int = Field(9, ge=1)  # training pictures of each kind of scene
-    clips_per_sound: int = Field(128, ge=1)  # training clips of each kind of sound
+    clips_per_sound: int = Field(160, ge=1)  # training clips of each kind of sound
     workers: int = free(2, ge=1)  # processes; never changes a byte of the result

@@ -260,7 +260,7 @@ def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:
     clip = SOUNDS[kind][0](num_samples, rng)
     clip = clip / np.sqrt(np.mean(clip**2))
     noise = _noise(num_samples, rng, low_hz=50, high_hz=6000, tilt=rng.uniform(0, 1))
-    clip += noise * 10 ** (-rng.uniform(3, 25) / 20)  # signal to noise: 3 to 25 dB
+    clip += noise * 10 ** (-rng.uniform(6, 25) / 20)  # signal to noise: 6 to 25 dB
     return clip / np.abs(clip).max() * 10 ** (-rng.uniform(1, 18) / 20)  # peak: -18 to -1 dB
 
 

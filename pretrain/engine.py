@@ -10,6 +10,7 @@ import math
 import os
 import re
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -122,7 +123,12 @@ class Engine:
         self.gradient_clipping = gradient_clipping or math.inf
         self.model = model.to(accelerator.device)
         self.optimizer = optimizer
-        self._wrapped_model, self._wrapped_optimizer = accelerator.prepare(self.model, optimizer)
+        with warnings.catch_warnings():
+            # Accelerate knows the option by its old name only.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+            self._wrapped_model, self._wrapped_optimizer = accelerator.prepare(
+                self.model, optimizer
+            )
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +160,10 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds a loss's gradients, averaged over ranks unless inside an earlier micro-batch."""
-        self.accelerator.backward(loss)
+        with warnings.catch_warnings():
+            # Of kernels whose gradients come in another memory order: a copy, not an error.
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            self.accelerator.backward(loss)
 
     def step(self, *, learning_rate: float) -> float:
         """One optimizer step with the gradients so far; returns their global norm before clipping.
@@ -180,7 +189,7 @@ class Engine:
                 continue
             state = self.optimizer.state[parameter]
             if not state:  # as AdamW makes it at its first step
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, device=parameter.device)
                 state |= {moment: torch.zeros_like(parameter) for moment in OPTIMIZER_MOMENTS}
             for key, values in [
                 ("parameter", parameter.data),
@@ -191,7 +200,7 @@ class Engine:
     def after_load(self, *, num_steps_done: int) -> None:
         """To be called when `fragments` were written to: sets the optimizer's step count."""
         for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(float(num_steps_done))
+            state["step"].fill_(float(num_steps_done))
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Parameters and saved buffers by name, on the CPU."""

@@ -55,7 +55,7 @@ def build_optimizer(config: PretrainConfig, model: nn.Module) -> ClampedAdamW:
     groups: list[dict[str, Any]] = parameter_groups(
         model, weight_decay=settings.weight_decay, max_scale=config.model.logit_scale.maximum
     )
-    return ClampedAdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps)
+    return ClampedAdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: Schedule) -> float:

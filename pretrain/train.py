@@ -80,7 +80,8 @@ def resume(config: PretrainConfig, engine: Engine) -> int:
         return 0
     step = restore(engine, newest)
     if engine.is_main_process:
-        logger.info("going on from %s", newest)
+        is_done = step >= config.schedule.num_steps
+        logger.info("%s from %s", "nothing is left to do" if is_done else "going on", newest)
     return step
 
 
