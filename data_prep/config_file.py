@@ -262,7 +262,14 @@ def run_command(
         "--dry-run", action="store_true", help="resolve and check the config, print it, and exit"
     )
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for package in (
+        "data_prep",
+        "pretrain",
+        "eval",
+        "__main__",
+    ):  # libraries talk at this level too
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         config = read_config(section, options.config, overrides=options.overrides)
         if options.dry_run:

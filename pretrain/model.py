@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data_prep.config_file import InputError
 from pretrain.config import ImageTransform, MediaKind, PairingName, PretrainConfig, media_of_pairing
 from pretrain.log_mel import LogMelSpectrogram
 from pretrain.tokenizer import Tokenizer
 from pretrain.towers import (
     build_media_backbone,
     build_text_backbone,
+    ends_in_joint_space,
     probe_backbone,
     save_tower_config,
 )
@@ -39,12 +41,11 @@ class NormalizedPixels(nn.Module):
 class Tower(nn.Module):
     """Input stage, backbone and projection into the joint space: [B, ...] -> [B, D]."""
 
-    def __init__(self, input_stage: nn.Module, backbone: nn.Module, *, width: int, embed_dim: int):
+    def __init__(self, input_stage: nn.Module, backbone: nn.Module, projection: nn.Module) -> None:
         super().__init__()
         self.input_stage = input_stage
         self.backbone = backbone
-        self.projection = nn.Linear(width, embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        self.projection = projection
         self.is_frozen = not any(p.requires_grad for p in backbone.parameters())
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -132,15 +133,13 @@ def build_model(
     towers: dict[str, Tower] = {}
     if config.model.image is not None:
         pixels = torch.zeros(1, 3, config.image.size, config.image.size, dtype=torch.uint8)
-        towers["image"] = _media_tower(
-            config, "image", NormalizedPixels(config.image), pixels, assets
-        )
+        normalize = NormalizedPixels(config.image)
+        towers["image"] = _media_tower(config, "image", normalize, pixels, assets)
     if config.model.audio is not None:
         num_samples = round(config.audio.clip_seconds * config.audio.sample_rate_hz)
         waveforms = torch.zeros(1, num_samples)
-        towers["audio"] = _media_tower(
-            config, "audio", LogMelSpectrogram(config.audio), waveforms, assets
-        )
+        log_mel = LogMelSpectrogram(config.audio)
+        towers["audio"] = _media_tower(config, "audio", log_mel, waveforms, assets)
     towers["text"] = _text_tower(config, tokenizer, assets)
     return ContrastiveModel(
         towers,
@@ -158,10 +157,25 @@ def _media_tower(
 ) -> Tower:
     backbone = build_media_backbone(getattr(config.model, kind), kind=kind, assets=assets)
     width = probe_backbone(backbone, input_stage(example), where=f"model.{kind}")
-    return Tower(input_stage, backbone, width=width, embed_dim=config.model.embed_dim)
+    return Tower(input_stage, backbone, _projection(config, kind, width))
 
 
 def _text_tower(config: PretrainConfig, tokenizer: Tokenizer, assets: Path | None) -> Tower:
     backbone = build_text_backbone(config.model.text, tokenizer=tokenizer, assets=assets)
     width = probe_backbone(backbone, tokenizer(["a caption"]), where="model.text")
-    return Tower(nn.Identity(), backbone, width=width, embed_dim=config.model.embed_dim)
+    return Tower(nn.Identity(), backbone, _projection(config, "text", width))
+
+
+def _projection(config: PretrainConfig, kind: str, width: int) -> nn.Module:
+    """The way from W to D; towers that end in their own joint space keep it."""
+    tower, embed_dim = getattr(config.model, kind), config.model.embed_dim
+    if ends_in_joint_space(tower):
+        if width != embed_dim:
+            raise InputError(
+                f"model.embed_dim={embed_dim}: {tower.library}'s {tower.name} (model.{kind}) ends "
+                f"in a joint space of {width}; set embed_dim to {width}"
+            )
+        return nn.Identity()
+    projection = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    return projection

@@ -253,6 +253,11 @@ def probe_backbone(backbone: nn.Module, example: Tensor, *, where: str) -> int:
     return features.shape[-1]
 
 
+def ends_in_joint_space(config: TowerConfig) -> bool:
+    """Whether the backbone brings its own projection, as open_clip's models do."""
+    return config.library == "open_clip" and config.name != FROM_SCRATCH_TEXT
+
+
 def save_tower_config(backbone: nn.Module, folder: Path, *, kind: str) -> None:
     """Writes what rebuilding needs and the config does not hold: a transformers model's config."""
     if isinstance(backbone, _TransformersMedia | _TransformersText):

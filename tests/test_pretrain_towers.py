@@ -71,24 +71,31 @@ def build(config):
                 "options": TINY_AST,
             }
         },
-        {"image": {"library": "open_clip", "name": "RN50", "frozen": True}, "size": 224},
     ],
-    ids=["timm", "transformers image", "transformers audio", "open_clip image"],
+    ids=["timm", "transformers image", "transformers audio"],
 )
-def test_towers_of_every_library_give_normalised_embeddings(config_with, towers):
-    towers = dict(towers)
-    size = towers.pop("size", 16)
-    config = config_with(**towers)
-    config = config.model_copy(update={"image": config.image.model_copy(update={"size": size})})
-    model = build(config).eval()
-    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+def test_towers_give_normalised_embeddings(config_with, towers):
+    model = build(config_with(**towers)).eval()
     for embeddings in (
-        model.encode_image(pixels),
+        model.encode_image(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)),
         model.encode_audio(torch.randn(2, 1600)),
         model.encode_text(torch.randint(1, 400, (2, 12))),
     ):
         assert embeddings.shape == (2, 16)
         assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2), atol=1e-5)
+
+
+def test_open_clips_models_keep_their_own_joint_space(config_with):
+    resnet = {"library": "open_clip", "name": "RN50", "frozen": True}
+    config = config_with(image=resnet)
+    large = config.model_copy(update={"image": config.image.model_copy(update={"size": 224})})
+    with pytest.raises(InputError, match="ends in a joint space of 1024; set embed_dim to 1024"):
+        build(large)
+    model = large.model.model_copy(update={"embed_dim": 1024})
+    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    tower = build(large.model_copy(update={"model": model})).eval().towers["image"]
+    with torch.no_grad():
+        assert torch.equal(tower(pixels), tower.backbone(tower.input_stage(pixels)))
 
 
 def test_a_transformers_text_tower_ignores_padding(config_with, tmp_path):
