@@ -395,15 +395,15 @@ def _check_fingerprint(folder: Path, info: DatasetInfo, manifest: list[ManifestR
 class _Descriptor:
     """An open file that is closed when the last reader lets go of it."""
 
-    def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-    def __del__(self):
+    def __del__(self) -> None:
         os.close(self.number)
 
 
 def _open_descriptor(path: Path) -> _Descriptor:
-    return _Descriptor(path)
+    return _Descriptor(os.open(path, os.O_RDONLY))
 
 
 def _key_at(descriptor: int, header_block: int) -> str:

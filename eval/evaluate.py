@@ -66,5 +66,10 @@ def check_checkpoint(config: EvaluateConfig) -> None:
         )
 
 
+def main() -> int:
+    """The command."""
+    return run_command(EvaluateConfig, run=run, dry_run=dry_run, description=__doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(EvaluateConfig, run=run, dry_run=dry_run, description=__doc__))
+    sys.exit(main())

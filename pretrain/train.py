@@ -179,8 +179,8 @@ def dry_run(config: PretrainConfig) -> None:
 
 
 def main() -> int:
-    """The command line."""
-    return run_command(PretrainConfig, run=pretrain, dry_run=dry_run, description=__doc__ or "")
+    """The command."""
+    return run_command(PretrainConfig, run=pretrain, dry_run=dry_run, description=__doc__)
 
 
 if __name__ == "__main__":

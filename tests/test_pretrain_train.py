@@ -1,11 +1,10 @@
 """The three laws, end to end: real processes, real files."""
 
 import json
-import math
-import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,14 +207,26 @@ def test_bfloat16_trains_close_to_float32(toy_data, tmp_path, alone):
         assert row["total_loss"] == pytest.approx(truth["total_loss"], rel=0.05)
 
 
-def test_the_command_runs_under_torchrun_and_reports_a_user_error_once(toy_data, tmp_path, alone):
-    """One true launch; the other tests use the quicker fork server."""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
+    "accelerate launch": [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(Path(__file__).parent.parent / "configs" / "accelerate" / "two_processes.yaml"),
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_gives_the_same_run_under_every_launcher(toy_data, tmp_path, alone, launcher):
+    """True launches; the other tests use the quicker fork server."""
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command += ["pretrain.train", str(tmp_path / "config.yaml")]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "pretrain.train"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", alone)
-    assert math.isclose(steps_of(tmp_path / "run")[-1]["samples_seen"], 480)
+    [attempt] = read_rows(tmp_path / "run" / "attempts.jsonl")
+    assert attempt["world_size"] == 2
