@@ -151,9 +151,13 @@ def data_uri(content: bytes, *, media_type: str) -> str:
 
 
 def picture(image: np.ndarray, *, max_side: int = 128, alt: str = "") -> Markup:
-    """A thumbnail of a uint8 [H, Wd, 3] image."""
+    """A thumbnail of a uint8 [H, Wd, 3] image; tiny images are shown with larger pixels."""
     small = Image.fromarray(image)
     small.thumbnail((max_side, max_side))
+    enlargement = max_side // max(small.size)
+    if enlargement > 1:
+        size = (small.width * enlargement, small.height * enlargement)
+        small = small.resize(size, Image.Resampling.NEAREST)
     file = io.BytesIO()
     small.save(file, format="JPEG", quality=82)
     uri = data_uri(file.getvalue(), media_type="image/jpeg")

@@ -23,15 +23,16 @@ from eval.config import EvaluateConfig
 from eval.intervals import wilson_interval
 from eval.measure import Outcome
 from eval.report_charts import confusion_chart, training_charts
-from eval.report_gallery import retrieval_gallery
+from eval.report_gallery import classification_gallery, retrieval_gallery
 from eval.results import is_rank, score_cells
 from eval.tasks import ClassificationTask, RetrievalTask
 from pretrain.run_folder import read_metrics
 
 # Bounds on what is shown keep the page below about 5 MB.
 # Browsers refuse to play more than 75 sounds of a page; a query shows up to seven.
-MAX_QUERIES_IN_ALL = {"image": 24, "audio": 10}
+MAX_QUERIES_IN_ALL = {"image": 24, "audio": 8}
 MAX_QUERIES_PER_DIRECTION = 8
+MAX_CLASSIFIED_ITEMS = 10
 MAX_CLASS_ROWS = 60
 MAX_CONFUSIONS = 10
 
@@ -123,7 +124,7 @@ def _retrieval_notes(task: RetrievalTask) -> list[str]:
 
 
 def classification_section(outcome: Outcome) -> Section:
-    """Confusion matrix, the worst classes, and the commonest confusions."""
+    """Confusion matrix, the worst classes, the commonest confusions, and some items."""
     task, result = outcome.task, outcome.result
     matrix = [
         heading("Confusion matrix"),
@@ -134,7 +135,11 @@ def classification_section(outcome: Outcome) -> Section:
     classes = [heading("Recall by class, worst first"), _class_table(outcome)]
     return Section(
         task.name,
-        [columns([Markup("").join(matrix), Markup("").join(classes)])],
+        [
+            columns([Markup("").join(matrix), Markup("").join(classes)]),
+            heading("Some items, mistakes first"),
+            classification_gallery(outcome, num_items=MAX_CLASSIFIED_ITEMS),
+        ],
         note=task.description(),
     )
 

@@ -1,7 +1,6 @@
-"""The retrieval gallery: some queries with their five nearest answers, right or wrong.
+"""Galleries: classified items, and retrieval queries with their five nearest answers.
 
-Half of the queries shown are the hardest, those whose right answer stands lowest; the rest are
-spread evenly over the dataset.
+Half of what is shown is what the model did worst; the rest is spread evenly over the dataset.
 """
 
 from __future__ import annotations
@@ -73,6 +72,24 @@ def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
     """
     num_answers = min(NUM_ANSWERS, len(gallery))
     return torch.topk(cosine_scores(queries, gallery), num_answers, dim=-1).indices.tolist()
+
+
+def classification_gallery(outcome: Outcome, *, num_items: int) -> Markup:
+    """Cards of items with their true class, and the class they were taken for where that differs.
+
+    Args:
+        outcome: of a classification task.
+        num_items: shown.
+    """
+    task, predictions = outcome.task, outcome.result.predictions
+    views = MediaViews(task.dataset)
+    is_wrong = predictions != task.targets
+    cards = []
+    for item in shown_queries(1.0 + is_wrong, num_queries=num_items):
+        true, predicted = (task.class_names[k] for k in (task.targets[item], predictions[item]))
+        label = f"{true}, taken for {predicted}" if is_wrong[item] else true
+        cards.append(_card(views.of(item), label, kind="missed" if is_wrong[item] else "good"))
+    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
 
 
 def retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Markup]:
