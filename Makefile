@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 PACKAGES = data_prep pretrain eval
 RUN = .venv/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo check-demo test lint bench clean
 
 demo: .venv/ready                ## the whole pipeline, on data it makes: under five minutes
 	@echo "1 of 4  Making pictures, sounds and captions."
@@ -20,6 +20,9 @@ demo: .venv/ready                ## the whole pipeline, on data it makes: under 
 		-m pretrain.train configs/pretrain/demo.yaml
 	@echo "4 of 4  Measuring it on what it has never seen."
 	@$(RUN) -m eval.evaluate configs/eval/demo.yaml
+
+check-demo: demo                 ## fails if the demo's figures are below their goals
+	$(RUN) -m pytest tests/demo_goals.py
 
 test: .venv/ready
 	$(RUN) -m pytest

@@ -161,7 +161,7 @@ class Loading(Section):
 
     window: PositiveInt = 32768  # samples of a lane shuffled among themselves
     num_workers: int = free(2, ge=0)  # loader processes of each rank
-    max_bad_fraction: Share = 1e-3  # unreadable samples, of one epoch, that stop the run
+    max_bad_fraction: Share = free(1e-3)  # unreadable samples, of one epoch, that stop the run
 
 
 # ------------------------------------------------------------------------------------ training
