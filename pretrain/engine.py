@@ -209,7 +209,12 @@ class Engine:
     def init_trackers(self, config: PretrainConfig) -> None:
         """Opens the configured trackers and shows them the config."""
         values = {section: str(value) for section, value in config.model_dump().items()}
-        self.accelerator.init_trackers("isopair", config=values)
+        folder = config.run.folder
+        self.accelerator.init_trackers(
+            "isopair",
+            config=values,
+            init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}},
+        )
 
     def log(self, values: dict[str, float], *, step: int) -> None:
         """Sends values to the trackers."""

@@ -52,8 +52,8 @@ def pretrain(config: PretrainConfig) -> None:
         optimizer=build_optimizer(config, model),
         gradient_clipping=config.optimizer.gradient_clipping,
     )
+    engine.init_trackers(config)
     with closing(engine):
-        engine.init_trackers(config)
         first_step = resume(config, engine)
         with run.attempt_from(first_step):
             train_steps(config, engine, dataset, validation_sets, tokenizer, run)

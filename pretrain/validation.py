@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
+from data_prep.media_decode import MediaError
+from data_prep.shard_format import CorruptSampleError
 from pretrain.config import PairingName, PretrainConfig, media_of_pairing
 from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
 from pretrain.engine import Engine
 from pretrain.gather import rank, world_size
 from pretrain.media_transforms import build_transforms
-from pretrain.shard_reader import PairReader
+from pretrain.shard_reader import Pair, PairReader
 from pretrain.tokenizer import Tokenizer
 
 
@@ -28,14 +30,18 @@ class ValidationSet:
     batch_size: int
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(media, tokens) of this rank's part of each batch; the last batch may be smaller."""
+        """(media, tokens) of this rank's part of each batch; the last batch may be smaller.
+
+        Raises:
+            InputError: a held-out pair cannot be decoded.
+        """
         num_pairs = len(self.reader.dataset)
         for start in range(0, num_pairs, self.batch_size):
             stop = min(start + self.batch_size, num_pairs)
             first, last = (
                 start + (stop - start) * number // world_size() for number in (rank(), rank() + 1)
             )
-            pairs = [self.reader.read_exactly(ordinal) for ordinal in range(first, last)]
+            pairs = [self._read(ordinal) for ordinal in range(first, last)]
             media = [self.reader.transform(pair.media) for pair in pairs]
             tokens = self.tokenizer([pair.captions[0] for pair in pairs])
             yield self._stack(media), tokens
@@ -43,8 +49,17 @@ class ValidationSet:
     def _stack(self, media: list[Tensor]) -> Tensor:
         if media:
             return torch.stack(media)
-        shape_of_one = self.reader.transform(self.reader.read_exactly(0).media)
-        return shape_of_one.new_zeros(0, *shape_of_one.shape)
+        example = self.reader.transform(self._read(0).media)
+        return example.new_zeros(0, *example.shape)
+
+    def _read(self, ordinal: int) -> Pair:
+        try:
+            return self.reader.read_exactly(ordinal)
+        except (CorruptSampleError, MediaError) as error:
+            raise InputError(
+                f"validation.pairings.{self.pairing}: {error}; validation substitutes nothing: "
+                "repair the dataset, or prepare it without this sample"
+            ) from None
 
 
 def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> list[ValidationSet]:
@@ -75,7 +90,7 @@ def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
     """Mean over the set's pairs of loss and in-batch recall at 1; every rank must call it.
 
     Raises:
-        ValueError: a held-out pair cannot be decoded.
+        InputError: a held-out pair cannot be decoded.
     """
     name = validation_set.pairing
     engine.train_mode(False)

@@ -1,4 +1,4 @@
-"""What the demo must reach (`make check-demo`); not collected by `make test`, which runs no demo."""
+"""What the demo must reach: `make check-demo` runs it, `make test` does not."""
 
 import json
 from pathlib import Path
