@@ -6,7 +6,7 @@ import torch
 
 from data_prep.config_file import RunError
 from pretrain.gather import gather_objects, sum_over_ranks
-from pretrain.pair_loader import StepBatch
+from pretrain.pair_loader import StepBatch, StepDataset
 from pretrain.run_folder import RunFolder
 from pretrain.shard_reader import BadSample
 
@@ -16,14 +16,14 @@ class BadSampleLedger:
 
     Args:
         run: the run folder.
-        num_samples: in all sources together: what one epoch reads.
-        max_bad_fraction: distinct bad samples, as a share of num_samples, that stop the run; a
-            single one never does.
+        dataset: what the run reads.
+        max_bad_fraction: distinct bad samples, as a share of all sources' samples, that stop the
+            run; a single one never does.
     """
 
-    def __init__(self, run: RunFolder, *, num_samples: int, max_bad_fraction: float) -> None:
+    def __init__(self, run: RunFolder, dataset: StepDataset, *, max_bad_fraction: float) -> None:
         self.run = run
-        self.num_samples = num_samples
+        self.num_samples = dataset.num_samples
         self.max_bad_fraction = max_bad_fraction
         self._distinct: set[tuple[str, int]] = set()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import platform
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -59,7 +58,7 @@ class RunFolder:
     Args:
         config: the resolved config.
         fingerprints: of each dataset, by source.
-        world_size: number of processes.
+        hosts: name of each process's machine.
         is_writer: whether this is the main process; elsewhere every call does nothing.
     """
 
@@ -68,7 +67,7 @@ class RunFolder:
         config: PretrainConfig,
         *,
         fingerprints: dict[str, str],
-        world_size: int,
+        hosts: Sequence[str],
         is_writer: bool,
     ) -> None:
         self.folder = config.run.folder
@@ -87,9 +86,9 @@ class RunFolder:
         self._row = {
             "attempt": self.attempt,
             "started": _now(),
-            "world_size": world_size,
-            "strategy": "ddp" if world_size > 1 else "single process",
-            "hosts": [socket.gethostname()],
+            "world_size": len(hosts),
+            "strategy": "ddp" if len(hosts) > 1 else "single process",
+            "hosts": sorted(set(hosts)),
             "from_step": None,
             "to_step": None,
             "ended": None,

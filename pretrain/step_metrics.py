@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,15 @@ def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
     return {name: format_digest(pair) for name, pair in zip(batch.pairings, summed, strict=True)}
 
 
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did."""
+
+    losses: StepLosses
+    learning_rate: float
+    grad_norm: float  # over all parameters, before clipping
+
+
 class StepReporter:
     """Writes metrics and keeps the progress bar; on other than the main process it does nothing.
 
@@ -61,53 +71,49 @@ class StepReporter:
         run: the run folder.
         engine: for its trackers.
         config: the whole config.
-        first_step: steps that are already done.
+        timer: of the training loop.
     """
 
     def __init__(
-        self, run: RunFolder, engine: Engine, config: PretrainConfig, *, first_step: int
+        self, run: RunFolder, engine: Engine, config: PretrainConfig, *, timer: PhaseTimer
     ) -> None:
         self.run = run
         self.engine = engine
+        self.timer = timer
         self.num_steps = config.schedule.num_steps
         self.pairs_per_step = sum(p.global_batch_size for p in config.pairings.values())
-        self.last_logged_step = first_step
+        self.last_logged_step = run.num_steps_done
         self.bar = None
         if run.is_writer and sys.stderr.isatty():
-            self.bar = tqdm(total=self.num_steps, initial=first_step, unit="step", desc="pretrain")
+            self.bar = tqdm(
+                total=self.num_steps, initial=run.num_steps_done, unit="step", desc="pretrain"
+            )
 
     def advance(self) -> None:
         """Moves the progress bar by one step."""
         if self.bar is not None:
             self.bar.update()
 
-    def report_step(
-        self,
-        step: int,
-        *,
-        losses: StepLosses,
-        digest: dict[str, str],
-        learning_rate: float,
-        grad_norm: float,
-        timer: PhaseTimer,
-    ) -> None:
-        """Writes one row of metrics; `step` counts the steps done."""
-        seconds, phases = timer.take()
+    def report_step(self, outcome: StepOutcome, *, digest: dict[str, str]) -> None:
+        """Writes one row of metrics of the step just done."""
+        seconds, phases = self.timer.take()
+        step = self.run.num_steps_done
         steps = step - self.last_logged_step
         self.last_logged_step = step
         if not self.run.is_writer:
             return
+        losses = outcome.losses.by_pairing
         row = {
             "step": step,
             "samples_seen": step * self.pairs_per_step,
-            "total_loss": losses.total,
-            "loss": {name: loss.value for name, loss in losses.by_pairing.items()},
+            "total_loss": outcome.losses.total,
+            "loss": {name: loss.value for name, loss in losses.items()},
             "media_to_text_recall@1": {
-                name: loss.media_to_text_recall_at_1 for name, loss in losses.by_pairing.items()
+                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
             },
-            "logit_scale": losses.scales,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "logit_scale": outcome.losses.scales,
+            "learning_rate": outcome.learning_rate,
+            "grad_norm": outcome.grad_norm,
             "data_digest": digest,
             "samples_per_second": steps * self.pairs_per_step / seconds,
             "data_wait_share": phases.get("data", 0.0) / seconds,
@@ -118,10 +124,11 @@ class StepReporter:
         self.engine.log(flatten_numbers(row), step=step)
         self._show(row)
 
-    def report_validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+    def report_validation(self, figures: dict[str, dict[str, float]]) -> None:
         """Writes one row of validation figures, by pairing."""
         if not self.run.is_writer:
             return
+        step = self.run.num_steps_done
         row = {"step": step, "validation": figures}
         self.run.write_metrics(row)
         self.engine.log(flatten_numbers({"validation": figures}), step=step)

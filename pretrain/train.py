@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from contextlib import closing
 
@@ -18,14 +19,14 @@ from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.engine import Engine, check_trackers, start_accelerator
-from pretrain.gather import on_main_process, rank, world_size
-from pretrain.gradient_cache import StepLosses, backward_of_step
+from pretrain.gather import gather_objects, on_main_process, rank, world_size
+from pretrain.gradient_cache import backward_of_step
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer, learning_rate_at
 from pretrain.pair_loader import StepBatch, StepDataset, load_steps
 from pretrain.run_folder import RunFolder, refuse_other_run
 from pretrain.run_plan import describe_plan
-from pretrain.step_metrics import PhaseTimer, StepReporter, digest_of_step
+from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.validation import ValidationSet, build_validation_sets, validate
 
@@ -68,9 +69,8 @@ def open_run(
         for held_out in validation_sets
     }
     on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))
-    return RunFolder(
-        config, fingerprints=fingerprints, world_size=world_size(), is_writer=rank() == 0
-    )
+    hosts = gather_objects(socket.gethostname())
+    return RunFolder(config, fingerprints=fingerprints, hosts=hosts, is_writer=rank() == 0)
 
 
 def resume(config: PretrainConfig, engine: Engine) -> int:
@@ -96,55 +96,38 @@ def train_steps(
     """The training loop; `step` counts the steps done."""
     first_step = run.num_steps_done
     last_step = min(config.schedule.num_steps, config.run.stop_after_step or sys.maxsize)
+    num_workers = config.loading.num_workers
     batches = load_steps(
-        dataset,
-        first_step=first_step,
-        last_step=last_step,
-        num_workers=config.loading.num_workers,
+        dataset, first_step=first_step, last_step=last_step, num_workers=num_workers
     )
     timer = PhaseTimer()
-    reporter = StepReporter(run, engine, config, first_step=first_step)
-    ledger = BadSampleLedger(
-        run,
-        num_samples=dataset.num_samples,
-        max_bad_fraction=config.loading.max_bad_fraction,
-    )
+    reporter = StepReporter(run, engine, config, timer=timer)
+    ledger = BadSampleLedger(run, dataset, max_bad_fraction=config.loading.max_bad_fraction)
     engine.train_mode(True)
     for step in range(first_step + 1, last_step + 1):
         with timer.phase("data"):
             batch = next(batches)
-        losses, learning_rate, grad_norm = train_step(config, engine, batch, timer)
+        outcome = train_step(config, engine, batch, timer)
         run.num_steps_done = step
         ledger.enter(batch, device=engine.device)
         reporter.advance()
         is_last = step == last_step
         if is_last or step % config.run.log_every_steps == 0:
-            digest = digest_of_step(batch, device=engine.device)
-            reporter.report_step(
-                step,
-                losses=losses,
-                digest=digest,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                timer=timer,
-            )
+            reporter.report_step(outcome, digest=digest_of_step(batch, device=engine.device))
         if validation_sets and (is_last or step % config.validation.every_steps == 0):
-            figures = {held_out.pairing: validate(engine, held_out) for held_out in validation_sets}
-            reporter.report_validation(step, figures)
+            with timer.phase("validation"):
+                figures = {each.pairing: validate(engine, each) for each in validation_sets}
+            reporter.report_validation(figures)
         if is_last or step % config.run.checkpoint_every_steps == 0:
             with timer.phase("save"):
-                on_main_process(
-                    lambda: save_checkpoint(
-                        config, engine=engine, tokenizer=tokenizer, step=run.num_steps_done
-                    )
-                )
+                write_checkpoint(config, engine, tokenizer, step)
     reporter.close()
 
 
 def train_step(
     config: PretrainConfig, engine: Engine, batch: StepBatch, timer: PhaseTimer
-) -> tuple[StepLosses, float, float]:
-    """One optimizer step; returns its losses, learning rate, and gradient norm before clipping.
+) -> StepOutcome:
+    """One optimizer step.
 
     Raises:
         RunError: loss or gradient is not finite; the step was not applied.
@@ -163,7 +146,14 @@ def train_step(
             f"optimizer.learning_rate={config.optimizer.learning_rate:g} or raise "
             f"schedule.warmup_steps={config.schedule.warmup_steps} in a new run folder"
         ) from None
-    return losses, learning_rate, grad_norm
+    return StepOutcome(losses, learning_rate, grad_norm)
+
+
+def write_checkpoint(
+    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, step: int
+) -> None:
+    """Writes a checkpoint on the main process while the others wait; every rank must call it."""
+    on_main_process(lambda: save_checkpoint(config, engine=engine, tokenizer=tokenizer, step=step))
 
 
 def dry_run(config: PretrainConfig) -> None:
