@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SectionT = TypeVar("SectionT", bound="Section")
+# What they say is shown from INFO on, what libraries say from WARNING on.
+OWN_LOGGERS = ("data_prep", "pretrain", "eval")
+SECONDS_TO_LET_RANK_0_SPEAK = 3.0
 
 
 class InputError(ValueError):
@@ -263,12 +267,7 @@ def run_command(
     )
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for package in (
-        "data_prep",
-        "pretrain",
-        "eval",
-        "__main__",
-    ):  # libraries talk at this level too
+    for package in OWN_LOGGERS:
         logging.getLogger(package).setLevel(logging.INFO)
     try:
         config = read_config(section, options.config, overrides=options.overrides)
@@ -278,11 +277,18 @@ def run_command(
         else:
             run(config)
     except (InputError, RunError) as error:
-        print(f"error: {_rank_prefix(error)}{error}", file=sys.stderr, flush=True)  # noqa: T201
+        _print_error(error)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def _rank_prefix(error: Exception) -> str:
+def _print_error(error: Exception) -> None:
+    """Prints the message; of several processes that fail alike, mostly the first one's alone.
+
+    The others wait a little, because a launcher ends them as soon as one has failed.
+    """
     rank = os.environ.get("RANK")
-    return "" if rank is None or isinstance(error, ConfigError) else f"rank {rank}: "
+    if rank not in (None, "0"):
+        time.sleep(SECONDS_TO_LET_RANK_0_SPEAK)
+    prefix = "" if rank is None else f"rank {rank}: "
+    print(f"error: {prefix}{error}", file=sys.stderr, flush=True)  # noqa: T201
