@@ -18,6 +18,15 @@ from pretrain.tokenizer import Tokenizer
 TowerConfig = MediaTower | TextTower
 # The part of open_clip models sized by `options` alone.
 FROM_SCRATCH_TEXT = "TextTransformer"
+# Attributes under which layers of the three libraries keep a probability of dropping something.
+DROP_RATES = (
+    "drop_prob",
+    "prob",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "layerdrop",
+)
 
 
 # --------------------------------------------------------------------------------------- timm
@@ -215,9 +224,10 @@ def _refuse_batch_norm(backbone: nn.Module, where: str) -> None:
 def _refuse_dropout(backbone: nn.Module, where: str) -> None:
     """Its random numbers would depend on which samples share a process."""
     for name, module in backbone.named_modules():
-        rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
-        rate = rate or getattr(module, "drop_prob", 0.0) or getattr(module, "attention_dropout", 0)
-        if isinstance(rate, float) and rate > 0:
+        attributes = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else DROP_RATES
+        rates = [getattr(module, attribute, None) for attribute in attributes]
+        rate = max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+        if rate > 0:
             raise InputError(
                 f"{where}: layer {name} ({type(module).__name__}) drops with probability {rate}, "
                 "at random per process; set its rate to 0 in options"

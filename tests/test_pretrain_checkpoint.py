@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import pytest
 import torch
 from gloo_processes import run_in_processes
 from PIL import Image
+from safetensors.torch import load_file
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
@@ -14,6 +16,7 @@ from pretrain.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
+from pretrain.config import PretrainConfig
 
 
 def train(config):
@@ -57,8 +60,6 @@ def test_a_checkpoint_folder_is_taken_as_it_is(run):
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no record"])
 def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage, caplog):
-    import shutil
-
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
     weights = newest / "model.safetensors"
@@ -81,6 +82,35 @@ def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage
 def test_a_folder_without_checkpoint_says_what_was_expected(tmp_path):
     with pytest.raises(InputError, match=r"expected a run folder with a checkpoint"):
         load_model(tmp_path)
+
+
+def test_a_checkpoint_needs_nothing_of_what_its_towers_were_loaded_from(toy_data, tmp_path):
+    from test_pretrain_towers import TINY_BERT, TINY_VIT, write_clip_tokenizer
+    from transformers import AutoConfig, AutoModel
+
+    sources = tmp_path / "sources"
+    AutoModel.from_config(AutoConfig.for_model("vit", **TINY_VIT)).save_pretrained(sources / "vit")
+    AutoModel.from_config(AutoConfig.for_model("bert", **TINY_BERT)).save_pretrained(
+        sources / "bert"
+    )
+    write_clip_tokenizer(sources / "tokenizer")
+    config = toy_config(toy_data, tmp_path / "run", schedule={"num_steps": 2, "warmup_steps": 0})
+    values = config.model_dump(mode="json")
+    loaded = {"library": "transformers", "pretrained": True}
+    values["model"]["image"] = loaded | {"name": str(sources / "vit")}
+    values["model"]["text"] = loaded | {
+        "name": str(sources / "bert"),
+        "tokenizer": str(sources / "tokenizer"),
+        "context_length": 12,
+    }
+    run_in_processes(1, train, PretrainConfig.model_validate(values))
+    shutil.rmtree(sources)
+    model, transforms, tokenizer = load_model(tmp_path / "run")
+    embeddings = model.encode_text(tokenizer(["a red picture"]))
+    saved = load_file(tmp_path / "run/checkpoints/step_00000002/model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.items())
+    assert embeddings.shape == (1, 16)
+    assert set(transforms) == {"image", "audio"}
 
 
 def test_a_checkpoint_holds_no_pickle(run):

@@ -149,6 +149,53 @@ def test_initial_weights_depend_on_the_seed_alone(config_with):
     )
 
 
+def test_pretrained_towers_load_from_files(config_with, tmp_path):
+    """Of each library, weights saved to disk come back; nothing is fetched."""
+    import timm
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModel
+
+    timm_model = timm.create_model("test_convnext", num_classes=0, patch_size=1)
+    save_file(timm_model.state_dict(), tmp_path / "timm.safetensors")
+    options = {"patch_size": 1}
+    tower = {"library": "timm", "name": "test_convnext", "options": options}
+    config = config_with(image=tower | {"pretrained": str(tmp_path / "timm.safetensors")})
+    assert_same_weights(build(config).towers["image"].backbone, timm_model)
+
+    transformers_model = AutoModel.from_config(AutoConfig.for_model("vit", **TINY_VIT))
+    transformers_model.save_pretrained(tmp_path / "vit")
+    tower = {"library": "transformers", "name": str(tmp_path / "vit"), "pretrained": True}
+    loaded = build(config_with(image=tower)).towers["image"].backbone.backbone
+    assert_same_weights(loaded, transformers_model)
+
+    clip = write_tiny_open_clip(tmp_path)
+    tower = {"library": "open_clip", "name": "tiny", "pretrained": str(tmp_path / "clip.pt")}
+    model = build(config_with(image=tower, text=tower | {"options": {}}))
+    assert_same_weights(model.towers["image"].backbone, clip.visual)
+    assert_same_weights(model.towers["text"].backbone, clip.text)
+
+
+def write_tiny_open_clip(folder: Path):
+    """Registers an open_clip model "tiny", writes weights of it, and returns it."""
+    transformer = {"width": 16, "layers": 1}
+    sizes = {
+        "embed_dim": 16,
+        "vision_cfg": transformer | {"image_size": 16, "patch_size": 8, "head_width": 8},
+        "text_cfg": transformer | {"context_length": 12, "vocab_size": 49408, "heads": 2},
+    }
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tiny.json").write_text(json.dumps(sizes))
+    open_clip.add_model_config(folder / "configs")
+    clip = open_clip.create_model("tiny", force_custom_text=True)
+    torch.save(clip.state_dict(), folder / "clip.pt")
+    return clip
+
+
+def assert_same_weights(module, expected):
+    state = module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
+
+
 def test_batch_norm_in_a_trained_tower_is_refused_and_frozen_is_accepted(config_with):
     resnet = {"library": "timm", "name": "test_resnet"}
     with pytest.raises(InputError, match=r"model\.image: layer .* is a BatchNorm.*frozen: true"):
