@@ -244,6 +244,12 @@ def test_a_tower_that_cannot_be_built_says_why(config_with, tower, message):
         build(config_with(image=tower))
 
 
+def test_an_open_clip_model_made_for_another_tokenizer_asks_for_it(config_with):
+    config = config_with(text={"library": "open_clip", "name": "xlm-roberta-base-ViT-B-32"})
+    with pytest.raises(InputError, match=r"made for the tokenizer 'xlm-roberta-base'"):
+        build_tokenizer(config.model.text)
+
+
 def test_open_clip_has_no_audio_towers(config_with):
     with pytest.raises(InputError, match=r"model\.audio: open_clip has no audio towers"):
         build(config_with(audio={"library": "open_clip", "name": "ViT-B-32"}))
