@@ -97,6 +97,15 @@ _Yaml12Loader.add_implicit_resolver(
 )
 
 
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Quotes the texts that the loader would take for something else."""
+
+    yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def _refuse_duplicate_keys(
     loader: _Yaml12Loader, node: yaml.MappingNode, deep: bool = False
 ) -> dict:
@@ -128,7 +137,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
         found = f"; files there: {', '.join(siblings)}" if siblings else ""
         raise ConfigError(f"{path}: no such config file{found}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
@@ -166,6 +177,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: {'.'.join(parents)} is {place!r}, which holds no keys")
 
 
+def _unshared(value: Any) -> Any:
+    """A copy in which no part stands at two places, as YAML's anchors make them: an override of one
+    must not reach the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
+
+
 def _list_index(items: list, key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
         raise ConfigError(
@@ -180,7 +199,7 @@ def read_config(section: type[SectionT], path: Path, *, overrides: Sequence[str]
     Raises:
         ConfigError: naming the file, the key and the value of everything that is wrong.
     """
-    values = read_yaml(path)
+    values = _unshared(read_yaml(path))
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -205,7 +224,8 @@ def _validation_message(path: Path, error: ValidationError) -> str:
 
 def to_yaml(config: Section) -> str:
     """The resolved config as YAML, in the order of its definition."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    values = json.loads(config.model_dump_json())
+    return yaml.dump(values, Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
 
 
 def fixed_values(section: Any) -> Any:
@@ -279,7 +299,30 @@ def run_command(
     except (InputError, RunError) as error:
         _print_error(error)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _print_error(InputError(f"{error.filename}: {error.strerror}"))
+        return 1
+    except KeyboardInterrupt:
+        _print_error(RunError("interrupted; the same command goes on where this one was"))
+        return 130
     return 0
+
+
+def check_output_folder(folder: Path, *, key: str) -> None:
+    """Checks that a folder can be written or made, without making it.
+
+    Raises:
+        ConfigError: naming the key and what stands in the way.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ConfigError(f"{key}={folder}: expected a folder, found a file at {nearest}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder}: {nearest} cannot be written; choose another")
 
 
 def _print_error(error: Exception) -> None:

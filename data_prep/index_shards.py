@@ -24,13 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.config import IndexShards
-from data_prep.config_file import InputError, fixed_values, run_command
+from data_prep.config_file import InputError, check_output_folder, fixed_values, run_command
 from data_prep.dataset_folder import (
     begin_plan,
     check_plan,
     finish_dataset,
     is_finished,
     lock_folder,
+    sum_rejected,
 )
 from data_prep.shard_format import (
     ABSENT,
@@ -75,6 +76,7 @@ def index_shards(config: IndexShards) -> None:
     Raises:
         InputError: there are no tars, or listing what is wrong with them, by shard and key.
     """
+    check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
     tasks = _tasks(config, folder, names)
     with lock_folder(config.output):
@@ -87,6 +89,7 @@ def index_shards(config: IndexShards) -> None:
                 bar.update()
         if problems:
             raise InputError(_problem_list(config, sorted(problems)))
+        _refuse_empty(config, tasks)
         info = finish_dataset(
             config.output,
             names,
@@ -99,6 +102,16 @@ def index_shards(config: IndexShards) -> None:
         f"{config.output}: {info.num_samples:,} samples in {info.num_shards} shards, "
         f"{info.tar_bytes / 1e6:,.1f} MB, indexed{left_out}"
     )
+
+
+def _refuse_empty(config: IndexShards, tasks: list[IndexTask]) -> None:
+    indexes = [ShardIndex.read(task.index_path) for task in tasks]
+    if not any(index.num_samples for index in indexes):
+        left_out = dict(sum_rejected(indexes))
+        raise InputError(
+            f"{config.input}: no sample with {config.media} and a caption; left out: {left_out}; "
+            f"check media={config.media}"
+        )
 
 
 def find_tars(pattern: str) -> tuple[Path, list[str]]:
@@ -143,10 +156,13 @@ def _is_indexed(task: IndexTask) -> bool:
 def _problem_list(config: IndexShards, problems: list[str]) -> str:
     shown = "\n".join(f"  {problem}" for problem in problems[:NUM_PROBLEMS_SHOWN])
     more = len(problems) - NUM_PROBLEMS_SHOWN
+    advice = "make these tars again (tar --sort=name keeps the members of a sample side by side)"
+    if any("missing_" in problem for problem in problems):
+        advice += "; samples that are only incomplete can be left out with skip_incomplete=true"
     return (
-        f"{config.input}: {len(problems)} problems\n{shown}\n"
+        f"{config.input}: problems found: {len(problems)}\n{shown}\n"
         + (f"  and {more} more\n" if more > 0 else "")
-        + "make these tars again, or leave out incomplete samples with skip_incomplete=true"
+        + advice
     )
 
 
@@ -261,6 +277,7 @@ def print_plan(config: IndexShards) -> None:
     Raises:
         InputError: there are none, or the output was begun with another config.
     """
+    check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
     check_plan(config.output, _plan(config))
     todo = [task for task in _tasks(config, folder, names) if not _is_indexed(task)]

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError, fixed_values, run_command
+from data_prep.config_file import InputError, check_output_folder, fixed_values, run_command
 from data_prep.dataset_folder import (
     begin_plan,
     check_plan,
@@ -45,6 +45,7 @@ def make_shards(config: MakeShards) -> None:
         InputError: the input is unusable, the folder was begun from something else, too many
             pairs are bad, or no sample is left.
     """
+    check_output_folder(config.output, key="output")
     items = read_items(config)
     shards = plan_shards(config, items)
     with lock_folder(config.output):
@@ -132,6 +133,8 @@ def _join_rejected(folder: Path, shards: list[ShardTask]) -> None:
     content = b"".join(path.read_bytes() for path in parts if path.exists())
     if content:
         write_atomically(folder / "rejected.jsonl", content)
+    else:
+        (folder / "rejected.jsonl").unlink(missing_ok=True)
 
 
 def _check_rejected(rejected: Counter[str], num_pairs: int, *, config: MakeShards) -> None:
@@ -146,8 +149,9 @@ def _check_rejected(rejected: Counter[str], num_pairs: int, *, config: MakeShard
     raise InputError(
         f"{config.input}: {rejected.total():,} of {num_pairs:,} pairs are bad ({fraction:.1%}): "
         f"{_by_reason(rejected)}; at most max_rejected_fraction={config.max_rejected_fraction} is "
-        f"accepted; first: {example}; all are listed in {path}; finished shards are kept, so after "
-        "raising the limit only the last stage runs"
+        f"accepted; first: {example}; all are listed in {path}; after raising the limit, run again "
+        f"(finished shards are kept); after mending the pairs, delete {config.output} first; "
+        f"relative paths start at {media_root_of(config)} (media_root)"
     )
 
 
@@ -164,6 +168,7 @@ def print_plan(config: MakeShards) -> None:
     Raises:
         InputError: as make_shards, as far as the scan can tell.
     """
+    check_output_folder(config.output, key="output")
     items = read_items(config)
     shards = plan_shards(config, items)
     check_plan(config.output, _plan(config, items))
@@ -178,6 +183,8 @@ def print_plan(config: MakeShards) -> None:
         f"bad pairs found by the scan: {_by_reason(rejected) or 'none'}",
         f"media files missing: {len(paths) - len(sizes):,} of {len(paths):,} looked for",
     ]
+    if rejected.total() > config.max_rejected_fraction * items.num_pairs:
+        lines.append(f"the job would fail: max_rejected_fraction={config.max_rejected_fraction}")
     if sizes:
         estimate = sum(sizes) / len(sizes) * len(items.items)
         lines.append(f"media, estimated from {len(sizes):,} files: {estimate / 1e6:,.1f} MB")

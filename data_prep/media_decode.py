@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Refused before decoding: a 0.5 MB PNG can claim any size.
 MAX_PIXELS = 50_000_000
@@ -73,6 +73,8 @@ def image_size(content: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
             width, height = image.size
+    except UnidentifiedImageError:
+        raise MediaError("not a readable image: its header is none of an image's") from None
     except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
         raise MediaError(f"not a readable image: {error}") from None
     _check_pixels(height, width)
@@ -151,6 +153,8 @@ def decode_audio(
     mono = waveform.mean(axis=1)
     if sample_rate_hz is not None and rate != sample_rate_hz:
         mono = soxr.resample(mono, rate, sample_rate_hz, quality="HQ")
+        if not len(mono):
+            raise MediaError(f"audio of {num_frames} frames at {rate} Hz is too short to resample")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 

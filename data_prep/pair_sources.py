@@ -166,7 +166,8 @@ def _read_jsonl(config: MakeShards) -> Iterator[Pair]:
             found |= dict.fromkeys(values)
             texts = {role: values.get(column) for role, column in config.columns if column}
             yield from _pairs_of_captions(config, row=row, texts=texts)
-    _check_columns(config, list(found))
+    if found:
+        _check_columns(config, list(found))
 
 
 def _pairs_of_captions(config: MakeShards, *, row: int, texts: dict[str, Any]) -> Iterator[Pair]:
@@ -207,8 +208,9 @@ def _open_text(path: Path, *, newline: str | None = None) -> Iterator[Any]:
 def _read_folder(config: MakeShards) -> Iterator[Pair]:
     if config.columns != Columns() or config.media_root is not None:
         raise InputError(
-            f"{config.input}: columns and media_root have no meaning when the input is a folder; "
-            "remove them"
+            f"{config.input}: columns={config.columns.model_dump()} and media_root="
+            f"{config.media_root} have no meaning when the input is a folder; add "
+            "columns={} media_root=null"
         )
     paths = sorted(
         (path for path in config.input.rglob("*") if path.is_file() and path.name[0] != "."),

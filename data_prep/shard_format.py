@@ -91,8 +91,11 @@ def captions_of(sample: Sample) -> list[str]:
     metadata = metadata_of(sample)
     for key in ("captions", "caption", "text"):
         if metadata.get(key):
-            captions = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
-            return [str(caption) for caption in captions]
+            found = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
+            captions = [text.strip() for text in found if isinstance(text, str) and text.strip()]
+            if not captions:
+                raise CorruptSampleError(f"{sample}: .json: {key} holds no text: {found!r}")
+            return captions
     try:
         caption = sample.members.get("txt", b"").decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -172,7 +175,7 @@ class ShardIndex:
             header = json.loads(content[12:header_end])
             shape = (header["num_samples"], len(header["fields"]), 3)
             table = np.frombuffer(content, "<u4", offset=header_end).reshape(shape)
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{path}: damaged index ({error}); delete it and make it again with "
                 "python -m data_prep.index_shards, or prepare the shard again"
@@ -362,8 +365,8 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
         InputError: one of them is missing, is damaged, or is of another version.
     """
     try:
-        info_text = (folder / "dataset.json").read_text(encoding="utf-8")
-        manifest_text = (folder / "manifest.jsonl").read_text(encoding="utf-8")
+        info_text = (folder / "dataset.json").read_bytes()
+        manifest_text = (folder / "manifest.jsonl").read_bytes()
     except OSError as error:
         raise InputError(
             f"{error.filename}: expected a dataset of shards: {error.strerror}; make one with "
@@ -379,7 +382,9 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
             )
         info = DatasetInfo(**values)
         manifest = [ManifestRow(**json.loads(line)) for line in manifest_text.splitlines()]
-    except (TypeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: damaged dataset.json or manifest.jsonl: {error}") from None
     return info, manifest
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 
-from data_prep.config_file import InputError, run_command
+from data_prep.config_file import InputError, check_output_folder, run_command
 from eval.config import EvaluateConfig
 from eval.tasks import read_tasks
 
@@ -24,7 +24,7 @@ def run(config: EvaluateConfig) -> None:
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
     from eval.embeddings import load_encoder
     from eval.intervals import Bootstrap
-    from eval.measure import measure_tasks
+    from eval.measure import check_towers, measure_tasks
     from eval.report import write_report
     from eval.results import results_record, scores_table, write_results
     from pretrain.checkpoint import find_checkpoint
@@ -34,6 +34,7 @@ def run(config: EvaluateConfig) -> None:
     tasks = read_tasks(config)
     checkpoint = find_checkpoint(config.checkpoint)
     encoder = load_encoder(checkpoint, batch_size=config.batch_size, workers=config.workers)
+    check_towers(tasks, encoder)
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
     outcomes = measure_tasks(tasks, encoder=encoder, bootstrap=bootstrap)
     seconds = time.monotonic() - start
@@ -57,12 +58,14 @@ def dry_run(config: EvaluateConfig) -> None:
 def check_checkpoint(config: EvaluateConfig) -> None:
     """
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no checkpoint, or the output folder cannot be written.
     """
-    if not config.checkpoint.is_dir():
+    check_output_folder(config.output, key="output")
+    folder = config.checkpoint
+    if not any(folder.glob("checkpoints/step_*")) and not (folder / "checkpoint.json").exists():
         raise InputError(
-            f"{config.checkpoint}: expected a run folder or a checkpoint folder, found none; "
-            "python -m pretrain.train makes one (key: checkpoint)"
+            f"{folder}: expected a run folder with a checkpoint, or a checkpoint (key: "
+            "checkpoint), found neither; python -m pretrain.train makes one"
         )
 
 

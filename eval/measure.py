@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from data_prep.config_file import InputError
 from data_prep.shard_format import Dataset
 from eval.class_prompts import average_prompts, class_prompts
 from eval.embeddings import Encoder, encode_media, encode_texts
@@ -29,6 +30,22 @@ class Outcome:
     media_embeddings: Tensor  # [Q, D], L2-normalised
     text_embeddings: Tensor  # [K, D] classes, or [M + distractors, D] captions, L2-normalised
     seconds: float
+
+
+def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
+    """Checks, before anything is encoded, that the model has a tower for every task's media.
+
+    Raises:
+        InputError: naming the evaluation.
+    """
+    for task in tasks:
+        kind = task.dataset.info.media
+        if kind not in encoder.transforms:
+            raise InputError(
+                f"evaluations.{task.name}: {task.dataset.folder} holds {kind}, but the model has "
+                f"towers for {sorted(encoder.transforms)} only; remove this evaluation, or name "
+                "another checkpoint"
+            )
 
 
 def measure_tasks(

@@ -24,7 +24,7 @@ from eval.intervals import wilson_interval
 from eval.measure import Outcome
 from eval.report_charts import confusion_chart, training_charts
 from eval.report_gallery import classification_gallery, retrieval_gallery
-from eval.results import is_rank, score_cells
+from eval.results import is_rank, repeated_captions_note, score_cells
 from eval.tasks import ClassificationTask, RetrievalTask
 from pretrain.run_folder import read_metrics
 
@@ -114,12 +114,8 @@ def _retrieval_notes(task: RetrievalTask) -> list[str]:
         f"{task.description()}.",
         "In each direction the hardest queries come first, then some from all over the set.",
     ]
-    num_repeated = len(task.captions) - len(set(task.captions))
-    if num_repeated:
-        notes.append(
-            f"{num_repeated} captions repeat the words of another one: each is right only for its "
-            "own item, which bounds the recall that any model can reach."
-        )
+    if repeated := repeated_captions_note(task):
+        notes.append(repeated)
     return notes
 
 

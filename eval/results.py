@@ -17,7 +17,7 @@ from eval.config import EvaluateConfig
 from eval.embeddings import Encoder
 from eval.intervals import CONFIDENCE, Score
 from eval.measure import Outcome
-from eval.tasks import ClassificationTask
+from eval.tasks import ClassificationTask, RetrievalTask
 from pretrain.run_folder import describe_environment
 
 COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
@@ -130,7 +130,24 @@ def scores_table(outcomes: Sequence[Outcome]) -> str:
         for row in rows
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    notes = [
+        f"\n{outcome.task.name}: {note}"
+        for outcome in outcomes
+        if isinstance(outcome.task, RetrievalTask)
+        and (note := repeated_captions_note(outcome.task))
+    ]
+    return "\n".join([lines[0], rule, *lines[1:], *notes]) + "\n"
+
+
+def repeated_captions_note(task: RetrievalTask) -> str:
+    """What a reader must know of captions that stand at several items; empty if none does."""
+    num_repeated = len(task.captions) - len(set(task.captions))
+    if not num_repeated:
+        return ""
+    return (
+        f"{num_repeated} captions repeat the words of another one: each is right only for its own "
+        "item, which bounds the recall that any model can reach."
+    )
 
 
 def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]]:

@@ -70,7 +70,7 @@ def save_checkpoint(
     if final.exists():  # only a damaged one: complete ones are resumed from, never rewritten
         shutil.rmtree(final)
     temporary.replace(final)
-    _delete_old(parent, keep=config.run.keep_checkpoints)
+    delete_other_checkpoints(final, keep=config.run.keep_checkpoints)
     return final
 
 
@@ -84,18 +84,22 @@ def _sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _delete_old(parent: Path, *, keep: int) -> None:
-    for folder in sorted(parent.glob("step_*"))[:-keep]:
+def delete_other_checkpoints(final: Path, *, keep: int) -> None:
+    """Deletes what is older than the newest `keep`, and what is of a later step than the one just
+    written: the run has gone back behind it because it was damaged."""
+    folders = sorted(final.parent.glob("step_*"))
+    num_kept = folders.index(final) + 1
+    for folder in [*folders[: max(0, num_kept - keep)], *folders[num_kept:]]:
         shutil.rmtree(folder)
-    for leftover in parent.glob(".step_*.tmp"):
+    for leftover in final.parent.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
 
 
 # ------------------------------------------------------------------------------------- reading
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """What checkpoint.json records, after checking every file against it.
+def verify_checkpoint(folder: Path, *, skipping: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What checkpoint.json records, after checking every file (but for `skipping`) against it.
 
     Raises:
         DamagedCheckpointError: naming the file that is missing or differs.
@@ -105,6 +109,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{folder}: no readable checkpoint.json: {error}") from None
     for name, expected in record["sha256"].items():
+        if name in skipping:
+            continue
         try:
             with (folder / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,13 +123,16 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The newest checkpoint of a run whose sums agree; damaged ones are named in the log."""
-    for folder in sorted((run_folder / "checkpoints").glob("step_*"), reverse=True):
+    folders = sorted((run_folder / "checkpoints").glob("step_*"), reverse=True)
+    for folder in folders:
         try:
             verify_checkpoint(folder)
         except DamagedCheckpointError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)
             continue
         return folder
+    if folders:
+        logger.warning("%s: none of %d checkpoints is whole", run_folder, len(folders))
     return None
 
 
@@ -140,24 +149,25 @@ def restore(engine: Engine, folder: Path) -> int:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint a person means by a checkpoint folder or a run folder.
+    """The checkpoint a person means by a checkpoint folder, or by a run folder: its newest.
 
     Raises:
-        InputError: there is none, or the one named is damaged.
+        InputError: there is none, or it is damaged. (What is measured is never silently an older
+            one; the optimizer's state is not looked at.)
     """
-    if (folder / "checkpoint.json").exists():
-        try:
-            verify_checkpoint(folder)
-        except DamagedCheckpointError as error:
-            raise InputError(f"damaged checkpoint: {error}") from None
-        return folder
-    newest = newest_checkpoint(folder)
-    if newest is None:
+    found = [folder] if (folder / "checkpoint.json").exists() else []
+    found = found or sorted((folder / "checkpoints").glob("step_*"))
+    if not found:
         raise InputError(
             f"{folder}: expected a run folder with a checkpoint, or a checkpoint; found neither; "
             "train one with python -m pretrain.train"
         )
-    return newest
+    try:
+        verify_checkpoint(found[-1], skipping=("optimizer.safetensors",))
+    except DamagedCheckpointError as error:
+        others = ", ".join(str(each) for each in found[:-1]) or "there is none"
+        raise InputError(f"damaged checkpoint: {error}; name an older one: {others}") from None
+    return found[-1]
 
 
 def load_model(

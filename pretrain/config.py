@@ -17,6 +17,7 @@ from data_prep.config_file import Section, free
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 # Mean and deviation of RGB in [0, 1] that CLIP's image towers expect (Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -62,7 +63,15 @@ class LogitScale(Section):
     """The learned inverse temperature, one per pairing, kept as its logarithm."""
 
     initial: PositiveFloat = 1 / 0.07
-    maximum: PositiveFloat = 100.0  # clamped in the optimizer step
+    maximum: PositiveFloat = 100.0  # clamped to [1, maximum] in the optimizer step
+
+    @model_validator(mode="after")
+    def _starts_within_bounds(self) -> LogitScale:
+        if not 1 <= self.initial <= self.maximum:
+            raise ValueError(
+                f"expected 1 <= initial <= maximum, found {self.initial:g} and {self.maximum:g}"
+            )
+        return self
 
 
 class Model(Section):
@@ -126,6 +135,21 @@ class AudioTransform(Section):
                 f"log_mel.high_hz={self.log_mel.high_hz:g} is above half of "
                 f"sample_rate_hz={self.sample_rate_hz}; use at most {self.sample_rate_hz / 2:g}"
             )
+        if self.log_mel.low_hz >= self.log_mel.high_hz:
+            raise ValueError(
+                f"log_mel.low_hz={self.log_mel.low_hz:g} is not below "
+                f"log_mel.high_hz={self.log_mel.high_hz:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _holds_a_frame(self) -> AudioTransform:
+        clip_samples = self.clip_seconds * self.sample_rate_hz
+        if clip_samples < self.log_mel.fft_samples:
+            raise ValueError(
+                f"clip_seconds={self.clip_seconds:g} are {clip_samples:.0f} samples, fewer than "
+                f"log_mel.fft_samples={self.log_mel.fft_samples}"
+            )
         return self
 
 
@@ -171,7 +195,7 @@ class Optimizer(Section):
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
     learning_rate: PositiveFloat  # peak
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
     weight_decay: float = Field(0.2, ge=0)  # not on norms, biases and logit scales
     gradient_clipping: PositiveFloat | None = 1.0  # largest global gradient norm
@@ -236,7 +260,7 @@ class Run(Section):
 class PretrainConfig(Section):
     """A whole run."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     lanes: PositiveInt  # divides every pairing's global_batch_size; at most this many processes
     micro_batch_size: PositiveInt | Literal["auto"] = free("auto")  # pairs encoded at once
     run: Run
@@ -268,6 +292,11 @@ class PretrainConfig(Section):
             kind = media_of_pairing(name)
             if getattr(self.model, kind) is None:
                 raise ValueError(f"pairings.{name} needs a tower: set model.{kind}")
+        for kind in ("image", "audio"):
+            if getattr(self.model, kind) is not None and f"{kind}-text" not in self.pairings:
+                raise ValueError(
+                    f"model.{kind} is used by no pairing: add pairings.{kind}-text, or remove it"
+                )
         for name in self.validation.pairings:
             if name not in self.pairings:
                 raise ValueError(

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
@@ -31,6 +32,7 @@ from data_prep.config_file import InputError
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.model import ContrastiveModel, PairingFeatures
 
+PLAIN_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -79,19 +81,42 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
             f"the launcher started WORLD_SIZE={expected} processes, Accelerate sees "
             f"{accelerator.num_processes}; start with torchrun or accelerate launch --multi_gpu"
         )
+    _refuse_launcher_settings(accelerator)
     return accelerator
+
+
+def _refuse_launcher_settings(accelerator: Accelerator) -> None:
+    """What a launcher's config or environment asks of Accelerate would change the gradient."""
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"Accelerate was told gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS); "
+            "unset it: micro_batch_size does this without changing the gradient"
+        )
+    if accelerator.distributed_type not in PLAIN_STRATEGIES:
+        raise InputError(
+            f"Accelerate was told distributed_type={accelerator.distributed_type.value}; expected "
+            f"one of {', '.join(strategy.value for strategy in PLAIN_STRATEGIES)}: use "
+            "configs/accelerate/two_processes.yaml, or torchrun"
+        )
 
 
 def _adopt_slurm_environment(environment: Any) -> None:
     """Under plain srun, fills in what torchrun would have set."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InputError(
+            f"started by srun, but scontrol cannot name the hosts ({error}); set MASTER_ADDR, "
+            "MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK in the batch script, or use torchrun"
+        ) from None
     tasks_per_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
     environment.setdefault("MASTER_ADDR", hosts[0])
     environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))

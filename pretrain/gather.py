@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.config_file import InputError, RunError
 
 Result = TypeVar("Result")
 
@@ -87,16 +87,21 @@ class _GatherRows(torch.autograd.Function):
 
 
 def on_main_process(action: Callable[[], Result]) -> Result:
-    """Runs `action` on rank 0 alone; every rank returns its result or raises its InputError."""
-    result, message = None, None
+    """Runs `action` on rank 0 alone; every rank returns its result, or raises what it raised.
+
+    Raises:
+        InputError: as the action does.
+        RunError: the action could not read or write a file.
+    """
+    result, error = None, None
     if rank() == 0:
         try:
             result = action()
-        except InputError as error:
-            if world_size() == 1:
-                raise
-            message = str(error)
-    result, message = gather_objects((result, message))[0]
-    if message is not None:
-        raise InputError(message)
+        except InputError as raised:
+            error = raised
+        except OSError as raised:
+            error = RunError(f"rank 0: {raised}")
+    result, error = gather_objects((result, error))[0]
+    if error is not None:
+        raise error
     return result

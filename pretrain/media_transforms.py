@@ -19,6 +19,16 @@ from torch.nn import functional
 from data_prep.media_decode import decode_audio, decode_image
 from pretrain.config import AudioTransform, ImageTransform, MediaKind, PretrainConfig
 
+# Of longer images only the centre is resized: it is all that the crop keeps, and a picture one
+# pixel high would else grow without bound.
+LONGEST_RATIO = 8
+
+
+def _central_part(image: np.ndarray, *, longest: int) -> np.ndarray:
+    """The centre of an image, at most `longest` pixels in height and width."""
+    top, left = (max(0, side - longest) // 2 for side in image.shape[:2])
+    return image[top : top + longest, left : left + longest]
+
 
 class ImageToPixels:
     """Images to uint8 [3, size, size]; normalisation follows on the device."""
@@ -50,6 +60,7 @@ class ImageToPixels:
             return self._resize(image, self._square).contiguous()
         size = self.config.size
         shorter = min(image.shape[:2])
+        image = _central_part(image, longest=LONGEST_RATIO * shorter)
         height, width = (max(size, round(side * size / shorter)) for side in image.shape[:2])
         pixels = self._resize(image, (height, width))
         top, left = (height - size) // 2, (width - size) // 2

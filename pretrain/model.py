@@ -96,7 +96,7 @@ class ContrastiveModel(nn.Module):
 
     def encode_media(self, kind: MediaKind, media: Tensor) -> Tensor:
         """[B, D] L2-normalised embeddings of images or clips."""
-        return functional.normalize(self.towers[kind](media).float(), dim=-1)
+        return _encode(self.towers[kind], media)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, Wd] -> [B, D] L2-normalised."""
@@ -108,12 +108,21 @@ class ContrastiveModel(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] -> [B, D] L2-normalised."""
-        return functional.normalize(self.towers["text"](tokens).float(), dim=-1)
+        return _encode(self.towers["text"], tokens)
 
     def save_assets(self, folder: Path) -> None:
         """Writes what rebuilding the towers needs besides config and weights."""
         for kind, tower in self.towers.items():
             save_tower_config(tower.backbone, folder, kind=kind)
+
+
+def _encode(tower: Tower, inputs: Tensor) -> Tensor:
+    """[B, D] L2-normalised, also where B is 0: many backbones cannot encode an empty batch, so they
+    are given one row that is taken away again. Its parameters then have a gradient, of zero."""
+    num_rows = len(inputs)
+    if num_rows == 0:
+        inputs = inputs.new_ones(1, *inputs.shape[1:])
+    return functional.normalize(tower(inputs).float(), dim=-1)[:num_rows]
 
 
 def build_model(

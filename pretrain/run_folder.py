@@ -78,9 +78,10 @@ class RunFolder:
             return
         for name in ("metrics", "bad_samples", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.yaml", to_yaml(config).encode())
         environment = {"dataset_fingerprints": fingerprints} | describe_environment()
         _write_json(self.folder / "environment.json", environment)
+        # Last, because its presence says that the folder holds a run.
+        write_atomically(self.folder / "config.yaml", to_yaml(config).encode())
         self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
         self.attempt = f"{len(self._earlier_attempts) + 1:04d}"
         self._row = {

@@ -38,10 +38,11 @@ def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
     drawn = order.samples_drawn(config.schedule.num_steps)
     for pair_reader, source, samples in zip(reader.readers, order.sources, drawn, strict=True):
         per_step = samples / config.schedule.num_steps
+        steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "more than all"
         yield (
             f"  {source.name}: {source.num_samples:,} samples in {len(source.shard_sizes)} shards, "
             f"{source.lane_length:,} per lane; {per_step:.1f} a step, "
-            f"{source.num_samples / per_step:,.1f} steps per epoch, "
+            f"{steps_per_epoch} steps per epoch, "
             f"{samples / source.num_samples:.2f} epochs in {config.schedule.num_steps:,} steps; "
             f"fingerprint {pair_reader.dataset.info.fingerprint[:12]}"
         )

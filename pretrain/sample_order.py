@@ -221,6 +221,12 @@ class PairingOrder:
         self.seed = seed
         total = sum(weights)
         self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights]
+        for source, part in zip(self.sources, self._parts, strict=True):
+            if part == 0:
+                raise InputError(
+                    f"pairing {name!r}: the weight of source {source.name!r} is less than a "
+                    f"{WEIGHT_PARTS:,}th of all; raise it, or remove the source"
+                )
         self._largest = int(np.argmax(weights))
         self._mixing_blocks: dict[tuple[int, range], tuple[np.ndarray, np.ndarray]] = {}
 

@@ -1,6 +1,6 @@
 """Reads one source's samples by ordinal, and replaces those whose bytes are bad.
 
-A sample that fails its checksum or does not decode is replaced by a neighbour in its shard that
+A sample that fails its checksum or does not decode is replaced by a neighbour in its dataset that
 depends on the bad sample's place alone: the same one on every rank, in every epoch and attempt. The
 replacement is recorded. A file that cannot be read at all is an error that stops the run.
 """
@@ -21,6 +21,8 @@ from pretrain.media_transforms import MediaTransform
 from pretrain.sample_order import key_of, permute
 
 MAX_SUBSTITUTES = 16
+# A substitute is found at least within this many neighbours, however small the window.
+MIN_REACH = 64
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class PairReader:
         source: its name.
         folder: its dataset.
         transform: decodes its kind of media.
-        window: how far, in samples, a substitute may be from what it replaces.
+        window: samples among which a substitute is found (at least MIN_REACH).
 
     Raises:
         InputError: the dataset is missing or damaged, or holds another kind of media.
@@ -61,7 +63,7 @@ class PairReader:
         self.source = source
         self.dataset = Dataset(folder)
         self.transform = transform
-        self.window = window
+        self.reach = max(window, MIN_REACH)
         if self.dataset.info.media != kind:
             raise InputError(
                 f"source {source!r}: expected a dataset of {kind}, found {self.dataset.info.media} "
@@ -75,19 +77,19 @@ class PairReader:
             InputError: neither it nor its substitutes can be decoded.
             OSError: the shard cannot be read.
         """
-        reason = ""
+        reason, num_tried = "", 0
         for candidate in self._candidates(ordinal):
             try:
                 pair = self.read_exactly(candidate)
             except (CorruptSampleError, MediaError) as error:
-                reason = reason or str(error)
+                reason, num_tried = reason or str(error), num_tried + 1
                 continue
             if not reason:
                 return pair, []
             return pair, [BadSample(self.source, ordinal, candidate, reason)]
         raise InputError(
-            f"source {self.source!r}: neither this sample nor {MAX_SUBSTITUTES} neighbours can be "
-            f"read: {reason}; check the dataset with python -m data_prep.verify_shards"
+            f"source {self.source!r}: neither this sample nor {num_tried - 1} neighbours can be "
+            f"read: {reason}"
         )
 
     def read_exactly(self, ordinal: int) -> Pair:
@@ -107,14 +109,12 @@ class PairReader:
         return Pair(ordinal, media, captions_of(sample))
 
     def _candidates(self, ordinal: int) -> Iterator[int]:
-        """The sample, then others of its shard, within the window, in the order they are tried."""
+        """The sample, then neighbours in its dataset, in the order they are tried."""
         yield ordinal
-        shard, place = self.dataset.locate(ordinal)
-        start = place // self.window * self.window
-        size = min(self.window, int(self.dataset.shard_sizes[shard]) - start)
+        start = ordinal // self.reach * self.reach
+        size = min(self.reach, len(self.dataset) - start)
         if size < 2:
             return
         steps = np.arange(min(MAX_SUBSTITUTES, size - 1))
-        distances = 1 + permute(steps, sizes=size - 1, keys=key_of("substitute", shard, place))
-        places = start + (place - start + distances) % size
-        yield from (int(self.dataset.shard_starts[shard]) + places).tolist()
+        distances = 1 + permute(steps, sizes=size - 1, keys=key_of("substitute", ordinal))
+        yield from (start + (ordinal - start + distances) % size).tolist()

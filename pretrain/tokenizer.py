@@ -26,6 +26,8 @@ class Tokenizer:
         self.vocab_size = vocab_size
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
+        if not captions:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
         if hasattr(self.backend, "save_pretrained"):
             return self.backend(
                 list(captions),
@@ -34,8 +36,6 @@ class Tokenizer:
                 max_length=self.context_length,
                 return_tensors="pt",
             )["input_ids"]
-        if not captions:
-            return torch.zeros(0, self.context_length, dtype=torch.int64)
         return self.backend(list(captions), context_length=self.context_length)
 
     def save(self, folder: Path) -> None:

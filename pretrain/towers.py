@@ -20,6 +20,7 @@ TowerConfig = MediaTower | TextTower
 FROM_SCRATCH_TEXT = "TextTransformer"
 # Attributes under which layers of the three libraries keep a probability of dropping something.
 DROP_RATES = (
+    "drop_rate",
     "drop_prob",
     "prob",
     "dropout",
@@ -128,7 +129,8 @@ class _TransformersText(nn.Module):
         if self.pooling == "first":
             return hidden[:, 0]  # [B, L, W] -> [B, W]
         weights = mask[..., None].to(hidden.dtype)
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)  # [B, L, W] -> [B, W]
+        num_tokens = weights.sum(dim=1).clamp(min=1)  # 0 where a caption is nothing but padding
+        return (hidden * weights).sum(dim=1) / num_tokens  # [B, L, W] -> [B, W]
 
 
 def _transformers_model(config: TowerConfig, assets: Path | None, kind: str) -> nn.Module:

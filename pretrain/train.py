@@ -14,7 +14,7 @@ import socket
 import sys
 from contextlib import closing
 
-from data_prep.config_file import RunError, run_command
+from data_prep.config_file import RunError, check_output_folder, run_command
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
 from pretrain.config import PretrainConfig
@@ -40,13 +40,14 @@ def pretrain(config: PretrainConfig) -> None:
         InputError: the config, a dataset or the run folder cannot be used.
         RunError: the run cannot go on.
     """
+    check_output_folder(config.run.folder, key="run.folder")
     check_trackers(config)
     accelerator = start_accelerator(config)
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=rank(), world_size=world_size())
     validation_sets = build_validation_sets(config, tokenizer=tokenizer)
-    run = open_run(config, dataset, validation_sets)
     model = build_model(config, tokenizer=tokenizer)
+    run = open_run(config, dataset, validation_sets)
     engine = Engine(
         accelerator,
         model=model,
@@ -158,6 +159,7 @@ def write_checkpoint(
 
 def dry_run(config: PretrainConfig) -> None:
     """Builds everything but the process group, and prints the derived numbers."""
+    check_output_folder(config.run.folder, key="run.folder")
     check_trackers(config)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = build_tokenizer(config.model.text)

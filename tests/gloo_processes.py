@@ -36,25 +36,35 @@ def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: 
         pipes.append(receiver)
         processes.append(process)
     try:
-        return [_receive(pipe, rank) for rank, pipe in enumerate(pipes)]
+        outcomes = [_receive(pipe, rank) for rank, pipe in enumerate(pipes)]
     finally:
         for process in processes:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
                 process.join()
+    failures = [result for is_done, result in outcomes if not is_done]
+    if failures:
+        raise WorkerFailedError(_cause(failures))
+    return [result for _, result in outcomes]
 
 
-def _receive(pipe: Any, rank: int) -> Any:
+def _receive(pipe: Any, rank: int) -> tuple[bool, Any]:
+    """(whether the function returned, its result or why it did not)"""
     if not pipe.poll(TIMEOUT_SECONDS):
-        raise WorkerFailedError(f"rank {rank} gave no result within {TIMEOUT_SECONDS} s")
+        return False, f"rank {rank} gave no result within {TIMEOUT_SECONDS} s"
     try:
         is_done, result = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        raise WorkerFailedError(f"rank {rank} died without a word") from None
-    if not is_done:
-        raise WorkerFailedError(f"rank {rank}:\n{result}")
-    return result
+        return False, f"rank {rank} died without a word"
+    return is_done, result if is_done else f"rank {rank}:\n{result}"
+
+
+def _cause(failures: list[str]) -> str:
+    """The failure that is not just the echo of another process's end."""
+    echoes = ("closed by peer", "gave no result", "Connection reset")
+    first_hand = [text for text in failures if not any(echo in text for echo in echoes)]
+    return (first_hand or failures)[0]
 
 
 def _work(

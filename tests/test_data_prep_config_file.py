@@ -9,6 +9,7 @@ from data_prep.config_file import (
     free,
     read_config,
     run_command,
+    to_yaml,
 )
 
 
@@ -95,3 +96,26 @@ def test_exit_status_is_0_done_1_failed_2_wrong_usage(tmp_path, capsys):
         status("--no-such-flag")
     path.unlink()
     assert status() == 2
+
+
+def test_texts_that_look_like_numbers_survive_writing_and_reading(tmp_path):
+    class Named(Section):
+        name: str
+
+    (tmp_path / "a.yaml").write_text(to_yaml(Named(name="1e5")))
+    assert read_config(Named, tmp_path / "a.yaml").name == "1e5"
+
+
+def test_an_override_of_one_place_does_not_reach_another_that_shares_its_anchor(tmp_path):
+    class Tower(Section):
+        frozen: bool = False
+
+    class Model(Section):
+        image: Tower
+        audio: Tower
+
+    path = tmp_path / "a.yaml"
+    path.write_text("image: &tower {frozen: false}\naudio: *tower\n")
+    model = read_config(Model, path, overrides=["image.frozen=true"])
+    assert model.image.frozen
+    assert not model.audio.frozen

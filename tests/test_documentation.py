@@ -55,7 +55,7 @@ def small_demo(tmp_path_factory):
                 ]
                 assert run_in_this_process(patch, "data_prep.make_shards", arguments) == 0
         for run in ("demo/run", "runs/my_sounds"):
-            (folder / run).mkdir(parents=True)
+            (folder / run / "checkpoints" / "step_00000001").mkdir(parents=True)
         (folder / "my_sounds").symlink_to(folder / "demo/data/sounds")
         (folder / "datasets").mkdir()
         for split in ("train", "test"):

@@ -180,4 +180,4 @@ def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [("checkpoint=absent",), ("checkpoint=absent", "--dry-run")])
 def test_missing_checkpoint_is_named(config_path, capsys, arguments):
     assert evaluate(config_path, *arguments) == 1
-    assert "absent: expected a run folder or a checkpoint folder" in capsys.readouterr().err
+    assert "absent: expected a run folder with a checkpoint" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from toy_run import toy_config
 from data_prep.config_file import InputError
 from pretrain.checkpoint import (
     DamagedCheckpointError,
+    delete_other_checkpoints,
     find_checkpoint,
     load_model,
     newest_checkpoint,
@@ -77,6 +78,36 @@ def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage
         verify_checkpoint(newest)
     assert newest_checkpoint(tmp_path / "run").name == "step_00000005"
     assert "skipping a damaged checkpoint" in caplog.text
+
+
+def test_going_back_behind_a_damaged_checkpoint_never_deletes_the_good_one(toy_data, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    config = toy_config(toy_data, tmp_path / "run", schedule={"num_steps": 6, "warmup_steps": 0})
+    stopped_at_6 = {"checkpoint_every_steps": 1, "keep_checkpoints": 1}
+    config = config.model_copy(update={"run": config.run.model_copy(update=stopped_at_6)})
+    run_in_processes(1, train, config)
+    assert [folder.name for folder in newest.parent.iterdir()] == ["step_00000006"]
+    verify_checkpoint(newest)
+
+
+def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
+    for step in (1, 2, 3, 9):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    delete_other_checkpoints(tmp_path / "step_00000003", keep=2)
+    kept = sorted(folder.name for folder in tmp_path.iterdir())
+    assert kept == ["step_00000002", "step_00000003"]
+
+
+def test_what_is_measured_is_never_silently_an_older_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    (newest / "optimizer.safetensors").unlink()  # of no use to evaluation
+    assert find_checkpoint(tmp_path / "run") == newest
+    (newest / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"damaged checkpoint: .*name an older one: .*00000005"):
+        load_model(tmp_path / "run")
 
 
 def test_a_folder_without_checkpoint_says_what_was_expected(tmp_path):

@@ -13,7 +13,7 @@ from pretrain.config import ImageTransform
 from pretrain.media_transforms import ImageToPixels
 from pretrain.pair_loader import StepDataset, load_steps
 from pretrain.sample_order import format_digest
-from pretrain.shard_reader import PairReader
+from pretrain.shard_reader import MIN_REACH, PairReader
 from pretrain.tokenizer import build_tokenizer
 
 
@@ -71,9 +71,9 @@ def test_every_picture_comes_with_one_of_its_own_captions(config):
     assert {tuple(row) for row in drawn.tokens.tolist()} <= own
 
 
-def damaged_copy(toy_data, folder, *, places):
-    """The first shard of `colors` with a flipped bit in some pictures."""
-    shutil.copytree(toy_data / "colors", folder)
+def damaged_copy(source, folder, *, places):
+    """A dataset of pictures with a flipped bit in some of its first shard."""
+    shutil.copytree(source, folder)
     index = ShardIndex.read(folder / "00000000.idx")
     tar = folder / "00000000.tar"
     content = bytearray(tar.read_bytes())
@@ -90,20 +90,26 @@ def reader_of(folder, window=16):
 
 
 def test_a_substitute_comes_from_the_window_and_depends_on_the_place_alone(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data, tmp_path / "data", places=[20]))
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[20]))
     pair, [bad] = reader.read(20)
     assert bad.ordinal == 20
     assert bad.substitute == pair.ordinal
-    assert 16 <= pair.ordinal < 32
+    assert 0 <= pair.ordinal < MIN_REACH
     assert "sample 000020: .png has not the crc32 of its index" in bad.reason
     assert reader_of(tmp_path / "data").read(20)[1] == [bad]
     assert reader.read(21)[1] == []
 
 
-def test_a_window_without_a_good_sample_is_an_error_that_names_the_sample(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data, tmp_path / "data", places=range(40)))
+def test_without_a_good_neighbour_the_sample_is_named(toy_data, tmp_path):
+    source = toy_data / "more_colors"
+    reader = reader_of(damaged_copy(source, tmp_path / "data", places=range(25)), window=1)
     with pytest.raises(InputError, match=r"neither this sample nor 16 neighbours.*sample 000007"):
         reader.read(7)
+
+
+def test_a_window_of_one_still_finds_a_substitute(toy_data, tmp_path):
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[3]), window=1)
+    assert reader.read(3)[1][0].ordinal == 3
 
 
 def test_bytes_that_pass_the_checksum_but_do_not_decode_are_substituted_too(tmp_path, monkeypatch):

@@ -83,6 +83,14 @@ def test_towers_give_normalised_embeddings(config_with, towers):
     ):
         assert embeddings.shape == (2, 16)
         assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2), atol=1e-5)
+    # A rank may hold no pair of a micro-batch; its parameters still take part.
+    pixels, waveforms = torch.zeros(0, 3, 16, 16, dtype=torch.uint8), torch.zeros(0, 1600)
+    tokens = torch.zeros(0, 12, dtype=torch.int64)
+    empty = [model.encode_image(pixels), model.encode_audio(waveforms), model.encode_text(tokens)]
+    assert [embeddings.shape for embeddings in empty] == [(0, 16)] * 3
+    sum(embeddings.sum() for embeddings in empty).backward()
+    towers = [p for p in model.towers.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in towers)
 
 
 def test_open_clips_models_keep_their_own_joint_space(config_with):
@@ -217,6 +225,9 @@ def test_dropout_in_a_trained_tower_is_refused(config_with):
         config = config_with(text={"library": "transformers", "name": "bert", "options": options})
         tokenizer = build_tokenizer(toy_text(config))
         build_model(config, tokenizer=tokenizer)
+    functional = {"norm_layer": "groupnorm1", "drop_rate": 0.3}
+    with pytest.raises(InputError, match=r"drops with probability 0\.3"):
+        build(config_with(image={"library": "timm", "name": "test_resnet", "options": functional}))
 
 
 def toy_text(config):

@@ -75,8 +75,13 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
 
 @pytest.mark.parametrize(
     ("num_processes", "changes"),
-    [(2, {}), (3, {}), (2, {"micro_batch_size": 3}), (1, {"loading": {"num_workers": 2}})],
-    ids=["2 processes", "3 processes", "micro-batches", "loader workers"],
+    [
+        (2, {}),
+        (3, {"micro_batch_size": 1}),
+        (2, {"micro_batch_size": 3}),
+        (1, {"loading": {"num_workers": 2}}),
+    ],
+    ids=["2 processes", "3 processes, empty micro-batches", "micro-batches", "loader workers"],
 )
 def test_a_run_does_not_depend_on_what_it_ran_on(toy_data, tmp_path, alone, num_processes, changes):
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
@@ -205,6 +210,7 @@ def test_bfloat16_trains_close_to_float32(toy_data, tmp_path, alone):
     for row, truth in zip(steps_of(tmp_path / "run"), steps_of(alone), strict=True):
         assert row["data_digest"] == truth["data_digest"]
         assert row["total_loss"] == pytest.approx(truth["total_loss"], rel=0.05)
+        assert row["total_loss"] != pytest.approx(truth["total_loss"], rel=1e-5)
 
 
 LAUNCHERS = {

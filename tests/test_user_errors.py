@@ -58,6 +58,10 @@ def test_a_missing_config_file(command, config):
         ("pairings.video-text={}", "pairings.video-text"),
         ("model.audio=null", "pairings.audio-text needs a tower: set model.audio"),
         ("learning_rate", "'learning_rate': expected section.key=value"),
+        ("model.logit_scale.initial=500", "expected 1 <= initial <= maximum, found 500 and 100"),
+        ("audio.clip_seconds=0.01", "clip_seconds=0.01 are 40 samples, fewer than"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: Input should be less than 1"),
+        ("run.folder=/dev/null", "run.folder=/dev/null: expected a folder, found a file"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_key(command, config, override, expected):
@@ -126,6 +130,7 @@ def test_a_class_named_in_no_list(command, tmp_path):
         "class_names": ["red", "green", "blue"],
         "prompt_templates": ["it is {}"],
     }
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     evaluation = {"checkpoint": str(tmp_path), "output": str(tmp_path / "results")}
     path = tmp_path / "eval.yaml"
     path.write_text(yaml.safe_dump(evaluation | {"evaluations": {"colors": task}}))
