@@ -2,40 +2,165 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import Section, free
+from data_prep.pair import FILTER_REASONS
 
 MediaKind = Literal["image", "audio"]
+SourceFormat = Literal[
+    "auto",  # from the input's name and content
+    "csv",
+    "tsv",
+    "jsonl",
+    "parquet",  # paths, URLs or inline bytes; also Hugging Face's image and audio features
+    "folder",  # media with .json or .txt of the same name beside
+    "class_folders",  # one folder of media per class; captions from caption_template
+    "coco",  # COCO captions: images and annotations in one JSON
+    "huggingface",  # what datasets' save_to_disk wrote
+    "webdataset",  # tars; or a dataset folder of ours
+]
 
 
 class Columns(Section):
-    """Which column (of a CSV or TSV) or key (of a JSONL) holds what."""
+    """Which column (of a table), key (of a JSONL) or feature holds what."""
 
-    media: str = "path"  # path of the picture or clip, from media_root
-    caption: str = "caption"  # text; in JSONL also a list of texts
+    media: str = "path"  # path or URL of the picture or clip, or its bytes (Parquet)
+    caption: str = "caption"  # text; in JSONL, Parquet and Hugging Face also a list of texts
     class_name: str | None = None  # label for zero-shot evaluation; null: there is none
     uid: str | None = None  # identifier for people; null: the sample's key serves
 
 
-class MakeShards(Section):
-    """`python -m data_prep.make_shards`: pairs to a dataset of shards."""
+class ImageOptions(Section):
+    """How pictures are checked and stored."""
 
-    input: Path  # .csv, .tsv or .jsonl manifest, or a folder of media with .txt or .json beside
-    media_root: Path | None = None  # where relative media paths start; null: the input's folder
+    # if_needed: only what is not stored well: other formats than jpg, png, webp; a shorter side
+    # above shorter_side; an EXIF orientation; colours other than sRGB (ICC, CMYK, 16 bits); alpha
+    reencode: Literal["if_needed", "always", "never"] = "if_needed"
+    shorter_side: int | None = Field(None, ge=16)  # pixels; larger pictures are scaled down to it
+    format: Literal["jpg", "png", "webp"] = "jpg"  # of re-encoded pictures
+    quality: int = Field(95, ge=1, le=100)  # of re-encoded jpg and webp
+    max_pixels: int = Field(50_000_000, ge=1)  # larger ones are rejected before they are decoded
+    first_frame: bool = False  # keep the first frame of an animation, instead of rejecting it
+    min_side: int = Field(1, ge=1)  # filter image_too_small: pixels of the shorter side
+    max_aspect_ratio: float | None = Field(None, ge=1)  # filter image_aspect_ratio: long by short
+
+
+class AudioOptions(Section):
+    """How audio clips are checked and stored."""
+
+    # if_needed: only clips whose format, rate, channels or length are not those asked for
+    reencode: Literal["if_needed", "always", "never"] = "if_needed"  # to FLAC of 16 bits
+    sample_rate_hz: int | None = Field(None, ge=1000)  # null: the clip's own
+    mono: bool = False  # average the channels
+    clip_seconds: float | None = Field(None, gt=0)  # longest clip stored; null: any length
+    long_clips: Literal["cut", "trim", "reject"] = "cut"  # into several samples; to the first part
+    trim_silence_dbfs: float | None = Field(None, lt=0)  # cut quieter ends off; null: keep them
+    peak_dbfs: float | None = Field(None, le=0)  # scale the loudest value to it; null: untouched
+    max_seconds: float = Field(3600.0, gt=0)  # longer ones are rejected before they are decoded
+    max_channels: int = Field(2, ge=1)
+    min_seconds: float = Field(0.0, ge=0)  # filter audio_too_short
+    min_peak_dbfs: float | None = Field(None, lt=0)  # filter audio_silent
+
+
+class CaptionOptions(Section):
+    """How captions are cleaned, and which are dropped."""
+
+    unicode: Literal["nfc", "nfkc"] | None = "nfc"  # normal form; null: as they are
+    collapse_spaces: bool = True  # runs of white space and control characters become one space
+    strip_html: bool = False  # tags away, &amp; and the like resolved
+    strip_urls: bool = False  # web and mail addresses away
+    fix_encoding: bool = False  # repair text that was decoded wrongly (ftfy)
+    min_characters: int = Field(1, ge=1)  # filter caption_too_short
+    max_characters: int | None = Field(None, ge=1)  # filter caption_too_long
+    min_words: int = Field(1, ge=1)  # filter caption_too_short
+    max_words: int | None = Field(None, ge=1)  # filter caption_too_long
+    scripts: tuple[str, ...] = ()  # filter caption_script: Unicode names, such as Latin; (): any
+    min_script_fraction: float = Field(0.8, gt=0, le=1)  # of the letters that are of these scripts
+    detect_language: bool = False  # fills the column language
+    languages: tuple[str, ...] = ()  # filter caption_language: codes such as en; (): any
+    min_language_probability: float = Field(0.5, ge=0, le=1)
+    boilerplate: tuple[str, ...] = ()  # filter caption_boilerplate: regular expressions found in it
+    max_repeats: int | None = Field(None, ge=1)  # filter caption_repeated: items of one caption
+
+    @field_validator("boilerplate")
+    @classmethod
+    def _check_expressions(cls, expressions: tuple[str, ...]) -> tuple[str, ...]:
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is no regular expression: {error}") from None
+        return expressions
+
+
+class DownloadOptions(Section):
+    """How media given by http and https URLs are fetched."""
+
+    threads: int = free(32, ge=1)  # downloads at a time in each worker process
+    connections_per_host: int = free(4, ge=1)  # at a time, of all worker processes of a machine
+    connect_timeout_seconds: float = free(10.0, gt=0)
+    read_timeout_seconds: float = free(20.0, gt=0)  # between two pieces of a response
+    total_timeout_seconds: float = free(120.0, gt=0)  # for one response
+    retries: int = free(3, ge=0)  # after time-outs, broken connections, 429 and 5xx
+    max_redirects: int = free(5, ge=0)
+    user_agent: str = "isopair/0.1 (+https://pypi.org/project/isopair)"
+    obey_robots_txt: bool = True
+    obey_opt_out_headers: bool = True  # X-Robots-Tag noai, noimageai, ...; TDM-Reservation
+    private_hosts: bool = False  # may URLs lead to this machine or the local network?
+    retry_failed: bool = free(False)  # try again what failed in an earlier attempt
+
+
+class MakeShards(Section):
+    """`python -m data_prep.make_shards` and `finalize`: pairs to a dataset of shards."""
+
+    input: str  # file, folder, glob or URL (s3://, gs://, hf://, https://) of the pairs
+    format: SourceFormat = "auto"
+    media_root: str | None = None  # where relative media paths start; null: the input's folder
     output: Path = free()  # dataset folder to make
     media: MediaKind  # image | audio
     columns: Columns = Columns()
+    keep_columns: tuple[str, ...] = ()  # more columns for the Parquet: licence, similarity, ...
+    caption_template: str = "{}"  # class_folders: {} is the class's name
+    subset: Path | None = None  # input is a dataset of ours: only what this .subset file keeps
     quotes: bool | None = None  # may fields stand in "quotes"? null: in a .csv yes, a .tsv no
     captions_per_item: Literal["group", "row"] = (
         "group"  # rows of one media path: one item, or each
     )
     samples_per_shard: int = Field(10_000, ge=1)  # items a shard owns before bad pairs are dropped
+    max_media_bytes: int = Field(2**28, ge=1, le=2**30)  # larger files are rejected unread
+    image: ImageOptions = ImageOptions()
+    audio: AudioOptions = AudioOptions()
+    captions: CaptionOptions = CaptionOptions()
+    mark_only: tuple[str, ...] = ()  # filters that mark what they find instead of dropping it
+    download: DownloadOptions = DownloadOptions()
+    part: str | None = free(None, pattern=r"^\d+/[1-9]\d*$")  # i/n, i from 0: one job of n
     workers: int = free(1, ge=1)  # processes; never changes a byte of the result
     max_rejected_fraction: float = free(0.01, ge=0, le=1)  # share of bad pairs that fails the job
+
+    @field_validator("mark_only")
+    @classmethod
+    def _check_filters(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in FILTER_REASONS:
+                raise ValueError(
+                    f"{name!r} is no filter; filters: {', '.join(sorted(FILTER_REASONS))}"
+                )
+        return names
+
+    @model_validator(mode="after")
+    def _check_part(self) -> MakeShards:
+        if self.part is not None:
+            number, total = map(int, self.part.split("/"))
+            if number >= total:
+                raise ValueError(
+                    f"part={self.part}: expected i/n with i from 0 to n - 1; found i = {number}"
+                )
+        return self
 
 
 class VerifyShards(Section):
@@ -43,6 +168,7 @@ class VerifyShards(Section):
 
     dataset: Path  # folder that holds dataset.json
     decode: bool = False  # also decode every picture or clip, and read every caption
+    repair: bool = False  # rebuild what can be rebuilt
     workers: int = Field(1, ge=1)  # processes
 
 
@@ -53,7 +179,83 @@ class IndexShards(Section):
     output: Path = free()  # folder for the sidecars; may be the tars' own
     media: MediaKind  # image | audio
     skip_incomplete: bool = False  # leave out samples without media or caption, instead of failing
+    measure: bool = True  # decode every sample for the Parquet: sizes, hashes; false: index only
+    keep_columns: tuple[str, ...] = ()  # keys of the .json members for the Parquet
     workers: int = free(1, ge=1)  # processes
+
+
+class NearMedia(Section):
+    """Near-duplicate pictures or clips, by their hashes."""
+
+    image_max_distance: int = Field(10, ge=0, le=20)  # bits of 64 in which hashes may differ
+    image_min_similarity: float = Field(0.9, gt=0, le=1)  # of the second signatures
+    audio_min_similarity: float = Field(0.8, gt=0, le=1)  # share of the fingerprint that agrees
+
+
+class NearCaptions(Section):
+    """Near-duplicate captions, by MinHash over their words (Broder 1997)."""
+
+    min_jaccard: float = Field(0.8, gt=0, le=1)  # of the sets of shingles
+    shingle_words: int = Field(3, ge=1)  # words in a row
+    permutations: int = Field(128, ge=16)
+
+
+class Semantic(Section):
+    """Duplicates by meaning (SemDeDup, Abbas et al. 2023): k-means, cosine inside a cluster."""
+
+    embeddings: tuple[Path, ...]  # folders that python -m eval.embed wrote, one per dataset
+    against_embeddings: tuple[Path, ...] = ()  # and per evaluation dataset
+    min_cosine: float = Field(0.95, gt=0, le=1)
+    samples_per_cluster: int = Field(1000, ge=2)  # on average
+
+
+class FindDuplicates(Section):
+    """`python -m data_prep.find_duplicates`: within and between datasets, and against tests."""
+
+    datasets: tuple[Path, ...] = Field(min_length=1)  # of one group, one sample in these is kept
+    against: tuple[Path, ...] = ()  # evaluation datasets: what matches one of theirs is dropped
+    output: Path  # folder for duplicates.parquet, report.html, and a .subset file per dataset
+    exact: bool = True  # equal media bytes
+    near_media: NearMedia | None = NearMedia()  # null: not looked for
+    near_captions: NearCaptions | None = None
+    semantic: Semantic | None = None
+    keep: Literal["first", "largest"] = "first"  # largest: of most pixels or seconds
+    seed: int = Field(0, ge=0)  # of k-means
+    memory_gb: float = free(2.0, gt=0)
+    workers: int = free(1, ge=1)  # threads
+
+
+class TopFraction(Section):
+    """The best part of a dataset by one column."""
+
+    column: str
+    fraction: float = Field(gt=0, le=1)
+
+
+class MakeSubset(Section):
+    """`python -m data_prep.make_subset`: which samples of a dataset to use, without a copy."""
+
+    dataset: Path
+    output: Path  # .subset file to write
+    where: str | None = None  # SQL condition: "height >= 256 and language = 'en'"
+    scores: tuple[str, ...] = ()  # Parquet with a column uid, whose other columns are joined
+    embeddings: Path | None = None  # folder that python -m eval.embed wrote: column clip_score
+    top: TopFraction | None = None  # after `where`
+    drop: tuple[Path, ...] = ()  # duplicates.parquet files of find_duplicates
+    memory_gb: float = free(2.0, gt=0)
+    workers: int = free(1, ge=1)  # threads
+
+
+class Describe(Section):
+    """`python -m data_prep.describe`: a data sheet of a dataset, as one HTML file."""
+
+    dataset: Path
+    output: Path  # .html file to write
+    subset: Path | None = None  # describe what this .subset file keeps
+    duplicates: Path | None = None  # folder that find_duplicates wrote
+    num_samples_shown: int = Field(24, ge=0)
+    seed: int = Field(0, ge=0)  # chooses the samples shown
+    memory_gb: float = Field(2.0, gt=0)
 
 
 class DemoData(Section):

@@ -1,77 +1,107 @@
-"""One pair of media path and caption, as it stands in the input, and what can be wrong with it.
+"""One pair of media and caption, as it stands in the input, and what can be wrong with it.
 
 A pair that cannot be used is not dropped where it is read: it carries a short, stable reason, so
-that it is counted and listed.
+that it is counted and listed. What a filter finds is either such a reason or only a mark.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format import MEDIA_EXTENSIONS, media_kind_of
+# What filters find. Named in `mark_only`, they mark a pair instead of dropping it.
+FILTER_REASONS = frozenset(
+    {
+        "audio_silent",
+        "audio_too_short",
+        "caption_boilerplate",
+        "caption_language",
+        "caption_repeated",
+        "caption_script",
+        "caption_too_long",
+        "caption_too_short",
+        "image_aspect_ratio",
+        "image_too_small",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One caption of one media file, or the reason why it cannot be used."""
 
-    row: int  # line of the manifest, or place in the sorted folder, from 1
-    media: str  # path as given
+    row: int  # line of the manifest, or place in the input, from 1
+    media: str  # path or URL as given, or the file that holds the bytes
     caption: str
+    place: str | None = None  # where the bytes are inside `media`, in words of the source's format
     class_name: str | None = None
     uid: str | None = None
+    kept: str | None = None  # values of keep_columns, as a JSON object
+    language: str | None = None
+    marks: tuple[str, ...] = ()  # filters that would have dropped it
     reason: str | None = None  # why the pair is rejected; None: it is good so far
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What becomes one sample (or several clips): one media file and its captions."""
+
+    number: int  # from 0, over the whole input; the sample's key
+    media: str
+    place: str | None
+    pairs: list[Pair]
+
+
+class BadItemError(ValueError):
+    """The media of an item cannot be used."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
 def checked_pair(
-    media_kind: str,
     *,
     row: int,
     media: Any,
     caption: Any,
+    place: str | None = None,
     class_name: Any = None,
     uid: Any = None,
+    kept: str | None = None,
 ) -> Pair:
     """The pair, with the reason of the first thing that is wrong with it."""
     texts = {"media": media, "caption": caption, "class_name": class_name, "uid": uid}
     texts = {name: "" if text is None else str(text).strip() for name, text in texts.items()}
-    reason, detail = _rejection(media_kind, texts)
+    reason, detail = _rejection(texts)
     return Pair(
         row=row,
         media=texts["media"],
         caption=texts["caption"],
+        place=place,
         class_name=texts["class_name"] or None,
         uid=texts["uid"] or None,
+        kept=kept,
         reason=reason,
         detail=detail,
     )
 
 
-def _rejection(media_kind: str, texts: dict[str, str]) -> tuple[str | None, str]:
+def _rejection(texts: dict[str, str]) -> tuple[str | None, str]:
     for name, text in texts.items():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             return "not_utf8", f"{name}: {error.reason} at character {error.start}"
-    if "\0" in texts["media"]:
-        return "missing_file", "the path holds a NUL character"
+        if "\0" in text:
+            return "nul_character", f"{name}: character {text.index(chr(0))} is NUL"
     if not texts["media"]:
         return "missing_media_path", "the media column is blank"
-    extension = extension_of(texts["media"])
-    if media_kind_of(extension) != media_kind:
-        known = " ".join(f".{name}" for name in MEDIA_EXTENSIONS[media_kind])
-        return "unknown_extension", f"expected one of {known}, found .{extension}"
     if not texts["caption"]:
         return "empty_caption", ""
     return None, ""
-
-
-def extension_of(media: str) -> str:
-    """Lower-case extension of a path, without the dot."""
-    return Path(media).suffix.lower().removeprefix(".")
 
 
 def unreadable_row(row: int, reason: str, detail: str) -> Pair:
