@@ -24,6 +24,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import socket
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -242,9 +244,15 @@ def manifest_row(folder: Path, name: str) -> ManifestRow:
     )
 
 
+def temporary_name(name: str) -> str:
+    """A name beside `name` that no other process, also on another machine, uses."""
+    host = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
+    return f".{name}.{host}.{os.getpid()}.tmp"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that is either whole or absent, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shard_format import ABSENT, BLOCK_BYTES, ShardIndex, write_atomically
+from data_prep.shard_format import ABSENT, BLOCK_BYTES, ShardIndex, temporary_name, write_atomically
 
 # Tar files end with two zero blocks.
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
@@ -30,7 +30,7 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str):
         self.tar_path = folder / f"{name}.tar"
         self.index_path = folder / f"{name}.idx"
-        self._temporary = folder / f".{name}.tar.{os.getpid()}.tmp"
+        self._temporary = folder / temporary_name(f"{name}.tar")
         self._file = self._temporary.open("wb")
         self._sha256 = hashlib.sha256()
         self._num_blocks = 0
