@@ -11,7 +11,7 @@ A `.idx` file is, little-endian:
     8 bytes               magic b"ISOIDX1\\n"
     uint32                length of the header in bytes, a multiple of 4
     header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256,
-                          rejected, and long_keys where there are any
+                          rejected, and marked and long_keys where there are any
     uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
                           bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
                           absent
@@ -136,6 +136,7 @@ class ShardIndex:
     tar_bytes: int
     tar_sha256: str
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs dropped on writing
+    marked: dict[str, int] = field(default_factory=dict)  # filter -> samples it only marked
     # place -> key, where a tar that others made does not hold it in the member's own header
     long_keys: dict[int, str] = field(default_factory=dict)
 
@@ -151,6 +152,8 @@ class ShardIndex:
             "tar_sha256": self.tar_sha256,
             "rejected": self.rejected,
         }
+        if self.marked:
+            values["marked"] = self.marked
         if self.long_keys:
             values["long_keys"] = self.long_keys
         header = json.dumps(values, sort_keys=True).encode()
@@ -188,6 +191,7 @@ class ShardIndex:
             tar_bytes=header["tar_bytes"],
             tar_sha256=header["tar_sha256"],
             rejected=header.get("rejected", {}),
+            marked=header.get("marked", {}),
             long_keys={int(place): key for place, key in header.get("long_keys", {}).items()},
         )
 
@@ -218,6 +222,7 @@ class DatasetInfo:
     tar_bytes: int
     fingerprint: str  # of the manifest's rows: equal data has equal fingerprints
     rejected: dict[str, int] = field(default_factory=dict)  # pairs dropped, by reason
+    marked: dict[str, int] = field(default_factory=dict)  # samples that a filter only marked
     preparation: dict[str, Any] = field(default_factory=dict)  # config that made the dataset
     isopair_version: str = ""
     tar_folder: str = "."  # where the tars are, from this folder

@@ -50,7 +50,9 @@ class ShardWriter:
             self._append(content + bytes(-len(content) % BLOCK_BYTES))
         self._rows.append(row)
 
-    def finish(self, *, rejected: dict[str, int] | None = None) -> ShardIndex:
+    def finish(
+        self, *, rejected: dict[str, int] | None = None, marked: dict[str, int] | None = None
+    ) -> ShardIndex:
         """Completes the tar, renames it into place, and then does the same with its index."""
         self._append(END_OF_ARCHIVE)
         self._file.flush()
@@ -69,6 +71,7 @@ class ShardWriter:
             tar_bytes=self._num_blocks * BLOCK_BYTES,
             tar_sha256=self._sha256.hexdigest(),
             rejected=rejected or {},
+            marked=marked or {},
         )
         self._temporary.replace(self.tar_path)
         write_atomically(self.index_path, index.to_bytes())
