@@ -113,6 +113,7 @@ class DownloadOptions(Section):
     obey_opt_out_headers: bool = True  # X-Robots-Tag noai, noimageai, ...; TDM-Reservation
     private_hosts: bool = False  # may URLs lead to this machine or the local network?
     retry_failed: bool = free(False)  # try again what failed in an earlier attempt
+    keep: bool = free(False)  # keep what was fetched after the dataset is finished
 
 
 class MakeShards(Section):
@@ -139,6 +140,9 @@ class MakeShards(Section):
     mark_only: tuple[str, ...] = ()  # filters that mark what they find instead of dropping it
     download: DownloadOptions = DownloadOptions()
     part: str | None = free(None, pattern=r"^\d+/[1-9]\d*$")  # i/n, i from 0: one job of n
+    remake: tuple[str, ...] = free(
+        ()
+    )  # make shards again that have pairs rejected for these reasons
     workers: int = free(1, ge=1)  # processes; never changes a byte of the result
     max_rejected_fraction: float = free(0.01, ge=0, le=1)  # share of bad pairs that fails the job
 

@@ -1,6 +1,6 @@
 """A dataset folder in the making: its lock, its plan, its finished shards, its closing files.
 
-lock_folder      one command at a time writes into a folder
+lock_folder      one command at a time writes into a folder; or several, each its own part
 begin_plan       plan.json says what the folder is made from; a different plan is refused
 is_finished      a shard is finished if and only if its index matches its tar
 finish_dataset   manifest.jsonl, then dataset.json
@@ -14,15 +14,17 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import InputError, differing_keys
 from data_prep.shard_format import (
     DatasetInfo,
+    ManifestRow,
     ShardIndex,
     fingerprint_of,
     manifest_row,
@@ -33,56 +35,94 @@ from data_prep.shard_format import (
 log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
-# Of shard_writer and write_atomically: .<file>.<process>.tmp
-TEMPORARY_NAME = re.compile(r"\..+\.(tar|idx|parquet|json|jsonl)\.\d+\.tmp")
+# Of shard_format.temporary_name: .<file>.<host>.<process>.tmp
+TEMPORARY_NAME = re.compile(
+    r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
+)
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder, holds its lock, and removes temporary files that dead attempts left.
+def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
+    """Makes the folder and holds its lock; gives whether its file system can lock.
+
+    A command that has the folder to itself begins by removing what dead attempts left.
+
+    Args:
+        folder: the dataset folder.
+        part: None keeps every other command out; "i/n" only those that do not name another part.
 
     Raises:
-        InputError: another command is writing into the folder.
+        InputError: another command is writing into the folder, or into this part of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    with ExitStack() as stack:
+        is_locked = _lock(folder, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, stack)
+        if part is not None:
+            path = folder / f".part-{part.replace('/', '-of-')}.lock"
+            path.touch()
+            is_locked = _lock(path, fcntl.LOCK_EX, stack) and is_locked
+        elif is_locked:
+            remove_leftovers(folder)
+        yield is_locked
+
+
+def _lock(path: Path, kind: int, stack: ExitStack) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: another command is writing into this folder; wait for it to end"
-            ) from None
-        except OSError as error:  # some network file systems lock no folders
-            log.warning("%s: cannot be locked (%s); run one command at a time", folder, error)
-        for path in folder.rglob(".*.tmp"):
-            if TEMPORARY_NAME.fullmatch(path.name):
-                path.unlink()
-        yield
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{path}: another command is writing into this folder; wait for it to end"
+        ) from None
+    except OSError as error:  # some network file systems lock nothing
+        log.warning("%s: cannot be locked (%s); run one command at a time", path, error)
+        return False
+    return True
 
 
-def check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Checks that the folder is new, or was begun from the same plan.
+def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> None:
+    """Removes temporary files that dead attempts left.
+
+    Args:
+        folder: a locked dataset folder.
+        stems: names of shards; None for everything.
+    """
+    for path in [*folder.glob(".*.tmp"), *folder.glob("rejected/.*.tmp")]:
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        if match is None or (stems is not None and match["stem"] not in stems):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".") -> None:
+    """Checks that the folder is new, or was begun from the same settings and input.
+
+    Args:
+        folder: the dataset folder.
+        made_from: command, settings and input of this attempt.
+        plan_folder: where in the folder plan.json is, whose key `made_from` is compared.
 
     Raises:
         InputError: naming the keys that differ, or what else the folder holds.
     """
-    path = folder / PLAN_FILE
+    path = folder / plan_folder / PLAN_FILE
     if not path.exists():
         foreign = sorted(str(p.name) for p in folder.glob("*") if p.suffix in (".tar", ".idx"))
-        if foreign and plan["command"] == "make_shards":
+        if foreign and made_from["command"] == "make_shards":
             raise InputError(
                 f"{folder}: expected a new folder (output), or one with a {PLAN_FILE}; found "
                 f"{foreign[0]}; choose another output"
             )
         return
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); choose another output") from None
-    different = differing_keys(begun, json.loads(json.dumps(plan)))
+        begun = json.loads(path.read_text(encoding="utf-8"))["made_from"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); choose another output") from None
+    different = differing_keys(begun, json.loads(json.dumps(made_from)))
     if different:
         lines = [f"  {key}: {old!r}, now {new!r}" for key, (old, new) in different.items()]
         raise InputError(
@@ -91,15 +131,16 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def begin_plan(folder: Path, plan: dict[str, Any]) -> None:
+def begin_plan(folder: Path, made_from: dict[str, Any]) -> None:
     """Writes the plan before any shard, after check_plan.
 
     Raises:
         InputError: as check_plan.
     """
-    check_plan(folder, plan)
-    if not (folder / PLAN_FILE).exists():
-        write_atomically(folder / PLAN_FILE, json.dumps(plan, indent=2).encode() + b"\n")
+    path = folder / PLAN_FILE
+    check_plan(folder, made_from)
+    if not path.exists():
+        write_atomically(path, json.dumps({"made_from": made_from}, indent=2).encode() + b"\n")
 
 
 def is_finished(index_path: Path, tar_path: Path) -> bool:
@@ -114,7 +155,7 @@ def is_finished(index_path: Path, tar_path: Path) -> bool:
 
 def finish_dataset(
     folder: Path,
-    names: Sequence[str],
+    names: Iterable[str],
     *,
     media: str,
     preparation: dict[str, Any],
@@ -124,20 +165,26 @@ def finish_dataset(
 
     Shards that lost all their samples stay on disk, but are not in the manifest.
     """
-    indexes = [ShardIndex.read(folder / f"{name}.idx") for name in names]
-    manifest = [
-        manifest_row(folder, name)
-        for name, index in zip(names, indexes, strict=True)
-        if index.num_samples
-    ]
+    manifest: list[ManifestRow] = []
+    fields: set[str] = set()
+    rejected: Counter[str] = Counter()
+    marked: Counter[str] = Counter()
+    for name in names:
+        index = ShardIndex.read(folder / f"{name}.idx")
+        rejected.update(index.rejected)
+        marked.update(index.marked)
+        if index.num_samples:
+            fields.update(index.fields)
+            manifest.append(manifest_row(folder, name))
     info = DatasetInfo(
         media=media,
-        fields=sorted({name for index in indexes for name in index.fields}),
+        fields=sorted(fields),
         num_samples=sum(row.num_samples for row in manifest),
         num_shards=len(manifest),
         tar_bytes=sum(row.tar_bytes for row in manifest),
         fingerprint=fingerprint_of(manifest),
-        rejected=dict(sorted(sum_rejected(indexes).items())),
+        rejected=dict(sorted(rejected.items())),
+        marked=dict(sorted(marked.items())),
         preparation=preparation,
         isopair_version=_isopair_version(),
         tar_folder=tar_folder,
@@ -146,9 +193,12 @@ def finish_dataset(
     return info
 
 
-def sum_rejected(indexes: Sequence[ShardIndex]) -> Counter[str]:
+def sum_rejected(indexes: Iterable[ShardIndex]) -> Counter[str]:
     """Rejected pairs by reason, over all shards."""
-    return sum((Counter(index.rejected) for index in indexes), Counter())
+    total: Counter[str] = Counter()
+    for index in indexes:
+        total.update(index.rejected)
+    return total
 
 
 def _isopair_version() -> str:

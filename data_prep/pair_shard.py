@@ -1,60 +1,67 @@
 """Writes one shard from the items that it owns.
 
-    item -> media bytes, decoded once as a check -> members and a row of the parquet
+    item -> media bytes, decoded once as a check and re-encoded where asked -> sample and row
          -> or its pairs go to rejected/<shard>.jsonl, each with its reason
 
-The parquet and the rejected pairs are on disk before the index, whose presence says that the shard
+The Parquet and the rejected pairs are on disk before the index, whose presence says that the shard
 is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError
-from data_prep.media_decode import (
-    FormatMismatchError,
-    MediaError,
-    audio_seconds,
-    decode_audio,
-    decode_image,
-)
-from data_prep.pair import Pair, extension_of
-from data_prep.pair_sources import Item
+from data_prep.config import MakeShards
+from data_prep.item_plan import ItemPlan
+from data_prep.media_decode import MediaError
+from data_prep.media_preparation import PreparedMedia, prepare_media
+from data_prep.media_reader import MediaReader
+from data_prep.pair import BadItemError, Item, Pair
+from data_prep.pair_scan import kept_value
+from data_prep.shard_columns import shard_schema
 from data_prep.shard_format import write_atomically
 from data_prep.shard_writer import ShardWriter
 
-# An index stores sizes in 32 bits, and a sample is held in memory whole.
-MAX_MEDIA_BYTES = 2**30
+DOWNLOAD_FOLDER = "downloads"
+# A clip that a filter drops while other clips of the same sound stay is no rejected pair.
+CLIP_PREFIX = "clip_"
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """What a worker needs to write one shard."""
 
-    folder: Path
-    name: str
-    media_kind: str
-    media_root: Path
-    items: Sequence[Item]
+    number: int
+    config: MakeShards
+    plan: ItemPlan
+
+    @property
+    def name(self) -> str:
+        """Stem of the shard's files."""
+        return f"{self.number:08d}"
+
+    @property
+    def num_items(self) -> int:
+        """How many items the shard owns, whether or not these turn out good."""
+        size = self.config.samples_per_shard
+        return min(size, self.plan.num_items - self.number * size)
 
 
-class BadItemError(ValueError):
-    """The media file of an item cannot be used."""
+@dataclass
+class ShardContent:
+    """What has become of a shard's items so far."""
 
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[Pair] = field(default_factory=list)
+    dropped_clips: Counter[str] = field(default_factory=Counter)
 
 
 def rejected_path(folder: Path, name: str) -> Path:
@@ -63,111 +70,134 @@ def rejected_path(folder: Path, name: str) -> Path:
 
 
 def write_shard(task: ShardTask) -> int:
-    """Writes the shard's parquet, rejected pairs, tar and index; returns how many items it owned.
+    """Writes the shard's Parquet, rejected pairs, tar and index; returns how many items it owned.
 
     Raises:
         InputError: a media file is there but cannot be read.
     """
-    writer = ShardWriter(task.folder, task.name)
+    config = task.config
+    # Of an earlier attempt: it must not stand beside the new tar, not even for a moment.
+    (config.output / f"{task.name}.idx").unlink(missing_ok=True)
+    writer = ShardWriter(config.output, task.name)
     try:
-        rows, rejected = [], []
-        for item in task.items:
-            good, bad = _read_item(item, task=task, writer=writer)
-            rows += good
-            rejected += bad
-        _write_rejected(rejected_path(task.folder, task.name), rejected)
-        write_atomically(task.folder / f"{task.name}.parquet", _parquet(rows, task.media_kind))
-        writer.finish(rejected=dict(Counter(pair.reason for pair in rejected)))
+        with MediaReader(config, config.output / DOWNLOAD_FOLDER) as reader:
+            items = task.plan.read_items(task.number)
+            content = _write_items(items, writer, task=task, reader=reader)
+            _write_rejected(rejected_path(config.output, task.name), content.rejected)
+            parquet = _parquet(content.rows, task)
+            write_atomically(config.output / f"{task.name}.parquet", parquet)
+            rejected = Counter(pair.reason for pair in content.rejected) + content.dropped_clips
+            marked = Counter(mark for row in content.rows for mark in row["marks"])
+            writer.finish(rejected=dict(rejected), marked=dict(marked))
+            reader.forget_downloads()
     except BaseException:
         writer.discard()
         raise
-    return len(task.items)
+    return len(items)
 
 
-def _read_item(
-    item: Item, *, task: ShardTask, writer: ShardWriter
-) -> tuple[list[dict[str, Any]], list[Pair]]:
-    """(the parquet row of the item if it is good, its rejected pairs)"""
-    good = [pair for pair in item.pairs if pair.reason is None]
-    bad = [pair for pair in item.pairs if pair.reason is not None]
-    if not good:
-        return [], bad
-    try:
-        content = _read_media(task.media_root / item.media)
-        measures = _check_media(content, item.media, task.media_kind)
-    except BadItemError as error:
-        failed = {"reason": error.reason, "detail": error.detail}
-        return [], [
-            pair if pair.reason else dataclasses.replace(pair, **failed) for pair in item.pairs
-        ]
-    key = f"{item.number:012d}"
-    writer.add(key, members=_members(content, good))
-    row = {
-        "key": key,
-        "uid": good[0].uid or key,
-        "captions": [pair.caption for pair in good],
-        "class_name": good[0].class_name,
-        "extension": extension_of(item.media),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        **measures,
-        "source": item.media,
-    }
-    return [row], bad
-
-
-def _read_media(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_MEDIA_BYTES:
-            raise BadItemError("too_large", f"{size} bytes, at most {MAX_MEDIA_BYTES} are taken")
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise BadItemError("missing_file", f"{path}: {error.strerror}") from None
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise BadItemError("missing_file", f"{path}: {error.strerror}") from None
-        # A fault of the disk or the network must not change the data.
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not content:
-        raise BadItemError("empty_file", f"{path}: 0 bytes")
+def _write_items(
+    items: Sequence[Item], writer: ShardWriter, *, task: ShardTask, reader: MediaReader
+) -> ShardContent:
+    content = ShardContent()
+    usable = [item for item in items if any(pair.reason is None for pair in item.pairs)]
+    read = reader.read_all(usable)
+    for item in items:
+        content.rejected += [pair for pair in item.pairs if pair.reason is not None]
+        pairs = [pair for pair in item.pairs if pair.reason is None]
+        if not pairs:
+            continue
+        _, media = next(read)
+        try:
+            if isinstance(media, BadItemError):
+                raise media
+            clips = _prepare(media, pairs, task=task, content=content)
+        except BadItemError as error:
+            failed = {"reason": error.reason, "detail": error.detail}
+            content.rejected += [dataclasses.replace(pair, **failed) for pair in pairs]
+            continue
+        for suffix, clip in clips.items():
+            key = f"{item.number:012d}{suffix}"
+            writer.add(key, members=_members(clip, pairs, suffix=suffix))
+            content.rows.append(_row(key, clip, pairs, suffix=suffix, task=task))
     return content
 
 
-def _check_media(content: bytes, media: str, media_kind: str) -> dict[str, Any]:
-    """What the parquet says about the decoded media."""
+def _prepare(
+    media: bytes, pairs: Sequence[Pair], *, task: ShardTask, content: ShardContent
+) -> dict[str, PreparedMedia]:
+    """Suffix of the key -> picture or clip, without those that a filter drops.
+
+    Raises:
+        BadItemError: the media is bad, or nothing of it is left.
+    """
+    config = task.config
     try:
-        return MEDIA_CHECKS[media_kind](content, extension_of(media))
-    except FormatMismatchError as error:
-        raise BadItemError("wrong_extension", str(error)) from None
+        clips = prepare_media(media, kind=config.media, image=config.image, audio=config.audio)
     except MediaError as error:
-        raise BadItemError("undecodable", str(error)) from None
+        raise BadItemError(error.reason, str(error)) from None
+    suffixes = [f"_{n:04d}" for n in range(len(clips))] if len(clips) > 1 else [""]
+    good: dict[str, PreparedMedia] = {}
+    dropped: Counter[str] = Counter()
+    for suffix, clip in zip(suffixes, clips, strict=True):
+        dropping = next((name for name in clip.found if name not in config.mark_only), None)
+        if dropping is None:
+            good[suffix] = clip
+        else:
+            dropped[dropping] += 1
+    if not good:
+        reason, count = dropped.most_common(1)[0]
+        raise BadItemError(reason, f"{count} of {len(clips)} clips" if len(clips) > 1 else "")
+    content.dropped_clips.update({CLIP_PREFIX + name: count for name, count in dropped.items()})
+    return good
 
 
-def _check_image(content: bytes, extension: str) -> dict[str, Any]:
-    height, width, _ = decode_image(content, extension).shape
-    return {"height": height, "width": width}
+# -------------------------------------------------------------------------------- sample and row
 
 
-def _check_audio(content: bytes, extension: str) -> dict[str, Any]:
-    decode_audio(content, sample_rate_hz=None, extension=extension)
-    seconds, sample_rate_hz = audio_seconds(content)
-    return {"seconds": seconds, "sample_rate_hz": sample_rate_hz}
-
-
-MEDIA_CHECKS = {"image": _check_image, "audio": _check_audio}
-
-
-def _members(content: bytes, pairs: Sequence[Pair]) -> dict[str, bytes]:
+def _members(clip: PreparedMedia, pairs: Sequence[Pair], *, suffix: str) -> dict[str, bytes]:
     """A .json stands beside the .txt where one caption does not say everything."""
     first = pairs[0]
-    members = {extension_of(first.media): content, "txt": first.caption.encode("utf-8")}
+    members = {clip.extension: clip.content, "txt": first.caption.encode("utf-8")}
     if len(pairs) > 1 or first.class_name or first.uid:
-        values = {"captions": [pair.caption for pair in pairs]}
+        values: dict[str, Any] = {"captions": [pair.caption for pair in pairs]}
         values |= {"class_name": first.class_name} if first.class_name else {}
-        values |= {"uid": first.uid} if first.uid else {}
+        values |= {"uid": first.uid + suffix} if first.uid else {}
         members["json"] = json.dumps(values, ensure_ascii=False).encode("utf-8")
     return members
+
+
+def _row(
+    key: str, clip: PreparedMedia, pairs: Sequence[Pair], *, suffix: str, task: ShardTask
+) -> dict[str, Any]:
+    first = pairs[0]
+    kept = json.loads(first.kept or "{}")
+    return {
+        "key": key,
+        "uid": first.uid + suffix if first.uid else key,
+        "captions": [pair.caption for pair in pairs],
+        "class_name": first.class_name,
+        "language": first.language,
+        "marks": sorted({mark for pair in pairs for mark in pair.marks} | set(clip.found)),
+        "extension": clip.extension,
+        "bytes": len(clip.content),
+        "sha256": hashlib.sha256(clip.content).hexdigest(),
+        **clip.measures,
+        "source": first.media,
+        "source_row": first.row,
+        **{name: kept_value(kept.get(name), kind) for name, kind in task.plan.kept.items()},
+    }
+
+
+def _parquet(rows: Sequence[dict[str, Any]], task: ShardTask) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = shard_schema(task.config.media, kept=task.plan.kept)
+    sink = io.BytesIO()
+    table = pyarrow.Table.from_pylist(list(rows), schema=schema)
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def _write_rejected(path: Path, pairs: Sequence[Pair]) -> None:
@@ -180,31 +210,3 @@ def _write_rejected(path: Path, pairs: Sequence[Pair]) -> None:
         for pair in pairs
     ]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def _parquet(rows: Sequence[dict[str, Any]], media_kind: str) -> bytes:
-    import pyarrow
-    import pyarrow.parquet
-
-    measures = {
-        "image": [("height", pyarrow.int32()), ("width", pyarrow.int32())],
-        "audio": [("seconds", pyarrow.float64()), ("sample_rate_hz", pyarrow.int32())],
-    }
-    schema = pyarrow.schema(
-        [
-            ("key", pyarrow.string()),
-            ("uid", pyarrow.string()),
-            ("captions", pyarrow.list_(pyarrow.string())),
-            ("class_name", pyarrow.string()),
-            ("extension", pyarrow.string()),
-            ("bytes", pyarrow.int64()),
-            ("sha256", pyarrow.string()),
-            *measures[media_kind],
-            ("source", pyarrow.string()),
-        ]
-    )
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd"
-    )
-    return sink.getvalue()

@@ -10,9 +10,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -20,6 +24,7 @@ from data_prep.config_file import RunError
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
+TASKS_AHEAD = 2  # per worker: enough that none waits
 
 
 def run_tasks(
@@ -38,14 +43,51 @@ def run_tasks(
     if workers == 1 or len(tasks) < 2:
         yield from map(function, tasks)
         return
+    remaining = iter(tasks)
+    with _executor(min(workers, len(tasks))) as executor:
+        running: set[Future[ResultT]] = set()
+        while True:
+            free_places = TASKS_AHEAD * workers - len(running)
+            running |= {executor.submit(function, task) for task in islice(remaining, free_places)}
+            if not running:
+                return
+            done, running = wait_for_futures(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def run_in_order(
+    function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], *, workers: int
+) -> Iterator[ResultT]:
+    """The result of every task, in the order of the tasks, which are taken as they are needed.
+
+    Args and errors as run_tasks.
+    """
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    remaining = iter(tasks)
+    with _executor(workers) as executor:
+        running: deque[Future[ResultT]] = deque()
+        while True:
+            free_places = TASKS_AHEAD * workers - len(running)
+            running.extend(
+                executor.submit(function, task) for task in islice(remaining, free_places)
+            )
+            if not running:
+                return
+            yield running.popleft().result()
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
     executor = ProcessPoolExecutor(
-        max_workers=min(workers, len(tasks)),
+        max_workers=workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_prepare_worker,
     )
     try:
-        for future in as_completed([executor.submit(function, task) for task in tasks]):
-            yield future.result()
+        yield executor
     except BrokenProcessPool:
         raise RunError(
             f"one of {workers} worker processes was killed, most often because memory ran out; "

@@ -1,0 +1,55 @@
+"""Closes a dataset whose shards were written in parts: checks that none is missing, and writes the
+manifest.
+
+    python -m data_prep.finalize configs/data_prep/demo_scenes.yaml
+
+It takes the config that the parts were given to python -m data_prep.make_shards with.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from data_prep.config import MakeShards
+from data_prep.config_file import run_command
+from data_prep.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
+from data_prep.dataset_folder import check_plan, lock_folder
+from data_prep.item_plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
+
+
+def finalize(config: MakeShards) -> None:
+    """Writes rejected.jsonl, manifest.jsonl and dataset.json.
+
+    Raises:
+        InputError: nothing was begun, or from another config; a shard is missing; too many pairs
+            are bad.
+    """
+    plan = _checked_plan(config)
+    with lock_folder(config.output):
+        finish_shards(config, plan)
+
+
+def _checked_plan(config: MakeShards) -> ItemPlan:
+    plan = read_plan(config.output)
+    check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
+    return plan
+
+
+def print_plan(config: MakeShards) -> None:
+    """Prints how many shards are finished.
+
+    Raises:
+        InputError: nothing was begun, or from another config.
+    """
+    shards = shards_of_plan(config, _checked_plan(config))
+    num_finished = sum(map(is_shard_finished, shards))
+    print(f"{config.output}: {num_finished:,} of {len(shards):,} shards are finished")  # noqa: T201
+
+
+def main() -> int:
+    """The command."""
+    return run_command(MakeShards, run=finalize, dry_run=print_plan, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
