@@ -256,13 +256,28 @@ def temporary_name(name: str) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or absent, also after a power cut."""
+    """Writes a file that is either whole or absent, also after a power cut.
+
+    Raises:
+        OSError: naming the file: the disk is full, or the like.
+    """
     temporary = path.with_name(temporary_name(path.name))
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise name_file(error, path) from None
+
+
+def name_file(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which a full disk's error comes without."""
+    if error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def write_dataset_files(

@@ -35,7 +35,7 @@ def main() -> None:
     samples = [(f"{n:012d}", rng.bytes(IMAGE_BYTES), b"a caption") for n in range(NUM_SAMPLES)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        theirs = rate(lambda: write_with_webdataset(folder / "theirs.tar", samples))
+        theirs = rate(lambda: write_with_webdataset(folder, samples))
         ours = rate(lambda: write_with_isopair(folder, samples))
         show("write, with sha256 and index", ours, theirs)
         theirs = rate(lambda: read_with_webdataset(folder / "00000000.tar"))
@@ -61,8 +61,9 @@ def show(what: str, ours: float, theirs: float) -> None:
     print(f"{what}: {ours:,.0f}, webdataset {theirs:,.0f}: {ours / theirs:.1f} times")
 
 
-def write_with_webdataset(path: Path, samples: list[tuple[str, bytes, bytes]]) -> None:
-    with webdataset.TarWriter(str(path), encoder=False) as writer:
+def write_with_webdataset(folder: Path, samples: list[tuple[str, bytes, bytes]]) -> None:
+    pattern = str(folder / "theirs-%06d.tar")
+    with webdataset.ShardWriter(pattern, encoder=False, verbose=0) as writer:
         for key, image, caption in samples:
             writer.write({"__key__": key, "jpg": image, "txt": caption})
 
