@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data_prep.caption_language import check_language
+from data_prep.caption_script import check_script
 from data_prep.config_file import Section, free
 from data_prep.pair import FILTER_REASONS
 
@@ -75,14 +77,16 @@ class CaptionOptions(Section):
     strip_html: bool = False  # tags away, &amp; and the like resolved
     strip_urls: bool = False  # web and mail addresses away
     fix_encoding: bool = False  # repair text that was decoded wrongly (ftfy)
-    min_characters: int = Field(1, ge=1)  # filter caption_too_short
+    min_characters: int = Field(1, ge=1)  # filter caption_too_short; code points
     max_characters: int | None = Field(None, ge=1)  # filter caption_too_long
+    # runs of letters and digits; in scripts written without spaces, such as Han, single letters
     min_words: int = Field(1, ge=1)  # filter caption_too_short
     max_words: int | None = Field(None, ge=1)  # filter caption_too_long
     scripts: tuple[str, ...] = ()  # filter caption_script: Unicode names, such as Latin; (): any
     min_script_fraction: float = Field(0.8, gt=0, le=1)  # of the letters that are of these scripts
-    detect_language: bool = False  # fills the column language
+    detect_language: bool = False  # fills the column language; so does `languages`
     languages: tuple[str, ...] = ()  # filter caption_language: codes such as en; (): any
+    # a less probable language is unknown, and passes no filter of languages
     min_language_probability: float = Field(0.5, ge=0, le=1)
     boilerplate: tuple[str, ...] = ()  # filter caption_boilerplate: regular expressions found in it
     max_repeats: int | None = Field(None, ge=1)  # filter caption_repeated: items of one caption
@@ -96,6 +100,28 @@ class CaptionOptions(Section):
             except re.error as error:
                 raise ValueError(f"{expression!r} is no regular expression: {error}") from None
         return expressions
+
+    @field_validator("scripts")
+    @classmethod
+    def _check_scripts(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            check_script(name)
+        return names
+
+    @field_validator("languages")
+    @classmethod
+    def _check_languages(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
+        for code in codes:
+            check_language(code)
+        return codes
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> CaptionOptions:
+        for unit in ("characters", "words"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if most is not None and most < least:
+                raise ValueError(f"max_{unit}={most} is below min_{unit}={least}: none can pass")
+        return self
 
 
 class DownloadOptions(Section):

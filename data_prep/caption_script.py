@@ -1,0 +1,48 @@
+"""The scripts of a text's letters, by Unicode's property Script."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+
+import regex
+
+# Suggested where a name is misspelt; any script of Unicode can be asked for.
+COMMON_SCRIPTS = (
+    *("Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek"),
+    *("Gujarati", "Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana"),
+    *("Khmer", "Lao", "Latin", "Malayalam", "Mongolian", "Myanmar", "Oriya", "Sinhala", "Tamil"),
+    *("Telugu", "Thai", "Tibetan"),
+)
+
+
+def check_script(name: str) -> None:
+    """Checks that Unicode has a script of this name.
+
+    Raises:
+        ValueError: it has none; suggests the nearest name.
+    """
+    try:
+        regex.compile(rf"\p{{Script={name}}}")
+    except regex.error:
+        nearest = difflib.get_close_matches(name.title(), COMMON_SCRIPTS, n=1, cutoff=0.5)
+        known = ", ".join(COMMON_SCRIPTS)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"names are {known}, ..."
+        raise ValueError(f"{name!r} is no script of Unicode; {hint}") from None
+
+
+def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
+    """Share of the text's letters that are of these scripts; 1 if there are no letters.
+
+    Letters that all scripts share, such as the Japanese mark of long vowels, do not count.
+    """
+    letters, letters_of_scripts = _letter_expressions(scripts)
+    num_letters = len(letters.findall(text))
+    return len(letters_of_scripts.findall(text)) / num_letters if num_letters else 1.0
+
+
+@lru_cache
+def _letter_expressions(scripts: tuple[str, ...]) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
+    letters = r"[\p{L}--[\p{Script=Common}\p{Script=Inherited}]]"
+    wanted = "".join(rf"\p{{Script={script}}}" for script in scripts)
+    return regex.compile(f"(?V1){letters}"), regex.compile(f"(?V1)[{letters}&&[{wanted}]]")
