@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import DatasetInfo, write_atomically
+from data_prep.shard_format import Dataset, DatasetInfo, Sample, write_atomically
 
 SUBSET_MAGIC = b"ISOSUB1\n"
 BLOCK_BYTES = 64  # bits are counted in blocks: one number for every 512 samples
@@ -200,6 +200,57 @@ class Subset:
         of_byte = in_block[np.arange(len(ordinals)), byte] & ((1 << bit) - 1).astype(np.uint8)
         ranks = self._kept_before_block[block] + before.sum(axis=1, dtype=np.int64)
         return ranks + np.bitwise_count(of_byte)
+
+
+class KeptSamples:
+    """A dataset, or what a subset keeps of it, read by rank as a Dataset is read by ordinal.
+
+    Args:
+        folder: of the dataset.
+        subset: the `.subset` file; None keeps everything, and ranks are ordinals.
+
+    Raises:
+        InputError: the dataset or the subset is missing or damaged, or they do not belong together.
+    """
+
+    def __init__(self, folder: Path, *, subset: Path | None) -> None:
+        self.dataset = Dataset(folder)
+        self.subset = None if subset is None else Subset.read(subset)
+        self.shard_sizes = self.dataset.shard_sizes  # int64 [shards]: kept samples of each
+        if self.subset is not None:
+            self.subset.check_belongs_to(self.dataset.info)
+            self.shard_sizes = np.diff(self.subset.ranks_of(self.dataset.shard_starts))
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.subset is None else self.subset.num_kept
+
+    @property
+    def folder(self) -> Path:
+        return self.dataset.folder
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Of the whole dataset."""
+        return self.dataset.info
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the dataset, and of the subset if there is one."""
+        if self.subset is None:
+            return self.info.fingerprint
+        return f"{self.info.fingerprint} subset {self.subset.fingerprint}"
+
+    def ordinals_of(self, ranks: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [n]: places in the whole dataset."""
+        return np.asarray(ranks) if self.subset is None else self.subset.ordinals_of(ranks)
+
+    def ranks_of(self, ordinals: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [n]: places among the kept samples."""
+        return np.asarray(ordinals) if self.subset is None else self.subset.ranks_of(ordinals)
+
+    def read_sample(self, rank: int, *, fields: Sequence[str] | None = None) -> Sample:
+        """As Dataset.read_sample."""
+        return self.dataset.read_sample(int(self.ordinals_of([rank])[0]), fields=fields)
 
 
 def _in_pieces(search: Any, numbers: np.ndarray | Sequence[int]) -> np.ndarray:

@@ -161,6 +161,7 @@ class Source(Section):
 
     name: str  # part of every random key: renaming a source changes the order
     dataset: Path = free()  # folder that holds dataset.json; what counts is its fingerprint
+    subset: Path | None = free(None)  # .subset file: only what it keeps; likewise
     weight: PositiveFloat = 1.0  # share of the pairing's batch, relative to its other sources
 
 
@@ -236,6 +237,7 @@ class ValidationSource(Section):
     """Held-out pairs of one pairing."""
 
     dataset: Path = free()
+    subset: Path | None = free(None)
     batch_size: PositiveInt  # pairs contrasted with one another: the figures depend on it
 
 

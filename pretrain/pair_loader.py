@@ -72,6 +72,7 @@ class PairingReader:
                 kind=media_of_pairing(name),
                 transform=transform,
                 window=config.loading.window,
+                subset=source.subset,
             )
             for source in pairing.sources
         ]
@@ -81,10 +82,11 @@ class PairingReader:
             sources=[
                 SourceOrder(
                     reader.source,
-                    shard_sizes=reader.dataset.shard_sizes,
+                    shard_sizes=reader.samples.shard_sizes,
                     lanes=config.lanes,
                     window=config.loading.window,
                     seed=config.seed,
+                    samples=reader.samples,
                 )
                 for reader in self.readers
             ],
@@ -162,12 +164,12 @@ class StepDataset(TorchDataset):
     @property
     def num_samples(self) -> int:
         """Samples of all sources together."""
-        return sum(len(r.dataset) for p in self.pairings.values() for r in p.readers)
+        return sum(len(r.samples) for p in self.pairings.values() for r in p.readers)
 
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each source's dataset, under "<pairing>/<source>"."""
+        """Fingerprint of each source's samples, under "<pairing>/<source>"."""
         return {
-            f"{name}/{reader.source}": reader.dataset.info.fingerprint
+            f"{name}/{reader.source}": reader.samples.fingerprint
             for name, pairing in self.pairings.items()
             for reader in pairing.readers
         }

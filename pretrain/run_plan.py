@@ -9,6 +9,7 @@ from pretrain.gradient_cache import num_micro_batches
 from pretrain.model import ContrastiveModel
 from pretrain.pair_loader import PairingReader, StepDataset
 from pretrain.sample_order import lanes_of_rank
+from pretrain.shard_reader import PairReader
 
 
 def describe_plan(
@@ -44,8 +45,16 @@ def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
             f"{source.lane_length:,} per lane; {per_step:.1f} a step, "
             f"{steps_per_epoch} steps per epoch, "
             f"{samples / source.num_samples:.2f} epochs in {config.schedule.num_steps:,} steps; "
-            f"fingerprint {pair_reader.dataset.info.fingerprint[:12]}"
+            f"{_describe_fingerprint(pair_reader)}"
         )
+
+
+def _describe_fingerprint(reader: PairReader) -> str:
+    whole, subset = reader.dataset, reader.samples.subset
+    fingerprint = f"fingerprint {whole.info.fingerprint[:12]}"
+    if subset is None:
+        return fingerprint
+    return f"{fingerprint}, subset {subset.fingerprint[:12]} of {len(whole):,} samples"
 
 
 def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int) -> Iterator[str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.config_file import InputError
+from data_prep.subset import KeptSamples
 
 FEISTEL_ROUNDS = 6
 # Sources share each row of this many slots in exact proportion to their weights.
@@ -100,20 +101,30 @@ class SourceOrder:
 
     Args:
         name: the source's name; part of every key.
-        shard_sizes: [shards] samples per shard.
+        shard_sizes: [shards] samples per shard; of a subset, those that it keeps.
         lanes: number of lanes.
         window: samples of a lane that are shuffled among themselves; 1 reads in shard order, and
             anything from the lane's length on shuffles the whole lane.
         seed: the run's seed.
+        samples: turns places in these shards into ordinals of the dataset, where only a subset of
+            its samples is kept.
 
     Raises:
         InputError: the source has fewer samples than lanes.
     """
 
     def __init__(
-        self, name: str, *, shard_sizes: Sequence[int], lanes: int, window: int, seed: int
+        self,
+        name: str,
+        *,
+        shard_sizes: Sequence[int],
+        lanes: int,
+        window: int,
+        seed: int,
+        samples: KeptSamples | None = None,
     ) -> None:
         self.name = name
+        self.samples = samples
         self.lanes = lanes
         self.window = window
         self.seed = seed
@@ -137,15 +148,15 @@ class SourceOrder:
         """
         epochs, places = np.divmod(positions, self.lane_length)
         places = self._shuffle_windows(lanes, epochs, places)
-        ordinals = np.empty_like(places)
+        ranks = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             shard_order, axis_starts, rotation = self._epoch_axis(epoch)
             axis = lanes[here] * self.lane_length + places[here] + rotation
             axis %= self.num_samples
             nth = np.searchsorted(axis_starts, axis, side="right") - 1
-            ordinals[here] = self.shard_starts[shard_order[nth]] + axis - axis_starts[nth]
-        return epochs, ordinals
+            ranks[here] = self.shard_starts[shard_order[nth]] + axis - axis_starts[nth]
+        return epochs, ranks if self.samples is None else self.samples.ordinals_of(ranks)
 
     def _shuffle_windows(
         self, lanes: np.ndarray, epochs: np.ndarray, places: np.ndarray

@@ -16,7 +16,8 @@ import numpy as np
 
 from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError, Dataset, captions_of, media_extension_of
+from data_prep.shard_format import CorruptSampleError, captions_of, media_extension_of
+from data_prep.subset import KeptSamples
 from pretrain.media_transforms import MediaTransform
 from pretrain.sample_order import key_of, permute
 
@@ -50,18 +51,27 @@ class PairReader:
     Args:
         source: its name.
         folder: its dataset.
+        subset: the `.subset` file of what is used of it; None: everything.
         transform: decodes its kind of media.
         window: samples among which a substitute is found (at least MIN_REACH).
 
     Raises:
-        InputError: the dataset is missing or damaged, or holds another kind of media.
+        InputError: the dataset or subset is missing or damaged, or holds another kind of media.
     """
 
     def __init__(
-        self, source: str, *, folder: Path, kind: str, transform: MediaTransform, window: int
+        self,
+        source: str,
+        *,
+        folder: Path,
+        kind: str,
+        transform: MediaTransform,
+        window: int,
+        subset: Path | None = None,
     ) -> None:
         self.source = source
-        self.dataset = Dataset(folder)
+        self.samples = KeptSamples(folder, subset=subset)
+        self.dataset = self.samples.dataset
         self.transform = transform
         self.reach = max(window, MIN_REACH)
         if self.dataset.info.media != kind:
@@ -109,12 +119,13 @@ class PairReader:
         return Pair(ordinal, media, captions_of(sample))
 
     def _candidates(self, ordinal: int) -> Iterator[int]:
-        """The sample, then neighbours in its dataset, in the order they are tried."""
+        """The sample, then neighbours among the kept ones, in the order they are tried."""
         yield ordinal
-        start = ordinal // self.reach * self.reach
-        size = min(self.reach, len(self.dataset) - start)
+        rank = int(self.samples.ranks_of([ordinal])[0])
+        start = rank // self.reach * self.reach
+        size = min(self.reach, len(self.samples) - start)
         if size < 2:
             return
         steps = np.arange(min(MAX_SUBSTITUTES, size - 1))
         distances = 1 + permute(steps, sizes=size - 1, keys=key_of("substitute", ordinal))
-        yield from (start + (ordinal - start + distances) % size).tolist()
+        yield from self.samples.ordinals_of(start + (rank - start + distances) % size).tolist()

@@ -66,7 +66,7 @@ def open_run(
 ) -> RunFolder:
     """This attempt's run folder, refused on every rank if it holds another run."""
     fingerprints = dataset.fingerprints() | {
-        f"validation/{held_out.pairing}": held_out.reader.dataset.info.fingerprint
+        f"validation/{held_out.pairing}": held_out.reader.samples.fingerprint
         for held_out in validation_sets
     }
     on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))

@@ -35,13 +35,13 @@ class ValidationSet:
         Raises:
             InputError: a held-out pair cannot be decoded.
         """
-        num_pairs = len(self.reader.dataset)
+        num_pairs = len(self.reader.samples)
         for start in range(0, num_pairs, self.batch_size):
             stop = min(start + self.batch_size, num_pairs)
             first, last = (
                 start + (stop - start) * number // world_size() for number in (rank(), rank() + 1)
             )
-            pairs = [self._read(ordinal) for ordinal in range(first, last)]
+            pairs = [self._read(rank) for rank in range(first, last)]
             media = [self.reader.transform(pair.media) for pair in pairs]
             tokens = self.tokenizer([pair.captions[0] for pair in pairs])
             yield self._stack(media), tokens
@@ -52,9 +52,9 @@ class ValidationSet:
         example = self.reader.transform(self._read(0).media)
         return example.new_zeros(0, *example.shape)
 
-    def _read(self, ordinal: int) -> Pair:
+    def _read(self, rank: int) -> Pair:
         try:
-            return self.reader.read_exactly(ordinal)
+            return self.reader.read_exactly(int(self.reader.samples.ordinals_of([rank])[0]))
         except (CorruptSampleError, MediaError) as error:
             raise InputError(
                 f"validation.pairings.{self.pairing}: {error}; validation substitutes nothing: "
@@ -78,8 +78,9 @@ def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> li
             kind=kind,
             transform=transforms[kind],
             window=config.loading.window,
+            subset=source.subset,
         )
-        if len(reader.dataset) == 0:
+        if len(reader.samples) == 0:
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
         sets.append(ValidationSet(name, reader, tokenizer, source.batch_size))
     return sets

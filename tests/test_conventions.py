@@ -7,7 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("data_prep", "pretrain", "eval")
-SHARED_MODULES = {"shard_format", "config_file", "media_decode", "remote_file", "html_report"}
+SHARED_MODULES = {
+    "shard_format",
+    "config_file",
+    "media_decode",
+    "remote_file",
+    "html_report",
+    "subset",
+}
 # Of pretrain, for eval. The rest of pretrain is the training loop's own.
 PRETRAIN_MODULES = {
     "checkpoint",
