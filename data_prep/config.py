@@ -46,10 +46,20 @@ class ImageOptions(Section):
     shorter_side: int | None = Field(None, ge=16)  # pixels; larger pictures are scaled down to it
     format: Literal["jpg", "png", "webp"] = "jpg"  # of re-encoded pictures
     quality: int = Field(95, ge=1, le=100)  # of re-encoded jpg and webp
-    max_pixels: int = Field(50_000_000, ge=1)  # larger ones are rejected before they are decoded
+    # larger ones are rejected before they are decoded; what is stored has at most 50 million
+    max_pixels: int = Field(50_000_000, ge=1, le=150_000_000)
     first_frame: bool = False  # keep the first frame of an animation, instead of rejecting it
     min_side: int = Field(1, ge=1)  # filter image_too_small: pixels of the shorter side
     max_aspect_ratio: float | None = Field(None, ge=1)  # filter image_aspect_ratio: long by short
+
+    @model_validator(mode="after")
+    def _check_reencode(self) -> ImageOptions:
+        if self.reencode == "never" and (self.shorter_side is not None or self.first_frame):
+            raise ValueError(
+                "reencode=never keeps every picture as it is; leave shorter_side null and "
+                "first_frame false, or set reencode to if_needed"
+            )
+        return self
 
 
 class AudioOptions(Section):
@@ -64,9 +74,26 @@ class AudioOptions(Section):
     trim_silence_dbfs: float | None = Field(None, lt=0)  # cut quieter ends off; null: keep them
     peak_dbfs: float | None = Field(None, le=0)  # scale the loudest value to it; null: untouched
     max_seconds: float = Field(3600.0, gt=0)  # longer ones are rejected before they are decoded
-    max_channels: int = Field(2, ge=1)
+    max_channels: int = Field(2, ge=1, le=8)  # more are rejected; 8 is the most that FLAC holds
     min_seconds: float = Field(0.0, ge=0)  # filter audio_too_short
     min_peak_dbfs: float | None = Field(None, lt=0)  # filter audio_silent
+
+    @model_validator(mode="after")
+    def _check_reencode(self) -> AudioOptions:
+        changes = {
+            "sample_rate_hz": self.sample_rate_hz is not None,
+            "mono": self.mono,
+            "clip_seconds": self.clip_seconds is not None and self.long_clips != "reject",
+            "trim_silence_dbfs": self.trim_silence_dbfs is not None,
+            "peak_dbfs": self.peak_dbfs is not None,
+        }
+        asked = [name for name, is_asked in changes.items() if is_asked]
+        if self.reencode == "never" and asked:
+            raise ValueError(
+                f"reencode=never keeps every clip as it is, so that {', '.join(asked)} cannot be "
+                "honoured; set reencode to if_needed (clip_seconds goes with long_clips=reject)"
+            )
+        return self
 
 
 class CaptionOptions(Section):

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from data_prep.audio_container import check_is_whole
+from data_prep.media_format import FormatMismatchError, MediaError, image_format
+
 # Refused before decoding: a 0.5 MB PNG can claim any size.
 MAX_PIXELS = 50_000_000
 MAX_AUDIO_SECONDS = 3600.0
+# Of all channels; a clip of 6 MB can claim billions, at rates that no ear needs.
+MAX_AUDIO_VALUES = 400_000_000
+MIN_SAMPLE_RATE_HZ, MAX_SAMPLE_RATE_HZ = 1000, 655_350  # the second is the most that FLAC holds
 # The only decoders of Pillow that bytes from elsewhere may reach.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 SOUNDFILE_FORMATS = {
@@ -24,19 +29,22 @@ SOUNDFILE_FORMATS = {
     "mp3": ("MP3", "MPEG"),
     "ogg": ("OGG",),
     "opus": ("OGG",),
+    "aiff": ("AIFF",),
 }
 # What Pillow's decoders raise on damaged bytes.
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
-REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-UNKNOWN_LENGTH = 0xFFFFFFFF  # what programs that write WAV into a pipe put as its length
-
-
-class MediaError(ValueError):
-    """The bytes are not what their extension says, are damaged, or claim too large a size."""
-
-
-class FormatMismatchError(MediaError):
-    """The bytes are of another format than their extension says."""
+PILLOW_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def decode_image(content: bytes, extension: str) -> np.ndarray:
@@ -46,22 +54,12 @@ def decode_image(content: bytes, extension: str) -> np.ndarray:
         FormatMismatchError: of another format than `extension`.
         MediaError: damaged, or above MAX_PIXELS.
     """
-    found, expected = _image_format(content), "jpg" if extension == "jpeg" else extension
+    found, expected = image_format(content), "jpg" if extension == "jpeg" else extension
     if found is not None and found != expected:
         raise FormatMismatchError(f"expected {expected} bytes, found {found}")
     if extension in ("jpg", "jpeg"):
         return _decode_jpeg(content)
     return _decode_with_pillow(content)
-
-
-def _image_format(content: bytes) -> str | None:
-    if content.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    return None
 
 
 def image_size(content: bytes) -> tuple[int, int]:
@@ -77,19 +75,27 @@ def image_size(content: bytes) -> tuple[int, int]:
         raise MediaError("not a readable image: its header is none of an image's") from None
     except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
         raise MediaError(f"not a readable image: {error}") from None
-    _check_pixels(height, width)
+    check_pixels(height, width, max_pixels=MAX_PIXELS)
     return height, width
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS or min(height, width) < 1:
-        raise MediaError(f"image of {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+def check_pixels(height: int, width: int, *, max_pixels: int) -> None:
+    """Checks the size that a picture's header claims.
+
+    Raises:
+        MediaError: too_many_pixels or no_pixels.
+    """
+    claim = f"image of {width} x {height} pixels; at most {max_pixels} are decoded"
+    if height * width > max_pixels:
+        raise MediaError(claim, reason="too_many_pixels")
+    if min(height, width) < 1:
+        raise MediaError(claim, reason="no_pixels")
 
 
 def _decode_jpeg(content: bytes) -> np.ndarray:
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
-        _check_pixels(height, width)
+        check_pixels(height, width, max_pixels=MAX_PIXELS)
         if color_space == "CMYK":  # simplejpeg converts CMYK naively
             return _decode_with_pillow(content)
         return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True)
@@ -128,77 +134,107 @@ def decode_audio(
         FormatMismatchError: of another format than `extension`.
         MediaError: damaged, empty, shorter than its header says, not finite, or too long.
     """
-    import soundfile
-    import soxr
+    waveform, rate = read_waveform(content, extension=extension)
+    mono = waveform.mean(axis=1)
+    if sample_rate_hz is not None:
+        mono = resample(mono, rate, sample_rate_hz)
+    return np.ascontiguousarray(mono, dtype=np.float32)
 
-    _check_wav_is_whole(content)
-    _check_ogg_is_whole(content)
+
+def read_waveform(
+    content: bytes,
+    *,
+    extension: str | None = None,
+    max_seconds: float = MAX_AUDIO_SECONDS,
+    max_channels: int | None = None,
+) -> tuple[np.ndarray, int]:
+    """(float32 [samples, channels], sample rate in Hz) of an encoded clip.
+
+    Args:
+        content: the bytes of a file.
+        extension: the format that the bytes must have; None for any.
+        max_seconds: longest clip that is decoded.
+        max_channels: most channels that are decoded; None for any number.
+
+    Raises:
+        FormatMismatchError: of another format than `extension`.
+        MediaError: damaged, empty, shorter than its header says, not finite, or too large.
+    """
+    import soundfile
+
+    check_is_whole(content)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
-            num_frames, rate = file.frames, file.samplerate
             if extension is not None and file.format not in SOUNDFILE_FORMATS[extension]:
                 raise FormatMismatchError(f"expected {extension} bytes, found {file.format}")
-            if rate < 1 or not 0 < num_frames <= MAX_AUDIO_SECONDS * rate:
+            num_frames, rate = file.frames, file.samplerate
+            if max_channels is not None and file.channels > max_channels:
                 raise MediaError(
-                    f"audio of {num_frames} frames at {rate} Hz; expected above 0 and at most "
-                    f"{MAX_AUDIO_SECONDS:.0f} s"
+                    f"audio of {file.channels} channels; at most {max_channels} are taken",
+                    reason="too_many_channels",
                 )
+            _check_length(num_frames, rate, channels=file.channels, max_seconds=max_seconds)
             waveform = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise MediaError(f"not readable audio: {error}") from None
     if len(waveform) != num_frames:
-        raise MediaError(f"audio ends after {len(waveform)} of {num_frames} frames")
+        raise MediaError(
+            f"audio ends after {len(waveform)} of {num_frames} frames", reason="truncated"
+        )
+    check_is_finite(waveform)
+    return waveform, rate
+
+
+def _check_length(num_frames: int, rate: int, *, channels: int, max_seconds: float) -> None:
+    claim = f"audio of {num_frames} frames at {rate} Hz"
+    if not MIN_SAMPLE_RATE_HZ <= rate <= MAX_SAMPLE_RATE_HZ:
+        raise MediaError(
+            f"{claim}; expected {MIN_SAMPLE_RATE_HZ} to {MAX_SAMPLE_RATE_HZ} Hz",
+            reason="bad_sample_rate",
+        )
+    if num_frames < 1:
+        raise MediaError(f"{claim}; expected at least one", reason="no_samples")
+    if num_frames > max_seconds * rate or num_frames * channels > MAX_AUDIO_VALUES:
+        raise MediaError(
+            f"{claim} and {channels} channels; at most {max_seconds:.0f} s and "
+            f"{MAX_AUDIO_VALUES} values are decoded",
+            reason="too_long",
+        )
+
+
+def check_is_finite(waveform: np.ndarray) -> None:
+    """Checks that float32 [...] holds no NaN and no infinity.
+
+    Raises:
+        MediaError: not_finite.
+    """
     if not np.isfinite(waveform).all():
-        raise MediaError("audio holds values that are not finite")
-    mono = waveform.mean(axis=1)
-    if sample_rate_hz is not None and rate != sample_rate_hz:
-        mono = soxr.resample(mono, rate, sample_rate_hz, quality="HQ")
-        if not len(mono):
-            raise MediaError(f"audio of {num_frames} frames at {rate} Hz is too short to resample")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+        raise MediaError("audio holds values that are not finite", reason="not_finite")
 
 
-def _check_wav_is_whole(content: bytes) -> None:
-    """A truncated WAV is read by libsndfile as far as it goes, without an error."""
-    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        return
-    place = 12
-    while place + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, place)
-        if name == b"data" and place + 8 + size > len(content) and size != UNKNOWN_LENGTH:
-            raise MediaError(
-                f"WAV cut short: expected {size} bytes of sound, found {len(content) - place - 8}"
-            )
-        place += 8 + size + size % 2
+def resample(waveform: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray:
+    """float32 [samples] or [samples, channels] at another rate; the same where rates are equal.
 
+    Raises:
+        MediaError: too short for a single sample, or too long at the new rate.
+    """
+    import soxr
 
-def _check_ogg_is_whole(content: bytes) -> None:
-    """An Ogg file that lost pages or its end is decoded by libsndfile to a shorter clip."""
-    if content[:4] != b"OggS":
-        return
-    place, next_page, is_ended = 0, {}, {}
-    while place < len(content):
-        header = content[place : place + 27]
-        if len(header) < 27 or header[:4] != b"OggS":
-            raise MediaError(f"Ogg: expected a page at byte {place} of {len(content)}")
-        sizes = content[place + 27 : place + 27 + header[26]]
-        page_end = place + 27 + header[26] + sum(sizes)
-        if _ogg_crc32(content[place:page_end]) != int.from_bytes(header[22:26], "little"):
-            raise MediaError(f"Ogg: the page at byte {place} is damaged or cut short")
-        flags, stream, page = struct.unpack_from("<5xB8xII", header)
-        if page != next_page.get(stream, page):
-            raise MediaError(f"Ogg: expected page {next_page[stream]}, found {page}")
-        next_page[stream], is_ended[stream] = page + 1, bool(flags & 4)
-        place = page_end
-    if not all(is_ended.values()):
-        raise MediaError("Ogg cut short: its last page is missing")
-
-
-def _ogg_crc32(page: bytes) -> int:
-    """Ogg's checksum is zlib's polynomial with the bits the other way round and no inversion."""
-    blanked = page[:22] + bytes(4) + page[26:]
-    crc = zlib.crc32(blanked.translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int.from_bytes(crc.to_bytes(4, "little").translate(REVERSED_BITS), "big")
+    if rate == sample_rate_hz:
+        return waveform
+    if waveform.size * sample_rate_hz > MAX_AUDIO_VALUES * rate:
+        raise MediaError(
+            f"audio of {len(waveform)} frames at {rate} Hz is too long at {sample_rate_hz} Hz; "
+            f"at most {MAX_AUDIO_VALUES} values are made",
+            reason="too_long",
+        )
+    resampled = soxr.resample(waveform, rate, sample_rate_hz, quality="HQ")
+    if not len(resampled):
+        raise MediaError(
+            f"audio of {len(waveform)} frames at {rate} Hz is too short to resample",
+            reason="no_samples",
+        )
+    return resampled
 
 
 def audio_seconds(content: bytes) -> tuple[float, int]:
