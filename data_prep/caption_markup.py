@@ -65,6 +65,10 @@ def _referenced_character(match: re.Match[str]) -> str:
     return html5.get(name, reference)
 
 
+# A run without white space in which an address may be: most captions are spared the slow search.
+_MAY_HOLD_ADDRESS = re.compile(r"(?<!\S)\S*?(?:\.\w|://)\S*")
+
+
 @lru_cache
 def _address_expression() -> regex.Pattern[str]:
     # Letters of scripts that are written without spaces end an address: the sentence goes on.
@@ -92,9 +96,7 @@ def _address_expression() -> regex.Pattern[str]:
 
 def without_addresses(text: str) -> str:
     """The text without web addresses (http://..., www..., example.com/...) and mail addresses."""
-    if "." not in text and "://" not in text:
-        return text
-    return _address_expression().sub(" ", text)
+    return _MAY_HOLD_ADDRESS.sub(lambda run: _address_expression().sub(" ", run[0]), text)
 
 
 _SPACES = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")

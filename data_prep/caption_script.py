@@ -23,12 +23,14 @@ def check_script(name: str) -> None:
         ValueError: it has none; suggests the nearest name.
     """
     try:
-        regex.compile(rf"\p{{Script={name}}}")
+        is_known = regex.compile(rf"\p{{Script={name}}}") and regex.fullmatch("[A-Za-z_ ]+", name)
     except regex.error:
+        is_known = False
+    if not is_known:
         nearest = difflib.get_close_matches(name.title(), COMMON_SCRIPTS, n=1, cutoff=0.5)
         known = ", ".join(COMMON_SCRIPTS)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"names are {known}, ..."
-        raise ValueError(f"{name!r} is no script of Unicode; {hint}") from None
+        raise ValueError(f"{name!r} is no script of Unicode; {hint}")
 
 
 def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
@@ -37,6 +39,8 @@ def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
     Letters that all scripts share, such as the Japanese mark of long vowels, do not count.
     """
     letters, letters_of_scripts = _letter_expressions(scripts)
+    if text.isascii() and letters_of_scripts.match("a"):
+        return 1.0  # ASCII's letters are Latin ones
     num_letters = len(letters.findall(text))
     return len(letters_of_scripts.findall(text)) / num_letters if num_letters else 1.0
 
