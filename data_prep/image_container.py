@@ -35,7 +35,7 @@ def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Im
             undecodable.
     """
     if format_name == "png":
-        check_png_chunks(content)
+        _check_png(content, max_pixels=max_pixels)
     if format_name == "webp":
         _check_webp(content, max_pixels=max_pixels)
     try:
@@ -61,12 +61,10 @@ def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Im
     return image
 
 
-def check_png_chunks(content: bytes) -> None:
-    """Checks the checksum of every chunk of a PNG, and what its compressed texts unpack to.
-
-    Raises:
-        MediaError: truncated, metadata_too_large or undecodable.
-    """
+def _check_png(content: bytes, *, max_pixels: int) -> None:
+    """Its size, the checksum of every chunk, and what its compressed texts unpack to."""
+    width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
+    check_pixels(height, width, max_pixels=max_pixels)
     for name, start, size in _png_chunks(content):
         checksum = int.from_bytes(content[start + size : start + size + 4], "big")
         if zlib.crc32(memoryview(content)[start - 4 : start + size]) != checksum:
