@@ -298,7 +298,7 @@ class MakeSubset(Section):
     scores: tuple[str, ...] = ()  # Parquet with a column uid, whose other columns are joined
     embeddings: Path | None = None  # folder that python -m eval.embed wrote: column clip_score
     top: TopFraction | None = None  # after `where`
-    drop: tuple[Path, ...] = ()  # duplicates.parquet files of find_duplicates
+    drop: tuple[Path, ...] = ()  # after `top`: duplicates.parquet files of find_duplicates
     memory_gb: float = free(2.0, gt=0)
     workers: int = free(1, ge=1)  # threads
 
@@ -310,9 +310,17 @@ class Describe(Section):
     output: Path  # .html file to write
     subset: Path | None = None  # describe what this .subset file keeps
     duplicates: Path | None = None  # folder that find_duplicates wrote
-    num_samples_shown: int = Field(24, ge=0)
+    num_samples_shown: int = Field(24, ge=0)  # browsers play at most about 75 sounds of a page
     seed: int = Field(0, ge=0)  # chooses the samples shown
-    memory_gb: float = Field(2.0, gt=0)
+    memory_gb: float = free(2.0, gt=0)
+    workers: int = free(1, ge=1)  # threads
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, output: Path) -> Path:
+        if output.suffix != ".html":
+            raise ValueError(f"expected the name of an .html file, found {str(output)!r}")
+        return output
 
 
 class DemoData(Section):

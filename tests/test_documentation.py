@@ -20,6 +20,7 @@ OTHER_VERBS = {
     "demo_data.yaml": "data_prep.make_demo_data",
     "verify.yaml": "data_prep.verify_shards",
     "index.yaml": "data_prep.index_shards",
+    "subset.yaml": "data_prep.make_subset",
 }
 CONFIGS = sorted(path for folder in VERBS for path in (ROOT / "configs" / folder).glob("*.yaml"))
 COMMANDS = [
