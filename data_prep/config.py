@@ -79,7 +79,7 @@ class AudioOptions(Section):
     min_peak_dbfs: float | None = Field(None, lt=0)  # filter audio_silent
 
     @model_validator(mode="after")
-    def _check_reencode(self) -> AudioOptions:
+    def _check_clips(self) -> AudioOptions:
         changes = {
             "sample_rate_hz": self.sample_rate_hz is not None,
             "mono": self.mono,
@@ -87,6 +87,11 @@ class AudioOptions(Section):
             "trim_silence_dbfs": self.trim_silence_dbfs is not None,
             "peak_dbfs": self.peak_dbfs is not None,
         }
+        if self.clip_seconds is not None and self.min_seconds > self.clip_seconds:
+            raise ValueError(
+                f"min_seconds={self.min_seconds} is above clip_seconds={self.clip_seconds}: every "
+                "clip that is cut would be too short"
+            )
         asked = [name for name, is_asked in changes.items() if is_asked]
         if self.reencode == "never" and asked:
             raise ValueError(

@@ -56,7 +56,9 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
     """The picture in RGB, by its profile; one that is damaged or of other channels is left out."""
     transform = color_transform(icc_profile, image.mode)
-    return image.convert("RGB") if transform is None else transform.apply(image)
+    if transform is not None:
+        return transform.apply(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=64)

@@ -107,13 +107,13 @@ def _stored(
             reason="format_not_stored",
         )
     if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
-        pixels = _decode(content, source_format, image, size=(image.height, image.width))
-        return content, source_format, np.asarray(pixels.convert("RGB"))
+        return content, source_format, _whole_pixels(content, source_format, image)
     icc_profile = image.info.get("icc_profile")
     picture = to_srgb(_decode(content, source_format, image, size=size), icc_profile)
     if transposition is not None:
         picture = picture.transpose(transposition)
-    return encode_image(picture, options), options.format, np.asarray(picture)
+    pixels = np.asarray(picture)
+    return encode_image(pixels, options), options.format, pixels
 
 
 def scaled_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
@@ -133,6 +133,14 @@ def _is_plain_color(image: Image.Image) -> bool:
 
 def _profile_mode(image: Image.Image) -> str:
     return "L" if image.mode in ("1", "L") else "RGB"
+
+
+def _whole_pixels(content: bytes, source_format: str, image: Image.Image) -> np.ndarray:
+    """uint8 [H, Wd, 3] of a picture that is kept, as training decodes it."""
+    if source_format == "jpg" and image.mode != "CMYK":
+        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True)
+    picture = _decode(content, source_format, image, size=(image.height, image.width))
+    return np.asarray(picture.convert("RGB"))
 
 
 def _decode(
@@ -180,23 +188,21 @@ def _decode_jpeg(
     return picture, (0, 0, width * eighths / 8, height * eighths / 8)
 
 
-def encode_image(picture: Image.Image, options: ImageOptions) -> bytes:
-    """The bytes of an RGB picture in the format and quality asked for, without metadata.
+def encode_image(pixels: np.ndarray, options: ImageOptions) -> bytes:
+    """The bytes of uint8 [H, Wd, 3] in the format and quality asked for, without metadata.
 
     Raises:
         MediaError: too_long_side.
     """
+    height, width, _ = pixels.shape
     longest = LONGEST_SIDES[options.format]
-    if max(picture.size) > longest:
+    if max(height, width) > longest:
         raise MediaError(
-            f"{picture.width} x {picture.height} pixels; a side of a {options.format} has at most "
-            f"{longest}",
+            f"{width} x {height} pixels; a side of a {options.format} has at most {longest}",
             reason="too_long_side",
         )
     if options.format == "jpg":
-        return simplejpeg.encode_jpeg(
-            np.ascontiguousarray(picture), quality=options.quality, colorsubsampling="420"
-        )
+        return simplejpeg.encode_jpeg(pixels, quality=options.quality, colorsubsampling="420")
     sink = io.BytesIO()
-    picture.save(sink, options.format.upper(), quality=options.quality)
+    Image.fromarray(pixels).save(sink, options.format.upper(), quality=options.quality)
     return sink.getvalue()

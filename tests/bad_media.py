@@ -4,8 +4,6 @@ The last ones are good files that the filters of IMAGE_FILTERS and AUDIO_FILTERS
 options set, every entry is rejected for its reason.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import struct

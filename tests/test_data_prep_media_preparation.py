@@ -1,7 +1,11 @@
 import time
 
+import numpy as np
 import pytest
 from bad_media import AUDIO_FILTERS, BAD_MEDIA, IMAGE_FILTERS, picture, sound
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ImageCms
 
 from data_prep.config import AudioOptions, ImageOptions
 from data_prep.media_format import MediaError
@@ -67,3 +71,42 @@ def test_never_reencoding_contradicts_what_needs_it(section):
     ((kind, options),) = section.items()
     with pytest.raises(ValueError, match="reencode=never"):
         prepare(b"", kind, **{kind: {"reencode": "never", **options}})
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+NOISE = np.random.default_rng(0).uniform(-0.3, 0.3, (1500, 2))
+FUZZED = [
+    *GOOD_MEDIA,
+    *[(BAD_MEDIA[name][0](), "image") for name in ("apng", "webp_animated", "gif_animated")],
+    (picture(progressive=True, icc_profile=SRGB), "image"),
+    (picture("PNG", icc_profile=SRGB), "image"),
+    (picture("WEBP", lossless=True, icc_profile=SRGB), "image"),
+    (picture("TIFF", compression="tiff_lzw"), "image"),
+    (picture("TIFF", compression="tiff_adobe_deflate", icc_profile=SRGB), "image"),
+    (sound(samples=NOISE, subtype="FLOAT"), "audio"),
+    (sound("WAVEX", samples=NOISE, subtype="PCM_24"), "audio"),
+    (sound("FLAC", samples=NOISE, subtype="PCM_24"), "audio"),
+    (sound("MP3", samples=NOISE), "audio"),
+]
+
+
+@settings(max_examples=600, deadline=1000)
+@given(st.data())
+def test_damage_never_raises_anything_but_media_errors_and_takes_no_time(data):
+    content, kind = data.draw(st.sampled_from(FUZZED))
+    content = bytearray(content)
+    for _ in range(data.draw(st.integers(0, 6))):
+        # Headers are short beside what they describe, and where damage does most.
+        place = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(content) - 1)))
+        content[min(place, len(content) - 1)] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    image = {"first_frame": True, "shorter_side": 16, "max_pixels": 1_000_000}
+    audio = {"sample_rate_hz": 4000, "mono": True, "clip_seconds": 0.1, "max_seconds": 60.0}
+    start = time.process_time()
+    try:
+        with np.errstate(over="ignore"):
+            prepare(bytes(content), kind, image, audio)
+    except MediaError as error:
+        assert error.reason
+    assert time.process_time() - start < 0.5
