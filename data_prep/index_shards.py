@@ -4,23 +4,19 @@
 
 Reads tars of WebDataset's ShardWriter, of img2dataset, or of plain `tar`, uncompressed, and refuses
 what could be misread later: cut or damaged tars, links, names that lead out of a folder, samples
-whose members are not side by side, and (unless skip_incomplete) samples without media or caption.
+whose members are not side by side, and (unless skip_incomplete) samples without media or caption,
+or with media that do not decode. With `measure` each tar also gets a Parquet.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import sys
-import zlib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from data_prep.config import IndexShards
@@ -33,41 +29,13 @@ from data_prep.dataset_folder import (
     lock_folder,
     sum_rejected,
 )
-from data_prep.shard_format import (
-    ABSENT,
-    BLOCK_BYTES,
-    CorruptSampleError,
-    Sample,
-    ShardIndex,
-    captions_of,
-    media_kind_of,
-    plain_member_name,
-    split_member_name,
-    write_atomically,
-)
-from data_prep.tar_members import BadTarError, Member, read_members
+from data_prep.kept_columns import KeptTypes, check_kept_names
+from data_prep.shard_columns import KeptType
+from data_prep.shard_format import ShardIndex
+from data_prep.tar_index import IndexTask, index_tar, kept_types_of_tar
 from data_prep.worker_pool import run_tasks
 
 NUM_PROBLEMS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class IndexTask:
-    """What a worker needs to index one tar."""
-
-    tar_path: Path
-    index_path: Path
-    media_kind: str
-    skip_incomplete: bool
-
-
-@dataclass(frozen=True)
-class TarSample:
-    """The members of one sample and what is missing from it."""
-
-    key: str
-    entries: dict[str, tuple[int, int, int]]  # extension -> data block, size in bytes, crc32
-    reason: str | None  # why it is incomplete
 
 
 def index_shards(config: IndexShards) -> None:
@@ -78,9 +46,10 @@ def index_shards(config: IndexShards) -> None:
     """
     check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
-    tasks = _tasks(config, folder, names)
+    check_kept_names(config.keep_columns, media_kind=config.media)
     with lock_folder(config.output):
         begin_plan(config.output, _plan(config))
+        tasks = _tasks(config, folder, names, kept=_kept_types(config, folder, names))
         todo = [task for task in tasks if not _is_indexed(task)]
         problems: list[str] = []
         with tqdm(total=len(todo), unit="shard", desc="indexing", disable=None) as bar:
@@ -131,13 +100,30 @@ def find_tars(pattern: str) -> tuple[Path, list[str]]:
     return folder, [path.relative_to(folder).as_posix().removesuffix(".tar") for path in paths]
 
 
-def _tasks(config: IndexShards, folder: Path, names: list[str]) -> list[IndexTask]:
+def _kept_types(config: IndexShards, folder: Path, names: list[str]) -> dict[str, KeptType]:
+    """The types that hold the values of all tars: their Parquets have equal columns."""
+    if not config.keep_columns:
+        return {}
+    paths = [folder / f"{name}.tar" for name in names]
+    types = KeptTypes(config.keep_columns)
+    read_types = partial(kept_types_of_tar, names=config.keep_columns)
+    for found in run_tasks(read_types, paths, workers=config.workers):
+        types.merge(found)
+    return types.types(found_in=config.input)
+
+
+def _tasks(
+    config: IndexShards, folder: Path, names: list[str], *, kept: dict[str, KeptType] | None = None
+) -> list[IndexTask]:
     return [
         IndexTask(
             tar_path=folder / f"{name}.tar",
             index_path=config.output / f"{name}.idx",
+            name=name,
             media_kind=config.media,
             skip_incomplete=config.skip_incomplete,
+            measure=config.measure,
+            kept=kept or {},
         )
         for name in names
     ]
@@ -150,122 +136,24 @@ def _plan(config: IndexShards) -> dict[str, Any]:
 def _is_indexed(task: IndexTask) -> bool:
     if not is_finished(task.index_path, task.tar_path):
         return False
+    if task.measure and not task.parquet_path.exists():
+        return False
     return task.index_path.stat().st_mtime_ns >= task.tar_path.stat().st_mtime_ns
 
 
 def _problem_list(config: IndexShards, problems: list[str]) -> str:
     shown = "\n".join(f"  {problem}" for problem in problems[:NUM_PROBLEMS_SHOWN])
     more = len(problems) - NUM_PROBLEMS_SHOWN
-    advice = "make these tars again (tar --sort=name keeps the members of a sample side by side)"
-    if any("missing_" in problem for problem in problems):
-        advice += "; samples that are only incomplete can be left out with skip_incomplete=true"
+    advice = (
+        "make these tars again (tar --sort=name keeps the members of a sample side by side); "
+        "samples that are only incomplete, or whose media do not decode, can be left out with "
+        "skip_incomplete=true"
+    )
     return (
         f"{config.input}: problems found: {len(problems)}\n{shown}\n"
         + (f"  and {more} more\n" if more > 0 else "")
         + advice
     )
-
-
-# ------------------------------------------------------------------------------------- one tar
-
-
-def index_tar(task: IndexTask) -> list[str]:
-    """Writes the index of one tar; returns what is wrong, in which case nothing is written."""
-    try:
-        samples = list(_read_samples(task))
-    except BadTarError as error:
-        return [str(error)]
-    incomplete = [sample for sample in samples if sample.reason]
-    if incomplete and not task.skip_incomplete:
-        return [f"{task.tar_path}: sample {each.key}: {each.reason}" for each in incomplete]
-    complete = [sample for sample in samples if not sample.reason]
-    with task.tar_path.open("rb") as tar:
-        sha256 = hashlib.file_digest(tar, "sha256").hexdigest()
-        fields, table = _table(complete)
-        index = ShardIndex(
-            fields=fields,
-            table=table,
-            tar_bytes=task.tar_path.stat().st_size,
-            tar_sha256=sha256,
-            rejected=dict(Counter(sample.reason.partition(":")[0] for sample in incomplete)),
-            long_keys=_long_keys(tar, complete),
-        )
-    task.index_path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(task.index_path, index.to_bytes())
-    return []
-
-
-def _read_samples(task: IndexTask) -> Iterator[TarSample]:
-    seen: set[str] = set()
-    with task.tar_path.open("rb") as tar:
-        for key, members in _group_by_key(task.tar_path):
-            if key in seen:
-                raise BadTarError(
-                    f"{task.tar_path}: sample {key}: its members are not side by side, or its key "
-                    "stands twice"
-                )
-            seen.add(key)
-            yield _read_sample(task, key, members, tar=tar)
-
-
-def _group_by_key(path: Path) -> Iterator[tuple[str, list[Member]]]:
-    group: list[Member] = []
-    for member in read_members(path):
-        if group and member.key != group[0].key:
-            yield group[0].key, group
-            group = []
-        group.append(member)
-    if group:
-        yield group[0].key, group
-
-
-def _read_sample(task: IndexTask, key: str, members: list[Member], *, tar: Any) -> TarSample:
-    entries: dict[str, tuple[int, int, int]] = {}
-    sample = Sample(shard=str(task.tar_path), key=key, members={})
-    for member in members:
-        if member.extension in entries:
-            raise BadTarError(f"{sample}: .{member.extension} stands twice")
-        if max(member.num_bytes, member.data_block) >= ABSENT:
-            raise BadTarError(f"{sample}: .{member.extension} is beyond what an index can hold")
-        tar.seek(member.data_block * BLOCK_BYTES)
-        content = tar.read(member.num_bytes)
-        entries[member.extension] = (member.data_block, member.num_bytes, zlib.crc32(content))
-        if member.extension in ("txt", "json"):
-            sample.members[member.extension] = content
-    reason = _what_is_missing(sample, list(entries), media_kind=task.media_kind)
-    return TarSample(key=key, entries=entries, reason=reason)
-
-
-def _what_is_missing(sample: Sample, extensions: list[str], *, media_kind: str) -> str | None:
-    if not any(media_kind_of(extension) == media_kind for extension in extensions):
-        return f"missing_media: expected {media_kind}, found {', '.join(sorted(extensions))}"
-    try:
-        captions_of(sample)
-    except CorruptSampleError as error:
-        return f"missing_caption: {str(error).removeprefix(f'{sample}: ')}"
-    return None
-
-
-def _table(samples: list[TarSample]) -> tuple[tuple[str, ...], np.ndarray]:
-    fields = sorted({extension for sample in samples for extension in sample.entries})
-    table = np.zeros((len(samples), len(fields), 3), dtype=np.uint32)
-    table[:, :, 0] = ABSENT
-    for place, sample in enumerate(samples):
-        for extension, entry in sample.entries.items():
-            table[place, fields.index(extension)] = entry
-    return tuple(fields), table
-
-
-def _long_keys(tar: Any, samples: list[TarSample]) -> dict[int, str]:
-    """Keys that stand in a PAX or GNU header and cannot be read from the member's own."""
-    long_keys = {}
-    for place, sample in enumerate(samples):
-        first_block = min(block for block, _, _ in sample.entries.values())
-        tar.seek((first_block - 1) * BLOCK_BYTES)
-        plain_key = split_member_name(plain_member_name(tar.read(BLOCK_BYTES)))[0]
-        if plain_key != sample.key:
-            long_keys[place] = sample.key
-    return long_keys
 
 
 # ------------------------------------------------------------------------------------- command

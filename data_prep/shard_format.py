@@ -46,6 +46,7 @@ MEDIA_EXTENSIONS = {
     "audio": ("flac", "wav", "mp3", "ogg", "opus"),
 }
 NUM_OPEN_TARS = 64
+REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=true"
 
 
 class CorruptSampleError(ValueError):
@@ -144,6 +145,11 @@ class ShardIndex:
     def num_samples(self) -> int:
         return len(self.table)
 
+    def entries_at(self, place: int) -> dict[str, tuple[int, int, int]]:
+        """Extension -> (data block, size in bytes, crc32) of the members of one sample."""
+        entries = zip(self.fields, self.table[place].tolist(), strict=True)
+        return {name: tuple(entry) for name, entry in entries if entry[0] != ABSENT}
+
     def to_bytes(self) -> bytes:
         values = {
             "fields": list(self.fields),
@@ -179,21 +185,20 @@ class ShardIndex:
             header_end = 12 + int(np.frombuffer(content, "<u4", 1, 8)[0])
             header = json.loads(content[12:header_end])
             shape = (header["num_samples"], len(header["fields"]), 3)
-            table = np.frombuffer(content, "<u4", offset=header_end).reshape(shape)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            long_keys = header.get("long_keys", {})
+            return cls(
+                fields=tuple(header["fields"]),
+                table=np.frombuffer(content, "<u4", offset=header_end).reshape(shape),
+                tar_bytes=header["tar_bytes"],
+                tar_sha256=header["tar_sha256"],
+                rejected=header["rejected"],
+                marked=header.get("marked", {}),
+                long_keys={int(place): key for place, key in long_keys.items()},
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}: damaged index ({error}); delete it and make it again with "
-                "python -m data_prep.index_shards, or prepare the shard again"
+                f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or make the shard again"
             ) from None
-        return cls(
-            fields=tuple(header["fields"]),
-            table=table,
-            tar_bytes=header["tar_bytes"],
-            tar_sha256=header["tar_sha256"],
-            rejected=header.get("rejected", {}),
-            marked=header.get("marked", {}),
-            long_keys={int(place): key for place, key in header.get("long_keys", {}).items()},
-        )
 
 
 # ------------------------------------------------------------------------------ dataset folder
@@ -271,6 +276,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise name_file(error, path) from None
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_file(error: OSError, path: Path) -> OSError:
@@ -399,22 +410,49 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
         raise InputError(
             f"{error.filename}: expected a dataset of shards: {error.strerror}; make one with "
             "python -m data_prep.make_shards, or index tars that you have with "
-            "python -m data_prep.index_shards"
+            "python -m data_prep.index_shards; if only this file is lost, "
+            f"{REPAIR_ADVICE}"
         ) from None
+    return (
+        parse_info(info_text, folder / "dataset.json"),
+        parse_manifest(manifest_text, folder / "manifest.jsonl"),
+    )
+
+
+def parse_info(content: bytes, path: Path) -> DatasetInfo:
+    """What a dataset.json holds.
+
+    Raises:
+        InputError: it is damaged, or is of another version.
+    """
     try:
-        values = json.loads(info_text)
-        if values.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"{folder / 'dataset.json'}: expected format version {FORMAT_VERSION}, "
-                f"found {values.get('format_version')}"
-            )
-        info = DatasetInfo(**values)
-        manifest = [ManifestRow(**json.loads(line)) for line in manifest_text.splitlines()]
-    except InputError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: damaged dataset.json or manifest.jsonl: {error}") from None
-    return info, manifest
+        values = json.loads(content)
+        version = values.get("format_version")
+        if version == FORMAT_VERSION and values["media"] in MEDIA_EXTENSIONS:
+            return DatasetInfo(**values)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); {REPAIR_ADVICE}") from None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: expected format version {FORMAT_VERSION}, found {version}")
+    raise InputError(f"{path}: damaged (media {values['media']!r}); {REPAIR_ADVICE}")
+
+
+def parse_manifest(content: bytes, path: Path) -> list[ManifestRow]:
+    """What a manifest.jsonl holds.
+
+    Raises:
+        InputError: a line is damaged, or its name leads out of the folder.
+    """
+    rows = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = ManifestRow(**json.loads(line))
+            if row.name.startswith("/") or ".." in row.name.split("/"):
+                raise ValueError(f"name {row.name!r} leads out of the folder")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: line {number}: damaged ({error}); {REPAIR_ADVICE}") from None
+        rows.append(row)
+    return rows
 
 
 def _check_fingerprint(folder: Path, info: DatasetInfo, manifest: list[ManifestRow]) -> None:

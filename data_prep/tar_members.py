@@ -2,6 +2,7 @@
 
 Python's tarfile ends silently at a damaged header and at a cut between two members; here a tar must
 end with its end-of-archive blocks, and everything in it must be an ordinary file with a plain name.
+`find_members` instead goes on behind damage, for what can still be saved.
 """
 
 from __future__ import annotations
@@ -78,6 +79,48 @@ def read_members(path: Path) -> Iterator[Member]:
         _check_end(path, end)
 
 
+def find_members(path: Path) -> Iterator[Member | None]:
+    """The members of a damaged tar whose header is sound and whose bytes are all there.
+
+    Only plain ustar headers are understood, as ShardWriter writes them. None stands where something
+    is missing: between two members, or at the end.
+    """
+    tar_bytes = path.stat().st_size
+    offset, num_skipped, is_damaged = 0, 0, False
+    with path.open("rb") as file:
+        while offset + BLOCK_BYTES <= tar_bytes:
+            file.seek(offset)
+            block = file.read(BLOCK_BYTES)
+            member = member_at(block, data_block=offset // BLOCK_BYTES + 1)
+            offset += BLOCK_BYTES
+            if member is None or offset + member.num_bytes > tar_bytes:
+                num_skipped += 1
+                is_damaged = is_damaged or any(block)
+                continue
+            if num_skipped:
+                yield None
+            num_skipped, is_damaged = 0, False
+            yield member
+            offset += -(-member.num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    if is_damaged or num_skipped < 2:
+        yield None
+
+
+def member_at(header: bytes, *, data_block: int) -> Member | None:
+    """What a member's own header says; None if it is damaged or no sample's.
+
+    Args:
+        header: one block, of a tar whose samples need no header before their own.
+        data_block: where its bytes start.
+    """
+    try:
+        info = _CappedTarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, BadTarError):
+        return None
+    is_plain = info.isreg() and _is_plain_name(info.name) and _is_sample_name(info.name)
+    return Member(info.name, data_block, info.size) if is_plain else None
+
+
 class _CappedTarInfo(tarfile.TarInfo):
     """A header whose claimed sizes are checked before anything of that size is read."""
 
@@ -114,13 +157,16 @@ def _check_type(info: tarfile.TarInfo, path: Path) -> None:
 
 
 def _check_name(name: str, path: Path) -> str:
-    parts = PurePosixPath(name).parts
-    is_text = name.isprintable()  # neither control characters nor bytes that are not UTF-8
-    if name.startswith("/") or ".." in parts or not is_text:
+    if not _is_plain_name(name):
         raise BadTarError(
             f"{path}: {name!r}: expected a printable relative name without '..' in a tar"
         )
     return name
+
+
+def _is_plain_name(name: str) -> bool:
+    is_text = name.isprintable()  # neither control characters nor bytes that are not UTF-8
+    return is_text and not name.startswith("/") and ".." not in PurePosixPath(name).parts
 
 
 def _is_sample_name(name: str) -> bool:

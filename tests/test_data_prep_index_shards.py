@@ -3,17 +3,22 @@ import io
 import tarfile
 
 import pytest
-from toy_pairs import picture_bytes, verify
+from toy_shards import jpeg
 
-from data_prep.config import IndexShards
+from data_prep.config import IndexShards, VerifyShards
 from data_prep.config_file import InputError
 from data_prep.index_shards import index_shards
 from data_prep.shard_format import Dataset, captions_of
+from data_prep.verify_shards import verify_shards
 
 
 def index(tars, output, **fields):
     index_shards(IndexShards(input=str(tars), output=output, media="image", **fields))
     return Dataset(output)
+
+
+def verify(dataset, **fields):
+    verify_shards(VerifyShards(dataset=dataset, **fields))
 
 
 def write_tar(path, members, *, tar_format=tarfile.PAX_FORMAT):
@@ -31,7 +36,7 @@ def pairs(*keys):
     return [
         member
         for number, key in enumerate(keys)
-        for member in ((f"{key}.jpg", picture_bytes(number)), (f"{key}.txt", key[-9:].encode()))
+        for member in ((f"{key}.jpg", jpeg(number)), (f"{key}.txt", key[-9:].encode()))
     ]
 
 
@@ -50,14 +55,14 @@ def test_tars_of_webdataset_are_read_sample_for_sample(tmp_path):
     pattern = str(tmp_path / "tars" / "shard-%03d.tar")
     with webdataset.ShardWriter(pattern, maxcount=3, verbose=0) as writer:
         for number in range(7):
-            jpg = picture_bytes(number)
+            jpg = jpeg(number)
             writer.write({"__key__": f"s{number}", "jpg": jpg, "json": {"caption": f"c{number}"}})
     dataset = index(tmp_path / "tars", tmp_path / "index", workers=2)
     assert len(dataset) == 7
     for number in range(7):
         sample = dataset.read_sample(number)
         assert (sample.key, captions_of(sample)) == (f"s{number}", [f"c{number}"])
-        assert sample.members["jpg"] == picture_bytes(number)
+        assert sample.members["jpg"] == jpeg(number)
     verify(tmp_path / "index", decode=True)
 
 
@@ -86,7 +91,7 @@ def test_a_glob_over_folders_keeps_their_names_apart(tmp_path):
 
 
 def test_incomplete_samples_abort_or_are_left_out_and_counted(tmp_path):
-    members = [*pairs("a"), ("b.txt", b"no picture"), ("c.jpg", picture_bytes(2)), *pairs("d")]
+    members = [*pairs("a"), ("b.txt", b"no picture"), ("c.jpg", jpeg(2)), *pairs("d")]
     found = problems_of(tmp_path, members)
     assert "a.tar: sample b: missing_media: expected image, found txt" in found
     assert "a.tar: sample c: missing_caption" in found
@@ -98,7 +103,7 @@ def test_incomplete_samples_abort_or_are_left_out_and_counted(tmp_path):
 
 @pytest.mark.parametrize("name", ["../a.jpg", "/etc/a.jpg", "x/../../a.jpg", "a\n.jpg"])
 def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
-    found = problems_of(tmp_path, [(name, picture_bytes(0)), ("a.txt", b"x")])
+    found = problems_of(tmp_path, [(name, jpeg(0)), ("a.txt", b"x")])
     assert "expected a printable relative name" in found
 
 

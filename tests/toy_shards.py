@@ -1,0 +1,80 @@
+"""Tiny datasets written by ShardWriter itself, for tests of what reads and checks shards."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from data_prep.dataset_folder import finish_dataset
+from data_prep.shard_columns import shard_schema
+from data_prep.shard_writer import ShardWriter
+
+
+def jpeg(number: int) -> bytes:
+    """A picture of its own for each number."""
+    pixels = np.random.default_rng(number).integers(0, 255, (20 + number % 5, 16, 3))
+    sink = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def toy_sample(number: int) -> tuple[str, dict[str, bytes]]:
+    """(key, members); every third has a .json"""
+    members = {"jpg": jpeg(number), "txt": f"caption {number}".encode()}
+    if number % 3 == 0:
+        members["json"] = f'{{"captions": ["caption {number}", "other {number}"]}}'.encode()
+    return f"{number:012d}", members
+
+
+def write_toy_dataset(
+    folder: Path,
+    *,
+    num_samples: int = 8,
+    samples_per_shard: int = 3,
+    has_parquet: bool = True,
+    preparation: dict | None = None,
+) -> Path:
+    """A finished dataset of pictures, with a rejected pair in every shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for start in range(0, num_samples, samples_per_shard):
+        numbers = range(start, min(start + samples_per_shard, num_samples))
+        names.append(f"{len(names):08d}")
+        writer = ShardWriter(folder, names[-1])
+        for number in numbers:
+            key, members = toy_sample(number)
+            writer.add(key, members=members)
+        if has_parquet:
+            write_rows(folder / f"{names[-1]}.parquet", numbers)
+        writer.finish(rejected={"empty_caption": len(names)}, marked={"image_too_small": 1})
+    finish_dataset(folder, names, media="image", preparation=preparation or {})
+    return folder
+
+
+def write_rows(path: Path, numbers: range) -> None:
+    """The Parquet of some samples, with a column that a user kept."""
+    rows = []
+    for number in numbers:
+        key, members = toy_sample(number)
+        rows.append(
+            {
+                "key": key,
+                "uid": f"u{number}",
+                "captions": [f"caption {number}"],
+                "marks": ["image_too_small"] if number == numbers[0] else [],
+                "extension": "jpg",
+                "bytes": len(members["jpg"]),
+                "sha256": hashlib.sha256(members["jpg"]).hexdigest(),
+                "height": 20 + number % 5,
+                "width": 16,
+                "source": f"picture_{number}.jpg",
+                "source_row": number + 1,
+                "licence": "cc0",
+            }
+        )
+    schema = shard_schema("image", kept={"licence": "string"})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
