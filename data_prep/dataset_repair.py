@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from data_prep.config_file import InputError
 from data_prep.dataset_check import (
@@ -16,6 +15,7 @@ from data_prep.dataset_check import (
     read_origin,
     shard_names_on_disk,
     sort_shards,
+    totals_of_indexes,
 )
 from data_prep.dataset_folder import finish_dataset, lock_folder
 from data_prep.shard_columns import KeptType
@@ -27,6 +27,7 @@ from data_prep.shard_format import (
     parse_info,
     parse_manifest,
     read_dataset_files,
+    sha256_of,
 )
 from data_prep.shard_parquet import kept_types_of, read_shard_parquet
 from data_prep.shard_repair import RepairReport, RepairTask, read_index, repair_shard
@@ -200,7 +201,7 @@ def _tasks(
 ) -> list[RepairTask]:
     has_parquet = expects_parquet(folder, origin, names)
     kept = _kept_types(folder, names, media) if has_parquet else {}
-    counts = _missing_counts(folder, names, info)
+    counts = _missing_counts(folder, names, rows=rows, info=info)
     return [
         RepairTask(
             folder=folder,
@@ -239,16 +240,22 @@ def _kept_types(folder: Path, names: Sequence[str], media: str) -> dict[str, Kep
 
 
 def _missing_counts(
-    folder: Path, names: Sequence[str], info: DatasetInfo | None
+    folder: Path, names: Sequence[str], *, rows: Mapping[str, ManifestRow], info: DatasetInfo | None
 ) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Rejected and marked of the one index that cannot be read: the totals less all others."""
-    indexes = [read_index(folder / f"{name}.idx") for name in names]
-    if info is None or indexes.count(None) != 1:
+    """Rejected and marked of the one index that is not as recorded: the totals less all others."""
+    intact = [name for name in names if _is_as_recorded(folder / f"{name}.idx", rows.get(name))]
+    if info is None or len(names) - len(intact) != 1:
         return None
-    totals: list[dict[str, Any]] = []
-    for counts in ("rejected", "marked"):
-        others: Counter[str] = Counter()
-        for index in indexes:
-            others.update(getattr(index, counts) if index else {})
-        totals.append(dict(Counter(getattr(info, counts)) - others))
-    return totals[0], totals[1]
+    others = totals_of_indexes(folder, intact, listed=set(intact)) or {}
+    rejected, marked = (
+        dict(Counter(getattr(info, counts)) - Counter(others[counts]))
+        for counts in ("rejected", "marked")
+    )
+    return rejected, marked
+
+
+def _is_as_recorded(path: Path, row: ManifestRow | None) -> bool:
+    """Whether an index is that of the manifest; of a shard it does not list, whether it is one."""
+    if row is None:
+        return read_index(path) is not None
+    return path.is_file() and sha256_of(path) == row.index_sha256

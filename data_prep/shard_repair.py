@@ -4,8 +4,8 @@
 2. an index that does not fit the tar is made again from it
 3. a Parquet loses the rows of lost samples; missing rows are measured anew
 
-Each file is replaced atomically, the index last: killed anywhere, the repair can be run again. Tars
-that others made are never written.
+Each file is replaced atomically, in the order tar, index, Parquet: killed anywhere, the repair can
+be run again. Tars that others made are never written.
 """
 
 from __future__ import annotations
@@ -243,13 +243,14 @@ def _write(
             writer.add(sample.key, members=sample.members)
             if task.has_parquet:
                 mender.add(sample)
-        if task.has_parquet:
-            write_shard_parquet(task.parquet_path, mender.to_table())
-            marked = mender.count_marks()
+        marked = mender.count_marks() if task.has_parquet else marked
         writer.finish(rejected=rejected, marked=marked)
     except BaseException:
         writer.discard()
         raise
+    # Not before the tar: its old rows tell a second attempt which media are damaged.
+    if task.has_parquet:
+        write_shard_parquet(task.parquet_path, mender.to_table())
 
 
 # ------------------------------------------------------------------------------------- Parquet
