@@ -1,4 +1,4 @@
-"""The config of `python -m eval.evaluate`: one checkpoint, and what to measure on which dataset."""
+"""The configs of `python -m eval.evaluate` and `python -m eval.embed`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class ZeroShotClassificationSection(Section):
 
     task: Literal["zero_shot_classification"]
     dataset: Path  # folder of shards whose samples carry "class_name" in .json, or an index in .cls
+    subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
     class_names: list[str] | Path  # a list, or a text file with one name per line
     prompt_templates: list[str] | Path  # likewise; {} or {c} stands for the class name
 
@@ -24,6 +25,7 @@ class RetrievalSection(Section):
 
     task: Literal["retrieval"]
     dataset: Path  # folder of shards whose samples carry captions in .json or .txt
+    subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
     # Text file with one caption per line: wrong captions that join the gallery of media to text.
     distractor_captions: Path | None = None
     ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
@@ -51,3 +53,14 @@ class EvaluateConfig(Section):
     workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
     seed: int = Field(0, ge=0)  # of the bootstrap
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
+
+
+class EmbedConfig(Section):
+    """What `python -m eval.embed` reads."""
+
+    checkpoint: Path  # a run folder (its newest checkpoint) or one checkpoint's folder
+    dataset: Path  # folder of shards
+    output: Path  # folder for one Parquet per shard, and embeddings.json
+    batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
+    workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1)  # unreadable samples that fail the job

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError, Dataset, media_extension_of, media_kind_of
+from data_prep.shard_format import CorruptSampleError, Sample, media_kind_of
+from data_prep.subset import KeptSamples
 from eval.ranking import check_finite
 from pretrain.checkpoint import load_model
 
@@ -50,7 +51,7 @@ def load_encoder(checkpoint: Path, *, batch_size: int, workers: int) -> Encoder:
     return Encoder(model, transforms, tokenizer, torch.device(device), batch_size, workers)
 
 
-def encode_media(encoder: Encoder, dataset: Dataset) -> Tensor:
+def encode_media(encoder: Encoder, dataset: KeptSamples) -> Tensor:
     """[Q, D] L2-normalised float32 embeddings of a dataset's media, on the CPU, in its order.
 
     Raises:
@@ -58,11 +59,7 @@ def encode_media(encoder: Encoder, dataset: Dataset) -> Tensor:
             embedded; names shard and key.
     """
     kind = dataset.info.media
-    if kind not in encoder.transforms:
-        raise InputError(
-            f"{dataset.folder} holds {kind}, but the model has towers for "
-            f"{sorted(encoder.transforms)} only"
-        )
+    check_tower(encoder, kind, folder=dataset.folder)
     loader = DataLoader(
         _TransformedMedia(dataset, encoder.transforms[kind]),
         batch_size=encoder.batch_size,
@@ -70,12 +67,23 @@ def encode_media(encoder: Encoder, dataset: Dataset) -> Tensor:
         collate_fn=list,
     )
     batches = [
-        _encode_media_batch(encoder, kind, batch)
+        encode_media_batch(encoder, kind, _stack(batch))
         for batch in tqdm(loader, desc=f"encoding {dataset.folder}", unit="batch", disable=None)
     ]
     embeddings = torch.cat(batches)  # -> [Q, D]
     check_embeddings(embeddings, name=str(dataset.folder))
     return embeddings
+
+
+def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:
+    """
+    Raises:
+        InputError: the model has no tower for the kind of media that a dataset's folder holds.
+    """
+    if kind not in encoder.transforms:
+        raise InputError(
+            f"{folder} holds {kind}, but the model has towers for {sorted(encoder.transforms)} only"
+        )
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str], *, name: str) -> Tensor:
@@ -91,7 +99,7 @@ def encode_texts(encoder: Encoder, texts: Sequence[str], *, name: str) -> Tensor
     """
     starts = range(0, len(texts), encoder.batch_size)
     batches = [
-        _encode_text_batch(encoder, list(texts[start : start + encoder.batch_size]))
+        encode_text_batch(encoder, texts[start : start + encoder.batch_size])
         for start in tqdm(starts, desc=f"encoding {name}", unit="batch", disable=None)
     ]
     embeddings = torch.cat(batches)  # -> [M, D]
@@ -114,7 +122,7 @@ class _TransformedMedia(torch.utils.data.Dataset):
     """Ordinal -> transformed media, or the error to raise: one raised in a worker process would
     come with the worker's traceback as its message."""
 
-    def __init__(self, dataset: Dataset, transform: Any) -> None:
+    def __init__(self, dataset: KeptSamples, transform: Any) -> None:
         self.dataset = dataset
         self.transform = transform
         kind = dataset.info.media
@@ -126,30 +134,53 @@ class _TransformedMedia(torch.utils.data.Dataset):
     def __getitem__(self, ordinal: int) -> Tensor | InputError:
         try:
             sample = self.dataset.read_sample(ordinal, fields=self.fields)
-        except (CorruptSampleError, OSError) as error:
-            return InputError(str(error))
-        extension = media_extension_of(list(sample.members))
-        if extension is None:
-            return InputError(f"{sample}: expected one of {self.fields}, found no media")
-        try:
-            decoded = self.transform.decode(sample.members[extension], extension)
-        except MediaError as error:
+            return transformed_media(sample, self.transform, kind=self.dataset.info.media)
+        except CorruptSampleError as error:
             return InputError(
-                f"{sample}: .{extension} cannot be decoded: {error}; evaluation skips nothing: "
-                "repair the sample or prepare the dataset without it"
+                f"{error}; evaluation skips nothing: repair the sample, or evaluate a subset "
+                "without it"
             )
-        return self.transform(decoded)
+        except OSError as error:
+            return InputError(str(error))
 
 
-def _encode_media_batch(encoder: Encoder, kind: str, batch: list[Tensor | InputError]) -> Tensor:
+def transformed_media(sample: Sample, transform: Any, *, kind: str) -> Tensor:
+    """The sample's image [3, H, Wd] or waveform [samples], as the model's tower expects it.
+
+    Raises:
+        CorruptSampleError: it has no media of this kind, or they cannot be decoded.
+    """
+    extension = next((name for name in sample.members if media_kind_of(name) == kind), None)
+    if extension is None:
+        raise CorruptSampleError(f"{sample}: holds no {kind}")
+    try:
+        decoded = transform.decode(sample.members[extension], extension)
+    except MediaError as error:
+        raise CorruptSampleError(f"{sample}: .{extension} cannot be decoded: {error}") from None
+    return transform(decoded)
+
+
+def _stack(batch: list[Tensor | InputError]) -> Tensor:
     for transformed in batch:
         if isinstance(transformed, InputError):
             raise transformed
-    media = torch.stack(batch).to(encoder.device)  # -> [B, 3, H, Wd] or [B, samples]
-    with torch.inference_mode():
-        return encoder.model.encode_media(kind, media).float().cpu()
+    return torch.stack(batch)  # -> [B, 3, H, Wd] or [B, samples]
 
 
-def _encode_text_batch(encoder: Encoder, texts: list[str]) -> Tensor:
+def encode_media_batch(encoder: Encoder, kind: str, media: Tensor) -> Tensor:
+    """[B, D] L2-normalised float32 embeddings, on the CPU, of transformed media.
+
+    Args:
+        encoder: the model.
+        kind: of media.
+        media: [B, 3, H, Wd] or [B, samples].
+    """
     with torch.inference_mode():
-        return encoder.model.encode_text(encoder.tokenizer(texts).to(encoder.device)).float().cpu()
+        return encoder.model.encode_media(kind, media.to(encoder.device)).float().cpu()
+
+
+def encode_text_batch(encoder: Encoder, texts: Sequence[str]) -> Tensor:
+    """[B, D] L2-normalised float32 embeddings, on the CPU, of B texts."""
+    tokens = encoder.tokenizer(list(texts)).to(encoder.device)  # -> [B, L]
+    with torch.inference_mode():
+        return encoder.model.encode_text(tokens).float().cpu()

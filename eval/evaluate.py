@@ -14,7 +14,8 @@ from __future__ import annotations
 import sys
 import time
 
-from data_prep.config_file import InputError, check_output_folder, run_command
+from data_prep.config_file import run_command
+from eval.checkpoint_folder import check_checkpoint_and_output
 from eval.config import EvaluateConfig
 from eval.tasks import read_tasks
 
@@ -30,7 +31,7 @@ def run(config: EvaluateConfig) -> None:
     from pretrain.checkpoint import find_checkpoint
 
     start = time.monotonic()
-    check_checkpoint(config)
+    check_checkpoint_and_output(config.checkpoint, config.output)
     tasks = read_tasks(config)
     checkpoint = find_checkpoint(config.checkpoint)
     encoder = load_encoder(checkpoint, batch_size=config.batch_size, workers=config.workers)
@@ -50,23 +51,9 @@ def run(config: EvaluateConfig) -> None:
 
 def dry_run(config: EvaluateConfig) -> None:
     """Checks the files of every task, and prints what would be measured."""
-    check_checkpoint(config)
+    check_checkpoint_and_output(config.checkpoint, config.output)
     for task in read_tasks(config):
         print(task.description())  # noqa: T201
-
-
-def check_checkpoint(config: EvaluateConfig) -> None:
-    """
-    Raises:
-        InputError: there is no checkpoint, or the output folder cannot be written.
-    """
-    check_output_folder(config.output, key="output")
-    folder = config.checkpoint
-    if not any(folder.glob("checkpoints/step_*")) and not (folder / "checkpoint.json").exists():
-        raise InputError(
-            f"{folder}: expected a run folder with a checkpoint, or a checkpoint (key: "
-            "checkpoint), found neither; python -m pretrain.train makes one"
-        )
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import Dataset
+from data_prep.subset import KeptSamples
 from eval.class_prompts import average_prompts, class_prompts
 from eval.embeddings import Encoder, encode_media, encode_texts
 from eval.intervals import Bootstrap
@@ -57,7 +57,7 @@ def measure_tasks(
         InputError: see `eval.embeddings`.
     """
     measures = {ClassificationTask: measure_classification, RetrievalTask: measure_retrieval}
-    media_embeddings: dict[Dataset, Tensor] = {}
+    media_embeddings: dict[KeptSamples, Tensor] = {}
     outcomes = []
     for task in tasks:
         start = time.monotonic()

@@ -83,7 +83,7 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
             "folder": str(task.dataset.folder),
             "media": task.dataset.info.media,
             "num_samples": len(task.dataset),
-            "fingerprint": task.dataset.info.fingerprint,
+            "fingerprint": task.dataset.fingerprint,
         },
         "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
         **details(outcome),

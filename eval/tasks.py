@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import CorruptSampleError, Dataset, Sample, captions_of, metadata_of
+from data_prep.shard_format import CorruptSampleError, Sample, captions_of, metadata_of
+from data_prep.subset import KeptSamples
 from eval.class_prompts import check_templates
 from eval.config import EvaluateConfig, RetrievalSection, ZeroShotClassificationSection
 
@@ -26,7 +27,7 @@ class ClassificationTask:
     """Zero-shot classification of the media items of a dataset."""
 
     name: str
-    dataset: Dataset
+    dataset: KeptSamples
     class_names: list[str]  # [K]
     prompt_templates: list[str]
     targets: np.ndarray  # [Q] int64, place in class_names
@@ -45,7 +46,7 @@ class RetrievalTask:
     """Retrieval in both directions between the media items and the captions of a dataset."""
 
     name: str
-    dataset: Dataset
+    dataset: KeptSamples
     captions: list[str]  # [M]
     media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
     distractor_captions: list[str]  # describe no item; in the gallery of media to text only
@@ -72,29 +73,32 @@ def read_tasks(config: EvaluateConfig) -> list[Task]:
         "zero_shot_classification": read_classification_task,
         "retrieval": read_retrieval_task,
     }
-    datasets: dict[Path, Dataset] = {}  # a dataset that several tasks use is opened once
+    # A dataset that several tasks use is opened, and its media encoded, once.
+    # A dataset that several tasks use is opened, and its media encoded, once.
+    datasets: dict[tuple[Path, Path | None], KeptSamples] = {}
     tasks = []
     for name, section in config.evaluations.items():
-        if section.dataset not in datasets:
-            datasets[section.dataset] = open_dataset(section.dataset)
-        tasks.append(readers[section.task](name, section, datasets[section.dataset]))
+        place = (section.dataset, section.subset)
+        if place not in datasets:
+            datasets[place] = open_dataset(section.dataset, subset=section.subset)
+        tasks.append(readers[section.task](name, section, datasets[place]))
     return tasks
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """The dataset in a folder.
+def open_dataset(folder: Path, *, subset: Path | None) -> KeptSamples:
+    """The dataset in a folder, or what a subset keeps of it.
 
     Raises:
-        InputError: it is missing, unfinished or empty.
+        InputError: it is missing, unfinished or empty, or the subset is of another dataset.
     """
-    dataset = Dataset(folder)
+    dataset = KeptSamples(folder, subset=subset)
     if len(dataset) == 0:
         raise InputError(f"{folder}: expected samples to evaluate on, found an empty dataset")
     return dataset
 
 
 def read_classification_task(
-    name: str, section: ZeroShotClassificationSection, dataset: Dataset
+    name: str, section: ZeroShotClassificationSection, dataset: KeptSamples
 ) -> ClassificationTask:
     """The class names, templates and the class of every sample.
 
@@ -114,7 +118,9 @@ def read_classification_task(
     return ClassificationTask(name, dataset, class_names, templates, np.array(targets))
 
 
-def read_retrieval_task(name: str, section: RetrievalSection, dataset: Dataset) -> RetrievalTask:
+def read_retrieval_task(
+    name: str, section: RetrievalSection, dataset: KeptSamples
+) -> RetrievalTask:
     """The captions of every sample, and the distractors.
 
     Raises:
@@ -155,7 +161,7 @@ def read_lines(source: list[str] | Path) -> list[str]:
     return texts
 
 
-def read_texts(dataset: Dataset) -> Iterator[Sample]:
+def read_texts(dataset: KeptSamples) -> Iterator[Sample]:
     """The samples of a dataset in order, without their media.
 
     Raises:

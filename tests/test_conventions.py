@@ -34,6 +34,7 @@ ENTRY_POINTS = {
     "data_prep.make_subset",
     "pretrain.train",
     "eval.evaluate",
+    "eval.embed",
 }
 
 

@@ -15,12 +15,13 @@ VERBS = {
     "pretrain": "pretrain.train",
     "eval": "eval.evaluate",
 }
-# Configs of the first folder whose verb is another.
+# Configs whose verb is another.
 OTHER_VERBS = {
     "demo_data.yaml": "data_prep.make_demo_data",
     "verify.yaml": "data_prep.verify_shards",
     "index.yaml": "data_prep.index_shards",
     "subset.yaml": "data_prep.make_subset",
+    "embed.yaml": "eval.embed",
 }
 CONFIGS = sorted(path for folder in VERBS for path in (ROOT / "configs" / folder).glob("*.yaml"))
 COMMANDS = [
@@ -68,9 +69,7 @@ def small_demo(tmp_path_factory):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_config_passes_a_dry_run(small_demo, path, monkeypatch, capsys):
     monkeypatch.chdir(small_demo)
-    verb = VERBS[path.parent.name]
-    if path.parent.name == "data_prep":
-        verb = OTHER_VERBS.get(path.name, verb)
+    verb = OTHER_VERBS.get(path.name, VERBS[path.parent.name])
     config = str(path.relative_to(ROOT))
     assert run_in_this_process(monkeypatch, verb, [config, "--dry-run"]) == 0, capsys.readouterr()
 

@@ -5,6 +5,8 @@ import pytest
 from toy_evaluation import write_dataset
 
 from data_prep.config_file import ConfigError, InputError, read_config
+from data_prep.shard_format import read_dataset_files
+from data_prep.subset import Subset
 from eval.config import EvaluateConfig
 from eval.tasks import read_lines, read_tasks
 
@@ -71,6 +73,24 @@ def test_every_caption_knows_its_item(tmp_path):
     assert task.captions == ["a", "b", "c"]
     np.testing.assert_array_equal(task.media_of_text, [0, 0, 1])
     assert task.distractor_captions == ["d", "e"]
+
+
+def test_a_subset_is_measured_as_if_nothing_else_were_there(tmp_path):
+    samples = [{"txt": text} for text in (b"a", b" ", b"c", b"d")]
+    folder = write_dataset(tmp_path / "toy", samples)
+    kept = np.array([True, False, False, True])
+    info, _ = read_dataset_files(folder)
+    subset = Subset.from_bitmap(info, kept, preparation={})
+    subset.write(tmp_path / "some.subset")
+    section = {"task": "retrieval", "subset": tmp_path / "some.subset"}
+    (task,) = read_tasks(config_of(folder, **section))
+    assert task.captions == ["a", "d"]
+    np.testing.assert_array_equal(task.media_of_text, [0, 1])
+    assert task.dataset.fingerprint == f"{info.fingerprint} subset {subset.fingerprint}"
+    assert "2 image items, 2 captions" in task.description()
+    other = write_dataset(tmp_path / "other", samples[:2])
+    with pytest.raises(InputError, match=r"some\.subset: belongs to a dataset of 4 samples"):
+        read_tasks(config_of(other, **section))
 
 
 def test_sample_without_caption_is_named(tmp_path):

@@ -1,0 +1,103 @@
+"""Writes the embeddings of a dataset's media and captions, by a checkpoint, as Parquet files.
+
+    python -m eval.embed configs/eval/embed.yaml
+    python -m eval.embed configs/eval/embed.yaml checkpoint=runs/mine dataset=datasets/mine
+
+data_prep.make_subset scores samples with them; data_prep.find_duplicates looks for equal meanings.
+Stopped and started again, it keeps finished shards. What the files hold: eval.embedding_files.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from data_prep.config_file import RunError, run_command
+from data_prep.shard_format import Dataset
+from eval.checkpoint_folder import check_checkpoint_and_output
+from eval.config import EmbedConfig
+
+if TYPE_CHECKING:
+    from eval.embedding_files import Origin
+    from eval.embeddings import Encoder
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: EmbedConfig) -> None:
+    """Embeds every shard that is not finished yet, and writes embeddings.json last.
+
+    Raises:
+        InputError: the checkpoint or dataset cannot be used, or the output holds other embeddings.
+        RunError: too many samples are bad.
+    """
+    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    from eval.embedding_files import origin_of, write_summary
+    from eval.embeddings import check_tower, load_encoder
+    from pretrain.checkpoint import find_checkpoint
+
+    check_checkpoint_and_output(config.checkpoint, config.output)
+    dataset = Dataset(config.dataset)
+    checkpoint = find_checkpoint(config.checkpoint)
+    encoder = load_encoder(checkpoint, batch_size=config.batch_size, workers=config.workers)
+    check_tower(encoder, dataset.info.media, folder=dataset.folder)
+    origin = origin_of(dataset, checkpoint)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_missing_shards(config, encoder, dataset, origin)
+    record = write_summary(config.output, dataset=dataset, origin=origin, checkpoint=checkpoint)
+    print(  # noqa: T201
+        f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
+        f"{record['num_shards']} shards; {len(record['bad_samples'])} are bad and left out"
+    )
+
+
+def write_missing_shards(
+    config: EmbedConfig, encoder: Encoder, dataset: Dataset, origin: Origin
+) -> None:
+    """Embeds what is not finished yet, shard by shard.
+
+    Raises:
+        InputError: the output holds other embeddings.
+        RunError: too many samples are bad.
+    """
+    from eval.embedding_files import bad_samples_of, is_finished, uids_of_shard, write_shard
+    from eval.shard_embeddings import embed_shards
+
+    paths = [config.output / f"{row.name}.parquet" for row in dataset.manifest]
+    finished = {path for path in paths if is_finished(path, origin)}
+    missing = [shard for shard, path in enumerate(paths) if path not in finished]
+    bad_samples = [bad for path in sorted(finished) for bad in bad_samples_of(path)]
+    for shard, embeddings in embed_shards(encoder, dataset, missing):
+        uids = uids_of_shard(dataset, shard)
+        write_shard(paths[shard], embeddings, uids=uids, origin=origin)
+        for bad in embeddings.bad_samples:
+            logger.warning("left out: %s", bad.reason)
+        bad_samples += embeddings.bad_samples
+        if len(bad_samples) > max(1.0, config.max_bad_fraction * len(dataset)):
+            raise RunError(
+                f"{len(bad_samples)} of {len(dataset)} samples are bad, above max_bad_fraction="
+                f"{config.max_bad_fraction:g}; the last: {bad_samples[-1].reason}; check the "
+                "dataset with python -m data_prep.verify_shards"
+            )
+
+
+def dry_run(config: EmbedConfig) -> None:
+    """Checks what can be checked without the model, and prints what would be embedded."""
+    check_checkpoint_and_output(config.checkpoint, config.output)
+    dataset = Dataset(config.dataset)
+    names = [row.name for row in dataset.manifest]
+    num_there = sum((config.output / f"{name}.parquet").exists() for name in names)
+    print(  # noqa: T201
+        f"would embed {len(dataset):,} {dataset.info.media} samples and their captions in "
+        f"{len(names)} shards, of which {num_there} are there already"
+    )
+
+
+def main() -> int:
+    """The command."""
+    return run_command(EmbedConfig, run=run, dry_run=dry_run, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
