@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.audio_fingerprint import audio_fingerprint
 from data_prep.config import AudioOptions
 from data_prep.media_decode import MAX_AUDIO_SECONDS, check_is_finite, read_waveform, resample
-from data_prep.media_format import STORED_FORMATS, MediaError, check_kind
+from data_prep.media_format import STORED_FORMATS, MediaError, check_kind, check_stored
 from data_prep.prepared_media import PreparedMedia
 
 FULL_SCALE = 32_768  # of 16 bits
@@ -35,11 +35,7 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
         MediaError: damaged, of an unknown format, not finite, or above a limit.
     """
     source_format = check_kind(content, "audio")
-    if options.reencode == "never" and source_format not in STORED_FORMATS["audio"]:
-        raise MediaError(
-            f"{source_format} is stored only re-encoded, and reencode=never",
-            reason="format_not_stored",
-        )
+    check_stored(source_format, "audio", options.reencode)
     source, source_rate = read_waveform(
         content,
         extension=source_format,
@@ -48,12 +44,6 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
     )
     waveform, rate, start_seconds = _as_asked(source, source_rate, options)
     pieces = _pieces(len(waveform), rate, options)
-    if pieces[0][1] > MAX_AUDIO_SECONDS * rate:  # the most that training decodes
-        raise MediaError(
-            f"clip of {pieces[0][1] / rate:.0f} s; at most {MAX_AUDIO_SECONDS:.0f} s are stored, "
-            "unless audio.clip_seconds cuts it",
-            reason="too_long",
-        )
     gain = _gain(_peak(waveform), options)
     is_as_asked = (
         source_format in STORED_FORMATS["audio"]
@@ -61,7 +51,6 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
         and pieces == [(0, len(source))]
         and (gain == 1 or options.peak_dbfs is None)
     )
-    source_seconds = len(source) / source_rate
     if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
         return [_kept(content, source_format, source, source_rate, options)]
     return [
@@ -71,7 +60,7 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
             options,
             gain=gain,
             start_seconds=start_seconds + start / rate,
-            source_seconds=source_seconds,
+            source_seconds=len(source) / source_rate,
         )
         for start, end in pieces
     ]
@@ -117,9 +106,16 @@ def _pieces(num_samples: int, rate: int, options: AudioOptions) -> list[tuple[in
 
     A last piece shorter than min_seconds, or than MIN_LAST_PIECE of clip_seconds, is left out.
     """
-    if options.clip_seconds is None or num_samples <= options.clip_seconds * rate:
+    longest = MAX_AUDIO_SECONDS if options.clip_seconds is None else options.clip_seconds
+    if num_samples <= longest * rate:
         return [(0, num_samples)]
-    length = max(1, round(options.clip_seconds * rate))
+    if options.clip_seconds is None:  # no more is decoded by training
+        raise MediaError(
+            f"clip of {num_samples / rate:.0f} s; at most {MAX_AUDIO_SECONDS:.0f} s are stored, "
+            "unless audio.clip_seconds cuts it",
+            reason="too_long",
+        )
+    length = max(1, round(longest * rate))
     if options.long_clips != "cut":
         return [(0, length)]
     shortest = max(MIN_LAST_PIECE * length, options.min_seconds * rate)

@@ -20,7 +20,7 @@ from data_prep.image_color import color_transform, flatten, has_alpha, to_srgb
 from data_prep.image_container import open_image
 from data_prep.image_fingerprint import image_fingerprint
 from data_prep.media_decode import MAX_PIXELS, PILLOW_ERRORS, check_pixels
-from data_prep.media_format import STORED_FORMATS, MediaError, check_kind
+from data_prep.media_format import STORED_FORMATS, MediaError, check_kind, check_stored
 from data_prep.prepared_media import PreparedMedia
 
 # Five to seven eighths take the library longer than the whole.
@@ -46,6 +46,7 @@ def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
         MediaError: damaged, of an unknown format, animated, or above a limit.
     """
     source_format = check_kind(content, "image")
+    check_stored(source_format, "image", options.reencode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on odd metadata: no matter of the pixels
         with open_image(content, source_format, max_pixels=options.max_pixels) as image:
@@ -101,11 +102,6 @@ def _stored(
         and bit_depth <= 8
         and _is_plain_color(image)
     )
-    if options.reencode == "never" and source_format not in STORED_FORMATS["image"]:
-        raise MediaError(
-            f"{source_format} is stored only re-encoded, and reencode=never",
-            reason="format_not_stored",
-        )
     if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
         return content, source_format, _whole_pixels(content, source_format, image)
     icc_profile = image.info.get("icc_profile")
@@ -167,17 +163,14 @@ def _decode_jpeg(
     """
     height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
     mode = JPEG_MODES.get(color_space, "RGB")
-    eighths, reduced = 8, (height, width)
-    for each in DCT_EIGHTHS:
-        sides = -(-height * each // 8), -(-width * each // 8)
-        if sides[0] >= size[0] and sides[1] >= size[1]:
-            eighths, reduced = each, sides
-            break
+    eighths = next(
+        (n for n in DCT_EIGHTHS if height * n >= 8 * size[0] and width * n >= 8 * size[1]), 8
+    )
     pixels = simplejpeg.decode_jpeg(
         content,
         colorspace="GRAY" if mode == "L" else mode,
-        min_height=reduced[0],
-        min_width=reduced[1],
+        min_height=-(-height * eighths // 8),
+        min_width=-(-width * eighths // 8),
         strict=True,
     )
     if mode == "CMYK":

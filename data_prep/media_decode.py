@@ -141,6 +141,14 @@ def decode_audio(
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
+class _SoundBytes(io.BytesIO):
+    """libsndfile seeks before the start of damaged files: an error there is printed, not raised."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}
+        return super().seek(max(0, start[whence] + offset))
+
+
 def read_waveform(
     content: bytes,
     *,
@@ -164,15 +172,11 @@ def read_waveform(
 
     check_is_whole(content)
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+        with soundfile.SoundFile(_SoundBytes(content)) as file:
             if extension is not None and file.format not in SOUNDFILE_FORMATS[extension]:
                 raise FormatMismatchError(f"expected {extension} bytes, found {file.format}")
             num_frames, rate = file.frames, file.samplerate
-            if max_channels is not None and file.channels > max_channels:
-                raise MediaError(
-                    f"audio of {file.channels} channels; at most {max_channels} are taken",
-                    reason="too_many_channels",
-                )
+            _check_channels(file.channels, max_channels)
             _check_length(num_frames, rate, channels=file.channels, max_seconds=max_seconds)
             waveform = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
@@ -183,6 +187,14 @@ def read_waveform(
         )
     check_is_finite(waveform)
     return waveform, rate
+
+
+def _check_channels(channels: int, max_channels: int | None) -> None:
+    if max_channels is not None and channels > max_channels:
+        raise MediaError(
+            f"audio of {channels} channels; at most {max_channels} are taken",
+            reason="too_many_channels",
+        )
 
 
 def _check_length(num_frames: int, rate: int, *, channels: int, max_seconds: float) -> None:
@@ -246,7 +258,7 @@ def audio_seconds(content: bytes) -> tuple[float, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+        with soundfile.SoundFile(_SoundBytes(content)) as file:
             return file.frames / file.samplerate, file.samplerate
     except (soundfile.SoundFileError, RuntimeError, ZeroDivisionError) as error:
         raise MediaError(f"not readable audio: {error}") from None

@@ -129,6 +129,19 @@ def check_kind(content: bytes, kind: str) -> str:
     raise MediaError(f"expected {kind}, found {describe(content)}", reason="unknown_format")
 
 
+def check_stored(format_name: str, kind: str, reencode: str) -> None:
+    """Checks that a format can be stored: as it is, unless it may be re-encoded.
+
+    Raises:
+        MediaError: format_not_stored.
+    """
+    if reencode == "never" and format_name not in STORED_FORMATS[kind]:
+        raise MediaError(
+            f"{format_name} is stored only re-encoded, and {kind}.reencode=never",
+            reason="format_not_stored",
+        )
+
+
 def describe(content: bytes) -> str:
     """What bytes of no known media format most likely are, for a message."""
     for prefix, name in OTHER_PREFIXES.items():

@@ -1,10 +1,11 @@
 import io
+import pickle
 
 import numpy as np
 import pytest
 import soundfile
+from bad_media import BAD_MEDIA, picture, sound
 from PIL import Image
-from toy_pairs import picture_bytes, sound_bytes
 
 from data_prep import media_decode
 from data_prep.media_decode import (
@@ -19,9 +20,9 @@ from data_prep.media_decode import (
 
 @pytest.mark.parametrize(("image_format", "extension"), [("PNG", "png"), ("JPEG", "jpeg")])
 def test_images_decode_to_rgb_of_their_size(image_format, extension):
-    content = picture_bytes(3, image_format)
-    assert decode_image(content, extension).shape == (23, 16, 3)
-    assert image_size(content) == (23, 16)
+    content = picture(image_format)
+    assert decode_image(content, extension).shape == (40, 48, 3)
+    assert image_size(content) == (40, 48)
     with pytest.raises(MediaError):
         decode_image(content[:-60], extension)
 
@@ -34,18 +35,18 @@ def test_transparency_is_laid_on_white():
 
 def test_other_formats_than_the_extension_says_are_refused():
     with pytest.raises(FormatMismatchError, match="expected jpg bytes, found png"):
-        decode_image(picture_bytes(0, "PNG"), "jpg")
+        decode_image(picture("PNG"), "jpg")
     with pytest.raises(FormatMismatchError, match="expected wav bytes, found FLAC"):
-        decode_audio(sound_bytes(0, "FLAC"), sample_rate_hz=None, extension="wav")
+        decode_audio(sound("FLAC"), sample_rate_hz=None, extension="wav")
     with pytest.raises(MediaError):  # a decoder of Pillow that is not among ours
-        decode_image(picture_bytes(0, "GIF"), "png")
+        decode_image(picture("GIF"), "png")
 
 
 def test_huge_pictures_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(media_decode, "MAX_PIXELS", 100)
     for image_format, extension in (("PNG", "png"), ("JPEG", "jpg")):
-        with pytest.raises(MediaError, match="16 x 20 pixels; at most 100"):
-            decode_image(picture_bytes(0, image_format), extension)
+        with pytest.raises(MediaError, match="48 x 40 pixels; at most 100"):
+            decode_image(picture(image_format), extension)
 
 
 def test_audio_is_averaged_over_channels_and_resampled():
@@ -59,15 +60,25 @@ def test_audio_is_averaged_over_channels_and_resampled():
 
 @pytest.mark.parametrize("extension", ["flac", "ogg"])
 def test_a_flipped_bit_in_a_checked_format_is_found(extension):
-    content = bytearray(sound_bytes(0, extension.upper()))
+    content = bytearray(sound(extension.upper()))
     content[len(content) * 3 // 4] ^= 8
     with pytest.raises(MediaError):
         decode_audio(bytes(content), sample_rate_hz=None)
 
 
-@pytest.mark.parametrize("extension", ["wav", "ogg"])
+@pytest.mark.parametrize("extension", ["wav", "ogg", "mp3", "aiff"])
 def test_a_cut_clip_is_not_read_as_a_shorter_one(extension):
-    content = sound_bytes(0, extension.upper())
+    content = sound(extension.upper())
     for end in (len(content) - 2, len(content) // 2):
         with pytest.raises(MediaError, match="cut short"):
             decode_audio(content[:end], sample_rate_hz=None)
+
+
+def test_errors_name_their_reason_also_after_they_crossed_to_another_process():
+    for name in ("wav_of_0_hz", "wav_of_no_samples", "wav_with_nan", "flac_claiming_months"):
+        make, _, reason = BAD_MEDIA[name]
+        with pytest.raises(MediaError) as caught:
+            decode_audio(make(), sample_rate_hz=None)
+        assert pickle.loads(pickle.dumps(caught.value)).reason == reason
+    assert MediaError("damaged").reason == "undecodable"
+    assert pickle.loads(pickle.dumps(FormatMismatchError("png"))).reason == "wrong_extension"
