@@ -25,7 +25,7 @@ from data_prep.prepared_media import PreparedMedia
 
 # Five to seven eighths take the library longer than the whole.
 DCT_EIGHTHS = (1, 2, 3, 4)
-JPEG_MODES = {"GRAY": "L", "Gray": "L", "CMYK": "CMYK"}  # all others are decoded to RGB
+JPEG_MODES = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}  # all others are decoded to RGB
 TRANSPOSITIONS = {  # EXIF orientation -> what sets the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -96,7 +96,7 @@ def _decode_jpeg(content: bytes) -> np.ndarray:
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
         check_pixels(height, width, max_pixels=MAX_PIXELS)
-        if color_space == "CMYK":  # simplejpeg converts CMYK naively
+        if color_space in ("CMYK", "YCCK"):  # simplejpeg converts them naively
             return _decode_with_pillow(content)
         return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True)
     except MediaError:
