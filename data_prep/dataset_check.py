@@ -90,7 +90,22 @@ def check_dataset(
     """What is wrong with dataset.json and manifest.jsonl, and which shards they do not know."""
     findings = list(_check_totals(folder, info, manifest, origin=origin))
     findings += _check_extra(folder, {row.name for row in manifest}, origin=origin)
+    if not origin.is_foreign:
+        findings += [
+            Finding(f"{folder / copy}: holds the same bytes as shard {first}", "extra shard")
+            for copy, first in copies_among(manifest).items()
+        ]
     return findings
+
+
+def copies_among(manifest: Iterable[ManifestRow]) -> dict[str, str]:
+    """Name of each shard that is a copy -> name of the first shard with the same bytes."""
+    first: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for row in manifest:
+        if first.setdefault(row.tar_sha256, row.name) != row.name:
+            copies[row.name] = first[row.tar_sha256]
+    return copies
 
 
 def _check_totals(

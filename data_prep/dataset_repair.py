@@ -143,13 +143,12 @@ def _shard_names(
             f"{folder / name}: neither tar nor index is left; the dataset goes on without its "
             f"{rows[name].num_samples} samples"
         )
-    for name in sort_shards(indexed - rows.keys()) if rows else ():
-        index = read_index(folder / f"{name}.idx")
-        if index is None or index.num_samples:
-            report.done.append(f"{folder / name}: manifest.jsonl did not list it; now it does")
+    if rows:
+        indexed -= _copies(folder, indexed - rows.keys(), rows, report)
     unlisted = set()
     if not origin.is_foreign:
-        unlisted = shard_names_on_disk(folder, "*.tar") - indexed - listed
+        unlisted = shard_names_on_disk(folder, "*.tar") - shard_names_on_disk(folder, "*.idx")
+        unlisted -= listed
     if rows and unlisted:
         report.refused += [
             f"{folder / name}.tar: neither listed nor indexed: delete it if it is no part of this "
@@ -158,6 +157,23 @@ def _shard_names(
         ]
         unlisted = set()
     return sort_shards(indexed | listed | unlisted)
+
+
+def _copies(
+    folder: Path, unlisted: set[str], rows: Mapping[str, ManifestRow], report: RepairReport
+) -> set[str]:
+    """Which of the indexed shards that the manifest does not list are copies of listed ones."""
+    names = {row.tar_sha256: row.name for row in rows.values()}
+    copies = set()
+    for name in sort_shards(unlisted):
+        index = read_index(folder / f"{name}.idx")
+        if index is not None and index.tar_sha256 in names:
+            copies.add(name)
+            original = names[index.tar_sha256]
+            report.refused.append(f"{folder / name}: a copy of shard {original}: delete its files")
+        elif index is None or index.num_samples:
+            report.done.append(f"{folder / name}: manifest.jsonl did not list it; now it does")
+    return copies
 
 
 def _media_kind(

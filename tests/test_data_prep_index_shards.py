@@ -1,10 +1,19 @@
+import ast
 import gzip
+import hashlib
 import io
+import json
+import pickle
 import tarfile
+from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet
 import pytest
+import soundfile
 from toy_shards import jpeg
 
+import data_prep
 from data_prep.config import IndexShards, VerifyShards
 from data_prep.config_file import InputError
 from data_prep.index_shards import index_shards
@@ -13,7 +22,8 @@ from data_prep.verify_shards import verify_shards
 
 
 def index(tars, output, **fields):
-    index_shards(IndexShards(input=str(tars), output=output, media="image", **fields))
+    fields = {"media": "image"} | fields
+    index_shards(IndexShards(input=str(tars), output=output, **fields))
     return Dataset(output)
 
 
@@ -150,3 +160,144 @@ def test_a_folder_without_tars_is_refused(tmp_path):
         InputError, match=r"expected uncompressed \.tar files \(input\), found none"
     ):
         index(tmp_path, tmp_path / "index")
+
+
+# ------------------------------------------------------------------------------------ Parquet
+
+
+def flac_bytes(number):
+    tone = 0.5 * np.sin(np.arange(1600 + number) * 0.05)
+    sink = io.BytesIO()
+    soundfile.write(sink, tone, 8000, format="FLAC")
+    return sink.getvalue()
+
+
+def rows_of(path):
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def test_shards_of_img2dataset_are_measured(tmp_path):
+    """Layout of img2dataset's webdataset output: nine digits, .jpg, .txt, .json."""
+    members = []
+    for number in range(3):
+        key, jpg = f"{number:09d}", jpeg(number)
+        about = {
+            "url": f"https://example.org/{number}.jpg",
+            "key": key,
+            "caption": f"caption {number}",
+            "status": "success",
+            "similarity": [0.31, None, 1][number],
+            "sha256": hashlib.sha256(jpg).hexdigest(),
+        }
+        members += [(f"{key}.jpg", jpg), (f"{key}.json", json.dumps(about).encode())]
+        members += [(f"{key}.txt", f"caption {number}".encode())]
+    write_tar(tmp_path / "tars" / "00000.tar", members)
+    keep = ("url", "similarity")
+    dataset = index(tmp_path / "tars", tmp_path / "index", keep_columns=keep, workers=2)
+    assert captions_of(dataset.read_sample(1)) == ["caption 1"]
+    rows = rows_of(tmp_path / "index" / "00000.parquet")
+    assert [row["key"] for row in rows] == ["000000000", "000000001", "000000002"]
+    assert [row["similarity"] for row in rows] == [0.31, None, 1.0]
+    assert rows[2]["url"] == "https://example.org/2.jpg"
+    assert (rows[2]["height"], rows[2]["width"], rows[2]["is_reencoded"]) == (22, 16, False)
+    assert rows[2]["sha256"] == hashlib.sha256(jpeg(2)).hexdigest()
+    assert rows[2]["captions"] == ["caption 2"]
+    assert (rows[2]["source"], rows[2]["source_row"]) == ("00000.tar", 3)
+    verify(tmp_path / "index", decode=True)
+
+
+def test_shards_of_laion_audio_are_measured(tmp_path):
+    """Layout of LAION's audio-dataset: number, .flac, .json with a list under text."""
+    members = []
+    for number in range(2):
+        about = {"text": [f"a tone {number}", "a sound"], "tag": ["tone"], "original_data": {}}
+        members += [(f"{number}.flac", flac_bytes(number))]
+        members += [(f"{number}.json", json.dumps(about).encode())]
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    dataset = index(tmp_path / "tars", tmp_path / "index", media="audio", keep_columns=("tag",))
+    assert captions_of(dataset.read_sample(1)) == ["a tone 1", "a sound"]
+    row = rows_of(tmp_path / "index" / "0.parquet")[1]
+    assert (row["sample_rate_hz"], row["channels"], row["seconds"]) == (8000, 1, 1601 / 8000)
+    assert row["tag"] == '["tone"]'
+    verify(tmp_path / "index", decode=True)
+
+
+def test_samples_that_do_not_decode_abort_or_are_left_out_and_counted(tmp_path):
+    members = [*pairs("a"), ("b.jpg", b"no picture"), ("b.txt", b"x")]
+    members += [("c.jpg", jpeg(1)[:300]), ("c.txt", b"x"), *pairs("d")]
+    found = problems_of(tmp_path, members)
+    assert "a.tar: sample b: unknown_format" in found
+    assert "a.tar: sample c: undecodable" in found
+    assert "skip_incomplete=true" in found
+    dataset = index(tmp_path / "tars", tmp_path / "other", skip_incomplete=True)
+    assert dataset.info.rejected == {"undecodable": 1, "unknown_format": 1}
+    assert [row["key"] for row in rows_of(tmp_path / "other" / "a.parquet")] == ["a", "d"]
+    verify(tmp_path / "other", decode=True)
+
+
+def test_without_measuring_there_is_no_parquet_and_nothing_is_decoded(tmp_path):
+    write_tar(tmp_path / "tars" / "a.tar", [("b.jpg", b"no picture"), ("b.txt", b"x")])
+    dataset = index(tmp_path / "tars", tmp_path / "index", measure=False)
+    assert len(dataset) == 1
+    assert not list((tmp_path / "index").glob("*.parquet"))
+    verify(tmp_path / "index")
+
+
+def test_columns_to_keep_must_be_there_and_be_no_names_of_ours(tmp_path):
+    write_tar(tmp_path / "tars" / "a.tar", pairs("a"))
+    with pytest.raises(InputError, match="keep_columns: 'licence' has no value in any row"):
+        index(tmp_path / "tars", tmp_path / "index", keep_columns=("licence",))
+    with pytest.raises(InputError, match="has columns height of its own"):
+        index(tmp_path / "tars", tmp_path / "other", keep_columns=("height",))
+
+
+# ----------------------------------------------------------------------------------- security
+
+
+def test_sparse_files_are_refused(tmp_path):
+    sparse = tarfile.TarInfo("a.jpg")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    found = problems_of(tmp_path, [(sparse, b""), *pairs("b")])
+    assert "a.jpg: expected an ordinary file, found a sparse file" in found
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("size", "-5", "a member of -5 bytes"),
+        ("path", "../../etc/passwd.jpg", "expected a printable relative name"),
+        ("path", "/etc/passwd.jpg", "expected a printable relative name"),
+    ],
+)
+def test_pax_headers_cannot_smuggle_in_sizes_and_paths(tmp_path, field, value, expected):
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {field: value}
+    assert expected in problems_of(tmp_path, [(info, jpeg(0)), ("a.txt", b"x")])
+
+
+class _Loud:
+    def __reduce__(self):
+        return open, (_Loud.path, "w")
+
+
+def test_pickles_in_tars_are_bytes_like_any_other(tmp_path):
+    _Loud.path = str(tmp_path / "was_loaded")
+    payload = pickle.dumps(_Loud())
+    extensions = ("pkl", "pyd", "pickle", "pth", "npy")
+    members = [*pairs("a"), *((f"a.{extension}", payload) for extension in extensions)]
+    write_tar(tmp_path / "tars" / "a.tar", members)
+    dataset = index(tmp_path / "tars", tmp_path / "index")
+    assert dataset.read_sample(0).members["pkl"] == payload
+    verify(tmp_path / "index", decode=True)
+    assert not (tmp_path / "was_loaded").exists()
+
+
+def test_no_module_of_data_prep_can_load_a_pickle():
+    forbidden = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch"}
+    for path in Path(data_prep.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert forbidden.isdisjoint(name.partition(".")[0] for name in names), path
+            assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), path

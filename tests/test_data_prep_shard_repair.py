@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -124,7 +126,7 @@ def test_lost_samples_are_counted_and_leave_the_parquet(dataset, capsys):
     assert "measured anew" not in said
 
 
-@pytest.mark.parametrize("refused", sorted(REFUSED - {"extra shard"}))
+@pytest.mark.parametrize("refused", sorted(REFUSED))
 def test_what_cannot_be_rebuilt_is_left_to_a_person(dataset, refused):
     DAMAGES[refused][0](dataset)
     before = contents(dataset)
@@ -214,6 +216,18 @@ def test_make_shards_is_named_as_the_way_to_get_lost_samples_back(tmp_path, caps
     verify(made, repair=True)
     assert "delete the files of the shard named and run make_shards" in capsys.readouterr().out
     assert read_dataset_files(made)[0].preparation["command"] == "make_shards"
+
+
+def test_a_full_disk_leaves_everything_as_it_was(dataset, monkeypatch):
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flip(dataset / TAR, 600)
+    before = contents(dataset)
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match=rf"No space left on device: '.*{TAR}'"):
+        verify(dataset, repair=True)
+    assert contents(dataset) == before
 
 
 class Killed(BaseException):

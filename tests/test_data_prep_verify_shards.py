@@ -10,6 +10,7 @@ from toy_shards import toy_sample, write_rows, write_toy_dataset
 
 from data_prep.config import VerifyShards
 from data_prep.config_file import InputError
+from data_prep.dataset_folder import finish_dataset
 from data_prep.shard_format import read_dataset_files
 from data_prep.shard_writer import ShardWriter
 from data_prep.verify_shards import verify_dataset, verify_shards
@@ -244,6 +245,15 @@ def test_many_problems_are_cut_to_twenty(tmp_path):
         path.unlink()
     assert problems_of(dataset).count(": missing") == 20
     assert "and 10 more" in problems_of(dataset)
+
+
+def test_a_shard_that_is_listed_twice_is_found(dataset):
+    for suffix in ("tar", "idx", "parquet"):
+        shutil.copy(dataset / f"00000001.{suffix}", dataset / f"9.{suffix}")
+    finish_dataset(
+        dataset, ["00000000", "00000001", "00000002", "9"], media="image", preparation={}
+    )
+    assert "9: holds the same bytes as shard 00000001" in problems_of(dataset)
 
 
 def test_a_dataset_of_another_version_is_refused(dataset):
