@@ -1,6 +1,6 @@
 """Chooses samples of a dataset by their columns, scores and duplicates, without copying them.
 
-    python -m data_prep.make_subset configs/data_prep/subset.yaml where="width >= 64"
+    python -m data_prep.make_subset configs/data_prep/subset.yaml where="width >= 32"
 
 1. the columns of every sample: the shards' Parquets, joined with scores   data_prep.sample_table
 2. `where`: a condition on them; a NULL does not fulfil it             data_prep.sample_condition
