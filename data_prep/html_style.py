@@ -65,11 +65,15 @@ tbody tr:last-child td { border-bottom: 0; }
 ol.answers { margin: 0; padding-left: 24px; font-size: 14px; }
 ol.answers li.good { color: var(--good); font-weight: 600; }
 .cards.wide { grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.card ul { margin: 2px 0; padding-left: 15px; } .card .faint, td .faint { color: var(--faint); }
+.card ul { margin: 4px 0; padding: 0; list-style: none; }
+.card li + li { border-top: 1px solid var(--line); margin-top: 3px; padding-top: 3px; }
+ .card .faint, td .faint { color: var(--faint); }
+.columns .bar { width: 96px; } .histogram { max-width: 510px; }
 .chips { display: flex; flex-wrap: wrap; gap: 4px; }
 details { margin: 10px 0 0; } summary { cursor: pointer; color: var(--accent); font-size: 14px; }
 pre { overflow-x: auto; font-size: 12px; line-height: 1.4; white-space: pre-wrap;
   overflow-wrap: anywhere; }
+.warning { border-left: 3px solid var(--bad); padding-left: 12px; }
 .breaks { overflow-wrap: anywhere; }
 @media print { body { background: none; } section { break-inside: avoid; border-color: #ccc; } }
 """

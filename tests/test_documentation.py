@@ -18,6 +18,7 @@ VERBS = {
 # Configs whose verb is another.
 OTHER_VERBS = {
     "demo_data.yaml": "data_prep.make_demo_data",
+    "describe.yaml": "data_prep.describe",
     "verify.yaml": "data_prep.verify_shards",
     "index.yaml": "data_prep.index_shards",
     "subset.yaml": "data_prep.make_subset",

@@ -1,0 +1,110 @@
+"""Writes a data sheet of a finished dataset: one HTML file that opens anywhere, without network.
+
+    python -m data_prep.describe configs/data_prep/describe.yaml dataset=... output=sheet.html
+
+It shows counts, where the dataset came from, samples to look at and listen to, histograms,
+languages, licences, what was dropped and why, duplicates, and every shard with its sha256. Figures
+come from the Parquet sidecars by duckdb, in memory that does not grow with the dataset. The same
+dataset gives the same sheet, byte for byte.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from data_prep.config import Describe
+from data_prep.config_file import ConfigError, check_output_folder, run_command
+from data_prep.data_sheet import SheetContent, render_sheet
+from data_prep.dataset_figures import DatasetFigures, measure_dataset
+from data_prep.described_samples import missing_sidecars, open_described_samples
+from data_prep.duplicate_figures import duplicates_path, measure_duplicates
+from data_prep.figure_text import bytes_text
+from data_prep.member_counts import count_members
+from data_prep.rejected_pairs import read_rejections
+from data_prep.shard_format import write_atomically
+from data_prep.sheet_gallery import spread_ranks
+from data_prep.subset import KeptSamples
+
+
+def describe(config: Describe) -> None:
+    """Writes the data sheet.
+
+    Raises:
+        InputError: the dataset, its subset or the duplicates are missing, damaged or do not belong
+            together.
+    """
+    _check_output(config)
+    content = measure(config)
+    page = render_sheet(content).encode("utf-8", errors="backslashreplace")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, page)
+    without = " (without figures: Parquet files are missing)" if content.figures is None else ""
+    print(  # noqa: T201
+        f"{config.output}: data sheet of {len(content.kept):,} samples, "
+        f"{bytes_text(len(page))}{without}"
+    )
+
+
+def measure(config: Describe) -> SheetContent:
+    """Everything that the sheet shows, besides the samples themselves.
+
+    Raises:
+        InputError: as describe.
+    """
+    kept = KeptSamples(config.dataset, subset=config.subset)
+    missing = missing_sidecars(kept)
+    duplicates = None
+    if config.duplicates is not None:
+        duplicates = measure_duplicates(
+            config.duplicates, kept, memory_gb=config.memory_gb, workers=config.workers
+        )
+    return SheetContent(
+        kept=kept,
+        missing_sidecars=missing,
+        figures=None if missing else _measure_samples(kept, config),
+        members=count_members(kept),
+        rejections=read_rejections(config.dataset, kept.info),
+        duplicates=duplicates,
+        shown=spread_ranks(len(kept), num_shown=config.num_samples_shown, seed=config.seed),
+    )
+
+
+def _measure_samples(kept: KeptSamples, config: Describe) -> DatasetFigures:
+    options = {"memory_gb": config.memory_gb, "workers": config.workers}
+    with open_described_samples(kept, **options) as connection:
+        return measure_dataset(connection, kept.info.media)
+
+
+def _check_output(config: Describe) -> None:
+    if config.output.is_dir():
+        raise ConfigError(f"output={config.output}: expected a file, found a folder")
+    check_output_folder(config.output.parent, key="output")
+
+
+def print_plan(config: Describe) -> None:
+    """Prints what would be read.
+
+    Raises:
+        InputError: the dataset, its subset or the duplicates are missing or damaged.
+    """
+    _check_output(config)
+    kept = KeptSamples(config.dataset, subset=config.subset)
+    if config.duplicates is not None:
+        duplicates_path(config.duplicates)
+    missing = missing_sidecars(kept)
+    num_files = kept.info.num_shards - len(missing)
+    lacking = f"; {len(missing)} are missing, so that there would be no figures" if missing else ""
+    num_shown = min(config.num_samples_shown, len(kept))
+    print(  # noqa: T201
+        f"would read {num_files} Parquet files and {kept.info.num_shards} indexes{lacking}, and "
+        f"describe {len(kept):,} samples, of which {num_shown} are shown, in {config.output}"
+    )
+
+
+def main() -> int:
+    """The command."""
+    return run_command(Describe, run=describe, dry_run=print_plan, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Figures as people read them: 1,234; 12.3 %; 1.2 MB; 3.4 hours."""
+
+from __future__ import annotations
+
+MOST_CHARACTERS = 300
+
+
+def number_text(value: float) -> str:
+    """Whole numbers in full, others with four digits."""
+    if isinstance(value, int) or 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def share_text(part: float, whole: float) -> str:
+    """A part of a whole in per cent; a little is never 0, and nearly all never 100."""
+    if not whole:
+        return "0 %"
+    share = part / whole
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
+    if 0.9995 < share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def bytes_text(num_bytes: float) -> str:
+    """In bytes, kB, MB, GB or TB of powers of a thousand."""
+    size, units = float(num_bytes), ["bytes", "kB", "MB", "GB"]
+    for unit in units:
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.3g} seconds"
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+def value_text(value: object, unit: str = "") -> str:
+    """A value of any column."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return shortened(str(value))
+    if unit == "bytes":
+        return bytes_text(value)
+    return f"{number_text(value)} {unit}".strip()
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning where it is very long."""
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
+
+
+def counted(num: int, noun: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
