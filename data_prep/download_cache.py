@@ -1,18 +1,22 @@
 """The folder in which downloads are kept, so that no URL is fetched twice.
 
-    ab/ab12...json      what became of the URL with this sha256: written last, and atomically
-    ab/ab12...          its body, if there was one and it was not forgotten
-    ab/ab12...part      body of a download that is under way, or that was killed
-    ab/ab12...lock      held by whoever fetches this URL
-    hosts/ab12...-0.lock    held while a host's place 0 is taken
+    ab/ab12...          body of the URL with this sha256, if there was one and it was not forgotten
+    ab/ab12...json      what became of the URL: written last
+    urls.lock           one byte is locked for each URL that is being fetched
+    hosts.lock          and for each place of a host that is taken
 
-Locks are flock's: the system lets go of them when a process dies. Where the file system locks
-nothing, processes that share the folder may fetch a URL twice, and do not share a host's places.
+Neither file needs a temporary name or a flush to disk: what a killed process or a power cut leaves
+of a record is no JSON, and what is left of a body has not the sha256 of its record. Either way the
+URL counts as not fetched.
+
+Locks are POSIX ones of single bytes: the system lets go of them when a process dies, and no file is
+made for each. Where the file system locks nothing, processes that share the folder may fetch a URL
+twice, and do not share a host's places.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,17 +24,16 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.config_file import RunError
-from data_prep.shard_format import write_atomically
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_TRIES = 0.02
+SECONDS_BETWEEN_TRIES = 0.02  # for a lock that another process holds
 
 
 class DownloadsEnded(Exception):
@@ -52,7 +55,7 @@ class FetchRecord:
 
 
 class DownloadCache:
-    """Records, bodies and locks of one folder.
+    """Records, bodies and locks of one folder; one of them in a process.
 
     Args:
         folder: is made.
@@ -61,12 +64,17 @@ class DownloadCache:
 
     def __init__(self, folder: Path, *, closed: threading.Event):
         self.folder = folder
-        self._closed = closed
-        self._has_locks = True
         with self.disk_errors():
-            (folder / "hosts").mkdir(parents=True, exist_ok=True)
-            for number in range(256):
-                (folder / f"{number:02x}").mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "ff").exists():
+                for number in range(256):
+                    (folder / f"{number:02x}").mkdir(exist_ok=True)
+            self._url_locks = ByteLocks(folder / "urls.lock", closed=closed)
+            self._host_locks = ByteLocks(folder / "hosts.lock", closed=closed)
+
+    def close(self) -> None:
+        self._url_locks.close()
+        self._host_locks.close()
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
@@ -85,109 +93,120 @@ class DownloadCache:
                 "room or mend the disk, and run the same command again: what was fetched is kept"
             ) from error
 
-    # ------------------------------------------------------------------------ records and bodies
+    def body_path(self, url: str) -> str:
+        """Where the body is, or is to be written by the holder of the URL's lock."""
+        name = _digest(url).hex()
+        return f"{self.folder}/{name[:2]}/{name}"
 
-    def body_path(self, url: str) -> Path:
-        name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-        return self.folder / name[:2] / name
-
-    def part_path(self, url: str) -> Path:
-        return self.body_path(url).with_suffix(".part")
+    def has_body(self, url: str) -> bool:
+        return os.path.exists(self.body_path(url))  # noqa: PTH110 - in a hot path
 
     def read_record(self, url: str) -> FetchRecord | None:
         """What became of the URL; None: nothing yet, or the record is damaged."""
+        content = self._read(f"{self.body_path(url)}.json")
         try:
-            with self.disk_errors():
-                content = self.body_path(url).with_suffix(".json").read_bytes()
-            return FetchRecord(**json.loads(content))
-        except (FileNotFoundError, ValueError, TypeError):
+            return None if content is None else FetchRecord(**json.loads(content))
+        except (ValueError, TypeError):
             return None
-
-    def has_body(self, url: str) -> bool:
-        return self.body_path(url).exists()
 
     def read_body(self, url: str, record: FetchRecord) -> bytes | None:
-        """The body; None: it is gone, or a power cut has left only a part of it."""
+        """The body; None: it is gone, or is not the one that was recorded."""
+        content = self._read(self.body_path(url))
+        if content is None or hashlib.sha256(content).hexdigest() != record.sha256:
+            return None
+        return content
+
+    def _read(self, path: str) -> bytes | None:
         try:
-            with self.disk_errors():
-                content = self.body_path(url).read_bytes()
+            with self.disk_errors(), open(path, "rb") as file:  # noqa: PTH123
+                return file.read()
         except FileNotFoundError:
             return None
-        return content if hashlib.sha256(content).hexdigest() == record.sha256 else None
 
-    def keep(self, url: str, record: FetchRecord) -> None:
-        """Keeps the record, and what is at part_path as the body of a URL that has one."""
-        content = json.dumps(dataclasses.asdict(record)).encode()
-        with self.disk_errors():
-            if record.reason is None:
-                self.part_path(url).replace(self.body_path(url))
-            else:
-                self.part_path(url).unlink(missing_ok=True)
-            write_atomically(self.body_path(url).with_suffix(".json"), content)
+    def write_record(self, url: str, record: FetchRecord) -> None:
+        """Keeps what became of a URL, whose body, if it has one, is written."""
+        if record.reason is not None:
+            self.forget_body(url)
+        content = json.dumps(vars(record))
+        with self.disk_errors(), open(f"{self.body_path(url)}.json", "w") as file:  # noqa: PTH123
+            file.write(content)
 
     def forget_body(self, url: str) -> None:
-        self.body_path(url).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError), self.disk_errors():
+            os.unlink(self.body_path(url))  # noqa: PTH108
 
-    # ------------------------------------------------------------------------------------- locks
-
-    @contextmanager
-    def url_lock(self, url: str) -> Iterator[None]:
+    def url_lock(self, url: str) -> AbstractContextManager[None]:
         """Held by one thread of all processes at a time."""
-        with self._any_lock([self.body_path(url).with_suffix(".lock")]):
-            yield
+        return self._url_locks.hold([_place(url)])
 
-    @contextmanager
-    def host_place(self, host: str, *, num_places: int) -> Iterator[None]:
+    def host_place(self, host: str, *, num_places: int) -> AbstractContextManager[None]:
         """One of the places of a host, of which no more are taken at a time by all processes."""
-        name = hashlib.sha256(host.encode()).hexdigest()
-        paths = [self.folder / "hosts" / f"{name}-{place}.lock" for place in range(num_places)]
-        with self._any_lock(paths):
-            yield
+        first = _place(host)
+        return self._host_locks.hold(range(first, first + num_places))
+
+
+class ByteLocks:
+    """Locks of single bytes of a file, between threads and between processes.
+
+    Args:
+        path: is made; never holds anything.
+        closed: whoever waits for a lock stops when it is set.
+    """
+
+    def __init__(self, path: Path, *, closed: threading.Event):
+        self._path = path
+        self._closed = closed
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._held: set[int] = set()  # by threads of this process, which the file knows as one
+        self._changed = threading.Condition()
+        self._has_warned = False
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
     @contextmanager
-    def _any_lock(self, paths: list[Path]) -> Iterator[None]:
-        """Waits until one of the locks is free, and holds it.
+    def hold(self, places: Sequence[int]) -> Iterator[None]:
+        """Waits until the byte at one of these places is free, and holds its lock.
 
         Raises:
             DownloadsEnded: in the meantime the downloader was closed.
         """
-        if not self._has_locks:
-            yield
-            return
-        while (held := self._try_locks(paths)) is None:
-            if self._closed.wait(SECONDS_BETWEEN_TRIES * random.uniform(0.5, 1.5)):
-                raise DownloadsEnded
-        path, descriptor = held
+        with self._changed:
+            while (held := self._try(places)) is None:
+                self._changed.wait(SECONDS_BETWEEN_TRIES * random.uniform(0.5, 1.5))
+                if self._closed.is_set():
+                    raise DownloadsEnded
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is held: millions of URLs leave no files
-            os.close(descriptor)
+            with self._changed:
+                self._held.remove(held)
+                self._lock(held, fcntl.LOCK_UN)
+                self._changed.notify_all()
 
-    def _try_locks(self, paths: list[Path]) -> tuple[Path, int] | None:
-        start = random.randrange(len(paths))
-        for path in paths[start:] + paths[:start]:
-            with self.disk_errors():
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            if self._lock(descriptor) and _is_at(path, descriptor):
-                return path, descriptor
-            os.close(descriptor)
+    def _try(self, places: Sequence[int]) -> int | None:
+        for place in places:
+            if place not in self._held and self._lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                self._held.add(place)
+                return place
         return None
 
-    def _lock(self, descriptor: int) -> bool:
+    def _lock(self, place: int, kind: int) -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(self._descriptor, kind, 1, place)
+        except (BlockingIOError, PermissionError):  # another process holds it
             return False
         except OSError as error:  # some network file systems lock nothing
-            log.warning("%s: cannot be locked (%s); run one process at a time", self.folder, error)
-            self._has_locks = False
+            if not self._has_warned:
+                message = "%s: cannot be locked (%s); run one process at a time"
+                log.warning(message, self._path, error)
+                self._has_warned = True
         return True
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file still is the one of that name, and not one that was removed."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _place(name: str) -> int:
+    return int.from_bytes(_digest(name)[:8], "big") >> 2  # offsets in files have 63 bits

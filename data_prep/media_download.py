@@ -90,6 +90,8 @@ class Downloader:
         for thread in self._threads:
             thread.join(SECONDS_TO_END / len(self._threads))
         self._fetcher.close()
+        if not any(thread.is_alive() for thread in self._threads):
+            self._cache.close()
 
     def fetch_all(self, urls: Sequence[str]) -> Iterator[bytes | BadItemError]:
         """The body of each URL, or why there is none, in their order; later ones are fetched ahead.
@@ -185,22 +187,19 @@ class Downloader:
 
     def _obtain(self, url: str, *, is_robots_txt: bool = False) -> FetchRecord:
         """The record of a URL, which is fetched if nobody has done so."""
-        record = self._cache.read_record(url)
-        if record is not None and self._is_final(url, record):
-            return record
         with self._cache.url_lock(url):
-            record = self._cache.read_record(url)  # of another thread or process, meanwhile
+            record = self._cache.read_record(url)
             if record is not None and self._is_final(url, record):
                 return record
             record = self._fetcher.fetch(
                 url,
-                self._cache.part_path(url),
+                self._cache.body_path(url),
                 max_bytes=ROBOTS_TXT_BYTES if is_robots_txt else self._max_bytes,
                 cut=is_robots_txt,
                 check_address=_allow if is_robots_txt else self._check_address,
                 check_response=_allow if is_robots_txt else self._check_response,
             )
-            self._cache.keep(url, record)
+            self._cache.write_record(url, record)
             return record
 
     def _content(self, url: str, record: FetchRecord, *, is_robots_txt: bool = False) -> bytes:

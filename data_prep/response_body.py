@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from io import FileIO
 
 from urllib3 import BaseHTTPResponse
 
@@ -26,7 +25,7 @@ class ResponseBody:
         cache: folder of the file, for what is said when its disk is full.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int, cut: bool, cache: DownloadCache):
+    def __init__(self, path: str, *, max_bytes: int, cut: bool, cache: DownloadCache):
         self._path = path
         self._max_bytes = max_bytes
         self._cut = cut
@@ -48,13 +47,13 @@ class ResponseBody:
         if encoding not in ("identity", ""):
             pieces = _decoded(pieces, encoding)
         with self._cache.disk_errors():
-            file = self._path.open("wb")
+            file = open(self._path, "wb", buffering=0)  # noqa: PTH123, SIM115
         with file:
             for piece in pieces:
                 if not self._write(piece, file):
                     return
 
-    def _write(self, piece: bytes, file: BinaryIO) -> bool:
+    def _write(self, piece: bytes, file: FileIO) -> bool:
         """Whether more is wanted."""
         room = self._max_bytes - self.num_bytes
         if len(piece) > room and not self._cut:
@@ -63,7 +62,9 @@ class ResponseBody:
         self.sha256.update(piece)
         self.num_bytes += len(piece)
         with self._cache.disk_errors():
-            file.write(piece)
+            unwritten = memoryview(piece)
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
         return self.num_bytes < self._max_bytes or not self._cut
 
     def _too_large(self, found: str) -> DownloadError:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import IncompleteRead
-from pathlib import Path
 
 from urllib3 import BaseHTTPResponse, Timeout
 from urllib3 import exceptions as urllib3_errors
@@ -62,7 +61,7 @@ class WebFetcher:
     def fetch(
         self,
         url: str,
-        path: Path,
+        path: str,
         *,
         max_bytes: int,
         cut: bool = False,
