@@ -8,8 +8,6 @@ dataset. Nothing is held in memory: duckdb reads the files again for each questi
 from __future__ import annotations
 
 import difflib
-import glob
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.config_file import InputError
+from data_prep.score_files import check_embeddings, local_copies
 from data_prep.shard_format import read_dataset_files
 
 if TYPE_CHECKING:
@@ -166,21 +165,19 @@ class SampleTable:
 
     # ----------------------------------------------------------------------------------- scores
 
-    def join_scores(self, pattern: str, *, number: int) -> None:
+    def join_scores(self, pattern: str, *, number: int, downloads: Path) -> None:
         """Adds the columns of a user's Parquet, by uid; samples without a row there have NULL.
 
         Args:
-            pattern: a file, or a glob of several.
+            pattern: a file or URL, or a glob of several.
             number: of this call; each has another.
+            downloads: folder where files from elsewhere are kept as long as the database is open.
 
         Raises:
             InputError: there is no such file or no column uid, a uid stands twice, a column is
                 known already, or no uid is one of the dataset's.
         """
-        found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
-        files = [Path(path).absolute() for path in found]
-        if not files:
-            raise InputError(f"scores: {pattern}: expected a Parquet file or a glob, found none")
+        files = local_copies(pattern, downloads=downloads / f"scores_{number}")
         self.files += files
         view = f"scores_{number}"
         with duckdb_errors(f"scores: {pattern}"):
@@ -267,32 +264,4 @@ class SampleTable:
         self._make_view()
         self.notes.append(
             f"embeddings {folder}: of {rows:,} samples, {self.info.num_samples - rows:,} have none"
-        )
-
-
-def check_embeddings(folder: Path, fingerprint: str) -> None:
-    """Checks that a folder holds the finished embeddings of a dataset.
-
-    Args:
-        folder: that python -m eval.embed wrote.
-        fingerprint: of the dataset.
-
-    Raises:
-        InputError: it is unfinished, or of another dataset.
-    """
-    path = folder / "embeddings.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["dataset_fingerprint"]
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected finished embeddings: {error.strerror}; make them, or finish them, "
-            "with python -m eval.embed"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error!r}); delete it and run eval.embed") from None
-    if found != fingerprint:
-        raise InputError(
-            f"{folder}: embeddings of another dataset, with fingerprint {found}; expected "
-            f"{fingerprint}; make them with python -m eval.embed"
         )

@@ -229,6 +229,14 @@ def test_duplicates_of_this_dataset_that_are_not_kept_are_dropped(run, dataset, 
     assert kept == ["116", "114", "113"]
 
 
+def test_duplicates_of_other_datasets_only_are_refused(run, columns, tmp_path):
+    path = write_duplicates(tmp_path / "a.parquet", "somewhere/else", columns, {5: False})
+    status, printed, _ = run(drop=[path])
+    assert status == 1
+    assert "expected duplicates in" in printed
+    assert "found elsewhere, somewhere/else; remove it from `drop`" in printed
+
+
 def test_duplicates_found_in_an_earlier_state_of_the_dataset_are_refused(
     run, dataset, columns, tmp_path
 ):
@@ -306,7 +314,24 @@ def test_scores_that_cannot_be_joined_are_refused(run, columns, tmp_path):
         assert message in printed
     (tmp_path / "s.parquet").write_bytes(b"not a table")
     assert "s.parquet: " in run(scores=[str(tmp_path / "s.parquet")])[1]
-    assert "expected a Parquet file or a glob, found none" in run(scores=["absent.parquet"])[1]
+    assert "absent.parquet: cannot be read: No such file" in run(scores=["absent.parquet"])[1]
+    assert "expected a Parquet file or a glob, found none" in run(scores=["absent*.parquet"])[1]
+
+
+def test_scores_may_come_from_elsewhere(run, columns):
+    import fsspec
+
+    elsewhere = fsspec.filesystem("memory")
+    for part in range(2):
+        uids = columns["uid"][part::2]
+        table = pyarrow.table({"uid": uids, "score": [int(uid[1:]) for uid in uids]})
+        with elsewhere.open(f"/scores/part_{part}.parquet", "wb") as file:
+            pyarrow.parquet.write_table(table, file)
+    _, printed, bitmap = run(scores=["memory://scores/part_*.parquet"], where="score < 50")
+    assert np.array_equal(bitmap, [int(uid[1:]) < 50 for uid in columns["uid"]]), printed
+    _, printed, bitmap = run(scores=["memory://scores/part_1.parquet"], where="score < 50")
+    half = [n % 2 == 1 and int(uid[1:]) < 50 for n, uid in enumerate(columns["uid"])]
+    assert np.array_equal(bitmap, half), printed
 
 
 def test_a_repeated_uid_of_the_dataset_is_refused_only_when_scores_need_it(
