@@ -160,7 +160,7 @@ class DownloadOptions(Section):
     """How media given by http and https URLs are fetched."""
 
     threads: int = free(32, ge=1)  # downloads at a time in each worker process
-    connections_per_host: int = free(4, ge=1)  # at a time, of all worker processes of a machine
+    connections_per_host: int = free(4, ge=1)  # requests at a time, of all worker processes
     connect_timeout_seconds: float = free(10.0, gt=0)
     read_timeout_seconds: float = free(20.0, gt=0)  # between two pieces of a response
     total_timeout_seconds: float = free(120.0, gt=0)  # for one response
@@ -170,7 +170,8 @@ class DownloadOptions(Section):
     obey_robots_txt: bool = True
     obey_opt_out_headers: bool = True  # X-Robots-Tag noai, noimageai, ...; TDM-Reservation
     private_hosts: bool = False  # may URLs lead to this machine or the local network?
-    retry_failed: bool = free(False)  # try again what failed in an earlier attempt
+    # fetch again what timed out, was unreachable, or ended in 429 or 5xx in an earlier attempt
+    retry_failed: bool = free(False)
     keep: bool = free(False)  # keep what was fetched after the dataset is finished
 
 

@@ -64,11 +64,9 @@ class DownloadCache:
 
     def __init__(self, folder: Path, *, closed: threading.Event):
         self.folder = folder
+        self._made_folders: set[str] = set()
         with self.disk_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "ff").exists():
-                for number in range(256):
-                    (folder / f"{number:02x}").mkdir(exist_ok=True)
             self._url_locks = ByteLocks(folder / "urls.lock", closed=closed)
             self._host_locks = ByteLocks(folder / "hosts.lock", closed=closed)
 
@@ -96,7 +94,12 @@ class DownloadCache:
     def body_path(self, url: str) -> str:
         """Where the body is, or is to be written by the holder of the URL's lock."""
         name = _digest(url).hex()
-        return f"{self.folder}/{name[:2]}/{name}"
+        folder = f"{self.folder}/{name[:2]}"
+        if name[:2] not in self._made_folders:
+            with self.disk_errors():
+                os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+            self._made_folders.add(name[:2])
+        return f"{folder}/{name}"
 
     def has_body(self, url: str) -> bool:
         return os.path.exists(self.body_path(url))  # noqa: PTH110 - in a hot path

@@ -1,7 +1,7 @@
 """What web servers say about who may use their files: robots.txt, and headers that opt out.
 
 robots.txt is read by RFC 9309: a site that answers 4xx, or without end, has no rules; one that
-cannot answer (5xx, also 429) allows nothing.
+cannot answer (5xx, also 429) allows nothing. It is fetched once for a whole run.
 """
 
 from __future__ import annotations

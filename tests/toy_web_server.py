@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BODY = b"media " * 1000
+GZIP_BOMB = gzip.compress(bytes(10_000_000), 1)
 
 
 class ToyWebServer(ThreadingHTTPServer):
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body=gzip.compress(BODY)[:-9], Content_Encoding="gzip")
 
     def gzip_bomb(self):
-        self.answer(body=gzip.compress(bytes(100_000_000), 1), Content_Encoding="gzip")
+        self.answer(body=GZIP_BOMB, Content_Encoding="gzip")
 
     def brotli(self):
         self.answer(Content_Encoding="br")
