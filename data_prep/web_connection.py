@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
@@ -161,11 +163,17 @@ def build_connection_pools(
     options = {"watch": watch, "private_hosts": private_hosts}
     http = type("WatchedHTTPConnection", (_WatchedConnection, HTTPConnection), options)
     https = type("WatchedHTTPSConnection", (_WatchedConnection, HTTPSConnection), options)
-    context = create_urllib3_context()  # one for all: making one takes longer than a request
-    context.load_default_certs()
-    manager = PoolManager(num_hosts, maxsize=connections_per_host, ssl_context=context)
+    manager = PoolManager(num_hosts, maxsize=connections_per_host, ssl_context=_tls_context())
     manager.pool_classes_by_scheme = {
         "http": type("WatchedHTTPPool", (HTTPConnectionPool,), {"ConnectionCls": http}),
         "https": type("WatchedHTTPSPool", (HTTPSConnectionPool,), {"ConnectionCls": https}),
     }
     return manager
+
+
+@lru_cache
+def _tls_context() -> ssl.SSLContext:
+    """One for the process: reading the system's certificates takes longer than many requests."""
+    context = create_urllib3_context()
+    context.load_default_certs()
+    return context

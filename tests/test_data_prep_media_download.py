@@ -421,18 +421,17 @@ def test_two_processes_ask_once_for_each_url_and_share_a_hosts_places(server, tm
 
 def test_killed_process_leaves_nothing_that_harms_the_next(server, tmp_path):
     urls = [f"{server.url}/slow/{number}" for number in range(40)]
-    for num_lines in (2, 5):
-        process = start_process(tmp_path, urls)
-        assert len(list(islice(process.stdout, num_lines))) == num_lines
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    process = start_process(tmp_path, urls)
+    assert len(list(islice(process.stdout, 5))) == 5
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
     fetched = {json.loads(path.read_text())["sha256"] for path in tmp_path.rglob("*.json")}
-    assert 5 < len(fetched) < 40
+    assert 5 <= len(fetched) < 40
     results = fetch_all(tmp_path, urls, connections_per_host=3)
     assert results == [url.removeprefix(server.url).encode() + BODY for url in urls]
     asked_again = [path for path, number in server.requests.items() if number > 1]
-    assert len(asked_again) <= 2 * 3  # what was under way, in each killed process
+    assert len(asked_again) <= 3  # what was under way
 
 
 # ------------------------------------------------------------------------------ threads and disk
