@@ -132,11 +132,9 @@ def _findings(task: RepairTask, index: ShardIndex | None) -> list[Finding]:
     fits_index = index is not None and index.tar_sha256 == tar_sha256
     if fits_index and (row is None or row.tar_sha256 != tar_sha256):
         row = manifest_row(task.folder, task.name)
-    if row is None:
-        problems = walk_tar(task.tar_path).problems
-        return [Finding(str(task.index_path), "index")] + [
-            Finding(problem, "tar") for problem in problems
-        ]
+    if row is None:  # nothing vouches for the tar
+        kind = "tar" if task.foreign is None or walk_tar(task.tar_path).problems else "index"
+        return [Finding(f"{task.index_path}: belongs to no tar", kind)]
     check = ShardCheck(
         folder=task.folder,
         tar_folder=task.tar_folder,
@@ -193,7 +191,8 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
     num_lost = _num_lost(task, index, saved)
     mender = RowMender(table, media_kind=task.media_kind, kept=task.kept)
     _write(task, index, saved, mender=mender, num_lost=num_lost)
-    how = "all carry the crc32 of the old index" if index else "whole by their headers alone"
+    compared = "whole by their headers and the Parquet" if table else "whole by their headers alone"
+    how = "all carry the crc32 of the old index" if index else compared
     text = f"{task.tar_path}: written anew with {len(saved.places)} samples ({how})"
     if num_lost:
         named = ", ".join(saved.lost[:KEYS_NAMED])
@@ -204,19 +203,19 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
 
 
 def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | None) -> SavedSamples:
-    keys, sums = [], []
-    if table is not None:
-        keys, sums = table["key"].to_pylist(), table["sha256"].to_pylist()
+    rows = [] if table is None else table.select(["key", "sha256", "captions"]).to_pylist()
     if index is None:
-        sha256_of_media = dict(zip(keys, sums, strict=True))
-        return save_by_headers(
-            task.tar_path, media_kind=task.media_kind, sha256_of_media=sha256_of_media
-        )
-    is_unique = Counter(sums)
-    keys_of_media = {
-        sha256: key for key, sha256 in zip(keys, sums, strict=True) if is_unique[sha256] == 1
-    }
-    return save_by_index(task.tar_path, index, keys_of_media=keys_of_media)
+        recorded = {row["key"]: (row["sha256"], row["captions"]) for row in rows}
+        return save_by_headers(task.tar_path, media_kind=task.media_kind, recorded=recorded)
+    num_rows = Counter(row["sha256"] for row in rows)
+    keys_of_media = {row["sha256"]: row["key"] for row in rows if num_rows[row["sha256"]] == 1}
+    recorded_sha256 = task.row.index_sha256 if task.row else None
+    return save_by_index(
+        task.tar_path,
+        index,
+        is_as_recorded=sha256_of(task.index_path) == recorded_sha256,
+        keys_of_media=keys_of_media,
+    )
 
 
 def _num_lost(task: RepairTask, index: ShardIndex | None, saved: SavedSamples) -> int:

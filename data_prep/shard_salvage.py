@@ -50,13 +50,15 @@ def _read_sample(tar: BinaryIO, key: str, members: Mapping[str, Member]) -> Samp
 
 
 def save_by_index(
-    tar_path: Path, index: ShardIndex, *, keys_of_media: Mapping[str, str]
+    tar_path: Path, index: ShardIndex, *, is_as_recorded: bool, keys_of_media: Mapping[str, str]
 ) -> SavedSamples:
     """The samples whose members all carry the crc32 that the tar's old index has for them.
 
     Args:
         tar_path: a tar, damaged or not, with members in any order.
         index: of the tar as it once was.
+        is_as_recorded: whether the index has the sha256 of the manifest. If not, its names of
+            extensions may be wrong, and the headers of the tar must agree with them.
         keys_of_media: sha256 of the media -> key, for samples of which no header can be read.
     """
     found: dict[int, tuple[str, dict[str, Member]]] = {}
@@ -66,7 +68,8 @@ def save_by_index(
             sample = read_indexed(tar, index, place, content=TarContent())
             key = sample.key or _key_by_media(sample.members, keys_of_media)
             labels[place] = key or f"number {place}"
-            if key is not None and sample.has_all_bytes:
+            is_certain = is_as_recorded or not sample.problems
+            if key is not None and sample.has_all_bytes and is_certain:
                 entries = index.entries_at(place).items()
                 found[place] = (
                     key,
@@ -99,9 +102,11 @@ def _find_elsewhere(
     if not places:
         return {}
     groups: defaultdict[frozenset, deque[str]] = defaultdict(deque)
-    members_of = {key: members for key, members in group_members(tar_path) if key not in taken}
+    members_of, _ = group_members(tar_path)
     with tar_path.open("rb") as tar:
         for key, members in members_of.items():
+            if key in taken:
+                continue
             contents = _read_sample(tar, key, members).members
             checksums = {(name, len(each), zlib.crc32(each)) for name, each in contents.items()}
             groups[frozenset(checksums)].append(key)
@@ -116,65 +121,84 @@ def _find_elsewhere(
 
 
 def save_by_headers(
-    tar_path: Path, *, media_kind: str, sha256_of_media: Mapping[str, str]
+    tar_path: Path, *, media_kind: str, recorded: Mapping[str, tuple[str, list[str]]]
 ) -> SavedSamples:
-    """The samples that have media and caption; nothing tells whether all their bytes are right.
+    """The samples that have media and captions, which are compared with what is recorded of them.
 
     Args:
         tar_path: a tar, damaged or not, with members in any order.
         media_kind: "image" or "audio".
-        sha256_of_media: key -> sha256 of its media, as far as they are known.
+        recorded: key -> (sha256 of its media, its captions), as far as they are known.
     """
-    saved = SavedSamples()
+    groups, left_out = group_members(tar_path)
+    saved = SavedSamples(lost=left_out)
     with tar_path.open("rb") as tar:
-        for key, members in group_members(tar_path):
+        for key, members in groups.items():
             sample = _read_sample(tar, key, members)
-            if _is_complete(sample, media_kind) and _has_sha256(
-                sample, media_kind, sha256_of_media.get(key)
-            ):
+            found = _media_and_captions(sample, media_kind)
+            if found is not None and found == recorded.get(key, found):
                 saved.places[key] = members
             else:
                 saved.lost.append(key)
     return saved
 
 
-def _is_complete(sample: Sample, media_kind: str) -> bool:
+def _media_and_captions(sample: Sample, media_kind: str) -> tuple[str, list[str]] | None:
+    """(sha256 of the media, captions); None if one of them is missing or cannot be read."""
+    if not any(media_kind_of(extension) == media_kind for extension in sample.members):
+        return None
     try:
-        captions_of(sample)
+        captions = captions_of(sample)
     except CorruptSampleError:
-        return False
-    return any(media_kind_of(extension) == media_kind for extension in sample.members)
-
-
-def _has_sha256(sample: Sample, media_kind: str, sha256: str | None) -> bool:
+        return None
     content = sample.members[media_extension(sample, media_kind)]
-    return sha256 is None or hashlib.sha256(content).hexdigest() == sha256
+    return hashlib.sha256(content).hexdigest(), captions
 
 
-def group_members(tar_path: Path) -> list[tuple[str, dict[str, Member]]]:
-    """(key, extension -> member) of each sample, in order of first appearance.
+def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[str]]:
+    """(key -> extension -> member, in order of first appearance; keys that are left out)
 
-    Members that stand apart are joined; of a sample that stands twice the first is taken; one with
-    damage between its members is left out, because one of them may be lost.
+    Members that stand apart are joined; of a sample that stands twice the first is taken. A sample
+    with damage between its members is left out, because one of them may be lost; one beside damage
+    too, unless it has every extension that occurs in the tar.
     """
-    runs: list[tuple[str, dict[str, Member]]] = []
-    torn: set[str] = set()
-    is_behind_damage = False
-    for member in find_members(tar_path):
-        if member is None:
-            is_behind_damage = True
-            continue
-        if runs and runs[-1][0] == member.key and member.extension not in runs[-1][1]:
-            runs[-1][1][member.extension] = member
-            if is_behind_damage:
-                torn.add(member.key)
-        else:
-            runs.append((member.key, {member.extension: member}))
-        is_behind_damage = False
+    runs, torn, beside_damage = _runs_of_members(tar_path)
     groups: dict[str, dict[str, Member]] = {}
     for key, members in runs:
         if key not in groups:
             groups[key] = members
         elif groups[key].keys().isdisjoint(members):
             groups[key] |= members
-    return [(key, members) for key, members in groups.items() if key not in torn]
+    extensions = {extension for members in groups.values() for extension in members}
+    left_out = [
+        key
+        for key, members in groups.items()
+        if key in torn or (key in beside_damage and members.keys() != extensions)
+    ]
+    for key in left_out:
+        del groups[key]
+    return groups, left_out
+
+
+def _runs_of_members(
+    tar_path: Path,
+) -> tuple[list[tuple[str, dict[str, Member]]], set[str], set[str]]:
+    """(key and members that stand side by side, keys torn by damage, keys beside damage)"""
+    runs: list[tuple[str, dict[str, Member]]] = []
+    torn: set[str] = set()
+    beside_damage: set[str] = set()
+    is_behind_damage = False
+    for member in find_members(tar_path):
+        last_key, last_run = runs[-1] if runs else (None, {})
+        if member is None:
+            is_behind_damage = True
+            beside_damage |= {last_key} if last_key is not None else set()
+            continue
+        if last_key == member.key and member.extension not in last_run:
+            last_run[member.extension] = member
+            torn |= {member.key} if is_behind_damage else set()
+        else:
+            runs.append((member.key, {member.extension: member}))
+            beside_damage |= {member.key} if is_behind_damage else set()
+        is_behind_damage = False
+    return runs, torn, beside_damage

@@ -2,7 +2,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from toy_pairs import picture_bytes, shard, write_pictures
+from toy_shards import jpeg, write_toy_dataset
 
 from data_prep.shard_format import (
     CorruptSampleError,
@@ -12,12 +12,11 @@ from data_prep.shard_format import (
     captions_of,
     split_member_name,
 )
-from data_prep.shard_writer import ShardWriter
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    return shard(write_pictures(tmp_path / "media", 8), tmp_path / "dataset")
+    return write_toy_dataset(tmp_path / "dataset")
 
 
 def test_samples_round_trip_byte_for_byte(dataset):
@@ -26,7 +25,7 @@ def test_samples_round_trip_byte_for_byte(dataset):
     for number in range(8):
         sample = read.read_sample(number)
         assert sample.key == f"{number:012d}"
-        assert sample.members["jpg"] == picture_bytes(number)
+        assert sample.members["jpg"] == jpeg(number)
         expected = [f"caption {number}"] + [f"other {number}"] * (number % 3 == 0)
         assert captions_of(sample) == expected
 
@@ -38,19 +37,6 @@ def test_python_tarfile_reads_the_same_members(dataset):
         with tarfile.open(read.tar_path(read.locate(number)[0]), "r:") as tar:
             for extension, content in sample.members.items():
                 assert tar.extractfile(f"{sample.key}.{extension}").read() == content
-
-
-def test_webdataset_reads_the_same_samples(dataset):
-    import webdataset
-
-    tars = [str(path) for path in sorted(dataset.glob("*.tar"))]
-    read = Dataset(dataset)
-    theirs = list(webdataset.WebDataset(tars, shardshuffle=False))
-    assert len(theirs) == len(read)
-    for number, sample in enumerate(theirs):
-        ours = read.read_sample(number)
-        assert sample["__key__"] == ours.key
-        assert {name: sample[name] for name in sample if name[0] != "_"} == ours.members
 
 
 def test_wrong_bytes_are_named_by_shard_and_key(dataset):
@@ -75,14 +61,6 @@ def test_an_index_survives_writing_and_reading(tmp_path):
     read = ShardIndex.read(tmp_path / "x.idx")
     assert read.to_bytes() == index.to_bytes()
     assert (read.rejected, read.long_keys) == (index.rejected, index.long_keys)
-
-
-def test_names_longer_than_ustar_holds_are_refused(tmp_path):
-    writer = ShardWriter(tmp_path, "x")
-    with pytest.raises(ValueError, match="at most 100 fit"):
-        writer.add("k" * 98, members={"txt": b""})
-    writer.discard()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_keys_end_at_the_first_dot_of_the_file_name():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.dataset_folder import finish_dataset
 from data_prep.shard_columns import shard_schema
+from data_prep.shard_format import Sample, captions_of
 from data_prep.shard_writer import ShardWriter
 
 
@@ -64,7 +65,7 @@ def write_rows(path: Path, numbers: range) -> None:
             {
                 "key": key,
                 "uid": f"u{number}",
-                "captions": [f"caption {number}"],
+                "captions": captions_of(Sample(shard="", key=key, members=members)),
                 "marks": ["image_too_small"] if number == numbers[0] else [],
                 "extension": "jpg",
                 "bytes": len(members["jpg"]),
