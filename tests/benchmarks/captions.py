@@ -19,7 +19,7 @@ NUM_RUNS = 3
 WORDS = (
     "a the two brown dog cat man woman running sitting standing on under beside green grass table "
     "kitchen street with red ball in large small photo of an old wooden boat near mountains"
-).split(" ")
+)
 EVERYTHING = {
     "strip_html": True,
     "strip_urls": True,
@@ -51,9 +51,9 @@ def main() -> None:
 
 
 def captions() -> list[str]:
-    generator = random.Random(0)
+    generator, words = random.Random(0), WORDS.split()
     return [
-        " ".join(generator.choices(WORDS, k=generator.randint(5, 18))) for _ in range(NUM_CAPTIONS)
+        " ".join(generator.choices(words, k=generator.randint(5, 18))) for _ in range(NUM_CAPTIONS)
     ]
 
 
