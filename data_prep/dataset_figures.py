@@ -173,14 +173,14 @@ def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCount
     What follows works on `value_counts`: one row per different value, which duckdb puts on disk
     where it is long.
     """
-    expression, view = measure.expression, measure.view
-    described = f"DESCRIBE SELECT {expression} FROM {view}"
-    kind = _one_row(connection, described)[1]
-    condition = f"abs({expression}) < {TOO_LARGE}" if kind in ("FLOAT", "DOUBLE") else "true"
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE value_counts AS SELECT {expression} AS value, "
-        f"count(*) AS num FROM {view} WHERE {expression} IS NOT NULL AND {condition} GROUP BY value"
+        "CREATE OR REPLACE TEMP TABLE value_counts AS "
+        f"SELECT {measure.expression} AS value, count(*) AS num FROM {measure.view} GROUP BY value"
     )
+    kind = _one_row(connection, "SELECT any_value(typeof(value)) FROM value_counts")[0]
+    # Only now, so that the expression is computed once for each row.
+    is_left_out = f" OR NOT abs(value) < {TOO_LARGE}" if kind in ("FLOAT", "DOUBLE") else ""
+    connection.execute(f"DELETE FROM value_counts WHERE value IS NULL{is_left_out}")
     num_filled, num_distinct, num_repeated, least_count = _one_row(
         connection,
         "SELECT sum(num)::BIGINT, count(*), count(*) FILTER (num > 1), min(num) FROM value_counts",
