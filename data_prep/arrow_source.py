@@ -21,8 +21,6 @@ from data_prep.table_columns import (
     ROWS_AT_ONCE,
     TableColumns,
     media_bytes,
-    part_of_struct,
-    text_values,
 )
 
 if TYPE_CHECKING:
@@ -44,8 +42,9 @@ def read_huggingface(config: MakeShards) -> Iterator[Pair]:
             columns = TableColumns(config, batch.schema, path=files.path_of(name))
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                 part = batch.slice(start, ROWS_AT_ONCE)
-                places = [f"{offset}:{start + i}" for i in range(part.num_rows)]
-                media, places = _media_of_batch(columns, part, name=name, places=places)
+                rows = [f"{offset}:{start + i}" for i in range(part.num_rows)]
+                column = part.column(config.columns.media)
+                media, places = columns.media_of_rows(column, container=name, places=rows)
                 yield from columns.pairs(part, first_row=first_row, media=media, places=places)
                 first_row += part.num_rows
 
@@ -95,23 +94,6 @@ def _read_json(config: MakeShards, name: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}") from None
     return values
-
-
-def _media_of_batch(
-    columns: TableColumns, batch: pyarrow.RecordBatch, *, name: str, places: list[str]
-) -> tuple[list[Any], list[str | None]]:
-    """(path, URL or container; place in the container) of each row."""
-    media_name = columns.config.columns.media
-    column = batch.column(media_name)
-    if columns.holds_paths:
-        return text_values(column, name=media_name, path=columns.path), [None] * len(places)
-    if not columns.has_path:
-        return [name] * len(places), list(places)
-    is_inline = part_of_struct(column, "bytes").is_valid().to_pylist()
-    paths = text_values(part_of_struct(column, "path"), name=media_name, path=columns.path)
-    media = [name if inline else path for inline, path in zip(is_inline, paths, strict=True)]
-    found = [place if inline else None for inline, place in zip(is_inline, places, strict=True)]
-    return media, found
 
 
 # -------------------------------------------------------------------------------- record batches

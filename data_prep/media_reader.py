@@ -39,7 +39,6 @@ class MediaReader:
     def __init__(self, config: MakeShards, downloads: Path):
         self.config = config
         self.downloads = downloads
-        self._format = format_of(config)
         self._folder = input_folder_of(config)
         self._root = media_root_of(config)
         self._exits = ExitStack()
@@ -123,10 +122,11 @@ class MediaReader:
 
     def _open_container(self, path: str) -> Any:
         max_bytes = self.config.max_media_bytes
-        if self._format == "webdataset":
+        file_format = format_of(self.config)
+        if file_format == "webdataset":
             return TarMedia(path, max_bytes=max_bytes)
         column = self.config.columns.media
-        return CONTAINERS[self._format](path, column=column, max_bytes=max_bytes)
+        return CONTAINERS[file_format](path, column=column, max_bytes=max_bytes)
 
     def _close_container(self) -> None:
         if self._container is not None:

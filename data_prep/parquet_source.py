@@ -22,8 +22,6 @@ from data_prep.table_columns import (
     ROWS_AT_ONCE,
     TableColumns,
     media_bytes,
-    part_of_struct,
-    text_values,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +84,9 @@ def _pairs_of_file(
         for batch in file.iter_batches(
             ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
         ):
-            media, places = _media_of_batch(columns, batch, media_column, name=name, start=start)
+            column = batch.column(config.columns.media) if media_column else None
+            rows = [str(start + i) for i in range(batch.num_rows)]
+            media, places = columns.media_of_rows(column, container=name, places=rows)
             yield from columns.pairs(
                 batch, first_row=first_row + start + 1, media=media, places=places
             )
@@ -107,30 +107,6 @@ def _media_column(columns: TableColumns, group: Any) -> str | None:
     if num_nulls == 0:
         return None
     return f"{column}.path" if num_nulls == group.num_rows else column
-
-
-def _media_of_batch(
-    columns: TableColumns,
-    batch: pyarrow.RecordBatch,
-    media_column: str | None,
-    *,
-    name: str,
-    start: int,
-) -> tuple[list[Any], list[str | None]]:
-    """(path, URL or container; place in the container) of each row."""
-    rows = [str(start + i) for i in range(batch.num_rows)]
-    if media_column is None:
-        return [name] * batch.num_rows, list(rows)
-    column = batch.column(columns.config.columns.media)
-    if columns.holds_paths:
-        return text_values(column, name=media_column, path=columns.path), [None] * batch.num_rows
-    paths = text_values(part_of_struct(column, "path"), name=media_column, path=columns.path)
-    if media_column.endswith(".path"):
-        return paths, [None] * batch.num_rows
-    is_inline = part_of_struct(column, "bytes").is_valid().to_pylist()
-    media = [name if inline else path for inline, path in zip(is_inline, paths, strict=True)]
-    places = [row if inline else None for inline, row in zip(is_inline, rows, strict=True)]
-    return media, places
 
 
 class ParquetMedia:

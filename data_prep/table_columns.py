@@ -73,6 +73,30 @@ class TableColumns:
             return found
         return [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in found]
 
+    def media_of_rows(
+        self, column: pyarrow.Array | None, *, container: str, places: list[str]
+    ) -> tuple[list[Any], list[str | None]]:
+        """(path, URL or container; place in the container) of each row.
+
+        Args:
+            column: what was read of the media; None: nothing, as every row has its bytes inline;
+                a struct may have come without its bytes, where no row has any.
+            container: name of the file that holds the table.
+            places: place in the container of each row.
+        """
+        name = self.config.columns.media
+        if self.holds_paths:
+            return text_values(column, name=name, path=self.path), [None] * len(places)
+        if column is None or not self.has_path:
+            return [container] * len(places), list(places)
+        paths = text_values(part_of_struct(column, "path"), name=name, path=self.path)
+        if column.type.get_field_index("bytes") < 0:
+            return paths, [None] * len(places)
+        is_inline = part_of_struct(column, "bytes").is_valid().to_pylist()
+        choices = zip(is_inline, paths, places, strict=True)
+        found = [(container, place) if inline else (path, None) for inline, path, place in choices]
+        return [media for media, _ in found], [place for _, place in found]
+
     def pairs(
         self,
         batch: pyarrow.RecordBatch,

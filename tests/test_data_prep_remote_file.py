@@ -1,56 +1,17 @@
 import json
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from toy_sources import config_for, contents_of, pairs_of
+from toy_sources import config_for, contents_of, pairs_of, served
 
 from data_prep import remote_file, web_file
 from data_prep.config import Columns
 from data_prep.config_file import InputError
 from data_prep.input_files import format_of, media_root_of
 from data_prep.pair_sources import input_state
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves `files`, in parts where asked to; breaks off after `most_bytes`."""
-
-    files: dict[str, bytes] = {}
-    knows_ranges = True
-    most_bytes = 1 << 30
-
-    def do_GET(self):
-        content = self.files.get(self.path)
-        if content is None:
-            self.send_error(403 if "secret" in self.path else 404)
-            return
-        start = 0
-        if self.knows_ranges and (asked := self.headers.get("Range")):
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", '"1"')
-        self.end_headers()
-        self.wfile.write(content[start : start + self.most_bytes])
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def served(files, **attributes):
-    handler = type("TestHandler", (Handler,), {"files": files, **attributes})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
 
 # ---------------------------------------------------------------------------------- web files
 

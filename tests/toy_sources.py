@@ -1,5 +1,8 @@
-"""Short ways to read the pairs and the media of an input, for the tests of the sources."""
+"""Short ways to read the pairs and the media of an input, and a web server, for its tests."""
 
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from data_prep.config import MakeShards
@@ -34,3 +37,39 @@ def contents_of(
         found = list(reader.read_all(items))
     assert [item for item, _ in found] == items
     return [c.reason if isinstance(c, BadItemError) else c for _, c in found]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `files`, in parts where asked to; breaks off after `most_bytes`."""
+
+    files: dict[str, bytes] = {}
+    knows_ranges = True
+    most_bytes = 1 << 30
+
+    def do_GET(self):
+        content = self.files.get(self.path)
+        if content is None:
+            self.send_error(403 if "secret" in self.path else 404)
+            return
+        start = 0
+        if self.knows_ranges and (asked := self.headers.get("Range")):
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(content[start : start + self.most_bytes])
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def served(files: dict[str, bytes], **attributes):
+    """Root of a web server on this machine with these files: path -> content."""
+    handler = type("TestHandler", (Handler,), {"files": files, **attributes})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
