@@ -17,7 +17,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,11 @@ def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
             is_locked = _lock(path, fcntl.LOCK_EX, stack) and is_locked
         elif is_locked:
             remove_leftovers(folder)
-        yield is_locked
+        try:
+            yield is_locked
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing came of it
 
 
 def _lock(path: Path, kind: int, stack: ExitStack) -> bool:

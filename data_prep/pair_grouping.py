@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -44,6 +45,7 @@ PAIRS_WITH_REPEATS = f"""
 """
 
 
+@cache
 def pair_schema() -> pyarrow.Schema:
     """The columns of a pair in a Parquet: its fields."""
     types = {"row": pyarrow.int64(), "marks": pyarrow.list_(pyarrow.string())}

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from data_prep.caption_cleaning import CaptionCleaner
 from data_prep.config import CaptionOptions, MakeShards
-from data_prep.config_file import InputError
+from data_prep.kept_columns import KeptTypes, check_kept_names
 from data_prep.pair import Pair
 from data_prep.pair_grouping import schema_with, table_of_pairs
 from data_prep.pair_sources import read_pairs
-from data_prep.shard_columns import KeptType, own_columns
+from data_prep.shard_columns import KeptType
 from data_prep.worker_pool import run_in_order
 
 PAIRS_PER_CHUNK = 4096
@@ -43,29 +42,17 @@ def scan_pairs(config: MakeShards, path: Path) -> PairScan:
     """
     import pyarrow.parquet
 
-    check_kept_names(config)
+    check_kept_names(config.keep_columns, media_kind=config.media)
     clean = partial(clean_pairs, options=config.captions, mark_only=config.mark_only)
-    num_pairs, kept = 0, _KeptTypes(config.keep_columns)
+    num_pairs, kept = 0, KeptTypes(config.keep_columns)
     with pyarrow.parquet.ParquetWriter(path, schema_with("n"), compression="zstd") as writer:
         for pairs in run_in_order(clean, _chunks(read_pairs(config)), workers=config.workers):
-            kept.add(pairs)
+            for pair in pairs if config.keep_columns else ():
+                kept.add(json.loads(pair.kept or "{}"))
             places = range(num_pairs, num_pairs + len(pairs))
             writer.write_table(table_of_pairs(pairs, n=places))
             num_pairs += len(pairs)
-    return PairScan(num_pairs, kept.types(config))
-
-
-def check_kept_names(config: MakeShards) -> None:
-    """
-    Raises:
-        InputError: a column to keep has the name of one of ours.
-    """
-    taken = own_columns(config.media).intersection(config.keep_columns)
-    if taken:
-        raise InputError(
-            f"keep_columns: the Parquet has columns {', '.join(sorted(taken))} of its own; rename "
-            "yours in the input, or leave them out"
-        )
+    return PairScan(num_pairs, kept.types(found_in=config.input))
 
 
 def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
@@ -112,59 +99,3 @@ def _printable(pair: Pair) -> Pair:
     """A rejected pair whose texts may be no UTF-8, as it can be listed."""
     media = pair.media.encode("utf-8", errors="backslashreplace").decode()
     return dataclasses.replace(pair, media=media, caption="", class_name=None, uid=None, kept=None)
-
-
-# ------------------------------------------------------------------------------ columns to keep
-
-
-class _KeptTypes:
-    """The narrowest type that holds all values of each column to keep."""
-
-    def __init__(self, columns: tuple[str, ...]):
-        self._types: dict[str, KeptType | None] = dict.fromkeys(columns)
-
-    def add(self, pairs: list[Pair]) -> None:
-        if not self._types:
-            return
-        for pair in pairs:
-            for name, value in json.loads(pair.kept or "{}").items():
-                self._types[name] = _common_type(self._types[name], value)
-
-    def types(self, config: MakeShards) -> dict[str, KeptType]:
-        """
-        Raises:
-            InputError: a column to keep has no value anywhere.
-        """
-        for name, kind in self._types.items():
-            if kind is None:
-                raise InputError(
-                    f"{config.input}: keep_columns: {name!r} has no value in any row; check its "
-                    "spelling, or leave it out"
-                )
-        return {name: kind for name, kind in self._types.items() if kind is not None}
-
-
-def _common_type(known: KeptType | None, value: Any) -> KeptType | None:
-    if value is None or known == "string":
-        return known
-    found: KeptType = "string"
-    if isinstance(value, bool):
-        found = "bool"
-    elif isinstance(value, int) and -(2**63) <= value < 2**63:
-        found = "int64"
-    elif isinstance(value, float):
-        found = "double"
-    if known in (None, found):
-        return found
-    return "double" if {known, found} == {"int64", "double"} else "string"
-
-
-def kept_value(value: Any, kind: KeptType) -> Any:
-    """A value of a column to keep, as the column's type takes it."""
-    if value is None:
-        return None
-    if kind == "double":
-        return float(value)
-    if kind == "string" and not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return value

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -19,15 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from data_prep.config import MakeShards
 from data_prep.item_plan import ItemPlan
+from data_prep.kept_columns import kept_value
 from data_prep.media_decode import MediaError
 from data_prep.media_preparation import PreparedMedia, prepare_media
 from data_prep.media_reader import MediaReader
 from data_prep.pair import BadItemError, Item, Pair
-from data_prep.pair_scan import kept_value
 from data_prep.shard_columns import shard_schema
 from data_prep.shard_format import write_atomically
+from data_prep.shard_parquet import write_shard_parquet
 from data_prep.shard_writer import ShardWriter
 
 DOWNLOAD_FOLDER = "downloads"
@@ -84,8 +86,7 @@ def write_shard(task: ShardTask) -> int:
             items = task.plan.read_items(task.number)
             content = _write_items(items, writer, task=task, reader=reader)
             _write_rejected(rejected_path(config.output, task.name), content.rejected)
-            parquet = _parquet(content.rows, task)
-            write_atomically(config.output / f"{task.name}.parquet", parquet)
+            write_shard_parquet(config.output / f"{task.name}.parquet", _table(content.rows, task))
             rejected = Counter(pair.reason for pair in content.rejected) + content.dropped_clips
             marked = Counter(mark for row in content.rows for mark in row["marks"])
             writer.finish(rejected=dict(rejected), marked=dict(marked))
@@ -189,15 +190,9 @@ def _row(
     }
 
 
-def _parquet(rows: Sequence[dict[str, Any]], task: ShardTask) -> bytes:
-    import pyarrow
-    import pyarrow.parquet
-
+def _table(rows: Sequence[dict[str, Any]], task: ShardTask) -> pyarrow.Table:
     schema = shard_schema(task.config.media, kept=task.plan.kept)
-    sink = io.BytesIO()
-    table = pyarrow.Table.from_pylist(list(rows), schema=schema)
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return pyarrow.Table.from_pylist(list(rows), schema=schema)
 
 
 def _write_rejected(path: Path, pairs: Sequence[Pair]) -> None:

@@ -47,7 +47,7 @@ def write_pictures(folder: Path, number: int) -> Path:
 def shard(manifest: Path, output: Path, **fields) -> Path:
     """Makes a dataset of pictures, three samples per shard unless told otherwise."""
     fields = {"media": "image", "samples_per_shard": 3} | fields
-    make_shards(MakeShards(input=manifest, output=output, **fields))
+    make_shards(MakeShards(input=str(manifest), output=output, **fields))
     return output
 
 
