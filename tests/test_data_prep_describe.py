@@ -1,132 +1,26 @@
 """The data sheet: its figures beside slow counts in Python, and the page itself."""
 
-import hashlib
-import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import regex
-import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from toy_sheets import PICTURE_COLUMNS, assert_counts, picture_row, sound_row, write_dataset
 
 from data_prep import describe as verb
 from data_prep.config import Describe
 from data_prep.config_file import InputError
 from data_prep.data_sheet import SheetContent
-from data_prep.dataset_figures import QUANTILES, Measure, count_values
 from data_prep.describe import describe, measure
-from data_prep.figure_text import bytes_text, duration_text, number_text, share_text, value_text
-from data_prep.histogram_bins import histogram_edges
 from data_prep.rejected_pairs import rejected_examples
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import (
-    DatasetInfo,
-    fingerprint_of,
-    manifest_row,
-    write_dataset_files,
-)
-from data_prep.shard_writer import ShardWriter
-from data_prep.sheet_charts import histogram_chart, measure_block
-from data_prep.sheet_gallery import spread_ranks
 from data_prep.subset import Subset
 
 CONFIG = str(Path(__file__).parent.parent / "configs/data_prep/describe.yaml")
-TEXTS = (
-    "a red circle",
-    "A  red\tcircle, <b>large</b> & round",
-    "\u043a\u0440\u0430\u0441\u043d\u044b\u0439 \u043a\u0440\u0443\u0433",
-    "\u7ea2\u8272\u7684\u5706\u5708",
-    "it's 2 o'clock",
-    "1234",
-)
-
-
-# ------------------------------------------------------------------------------ small datasets
-
-
-def picture_row(number):
-    rng = np.random.default_rng(number // 2 if number % 7 == 1 else number)  # some are copies
-    height, width = (int(side) for side in rng.integers(20, 90, 2))
-    sink = io.BytesIO()
-    image_format = ("JPEG", "PNG")[number % 2]
-    Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
-        sink, image_format
-    )
-    captions = [TEXTS[(number + each) % len(TEXTS)] + " !" * (number % 4) for each in range(2)]
-    values = {
-        "captions": captions[: 1 + number % 2],
-        "height": height,
-        "width": width,
-        "is_reencoded": number % 3 == 0,
-        "language": (None, "en", "ru")[number % 3],
-        "marks": ["image_too_small"] if number % 5 == 0 else [],
-        "class_name": ("cat", "dog")[number % 2],
-        "Licence": ("CC0", None, "<i>own</i>")[number % 3],
-        'price in $ "x"': number / 7 if number % 4 else float("nan"),
-        "filename": f"{number}.bin",
-    }
-    return sink.getvalue(), ("jpg", "png")[number % 2], values
-
-
-PICTURE_COLUMNS = {"Licence": "string", 'price in $ "x"': "double", "filename": "string"}
-
-
-def sound_row(number):
-    rate, sink = 16000, io.BytesIO()
-    tone = 0.5 * np.sin(np.arange(rate // 4 + 100 * number) * 0.05)
-    soundfile.write(sink, tone, rate, format="WAV")
-    values = {
-        "captions": [f"tone {number}"],
-        "seconds": len(tone) / rate,
-        "sample_rate_hz": rate,
-        "channels": 1,
-        "is_reencoded": False,
-    }
-    return sink.getvalue(), "wav", values
-
-
-def write_dataset(folder, samples, *, media="image", kept=None, per_shard=8, **info):
-    """A dataset as make_shards leaves it: [(media bytes, extension, values of columns)]."""
-    folder.mkdir(parents=True)
-    schema = shard_schema(media, kept=kept or {})
-    manifest = []
-    for start in range(0, len(samples), per_shard):
-        name = f"{len(manifest):08d}"
-        writer, rows = ShardWriter(folder, name), []
-        for place, (content, extension, values) in enumerate(samples[start : start + per_shard]):
-            key = f"{start + place:012d}"
-            metadata = {"captions": values["captions"], "class_name": values.get("class_name")}
-            members = {extension: content, "json": json.dumps(metadata).encode()}
-            writer.add(key, members=members)
-            sha256 = hashlib.sha256(content).hexdigest()
-            own = {"key": key, "uid": key, "extension": extension, "bytes": len(content)}
-            rows.append(own | {"sha256": sha256, "source_row": start + place} | values)
-        table = pyarrow.Table.from_pylist(rows, schema=schema)
-        pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
-        writer.finish()
-        manifest.append(manifest_row(folder, name))
-    whole = DatasetInfo(
-        media=media,
-        fields=[],
-        num_samples=len(samples),
-        num_shards=len(manifest),
-        tar_bytes=sum(row.tar_bytes for row in manifest),
-        fingerprint=fingerprint_of(manifest),
-        **info,
-    )
-    write_dataset_files(folder, whole, manifest=manifest)
-    return whole
-
-
 NUM_PICTURES = 30
 
 
@@ -188,94 +82,6 @@ def test_figures_are_those_of_a_slow_count(pictures):
     kind, counts = figures.kept['price in $ "x"']
     assert kind == "DOUBLE"
     assert_counts(counts, [price for price in prices if price == price])
-
-
-def assert_counts(counts, values):
-    """Checks counts of numbers against numpy."""
-    assert counts.num_filled == len(values)
-    assert counts.num_distinct == len(set(values))
-    frequent = Counter(values)
-    assert counts.most_frequent == sorted(frequent.items(), key=lambda e: (-e[1], e[0]))[:40]
-    assert counts.num_repeated == sum(num > 1 for num in frequent.values())
-    assert counts.least_count == min(frequent.values())
-    spread = counts.spread
-    assert (spread.least, spread.largest) == (min(values), max(values))
-    expected = np.quantile(np.array(values, dtype=float), QUANTILES, method="inverted_cdf")
-    assert spread.quantiles == tuple(expected)
-    if counts.num_distinct > 12:
-        edges = spread.histogram.edges
-        found = np.histogram(values, bins=[*edges[:-1], np.nextafter(edges[-1], -np.inf)])[0]
-        assert spread.histogram.counts == found.tolist()
-    else:
-        assert spread.histogram is None
-
-
-numbers = st.one_of(
-    st.lists(st.integers(-50, 5000), min_size=1, max_size=60),
-    st.lists(st.integers(1, 2**40), min_size=1, max_size=60),
-    st.lists(st.floats(-1e99, 1e99), min_size=1, max_size=60),
-    st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=60),
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(numbers)
-def test_numbers_of_any_kind_are_counted_as_numpy_does(values):
-    with duckdb.connect() as connection:
-        connection.register("numbers", pyarrow.table({"x": [*values, None]}))
-        assert_counts(count_values(connection, Measure("x", "x", view="numbers")), values)
-
-
-def test_what_is_no_number_is_left_out():
-    with duckdb.connect() as connection:
-        values = [1.0, float("nan"), float("inf"), -float("inf"), None, 1e300]
-        connection.register("numbers", pyarrow.table({"x": values}))
-        counts = count_values(connection, Measure("x", "x", view="numbers"))
-        assert counts.most_frequent == [(1.0, 1)]
-        connection.register("nothing", pyarrow.table({"x": pyarrow.array([None], "double")}))
-        assert count_values(connection, Measure("x", "x", view="nothing")).num_distinct == 0
-
-
-@settings(deadline=None)
-@given(
-    st.one_of(
-        st.tuples(*[st.integers(-(2**62), 2**62)] * 3),
-        st.tuples(*[st.integers(0, 300)] * 3),
-        st.tuples(*[st.floats(-1e99, 1e99)] * 3),
-        st.tuples(*[st.floats(1e-300, 1e99)] * 3),
-    ).filter(lambda values: min(values) < max(values))
-)
-def test_bins_are_few_and_hold_every_value(values):
-    least, median, largest = sorted(values)
-    is_whole = isinstance(least, int)
-    edges, is_in_ratios = histogram_edges(least, median, largest, is_whole=is_whole)
-    assert edges[0] <= least and largest < edges[-1]
-    assert edges == sorted(edges)
-    assert 2 <= len(edges) <= 40
-    assert not is_in_ratios or edges[0] > 0
-    assert not is_whole or all(isinstance(edge, int) for edge in edges)
-
-
-def test_bins_have_round_edges():
-    assert histogram_edges(1, 9, 21, is_whole=True) == (list(range(1, 23)), False)
-    assert histogram_edges(0.1, 0.5, 0.9, is_whole=False)[0][:3] == [0.1, 0.15, 0.2]
-    edges, is_in_ratios = histogram_edges(5, 50, 890, is_whole=True)
-    assert is_in_ratios
-    assert edges == [5, 6, 7, *(2**power * part for power in range(1, 8) for part in (4, 5, 6, 7))]
-
-
-@pytest.mark.parametrize("values", [[1e-300, 1.0, 1e99], [-1e99, 0.5, 1e99], [2**62 - 40, 2**62]])
-def test_a_chart_can_be_drawn_of_any_range(values):
-    spread = np.linspace(values[0], values[-1], 20).tolist()
-    spread = [int(value) for value in spread] if isinstance(values[0], int) else spread
-    with duckdb.connect() as connection:
-        connection.register("numbers", pyarrow.table({"x": [*values, *spread]}))
-        counts = count_values(connection, Measure("x", "x", view="numbers"))
-    if counts.spread.histogram:
-        assert "<svg" in histogram_chart(counts.spread.histogram, Measure("x", "x"))
-    assert (
-        "median" in measure_block(Measure("x", "x"), counts, whole=30) or counts.num_distinct < 13
-    )
 
 
 def test_a_subset_is_described_as_a_dataset_of_its_own(pictures, tmp_path):
@@ -368,32 +174,6 @@ def test_a_damaged_sample_is_shown_as_such(tmp_path):
     page = sheet(tmp_path / "some", tmp_path / "sheet.html")
     assert page.count('badge bad">damaged') == 1
     assert page.count("<img ") == 3
-
-
-def test_shown_samples_come_from_all_parts():
-    assert spread_ranks(0, num_shown=5, seed=0) == []
-    assert spread_ranks(9, num_shown=0, seed=0) == []
-    assert spread_ranks(3, num_shown=5, seed=0) == [0, 1, 2]
-    ranks = spread_ranks(1000, num_shown=10, seed=4)
-    assert [rank // 100 for rank in ranks] == list(range(10))
-    assert ranks != spread_ranks(1000, num_shown=10, seed=5)
-
-
-def test_figures_read_well():
-    numbers = (0, 1234, 0.5, 1234.5, 123.456, 1e-7, 2**70)
-    expected = ["0", "1,234", "0.5", "1,234", "123.5", "1e-07", f"{2**70:,}"]
-    assert [number_text(number) for number in numbers] == expected
-    assert [share_text(part, 1000) for part in (0, 0.1, 1, 500, 999.9, 1000)] == [
-        *("0 %", "< 0.1 %", "0.1 %", "50 %", "> 99.9 %", "100 %")
-    ]
-    assert [bytes_text(size) for size in (1, 1500, 2e9, 5e15)] == [
-        *("1 bytes", "1.5 kB", "2 GB", "5,000.0 TB")
-    ]
-    assert [duration_text(each) for each in (1.5, 600, 36000)] == [
-        *("1.5 seconds", "10 minutes", "10.0 hours")
-    ]
-    assert value_text("x" * 400) == "x" * 300 + " ..."
-    assert value_text(True) == "True"
 
 
 # --------------------------------------------------------------------------- drops, duplicates
