@@ -12,7 +12,8 @@ from data_prep.config import MakeShards
 from data_prep.config_file import InputError
 from data_prep.dataset_folder import finish_dataset, is_finished, sum_rejected
 from data_prep.item_plan import ItemPlan
-from data_prep.pair_shard import CLIP_PREFIX, DOWNLOAD_FOLDER, ShardTask, rejected_path
+from data_prep.pair import CLIP_PREFIX
+from data_prep.pair_shard import DOWNLOAD_FOLDER, ShardTask, rejected_path
 from data_prep.pair_sources import media_root_of
 from data_prep.shard_format import ShardIndex, temporary_name
 
@@ -58,7 +59,13 @@ def finish_shards(config: MakeShards, plan: ItemPlan) -> None:
             f"see {config.output / 'rejected.jsonl'}"
         )
     names = [shard.name for shard in shards]
-    info = finish_dataset(config.output, names, media=config.media, preparation=plan.made_from)
+    info = finish_dataset(
+        config.output,
+        names,
+        media=config.media,
+        preparation=plan.made_from,
+        num_pairs=plan.num_pairs,
+    )
     if not config.download.keep:
         shutil.rmtree(config.output / DOWNLOAD_FOLDER, ignore_errors=True)
     notes = f"; {by_reason(rejected)} rejected, see rejected.jsonl" if rejected else ""

@@ -163,6 +163,7 @@ def finish_dataset(
     *,
     media: str,
     preparation: dict[str, Any],
+    num_pairs: int | None = None,
     tar_folder: str = ".",
 ) -> DatasetInfo:
     """Writes manifest.jsonl and dataset.json of finished shards.
@@ -190,6 +191,7 @@ def finish_dataset(
         rejected=dict(sorted(rejected.items())),
         marked=dict(sorted(marked.items())),
         preparation=preparation,
+        num_pairs=num_pairs,
         isopair_version=_isopair_version(),
         tar_folder=tar_folder,
     )

@@ -83,7 +83,12 @@ def _repair(folder: Path, *, workers: int) -> RepairReport:
     if not _is_closed(folder, names) and all(read_index(folder / f"{name}.idx") for name in names):
         old = info.fingerprint if info else None
         new = finish_dataset(
-            folder, names, media=media, preparation=origin.preparation, tar_folder=tar_folder
+            folder,
+            names,
+            media=media,
+            preparation=origin.preparation,
+            num_pairs=info.num_pairs if info else None,
+            tar_folder=tar_folder,
         )
         report.done.append(f"{folder}: manifest.jsonl and dataset.json made again")
         if old not in (None, new.fingerprint):

@@ -25,6 +25,10 @@ FILTER_REASONS = frozenset(
     }
 )
 
+# A clip that a filter drops while other clips of the same sound stay is no rejected pair: it is
+# counted under the filter's name after this.
+CLIP_PREFIX = "clip_"
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:

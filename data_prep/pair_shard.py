@@ -26,15 +26,13 @@ from data_prep.kept_columns import kept_value
 from data_prep.media_decode import MediaError
 from data_prep.media_preparation import PreparedMedia, prepare_media
 from data_prep.media_reader import MediaReader
-from data_prep.pair import BadItemError, Item, Pair
+from data_prep.pair import CLIP_PREFIX, BadItemError, Item, Pair
 from data_prep.shard_columns import shard_schema
 from data_prep.shard_format import write_atomically
 from data_prep.shard_parquet import write_shard_parquet
 from data_prep.shard_writer import ShardWriter
 
 DOWNLOAD_FOLDER = "downloads"
-# A clip that a filter drops while other clips of the same sound stay is no rejected pair.
-CLIP_PREFIX = "clip_"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ config.input -> format_of -> read_pairs: one Pair per caption, streamed in a fix
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -42,6 +43,7 @@ READERS: dict[str, Callable[[MakeShards], Iterator[Pair]]] = {
     "huggingface": read_huggingface,
     "webdataset": read_webdataset,
 }
+MANIFESTS = ("csv", "tsv", "jsonl", "coco")
 # Settings that only some formats can honour.
 FORMATS_OF_SETTING = {
     "quotes": ("csv", "tsv"),
@@ -83,7 +85,7 @@ def _check_settings(config: MakeShards, file_format: str) -> None:
 
 
 def input_state(config: MakeShards) -> dict[str, Any]:
-    """What identifies the input: its format, and the names and sizes of its files.
+    """What identifies the input: its format, names and sizes of its files, and of manifests sha256.
 
     Raises:
         InputError: as read_pairs.
@@ -100,7 +102,19 @@ def input_state(config: MakeShards) -> dict[str, Any]:
             return state | state_of_files(remote_file.list_files(config.input, with_sizes=True))
     if file_format == "huggingface":
         return state | state_of_files(_with_sizes(arrow_files(config)))
-    return state | state_of_files(_with_sizes(files_of_input(config, file_format)))
+    files = files_of_input(config, file_format)
+    state |= state_of_files(_with_sizes(files))
+    return state | (_content_of(files) if file_format in MANIFESTS else {})
+
+
+def _content_of(files: InputFiles) -> dict[str, str]:
+    """sha256 over local manifests: a caption may change while the size stays."""
+    digest = hashlib.sha256()
+    for path in map(files.path_of, files.names):
+        if (local := remote_file.local_path(path)) is not None:
+            with readable_input(path), local.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"sha256": digest.hexdigest()}
 
 
 def _with_sizes(files: InputFiles) -> Iterator[remote_file.FoundFile]:

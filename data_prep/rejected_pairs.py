@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import InputError
-from data_prep.item_plan import PLAN_FOLDER, read_plan
-from data_prep.pair import FILTER_REASONS
-from data_prep.pair_shard import CLIP_PREFIX
+from data_prep.pair import CLIP_PREFIX, FILTER_REASONS
 from data_prep.shard_format import DatasetInfo
 
 NUM_EXAMPLES = 3
@@ -42,7 +40,7 @@ def read_rejections(folder: Path, info: DatasetInfo) -> list[Rejection]:
     Raises:
         InputError: rejected.jsonl is damaged.
     """
-    num_pairs = num_input_pairs(folder, info)
+    num_pairs = num_input_pairs(info)
     examples = rejected_examples(folder / "rejected.jsonl", set(info.rejected))
     return [
         Rejection(
@@ -65,11 +63,11 @@ def kind_of(reason: str) -> str:
     return "download" if reason.startswith("download_") else "unusable"
 
 
-def num_input_pairs(folder: Path, info: DatasetInfo) -> int | None:
+def num_input_pairs(info: DatasetInfo) -> int | None:
     """How many pairs were in the input; None where that is not recorded."""
     if info.preparation.get("command") == "index_shards":
         return info.num_samples + sum(info.rejected.values())
-    return read_plan(folder).num_pairs if (folder / PLAN_FOLDER).exists() else None
+    return info.num_pairs
 
 
 def rejected_examples(path: Path, reasons: set[str]) -> dict[str, list[dict[str, Any]]]:

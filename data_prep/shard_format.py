@@ -229,6 +229,7 @@ class DatasetInfo:
     rejected: dict[str, int] = field(default_factory=dict)  # pairs dropped, by reason
     marked: dict[str, int] = field(default_factory=dict)  # samples that a filter only marked
     preparation: dict[str, Any] = field(default_factory=dict)  # config that made the dataset
+    num_pairs: int | None = None  # pairs in the input, with those dropped; None: not recorded
     isopair_version: str = ""
     tar_folder: str = "."  # where the tars are, from this folder
     format_version: int = FORMAT_VERSION

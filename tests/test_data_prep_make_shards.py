@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -164,35 +163,6 @@ def test_class_names_and_uids_are_kept_in_json_and_parquet(tmp_path):
     (row,) = pyarrow.parquet.read_table(dataset / "00000000.parquet").to_pylist()
     assert (row["uid"], row["class_name"], row["source"]) == ("u1", "tone", "a.wav")
     assert (row["seconds"], row["sample_rate_hz"]) == (0.2, 8000)  # 1600 samples at 8 kHz
-
-
-def test_jsonl_rows_may_hold_a_list_of_captions(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture_bytes(0, "PNG"))
-    manifest = tmp_path / "pairs.jsonl"
-    manifest.write_text(json.dumps({"path": "a.png", "caption": ["one", "two"]}) + "\n")
-    assert all_captions(shard(manifest, tmp_path / "dataset")) == [["one", "two"]]
-
-
-def test_a_folder_takes_captions_from_the_files_beside_its_media(tmp_path):
-    folder = tmp_path / "media"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "a.jpg").write_bytes(picture_bytes(0))
-    (folder / "a.txt").write_text("from txt\n")
-    (folder / "sub" / "b.webp").write_bytes(picture_bytes(1, "WEBP"))
-    (folder / "sub" / "b.json").write_text('{"captions": ["x", "y"], "class_name": "c"}')
-    (folder / "notes.md").write_text("no pair")
-    dataset = shard(folder, tmp_path / "dataset")
-    assert all_captions(dataset) == [["from txt"], ["x", "y"]]
-    assert metadata_of(Dataset(dataset).read_sample(1))["class_name"] == "c"
-
-
-def test_quotation_marks_in_a_tsv_are_plain_text(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture_bytes(0))
-    rows = [("a.jpg", '"Hello" on a sign'), ("a.jpg", '"open')]
-    manifest = write_tsv(tmp_path / "pairs.tsv", rows)
-    assert all_captions(shard(manifest, tmp_path / "d")) == [['"Hello" on a sign', '"open']]
-    with pytest.raises(InputError, match=r"line 2: .*quotes=false"):
-        shard(manifest, tmp_path / "quoted", quotes=True)
 
 
 # ----------------------------------------------------------------------------------- bad pairs
