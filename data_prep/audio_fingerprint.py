@@ -1,23 +1,24 @@
-"""What near-duplicate clips are found by: how loud each frequency band is over time, coarsely.
+"""What near-duplicate clips are found by: whether neighbouring bands draw apart or together.
 
-Loudness is in decibels above a floor that is relative to the clip's own mean, so that gain does not
-matter and what lies far below the mean (silence, faint noise) does not count. Bands are in Hz and
-frames in seconds, so that the sample rate does not matter either; the bands end where telephone
-speech does, because codecs and low rates lose what is above.
+After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (2002): bit b of word t is
+the sign of the change over time of the difference between two neighbouring bands' loudness. Gain
+and equalisation leave it as it is, and so, mostly, do codecs, other sample rates and faint noise.
+Frames are shorter than theirs (clips of half a second count here) and loudness is in decibels.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-NUM_BANDS = 16  # equally wide on a logarithmic scale
-LOWEST_HZ, HIGHEST_HZ = 150.0, 3400.0
-FRAME_SECONDS = 0.16
-HOP_SECONDS = 0.04
-ENOUGH_HZ = 16_000  # higher rates are brought down by averaging neighbouring samples
-FLOOR_DB = -30.0  # below the mean of all bands and frames
-STEP_DB = 3.0  # a level; 4 bits hold 16 of them
-FRAMES_AT_ONCE = 512  # bounds the memory
+RATE_HZ = 8000  # all clips are compared at this rate
+FRAME_SAMPLES = 1024  # 128 ms, weighted by a Hann window
+HOP_SAMPLES = 128
+WORD_SECONDS = HOP_SAMPLES / RATE_HZ
+LAG_FRAMES = 4  # over which a difference changes
+NUM_BITS = 32  # of a word
+LOWEST_HZ, HIGHEST_HZ = 200.0, 3400.0  # of NUM_BITS + 1 bands, equally wide in octaves
+FLOOR = 1e-4  # of the clip's mean: what is fainter counts as silence
+FRAMES_AT_ONCE = 4096  # bounds the memory
 
 
 def audio_fingerprint(waveform: np.ndarray, sample_rate_hz: int) -> dict[str, bytes]:
@@ -28,66 +29,52 @@ def audio_fingerprint(waveform: np.ndarray, sample_rate_hz: int) -> dict[str, by
         sample_rate_hz: of the waveform.
 
     Returns:
-        fingerprint: NUM_BANDS / 2 bytes for each frame, which is each HOP_SECONDS; two levels of
-        neighbouring bands in a byte, the lower band in the lower half. Silence is all zeros.
+        fingerprint: a word of NUM_BITS bits, little-endian, for every WORD_SECONDS, but for the
+        first LAG_FRAMES; a silent word is 0.
     """
-    factor = max(1, sample_rate_hz // ENOUGH_HZ)
-    energies = _band_energies(_decimated(waveform, factor), sample_rate_hz / factor)
-    mean = energies.mean()
-    if not mean > 0:
-        levels = np.zeros(energies.shape, np.uint8)
-    else:
-        floor = mean * 10 ** (FLOOR_DB / 10)
-        decibels = 10 * np.log10(energies / floor + 1)
-        levels = np.minimum(decibels / STEP_DB, 15).astype(np.uint8)
-    return {"fingerprint": (levels[:, ::2] | levels[:, 1::2] << 4).tobytes()}
+    energies = _band_energies(_resampled(waveform, sample_rate_hz))  # [frames, bands]
+    if len(energies) <= LAG_FRAMES or not energies.any():
+        return {"fingerprint": bytes(4 * max(0, len(energies) - LAG_FRAMES))}
+    floor = FLOOR * energies.mean()
+    loudness = np.log(energies + floor)
+    differences = loudness[:, 1:] - loudness[:, :-1]  # [frames, NUM_BITS]
+    bits = differences[LAG_FRAMES:] > differences[:-LAG_FRAMES]
+    is_loud = energies.mean(axis=1) > floor
+    bits[~(is_loud[LAG_FRAMES:] | is_loud[:-LAG_FRAMES])] = False
+    return {"fingerprint": np.packbits(bits, axis=1, bitorder="little").tobytes()}
 
 
-def levels_of(fingerprint: bytes) -> np.ndarray:
-    """uint8 [frames, NUM_BANDS], each from 0 to 15: what a fingerprint holds."""
-    pairs = np.frombuffer(fingerprint, np.uint8).reshape(-1, NUM_BANDS // 2)
-    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(-1, NUM_BANDS)
+def words_of(fingerprint: bytes) -> np.ndarray:
+    """uint32 [words]: what a fingerprint holds."""
+    return np.frombuffer(fingerprint, "<u4")
 
 
-def _decimated(waveform: np.ndarray, factor: int) -> np.ndarray:
-    """The means of `factor` samples in a row; the last few are left out."""
-    if factor == 1 or len(waveform) < factor:
+def _resampled(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    waveform = waveform.astype(np.float32, copy=False)
+    if sample_rate_hz == RATE_HZ or not len(waveform):
         return waveform
-    whole = len(waveform) // factor * factor
-    return waveform[:whole].reshape(-1, factor).mean(axis=1)
+    import soxr
+
+    return soxr.resample(waveform, sample_rate_hz, RATE_HZ, quality="LQ")
 
 
-def _band_energies(waveform: np.ndarray, rate_hz: float) -> np.ndarray:
-    """float64 [frames, NUM_BANDS]: the mean power of each band, around each frame's time."""
-    frame_length = max(2, round(FRAME_SECONDS * rate_hz))
-    num_frames = max(1, round((len(waveform) / rate_hz - FRAME_SECONDS) / HOP_SECONDS) + 1)
-    starts = np.rint(np.arange(num_frames) * (HOP_SECONDS * rate_hz)).astype(np.int64)
-    padding = max(0, int(starts[-1]) + frame_length - len(waveform))
-    samples = np.pad(waveform.astype(np.float32, copy=False), (0, padding))
-    frames = np.lib.stride_tricks.sliding_window_view(samples, frame_length)
-    window = np.hanning(frame_length + 2)[1:-1].astype(np.float32)
-    num_points = 1 << (frame_length - 1).bit_length()  # of the transform: a power of two
-    bands = _bands(num_points, rate_hz)
-    return np.concatenate(
-        [
-            _power(frames[starts[first : first + FRAMES_AT_ONCE]] * window, num_points, len(bands))
-            @ bands
-            for first in range(0, num_frames, FRAMES_AT_ONCE)
-        ]
-    )
+def _band_energies(waveform: np.ndarray) -> np.ndarray:
+    """float64 [frames, NUM_BITS + 1]: the mean power of each band around each frame's middle."""
+    samples = np.pad(waveform, FRAME_SAMPLES // 2)  # short clips have frames, too
+    frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES]
+    window = np.hanning(FRAME_SAMPLES).astype(np.float32)
+    bands = _bands()
+    energies = [np.empty((0, NUM_BITS + 1))]
+    for start in range(0, len(frames), FRAMES_AT_ONCE):
+        spectrum = np.fft.rfft(frames[start : start + FRAMES_AT_ONCE] * window)
+        energies.append((spectrum.real**2 + spectrum.imag**2).astype(np.float64) @ bands)
+    return np.concatenate(energies)
 
 
-def _power(frames: np.ndarray, num_points: int, num_bins: int) -> np.ndarray:
-    """float64 [frames, bins]"""
-    spectrum = np.fft.rfft(frames, num_points)[:, :num_bins]
-    return spectrum.real.astype(np.float64) ** 2 + spectrum.imag.astype(np.float64) ** 2
-
-
-def _bands(num_points: int, rate_hz: float) -> np.ndarray:
-    """float64 [bins up to HIGHEST_HZ, NUM_BANDS]: the share of each bin in each band's mean."""
-    bin_hz = rate_hz / num_points
-    edges = np.geomspace(LOWEST_HZ, HIGHEST_HZ, NUM_BANDS + 1)
-    num_bins = min(num_points // 2 + 1, int(HIGHEST_HZ / bin_hz) + 2)
-    low = (np.arange(num_bins) - 0.5) * bin_hz
-    overlap = np.minimum(low[:, None] + bin_hz, edges[1:]) - np.maximum(low[:, None], edges[:-1])
+def _bands() -> np.ndarray:
+    """float64 [bins, NUM_BITS + 1]: the share of each bin in each band's mean."""
+    bin_hz = RATE_HZ / FRAME_SAMPLES
+    edges = np.geomspace(LOWEST_HZ, HIGHEST_HZ, NUM_BITS + 2)
+    low = (np.arange(FRAME_SAMPLES // 2 + 1) - 0.5)[:, None] * bin_hz
+    overlap = np.minimum(low + bin_hz, edges[1:]) - np.maximum(low, edges[:-1])
     return np.maximum(overlap, 0) / np.diff(edges)
