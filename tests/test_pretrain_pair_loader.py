@@ -123,7 +123,7 @@ def test_bytes_that_pass_the_checksum_but_do_not_decode_are_substituted_too(tmp_
     )
     reader = reader_of(write_toy_dataset(tmp_path / "data", "image", shard_sizes=(9,)))
     _, [bad] = reader.read(4)
-    assert "sample 000004: .png: not a readable image" in bad.reason
+    assert "sample 000004: .png: expected png bytes, found gif" in bad.reason
 
 
 def test_a_shard_that_disappears_stops_the_run_and_is_never_substituted(config, toy_data, tmp_path):
