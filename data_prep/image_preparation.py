@@ -3,7 +3,8 @@
 The one decoding serves as check, as source of the re-encoding, and for the fingerprint. JPEGs are
 decoded by simplejpeg, which finds damage that Pillow paints over; a large one is decoded at an
 eighth, a quarter, three eighths or half its size (by the library's scaled DCT), if that is not
-below the size asked for, and then resampled.
+below the size asked for, and then resampled. One that is kept is decoded as small as its
+fingerprint allows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from data_prep.prepared_media import PreparedMedia
 
 # Five to seven eighths take the library longer than the whole.
 DCT_EIGHTHS = (1, 2, 3, 4)
+FINGERPRINT_SIDE = 128  # pixels of the shorter side that a fingerprint needs
 JPEG_MODES = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}  # all others are decoded to RGB
 TRANSPOSITIONS = {  # EXIF orientation -> what sets the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -103,7 +105,7 @@ def _stored(
         and _is_plain_color(image)
     )
     if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
-        return content, source_format, _whole_pixels(content, source_format, image)
+        return content, source_format, _checked_pixels(content, source_format, image)
     icc_profile = image.info.get("icc_profile")
     picture = to_srgb(_decode(content, source_format, image, size=size), icc_profile)
     if transposition is not None:
@@ -131,12 +133,29 @@ def _profile_mode(image: Image.Image) -> str:
     return "L" if image.mode in ("1", "L") else "RGB"
 
 
-def _whole_pixels(content: bytes, source_format: str, image: Image.Image) -> np.ndarray:
-    """uint8 [H, Wd, 3] of a picture that is kept, as training decodes it."""
+def _checked_pixels(content: bytes, source_format: str, image: Image.Image) -> np.ndarray:
+    """uint8 [H, Wd, 3] of a picture that is kept as it is: enough of it for the fingerprint.
+
+    A JPEG's scan is read to its end, and damage is found, at any reduction.
+    """
     if source_format == "jpg" and image.mode != "CMYK":
-        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True)
+        eighths = _smallest_eighths(image.height, image.width, (FINGERPRINT_SIDE, FINGERPRINT_SIDE))
+        return simplejpeg.decode_jpeg(
+            content,
+            colorspace="RGB",
+            min_height=-(-image.height * eighths // 8),
+            min_width=-(-image.width * eighths // 8),
+            strict=True,
+        )
     picture = _decode(content, source_format, image, size=(image.height, image.width))
     return np.asarray(picture.convert("RGB"))
+
+
+def _smallest_eighths(height: int, width: int, size: tuple[int, int]) -> int:
+    """How many eighths of a JPEG's size are to be decoded, to be not below `size`."""
+    return next(
+        (n for n in DCT_EIGHTHS if height * n >= 8 * size[0] and width * n >= 8 * size[1]), 8
+    )
 
 
 def _decode(
@@ -163,9 +182,7 @@ def _decode_jpeg(
     """
     height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
     mode = JPEG_MODES.get(color_space, "RGB")
-    eighths = next(
-        (n for n in DCT_EIGHTHS if height * n >= 8 * size[0] and width * n >= 8 * size[1]), 8
-    )
+    eighths = _smallest_eighths(height, width, size)
     pixels = simplejpeg.decode_jpeg(
         content,
         colorspace="GRAY" if mode == "L" else mode,
