@@ -136,7 +136,7 @@ def min_hashes(values: np.ndarray, counts: np.ndarray, *, permutations: int) -> 
 
 
 def _hash_functions(permutations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Odd factors and terms of x -> factor * x + term modulo 2**64, of which the upper half serves"""
+    """Odd factors and terms of x -> factor * x + term modulo 2**64, whose upper half serves."""
     rng = np.random.Generator(np.random.PCG64(SEED))
     factors, terms = rng.integers(0, 2**64, (2, permutations), dtype=np.uint64)
     return factors | np.uint64(1), terms

@@ -252,22 +252,26 @@ class NearMedia(Section):
 
     image_max_distance: int = Field(10, ge=0, le=20)  # bits of 64 in which hashes may differ
     image_min_similarity: float = Field(0.9, gt=0, le=1)  # of the second signatures
-    audio_min_similarity: float = Field(0.8, gt=0, le=1)  # share of the fingerprint that agrees
+    # share of the fingerprint's bits that agree: 0.5 by chance; clips of few seconds need more
+    audio_min_similarity: float = Field(0.7, gt=0.5, le=1)
 
 
 class NearCaptions(Section):
-    """Near-duplicate captions, by MinHash over their words (Broder 1997)."""
+    """Near-duplicate captions, by MinHash over their words (Broder 1997).
+
+    Of samples with nearly the same caption one is kept, however different the media are.
+    """
 
     min_jaccard: float = Field(0.8, gt=0, le=1)  # of the sets of shingles
     shingle_words: int = Field(3, ge=1)  # words in a row
-    permutations: int = Field(128, ge=16)
+    permutations: int = Field(128, ge=16)  # hash functions; more find more near the threshold
 
 
 class Semantic(Section):
     """Duplicates by meaning (SemDeDup, Abbas et al. 2023): k-means, cosine inside a cluster."""
 
     embeddings: tuple[Path, ...]  # folders that python -m eval.embed wrote, one per dataset
-    against_embeddings: tuple[Path, ...] = ()  # and per evaluation dataset
+    against_embeddings: tuple[Path, ...] = ()  # and one per evaluation dataset, in their order
     min_cosine: float = Field(0.95, gt=0, le=1)
     samples_per_cluster: int = Field(1000, ge=2)  # on average
 
@@ -284,8 +288,8 @@ class FindDuplicates(Section):
     semantic: Semantic | None = None
     keep: Literal["first", "largest"] = "first"  # largest: of most pixels or seconds
     seed: int = Field(0, ge=0)  # of k-means
-    memory_gb: float = free(2.0, gt=0)
-    workers: int = free(1, ge=1)  # threads
+    memory_gb: float = free(2.0, gt=0)  # for keys of audio clips; more goes to the disk (TMPDIR)
+    workers: int = free(1, ge=1)  # threads that compare pictures
 
 
 class TopFraction(Section):

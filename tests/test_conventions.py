@@ -31,6 +31,7 @@ ENTRY_POINTS = {
     "data_prep.verify_shards",
     "data_prep.index_shards",
     "data_prep.describe",
+    "data_prep.find_duplicates",
     "data_prep.finalize",
     "data_prep.make_demo_data",
     "data_prep.make_subset",

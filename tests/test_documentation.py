@@ -19,6 +19,7 @@ VERBS = {
 OTHER_VERBS = {
     "demo_data.yaml": "data_prep.make_demo_data",
     "describe.yaml": "data_prep.describe",
+    "duplicates.yaml": "data_prep.find_duplicates",
     "verify.yaml": "data_prep.verify_shards",
     "index.yaml": "data_prep.index_shards",
     "subset.yaml": "data_prep.make_subset",

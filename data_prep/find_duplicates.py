@@ -1,0 +1,166 @@
+"""Finds samples that are alike: in one dataset, between datasets, and with evaluation sets.
+
+    python -m data_prep.find_duplicates configs/data_prep/duplicates.yaml
+    python -m data_prep.find_duplicates configs/data_prep/duplicates.yaml 'against=[datasets/test]'
+
+1. exact           equal bytes of the media
+2. near_media      re-encoded, rescaled, mirrored or trimmed media, by the hashes of the Parquets
+3. near_captions   nearly equal captions; the media may differ
+4. semantic        media of the same meaning, by the embeddings of python -m eval.embed
+
+A method looks at what those before it left. Of each of its groups one sample is kept; a group with
+an evaluation sample (`against`) keeps no other. Likeness is chained: data_prep.sample_groups.
+The output folder receives duplicates.parquet, which make_subset's `drop` takes, a .subset of every
+dataset, which training takes as it is, and report.html. The datasets stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import FindDuplicates
+from data_prep.config_file import ConfigError, check_output_folder, fixed_values, run_command
+from data_prep.duplicate_report import render_report
+from data_prep.duplicate_search import Search, methods_of
+from data_prep.duplicate_table import write_table
+from data_prep.joined_datasets import JoinedDatasets, number_column
+from data_prep.sample_groups import GroupedSamples, group_samples
+from data_prep.shard_format import write_atomically
+from data_prep.subset import Subset
+
+log = logging.getLogger(__name__)
+
+
+def find_duplicates(config: FindDuplicates) -> None:
+    """Writes what is alike, a subset of every dataset, and a report.
+
+    Raises:
+        InputError: a dataset, its Parquets or embeddings are missing, or do not belong together.
+    """
+    check_config(config)
+    datasets = JoinedDatasets(config.datasets, against=config.against)
+    with tempfile.TemporaryDirectory(prefix="isopair-") as folder:
+        found, is_left = search_all(config, datasets, folder=Path(folder))
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_table(config.output / "duplicates.parquet", datasets, found)
+    write_subsets(config, datasets, is_left)
+    report = render_report(datasets, found, config=config)
+    write_atomically(config.output / "report.html", report.encode(errors="backslashreplace"))
+    for number, folder in enumerate(config.datasets):
+        kept = is_left[datasets.starts[number] : datasets.starts[number + 1]]
+        print(f"{folder}: {kept.sum():,} of {len(kept):,} samples are kept")  # noqa: T201
+    print(f"{config.output}: duplicates.parquet, .subset files, report.html")  # noqa: T201
+
+
+def search_all(
+    config: FindDuplicates, datasets: JoinedDatasets, *, folder: Path
+) -> tuple[dict[str, GroupedSamples], np.ndarray]:
+    """The groups that each method finds among what those before it left, and what is left.
+
+    Args:
+        config: with the methods.
+        datasets: to look in.
+        folder: for temporary files.
+
+    Returns:
+        method -> groups, and bool [samples], where evaluation samples always are left.
+
+    Raises:
+        InputError: as find_duplicates.
+    """
+    is_left = np.ones(len(datasets), dtype=bool)
+    rank = rank_of_samples(datasets, keep=config.keep)
+    groups: dict[str, GroupedSamples] = {}
+    for name, method in methods_of(config).items():
+        found = method(Search(datasets, is_left, folder, config))
+        groups[name] = group_samples(
+            found.pairs,
+            rank=rank if found.rank is None else found.rank,
+            num_queries=datasets.num_queries,
+        )
+        dropped = groups[name].sample[~groups[name].is_kept]
+        is_left[dropped] = False
+        log.info("%s: %s of the samples left are dropped", name, f"{len(dropped):,}")
+    return groups, is_left
+
+
+def rank_of_samples(datasets: JoinedDatasets, *, keep: str) -> np.ndarray:
+    """float64 [samples]: of a group, the sample of the least is kept, or else the first.
+
+    Args:
+        datasets: whose samples they are.
+        keep: "first", or "largest": of most pixels or seconds.
+    """
+    if keep == "first":
+        return np.zeros(len(datasets))
+    sizes = {"image": ("height", "width"), "audio": ("seconds",)}[datasets.media]
+    return -np.prod([number_column(datasets, name)[0].astype(float) for name in sizes], axis=0)
+
+
+def write_subsets(config: FindDuplicates, datasets: JoinedDatasets, is_left: np.ndarray) -> None:
+    """Writes what is left of every dataset to choose from."""
+    settings = {key: value for key, value in fixed_values(config).items() if key != "output"}
+    preparation = {"command": "find_duplicates", "config": settings}
+    for number, folder in enumerate(config.datasets):
+        bitmap = is_left[datasets.starts[number] : datasets.starts[number + 1]]
+        subset = Subset.from_bitmap(datasets.infos[number], bitmap, preparation=preparation)
+        subset.write(subset_path(config, folder))
+
+
+def subset_path(config: FindDuplicates, dataset: Path) -> Path:
+    """Where the subset of a dataset is written."""
+    return config.output / f"{dataset.resolve().name}.subset"
+
+
+def check_config(config: FindDuplicates) -> None:
+    """
+    Raises:
+        ConfigError: the output cannot be written, or settings do not fit together.
+    """
+    check_output_folder(config.output, key="output")
+    paths = [subset_path(config, folder) for folder in config.datasets]
+    repeated = sorted({path.name for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise ConfigError(
+            f"datasets: {repeated[0]} would be written for two of them; give their folders "
+            "different names, or look for duplicates in turn"
+        )
+    if not methods_of(config):
+        raise ConfigError("expected exact, near_media, near_captions or semantic, found none")
+    if config.semantic is not None:
+        for key, folders in (
+            ("embeddings", config.datasets),
+            ("against_embeddings", config.against),
+        ):
+            given = getattr(config.semantic, key)
+            if len(given) != len(folders):
+                raise ConfigError(
+                    f"semantic.{key}: expected one folder for each of {len(folders)} datasets, in "
+                    f"their order, found {len(given)}; make them with python -m eval.embed"
+                )
+
+
+def dry_run(config: FindDuplicates) -> None:
+    """Checks what can be checked without looking at the samples, and prints what would be done."""
+    check_config(config)
+    datasets = JoinedDatasets(config.datasets, against=config.against)
+    num_against = len(datasets) - datasets.num_queries
+    print(  # noqa: T201
+        f"would compare {datasets.num_queries:,} {datasets.media} samples of "
+        f"{len(config.datasets)} datasets and {num_against:,} evaluation samples by "
+        f"{', '.join(methods_of(config))}, and write to {config.output}"
+    )
+
+
+def main() -> int:
+    """The command."""
+    return run_command(FindDuplicates, run=find_duplicates, dry_run=dry_run, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
