@@ -1,8 +1,9 @@
 """What near-duplicate pictures are found by: a perceptual hash, and a thumbnail that confirms.
 
-The hash says whether each low frequency of the picture is above or below their median, so that it
+The hash says of each low frequency of the picture's brightness whether it is positive, so that it
 hardly changes with size, compression, brightness and contrast. Pictures that are not alike share it
-now and then; the thumbnail (see data_prep.image_similarity) tells them apart.
+now and then; the thumbnail tells them apart (data_prep.image_similarity), and shows what the hash
+of a cropped copy would be (data_prep.crop_windows).
 
 Both come from the same reduced picture of 32 x 32 pixels, in whole numbers: equal pixels give equal
 fingerprints on every machine.
@@ -16,27 +17,37 @@ import numpy as np
 from PIL import Image
 
 GRID = 32  # pixels on a side of the reduced picture
-NUM_FREQUENCIES = 8  # in each direction
-MAX_ROWS = 512  # of taller pictures, rows in between are left out
-LUMA_WEIGHTS = np.array([77, 150, 29])  # of red, green and blue, in 1/256
+MAX_SIDE = 256  # of larger pictures, rows in between are left out
+LUMA_WEIGHTS = np.array([77.0, 150.0, 29.0]) / 256  # of red, green and blue
 LUMA_SIDE = 16  # pixels of the thumbnail's brightness
 CHROMA_SIDE = 8  # and of its two colour differences
 SIGNATURE_BYTES = LUMA_SIDE**2 + 2 * CHROMA_SIDE**2
+NUM_FREQUENCIES = 9  # in each direction; of these 80, the 64 lowest make the hash
+# A flat picture has no frequencies: what is below this, in levels of 255, is noise.
+MIN_AMPLITUDE = 0.05
+COSINE_SCALE = 4096
+
+
+def _lowest_frequencies() -> np.ndarray:
+    """Int [2, 64]: (vertical, horizontal) of each bit, from the lowest frequency on."""
+    every = [(i, j) for i in range(NUM_FREQUENCIES) for j in range(NUM_FREQUENCIES) if i or j]
+    return np.array(sorted(every, key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))[:64]).T
 
 
 def _cosines() -> np.ndarray:
-    """[8, 32] float64 holding whole numbers: the DCT-II's basis, times 4096.
+    """float64 [9, 32] holding whole numbers: the DCT-II's basis, times COSINE_SCALE.
 
     Sums of whole numbers are exact in float64, in any order.
     """
     frequency, place = np.mgrid[:NUM_FREQUENCIES, :GRID]
-    return np.rint(4096 * np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID)))
+    return np.rint(COSINE_SCALE * np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID)))
 
 
+FREQUENCIES = _lowest_frequencies()
 COSINES = _cosines()
-BITS = np.uint64(1) << np.arange(NUM_FREQUENCIES**2, dtype=np.uint64)
 # Mirrored left to right, every odd horizontal frequency changes its sign.
-MIRRORING = np.where(np.arange(NUM_FREQUENCIES) % 2, -1.0, 1.0)
+MIRRORING = np.where(FREQUENCIES[1] % 2, -1.0, 1.0)
+THRESHOLD = MIN_AMPLITUDE * 256 * (GRID * COSINE_SCALE) ** 2
 
 
 def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
@@ -50,40 +61,43 @@ def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
         signature: SIGNATURE_BYTES bytes: brightness [16, 16], then blue and red difference [8, 8].
     """
     reduced = _reduced(pixels)  # [32, 32, 3]
-    luma = (reduced @ LUMA_WEIGHTS).astype(np.float64)  # [32, 32], in 1/256
-    frequencies = COSINES @ luma @ COSINES.T  # [8 vertical, 8 horizontal]
+    luma = reduced @ (LUMA_WEIGHTS * 256)  # [32, 32], in 1/256
+    amplitudes = (COSINES @ luma @ COSINES.T)[FREQUENCIES[0], FREQUENCIES[1]]  # [64]
     return {
-        "phash": _signs(frequencies),
-        "phash_mirrored": _signs(frequencies * MIRRORING),
-        "signature": _signature(reduced),
+        "phash": _packed(amplitudes > THRESHOLD),
+        "phash_mirrored": _packed(amplitudes * MIRRORING > THRESHOLD),
+        "signature": _signature(reduced, luma),
     }
 
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:
-    """int64 [32, 32, 3]: the whole picture, whatever its shape, averaged in squares."""
-    pixels = pixels[:: max(1, len(pixels) // MAX_ROWS)]
+    """float64 [32, 32, 3] holding whole numbers: the whole picture, whatever its shape."""
+    pixels = pixels[:: max(1, len(pixels) // MAX_SIDE)]
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     size = (GRID, GRID)
     reduced = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return np.asarray(reduced).astype(np.int64)
+    return np.asarray(reduced, dtype=np.float64)
 
 
-def _signs(frequencies: np.ndarray) -> int:
-    """Bit n: is frequency n above the median? The first, which is the mean, takes no part."""
-    values = frequencies.ravel()[1:]
-    return int(BITS[1:][values > np.median(values)].sum())
+def _packed(bits: np.ndarray) -> int:
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
-def _signature(reduced: np.ndarray) -> bytes:
-    luma = _block_means(reduced @ LUMA_WEIGHTS, LUMA_SIDE) >> 8
-    difference = reduced[:, :, [2, 0]] - (reduced @ LUMA_WEIGHTS >> 8)[:, :, None]  # [32, 32, 2]
-    chroma = _block_means(difference, CHROMA_SIDE) // 2 + 128
-    planes = (luma, chroma[:, :, 0], chroma[:, :, 1])
+def _signature(reduced: np.ndarray, luma: np.ndarray) -> bytes:
+    """
+    Args:
+        reduced: float64 [32, 32, 3].
+        luma: float64 [32, 32], in 1/256.
+    """
+    small_luma = _block_sums(luma, LUMA_SIDE) // (256 * 4)
+    colours = _block_sums(reduced, CHROMA_SIDE)  # [8, 8, 3]
+    mean = _block_sums(small_luma, CHROMA_SIDE)
+    differences = (colours[:, :, [2, 0]] / 16 - mean[:, :, None] / 4) // 2 + 128  # [8, 8, 2]
+    planes = (small_luma, differences[:, :, 0], differences[:, :, 1])
     return b"".join(plane.astype(np.uint8).tobytes() for plane in planes)
 
 
-def _block_means(plane: np.ndarray, side: int) -> np.ndarray:
-    """[32, 32, ...] -> [side, side, ...]"""
-    block = GRID // side
-    squares = plane.reshape(side, block, side, block, *plane.shape[2:])
-    return squares.sum(axis=(1, 3)) // block**2
+def _block_sums(plane: np.ndarray, side: int) -> np.ndarray:
+    """[n, n, ...] -> [side, side, ...]"""
+    block = len(plane) // side
+    return plane.reshape(side, block, side, block, *plane.shape[2:]).sum(axis=(1, 3))

@@ -1,0 +1,135 @@
+"""Pairs of 64-bit hashes that differ in few bits, without comparing all with all.
+
+A hash is cut into bands. Two hashes that differ in at most r bits differ in some band in at most
+its share of r (the pigeonhole principle), so that it is enough to look, for each band and each
+choice of that few bits to flip, for hashes whose bands then are equal:
+
+    exact_bands        bands that miss no pair within a distance
+    near_pairs         pairs that agree in one of the bands, and are within the distance
+
+Everything is sorting and counting in numpy: a million hashes take seconds, and memory is bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+HASH_BITS = 64
+NUM_BANDS = 3  # of 21 and 22 bits: a band of a million hashes is then seldom shared by chance
+PAIRS_AT_ONCE = 1 << 20  # bounds the memory
+QUERIES_AT_ONCE = 1 << 16  # whose places in the table stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some neighbouring bits of a hash, and in how many of them two hashes may differ."""
+
+    first_bit: int
+    num_bits: int
+    max_flips: int
+
+    def keys_of(self, hashes: np.ndarray) -> np.ndarray:
+        """int64 [n]: the band of uint64 [n]."""
+        mask = np.uint64((1 << self.num_bits) - 1)
+        return ((hashes >> np.uint64(self.first_bit)) & mask).astype(np.int64)
+
+    def flips(self) -> Iterator[int]:
+        """Every choice of at most `max_flips` bits of the band, as a number to XOR with."""
+        for number in range(self.max_flips + 1):
+            for bits in itertools.combinations(range(self.num_bits), number):
+                yield sum(1 << bit for bit in bits)
+
+
+def exact_bands(max_distance: int) -> list[Band]:
+    """Bands such that any two hashes within the distance agree in one of them.
+
+    If the bands allow r_1, r_2, ... flips, only pairs with r_1 + 1 + r_2 + 1 + ... different bits
+    can escape; so these need only be max_distance + 1 in sum.
+    """
+    edges = [HASH_BITS * number // NUM_BANDS for number in range(NUM_BANDS + 1)]
+    total = max_distance + 1 - NUM_BANDS
+    shares = [(total + number) // NUM_BANDS for number in range(NUM_BANDS)]
+    return [
+        Band(first, end - first, share)
+        for first, end, share in zip(edges[:-1], edges[1:], shares, strict=True)
+        if share >= 0
+    ]
+
+
+def near_pairs(
+    queries: np.ndarray, hashes: np.ndarray, *, max_distance: int, bands: Sequence[Band]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs of a query and a hash that agree in a band and are within a distance, once each.
+
+    Args:
+        queries: uint64 [n].
+        hashes: uint64 [m].
+        max_distance: bits in which the two may differ.
+        bands: where to look; with exact_bands(max_distance) no pair is missed.
+
+    Yields:
+        (int64 [pairs] places of queries, int64 [pairs] places of hashes), in pieces of a bounded
+        size; the same pieces in the same order each time.
+    """
+    for number, band in enumerate(bands):
+        query_order = np.argsort(band.keys_of(queries), kind="stable")
+        hash_order = np.argsort(band.keys_of(hashes), kind="stable")
+        sorted_queries, sorted_hashes = queries[query_order], hashes[hash_order]
+        for left, right in _pairs_of_band(sorted_queries, sorted_hashes, band):
+            different = sorted_queries[left] ^ sorted_hashes[right]
+            near = np.flatnonzero(np.bitwise_count(different) <= max_distance)
+            for earlier in bands[:number]:  # found there already
+                flips = np.bitwise_count(earlier.keys_of(different[near]))
+                near = near[flips > earlier.max_flips]
+            if len(near):
+                yield query_order[left[near]], hash_order[right[near]]
+
+
+def _pairs_of_band(
+    queries: np.ndarray, hashes: np.ndarray, band: Band
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every pair whose bands differ in at most the band's number of flips, once.
+
+    Both are sorted by the band: neighbours then look at neighbouring places of the table.
+    """
+    starts = np.zeros((1 << band.num_bits) + 1, np.int32)
+    counts = np.bincount(band.keys_of(hashes), minlength=1 << band.num_bits)
+    np.cumsum(counts, out=starts[1:])
+    query_keys = band.keys_of(queries)
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        keys = query_keys[first : first + QUERIES_AT_ONCE]
+        for flip in band.flips():
+            flipped = keys ^ flip
+            begins = starts[flipped]
+            numbers = starts[flipped + 1] - begins
+            hits = np.flatnonzero(numbers)
+            if len(hits):
+                yield from _expanded(hits + first, begins[hits], numbers[hits])
+
+
+def _expanded(
+    queries: np.ndarray, begins: np.ndarray, numbers: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(query, begin), (query, begin + 1), ... for each query, in pieces of bounded size."""
+    ends = np.cumsum(numbers, dtype=np.int64)
+    total = int(ends[-1])
+    if total <= PAIRS_AT_ONCE:
+        yield np.repeat(queries, numbers), _ranges(begins, numbers, ends - numbers, total)
+        return
+    for first in range(0, total, PAIRS_AT_ONCE):
+        last = min(first + PAIRS_AT_ONCE, total)
+        low, high = np.searchsorted(ends, [first, last - 1], side="right")
+        part = slice(low, high + 1)
+        before = np.maximum(first - (ends[part] - numbers[part]), 0)  # done in the last piece
+        left = np.minimum(ends[part], last) - (ends[part] - numbers[part]) - before
+        places = _ranges(begins[part] + before, left, np.cumsum(left) - left, last - first)
+        yield np.repeat(queries[part], left), places
+
+
+def _ranges(begins: np.ndarray, numbers: np.ndarray, before: np.ndarray, total: int) -> np.ndarray:
+    """begin, begin + 1, ... for each begin; `before` are the numbers' sums up to each."""
+    return np.repeat(begins - before, numbers) + np.arange(total)
