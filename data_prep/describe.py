@@ -17,7 +17,8 @@ from data_prep.config_file import ConfigError, check_output_folder, run_command
 from data_prep.data_sheet import SheetContent, render_sheet
 from data_prep.dataset_figures import DatasetFigures, measure_dataset
 from data_prep.described_samples import missing_sidecars, open_described_samples
-from data_prep.duplicate_figures import duplicates_path, measure_duplicates
+from data_prep.duplicate_figures import measure_duplicates
+from data_prep.duplicate_table import name_in_table
 from data_prep.figure_text import bytes_text
 from data_prep.member_counts import count_members
 from data_prep.rejected_pairs import read_rejections
@@ -90,7 +91,8 @@ def print_plan(config: Describe) -> None:
     _check_output(config)
     kept = KeptSamples(config.dataset, subset=config.subset)
     if config.duplicates is not None:
-        duplicates_path(config.duplicates)
+        path = config.duplicates / "duplicates.parquet"
+        name_in_table(path, dataset=config.dataset, info=kept.info)
     missing = missing_sidecars(kept)
     num_files = kept.info.num_shards - len(missing)
     lacking = f"; {len(missing)} are missing, so that there would be no figures" if missing else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config_file import InputError
+from data_prep.duplicate_table import name_in_table
 from data_prep.sample_table import duckdb_errors, files_literal, open_duckdb
 from data_prep.subset import KeptSamples
 
@@ -47,21 +47,6 @@ class DuplicateFigures:
     matches: list[Matches]
 
 
-def duplicates_path(folder: Path) -> Path:
-    """The table of find_duplicates.
-
-    Raises:
-        InputError: it is not there.
-    """
-    path = folder / "duplicates.parquet"
-    if not path.exists():
-        raise InputError(
-            f"{path}: expected what python -m data_prep.find_duplicates wrote, found no such file "
-            f"(duplicates={folder})"
-        )
-    return path
-
-
 def measure_duplicates(
     folder: Path, kept: KeptSamples, *, memory_gb: float, workers: int
 ) -> DuplicateFigures:
@@ -76,13 +61,10 @@ def measure_duplicates(
     Raises:
         InputError: the table is missing, is damaged, or does not name the dataset.
     """
-    path = duplicates_path(folder)
+    path = folder / "duplicates.parquet"
+    name = name_in_table(path, dataset=kept.folder, info=kept.info)
     with duckdb_errors(str(path)), open_duckdb(memory_gb=memory_gb, workers=workers) as connection:
         source = f"read_parquet({files_literal([path])})"
-        names = [
-            name for (name,) in connection.sql(f"SELECT DISTINCT dataset FROM {source}").fetchall()
-        ]
-        name = _name_of(kept.folder, names, path=path)
         _add_view(connection, source, name=name, kept=kept)
         num_groups, num_grouped = connection.sql(
             'SELECT count(DISTINCT "group"), count(DISTINCT ordinal) FROM found'
@@ -90,22 +72,7 @@ def measure_duplicates(
         return DuplicateFigures(num_groups, num_grouped, _matches(connection, name))
 
 
-def _name_of(folder: Path, names: list[str], *, path: Path) -> str | None:
-    """How the table calls the dataset: by its path then, or by its folder's name alone."""
-    same_path = [name for name in names if Path(name).resolve() == folder.resolve()]
-    same_name = [name for name in names if Path(name).name == folder.resolve().name]
-    candidates = same_path or same_name
-    if len(candidates) > 1 or (names and not candidates):
-        raise InputError(
-            f"{path}: expected one dataset at {folder}, found {', '.join(sorted(names))}; give the "
-            "folder of a run of find_duplicates over this dataset"
-        )
-    return candidates[0] if candidates else None
-
-
-def _add_view(
-    connection: DuckDBPyConnection, source: str, *, name: str | None, kept: KeptSamples
-) -> None:
+def _add_view(connection: DuckDBPyConnection, source: str, *, name: str, kept: KeptSamples) -> None:
     connection.execute("SET VARIABLE dataset = ?", [name])
     connection.execute(
         f"CREATE TEMP TABLE found AS SELECT * FROM {source} WHERE dataset = getvariable('dataset')"
@@ -117,7 +84,7 @@ def _add_view(
     connection.execute("DELETE FROM found WHERE ordinal NOT IN (SELECT ordinal FROM kept)")
 
 
-def _matches(connection: DuckDBPyConnection, name: str | None) -> list[Matches]:
+def _matches(connection: DuckDBPyConnection, name: str) -> list[Matches]:
     counts = connection.sql(
         "SELECT method, match_dataset, count(DISTINCT ordinal) FROM found WHERE NOT kept "
         "AND match_dataset IS NOT NULL GROUP BY ALL ORDER BY ALL"

@@ -1,12 +1,14 @@
 """duplicates.parquet: every sample that is in a group, and what it is like.
 
 A row is a sample in a group of one method. Groups are numbered through all methods. `match_*` names
-the sample that a dropped one is like, directly; they are empty for those that are kept.
+the sample that a dropped one is like, directly; they are empty for those that are kept. The file's
+metadata name the datasets that were compared, with their fingerprints.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +17,12 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from data_prep.config_file import InputError
 from data_prep.joined_datasets import JoinedDatasets
 from data_prep.sample_groups import GroupedSamples
-from data_prep.shard_format import write_atomically
+from data_prep.shard_format import DatasetInfo, write_atomically
 
+DATASETS_KEY = b"isopair.datasets"
 SCHEMA = pyarrow.schema(
     [
         ("dataset", pyarrow.string()),  # folder, as the config gave it
@@ -53,11 +57,41 @@ def write_table(path: Path, datasets: JoinedDatasets, found: Mapping[str, Groupe
     for method, groups in found.items():
         tables.append(_rows(method, groups, datasets, named, names, first_group=num_groups))
         num_groups += int(groups.group[-1]) + 1 if len(groups.group) else 0
+    fingerprints = {
+        str(folder): info.fingerprint
+        for folder, info in zip(datasets.folders, datasets.infos, strict=True)
+    }
+    table = pyarrow.concat_tables([SCHEMA.empty_table(), *tables])
+    table = table.replace_schema_metadata({DATASETS_KEY: json.dumps(fingerprints)})
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(
-        pyarrow.concat_tables([SCHEMA.empty_table(), *tables]), sink, compression="zstd"
-    )
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
     write_atomically(path, sink.getvalue())
+
+
+def name_in_table(path: Path, *, dataset: Path, info: DatasetInfo) -> str:
+    """How a table calls a dataset: its folder, as it was given to find_duplicates.
+
+    Raises:
+        InputError: the file is no table of find_duplicates, or not over this dataset as it is now.
+    """
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: expected what python -m data_prep.find_duplicates wrote, found no such file"
+        ) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not readable as Parquet: {error}") from None
+    if DATASETS_KEY not in metadata:
+        raise InputError(f"{path}: expected a duplicates.parquet of find_duplicates, found another")
+    fingerprints = json.loads(metadata[DATASETS_KEY])
+    for name, fingerprint in fingerprints.items():
+        if fingerprint == info.fingerprint:
+            return name
+    raise InputError(
+        f"{path}: was made from {', '.join(fingerprints)}, and not from {dataset} as it is now "
+        f"(fingerprint {info.fingerprint[:12]}); run find_duplicates over it"
+    )
 
 
 def _names_of(datasets: JoinedDatasets, samples: np.ndarray) -> pyarrow.Table:

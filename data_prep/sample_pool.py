@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.config import TopFraction
 from data_prep.config_file import InputError
+from data_prep.duplicate_table import name_in_table
 from data_prep.sample_condition import check_condition
 from data_prep.sample_table import (
     ORDINAL,
@@ -25,7 +26,6 @@ from data_prep.sample_table import (
 INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 FLOAT_TYPES = ("FLOAT", "DOUBLE")
 ORDINALS_AT_ONCE = 10_000_000
-DUPLICATES_COLUMNS = ("dataset", "ordinal", "key", "kept")
 
 
 @dataclass(frozen=True)
@@ -97,46 +97,14 @@ class SamplePool:
         Raises:
             InputError: the file is missing or no such table, or its rows are not of this dataset.
         """
-        if not path.exists():
-            raise InputError(
-                f"drop: {path}: expected a duplicates.parquet; make it with "
-                "python -m data_prep.find_duplicates"
-            )
+        name = name_in_table(path, dataset=self.table.dataset, info=self.table.info)
         with duckdb_errors(f"drop: {path}"):
-            self._read_dropped(path)
-            self._check_keys_of_dropped(path)
             self.connection.execute(
-                "DELETE FROM pool WHERE ordinal IN (SELECT ordinal FROM dropped)"
+                "DELETE FROM pool WHERE ordinal IN (SELECT ordinal FROM "
+                f"read_parquet({files_literal([path.absolute()])}) "
+                f"WHERE NOT kept AND dataset = {text_literal(name)})"
             )
         return Step(f"drop {path}", self._count("true"))
-
-    def _read_dropped(self, path: Path) -> None:
-        source = f"read_parquet({files_literal([path.absolute()])})"
-        columns = self.connection.sql(f"FROM {source}").columns
-        missing = [name for name in DUPLICATES_COLUMNS if name not in columns]
-        if missing:
-            raise InputError(
-                f"drop: {path}: expected a table of find_duplicates, found no column {missing[0]}"
-            )
-        rows = self.connection.execute(f"SELECT DISTINCT dataset FROM {source}").fetchall()
-        name = name_of_dataset(self.table.dataset, [name for (name,) in rows], path=path)
-        self.connection.execute(
-            f"CREATE OR REPLACE TABLE dropped AS SELECT ordinal, key FROM {source} "
-            f"WHERE NOT kept AND dataset = {text_literal(name)}"
-        )
-
-    def _check_keys_of_dropped(self, path: Path) -> None:
-        other = self.connection.execute(
-            "SELECT d.ordinal, d.key, s.key FROM dropped d LEFT JOIN sidecars s "
-            f"ON s.{ORDINAL} = d.ordinal WHERE s.key IS DISTINCT FROM d.key "
-            "ORDER BY d.ordinal LIMIT 1"
-        ).fetchone()
-        if other:
-            ordinal, key, own_key = other
-            raise InputError(
-                f"drop: {path}: sample {ordinal} of {self.table.dataset} is {key!r} there, "
-                f"{own_key!r} in the dataset, which has changed; run find_duplicates again"
-            )
 
     def bitmap(self) -> np.ndarray:
         """Bool [num_samples]: what is left, by ordinal."""
@@ -168,20 +136,3 @@ def value_of_top(table: SampleTable, top: TopFraction) -> str:
     if is_decimal or kind.removeprefix("U") in INTEGER_TYPES:
         return name
     raise InputError(f"top.column={top.column}: expected numbers, found {kind}")
-
-
-def name_of_dataset(folder: Path, names: list[str], *, path: Path) -> str:
-    """How a table of find_duplicates calls a dataset: by its path then, or by its folder's name.
-
-    Raises:
-        InputError: it names other datasets only, or several of this name.
-    """
-    same_path = [name for name in names if Path(name).resolve() == folder.resolve()]
-    same_name = [name for name in names if Path(name).name == folder.resolve().name]
-    candidates = same_path or same_name
-    if len(candidates) == 1:
-        return candidates[0]
-    raise InputError(
-        f"drop: {path}: expected duplicates in {folder}, found {', '.join(sorted(names)) or 'none'}"
-        "; remove it from `drop`, or run find_duplicates over this dataset"
-    )

@@ -17,7 +17,9 @@ from data_prep.config import Describe
 from data_prep.config_file import InputError
 from data_prep.data_sheet import SheetContent
 from data_prep.describe import describe, measure
+from data_prep.duplicate_table import DATASETS_KEY
 from data_prep.rejected_pairs import rejected_examples
+from data_prep.shard_format import Dataset
 from data_prep.subset import Subset
 
 CONFIG = str(Path(__file__).parent.parent / "configs/data_prep/describe.yaml")
@@ -230,18 +232,20 @@ def duplicate_rows(name):
     ]
 
 
-def write_duplicates(folder, rows):
+def write_duplicates(folder, rows, fingerprints):
     folder.mkdir()
     types = {"group": "int64", "ordinal": "int64", "match_ordinal": "int64"}
     types |= {"kept": "bool", "similarity": "double"}
     schema = pyarrow.schema([(key, types.get(key, "string")) for key in rows[0]])
+    schema = schema.with_metadata({DATASETS_KEY: json.dumps(fingerprints)})
     table = pyarrow.Table.from_pylist(rows, schema=schema)
     pyarrow.parquet.write_table(table, folder / "duplicates.parquet")
     return folder
 
 
 def test_duplicates_of_this_dataset_are_counted_by_method_and_match(pictures, tmp_path):
-    found = write_duplicates(tmp_path / "found", duplicate_rows(str(pictures)))
+    fingerprints = {"elsewhere": "0", str(pictures): Dataset(pictures).info.fingerprint}
+    found = write_duplicates(tmp_path / "found", duplicate_rows(str(pictures)), fingerprints)
     duplicates = figures_of(pictures, duplicates=found).duplicates
     assert (duplicates.num_groups, duplicates.num_grouped) == (3, 5)
     found_by = [(each.method, each.is_this_dataset) for each in duplicates.matches]
@@ -259,9 +263,8 @@ def test_duplicates_of_this_dataset_are_counted_by_method_and_match(pictures, tm
 
 
 def test_duplicates_of_another_dataset_are_refused(pictures, tmp_path):
-    rows = [{**row, "dataset": "elsewhere"} for row in duplicate_rows("elsewhere")]
-    found = write_duplicates(tmp_path / "found", rows)
-    with pytest.raises(InputError, match=r"expected one dataset at .*found elsewhere"):
+    found = write_duplicates(tmp_path / "found", duplicate_rows("elsewhere"), {"elsewhere": "0"})
+    with pytest.raises(InputError, match=r"was made from elsewhere, and not from "):
         figures_of(pictures, duplicates=found)
     with pytest.raises(InputError, match="find_duplicates"):
         figures_of(pictures, duplicates=tmp_path)

@@ -12,9 +12,16 @@ import yaml
 
 from data_prep.config import MakeSubset
 from data_prep.config_file import run_command
+from data_prep.duplicate_table import DATASETS_KEY
 from data_prep.make_subset import choose_samples, dry_run, make_subset
 from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import DatasetInfo, fingerprint_of, manifest_row, write_dataset_files
+from data_prep.shard_format import (
+    Dataset,
+    DatasetInfo,
+    fingerprint_of,
+    manifest_row,
+    write_dataset_files,
+)
 from data_prep.shard_writer import ShardWriter
 from data_prep.subset import Subset
 
@@ -203,48 +210,41 @@ def test_the_clip_score_is_the_cosine_with_the_best_caption(run, dataset, column
     assert np.flatnonzero(bitmap).tolist() == sorted(expected.tolist())
 
 
-def write_duplicates(path, dataset, columns, kept_of):
-    names = [str(dataset), "elsewhere"]
+def write_duplicates(path, kept_of, *, fingerprint):
+    names = ["once/was/here", "elsewhere"]
     rows = [(name, n, is_kept) for n, is_kept in kept_of.items() for name in names]
-    write_table(
-        path,
-        {
-            "dataset": [name for name, _, _ in rows],
-            "ordinal": [n for _, n, _ in rows],
-            "key": [columns["key"][n] for _, n, _ in rows],
-            "kept": [is_kept and name != "elsewhere" for name, _, is_kept in rows],
-        },
-    )
+    columns = {
+        "dataset": [name for name, _, _ in rows],
+        "ordinal": [n for _, n, _ in rows],
+        "kept": [is_kept and name != "elsewhere" for name, _, is_kept in rows],
+    }
+    fingerprints = {"elsewhere": "0", "once/was/here": fingerprint}
+    table = pyarrow.table(columns, metadata={DATASETS_KEY: json.dumps(fingerprints)})
+    pyarrow.parquet.write_table(table, path)
     return str(path)
 
 
-def test_duplicates_of_this_dataset_that_are_not_kept_are_dropped(run, dataset, columns, tmp_path):
-    first = write_duplicates(
-        tmp_path / "a.parquet", dataset, columns, {0: True, 5: False, 9: False}
-    )
-    second = write_duplicates(tmp_path / "b.parquet", dataset, columns, {9: False, 119: False})
+def test_duplicates_of_this_dataset_that_are_not_kept_are_dropped(run, dataset, tmp_path):
+    fingerprint = Dataset(dataset).info.fingerprint
+    kept_of = {0: True, 5: False, 9: False}
+    first = write_duplicates(tmp_path / "a.parquet", kept_of, fingerprint=fingerprint)
+    kept_of = {9: False, 119: False}
+    second = write_duplicates(tmp_path / "b.parquet", kept_of, fingerprint=fingerprint)
     _, printed, bitmap = run(drop=[first, second], where="isopair_ordinal >= 5")
     assert np.flatnonzero(~bitmap).tolist() == [0, 1, 2, 3, 4, 5, 9, 119]
     kept = [line.split()[-3] for line in printed.splitlines() if line.startswith(("where", "drop"))]
     assert kept == ["116", "114", "113"]
+    nothing = write_duplicates(tmp_path / "c.parquet", {}, fingerprint=fingerprint)
+    assert run(drop=[nothing])[2].all()
 
 
-def test_duplicates_of_other_datasets_only_are_refused(run, columns, tmp_path):
-    path = write_duplicates(tmp_path / "a.parquet", "somewhere/else", columns, {5: False})
+def test_duplicates_of_other_datasets_or_another_state_of_it_are_refused(run, tmp_path):
+    path = write_duplicates(tmp_path / "a.parquet", {5: False}, fingerprint="1")
     status, printed, _ = run(drop=[path])
     assert status == 1
-    assert "expected duplicates in" in printed
-    assert "found elsewhere, somewhere/else; remove it from `drop`" in printed
-
-
-def test_duplicates_found_in_an_earlier_state_of_the_dataset_are_refused(
-    run, dataset, columns, tmp_path
-):
-    other = columns | {"key": columns["key"][1:] + columns["key"][:1]}
-    path = write_duplicates(tmp_path / "a.parquet", dataset, other, {7: False})
-    status, printed, bitmap = run(drop=[path])
-    assert (status, bitmap) == (1, None)
-    assert "is '000008' there, '000007' in the dataset, which has changed" in printed
+    assert "was made from elsewhere, once/was/here, and not from" in printed
+    write_table(tmp_path / "b.parquet", {"dataset": ["x"], "ordinal": [0], "kept": [False]})
+    assert "expected a duplicates.parquet" in run(drop=[str(tmp_path / "b.parquet")])[1]
 
 
 def test_the_file_does_not_depend_on_workers_or_memory(dataset, tmp_path):
