@@ -62,11 +62,8 @@ def image_similarity(
     similarity = np.empty(len(crops), np.float32)
     for first in range(0, len(crops), PAIRS_AT_ONCE):
         part = slice(first, first + PAIRS_AT_ONCE)
-        luma, chroma = _planes(crops[part])
-        mirrored = is_mirrored[part]
-        luma[mirrored] = luma[mirrored][..., ::-1]
-        chroma[mirrored] = chroma[mirrored][..., ::-1]
-        whole_luma, whole_chroma = _planes(wholes[part])
+        luma, chroma = _planes(crops[part], is_mirrored[part])
+        whole_luma, whole_chroma = _planes(wholes[part], np.zeros(len(luma), bool))
         rows, columns = _aligned(luma, whole_luma, windows[part] // len(AXIS_WINDOWS))
         seen = LUMA_WINDOWS[rows] @ whole_luma @ LUMA_WINDOWS[columns].transpose(0, 2, 1)
         seen_chroma = (
@@ -84,35 +81,41 @@ def rough_similarity(
     crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, window: int
 ) -> np.ndarray:
     """float32 [pairs]: correlation of brightness with one window; args as image_similarity."""
-    luma, whole_luma = _luma(crops), _luma(wholes)
-    luma[is_mirrored] = luma[is_mirrored][..., ::-1]
+    luma, whole_luma = _luma(crops, is_mirrored), _luma(wholes, np.zeros(len(wholes), bool))
     row, column = divmod(window, len(AXIS_WINDOWS))
     seen = (FIRST_WINDOWS[row] @ whole_luma) @ FIRST_WINDOWS[column].T
     left, right = luma.reshape(len(luma), -1), seen.reshape(len(seen), -1)
     return _correlation(_centred(left), _centred(right))
 
 
-def plain_similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float32 [pairs]: as image_similarity, of pictures that are neither cropped nor mirrored.
+def plain_similarity(left: np.ndarray, right: np.ndarray, *, is_mirrored: np.ndarray) -> np.ndarray:
+    """float32 [pairs]: as image_similarity, of pictures that are not cropped.
 
     Args:
         left, right: uint8 [pairs, SIGNATURE_BYTES].
+        is_mirrored: bool [pairs].
     """
-    luma, chroma = _planes(left)
-    other_luma, other_chroma = _planes(right)
+    luma, chroma = _planes(left, is_mirrored)
+    other_luma, other_chroma = _planes(right, np.zeros(len(right), bool))
     return np.minimum(_luma_similarity(luma, other_luma), _chroma_similarity(chroma, other_chroma))
 
 
-def _luma(signatures: np.ndarray) -> np.ndarray:
+def _luma(signatures: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
     """float32 [n, 16, 16]"""
     pixels = signatures[:, : LUMA_SIDE**2].astype(np.float32)
-    return pixels.reshape(-1, LUMA_SIDE, LUMA_SIDE)
+    return _turned(pixels.reshape(-1, LUMA_SIDE, LUMA_SIDE), is_mirrored)
 
 
-def _planes(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _planes(signatures: np.ndarray, is_mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(brightness float32 [n, 16, 16], colour differences float32 [n, 2, 8, 8])"""
     chroma = signatures[:, LUMA_SIDE**2 :].astype(np.float32) - 128
-    return _luma(signatures), chroma.reshape(-1, 2, CHROMA_SIDE, CHROMA_SIDE)
+    chroma = _turned(chroma.reshape(-1, 2, CHROMA_SIDE, CHROMA_SIDE), is_mirrored)
+    return _luma(signatures, is_mirrored), chroma
+
+
+def _turned(planes: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
+    planes[is_mirrored] = planes[is_mirrored][..., ::-1]
+    return planes
 
 
 def _aligned(

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.crop_windows import NUM_WINDOWS, window_hashes
-from data_prep.duplicate_groups import Matches, first_of_equals
 from data_prep.image_similarity import image_similarity, plain_similarity, rough_similarity
 from data_prep.near_neighbours import Band, exact_bands, near_pairs
 
@@ -27,11 +26,12 @@ WINDOW_DISTANCE = 4  # bits more than between whole pictures: a crop lies betwee
 MIN_ROUGH_SIMILARITY = 0.8
 COARSE_STEP = 16  # levels of 255, of a thumbnail that is nearly another
 PAIRS_AT_ONCE = 1 << 14
+CANDIDATES_AT_ONCE = 1 << 23  # before all but the best of each pair are forgotten
 
 
 @dataclass(frozen=True)
 class ImageHashes:
-    """The fingerprints of pictures, in the order in which they are to be kept."""
+    """The fingerprints of pictures; those that are no reference come first."""
 
     phash: np.ndarray  # uint64 [n]
     phash_mirrored: np.ndarray  # uint64 [n]
@@ -39,6 +39,21 @@ class ImageHashes:
 
     def __getitem__(self, chosen: np.ndarray) -> ImageHashes:
         return ImageHashes(self.phash[chosen], self.phash_mirrored[chosen], self.signatures[chosen])
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Pairs of pictures that are alike; and members of classes, each with the first of its class.
+
+    Members are in no pair.
+    """
+
+    left: np.ndarray  # int64 [pairs]
+    right: np.ndarray  # int64 [pairs]
+    similarity: np.ndarray  # float32 [pairs]
+    members: np.ndarray  # int64 [members]
+    member_firsts: np.ndarray  # int64 [members]
+    member_similarity: np.ndarray  # float32 [members]
 
 
 @dataclass(frozen=True)
@@ -52,19 +67,15 @@ class _Candidates:
     rough: np.ndarray  # float32 [pairs]
 
     def best(self) -> _Candidates:
-        """The best of each pair, whichever of the two is the crop."""
+        """The best of each pair, whichever of the two is the crop; of equals, the first here."""
         low, high = np.minimum(self.crops, self.wholes), np.maximum(self.crops, self.wholes)
-        order = np.lexsort((self.is_mirrored, self.windows, self.crops, -self.rough, high, low))
+        order = np.lexsort((-self.rough, (low << 32) | high))
         is_first = np.ones(len(order), bool)
         is_first[1:] = (np.diff(low[order]) != 0) | (np.diff(high[order]) != 0)
         return self[order[is_first]]
 
     def __getitem__(self, chosen: np.ndarray) -> _Candidates:
         return _Candidates(*(values[chosen] for values in vars(self).values()))
-
-    def __add__(self, other: _Candidates) -> _Candidates:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Candidates(*(np.concatenate(pair) for pair in pairs))
 
 
 def near_images(
@@ -89,7 +100,7 @@ def near_images(
     candidates = _candidates(hashes[chosen], is_reference[chosen], max_distance, workers)
     similarity = _confirmed(hashes[chosen], candidates, min_similarity, workers)
     is_match = similarity >= min_similarity
-    members = np.flatnonzero(firsts != np.arange(len(firsts)))
+    members = np.flatnonzero((firsts != np.arange(len(firsts))) & ~is_reference[firsts])
     return Matches(
         left=chosen[candidates.crops[is_match]],
         right=chosen[candidates.wholes[is_match]],
@@ -112,11 +123,21 @@ def _first_of_class(hashes: ImageHashes, min_similarity: float) -> np.ndarray:
     for first in range(0, len(keys), PAIRS_AT_ONCE):
         part = slice(first, first + PAIRS_AT_ONCE)
         keys[part] = _row_keys(hashes.signatures[part] // COARSE_STEP) ^ hashes.phash[part]
-    firsts = first_of_equals(keys)
+    firsts = _first_of_equals(keys)
     members = np.flatnonzero(firsts != np.arange(len(firsts)))
     is_equal_hash = hashes.phash[members] == hashes.phash[firsts[members]]
     is_same = is_equal_hash & (_plain(hashes, members, firsts[members]) >= min_similarity)
     firsts[members[~is_same]] = members[~is_same]
+    return firsts
+
+
+def _first_of_equals(keys: np.ndarray) -> np.ndarray:
+    """int64 [n]: the first place at which each of [n] keys stands."""
+    order = np.argsort(keys, kind="stable")
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = keys[order][1:] != keys[order][:-1]
+    firsts = np.empty(len(keys), np.int64)
+    firsts[order] = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
     return firsts
 
 
@@ -134,7 +155,8 @@ def _plain(hashes: ImageHashes, left: np.ndarray, right: np.ndarray) -> np.ndarr
     for first in range(0, len(left), PAIRS_AT_ONCE):
         part = slice(first, first + PAIRS_AT_ONCE)
         signatures = hashes.signatures
-        parts.append(plain_similarity(signatures[left[part]], signatures[right[part]]))
+        pairs = signatures[left[part]], signatures[right[part]]
+        parts.append(plain_similarity(*pairs, is_mirrored=np.zeros(len(pairs[0]), bool)))
     return np.concatenate(parts)
 
 
@@ -155,20 +177,22 @@ def _candidates(
         window, distance, bands = arguments
         is_whole = bands != [LOW_BITS]
         table = hashes.phash if is_whole else window_hashes(hashes.signatures, window)
-        found = [_NO_CANDIDATES]
+        every = [_NO_CANDIDATES]
         for left, right in near_pairs(queries, table, max_distance=distance, bands=bands):
             crops, is_mirrored = left % len(table), left >= len(table)
             is_new = (crops < right) if is_whole else (crops != right)
             is_new &= ~(is_reference[crops] & is_reference[right])
             pairs = (crops[is_new], right[is_new], is_mirrored[is_new])
-            found += list(_roughly_alike(hashes.signatures, *pairs, window=window))
-        return sum(found[1:], found[0]).best()
+            every += list(_roughly_alike(hashes.signatures, *pairs, window=window))
+        return _joined(every).best()
 
-    total = _NO_CANDIDATES
+    every = [_NO_CANDIDATES]
     with ThreadPoolExecutor(workers) as executor:
         for found in executor.map(search, searches):
-            total = (total + found).best()
-    return total
+            every.append(found)
+            if sum(len(part.crops) for part in every[1:]) > CANDIDATES_AT_ONCE:
+                every = [_joined(every).best()]
+    return _joined(every).best()
 
 
 _NO_CANDIDATES = _Candidates(
@@ -178,6 +202,11 @@ _NO_CANDIDATES = _Candidates(
     np.empty(0, np.int64),
     np.empty(0, np.float32),
 )
+
+
+def _joined(every: list[_Candidates]) -> _Candidates:
+    columns = zip(*(vars(candidates).values() for candidates in every), strict=True)
+    return _Candidates(*(np.concatenate(parts) for parts in columns))
 
 
 def _roughly_alike(
@@ -208,19 +237,16 @@ def _confirmed(
     signatures = hashes.signatures
 
     def similarity_of(part: slice) -> np.ndarray:
-        crops, wholes = candidates.crops[part], candidates.wholes[part]
+        crops, wholes = signatures[candidates.crops[part]], signatures[candidates.wholes[part]]
         is_mirrored, windows = candidates.is_mirrored[part], candidates.windows[part]
-        similarity = image_similarity(
-            signatures[crops], signatures[wholes], is_mirrored=is_mirrored, windows=windows
-        )
-        rest = np.flatnonzero(similarity < min_similarity)
-        turned = image_similarity(
-            signatures[wholes[rest]],
-            signatures[crops[rest]],
-            is_mirrored=is_mirrored[rest],
-            windows=np.zeros_like(windows[rest]),
-        )
-        similarity[rest] = np.maximum(similarity[rest], turned)
+        similarity = plain_similarity(crops, wholes, is_mirrored=is_mirrored)
+        # Most are no crops; and of those that are, the rough window tells which of the two is.
+        for parts, whole, first in ((crops, wholes, windows), (wholes, crops, 0 * windows)):
+            rest = np.flatnonzero(similarity < min_similarity)
+            aligned = image_similarity(
+                parts[rest], whole[rest], is_mirrored=is_mirrored[rest], windows=first[rest]
+            )
+            similarity[rest] = np.maximum(similarity[rest], aligned)
         return similarity
 
     starts = range(0, len(candidates.crops), PAIRS_AT_ONCE)
