@@ -22,6 +22,7 @@ LEAST_KEY_BITS, MOST_KEY_BITS = 20, 24
 NUM_TABLES = 3  # each takes its keys from other bits of the words
 NEIGHBOURS = 16  # clips after a clip, of those that share its key, which it is compared with
 WORDS_AROUND = 12  # on each side of a shared key, which are compared first
+WORD_STEP = 3  # neighbouring words are much alike
 MIN_AGREEMENT_AROUND = 0.6
 BYTES_PER_KEY = 64  # of memory while keys are sorted and compared
 CLIPS_AT_ONCE = 2048
@@ -77,7 +78,7 @@ def near_audio_pairs(
     """
     best: dict[tuple[int, int], float] = {}
     num_keys = int(np.minimum(np.diff(clips.starts), KEYS_PER_CLIP).sum())
-    key_bits = int(np.clip(num_keys.bit_length() - 2, LEAST_KEY_BITS, MOST_KEY_BITS))
+    key_bits = int(np.clip(num_keys.bit_length(), LEAST_KEY_BITS, MOST_KEY_BITS))
     num_parts = 1 + num_keys * BYTES_PER_KEY // memory_bytes
     last_query = len(clips) if num_queries is None else num_queries
     for table in range(NUM_TABLES):
@@ -153,7 +154,7 @@ def _agree_around(words: np.ndarray, keys: Keys, pairs: np.ndarray) -> np.ndarra
     after = (keys.lengths[pairs] - keys.in_clip[pairs]).min(axis=1)
     num_different = np.zeros(len(pairs), dtype=np.int64)
     num_loud = np.zeros(len(pairs), dtype=np.int64)
-    for step in range(-WORDS_AROUND, WORDS_AROUND + 1):
+    for step in range(-WORDS_AROUND, WORDS_AROUND + 1, WORD_STEP):
         inside = np.flatnonzero((-step <= before) & (step < after))
         first, second = words[keys.places[pairs[inside]] + step].T
         num_different[inside] += np.bitwise_count(first ^ second)

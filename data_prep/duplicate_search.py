@@ -24,6 +24,7 @@ from data_prep.joined_datasets import (
     binary_column,
     number_column,
 )
+from data_prep.near_images import ImageHashes, near_images
 from data_prep.sample_groups import Pairs
 from data_prep.semantic_duplicates import semantic_pairs
 
@@ -105,8 +106,6 @@ def find_near_media(search: Search) -> Found:
 
 
 def _near_images(search: Search, options: NearMedia) -> Pairs:
-    from data_prep.near_images import ImageHashes, near_images
-
     phash, has_phash = number_column(search.datasets, "phash")
     mirrored, _ = number_column(search.datasets, "phash_mirrored")
     sample = _samples_with(search, has_phash, column="phash")
