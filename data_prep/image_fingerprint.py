@@ -43,8 +43,14 @@ def _cosines() -> np.ndarray:
     return np.rint(COSINE_SCALE * np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID)))
 
 
+def _blocks(side: int) -> np.ndarray:
+    """float64 [side, 32]: the sum over each of `side` equal parts."""
+    return np.kron(np.eye(side), np.ones(GRID // side))
+
+
 FREQUENCIES = _lowest_frequencies()
 COSINES = _cosines()
+LUMA_BLOCKS, CHROMA_BLOCKS = _blocks(LUMA_SIDE), _blocks(CHROMA_SIDE)
 # Mirrored left to right, every odd horizontal frequency changes its sign.
 MIRRORING = np.where(FREQUENCIES[1] % 2, -1.0, 1.0)
 THRESHOLD = MIN_AMPLITUDE * 256 * (GRID * COSINE_SCALE) ** 2
@@ -89,15 +95,8 @@ def _signature(reduced: np.ndarray, luma: np.ndarray) -> bytes:
         reduced: float64 [32, 32, 3].
         luma: float64 [32, 32], in 1/256.
     """
-    small_luma = _block_sums(luma, LUMA_SIDE) // (256 * 4)
-    colours = _block_sums(reduced, CHROMA_SIDE)  # [8, 8, 3]
-    mean = _block_sums(small_luma, CHROMA_SIDE)
-    differences = (colours[:, :, [2, 0]] / 16 - mean[:, :, None] / 4) // 2 + 128  # [8, 8, 2]
-    planes = (small_luma, differences[:, :, 0], differences[:, :, 1])
-    return b"".join(plane.astype(np.uint8).tobytes() for plane in planes)
-
-
-def _block_sums(plane: np.ndarray, side: int) -> np.ndarray:
-    """[n, n, ...] -> [side, side, ...]"""
-    block = len(plane) // side
-    return plane.reshape(side, block, side, block, *plane.shape[2:]).sum(axis=(1, 3))
+    small_luma = LUMA_BLOCKS @ luma @ LUMA_BLOCKS.T // (256 * 4)  # [16, 16]
+    colours = CHROMA_BLOCKS @ reduced.transpose(2, 0, 1) @ CHROMA_BLOCKS.T  # [3, 8, 8], times 16
+    mean = CHROMA_BLOCKS @ luma @ CHROMA_BLOCKS.T / 256  # [8, 8], times 16
+    differences = (colours[[2, 0]] - mean) // 32 + 128  # [2, 8, 8]
+    return small_luma.astype(np.uint8).tobytes() + differences.astype(np.uint8).tobytes()

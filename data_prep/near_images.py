@@ -22,7 +22,7 @@ from data_prep.image_similarity import image_similarity, plain_similarity, rough
 from data_prep.near_neighbours import Band, exact_bands, near_pairs
 
 LOW_BITS = Band(first_bit=0, num_bits=20, max_flips=1)
-WINDOW_DISTANCE = 4  # bits more than between whole pictures: a crop lies between the windows
+WINDOW_DISTANCE = 6  # bits more than between whole pictures: a crop lies between the windows
 MIN_ROUGH_SIMILARITY = 0.8
 COARSE_STEP = 16  # levels of 255, of a thumbnail that is nearly another
 PAIRS_AT_ONCE = 1 << 14
@@ -168,6 +168,8 @@ def _candidates(
 ) -> _Candidates:
     """The pairs that are roughly alike, each once, with the best window found."""
     queries = np.concatenate([hashes.phash, hashes.phash_mirrored])
+    order = np.argsort(LOW_BITS.keys_of(queries), kind="stable")
+    queries = queries[order]  # sorted once instead of in each of the searches
     searches = [(0, max_distance, [band]) for band in exact_bands(max_distance)]
     searches += [
         (window, max_distance + WINDOW_DISTANCE, [LOW_BITS]) for window in range(NUM_WINDOWS)
@@ -179,10 +181,10 @@ def _candidates(
         table = hashes.phash if is_whole else window_hashes(hashes.signatures, window)
         every = [_NO_CANDIDATES]
         for left, right in near_pairs(queries, table, max_distance=distance, bands=bands):
-            crops, is_mirrored = left % len(table), left >= len(table)
+            is_mirrored, crops = np.divmod(order[left], len(table))
             is_new = (crops < right) if is_whole else (crops != right)
             is_new &= ~(is_reference[crops] & is_reference[right])
-            pairs = (crops[is_new], right[is_new], is_mirrored[is_new])
+            pairs = (crops[is_new], right[is_new], is_mirrored[is_new] == 1)
             every += list(_roughly_alike(hashes.signatures, *pairs, window=window))
         return _joined(every).best()
 

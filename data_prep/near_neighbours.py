@@ -21,7 +21,7 @@ import numpy as np
 HASH_BITS = 64
 NUM_BANDS = 3  # of 21 and 22 bits: a band of a million hashes is then seldom shared by chance
 PAIRS_AT_ONCE = 1 << 20  # bounds the memory
-QUERIES_AT_ONCE = 1 << 16  # whose places in the table stay in the processor's cache
+QUERIES_AT_ONCE = 1 << 15  # whose places in the table stay in the processor's cache
 
 
 @dataclass(frozen=True)
