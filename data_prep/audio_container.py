@@ -25,7 +25,8 @@ def check_is_whole(content: bytes) -> None:
     FLAC needs no such check: its decoder finds what is missing.
 
     Raises:
-        MediaError: truncated, bad_sample_rate, or undecodable: a page of Ogg is damaged.
+        MediaError: truncated, bad_sample_rate, chained (an Ogg of several recordings in a row), or
+            undecodable: a page of Ogg is damaged.
     """
     check = CHECKS.get(audio_format(content))
     if check is not None:
@@ -97,6 +98,7 @@ def _mp3_frame_bytes(header: bytes) -> int:
 def _check_ogg(content: bytes) -> None:
     """An Ogg file that lost pages or its end is decoded by libsndfile to a shorter clip."""
     place, next_page, is_ended = id3_bytes(content), {}, {}
+    is_beginning = True  # the first pages of all streams come before any other (RFC 3533, 4)
     while place < len(content):
         header = content[place : place + 27]
         if len(header) < 27 or header[:4] != b"OggS":
@@ -108,8 +110,13 @@ def _check_ogg(content: bytes) -> None:
         if _ogg_crc32(content[place:page_end]) != int.from_bytes(header[22:26], "little"):
             raise MediaError(f"Ogg: the page at byte {place} is damaged")
         flags, stream, page = struct.unpack_from("<5xB8xII", header)
+        if flags & 2 and not is_beginning:  # libsndfile reads the first recording alone
+            raise MediaError(
+                f"Ogg of several recordings in a row: at byte {place}", reason="chained"
+            )
         if page != next_page.get(stream, page):
             raise MediaError(f"Ogg: expected page {next_page[stream]}, found {page}")
+        is_beginning = bool(flags & 2)
         next_page[stream], is_ended[stream] = page + 1, bool(flags & 4)
         place = page_end
     if not all(is_ended.values()):

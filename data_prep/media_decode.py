@@ -178,7 +178,8 @@ def read_waveform(
             num_frames, rate = file.frames, file.samplerate
             _check_channels(file.channels, max_channels)
             _check_length(num_frames, rate, channels=file.channels, max_seconds=max_seconds)
-            waveform = file.read(dtype="float32", always_2d=True)
+            # The number, because GSM in WAV cannot seek to find it.
+            waveform = file.read(num_frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise MediaError(f"not readable audio: {error}") from None
     if len(waveform) != num_frames:

@@ -43,7 +43,13 @@ def noise(num_samples, channels=1):
 
 @pytest.mark.parametrize(
     ("sound_format", "subtype"),
-    [("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "PCM_U8"), ("FLAC", "PCM_24"), ("OGG", "OPUS")],
+    [
+        ("WAV", "PCM_24"),
+        ("WAV", "FLOAT"),
+        ("WAV", "PCM_U8"),
+        ("FLAC", "PCM_24"),
+        ("OGG", "OPUS"),
+    ],
 )
 def test_clips_of_any_depth_are_kept_byte_for_byte(sound_format, subtype):
     content = sound(sound_format, subtype=subtype)
@@ -54,6 +60,13 @@ def test_clips_of_any_depth_are_kept_byte_for_byte(sound_format, subtype):
     assert prepared.measures["seconds"] == prepared.measures["source_seconds"] == 0.5
     assert prepared.measures["sample_rate_hz"] == RATE and prepared.measures["channels"] == 1
     assert prepared.measures["start_seconds"] == 0 and not prepared.measures["is_reencoded"]
+
+
+def test_gsm_which_cannot_seek_is_read_to_its_end():
+    content = sound(subtype="GSM610")
+    (prepared,) = prepare(content)
+    assert prepared.content == content
+    assert prepared.measures["seconds"] == soundfile.info(io.BytesIO(content)).duration
 
 
 def test_floats_beyond_full_scale_are_kept_where_nothing_is_reencoded():
@@ -298,3 +311,11 @@ def test_a_wav_of_unknown_length_is_read_to_its_end():
     piped = content[:place] + struct.pack("<I", 0xFFFFFFFF) + content[place + 4 :]
     (prepared,) = prepare(piped)
     assert prepared.content == piped and prepared.measures["seconds"] == 0.5
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_of_several_recordings_is_not_read_as_the_first(subtype):
+    content = sound("OGG", subtype=subtype)
+    with pytest.raises(MediaError, match=f"in a row: at byte {len(content)}") as caught:
+        prepare(content + content)
+    assert caught.value.reason == "chained"
