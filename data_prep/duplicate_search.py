@@ -1,11 +1,13 @@
 """The ways in which find_duplicates looks for samples that are alike.
 
 Each takes the samples that are left, and gives pairs of their numbers: see data_prep.
-joined_datasets. A sample without the column that a method needs is not compared by it.
+joined_datasets. A sample without the column that a method needs is not compared by it, which the
+log says; a whole dataset without it is an error, because nothing of it would be found.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from data_prep.joined_datasets import (
 from data_prep.near_images import ImageHashes, near_images
 from data_prep.sample_groups import Pairs
 from data_prep.semantic_duplicates import semantic_pairs
+
+log = logging.getLogger(__name__)
 
 SHA256_DIGITS = 64
 
@@ -109,7 +113,7 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
     phash, has_phash = number_column(search.datasets, "phash")
     mirrored, _ = number_column(search.datasets, "phash_mirrored")
     sample = _samples_with(search, has_phash, column="phash")
-    content, starts = binary_column(
+    content, starts, _ = binary_column(
         search.datasets,
         "signature",
         samples=_mask(sample, len(search.is_left)),
@@ -120,9 +124,14 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
             f"{search.datasets.folders[0]}: expected a signature of {SIGNATURE_BYTES} bytes beside "
             f"each phash, found others, of another version; {MEASURE_ADVICE}"
         )
-    signatures = content.reshape(-1, SIGNATURE_BYTES)
+    hashes = ImageHashes(
+        # Where there is no shard, nothing tells the type of the numbers.
+        phash=phash[sample].astype(np.uint64),
+        phash_mirrored=mirrored[sample].astype(np.uint64),
+        signatures=content.reshape(-1, SIGNATURE_BYTES),
+    )
     matches = near_images(
-        ImageHashes(phash[sample], mirrored[sample], signatures),
+        hashes,
         is_reference=sample >= search.datasets.num_queries,
         max_distance=options.image_max_distance,
         min_similarity=options.image_min_similarity,
@@ -136,15 +145,14 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
 
 
 def _near_audio(search: Search, options: NearMedia) -> Pairs:
-    content, starts = binary_column(
+    content, starts, has_fingerprint = binary_column(
         search.datasets,
         "fingerprint",
         samples=search.is_left,
         path=search.folder / "fingerprints.bin",
     )
+    _check_measured(search.datasets, has_fingerprint, column="fingerprint")
     sample = np.flatnonzero(search.is_left)
-    if len(sample) and not len(content):
-        raise _no_column(search, "fingerprint")
     first, second, similarity = near_audio_pairs(
         ClipWords(content.view("<u4"), starts // 4),
         min_similarity=options.audio_min_similarity,
@@ -212,16 +220,36 @@ def find_semantic(search: Search) -> Found:
 
 def _samples_with(search: Search, has_value: np.ndarray, *, column: str) -> np.ndarray:
     """int64 [n]: the samples that are left and have a value in a column."""
-    if len(has_value) and not has_value.any():
-        raise _no_column(search, column)
+    _check_measured(search.datasets, has_value, column=column)
     return np.flatnonzero(search.is_left & has_value)
 
 
-def _no_column(search: Search, column: str) -> InputError:
-    return InputError(
-        f"{search.datasets.folders[0]}: expected Parquets with values in the column {column}, found"
-        f" none; {MEASURE_ADVICE}"
-    )
+def _check_measured(datasets: JoinedDatasets, has_value: np.ndarray, *, column: str) -> None:
+    """
+    Args:
+        datasets: whose samples they are.
+        has_value: bool [samples].
+        column: that a method needs.
+
+    Raises:
+        InputError: a dataset has samples, but none with a value.
+    """
+    for number, folder in enumerate(datasets.folders):
+        part = has_value[datasets.starts[number] : datasets.starts[number + 1]]
+        if len(part) and not part.any():
+            raise InputError(
+                f"{folder}: expected Parquets with values in the column {column}, found none; "
+                f"{MEASURE_ADVICE}"
+            )
+        if not part.all():
+            log.warning(
+                "%s: %s of %s samples have no %s and are not compared by it; %s",
+                folder,
+                f"{len(part) - part.sum():,}",
+                f"{len(part):,}",
+                column,
+                MEASURE_ADVICE,
+            )
 
 
 def _num_queries(search: Search, sample: np.ndarray) -> int:

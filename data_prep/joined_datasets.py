@@ -129,7 +129,7 @@ def number_column(datasets: JoinedDatasets, name: str) -> tuple[np.ndarray, np.n
 
 def binary_column(
     datasets: JoinedDatasets, name: str, *, samples: np.ndarray, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bytes of some samples in a column, laid end to end in a file.
 
     Args:
@@ -139,17 +139,18 @@ def binary_column(
         path: of a temporary file; the result reads it.
 
     Returns:
-        uint8 [all bytes], and int64 [chosen samples + 1]: where those of each begin. A sample that
-        has none has no bytes.
+        uint8 [all bytes]; int64 [chosen samples + 1]: where those of each begin, and a sample that
+        has none has no bytes; bool [samples]: is there a value, also of those that are not chosen?
 
     Raises:
         InputError: as JoinedDatasets.tables.
     """
     import pyarrow
 
-    lengths = [np.zeros(1, np.int64)]
+    lengths, is_there = [np.zeros(1, np.int64)], [np.empty(0, dtype=bool)]
     with path.open("wb") as file:
         for start, table in datasets.tables([name]):
+            is_there.append(table[name].is_valid().to_numpy())
             chosen = pyarrow.array(samples[start : start + table.num_rows])
             for chunk in table[name].filter(chosen).fill_null(b"").chunks:
                 offsets = np.frombuffer(chunk.buffers()[1], np.int32)
@@ -159,7 +160,8 @@ def binary_column(
                     content[offsets[0] : offsets[-1]].tofile(file)
                 lengths.append(np.diff(offsets).astype(np.int64))
     starts = np.cumsum(np.concatenate(lengths))
-    return mapped_file(path, np.uint8, (int(starts[-1]),)), starts
+    content = mapped_file(path, np.uint8, (int(starts[-1]),))
+    return content, starts, np.concatenate(is_there)
 
 
 def mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

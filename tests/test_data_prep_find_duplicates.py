@@ -186,6 +186,34 @@ def test_datasets_without_duplicates_or_samples_in_groups(folder, tmp_path):
     assert "Nothing was found" in (output / "report.html").read_text()
 
 
+@pytest.mark.parametrize("media", ["image", "audio"])
+def test_an_empty_dataset_has_no_duplicates(media, tmp_path):
+    write_dataset(tmp_path / "empty", [], media=media)
+    options = {"near_captions": {}, "keep": "largest"}
+    output = search(tmp_path, tmp_path / "out", datasets=["empty"], against=[], **options)
+    assert pyarrow.parquet.read_table(output / "duplicates.parquet").num_rows == 0
+    assert kept_of(output, "empty") == []
+
+
+def test_clips_too_short_for_a_fingerprint_are_compared_by_their_bytes(tmp_path):
+    clips = [("wav", wav(np.full(100, level), RATE_HZ), ["click"]) for level in (0.1, 0.2, 0.1)]
+    write_dataset(tmp_path / "clicks", clips, media="audio")
+    output = search(tmp_path, tmp_path / "out", datasets=["clicks"], against=[])
+    assert kept_of(output, "clicks") == [0, 1]
+
+
+def test_samples_without_a_fingerprint_are_told(folder, tmp_path, caplog):
+    write_dataset(tmp_path / "part", [sound(n) for n in range(8)], media="audio")
+    path = tmp_path / "part/00000001.parquet"
+    table = pyarrow.parquet.read_table(path)
+    place = table.schema.get_field_index("fingerprint")
+    nothing = pyarrow.nulls(table.num_rows, pyarrow.binary())
+    table = table.set_column(place, table.schema.field(place), nothing)
+    pyarrow.parquet.write_table(table, path)
+    search(tmp_path, tmp_path / "out", datasets=["part"], against=[])
+    assert "part: 4 of 8 samples have no fingerprint and are not compared by it" in caplog.text
+
+
 # --------------------------------------------------------------------------------- wrong input
 
 
@@ -201,6 +229,12 @@ def test_hashes_must_be_there(bad):
     (bad / "plain/00000000.parquet").unlink()
     with pytest.raises(InputError, match=r"00000000.parquet.*no such file.*index_shards"):
         search(bad, bad / "out", datasets=["plain"], against=[])
+
+
+def test_hashes_of_evaluation_sets_must_be_there(folder, tmp_path):
+    write_dataset(tmp_path / "test", [sound(5), sound(3)], media="audio", is_measured=False)
+    with pytest.raises(InputError, match="test: expected .* column fingerprint.*measure=true"):
+        search(tmp_path, tmp_path / "out", datasets=[folder / "train"])
 
 
 def test_a_dataset_cannot_stand_twice(folder, tmp_path):
