@@ -233,7 +233,7 @@ def test_hashes_must_be_there(bad):
 
 def test_hashes_of_evaluation_sets_must_be_there(folder, tmp_path):
     write_dataset(tmp_path / "test", [sound(5), sound(3)], media="audio", is_measured=False)
-    with pytest.raises(InputError, match="test: expected .* column fingerprint.*measure=true"):
+    with pytest.raises(InputError, match=r"test: expected .* column fingerprint.*measure=true"):
         search(tmp_path, tmp_path / "out", datasets=[folder / "train"])
 
 
