@@ -248,12 +248,18 @@ class SampleTable:
             raise InputError(f"embeddings: {folder}: the dataset has a column {CLIP_SCORE} already")
         files = self._files_of_shards(folder)
         with duckdb_errors(f"embeddings: {folder}"):
+            self.connection.execute(
+                "CREATE TABLE embedded AS SELECT unnest(?::VARCHAR[]) AS file, "
+                "unnest(?::VARCHAR[]) AS shard",
+                [list(map(str, files)), [row.name for row in self.manifest]],
+            )
             # A caption's cosine by list_cosine_similarity: Parquet has lists of any length only.
             self.connection.execute(
-                "CREATE VIEW embeddings AS SELECT parse_filename(file, true) AS shard, key, "
+                "CREATE VIEW embeddings AS SELECT shard, key, "
                 "list_max(list_transform(caption_embeddings, lambda caption: "
                 f"list_cosine_similarity(caption, media_embedding))) AS {CLIP_SCORE} "
-                f"FROM read_parquet({files_literal(files)}, filename = 'file')"
+                f"FROM read_parquet({files_literal(files)}, filename = 'file') "
+                "JOIN embedded USING (file)"
             )
             rows = self._number("SELECT count(*) FROM embeddings")
         self._columns.append(f"embeddings.{CLIP_SCORE}")

@@ -27,7 +27,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -80,9 +80,10 @@ def media_kind_of(extension: str) -> str | None:
     return next((kind for kind, known in MEDIA_EXTENSIONS.items() if extension in known), None)
 
 
-def media_extension_of(members: Sequence[str]) -> str | None:
-    """The first extension among `members` that is media."""
-    return next((extension for extension in members if media_kind_of(extension)), None)
+def media_extension_of(members: Iterable[str], media_kind: str) -> str | None:
+    """The first extension among `members`, by the alphabet, that is of this kind of media."""
+    known = (extension for extension in sorted(members) if media_kind_of(extension) == media_kind)
+    return next(known, None)
 
 
 def captions_of(sample: Sample) -> list[str]:

@@ -21,7 +21,7 @@ from data_prep.shard_columns import KeptType, own_columns, shard_schema
 from data_prep.shard_format import (
     Sample,
     captions_of,
-    media_kind_of,
+    media_extension_of,
     metadata_of,
     write_atomically,
 )
@@ -46,8 +46,10 @@ def measure_media(sample: Sample, media_kind: str) -> dict[str, Any]:
 
 
 def media_extension(sample: Sample, media_kind: str) -> str:
-    """The first member that is of the dataset's kind."""
-    return next(name for name in sorted(sample.members) if media_kind_of(name) == media_kind)
+    """The member that is of the dataset's kind, which is there."""
+    extension = media_extension_of(sample.members, media_kind)
+    assert extension is not None, f"{sample}: no {media_kind}"
+    return extension
 
 
 def row_of(

@@ -54,7 +54,7 @@ class MediaViews:
 
 
 def _small_media(sample: Sample, media: str) -> tuple[Markup, str]:
-    extension = media_extension_of(list(sample.members))
+    extension = media_extension_of(sample.members, media)
     if extension is None:
         raise CorruptSampleError(f"{sample}: expected {media}, found {sorted(sample.members)}")
     content = sample.members[extension]

@@ -70,6 +70,7 @@ def write_missing_shards(
     bad_samples = [bad for path in sorted(finished) for bad in bad_samples_of(path)]
     for shard, embeddings in embed_shards(encoder, dataset, missing):
         uids = uids_of_shard(dataset, shard)
+        paths[shard].parent.mkdir(parents=True, exist_ok=True)  # a shard's name may hold folders
         write_shard(paths[shard], embeddings, uids=uids, origin=origin)
         for bad in embeddings.bad_samples:
             logger.warning("left out: %s", bad.reason)

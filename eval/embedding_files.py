@@ -192,6 +192,6 @@ def write_summary(
     }
     content = json.dumps(record, indent=2).encode() + b"\n"
     write_atomically(folder / "embeddings.json", content)
-    for leftover in folder.glob(".*.tmp"):  # of attempts that were killed
+    for leftover in folder.rglob(".*.tmp"):  # of attempts that were killed
         leftover.unlink()
     return record

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError, Sample, media_kind_of
+from data_prep.shard_format import CorruptSampleError, Sample, media_extension_of, media_kind_of
 from data_prep.subset import KeptSamples
 from eval.ranking import check_finite
 from pretrain.checkpoint import load_model
@@ -150,7 +150,7 @@ def transformed_media(sample: Sample, transform: Any, *, kind: str) -> Tensor:
     Raises:
         CorruptSampleError: it has no media of this kind, or they cannot be decoded.
     """
-    extension = next((name for name in sample.members if media_kind_of(name) == kind), None)
+    extension = media_extension_of(sample.members, kind)
     if extension is None:
         raise CorruptSampleError(f"{sample}: holds no {kind}")
     try:

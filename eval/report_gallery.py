@@ -33,7 +33,7 @@ class MediaViews:
 
     def _make(self, ordinal: int) -> Markup:
         sample = self.dataset.read_sample(ordinal)
-        extension = media_extension_of(list(sample.members))
+        extension = media_extension_of(sample.members, self.dataset.info.media)
         content = sample.members[extension]
         if self.dataset.info.media == "audio":
             waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)

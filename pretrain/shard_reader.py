@@ -109,9 +109,10 @@ class PairReader:
             CorruptSampleError, MediaError: its bytes are bad.
         """
         sample = self.dataset.read_sample(ordinal)
-        extension = media_extension_of(list(sample.members))
+        kind = self.dataset.info.media
+        extension = media_extension_of(sample.members, kind)
         if extension is None:
-            raise CorruptSampleError(f"{sample}: no media among {sorted(sample.members)}")
+            raise CorruptSampleError(f"{sample}: no {kind} among {sorted(sample.members)}")
         try:
             media = self.transform.decode(sample.members[extension], extension)
         except MediaError as error:

@@ -10,6 +10,7 @@ from data_prep.shard_format import (
     Sample,
     ShardIndex,
     captions_of,
+    media_extension_of,
     split_member_name,
 )
 
@@ -77,3 +78,10 @@ def test_captions_come_from_json_before_txt():
     for bad in ({}, {"txt": b"\xff"}, {"json": b"{"}, {"json": b"[]"}):
         with pytest.raises(CorruptSampleError, match=r"x\.tar: sample k"):
             captions(**bad)
+
+
+def test_media_is_that_of_the_kind_and_the_first_by_the_alphabet():
+    members = ("wav", "txt", "png", "jpg", "flac")
+    assert media_extension_of(members, "image") == "jpg"
+    assert media_extension_of(members, "audio") == "flac"
+    assert media_extension_of(("txt", "wav"), "image") is None

@@ -1,7 +1,9 @@
 """eval.embed on a real checkpoint, beside the embeddings that evaluation makes itself."""
 
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from toy_run import toy_config
+from toy_run import toy_config, toy_members
 
-from data_prep.config import MakeSubset
+from data_prep.config import IndexShards, MakeSubset
 from data_prep.config_file import InputError, run_command
+from data_prep.index_shards import index_shards
 from data_prep.make_subset import choose_samples
 from data_prep.shard_columns import shard_schema
 from data_prep.shard_format import BLOCK_BYTES, Dataset, ShardIndex, captions_of
@@ -202,3 +205,31 @@ def test_what_cannot_be_embedded_is_named(embed, toy_data, tmp_path):
     write_uids(folder)
     shutil.copy(folder / "00000000.parquet", folder / "00000001.parquet")
     assert "00000001.parquet: expected 13 rows" in embed(folder)[1]
+
+
+def test_shards_in_folders_of_their_own_are_embedded_and_scored(
+    embed, toy_data, checkpoint, tmp_path
+):
+    """Two tars of one name, with sounds that the dataset of pictures passes over."""
+    tars = tmp_path / "tars"
+    for number, folder in enumerate(("a.b", "c")):
+        (tars / folder).mkdir(parents=True)
+        with tarfile.open(tars / folder / "train.0.tar", "w") as tar:
+            for n in range(8 * number, 8 * number + 8):
+                members = toy_members("image", n) | {"flac": b"no picture"}
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{n:06d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    dataset = tmp_path / "indexed"
+    index_shards(IndexShards(input=f"{tars}/*/*.tar", output=dataset, media="image"))
+    status, printed = embed(dataset)
+    assert status == 0, printed
+    assert {path.parent.name for path in (tmp_path / "out").rglob("*.parquet")} == {"a.b", "c"}
+    media, texts, media_of_text = own_embeddings(checkpoint, dataset)
+    cosines = (texts * media[media_of_text]).sum(axis=1)
+    best = [cosines[media_of_text == n].max() for n in range(16)]
+    top = {"column": "clip_score", "fraction": 0.25}
+    values = {"dataset": dataset, "output": tmp_path / "x.subset", "top": top}
+    chosen = choose_samples(MakeSubset(**values, embeddings=tmp_path / "out")).bitmap
+    assert np.array_equal(np.flatnonzero(chosen), np.sort(np.argsort(best)[-4:]))
