@@ -250,7 +250,7 @@ class IndexShards(Section):
 class NearMedia(Section):
     """Near-duplicate pictures or clips, by their fingerprints."""
 
-    # bits of 64 in which the hashes of whole pictures may differ; those of crops in 6 more
+    # bits of 64 in which the hashes of whole pictures may differ; those of crops in 4 more
     image_max_distance: int = Field(6, ge=0, le=12)
     image_min_similarity: float = Field(0.94, gt=0, le=1)  # of the thumbnails
     # share of the fingerprint's bits that agree: 0.5 by chance; clips of few seconds need more

@@ -22,7 +22,7 @@ from data_prep.image_similarity import image_similarity, plain_similarity, rough
 from data_prep.near_neighbours import Band, exact_bands, near_pairs
 
 LOW_BITS = Band(first_bit=0, num_bits=20, max_flips=1)
-WINDOW_DISTANCE = 6  # bits more than between whole pictures: a crop lies between the windows
+WINDOW_DISTANCE = 4  # bits more than between whole pictures: a crop lies between the windows
 MIN_ROUGH_SIMILARITY = 0.8
 COARSE_STEP = 16  # levels of 255, of a thumbnail that is nearly another
 PAIRS_AT_ONCE = 1 << 14

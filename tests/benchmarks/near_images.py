@@ -30,6 +30,8 @@ from data_prep.near_images import ImageHashes, Matches, near_images
 MOST_PARTS, NUM_SCENE_PAIRS, NUM_DIGITS = 150, 60, 80
 # The same picture in other colours, or the other view of a stereo pair.
 NOT_DIFFERENT = ("chessboard_RGB.png", "motorcycle_right.png")
+# Their quarters are the same picture, or one of its mirror images.
+SYMMETRIC = ("chessboard_GRAY.png", "phantom.png")
 NUM_HASHES = 1_000_000
 WORKERS = 2
 
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 def photographs(folder: Path | None) -> list[tuple[str, Image.Image]]:
-    pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    pictures = {str(n): Image.fromarray(p) for n, p in enumerate(load_sample_images().images)}
     folders = [] if folder is None else [folder]
     found = importlib.util.find_spec("skimage")
     if found is not None:
@@ -54,9 +56,10 @@ def photographs(folder: Path | None) -> list[tuple[str, Image.Image]]:
         if path.name not in NOT_DIFFERENT:
             rgba = Image.open(path).convert("RGBA")
             white = Image.new("RGBA", rgba.size, "white")
-            pictures.append(Image.alpha_composite(white, rgba).convert("RGB"))
-    parts = [part for picture in pictures for part in quarters(picture)][:MOST_PARTS]
-    return [("photograph", picture) for picture in [*pictures, *parts]]
+            pictures[path.name] = Image.alpha_composite(white, rgba).convert("RGB")
+    wholes = [picture for name, picture in pictures.items() if name not in SYMMETRIC]
+    parts = [part for picture in wholes for part in quarters(picture)][:MOST_PARTS]
+    return [("photograph", picture) for picture in [*pictures.values(), *parts]]
 
 
 def quarters(picture: Image.Image) -> list[Image.Image]:
