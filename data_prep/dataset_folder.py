@@ -35,6 +35,10 @@ from data_prep.shard_format import (
 log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
+# What make_shards writes, and would take for its own, or delete.
+OWN_NAME = re.compile(
+    r".*\.(tar|idx)|\d{8}\.parquet|dataset\.json|manifest\.jsonl|rejected(\.jsonl)?|plan|downloads"
+)
 # Of shard_format.temporary_name: .<file>.<host>.<process>.tmp
 TEMPORARY_NAME = re.compile(
     r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
@@ -49,10 +53,12 @@ def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
 
     Args:
         folder: the dataset folder.
-        part: None keeps every other command out; "i/n" only those that do not name another part.
+        part: None keeps every other command out; "i/n" only those that do not name another part
+            of the same n.
 
     Raises:
-        InputError: another command is writing into the folder, or into this part of it.
+        InputError: another command is writing into the folder, or into this part of it, or into a
+            part of another n, which shares shards with this one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -61,6 +67,9 @@ def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
             path = folder / f".part-{part.replace('/', '-of-')}.lock"
             path.touch()
             is_locked = _lock(path, fcntl.LOCK_EX, stack) and is_locked
+            for other in _locks_of_other_totals(folder, part):
+                with ExitStack() as looked_at:
+                    _lock(other, fcntl.LOCK_SH, looked_at)
         elif is_locked:
             remove_leftovers(folder)
         try:
@@ -68,6 +77,11 @@ def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
         finally:
             with suppress(OSError):
                 folder.rmdir()  # where nothing came of it
+
+
+def _locks_of_other_totals(folder: Path, part: str) -> list[Path]:
+    total = part.partition("/")[2]
+    return [p for p in folder.glob(".part-*.lock") if not p.stem.endswith(f"-of-{total}")]
 
 
 def _lock(path: Path, kind: int, stack: ExitStack) -> bool:
@@ -90,8 +104,10 @@ def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> N
 
     Args:
         folder: a locked dataset folder.
-        stems: names of shards; None for everything.
+        stems: names of shards; None for everything, also the locks of parts.
     """
+    for path in folder.glob(".part-*.lock") if stems is None else ():
+        path.unlink()
     for path in [*folder.glob(".*.tmp"), *folder.glob("rejected/.*.tmp")]:
         match = TEMPORARY_NAME.fullmatch(path.name)
         if match is None or (stems is not None and match["stem"] not in stems):
@@ -115,8 +131,9 @@ def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".
     """
     path = folder / plan_folder / PLAN_FILE
     if not path.exists():
-        foreign = sorted(str(p.name) for p in folder.glob("*") if p.suffix in (".tar", ".idx"))
-        if foreign and made_from["command"] == "make_shards":
+        foreign = sorted(p.name for p in folder.glob("*") if OWN_NAME.fullmatch(p.name))
+        # Looked for once more: another part may have begun in the meantime.
+        if foreign and made_from["command"] == "make_shards" and not path.exists():
             raise InputError(
                 f"{folder}: expected a new folder (output), or one with a {PLAN_FILE}; found "
                 f"{foreign[0]}; choose another output"

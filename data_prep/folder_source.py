@@ -121,4 +121,6 @@ def read_class_folders(config: MakeShards) -> Iterator[Pair]:
             yield rejected_media(row, name, "no_class_folder", detail)
             continue
         caption = config.caption_template.replace("{}", class_name)
-        yield from pairs_of_row(row=row, media=name, captions=caption, class_name=class_name)
+        yield from pairs_of_row(
+            row=row, media=name, captions=caption, class_name=class_name, is_file_name=True
+        )

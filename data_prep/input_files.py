@@ -145,6 +145,26 @@ def files_of_input(config: MakeShards, file_format: str) -> InputFiles:
     return files
 
 
+def check_output_apart(config: MakeShards) -> None:
+    """Checks that what is written into the output is not taken for input by a later attempt.
+
+    Raises:
+        InputError: the output is the folder that is looked through, or below it.
+    """
+    folder, is_deep = config.input, True
+    if remote_file.is_pattern(config.input):
+        folder = remote_file.folder_of_pattern(config.input)
+        is_deep = "/" in config.input[len(folder) :].lstrip("/")
+    local, output = remote_file.local_path(folder), config.output.resolve()
+    if local is None or not local.is_dir():
+        return
+    if output == local.resolve() or (is_deep and local.resolve() in output.parents):
+        raise InputError(
+            f"output={config.output}: expected a folder outside of {config.input} (input), where "
+            "the files that are written would be taken for input; choose another output"
+        )
+
+
 def state_of_files(files: Iterable[remote_file.FoundFile]) -> dict[str, Any]:
     """How many files there are, and of which names and sizes, in few words."""
     files = list(files)

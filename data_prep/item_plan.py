@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError, fixed_values
+from data_prep.config_file import InputError, RunError, fixed_values
 from data_prep.dataset_folder import PLAN_FILE, check_plan
 from data_prep.pair import Item
 from data_prep.pair_grouping import group_pairs, items_of_table, table_of_pairs
 from data_prep.pair_scan import scan_pairs
 from data_prep.pair_sources import input_state
 from data_prep.shard_columns import KeptType
-from data_prep.shard_format import temporary_name, write_atomically
+from data_prep.shard_format import name_file, temporary_name, write_atomically
 
 PLAN_FOLDER = "plan"
 SHARDS_PER_FILE = 256
@@ -131,9 +131,21 @@ def build_plan(config: MakeShards, folder: Path, *, made_from: dict[str, Any]) -
 
     Raises:
         InputError: the input is unusable or holds no pair.
+        OSError: naming the folder: its disk is full, or the like.
     """
+    import duckdb
+
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    try:
+        _build_plan(config, folder, made_from=made_from)
+    except duckdb.IOException as error:
+        raise RunError(f"{folder}: the pairs cannot be sorted here: {error}") from None
+    except OSError as error:
+        raise name_file(error, folder) from None
+
+
+def _build_plan(config: MakeShards, folder: Path, *, made_from: dict[str, Any]) -> None:
     scan = scan_pairs(config, folder / "rows.parquet")
     if not scan.num_pairs:
         raise InputError(f"{config.input}: expected pairs of media and caption, found none")

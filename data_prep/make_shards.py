@@ -29,6 +29,7 @@ from data_prep.dataset_finish import (
     shards_of_plan,
 )
 from data_prep.dataset_folder import check_plan, lock_folder, remove_leftovers
+from data_prep.input_files import check_output_apart
 from data_prep.item_plan import (
     PLAN_FOLDER,
     ItemPlan,
@@ -55,6 +56,7 @@ def make_shards(config: MakeShards) -> None:
             pairs are bad, or no sample is left.
     """
     check_output_folder(config.output, key="output")
+    check_output_apart(config)
     with lock_folder(config.output, part=config.part) as is_locked:
         plan = open_plan(config)
         shards = _shards_of_part(config, plan)
@@ -108,6 +110,7 @@ def print_plan(config: MakeShards) -> None:
         InputError: as make_shards, as far as the scan can tell.
     """
     check_output_folder(config.output, key="output")
+    check_output_apart(config)
     check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
     with tempfile.TemporaryDirectory() as name:
         build_plan(config, Path(name) / PLAN_FOLDER, made_from=describe_origin(config))
@@ -133,12 +136,23 @@ def _sampled_sizes(config: MakeShards, plan: ItemPlan) -> list[int | None]:
     """Sizes of some media files given by local paths; None for one that is missing."""
     items = (item for shard in range(plan.num_shards) for item in plan.read_items(shard))
     step = max(1, plan.num_items // NUM_SIZES_SAMPLED)
-    media = [item.media for item in islice(items, 0, None, step) if item.media and not item.place]
+    media = [
+        item.media
+        for item in islice(items, 0, None, step)
+        if not item.place and any(pair.reason is None for pair in item.pairs)
+    ]
     root = str(media_root_of(config))
     if "://" in root:
         return []
     paths = [Path(root) / name for name in media if "://" not in name]
-    return [path.stat().st_size if path.is_file() else None for path in paths]
+    return [_size_of(path) for path in paths]
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:  # a name that is too long, or a folder that cannot be entered
+        return None
 
 
 def main() -> int:

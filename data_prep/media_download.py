@@ -8,7 +8,8 @@
 What became of a URL is recorded in the cache, by the process that fetched it and for all others,
 now and after a restart. A URL is fetched again only
 - if its body was forgotten, or lost: the record of a success alone gives no bytes
-- if it failed for want of a server that answers, in an earlier attempt, with retry_failed=true
+- if it failed in an earlier attempt, for want of a server that answers, with retry_failed=true,
+  or for a reason that is named to be tried again
 - if it was too large for a smaller max_bytes.
 
 A cache belongs to one choice of the other options; whoever changes them takes a new folder.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +57,19 @@ class Downloader:
         options: limits and manners.
         cache: folder for what is fetched; shared by all processes of a run.
         max_bytes: longest body.
+        retried: what failed for these reasons in an earlier attempt is fetched again.
     """
 
-    def __init__(self, options: DownloadOptions, *, cache: Path, max_bytes: int):
+    def __init__(
+        self,
+        options: DownloadOptions,
+        *,
+        cache: Path,
+        max_bytes: int,
+        retried: Collection[str] = (),
+    ):
         self._options = options
+        self._retried = retried
         self._max_bytes = max_bytes
         self._begun = time.time()
         self._watch = ConnectionWatch()
@@ -227,8 +237,9 @@ class Downloader:
             return self._cache.has_body(url)
         if record.reason == "download_too_large":
             return record.max_bytes >= self._max_bytes
-        is_tried_again = self._options.retry_failed and record.time < self._begun
-        return not (record.is_transient and is_tried_again)
+        is_retried = record.is_transient and self._options.retry_failed
+        is_retried |= record.reason in self._retried
+        return not (is_retried and record.time < self._begun)
 
     def _check_address(self, address: WebAddress) -> None:
         if self._options.obey_robots_txt:

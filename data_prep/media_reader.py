@@ -32,7 +32,7 @@ class MediaReader:
     """The bytes of items; a context manager.
 
     Args:
-        config: input, media_root, max_media_bytes and download.
+        config: input, media_root, max_media_bytes, download and remake.
         downloads: folder for what is fetched from the web.
     """
 
@@ -98,6 +98,7 @@ class MediaReader:
                     self.config.download,
                     cache=self.downloads,
                     max_bytes=self.config.max_media_bytes,
+                    retried=self.config.remake,
                 )
             )
         self._urls += urls

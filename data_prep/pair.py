@@ -6,6 +6,7 @@ that it is counted and listed. What a filter finds is either such a reason or on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +76,19 @@ def checked_pair(
     class_name: Any = None,
     uid: Any = None,
     kept: str | None = None,
+    is_file_name: bool = False,
 ) -> Pair:
-    """The pair, with the reason of the first thing that is wrong with it."""
-    texts = {"media": media, "caption": caption, "class_name": class_name, "uid": uid}
-    texts = {name: "" if text is None else str(text).strip() for name, text in texts.items()}
-    reason, detail = _rejection(texts)
+    """The pair, with the reason of the first thing that is wrong with it.
+
+    Args:
+        row: and all others: as in Pair.
+        is_file_name: `media` is the name of a file that was found, whose spaces belong to it.
+    """
+    values = {"media": media, "caption": caption, "class_name": class_name, "uid": uid}
+    texts = {name: _text_of(value).strip() for name, value in values.items()}
+    if is_file_name or place is not None:
+        texts["media"] = media
+    reason, detail = _rejection(texts, values)
     return Pair(
         row=row,
         media=texts["media"],
@@ -93,8 +102,19 @@ def checked_pair(
     )
 
 
-def _rejection(texts: dict[str, str]) -> tuple[str | None, str]:
+def _text_of(value: Any) -> str:
+    """As text; nothing where nothing is given, which tables also write as NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    return str(value)
+
+
+def _rejection(texts: dict[str, str], values: dict[str, Any]) -> tuple[str | None, str]:
     for name, text in texts.items():
+        if isinstance(values[name], dict | list):
+            return "not_text", f"{name}: expected text, found {text!r:.80}"
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -97,5 +97,8 @@ def _shown(caption: str) -> str:
 
 def _printable(pair: Pair) -> Pair:
     """A rejected pair whose texts may be no UTF-8, as it can be listed."""
-    media = pair.media.encode("utf-8", errors="backslashreplace").decode()
-    return dataclasses.replace(pair, media=media, caption="", class_name=None, uid=None, kept=None)
+    listed = {
+        name: getattr(pair, name).encode("utf-8", errors="backslashreplace").decode()
+        for name in ("media", "detail")
+    }
+    return dataclasses.replace(pair, **listed, caption="", class_name=None, uid=None, kept=None)

@@ -54,9 +54,13 @@ def is_web_url(path: str) -> bool:
 
 def local_path(path: str) -> Path | None:
     """The path on this machine; None for URLs of other schemes than file://."""
-    if path[:7].lower() == "file://":  # then a host, which is this one, and the path
+    if _is_file_url(path):  # then a host, which is this one, and the path
         return Path("/" + unquote(path[7:].partition("/")[2]))
     return None if is_url(path) else Path(path)
+
+
+def _is_file_url(path: str) -> bool:
+    return path[:7].lower() == "file://"
 
 
 def is_absolute(path: str) -> bool:
@@ -70,16 +74,19 @@ def join(folder: str, name: str) -> str:
         return name
     if is_web_url(folder):
         return urljoin(folder.rstrip("/") + "/", quote(name, safe="/%?&=#+,;@~!$'()*"))
+    if _is_file_url(folder):
+        name = name.replace("%", "%25")  # local_path decodes it
     return f"{folder.rstrip('/')}/{name}" if folder.strip("/") else folder + name
 
 
 def split_path(path: str) -> tuple[str, str]:
-    """(folder, name) of a file; the name of a web address keeps its query."""
+    """(folder, name) of a file, which `join` joins; the name of a web address keeps its query."""
     end = len(path) if not is_web_url(path) else len(path.partition("?")[0])
     folder, _, _ = path[:end].rpartition("/")
     if not folder and not path.startswith("/"):
         return ".", path
-    return folder or "/", path[len(folder) + 1 :]
+    name = path[len(folder) + 1 :]
+    return folder or "/", unquote(name) if _is_file_url(path) else name
 
 
 def suffix_of(path: str) -> str:

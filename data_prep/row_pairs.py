@@ -30,7 +30,7 @@ def pairs_of_row(
         media: path or URL, or the file that holds the bytes.
         captions: a text or a list of texts.
         place: where the bytes are inside `media`.
-        fields: class_name, uid and kept of checked_pair.
+        fields: class_name, uid, kept and is_file_name of checked_pair.
     """
     if not isinstance(captions, list):
         captions = [captions]
@@ -166,6 +166,7 @@ def pairs_of_sidecar(
         class_name=values.get(config.columns.class_name or "class_name"),
         uid=values.get(config.columns.uid or "uid"),
         kept=kept_json(values, config.keep_columns),
+        is_file_name=True,
     )
 
 

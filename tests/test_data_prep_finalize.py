@@ -91,3 +91,13 @@ def test_a_job_that_is_second_with_the_plan_takes_the_first_ones(tmp_path, monke
 def test_a_part_that_is_none_is_refused(tmp_path, part):
     with pytest.raises(ValueError, match="part"):
         config_of("pairs.tsv", tmp_path, part=part)
+
+
+def test_parts_of_another_number_are_refused_as_they_share_shards(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 4)
+    dataset = tmp_path / "dataset"
+    with lock_folder(dataset, part="0/2"), pytest.raises(InputError, match=r"0-of-2.*another"):
+        shard(manifest, dataset, part="1/3")
+    shard(manifest, dataset, part="0/1")
+    finalize(config_of(manifest, dataset))
+    assert not list(dataset.glob(".*"))  # no lock is left

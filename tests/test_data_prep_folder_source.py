@@ -4,12 +4,14 @@ import os
 
 import fsspec
 import pytest
+from toy_pairs import picture_bytes, rejected_rows, shard, write_pictures
 from toy_sources import config_for, contents_of, pairs_of, reasons_of
 
 from data_prep import item_file, remote_file
 from data_prep.config import Columns
 from data_prep.config_file import InputError
 from data_prep.pair_sources import input_state
+from data_prep.shard_format import Dataset, captions_of
 
 
 def write(folder, files):
@@ -202,7 +204,7 @@ class FakeDownloader:
 
     forgotten: list[str] = []
 
-    def __init__(self, options, *, cache, max_bytes):
+    def __init__(self, options, *, cache, max_bytes, retried):
         self.closed = False
 
     def __enter__(self):
@@ -236,3 +238,40 @@ def test_web_addresses_go_to_the_downloader_in_the_order_of_the_items(tmp_path, 
     assert contents_of(manifest) == [b"https://h/1.jpg", b"local", b"HTTP://h/2.jpg", *far]
     root = contents_of(manifest, media_root="https://host/some%20folder")
     assert root[1] == b"https://host/some%20folder/x%20y.jpg"
+
+
+NAMES = [" lead.jpg", "trail .jpg", "new\nline.jpg", "a#b.jpg", "q?.jpg", "p%41.jpg", "[x].jpg"]
+NAMES += [" folder [y]/ s.jpg", "\u00e9\u4e2d.jpg", "http:/h.jpg", "back\\slash.jpg"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_every_name_that_a_file_can_have_is_found_again(tmp_path, scheme):
+    folder = tmp_path / "pile"
+    for name in NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture_bytes(0))
+        (folder / name).with_suffix(".txt").write_text(f"caption of {name!r}")
+    dataset = Dataset(shard(f"{scheme}{folder}", tmp_path / "dataset"))
+    found = {captions_of(dataset.read_sample(number))[0] for number in range(len(dataset))}
+    assert found == {f"caption of {name!r}" for name in NAMES}
+
+
+def test_a_file_url_of_a_manifest_may_be_encoded(tmp_path):
+    manifest = write_pictures(tmp_path / "with space", 2)
+    dataset = Dataset(shard(manifest.as_uri(), tmp_path / "dataset"))
+    assert len(dataset) == 2
+
+
+def test_a_name_and_a_detail_that_are_no_utf8_are_listed(tmp_path):
+    name = os.fsdecode(b"\xff")
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / f"{name}.txt").symlink_to("/dev/null")  # no ordinary file
+    (tmp_path / "pile" / f"{name}.jpg").write_bytes(picture_bytes(0))
+    write_pictures(tmp_path / "pile", 1)
+    (tmp_path / "pile" / "picture_0.txt").write_text("a good one")
+    output = shard(
+        tmp_path / "pile", tmp_path / "dataset", format="folder", max_rejected_fraction=1
+    )
+    (row,) = rejected_rows(output)
+    assert row["reason"] == "unreadable_caption"
+    assert "udcff" in row["detail"]

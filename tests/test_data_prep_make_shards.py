@@ -304,3 +304,44 @@ def test_data_prep_starts_without_torch():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert result.stderr.strip() == ""
+
+
+def test_a_folder_of_the_users_own_is_never_taken_for_downloads(tmp_path):
+    media = tmp_path / "pile"
+    manifest = write_pictures(media, 2)
+    (media / "downloads").mkdir()
+    (media / "downloads" / "picture.jpg").write_bytes(picture_bytes(0))
+    with pytest.raises(InputError, match=r"expected a new folder.*found downloads"):
+        shard(manifest, media)
+    assert (media / "downloads" / "picture.jpg").exists()
+
+
+@pytest.mark.parametrize("output", [".", "below"])
+def test_an_output_in_the_folder_that_is_looked_through_is_refused(tmp_path, output):
+    write_pictures(tmp_path, 2)
+    with pytest.raises(InputError, match="expected a folder outside of"):
+        shard(tmp_path, tmp_path / output, format="folder")
+    assert not (tmp_path / "below").exists()
+
+
+def test_a_dry_run_looks_only_for_media_that_would_be_read(tmp_path, monkeypatch, capsys):
+    rows = [
+        ("../secret.jpg", "leads outside"),
+        ("long" * 100 + ".jpg", "no file can have this name"),
+    ]
+    manifest = write_tsv(tmp_path / "pairs.tsv", rows)
+    arguments = (f"input={manifest}", f"output={tmp_path / 'dataset'}", "--dry-run")
+    assert command_line(tmp_path, monkeypatch, *arguments) == 0
+    assert "media files missing: 1 of 1 looked for" in capsys.readouterr().out
+
+
+def test_a_full_disk_during_the_plan_is_named(tmp_path):
+    manifest = write_pictures(tmp_path / "media", 50)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"input: {manifest}\noutput: {tmp_path / 'dataset'}\nmedia: image\n")
+    command = f"ulimit -f 1; exec {sys.executable} -m data_prep.make_shards {config}"
+    result = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "dataset") in result.stderr
+    assert not (tmp_path / "dataset").exists()

@@ -501,3 +501,12 @@ def test_cache_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="downloads cannot be kept here: Not a directory"):
         Downloader(options(), cache=tmp_path / "file" / "cache", max_bytes=1)
+
+
+def test_what_failed_for_a_reason_that_is_named_is_fetched_again(server, tmp_path):
+    url = f"{server.url}/status/404"
+    for retried, num_requests in ((), 1), ((), 1), (("download_not_found",), 2):
+        with Downloader(options(), cache=tmp_path, max_bytes=9, retried=retried) as downloader:
+            (result,) = downloader.fetch_all([url])
+        assert result.reason == "download_not_found"
+        assert server.requests["/status/404"] == num_requests

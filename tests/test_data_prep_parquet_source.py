@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from toy_sources import config_for, contents_of, pairs_of
 
-from data_prep.config import Columns
+from data_prep.config import Columns, MakeShards
 from data_prep.config_file import InputError
 from data_prep.pair_sources import input_state, read_pairs
 
@@ -200,3 +200,13 @@ def test_a_file_behind_a_url_reads_the_same(tmp_path):
     assert contents_of(url, columns=IMAGE) == [b"A", b"B"]
     state = input_state(config_for(url, columns=IMAGE))
     assert state == input_state(config_for(path, columns=IMAGE))
+
+
+def test_captions_stored_as_bytes_are_text(tmp_path):
+    captions = [[b"a dog", "\u00e9".encode()], [b"\xff"]]
+    table = pyarrow.table({"path": ["a.jpg", "b.jpg"], "caption": captions})
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    config = MakeShards(input=str(tmp_path / "pairs.parquet"), output=tmp_path / "x", media="image")
+    pairs = list(read_pairs(config))
+    assert [pair.caption for pair in pairs[:2]] == ["a dog", "\u00e9"]
+    assert pairs[2].reason == "not_utf8"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy_sources import config_for, contents_of, pairs_of, reasons_of
 
 from data_prep import table_source
-from data_prep.config import Columns
+from data_prep.config import Columns, MakeShards
 from data_prep.config_file import InputError
 from data_prep.pair_sources import read_pairs
 
@@ -217,3 +217,14 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6
+
+
+def test_a_caption_that_is_no_text_is_rejected_and_nan_is_none(tmp_path):
+    captions = ["good", {"en": "a dog"}, ["also good", ["nested"]], float("nan")]
+    lines = [json.dumps({"path": "a.jpg", "caption": caption}) for caption in captions]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    config = MakeShards(input=str(tmp_path / "pairs.jsonl"), output=tmp_path / "x", media="image")
+    found = [(pair.caption, pair.reason) for pair in read_pairs(config) if pair.reason is None]
+    reasons = [pair.reason for pair in read_pairs(config)]
+    assert found == [("good", None), ("also good", None)]
+    assert reasons == [None, "not_text", None, "not_text", "empty_caption"]
