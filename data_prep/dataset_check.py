@@ -121,6 +121,8 @@ def _check_totals(
     totals = totals_of_indexes(folder, names | shard_names_on_disk(folder, "*.idx"), listed=names)
     for name, value in (totals or {}).items():
         expected[name] = value, "the indexes"
+    if "media" in origin.config:
+        expected["media"] = origin.config["media"], "its preparation"
     if origin.planned is not None:
         expected["preparation"] = origin.planned, PLAN_FILE
     for name, (value, where) in expected.items():

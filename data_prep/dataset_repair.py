@@ -184,9 +184,10 @@ def _copies(
 def _media_kind(
     folder: Path, origin: DatasetOrigin, info: DatasetInfo | None, names: Sequence[str]
 ) -> str:
-    known = info.media if info else origin.config.get("media")
-    if known is not None:
-        return known
+    if "media" in origin.config:
+        return origin.config["media"]
+    if info is not None:
+        return info.media
     for name in names:
         index = read_index(folder / f"{name}.idx")
         kinds = {media_kind_of(extension) for extension in index.fields} if index else set()

@@ -23,6 +23,7 @@ from data_prep.indexed_tar import (
     walk_tar,
 )
 from data_prep.media_decode import MediaError
+from data_prep.shard_columns import own_columns
 from data_prep.shard_format import (
     CorruptSampleError,
     ManifestRow,
@@ -240,7 +241,7 @@ def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding
         table = read_shard_parquet(path)  # all of it, for the checksums of its pages
     except InputError as error:
         return None, [Finding(str(error), "parquet")]
-    missing = {"key", "bytes"}.difference(table.column_names)
+    missing = own_columns(check.media_kind).difference(table.column_names)
     if missing:
         text = f"{path}: has no column {', '.join(sorted(missing))}"
     elif table.num_rows != check.row.num_samples:

@@ -29,11 +29,12 @@ import socket
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config_file import InputError
 
@@ -46,6 +47,7 @@ MEDIA_EXTENSIONS = {
     "audio": ("flac", "wav", "mp3", "ogg", "opus"),
 }
 NUM_OPEN_TARS = 64
+Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
 REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=true"
 
 
@@ -243,9 +245,13 @@ def fingerprint_of(rows: Sequence[ManifestRow]) -> str:
 
 
 def manifest_row(folder: Path, name: str) -> ManifestRow:
-    """The manifest row of a finished shard, from its index."""
-    content = (folder / f"{name}.idx").read_bytes()
-    index = ShardIndex.read(folder / f"{name}.idx")
+    """The manifest row of a finished shard, from its index.
+
+    Raises:
+        InputError: the index is missing or damaged.
+    """
+    path = folder / f"{name}.idx"
+    index, content = ShardIndex.read(path), path.read_bytes()
     return ManifestRow(
         name=name,
         num_samples=index.num_samples,
@@ -431,7 +437,7 @@ def parse_info(content: bytes, path: Path) -> DatasetInfo:
         values = json.loads(content)
         version = values.get("format_version")
         if version == FORMAT_VERSION and values["media"] in MEDIA_EXTENSIONS:
-            return DatasetInfo(**values)
+            return _checked_types(DatasetInfo(**values))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error}); {REPAIR_ADVICE}") from None
     if version != FORMAT_VERSION:
@@ -448,13 +454,29 @@ def parse_manifest(content: bytes, path: Path) -> list[ManifestRow]:
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            row = ManifestRow(**json.loads(line))
+            row = _checked_types(ManifestRow(**json.loads(line)))
             if row.name.startswith("/") or ".." in row.name.split("/"):
                 raise ValueError(f"name {row.name!r} leads out of the folder")
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: line {number}: damaged ({error}); {REPAIR_ADVICE}") from None
         rows.append(row)
     return rows
+
+
+def _checked_types(record: Record) -> Record:
+    """The record, whose values all are of the types of its class; a ValueError if not."""
+    try:
+        _types_of(type(record)).validate_json(json.dumps(asdict(record)), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place} {first['input']!r}: {first['msg']}") from None
+    return record
+
+
+@cache
+def _types_of(record_class: type) -> TypeAdapter:
+    return TypeAdapter(record_class)
 
 
 def _check_fingerprint(folder: Path, info: DatasetInfo, manifest: list[ManifestRow]) -> None:

@@ -334,9 +334,12 @@ def test_sidecars_of_foreign_tars_are_made_again(foreign):
     assert tarfile.is_tarfile(tars / TAR)
 
 
-def test_a_damaged_foreign_tar_is_never_rewritten(foreign):
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_damaged_foreign_tar_is_never_rewritten(foreign, has_index):
     sidecars, tars = foreign
     flip(tars / TAR, 600)
+    if not has_index:
+        (sidecars / IDX).unlink()
     before = contents(tars), contents(sidecars)
     with pytest.raises(InputError, match="these tars are others' and are never rewritten"):
         verify(sidecars)

@@ -6,6 +6,7 @@ import tarfile
 
 import pyarrow.parquet
 import pytest
+from toy_pairs import contents, shard, write_pictures
 from toy_shards import toy_sample, write_rows, write_toy_dataset
 
 from data_prep.config import VerifyShards
@@ -174,6 +175,13 @@ DAMAGES = {
         f"{PARQUET}: row 0: expected 000000000003 with",
         "all samples are in their tars",
     ),
+    "Parquet without hashes": (
+        lambda d: pyarrow.parquet.write_table(
+            pyarrow.parquet.read_table(d / PARQUET).drop_columns(["sha256"]), d / PARQUET
+        ),
+        f"{PARQUET}: has no column sha256",
+        "all samples are in their tars",
+    ),
     "Parquet without keys": (
         lambda d: pyarrow.parquet.write_table(
             pyarrow.parquet.read_table(d / PARQUET).drop_columns(["key"]), d / PARQUET
@@ -203,6 +211,34 @@ def test_damaged_closing_files_are_named(dataset, file, expected):
     found = problems_of(dataset)
     assert expected in found
     assert "repair=true" in found
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("manifest.jsonl", '"num_samples": 3', '"num_samples": "3"', "num_samples '3': Input"),
+        ("manifest.jsonl", '"name": "00000001"', '"name": null', "name None: Input"),
+        ("dataset.json", '"preparation": {}', '"preparation": 5', "preparation 5: Input"),
+        ("dataset.json", '"num_shards": ', '"num_shards": 1.', "num_shards 1."),
+    ],
+)
+def test_values_of_another_type_are_named_and_made_again(dataset, file, old, new, expected):
+    before = contents(dataset)
+    text = (dataset / file).read_text()
+    assert old in text
+    (dataset / file).write_text(text.replace(old, new))
+    assert f"damaged ({expected}" in problems_of(dataset)
+    verify(dataset, repair=True)
+    assert contents(dataset) == before
+
+
+def test_another_kind_of_media_than_was_prepared_is_found_and_mended(tmp_path):
+    dataset = shard(write_pictures(tmp_path, 3), tmp_path / "dataset")
+    before = contents(dataset)
+    edit_json(dataset / "dataset.json", media="audio")
+    assert "expected media image (its preparation), found audio" in problems_of(dataset)
+    verify(dataset, repair=True)
+    assert contents(dataset) == before
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(dataset):
