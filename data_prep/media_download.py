@@ -199,7 +199,8 @@ class Downloader:
         """The record of a URL, which is fetched if nobody has done so."""
         with self._cache.url_lock(url):
             record = self._cache.read_record(url)
-            if record is not None and self._is_final(url, record):
+            retried = () if is_robots_txt else self._retried  # many sites have no robots.txt
+            if record is not None and self._is_final(url, record, retried=retried):
                 return record
             record = self._fetcher.fetch(
                 url,
@@ -232,13 +233,13 @@ class Downloader:
             "here, and run the same command again"
         )
 
-    def _is_final(self, url: str, record: FetchRecord) -> bool:
+    def _is_final(self, url: str, record: FetchRecord, *, retried: Collection[str]) -> bool:
         if record.reason is None:
             return self._cache.has_body(url)
         if record.reason == "download_too_large":
             return record.max_bytes >= self._max_bytes
         is_retried = record.is_transient and self._options.retry_failed
-        is_retried |= record.reason in self._retried
+        is_retried |= record.reason in retried
         return not (is_retried and record.time < self._begun)
 
     def _check_address(self, address: WebAddress) -> None:

@@ -510,3 +510,4 @@ def test_what_failed_for_a_reason_that_is_named_is_fetched_again(server, tmp_pat
             (result,) = downloader.fetch_all([url])
         assert result.reason == "download_not_found"
         assert server.requests["/status/404"] == num_requests
+        assert server.requests["/robots.txt"] == 1  # it is not there either
