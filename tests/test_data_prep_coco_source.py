@@ -50,7 +50,7 @@ def test_what_does_not_fit_together_has_its_reason(tmp_path):
         (1, "b.jpg", None),
         (1, "b.jpg", "empty_caption"),
         (2, "a.jpg", None),
-        (2, "a.jpg", None),
+        (2, "a.jpg", "not_text"),
         (3, "none.jpg", "missing_caption"),
         (4, "", "not_json"),
         (4, "", "unknown_image"),
