@@ -95,6 +95,11 @@ def _check_nodes(connection: DuckDBPyConnection, nodes: list[dict[str, Any]], wh
                 f"{REFUSED_CLASSES[node['class']]}"
             )
         name = str(node.get("function_name", "")).lower()
+        if name == "unnest":
+            raise InputError(
+                f"{what}: expected one value for each sample, found unnest(), which makes several; "
+                "use, for example, list_contains or list_any_value"
+            )
         if name in changing_functions:
             raise InputError(
                 f"{what}: {name}() gives another value in every run, and a subset must be the "

@@ -37,8 +37,7 @@ def caption_section(figures: DatasetFigures, *, num_samples: int) -> Section:
     blocks = [_measures(CAPTION_MEASURES, figures, num_samples=num_samples)]
     texts = []
     if languages.num_distinct:
-        listed = value_table(languages, "language of the first caption")
-        texts.append(heading("Languages") + listed)
+        texts.append(heading("Languages") + _languages(languages, num_samples=num_samples))
     if figures.scripts:
         scripts = count_table(list(figures.scripts.items()), "script", whole=captions.num_filled)
         texts.append(heading("Captions with letters of a script") + scripts)
@@ -52,6 +51,12 @@ def caption_section(figures: DatasetFigures, *, num_samples: int) -> Section:
         note="Words are told apart by spaces, so that captions in Chinese, Japanese or Thai count "
         "as few words; their length in characters says more.",
     )
+
+
+def _languages(languages: ValueCounts, *, num_samples: int) -> Markup:
+    known = f"Recognised in {languages.num_filled:,} of {num_samples:,} samples; shares of these."
+    note = paragraph(known) if languages.num_filled < num_samples else Markup("")
+    return note + value_table(languages, "language of the first caption")
 
 
 def _word_labels(words: ValueCounts) -> list[str]:

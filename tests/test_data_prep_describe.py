@@ -144,6 +144,11 @@ def test_the_sheet_says_what_the_dataset_says(pictures, tmp_path):
     assert "&lt;b&gt;large" in page
 
 
+def test_shares_of_languages_say_of_what_they_are(pictures, tmp_path):
+    page = sheet(pictures, tmp_path / "sheet.html")
+    assert "Recognised in 20 of 30 samples; shares of these." in page
+
+
 def test_sounds_can_be_listened_to(tmp_path):
     samples = [sound_row(number) for number in range(20)]
     samples[3][2]["captions"] = ["tone"] * 9

@@ -284,6 +284,7 @@ def test_a_dry_run_counts_and_writes_nothing(run, columns, tmp_path):
         ("EXISTS (FROM read_text('/etc/hostname'))", "found a subquery"),
         ("row_number() OVER () < 5", "found a window function"),
         ("count(*) > 1", "aggregate"),
+        ("unnest([true, false])", r"found unnest\(\), which makes several"),
         ("random() < 0.5", r"random\(\) gives another value in every run"),
         ("now() > TIMESTAMP '2020-01-01'", r"now\(\) gives another value in every run"),
         ("current_date > DATE '2020-01-01'", "there is no column 'current_date'"),
