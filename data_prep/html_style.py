@@ -69,7 +69,8 @@ ol.answers li.good { color: var(--good); font-weight: 600; }
 .card li + li { border-top: 1px solid var(--line); margin-top: 3px; padding-top: 3px; }
  .card .faint, td .faint { color: var(--faint); }
 .columns .bar { width: 96px; } .histogram { max-width: 510px; }
-.chips { display: flex; flex-wrap: wrap; gap: 4px; } .chips > * { overflow-wrap: anywhere; }
+.chips { display: flex; flex-wrap: wrap; gap: 4px; }
+.chips > * { overflow-wrap: anywhere; white-space: normal; }
 details { margin: 10px 0 0; } summary { cursor: pointer; color: var(--accent); font-size: 14px; }
 pre { overflow-x: auto; font-size: 12px; line-height: 1.4; white-space: pre-wrap;
   overflow-wrap: anywhere; }
