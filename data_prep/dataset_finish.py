@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.config import MakeShards
 from data_prep.config_file import InputError
-from data_prep.dataset_folder import finish_dataset, is_finished, sum_rejected
+from data_prep.dataset_folder import finish_dataset, index_if_finished
 from data_prep.item_plan import ItemPlan
 from data_prep.pair import CLIP_PREFIX
 from data_prep.pair_shard import DOWNLOAD_FOLDER, ShardTask, rejected_path
@@ -22,17 +22,23 @@ NUM_SHARDS_NAMED = 10
 
 def shards_of_plan(config: MakeShards, plan: ItemPlan) -> list[ShardTask]:
     """All shards of the dataset, also those of other parts."""
+    # As the scan found it: a large folder is not looked through once more for every shard.
+    config = config.model_copy(update={"format": plan.made_from["input"]["format"]})
     return [ShardTask(number, config, plan) for number in range(plan.num_shards)]
 
 
 def is_shard_finished(shard: ShardTask) -> bool:
-    """Whether all files of a shard are there, and it is not to be made again."""
+    """Whether all files of a shard are there."""
+    return _index_if_finished(shard) is not None
+
+
+def _index_if_finished(shard: ShardTask) -> ShardIndex | None:
     folder, name = shard.config.output, shard.name
-    if not is_finished(folder / f"{name}.idx", folder / f"{name}.tar"):
-        return False
-    rejected = ShardIndex.read(folder / f"{name}.idx").rejected
-    is_listed = not _num_pairs(rejected) or rejected_path(folder, name).exists()
-    return is_listed and (folder / f"{name}.parquet").exists()
+    index = index_if_finished(folder / f"{name}.idx", folder / f"{name}.tar")
+    if index is None or not (folder / f"{name}.parquet").exists():
+        return None
+    is_listed = not _num_pairs(index.rejected) or rejected_path(folder, name).exists()
+    return index if is_listed else None
 
 
 def _num_pairs(rejected: dict[str, int]) -> int:
@@ -46,11 +52,8 @@ def finish_shards(config: MakeShards, plan: ItemPlan) -> None:
         InputError: a shard is missing, too many pairs are bad, or no sample is left.
     """
     shards = shards_of_plan(config, plan)
-    _check_no_gap(shards)
+    rejected = _count_rejected(shards)
     _join_rejected(config.output, shards)
-    rejected = sum_rejected(
-        ShardIndex.read(config.output / f"{shard.name}.idx") for shard in shards
-    )
     num_bad = _num_pairs(rejected)
     _check_rejected(rejected, num_bad, plan=plan, config=config)
     if num_bad == plan.num_pairs:
@@ -76,8 +79,15 @@ def finish_shards(config: MakeShards, plan: ItemPlan) -> None:
     )
 
 
-def _check_no_gap(shards: Sequence[ShardTask]) -> None:
-    missing = [shard.name for shard in shards if not is_shard_finished(shard)]
+def _count_rejected(shards: Sequence[ShardTask]) -> Counter[str]:
+    rejected: Counter[str] = Counter()
+    missing = []
+    for shard in shards:
+        index = _index_if_finished(shard)
+        if index is None:
+            missing.append(shard.name)
+        else:
+            rejected.update(index.rejected)
     if missing:
         named = ", ".join(missing[:NUM_SHARDS_NAMED])
         more = f" and {len(missing) - NUM_SHARDS_NAMED} more" * (len(missing) > NUM_SHARDS_NAMED)
@@ -86,6 +96,7 @@ def _check_no_gap(shards: Sequence[ShardTask]) -> None:
             f"are not: {named}{more}; run python -m data_prep.make_shards with the same settings: "
             "without part=, or once more as each part i/n (shard k belongs to part k mod n)"
         )
+    return rejected
 
 
 def _join_rejected(folder: Path, shards: Sequence[ShardTask]) -> None:

@@ -1,9 +1,9 @@
 """A dataset folder in the making: its lock, its plan, its finished shards, its closing files.
 
-lock_folder      one command at a time writes into a folder; or several, each its own part
-begin_plan       plan.json says what the folder is made from; a different plan is refused
-is_finished      a shard is finished if and only if its index matches its tar
-finish_dataset   manifest.jsonl, then dataset.json
+lock_folder        one command at a time writes into a folder; or several, each its own part
+begin_plan         plan.json says what the folder is made from; a different plan is refused
+index_if_finished  a shard is finished if and only if its index matches its tar
+finish_dataset     manifest.jsonl, then dataset.json
 """
 
 from __future__ import annotations
@@ -164,14 +164,15 @@ def begin_plan(folder: Path, made_from: dict[str, Any]) -> None:
         write_atomically(path, json.dumps({"made_from": made_from}, indent=2).encode() + b"\n")
 
 
-def is_finished(index_path: Path, tar_path: Path) -> bool:
-    """Whether the index is there, is readable, and belongs to a tar of this size."""
+def index_if_finished(index_path: Path, tar_path: Path) -> ShardIndex | None:
+    """The index, if it is there, is readable, and belongs to a tar of this size."""
     if not (index_path.exists() and tar_path.exists()):
-        return False
+        return None
     try:
-        return ShardIndex.read(index_path).tar_bytes == tar_path.stat().st_size
+        index = ShardIndex.read(index_path)
     except InputError:
-        return False
+        return None
+    return index if index.tar_bytes == tar_path.stat().st_size else None
 
 
 def finish_dataset(
@@ -214,14 +215,6 @@ def finish_dataset(
     )
     write_dataset_files(folder, info, manifest=manifest)
     return info
-
-
-def sum_rejected(indexes: Iterable[ShardIndex]) -> Counter[str]:
-    """Rejected pairs by reason, over all shards."""
-    total: Counter[str] = Counter()
-    for index in indexes:
-        total.update(index.rejected)
-    return total
 
 
 def _isopair_version() -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ from data_prep.dataset_folder import (
     begin_plan,
     check_plan,
     finish_dataset,
-    is_finished,
+    index_if_finished,
     lock_folder,
-    sum_rejected,
 )
 from data_prep.kept_columns import KeptTypes, check_kept_names
 from data_prep.shard_columns import KeptType
@@ -74,13 +74,16 @@ def index_shards(config: IndexShards) -> None:
 
 
 def _refuse_empty(config: IndexShards, tasks: list[IndexTask]) -> None:
-    indexes = [ShardIndex.read(task.index_path) for task in tasks]
-    if not any(index.num_samples for index in indexes):
-        left_out = dict(sum_rejected(indexes))
-        raise InputError(
-            f"{config.input}: no sample with {config.media} and a caption; left out: {left_out}; "
-            f"check media={config.media}"
-        )
+    left_out: Counter[str] = Counter()
+    for task in tasks:
+        index = ShardIndex.read(task.index_path)
+        if index.num_samples:
+            return
+        left_out.update(index.rejected)
+    raise InputError(
+        f"{config.input}: no sample with {config.media} and a caption; left out: {dict(left_out)}; "
+        f"check media={config.media}"
+    )
 
 
 def find_tars(pattern: str) -> tuple[Path, list[str]]:
@@ -134,7 +137,7 @@ def _plan(config: IndexShards) -> dict[str, Any]:
 
 
 def _is_indexed(task: IndexTask) -> bool:
-    if not is_finished(task.index_path, task.tar_path):
+    if index_if_finished(task.index_path, task.tar_path) is None:
         return False
     if task.measure and not task.parquet_path.exists():
         return False

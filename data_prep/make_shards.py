@@ -111,9 +111,10 @@ def print_plan(config: MakeShards) -> None:
     """
     check_output_folder(config.output, key="output")
     check_output_apart(config)
-    check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
+    made_from = describe_origin(config)
+    check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
     with tempfile.TemporaryDirectory() as name:
-        build_plan(config, Path(name) / PLAN_FOLDER, made_from=describe_origin(config))
+        build_plan(config, Path(name) / PLAN_FOLDER, made_from=made_from)
         plan = read_plan(Path(name))
         sizes = _sampled_sizes(config, plan)
     found = [size for size in sizes if size is not None]
