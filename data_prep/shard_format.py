@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import socket
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -46,13 +47,21 @@ MEDIA_EXTENSIONS = {
     "image": ("jpg", "jpeg", "png", "webp"),
     "audio": ("flac", "wav", "mp3", "ogg", "opus"),
 }
-NUM_OPEN_TARS = 64
+NUM_OPEN_TARS = 128
+NUM_OPEN_INDEXES = 1024  # mapped, so that the processes of a machine share their memory
 Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
 REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=true"
 
 
 class CorruptSampleError(ValueError):
     """The bytes of one sample are not what the index says, or do not decode."""
+
+
+class BadShardError(InputError):
+    """A shard that is not there, or is not the one that manifest.jsonl records.
+
+    What may pass, such as a disk or network that fails for the moment, is an OSError instead.
+    """
 
 
 # ---------------------------------------------------------------------------------- one sample
@@ -171,13 +180,17 @@ class ShardIndex:
         return INDEX_MAGIC + length + header + self.table.astype("<u4").tobytes()
 
     @classmethod
-    def read(cls, path: Path) -> ShardIndex:
+    def read(cls, path: Path, *, is_mapped: bool = False) -> ShardIndex:
         """
+        Args:
+            path: of the .idx file.
+            is_mapped: leave the table on disk until it is looked at.
+
         Raises:
             InputError: the file is missing or is not an index of this version.
         """
         try:
-            content = path.read_bytes()
+            content = _mapped_bytes(path) if is_mapped else path.read_bytes()
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no index; make it with python -m data_prep.index_shards"
@@ -202,6 +215,14 @@ class ShardIndex:
             raise InputError(
                 f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or make the shard again"
             ) from None
+
+
+def _mapped_bytes(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # an empty file
+            return b""
 
 
 # ------------------------------------------------------------------------------ dataset folder
@@ -313,25 +334,39 @@ class Dataset:
 
     Args:
         folder: the folder that holds dataset.json.
+        fetch_shard: called with a shard's manifest row before its files are opened, for folders
+            whose shards come when they are needed; raises BadShardError or OSError. None: all are
+            there, which is checked at once.
+        takes_bad_shards: note shards that are missing or cut in `bad_shards` instead of refusing
+            the dataset; reading a sample of theirs then raises BadShardError.
 
     Raises:
-        InputError: the dataset is missing, is unfinished, or a tar has not its recorded size.
+        InputError: the dataset is missing or unfinished.
+        BadShardError: a tar is missing or has not its recorded size.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fetch_shard: Callable[[ManifestRow], None] | None = None,
+        takes_bad_shards: bool = False,
+    ):
         self.folder = folder
         self.info, self.manifest = read_dataset_files(folder)
         _check_fingerprint(folder, self.info, self.manifest)
         self.tar_folder = folder / self.info.tar_folder
         self.shard_sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.fetch_shard = fetch_shard
+        self.bad_shards: dict[int, str] = {}  # number of the shard -> what is wrong with it
         self._set_up_caches()
-        for row in self.manifest:
-            self._check_tar_size(row)
+        if fetch_shard is None:
+            self._check_tar_sizes(takes_bad_shards=takes_bad_shards)
 
     def _set_up_caches(self) -> None:
-        self._index = lru_cache(maxsize=None)(self._read_index)
-        self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(_open_descriptor)
+        self._index = lru_cache(maxsize=NUM_OPEN_INDEXES)(self._read_index)
+        self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(self._open_tar)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, so that loader processes can be started in any way."""
@@ -362,47 +397,91 @@ class Dataset:
 
         Raises:
             CorruptSampleError: a member's bytes differ from its crc32 or are missing.
+            BadShardError: its shard is missing or damaged.
             OSError: the tar cannot be read.
         """
         shard, place = self.locate(ordinal)
-        index = self._index(shard)
-        descriptor = self._tar_descriptor(self.tar_path(shard)).number
-        blocks = index.table[place, :, 0]
-        header_block = int(blocks[blocks != ABSENT].min()) - 1
-        key = index.long_keys.get(place) or _key_at(descriptor, header_block)
-        sample = Sample(shard=str(self.tar_path(shard)), key=key, members={})
-        for name, (block, size, crc) in zip(index.fields, index.table[place].tolist(), strict=True):
-            if block == ABSENT or (fields is not None and name not in fields):
-                continue
-            content = os.pread(descriptor, size, block * BLOCK_BYTES)
-            if len(content) != size or zlib.crc32(content) != crc:
-                raise CorruptSampleError(
-                    f"{sample}: .{name} has not the crc32 of its index; "
-                    f"check the dataset with python -m data_prep.verify_shards"
-                )
-            sample.members[name] = content
+        tar = self._tar_descriptor(shard)
+        sample, bad = self._read_checked(tar.number, shard, place, fields)
+        if bad and os.fstat(tar.number).st_nlink == 0:  # it was taken away, and may be back
+            self._tar_descriptor.cache_clear()
+            tar = self._tar_descriptor(shard)
+            sample, bad = self._read_checked(tar.number, shard, place, fields)
+        if bad:
+            raise CorruptSampleError(
+                f"{sample}: .{bad[0]} has not the crc32 of its index; "
+                "check the dataset with python -m data_prep.verify_shards"
+            )
         return sample
 
+    def _read_checked(
+        self, tar: int, shard: int, place: int, fields: Sequence[str] | None
+    ) -> tuple[Sample, list[str]]:
+        """(the sample, extensions whose bytes have not their crc32)"""
+        index = self._index(shard)
+        entries = index.entries_at(place)
+        first_block = min(block for block, _, _ in entries.values()) - 1  # the key's header
+        wanted = {
+            name: entry for name, entry in entries.items() if fields is None or name in fields
+        }
+        end = max(
+            (block * BLOCK_BYTES + size for block, size, _ in wanted.values()),
+            default=(first_block + 1) * BLOCK_BYTES,
+        )
+        # In one read: the members of a sample stand side by side.
+        content = os.pread(tar, end - first_block * BLOCK_BYTES, first_block * BLOCK_BYTES)
+        key = index.long_keys.get(place) or _key_in(content[:BLOCK_BYTES])
+        sample, bad = Sample(str(self.tar_path(shard)), key, {}), []
+        for name, (block, size, crc32) in wanted.items():
+            start = (block - first_block) * BLOCK_BYTES
+            sample.members[name] = content[start : start + size]
+            if len(sample.members[name]) != size or zlib.crc32(sample.members[name]) != crc32:
+                bad.append(name)
+        return sample, bad
+
+    def _open_tar(self, shard: int) -> _Descriptor:
+        self._make_ready(shard)
+        return _Descriptor(os.open(self.tar_path(shard), os.O_RDONLY))
+
     def _read_index(self, shard: int) -> ShardIndex:
+        self._make_ready(shard)
         path = self.folder / f"{self.manifest[shard].name}.idx"
-        index = ShardIndex.read(path)
+        try:
+            index = ShardIndex.read(path, is_mapped=True)
+        except InputError as error:
+            raise BadShardError(str(error)) from None
         if index.tar_sha256 != self.manifest[shard].tar_sha256:
-            raise InputError(f"{path}: belongs to another tar than manifest.jsonl records")
+            raise BadShardError(f"{path}: belongs to another tar than manifest.jsonl records")
         return index
 
-    def _check_tar_size(self, row: ManifestRow) -> None:
-        path = self.tar_folder / f"{row.name}.tar"
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise InputError(
-                f"{path}: expected a shard of {row.tar_bytes} bytes: {error.strerror}"
-            ) from None
-        if found != row.tar_bytes:
-            raise InputError(
-                f"{path}: corrupt shard: expected {row.tar_bytes} bytes (manifest.jsonl), found "
-                f"{found}; restore it, or prepare it again after deleting it and its .idx"
-            )
+    def _make_ready(self, shard: int) -> None:
+        if shard in self.bad_shards:
+            raise BadShardError(self.bad_shards[shard])
+        if self.fetch_shard is not None:
+            self.fetch_shard(self.manifest[shard])
+
+    def _check_tar_sizes(self, *, takes_bad_shards: bool) -> None:
+        for number, row in enumerate(self.manifest):
+            try:
+                _check_tar_size(self.tar_folder / f"{row.name}.tar", row.tar_bytes)
+            except BadShardError as error:
+                if not takes_bad_shards:
+                    raise
+                self.bad_shards[number] = str(error)
+
+
+def _check_tar_size(path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise BadShardError(
+            f"{path}: expected a shard of {expected} bytes: {error.strerror}"
+        ) from None
+    if found != expected:
+        raise BadShardError(
+            f"{path}: corrupt shard: expected {expected} bytes (manifest.jsonl), found "
+            f"{found}; restore it, or prepare it again after deleting it and its .idx"
+        )
 
 
 def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
@@ -497,12 +576,7 @@ class _Descriptor:
         os.close(self.number)
 
 
-def _open_descriptor(path: Path) -> _Descriptor:
-    return _Descriptor(os.open(path, os.O_RDONLY))
-
-
-def _key_at(descriptor: int, header_block: int) -> str:
-    header = os.pread(descriptor, BLOCK_BYTES, header_block * BLOCK_BYTES)
+def _key_in(header: bytes) -> str:
     return split_member_name(plain_member_name(header))[0]
 
 

@@ -206,15 +206,15 @@ class KeptSamples:
     """A dataset, or what a subset keeps of it, read by rank as a Dataset is read by ordinal.
 
     Args:
-        folder: of the dataset.
+        dataset: its folder, or itself.
         subset: the `.subset` file; None keeps everything, and ranks are ordinals.
 
     Raises:
         InputError: the dataset or the subset is missing or damaged, or they do not belong together.
     """
 
-    def __init__(self, folder: Path, *, subset: Path | None) -> None:
-        self.dataset = Dataset(folder)
+    def __init__(self, dataset: Path | Dataset, *, subset: Path | None) -> None:
+        self.dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
         self.subset = None if subset is None else Subset.read(subset)
         self.shard_sizes = self.dataset.shard_sizes  # int64 [shards]: kept samples of each
         if self.subset is not None:

@@ -6,7 +6,8 @@ import torch
 
 from data_prep.config_file import RunError
 from pretrain.gather import gather_objects, sum_over_ranks
-from pretrain.pair_loader import StepBatch, StepDataset
+from pretrain.pair_batch import StepBatch
+from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder
 from pretrain.shard_reader import BadSample
 

@@ -10,12 +10,23 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from data_prep.config_file import Section, free
 
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
+Location = Annotated[
+    str, BeforeValidator(lambda place: str(place) if isinstance(place, Path) else place)
+]  # folder, file or URL
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -87,6 +98,19 @@ class Model(Section):
 # ------------------------------------------------------------------------------------ transforms
 
 
+class ColorJitter(Section):
+    """Random changes of colour in training, in this order (Pillow's and torchvision's definitions).
+
+    Each factor is drawn evenly from [1 - x, 1 + x], the shift of hue from [-x, x] turns.
+    """
+
+    probability: Share = 0.8  # of changing a picture at all
+    brightness: Share = 0.32
+    contrast: Share = 0.32
+    saturation: Share = 0.32
+    hue: float = Field(0.08, ge=0, le=0.5)
+
+
 class ImageTransform(Section):
     """From a decoded image to the tower's square input."""
 
@@ -95,6 +119,10 @@ class ImageTransform(Section):
     crop_area: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)  # training: share of the area kept
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)  # training: width over height
     flip_probability: Share = 0.0  # training: mirror left and right
+    color_jitter: ColorJitter | None = None  # training
+    grey_probability: Share = 0.0  # training: all colour taken away
+    # JPEGs whose crop is at least twice `size` are decoded at 1/2, 1/4 or 1/8: faster, less exact.
+    scaled_decoding: bool = False
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = CLIP_STD
 
@@ -120,6 +148,18 @@ class LogMel(Section):
     std_db: PositiveFloat = 20.0
 
 
+class SpecAugment(Section):
+    """Stripes of the log-mel picture set to its mean in training (Park et al. 2019, "SpecAugment").
+
+    Each stripe's width is drawn evenly from 0 to the largest, then its place.
+    """
+
+    num_mel_stripes: int = Field(2, ge=0)
+    mel_bins: PositiveInt = 8  # largest width of a stripe
+    num_time_stripes: int = Field(2, ge=0)
+    frames: PositiveInt = 64  # largest width of a stripe
+
+
 class AudioTransform(Section):
     """From a decoded clip to a waveform of fixed length, and from there to the tower's input."""
 
@@ -127,6 +167,7 @@ class AudioTransform(Section):
     clip_seconds: PositiveFloat = 10.0  # longer clips are cropped: anywhere, at evaluation centred
     padding: Literal["repeat", "silence"] = "repeat"  # of shorter clips
     log_mel: LogMel = LogMel()
+    spec_augment: SpecAugment | None = None  # training
 
     @model_validator(mode="after")
     def _below_nyquist(self) -> AudioTransform:
@@ -160,9 +201,28 @@ class Source(Section):
     """One dataset of a pairing."""
 
     name: str  # part of every random key: renaming a source changes the order
-    dataset: Path = free()  # folder that holds dataset.json; what counts is its fingerprint
-    subset: Path | None = free(None)  # .subset file: only what it keeps; likewise
+    # Folder or URL (s3://, gs://, hf://, http://, file://) that holds dataset.json; what counts is
+    # its fingerprint. A folder is read where it is, a URL through loading.cache.
+    dataset: Location = free()
+    subset: Location | None = free(None)  # .subset file: only what it keeps; likewise
     weight: PositiveFloat = 1.0  # share of the pairing's batch, relative to its other sources
+
+
+def _refuse_equal_names(sources: list[Source]) -> list[Source]:
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected sources of different names, found {names}")
+    return sources
+
+
+Sources = Annotated[list[Source], Field(min_length=1), AfterValidator(_refuse_equal_names)]
+
+
+class Segment(Section):
+    """Other sources or weights from a step on; a source that stays goes on where it was."""
+
+    from_step: PositiveInt  # number of steps done before it
+    sources: Sources
 
 
 class Pairing(Section):
@@ -170,23 +230,59 @@ class Pairing(Section):
 
     global_batch_size: PositiveInt  # pairs contrasted with one another in a step
     loss: Literal["softmax"] = "softmax"
-    weight: PositiveFloat = 1.0  # of this loss in the step's sum
-    sources: list[Source] = Field(min_length=1)
+    weight: PositiveFloat = 1.0  # of this loss in the step's sum, or its share of the steps
+    sources: Sources
+    segments: list[Segment] = []  # may be added to while a run is stopped, but not changed
 
     @model_validator(mode="after")
-    def _distinct_sources(self) -> Pairing:
-        names = [source.name for source in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"expected sources of different names, found {names}")
+    def _segments_in_order(self) -> Pairing:
+        steps = [segment.from_step for segment in self.segments]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"expected segments with rising from_step, found {steps}")
         return self
+
+    @model_validator(mode="after")
+    def _names_mean_one_dataset(self) -> Pairing:
+        known: dict[str, tuple[str, str | None]] = {}
+        for source in self.all_sources:
+            place = (source.dataset, source.subset)
+            if known.setdefault(source.name, place) != place:
+                raise ValueError(
+                    f"source {source.name!r} stands for {known[source.name]} and for {place}; "
+                    "give the second one another name"
+                )
+        return self
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """Those of the beginning and of every segment; a source may stand in several."""
+        return [*self.sources, *(source for part in self.segments for source in part.sources)]
+
+
+class Cache(Section):
+    """Where shards behind URLs are kept on each node, shared by its processes."""
+
+    folder: Path | None = free(None)  # on a disk of the node; needed for URLs
+    max_gigabytes: PositiveFloat | None = free(None)  # null: what the disk has free at the start
+    num_downloads: PositiveInt = free(4)  # shards that a node fetches at a time
 
 
 class Loading(Section):
     """How samples are read."""
 
     window: PositiveInt = 32768  # samples of a lane shuffled among themselves
-    num_workers: int = free(2, ge=0)  # loader processes of each rank
-    max_bad_fraction: Share = free(1e-3)  # unreadable samples, of one epoch, that stop the run
+    # threads: one loader process per rank, whose threads fill shared buffers; processes: torch's
+    # DataLoader. The second where Python code (a tokenizer) is the slowest part.
+    runtime: Literal["threads", "processes"] = free("threads")
+    num_workers: int = free(2, ge=0)  # threads or processes of each rank; 0: load while it waits
+    batches_ahead: PositiveInt = free(2)  # steps loaded before they are needed; each takes memory
+    retries: int = free(5, ge=0)  # of a read or download that failed for the moment
+    cache: Cache = free(Cache())
+    max_bad_fraction: Share = free(1e-3)  # unreadable samples, of all, that stop the run
+    max_bad_fraction_per_shard: Share = free(1e-2)  # likewise, of a shard
+    # substitute: samples of a missing or damaged shard are replaced by others, and all results of
+    # the run are marked, because it no longer is a function of its config.
+    on_bad_shard: Literal["stop", "substitute"] = "stop"
 
 
 # ------------------------------------------------------------------------------------ training
@@ -236,8 +332,8 @@ class Engine(Section):
 class ValidationSource(Section):
     """Held-out pairs of one pairing."""
 
-    dataset: Path = free()
-    subset: Path | None = free(None)
+    dataset: Location = free()  # folder or URL
+    subset: Location | None = free(None)
     batch_size: PositiveInt  # pairs contrasted with one another: the figures depend on it
 
 
@@ -270,6 +366,9 @@ class PretrainConfig(Section):
     image: ImageTransform = ImageTransform()
     audio: AudioTransform = AudioTransform()
     pairings: dict[PairingName, Pairing] = Field(min_length=1)
+    # all: every step takes all pairings, and sums weight * loss; one: every step takes one, of
+    # which each has its share of the steps by weight.
+    pairings_per_step: Literal["all", "one"] = "all"
     loading: Loading = Loading()
     optimizer: Optimizer
     schedule: Schedule

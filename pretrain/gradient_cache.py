@@ -20,7 +20,7 @@ from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
 from pretrain.engine import Engine
 from pretrain.gather import world_size
 from pretrain.model import PairingFeatures
-from pretrain.pair_loader import StepBatch
+from pretrain.pair_batch import StepBatch
 
 # Per pairing: media, tokens.
 EncoderInputs = Mapping[PairingName, tuple[Tensor, Tensor]]

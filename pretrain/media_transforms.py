@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from data_prep.media_decode import decode_audio, decode_image
 from pretrain.config import AudioTransform, ImageTransform, MediaKind, PretrainConfig
+from pretrain.keyed_random import SampleRandom
 
 # Of longer images only the centre is resized: it is all that the crop keeps, and a picture one
 # pixel high would else grow without bound.
@@ -44,7 +45,7 @@ class ImageToPixels:
         """
         return decode_image(content, extension)
 
-    def augment(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def augment(self, image: np.ndarray, rng: SampleRandom) -> Tensor:
         """uint8 [H, Wd, 3] -> uint8 [3, size, size]: a random crop, resized, perhaps mirrored."""
         top, left, height, width = self._random_crop(*image.shape[:2], rng)
         pixels = self._resize(image[top : top + height, left : left + width], self._square)
@@ -70,9 +71,7 @@ class ImageToPixels:
     def _square(self) -> tuple[int, int]:
         return self.config.size, self.config.size
 
-    def _random_crop(
-        self, height: int, width: int, rng: np.random.Generator
-    ) -> tuple[int, int, int, int]:
+    def _random_crop(self, height: int, width: int, rng: SampleRandom) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a crop of random area and shape, within the image."""
         low_area, high_area = self.config.crop_area
         low_ratio, high_ratio = self.config.crop_ratio
@@ -111,7 +110,7 @@ class AudioToWaveform:
         """
         return decode_audio(content, sample_rate_hz=self.config.sample_rate_hz)
 
-    def augment(self, waveform: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def augment(self, waveform: np.ndarray, rng: SampleRandom) -> Tensor:
         """float32 [samples] -> float32 [clip_samples]: cropped anywhere."""
         return self._cut(waveform, int(rng.random() * (self._surplus(waveform) + 1)))
 

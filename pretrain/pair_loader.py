@@ -7,10 +7,8 @@ them and who loads what never changes what is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,36 +16,19 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data_prep.config_file import InputError, RunError
 from pretrain.config import PairingName, PretrainConfig, media_of_pairing
+from pretrain.keyed_random import key_of, sample_random
 from pretrain.media_transforms import MediaTransform, build_transforms
+from pretrain.pair_batch import PairingBatch, StepBatch
 from pretrain.sample_order import (
     PairingOrder,
     SourceOrder,
     StepSamples,
     digest_halves,
-    key_of,
     lanes_of_rank,
-    sample_rng,
 )
 from pretrain.shard_reader import BadSample, PairReader
-from pretrain.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class PairingBatch:
-    """A rank's pairs of one pairing in one step."""
-
-    media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
-    tokens: Tensor  # int64 [B, L]
-    digest: np.ndarray  # int64 [2], see sample_order.digest_halves
-    bad_samples: list[BadSample]
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """A rank's share of one step."""
-
-    step: int
-    pairings: dict[PairingName, PairingBatch]
+from pretrain.source_datasets import open_samples
+from pretrain.tokenizer import Tokenizer, token_keys
 
 
 class PairingReader:
@@ -68,11 +49,10 @@ class PairingReader:
         self.readers = [
             PairReader(
                 source.name,
-                folder=source.dataset,
+                samples=open_samples(source.dataset, subset=source.subset),
                 kind=media_of_pairing(name),
                 transform=transform,
                 window=config.loading.window,
-                subset=source.subset,
             )
             for source in pairing.sources
         ]
@@ -103,9 +83,14 @@ class PairingReader:
             media.append(pair_media)
             captions.append(caption)
             bad_samples.extend(bad)
+        tokens = self.tokenizer(captions)
         return PairingBatch(
             media=torch.stack(media),
-            tokens=self.tokenizer(captions),
+            stripes=torch.zeros(len(media), 0, 2, dtype=torch.int32),
+            tokens=tokens,
+            caption_lengths=self.tokenizer.lengths(tokens),
+            media_keys=torch.zeros(len(media), dtype=torch.int64),
+            caption_keys=token_keys(tokens),
             digest=digest_halves(samples, source_keys=self.source_keys),
             bad_samples=bad_samples,
         )
@@ -120,7 +105,7 @@ class PairingReader:
         for source, epoch, ordinal in rows:
             reader = self.readers[source]
             pair, bad = reader.read(ordinal)
-            rng = sample_rng(self.seed, source=reader.source, epoch=epoch, ordinal=ordinal)
+            rng = sample_random(self.seed, source=reader.source, epoch=epoch, ordinal=ordinal)
             caption = pair.captions[int(rng.random() * len(pair.captions))]
             yield self.transform.augment(pair.media, rng), caption, bad
 

@@ -14,7 +14,6 @@ how many ranks there are, never enters.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,70 +21,14 @@ import numpy as np
 
 from data_prep.config_file import InputError
 from data_prep.subset import KeptSamples
+from pretrain.keyed_random import key_of, permute, scramble
 
-FEISTEL_ROUNDS = 6
 # Sources share each row of this many slots in exact proportion to their weights.
 MIXING_BLOCK_SLOTS = 4096
 MAX_SOURCES = 64
 NUM_TABLES_KEPT = 8
 # Weights are turned into integers, so that counts are exact for ever.
 WEIGHT_PARTS = 10**9
-
-
-# ---------------------------------------------------------------------------- keyed randomness
-
-
-def key_of(*parts: int | str) -> int:
-    """A 64-bit key that depends on all of `parts` and on nothing else."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def scramble(values: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, a bijection whose output bits all depend on all input bits (splitmix64)."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def permute(places: np.ndarray, *, sizes: np.ndarray | int, keys: np.ndarray | int) -> np.ndarray:
-    """Element-wise keyed bijection of [0, size): a Feistel network that walks its cycle.
-
-    The network permutes the next power of four; a value that falls outside [0, size) is put
-    through it again until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains").
-
-    Args:
-        places: int64, each in [0, size).
-        sizes: size of the domain, one for all or one per place; below 2**52.
-        keys: 64-bit key, one for all or one per place.
-    """
-    places = np.asarray(places, dtype=np.int64)
-    sizes = np.broadcast_to(np.asarray(sizes, dtype=np.int64), places.shape)
-    keys = np.broadcast_to(np.asarray(keys, dtype=np.uint64), places.shape)
-    num_bits = np.frexp((sizes - 1).astype(np.float64))[1]  # bits that size - 1 needs
-    half_bits = np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
-    permuted = places.astype(np.uint64)
-    outside = np.ones(places.shape, dtype=bool)
-    while outside.any():
-        permuted[outside] = _feistel(permuted[outside], half_bits[outside], keys[outside])
-        outside = permuted >= sizes.astype(np.uint64)
-    return permuted.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & mask
-    for number in range(FEISTEL_ROUNDS):
-        round_keys = scramble(keys + np.uint64(number))
-        left, right = right, left ^ (scramble(right ^ round_keys) & mask)
-    return (left << half_bits) | right
-
-
-def sample_rng(seed: int, *, source: str, epoch: int, ordinal: int) -> np.random.Generator:
-    """The random numbers of a sample in an epoch (crop, flip, caption): the same wherever read."""
-    return np.random.Generator(np.random.Philox(key=key_of(seed, source, epoch, ordinal)))
 
 
 def _newest(tables: dict) -> dict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
 from data_prep.shard_format import CorruptSampleError, captions_of, media_extension_of
 from data_prep.subset import KeptSamples
+from pretrain.keyed_random import key_of, permute
 from pretrain.media_transforms import MediaTransform
-from pretrain.sample_order import key_of, permute
 
 MAX_SUBSTITUTES = 16
 # A substitute is found at least within this many neighbours, however small the window.
@@ -50,34 +49,33 @@ class PairReader:
 
     Args:
         source: its name.
-        folder: its dataset.
-        subset: the `.subset` file of what is used of it; None: everything.
+        samples: of its dataset, all or what a subset keeps.
+        kind: of media that it must hold.
         transform: decodes its kind of media.
         window: samples among which a substitute is found (at least MIN_REACH).
 
     Raises:
-        InputError: the dataset or subset is missing or damaged, or holds another kind of media.
+        InputError: the dataset holds another kind of media.
     """
 
     def __init__(
         self,
         source: str,
         *,
-        folder: Path,
+        samples: KeptSamples,
         kind: str,
         transform: MediaTransform,
         window: int,
-        subset: Path | None = None,
     ) -> None:
         self.source = source
-        self.samples = KeptSamples(folder, subset=subset)
-        self.dataset = self.samples.dataset
+        self.samples = samples
+        self.dataset = samples.dataset
         self.transform = transform
         self.reach = max(window, MIN_REACH)
         if self.dataset.info.media != kind:
             raise InputError(
                 f"source {source!r}: expected a dataset of {kind}, found {self.dataset.info.media} "
-                f"in {folder}"
+                f"in {self.dataset.folder}"
             )
 
     def read(self, ordinal: int) -> tuple[Pair, list[BadSample]]:

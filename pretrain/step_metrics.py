@@ -18,7 +18,7 @@ from pretrain.config import PretrainConfig
 from pretrain.engine import Engine
 from pretrain.gather import sum_over_ranks
 from pretrain.gradient_cache import StepLosses
-from pretrain.pair_loader import StepBatch
+from pretrain.pair_batch import StepBatch
 from pretrain.run_folder import RunFolder
 from pretrain.sample_order import format_digest
 

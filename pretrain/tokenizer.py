@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
 from pretrain.config import TextTower
+from pretrain.keyed_random import scramble
 
 # Where a checkpoint keeps the files of a tokenizer that came from a folder or a hub.
 TOKENIZER_FOLDER = "tokenizer"
@@ -38,10 +40,23 @@ class Tokenizer:
             )["input_ids"]
         return self.backend(list(captions), context_length=self.context_length)
 
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """int64 [M]: of each row of [M, L], the tokens up to the last one that is not padding."""
+        places = torch.arange(1, tokens.shape[1] + 1)
+        return ((tokens != self.pad_id) * places).amax(dim=1)
+
     def save(self, folder: Path) -> None:
         """Writes what `build_tokenizer` needs and the installed libraries do not ship."""
         if hasattr(self.backend, "save_pretrained"):
             self.backend.save_pretrained(str(folder / TOKENIZER_FOLDER))
+
+
+def token_keys(tokens: Tensor) -> Tensor:
+    """int64 [M]: a 64-bit hash of each row of [M, L]; captions of equal tokens have equal keys."""
+    keys = np.zeros(len(tokens), dtype=np.uint64)
+    for column in tokens.numpy().T:
+        keys = scramble(keys ^ column.astype(np.uint64))
+    return torch.from_numpy(keys.view(np.int64))
 
 
 def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokenizer:

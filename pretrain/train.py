@@ -23,7 +23,8 @@ from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.gradient_cache import backward_of_step
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer, learning_rate_at
-from pretrain.pair_loader import StepBatch, StepDataset, load_steps
+from pretrain.pair_batch import StepBatch
+from pretrain.pair_loader import StepDataset, load_steps
 from pretrain.run_folder import RunFolder, refuse_other_run
 from pretrain.run_plan import describe_plan
 from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step

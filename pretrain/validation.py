@@ -17,6 +17,7 @@ from pretrain.engine import Engine
 from pretrain.gather import rank, world_size
 from pretrain.media_transforms import build_transforms
 from pretrain.shard_reader import Pair, PairReader
+from pretrain.source_datasets import open_samples
 from pretrain.tokenizer import Tokenizer
 
 
@@ -74,11 +75,10 @@ def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> li
         kind = media_of_pairing(name)
         reader = PairReader(
             f"validation.{name}",
-            folder=source.dataset,
+            samples=open_samples(source.dataset, subset=source.subset),
             kind=kind,
             transform=transforms[kind],
             window=config.loading.window,
-            subset=source.subset,
         )
         if len(reader.samples) == 0:
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from pretrain.config import AudioTransform, ImageTransform
+from pretrain.keyed_random import sample_random
 from pretrain.media_transforms import AudioToWaveform, ImageToPixels
-from pretrain.sample_order import sample_rng
 
 
 def picture(height=60, width=80):
@@ -15,7 +15,7 @@ def picture(height=60, width=80):
 
 
 def rng(ordinal=0):
-    return sample_rng(0, source="a", epoch=0, ordinal=ordinal)
+    return sample_random(0, source="a", epoch=0, ordinal=ordinal)
 
 
 def test_squash_equals_pils_bicubic_resize_to_one_level():

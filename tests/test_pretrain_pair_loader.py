@@ -14,6 +14,7 @@ from pretrain.media_transforms import ImageToPixels
 from pretrain.pair_loader import StepDataset, load_steps
 from pretrain.sample_order import format_digest
 from pretrain.shard_reader import MIN_REACH, PairReader
+from pretrain.source_datasets import open_samples
 from pretrain.tokenizer import build_tokenizer
 
 
@@ -86,7 +87,8 @@ def damaged_copy(source, folder, *, places):
 
 def reader_of(folder, window=16):
     transform = ImageToPixels(ImageTransform(size=16))
-    return PairReader("colors", folder=folder, kind="image", transform=transform, window=window)
+    samples = open_samples(str(folder), subset=None)
+    return PairReader("colors", samples=samples, kind="image", transform=transform, window=window)
 
 
 def test_a_substitute_comes_from_the_window_and_depends_on_the_place_alone(toy_data, tmp_path):

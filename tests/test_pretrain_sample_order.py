@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config_file import InputError
+from pretrain.keyed_random import permute, sample_random
 from pretrain.sample_order import (
     MIXING_BLOCK_SLOTS,
     PairingOrder,
@@ -13,8 +14,6 @@ from pretrain.sample_order import (
     digest_halves,
     format_digest,
     lanes_of_rank,
-    permute,
-    sample_rng,
 )
 
 LANES = 8
@@ -175,7 +174,7 @@ def test_the_digest_adds_up_over_ranks_and_sees_every_change():
 def test_the_randomness_of_a_sample_depends_on_seed_source_epoch_and_ordinal_alone():
     def draw(**changes):
         place = {"seed": 0, "source": "a", "epoch": 2, "ordinal": 5} | changes
-        return sample_rng(place.pop("seed"), **place).random()
+        return sample_random(place.pop("seed"), **place).random()
 
     assert draw() == draw()
     others = [draw(seed=1), draw(source="b"), draw(epoch=3), draw(ordinal=6)]
