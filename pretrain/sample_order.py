@@ -94,7 +94,7 @@ class SourceOrder:
         ranks = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            shard_order, axis_starts, rotation = self._epoch_axis(epoch)
+            shard_order, axis_starts, rotation = self.epoch_axis(epoch)
             axis = lanes[here] * self.lane_length + places[here] + rotation
             axis %= self.num_samples
             nth = np.searchsorted(axis_starts, axis, side="right") - 1
@@ -112,7 +112,7 @@ class SourceOrder:
             keys = scramble(keys ^ part.astype(np.uint64))
         return starts + permute(places - starts, sizes=sizes, keys=keys)
 
-    def _epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(shards in this epoch's order, where each begins on the axis, rotation of the axis)."""
         if epoch not in self._epoch_axes:
             self._epoch_axes = _newest(self._epoch_axes) | {epoch: self._make_epoch_axis(epoch)}
