@@ -12,6 +12,7 @@ import numpy as np
 FEISTEL_ROUNDS = 6
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # of splitmix64
 MASK = (1 << 64) - 1
+NUM_TABLES_KEPT = 8
 
 
 def key_of(*parts: int | str) -> int:
@@ -89,3 +90,8 @@ class SampleRandom:
 def sample_random(seed: int, *, source: str, epoch: int, ordinal: int) -> SampleRandom:
     """A sample's numbers (crop, flip, caption, ...) in an epoch: the same wherever it is read."""
     return SampleRandom(key_of(seed, source, epoch, ordinal))
+
+
+def newest(tables: dict) -> dict:
+    """The last few of the tables made so far: steps move through epochs and blocks in order."""
+    return dict(list(tables.items())[-NUM_TABLES_KEPT:])

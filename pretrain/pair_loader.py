@@ -21,6 +21,7 @@ from pretrain.media_transforms import MediaTransform, build_transforms
 from pretrain.pair_batch import PairingBatch, StepBatch
 from pretrain.sample_order import (
     PairingOrder,
+    Segment,
     SourceOrder,
     StepSamples,
     digest_halves,
@@ -70,7 +71,7 @@ class PairingReader:
                 )
                 for reader in self.readers
             ],
-            weights=[source.weight for source in pairing.sources],
+            segments=[Segment(0, [source.weight for source in pairing.sources])],
             global_batch_size=pairing.global_batch_size,
             seed=config.seed,
         )

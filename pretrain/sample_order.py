@@ -7,33 +7,25 @@ A source's samples are put in order, for each epoch anew, in four moves (SourceO
     3. the axis is cut into as many equal ranges as there are lanes: lane c owns range c;
     4. inside a lane, each window of neighbouring places is permuted by a keyed bijection.
 
-A pairing mixes its sources slot by slot (PairingOrder): lane c is an endless row of slots, and a
-step takes the next `global_batch_size / lanes` slots of every lane. Which rank carries a lane, and
-how many ranks there are, never enters.
+A pairing mixes its sources slot by slot (PairingOrder, by source_mixing): lane c is an endless row
+of slots, and a step takes the next `global_batch_size / lanes` slots of every lane. Which rank
+carries a lane, and how many ranks there are, never enters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from data_prep.config_file import InputError
 from data_prep.subset import KeptSamples
-from pretrain.keyed_random import key_of, permute, scramble
+from pretrain.keyed_random import key_of, newest, permute, scramble
+from pretrain.source_mixing import SourceMixture
 
-# Sources share each row of this many slots in exact proportion to their weights.
-MIXING_BLOCK_SLOTS = 4096
 MAX_SOURCES = 64
-NUM_TABLES_KEPT = 8
-# Weights are turned into integers, so that counts are exact for ever.
-WEIGHT_PARTS = 10**9
-
-
-def _newest(tables: dict) -> dict:
-    """The last few of the tables made so far: steps move through epochs and blocks in order."""
-    return dict(list(tables.items())[-NUM_TABLES_KEPT:])
 
 
 # ------------------------------------------------------------------------------------ a source
@@ -115,7 +107,7 @@ class SourceOrder:
     def epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(shards in this epoch's order, where each begins on the axis, rotation of the axis)."""
         if epoch not in self._epoch_axes:
-            self._epoch_axes = _newest(self._epoch_axes) | {epoch: self._make_epoch_axis(epoch)}
+            self._epoch_axes = newest(self._epoch_axes) | {epoch: self._make_epoch_axis(epoch)}
         return self._epoch_axes[epoch]
 
     def _make_epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -140,19 +132,28 @@ class StepSamples:
     epochs: np.ndarray  # int64 [B] epoch of that source
     ordinals: np.ndarray  # int64 [B] sample of that source
 
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The weights of all sources from a step on."""
+
+    from_step: int
+    weights: Sequence[float]  # [sources]; 0 for a source that is not used
+
 
 class PairingOrder:
     """Mixes the sources of one pairing, by weight, and cuts the mixture into steps.
 
-    In every block of MIXING_BLOCK_SLOTS slots of a lane, each source has its exact share of slots
-    (the rounding never adds up to a whole sample), and at every slot the lanes together hold each
-    source in proportion, to within one sample per source. So a step's composition is as even as
-    whole samples allow.
+    Steps are counted among those that take this pairing. Where a segment ends, every source goes on
+    in the next one where it was, in every lane.
 
     Args:
         name: the pairing's name; part of every key.
         sources: their orders, all with the same lanes.
-        weights: [sources] positive; only their ratios count.
+        segments: weights by step, the first from step 0.
         global_batch_size: pairs per step, a multiple of the lanes.
         seed: the run's seed.
     """
@@ -162,7 +163,7 @@ class PairingOrder:
         name: str,
         *,
         sources: Sequence[SourceOrder],
-        weights: Sequence[float],
+        segments: Sequence[Segment],
         global_batch_size: int,
         seed: int,
     ) -> None:
@@ -171,86 +172,73 @@ class PairingOrder:
         self.name = name
         self.sources = list(sources)
         self.lanes = sources[0].lanes
+        self.global_batch_size = global_batch_size
         self.slots_per_lane = global_batch_size // self.lanes
-        self.seed = seed
-        total = sum(weights)
-        self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights]
-        for source, part in zip(self.sources, self._parts, strict=True):
-            if part == 0:
-                raise InputError(
-                    f"pairing {name!r}: the weight of source {source.name!r} is less than a "
-                    f"{WEIGHT_PARTS:,}th of all; raise it, or remove the source"
-                )
-        self._largest = int(np.argmax(weights))
-        self._mixing_blocks: dict[tuple[int, range], tuple[np.ndarray, np.ndarray]] = {}
+        self._mixtures = [
+            self._mixture(segment, is_first=number == 0, seed=seed)
+            for number, segment in enumerate(segments)
+        ]
+        # [segments] int64 [lanes, sources]: samples given before the segment
+        self._given: list[np.ndarray] = [np.zeros((self.lanes, len(sources)), dtype=np.int64)]
+        for earlier, later in pairwise(self._mixtures):
+            rows = later.first_row - earlier.first_row
+            self._given.append(self._given[-1] + earlier.counts_by_lane(rows))
+
+    def _mixture(self, segment: Segment, *, is_first: bool, seed: int) -> SourceMixture:
+        return SourceMixture(
+            self.name,
+            source_names=[source.name for source in self.sources],
+            weights=segment.weights,
+            lanes=self.lanes,
+            first_row=segment.from_step * self.slots_per_lane,
+            key_parts=(seed, "mixing", self.name, *(() if is_first else (segment.from_step,))),
+        )
 
     def samples_of_step(self, step: int, *, lanes: range) -> StepSamples:
         """The samples of one step that the given lanes hold, lane after lane."""
         lane_numbers = np.repeat(np.arange(lanes.start, lanes.stop), self.slots_per_lane)
         nth = np.tile(np.arange(self.slots_per_lane), len(lanes))
         rows = step * self.slots_per_lane + nth
-        source_numbers, positions = self._mix(lane_numbers, rows, lanes)
+        number = self._segment_at(step)
+        mixture, given = self._mixtures[number], self._given[number]
+        source_numbers, counts = mixture.draw(lane_numbers, rows - mixture.first_row, lanes=lanes)
+        positions = given[lane_numbers, source_numbers] + counts
         epochs, ordinals = np.empty_like(rows), np.empty_like(rows)
-        for number, source in enumerate(self.sources):
+        for number in np.unique(source_numbers).tolist():
             here = source_numbers == number
+            source = self.sources[number]
             epochs[here], ordinals[here] = source.samples_at(lane_numbers[here], positions[here])
         slots = lane_numbers * self.slots_per_lane + nth
         return StepSamples(slots, source_numbers, epochs, ordinals)
 
+    def _segment_at(self, step: int) -> int:
+        row = step * self.slots_per_lane
+        return max(n for n, mixture in enumerate(self._mixtures) if mixture.first_row <= row)
+
+    def lane_positions(self, step: int) -> np.ndarray:
+        """int64 [lanes, sources]: samples that each lane has taken of each source before `step`."""
+        number = self._segment_at(step)
+        mixture = self._mixtures[number]
+        row = step * self.slots_per_lane - mixture.first_row
+        return self._given[number] + mixture.counts_by_lane(row)
+
     def samples_drawn(self, num_steps: int) -> list[int]:
-        """Samples that each source has given after `num_steps` steps, to within one per lane."""
-        return [count * self.lanes for count in self._drawn_before(num_steps * self.slots_per_lane)]
+        """[sources]: samples that each source has given after `num_steps` steps."""
+        return self.lane_positions(num_steps).sum(axis=0).tolist()
 
-    def _mix(
-        self, lane_numbers: np.ndarray, rows: np.ndarray, lanes: range
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(source, position in that source's lane) of each (lane, row of the lane)."""
-        if len(self.sources) == 1:
-            return np.zeros_like(rows), rows
-        source_numbers, positions = np.empty_like(rows), np.empty_like(rows)
-        blocks, rows_in_block = np.divmod(rows, MIXING_BLOCK_SLOTS)
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
-            block_sources, block_positions = self._mixing_block(block, lanes)
-            at = (lane_numbers[here] - lanes.start, rows_in_block[here])
-            source_numbers[here] = block_sources[at]
-            positions[here] = block_positions[at]
-        return source_numbers, positions
+    def samples_drawn_of_epoch(self, num_steps: int, *, source: int, epoch: int) -> int:
+        """Samples of one epoch of a source that were drawn in the first `num_steps` steps."""
+        length = self.sources[source].lane_length
+        positions = self.lane_positions(num_steps)[:, source]
+        return int(np.clip(positions - epoch * length, 0, length).sum())
 
-    def _mixing_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
-        if (block, lanes) not in self._mixing_blocks:
-            made = {(block, lanes): self._make_mixing_block(block, lanes)}
-            self._mixing_blocks = _newest(self._mixing_blocks) | made
-        return self._mixing_blocks[block, lanes]
-
-    def _make_mixing_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
-        """([lanes, slots] source, [lanes, slots] position in that source's lane) of one block.
-
-        A slot's source is read off a dial of MIXING_BLOCK_SLOTS marks on which every source owns an
-        arc. Along a lane the block visits every mark once, in a keyed order; the lanes stand evenly
-        spread around the dial.
-        """
-        before = self._drawn_before(block * MIXING_BLOCK_SLOTS)
-        after = self._drawn_before((block + 1) * MIXING_BLOCK_SLOTS)
-        arc_ends = np.cumsum([a - b for a, b in zip(after, before, strict=True)])
-        key = key_of(self.seed, "mixing", self.name, block)
-        marks = permute(np.arange(MIXING_BLOCK_SLOTS), sizes=MIXING_BLOCK_SLOTS, keys=key)
-        spread = permute(np.asarray(lanes), sizes=self.lanes, keys=key)
-        turns = spread * MIXING_BLOCK_SLOTS // self.lanes
-        dial = (marks[None, :] + turns[:, None]) % MIXING_BLOCK_SLOTS
-        sources = np.searchsorted(arc_ends, dial, side="right")
-        positions = np.empty_like(sources)
-        for number, start in enumerate(before):
-            here = sources == number
-            positions[here] = (start + np.cumsum(here, axis=1) - 1)[here]
-        return sources, positions
-
-    def _drawn_before(self, row: int) -> list[int]:
-        """Slots of one lane before `row` that belong to each source: floors, and the largest source
-        takes what they leave."""
-        drawn = [part * row // WEIGHT_PARTS for part in self._parts]
-        drawn[self._largest] += row - sum(drawn)
-        return drawn
+    def epochs_seen(self, num_steps: int) -> dict[str, float]:
+        """Source name -> how often its samples were drawn, on average, in that many steps."""
+        drawn = self.samples_drawn(num_steps)
+        return {
+            source.name: count / source.num_samples
+            for source, count in zip(self.sources, drawn, strict=True)
+        }
 
 
 # ------------------------------------------------------------------------------- ranks, digest

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from data_prep.config_file import InputError
 from pretrain.keyed_random import permute, sample_random
 from pretrain.sample_order import (
-    MIXING_BLOCK_SLOTS,
     PairingOrder,
+    Segment,
     SourceOrder,
     digest_halves,
     format_digest,
     lanes_of_rank,
 )
+from pretrain.source_mixing import MIXING_BLOCK_SLOTS, PairingChoice
 
 LANES = 8
 
@@ -23,10 +24,13 @@ def make_source(name="a", shard_sizes=(100, 50, 33), lanes=LANES, window=10, see
     return SourceOrder(name, shard_sizes=shard_sizes, lanes=lanes, window=window, seed=seed)
 
 
-def make_pairing(sources=None, weights=(1.0,), batch=32, seed=0):
-    sources = sources or [make_source(seed=seed)]
+def make_pairing(sources=None, weights=(1.0,), batch=32, seed=0, segments=()):
     return PairingOrder(
-        "image-text", sources=sources, weights=weights, global_batch_size=batch, seed=seed
+        "image-text",
+        sources=sources or [make_source(seed=seed)],
+        segments=[Segment(0, weights), *segments],
+        global_batch_size=batch,
+        seed=seed,
     )
 
 
@@ -119,8 +123,10 @@ def test_mixing_counts_are_exact_per_block_and_even_per_step():
         for number, share in enumerate(shares):
             assert abs(counts[number] - share * LANES * 4) <= 4  # one per slot of a lane
         total += counts
-    for number, share in enumerate(shares):
-        assert abs(total[number] - share * MIXING_BLOCK_SLOTS * LANES) <= LANES
+    # To the slot: whole ones of 4096 * share in every lane, and the largest has what they leave.
+    assert [total[0], total[2]] == [LANES * (4096 * 2 // 7), LANES * (4096 // 7)]
+    assert sum(total.values()) == LANES * MIXING_BLOCK_SLOTS
+    for number in range(3):
         assert pairing.samples_drawn(MIXING_BLOCK_SLOTS // 4)[number] == total[number]
 
 
@@ -133,6 +139,77 @@ def test_mixed_sources_still_draw_each_sample_once_per_epoch():
     assert max(drawn.values()) == 1
     first_epoch_of_a = [row for row in drawn if row[:2] == (0, 0)]
     assert len(first_epoch_of_a) == 183 // LANES * LANES
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 7, 24, 64])
+def test_three_shards_and_one_are_enough_for_any_number_of_ranks(world_size):
+    for shard_sizes in ((100, 50, 70), (220,)):
+        pairing = make_pairing([make_source(shard_sizes=shard_sizes, lanes=64)], batch=64)
+        drawn = [row for step in range(6) for row in global_step(pairing, step, world_size)]
+        first_epoch = [ordinal for _, _, epoch, ordinal in drawn if epoch == 0]
+        assert len(first_epoch) == len(set(first_epoch)) == 220 // 64 * 64
+        assert drawn == [row for step in range(6) for row in global_step(pairing, step, 1)]
+
+
+def test_sources_and_weights_change_at_a_step_and_nothing_before_it_does():
+    sources = [make_source(name, shard_sizes=(400,), window=16) for name in "abc"]
+    before = make_pairing(sources, weights=(1, 3, 0))
+    changed = make_pairing(sources, weights=(1, 3, 0), segments=[Segment(11, (2, 0, 1))])
+    for step in range(11):
+        assert global_step(changed, step, 3) == global_step(before, step, 1)
+    later = [row for step in range(11, 41) for row in global_step(changed, step, 1)]
+    counts = Counter(source for _, source, _, _ in later)
+    assert counts[1] == 0
+    assert counts[0] == pytest.approx(30 * 32 * 2 / 3, abs=LANES)
+    # Sources go on where they were: the first epoch still draws each sample once.
+    drawn = Counter(row[1:] for step in range(60) for row in global_step(changed, step, 1))
+    assert max(drawn.values()) == 1
+
+
+def test_positions_of_the_lanes_follow_what_was_drawn_through_blocks_and_segments():
+    sources = [make_source("a"), make_source("b", shard_sizes=(400,)), make_source("c")]
+    segments = [Segment(3, (5, 1, 2)), Segment(1030, (0, 1, 0)), Segment(1040, (1, 1, 1))]
+    pairing = make_pairing(sources, weights=(1, 2, 0), segments=segments)
+    counted = np.zeros((LANES, 3), dtype=np.int64)
+    per_epoch = Counter()
+    for step in range(1100):
+        if step in (0, 1, 3, 4, 1024, 1030, 1035, 1041, 1099):
+            assert np.array_equal(pairing.lane_positions(step), counted)
+            assert pairing.samples_drawn(step) == counted.sum(axis=0).tolist()
+        for slot, source, epoch, _ in global_step(pairing, step, 1):
+            counted[slot // pairing.slots_per_lane, source] += 1
+            per_epoch[source, epoch] += 1
+    for (source, epoch), count in per_epoch.items():
+        assert pairing.samples_drawn_of_epoch(1100, source=source, epoch=epoch) == count
+    seen = pairing.epochs_seen(1100)
+    assert seen["b"] == counted[:, 1].sum() / 400
+
+
+def test_a_small_source_starts_its_next_epochs_by_itself():
+    small, large = make_source("small", shard_sizes=(19,)), make_source("large", shard_sizes=(900,))
+    pairing = make_pairing([small, large], weights=(1, 1))
+    epochs = {(s, e) for step in range(12) for _, s, e, _ in global_step(pairing, step, 1)}
+    assert {epoch for source, epoch in epochs if source == 0} >= set(range(12))
+    assert {epoch for source, epoch in epochs if source == 1} == {0}
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0, "c": 0.7}])
+def test_one_pairing_per_step_comes_by_weight_exactly_and_evenly(weights):
+    choice = PairingChoice(weights, takes_all=False)
+    total, counts = sum(weights.values()), Counter()
+    for step in range(3000):
+        assert choice.num_taken(step) == {name: counts[name] for name in weights}
+        [name] = choice.pairings_of_step(step)
+        counts[name] += 1
+        for each, weight in weights.items():
+            assert abs(counts[each] - weight / total * (step + 1)) < 2
+    assert choice.num_taken(10**12)["a"] == pytest.approx(weights["a"] / total * 10**12, rel=1e-8)
+
+
+def test_all_pairings_per_step_are_taken_in_every_step():
+    choice = PairingChoice({"a": 1.0, "b": 0.1}, takes_all=True)
+    assert choice.pairings_of_step(7) == ["a", "b"]
+    assert choice.num_taken(9) == {"a": 9, "b": 9}
 
 
 def test_a_source_smaller_than_the_lanes_is_refused_with_what_to_set():

@@ -24,7 +24,7 @@ from data_prep.shard_writer import ShardWriter
 from data_prep.subset import KeptSamples, Subset
 from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import read_metrics
-from pretrain.sample_order import PairingOrder, SourceOrder
+from pretrain.sample_order import PairingOrder, Segment, SourceOrder
 from pretrain.tokenizer import build_tokenizer
 from pretrain.train import pretrain
 from pretrain.validation import build_validation_sets
@@ -69,7 +69,7 @@ def order_of(samples, *, window, seed=3):
         "a", shard_sizes=samples.shard_sizes, lanes=4, window=window, seed=seed, samples=samples
     )
     return PairingOrder(
-        "image-text", sources=[source], weights=[1.0], global_batch_size=8, seed=seed
+        "image-text", sources=[source], segments=[Segment(0, [1])], global_batch_size=8, seed=seed
     )
 
 
