@@ -28,7 +28,8 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -440,25 +441,36 @@ class Dataset:
         return sample, bad
 
     def _open_tar(self, shard: int) -> _Descriptor:
-        self._make_ready(shard)
-        return _Descriptor(os.open(self.tar_path(shard), os.O_RDONLY))
+        with self._noting_bad_shard(shard):
+            path = self.tar_path(shard)
+            try:
+                return _Descriptor(os.open(path, os.O_RDONLY))
+            except (FileNotFoundError, PermissionError) as error:
+                raise BadShardError(f"{path}: cannot open the shard: {error.strerror}") from None
 
     def _read_index(self, shard: int) -> ShardIndex:
-        self._make_ready(shard)
-        path = self.folder / f"{self.manifest[shard].name}.idx"
-        try:
-            index = ShardIndex.read(path, is_mapped=True)
-        except InputError as error:
-            raise BadShardError(str(error)) from None
-        if index.tar_sha256 != self.manifest[shard].tar_sha256:
-            raise BadShardError(f"{path}: belongs to another tar than manifest.jsonl records")
-        return index
+        with self._noting_bad_shard(shard):
+            path = self.folder / f"{self.manifest[shard].name}.idx"
+            try:
+                index = ShardIndex.read(path, is_mapped=True)
+            except InputError as error:
+                raise BadShardError(str(error)) from None
+            if index.tar_sha256 != self.manifest[shard].tar_sha256:
+                raise BadShardError(f"{path}: belongs to another tar than manifest.jsonl records")
+            return index
 
-    def _make_ready(self, shard: int) -> None:
+    @contextmanager
+    def _noting_bad_shard(self, shard: int) -> Iterator[None]:
+        """Around the opening of a shard's files: makes them be there, and remembers what is bad."""
         if shard in self.bad_shards:
             raise BadShardError(self.bad_shards[shard])
-        if self.fetch_shard is not None:
-            self.fetch_shard(self.manifest[shard])
+        try:
+            if self.fetch_shard is not None:
+                self.fetch_shard(self.manifest[shard])
+            yield
+        except BadShardError as error:
+            self.bad_shards[shard] = str(error)
+            raise
 
     def _check_tar_sizes(self, *, takes_bad_shards: bool) -> None:
         for number, row in enumerate(self.manifest):

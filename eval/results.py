@@ -71,6 +71,8 @@ def _checkpoint_record(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "step": recorded["step"],
+        # Why the model is not a function of its run's config alone; mostly nothing.
+        "marks": recorded.get("marks", []),
         "model_sha256": recorded["sha256"].get("model.safetensors"),
     }
 

@@ -5,7 +5,8 @@
       optimizer.safetensors    "<moment>/<parameter>" -> flat tensor
       config.yaml              the run's resolved config
       assets/                  tokenizer and tower configs that the libraries do not ship
-      checkpoint.json          format version, step, sha256 of every other file; written last
+      checkpoint.json          format version, step, marks of the run, sha256 of every other file;
+                               written last
 
 A folder counts only if checkpoint.json is there and every sum agrees.
 """
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,23 @@ class DamagedCheckpointError(ValueError):
 
 
 def save_checkpoint(
-    config: PretrainConfig, *, engine: Engine, tokenizer: Tokenizer, step: int
+    config: PretrainConfig,
+    *,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    step: int,
+    marks: Sequence[str] = (),
 ) -> Path:
     """Writes the state after `step` steps and deletes all but the newest keep_checkpoints.
 
     To be called on the main process, which holds the whole state.
+
+    Args:
+        config: of the run.
+        engine: whose state is written.
+        tokenizer: of the text tower.
+        step: steps done.
+        marks: why the result is not a function of the config alone.
     """
     parent = config.run.folder / "checkpoints"
     final = parent / f"step_{step:08d}"
@@ -65,7 +79,12 @@ def save_checkpoint(
     (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     tokenizer.save(temporary / "assets")
     engine.model.save_assets(temporary / "assets")
-    record = {"format_version": FORMAT_VERSION, "step": step, "sha256": _sums(temporary)}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "marks": list(marks),
+        "sha256": _sums(temporary),
+    }
     write_atomically(temporary / "checkpoint.json", json.dumps(record, indent=2).encode())
     if final.exists():  # only a damaged one: complete ones are resumed from, never rewritten
         shutil.rmtree(final)

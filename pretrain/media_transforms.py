@@ -10,6 +10,7 @@ A transform has three methods of its own kind of media:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,11 +32,27 @@ def _central_part(image: np.ndarray, *, longest: int) -> np.ndarray:
     return image[top : top + longest, left : left + longest]
 
 
+@dataclass(frozen=True)
+class TrainingExample:
+    """One augmented image or clip."""
+
+    values: Tensor
+    stripes: list[tuple[int, int]]
+
+
 class ImageToPixels:
     """Images to uint8 [3, size, size]; normalisation follows on the device."""
 
     def __init__(self, config: ImageTransform) -> None:
         self.config = config
+        self.row_shape = (config.size, config.size, 3)
+        self.row_dtype = torch.uint8
+        self.num_stripes = 0
+
+    def load_training(self, content, extension, rng):
+        return TrainingExample(
+            self.augment(self.decode(content, extension), rng).permute(1, 2, 0), []
+        )
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
         """uint8 [H, Wd, 3].
@@ -101,6 +118,12 @@ class AudioToWaveform:
     def __init__(self, config: AudioTransform) -> None:
         self.config = config
         self.clip_samples = round(config.clip_seconds * config.sample_rate_hz)
+        self.row_shape = (self.clip_samples,)
+        self.row_dtype = torch.float32
+        self.num_stripes = 0
+
+    def load_training(self, content, extension, rng):
+        return TrainingExample(self.augment(self.decode(content, extension), rng), [])
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
         """float32 [samples], mono, at sample_rate_hz.

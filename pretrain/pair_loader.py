@@ -1,24 +1,22 @@
-"""Loads a rank's share of each step: sample order -> bytes -> tensors.
+"""A rank's share of each step: sample order -> bytes -> rows of tensors.
 
-The dataset that torch's DataLoader sees has one item per step, so that workers divide steps between
-them and who loads what never changes what is loaded.
+Which samples are in a step, and what is drawn from each, is settled before anything is read: so it
+makes no difference who fills which row of a step's buffers. Who does is in loader_runtimes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from data_prep.config_file import InputError, RunError
-from pretrain.config import PairingName, PretrainConfig, media_of_pairing
-from pretrain.keyed_random import key_of, sample_random
+from data_prep.config_file import InputError
+from pretrain.config import PairingName, PretrainConfig, Source, media_of_pairing
+from pretrain.keyed_random import key_of, scramble
 from pretrain.media_transforms import MediaTransform, build_transforms
-from pretrain.pair_batch import PairingBatch, StepBatch
+from pretrain.pair_batch import PairBuffers, PairLayout, StepBatch
 from pretrain.sample_order import (
     PairingOrder,
     Segment,
@@ -29,11 +27,20 @@ from pretrain.sample_order import (
 )
 from pretrain.shard_reader import BadSample, PairReader
 from pretrain.source_datasets import open_samples
+from pretrain.source_mixing import PairingChoice
 from pretrain.tokenizer import Tokenizer, token_keys
 
 
 class PairingReader:
-    """All sources of one pairing, in their order."""
+    """All sources of one pairing, in their order.
+
+    Args:
+        name: the pairing's.
+        config: the whole config.
+        transform: of its kind of media.
+        tokenizer: of captions.
+        choice: which steps take the pairing.
+    """
 
     def __init__(
         self,
@@ -42,22 +49,35 @@ class PairingReader:
         config: PretrainConfig,
         transform: MediaTransform,
         tokenizer: Tokenizer,
+        choice: PairingChoice,
     ) -> None:
-        pairing = config.pairings[name]
-        self.seed = config.seed
+        pairing, loading = config.pairings[name], config.loading
+        takes_bad_shards = loading.on_bad_shard == "substitute"
+        self.name = name
         self.transform = transform
         self.tokenizer = tokenizer
+        self.choice = choice
+        sources: dict[str, Source] = {}
+        for source in pairing.all_sources:  # those of later segments come last
+            sources.setdefault(source.name, source)
         self.readers = [
             PairReader(
                 source.name,
-                samples=open_samples(source.dataset, subset=source.subset),
+                samples=open_samples(
+                    source.dataset,
+                    subset=source.subset,
+                    takes_bad_shards=takes_bad_shards,
+                ),
                 kind=media_of_pairing(name),
                 transform=transform,
-                window=config.loading.window,
+                seed=config.seed,
+                retries=loading.retries,
+                takes_bad_shards=takes_bad_shards,
             )
-            for source in pairing.sources
+            for source in sources.values()
         ]
-        self.source_keys = [key_of("source", name, source.name) for source in pairing.sources]
+        self.source_keys = [key_of("source", name, source) for source in sources]
+        self._key_of_source = np.array(self.source_keys, dtype=np.uint64)
         self.order = PairingOrder(
             name,
             sources=[
@@ -65,54 +85,89 @@ class PairingReader:
                     reader.source,
                     shard_sizes=reader.samples.shard_sizes,
                     lanes=config.lanes,
-                    window=config.loading.window,
+                    window=loading.window,
                     seed=config.seed,
                     samples=reader.samples,
                 )
                 for reader in self.readers
             ],
-            segments=[Segment(0, [source.weight for source in pairing.sources])],
+            segments=[
+                Segment(
+                    choice.num_taken(from_step)[name],
+                    [{s.name: s.weight for s in used}.get(each, 0.0) for each in sources],
+                )
+                for from_step, used in [
+                    (0, pairing.sources),
+                    *((segment.from_step, segment.sources) for segment in pairing.segments),
+                ]
+            ],
             global_batch_size=pairing.global_batch_size,
             seed=config.seed,
         )
+        self.layout = PairLayout(
+            media_shape=transform.row_shape,
+            media_dtype=transform.row_dtype,
+            num_stripes=transform.num_stripes,
+            context_length=tokenizer.context_length,
+        )
 
-    def load(self, step: int, *, lanes: range) -> PairingBatch:
-        """The pairs that the given lanes hold in one step."""
-        samples = self.order.samples_of_step(step, lanes=lanes)
-        media, captions, bad_samples = [], [], []
-        for pair_media, caption, bad in self._pairs(samples):
-            media.append(pair_media)
-            captions.append(caption)
-            bad_samples.extend(bad)
+    def num_steps_taken(self, num_steps: int) -> int:
+        """Of the run's first steps, how many take this pairing."""
+        return self.choice.num_taken(num_steps)[self.name]
+
+    def samples_of_step(self, step: int, *, lanes: range) -> StepSamples:
+        """What the given lanes hold in one of the run's steps; nothing if it takes others."""
+        if self.name not in self.choice.pairings_of_step(step):
+            return self.order.samples_of_step(0, lanes=lanes[:0])
+        return self.order.samples_of_step(self.num_steps_taken(step), lanes=lanes)
+
+    def digest(self, samples: StepSamples) -> np.ndarray:
+        """int64 [2]: see sample_order.digest_halves."""
+        return digest_halves(samples, source_keys=self.source_keys)
+
+    def fill(
+        self, buffers: PairBuffers, samples: StepSamples, rows: Iterable[int]
+    ) -> tuple[list[BadSample], Counter[tuple[str, int]]]:
+        """Reads the samples of some rows into their places; returns (substitutions, num_read).
+
+        May be called by several threads for rows that are not the same.
+        """
+        rows, bad_samples, num_read = list(rows), [], Counter()
+        captions, ordinals = [], []
+        for row in rows:
+            reader, epoch = self.readers[samples.sources[row]], int(samples.epochs[row])
+            pair = reader.read_training(int(samples.ordinals[row]), epoch=epoch)
+            buffers.media[row] = pair.values
+            if pair.stripes:
+                buffers.stripes[row] = torch.tensor(pair.stripes, dtype=torch.int32)
+            captions.append(pair.caption)
+            ordinals.append(pair.ordinal)
+            num_read[reader.source, epoch] += 1
+            if pair.bad_sample is not None:
+                bad_samples.append(pair.bad_sample)
         tokens = self.tokenizer(captions)
-        return PairingBatch(
-            media=torch.stack(media),
-            stripes=torch.zeros(len(media), 0, 2, dtype=torch.int32),
-            tokens=tokens,
-            caption_lengths=self.tokenizer.lengths(tokens),
-            media_keys=torch.zeros(len(media), dtype=torch.int64),
-            caption_keys=token_keys(tokens),
-            digest=digest_halves(samples, source_keys=self.source_keys),
-            bad_samples=bad_samples,
+        buffers.tokens[rows] = tokens
+        buffers.caption_lengths[rows] = self.tokenizer.lengths(tokens)
+        buffers.caption_keys[rows] = token_keys(tokens)
+        media_keys = scramble(
+            self._key_of_source[samples.sources[rows]] ^ np.array(ordinals, dtype=np.uint64)
         )
-
-    def _pairs(self, samples: StepSamples) -> Iterator[tuple[Tensor, str, list[BadSample]]]:
-        rows = zip(
-            samples.sources.tolist(),
-            samples.epochs.tolist(),
-            samples.ordinals.tolist(),
-            strict=True,
-        )
-        for source, epoch, ordinal in rows:
-            reader = self.readers[source]
-            pair, bad = reader.read(ordinal)
-            rng = sample_random(self.seed, source=reader.source, epoch=epoch, ordinal=ordinal)
-            caption = pair.captions[int(rng.random() * len(pair.captions))]
-            yield self.transform.augment(pair.media, rng), caption, bad
+        buffers.media_keys[rows] = torch.from_numpy(media_keys.view(np.int64))
+        return bad_samples, num_read
 
 
-class StepDataset(TorchDataset):
-    """Item t is this rank's share of step t."""
+class StepDataset:
+    """Item t is this rank's share of step t, in memory of its own.
+
+    Args:
+        config: the whole config.
+        tokenizer: of captions.
+        rank: this process's number.
+        world_size: number of processes.
+
+    Raises:
+        InputError: a dataset cannot be used, or there are more processes than lanes.
+    """
 
     def __init__(
         self, config: PretrainConfig, *, tokenizer: Tokenizer, rank: int, world_size: int
@@ -120,12 +175,17 @@ class StepDataset(TorchDataset):
         transforms = build_transforms(config)
         self.lanes = lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)
         self.num_steps = config.schedule.num_steps
+        choice = PairingChoice(
+            {name: pairing.weight for name, pairing in config.pairings.items()},
+            takes_all=config.pairings_per_step == "all",
+        )
         self.pairings = {
             name: PairingReader(
                 name,
                 config=config,
                 transform=transforms[media_of_pairing(name)],
                 tokenizer=tokenizer,
+                choice=choice,
             )
             for name in config.pairings
         }
@@ -137,20 +197,45 @@ class StepDataset(TorchDataset):
         """The batch, or the error that prevents it: raised in a worker process, its message would
         arrive wrapped in a traceback."""
         try:
-            return StepBatch(
-                step,
-                {
-                    name: reader.load(step, lanes=self.lanes)
-                    for name, reader in self.pairings.items()
-                },
-            )
+            return self.load(step)
         except (InputError, OSError) as error:
             return error
+
+    def load(self, step: int) -> StepBatch:
+        """This rank's share of a step.
+
+        Raises:
+            InputError, OSError: as PairReader.read_training.
+        """
+        batches = {}
+        for name, reader in self.pairings.items():
+            samples = reader.samples_of_step(step, lanes=self.lanes)
+            buffers = PairBuffers.new(reader.layout, num_rows=len(samples))
+            bad_samples, num_read = reader.fill(buffers, samples, range(len(samples)))
+            batches[name] = buffers.to_batch(
+                digest=reader.digest(samples), bad_samples=bad_samples, num_read=num_read
+            )
+        return StepBatch(step, batches)
+
+    @property
+    def layouts(self) -> dict[PairingName, tuple[PairLayout, int]]:
+        """(layout, most rows of a step) of every pairing."""
+        return {
+            name: (reader.layout, len(self.lanes) * reader.order.slots_per_lane)
+            for name, reader in self.pairings.items()
+        }
 
     @property
     def num_samples(self) -> int:
         """Samples of all sources together."""
         return sum(len(r.samples) for p in self.pairings.values() for r in p.readers)
+
+    def epochs_seen(self, num_steps: int) -> dict[str, dict[str, float]]:
+        """Pairing -> source -> how often its samples were drawn, on average, in that many steps."""
+        return {
+            name: reader.order.epochs_seen(reader.num_steps_taken(num_steps))
+            for name, reader in self.pairings.items()
+        }
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each source's samples, under "<pairing>/<source>"."""
@@ -159,39 +244,3 @@ class StepDataset(TorchDataset):
             for name, pairing in self.pairings.items()
             for reader in pairing.readers
         }
-
-
-def load_steps(
-    dataset: StepDataset, *, first_step: int, last_step: int, num_workers: int
-) -> Iterator[StepBatch]:
-    """Steps first_step to last_step - 1, in order, loaded ahead by worker processes.
-
-    Raises:
-        InputError: samples and their substitutes cannot be decoded.
-        RunError: a shard cannot be read.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(first_step, last_step),
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_use_one_thread,
-    )
-    for batch in loader:
-        if isinstance(batch, OSError):
-            raise RunError(
-                f"cannot read a shard: {batch}; nothing was skipped: start again when it can be "
-                "read, and the run goes on from its newest checkpoint"
-            )
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _use_one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

@@ -38,9 +38,13 @@ def refuse_other_run(config: PretrainConfig, *, fingerprints: dict[str, str]) ->
     if not (folder / "config.yaml").exists():
         return
     earlier = read_config(PretrainConfig, folder / "config.yaml")
-    different = differing_keys(fixed_values(earlier), fixed_values(config))
     known = json.loads((folder / "environment.json").read_text())["dataset_fingerprints"]
-    different |= differing_keys(known, fingerprints, prefix="fingerprint")
+    steps_done = _steps_done(folder)
+    old, new = (_what_has_been(each, steps_done) for each in (earlier, config))
+    different = differing_keys(fixed_values(old), fixed_values(new))
+    different |= differing_keys(
+        _fingerprints_of(old, known), _fingerprints_of(new, fingerprints), prefix="fingerprint"
+    )
     if config.schedule.shape == "constant":  # which has no end that its rates depend on
         different.pop("schedule.num_steps", None)
     if different:
@@ -50,6 +54,37 @@ def refuse_other_run(config: PretrainConfig, *, fingerprints: dict[str, str]) ->
             + "\n".join(lines)
             + "\nresume it with its own config, or set run.folder to a new folder"
         )
+
+
+def _steps_done(folder: Path) -> int:
+    """Steps of the newest checkpoint, whole or not."""
+    steps = [int(path.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*")]
+    return max(steps, default=0)
+
+
+def _what_has_been(config: PretrainConfig, steps_done: int) -> PretrainConfig:
+    """The config without the segments that no step has used yet: those may still change."""
+    pairings = {
+        name: pairing.model_copy(
+            update={"segments": [each for each in pairing.segments if each.from_step < steps_done]}
+        )
+        for name, pairing in config.pairings.items()
+    }
+    return config.model_copy(update={"pairings": pairings})
+
+
+def _fingerprints_of(config: PretrainConfig, fingerprints: dict[str, str]) -> dict[str, str]:
+    """Those of the sources that a config names, and of its validation sets."""
+    names = {
+        f"{name}/{source.name}"
+        for name, pairing in config.pairings.items()
+        for source in pairing.all_sources
+    }
+    return {
+        key: value
+        for key, value in fingerprints.items()
+        if key in names or key.startswith("validation/")
+    }
 
 
 class RunFolder:
@@ -74,6 +109,9 @@ class RunFolder:
         self.num_steps = config.schedule.num_steps
         self.num_steps_done = 0
         self.is_writer = is_writer
+        self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
+        # Why the result is not a function of the config alone; also of earlier attempts.
+        self.marks = sorted({m for row in self._earlier_attempts for m in row.get("marks", [])})
         if not is_writer:
             return
         for name in ("metrics", "bad_samples", "checkpoints"):
@@ -82,7 +120,6 @@ class RunFolder:
         _write_json(self.folder / "environment.json", environment)
         # Last, because its presence says that the folder holds a run.
         write_atomically(self.folder / "config.yaml", to_yaml(config).encode())
-        self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
         self.attempt = f"{len(self._earlier_attempts) + 1:04d}"
         self._row = {
             "attempt": self.attempt,
@@ -94,6 +131,7 @@ class RunFolder:
             "to_step": None,
             "ended": None,
             "outcome": "running",
+            "marks": self.marks,
         }
         self._write_attempts()
 
@@ -117,9 +155,27 @@ class RunFolder:
         """Appends a row of metrics."""
         self._append("metrics", [row])
 
-    def write_bad_samples(self, step: int, bad_samples: Sequence[BadSample]) -> None:
-        """Enters a step's substitutions into the ledger."""
-        self._append("bad_samples", [{"step": step} | asdict(bad) for bad in bad_samples])
+    def write_bad_samples(self, step: int, entries: Sequence[tuple[str, BadSample]]) -> None:
+        """Enters a step's substitutions, (pairing, what was bad), into the ledger."""
+        rows = [{"step": step, "pairing": pairing} | asdict(bad) for pairing, bad in entries]
+        self._append("bad_samples", rows)
+
+    def read_bad_samples(self) -> list[tuple[str, BadSample]]:
+        """The entries of all attempts, to be called on the main process."""
+        entries = []
+        for path in sorted((self.folder / "bad_samples").glob("*.jsonl")):
+            for row in read_rows(path):
+                pairing = row.pop("pairing")
+                del row["step"]
+                entries.append((pairing, BadSample(**row)))
+        return entries
+
+    def mark(self, reason: str) -> None:
+        """Notes for good, in the attempt's row and all checkpoints, why the run's result is not a
+        function of its config alone."""
+        if reason not in self.marks:
+            self.marks = sorted({*self.marks, reason})
+            self._record(marks=self.marks)
 
     def write_status(self, state: str) -> None:
         """Says where the run stands."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pretrain.config import PretrainConfig
 from pretrain.gradient_cache import num_micro_batches
 from pretrain.model import ContrastiveModel
+from pretrain.pair_batch import step_bytes
 from pretrain.pair_loader import PairingReader, StepDataset
 from pretrain.sample_order import lanes_of_rank
 from pretrain.shard_reader import PairReader
@@ -36,15 +37,18 @@ def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
         f"{order.name}: {order.slots_per_lane * order.lanes} pairs a step, "
         f"{order.slots_per_lane} from each of {order.lanes} lanes"
     )
-    drawn = order.samples_drawn(config.schedule.num_steps)
+    num_steps = reader.num_steps_taken(config.schedule.num_steps)
+    drawn = order.samples_drawn(num_steps)
+    if num_steps < config.schedule.num_steps:
+        yield f"  taken by {num_steps:,} of {config.schedule.num_steps:,} steps"
     for pair_reader, source, samples in zip(reader.readers, order.sources, drawn, strict=True):
-        per_step = samples / config.schedule.num_steps
+        per_step = samples / max(1, num_steps)
         steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "more than all"
         yield (
             f"  {source.name}: {source.num_samples:,} samples in {len(source.shard_sizes)} shards, "
             f"{source.lane_length:,} per lane; {per_step:.1f} a step, "
             f"{steps_per_epoch} steps per epoch, "
-            f"{samples / source.num_samples:.2f} epochs in {config.schedule.num_steps:,} steps; "
+            f"{samples / source.num_samples:.2f} epochs in {num_steps:,} steps; "
             f"{_describe_fingerprint(pair_reader)}"
         )
 
@@ -63,7 +67,9 @@ def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int
         for rank in range(world_size)
     ]
     pieces = num_micro_batches(config, num_processes=world_size)
-    read = sum(_mean_bytes_read(reader) for reader in dataset.pairings.values())
+    steps = config.schedule.num_steps
+    read = sum(_bytes_read(reader, steps) for reader in dataset.pairings.values()) / steps
+    ahead_bytes = step_bytes(dataset.layouts) * (config.loading.batches_ahead + 1)
     num_pairs = sum(pairing.global_batch_size for pairing in config.pairings.values())
     feature_bytes = 2 * num_pairs * config.model.embed_dim * 4
     yield (
@@ -74,11 +80,11 @@ def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int
         f"a step reads {read / 1e6:.2f} MB from shards and gathers {feature_bytes / 1e6:.2f} MB "
         "of features on every process"
     )
+    yield f"batches loaded ahead take up to {ahead_bytes / 1e6:.1f} MB on a process"
 
 
-def _mean_bytes_read(reader: PairingReader) -> float:
-    """Bytes of shards that one step of a pairing reads, on average over the run."""
-    order = reader.order
-    drawn = order.samples_drawn(1_000_000)
+def _bytes_read(reader: PairingReader, num_steps: int) -> float:
+    """Bytes of shards that a pairing reads in a run."""
+    drawn = reader.order.samples_drawn(reader.num_steps_taken(num_steps))
     mean_bytes = [r.dataset.info.tar_bytes / len(r.dataset) for r in reader.readers]
-    return sum(n * size for n, size in zip(drawn, mean_bytes, strict=True)) / 1_000_000
+    return sum(n * size for n, size in zip(drawn, mean_bytes, strict=True))

@@ -232,6 +232,19 @@ class PairingOrder:
         positions = self.lane_positions(num_steps)[:, source]
         return int(np.clip(positions - epoch * length, 0, length).sum())
 
+    def steps_to_end_of(self, *, source: int, epoch: int) -> int | None:
+        """Steps after which every lane has left an epoch of a source; None: it never does."""
+        end = (epoch + 1) * self.sources[source].lane_length
+        for number, mixture in enumerate(self._mixtures):
+            rows = mixture.rows_until(source, end - self._given[number][:, source])
+            is_last = number + 1 == len(self._mixtures)
+            if rows is None or (
+                not is_last and mixture.first_row + rows > self._mixtures[number + 1].first_row
+            ):
+                continue
+            return -(-(mixture.first_row + rows) // self.slots_per_lane)
+        return None
+
     def epochs_seen(self, num_steps: int) -> dict[str, float]:
         """Source name -> how often its samples were drawn, on average, in that many steps."""
         drawn = self.samples_drawn(num_steps)

@@ -1,28 +1,36 @@
 """Reads one source's samples by ordinal, and replaces those whose bytes are bad.
 
-A sample that fails its checksum or does not decode is replaced by a neighbour in its dataset that
+A sample that fails its checksum or does not decode is replaced by another one of its shard, which
 depends on the bad sample's place alone: the same one on every rank, in every epoch and attempt. The
-replacement is recorded. A file that cannot be read at all is an error that stops the run.
+replacement is recorded. What fails for the moment is tried again, and then stops the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError, captions_of, media_extension_of
+from data_prep.shard_format import (
+    BadShardError,
+    CorruptSampleError,
+    Sample,
+    captions_of,
+    media_extension_of,
+)
 from data_prep.subset import KeptSamples
-from pretrain.keyed_random import key_of, permute
+from pretrain.keyed_random import key_of, permute, sample_random
 from pretrain.media_transforms import MediaTransform
 
 MAX_SUBSTITUTES = 16
-# A substitute is found at least within this many neighbours, however small the window.
-MIN_REACH = 64
+FIRST_WAIT_SECONDS = 0.5  # before the first retry of a read; doubles each time
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,20 +47,36 @@ class BadSample:
     """One row of the ledger of substitutions."""
 
     source: str
+    epoch: int
     ordinal: int
-    substitute: int
+    shard: str
+    substitute: int  # ordinal of what was read instead
     reason: str
+    is_shard_bad: bool = False  # all of its shard is missing or damaged
+
+
+@dataclass(frozen=True)
+class TrainingPair:
+    """An augmented image or clip and one of its captions."""
+
+    ordinal: int  # of the sample whose content this is
+    values: Tensor
+    stripes: list[tuple[int, int]]
+    caption: str
+    bad_sample: BadSample | None = None  # what it stands for, if that is another sample
 
 
 class PairReader:
-    """Decoded pairs of one source, by ordinal.
+    """Pairs of one source, by ordinal.
 
     Args:
         source: its name.
         samples: of its dataset, all or what a subset keeps.
         kind: of media that it must hold.
         transform: decodes its kind of media.
-        window: samples among which a substitute is found (at least MIN_REACH).
+        seed: the run's seed.
+        retries: of a read that failed for the moment.
+        takes_bad_shards: read other shards' samples for those of a missing or damaged shard.
 
     Raises:
         InputError: the dataset holds another kind of media.
@@ -65,66 +89,120 @@ class PairReader:
         samples: KeptSamples,
         kind: str,
         transform: MediaTransform,
-        window: int,
+        seed: int = 0,
+        retries: int = 0,
+        takes_bad_shards: bool = False,
     ) -> None:
         self.source = source
         self.samples = samples
         self.dataset = samples.dataset
         self.transform = transform
-        self.reach = max(window, MIN_REACH)
+        self.seed = seed
+        self.retries = retries
+        self.takes_bad_shards = takes_bad_shards
+        self._ranks_before = np.cumsum(samples.shard_sizes) - samples.shard_sizes
         if self.dataset.info.media != kind:
             raise InputError(
                 f"source {source!r}: expected a dataset of {kind}, found {self.dataset.info.media} "
                 f"in {self.dataset.folder}"
             )
 
-    def read(self, ordinal: int) -> tuple[Pair, list[BadSample]]:
-        """The pair, or its substitute and why.
-
-        Raises:
-            InputError: neither it nor its substitutes can be decoded.
-            OSError: the shard cannot be read.
-        """
-        reason, num_tried = "", 0
-        for candidate in self._candidates(ordinal):
-            try:
-                pair = self.read_exactly(candidate)
-            except (CorruptSampleError, MediaError) as error:
-                reason, num_tried = reason or str(error), num_tried + 1
-                continue
-            if not reason:
-                return pair, []
-            return pair, [BadSample(self.source, ordinal, candidate, reason)]
-        raise InputError(
-            f"source {self.source!r}: neither this sample nor {num_tried - 1} neighbours can be "
-            f"read: {reason}"
-        )
+    # ------------------------------------------------------------------------------- as it is
 
     def read_exactly(self, ordinal: int) -> Pair:
         """The pair, without substitution.
 
         Raises:
             CorruptSampleError, MediaError: its bytes are bad.
+            BadShardError, OSError: as Dataset.read_sample.
         """
-        sample = self.dataset.read_sample(ordinal)
+        sample = self._retry(lambda: self.dataset.read_sample(ordinal))
+        media = self._decode(sample, self.transform.decode)
+        return Pair(ordinal, media, captions_of(sample))
+
+    def _decode(self, sample: Sample, decode: Callable[[bytes, str], Result]) -> Result:
         kind = self.dataset.info.media
         extension = media_extension_of(sample.members, kind)
         if extension is None:
             raise CorruptSampleError(f"{sample}: no {kind} among {sorted(sample.members)}")
         try:
-            media = self.transform.decode(sample.members[extension], extension)
+            return decode(sample.members[extension], extension)
         except MediaError as error:
-            raise MediaError(f"{sample}: .{extension}: {error}") from None
-        return Pair(ordinal, media, captions_of(sample))
+            raise MediaError(f"{sample}: .{extension}: {error}", reason=error.reason) from None
+
+    def _retry(self, read: Callable[[], Result]) -> Result:
+        """What `read` returns, tried again while it fails for the moment."""
+        for attempt in range(self.retries):
+            try:
+                return read()
+            except OSError:
+                time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+        return read()
+
+    # ------------------------------------------------------------------------------ for training
+
+    def read_training(self, ordinal: int, *, epoch: int) -> TrainingPair:
+        """The pair as an epoch shows it, or that of its substitute.
+
+        Raises:
+            InputError: neither it nor its substitutes can be decoded.
+            BadShardError: its shard is missing or damaged (unless takes_bad_shards).
+            OSError: the shard cannot be read now.
+        """
+        error: Exception | None = None
+        num_tried = 0
+        for candidate in self._candidates(ordinal):
+            try:
+                pair = self._augmented(candidate, epoch)
+            except (CorruptSampleError, MediaError, BadShardError) as raised:
+                if isinstance(raised, BadShardError) and not self.takes_bad_shards:
+                    raise
+                error, num_tried = error or raised, num_tried + 1
+                continue
+            if error is None:
+                return pair
+            bad_sample = self._bad_sample(ordinal, epoch, candidate, error)
+            return TrainingPair(candidate, pair.values, pair.stripes, pair.caption, bad_sample)
+        raise InputError(
+            f"source {self.source!r}: neither this sample nor {num_tried - 1} neighbours can be "
+            f"read: {error}; check the dataset with python -m data_prep.verify_shards"
+        )
+
+    def _augmented(self, ordinal: int, epoch: int) -> TrainingPair:
+        sample = self._retry(lambda: self.dataset.read_sample(ordinal))
+        captions = captions_of(sample)
+        rng = sample_random(self.seed, source=self.source, epoch=epoch, ordinal=ordinal)
+        caption = captions[rng.below(len(captions))]
+        example = self._decode(
+            sample,
+            lambda content, extension: self.transform.load_training(content, extension, rng),
+        )
+        return TrainingPair(ordinal, example.values, example.stripes, caption)
+
+    def _bad_sample(self, ordinal: int, epoch: int, substitute: int, error: Exception) -> BadSample:
+        shard = self.dataset.manifest[self.dataset.locate(ordinal)[0]].name
+        is_shard_bad = isinstance(error, BadShardError)
+        return BadSample(self.source, epoch, ordinal, shard, substitute, str(error), is_shard_bad)
 
     def _candidates(self, ordinal: int) -> Iterator[int]:
-        """The sample, then neighbours among the kept ones, in the order they are tried."""
+        """The sample, then others in the order they are tried.
+
+        Those of its own shard, which is at hand; of the next shards only if all of it was tried, or
+        if it is bad as a whole.
+        """
         yield ordinal
+        shard, _ = self.dataset.locate(ordinal)
         rank = int(self.samples.ranks_of([ordinal])[0])
-        start = rank // self.reach * self.reach
-        size = min(self.reach, len(self.samples) - start)
-        if size < 2:
-            return
-        steps = np.arange(min(MAX_SUBSTITUTES, size - 1))
-        distances = 1 + permute(steps, sizes=size - 1, keys=key_of("substitute", ordinal))
-        yield from self.samples.ordinals_of(start + (rank - start + distances) % size).tolist()
+        place = rank - int(self._ranks_before[shard])
+        key = key_of("substitute", ordinal)
+        for number in np.roll(np.arange(len(self.dataset.manifest)), -shard).tolist():
+            size = int(self.samples.shard_sizes[number])
+            steps = np.arange(min(MAX_SUBSTITUTES, size))
+            places = (place + permute(steps, sizes=size, keys=key)) % size if size else steps
+            ordinals = self.samples.ordinals_of(self._ranks_before[number] + places)
+            yield from (each for each in ordinals.tolist() if each != ordinal)
+            if size > MAX_SUBSTITUTES and not self._is_bad(number):
+                return
+
+    def _is_bad(self, shard: int) -> bool:
+        return self.takes_bad_shards and shard in self.dataset.bad_shards

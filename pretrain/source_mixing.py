@@ -6,6 +6,7 @@ whole ones (the largest source has what the others leave). No count is kept anyw
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -100,6 +101,32 @@ class SourceMixture:
                 counts[:, number] += (sources[:, :row_in_block] == number).sum(axis=1)
         return counts
 
+    def rows_until(self, source: int, needed: np.ndarray) -> int | None:
+        """Rows after which every lane has had its number of slots of a source; None: never.
+
+        Args:
+            source: number of the source.
+            needed: int64 [lanes].
+        """
+        most = int(needed.max())
+        if most <= 0:
+            return 0
+        if self._parts[source] == 0:
+            return None
+        enough = most * WEIGHT_PARTS // self._parts[source] // MIXING_BLOCK_SLOTS + 2
+        blocks = range(enough)
+        after = bisect_left(
+            blocks, most, key=lambda block: self._counts_before(block * MIXING_BLOCK_SLOTS)[source]
+        )
+        block = after - 1  # at its end they have had it, at its beginning not
+        before = self._counts_before(block * MIXING_BLOCK_SLOTS)[source]
+        if self._is_single:
+            return block * MIXING_BLOCK_SLOTS + most - before
+        sources, _ = self._block(block, range(self.lanes))
+        counts = before + np.cumsum(sources == source, axis=1, dtype=np.int16)  # [lanes, slots]
+        has_enough = (counts >= needed[:, None]).all(axis=0)  # [slots]
+        return block * MIXING_BLOCK_SLOTS + int(np.argmax(has_enough)) + 1
+
     def _block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
         if (block, lanes) not in self._blocks:
             made = {(block, lanes): self._make_block(block, lanes)}
@@ -159,6 +186,14 @@ class PairingChoice:
             return self.names
         before, after = self.num_taken(step), self.num_taken(step + 1)
         return [name for name in self.names if after[name] > before[name]]
+
+    def steps_until(self, name: Name, num_taken: int) -> int:
+        """The run's steps after which so many have taken a pairing."""
+        if self.takes_all:
+            return num_taken
+        part = self._parts[self.names.index(name)]
+        enough = (num_taken + len(self.names)) * WEIGHT_PARTS * 2 // part + 1
+        return bisect_left(range(enough), num_taken, key=lambda step: self.num_taken(step)[name])
 
     def num_taken(self, num_steps: int) -> dict[Name, int]:
         """Of the first `num_steps` steps, how many take each pairing."""

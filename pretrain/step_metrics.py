@@ -83,6 +83,7 @@ class StepReporter:
         self.num_steps = config.schedule.num_steps
         self.pairs_per_step = sum(p.global_batch_size for p in config.pairings.values())
         self.last_logged_step = run.num_steps_done
+        self._ended_epochs: list[dict[str, Any]] = []
         self.bar = None
         if run.is_writer and sys.stderr.isatty():
             self.bar = tqdm(
@@ -94,7 +95,23 @@ class StepReporter:
         if self.bar is not None:
             self.bar.update()
 
-    def report_step(self, outcome: StepOutcome, *, digest: dict[str, str]) -> None:
+    def report_epochs(self, ended: list[dict[str, Any]]) -> None:
+        """Says which epochs of which sources ended; the next row of metrics has them."""
+        self._ended_epochs += ended
+        for report in ended if self.run.is_writer else []:
+            self._say(
+                f"{report['source']}: epoch {report['epoch']} was read whole: "
+                f"{report['in_manifest']:,} samples, {report['substituted']:,} substituted, "
+                f"{report['left_over']:,} left over"
+            )
+
+    def report_step(
+        self,
+        outcome: StepOutcome,
+        *,
+        digest: dict[str, str],
+        epochs_seen: dict[str, dict[str, float]],
+    ) -> None:
         """Writes one row of metrics of the step just done."""
         seconds, phases = self.timer.take()
         step = self.run.num_steps_done
@@ -115,10 +132,15 @@ class StepReporter:
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "data_digest": digest,
+            "epochs_seen": epochs_seen,
+            "ended_epochs": self._ended_epochs,
             "samples_per_second": steps * self.pairs_per_step / seconds,
             "data_wait_share": phases.get("data", 0.0) / seconds,
             "seconds": {name: value / steps for name, value in phases.items()},
         }
+        if self.run.marks:
+            row["marks"] = self.run.marks
+        self._ended_epochs = []
         self.run.write_metrics(row)
         self.run.write_status("running")
         self.engine.log(flatten_numbers(row), step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,39 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 class Tokenizer:
-    """int64 [M, L] token ids of M captions, cut and padded to L = context_length."""
+    """int64 [M, L] token ids of M captions, cut and padded to L = context_length.
+
+    May be called by several threads: one at a time is let in, because the tokenizers of
+    transformers change their own settings in every call.
+    """
 
     def __init__(self, backend: Any, *, context_length: int, pad_id: int, vocab_size: int) -> None:
         self.backend = backend
         self.context_length = context_length
         self.pad_id = pad_id
         self.vocab_size = vocab_size
+        self._turn = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._turn = threading.Lock()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
-        if hasattr(self.backend, "save_pretrained"):
-            return self.backend(
-                list(captions),
-                padding="max_length",
-                truncation=True,
-                max_length=self.context_length,
-                return_tensors="pt",
-            )["input_ids"]
-        return self.backend(list(captions), context_length=self.context_length)
+        with self._turn:
+            if hasattr(self.backend, "save_pretrained"):
+                return self.backend(
+                    list(captions),
+                    padding="max_length",
+                    truncation=True,
+                    max_length=self.context_length,
+                    return_tensors="pt",
+                )["input_ids"]
+            return self.backend(list(captions), context_length=self.context_length)
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """int64 [M]: of each row of [M, L], the tokens up to the last one that is not padding."""

@@ -12,19 +12,23 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 
 from data_prep.config_file import RunError, check_output_folder, run_command
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
 from pretrain.config import PretrainConfig
+from pretrain.device_copy import copy_ahead
 from pretrain.engine import Engine, check_trackers, start_accelerator
+from pretrain.epoch_account import EpochAccount
 from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.gradient_cache import backward_of_step
+from pretrain.loader_runtimes import LoadSteps, start_loader
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer, learning_rate_at
 from pretrain.pair_batch import StepBatch
-from pretrain.pair_loader import StepDataset, load_steps
+from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder, refuse_other_run
 from pretrain.run_plan import describe_plan
 from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
@@ -43,6 +47,12 @@ def pretrain(config: PretrainConfig) -> None:
     """
     check_output_folder(config.run.folder, key="run.folder")
     check_trackers(config)
+    with start_loader(config.loading) as load_steps:  # before this process has threads of its own
+        run_attempt(config, load_steps)
+
+
+def run_attempt(config: PretrainConfig, load_steps: LoadSteps) -> None:
+    """Joins the other processes, builds everything, resumes and trains."""
     accelerator = start_accelerator(config)
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=rank(), world_size=world_size())
@@ -59,7 +69,8 @@ def pretrain(config: PretrainConfig) -> None:
     with closing(engine):
         first_step = resume(config, engine)
         with run.attempt_from(first_step):
-            train_steps(config, engine, dataset, validation_sets, tokenizer, run)
+            batches = load_batches(load_steps, config, engine, dataset, run)
+            train_steps(config, engine, dataset, batches, validation_sets, tokenizer, run)
 
 
 def open_run(
@@ -87,24 +98,43 @@ def resume(config: PretrainConfig, engine: Engine) -> int:
     return step
 
 
+def last_step_of(config: PretrainConfig) -> int:
+    """Steps done when this attempt ends."""
+    return min(config.schedule.num_steps, config.run.stop_after_step or sys.maxsize)
+
+
+def load_batches(
+    load_steps: LoadSteps,
+    config: PretrainConfig,
+    engine: Engine,
+    dataset: StepDataset,
+    run: RunFolder,
+) -> Iterator[StepBatch]:
+    """This rank's share of every step to come, on the device."""
+    batches = load_steps(
+        dataset,
+        first_step=run.num_steps_done,
+        last_step=last_step_of(config),
+        is_pinned=engine.device.type == "cuda",
+    )
+    return copy_ahead(batches, device=engine.device)
+
+
 def train_steps(
     config: PretrainConfig,
     engine: Engine,
     dataset: StepDataset,
+    batches: Iterator[StepBatch],
     validation_sets: list[ValidationSet],
     tokenizer: Tokenizer,
     run: RunFolder,
 ) -> None:
     """The training loop; `step` counts the steps done."""
-    first_step = run.num_steps_done
-    last_step = min(config.schedule.num_steps, config.run.stop_after_step or sys.maxsize)
-    num_workers = config.loading.num_workers
-    batches = load_steps(
-        dataset, first_step=first_step, last_step=last_step, num_workers=num_workers
-    )
+    first_step, last_step = run.num_steps_done, last_step_of(config)
     timer = PhaseTimer()
     reporter = StepReporter(run, engine, config, timer=timer)
-    ledger = BadSampleLedger(run, dataset, max_bad_fraction=config.loading.max_bad_fraction)
+    ledger = BadSampleLedger(run, dataset, loading=config.loading)
+    account = EpochAccount(dataset, ledger, first_step=first_step)
     engine.train_mode(True)
     for step in range(first_step + 1, last_step + 1):
         with timer.phase("data"):
@@ -112,17 +142,19 @@ def train_steps(
         outcome = train_step(config, engine, batch, timer)
         run.num_steps_done = step
         ledger.enter(batch, device=engine.device)
+        reporter.report_epochs(account.enter(batch, device=engine.device))
         reporter.advance()
         is_last = step == last_step
         if is_last or step % config.run.log_every_steps == 0:
-            reporter.report_step(outcome, digest=digest_of_step(batch, device=engine.device))
+            digest = digest_of_step(batch, device=engine.device)
+            reporter.report_step(outcome, digest=digest, epochs_seen=dataset.epochs_seen(step))
         if validation_sets and (is_last or step % config.validation.every_steps == 0):
             with timer.phase("validation"):
                 figures = {each.pairing: validate(engine, each) for each in validation_sets}
             reporter.report_validation(figures)
         if is_last or step % config.run.checkpoint_every_steps == 0:
             with timer.phase("save"):
-                write_checkpoint(config, engine, tokenizer, step)
+                write_checkpoint(config, engine, tokenizer, run)
     reporter.close()
 
 
@@ -152,10 +184,14 @@ def train_step(
 
 
 def write_checkpoint(
-    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, step: int
+    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
 ) -> None:
     """Writes a checkpoint on the main process while the others wait; every rank must call it."""
-    on_main_process(lambda: save_checkpoint(config, engine=engine, tokenizer=tokenizer, step=step))
+    on_main_process(
+        lambda: save_checkpoint(
+            config, engine=engine, tokenizer=tokenizer, step=run.num_steps_done, marks=run.marks
+        )
+    )
 
 
 def dry_run(config: PretrainConfig) -> None:

@@ -78,7 +78,7 @@ def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> li
             samples=open_samples(source.dataset, subset=source.subset),
             kind=kind,
             transform=transforms[kind],
-            window=config.loading.window,
+            retries=config.loading.retries,
         )
         if len(reader.samples) == 0:
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")

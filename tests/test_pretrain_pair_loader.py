@@ -1,21 +1,38 @@
+"""The order law on real files: what a step holds depends on the config alone."""
+
+import copy
+import itertools
+import os
 import pickle
 import shutil
+import signal
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from toy_run import COLORS, toy_config, write_toy_dataset
+from toy_run import COLORS, toy_config
 
 from data_prep.config_file import InputError, RunError
 from data_prep.media_decode import decode_image
-from data_prep.shard_format import BLOCK_BYTES, Dataset, ShardIndex
-from pretrain.config import ImageTransform
-from pretrain.media_transforms import ImageToPixels
-from pretrain.pair_loader import StepDataset, load_steps
+from data_prep.shard_format import Dataset
+from pretrain.config import Loading
+from pretrain.loader_process import LoaderProcess
+from pretrain.loader_runtimes import start_loader
+from pretrain.pair_loader import StepDataset
 from pretrain.sample_order import format_digest
-from pretrain.shard_reader import MIN_REACH, PairReader
-from pretrain.source_datasets import open_samples
 from pretrain.tokenizer import build_tokenizer
+
+TENSORS = ("media", "stripes", "tokens", "caption_lengths", "media_keys", "caption_keys")
+WORLDS = (1, 2, 3, 4, 7, 8)
+# Who reads, with how many workers: nobody else, threads, processes.
+RUNTIMES = (
+    Loading(num_workers=0),
+    Loading(runtime="threads", num_workers=1),
+    Loading(runtime="threads", num_workers=3),
+    Loading(runtime="processes", num_workers=1),
+    Loading(runtime="processes", num_workers=3),
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,118 +40,206 @@ def config(toy_data, tmp_path_factory):
     return toy_config(toy_data, tmp_path_factory.mktemp("run"))
 
 
-def step_dataset(config, rank=0, world_size=1):
-    tokenizer = build_tokenizer(config.model.text)
-    return StepDataset(config, tokenizer=tokenizer, rank=rank, world_size=world_size)
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return build_tokenizer(config.model.text)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7, 8])
-def test_pixels_tokens_and_waveforms_of_a_step_do_not_depend_on_the_ranks(config, world_size):
-    alone = step_dataset(config)
-    ranks = [step_dataset(config, rank, world_size) for rank in range(world_size)]
-    for step in (0, 5):
-        whole = alone[step].pairings
-        parts = [rank[step].pairings for rank in ranks]
-        for name, batch in whole.items():
-            assert torch.equal(torch.cat([part[name].media for part in parts]), batch.media)
-            assert torch.equal(torch.cat([part[name].tokens for part in parts]), batch.tokens)
-            summed = sum(part[name].digest for part in parts)
-            assert format_digest(summed) == format_digest(batch.digest)
+@pytest.fixture
+def dataset(config, tokenizer):
+    return StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
 
 
-def test_loader_processes_change_nothing(config):
-    direct = step_dataset(config)
-    loaded = list(load_steps(step_dataset(config), first_step=2, last_step=5, num_workers=2))
-    assert [batch.step for batch in loaded] == [2, 3, 4]
-    for batch in loaded:
-        for name, expected in direct[batch.step].pairings.items():
-            assert torch.equal(batch.pairings[name].media, expected.media)
-            assert torch.equal(batch.pairings[name].tokens, expected.tokens)
+def load_steps(config, tokenizer, loading, *, world_size, first_step, last_step):
+    """[steps] {pairing: {tensor: of the global batch}} as that many ranks load them."""
+    of_ranks = []
+    for rank in range(world_size):
+        dataset = StepDataset(config, tokenizer=tokenizer, rank=rank, world_size=world_size)
+        with start_loader(loading) as load:
+            steps = load(dataset, first_step=first_step, last_step=last_step)
+            of_ranks.append([copy.deepcopy(batch) for batch in steps])
+    return [joined([steps[number] for steps in of_ranks]) for number in range(len(of_ranks[0]))]
 
 
-def test_readers_survive_pickling_after_use(config):
-    dataset = step_dataset(config)
-    before = dataset[1]
-    after = pickle.loads(pickle.dumps(dataset))[1]
+def joined(batches):
+    """The global batch of a step, from those of all ranks."""
+    assert len({batch.step for batch in batches}) == 1
+    step = {}
+    for name in batches[0].pairings:
+        parts = [batch.pairings[name] for batch in batches]
+        step[name] = {key: torch.cat([getattr(part, key) for part in parts]) for key in TENSORS}
+        step[name]["digest"] = format_digest(sum(part.digest for part in parts))
+        step[name]["num_read"] = sum((part.num_read for part in parts), start=Counter())
+    return step
+
+
+def assert_same_steps(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for name, values in other.items():
+            for key, value in values.items():
+                is_same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
+                assert is_same(one[name][key], value), (name, key)
+
+
+@pytest.fixture(scope="module")
+def expected_steps(config, tokenizer):
+    """Steps 0 to 12 as one process reads them; colors and tones end epochs among them."""
+    steps = load_steps(config, tokenizer, RUNTIMES[0], world_size=1, first_step=0, last_step=12)
+    epochs = {key for step in steps for pairing in step.values() for key in pairing["num_read"]}
+    assert {("colors", 0), ("colors", 1), ("tones", 0), ("tones", 1)} <= epochs
+    return steps
+
+
+@pytest.mark.parametrize("loading", RUNTIMES, ids=lambda each: f"{each.runtime} {each.num_workers}")
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_order_pixels_sounds_and_tokens_do_not_depend_on_ranks_and_workers(
+    config, tokenizer, expected_steps, loading, world_size
+):
+    """Across an epoch's end; the second half as after a stop in other surroundings."""
+    first_step = 0 if world_size % 2 else 5
+    steps = load_steps(
+        config, tokenizer, loading, world_size=world_size, first_step=first_step, last_step=12
+    )
+    assert_same_steps(steps, expected_steps[first_step:])
+
+
+def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, monkeypatch):
+    """Resuming is calling a function: what is read for step ten million is that step alone."""
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    reads = []
+    for pairing in dataset.pairings.values():
+        for reader in pairing.readers:
+            read = reader.dataset.read_sample
+            monkeypatch.setattr(
+                reader.dataset, "read_sample", lambda n, read=read: (reads.append(n), read(n))[1]
+            )
+    batch = dataset.load(10_000_000)
+    assert len(reads) == sum(len(pairs.tokens) for pairs in batch.pairings.values()) == 24
+
+
+def test_a_batch_knows_which_of_its_captions_and_media_are_equal(config, dataset):
+    more = dataset.pairings["image-text"].readers[1]
+    assert len(more.samples) == 25
+    rows = [dataset.load(step).pairings["image-text"] for step in range(30)]
+    tokens = torch.cat([each.tokens for each in rows])
+    caption_keys = torch.cat([each.caption_keys for each in rows])
+    media_keys = torch.cat([each.media_keys for each in rows])
+    assert len(set(caption_keys.tolist())) == len({tuple(row) for row in tokens.tolist()})
+    # 30 steps show each of the 83 + 25 pictures, most of them several times.
+    assert len(set(media_keys.tolist())) == 108
+    lengths = torch.cat([each.caption_lengths for each in rows])
+    assert torch.equal(lengths, (tokens != 0).sum(dim=1))
+
+
+def test_one_pairing_per_step_leaves_the_others_empty_and_orders_each_as_if_alone(
+    toy_data, tmp_path, config, tokenizer
+):
+    values = config.model_dump()
+    values["pairings"]["image-text"]["weight"] = 3.0
+    chosen = type(config).model_validate(values | {"pairings_per_step": "one"})
+    steps = [
+        StepDataset(chosen, tokenizer=tokenizer, rank=0, world_size=1).load(step).pairings
+        for step in range(8)
+    ]
+    everything = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    for name, count in (("image-text", 6), ("audio-text", 2)):
+        taken = [step[name] for step in steps if len(step[name].tokens)]
+        assert len(taken) == count
+        for number, batch in enumerate(taken):
+            alone = everything.load(number).pairings[name]
+            assert torch.equal(batch.media, alone.media)
+            assert torch.equal(batch.tokens, alone.tokens)
+    assert all(sum(len(pairs.tokens) > 0 for pairs in step.values()) == 1 for step in steps)
+
+
+def test_a_segment_brings_a_new_source_and_leaves_earlier_steps_alone(
+    toy_data, config, tokenizer, expected_steps
+):
+    values = config.model_dump()
+    [colors, more] = values["pairings"]["image-text"]["sources"]
+    values["pairings"]["image-text"]["sources"] = [colors, more]
+    again = {**more, "name": "again", "weight": 5.0}
+    values["pairings"]["image-text"]["segments"] = [
+        {"from_step": 4, "sources": [{**colors, "weight": 1.0}, again]}
+    ]
+    changed = type(config).model_validate(values)
+    steps = load_steps(changed, tokenizer, RUNTIMES[0], world_size=1, first_step=0, last_step=12)
+    assert_same_steps(steps[:4], expected_steps[:4])
+    later = sum((step["image-text"]["num_read"] for step in steps[4:]), start=Counter())
+    assert {source for source, _ in later} == {"colors", "again"}
+
+
+def test_readers_survive_pickling_after_use(dataset):
+    before = dataset.load(1)
+    after = pickle.loads(pickle.dumps(dataset)).load(1)
     assert torch.equal(after.pairings["image-text"].media, before.pairings["image-text"].media)
 
 
-def test_every_picture_comes_with_one_of_its_own_captions(config):
-    dataset = step_dataset(config)
-    tokenizer = dataset.pairings["image-text"].tokenizer
+def test_every_picture_comes_with_one_of_its_own_captions(dataset, tokenizer):
     reader = dataset.pairings["image-text"].readers[0]
-    sample = reader.read_exactly(3)
-    assert sample.captions == [f"picture 3 is {COLORS[3]}"]
-    drawn = dataset.pairings["image-text"].load(0, lanes=dataset.lanes)
-    own = {tuple(tokenizer([c])[0].tolist()) for n in range(83) for c in reader.read(n)[0].captions}
-    more = dataset.pairings["image-text"].readers[1]
-    own |= {tuple(tokenizer([c])[0].tolist()) for n in range(25) for c in more.read(n)[0].captions}
-    assert {tuple(row) for row in drawn.tokens.tolist()} <= own
+    assert reader.read_exactly(3).captions == [f"picture 3 is {COLORS[3]}"]
+    captions = {reader.read_training(4, epoch=epoch).caption for epoch in range(20)}
+    assert captions == {f"picture 4 is {COLORS[0]}", "also number 4"}
+    drawn = dataset.load(0).pairings["image-text"].tokens
+    own = {
+        tuple(tokenizer([caption])[0].tolist())
+        for each in dataset.pairings["image-text"].readers
+        for ordinal in range(len(each.samples))
+        for caption in each.read_exactly(ordinal).captions
+    }
+    assert {tuple(row) for row in drawn.tolist()} <= own
 
 
-def damaged_copy(source, folder, *, places):
-    """A dataset of pictures with a flipped bit in some of its first shard."""
-    shutil.copytree(source, folder)
-    index = ShardIndex.read(folder / "00000000.idx")
-    tar = folder / "00000000.tar"
-    content = bytearray(tar.read_bytes())
-    for place in places:
-        block = int(index.table[place, index.fields.index("png"), 0])
-        content[block * BLOCK_BYTES + 30] ^= 1
-    tar.write_bytes(content)
-    return folder
+# -------------------------------------------------------------------------------------- faults
 
 
-def reader_of(folder, window=16):
-    transform = ImageToPixels(ImageTransform(size=16))
-    samples = open_samples(str(folder), subset=None)
-    return PairReader("colors", samples=samples, kind="image", transform=transform, window=window)
-
-
-def test_a_substitute_comes_from_the_window_and_depends_on_the_place_alone(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[20]))
-    pair, [bad] = reader.read(20)
-    assert bad.ordinal == 20
-    assert bad.substitute == pair.ordinal
-    assert 0 <= pair.ordinal < MIN_REACH
-    assert "sample 000020: .png has not the crc32 of its index" in bad.reason
-    assert reader_of(tmp_path / "data").read(20)[1] == [bad]
-    assert reader.read(21)[1] == []
-
-
-def test_without_a_good_neighbour_the_sample_is_named(toy_data, tmp_path):
-    source = toy_data / "more_colors"
-    reader = reader_of(damaged_copy(source, tmp_path / "data", places=range(25)), window=1)
-    with pytest.raises(InputError, match=r"neither this sample nor 16 neighbours.*sample 000007"):
-        reader.read(7)
-
-
-def test_a_window_of_one_still_finds_a_substitute(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[3]), window=1)
-    assert reader.read(3)[1][0].ordinal == 3
-
-
-def test_bytes_that_pass_the_checksum_but_do_not_decode_are_substituted_too(tmp_path, monkeypatch):
-    import toy_run
-
-    good = toy_run.toy_members
-    monkeypatch.setattr(
-        toy_run,
-        "toy_members",
-        lambda media, number: good(media, number) | ({"png": b"GIF89a"} if number == 4 else {}),
-    )
-    reader = reader_of(write_toy_dataset(tmp_path / "data", "image", shard_sizes=(9,)))
-    _, [bad] = reader.read(4)
-    assert "sample 000004: .png: expected png bytes, found gif" in bad.reason
-
-
-def test_a_shard_that_disappears_stops_the_run_and_is_never_substituted(config, toy_data, tmp_path):
+@pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
+def test_a_shard_that_disappears_stops_the_run_with_its_name(
+    toy_data, tmp_path, tokenizer, loading
+):
     shutil.copytree(toy_data, tmp_path / "data")
-    moved = toy_config(tmp_path / "data", tmp_path / "run")
-    dataset = step_dataset(moved)
+    config = toy_config(tmp_path / "data", tmp_path / "run")
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
     (tmp_path / "data" / "tones" / "00000000.tar").unlink()
-    with pytest.raises(RunError, match=r"cannot read a shard: .*tones/00000000\.tar"):
-        list(load_steps(dataset, first_step=0, last_step=6, num_workers=0))
+    with start_loader(loading) as load, pytest.raises(InputError, match=r"tones/00000000\.tar"):
+        list(load(dataset, first_step=0, last_step=6))
+
+
+@pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
+def test_a_fault_that_may_pass_is_told_as_such(dataset, monkeypatch, loading):
+    def fails(*_):
+        raise OSError(110, "Connection timed out", "tones/00000001.tar")
+
+    monkeypatch.setattr("pretrain.shard_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(Dataset, "read_sample", fails)
+    expected = r"cannot read a shard: .*timed out.*tones/00000001\.tar.*nothing was skipped"
+    with start_loader(loading) as load, pytest.raises(RunError, match=expected):
+        list(load(dataset, first_step=0, last_step=6))
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_the_cause(dataset):
+    process = LoaderProcess(Loading(num_workers=2))
+    try:
+        steps = process.load(dataset, first_step=0, last_step=10**6, is_pinned=False)
+        next(steps)
+        os.kill(process._process.pid, signal.SIGKILL)
+        with pytest.raises(RunError, match="ended with SIGKILL"):
+            for _ in steps:
+                pass
+    finally:
+        process.close()
+
+
+def test_a_loader_process_ignores_the_schedulers_signals_and_ends_with_its_parent(dataset):
+    process = LoaderProcess(Loading(num_workers=1))
+    steps = process.load(dataset, first_step=0, last_step=10**6, is_pinned=False)
+    next(steps)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(process._process.pid, number)
+    assert [batch.step for batch in itertools.islice(steps, 5)] == [1, 2, 3, 4, 5]
+    process.close()
+    assert not process._process.is_alive()
 
 
 def test_dataset_reads_what_was_written(toy_data):

@@ -181,8 +181,21 @@ def test_positions_of_the_lanes_follow_what_was_drawn_through_blocks_and_segment
             per_epoch[source, epoch] += 1
     for (source, epoch), count in per_epoch.items():
         assert pairing.samples_drawn_of_epoch(1100, source=source, epoch=epoch) == count
+    for source, epoch in [(0, 0), (0, 3), (1, 0), (1, 20), (2, 0), (2, 11)]:
+        end = pairing.steps_to_end_of(source=source, epoch=epoch)
+        length = pairing.sources[source].lane_length
+        for step, has_ended in ((end - 1, False), (end, True)):
+            least = pairing.lane_positions(step)[:, source].min()
+            assert (least >= (epoch + 1) * length) == has_ended
     seen = pairing.epochs_seen(1100)
     assert seen["b"] == counted[:, 1].sum() / 400
+
+
+def test_a_source_that_no_later_segment_uses_never_ends_its_epoch():
+    sources = [make_source("a"), make_source("b")]
+    pairing = make_pairing(sources, weights=(1, 1), segments=[Segment(2, (0, 1))])
+    assert pairing.steps_to_end_of(source=0, epoch=0) is None
+    assert pairing.steps_to_end_of(source=1, epoch=0) is not None
 
 
 def test_a_small_source_starts_its_next_epochs_by_itself():
@@ -203,6 +216,7 @@ def test_one_pairing_per_step_comes_by_weight_exactly_and_evenly(weights):
         counts[name] += 1
         for each, weight in weights.items():
             assert abs(counts[each] - weight / total * (step + 1)) < 2
+        assert choice.steps_until(name, counts[name]) == step + 1
     assert choice.num_taken(10**12)["a"] == pytest.approx(weights["a"] / total * 10**12, rel=1e-8)
 
 

@@ -12,7 +12,8 @@ from gloo_processes import WorkerFailedError, run_in_processes
 from safetensors.torch import load_file
 from toy_run import toy_config
 
-from data_prep.config_file import to_yaml
+from data_prep.config_file import ConfigError, RunError, to_yaml
+from pretrain.config import PretrainConfig
 from pretrain.run_folder import read_metrics, read_rows
 
 STEPS = {"num_steps": 20, "warmup_steps": 2}
@@ -182,7 +183,7 @@ def test_bad_bytes_are_substituted_the_same_way_anywhere_and_entered_in_the_ledg
             data,
             tmp_path / f"run{num_processes}",
             schedule=STEPS,
-            loading={"max_bad_fraction": 0.1, "num_workers": 0, "window": 16},
+            loading={"max_bad_fraction": 0.1, "max_bad_fraction_per_shard": 0.1},
         )
         run_in_processes(num_processes, train, config)
     assert_same_run(tmp_path / "run2", tmp_path / "run1")
@@ -195,11 +196,106 @@ def test_bad_bytes_are_substituted_the_same_way_anywhere_and_entered_in_the_ledg
     assert len({(ordinal, substitute) for _, ordinal, substitute in ledgers[0]}) == 2
 
 
-def test_too_many_bad_samples_stop_the_run(toy_data, tmp_path):
+def test_too_many_bad_samples_of_all_or_of_a_shard_stop_the_run(toy_data, tmp_path):
     data = copy_with_bad_bytes(toy_data, tmp_path / "data", num_bad=5)
     config = toy_config(data, tmp_path / "run", schedule=STEPS)
     with pytest.raises(WorkerFailedError, match=r"RunError: 2 of 158 samples are unreadable"):
         run_in_processes(1, train, config)
+    loading = {"max_bad_fraction": 0.1, "max_bad_fraction_per_shard": 0.05}
+    config = toy_config(data, tmp_path / "run2", schedule=STEPS, loading=loading)
+    expected = r"RunError: 3 of the 40 samples in shard 00000000 of image-text/colors .*unreadable"
+    with pytest.raises(WorkerFailedError, match=expected):
+        run_in_processes(2, train, config)
+    # A third attempt knows what the ledger of the second holds: the next one is one too many.
+    with pytest.raises(WorkerFailedError, match=r"RunError: [34] of the 40 samples in shard"):
+        run_in_processes(1, train, config)
+
+
+def test_every_epoch_is_accounted_for_also_by_an_attempt_that_begins_within_it(
+    toy_data, tmp_path, alone
+):
+    data = copy_with_bad_bytes(toy_data, tmp_path / "data", num_bad=1)
+    config = toy_config(data, tmp_path / "run", schedule=STEPS, loading={"num_workers": 1})
+    stopping = config.run.model_copy(update={"stop_after_step": 9})
+    run_in_processes(2, train, config.model_copy(update={"run": stopping}))
+    run_in_processes(1, train, config)
+    reports = [report for row in steps_of(tmp_path / "run") for report in row["ended_epochs"]]
+    ended = {(report["source"], report["epoch"]): report for report in reports}
+    assert set(ended) == {
+        (report["source"], report["epoch"])
+        for row in steps_of(alone)
+        for report in row["ended_epochs"]
+    }
+    for report in reports:
+        parts = ("read", "substituted", "read_before", "left_over")
+        assert sum(report[part] for part in parts) == report["in_manifest"]
+    assert ended["image-text/colors", 0]["in_manifest"] == 83
+    assert ended["image-text/colors", 0]["left_over"] == 3
+    assert sum(report["substituted"] for report in reports) in (1, 2)
+    assert max(report["read_before"] for report in reports) > 0
+    seen = steps_of(tmp_path / "run")[-1]["epochs_seen"]
+    assert seen["audio-text"]["tones"] == 20 * 8 / 50
+
+
+def test_an_epoch_that_is_not_read_whole_stops_the_run(toy_data, tmp_path):
+    from pretrain.pair_loader import PairingReader
+
+    def fill_all_but_count_one_less(self, buffers, samples, rows, real=PairingReader.fill):
+        bad_samples, num_read = real(self, buffers, samples, rows)
+        num_read["tones", 0] -= 1 if num_read["tones", 0] else 0
+        return bad_samples, num_read
+
+    config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(RunError, match=r"epoch 0 of audio-text/tones ended with \d+ samples"),
+    ):
+        patch.setattr(PairingReader, "fill", fill_all_but_count_one_less)
+        train(config)
+
+
+def test_substituted_shards_mark_everything_that_comes_of_them(toy_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    (data / "tones" / "00000001.tar").unlink()
+    config = toy_config(data, tmp_path / "stopped", schedule=STEPS)
+    with pytest.raises(WorkerFailedError, match=r"tones/00000001\.tar: expected a shard of"):
+        run_in_processes(1, train, config)
+    config = toy_config(
+        data, tmp_path / "run", schedule=STEPS, loading={"on_bad_shard": "substitute"}
+    )
+    stopping = config.run.model_copy(update={"stop_after_step": 10})
+    run_in_processes(2, train, config.model_copy(update={"run": stopping}))
+    run_in_processes(1, train, config)
+    marks = ["substituted_shards"]
+    assert [row["marks"] for row in read_rows(tmp_path / "run" / "attempts.jsonl")] == [marks] * 2
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000020" / "checkpoint.json"
+    assert json.loads(checkpoint.read_text())["marks"] == marks
+    assert steps_of(tmp_path / "run")[-1]["marks"] == marks
+    [report] = [
+        report
+        for row in steps_of(tmp_path / "run")
+        for report in row["ended_epochs"]
+        if (report["source"], report["epoch"]) == ("audio-text/tones", 0)
+    ]
+    assert 18 <= report["substituted"] <= 20
+
+
+def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, tmp_path):
+    def with_segments(*segments, last_step):
+        values = toy_config(toy_data, tmp_path / "run", schedule=STEPS).model_dump()
+        values["pairings"]["image-text"]["segments"] = list(segments)
+        values["run"]["stop_after_step"] = last_step
+        return PretrainConfig.model_validate(values)
+
+    colors = {"name": "colors", "dataset": toy_data / "colors"}
+    early, late = ({"from_step": step, "sources": [colors]} for step in (3, 6))
+    train(with_segments(early, last_step=6))
+    train(with_segments(early, late, last_step=8))
+    with pytest.raises(ConfigError, match=r"pairings\.image-text\.segments"):
+        train(with_segments(late, last_step=9))
+    with pytest.raises(ConfigError, match=r"segments\.1\.from_step: 6 there, 7 here"):
+        train(with_segments(early, late | {"from_step": 7}, last_step=9))
 
 
 def test_bfloat16_trains_close_to_float32(toy_data, tmp_path, alone):

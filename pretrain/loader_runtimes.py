@@ -1,0 +1,106 @@
+"""Who reads the steps of a rank ahead of its training loop; the batches are the same.
+
+itself        the training process, when it asks for a step (num_workers: 0)
+threads       in a process of their own, filling shared buffers (loader_process)
+processes     torch's DataLoader, each of whose workers reads whole steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from data_prep.config_file import RunError
+from pretrain.config import Loading
+from pretrain.loader_process import LoaderProcess
+from pretrain.pair_batch import StepBatch
+from pretrain.pair_loader import StepDataset
+
+
+class LoadSteps(Protocol):
+    """Gives the steps first_step to last_step - 1 of a dataset, in order."""
+
+    def __call__(
+        self, dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool = False
+    ) -> Iterator[StepBatch]:
+        """
+        Args:
+            dataset: of this rank.
+            first_step: the first that is wanted.
+            last_step: the first that is not.
+            is_pinned: let a GPU copy the batches by itself.
+
+        Raises:
+            InputError: samples and their substitutes cannot be decoded.
+            RunError: a shard cannot be read now.
+        """
+
+
+@contextmanager
+def start_loader(loading: Loading) -> Iterator[LoadSteps]:
+    """What loads steps as the settings say, until the end of the block.
+
+    To be entered before anything else is started: a loader process must hold no thread, connection
+    or GPU of this one. A batch holds until the next one is asked for.
+    """
+    if loading.num_workers == 0:
+        yield partial(_load, _in_this_process)
+    elif loading.runtime == "processes":
+        yield partial(_load, partial(_in_worker_processes, loading))
+    else:
+        process = LoaderProcess(loading)
+        try:
+            yield partial(_load, process.load)
+        finally:
+            process.close()
+
+
+def _load(load: LoadSteps, dataset: StepDataset, **steps: Any) -> Iterator[StepBatch]:
+    """Says what to do when a shard cannot be read."""
+    try:
+        yield from load(dataset, **({"is_pinned": False} | steps))
+    except OSError as error:
+        raise RunError(
+            f"cannot read a shard: {error}; nothing was skipped: start again when it can be "
+            "read, and the run goes on from its newest checkpoint"
+        ) from None
+
+
+def _in_this_process(
+    dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
+) -> Iterator[StepBatch]:
+    for step in range(first_step, last_step):
+        batch = dataset.load(step)
+        yield batch.pin_memory() if is_pinned else batch
+
+
+def _in_worker_processes(
+    loading: Loading, dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
+) -> Iterator[StepBatch]:
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first_step, last_step),
+        num_workers=loading.num_workers,
+        prefetch_factor=loading.batches_ahead,
+        collate_fn=_unchanged,
+        worker_init_fn=_use_one_thread,
+        pin_memory=is_pinned,
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _use_one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
