@@ -75,7 +75,12 @@ def _in_this_process(
     dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
 ) -> Iterator[StepBatch]:
     for step in range(first_step, last_step):
-        batch = dataset.load(step)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # resizing small pictures in several threads wastes all but one
+        try:
+            batch = dataset.load(step)
+        finally:
+            torch.set_num_threads(num_threads)
         yield batch.pin_memory() if is_pinned else batch
 
 
