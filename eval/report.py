@@ -60,12 +60,19 @@ def write_report(
     ]
     page = render_page(
         "Evaluation of a contrastive model",
-        subtitle=f"{record['checkpoint']['folder']}, step {record['checkpoint']['step']}",
+        subtitle=_subtitle(record["checkpoint"]),
         sections=sections,
     )
     path = config.output / "report.html"
     write_atomically(path, page.encode())
     return path
+
+
+def _subtitle(checkpoint: dict[str, Any]) -> str:
+    subtitle = f"{checkpoint['folder']}, step {checkpoint['step']}"
+    if checkpoint["marks"]:
+        subtitle += f". Not a function of its config alone: {', '.join(checkpoint['marks'])}"
+    return subtitle
 
 
 def headline_section(outcomes: Sequence[Outcome]) -> Section:

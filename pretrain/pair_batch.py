@@ -14,6 +14,7 @@ from torch import Tensor
 from pretrain.config import PairingName
 from pretrain.shard_reader import BadSample
 
+DEVICE_TENSORS = ("media", "stripes", "tokens", "media_keys", "caption_keys")
 ALIGNMENT = 64  # bytes; of every tensor in a shared buffer
 
 
@@ -35,12 +36,14 @@ class PairingBatch:
     # (source, epoch) -> slots of that epoch that were filled, also by substitutes
     num_read: Counter[tuple[str, int]] = field(default_factory=Counter)
 
+    @property
+    def on_device(self) -> list[Tensor]:
+        """What the model's device computes with."""
+        return [getattr(self, name) for name in DEVICE_TENSORS]
+
     def to(self, device: torch.device) -> PairingBatch:
         """On the device that encodes it, without waiting for the copy."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("media", "stripes", "tokens", "media_keys", "caption_keys")
-        }
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in DEVICE_TENSORS}
         # The loader fills the memory of what stays here again when the copies are made.
         return replace(self, **moved, caption_lengths=self.caption_lengths.clone())
 
