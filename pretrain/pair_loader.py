@@ -7,13 +7,20 @@ makes no difference who fills which row of a step's buffers. Who does is in load
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from data_prep.config_file import InputError
-from pretrain.config import PairingName, PretrainConfig, Source, media_of_pairing
+from pretrain.config import (
+    MediaKind,
+    Pairing,
+    PairingName,
+    PretrainConfig,
+    Source,
+    media_of_pairing,
+)
 from pretrain.keyed_random import key_of, scramble
 from pretrain.media_transforms import MediaTransform, build_transforms
 from pretrain.pair_batch import PairBuffers, PairLayout, StepBatch
@@ -51,59 +58,18 @@ class PairingReader:
         tokenizer: Tokenizer,
         choice: PairingChoice,
     ) -> None:
-        pairing, loading = config.pairings[name], config.loading
-        takes_bad_shards = loading.on_bad_shard == "substitute"
         self.name = name
         self.transform = transform
         self.tokenizer = tokenizer
         self.choice = choice
-        sources: dict[str, Source] = {}
-        for source in pairing.all_sources:  # those of later segments come last
-            sources.setdefault(source.name, source)
+        sources = _distinct_sources(config.pairings[name])
         self.readers = [
-            PairReader(
-                source.name,
-                samples=open_samples(
-                    source.dataset,
-                    subset=source.subset,
-                    takes_bad_shards=takes_bad_shards,
-                ),
-                kind=media_of_pairing(name),
-                transform=transform,
-                seed=config.seed,
-                retries=loading.retries,
-                takes_bad_shards=takes_bad_shards,
-            )
-            for source in sources.values()
+            _open_source(source, media_of_pairing(name), config=config, transform=transform)
+            for source in sources
         ]
-        self.source_keys = [key_of("source", name, source) for source in sources]
+        self.order = _build_order(name, config, readers=self.readers, choice=choice)
+        self.source_keys = [key_of("source", name, source.name) for source in sources]
         self._key_of_source = np.array(self.source_keys, dtype=np.uint64)
-        self.order = PairingOrder(
-            name,
-            sources=[
-                SourceOrder(
-                    reader.source,
-                    shard_sizes=reader.samples.shard_sizes,
-                    lanes=config.lanes,
-                    window=loading.window,
-                    seed=config.seed,
-                    samples=reader.samples,
-                )
-                for reader in self.readers
-            ],
-            segments=[
-                Segment(
-                    choice.num_taken(from_step)[name],
-                    [{s.name: s.weight for s in used}.get(each, 0.0) for each in sources],
-                )
-                for from_step, used in [
-                    (0, pairing.sources),
-                    *((segment.from_step, segment.sources) for segment in pairing.segments),
-                ]
-            ],
-            global_batch_size=pairing.global_batch_size,
-            seed=config.seed,
-        )
         self.layout = PairLayout(
             media_shape=transform.row_shape,
             media_dtype=transform.row_dtype,
@@ -154,6 +120,71 @@ class PairingReader:
         )
         buffers.media_keys[rows] = torch.from_numpy(media_keys.view(np.int64))
         return bad_samples, num_read
+
+
+def _distinct_sources(pairing: Pairing) -> list[Source]:
+    """Each source once: those of the beginning, then those that segments add, in their order."""
+    sources: dict[str, Source] = {}
+    for source in pairing.all_sources:
+        sources.setdefault(source.name, source)
+    return list(sources.values())
+
+
+def _open_source(
+    source: Source, kind: MediaKind, *, config: PretrainConfig, transform: MediaTransform
+) -> PairReader:
+    takes_bad_shards = config.loading.on_bad_shard == "substitute"
+    return PairReader(
+        source.name,
+        samples=open_samples(
+            source.dataset, subset=source.subset, takes_bad_shards=takes_bad_shards
+        ),
+        kind=kind,
+        transform=transform,
+        seed=config.seed,
+        retries=config.loading.retries,
+        takes_bad_shards=takes_bad_shards,
+    )
+
+
+def _build_order(
+    name: PairingName,
+    config: PretrainConfig,
+    *,
+    readers: Sequence[PairReader],
+    choice: PairingChoice,
+) -> PairingOrder:
+    """The order of a pairing's samples, over the steps that take it."""
+    pairing = config.pairings[name]
+    by_step = [(0, pairing.sources)]
+    by_step += [(segment.from_step, segment.sources) for segment in pairing.segments]
+    segments = []
+    for from_step, used in by_step:
+        weights = {source.name: source.weight for source in used}
+        segments.append(
+            Segment(
+                choice.num_taken(from_step)[name],
+                [weights.get(reader.source, 0.0) for reader in readers],
+            )
+        )
+    sources = [
+        SourceOrder(
+            reader.source,
+            shard_sizes=reader.samples.shard_sizes,
+            lanes=config.lanes,
+            window=config.loading.window,
+            seed=config.seed,
+            samples=reader.samples,
+        )
+        for reader in readers
+    ]
+    return PairingOrder(
+        name,
+        sources=sources,
+        segments=segments,
+        global_batch_size=pairing.global_batch_size,
+        seed=config.seed,
+    )
 
 
 class StepDataset:
