@@ -106,7 +106,8 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
 
 def _open_clip_tokenizer(config: TextTower) -> Tokenizer:
     import open_clip
-    from open_clip.tokenizer import SimpleTokenizer
+
+    from pretrain.clip_tokenizer import ClipTokenizer
 
     model_config = open_clip.get_model_config(config.name) or {}
     needed = model_config.get("text_cfg", {}).get("hf_tokenizer_name")
@@ -115,7 +116,7 @@ def _open_clip_tokenizer(config: TextTower) -> Tokenizer:
             f"model.text: open_clip's {config.name} was made for the tokenizer {needed!r}, not for "
             "CLIP's; set model.text.tokenizer to it, or to a folder that holds it"
         )
-    backend = SimpleTokenizer(context_length=config.context_length)
+    backend = ClipTokenizer(context_length=config.context_length)
     return Tokenizer(
         backend, context_length=config.context_length, pad_id=0, vocab_size=backend.vocab_size
     )
