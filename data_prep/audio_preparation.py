@@ -15,9 +15,10 @@ import math
 
 import numpy as np
 
+from data_prep.audio_file import MAX_AUDIO_SECONDS, check_is_finite, read_waveform
 from data_prep.audio_fingerprint import audio_fingerprint
 from data_prep.config import AudioOptions
-from data_prep.media_decode import MAX_AUDIO_SECONDS, check_is_finite, read_waveform, resample
+from data_prep.media_decode import resample
 from data_prep.media_format import STORED_FORMATS, MediaError, check_kind, check_stored
 from data_prep.prepared_media import PreparedMedia
 

@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import io
 import struct
+from math import gcd
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.audio_container import check_is_whole
+from data_prep.audio_file import MAX_AUDIO_VALUES, can_seek, open_audio, read_frames, read_waveform
 from data_prep.media_format import FormatMismatchError, MediaError, image_format
 
 # Refused before decoding: a 0.5 MB PNG can claim any size.
 MAX_PIXELS = 50_000_000
-MAX_AUDIO_SECONDS = 3600.0
-# Of all channels; a clip of 6 MB can claim billions, at rates that no ear needs.
-MAX_AUDIO_VALUES = 400_000_000
-MIN_SAMPLE_RATE_HZ, MAX_SAMPLE_RATE_HZ = 1000, 655_350  # the second is the most that FLAC holds
+# Of the lower rate's periods around a part that is resampled: more than soxr's filter reaches.
+RESAMPLING_MARGIN = 256
+JPEG_EXTENSIONS = ("jpg", "jpeg")
 # The only decoders of Pillow that bytes from elsewhere may reach.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
-SOUNDFILE_FORMATS = {
-    "wav": ("WAV", "WAVEX", "RF64"),
-    "flac": ("FLAC",),
-    "mp3": ("MP3", "MPEG"),
-    "ogg": ("OGG",),
-    "opus": ("OGG",),
-    "aiff": ("AIFF",),
-}
 # What Pillow's decoders raise on damaged bytes.
 PILLOW_ERRORS = (
     ArithmeticError,
@@ -47,19 +39,45 @@ PILLOW_ERRORS = (
 )
 
 
-def decode_image(content: bytes, extension: str) -> np.ndarray:
+def decode_image(content: bytes, extension: str, *, denominator: int = 1) -> np.ndarray:
     """uint8 [H, Wd, 3] of an encoded image; transparency is laid on white.
+
+    Args:
+        content: the bytes of a file.
+        extension: the format that the bytes must have.
+        denominator: 1, 2, 4 or 8; a JPEG is decoded at this part of its height and width, rounded
+            up, but at its full size if it is one of CMYK, like all other formats.
 
     Raises:
         FormatMismatchError: of another format than `extension`.
         MediaError: damaged, or above MAX_PIXELS.
     """
+    _check_image_format(content, extension)
+    if extension in JPEG_EXTENSIONS:
+        return _decode_jpeg(content, denominator)
+    return _decode_with_pillow(content)
+
+
+def _check_image_format(content: bytes, extension: str) -> None:
     found, expected = image_format(content), "jpg" if extension == "jpeg" else extension
     if found is not None and found != expected:
         raise FormatMismatchError(f"expected {expected} bytes, found {found}")
-    if extension in ("jpg", "jpeg"):
-        return _decode_jpeg(content)
-    return _decode_with_pillow(content)
+
+
+def jpeg_size(content: bytes) -> tuple[int, int]:
+    """(height, width) in pixels of a JPEG, from the header alone: image_size, but 30 times faster.
+
+    Raises:
+        FormatMismatchError: of another format.
+        MediaError: the header is not a JPEG's, or claims more than MAX_PIXELS.
+    """
+    _check_image_format(content, "jpg")
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError as error:
+        raise MediaError(f"not a readable JPEG: {error}") from None
+    check_pixels(height, width, max_pixels=MAX_PIXELS)
+    return height, width
 
 
 def image_size(content: bytes) -> tuple[int, int]:
@@ -92,13 +110,20 @@ def check_pixels(height: int, width: int, *, max_pixels: int) -> None:
         raise MediaError(claim, reason="no_pixels")
 
 
-def _decode_jpeg(content: bytes) -> np.ndarray:
+def _decode_jpeg(content: bytes, denominator: int) -> np.ndarray:
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
         check_pixels(height, width, max_pixels=MAX_PIXELS)
         if color_space in ("CMYK", "YCCK"):  # simplejpeg converts them naively
             return _decode_with_pillow(content)
-        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True)
+        smaller = {}
+        if denominator > 1:
+            smaller = {
+                "min_factor": denominator,
+                "min_height": -(-height // denominator),
+                "min_width": -(-width // denominator),
+            }
+        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True, **smaller)
     except MediaError:
         raise
     except ValueError as error:
@@ -135,94 +160,66 @@ def decode_audio(
         MediaError: damaged, empty, shorter than its header says, not finite, or too long.
     """
     waveform, rate = read_waveform(content, extension=extension)
-    mono = waveform.mean(axis=1)
+    mono = mean_of_channels(waveform)
     if sample_rate_hz is not None:
         mono = resample(mono, rate, sample_rate_hz)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-class _SoundBytes(io.BytesIO):
-    """libsndfile seeks before the start of damaged files: an error there is printed, not raised."""
+def decode_audio_part(
+    content: bytes, *, sample_rate_hz: int, num_samples: int, place: float
+) -> np.ndarray:
+    """float32 [num_samples] out of what decode_audio gives, or all of a shorter clip; little more
+    than that part is decoded.
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}
-        return super().seek(max(0, start[whence] + offset))
-
-
-def read_waveform(
-    content: bytes,
-    *,
-    extension: str | None = None,
-    max_seconds: float = MAX_AUDIO_SECONDS,
-    max_channels: int | None = None,
-) -> tuple[np.ndarray, int]:
-    """(float32 [samples, channels], sample rate in Hz) of an encoded clip.
+    The same to the last bit, unless it is resampled or Opus: then to better than 100 dB.
 
     Args:
         content: the bytes of a file.
-        extension: the format that the bytes must have; None for any.
-        max_seconds: longest clip that is decoded.
-        max_channels: most channels that are decoded; None for any number.
+        sample_rate_hz: as for decode_audio.
+        num_samples: at that rate.
+        place: which of the possible parts, from 0 (the first) to below 1 (the last).
 
     Raises:
-        FormatMismatchError: of another format than `extension`.
-        MediaError: damaged, empty, shorter than its header says, not finite, or too large.
+        MediaError: as of decode_audio; but damage elsewhere in the clip may be overlooked.
     """
-    import soundfile
-
-    check_is_whole(content)
-    try:
-        with soundfile.SoundFile(_SoundBytes(content)) as file:
-            if extension is not None and file.format not in SOUNDFILE_FORMATS[extension]:
-                raise FormatMismatchError(f"expected {extension} bytes, found {file.format}")
-            num_frames, rate = file.frames, file.samplerate
-            _check_channels(file.channels, max_channels)
-            _check_length(num_frames, rate, channels=file.channels, max_seconds=max_seconds)
-            # The number, because GSM in WAV cannot seek to find it.
-            waveform = file.read(num_frames, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise MediaError(f"not readable audio: {error}") from None
-    if len(waveform) != num_frames:
-        raise MediaError(
-            f"audio ends after {len(waveform)} of {num_frames} frames", reason="truncated"
-        )
-    check_is_finite(waveform)
-    return waveform, rate
+    with open_audio(content) as file:
+        rate, num_frames = file.samplerate, file.frames
+        surplus = num_frames * sample_rate_hz // rate - num_samples
+        start = int(place * (max(0, surplus) + 1))
+        first, last = _frames_of_part(start, start + num_samples, rate, sample_rate_hz)
+        last = min(last, num_frames)
+        if can_seek(file):
+            file.seek(first)
+            waveform = read_frames(file, last - first)
+        else:
+            waveform = read_frames(file, last)[first:]
+    mono = resample(mean_of_channels(waveform), rate, sample_rate_hz)
+    start -= first * sample_rate_hz // rate
+    return np.ascontiguousarray(mono[start : start + num_samples], dtype=np.float32)
 
 
-def _check_channels(channels: int, max_channels: int | None) -> None:
-    if max_channels is not None and channels > max_channels:
-        raise MediaError(
-            f"audio of {channels} channels; at most {max_channels} are taken",
-            reason="too_many_channels",
-        )
+def _frames_of_part(start: int, stop: int, rate: int, sample_rate_hz: int) -> tuple[int, int]:
+    """The frames [first, last) at `rate` that samples [start, stop) at sample_rate_hz come from.
 
-
-def _check_length(num_frames: int, rate: int, *, channels: int, max_seconds: float) -> None:
-    claim = f"audio of {num_frames} frames at {rate} Hz"
-    if not MIN_SAMPLE_RATE_HZ <= rate <= MAX_SAMPLE_RATE_HZ:
-        raise MediaError(
-            f"{claim}; expected {MIN_SAMPLE_RATE_HZ} to {MAX_SAMPLE_RATE_HZ} Hz",
-            reason="bad_sample_rate",
-        )
-    if num_frames < 1:
-        raise MediaError(f"{claim}; expected at least one", reason="no_samples")
-    if num_frames > max_seconds * rate or num_frames * channels > MAX_AUDIO_VALUES:
-        raise MediaError(
-            f"{claim} and {channels} channels; at most {max_seconds:.0f} s and "
-            f"{MAX_AUDIO_VALUES} values are decoded",
-            reason="too_long",
-        )
-
-
-def check_is_finite(waveform: np.ndarray) -> None:
-    """Checks that float32 [...] holds no NaN and no infinity.
-
-    Raises:
-        MediaError: not_finite.
+    The first is at a time when both rates have a sample: so the part's samples are at the times of
+    the whole clip's.
     """
-    if not np.isfinite(waveform).all():
-        raise MediaError("audio holds values that are not finite", reason="not_finite")
+    if rate == sample_rate_hz:
+        return start, stop
+    margin = -(-RESAMPLING_MARGIN * max(rate, sample_rate_hz) // sample_rate_hz)
+    step = rate // gcd(rate, sample_rate_hz)
+    first = max(0, start * rate // sample_rate_hz - margin) // step * step
+    return first, -(-stop * rate // sample_rate_hz) + margin
+
+
+def mean_of_channels(waveform: np.ndarray) -> np.ndarray:
+    """float32 [samples, channels] -> [samples]; sums columns, which is 19 times faster than
+    numpy's mean along so short an axis, and the same to the last bit."""
+    total = waveform[:, 0]
+    for channel in range(1, waveform.shape[1]):
+        total = total + waveform[:, channel]
+    return total / np.float32(waveform.shape[1])
 
 
 def resample(waveform: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray:
@@ -248,18 +245,3 @@ def resample(waveform: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray
             reason="no_samples",
         )
     return resampled
-
-
-def audio_seconds(content: bytes) -> tuple[float, int]:
-    """(length in seconds, sample rate in Hz), from the header alone.
-
-    Raises:
-        MediaError: the header is not an audio file's.
-    """
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(_SoundBytes(content)) as file:
-            return file.frames / file.samplerate, file.samplerate
-    except (soundfile.SoundFileError, RuntimeError, ZeroDivisionError) as error:
-        raise MediaError(f"not readable audio: {error}") from None

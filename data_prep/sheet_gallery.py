@@ -8,9 +8,10 @@ from itertools import pairwise
 import numpy as np
 from markupsafe import Markup
 
+from data_prep.audio_file import audio_seconds
 from data_prep.figure_text import bytes_text, number_text, shortened
 from data_prep.html_report import badge, picture, sound
-from data_prep.media_decode import MediaError, audio_seconds, decode_audio, decode_image
+from data_prep.media_decode import MediaError, decode_audio, decode_image
 from data_prep.shard_format import (
     CorruptSampleError,
     Sample,

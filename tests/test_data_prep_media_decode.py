@@ -8,10 +8,10 @@ from bad_media import BAD_MEDIA, picture, sound
 from PIL import Image
 
 from data_prep import media_decode
+from data_prep.audio_file import audio_seconds
 from data_prep.media_decode import (
     FormatMismatchError,
     MediaError,
-    audio_seconds,
     decode_audio,
     decode_image,
     image_size,
