@@ -193,6 +193,19 @@ class AudioTransform(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stripes_fit(self) -> AudioTransform:
+        if self.spec_augment is None:
+            return self
+        num_frames = 1 + round(self.clip_seconds * self.sample_rate_hz) // self.log_mel.hop_samples
+        for key, length in (("mel_bins", self.log_mel.num_mel_bins), ("frames", num_frames)):
+            if (width := getattr(self.spec_augment, key)) > length:
+                raise ValueError(
+                    f"spec_augment.{key}={width} is wider than the log-mel picture; use at most "
+                    f"{length}"
+                )
+        return self
+
 
 # ---------------------------------------------------------------------------------------- data
 

@@ -21,6 +21,8 @@ class LogMelSpectrogram(nn.Module):
     def __init__(self, config: AudioTransform) -> None:
         super().__init__()
         self.settings = config.log_mel
+        spec = config.spec_augment
+        self.num_mel_stripes = spec.num_mel_stripes if spec else 0
         bank = mel_filter_bank(
             num_frequency_bins=self.settings.fft_samples // 2 + 1,
             num_mel_filters=self.settings.num_mel_bins,
@@ -35,8 +37,14 @@ class LogMelSpectrogram(nn.Module):
         self.register_buffer("window", window, persistent=False)
 
     @torch.no_grad()
-    def forward(self, waveforms: Tensor) -> Tensor:
-        """[B, samples] float32 -> [B, 1, F, S] float32, also under autocast."""
+    def forward(self, waveforms: Tensor, stripes: Tensor | None = None) -> Tensor:
+        """[B, samples] float32 -> [B, 1, F, S] float32, also under autocast.
+
+        Args:
+            waveforms: [B, samples] float32.
+            stripes: [B, stripes, 2] start and width of SpecAugment's stripes, those across mel bins
+                first; None or none of them in evaluation.
+        """
         with torch.autocast(waveforms.device.type, enabled=False):
             spectrum = torch.stft(
                 waveforms.float(),
@@ -49,5 +57,29 @@ class LogMelSpectrogram(nn.Module):
             )  # [B, samples] -> [B, fft / 2 + 1, S]
             power = self.bank @ spectrum.abs().square()  # [B, fft / 2 + 1, S] -> [B, F, S]
             decibels = 10 * power.clamp(min=SMALLEST_POWER).log10()
-            standardised = (decibels - self.settings.mean_db) / self.settings.std_db
-            return standardised[:, None]  # [B, F, S] -> [B, 1, F, S]
+            mel = (decibels - self.settings.mean_db) / self.settings.std_db
+            if stripes is not None and stripes.shape[1]:
+                mel = fill_stripes(mel, stripes, num_mel_stripes=self.num_mel_stripes)
+            return mel[:, None]  # [B, F, S] -> [B, 1, F, S]
+
+
+def fill_stripes(mel: Tensor, stripes: Tensor, *, num_mel_stripes: int) -> Tensor:
+    """Log-mel pictures whose stripes hold the picture's own mean.
+
+    Args:
+        mel: [B, F, S].
+        stripes: [B, stripes, 2] start and width; the first num_mel_stripes are of mel bins, the
+            others of frames.
+        num_mel_stripes: how many.
+    """
+    in_bins = _are_covered(mel.shape[1], stripes[:, :num_mel_stripes])  # [B, F]
+    in_frames = _are_covered(mel.shape[2], stripes[:, num_mel_stripes:])  # [B, S]
+    mean = mel.mean(dim=(1, 2), keepdim=True)
+    return torch.where(in_bins[:, :, None] | in_frames[:, None, :], mean, mel)
+
+
+def _are_covered(length: int, stripes: Tensor) -> Tensor:
+    """Bool [B, length]: the places that any of [B, n, 2] (start, width) covers."""
+    places = torch.arange(length, device=stripes.device)
+    starts, widths = stripes[..., :1], stripes[..., 1:]  # [B, n, 1]
+    return ((places >= starts) & (places < starts + widths)).any(dim=1)

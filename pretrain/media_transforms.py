@@ -1,29 +1,49 @@
-"""From decoded media to tensors of one shape: the random form for training, the fixed for the rest.
+"""From the bytes of media to tensors of one shape: at random for training, fixed for the rest.
 
-A transform has three methods of its own kind of media:
+A transform has three methods, each for its own kind of media:
 
-    decode(content, extension)   bytes -> decoded image or waveform
-    augment(decoded, rng)        training: randomness only from rng
-    transform(decoded)           evaluation: no randomness
+    load_training(content, extension, rng)   bytes -> one row of a batch; chance only from rng
+    decode(content, extension)               evaluation: bytes -> decoded image or waveform
+    transform(decoded)                       evaluation: decoded -> the tower's input, no chance
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_prep.media_decode import decode_audio, decode_image
-from pretrain.config import AudioTransform, ImageTransform, MediaKind, PretrainConfig
+from data_prep.media_decode import (
+    JPEG_EXTENSIONS,
+    decode_audio,
+    decode_audio_part,
+    decode_image,
+    jpeg_size,
+)
+from pretrain.config import (
+    AudioTransform,
+    ColorJitter,
+    ImageTransform,
+    MediaKind,
+    PretrainConfig,
+)
 from pretrain.keyed_random import SampleRandom
 
 # Of longer images only the centre is resized: it is all that the crop keeps, and a picture one
 # pixel high would else grow without bound.
 LONGEST_RATIO = 8
+JPEG_DENOMINATORS = (8, 4, 2)
+
+
+class TrainingExample(NamedTuple):
+    """One row of a batch's media."""
+
+    values: Tensor  # of the transform's row_shape and row_dtype
+    stripes: list[tuple[int, int]]  # start and width of each of SpecAugment's stripes
 
 
 def _central_part(image: np.ndarray, *, longest: int) -> np.ndarray:
@@ -32,27 +52,15 @@ def _central_part(image: np.ndarray, *, longest: int) -> np.ndarray:
     return image[top : top + longest, left : left + longest]
 
 
-@dataclass(frozen=True)
-class TrainingExample:
-    """One augmented image or clip."""
-
-    values: Tensor
-    stripes: list[tuple[int, int]]
-
-
 class ImageToPixels:
     """Images to uint8 [3, size, size]; normalisation follows on the device."""
 
     def __init__(self, config: ImageTransform) -> None:
         self.config = config
-        self.row_shape = (config.size, config.size, 3)
+        # Of one row of a training batch; channels are last in memory.
+        self.row_shape: tuple[int, ...] = (config.size, config.size, 3)
         self.row_dtype = torch.uint8
         self.num_stripes = 0
-
-    def load_training(self, content, extension, rng):
-        return TrainingExample(
-            self.augment(self.decode(content, extension), rng).permute(1, 2, 0), []
-        )
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
         """uint8 [H, Wd, 3].
@@ -62,13 +70,25 @@ class ImageToPixels:
         """
         return decode_image(content, extension)
 
-    def augment(self, image: np.ndarray, rng: SampleRandom) -> Tensor:
-        """uint8 [H, Wd, 3] -> uint8 [3, size, size]: a random crop, resized, perhaps mirrored."""
-        top, left, height, width = self._random_crop(*image.shape[:2], rng)
-        pixels = self._resize(image[top : top + height, left : left + width], self._square)
-        if rng.random() < self.config.flip_probability:
+    def load_training(self, content: bytes, extension: str, rng: SampleRandom) -> TrainingExample:
+        """uint8 [size, size, 3]: a random crop, resized, perhaps mirrored and of other colours.
+
+        Numbers are taken from `rng` in this order, those of what is turned off too: four for the
+        crop, one each for mirroring and grey, and last, if there is any jitter, five for it.
+
+        Raises:
+            data_prep.media_decode.MediaError: damaged bytes, or too many pixels.
+        """
+        pixels = self._resize(self._cropped(content, extension, rng), self._square)
+        is_mirrored = rng.random() < self.config.flip_probability
+        is_grey = rng.random() < self.config.grey_probability
+        if is_mirrored:
             pixels = pixels.flip(-1)
-        return pixels.contiguous()
+        if self.config.color_jitter is not None:
+            pixels = _jittered(pixels, self.config.color_jitter, rng)
+        if is_grey:
+            pixels = _grey(pixels)
+        return TrainingExample(pixels.permute(1, 2, 0).contiguous(), [])
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """uint8 [H, Wd, 3] (or a PIL image) -> uint8 [3, size, size]."""
@@ -88,6 +108,29 @@ class ImageToPixels:
     def _square(self) -> tuple[int, int]:
         return self.config.size, self.config.size
 
+    def _cropped(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
+        """uint8 [crop height, crop width, 3]: a random part of the picture."""
+        if not self.config.scaled_decoding or extension not in JPEG_EXTENSIONS:
+            image = decode_image(content, extension)
+            top, left, height, width = self._random_crop(*image.shape[:2], rng)
+            return image[top : top + height, left : left + width]
+        full_height, full_width = jpeg_size(content)
+        top, left, height, width = self._random_crop(full_height, full_width, rng)
+        denominator = self._denominator(height, width)
+        image = decode_image(content, extension, denominator=denominator)
+        if image.shape[0] == full_height:
+            denominator = 1
+        top, bottom, left, right = (
+            (edge + denominator // 2) // denominator
+            for edge in (top, top + height, left, left + width)
+        )
+        return image[top:bottom, left:right]
+
+    def _denominator(self, height: int, width: int) -> int:
+        """The largest by which a crop can be decoded smaller and still have `size` pixels."""
+        factor = min(height, width) // self.config.size
+        return next((each for each in JPEG_DENOMINATORS if each <= factor), 1)
+
     def _random_crop(self, height: int, width: int, rng: SampleRandom) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a crop of random area and shape, within the image."""
         low_area, high_area = self.config.crop_area
@@ -104,12 +147,44 @@ class ImageToPixels:
     @staticmethod
     def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
         """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic: PIL's, to within one level."""
-        pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(
-            2, 0, 1
-        )  # -> [3, H, Wd]
+        # A part of an image is copied: torch would do the same, but slower.
+        pixels = torch.from_numpy(np.require(image, requirements="CW"))
+        pixels = pixels.permute(2, 0, 1)  # [H, Wd, 3] -> [3, H, Wd]
         if pixels.shape[1:] == size:
             return pixels
         return functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+
+
+def _jittered(pixels: Tensor, jitter: ColorJitter, rng: SampleRandom) -> Tensor:
+    """uint8 [3, H, Wd] with brightness, contrast, saturation and hue changed at random."""
+    from torchvision.transforms.v2 import functional as colors  # slow to import
+
+    is_changed = rng.random() < jitter.probability
+    brightness, contrast, saturation, hue = (2 * rng.random() - 1 for _ in range(4))
+    if not is_changed:
+        return pixels
+    pixels = pixels.contiguous()  # channels first: a quarter faster here
+    pixels = colors.adjust_brightness(pixels, 1 + jitter.brightness * brightness)
+    pixels = _with_contrast(pixels, 1 + jitter.contrast * contrast)
+    pixels = colors.adjust_saturation(pixels, 1 + jitter.saturation * saturation)
+    return colors.adjust_hue(pixels, jitter.hue * hue) if jitter.hue else pixels
+
+
+def _with_contrast(pixels: Tensor, factor: float) -> Tensor:
+    """Torchvision's adjust_contrast, but with the exact mean: the float sum that torchvision takes
+    depends on the number of threads."""
+    from torchvision.transforms.v2 import functional as colors  # slow to import
+
+    grey = colors.rgb_to_grayscale(pixels)  # [3, H, Wd] -> [1, H, Wd]
+    mean = grey.sum(dtype=torch.int64).item() / grey.numel()
+    return (pixels * factor + (1 - factor) * mean).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """uint8 [3, H, Wd] with three equal channels."""
+    from torchvision.transforms.v2 import functional as colors  # slow to import
+
+    return colors.rgb_to_grayscale(pixels, num_output_channels=3)
 
 
 class AudioToWaveform:
@@ -118,12 +193,10 @@ class AudioToWaveform:
     def __init__(self, config: AudioTransform) -> None:
         self.config = config
         self.clip_samples = round(config.clip_seconds * config.sample_rate_hz)
-        self.row_shape = (self.clip_samples,)
+        self.row_shape: tuple[int, ...] = (self.clip_samples,)
         self.row_dtype = torch.float32
-        self.num_stripes = 0
-
-    def load_training(self, content, extension, rng):
-        return TrainingExample(self.augment(self.decode(content, extension), rng), [])
+        spec = config.spec_augment
+        self.num_stripes = spec.num_mel_stripes + spec.num_time_stripes if spec else 0
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
         """float32 [samples], mono, at sample_rate_hz.
@@ -133,9 +206,32 @@ class AudioToWaveform:
         """
         return decode_audio(content, sample_rate_hz=self.config.sample_rate_hz)
 
-    def augment(self, waveform: np.ndarray, rng: SampleRandom) -> Tensor:
-        """float32 [samples] -> float32 [clip_samples]: cropped anywhere."""
-        return self._cut(waveform, int(rng.random() * (self._surplus(waveform) + 1)))
+    def load_training(self, content: bytes, extension: str, rng: SampleRandom) -> TrainingExample:
+        """float32 [clip_samples]: any part of a longer clip, and SpecAugment's stripes.
+
+        Numbers are taken from `rng` in this order: one for the part, two for each stripe.
+
+        Raises:
+            data_prep.media_decode.MediaError: damaged bytes, or too long a clip.
+        """
+        waveform = decode_audio_part(
+            content,
+            sample_rate_hz=self.config.sample_rate_hz,
+            num_samples=self.clip_samples,
+            place=rng.random(),
+        )
+        return TrainingExample(self._cut(waveform, 0), self._stripes(rng))
+
+    def _stripes(self, rng: SampleRandom) -> list[tuple[int, int]]:
+        """(start, width) of SpecAugment's stripes, those across mel bins first."""
+        spec, mel = self.config.spec_augment, self.config.log_mel
+        if spec is None:
+            return []
+        num_frames = 1 + self.clip_samples // mel.hop_samples
+        return [
+            *(_stripe(mel.num_mel_bins, spec.mel_bins, rng) for _ in range(spec.num_mel_stripes)),
+            *(_stripe(num_frames, spec.frames, rng) for _ in range(spec.num_time_stripes)),
+        ]
 
     def __call__(self, waveform: np.ndarray) -> Tensor:
         """float32 [samples] -> float32 [clip_samples]: the centre of a longer clip."""
@@ -154,6 +250,12 @@ class AudioToWaveform:
     @property
     def _repeats(self) -> bool:
         return self.config.padding == "repeat"
+
+
+def _stripe(length: int, max_width: int, rng: SampleRandom) -> tuple[int, int]:
+    """(start, width) of a stripe within `length`."""
+    width = rng.below(max_width + 1)
+    return rng.below(length - width + 1), width
 
 
 MediaTransform = ImageToPixels | AudioToWaveform
