@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from math import gcd
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -39,7 +41,28 @@ PILLOW_ERRORS = (
 )
 
 
-def decode_image(content: bytes, extension: str, *, denominator: int = 1) -> np.ndarray:
+class PixelMemory:
+    """Memory that one decoded picture after the other is put into, so that the system need not find
+    new pages for each: a tenth of the time of a JPEG. A picture holds until the next one of the
+    same thread is decoded."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def room(self, num_bytes: int) -> np.ndarray:
+        """uint8 [at least num_bytes] of this thread."""
+        found = getattr(self._of_thread, "pixels", None)
+        if found is None or found.nbytes < num_bytes:
+            found = self._of_thread.pixels = np.empty(num_bytes, dtype=np.uint8)
+        return found
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return PixelMemory, ()
+
+
+def decode_image(
+    content: bytes, extension: str, *, denominator: int = 1, memory: PixelMemory | None = None
+) -> np.ndarray:
     """uint8 [H, Wd, 3] of an encoded image; transparency is laid on white.
 
     Args:
@@ -47,6 +70,7 @@ def decode_image(content: bytes, extension: str, *, denominator: int = 1) -> np.
         extension: the format that the bytes must have.
         denominator: 1, 2, 4 or 8; a JPEG is decoded at this part of its height and width, rounded
             up, but at its full size if it is one of CMYK, like all other formats.
+        memory: where a JPEG's pixels may be put.
 
     Raises:
         FormatMismatchError: of another format than `extension`.
@@ -54,7 +78,7 @@ def decode_image(content: bytes, extension: str, *, denominator: int = 1) -> np.
     """
     _check_image_format(content, extension)
     if extension in JPEG_EXTENSIONS:
-        return _decode_jpeg(content, denominator)
+        return _decode_jpeg(content, denominator, memory)
     return _decode_with_pillow(content)
 
 
@@ -110,20 +134,19 @@ def check_pixels(height: int, width: int, *, max_pixels: int) -> None:
         raise MediaError(claim, reason="no_pixels")
 
 
-def _decode_jpeg(content: bytes, denominator: int) -> np.ndarray:
+def _decode_jpeg(content: bytes, denominator: int, memory: PixelMemory | None) -> np.ndarray:
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
         check_pixels(height, width, max_pixels=MAX_PIXELS)
         if color_space in ("CMYK", "YCCK"):  # simplejpeg converts them naively
             return _decode_with_pillow(content)
-        smaller = {}
+        options: dict[str, Any] = {}
         if denominator > 1:
-            smaller = {
-                "min_factor": denominator,
-                "min_height": -(-height // denominator),
-                "min_width": -(-width // denominator),
-            }
-        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True, **smaller)
+            height, width = -(-height // denominator), -(-width // denominator)
+            options = {"min_factor": denominator, "min_height": height, "min_width": width}
+        if memory is not None:
+            options["buffer"] = memory.room(height * width * 3)
+        return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True, **options)
     except MediaError:
         raise
     except ValueError as error:

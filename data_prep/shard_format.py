@@ -368,10 +368,11 @@ class Dataset:
     def _set_up_caches(self) -> None:
         self._index = lru_cache(maxsize=NUM_OPEN_INDEXES)(self._read_index)
         self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(self._open_tar)
+        self._tar_name = lru_cache(maxsize=NUM_OPEN_TARS)(lambda shard: str(self.tar_path(shard)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, so that loader processes can be started in any way."""
-        caches = ("_index", "_tar_descriptor")
+        caches = ("_index", "_tar_descriptor", "_tar_name")
         return {name: value for name, value in vars(self).items() if name not in caches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -432,7 +433,7 @@ class Dataset:
         # In one read: the members of a sample stand side by side.
         content = os.pread(tar, end - first_block * BLOCK_BYTES, first_block * BLOCK_BYTES)
         key = index.long_keys.get(place) or _key_in(content[:BLOCK_BYTES])
-        sample, bad = Sample(str(self.tar_path(shard)), key, {}), []
+        sample, bad = Sample(self._tar_name(shard), key, {}), []
         for name, (block, size, crc32) in wanted.items():
             start = (block - first_block) * BLOCK_BYTES
             sample.members[name] = content[start : start + size]

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from data_prep.media_decode import (
     JPEG_EXTENSIONS,
+    PixelMemory,
     decode_audio,
     decode_audio_part,
     decode_image,
@@ -61,6 +62,7 @@ class ImageToPixels:
         self.row_shape: tuple[int, ...] = (config.size, config.size, 3)
         self.row_dtype = torch.uint8
         self.num_stripes = 0
+        self._memory = PixelMemory()
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
         """uint8 [H, Wd, 3].
@@ -111,13 +113,13 @@ class ImageToPixels:
     def _cropped(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
         """uint8 [crop height, crop width, 3]: a random part of the picture."""
         if not self.config.scaled_decoding or extension not in JPEG_EXTENSIONS:
-            image = decode_image(content, extension)
+            image = decode_image(content, extension, memory=self._memory)
             top, left, height, width = self._random_crop(*image.shape[:2], rng)
             return image[top : top + height, left : left + width]
         full_height, full_width = jpeg_size(content)
         top, left, height, width = self._random_crop(full_height, full_width, rng)
         denominator = self._denominator(height, width)
-        image = decode_image(content, extension, denominator=denominator)
+        image = decode_image(content, extension, denominator=denominator, memory=self._memory)
         if image.shape[0] == full_height:
             denominator = 1
         top, bottom, left, right = (
@@ -147,12 +149,13 @@ class ImageToPixels:
     @staticmethod
     def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
         """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic: PIL's, to within one level."""
-        # A part of an image is copied: torch would do the same, but slower.
-        pixels = torch.from_numpy(np.require(image, requirements="CW"))
-        pixels = pixels.permute(2, 0, 1)  # [H, Wd, 3] -> [3, H, Wd]
-        if pixels.shape[1:] == size:
-            return pixels
-        return functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        # Copied if it is a part, and with the batch's axis in front: else torch takes three slow
+        # planes for one fast picture.
+        pixels = torch.from_numpy(np.require(image, requirements="CW"))[None]
+        pixels = pixels.permute(0, 3, 1, 2)  # [1, H, Wd, 3] -> [1, 3, H, Wd], channels last
+        if pixels.shape[2:] == size:
+            return pixels[0].clone()
+        return functional.interpolate(pixels, size, mode="bicubic", antialias=True)[0]
 
 
 def _jittered(pixels: Tensor, jitter: ColorJitter, rng: SampleRandom) -> Tensor:

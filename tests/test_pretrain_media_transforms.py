@@ -196,9 +196,9 @@ def test_contrast_does_not_depend_on_the_number_of_threads():
 def test_a_scaled_jpeg_is_decoded_as_small_as_the_crop_allows(shape, denominator, monkeypatch):
     used = []
 
-    def decoding(content, extension, *, denominator=1):
+    def decoding(content, extension, *, denominator=1, memory=None):
         used.append(denominator)
-        return decode_image(content, extension, denominator=denominator)
+        return decode_image(content, extension, denominator=denominator, memory=memory)
 
     monkeypatch.setattr("pretrain.media_transforms.decode_image", decoding)
     content = jpeg(*shape)
