@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_prep.config_file import InputError
 from pretrain.config import PairingName, PretrainConfig
-from pretrain.model import ContrastiveModel, PairingFeatures
+from pretrain.model import ContrastiveModel, PairingFeatures, PairInputs
 
 PLAIN_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -168,7 +168,7 @@ class Engine:
         self._wrapped_model.train(is_training)
 
     def forward(
-        self, batches: Mapping[PairingName, tuple[Tensor, Tensor]]
+        self, batches: Mapping[PairingName, PairInputs]
     ) -> dict[PairingName, PairingFeatures]:
         """Features of this rank's pairs, for training and validation alike.
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.caption_trimming import trimmed_length
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
 from pretrain.engine import Engine
 from pretrain.gather import world_size
-from pretrain.model import PairingFeatures
-from pretrain.pair_batch import StepBatch
+from pretrain.model import PairingFeatures, PairInputs
+from pretrain.pair_batch import PairingBatch, StepBatch
 
-# Per pairing: media, tokens.
-EncoderInputs = Mapping[PairingName, tuple[Tensor, Tensor]]
+EncoderInputs = Mapping[PairingName, PairInputs]
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
-    inputs = {
-        name: (pairs.media.to(engine.device), pairs.tokens.to(engine.device))
-        for name, pairs in batch.pairings.items()
-    }
-    weights = {name: config.pairings[name].weight for name in inputs}
-    num_pieces = num_micro_batches(config, num_processes=world_size())
-    if num_pieces == 1:
-        return backward_whole_batch(engine, inputs, weights=weights)
-    return backward_in_micro_batches(engine, inputs, weights=weights, num_micro_batches=num_pieces)
+    pieces = micro_batches(
+        batch.to(engine.device),
+        num_pieces=num_micro_batches(config, num_processes=world_size()),
+        trims_captions=engine.model.takes_trimmed_captions,
+    )
+    weights = {name: config.pairings[name].weight for name in batch.pairings}
+    if len(pieces) == 1:
+        return backward_whole_batch(engine, pieces[0], weights=weights)
+    return backward_in_micro_batches(engine, pieces, weights=weights)
 
 
 def take_losses(
@@ -82,17 +82,15 @@ def backward_whole_batch(
 
 def backward_in_micro_batches(
     engine: Engine,
-    inputs: EncoderInputs,
+    pieces: list[EncoderInputs],
     *,
     weights: Mapping[PairingName, float],
-    num_micro_batches: int,
 ) -> StepLosses:
-    """The same gradient from `num_micro_batches` pieces, a number that all ranks agree on.
+    """The same gradient from micro-batches; all ranks have equally many.
 
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
-    pieces = _split(inputs, num_micro_batches)
     with torch.no_grad():
         encoded = [engine.forward(piece) for piece in pieces]
     features = {
@@ -100,11 +98,11 @@ def backward_in_micro_batches(
             torch.cat([piece[name][part] for piece in encoded]).requires_grad_()
             for part in range(2)
         )
-        for name in inputs
+        for name in pieces[0]
     }
-    scales = {name: encoded[0][name][2].clone().requires_grad_() for name in inputs}
+    scales = {name: encoded[0][name][2].clone().requires_grad_() for name in pieces[0]}
     losses = take_losses(
-        {name: (*features[name], scales[name]) for name in inputs}, weights=weights
+        {name: (*features[name], scales[name]) for name in features}, weights=weights
     )
     refuse_non_finite(losses)
     losses.for_backward.backward()
@@ -116,14 +114,34 @@ def backward_in_micro_batches(
     return losses
 
 
-def _split(inputs: EncoderInputs, num_pieces: int) -> list[EncoderInputs]:
-    chunks = {
-        name: list(
-            zip(media.tensor_split(num_pieces), tokens.tensor_split(num_pieces), strict=True)
-        )
-        for name, (media, tokens) in inputs.items()
+def micro_batches(
+    batch: StepBatch, *, num_pieces: int, trims_captions: bool
+) -> list[EncoderInputs]:
+    """What the towers are given of each piece of a step; pieces may hold no pair.
+
+    Args:
+        batch: this rank's share of a step, on the device.
+        num_pieces: equal on all ranks.
+        trims_captions: whether tokens are cut to the longest caption of each piece.
+    """
+    pieces = {
+        name: _split(pairs, num_pieces, trims_captions) for name, pairs in batch.pairings.items()
     }
-    return [{name: chunks[name][number] for name in inputs} for number in range(num_pieces)]
+    return [{name: pieces[name][number] for name in pieces} for number in range(num_pieces)]
+
+
+def _split(pairs: PairingBatch, num_pieces: int, trims_captions: bool) -> list[PairInputs]:
+    tokens = pairs.tokens.tensor_split(num_pieces)
+    if trims_captions:
+        lengths = pairs.caption_lengths.tensor_split(num_pieces)
+        tokens = [
+            piece[:, : trimmed_length(longest, context_length=piece.shape[1])]
+            for piece, longest in zip(tokens, lengths, strict=True)
+        ]
+    has_stripes = pairs.stripes.shape[1] > 0
+    stripes = pairs.stripes.tensor_split(num_pieces) if has_stripes else [None] * num_pieces
+    media = pairs.media.tensor_split(num_pieces)
+    return [PairInputs(*each) for each in zip(media, tokens, stripes, strict=True)]
 
 
 def _surrogate(

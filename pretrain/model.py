@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data_prep.config_file import InputError
+from pretrain.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.config import ImageTransform, MediaKind, PairingName, PretrainConfig, media_of_pairing
 from pretrain.log_mel import LogMelSpectrogram
 from pretrain.tokenizer import Tokenizer
@@ -24,6 +26,14 @@ from pretrain.towers import (
 
 # (media features [B, D], text features [B, D], inverse temperature [1]), features L2-normalised.
 PairingFeatures = tuple[Tensor, Tensor, Tensor]
+
+
+class PairInputs(NamedTuple):
+    """What the towers are given of one pairing's pairs; B may be 0."""
+
+    media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
+    tokens: Tensor  # int64 [B, L]
+    stripes: Tensor | None = None  # [B, stripes, 2] of SpecAugment (see pretrain.log_mel)
 
 
 class NormalizedPixels(nn.Module):
@@ -48,8 +58,8 @@ class Tower(nn.Module):
         self.projection = projection
         self.is_frozen = not any(p.requires_grad for p in backbone.parameters())
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.projection(self.backbone(self.input_stage(inputs)))  # [B, W] -> [B, D]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.projection(self.backbone(self.input_stage(*inputs)))  # [B, W] -> [B, D]
 
     def train(self, mode: bool = True) -> Tower:
         """A frozen backbone stays in evaluation mode, so that its statistics never move."""
@@ -63,12 +73,22 @@ class ContrastiveModel(nn.Module):
     """Encodes media and captions into one space.
 
     `forward` is for training; outside of it use `encode_image`, `encode_audio`, `encode_text`.
+
+    Attributes:
+        takes_trimmed_captions: whether tokens may be cut to the longest caption of a batch without
+            changing any embedding.
     """
 
     def __init__(
-        self, towers: Mapping[str, Tower], *, pairings: list[PairingName], initial_scale: float
+        self,
+        towers: Mapping[str, Tower],
+        *,
+        pairings: list[PairingName],
+        initial_scale: float,
+        takes_trimmed_captions: bool = False,
     ) -> None:
         super().__init__()
+        self.takes_trimmed_captions = takes_trimmed_captions
         self.towers = nn.ModuleDict(towers)
         # Of shape (1,): engines that flatten parameters cannot take a scalar.
         initial = torch.full((1,), math.log(initial_scale))
@@ -77,26 +97,22 @@ class ContrastiveModel(nn.Module):
         )
 
     def forward(
-        self, batches: Mapping[PairingName, tuple[Tensor, Tensor]]
+        self, batches: Mapping[PairingName, PairInputs]
     ) -> dict[PairingName, PairingFeatures]:
-        """Features of every pairing in the step.
-
-        Args:
-            batches: per pairing its media (uint8 [B, 3, H, Wd] or float32 [B, samples]) and tokens
-                (int64 [B, L]); B may differ between pairings and may be 0.
-        """
+        """Features of every pairing in the step; B may differ between pairings."""
         return {
             name: (
-                self.encode_media(media_of_pairing(name), media),
-                self.encode_text(tokens),
+                self.encode_media(media_of_pairing(name), inputs.media, inputs.stripes),
+                self.encode_text(inputs.tokens),
                 self.log_logit_scale[name].exp(),
             )
-            for name, (media, tokens) in batches.items()
+            for name, inputs in batches.items()
         }
 
-    def encode_media(self, kind: MediaKind, media: Tensor) -> Tensor:
-        """[B, D] L2-normalised embeddings of images or clips."""
-        return _encode(self.towers[kind], media)
+    def encode_media(self, kind: MediaKind, media: Tensor, stripes: Tensor | None = None) -> Tensor:
+        """[B, D] L2-normalised embeddings of images or clips (in training perhaps with stripes)."""
+        inputs = (media,) if stripes is None else (media, stripes)
+        return _encode(self.towers[kind], *inputs)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, Wd] -> [B, D] L2-normalised."""
@@ -116,13 +132,13 @@ class ContrastiveModel(nn.Module):
             save_tower_config(tower.backbone, folder, kind=kind)
 
 
-def _encode(tower: Tower, inputs: Tensor) -> Tensor:
+def _encode(tower: Tower, *inputs: Tensor) -> Tensor:
     """[B, D] L2-normalised, also where B is 0: many backbones cannot encode an empty batch, so they
     are given one row that is taken away again. Its parameters then have a gradient, of zero."""
-    num_rows = len(inputs)
+    num_rows = len(inputs[0])
     if num_rows == 0:
-        inputs = inputs.new_ones(1, *inputs.shape[1:])
-    return functional.normalize(tower(inputs).float(), dim=-1)[:num_rows]
+        inputs = tuple(each.new_ones(1, *each.shape[1:]) for each in inputs)
+    return functional.normalize(tower(*inputs).float(), dim=-1)[:num_rows]
 
 
 def build_model(
@@ -150,10 +166,14 @@ def build_model(
         log_mel = LogMelSpectrogram(config.audio)
         towers["audio"] = _media_tower(config, "audio", log_mel, waveforms, assets)
     towers["text"] = _text_tower(config, tokenizer, assets)
+    takes_trimmed = takes_trimmed_captions(towers["text"].backbone, tokenizer)
+    if takes_trimmed:
+        accept_trimmed_captions(towers["text"].backbone)
     return ContrastiveModel(
         towers,
         pairings=list(config.pairings),
         initial_scale=config.model.logit_scale.initial,
+        takes_trimmed_captions=takes_trimmed,
     )
 
 

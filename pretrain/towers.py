@@ -114,7 +114,7 @@ class _TransformersMedia(nn.Module):
         return output.last_hidden_state.mean(dim=1) if pooled is None else pooled
 
 
-class _TransformersText(nn.Module):
+class TransformersText(nn.Module):
     """[B, W] pooled output of a transformers text model; padding is masked."""
 
     def __init__(self, backbone: nn.Module, *, pad_id: int, pooling: str) -> None:
@@ -154,7 +154,7 @@ def _build_transformers_text(
     config: TextTower, tokenizer: Tokenizer, assets: Path | None
 ) -> nn.Module:
     model = _transformers_model(config, assets, "text")
-    return _TransformersText(model, pad_id=tokenizer.pad_id, pooling=config.pooling)
+    return TransformersText(model, pad_id=tokenizer.pad_id, pooling=config.pooling)
 
 
 # ------------------------------------------------------------------------------------ building
@@ -272,5 +272,5 @@ def ends_in_joint_space(config: TowerConfig) -> bool:
 
 def save_tower_config(backbone: nn.Module, folder: Path, *, kind: str) -> None:
     """Writes what rebuilding needs and the config does not hold: a transformers model's config."""
-    if isinstance(backbone, _TransformersMedia | _TransformersText):
+    if isinstance(backbone, _TransformersMedia | TransformersText):
         backbone.backbone.config.save_pretrained(str(folder / f"{kind}_tower"))

@@ -16,6 +16,7 @@ from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
 from pretrain.engine import Engine
 from pretrain.gather import rank, world_size
 from pretrain.media_transforms import build_transforms
+from pretrain.model import PairInputs
 from pretrain.shard_reader import Pair, PairReader
 from pretrain.source_datasets import open_samples
 from pretrain.tokenizer import Tokenizer
@@ -98,8 +99,8 @@ def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
     sums: dict[str, float] = {}
     num_pairs = 0
     for media, tokens in validation_set.batches():
-        inputs = {name: (media.to(engine.device), tokens.to(engine.device))}
-        loss = softmax_loss(*engine.forward(inputs)[name])
+        inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
+        loss = softmax_loss(*engine.forward({name: inputs})[name])
         for key, value in _figures(loss).items():
             sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
         num_pairs += loss.num_pairs

@@ -1,0 +1,123 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from gloo_processes import run_in_processes
+from toy_run import toy_config
+
+from pretrain.engine import Engine, start_accelerator
+from pretrain.gradient_cache import backward_of_step, micro_batches
+from pretrain.model import build_model
+from pretrain.optimizer import build_optimizer
+from pretrain.pair_loader import StepDataset
+from pretrain.tokenizer import build_tokenizer
+
+SPEC_AUGMENT = {"mel_bins": 4, "frames": 10}
+
+
+def config_of(toy_data, run, *, micro_batch_size="auto", **audio):
+    text = {
+        "library": "open_clip",
+        "context_length": 24,
+        "options": {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408},
+    }
+    config = toy_config(toy_data, run, micro_batch_size=micro_batch_size)
+    model = config.model.model_dump(mode="json") | {"text": text}
+    return toy_config(
+        toy_data, run, micro_batch_size=micro_batch_size, model=model, audio=audio_section(audio)
+    )
+
+
+def audio_section(changes):
+    log_mel = {"fft_samples": 128, "hop_samples": 64, "num_mel_bins": 16, "high_hz": 2000.0}
+    return {"sample_rate_hz": 4000, "clip_seconds": 0.4, "log_mel": log_mel} | changes
+
+
+def gradients_of(config, trims_captions=True):
+    """(losses, gradients, lengths of the token batches that the text tower was given)."""
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer)
+    assert model.takes_trimmed_captions
+    model.takes_trimmed_captions = trims_captions
+    lengths = []
+    model.towers["text"].register_forward_pre_hook(
+        lambda tower, inputs: lengths.append(inputs[0].shape[1])
+    )
+    engine = Engine(
+        accelerator,
+        model=model,
+        optimizer=build_optimizer(config, model),
+        gradient_clipping=None,
+    )
+    dataset = StepDataset(
+        config,
+        tokenizer=tokenizer,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    losses = backward_of_step(engine, dataset[0], config)
+    gradients = {n: p.grad.clone().tolist() for n, p in small_parameters(model)}
+    engine.close()
+    return losses.total, gradients, lengths
+
+
+def small_parameters(model):
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel() < 100_000]
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(
+            torch.tensor(ours[1][name]), torch.tensor(gradient), atol=2e-5, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("micro_batch_size", ["auto", 3])
+def test_trimmed_captions_give_the_gradients_of_untrimmed_ones(
+    toy_data, tmp_path, micro_batch_size
+):
+    config = config_of(toy_data, tmp_path / "run", micro_batch_size=micro_batch_size)
+    trimmed, whole = gradients_of(config), gradients_of(config, trims_captions=False)
+    assert set(whole[2]) == {24}
+    assert max(trimmed[2]) < 24
+    assert_same_gradients(trimmed, whole)
+
+
+def test_stripes_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_data, tmp_path):
+    plain = config_of(toy_data, tmp_path / "run")
+    striped = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
+    whole = gradients_of(striped)
+    assert whole[0] != pytest.approx(gradients_of(plain)[0], rel=1e-4)
+    pieces = config_of(toy_data, tmp_path / "run", micro_batch_size=3, spec_augment=SPEC_AUGMENT)
+    assert_same_gradients(gradients_of(pieces), whole)
+    for ranks in run_in_processes(3, gradients_of, pieces):
+        assert_same_gradients(ranks, whole)
+
+
+def test_pieces_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
+    config = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
+    tokenizer = build_tokenizer(config.model.text)
+    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    pieces = micro_batches(batch, num_pieces=20, trims_captions=False)
+    for name, pairs in batch.pairings.items():
+        assert [len(piece[name].media) for piece in pieces][-1] == 0
+        assert torch.equal(torch.cat([piece[name].media for piece in pieces]), pairs.media)
+        assert torch.equal(torch.cat([piece[name].tokens for piece in pieces]), pairs.tokens)
+    audio = batch.pairings["audio-text"]
+    assert torch.equal(torch.cat([p["audio-text"].stripes for p in pieces]), audio.stripes)
+    assert {piece["image-text"].stripes for piece in pieces} == {None}
+
+
+def test_a_piece_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
+    config = config_of(toy_data, tmp_path / "run")
+    tokenizer = build_tokenizer(config.model.text)
+    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    pairs = batch.pairings["image-text"]
+    lengths = torch.tensor([3] * 8 + [11] + [2] * 7)
+    batch = replace(batch, pairings={"image-text": replace(pairs, caption_lengths=lengths)})
+    pieces = micro_batches(batch, num_pieces=2, trims_captions=True)
+    assert [piece["image-text"].tokens.shape for piece in pieces] == [(8, 8), (8, 16)]
+    assert torch.equal(pieces[1]["image-text"].tokens, pairs.tokens[8:, :16])
