@@ -39,15 +39,22 @@ class StepLosses:
 def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -> StepLosses:
     """Adds the gradient of a step's loss, encoding at most micro_batch_size pairs at once.
 
+    Args:
+        engine: holds the model.
+        batch: this rank's share, on the device.
+        config: the whole config.
+
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
     pieces = micro_batches(
-        batch.to(engine.device),
+        batch,
         num_pieces=num_micro_batches(config, num_processes=world_size()),
         trims_captions=engine.model.takes_trimmed_captions,
     )
-    weights = {name: config.pairings[name].weight for name in batch.pairings}
+    # With one pairing per step, its weight has been used in choosing it.
+    takes_all = config.pairings_per_step == "all"
+    weights = {name: config.pairings[name].weight if takes_all else 1.0 for name in batch.taken}
     if len(pieces) == 1:
         return backward_whole_batch(engine, pieces[0], weights=weights)
     return backward_in_micro_batches(engine, pieces, weights=weights)
@@ -56,14 +63,24 @@ def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -
 def take_losses(
     features: Mapping[PairingName, PairingFeatures], *, weights: Mapping[PairingName, float]
 ) -> StepLosses:
-    """The loss of every pairing over its global batch; every rank must call it."""
-    losses = {name: softmax_loss(*features[name]) for name in features}
+    """The loss of every pairing over its global batch; every rank must call it.
+
+    Pairings without a weight have no part in the step. Their towers get a gradient of zero all the
+    same, so that every engine does the same with them.
+    """
+    losses = {name: softmax_loss(*features[name]) for name in weights}
+    parts = [weights[name] * loss.for_backward for name, loss in losses.items()]
+    parts += [_zero_of(features[name]) for name in features if name not in weights]
     return StepLosses(
         by_pairing=losses,
         scales={name: scale.item() for name, (_, _, scale) in features.items()},
         total=sum(weights[name] * loss.value for name, loss in losses.items()),
-        for_backward=sum(weights[name] * loss.for_backward for name, loss in losses.items()),
+        for_backward=torch.stack([part.sum() for part in parts]).sum(),
     )
+
+
+def _zero_of(features: PairingFeatures) -> Tensor:
+    return sum(part.sum() for part in features) * 0.0
 
 
 def backward_whole_batch(

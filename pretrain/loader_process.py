@@ -119,7 +119,7 @@ class LoaderProcess:
             message = arrived.pop(step)
             if message.error is not None:
                 raise message.error
-            yield _batch(message, slots[message.slot])
+            yield _batch(dataset, message, slots[message.slot])
             self._pipe.send(message.slot)
 
     def _receive(self) -> StepMessage:
@@ -141,13 +141,16 @@ class LoaderProcess:
         self._pipe.close()
 
 
-def _batch(message: StepMessage, buffers: dict[PairingName, PairBuffers]) -> StepBatch:
+def _batch(
+    dataset: StepDataset, message: StepMessage, buffers: dict[PairingName, PairBuffers]
+) -> StepBatch:
     return StepBatch(
         message.step,
         {
             name: buffers[name].first(message.num_rows[name]).to_batch(**vars(rows))
             for name, rows in message.rows.items()
         },
+        dataset.choice.pairings_of_step(message.step),
     )
 
 

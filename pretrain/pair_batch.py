@@ -63,6 +63,7 @@ class StepBatch:
 
     step: int
     pairings: dict[PairingName, PairingBatch]
+    taken: list[PairingName]  # pairings whose loss is part of the step; the others have no rows
 
     def to(self, device: torch.device) -> StepBatch:
         """On the device that encodes it, without waiting for the copy."""

@@ -206,7 +206,7 @@ class StepDataset:
         transforms = build_transforms(config)
         self.lanes = lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)
         self.num_steps = config.schedule.num_steps
-        choice = PairingChoice(
+        self.choice = PairingChoice(
             {name: pairing.weight for name, pairing in config.pairings.items()},
             takes_all=config.pairings_per_step == "all",
         )
@@ -216,7 +216,7 @@ class StepDataset:
                 config=config,
                 transform=transforms[media_of_pairing(name)],
                 tokenizer=tokenizer,
-                choice=choice,
+                choice=self.choice,
             )
             for name in config.pairings
         }
@@ -246,7 +246,7 @@ class StepDataset:
             batches[name] = buffers.to_batch(
                 digest=reader.digest(samples), bad_samples=bad_samples, num_read=num_read
             )
-        return StepBatch(step, batches)
+        return StepBatch(step, batches, self.choice.pairings_of_step(step))
 
     @property
     def layouts(self) -> dict[PairingName, tuple[PairLayout, int]]:
@@ -260,6 +260,11 @@ class StepDataset:
     def num_samples(self) -> int:
         """Samples of all sources together."""
         return sum(len(r.samples) for p in self.pairings.values() for r in p.readers)
+
+    def samples_seen(self, num_steps: int) -> int:
+        """Pairs that the run's first steps take, of all pairings together."""
+        taken = self.choice.num_taken(num_steps)
+        return sum(taken[n] * each.order.global_batch_size for n, each in self.pairings.items())
 
     def epochs_seen(self, num_steps: int) -> dict[str, dict[str, float]]:
         """Pairing -> source -> how often its samples were drawn, on average, in that many steps."""

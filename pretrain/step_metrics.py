@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain.config import PretrainConfig
 from pretrain.engine import Engine
 from pretrain.gather import sum_over_ranks
 from pretrain.gradient_cache import StepLosses
 from pretrain.pair_batch import StepBatch
+from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder
 from pretrain.sample_order import format_digest
 
@@ -70,18 +70,18 @@ class StepReporter:
     Args:
         run: the run folder.
         engine: for its trackers.
-        config: the whole config.
+        dataset: what the run reads.
         timer: of the training loop.
     """
 
     def __init__(
-        self, run: RunFolder, engine: Engine, config: PretrainConfig, *, timer: PhaseTimer
+        self, run: RunFolder, engine: Engine, dataset: StepDataset, *, timer: PhaseTimer
     ) -> None:
         self.run = run
         self.engine = engine
         self.timer = timer
-        self.num_steps = config.schedule.num_steps
-        self.pairs_per_step = sum(p.global_batch_size for p in config.pairings.values())
+        self.num_steps = dataset.num_steps
+        self.dataset = dataset
         self.last_logged_step = run.num_steps_done
         self._ended_epochs: list[dict[str, Any]] = []
         self.bar = None
@@ -105,24 +105,20 @@ class StepReporter:
                 f"{report['left_over']:,} left over"
             )
 
-    def report_step(
-        self,
-        outcome: StepOutcome,
-        *,
-        digest: dict[str, str],
-        epochs_seen: dict[str, dict[str, float]],
-    ) -> None:
+    def report_step(self, outcome: StepOutcome, *, digest: dict[str, str]) -> None:
         """Writes one row of metrics of the step just done."""
         seconds, phases = self.timer.take()
         step = self.run.num_steps_done
         steps = step - self.last_logged_step
+        samples_seen = self.dataset.samples_seen(step)
+        samples = samples_seen - self.dataset.samples_seen(self.last_logged_step)
         self.last_logged_step = step
         if not self.run.is_writer:
             return
         losses = outcome.losses.by_pairing
         row = {
             "step": step,
-            "samples_seen": step * self.pairs_per_step,
+            "samples_seen": samples_seen,
             "total_loss": outcome.losses.total,
             "loss": {name: loss.value for name, loss in losses.items()},
             "media_to_text_recall@1": {
@@ -132,9 +128,9 @@ class StepReporter:
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "data_digest": digest,
-            "epochs_seen": epochs_seen,
+            "epochs_seen": self.dataset.epochs_seen(step),
             "ended_epochs": self._ended_epochs,
-            "samples_per_second": steps * self.pairs_per_step / seconds,
+            "samples_per_second": samples / seconds,
             "data_wait_share": phases.get("data", 0.0) / seconds,
             "seconds": {name: value / steps for name, value in phases.items()},
         }

@@ -132,7 +132,7 @@ def train_steps(
     """The training loop; `step` counts the steps done."""
     first_step, last_step = run.num_steps_done, last_step_of(config)
     timer = PhaseTimer()
-    reporter = StepReporter(run, engine, config, timer=timer)
+    reporter = StepReporter(run, engine, dataset, timer=timer)
     ledger = BadSampleLedger(run, dataset, loading=config.loading)
     account = EpochAccount(dataset, ledger, first_step=first_step)
     engine.train_mode(True)
@@ -146,8 +146,7 @@ def train_steps(
         reporter.advance()
         is_last = step == last_step
         if is_last or step % config.run.log_every_steps == 0:
-            digest = digest_of_step(batch, device=engine.device)
-            reporter.report_step(outcome, digest=digest, epochs_seen=dataset.epochs_seen(step))
+            reporter.report_step(outcome, digest=digest_of_step(batch, device=engine.device))
         if validation_sets and (is_last or step % config.validation.every_steps == 0):
             with timer.phase("validation"):
                 figures = {each.pairing: validate(engine, each) for each in validation_sets}

@@ -28,7 +28,7 @@ def batches(diary, num_steps, *, error=None):
     """Each is 'loaded' when the one before is no longer needed."""
     for step in range(num_steps):
         diary.events.append(("load", step))
-        yield StepBatch(step, {})
+        yield StepBatch(step, {}, [])
     if error is not None:
         raise error
 

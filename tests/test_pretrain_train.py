@@ -298,6 +298,26 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
         train(with_segments(early, late | {"from_step": 7}, last_step=9))
 
 
+def test_one_pairing_per_step_is_the_same_run_on_any_number_of_processes(toy_data, tmp_path):
+    """Towers that a step leaves alone have a gradient of zero, in every process."""
+    runs = {1: {}, 2: {"micro_batch_size": 3}, 3: {"micro_batch_size": 1}}
+    for num_processes, changes in runs.items():
+        config = toy_config(
+            toy_data,
+            tmp_path / f"run{num_processes}",
+            schedule=STEPS,
+            pairings_per_step="one",
+            loading={"num_workers": 2},
+            **changes,
+        )
+        run_in_processes(num_processes, train, config)
+    rows = steps_of(tmp_path / "run1")
+    assert [list(row["loss"]) for row in rows[:4]] == [["audio-text"], ["image-text"]] * 2
+    assert rows[-1]["samples_seen"] == 10 * 16 + 10 * 8
+    assert_same_run(tmp_path / "run2", tmp_path / "run1")
+    assert_same_run(tmp_path / "run3", tmp_path / "run1")
+
+
 def test_bfloat16_trains_close_to_float32(toy_data, tmp_path, alone):
     config = toy_config(
         toy_data, tmp_path / "run", schedule=STEPS, engine={"precision": "bf16", "device": "cpu"}
