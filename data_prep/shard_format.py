@@ -28,8 +28,8 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -50,6 +50,8 @@ MEDIA_EXTENSIONS = {
 }
 NUM_OPEN_TARS = 128
 NUM_OPEN_INDEXES = 1024  # mapped, so that the processes of a machine share their memory
+OPENINGS = 5  # of a file that is taken away again and again
+Opened = TypeVar("Opened")
 Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
 REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=true"
 
@@ -405,10 +407,15 @@ class Dataset:
         shard, place = self.locate(ordinal)
         tar = self._tar_descriptor(shard)
         sample, bad = self._read_checked(tar.number, shard, place, fields)
-        if bad and os.fstat(tar.number).st_nlink == 0:  # it was taken away, and may be back
+        # It was taken away, and comes again: what is read from it meanwhile says nothing.
+        for _ in range(OPENINGS):
+            if not bad or os.fstat(tar.number).st_nlink > 0:
+                break
             self._tar_descriptor.cache_clear()
             tar = self._tar_descriptor(shard)
             sample, bad = self._read_checked(tar.number, shard, place, fields)
+        if bad and os.fstat(tar.number).st_nlink == 0:
+            raise OSError(f"{sample}: taken away {OPENINGS} times while it was read")
         if bad:
             raise CorruptSampleError(
                 f"{sample}: .{bad[0]} has not the crc32 of its index; "
@@ -442,16 +449,20 @@ class Dataset:
         return sample, bad
 
     def _open_tar(self, shard: int) -> _Descriptor:
-        with self._noting_bad_shard(shard):
-            path = self.tar_path(shard)
+        path = self.tar_path(shard)
+
+        def open_tar() -> _Descriptor:
             try:
                 return _Descriptor(os.open(path, os.O_RDONLY))
             except (FileNotFoundError, PermissionError) as error:
                 raise BadShardError(f"{path}: cannot open the shard: {error.strerror}") from None
 
+        return self._opened(shard, open_tar)
+
     def _read_index(self, shard: int) -> ShardIndex:
-        with self._noting_bad_shard(shard):
-            path = self.folder / f"{self.manifest[shard].name}.idx"
+        path = self.folder / f"{self.manifest[shard].name}.idx"
+
+        def read_index() -> ShardIndex:
             try:
                 index = ShardIndex.read(path, is_mapped=True)
             except InputError as error:
@@ -460,15 +471,25 @@ class Dataset:
                 raise BadShardError(f"{path}: belongs to another tar than manifest.jsonl records")
             return index
 
-    @contextmanager
-    def _noting_bad_shard(self, shard: int) -> Iterator[None]:
-        """Around the opening of a shard's files: makes them be there, and remembers what is bad."""
+        return self._opened(shard, read_index)
+
+    def _opened(self, shard: int, open_file: Callable[[], Opened]) -> Opened:
+        """What `open_file` gives, after making the shard's files be there; notes what is bad.
+
+        Files that come when they are needed may be taken away before they are opened: then they
+        are asked for again.
+        """
         if shard in self.bad_shards:
             raise BadShardError(self.bad_shards[shard])
         try:
-            if self.fetch_shard is not None:
+            if self.fetch_shard is None:
+                return open_file()
+            for _ in range(OPENINGS - 1):
                 self.fetch_shard(self.manifest[shard])
-            yield
+                with suppress(BadShardError):
+                    return open_file()
+            self.fetch_shard(self.manifest[shard])
+            return open_file()
         except BadShardError as error:
             self.bad_shards[shard] = str(error)
             raise
@@ -519,7 +540,7 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
     )
 
 
-def parse_info(content: bytes, path: Path) -> DatasetInfo:
+def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
     """What a dataset.json holds.
 
     Raises:
@@ -537,7 +558,7 @@ def parse_info(content: bytes, path: Path) -> DatasetInfo:
     raise InputError(f"{path}: damaged (media {values['media']!r}); {REPAIR_ADVICE}")
 
 
-def parse_manifest(content: bytes, path: Path) -> list[ManifestRow]:
+def parse_manifest(content: bytes, path: Path | str) -> list[ManifestRow]:
     """What a manifest.jsonl holds.
 
     Raises:

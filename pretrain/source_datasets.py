@@ -1,25 +1,51 @@
-"""Opens the datasets that a config names: folders of shards, whole or through a subset."""
+"""Opens the datasets that a config names: folders or URLs of shards, whole or through a subset."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from data_prep.config_file import InputError
+from data_prep.remote_file import is_url
 from data_prep.shard_format import Dataset
 from data_prep.subset import KeptSamples
+from pretrain.shard_cache import ShardCache
 
 
 def open_samples(
-    dataset: str, *, subset: str | None, takes_bad_shards: bool = False
+    dataset: str,
+    *,
+    subset: str | None,
+    cache: ShardCache | None = None,
+    takes_bad_shards: bool = False,
 ) -> KeptSamples:
     """A dataset, or what a subset keeps of it.
 
     Args:
-        dataset: folder.
-        subset: `.subset` file; None for everything.
+        dataset: folder, which is read where it is, or URL, which is read through the cache.
+        subset: `.subset` file; likewise. None for everything.
+        cache: of this node; None where no URL is expected.
         takes_bad_shards: see data_prep.shard_format.Dataset.
 
     Raises:
-        InputError: one of them is missing or damaged, or they do not belong together.
+        InputError: one of them is missing or damaged, or they do not belong together, or there is
+            no cache for a URL.
+        OSError: a URL cannot be read now.
     """
-    opened = Dataset(Path(dataset), takes_bad_shards=takes_bad_shards)
-    return KeptSamples(opened, subset=None if subset is None else Path(subset))
+    if is_url(dataset):
+        opened = _cache_for(dataset, cache).open_dataset(dataset, takes_bad_shards=takes_bad_shards)
+    else:
+        opened = Dataset(Path(dataset), takes_bad_shards=takes_bad_shards)
+    if subset is None:
+        return KeptSamples(opened, subset=None)
+    if is_url(subset):
+        return KeptSamples(opened, subset=_cache_for(subset, cache).fetch_subset(subset))
+    return KeptSamples(opened, subset=Path(subset))
+
+
+def _cache_for(url: str, cache: ShardCache | None) -> ShardCache:
+    if cache is None:
+        raise InputError(
+            f"{url}: a URL is read through a cache on each node: set loading.cache.folder to a "
+            "folder on a disk of the node, or give the path of a local folder"
+        )
+    return cache

@@ -12,6 +12,7 @@ SHARED_MODULES = {
     "config_file",
     "media_decode",
     "remote_file",
+    "file_transfer",
     "html_report",
     "subset",
 }
