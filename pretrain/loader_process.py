@@ -33,6 +33,7 @@ from torch import Tensor
 
 from data_prep.config_file import InputError, RunError
 from pretrain.config import Loading, PairingName
+from pretrain.fetching_ahead import Progress, fetching_ahead
 from pretrain.pair_batch import PairBuffers, StepBatch, row_chunks, step_buffers, step_bytes
 from pretrain.pair_loader import StepDataset
 from pretrain.sample_order import StepSamples
@@ -183,7 +184,9 @@ def _serve(pipe: Connection, parent: int) -> None:
         slot_bytes = max(1, step_bytes(dataset.layouts))
         memory = _map(recv_handle(pipe), slot_bytes * num_slots)
         slots = [step_buffers(part, dataset.layouts) for part in memory.view(num_slots, slot_bytes)]
-        _LoaderThreads(dataset, pipe, slots, num_threads).run(first_step, last_step)
+        with fetching_ahead(dataset, first_step=first_step) as progress:
+            threads = _LoaderThreads(dataset, pipe, slots, num_threads, progress)
+            threads.run(first_step, last_step)
     except (EOFError, ConnectionError):
         pass  # the training process has gone
 
@@ -227,11 +230,14 @@ class _LoaderThreads:
         pipe: Connection,
         slots: list[dict[PairingName, PairBuffers]],
         num_threads: int,
+        progress: Progress,
     ) -> None:
         self.dataset = dataset
         self.pipe = pipe
         self.slots = slots
         self.num_threads = num_threads
+        self.progress = progress
+        self._under_way: set[int] = set()  # steps
         self._chunks: queue.SimpleQueue[tuple[_StepTask, PairingName, range]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the pipe's sending end and the tasks' fields
 
@@ -243,6 +249,10 @@ class _LoaderThreads:
         for step in range(first_step, last_step):
             slot = free_slots.pop(0) if free_slots else self.pipe.recv()
             try:
+                with self._lock:
+                    self._under_way.add(step)
+                    oldest = min(self._under_way)
+                self.progress.publish(oldest)
                 self._begin(step, slot)
             except Exception as error:
                 self._send(StepMessage(step, slot, {}, {}, _for_another_process(error)))
@@ -292,6 +302,7 @@ class _LoaderThreads:
 
     def _send(self, message: StepMessage) -> None:
         with self._lock:
+            self._under_way.discard(message.step)
             self.pipe.send(message)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from data_prep.config_file import RunError
 from pretrain.config import Loading
+from pretrain.fetching_ahead import fetching_ahead
 from pretrain.loader_process import LoaderProcess
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
@@ -74,14 +75,21 @@ def _load(load: LoadSteps, dataset: StepDataset, **steps: Any) -> Iterator[StepB
 def _in_this_process(
     dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
 ) -> Iterator[StepBatch]:
-    for step in range(first_step, last_step):
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # resizing small pictures in several threads wastes all but one
-        try:
-            batch = dataset.load(step)
-        finally:
-            torch.set_num_threads(num_threads)
-        yield batch.pin_memory() if is_pinned else batch
+    with fetching_ahead(dataset, first_step=first_step) as progress:
+        for step in range(first_step, last_step):
+            batch = _load_in_one_thread(dataset, step)
+            progress.publish(step + 1)
+            yield batch.pin_memory() if is_pinned else batch
+
+
+def _load_in_one_thread(dataset: StepDataset, step: int) -> StepBatch:
+    """Resizing small pictures in several threads wastes all but one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return dataset.load(step)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _in_worker_processes(
@@ -96,11 +104,15 @@ def _in_worker_processes(
         collate_fn=_unchanged,
         worker_init_fn=_use_one_thread,
         pin_memory=is_pinned,
+        # Libraries of remote file systems, which this process has used, do not survive a fork.
+        multiprocessing_context="fork" if dataset.cache is None else "spawn",
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    with fetching_ahead(dataset, first_step=first_step) as progress:
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            progress.publish(batch.step + 1)
+            yield batch
 
 
 def _unchanged(batch: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data_prep.config_file import InputError
+from data_prep.subset import KeptSamples
 from pretrain.config import (
     MediaKind,
     Pairing,
@@ -21,6 +22,7 @@ from pretrain.config import (
     Source,
     media_of_pairing,
 )
+from pretrain.fetching_ahead import NodeShare
 from pretrain.keyed_random import key_of, scramble
 from pretrain.media_transforms import MediaTransform, build_transforms
 from pretrain.pair_batch import PairBuffers, PairLayout, StepBatch
@@ -32,8 +34,9 @@ from pretrain.sample_order import (
     digest_halves,
     lanes_of_rank,
 )
+from pretrain.shard_cache import ShardCache
 from pretrain.shard_reader import BadSample, PairReader
-from pretrain.source_datasets import open_samples
+from pretrain.source_datasets import build_cache, open_samples
 from pretrain.source_mixing import PairingChoice
 from pretrain.tokenizer import Tokenizer, token_keys
 
@@ -47,6 +50,7 @@ class PairingReader:
         transform: of its kind of media.
         tokenizer: of captions.
         choice: which steps take the pairing.
+        cache: of this node, for datasets behind URLs.
     """
 
     def __init__(
@@ -57,14 +61,16 @@ class PairingReader:
         transform: MediaTransform,
         tokenizer: Tokenizer,
         choice: PairingChoice,
+        cache: ShardCache | None,
     ) -> None:
         self.name = name
         self.transform = transform
         self.tokenizer = tokenizer
         self.choice = choice
         sources = _distinct_sources(config.pairings[name])
+        kind = media_of_pairing(name)
         self.readers = [
-            _open_source(source, media_of_pairing(name), config=config, transform=transform)
+            _open_source(source, kind, config=config, transform=transform, cache=cache)
             for source in sources
         ]
         self.order = _build_order(name, config, readers=self.readers, choice=choice)
@@ -131,13 +137,18 @@ def _distinct_sources(pairing: Pairing) -> list[Source]:
 
 
 def _open_source(
-    source: Source, kind: MediaKind, *, config: PretrainConfig, transform: MediaTransform
+    source: Source,
+    kind: MediaKind,
+    *,
+    config: PretrainConfig,
+    transform: MediaTransform,
+    cache: ShardCache | None,
 ) -> PairReader:
     takes_bad_shards = config.loading.on_bad_shard == "substitute"
     return PairReader(
         source.name,
         samples=open_samples(
-            source.dataset, subset=source.subset, takes_bad_shards=takes_bad_shards
+            source.dataset, subset=source.subset, cache=cache, takes_bad_shards=takes_bad_shards
         ),
         kind=kind,
         transform=transform,
@@ -195,17 +206,26 @@ class StepDataset:
         tokenizer: of captions.
         rank: this process's number.
         world_size: number of processes.
+        node_ranks: those of this machine; None: this one alone.
 
     Raises:
         InputError: a dataset cannot be used, or there are more processes than lanes.
+        OSError: a dataset cannot be reached now.
     """
 
     def __init__(
-        self, config: PretrainConfig, *, tokenizer: Tokenizer, rank: int, world_size: int
+        self,
+        config: PretrainConfig,
+        *,
+        tokenizer: Tokenizer,
+        rank: int,
+        world_size: int,
+        node_ranks: Sequence[int] | None = None,
     ) -> None:
         transforms = build_transforms(config)
         self.lanes = lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)
         self.num_steps = config.schedule.num_steps
+        self.cache = build_cache(config.loading)
         self.choice = PairingChoice(
             {name: pairing.weight for name, pairing in config.pairings.items()},
             takes_all=config.pairings_per_step == "all",
@@ -217,9 +237,13 @@ class StepDataset:
                 transform=transforms[media_of_pairing(name)],
                 tokenizer=tokenizer,
                 choice=self.choice,
+                cache=self.cache,
             )
             for name in config.pairings
         }
+        self.node = NodeShare(
+            rank, ranks=node_ranks or [rank], world_size=world_size, lanes=config.lanes
+        )
 
     def __len__(self) -> int:
         return self.num_steps
@@ -247,6 +271,23 @@ class StepDataset:
                 digest=reader.digest(samples), bad_samples=bad_samples, num_read=num_read
             )
         return StepBatch(step, batches, self.choice.pairings_of_step(step))
+
+    @property
+    def sources(self) -> list[tuple[SourceOrder, KeptSamples]]:
+        """Order and samples of every source of every pairing."""
+        return [
+            (order, reader.samples)
+            for pairing in self.pairings.values()
+            for order, reader in zip(pairing.order.sources, pairing.readers, strict=True)
+        ]
+
+    def lane_positions(self, step: int) -> list[np.ndarray]:
+        """[sources] int64 [lanes]: samples that every lane has given before one of the steps."""
+        return [
+            column
+            for pairing in self.pairings.values()
+            for column in pairing.order.lane_positions(pairing.num_steps_taken(step)).T
+        ]
 
     @property
     def layouts(self) -> dict[PairingName, tuple[PairLayout, int]]:

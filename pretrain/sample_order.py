@@ -106,9 +106,11 @@ class SourceOrder:
 
     def epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(shards in this epoch's order, where each begins on the axis, rotation of the axis)."""
-        if epoch not in self._epoch_axes:
-            self._epoch_axes = newest(self._epoch_axes) | {epoch: self._make_epoch_axis(epoch)}
-        return self._epoch_axes[epoch]
+        found = self._epoch_axes.get(epoch)
+        if found is None:
+            found = self._make_epoch_axis(epoch)
+            self._epoch_axes = newest(self._epoch_axes) | {epoch: found}
+        return found  # not from the table, which another thread may have replaced
 
     def _make_epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         key = np.uint64(key_of(self.seed, "shards", self.name, epoch))

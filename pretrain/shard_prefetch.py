@@ -257,7 +257,7 @@ def _windows_at(order: SourceOrder, positions: np.ndarray) -> np.ndarray:
 
 
 def _in_steps(uses: ShardUses, given: np.ndarray) -> np.ndarray:
-    """float [shards]: steps until each shard is needed, at the pace of the coming steps; infinite
+    """Float [shards]: steps until each shard is needed, at the pace of the coming steps; infinite
     where it is not, or where the source is not read.
 
     Args:

@@ -8,7 +8,19 @@ from data_prep.config_file import InputError
 from data_prep.remote_file import is_url
 from data_prep.shard_format import Dataset
 from data_prep.subset import KeptSamples
+from pretrain.config import Loading
 from pretrain.shard_cache import ShardCache
+
+
+def build_cache(loading: Loading) -> ShardCache | None:
+    """This node's cache, if one is configured.
+
+    Raises:
+        InputError: its folder cannot be made.
+    """
+    if loading.cache.folder is None:
+        return None
+    return ShardCache(loading.cache, retries=loading.retries)
 
 
 def open_samples(

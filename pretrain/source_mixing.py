@@ -128,10 +128,11 @@ class SourceMixture:
         return block * MIXING_BLOCK_SLOTS + int(np.argmax(has_enough)) + 1
 
     def _block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
-        if (block, lanes) not in self._blocks:
-            made = {(block, lanes): self._make_block(block, lanes)}
-            self._blocks = newest(self._blocks) | made
-        return self._blocks[block, lanes]
+        found = self._blocks.get((block, lanes))
+        if found is None:
+            found = self._make_block(block, lanes)
+            self._blocks = newest(self._blocks) | {(block, lanes): found}
+        return found  # not from the table, which another thread may have replaced
 
     def _make_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
         """([lanes, slots] source, [lanes, slots] slots of it before in this block) of one block.

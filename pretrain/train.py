@@ -22,6 +22,7 @@ from pretrain.config import PretrainConfig
 from pretrain.device_copy import copy_ahead
 from pretrain.engine import Engine, check_trackers, start_accelerator
 from pretrain.epoch_account import EpochAccount
+from pretrain.fetching_ahead import check_room
 from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.gradient_cache import backward_of_step
 from pretrain.loader_runtimes import LoadSteps, start_loader
@@ -55,10 +56,11 @@ def run_attempt(config: PretrainConfig, load_steps: LoadSteps) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
     accelerator = start_accelerator(config)
     tokenizer = build_tokenizer(config.model.text)
-    dataset = StepDataset(config, tokenizer=tokenizer, rank=rank(), world_size=world_size())
-    validation_sets = build_validation_sets(config, tokenizer=tokenizer)
+    hosts = gather_objects(socket.gethostname())
+    dataset = open_dataset(config, tokenizer, hosts=hosts)
+    validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_model(config, tokenizer=tokenizer)
-    run = open_run(config, dataset, validation_sets)
+    run = open_run(config, dataset, validation_sets, hosts=hosts)
     engine = Engine(
         accelerator,
         model=model,
@@ -73,8 +75,26 @@ def run_attempt(config: PretrainConfig, load_steps: LoadSteps) -> None:
             train_steps(config, engine, dataset, batches, validation_sets, tokenizer, run)
 
 
+def open_dataset(config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[str]) -> StepDataset:
+    """What this rank reads, with the machine of every rank."""
+    node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
+    dataset = StepDataset(
+        config,
+        tokenizer=tokenizer,
+        rank=rank(),
+        world_size=world_size(),
+        node_ranks=node_ranks,
+    )
+    check_room(dataset)
+    return dataset
+
+
 def open_run(
-    config: PretrainConfig, dataset: StepDataset, validation_sets: list[ValidationSet]
+    config: PretrainConfig,
+    dataset: StepDataset,
+    validation_sets: list[ValidationSet],
+    *,
+    hosts: list[str],
 ) -> RunFolder:
     """This attempt's run folder, refused on every rank if it holds another run."""
     fingerprints = dataset.fingerprints() | {
@@ -82,7 +102,6 @@ def open_run(
         for held_out in validation_sets
     }
     on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))
-    hosts = gather_objects(socket.gethostname())
     return RunFolder(config, fingerprints=fingerprints, hosts=hosts, is_writer=rank() == 0)
 
 
@@ -200,7 +219,7 @@ def dry_run(config: PretrainConfig) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
-    build_validation_sets(config, tokenizer=tokenizer)
+    build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_model(config, tokenizer=tokenizer)
     lines = describe_plan(config, dataset=dataset, model=model, world_size=num_processes)
     print("\n".join(lines))  # noqa: T201

@@ -17,6 +17,7 @@ from pretrain.engine import Engine
 from pretrain.gather import rank, world_size
 from pretrain.media_transforms import build_transforms
 from pretrain.model import PairInputs
+from pretrain.shard_cache import ShardCache
 from pretrain.shard_reader import Pair, PairReader
 from pretrain.source_datasets import open_samples
 from pretrain.tokenizer import Tokenizer
@@ -64,8 +65,15 @@ class ValidationSet:
             ) from None
 
 
-def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> list[ValidationSet]:
+def build_validation_sets(
+    config: PretrainConfig, *, tokenizer: Tokenizer, cache: ShardCache | None = None
+) -> list[ValidationSet]:
     """The validation sets a config names.
+
+    Args:
+        config: the whole config.
+        tokenizer: of captions.
+        cache: of this node, for datasets behind URLs.
 
     Raises:
         InputError: a dataset is missing, empty, or of the wrong kind.
@@ -76,7 +84,7 @@ def build_validation_sets(config: PretrainConfig, *, tokenizer: Tokenizer) -> li
         kind = media_of_pairing(name)
         reader = PairReader(
             f"validation.{name}",
-            samples=open_samples(source.dataset, subset=source.subset),
+            samples=open_samples(source.dataset, subset=source.subset, cache=cache),
             kind=kind,
             transform=transforms[kind],
             retries=config.loading.retries,

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,7 +89,7 @@ def test_bytes_of_two_windows_are_the_most_that_reading_finds(data):
     shard_bytes = np.arange(1, len(order.shard_sizes) + 1) * 1000
     windows = [(0, window) for window in range(num_windows(order))] + [(1, 0)]
     read = [{s for lane in lanes for s in shards_read(order, lane, *w)} for w in windows]
-    pairs = [a | b for a, b in zip(read, read[1:], strict=False)]
+    pairs = [a | b for a, b in itertools.pairwise(read)]
     most = max(int(shard_bytes[list(pair)].sum()) for pair in pairs)
     found = bytes_of_two_windows(order, 0, lanes=lanes, shard_bytes=shard_bytes)
     assert found == most
