@@ -145,15 +145,17 @@ def _open_source(
     cache: ShardCache | None,
 ) -> PairReader:
     takes_bad_shards = config.loading.on_bad_shard == "substitute"
+    samples = open_samples(
+        source.dataset, subset=source.subset, cache=cache, takes_bad_shards=takes_bad_shards
+    )
+    is_fetched = samples.dataset.fetch_shard is not None  # which is tried again by itself
     return PairReader(
         source.name,
-        samples=open_samples(
-            source.dataset, subset=source.subset, cache=cache, takes_bad_shards=takes_bad_shards
-        ),
+        samples=samples,
         kind=kind,
         transform=transform,
         seed=config.seed,
-        retries=config.loading.retries,
+        retries=0 if is_fetched else config.loading.retries,
         takes_bad_shards=takes_bad_shards,
     )
 

@@ -22,6 +22,7 @@ from data_prep.shard_format import (
 )
 from data_prep.shard_writer import ShardWriter
 from data_prep.subset import KeptSamples, Subset
+from pretrain.pair_batch import PairBuffers
 from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import read_metrics
 from pretrain.sample_order import PairingOrder, Segment, SourceOrder
@@ -130,11 +131,13 @@ def test_a_sample_is_augmented_as_without_the_subset(toy_data, tmp_path):
         range(74, 83)
     )
     whole = step_dataset(toy_config(toy_data, tmp_path / "run")).pairings["image-text"]
-    for (media, caption, _), (expected, same_caption, _) in zip(
-        reader._pairs(samples), whole._pairs(samples), strict=True
-    ):
-        assert torch.equal(media, expected)
-        assert caption == same_caption
+    batches = []
+    for each in (reader, whole):
+        buffers = PairBuffers.new(each.layout, num_rows=len(samples))
+        each.fill(buffers, samples, range(len(samples)))
+        batches.append(buffers)
+    assert torch.equal(batches[0].media, batches[1].media)
+    assert torch.equal(batches[0].tokens, batches[1].tokens)
     assert dataset.num_samples == 9 + 25 + 50
 
 
@@ -154,12 +157,13 @@ def test_substitutes_are_kept_samples(toy_data, tmp_path):
     config = config_with_subset(tmp_path, tmp_path / "run", subset)
     reader = step_dataset(config).pairings["image-text"].readers[0]
     for place in (0, 8, 20):
-        pair, [bad] = reader.read(place)
+        pair = reader.read_training(place, epoch=0)
+        bad = pair.bad_sample
         assert bad.ordinal == place
         assert bad.substitute == pair.ordinal
         assert bitmap[pair.ordinal]
         assert pair.ordinal not in (0, 8, 20)
-    assert reader.read(4)[1] == []
+    assert reader.read_training(4, epoch=0).bad_sample is None
 
 
 def test_a_run_on_a_subset_resumes_with_the_same_subset_only(toy_data, tmp_path):
