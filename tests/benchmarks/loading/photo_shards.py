@@ -48,28 +48,30 @@ KINDS = {
 }
 
 
-def photo_dataset(long_side: int, *, num_samples: int) -> Path:
+def photo_dataset(
+    long_side: int, *, num_samples: int, samples_per_shard: int = SHARD_SAMPLES
+) -> Path:
     """Folder of a dataset of such pictures, made if it is not there."""
-    folder = CACHE / f"photographs-{VERSION}-{long_side}-{num_samples}"
+    folder = CACHE / f"photographs-{VERSION}-{long_side}-{num_samples}-{samples_per_shard}"
     if not (folder / "dataset.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_photo_dataset(folder, KINDS[long_side], num_samples=num_samples)
+        studio, names = Studio(KINDS[long_side]), []
+        for start in range(0, num_samples, samples_per_shard):
+            names.append(f"{len(names):08d}")
+            numbers = range(start, min(start + samples_per_shard, num_samples))
+            write_shard(folder, names[-1], studio, numbers=numbers)
+        finish_dataset(folder, names, media="image", preparation={})
     return folder
 
 
-def write_photo_dataset(folder: Path, kind: PhotoKind, *, num_samples: int) -> None:
-    studio = Studio(kind)
-    names = []
-    for start in range(0, num_samples, SHARD_SAMPLES):
-        names.append(f"{len(names):08d}")
-        writer = ShardWriter(folder, names[-1])
-        for number in range(start, min(start + SHARD_SAMPLES, num_samples)):
-            rng = np.random.default_rng((kind.long_side, number))
-            caption = " ".join(rng.choice(WORDS.split(), rng.integers(6, 24)))
-            members = {"jpg": studio.picture(rng), "txt": caption.encode()}
-            writer.add(f"{number:012d}", members=members)
-        writer.finish()
-    finish_dataset(folder, names, media="image", preparation={})
+def write_shard(folder: Path, name: str, studio: Studio, *, numbers: range) -> None:
+    writer = ShardWriter(folder, name)
+    for number in numbers:
+        rng = np.random.default_rng((studio.kind.long_side, number))
+        caption = " ".join(rng.choice(WORDS.split(), rng.integers(6, 24)))
+        members = {"jpg": studio.picture(rng), "txt": caption.encode()}
+        writer.add(f"{number:012d}", members=members)
+    writer.finish()
 
 
 class Studio:

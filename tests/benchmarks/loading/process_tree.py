@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,38 +22,49 @@ class Cost:
     first_batch_seconds: float  # from the start of the process
 
 
+def batches_of(python: Path | str, module: str, *arguments: object) -> Iterator[int]:
+    """Runs a module that prints a line for every batch, and yields its process id at each."""
+    command = [str(python), "-m", module, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=BENCHMARKS, stdout=subprocess.PIPE, text=True) as process:
+        for _ in process.stdout:
+            yield process.pid
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}")
+
+
 def stream_cost(
     python: Path | str, module: str, *arguments: object, skipped: int, counted: int
 ) -> Cost:
-    """Runs a module that prints a line for every batch, and says what `counted` batches cost.
+    """What `counted` batches cost after the first `skipped` ones.
 
-    The first `skipped` batches are not counted, and the loader is expected to have more ahead when
-    the last one comes: so it has loaded as much ahead at the end of the count as at its beginning.
+    The loader is expected to have more ahead when the last one comes: so it has loaded as much
+    ahead at the end of the count as at its beginning.
     """
-    command = [str(python), "-m", module, *map(str, arguments)]
     start = time.monotonic()
-    with subprocess.Popen(command, cwd=BENCHMARKS, stdout=subprocess.PIPE, text=True) as process:
-        marks = []
-        for number, _ in enumerate(process.stdout, start=1):
-            if number in (1, skipped, skipped + counted):
-                marks.append((time.monotonic(), cpu_seconds(process.pid)))
-    if process.returncode or len(marks) < 3:
-        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}")
-    (first, _), (wall_before, cpu_before), (wall_after, cpu_after) = marks
-    return Cost(cpu_after - cpu_before, wall_after - wall_before, first - start)
+    marks = {
+        number: (time.monotonic(), cpu_seconds(pid))
+        for number, pid in enumerate(batches_of(python, module, *arguments), start=1)
+        if number in (1, skipped, skipped + counted)
+    }
+    (wall_before, cpu_before), (wall_after, cpu_after) = marks[skipped], marks[skipped + counted]
+    return Cost(cpu_after - cpu_before, wall_after - wall_before, marks[1][0] - start)
 
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process and all below it, those that ended included."""
     total = 0.0
     for process in process_tree(pid):
-        try:
-            total += sum(process.cpu_times()[:4])  # its own, and that of children it waited for
-        except psutil.NoSuchProcess:
-            continue
+        times = process.cpu_times()  # its own, and that of children it waited for
+        total += times.user + times.system + times.children_user + times.children_system
     return total
 
 
-def process_tree(pid: int) -> Sequence[psutil.Process]:
+def memory(pid: int) -> tuple[int, int]:
+    """(RSS, PSS) in bytes of a process and all below it; PSS counts shared memory once."""
+    infos = [process.memory_full_info() for process in process_tree(pid)]
+    return sum(info.rss for info in infos), sum(info.pss for info in infos)
+
+
+def process_tree(pid: int) -> list[psutil.Process]:
     root = psutil.Process(pid)
     return [root, *root.children(recursive=True)]
