@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ class LoaderProcess:
         slot_bytes = max(1, step_bytes(layouts))
         descriptor = os.memfd_create("isopair-batches")
         os.ftruncate(descriptor, slot_bytes * self.num_slots)
-        self._pipe.send((dataset, first_step, last_step, self.num_threads, self.num_slots))
+        self._send((dataset, first_step, last_step, self.num_threads, self.num_slots))
         send_handle(self._pipe, descriptor, self._process.pid)
         memory = _map(descriptor, slot_bytes * self.num_slots)
         if is_pinned:
@@ -121,19 +122,28 @@ class LoaderProcess:
             if message.error is not None:
                 raise message.error
             yield _batch(dataset, message, slots[message.slot])
-            self._pipe.send(message.slot)
+            self._send(message.slot)
+
+    def _send(self, value: Any) -> None:
+        try:
+            self._pipe.send(value)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death() from None
 
     def _receive(self) -> StepMessage:
         try:
             return self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join()
-            code = self._process.exitcode
-            cause = signal.Signals(-code).name if code and code < 0 else f"status {code}"
-            raise RunError(
-                f"the loader process of this rank ended with {cause}; SIGKILL mostly means that "
-                "memory ran out: lower loading.batches_ahead; nothing is lost, start again"
-            ) from None
+            raise self._death() from None
+
+    def _death(self) -> RunError:
+        self._process.join()
+        code = self._process.exitcode
+        cause = signal.Signals(-code).name if code and code < 0 else f"status {code}"
+        return RunError(
+            f"the loader process of this rank ended with {cause}; SIGKILL mostly means that "
+            "memory ran out: lower loading.batches_ahead; nothing is lost, start again"
+        )
 
     def close(self) -> None:
         """Ends the process."""
@@ -184,9 +194,12 @@ def _serve(pipe: Connection, parent: int) -> None:
         slot_bytes = max(1, step_bytes(dataset.layouts))
         memory = _map(recv_handle(pipe), slot_bytes * num_slots)
         slots = [step_buffers(part, dataset.layouts) for part in memory.view(num_slots, slot_bytes)]
-        with fetching_ahead(dataset, first_step=first_step) as progress:
-            threads = _LoaderThreads(dataset, pipe, slots, num_threads, progress)
-            threads.run(first_step, last_step)
+        try:
+            with fetching_ahead(dataset, first_step=first_step) as progress:
+                threads = _LoaderThreads(dataset, pipe, slots, num_threads, progress)
+                threads.run(first_step, last_step)
+        except (InputError, OSError) as error:
+            pipe.send(StepMessage(first_step, 0, {}, {}, _for_another_process(error)))
     except (EOFError, ConnectionError):
         pass  # the training process has gone
 
