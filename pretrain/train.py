@@ -48,14 +48,15 @@ def pretrain(config: PretrainConfig) -> None:
     """
     check_output_folder(config.run.folder, key="run.folder")
     check_trackers(config)
-    with start_loader(config.loading) as load_steps:  # before this process has threads of its own
-        run_attempt(config, load_steps)
+    tokenizer = build_tokenizer(config.model.text)
+    # After the tokenizer, whose imports the loader shares, and before threads and connections.
+    with start_loader(config.loading) as load_steps:
+        run_attempt(config, tokenizer, load_steps)
 
 
-def run_attempt(config: PretrainConfig, load_steps: LoadSteps) -> None:
+def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSteps) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
     accelerator = start_accelerator(config)
-    tokenizer = build_tokenizer(config.model.text)
     hosts = gather_objects(socket.gethostname())
     dataset = open_dataset(config, tokenizer, hosts=hosts)
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)

@@ -24,8 +24,8 @@ def main(dataset: str, *settings: str) -> None:
         runtime=settings[3],
     )
     first_step = int(settings[4])
+    tokenizer = build_tokenizer(config.model.text)
     with start_loader(config.loading) as load_steps:
-        tokenizer = build_tokenizer(config.model.text)
         steps = load_steps(
             StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1),
             first_step=first_step,
