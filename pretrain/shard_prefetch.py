@@ -13,12 +13,14 @@ A loader that comes before it fetches by itself: without the prefetcher runs are
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -48,6 +50,11 @@ class RemoteSource:
     shards: RemoteShards
     manifest: list[ManifestRow]
 
+    @cached_property
+    def number_of(self) -> dict[str, int]:
+        """The number of each shard, by its name in the cache."""
+        return {self.shards.name_of(row): number for number, row in enumerate(self.manifest)}
+
     @property
     def shard_bytes(self) -> np.ndarray:
         """int64 [shards]: bytes of their files."""
@@ -65,9 +72,14 @@ class WantedShard:
 
 
 def remote_sources(sources: Sequence[tuple[SourceOrder, KeptSamples]]) -> list[RemoteSource]:
-    """Those of the sources that are read through the cache; the others are read in place."""
+    """Those of the sources that are read through the cache; the others are read in place.
+
+    Each with an order of its own, whose tables no other thread changes.
+    """
     return [
-        RemoteSource(number, order, samples.dataset.fetch_shard, samples.dataset.manifest)
+        RemoteSource(
+            number, copy.copy(order), samples.dataset.fetch_shard, samples.dataset.manifest
+        )
         for number, (order, samples) in enumerate(sources)
         if isinstance(samples.dataset.fetch_shard, RemoteShards)
     ]
@@ -281,11 +293,13 @@ def _note(
     """Adds a source's shards to the schedule, and those of its windows that are not there to what
     is wanted. Two sources may share a dataset: the earlier use counts."""
     is_wanted = (uses.is_current | uses.is_next) & np.isfinite(steps)
-    for number, row in enumerate(source.manifest):
+    named = set()
+    for number in np.flatnonzero(is_wanted).tolist():
+        row = source.manifest[number]
         name = source.shards.name_of(row)
-        if not is_wanted[number] and name not in held:
-            continue
-        needed_in = float(steps[number])
+        named.add(name)
+        if not source.shards.is_here(row):
+            wanted.append(WantedShard(float(steps[number]), name, source.shards, row))
+    for name in (held | named) & source.number_of.keys():
+        needed_in = float(steps[source.number_of[name]])
         schedule[name] = min(needed_in, schedule.get(name, math.inf))
-        if is_wanted[number] and not source.shards.is_here(row):
-            wanted.append(WantedShard(needed_in, name, source.shards, row))
