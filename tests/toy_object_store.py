@@ -9,6 +9,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import s3fs
 import urllib3
 from moto.server import ThreadedMotoServer
 
@@ -119,8 +120,8 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault == "flip":
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
-        self.wfile.write(body[: len(body) // 2])
         self.count(name, len(body) // 2)
+        self.wfile.write(body[: len(body) // 2])
         while self.server.is_slow.is_set() and name.endswith(".tar"):
             time.sleep(0.02)
         if fault == "cut":
@@ -128,10 +129,11 @@ class _Proxy(BaseHTTPRequestHandler):
             return
         if fault == "drip":
             time.sleep(0.3)
-        self.wfile.write(body[len(body) // 2 :])
+        # Counted before they are sent: the test may look as soon as they have come.
         self.count(name, len(body) - len(body) // 2)
         with self.server.lock:
             self.server.gets[name] += 1
+        self.wfile.write(body[len(body) // 2 :])
 
     def count(self, name, num_bytes):
         with self.server.lock:
@@ -150,6 +152,7 @@ def toy_object_store():
         store = ToyObjectStore(f"http://{host}:{port}")
         store.client.create_bucket(Bucket=BUCKET)
         patch.setenv("AWS_ENDPOINT_URL_S3", store.url)
+        s3fs.S3FileSystem.clear_instance_cache()  # of an earlier store, at another address
         threading.Thread(target=store.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield store
