@@ -397,6 +397,42 @@ def test_a_shard_larger_than_the_cache_is_refused_with_the_numbers(folder, tmp_p
         dataset.read_sample(0)
 
 
+def test_a_shard_that_is_taken_away_before_or_after_it_is_opened_comes_again(folder, tmp_path):
+    cache = make_cache(tmp_path)
+    dataset = cache.open_dataset(f"file://{folder}")
+    local, fetch, num_fetches = read_all(Dataset(folder)), dataset.fetch_shard, 0
+
+    def fetch_and_take_away(row):
+        nonlocal num_fetches
+        fetch(row)
+        num_fetches += 1
+        if num_fetches % 4 > 0:
+            cache.room._take_away(fetch.name_of(row))
+
+    dataset.fetch_shard = fetch_and_take_away
+    for ordinal in range(NUM_SAMPLES):
+        assert dataset.read_sample(ordinal).members == local[ordinal]
+        shard, _ = dataset.locate(ordinal)
+        cache.room._take_away(fetch.name_of(dataset.manifest[shard]))
+    assert dataset.bad_shards == {}
+    assert num_fetches >= 4 * NUM_SAMPLES
+
+
+def test_readers_of_a_shard_that_is_always_taken_away_stop_with_an_error(folder, tmp_path):
+    cache = make_cache(tmp_path)
+    dataset = cache.open_dataset(f"file://{folder}")
+    fetch, read_checked = dataset.fetch_shard, dataset._read_checked
+
+    def take_away_and_read(*arguments):
+        cache.room._take_away(fetch.name_of(dataset.manifest[0]))
+        return read_checked(*arguments)
+
+    dataset.read_sample(0)
+    dataset._read_checked = take_away_and_read
+    with pytest.raises(OSError, match=r"00000000\.tar: .* taken away \d times"):
+        dataset.read_sample(0)
+
+
 def test_readers_of_a_shard_that_is_taken_away_read_on(folder, tmp_path):
     cache = make_cache(tmp_path)
     dataset = cache.open_dataset(f"file://{folder}")
