@@ -433,17 +433,24 @@ class Dataset:
         wanted = {
             name: entry for name, entry in entries.items() if fields is None or name in fields
         }
+        # In one read, with the key's header if all is wanted: members stand side by side.
+        start_block = first_block
+        if len(wanted) < len(entries):
+            start_block = min((block for block, _, _ in wanted.values()), default=first_block)
+        start = start_block * BLOCK_BYTES
         end = max(
             (block * BLOCK_BYTES + size for block, size, _ in wanted.values()),
-            default=(first_block + 1) * BLOCK_BYTES,
+            default=start + BLOCK_BYTES,
         )
-        # In one read: the members of a sample stand side by side.
-        content = os.pread(tar, end - first_block * BLOCK_BYTES, first_block * BLOCK_BYTES)
-        key = index.long_keys.get(place) or _key_in(content[:BLOCK_BYTES])
+        content = os.pread(tar, end - start, start)
+        header = content
+        if start_block != first_block:
+            header = os.pread(tar, BLOCK_BYTES, first_block * BLOCK_BYTES)
+        key = index.long_keys.get(place) or _key_in(header[:BLOCK_BYTES])
         sample, bad = Sample(self._tar_name(shard), key, {}), []
         for name, (block, size, crc32) in wanted.items():
-            start = (block - first_block) * BLOCK_BYTES
-            sample.members[name] = content[start : start + size]
+            first = block * BLOCK_BYTES - start
+            sample.members[name] = content[first : first + size]
             if len(sample.members[name]) != size or zlib.crc32(sample.members[name]) != crc32:
                 bad.append(name)
         return sample, bad

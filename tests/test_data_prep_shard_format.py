@@ -1,3 +1,4 @@
+import os
 import tarfile
 
 import numpy as np
@@ -85,3 +86,20 @@ def test_media_is_that_of_the_kind_and_the_first_by_the_alphabet():
     assert media_extension_of(members, "image") == "jpg"
     assert media_extension_of(members, "audio") == "flac"
     assert media_extension_of(("txt", "wav"), "image") is None
+
+
+def test_captions_alone_are_read_without_the_pictures_beside_them(tmp_path, monkeypatch):
+    dataset = Dataset(write_toy_dataset(tmp_path / "data"))
+    whole = dataset.read_sample(3).members
+    read_bytes, pread = [], os.pread
+
+    def counting(descriptor, size, offset):
+        read_bytes.append(size)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", counting)
+    assert dataset.read_sample(3, fields=("txt",)).members == {"txt": whole["txt"]}
+    assert sum(read_bytes) == len(whole["txt"]) + 512  # and the header that holds the key
+    assert dataset.read_sample(3).members == whole
+    assert dataset.read_sample(3, fields=()).members == {}
+    assert dataset.read_sample(3, fields=("txt",)).key == dataset.read_sample(3).key
