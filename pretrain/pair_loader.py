@@ -148,14 +148,13 @@ def _open_source(
     samples = open_samples(
         source.dataset, subset=source.subset, cache=cache, takes_bad_shards=takes_bad_shards
     )
-    is_fetched = samples.dataset.fetch_shard is not None  # which is tried again by itself
     return PairReader(
         source.name,
         samples=samples,
         kind=kind,
         transform=transform,
         seed=config.seed,
-        retries=0 if is_fetched else config.loading.retries,
+        retries=config.loading.retries,
         takes_bad_shards=takes_bad_shards,
     )
 
@@ -212,7 +211,7 @@ class StepDataset:
 
     Raises:
         InputError: a dataset cannot be used, or there are more processes than lanes.
-        OSError: a dataset cannot be reached now.
+        RunError: a dataset behind a URL cannot be reached now.
     """
 
     def __init__(

@@ -75,7 +75,8 @@ class PairReader:
         kind: of media that it must hold.
         transform: decodes its kind of media.
         seed: the run's seed.
-        retries: of a read that failed for the moment.
+        retries: of a read that failed for the moment; shards that are fetched are not read again,
+            because fetching has its own retries.
         takes_bad_shards: read other shards' samples for those of a missing or damaged shard.
 
     Raises:
@@ -98,7 +99,7 @@ class PairReader:
         self.dataset = samples.dataset
         self.transform = transform
         self.seed = seed
-        self.retries = retries
+        self.retries = retries if samples.dataset.fetch_shard is None else 0
         self.takes_bad_shards = takes_bad_shards
         self._ranks_before = np.cumsum(samples.shard_sizes) - samples.shard_sizes
         if self.dataset.info.media != kind:
