@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.config_file import InputError
+from data_prep.config_file import InputError, RunError
 from data_prep.remote_file import is_url
 from data_prep.shard_format import Dataset
 from data_prep.subset import KeptSamples
@@ -41,17 +41,26 @@ def open_samples(
     Raises:
         InputError: one of them is missing or damaged, or they do not belong together, or there is
             no cache for a URL.
-        OSError: a URL cannot be read now.
+        RunError: a URL cannot be read now.
     """
+    try:
+        return _open(dataset, subset, cache, takes_bad_shards=takes_bad_shards)
+    except OSError as error:
+        if not is_url(dataset) and not is_url(subset or ""):
+            raise
+        raise RunError(f"cannot open a dataset now: {error}; start again when it can be") from None
+
+
+def _open(
+    dataset: str, subset: str | None, cache: ShardCache | None, *, takes_bad_shards: bool
+) -> KeptSamples:
     if is_url(dataset):
         opened = _cache_for(dataset, cache).open_dataset(dataset, takes_bad_shards=takes_bad_shards)
     else:
         opened = Dataset(Path(dataset), takes_bad_shards=takes_bad_shards)
-    if subset is None:
-        return KeptSamples(opened, subset=None)
-    if is_url(subset):
+    if subset is not None and is_url(subset):
         return KeptSamples(opened, subset=_cache_for(subset, cache).fetch_subset(subset))
-    return KeptSamples(opened, subset=Path(subset))
+    return KeptSamples(opened, subset=None if subset is None else Path(subset))
 
 
 def _cache_for(url: str, cache: ShardCache | None) -> ShardCache:

@@ -131,6 +131,15 @@ def test_a_store_that_stays_away_stops_the_run_and_nothing_is_substituted(
         list(load(dataset, first_step=0, last_step=6))
 
 
+def test_a_dataset_that_cannot_be_reached_at_the_start_is_told_as_such(toy_data, tmp_path):
+    config = toy_config(toy_data, tmp_path / "run")
+    values = remote_config(config, tmp_path, retries=0).model_dump()
+    [tones] = values["pairings"]["audio-text"]["sources"]
+    tones["dataset"] = "http://127.0.0.1:9/tones"
+    with pytest.raises(RunError, match=r"cannot open a dataset now: http://127\.0\.0\.1:9/tones/d"):
+        dataset_of(PretrainConfig.model_validate(values))
+
+
 def test_a_cache_that_cannot_hold_two_windows_is_refused_with_the_numbers(
     toy_data, store, tmp_path
 ):
