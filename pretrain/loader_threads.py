@@ -16,6 +16,7 @@ import signal
 import threading
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
@@ -28,7 +29,7 @@ from torch import Tensor
 from data_prep.config_file import InputError, RunError
 from pretrain.config import PairingName
 from pretrain.fetching_ahead import Progress, fetching_ahead
-from pretrain.pair_batch import PairBuffers, row_chunks, step_buffers, step_bytes
+from pretrain.pair_batch import PairBuffers, step_buffers, step_bytes
 from pretrain.pair_loader import StepDataset
 from pretrain.sample_order import StepSamples
 from pretrain.shard_reader import BadSample
@@ -175,9 +176,7 @@ class _LoaderThreads:
         chunks = [
             (task, name, chunk)
             for name in samples
-            for chunk in row_chunks(
-                len(samples[name]), num_workers=self.num_threads, largest=LARGEST_CHUNK
-            )
+            for chunk in _row_chunks(len(samples[name]), num_threads=self.num_threads)
         ]
         task.num_chunks_left = len(chunks)
         for chunk in chunks:
@@ -211,6 +210,13 @@ class _LoaderThreads:
         with self._lock:
             self._under_way.discard(message.step)
             self.pipe.send(message)
+
+
+def _row_chunks(num_rows: int, *, num_threads: int) -> Iterator[range]:
+    """Neighbouring rows for one thread at a time, small enough that all threads have some."""
+    size = max(1, min(LARGEST_CHUNK, -(-num_rows // (2 * num_threads))))
+    for start in range(0, num_rows, size):
+        yield range(start, min(start + size, num_rows))
 
 
 def _for_another_process(error: Exception) -> Exception:

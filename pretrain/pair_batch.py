@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -167,13 +167,6 @@ def step_buffers(
         buffers[name] = PairBuffers.within(memory[start:], layout, num_rows=num_rows)
         start += layout.num_bytes(num_rows)
     return buffers
-
-
-def row_chunks(num_rows: int, *, num_workers: int, largest: int) -> Iterator[range]:
-    """Neighbouring rows for one worker at a time, small enough that all workers have some."""
-    size = max(1, min(largest, -(-num_rows // (2 * max(1, num_workers)))))
-    for start in range(0, num_rows, size):
-        yield range(start, min(start + size, num_rows))
 
 
 def _aligned(num_bytes: int) -> int:
