@@ -1,21 +1,38 @@
 """The contrastive loss over all pairs of the global batch, exact for any number of ranks.
 
-Each rank holds B of the N pairs. It compares its own rows with all gathered features,
+    1. every rank compares its rows with those of all ranks     loss_passes, gather
+    2. tile by tile of its strip of the logits                  logit_strips
+    3. which gives the loss, hits and gradients                 softmax_strips, sigmoid_strips
 
-    L = 1 / (2N) * sum_i [ CE(s I_i T^T, i) + CE(s T_i I^T, i) ]
-
-(Radford et al. 2021, figure 3), and the ranks' parts add up to L.
+Gradients are taken inside the forward pass, without a graph over logits or collectives: the
+backward pass only multiplies them. What is kept for it is of the size of the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
-from pretrain.gather import gather_rows, rank, rows_per_rank, sum_over_ranks, world_size
+from pretrain.gather import RowSplit, RowStream, rows_per_rank, world_size
+from pretrain.in_batch_hits import InBatchHits
+from pretrain.logit_strips import Features, LogitTiles, accumulation_type, own_logits
+from pretrain.loss_passes import LossPasses, Mode, Strips
+from pretrain.loss_rule import LossRule, Teacher, refuse_unfit
+from pretrain.pair_duplicates import PairDuplicates
+from pretrain.sigmoid_strips import SigmoidStrips
+from pretrain.softmax_strips import SoftmaxStrips
+from pretrain.softmax_targets import SoftmaxTargets
+
+# On a GPU, rows per rank from which fewer products (strip1) are worth more bytes: between what
+# 450 GB/s (1.6k) and 50 GB/s (14k) between GPUs would ask for.
+STRIP1_ROWS = 4096
+GATHERED_BYTES = 256 * 2**20  # what may be held of all ranks' rows before they are streamed
+PIECE_BYTES = 32 * 2**20  # of float32, all ranks together, in one piece of a stream
 
 
 @dataclass(frozen=True)
@@ -29,51 +46,194 @@ class ContrastiveLoss:
     num_pairs: int  # N
 
 
-def softmax_loss(media: Tensor, text: Tensor, scale: Tensor) -> ContrastiveLoss:
-    """CLIP's symmetric cross entropy over the global batch.
+def contrastive_loss(
+    media: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rule: LossRule | None = None,
+    keys: Sequence[Tensor] = (),
+    teacher: Teacher | None = None,
+    counts: Sequence[int] | None = None,
+) -> ContrastiveLoss:
+    """The loss of a pairing over the global batch, with exact gradients for all that need one.
 
-    Every rank must call it; ranks may hold different numbers of pairs, also none.
+    Every rank must call it; ranks may hold different numbers of pairs, also none. Without
+    gradients (in evaluation) only the first pass is made.
 
     Args:
         media: [B, D] L2-normalised.
         text: [B, D] L2-normalised; row i describes row i of media.
-        scale: [1] inverse temperature, above 0.
+        scale: scalar or [1], inverse temperature.
+        bias: scalar or [1], of the sigmoid loss alone.
+        keys: one or two of int64 [B]; pairs with an equal key are duplicates. Without effect where
+            duplicates are negatives.
+        teacher: adds its softmaxes to the targets of the softmax loss.
+        rule: null for CLIP's softmax loss.
+        counts: pairs of each rank, if known; otherwise ranks tell one another.
+
+    Raises:
+        ValueError: shapes or settings do not fit together.
     """
-    media, text = media.float(), text.float()
-    counts = rows_per_rank(len(media), media.device)
-    num_pairs = sum(counts)
-    all_media = gather_rows(media, counts=counts)  # [B, D] -> [N, D]
-    all_text = gather_rows(text, counts=counts)  # [B, D] -> [N, D]
-    own = torch.arange(len(media), device=media.device) + sum(counts[: rank()])  # [B]
-
-    media_logits = scale * media @ all_text.T  # [B, N]
-    text_logits = scale * text @ all_media.T  # [B, N]
-    losses = functional.cross_entropy(media_logits, own, reduction="sum")
-    losses = losses + functional.cross_entropy(text_logits, own, reduction="sum")
-    share_of_loss = losses / (2 * num_pairs)
-
-    with torch.no_grad():
-        media_hits = hit_share(media_logits, own).sum()
-        text_hits = hit_share(text_logits, own).sum()
-        sums = torch.stack([share_of_loss, media_hits, text_hits])
-        value, media_hits, text_hits = sum_over_ranks(sums.double()).tolist()
+    rule = rule or LossRule()
+    refuse_unfit(media, text, scale, bias, rule, keys, teacher)
+    if counts is None:
+        counts = rows_per_rank(len(media), media.device)
+    split = RowSplit(tuple(counts))
+    if split.total == 0:
+        return _loss_of_nothing([media, text, scale, *([] if bias is None else [bias])])
+    inputs = _LossInputs(rule, split, tuple(keys), teacher)
+    value, hits = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
+    loss, media_hits, text_hits = hits.tolist()
     return ContrastiveLoss(
-        for_backward=share_of_loss * world_size(),  # the engine takes the mean over ranks
-        value=value,
-        media_to_text_recall_at_1=media_hits / num_pairs,
-        text_to_media_recall_at_1=text_hits / num_pairs,
-        num_pairs=num_pairs,
+        for_backward=value,
+        value=loss,
+        media_to_text_recall_at_1=media_hits / split.total,
+        text_to_media_recall_at_1=text_hits / split.total,
+        num_pairs=split.total,
     )
 
 
-def hit_share(logits: Tensor, own: Tensor) -> Tensor:
-    """[B] 1 where the own column is the largest, 0 where another is, 1 / k where k columns tie.
+def softmax_loss(media: Tensor, text: Tensor, scale: Tensor) -> ContrastiveLoss:
+    """CLIP's symmetric cross entropy over the global batch: `contrastive_loss` by default."""
+    return contrastive_loss(media, text, scale)
 
-    Args:
-        logits: [B, N].
-        own: [B] integers, the column that belongs to each row.
-    """
-    positives = logits.gather(1, own[:, None])  # [B, 1]
-    is_beaten = (logits > positives).any(dim=-1)  # [B]
-    num_equal = (logits == positives).sum(dim=-1)  # [B], the own column counted
-    return torch.where(is_beaten, 0.0, 1.0 / num_equal)
+
+def choose_mode(split: RowSplit, device: torch.device) -> Mode:
+    """The faster mode: on CPUs always the one with fewer products."""
+    rows = split.total / len(split.counts)
+    is_bound_by_products = device.type == "cpu" or len(split.counts) == 1 or rows >= STRIP1_ROWS
+    return "strip1" if is_bound_by_products else "strip2"
+
+
+def choose_piece_rows(split: RowSplit, *, width: int) -> int:
+    """Rows of each rank that travel at once: all, unless they would fill too much memory."""
+    num_ranks, most = len(split.counts), max(split.counts)
+    # Captions, and their gradients or media, in float32 at most.
+    if num_ranks == 1 or 2 * 4 * num_ranks * most * width <= GATHERED_BYTES:
+        return most
+    return max(1, min(most, PIECE_BYTES // (4 * num_ranks * width)))
+
+
+# --------------------------------------------------------------------------------- the function
+
+
+@dataclass(frozen=True)
+class _LossInputs:
+    rule: LossRule
+    split: RowSplit
+    keys: tuple[Tensor, ...]
+    teacher: Teacher | None
+
+    def passes(self, media: Tensor, text: Tensor, scale: float, bias: float) -> LossPasses:
+        rule, split, teacher = self.rule, self.split, self.teacher
+        positives = media.new_zeros(split.total, dtype=accumulation_type(media))
+        positives[split.own] = own_logits(media, text, scale=scale, bias=bias)
+        duplicates = self._duplicates()
+        tiles = LogitTiles(
+            media,
+            scale=scale,
+            bias=bias,
+            teacher_scale=teacher.scale if teacher else 0.0,
+            duplicates=duplicates,
+            masks_duplicates=rule.duplicates == "masked",
+        )
+        mode = choose_mode(split, media.device) if rule.mode == "auto" else rule.mode
+        piece_rows = rule.piece_rows or choose_piece_rows(split, width=media.shape[1])
+        sides = ((media, teacher and teacher.media), (text, teacher and teacher.text))
+        return LossPasses(
+            *(Features(split.own.start, own, of_teacher) for own, of_teacher in sides),
+            strips=self._strips(positives, duplicates, scale, bias),
+            tiles=tiles,
+            split=split,
+            mode=mode,
+            piece_rows=piece_rows,
+        )
+
+    def _duplicates(self) -> PairDuplicates | None:
+        if not self.keys or self.rule.duplicates == "negatives":
+            return None
+        (_, blocks), *_ = RowStream(self.keys, self.split, piece_rows=max(self.split.counts))
+        columns = zip(*(block.tensors for block in blocks), strict=True)
+        found = PairDuplicates([torch.cat(parts) for parts in columns])  # each [N]
+        return found if found.exist else None
+
+    def _strips(
+        self, positives: Tensor, duplicates: PairDuplicates | None, scale: float, bias: float
+    ) -> Strips:
+        masks = self.rule.duplicates == "masked"
+        hits = InBatchHits(positives, largest_logit=abs(scale) + abs(bias))
+        if self.rule.kind == "sigmoid":
+            return SigmoidStrips(positives, self.split, hits, masks_duplicates=masks)
+        targets = SoftmaxTargets(
+            positives,
+            label_smoothing=self.rule.label_smoothing,
+            duplicates=duplicates,
+            masks_duplicates=masks,
+            teacher_weight=self.teacher.weight if self.teacher else 0.0,
+            teacher_scale=self.teacher.scale if self.teacher else 0.0,
+        )
+        return SoftmaxStrips(positives, self.split, hits, targets, scale=scale)
+
+
+class _ExactLoss(torch.autograd.Function):
+    """(loss, figures [3]: loss, hits of media, hits of captions); the figures have no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        media: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        inputs: _LossInputs,
+        is_training: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(media.dtype, text.dtype)
+        rows, columns = media.to(dtype), text.to(dtype)
+        numbers = scale.item(), 0.0 if bias is None else bias.item()
+        passes = inputs.passes(rows, columns, *numbers)
+        strips = passes.strips
+        with torch.autocast(media.device.type, enabled=False):
+            if is_training and any(ctx.needs_input_grad):
+                sums = passes.take_value_and_gradients()
+                # The engine takes the mean over ranks of what each returns.
+                factor = world_size() * strips.gradient_factor
+                of_scale = _dot(sums.media, rows) * factor
+                of_bias = strips.bias_sum * factor if bias is not None else None
+                gradients = (
+                    sums.media.mul_(factor * numbers[0]).to(media.dtype),
+                    sums.text.mul_(factor * numbers[0]).to(text.dtype),
+                    of_scale.to(scale.dtype).reshape(scale.shape),
+                    of_bias if bias is None else of_bias.to(bias.dtype).reshape(bias.shape),
+                )
+                ctx.save_for_backward(*gradients)
+            else:
+                passes.take_value()
+        figures = torch.stack([strips.value, strips.media_hits, strips.text_hits])
+        ctx.mark_non_differentiable(figures)
+        return strips.value.to(accumulation_type(rows)), figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_value: Tensor, of_figures: Tensor) -> tuple[Tensor | None, ...]:
+        return (
+            *(
+                None if gradient is None else gradient * of_value.to(gradient.dtype)
+                for gradient in ctx.saved_tensors
+            ),
+            None,
+            None,
+        )
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """float64 sum of all products of two [B, D]."""
+    return (left * right.to(left.dtype)).sum(dim=-1).double().sum()
+
+
+def _loss_of_nothing(inputs: Sequence[Tensor]) -> ContrastiveLoss:
+    """Of a step that takes no pair: 0, with gradients of 0 for all."""
+    zero = sum((values.float().sum() * 0.0 for values in inputs[1:]), inputs[0].float().sum() * 0.0)
+    return ContrastiveLoss(zero, 0.0, 0.0, 0.0, num_pairs=0)
