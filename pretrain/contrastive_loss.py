@@ -84,15 +84,8 @@ def contrastive_loss(
     if split.total == 0:
         return _loss_of_nothing([media, text, scale, *([] if bias is None else [bias])])
     inputs = _LossInputs(rule, split, tuple(keys), teacher)
-    value, hits = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
-    loss, media_hits, text_hits = hits.tolist()
-    return ContrastiveLoss(
-        for_backward=value,
-        value=loss,
-        media_to_text_recall_at_1=media_hits / split.total,
-        text_to_media_recall_at_1=text_hits / split.total,
-        num_pairs=split.total,
-    )
+    value, figures = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
+    return _loss_with_figures(value, figures, num_pairs=split.total)
 
 
 def softmax_loss(media: Tensor, text: Tensor, scale: Tensor) -> ContrastiveLoss:
@@ -231,6 +224,11 @@ class _ExactLoss(torch.autograd.Function):
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """float64 sum of all products of two [B, D]."""
     return (left * right.to(left.dtype)).sum(dim=-1).double().sum()
+
+
+def _loss_with_figures(value: Tensor, figures: Tensor, *, num_pairs: int) -> ContrastiveLoss:
+    loss, media_hits, text_hits = figures.tolist()
+    return ContrastiveLoss(value, loss, media_hits / num_pairs, text_hits / num_pairs, num_pairs)
 
 
 def _loss_of_nothing(inputs: Sequence[Tensor]) -> ContrastiveLoss:
