@@ -18,17 +18,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from data_prep.config_file import InputError, read_config, to_yaml
 from data_prep.shard_format import write_atomically
 from pretrain.config import MediaKind, PretrainConfig
 from pretrain.engine import Engine
+from pretrain.gather import on_main_process
 from pretrain.media_transforms import MediaTransform, build_transforms
 from pretrain.model import ContrastiveModel, build_model
 from pretrain.tokenizer import Tokenizer, build_tokenizer
@@ -54,7 +56,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes the state after `step` steps and deletes all but the newest keep_checkpoints.
 
-    To be called on the main process, which holds the whole state.
+    Every rank must call it: together they hold the state. The main process writes.
 
     Args:
         config: of the run.
@@ -63,22 +65,40 @@ def save_checkpoint(
         step: steps done.
         marks: why the result is not a function of the config alone.
     """
+    state, moments = engine.full_state_dict(), engine.full_moments()
+    return on_main_process(
+        lambda: _write(
+            config,
+            state=state,
+            moments=moments,
+            tokenizer=tokenizer,
+            save_assets=engine.model.save_assets,
+            step=step,
+            marks=marks,
+        )
+    )
+
+
+def _write(
+    config: PretrainConfig,
+    *,
+    state: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    save_assets: Callable[[Path], None],
+    step: int,
+    marks: Sequence[str],
+) -> Path:
     parent = config.run.folder / "checkpoints"
     final = parent / f"step_{step:08d}"
     temporary = parent / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "assets").mkdir(parents=True)
-    moments = {
-        f"{fragment.key}/{fragment.name}": fragment.values.detach().cpu().contiguous()
-        for fragment in engine.fragments()
-        if fragment.key != "parameter"
-    }
-    state = {name: value.contiguous() for name, value in engine.full_state_dict().items()}
-    save_file(state, temporary / "model.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
+    for values, file in [(state, "model.safetensors"), (moments, "optimizer.safetensors")]:
+        save_file({name: value.contiguous() for name, value in values.items()}, temporary / file)
     (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     tokenizer.save(temporary / "assets")
-    engine.model.save_assets(temporary / "assets")
+    save_assets(temporary / "assets")
     record = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -158,11 +178,14 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 def restore(engine: Engine, folder: Path) -> int:
     """Loads a checkpoint into the engine; returns the number of steps it holds."""
     step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
-    engine.model.load_state_dict(load_file(folder / "model.safetensors"))
-    moments = load_file(folder / "optimizer.safetensors")
+    state = load_file(folder / "model.safetensors")
+    whole = {f"parameter/{name}": values for name, values in state.items()}
+    whole |= load_file(folder / "optimizer.safetensors")
     for fragment in engine.fragments():
-        if fragment.key != "parameter":
-            fragment.values.copy_(moments[f"{fragment.key}/{fragment.name}"])
+        values = whole[f"{fragment.key}/{fragment.name}"].view(fragment.total)
+        fragment.values.copy_(values.narrow(0, fragment.offset, len(fragment.values)))
+    buffers = {name: state[name] for name, _ in engine.model.named_buffers() if name in state}
+    engine.model.load_state_dict(buffers, strict=False)
     engine.after_load(num_steps_done=step)
     return step
 

@@ -338,6 +338,10 @@ class Engine(Section):
     """What computes: none of it changes the result beyond rounding, but for the precision."""
 
     device: Literal["auto", "cpu", "cuda"] = free("auto")
+    # ddp: each process holds everything (also if it is the only one). DeepSpeed's ZeRO shares among
+    # processes 1: the optimizer's state, 2: gradients too, 3: parameters too, 0: nothing.
+    strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = free("ddp")
+    deepspeed_config: Path | None = free(None)  # a file like those in configs/deepspeed/
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters stay fp32
     timeout_seconds: PositiveFloat = free(1800.0)  # of a collective, before the run fails
 

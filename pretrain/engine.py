@@ -1,15 +1,15 @@
-"""The only file that knows Accelerate: processes, wrapping, precision, gradients, optimizer steps.
+"""Processes, wrapping, precision, gradients, optimizer steps: one interface for every strategy.
 
-One process or many (DistributedDataParallel) give the same result. The schedule, the clamp of the
-scales, the loss's normalisation and the parameter groups belong to us, not to Accelerate.
+Only this file and engine_zero.py know Accelerate and DeepSpeed. `Engine` is one process, or many
+with DistributedDataParallel; `engine_zero.ZeroEngine` is DeepSpeed. All give the same result. The
+schedule, the clamp of the scales, the loss's normalisation and the parameter groups belong to us,
+not to the libraries.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
-import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +22,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
@@ -30,9 +29,14 @@ from torch import Tensor
 
 from data_prep.config_file import InputError
 from pretrain.config import PairingName, PretrainConfig
+from pretrain.deepspeed_config import read_deepspeed_file
+from pretrain.launcher import (
+    adopt_slurm_environment,
+    become_group_of_one,
+    refuse_unfit_processes,
+)
 from pretrain.model import ContrastiveModel, PairingFeatures, PairInputs
 
-PLAIN_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -53,12 +57,15 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     Raises:
         InputError: the device is missing, or launcher and Accelerate disagree on the processes.
     """
-    _adopt_slurm_environment(os.environ)
+    adopt_slurm_environment(os.environ)
     device = config.engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("engine.device=cuda: torch sees no GPU here; use cpu or auto")
+    uses_deepspeed = config.engine.strategy != "ddp"
+    if uses_deepspeed:
+        become_group_of_one(os.environ)
     # On CPU Accelerate takes every process for the only one unless the backend is named, and fails
     # without a launcher if it is.
     is_launched = "RANK" in os.environ
@@ -67,67 +74,41 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
         timeout=timedelta(seconds=config.engine.timeout_seconds),
     )
     accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="bf16" if config.engine.precision == "bf16" else "no",
         log_with=config.run.trackers or None,
         project_config=ProjectConfiguration(
             project_dir=str(config.run.folder), logging_dir=str(config.run.folder / "tensorboard")
         ),
-        kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
+        **_strategy_arguments(config, device, process_group),
     )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise InputError(
-            f"the launcher started WORLD_SIZE={expected} processes, Accelerate sees "
-            f"{accelerator.num_processes}; start with torchrun or accelerate launch --multi_gpu"
-        )
-    _refuse_launcher_settings(accelerator)
+    refuse_unfit_processes(
+        strategy=config.engine.strategy,
+        device=(device, accelerator.device.type),
+        num_processes=(int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes),
+        distributed_type=accelerator.distributed_type.value,
+        accumulation_steps=accelerator.gradient_accumulation_steps,
+    )
     return accelerator
 
 
-def _refuse_launcher_settings(accelerator: Accelerator) -> None:
-    """What a launcher's config or environment asks of Accelerate would change the gradient."""
-    if accelerator.gradient_accumulation_steps != 1:
-        raise InputError(
-            f"Accelerate was told gradient_accumulation_steps="
-            f"{accelerator.gradient_accumulation_steps} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS); "
-            "unset it: micro_batch_size does this without changing the gradient"
-        )
-    if accelerator.distributed_type not in PLAIN_STRATEGIES:
-        raise InputError(
-            f"Accelerate was told distributed_type={accelerator.distributed_type.value}; expected "
-            f"one of {', '.join(strategy.value for strategy in PLAIN_STRATEGIES)}: use "
-            "configs/accelerate/two_processes.yaml, or torchrun"
-        )
+def _strategy_arguments(
+    config: PretrainConfig, device: str, process_group: InitProcessGroupKwargs
+) -> dict[str, Any]:
+    if config.engine.strategy != "ddp":
+        # DeepSpeed takes a second to import, and must know the device before.
+        os.environ["DS_ACCELERATOR"] = device
+        from pretrain.engine_zero import deepspeed_plugin
 
-
-def _adopt_slurm_environment(environment: Any) -> None:
-    """Under plain srun, fills in what torchrun would have set."""
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    try:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise InputError(
-            f"started by srun, but scontrol cannot name the hosts ({error}); set MASTER_ADDR, "
-            "MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK in the batch script, or use torchrun"
-        ) from None
-    tasks_per_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
-    environment.setdefault("MASTER_ADDR", hosts[0])
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_WORLD_SIZE"] = tasks_per_node.group() if tasks_per_node else "1"
+        # With cpu=True Accelerate would leave DeepSpeed out.
+        return {"deepspeed_plugin": deepspeed_plugin(config), "kwargs_handlers": [process_group]}
+    return {
+        "cpu": device == "cpu",
+        "mixed_precision": "bf16" if config.engine.precision == "bf16" else "no",
+        "kwargs_handlers": [process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
+    }
 
 
 class Engine:
-    """Wraps model and optimizer; all ranks must reach every call but `log` and `full_state_dict`.
+    """Wraps model and optimizer; all ranks must reach every call but `log`.
 
     Args:
         accelerator: from `start_accelerator`.
@@ -148,11 +129,14 @@ class Engine:
         self.gradient_clipping = gradient_clipping or math.inf
         self.model = model.to(accelerator.device)
         self.optimizer = optimizer
+        self._wrap()
+
+    def _wrap(self) -> None:
         with warnings.catch_warnings():
             # Accelerate knows the option by its old name only.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers")
-            self._wrapped_model, self._wrapped_optimizer = accelerator.prepare(
-                self.model, optimizer
+            self._wrapped_model, self._wrapped_optimizer = self.accelerator.prepare(
+                self.model, self.optimizer
             )
 
     @property
@@ -194,33 +178,40 @@ class Engine:
         """One optimizer step with the gradients so far; returns their global norm before clipping.
 
         Raises:
-            FloatingPointError: the norm is not finite; nothing was changed.
+            FloatingPointError: the norm is not finite; nothing was changed, the gradients are gone.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self._set_learning_rate(learning_rate)
         norm = self.accelerator.clip_grad_norm_(
             self._wrapped_model.parameters(), self.gradient_clipping
         ).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}")
-        self._wrapped_optimizer.step()
+        if math.isfinite(norm):
+            self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad()
+        refuse_non_finite_norm(norm)
         return norm
 
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
     def fragments(self) -> Iterator[Fragment]:
-        """Every trained parameter and its optimizer moments, as far as this rank holds them."""
+        """Every parameter and the moments of those that are trained, as far as this rank holds
+        them."""
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            state = self.optimizer.state[parameter]
-            if not state:  # as AdamW makes it at its first step
-                state["step"] = torch.tensor(0.0, device=parameter.device)
-                state |= {moment: torch.zeros_like(parameter) for moment in OPTIMIZER_MOMENTS}
-            for key, values in [
-                ("parameter", parameter.data),
-                *((moment, state[moment]) for moment in OPTIMIZER_MOMENTS),
-            ]:
+            whole = {"parameter": parameter.data}
+            if parameter.requires_grad:
+                state = self._state_of(parameter)
+                whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
+            for key, values in whole.items():
                 yield Fragment(name, key, values.view(-1), 0, values.numel())
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The optimizer's state of a tensor it updates; before its first step, as it will begin."""
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0, device=parameter.device)
+            state |= {moment: torch.zeros_like(parameter) for moment in OPTIMIZER_MOMENTS}
+        return state
 
     def after_load(self, *, num_steps_done: int) -> None:
         """To be called when `fragments` were written to: sets the optimizer's step count."""
@@ -228,8 +219,16 @@ class Engine:
             state["step"].fill_(float(num_steps_done))
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers by name, on the CPU."""
+        """Parameters and saved buffers by name, on the CPU; complete on the main process."""
         return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+
+    def full_moments(self) -> dict[str, Tensor]:
+        """ "<moment>/<parameter>" -> flat tensor, on the CPU; complete on the main process."""
+        return {
+            f"{fragment.key}/{fragment.name}": fragment.values.detach().cpu()
+            for fragment in self.fragments()
+            if fragment.key != "parameter"
+        }
 
     def init_trackers(self, config: PretrainConfig) -> None:
         """Opens the configured trackers and shows them the config."""
@@ -259,11 +258,43 @@ class Engine:
         del group
 
 
-def check_trackers(config: PretrainConfig) -> None:
+def refuse_non_finite_norm(norm: float) -> None:
     """
     Raises:
-        InputError: a tracker's package is not installed.
+        FloatingPointError: it is infinite or no number.
     """
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm}")
+
+
+def build_engine(
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    *,
+    model: ContrastiveModel,
+    optimizer: torch.optim.Optimizer,
+) -> Engine:
+    """The engine of engine.strategy, around a model and an optimizer over its parameters."""
+    kind = Engine
+    if config.engine.strategy != "ddp":
+        from pretrain.engine_zero import ZeroEngine
+
+        kind = ZeroEngine
+    return kind(
+        accelerator,
+        model=model,
+        optimizer=optimizer,
+        gradient_clipping=config.optimizer.gradient_clipping,
+    )
+
+
+def check_engine(config: PretrainConfig) -> None:
+    """Checks, without starting anything, what the engine will be asked for.
+
+    Raises:
+        InputError: engine.deepspeed_config is wrong, or a tracker's package is not installed.
+    """
+    read_deepspeed_file(config)
     from accelerate.utils import is_wandb_available
 
     if "wandb" in config.run.trackers and not is_wandb_available():

@@ -20,7 +20,7 @@ from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.device_copy import copy_ahead
-from pretrain.engine import Engine, check_trackers, start_accelerator
+from pretrain.engine import Engine, build_engine, check_engine, start_accelerator
 from pretrain.epoch_account import EpochAccount
 from pretrain.fetching_ahead import check_room
 from pretrain.gather import gather_objects, on_main_process, rank, world_size
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig) -> None:
         RunError: the run cannot go on.
     """
     check_output_folder(config.run.folder, key="run.folder")
-    check_trackers(config)
+    check_engine(config)
     tokenizer = build_tokenizer(config.model.text)
     # After the tokenizer, whose imports the loader shares, and before threads and connections.
     with start_loader(config.loading) as load_steps:
@@ -62,12 +62,8 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_model(config, tokenizer=tokenizer)
     run = open_run(config, dataset, validation_sets, hosts=hosts)
-    engine = Engine(
-        accelerator,
-        model=model,
-        optimizer=build_optimizer(config, model),
-        gradient_clipping=config.optimizer.gradient_clipping,
-    )
+    optimizer = build_optimizer(config, model)
+    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     engine.init_trackers(config)
     with closing(engine):
         first_step = resume(config, engine)
@@ -205,18 +201,16 @@ def train_step(
 def write_checkpoint(
     config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
 ) -> None:
-    """Writes a checkpoint on the main process while the others wait; every rank must call it."""
-    on_main_process(
-        lambda: save_checkpoint(
-            config, engine=engine, tokenizer=tokenizer, step=run.num_steps_done, marks=run.marks
-        )
+    """Writes a checkpoint of all ranks' state; every rank must call it."""
+    save_checkpoint(
+        config, engine=engine, tokenizer=tokenizer, step=run.num_steps_done, marks=run.marks
     )
 
 
 def dry_run(config: PretrainConfig) -> None:
     """Builds everything but the process group, and prints the derived numbers."""
     check_output_folder(config.run.folder, key="run.folder")
-    check_trackers(config)
+    check_engine(config)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)

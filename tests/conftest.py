@@ -3,7 +3,12 @@ import os
 import pytest
 
 # Before torch is imported: tests run on the CPU, one thread per process, and report to nobody.
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+os.environ |= {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+}
 
 # Its plugin imports it when tests end; Python 3.11.7's parser can fail that late (gh-106905).
 import hypothesis  # noqa: F401

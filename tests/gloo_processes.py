@@ -14,14 +14,29 @@ from typing import Any
 TIMEOUT_SECONDS = 40
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pretrain.train", "timm", "open_clip", "torch._dynamo"])
+_context.set_forkserver_preload(
+    [
+        "pretrain.train",
+        "pretrain.engine_zero",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "timm",
+        "open_clip",
+        "torch._dynamo",
+    ]
+)
 
 
 class WorkerFailedError(AssertionError):
     """A process raised; the message holds its traceback."""
 
 
-def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_in_processes(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> list[Any]:
     """[ranks] what `function(*arguments)` returns on each rank of a fresh process group."""
     os.environ["OMP_NUM_THREADS"] = "1"
     port = _free_port()
@@ -36,7 +51,7 @@ def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: 
         pipes.append(receiver)
         processes.append(process)
     try:
-        outcomes = [_receive(pipe, rank) for rank, pipe in enumerate(pipes)]
+        outcomes = [_receive(pipe, rank, timeout_seconds) for rank, pipe in enumerate(pipes)]
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -49,10 +64,10 @@ def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: 
     return [result for _, result in outcomes]
 
 
-def _receive(pipe: Any, rank: int) -> tuple[bool, Any]:
+def _receive(pipe: Any, rank: int, timeout_seconds: float) -> tuple[bool, Any]:
     """(whether the function returned, its result or why it did not)"""
-    if not pipe.poll(TIMEOUT_SECONDS):
-        return False, f"rank {rank} gave no result within {TIMEOUT_SECONDS} s"
+    if not pipe.poll(timeout_seconds):
+        return False, f"rank {rank} gave no result within {timeout_seconds} s"
     try:
         is_done, result = pickle.loads(pipe.recv_bytes())
     except EOFError:

@@ -5,7 +5,8 @@ import pytest
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
-from pretrain.engine import _adopt_slurm_environment, check_trackers, start_accelerator
+from pretrain.engine import check_engine, start_accelerator
+from pretrain.launcher import adopt_slurm_environment
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ SRUN = {
 
 def test_srun_alone_is_enough(scontrol):
     environment = dict(SRUN)
-    _adopt_slurm_environment(environment)
+    adopt_slurm_environment(environment)
     assert {key: environment[key] for key in environment.keys() - SRUN.keys()} == {
         "RANK": "3",
         "WORLD_SIZE": "4",
@@ -48,7 +49,7 @@ def test_srun_alone_is_enough(scontrol):
 )
 def test_otherwise_the_environment_is_left_alone(environment):
     adopted = dict(environment)
-    _adopt_slurm_environment(adopted)
+    adopt_slurm_environment(adopted)
     assert adopted == environment
 
 
@@ -64,4 +65,4 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     run = config.run.model_copy(update={"trackers": ["wandb"]})
     config = config.model_copy(update={"run": run})
     with pytest.raises(InputError, match="wandb is not installed; pip install"):
-        check_trackers(config)
+        check_engine(config)

@@ -1,0 +1,223 @@
+"""DeepSpeed's stages against one process: gradients, norms, clamps, fragments, whole runs."""
+
+import json
+import math
+import os
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from gloo_processes import WorkerFailedError, run_in_processes
+from safetensors.torch import load_file
+from test_pretrain_train import assert_same_run, train
+from toy_run import toy_config
+
+from data_prep.config_file import ConfigError, InputError
+from pretrain.config import PretrainConfig
+from pretrain.deepspeed_config import deepspeed_settings
+from pretrain.engine import check_engine
+from pretrain.model import build_model
+from pretrain.tokenizer import build_tokenizer
+
+HIGHEST_SCALE = 1.0001
+# DeepSpeed's hooks of stage 3 are slow on a busy machine.
+TIMEOUT_SECONDS = 120
+# Prefetching walks through the whole model at every module; no parameter is whole between uses.
+STAGE_3 = {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+ON_CPU = {"device": "cpu", "pin_memory": False}
+
+
+def observe(config):
+    """What an engine does in a step, in one whose gradient is not finite, and in another step.
+
+    No clipping, so that the first moments are a tenth of the first gradient.
+    """
+    from pretrain.engine import build_engine, start_accelerator
+    from pretrain.gradient_cache import backward_of_step, micro_batches
+    from pretrain.model import build_model
+    from pretrain.optimizer import build_optimizer
+    from pretrain.pair_loader import StepDataset
+    from pretrain.tokenizer import build_tokenizer
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(config.run.folder)  # where DeepSpeed would compile
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer)
+    optimizer = build_optimizer(config, model)
+    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
+
+    seen["loss"] = backward_of_step(engine, dataset[0], config).total
+    seen["norm"] = engine.step(learning_rate=1e-3)
+    moments = engine.full_moments()
+    seen["gradient"] = {
+        name.partition("/")[2]: 10 * values.numpy()
+        for name, values in moments.items()
+        if name.startswith("exp_avg/")
+    }
+    before = copies(engine)
+    [piece] = micro_batches(dataset[1], num_pieces=1, trims_captions=False)
+    features = engine.forward(piece)
+    engine.backward(sum(each.sum() for group in features.values() for each in group) * math.nan)
+    with pytest.raises(FloatingPointError, match="gradient norm is"):
+        engine.step(learning_rate=1e-3)
+    after = copies(engine)
+    seen["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backward_of_step(engine, dataset[2], config)
+        seen["last norm"] = engine.step(learning_rate=1e-3)
+    seen["collectives"] = Counter(
+        event.name for event in profile.events() if event.name.startswith("c10d::")
+    )
+    seen["parameters"] = {name: values.numpy() for name, values in copies(engine).items()}
+    seen["fragments"] = [
+        (part.key, part.name, part.offset, len(part.values), part.total)
+        for part in engine.fragments()
+    ]
+    engine.close()
+    seen["compiled"] = list(config.run.folder.rglob("*.so"))
+    return seen
+
+
+def copies(engine):
+    state = engine.full_state_dict() | engine.full_moments()
+    return {name: values.clone() for name, values in state.items()}
+
+
+def config_of(toy_data, folder, strategy, *, precision="fp32", tuning=None, **sections):
+    folder.mkdir(exist_ok=True)
+    engine = {"strategy": strategy, "precision": precision}
+    if tuning is not None:
+        (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": tuning}))
+        engine["deepspeed_config"] = folder / "deepspeed.json"
+    return toy_config(toy_data, folder / "run", engine=engine, **sections)
+
+
+def observed(toy_data, folder, num_processes, strategy, **changes):
+    """[ranks] what `observe` sees, with a frozen tower and scales that every step would take out of
+    their bounds."""
+    model = toy_config(toy_data, folder).model.model_dump()
+    model["logit_scale"] = {"initial": 1.0, "maximum": HIGHEST_SCALE}
+    model["audio"]["frozen"] = True
+    optimizer = {"gradient_clipping": None}
+    config = config_of(toy_data, folder, strategy, model=model, optimizer=optimizer, **changes)
+    return run_in_processes(num_processes, observe, config, timeout_seconds=TIMEOUT_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def alone(toy_data, tmp_path_factory):
+    [seen] = observed(toy_data, tmp_path_factory.mktemp("alone"), 1, "ddp")
+    return seen
+
+
+def assert_same_gradient(seen, expected, *, share=1e-5):
+    """Every parameter's within a share of its length, or of a thousandth of the whole's."""
+    assert seen["norm"] == pytest.approx(expected["norm"], rel=share)
+    assert seen["gradient"].keys() == expected["gradient"].keys()
+    for name, truth in expected["gradient"].items():
+        length = max(np.linalg.norm(truth), 1e-3 * expected["norm"])
+        error = np.linalg.norm(seen["gradient"][name].ravel() - truth.ravel())
+        assert error <= share * length, name
+
+
+def assert_fragments_tile(ranks, *, is_replicated):
+    """The fragments of all ranks cover every tensor, once unless each rank holds all of it."""
+    held = defaultdict(list)
+    for seen in ranks[:1] if is_replicated else ranks:
+        for key, name, offset, length, total in seen["fragments"]:
+            held[key, name, total].append((offset, length))
+    assert held.keys() >= {("exp_avg", name, v.size) for name, v in ranks[0]["gradient"].items()}
+    for (_, name, total), pieces in held.items():
+        if name.startswith("towers.audio.backbone."):  # frozen: perhaps whole on every rank
+            pieces = sorted(set(pieces))
+        end = 0
+        for offset, length in sorted(pieces):
+            assert offset == end, name
+            end += length
+        assert end == total, name
+
+
+STRATEGIES = {
+    "ddp": (2, "ddp", {"micro_batch_size": 3}),
+    "zero0": (2, "zero0", {"micro_batch_size": 3}),
+    "zero1, one pair at a time": (2, "zero1", {"micro_batch_size": 1}),
+    "zero2, 3 processes, small buckets": (
+        3,
+        "zero2",
+        {
+            "micro_batch_size": 3,
+            "tuning": {
+                "reduce_bucket_size": 5000,
+                "allgather_bucket_size": 5000,
+                "overlap_comm": True,
+                "contiguous_gradients": False,
+            },
+        },
+    ),
+    "zero2, optimizer offloaded": (
+        2,
+        "zero2",
+        {"micro_batch_size": 3, "tuning": {"offload_optimizer": ON_CPU}},
+    ),
+    "zero3": (2, "zero3", {"micro_batch_size": 3, "tuning": STAGE_3}),
+    "zero3, all offloaded": (
+        2,
+        "zero3",
+        {
+            "tuning": {
+                "stage3_prefetch_bucket_size": 0,
+                "offload_optimizer": ON_CPU,
+                "offload_param": ON_CPU,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRATEGIES)
+def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, alone, case):
+    num_processes, strategy, changes = STRATEGIES[case]
+    ranks = observed(toy_data, tmp_path, num_processes, strategy, **changes)
+    assert_fragments_tile(ranks, is_replicated=strategy in ("ddp", "zero0"))
+    for other in ranks[1:]:
+        assert (other["norm"], other["last norm"]) == (ranks[0]["norm"], ranks[0]["last norm"])
+    seen = ranks[0]
+    assert_same_gradient(seen, alone)
+    assert seen["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    # A gradient that is not finite leaves everything as it was, and nothing for the next step.
+    assert seen["changed"] == alone["changed"] == []
+    assert seen["last norm"] == pytest.approx(alone["last norm"], rel=1e-5)
+    for name, values in alone["parameters"].items():
+        if name.startswith("log_logit_scale."):
+            assert values[0] in (0.0, np.float32(math.log(HIGHEST_SCALE)))
+            assert seen["parameters"][name] == values
+        elif not name.endswith("in_proj_bias"):  # of the key biases, Adam sees rounding noise
+            np.testing.assert_allclose(
+                seen["parameters"][name].ravel(), values.ravel(), atol=1e-5, rtol=1e-4, err_msg=name
+            )
+    assert seen["compiled"] == []
+
+
+def test_micro_batches_are_reduced_once(toy_data, tmp_path):
+    """Counted: as many collectives as without micro-batches, but for ZeRO-3's gathers."""
+    for strategy in ("zero1", "zero2"):
+        counts = [
+            observed(toy_data, tmp_path / f"{strategy} {size}", 2, strategy, micro_batch_size=size)[
+                0
+            ]["collectives"]
+            for size in ("auto", 3)
+        ]
+        assert counts[0] == counts[1]
+
+
+def test_bfloat16_is_autocast_alone(toy_data, tmp_path):
+    """Parameters, moments and reductions stay float32: the gradient is that of the other engine."""
+    [expected, _] = observed(toy_data, tmp_path / "ddp", 2, "ddp", precision="bf16")
+    for strategy in ("zero1", "zero2"):
+        [seen, _] = observed(toy_data, tmp_path / strategy, 2, strategy, precision="bf16")
+        assert seen["dtypes"] == {"torch.float32"}
+        assert_same_gradient(seen, expected)
