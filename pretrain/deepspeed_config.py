@@ -63,7 +63,6 @@ class ZeroTuning(DeepSpeedSection):
     reduce_bucket_size: PositiveInt | None = None  # elements
     allgather_bucket_size: PositiveInt | None = None  # elements
     overlap_comm: bool | None = None  # reduce while the backward pass goes on
-    contiguous_gradients: bool | None = None
     reduce_scatter: bool | None = None
     offload_optimizer: Offload | None = None
     offload_param: Offload | None = None

@@ -8,15 +8,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from gloo_processes import WorkerFailedError, run_in_processes
-from safetensors.torch import load_file
-from test_pretrain_train import assert_same_run, train
+from gloo_processes import run_in_processes
 from toy_run import toy_config
 
-from data_prep.config_file import ConfigError, InputError
-from pretrain.config import PretrainConfig
-from pretrain.deepspeed_config import deepspeed_settings
-from pretrain.engine import check_engine
 from pretrain.model import build_model
 from pretrain.tokenizer import build_tokenizer
 
@@ -35,10 +29,8 @@ def observe(config):
     """
     from pretrain.engine import build_engine, start_accelerator
     from pretrain.gradient_cache import backward_of_step, micro_batches
-    from pretrain.model import build_model
     from pretrain.optimizer import build_optimizer
     from pretrain.pair_loader import StepDataset
-    from pretrain.tokenizer import build_tokenizer
 
     os.environ["TORCH_EXTENSIONS_DIR"] = str(config.run.folder)  # where DeepSpeed would compile
     accelerator = start_accelerator(config)
@@ -154,7 +146,7 @@ STRATEGIES = {
                 "reduce_bucket_size": 5000,
                 "allgather_bucket_size": 5000,
                 "overlap_comm": True,
-                "contiguous_gradients": False,
+                "reduce_scatter": False,
             },
         },
     ),
