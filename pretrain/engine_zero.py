@@ -124,7 +124,8 @@ class ZeroEngine(Engine):
                 state = self._state_of(flat)
                 whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
             for key, values in whole.items():
-                yield Fragment(name, key, values.narrow(0, start, length), offset, total)
+                held = values.detach().narrow(0, start, length)
+                yield Fragment(name, key, held, offset, total)
 
     def _place_at_stages_1_and_2(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
         """(flat tensor, place of the fragment in it, place of the fragment in the parameter, its
