@@ -5,11 +5,27 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from data_prep.config_file import InputError
 
 PLAIN_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # Accelerate's names
+
+
+def adopt_environment(environment: MutableMapping[str, str], *, needs_group: bool) -> None:
+    """Makes of any launcher's environment the one that torchrun would have made.
+
+    Args:
+        environment: changed in place.
+        needs_group: whether a process that is alone must have a process group as well.
+
+    Raises:
+        InputError: the launcher's word is not enough, or it started fewer than it was asked for.
+    """
+    adopt_slurm_environment(environment)
+    refuse_lone_start(environment)
+    if needs_group:
+        become_group_of_one(environment)
 
 
 def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
@@ -39,6 +55,21 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment["LOCAL_WORLD_SIZE"] = tasks_per_node.group() if tasks_per_node else "1"
+
+
+def refuse_lone_start(environment: Mapping[str, str]) -> None:
+    """Notices `accelerate launch --cpu --num_processes 2`, which starts one process: it names the
+    address at which the others would be met, but starts none.
+
+    Raises:
+        InputError: with how to start several.
+    """
+    is_alone = "RANK" not in environment
+    if is_alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
+        raise InputError(
+            "accelerate launch --cpu was asked for several processes and has started one; use "
+            "configs/accelerate/two_processes.yaml or torchrun, or leave --num_processes out"
+        )
 
 
 def become_group_of_one(environment: MutableMapping[str, str]) -> None:

@@ -125,7 +125,7 @@ class RunFolder:
             "attempt": self.attempt,
             "started": _now(),
             "world_size": len(hosts),
-            "strategy": "ddp" if len(hosts) > 1 else "single process",
+            "strategy": config.engine.strategy,
             "hosts": sorted(set(hosts)),
             "from_step": None,
             "to_step": None,

@@ -4,7 +4,6 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +13,13 @@ from safetensors.torch import load_file
 from test_pretrain_train import assert_same_run, train
 from toy_run import toy_config
 
-from data_prep.config_file import ConfigError, InputError
-from pretrain.deepspeed_config import deepspeed_settings
-from pretrain.engine import build_engine, check_engine, start_accelerator
+from pretrain.engine import build_engine, start_accelerator
 from pretrain.gradient_cache import backward_of_step, micro_batches
-from pretrain.launcher import refuse_unfit_processes
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer
 from pretrain.pair_loader import StepDataset
 from pretrain.tokenizer import build_tokenizer
 
-ROOT = Path(__file__).parent.parent
 HIGHEST_SCALE = 1.0001
 # DeepSpeed's hooks of stage 3 are slow on a busy machine.
 TIMEOUT_SECONDS = 120
@@ -201,24 +196,22 @@ def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, 
 
 
 def test_micro_batches_are_reduced_once(toy_data, tmp_path):
-    """Counted: as many collectives as without micro-batches, but for ZeRO-3's gathers."""
-    for strategy in ("zero1", "zero2"):
-        counts = [
-            observed(toy_data, tmp_path / f"{strategy} {size}", 2, strategy, micro_batch_size=size)[
-                0
-            ]["collectives"]
-            for size in ("auto", 3)
-        ]
-        assert counts[0] == counts[1]
+    """Counted: as many collectives as without micro-batches."""
+    whole, pieces = (
+        observed(toy_data, tmp_path / str(size), 2, "zero2", micro_batch_size=size)[0]
+        for size in ("auto", 3)
+    )
+    assert pieces["collectives"] == whole["collectives"]
 
 
 def test_bfloat16_is_autocast_alone(toy_data, tmp_path):
     """Parameters, moments and reductions stay float32: the gradient is that of the other engine."""
-    [expected, _] = observed(toy_data, tmp_path / "ddp", 2, "ddp", precision="bf16")
-    for strategy in ("zero1", "zero2"):
-        [seen, _] = observed(toy_data, tmp_path / strategy, 2, strategy, precision="bf16")
-        assert seen["dtypes"] == {"torch.float32"}
-        assert_same_gradient(seen, expected)
+    expected, seen = (
+        observed(toy_data, tmp_path / strategy, 2, strategy, precision="bf16")[0]
+        for strategy in ("ddp", "zero2")
+    )
+    assert seen["dtypes"] == {"torch.float32"}
+    assert_same_gradient(seen, expected)
 
 
 # --------------------------------------------------------------------------------- whole runs
@@ -259,7 +252,7 @@ def assert_same_end(toy_data, folder, expected):
     ("num_processes", "strategy", "sections"),
     [
         (2, "zero0", {}),
-        (3, "zero1", {"micro_batch_size": 1}),
+        (2, "zero1", {"micro_batch_size": 8}),
         (2, "zero2", {"micro_batch_size": 3}),
         (2, "zero3", {"tuning": STAGE_3}),
         (1, "zero2", {"micro_batch_size": 6}),
@@ -280,72 +273,6 @@ def test_a_run_goes_on_under_other_strategies_as_if_it_had_never_stopped(
     run(toy_data, tmp_path, 3, "zero2", stop_after_step=14)
     folder = run(toy_data, tmp_path, 1, "ddp")
     assert_same_end(toy_data, folder, run_alone)
-
-
-# -------------------------------------------------------------------------------- what is refused
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ({"gradient_clipping": 1.0}, r"gradient_clipping=1\.0: .* optimizer\.gradient_clipping"),
-        ({"train_batch_size": 64}, r"train_batch_size=64: .*\.global_batch_size; remove"),
-        ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2: .* micro_batch_size"),
-        ({"bf16": {"enabled": True}}, r"bf16=.* engine\.precision"),
-        ({"zero_optimization": {"stage": 3}}, r"zero_optimization: stage=3: .* engine\.strategy"),
-        ({"zero_optimization": {"zero_quantized_gradients": True}}, "unknown key 'zero_quantized"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device: .*'nvme'"),
-        ({"zero_optimization": {"stage3_prefetch_bucket_size": 1}}, "zero3 alone, found zero2"),
-    ],
-)
-def test_a_deepspeed_file_tunes_and_nothing_else(toy_data, tmp_path, content, expected):
-    (tmp_path / "deepspeed.json").write_text(json.dumps(content))
-    engine = {"strategy": "zero2", "deepspeed_config": tmp_path / "deepspeed.json"}
-    with pytest.raises(ConfigError, match=expected):
-        check_engine(toy_config(toy_data, tmp_path / "run", engine=engine))
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "zero0"])
-def test_a_deepspeed_file_without_effect_is_refused(toy_data, tmp_path, strategy):
-    with pytest.raises(ConfigError, match=f"nothing in it has an effect .*{strategy}"):
-        check_engine(config_of(toy_data, tmp_path, strategy, tuning={}))
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=str)
-def test_every_deepspeed_file_that_comes_along_is_accepted(toy_data, tmp_path, path):
-    strategy = path.stem.partition("_")[0]
-    engine = {"strategy": strategy, "deepspeed_config": path, "precision": "bf16"}
-    settings = deepspeed_settings(toy_config(toy_data, tmp_path / "run", engine=engine))
-    assert settings["zero_optimization"]["stage"] == int(strategy[-1])
-    assert settings["torch_autocast"]["lower_precision_safe_modules"] == []
-
-
-FITTING = {
-    "strategy": "zero2",
-    "device": ("cpu", "cpu"),
-    "num_processes": (2, 2),
-    "distributed_type": "DEEPSPEED",
-    "accumulation_steps": 1,
-}
-
-
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ({"num_processes": (2, 1)}, "WORLD_SIZE=2 processes, Accelerate sees 1; start with"),
-        ({"accumulation_steps": 4}, "gradient_accumulation_steps=4 .*; unset it"),
-        (
-            {"distributed_type": "MULTI_CPU"},
-            "distributed_type=MULTI_CPU; expected one of DEEPSPEED",
-        ),
-        ({"strategy": "ddp"}, "distributed_type=DEEPSPEED; expected one of NO, MULTI_CPU"),
-        ({"device": ("cpu", "cuda")}, "engine.device=cpu .* takes cuda; hide the GPUs"),
-    ],
-)
-def test_processes_that_would_take_another_gradient_are_refused(found, expected):
-    refuse_unfit_processes(**FITTING)
-    with pytest.raises(InputError, match=expected):
-        refuse_unfit_processes(**FITTING | found)
 
 
 def test_a_deepspeed_file_of_the_launcher_is_refused(toy_data, tmp_path):
