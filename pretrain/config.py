@@ -30,6 +30,8 @@ Location = Annotated[
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+# With it exp(-2 * scale), an entry of a softmax's sums, is just above float64's smallest number.
+LARGEST_LOGIT_SCALE = 340.0
 # Mean and deviation of RGB in [0, 1] that CLIP's image towers expect (Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,7 +76,8 @@ class LogitScale(Section):
     """The learned inverse temperature, one per pairing, kept as its logarithm."""
 
     initial: PositiveFloat = 1 / 0.07
-    maximum: PositiveFloat = 100.0  # clamped to [1, maximum] in the optimizer step
+    # clamped to [1, maximum] in the optimizer step
+    maximum: float = Field(100.0, gt=0, le=LARGEST_LOGIT_SCALE)
 
     @model_validator(mode="after")
     def _starts_within_bounds(self) -> LogitScale:
@@ -93,6 +96,7 @@ class Model(Section):
     audio: MediaTower | None = None
     text: TextTower
     logit_scale: LogitScale = LogitScale()
+    initial_logit_bias: float = -10.0  # learned, one per pairing with the sigmoid loss
 
 
 # ------------------------------------------------------------------------------------ transforms
@@ -242,10 +246,25 @@ class Pairing(Section):
     """A stream of (media, caption) pairs and the loss over it."""
 
     global_batch_size: PositiveInt  # pairs contrasted with one another in a step
-    loss: Literal["softmax"] = "softmax"
+    # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
+    # with model.logit_scale.initial: 10
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: Decay = 0.0  # of the softmaxes' targets, spread over the batch
+    # What pairs of a batch with the same caption or the same media are to one another: negatives,
+    # as in CLIP; positives, as they are to themselves; masked: neither.
+    duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     weight: PositiveFloat = 1.0  # of this loss in the step's sum, or its share of the steps
     sources: Sources
     segments: list[Segment] = []  # may be added to while a run is stopped, but not changed
+
+    @model_validator(mode="after")
+    def _smooths_softmaxes(self) -> Pairing:
+        if self.loss != "softmax" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} with loss={self.loss}: smoothing is for "
+                "loss=softmax alone; set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _segments_in_order(self) -> Pairing:
@@ -343,6 +362,8 @@ class Engine(Section):
     strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = free("ddp")
     deepspeed_config: Path | None = free(None)  # a file like those in configs/deepspeed/
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters stay fp32
+    # How the loss is shared among processes: strip1 computes least, strip2 sends least.
+    loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
     timeout_seconds: PositiveFloat = free(1800.0)  # of a collective, before the run fails
 
 

@@ -88,11 +88,6 @@ def contrastive_loss(
     return _loss_with_figures(value, figures, num_pairs=split.total)
 
 
-def softmax_loss(media: Tensor, text: Tensor, scale: Tensor) -> ContrastiveLoss:
-    """CLIP's symmetric cross entropy over the global batch: `contrastive_loss` by default."""
-    return contrastive_loss(media, text, scale)
-
-
 def choose_mode(split: RowSplit, device: torch.device) -> Mode:
     """The faster mode: on CPUs always the one with fewer products."""
     rows = split.total / len(split.counts)

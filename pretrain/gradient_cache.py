@@ -8,32 +8,20 @@ back-propagated. So micro-batches never change which pairs are contrasted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pretrain.caption_trimming import trimmed_length
 from pretrain.config import PairingName, PretrainConfig
-from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
 from pretrain.engine import Engine
 from pretrain.gather import world_size
 from pretrain.model import PairingFeatures, PairInputs
 from pretrain.pair_batch import PairingBatch, StepBatch
+from pretrain.step_loss import LossTerm, StepLosses, refuse_non_finite, take_losses, terms_of_step
 
 EncoderInputs = Mapping[PairingName, PairInputs]
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """The losses of a step and the temperatures they were taken at."""
-
-    by_pairing: dict[PairingName, ContrastiveLoss]
-    scales: dict[PairingName, float]
-    total: float  # sum of weight * loss: what is minimised
-    for_backward: Tensor
 
 
 def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -> StepLosses:
@@ -52,46 +40,21 @@ def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -
         num_pieces=num_micro_batches(config, num_processes=world_size()),
         trims_captions=engine.model.takes_trimmed_captions,
     )
-    # With one pairing per step, its weight has been used in choosing it.
-    takes_all = config.pairings_per_step == "all"
-    weights = {name: config.pairings[name].weight if takes_all else 1.0 for name in batch.taken}
+    terms = terms_of_step(config, batch)
     if len(pieces) == 1:
-        return backward_whole_batch(engine, pieces[0], weights=weights)
-    return backward_in_micro_batches(engine, pieces, weights=weights)
-
-
-def take_losses(
-    features: Mapping[PairingName, PairingFeatures], *, weights: Mapping[PairingName, float]
-) -> StepLosses:
-    """The loss of every pairing over its global batch; every rank must call it.
-
-    Pairings without a weight have no part in the step. Their towers get a gradient of zero all the
-    same, so that every engine does the same with them.
-    """
-    losses = {name: softmax_loss(*features[name]) for name in weights}
-    parts = [weights[name] * loss.for_backward for name, loss in losses.items()]
-    parts += [_zero_of(features[name]) for name in features if name not in weights]
-    return StepLosses(
-        by_pairing=losses,
-        scales={name: scale.item() for name, (_, _, scale) in features.items()},
-        total=sum(weights[name] * loss.value for name, loss in losses.items()),
-        for_backward=torch.stack([part.sum() for part in parts]).sum(),
-    )
-
-
-def _zero_of(features: PairingFeatures) -> Tensor:
-    return sum(part.sum() for part in features) * 0.0
+        return backward_whole_batch(engine, pieces[0], terms=terms)
+    return backward_in_micro_batches(engine, pieces, terms=terms)
 
 
 def backward_whole_batch(
-    engine: Engine, inputs: EncoderInputs, *, weights: Mapping[PairingName, float]
+    engine: Engine, inputs: EncoderInputs, *, terms: Mapping[PairingName, LossTerm]
 ) -> StepLosses:
     """Encodes this rank's pairs at once and back-propagates the global loss.
 
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
-    losses = take_losses(engine.forward(inputs), weights=weights)
+    losses = take_losses(engine.forward(inputs), terms=terms)
     refuse_non_finite(losses)
     engine.backward(losses.for_backward)
     return losses
@@ -101,7 +64,7 @@ def backward_in_micro_batches(
     engine: Engine,
     pieces: list[EncoderInputs],
     *,
-    weights: Mapping[PairingName, float],
+    terms: Mapping[PairingName, LossTerm],
 ) -> StepLosses:
     """The same gradient from micro-batches; all ranks have equally many.
 
@@ -110,24 +73,13 @@ def backward_in_micro_batches(
     """
     with torch.no_grad():
         encoded = [engine.forward(piece) for piece in pieces]
-    features = {
-        name: tuple(
-            torch.cat([piece[name][part] for piece in encoded]).requires_grad_()
-            for part in range(2)
-        )
-        for name in pieces[0]
-    }
-    scales = {name: encoded[0][name][2].clone().requires_grad_() for name in pieces[0]}
-    losses = take_losses(
-        {name: (*features[name], scales[name]) for name in features}, weights=weights
-    )
+    features = {name: _joined([piece[name] for piece in encoded]) for name in pieces[0]}
+    losses = take_losses(features, terms=terms)
     refuse_non_finite(losses)
     losses.for_backward.backward()
     for number, piece in enumerate(pieces):
         with engine.micro_batch(is_last=number == len(pieces) - 1):
-            engine.backward(
-                _surrogate(engine.forward(piece), features, scales, number, len(pieces))
-            )
+            engine.backward(_surrogate(engine.forward(piece), features, number, len(pieces)))
     return losses
 
 
@@ -161,21 +113,35 @@ def _split(pairs: PairingBatch, num_pieces: int, trims_captions: bool) -> list[P
     return [PairInputs(*each) for each in zip(media, tokens, stripes, strict=True)]
 
 
+def _joined(pieces: list[PairingFeatures]) -> PairingFeatures:
+    """Features of all micro-batches of a pairing, as leaves that collect the loss's gradient."""
+    first = pieces[0]
+    values = (
+        torch.cat([piece.media for piece in pieces]),
+        torch.cat([piece.text for piece in pieces]),
+        first.scale.clone(),
+        None if first.bias is None else first.bias.clone(),
+    )
+    return PairingFeatures(*(None if each is None else each.requires_grad_() for each in values))
+
+
 def _surrogate(
     encoded: Mapping[PairingName, PairingFeatures],
-    features: Mapping[PairingName, tuple[Tensor, Tensor]],
-    scales: Mapping[PairingName, Tensor],
+    features: Mapping[PairingName, PairingFeatures],
     number: int,
     num_pieces: int,
 ) -> Tensor:
     """A scalar whose gradient, at this micro-batch, is that of the loss."""
-    total = torch.zeros((), device=next(iter(scales.values())).device)
-    for name, (media, text, scale) in encoded.items():
-        for part, cached in zip((media, text), features[name], strict=True):
-            total = total + (part * cached.grad.tensor_split(num_pieces)[number]).sum()
-        # Each micro-batch carries its share of the scale's gradient, so that none leaves it out.
-        total = total + (scale * scales[name].grad).sum() / num_pieces
-    return total
+    products = []
+    for name, piece in encoded.items():
+        cached = features[name]
+        for part, whole in ((piece.media, cached.media), (piece.text, cached.text)):
+            products.append(part * whole.grad.tensor_split(num_pieces)[number])
+        # Each micro-batch carries its share of these gradients, so that none leaves them out.
+        products.append(piece.scale * cached.scale.grad / num_pieces)
+        if piece.bias is not None:
+            products.append(piece.bias * cached.bias.grad / num_pieces)
+    return torch.stack([product.sum() for product in products]).sum()
 
 
 def num_micro_batches(config: PretrainConfig, *, num_processes: int) -> int:
@@ -186,13 +152,3 @@ def num_micro_batches(config: PretrainConfig, *, num_processes: int) -> int:
     most_lanes = -(-config.lanes // num_processes)
     most_pairs = most_lanes * max(config.slots_per_lane(name) for name in config.pairings)
     return -(-most_pairs // config.micro_batch_size)
-
-
-def refuse_non_finite(losses: StepLosses) -> None:
-    """
-    Raises:
-        FloatingPointError: a loss is not finite; the same on every rank.
-    """
-    for name, loss in losses.by_pairing.items():
-        if not math.isfinite(loss.value):
-            raise FloatingPointError(f"loss of {name} is {loss.value}")

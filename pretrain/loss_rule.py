@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from pretrain.config import LARGEST_LOGIT_SCALE, Pairing
 from pretrain.loss_passes import Mode
-from pretrain.softmax_sums import LARGEST_LOGIT
 
 Kind = Literal["softmax", "sigmoid"]
 Duplicates = Literal["negatives", "positives", "masked"]
@@ -50,6 +50,11 @@ class LossRule:
             )
 
 
+def rule_of_pairing(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossRule:
+    """The rule that a pairing's config asks for."""
+    return LossRule(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
+
+
 def refuse_unfit(
     media: Tensor,
     text: Tensor,
@@ -70,9 +75,9 @@ def refuse_unfit(
         )
     if rule.kind == "softmax" and bias is not None:
         raise ValueError('a bias does not change the softmax loss; leave it out, or kind="sigmoid"')
-    if rule.kind == "softmax" and abs(scale.item()) > LARGEST_LOGIT:
+    if rule.kind == "softmax" and abs(scale.item()) > LARGEST_LOGIT_SCALE:
         raise ValueError(
-            f"expected a scale of at most {LARGEST_LOGIT:g} for the softmax loss, found "
+            f"expected a scale of at most {LARGEST_LOGIT_SCALE:g} for the softmax loss, found "
             f"{scale.item():g}; set a lower logit_scale.maximum"
         )
     if rule.duplicates != "negatives" and not 1 <= len(keys) <= 2:
@@ -88,9 +93,9 @@ def _refuse_unfit_teacher(media: Tensor, rule: LossRule, teacher: Teacher) -> No
         raise ValueError(f'a teacher is for the softmax loss only, found kind="{rule.kind}"')
     if not 0 < teacher.weight <= 1:
         raise ValueError(f"teacher.weight: expected 0 < x <= 1, found {teacher.weight:g}")
-    if abs(teacher.scale) > LARGEST_LOGIT:
+    if abs(teacher.scale) > LARGEST_LOGIT_SCALE:
         raise ValueError(
-            f"teacher.scale: expected at most {LARGEST_LOGIT:g}, found {teacher.scale:g}"
+            f"teacher.scale: expected at most {LARGEST_LOGIT_SCALE:g}, found {teacher.scale:g}"
         )
     shapes = tuple(teacher.media.shape), tuple(teacher.text.shape)
     if shapes[0] != shapes[1] or shapes[0][:1] != (len(media),):

@@ -24,8 +24,14 @@ from pretrain.towers import (
     save_tower_config,
 )
 
-# (media features [B, D], text features [B, D], inverse temperature [1]), features L2-normalised.
-PairingFeatures = tuple[Tensor, Tensor, Tensor]
+
+class PairingFeatures(NamedTuple):
+    """What a pairing's loss is taken of."""
+
+    media: Tensor  # [B, D], L2-normalised
+    text: Tensor  # [B, D], L2-normalised
+    scale: Tensor  # [1], inverse temperature
+    bias: Tensor | None = None  # [1], of the sigmoid loss
 
 
 class PairInputs(NamedTuple):
@@ -85,6 +91,7 @@ class ContrastiveModel(nn.Module):
         *,
         pairings: list[PairingName],
         initial_scale: float,
+        initial_biases: Mapping[PairingName, float],
         takes_trimmed_captions: bool = False,
     ) -> None:
         super().__init__()
@@ -95,16 +102,20 @@ class ContrastiveModel(nn.Module):
         self.log_logit_scale = nn.ParameterDict(
             {name: nn.Parameter(initial.clone()) for name in pairings}
         )
+        self.logit_bias = nn.ParameterDict(
+            {name: nn.Parameter(torch.full((1,), bias)) for name, bias in initial_biases.items()}
+        )
 
     def forward(
         self, batches: Mapping[PairingName, PairInputs]
     ) -> dict[PairingName, PairingFeatures]:
         """Features of every pairing in the step; B may differ between pairings."""
         return {
-            name: (
+            name: PairingFeatures(
                 self.encode_media(media_of_pairing(name), inputs.media, inputs.stripes),
                 self.encode_text(inputs.tokens),
                 self.log_logit_scale[name].exp(),
+                self.logit_bias[name].clone() if name in self.logit_bias else None,
             )
             for name, inputs in batches.items()
         }
@@ -173,6 +184,11 @@ def build_model(
         towers,
         pairings=list(config.pairings),
         initial_scale=config.model.logit_scale.initial,
+        initial_biases={
+            name: config.model.initial_logit_bias
+            for name, pairing in config.pairings.items()
+            if pairing.loss == "sigmoid"
+        },
         takes_trimmed_captions=takes_trimmed,
     )
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 # Largest |logit| whose exponential, its inverse, and sums of millions of them fit the type well.
 PLAIN_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
-LARGEST_LOGIT = 340.0  # exp(-2 * 340) is just above float64's smallest number
 LOWEST = -1e30  # in place of the maximum of a row without entries
 
 

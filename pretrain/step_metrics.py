@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from pretrain.engine import Engine
 from pretrain.gather import sum_over_ranks
-from pretrain.gradient_cache import StepLosses
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder
 from pretrain.sample_order import format_digest
+from pretrain.step_loss import StepLosses
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,11 @@ class StepReporter:
             "media_to_text_recall@1": {
                 name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
             },
+            "text_to_media_recall@1": {
+                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
+            },
             "logit_scale": outcome.losses.scales,
+            "logit_bias": outcome.losses.biases,
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "data_digest": digest,

@@ -12,14 +12,16 @@ from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
 from data_prep.shard_format import CorruptSampleError
 from pretrain.config import PairingName, PretrainConfig, media_of_pairing
-from pretrain.contrastive_loss import ContrastiveLoss, softmax_loss
+from pretrain.contrastive_loss import ContrastiveLoss, contrastive_loss
 from pretrain.engine import Engine
 from pretrain.gather import rank, world_size
+from pretrain.loss_rule import LossRule
 from pretrain.media_transforms import build_transforms
 from pretrain.model import PairInputs
 from pretrain.shard_cache import ShardCache
 from pretrain.shard_reader import Pair, PairReader
 from pretrain.source_datasets import open_samples
+from pretrain.step_loss import feature_type
 from pretrain.tokenizer import Tokenizer
 
 
@@ -31,6 +33,10 @@ class ValidationSet:
     reader: PairReader
     tokenizer: Tokenizer
     batch_size: int
+    # The plain loss: without label smoothing, and with duplicates as negatives, so that runs that
+    # differ in them can be compared.
+    rule: LossRule
+    feature_type: torch.dtype
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(media, tokens) of this rank's part of each batch; the last batch may be smaller.
@@ -91,7 +97,10 @@ def build_validation_sets(
         )
         if len(reader.samples) == 0:
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
-        sets.append(ValidationSet(name, reader, tokenizer, source.batch_size))
+        rule = LossRule(config.pairings[name].loss, mode=config.engine.loss_mode)
+        sets.append(
+            ValidationSet(name, reader, tokenizer, source.batch_size, rule, feature_type(config))
+        )
     return sets
 
 
@@ -108,7 +117,14 @@ def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
     num_pairs = 0
     for media, tokens in validation_set.batches():
         inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
-        loss = softmax_loss(*engine.forward({name: inputs})[name])
+        features = engine.forward({name: inputs})[name]
+        loss = contrastive_loss(
+            features.media.to(validation_set.feature_type),
+            features.text.to(validation_set.feature_type),
+            features.scale,
+            features.bias,
+            rule=validation_set.rule,
+        )
         for key, value in _figures(loss).items():
             sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
         num_pairs += loss.num_pairs

@@ -15,7 +15,7 @@ from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from pretrain import logit_strips
-from pretrain.contrastive_loss import contrastive_loss, softmax_loss
+from pretrain.contrastive_loss import contrastive_loss
 from pretrain.gather import RowSplit, rank, world_size
 from pretrain.loss_rule import LossRule, Teacher
 
@@ -231,7 +231,9 @@ def test_loss_and_gradients_equal_open_clips_exact_losses(num_processes):
 def test_softmax_loss_equals_hugging_faces():
     media, text = features()
     theirs = image_text_contrastive_loss(20.0 * text @ media.T).item()
-    assert softmax_loss(media, text, torch.tensor([20.0])).value == pytest.approx(theirs, rel=1e-12)
+    assert contrastive_loss(media, text, torch.tensor([20.0])).value == pytest.approx(
+        theirs, rel=1e-12
+    )
 
 
 def test_sigmoid_loss_equals_hugging_faces():
@@ -291,7 +293,7 @@ def test_nothing_cancels_when_training_is_sharp(dtype, largest_row_error):
     truth = dense_loss(*exact, torch.tensor(100.0, dtype=torch.float64))
     truth.backward()
     assert 0.03 < truth.item() < 0.15
-    loss = softmax_loss(*leaves, torch.tensor([100.0]))
+    loss = contrastive_loss(*leaves, torch.tensor([100.0]))
     loss.for_backward.backward()
     assert abs(loss.value - truth.item()) < 1e-7
     for leaf, reference in zip(leaves, exact, strict=True):
@@ -317,9 +319,9 @@ def test_loss_and_gradients_are_finite_for_cosines_from_minus_1_to_1(kind, scale
 
 def test_autocast_around_the_loss_changes_nothing():
     media, text = features(64, 32, dtype=torch.float32)
-    expected = softmax_loss(media, text, torch.tensor([50.0])).value
+    expected = contrastive_loss(media, text, torch.tensor([50.0])).value
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert softmax_loss(media, text, torch.tensor([50.0])).value == expected
+        assert contrastive_loss(media, text, torch.tensor([50.0])).value == expected
 
 
 # --------------------------------------------------------------------------------------- recall
@@ -327,7 +329,7 @@ def test_autocast_around_the_loss_changes_nothing():
 
 def test_a_collapsed_model_is_at_chance():
     same = functional.normalize(torch.rand(700, 40), dim=-1)[:1].expand(700, 40)
-    loss = softmax_loss(same, same, torch.tensor([10.0]))
+    loss = contrastive_loss(same, same, torch.tensor([10.0]))
     assert loss.value == pytest.approx(math.log(700), rel=1e-6)
     assert loss.media_to_text_recall_at_1 == pytest.approx(1 / 700)
     assert loss.text_to_media_recall_at_1 == pytest.approx(1 / 700)

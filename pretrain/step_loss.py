@@ -1,0 +1,115 @@
+"""What a step minimises: the sum of weight * loss over its pairings, each over its global batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.config import PairingName, PretrainConfig
+from pretrain.contrastive_loss import ContrastiveLoss, contrastive_loss
+from pretrain.gather import world_size
+from pretrain.loss_rule import LossRule, rule_of_pairing
+from pretrain.model import PairingFeatures
+from pretrain.pair_batch import PairingBatch, StepBatch
+from pretrain.sample_order import lanes_of_rank
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """The part of one pairing in what a step minimises."""
+
+    weight: float
+    rule: LossRule
+    keys: tuple[Tensor, Tensor]  # of media and captions, each int64 [B]: equal keys, equal content
+    counts: list[int]  # [ranks] pairs of each
+    feature_type: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The losses of a step, and the temperatures and biases they were taken at."""
+
+    by_pairing: dict[PairingName, ContrastiveLoss]
+    scales: dict[PairingName, float]
+    biases: dict[PairingName, float]  # of sigmoid losses
+    total: float  # sum of weight * loss: what is minimised
+    for_backward: Tensor
+
+
+def terms_of_step(config: PretrainConfig, batch: StepBatch) -> dict[PairingName, LossTerm]:
+    """The terms of the pairings that a step takes.
+
+    Args:
+        config: the whole config.
+        batch: this rank's share, on the device.
+    """
+    return {name: _term(config, name, batch.pairings[name]) for name in batch.taken}
+
+
+def _term(config: PretrainConfig, name: PairingName, pairs: PairingBatch) -> LossTerm:
+    pairing, num_ranks = config.pairings[name], world_size()
+    lanes = [lanes_of_rank(r, world_size=num_ranks, lanes=config.lanes) for r in range(num_ranks)]
+    return LossTerm(
+        # With one pairing per step, its weight has been used in choosing it.
+        weight=pairing.weight if config.pairings_per_step == "all" else 1.0,
+        rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
+        keys=(pairs.media_keys, pairs.caption_keys),
+        counts=[len(own) * config.slots_per_lane(name) for own in lanes],
+        feature_type=feature_type(config),
+    )
+
+
+def feature_type(config: PretrainConfig) -> torch.dtype:
+    """Of the features that are contrasted: rounded to what the towers computed in, so that they
+    travel and are multiplied as such. The loss itself is taken in float32."""
+    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+
+
+def take_losses(
+    features: Mapping[PairingName, PairingFeatures], *, terms: Mapping[PairingName, LossTerm]
+) -> StepLosses:
+    """The loss of every pairing over its global batch; every rank must call it.
+
+    Pairings without a term have no part in the step. Their towers get a gradient of zero all the
+    same, so that every engine does the same with them.
+    """
+    losses = {name: _take_loss(features[name], term) for name, term in terms.items()}
+    parts = [terms[name].weight * loss.for_backward for name, loss in losses.items()]
+    parts += [_zero_of(features[name]) for name in features if name not in terms]
+    return StepLosses(
+        by_pairing=losses,
+        scales={name: each.scale.item() for name, each in features.items()},
+        biases={name: each.bias.item() for name, each in features.items() if each.bias is not None},
+        total=sum(terms[name].weight * loss.value for name, loss in losses.items()),
+        for_backward=torch.stack([part.sum() for part in parts]).sum(),
+    )
+
+
+def _take_loss(features: PairingFeatures, term: LossTerm) -> ContrastiveLoss:
+    return contrastive_loss(
+        features.media.to(term.feature_type),
+        features.text.to(term.feature_type),
+        features.scale,
+        features.bias,
+        rule=term.rule,
+        keys=term.keys,
+        counts=term.counts,
+    )
+
+
+def _zero_of(features: PairingFeatures) -> Tensor:
+    return sum(part.sum() for part in features if part is not None) * 0.0
+
+
+def refuse_non_finite(losses: StepLosses) -> None:
+    """
+    Raises:
+        FloatingPointError: a loss is not finite; the same on every rank.
+    """
+    for name, loss in losses.by_pairing.items():
+        if not math.isfinite(loss.value):
+            raise FloatingPointError(f"loss of {name} is {loss.value}")
