@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.gather import RowSplit, RowStream, rows_per_rank, world_size
+from pretrain.gather import RowGather, RowSplit, RowStream, rows_per_rank, world_size
 from pretrain.in_batch_hits import InBatchHits
 from pretrain.logit_strips import Features, LogitTiles, accumulation_type, own_logits
 from pretrain.loss_passes import LossPasses, Mode, Strips
@@ -56,6 +56,7 @@ def contrastive_loss(
     keys: Sequence[Tensor] = (),
     teacher: Teacher | None = None,
     counts: Sequence[int] | None = None,
+    media_gather: RowGather | None = None,
 ) -> ContrastiveLoss:
     """The loss of a pairing over the global batch, with exact gradients for all that need one.
 
@@ -72,6 +73,7 @@ def contrastive_loss(
         teacher: adds its softmaxes to the targets of the softmax loss.
         rule: null for CLIP's softmax loss.
         counts: pairs of each rank, if known; otherwise ranks tell one another.
+        media_gather: from `begin_gather` of the same media, in the same type.
 
     Raises:
         ValueError: shapes or settings do not fit together.
@@ -83,9 +85,25 @@ def contrastive_loss(
     split = RowSplit(tuple(counts))
     if split.total == 0:
         return _loss_of_nothing([media, text, scale, *([] if bias is None else [bias])])
-    inputs = _LossInputs(rule, split, tuple(keys), teacher)
+    inputs = _LossInputs(rule, split, tuple(keys), teacher, media_gather)
     value, figures = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
     return _loss_with_figures(value, figures, num_pairs=split.total)
+
+
+def begin_gather(media: Tensor, *, rule: LossRule, counts: Sequence[int]) -> RowGather | None:
+    """Sends this rank's media to the others while captions are encoded, if they all fit at once.
+
+    Every rank must call it. Without a teacher only: its features travel with the media's.
+
+    Args:
+        media: [B, D], as `contrastive_loss` will be given them.
+        counts: pairs of each rank.
+    """
+    split = RowSplit(tuple(counts))
+    piece_rows = rule.piece_rows or choose_piece_rows(split, width=media.shape[1])
+    if world_size() == 1 or piece_rows < max(counts) or split.total == 0:
+        return None
+    return RowGather([media], split, range(max(counts)))
 
 
 def choose_mode(split: RowSplit, device: torch.device) -> Mode:
@@ -113,6 +131,7 @@ class _LossInputs:
     split: RowSplit
     keys: tuple[Tensor, ...]
     teacher: Teacher | None
+    media_gather: RowGather | None
 
     def passes(self, media: Tensor, text: Tensor, scale: float, bias: float) -> LossPasses:
         rule, split, teacher = self.rule, self.split, self.teacher
@@ -129,7 +148,9 @@ class _LossInputs:
         )
         mode = choose_mode(split, media.device) if rule.mode == "auto" else rule.mode
         piece_rows = rule.piece_rows or choose_piece_rows(split, width=media.shape[1])
-        sides = ((media, teacher and teacher.media), (text, teacher and teacher.text))
+        sides = [(media, teacher and teacher.media), (text, teacher and teacher.text)]
+        if self.media_gather is not None:
+            sides.reverse()  # see loss_passes
         return LossPasses(
             *(Features(split.own.start, own, of_teacher) for own, of_teacher in sides),
             strips=self._strips(positives, duplicates, scale, bias),
@@ -137,6 +158,7 @@ class _LossInputs:
             split=split,
             mode=mode,
             piece_rows=piece_rows,
+            begun=self.media_gather,
         )
 
     def _duplicates(self) -> PairDuplicates | None:
@@ -186,20 +208,26 @@ class _ExactLoss(torch.autograd.Function):
         with torch.autocast(media.device.type, enabled=False):
             if is_training and any(ctx.needs_input_grad):
                 sums = passes.take_value_and_gradients()
+                of_media, of_text = sums.media, sums.text
+                if inputs.media_gather is not None:
+                    of_media, of_text = of_text, of_media
                 # The engine takes the mean over ranks of what each returns.
                 factor = world_size() * strips.gradient_factor
-                of_scale = _dot(sums.media, rows) * factor
+                of_scale = _dot(of_media, rows) * factor
                 of_bias = strips.bias_sum * factor if bias is not None else None
                 gradients = (
-                    sums.media.mul_(factor * numbers[0]).to(media.dtype),
-                    sums.text.mul_(factor * numbers[0]).to(text.dtype),
+                    of_media.mul_(factor * numbers[0]).to(media.dtype),
+                    of_text.mul_(factor * numbers[0]).to(text.dtype),
                     of_scale.to(scale.dtype).reshape(scale.shape),
                     of_bias if bias is None else of_bias.to(bias.dtype).reshape(bias.shape),
                 )
                 ctx.save_for_backward(*gradients)
             else:
                 passes.take_value()
-        figures = torch.stack([strips.value, strips.media_hits, strips.text_hits])
+        hits = [strips.media_hits, strips.text_hits]
+        if inputs.media_gather is not None:
+            hits.reverse()
+        figures = torch.stack([strips.value, *hits])
         ctx.mark_non_differentiable(figures)
         return strips.value.to(accumulation_type(rows)), figures
 

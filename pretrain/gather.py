@@ -236,10 +236,23 @@ class RowStream:
     In one piece, they are gathered once and kept for every later pass.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], split: RowSplit, *, piece_rows: int) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        split: RowSplit,
+        *,
+        piece_rows: int,
+        begun: RowGather | None = None,
+    ) -> None:
+        """
+        Args:
+            begun: a gather of further tensors, all in one piece; they follow the others in blocks.
+        """
         self.tensors, self.split = tensors, split
-        self.pieces = split.pieces(piece_rows)
+        self.pieces = split.pieces(piece_rows) if begun is None else [begun.piece]
         self.kept = self._gather(0) if len(self.pieces) == 1 else None
+        if begun is not None:
+            self.kept = _JoinedGathers(self.kept, begun)
 
     def _gather(self, number: int) -> RowGather:
         return RowGather(self.tensors, self.split, self.pieces[number])
@@ -251,6 +264,18 @@ class RowStream:
             following = self._gather(number + 1) if number + 1 < len(self.pieces) else None
             yield piece, gather.wait()
             gather = following
+
+
+@dataclass(frozen=True)
+class _JoinedGathers:
+    """Two gathers of the same rows, as one."""
+
+    first: RowGather
+    second: RowGather
+
+    def wait(self) -> list[RowBlock]:
+        blocks = zip(self.first.wait(), self.second.wait(), strict=True)
+        return [RowBlock(a.holder, a.first, (*a.tensors, *b.tensors)) for a, b in blocks]
 
 
 class RowSum:

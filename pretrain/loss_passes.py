@@ -10,6 +10,10 @@ same numbers:
 
 strip1 multiplies less, strip2 sends less. Either holds what was gathered until the end, or streams
 it in pieces, once per pass, so that memory does not grow with N.
+
+The loss is the same with media and captions exchanged. Where the media are on their way before the
+captions are encoded, it is they that travel: then "media" below are the captions, and "text" the
+media.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pretrain.gather import RowBlock, RowSplit, RowStream, RowSum
+from pretrain.gather import RowBlock, RowGather, RowSplit, RowStream, RowSum
 from pretrain.logit_strips import Features, LogitTiles, Tile, add_product
 
 Mode = Literal["strip1", "strip2"]
@@ -60,6 +64,7 @@ class LossPasses:
     split: RowSplit
     mode: Mode
     piece_rows: int  # rows of each rank that travel at once
+    begun: RowGather | None = None  # of the captions' features, on their way since earlier
 
     def take_value(self) -> None:
         """The loss and hits alone: one product of the strip. Every rank must reach it."""
@@ -82,15 +87,19 @@ class LossPasses:
 
     def _stream(self, *, with_media: bool) -> RowStream:
         own = self.strips.positives[self.split.own]
-        tensors = [own, self.text.features, self.text.teacher]
+        tensors = [own]
+        if self.begun is None:
+            tensors += [self.text.features, self.text.teacher]
         if with_media:
             tensors += [self.media.features, self.media.teacher]
         present = [tensor for tensor in tensors if tensor is not None]
-        return RowStream(present, self.split, piece_rows=self.piece_rows)
+        return RowStream(present, self.split, piece_rows=self.piece_rows, begun=self.begun)
 
     def _read(self, block: RowBlock) -> list[Features]:
         """Captions, and media if they travelled, of a block; its positives are noted."""
         positives, *features = block.tensors
+        if self.begun is not None:  # they follow what else travels
+            features = [features[-1], *features[:-1]]
         self.strips.positives[block.first : block.first + len(positives)] = positives
         per_side = 1 if self.text.teacher is None else 2
         return [

@@ -15,7 +15,7 @@ from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from pretrain import logit_strips
-from pretrain.contrastive_loss import contrastive_loss
+from pretrain.contrastive_loss import begin_gather, contrastive_loss
 from pretrain.gather import RowSplit, rank, world_size
 from pretrain.loss_rule import LossRule, Teacher
 
@@ -87,7 +87,9 @@ def truth_of_one_process(rule, has_teacher, scale, dtype):
     return loss.item(), leaves, dense_hits(*(leaf.detach() for leaf in leaves[:2]), **options)
 
 
-def errors_on_this_rank(rule, has_teacher, counts, scale, *, dtype=torch.float64):
+def errors_on_this_rank(
+    rule, has_teacher, counts, scale, *, dtype=torch.float64, begins_early=False
+):
     """(worst error of loss and figures, worst error of gradients), against one process."""
     teacher, keys = (toy_teacher() if has_teacher else None), duplicate_keys()
     any_mode = replace(rule, mode="auto", piece_rows=None)
@@ -98,7 +100,8 @@ def errors_on_this_rank(rule, has_teacher, counts, scale, *, dtype=torch.float64
     if has_teacher:
         teacher = replace(teacher, media=teacher.media[own], text=teacher.text[own])
     settings = {"rule": rule, "keys": [key[own] for key in keys], "teacher": teacher}
-    loss = contrastive_loss(*rows, **settings)
+    begun = begin_gather(rows[0], rule=rule, counts=counts) if begins_early else None
+    loss = contrastive_loss(*rows, **settings, media_gather=begun)
     loss.for_backward.backward()
     losses = [loss]
     if rule.mode == "strip1":  # without gradients the mode makes no difference
@@ -155,13 +158,17 @@ def worst_errors(num_processes):
             scale = SCALES[rule.kind][number // 4 % 2]  # the four losses of each setting alike
             errors = errors_on_this_rank(rule, has_teacher, counts, scale)
             found.append((rule, has_teacher, counts, scale, errors))
+            if rule.piece_rows is None and not has_teacher:
+                errors = errors_on_this_rank(rule, False, counts, scale, begins_early=True)
+                found.append((rule, "media begun early", counts, scale, errors))
     return found
 
 
 @pytest.mark.parametrize("num_processes", SPLITS)
 def test_every_rule_gives_the_loss_and_gradients_of_one_process_with_the_whole_batch(num_processes):
     for found in run_in_processes(num_processes, worst_errors, num_processes):
-        assert len(found) == 24 + 24 * len(SPLITS[num_processes])
+        num_begun = 6 + 12 * len(SPLITS[num_processes])
+        assert len(found) == 24 + 24 * len(SPLITS[num_processes]) + num_begun
         for *settings, (value_error, gradient_error) in found:
             assert value_error < 1e-13, settings
             assert gradient_error < 1e-12, settings
