@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +31,7 @@ from data_prep.config_file import InputError
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.deepspeed_config import read_deepspeed_file
 from pretrain.launcher import adopt_environment, refuse_unfit_processes
-from pretrain.model import ContrastiveModel, PairingFeatures, PairInputs
+from pretrain.model import ContrastiveModel, EncoderInputs, OnMedia, PairingFeatures
 
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -145,14 +145,14 @@ class Engine:
         self._wrapped_model.train(is_training)
 
     def forward(
-        self, batches: Mapping[PairingName, PairInputs]
+        self, pieces: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
     ) -> dict[PairingName, PairingFeatures]:
-        """Features of this rank's pairs, for training and validation alike.
+        """Features of this rank's pairs, for training and validation alike (see the model's own).
 
         Always through the wrapper: past it, DistributedDataParallel would leave the gradients of
         the ranks different without a word.
         """
-        return self._wrapped_model(batches)
+        return self._wrapped_model(pieces, on_media=on_media)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Surrounds the forward and backward of one micro-batch: gradients only add up on this rank

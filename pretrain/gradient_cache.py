@@ -17,11 +17,16 @@ from pretrain.caption_trimming import trimmed_length
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.engine import Engine
 from pretrain.gather import world_size
-from pretrain.model import PairingFeatures, PairInputs
+from pretrain.model import EncoderInputs, PairingFeatures, PairInputs
 from pretrain.pair_batch import PairingBatch, StepBatch
-from pretrain.step_loss import LossTerm, StepLosses, refuse_non_finite, take_losses, terms_of_step
-
-EncoderInputs = Mapping[PairingName, PairInputs]
+from pretrain.step_loss import (
+    LossTerm,
+    StepLosses,
+    TravellingMedia,
+    refuse_non_finite,
+    take_losses,
+    terms_of_step,
+)
 
 
 def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -> StepLosses:
@@ -54,7 +59,9 @@ def backward_whole_batch(
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
-    losses = take_losses(engine.forward(inputs), terms=terms)
+    travelling = TravellingMedia(terms)
+    features = engine.forward([inputs], on_media=travelling.begin)
+    losses = take_losses(features, terms=terms, travelling=travelling)
     refuse_non_finite(losses)
     engine.backward(losses.for_backward)
     return losses
@@ -71,15 +78,16 @@ def backward_in_micro_batches(
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
+    travelling = TravellingMedia(terms)
     with torch.no_grad():
-        encoded = [engine.forward(piece) for piece in pieces]
-    features = {name: _joined([piece[name] for piece in encoded]) for name in pieces[0]}
-    losses = take_losses(features, terms=terms)
+        encoded = engine.forward(pieces, on_media=travelling.begin)
+    features = {name: _leaves(values) for name, values in encoded.items()}
+    losses = take_losses(features, terms=terms, travelling=travelling)
     refuse_non_finite(losses)
     losses.for_backward.backward()
     for number, piece in enumerate(pieces):
         with engine.micro_batch(is_last=number == len(pieces) - 1):
-            engine.backward(_surrogate(engine.forward(piece), features, number, len(pieces)))
+            engine.backward(_surrogate(engine.forward([piece]), features, number, len(pieces)))
     return losses
 
 
@@ -113,16 +121,9 @@ def _split(pairs: PairingBatch, num_pieces: int, trims_captions: bool) -> list[P
     return [PairInputs(*each) for each in zip(media, tokens, stripes, strict=True)]
 
 
-def _joined(pieces: list[PairingFeatures]) -> PairingFeatures:
-    """Features of all micro-batches of a pairing, as leaves that collect the loss's gradient."""
-    first = pieces[0]
-    values = (
-        torch.cat([piece.media for piece in pieces]),
-        torch.cat([piece.text for piece in pieces]),
-        first.scale.clone(),
-        None if first.bias is None else first.bias.clone(),
-    )
-    return PairingFeatures(*(None if each is None else each.requires_grad_() for each in values))
+def _leaves(features: PairingFeatures) -> PairingFeatures:
+    """The same values, to collect the loss's gradient."""
+    return PairingFeatures(*(None if each is None else each.requires_grad_() for each in features))
 
 
 def _surrogate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ class PairInputs(NamedTuple):
     media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
     tokens: Tensor  # int64 [B, L]
     stripes: Tensor | None = None  # [B, stripes, 2] of SpecAugment (see pretrain.log_mel)
+
+
+EncoderInputs = Mapping[PairingName, PairInputs]
+OnMedia = Callable[[PairingName, Tensor], None]
 
 
 class NormalizedPixels(nn.Module):
@@ -107,18 +111,28 @@ class ContrastiveModel(nn.Module):
         )
 
     def forward(
-        self, batches: Mapping[PairingName, PairInputs]
+        self, pieces: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
     ) -> dict[PairingName, PairingFeatures]:
-        """Features of every pairing in the step; B may differ between pairings."""
-        return {
-            name: PairingFeatures(
-                self.encode_media(media_of_pairing(name), inputs.media, inputs.stripes),
-                self.encode_text(inputs.tokens),
-                self.log_logit_scale[name].exp(),
-                self.logit_bias[name].clone() if name in self.logit_bias else None,
-            )
-            for name, inputs in batches.items()
-        }
+        """Features of every pairing in the step; B may differ between pairings.
+
+        Args:
+            pieces: micro-batches, encoded one after the other; their features are joined.
+            on_media: told a pairing's media features before its captions are encoded.
+        """
+        return {name: self._encode_pairing(name, pieces, on_media) for name in pieces[0]}
+
+    def _encode_pairing(
+        self, name: PairingName, pieces: Sequence[EncoderInputs], on_media: OnMedia | None
+    ) -> PairingFeatures:
+        kind = media_of_pairing(name)
+        media = torch.cat(
+            [self.encode_media(kind, each[name].media, each[name].stripes) for each in pieces]
+        )
+        if on_media is not None:
+            on_media(name, media)
+        text = torch.cat([self.encode_text(each[name].tokens) for each in pieces])
+        bias = self.logit_bias[name].clone() if name in self.logit_bias else None
+        return PairingFeatures(media, text, self.log_logit_scale[name].exp(), bias)
 
     def encode_media(self, kind: MediaKind, media: Tensor, stripes: Tensor | None = None) -> Tensor:
         """[B, D] L2-normalised embeddings of images or clips (in training perhaps with stripes)."""

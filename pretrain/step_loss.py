@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pretrain.config import PairingName, PretrainConfig
-from pretrain.contrastive_loss import ContrastiveLoss, contrastive_loss
-from pretrain.gather import world_size
+from pretrain.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
+from pretrain.gather import RowGather, world_size
 from pretrain.loss_rule import LossRule, rule_of_pairing
 from pretrain.model import PairingFeatures
 from pretrain.pair_batch import PairingBatch, StepBatch
@@ -69,15 +69,36 @@ def feature_type(config: PretrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
 
 
+class TravellingMedia:
+    """Media features on their way to the other ranks while captions are encoded."""
+
+    def __init__(self, terms: Mapping[PairingName, LossTerm]) -> None:
+        self.terms = terms
+        self.gathers: dict[PairingName, RowGather | None] = {}
+
+    def begin(self, name: PairingName, media: Tensor) -> None:
+        """Sends this rank's [B, D] of a pairing that has a term; every rank must call it."""
+        if name in self.terms:
+            term = self.terms[name]
+            media = media.to(term.feature_type)
+            self.gathers[name] = begin_gather(media, rule=term.rule, counts=term.counts)
+
+
 def take_losses(
-    features: Mapping[PairingName, PairingFeatures], *, terms: Mapping[PairingName, LossTerm]
+    features: Mapping[PairingName, PairingFeatures],
+    *,
+    terms: Mapping[PairingName, LossTerm],
+    travelling: TravellingMedia,
 ) -> StepLosses:
     """The loss of every pairing over its global batch; every rank must call it.
 
     Pairings without a term have no part in the step. Their towers get a gradient of zero all the
     same, so that every engine does the same with them.
     """
-    losses = {name: _take_loss(features[name], term) for name, term in terms.items()}
+    losses = {
+        name: _take_loss(features[name], term, travelling.gathers[name])
+        for name, term in terms.items()
+    }
     parts = [terms[name].weight * loss.for_backward for name, loss in losses.items()]
     parts += [_zero_of(features[name]) for name in features if name not in terms]
     return StepLosses(
@@ -89,7 +110,9 @@ def take_losses(
     )
 
 
-def _take_loss(features: PairingFeatures, term: LossTerm) -> ContrastiveLoss:
+def _take_loss(
+    features: PairingFeatures, term: LossTerm, media_gather: RowGather | None
+) -> ContrastiveLoss:
     return contrastive_loss(
         features.media.to(term.feature_type),
         features.text.to(term.feature_type),
@@ -98,6 +121,7 @@ def _take_loss(features: PairingFeatures, term: LossTerm) -> ContrastiveLoss:
         rule=term.rule,
         keys=term.keys,
         counts=term.counts,
+        media_gather=media_gather,
     )
 
 

@@ -117,7 +117,7 @@ def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
     num_pairs = 0
     for media, tokens in validation_set.batches():
         inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
-        features = engine.forward({name: inputs})[name]
+        features = engine.forward([{name: inputs}])[name]
         loss = contrastive_loss(
             features.media.to(validation_set.feature_type),
             features.text.to(validation_set.feature_type),
