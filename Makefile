@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 PACKAGES = data_prep pretrain eval
 RUN = .venv/bin/python
 
-.PHONY: demo check-demo test lint bench clean
+.PHONY: demo check-demo test test-slow lint bench clean
 
 demo: .venv/ready                ## the whole pipeline, on data it makes: under five minutes
 	@echo "1 of 4  Making pictures, sounds and captions."
@@ -26,6 +26,9 @@ check-demo: demo                 ## fails if the demo's figures are below their 
 
 test: .venv/ready
 	$(RUN) -m pytest
+
+test-slow: .venv/ready           ## every combination of strategies, processes and losses
+	$(RUN) -m pytest -m slow
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .
