@@ -30,7 +30,7 @@ from torch import Tensor
 from data_prep.config_file import InputError
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.deepspeed_config import read_deepspeed_file
-from pretrain.launcher import adopt_environment, refuse_unfit_processes
+from pretrain.launcher import adopt_environment, device_type_of, refuse_unfit_processes
 from pretrain.model import ContrastiveModel, EncoderInputs, OnMedia, PairingFeatures
 
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,11 +54,7 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
         InputError: the device is missing, or launcher and Accelerate disagree on the processes.
     """
     adopt_environment(os.environ, needs_group=config.engine.strategy != "ddp")
-    device = config.engine.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("engine.device=cuda: torch sees no GPU here; use cpu or auto")
+    device = device_type_of(config.engine.device)
     # On CPU Accelerate takes every process for the only one unless the backend is named, and fails
     # without a launcher if it is.
     is_launched = "RANK" in os.environ

@@ -16,7 +16,6 @@ from torch import Tensor
 from pretrain.caption_trimming import trimmed_length
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.engine import Engine
-from pretrain.gather import world_size
 from pretrain.model import EncoderInputs, PairingFeatures, PairInputs
 from pretrain.pair_batch import PairingBatch, StepBatch
 from pretrain.step_loss import (
@@ -29,20 +28,23 @@ from pretrain.step_loss import (
 )
 
 
-def backward_of_step(engine: Engine, batch: StepBatch, config: PretrainConfig) -> StepLosses:
-    """Adds the gradient of a step's loss, encoding at most micro_batch_size pairs at once.
+def backward_of_step(
+    engine: Engine, batch: StepBatch, config: PretrainConfig, *, num_pieces: int
+) -> StepLosses:
+    """Adds the gradient of a step's loss.
 
     Args:
         engine: holds the model.
         batch: this rank's share, on the device.
         config: the whole config.
+        num_pieces: micro-batches that each rank's share is encoded in, equal on all ranks.
 
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
     pieces = micro_batches(
         batch,
-        num_pieces=num_micro_batches(config, num_processes=world_size()),
+        num_pieces=num_pieces,
         trims_captions=engine.model.takes_trimmed_captions,
     )
     terms = terms_of_step(config, batch)
@@ -143,13 +145,3 @@ def _surrogate(
         if piece.bias is not None:
             products.append(piece.bias * cached.bias.grad / num_pieces)
     return torch.stack([product.sum() for product in products]).sum()
-
-
-def num_micro_batches(config: PretrainConfig, *, num_processes: int) -> int:
-    """Micro-batches per step, the same on every rank: enough that none encodes more than
-    micro_batch_size pairs of a pairing at once."""
-    if config.micro_batch_size == "auto":
-        return 1
-    most_lanes = -(-config.lanes // num_processes)
-    most_pairs = most_lanes * max(config.slots_per_lane(name) for name in config.pairings)
-    return -(-most_pairs // config.micro_batch_size)

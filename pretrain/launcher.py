@@ -7,6 +7,8 @@ import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
 
+import torch
+
 from data_prep.config_file import InputError
 
 PLAIN_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # Accelerate's names
@@ -87,6 +89,18 @@ def become_group_of_one(environment: MutableMapping[str, str]) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def device_type_of(asked: str) -> str:
+    """ "cuda" or "cpu", as engine.device asks for.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise InputError("engine.device=cuda: torch sees no GPU here; use cpu or auto")
+    return "cuda" if has_gpu and asked != "cpu" else "cpu"
 
 
 def refuse_unfit_processes(

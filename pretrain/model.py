@@ -95,7 +95,7 @@ class ContrastiveModel(nn.Module):
         *,
         pairings: list[PairingName],
         initial_scale: float,
-        initial_biases: Mapping[PairingName, float],
+        initial_biases: Mapping[PairingName, float] | None = None,
         takes_trimmed_captions: bool = False,
     ) -> None:
         super().__init__()
@@ -107,7 +107,10 @@ class ContrastiveModel(nn.Module):
             {name: nn.Parameter(initial.clone()) for name in pairings}
         )
         self.logit_bias = nn.ParameterDict(
-            {name: nn.Parameter(torch.full((1,), bias)) for name, bias in initial_biases.items()}
+            {
+                name: nn.Parameter(torch.full((1,), bias))
+                for name, bias in (initial_biases or {}).items()
+            }
         )
 
     def forward(

@@ -94,6 +94,7 @@ class RunFolder:
         config: the resolved config.
         fingerprints: of each dataset, by source.
         hosts: name of each process's machine.
+        num_micro_batches: of each step.
         is_writer: whether this is the main process; elsewhere every call does nothing.
     """
 
@@ -103,6 +104,7 @@ class RunFolder:
         *,
         fingerprints: dict[str, str],
         hosts: Sequence[str],
+        num_micro_batches: int,
         is_writer: bool,
     ) -> None:
         self.folder = config.run.folder
@@ -126,6 +128,7 @@ class RunFolder:
             "started": _now(),
             "world_size": len(hosts),
             "strategy": config.engine.strategy,
+            "micro_batches": num_micro_batches,
             "hosts": sorted(set(hosts)),
             "from_step": None,
             "to_step": None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from pretrain.config import PretrainConfig
-from pretrain.gradient_cache import num_micro_batches
+from pretrain.micro_batch_size import estimate_for_plan, pieces_of_size
 from pretrain.model import ContrastiveModel
 from pretrain.pair_batch import step_bytes
 from pretrain.pair_loader import PairingReader, StepDataset
@@ -14,13 +16,29 @@ from pretrain.shard_reader import PairReader
 
 
 def describe_plan(
-    config: PretrainConfig, *, dataset: StepDataset, model: ContrastiveModel, world_size: int
+    config: PretrainConfig,
+    *,
+    dataset: StepDataset,
+    model: ContrastiveModel,
+    device: torch.device,
+    world_size: int,
+    num_processes_here: int,
 ) -> list[str]:
-    """Lines that say how long, how large and how much per step."""
+    """Lines that say how long, how large and how much per step.
+
+    Args:
+        config: the whole config.
+        dataset: the share of rank 0.
+        model: not yet wrapped by an engine.
+        device: where it would be trained.
+        world_size: number of processes.
+        num_processes_here: those of them on this machine.
+    """
     return [
         *_describe_model(model),
         *(line for reader in dataset.pairings.values() for line in _describe(config, reader)),
         *_describe_step(config, dataset, world_size),
+        _describe_micro_batches(config, dataset, model, device, world_size, num_processes_here),
     ]
 
 
@@ -66,21 +84,39 @@ def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int
         len(lanes_of_rank(rank, world_size=world_size, lanes=config.lanes))
         for rank in range(world_size)
     ]
-    pieces = num_micro_batches(config, num_processes=world_size)
     steps = config.schedule.num_steps
     read = sum(_bytes_read(reader, steps) for reader in dataset.pairings.values()) / steps
     ahead_bytes = step_bytes(dataset.layouts) * (config.loading.batches_ahead + 1)
     num_pairs = sum(pairing.global_batch_size for pairing in config.pairings.values())
     feature_bytes = 2 * num_pairs * config.model.embed_dim * 4
-    yield (
-        f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each, "
-        f"{pieces} micro-batches a step"
-    )
+    yield (f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each")
     yield (
         f"a step reads {read / 1e6:.2f} MB from shards and gathers {feature_bytes / 1e6:.2f} MB "
         "of features on every process"
     )
     yield f"batches loaded ahead take up to {ahead_bytes / 1e6:.1f} MB on a process"
+
+
+def _describe_micro_batches(
+    config: PretrainConfig,
+    dataset: StepDataset,
+    model: ContrastiveModel,
+    device: torch.device,
+    world_size: int,
+    num_processes_here: int,
+) -> str:
+    if config.micro_batch_size != "auto":
+        num_pieces = pieces_of_size(config, num_processes=world_size)
+        return f"micro_batch_size {config.micro_batch_size}: {num_pieces} micro-batches a step"
+    estimate = estimate_for_plan(
+        config,
+        model,
+        dataset.layouts,
+        device=device,
+        num_processes=world_size,
+        num_processes_here=num_processes_here,
+    )
+    return f"micro_batch_size auto, on this machine's {device.type}: {estimate.describe()}"
 
 
 def _bytes_read(reader: PairingReader, num_steps: int) -> float:

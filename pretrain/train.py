@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
+import torch
+
 from data_prep.config_file import RunError, check_output_folder, run_command
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
@@ -25,7 +27,9 @@ from pretrain.epoch_account import EpochAccount
 from pretrain.fetching_ahead import check_room
 from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.gradient_cache import backward_of_step
+from pretrain.launcher import device_type_of
 from pretrain.loader_runtimes import LoadSteps, start_loader
+from pretrain.micro_batch_size import choose_num_pieces
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer, learning_rate_at
 from pretrain.pair_batch import StepBatch
@@ -61,7 +65,10 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
     dataset = open_dataset(config, tokenizer, hosts=hosts)
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_model(config, tokenizer=tokenizer)
-    run = open_run(config, dataset, validation_sets, hosts=hosts)
+    num_pieces = choose_num_pieces(
+        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+    )
+    run = open_run(config, dataset, validation_sets, hosts=hosts, num_pieces=num_pieces)
     optimizer = build_optimizer(config, model)
     engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     engine.init_trackers(config)
@@ -69,7 +76,9 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
         first_step = resume(config, engine)
         with run.attempt_from(first_step):
             batches = load_batches(load_steps, config, engine, dataset, run)
-            train_steps(config, engine, dataset, batches, validation_sets, tokenizer, run)
+            train_steps(
+                config, engine, dataset, batches, validation_sets, tokenizer, run, num_pieces
+            )
 
 
 def open_dataset(config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[str]) -> StepDataset:
@@ -92,6 +101,7 @@ def open_run(
     validation_sets: list[ValidationSet],
     *,
     hosts: list[str],
+    num_pieces: int,
 ) -> RunFolder:
     """This attempt's run folder, refused on every rank if it holds another run."""
     fingerprints = dataset.fingerprints() | {
@@ -99,7 +109,13 @@ def open_run(
         for held_out in validation_sets
     }
     on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))
-    return RunFolder(config, fingerprints=fingerprints, hosts=hosts, is_writer=rank() == 0)
+    return RunFolder(
+        config,
+        fingerprints=fingerprints,
+        hosts=hosts,
+        num_micro_batches=num_pieces,
+        is_writer=rank() == 0,
+    )
 
 
 def resume(config: PretrainConfig, engine: Engine) -> int:
@@ -144,6 +160,7 @@ def train_steps(
     validation_sets: list[ValidationSet],
     tokenizer: Tokenizer,
     run: RunFolder,
+    num_pieces: int,
 ) -> None:
     """The training loop; `step` counts the steps done."""
     first_step, last_step = run.num_steps_done, last_step_of(config)
@@ -155,7 +172,7 @@ def train_steps(
     for step in range(first_step + 1, last_step + 1):
         with timer.phase("data"):
             batch = next(batches)
-        outcome = train_step(config, engine, batch, timer)
+        outcome = train_step(config, engine, batch, timer, num_pieces=num_pieces)
         run.num_steps_done = step
         ledger.enter(batch, device=engine.device)
         reporter.report_epochs(account.enter(batch, device=engine.device))
@@ -174,7 +191,12 @@ def train_steps(
 
 
 def train_step(
-    config: PretrainConfig, engine: Engine, batch: StepBatch, timer: PhaseTimer
+    config: PretrainConfig,
+    engine: Engine,
+    batch: StepBatch,
+    timer: PhaseTimer,
+    *,
+    num_pieces: int,
 ) -> StepOutcome:
     """One optimizer step.
 
@@ -186,7 +208,7 @@ def train_step(
     )
     try:
         with timer.phase("forward and backward"):
-            losses = backward_of_step(engine, batch, config)
+            losses = backward_of_step(engine, batch, config, num_pieces=num_pieces)
         with timer.phase("optimizer"):
             grad_norm = engine.step(learning_rate=learning_rate)
     except FloatingPointError as error:
@@ -211,12 +233,21 @@ def dry_run(config: PretrainConfig) -> None:
     """Builds everything but the process group, and prints the derived numbers."""
     check_output_folder(config.run.folder, key="run.folder")
     check_engine(config)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes, num_processes_here = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
     build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_model(config, tokenizer=tokenizer)
-    lines = describe_plan(config, dataset=dataset, model=model, world_size=num_processes)
+    lines = describe_plan(
+        config,
+        dataset=dataset,
+        model=model,
+        device=torch.device(device_type_of(config.engine.device)),
+        world_size=num_processes,
+        num_processes_here=num_processes_here,
+    )
     print("\n".join(lines))  # noqa: T201
 
 

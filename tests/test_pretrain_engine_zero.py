@@ -15,6 +15,7 @@ from toy_run import toy_config
 
 from pretrain.engine import build_engine, start_accelerator
 from pretrain.gradient_cache import backward_of_step, micro_batches
+from pretrain.micro_batch_size import choose_num_pieces
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer
 from pretrain.pair_loader import StepDataset
@@ -37,13 +38,17 @@ def observe(config):
     accelerator = start_accelerator(config)
     tokenizer = build_tokenizer(config.model.text)
     model = build_model(config, tokenizer=tokenizer)
-    optimizer = build_optimizer(config, model)
-    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    hosts = ["here"] * accelerator.num_processes
+    num_pieces = choose_num_pieces(
+        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+    )
+    optimizer = build_optimizer(config, model)
+    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
 
-    seen["loss"] = backward_of_step(engine, dataset[0], config).total
+    seen["loss"] = backward_of_step(engine, dataset[0], config, num_pieces=num_pieces).total
     seen["norm"] = engine.step(learning_rate=1e-3)
     moments = engine.full_moments()
     seen["gradient"] = {
@@ -64,7 +69,7 @@ def observe(config):
     seen["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        backward_of_step(engine, dataset[2], config)
+        backward_of_step(engine, dataset[2], config, num_pieces=num_pieces)
         seen["last norm"] = engine.step(learning_rate=1e-3)
     seen["collectives"] = Counter(
         event.name for event in profile.events() if event.name.startswith("c10d::")

@@ -7,6 +7,7 @@ from toy_run import toy_config
 
 from pretrain.engine import Engine, start_accelerator
 from pretrain.gradient_cache import backward_of_step, micro_batches
+from pretrain.micro_batch_size import choose_num_pieces
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer
 from pretrain.pair_loader import StepDataset
@@ -44,19 +45,20 @@ def gradients_of(config, trims_captions=True):
     model.towers["text"].register_forward_pre_hook(
         lambda tower, inputs: lengths.append(inputs[0].shape[1])
     )
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    hosts = ["here"] * accelerator.num_processes
+    num_pieces = choose_num_pieces(
+        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+    )
+    lengths.clear()
     engine = Engine(
         accelerator,
         model=model,
         optimizer=build_optimizer(config, model),
         gradient_clipping=None,
     )
-    dataset = StepDataset(
-        config,
-        tokenizer=tokenizer,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    losses = backward_of_step(engine, dataset[0], config)
+    losses = backward_of_step(engine, dataset[0], config, num_pieces=num_pieces)
     gradients = {n: p.grad.clone().tolist() for n, p in small_parameters(model)}
     engine.close()
     return losses.total, gradients, lengths

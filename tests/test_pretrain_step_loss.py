@@ -15,6 +15,7 @@ from pretrain.config import media_of_pairing
 from pretrain.engine import Engine, start_accelerator
 from pretrain.gather import RowGather, counted_traffic
 from pretrain.gradient_cache import backward_of_step
+from pretrain.micro_batch_size import pieces_of_size
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer
 from pretrain.pair_loader import StepDataset
@@ -25,7 +26,7 @@ CHOICES = {
     "label_smoothing": [0.0, 0.1],
     "duplicates": ["negatives", "positives", "masked"],
     "loss_mode": ["strip1", "strip2"],
-    "micro_batch_size": ["auto", 3],
+    "micro_batch_size": [24, 3],
     "pairings_per_step": ["all", "one"],
 }
 OPTIONS = [
@@ -112,7 +113,9 @@ def errors_of_options(toy_data, folder, all_options, precision):
         truth, expected = true_gradients(config, model, tokenizer)
         optimizer = build_optimizer(config, model)
         engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
-        losses = backward_of_step(engine, batch_of(config, tokenizer, **share), config)
+        num_pieces = pieces_of_size(config, num_processes=accelerator.num_processes)
+        batch = batch_of(config, tokenizer, **share)
+        losses = backward_of_step(engine, batch, config, num_pieces=num_pieces)
         gradients = taken_gradients(model)
         length = torch.cat([value.flatten() for value in expected.values()]).norm()
         worst = max(
@@ -189,17 +192,18 @@ def events_of_a_step(toy_data, folder, micro_batch_size):
 
     RowGather._start = noted_start
     batch = batch_of(config, tokenizer, **share)
+    num_pieces = pieces_of_size(config, num_processes=accelerator.num_processes)
     with (
         counted_traffic() as traffic,
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
     ):
-        backward_of_step(engine, batch, config)
+        backward_of_step(engine, batch, config, num_pieces=num_pieces)
     all_reduces = sum(event.name == "c10d::allreduce_" for event in profile.events())
     return events, num_encoded, traffic.calls, all_reduces
 
 
 def test_media_travel_while_captions_are_encoded(toy_data, tmp_path):
-    for events, *_ in run_in_processes(2, events_of_a_step, toy_data, tmp_path, "auto"):
+    for events, *_ in run_in_processes(2, events_of_a_step, toy_data, tmp_path, 24):
         assert events == [
             *("image", "1 tensors sent", "text"),
             *("audio", "1 tensors sent", "text"),
@@ -209,7 +213,7 @@ def test_media_travel_while_captions_are_encoded(toy_data, tmp_path):
 
 def test_micro_batches_cost_one_more_forward_pass_and_nothing_else(toy_data, tmp_path):
     whole, pieces = (
-        run_in_processes(2, events_of_a_step, toy_data, tmp_path, size)[0] for size in ("auto", 3)
+        run_in_processes(2, events_of_a_step, toy_data, tmp_path, size)[0] for size in (24, 3)
     )
     num_pairs = {"image": 8, "audio": 4, "text": 12}
     assert whole[1] == {(kind, True): count for kind, count in num_pairs.items()}

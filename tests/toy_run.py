@@ -67,6 +67,7 @@ def toy_config(data: Path, run: Path, **sections) -> PretrainConfig:
     tower = {"library": "timm", "name": "test_convnext", "options": {"patch_size": 1}}
     values = {
         "lanes": 8,
+        "micro_batch_size": 64,
         "run": {"folder": run, "log_every_steps": 1, "checkpoint_every_steps": 100},
         "model": {
             "embed_dim": 16,
