@@ -242,6 +242,13 @@ class Segment(Section):
     sources: Sources
 
 
+class Distillation(Section):
+    """A trained model that gives the softmax loss part of its targets (see pretrain.teacher)."""
+
+    checkpoint: Path = free()  # run folder or checkpoint; what counts is its fingerprint
+    weight: float = Field(0.5, gt=0, le=1)  # of its softmaxes in the targets
+
+
 class Pairing(Section):
     """A stream of (media, caption) pairs and the loss over it."""
 
@@ -253,16 +260,22 @@ class Pairing(Section):
     # What pairs of a batch with the same caption or the same media are to one another: negatives,
     # as in CLIP; positives, as they are to themselves; masked: neither.
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
+    teacher: Distillation | None = None
     weight: PositiveFloat = 1.0  # of this loss in the step's sum, or its share of the steps
     sources: Sources
     segments: list[Segment] = []  # may be added to while a run is stopped, but not changed
 
     @model_validator(mode="after")
-    def _smooths_softmaxes(self) -> Pairing:
+    def _has_softmaxes(self) -> Pairing:
         if self.loss != "softmax" and self.label_smoothing:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing:g} with loss={self.loss}: smoothing is for "
                 "loss=softmax alone; set it to 0"
+            )
+        if self.loss != "softmax" and self.teacher is not None:
+            raise ValueError(
+                f"teacher with loss={self.loss}: distillation is for loss=softmax alone; leave "
+                "teacher out"
             )
         return self
 

@@ -26,10 +26,16 @@ from pretrain.step_loss import (
     take_losses,
     terms_of_step,
 )
+from pretrain.teacher import PairingTeacher
 
 
 def backward_of_step(
-    engine: Engine, batch: StepBatch, config: PretrainConfig, *, num_pieces: int
+    engine: Engine,
+    batch: StepBatch,
+    config: PretrainConfig,
+    *,
+    num_pieces: int,
+    teachers: Mapping[PairingName, PairingTeacher] | None = None,
 ) -> StepLosses:
     """Adds the gradient of a step's loss.
 
@@ -38,6 +44,7 @@ def backward_of_step(
         batch: this rank's share, on the device.
         config: the whole config.
         num_pieces: micro-batches that each rank's share is encoded in, equal on all ranks.
+        teachers: of the pairings that have one.
 
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
@@ -47,7 +54,8 @@ def backward_of_step(
         num_pieces=num_pieces,
         trims_captions=engine.model.takes_trimmed_captions,
     )
-    terms = terms_of_step(config, batch)
+    lessons = {name: each.encode(pieces) for name, each in (teachers or {}).items()}
+    terms = terms_of_step(config, batch, teachers=lessons)
     if len(pieces) == 1:
         return backward_whole_batch(engine, pieces[0], terms=terms)
     return backward_in_micro_batches(engine, pieces, terms=terms)

@@ -74,7 +74,7 @@ def _what_has_been(config: PretrainConfig, steps_done: int) -> PretrainConfig:
 
 
 def _fingerprints_of(config: PretrainConfig, fingerprints: dict[str, str]) -> dict[str, str]:
-    """Those of the sources that a config names, and of its validation sets."""
+    """Those of the sources that a config names, of its validation sets and teachers."""
     names = {
         f"{name}/{source.name}"
         for name, pairing in config.pairings.items()
@@ -83,7 +83,7 @@ def _fingerprints_of(config: PretrainConfig, fingerprints: dict[str, str]) -> di
     return {
         key: value
         for key, value in fingerprints.items()
-        if key in names or key.startswith("validation/")
+        if key in names or key.startswith(("validation/", "teacher/"))
     }
 
 

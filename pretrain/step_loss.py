@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
 from pretrain.gather import RowGather, world_size
-from pretrain.loss_rule import LossRule, rule_of_pairing
+from pretrain.loss_rule import LossRule, Teacher, rule_of_pairing
 from pretrain.model import PairingFeatures
 from pretrain.pair_batch import PairingBatch, StepBatch
 from pretrain.sample_order import lanes_of_rank
@@ -27,6 +27,7 @@ class LossTerm:
     keys: tuple[Tensor, Tensor]  # of media and captions, each int64 [B]: equal keys, equal content
     counts: list[int]  # [ranks] pairs of each
     feature_type: torch.dtype
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,24 @@ class StepLosses:
     for_backward: Tensor
 
 
-def terms_of_step(config: PretrainConfig, batch: StepBatch) -> dict[PairingName, LossTerm]:
+def terms_of_step(
+    config: PretrainConfig, batch: StepBatch, *, teachers: Mapping[PairingName, Teacher]
+) -> dict[PairingName, LossTerm]:
     """The terms of the pairings that a step takes.
 
     Args:
         config: the whole config.
         batch: this rank's share, on the device.
+        teachers: features of the pairings that have one.
     """
-    return {name: _term(config, name, batch.pairings[name]) for name in batch.taken}
+    return {
+        name: _term(config, name, batch.pairings[name], teachers.get(name)) for name in batch.taken
+    }
 
 
-def _term(config: PretrainConfig, name: PairingName, pairs: PairingBatch) -> LossTerm:
+def _term(
+    config: PretrainConfig, name: PairingName, pairs: PairingBatch, teacher: Teacher | None
+) -> LossTerm:
     pairing, num_ranks = config.pairings[name], world_size()
     lanes = [lanes_of_rank(r, world_size=num_ranks, lanes=config.lanes) for r in range(num_ranks)]
     return LossTerm(
@@ -60,6 +68,7 @@ def _term(config: PretrainConfig, name: PairingName, pairs: PairingBatch) -> Los
         keys=(pairs.media_keys, pairs.caption_keys),
         counts=[len(own) * config.slots_per_lane(name) for own in lanes],
         feature_type=feature_type(config),
+        teacher=teacher,
     )
 
 
@@ -78,8 +87,8 @@ class TravellingMedia:
 
     def begin(self, name: PairingName, media: Tensor) -> None:
         """Sends this rank's [B, D] of a pairing that has a term; every rank must call it."""
-        if name in self.terms:
-            term = self.terms[name]
+        term = self.terms.get(name)
+        if term is not None and term.teacher is None:
             media = media.to(term.feature_type)
             self.gathers[name] = begin_gather(media, rule=term.rule, counts=term.counts)
 
@@ -96,7 +105,7 @@ def take_losses(
     same, so that every engine does the same with them.
     """
     losses = {
-        name: _take_loss(features[name], term, travelling.gathers[name])
+        name: _take_loss(features[name], term, travelling.gathers.get(name))
         for name, term in terms.items()
     }
     parts = [terms[name].weight * loss.for_backward for name, loss in losses.items()]
@@ -120,6 +129,7 @@ def _take_loss(
         features.bias,
         rule=term.rule,
         keys=term.keys,
+        teacher=term.teacher,
         counts=term.counts,
         media_gather=media_gather,
     )

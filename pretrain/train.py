@@ -12,15 +12,16 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 
 import torch
 
 from data_prep.config_file import RunError, check_output_folder, run_command
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
-from pretrain.config import PretrainConfig
+from pretrain.config import PairingName, PretrainConfig
 from pretrain.device_copy import copy_ahead
 from pretrain.engine import Engine, build_engine, check_engine, start_accelerator
 from pretrain.epoch_account import EpochAccount
@@ -36,7 +37,9 @@ from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder, refuse_other_run
 from pretrain.run_plan import describe_plan
+from pretrain.step_loss import StepLosses
 from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
+from pretrain.teacher import PairingTeacher, load_teachers
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.validation import ValidationSet, build_validation_sets, validate
 
@@ -68,7 +71,9 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
     num_pieces = choose_num_pieces(
         config, model, dataset.layouts, device=accelerator.device, hosts=hosts
     )
-    run = open_run(config, dataset, validation_sets, hosts=hosts, num_pieces=num_pieces)
+    teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
+    fingerprints = fingerprints_of(dataset, validation_sets, teachers)
+    run = open_run(config, fingerprints, hosts=hosts, num_pieces=num_pieces)
     optimizer = build_optimizer(config, model)
     engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     engine.init_trackers(config)
@@ -76,8 +81,11 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
         first_step = resume(config, engine)
         with run.attempt_from(first_step):
             batches = load_batches(load_steps, config, engine, dataset, run)
+            take_gradient = partial(
+                backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
+            )
             train_steps(
-                config, engine, dataset, batches, validation_sets, tokenizer, run, num_pieces
+                config, engine, dataset, batches, validation_sets, tokenizer, run, take_gradient
             )
 
 
@@ -95,19 +103,23 @@ def open_dataset(config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[st
     return dataset
 
 
-def open_run(
-    config: PretrainConfig,
+def fingerprints_of(
     dataset: StepDataset,
     validation_sets: list[ValidationSet],
-    *,
-    hosts: list[str],
-    num_pieces: int,
+    teachers: Mapping[PairingName, PairingTeacher],
+) -> dict[str, str]:
+    """Of everything a run reads: what must be the same when it is resumed."""
+    held_out = {
+        f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
+    }
+    of_teachers = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
+    return dataset.fingerprints() | held_out | of_teachers
+
+
+def open_run(
+    config: PretrainConfig, fingerprints: dict[str, str], *, hosts: list[str], num_pieces: int
 ) -> RunFolder:
     """This attempt's run folder, refused on every rank if it holds another run."""
-    fingerprints = dataset.fingerprints() | {
-        f"validation/{held_out.pairing}": held_out.reader.samples.fingerprint
-        for held_out in validation_sets
-    }
     on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))
     return RunFolder(
         config,
@@ -160,7 +172,7 @@ def train_steps(
     validation_sets: list[ValidationSet],
     tokenizer: Tokenizer,
     run: RunFolder,
-    num_pieces: int,
+    take_gradient: Callable[[StepBatch], StepLosses],
 ) -> None:
     """The training loop; `step` counts the steps done."""
     first_step, last_step = run.num_steps_done, last_step_of(config)
@@ -172,7 +184,7 @@ def train_steps(
     for step in range(first_step + 1, last_step + 1):
         with timer.phase("data"):
             batch = next(batches)
-        outcome = train_step(config, engine, batch, timer, num_pieces=num_pieces)
+        outcome = train_step(config, engine, batch, timer, take_gradient)
         run.num_steps_done = step
         ledger.enter(batch, device=engine.device)
         reporter.report_epochs(account.enter(batch, device=engine.device))
@@ -195,8 +207,7 @@ def train_step(
     engine: Engine,
     batch: StepBatch,
     timer: PhaseTimer,
-    *,
-    num_pieces: int,
+    take_gradient: Callable[[StepBatch], StepLosses],
 ) -> StepOutcome:
     """One optimizer step.
 
@@ -208,7 +219,7 @@ def train_step(
     )
     try:
         with timer.phase("forward and backward"):
-            losses = backward_of_step(engine, batch, config, num_pieces=num_pieces)
+            losses = take_gradient(batch)
         with timer.phase("optimizer"):
             grad_norm = engine.step(learning_rate=learning_rate)
     except FloatingPointError as error:
