@@ -411,7 +411,8 @@ class PretrainConfig(Section):
 
     seed: int = Field(0, ge=0, lt=2**63)
     lanes: PositiveInt  # divides every pairing's global_batch_size; at most this many processes
-    micro_batch_size: PositiveInt | Literal["auto"] = free("auto")  # pairs encoded at once
+    # Pairs of a pairing that a process encodes at once; auto: as many as fit into its memory.
+    micro_batch_size: PositiveInt | Literal["auto"] = free("auto")
     run: Run
     model: Model
     image: ImageTransform = ImageTransform()

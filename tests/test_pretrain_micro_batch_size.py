@@ -19,8 +19,9 @@ PAIRS = {"image-text": 100, "audio-text": 30}
 
 
 def estimate_of(*, room=10**9, takes_all=True, num_pairs=PAIRS, activations=GRAPHS):
-    free = round((room + 7) / 0.9)  # of which a tenth is kept
-    return MemoryEstimate(free, {"optimizer": 4, "loss": 3}, num_pairs, activations, takes_all)
+    besides = {"optimizer": 4, "loss": 3}
+    free = 2 * room + 7  # half of the rest is kept free
+    return MemoryEstimate(free, besides, num_pairs, activations, takes_all, share_kept_free=0.5)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +55,10 @@ def test_a_rank_without_pairs_still_encodes_one_row():
 def test_a_decision_is_told_with_its_numbers():
     graphs = {"image-text": ActivationBytes(0, 12_100_000)}
     besides = {"gradients and optimizer": 1_900_000_000, "batches": 100_000_000}
-    estimate = MemoryEstimate(10_000_000_000, besides, {"image-text": 1000}, graphs, True)
+    estimate = MemoryEstimate(10_000_000_000, besides, {"image-text": 1000}, graphs, True, 0.1)
     assert estimate.describe() == (
-        "2 micro-batches a step, of at most 500 image-text pairs (12.1 MB each); 7 of 10 GB free "
-        "after 1.9 for gradients and optimizer, 0.1 for batches, 1 kept free"
+        "2 micro-batches a step, of at most 500 image-text pairs (12.1 MB each); 8 of 10 GB free "
+        "after 1.9 for gradients and optimizer, 0.1 for batches, of which 10% stay free"
     )
     assert estimate_of(room=0).describe().startswith("not even 1 image-text pairs (1e-05 MB each)")
     assert estimate_of(activations=None).describe().startswith("not even 4 pairs could be encoded")
@@ -128,8 +129,8 @@ def free_for(config, num_pieces, *, num_processes):
     device = torch.device("cpu")
     estimate = estimate_for_plan(config, model, dataset.layouts, device=device, **share)
     assert estimate.num_pieces == 1
-    needed = sum(estimate.besides_graphs.values()) + estimate.graph_bytes(num_pieces)
-    return -(-needed * 10 // 9) + 10
+    graphs = estimate.graph_bytes(num_pieces) / (1 - estimate.share_kept_free)
+    return sum(estimate.besides_graphs.values()) + round(graphs) + 10
 
 
 def train_with(config, free_of_rank):
