@@ -87,9 +87,9 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """The decision and its numbers, in one line."""
-        needs = [f"{size / 1e9:.3g} for {what}" for what, size in self.besides_graphs.items()]
+        needs = [f"{_in_units(size)} for {what}" for what, size in self.besides_graphs.items()]
         memory = (
-            f"{self.left / 1e9:.3g} of {self.free / 1e9:.3g} GB free after {', '.join(needs)}, "
+            f"{_in_units(self.left)} of {_in_units(self.free)} left after {', '.join(needs)}, "
             f"of which {self.share_kept_free:.0%} stay free"
         )
         if self.activations is None:
@@ -102,10 +102,14 @@ class MemoryEstimate:
     def _describe_sizes(self, num_pieces: int) -> str:
         sizes = [
             f"{-(-num_pairs // num_pieces)} {name} pairs "
-            f"({self.activations[name].per_pair / 1e6:.3g} MB each)"
+            f"({_in_units(self.activations[name].per_pair)} each)"
             for name, num_pairs in self.num_pairs.items()
         ]
         return f" {'and' if self.takes_all else 'or'} ".join(sizes)
+
+
+def _in_units(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
 def pieces_of_size(config: PretrainConfig, *, num_processes: int) -> int:

@@ -7,7 +7,7 @@ from toy_run import toy_config
 from pretrain.activation_memory import ActivationBytes
 from pretrain.gather import rank
 from pretrain.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
-from pretrain.micro_batch_size import MemoryEstimate, estimate_for_plan
+from pretrain.micro_batch_size import MemoryEstimate, estimate_for_plan, pieces_of_size
 from pretrain.model import build_model
 from pretrain.pair_batch import PairLayout, step_bytes
 from pretrain.pair_loader import StepDataset
@@ -57,11 +57,22 @@ def test_a_decision_is_told_with_its_numbers():
     besides = {"gradients and optimizer": 1_900_000_000, "batches": 100_000_000}
     estimate = MemoryEstimate(10_000_000_000, besides, {"image-text": 1000}, graphs, True, 0.1)
     assert estimate.describe() == (
-        "2 micro-batches a step, of at most 500 image-text pairs (12.1 MB each); 8 of 10 GB free "
-        "after 1.9 for gradients and optimizer, 0.1 for batches, of which 10% stay free"
+        "2 micro-batches a step, of at most 500 image-text pairs (12.1 MB each); 8 GB of 10 GB "
+        "left after 1.9 GB for gradients and optimizer, 100 MB for batches, of which 10% stay free"
     )
     assert estimate_of(room=0).describe().startswith("not even 1 image-text pairs (1e-05 MB each)")
     assert estimate_of(activations=None).describe().startswith("not even 4 pairs could be encoded")
+
+
+@pytest.mark.parametrize(
+    ("size", "num_processes", "num_pieces"),
+    [(16, 1, 1), (15, 1, 2), (3, 1, 6), (3, 3, 2), (3, 8, 1)],
+)
+def test_no_rank_encodes_more_pairs_at_once_than_asked(
+    toy_data, tmp_path, size, num_processes, num_pieces
+):
+    config = toy_config(toy_data, tmp_path, micro_batch_size=size)  # 8 lanes of 2 images
+    assert pieces_of_size(config, num_processes=num_processes) == num_pieces
 
 
 @pytest.mark.parametrize(
