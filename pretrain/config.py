@@ -378,6 +378,8 @@ class Engine(Section):
     # How the loss is shared among processes: strip1 computes least, strip2 sends least.
     loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
     timeout_seconds: PositiveFloat = free(1800.0)  # of a collective, before the run fails
+    activation_checkpointing: bool = free(False)  # trained towers: less memory, a third more time
+    compile: bool = free(False)  # towers by torch.compile: minutes at the start, faster after
 
 
 class ValidationSource(Section):

@@ -2,8 +2,8 @@
 
 In micro-batches it follows gradient caching (Gao et al. 2021, "Scaling deep contrastive learning
 batch size under memory limited setup"): all are encoded without graph, the loss is taken once over
-the whole global batch, then each is encoded again and the cached gradients of its features are
-back-propagated. So micro-batches never change which pairs are contrasted.
+the whole global batch, then each is encoded again, dropping the same, and the cached gradients of
+its features are back-propagated. So micro-batches never change which pairs are contrasted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pretrain.config import PairingName, PretrainConfig
 from pretrain.engine import Engine
 from pretrain.model import EncoderInputs, PairingFeatures, PairInputs
 from pretrain.pair_batch import PairingBatch, StepBatch
+from pretrain.sample_dropout import Draws
 from pretrain.step_loss import (
     LossTerm,
     StepLosses,
@@ -112,12 +113,15 @@ def micro_batches(
         trims_captions: whether tokens are cut to the longest caption of each piece.
     """
     pieces = {
-        name: _split(pairs, num_pieces, trims_captions) for name, pairs in batch.pairings.items()
+        name: _split(pairs, batch.step, num_pieces, trims_captions)
+        for name, pairs in batch.pairings.items()
     }
     return [{name: pieces[name][number] for name in pieces} for number in range(num_pieces)]
 
 
-def _split(pairs: PairingBatch, num_pieces: int, trims_captions: bool) -> list[PairInputs]:
+def _split(
+    pairs: PairingBatch, step: int, num_pieces: int, trims_captions: bool
+) -> list[PairInputs]:
     tokens = pairs.tokens.tensor_split(num_pieces)
     if trims_captions:
         lengths = pairs.caption_lengths.tensor_split(num_pieces)
@@ -128,7 +132,16 @@ def _split(pairs: PairingBatch, num_pieces: int, trims_captions: bool) -> list[P
     has_stripes = pairs.stripes.shape[1] > 0
     stripes = pairs.stripes.tensor_split(num_pieces) if has_stripes else [None] * num_pieces
     media = pairs.media.tensor_split(num_pieces)
-    return [PairInputs(*each) for each in zip(media, tokens, stripes, strict=True)]
+    draws = _draws(pairs, step, num_pieces)
+    return [PairInputs(*each) for each in zip(media, tokens, stripes, draws, strict=True)]
+
+
+def _draws(pairs: PairingBatch, step: int, num_pieces: int) -> list[Draws]:
+    """The slots of every piece: every pass over a pair, and every split, drops alike."""
+    device = pairs.tokens.device
+    slots = torch.arange(len(pairs.tokens), device=device) + pairs.first_slot
+    number = torch.full((), step, dtype=torch.int64, device=device)
+    return [Draws(number, piece) for piece in slots.tensor_split(num_pieces)]
 
 
 def _leaves(features: PairingFeatures) -> PairingFeatures:

@@ -116,7 +116,9 @@ def _batch(
     return StepBatch(
         message.step,
         {
-            name: buffers[name].first(message.num_rows[name]).to_batch(**vars(rows))
+            name: buffers[name]
+            .first(message.num_rows[name])
+            .to_batch(first_slot=dataset.first_slot(name), **vars(rows))
             for name, rows in message.rows.items()
         },
         dataset.choice.pairings_of_step(message.step),

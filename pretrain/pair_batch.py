@@ -31,6 +31,7 @@ class PairingBatch:
     caption_lengths: Tensor  # int64 [B] tokens up to the last that is not padding; on the CPU
     media_keys: Tensor  # int64 [B] of the sample whose media this is
     caption_keys: Tensor  # int64 [B] of the tokens
+    first_slot: int  # in the global batch, of the first row; the others follow one after another
     digest: np.ndarray  # int64 [2], see sample_order.digest_halves
     bad_samples: list[BadSample] = field(default_factory=list)
     # (source, epoch) -> slots of that epoch that were filled, also by substitutes
@@ -142,6 +143,7 @@ class PairBuffers:
     def to_batch(
         self,
         *,
+        first_slot: int,
         digest: np.ndarray,
         bad_samples: list[BadSample],
         num_read: Counter[tuple[str, int]],
@@ -150,7 +152,13 @@ class PairBuffers:
         values = vars(self)
         if self.media.ndim == 4:
             values = values | {"media": self.media.movedim(-1, 1)}  # -> [B, 3, H, Wd]
-        return PairingBatch(**values, digest=digest, bad_samples=bad_samples, num_read=num_read)
+        return PairingBatch(
+            **values,
+            first_slot=first_slot,
+            digest=digest,
+            bad_samples=bad_samples,
+            num_read=num_read,
+        )
 
 
 def step_bytes(layouts: Mapping[PairingName, tuple[PairLayout, int]]) -> int:

@@ -269,9 +269,16 @@ class StepDataset:
             buffers = PairBuffers.new(reader.layout, num_rows=len(samples))
             bad_samples, num_read = reader.fill(buffers, samples, range(len(samples)))
             batches[name] = buffers.to_batch(
-                digest=reader.digest(samples), bad_samples=bad_samples, num_read=num_read
+                first_slot=self.first_slot(name),
+                digest=reader.digest(samples),
+                bad_samples=bad_samples,
+                num_read=num_read,
             )
         return StepBatch(step, batches, self.choice.pairings_of_step(step))
+
+    def first_slot(self, pairing: PairingName) -> int:
+        """In the global batch, of this rank's first pair; the others follow one after another."""
+        return self.lanes.start * self.pairings[pairing].order.slots_per_lane
 
     @property
     def sources(self) -> list[tuple[SourceOrder, KeptSamples]]:

@@ -9,25 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data_prep.config_file import InputError
 from pretrain.config import MediaKind, MediaTower, TextTower
+from pretrain.drop_layers import check_rows_of_samples, refuse_other_randomness
+from pretrain.sample_dropout import TowerDraws
 from pretrain.tokenizer import Tokenizer
 
 TowerConfig = MediaTower | TextTower
 # The part of open_clip models sized by `options` alone.
 FROM_SCRATCH_TEXT = "TextTransformer"
-# Attributes under which layers of the three libraries keep a probability of dropping something.
-DROP_RATES = (
-    "drop_rate",
-    "drop_prob",
-    "prob",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "layerdrop",
-)
 
 
 # --------------------------------------------------------------------------------------- timm
@@ -208,7 +201,6 @@ def _built(build: Callable[[], nn.Module], where: str, config: TowerConfig) -> n
         backbone.requires_grad_(False)
     else:
         _refuse_batch_norm(backbone, where)
-        _refuse_dropout(backbone, where)
     return backbone
 
 
@@ -223,33 +215,36 @@ def _refuse_batch_norm(backbone: nn.Module, where: str) -> None:
             )
 
 
-def _refuse_dropout(backbone: nn.Module, where: str) -> None:
-    """Its random numbers would depend on which samples share a process."""
-    for name, module in backbone.named_modules():
-        attributes = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else DROP_RATES
-        rates = [getattr(module, attribute, None) for attribute in attributes]
-        rate = max((rate for rate in rates if isinstance(rate, float)), default=0.0)
-        if rate > 0:
-            raise InputError(
-                f"{where}: layer {name} ({type(module).__name__}) drops with probability {rate}, "
-                "at random per process; set its rate to 0 in options"
-            )
-
-
-def probe_backbone(backbone: nn.Module, example: Tensor, *, where: str) -> int:
-    """W of a backbone, found by encoding one example; freezes parameters its output does not use.
+def probe_backbone(
+    backbone: nn.Module, examples: Tensor, *, where: str, draws: TowerDraws | None = None
+) -> int:
+    """W of a backbone, found by encoding an example; freezes parameters its output does not use.
 
     (Libraries build heads that pooled features never pass through; engines wait for the gradient
     of every parameter that is not frozen.)
 
+    Args:
+        backbone: as built.
+        examples: two inputs that differ.
+        where: the tower's place in the config.
+        draws: of a trained tower, what its layers that drop draw from.
+
     Raises:
-        InputError: the backbone does not take such input, or does not return [B, W].
+        InputError: the backbone does not take such input, does not return [B, W], or drops in a way
+            that depends on the batch.
     """
     was_training = backbone.training
     try:
-        features = backbone.eval()(example)
+        if draws is None:
+            features = backbone.eval()(examples[:1])
+        else:
+            check_rows_of_samples(backbone.eval(), examples, where=where)
+            features = _features_in_training(backbone.train(), examples[:1], draws, where=where)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        raise InputError(f"{where}: cannot encode input {list(example.shape)}: {error}") from error
+        shape = list(examples[:1].shape)
+        raise InputError(f"{where}: cannot encode input {shape}: {error}") from error
     if features.requires_grad:
         features.sum().backward()
         unused = [p for p in backbone.parameters() if p.requires_grad and p.grad is None]
@@ -259,10 +254,19 @@ def probe_backbone(backbone: nn.Module, example: Tensor, *, where: str) -> int:
     backbone.train(was_training)
     if features.ndim != 2:
         raise InputError(
-            f"{where}: expected features [B, W] of input {list(example.shape)}, found "
+            f"{where}: expected features [B, W] of input {list(examples[:1].shape)}, found "
             f"{list(features.shape)}"
         )
     return features.shape[-1]
+
+
+def _features_in_training(
+    backbone: nn.Module, example: Tensor, draws: TowerDraws, *, where: str
+) -> Tensor:
+    """[1, W], encoded as in training; refuses a layer that draws random numbers by itself."""
+    keys = torch.zeros(1, dtype=torch.int64)
+    with refuse_other_randomness(backbone, where=where), draws.of_pairs(keys):
+        return backbone(example)
 
 
 def ends_in_joint_space(config: TowerConfig) -> bool:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from data_prep.config_file import RunError, check_output_folder, run_command
+from pretrain.activation_checkpointing import checkpoint_blocks
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
 from pretrain.config import PairingName, PretrainConfig
@@ -31,7 +32,7 @@ from pretrain.gradient_cache import backward_of_step
 from pretrain.launcher import device_type_of
 from pretrain.loader_runtimes import LoadSteps, start_loader
 from pretrain.micro_batch_size import choose_num_pieces
-from pretrain.model import build_model
+from pretrain.model import ContrastiveModel, build_model
 from pretrain.optimizer import build_optimizer, learning_rate_at
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
@@ -41,6 +42,7 @@ from pretrain.step_loss import StepLosses
 from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
 from pretrain.teacher import PairingTeacher, load_teachers
 from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tower_compilation import compile_towers
 from pretrain.validation import ValidationSet, build_validation_sets, validate
 
 logger = logging.getLogger(__name__)
@@ -67,10 +69,12 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
     hosts = gather_objects(socket.gethostname())
     dataset = open_dataset(config, tokenizer, hosts=hosts)
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_training_model(config, tokenizer)
     num_pieces = choose_num_pieces(
         config, model, dataset.layouts, device=accelerator.device, hosts=hosts
     )
+    if config.engine.compile:  # after its memory was measured, which follows single operators
+        compile_towers(model)
     teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
     fingerprints = fingerprints_of(dataset, validation_sets, teachers)
     run = open_run(config, fingerprints, hosts=hosts, num_pieces=num_pieces)
@@ -87,6 +91,18 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
             train_steps(
                 config, engine, dataset, batches, validation_sets, tokenizer, run, take_gradient
             )
+
+
+def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
+    """The model, which keeps as few activations as the engine's section says.
+
+    Raises:
+        InputError: a tower cannot be built, or has nothing that could be computed again.
+    """
+    model = build_model(config, tokenizer=tokenizer)
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(model)
+    return model
 
 
 def open_dataset(config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[str]) -> StepDataset:
@@ -250,7 +266,7 @@ def dry_run(config: PretrainConfig) -> None:
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
     build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_training_model(config, tokenizer)
     lines = describe_plan(
         config,
         dataset=dataset,
