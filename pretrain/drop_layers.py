@@ -192,8 +192,8 @@ def _refusal(name: str, layer: nn.Module, *, where: str) -> str:
     found = [f"{key}={rate:g}" for key, rate in rates.items() if isinstance(rate, float) and rate]
     return (
         f"{where}: layer {name or '(the whole)'} ({type(layer).__name__}"
-        f"{', ' if found else ''}{', '.join(found)}) draws random numbers that depend on which "
-        f"samples share a process; set its rate to 0 in options: {WHAT_MAY_DROP}"
+        f"{'; rates: ' if found else ''}{', '.join(found)}) draws random numbers that depend on "
+        f"which samples share a process; set its rate to 0 in options: {WHAT_MAY_DROP}"
     )
 
 

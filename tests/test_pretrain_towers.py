@@ -1,25 +1,12 @@
-import json
-from pathlib import Path
-
-import open_clip
 import pytest
 import torch
-from open_clip.tokenizer import default_bpe
 from toy_run import toy_config
+from toy_towers import TINY_BERT, write_clip_tokenizer, write_tiny_open_clip
 
 from data_prep.config_file import InputError
 from pretrain.model import build_model
 from pretrain.tokenizer import build_tokenizer
 
-TINY_BERT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "vocab_size": 49408,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 TINY_VIT = {
     "image_size": 16,
     "patch_size": 8,
@@ -127,27 +114,6 @@ def test_a_transformers_text_tower_ignores_padding(config_with, tmp_path):
     assert all(p.grad is not None for p in model.towers["text"].parameters() if p.requires_grad)
 
 
-def write_clip_tokenizer(folder: Path) -> Path:
-    """A transformers tokenizer from the vocabulary that open_clip ships: no download."""
-    from transformers import CLIPTokenizer
-
-    simple = open_clip.tokenizer.SimpleTokenizer(default_bpe())
-    merges = [" ".join(pair) for pair in simple.bpe_ranks]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(simple.encoder))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    start, end = "<start_of_text>", "<end_of_text>"
-    CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        bos_token=start,
-        eos_token=end,
-        unk_token=end,
-        pad_token="!",
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_initial_weights_depend_on_the_seed_alone(config_with):
     states = [build(config_with()).state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -183,22 +149,6 @@ def test_pretrained_towers_load_from_files(config_with, tmp_path):
     assert_same_weights(model.towers["text"].backbone, clip.text)
 
 
-def write_tiny_open_clip(folder: Path):
-    """Registers an open_clip model "tiny", writes weights of it, and returns it."""
-    transformer = {"width": 16, "layers": 1}
-    sizes = {
-        "embed_dim": 16,
-        "vision_cfg": transformer | {"image_size": 16, "patch_size": 8, "head_width": 8},
-        "text_cfg": transformer | {"context_length": 12, "vocab_size": 49408, "heads": 2},
-    }
-    (folder / "configs").mkdir()
-    (folder / "configs" / "tiny.json").write_text(json.dumps(sizes))
-    open_clip.add_model_config(folder / "configs")
-    clip = open_clip.create_model("tiny", force_custom_text=True)
-    torch.save(clip.state_dict(), folder / "clip.pt")
-    return clip
-
-
 def assert_same_weights(module, expected):
     state = module.state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
@@ -213,25 +163,6 @@ def test_batch_norm_in_a_trained_tower_is_refused_and_frozen_is_accepted(config_
     assert model.towers["text"].backbone.training
     trained = [name for name, p in model.towers["image"].named_parameters() if p.requires_grad]
     assert trained == ["projection.weight"]
-
-
-def test_dropout_in_a_trained_tower_is_refused(config_with):
-    dropping = {"library": "timm", "name": "test_vit", "options": {"img_size": 16, "patch_size": 8}}
-    dropping["options"] |= {"proj_drop_rate": 0.1}
-    with pytest.raises(InputError, match=r"model\.image: layer .* drops with probability 0\.1"):
-        build(config_with(image=dropping))
-    with pytest.raises(InputError, match=r"model\.text: layer .* drops with probability"):
-        options = TINY_BERT | {"attention_probs_dropout_prob": 0.2}
-        config = config_with(text={"library": "transformers", "name": "bert", "options": options})
-        tokenizer = build_tokenizer(toy_text(config))
-        build_model(config, tokenizer=tokenizer)
-    functional = {"norm_layer": "groupnorm1", "drop_rate": 0.3}
-    with pytest.raises(InputError, match=r"drops with probability 0\.3"):
-        build(config_with(image={"library": "timm", "name": "test_resnet", "options": functional}))
-
-
-def toy_text(config):
-    return config.model.text.model_copy(update={"library": "open_clip"})
 
 
 @pytest.mark.parametrize(
