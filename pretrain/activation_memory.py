@@ -143,7 +143,9 @@ def _inputs_of(
     buffers = PairBuffers.new(layout, num_rows=num_rows)
     for values in vars(buffers).values():
         values.fill_(1)
-    pairs = buffers.to_batch(digest=np.zeros(2, np.int64), bad_samples=[], num_read=Counter())
+    pairs = buffers.to_batch(
+        first_slot=0, digest=np.zeros(2, np.int64), bad_samples=[], num_read=Counter()
+    )
     batch = StepBatch(0, {name: pairs}, [name]).to(device)
     [piece] = micro_batches(batch, num_pieces=1, trims_captions=False)
     return piece

@@ -11,6 +11,7 @@ from data_prep.config_file import InputError
 from pretrain.activation_memory import AllocationTrace, _inputs_of, measure_activations
 from pretrain.model import ContrastiveModel, Tower
 from pretrain.pair_batch import PairLayout
+from pretrain.sample_dropout import TowerDraws
 
 CPU = torch.device("cpu")
 PAIRS = PairLayout((64, 64, 3), torch.uint8, num_stripes=0, context_length=20)
@@ -32,10 +33,10 @@ def transformers(*, has_checkpointing=False):
         vit.set_grad_checkpointing(True)
         text.set_grad_checkpointing(True)
     towers = {
-        "image": Tower(Pixels(), vit, nn.Linear(vit.num_features, 32)),
-        "text": Tower(nn.Identity(), text, nn.Linear(64, 32)),
+        "image": Tower(Pixels(), vit, nn.Linear(vit.num_features, 32), draws=TowerDraws()),
+        "text": Tower(nn.Identity(), text, nn.Linear(64, 32), draws=TowerDraws()),
     }
-    return ContrastiveModel(towers, pairings=["image-text"], initial_scale=10.0)
+    return ContrastiveModel(towers, pairings=["image-text"], initial_scale=10.0, seed=0)
 
 
 def measured(model, *, is_bf16=False):
@@ -117,6 +118,8 @@ class AddsTwiceForMore(nn.Module):
 
 def test_towers_whose_memory_is_not_linear_are_refused():
     model = transformers()
-    model.towers["image"] = Tower(nn.Identity(), AddsTwiceForMore(), nn.Linear(3, 32))
+    model.towers["image"] = Tower(
+        nn.Identity(), AddsTwiceForMore(), nn.Linear(3, 32), draws=TowerDraws()
+    )
     with pytest.raises(InputError, match=r"allocations for 4 as for 2 pairs of image-text, found"):
         measured(model)

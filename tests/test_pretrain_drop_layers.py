@@ -35,9 +35,9 @@ def image_features(model, rows):
     )
     tokens = torch.ones(6, 12, dtype=torch.int64)
     draws = Draws(torch.tensor(2), torch.arange(6)[rows])
-    return model({"image-text": PairInputs(pixels[rows], tokens[rows], draws=draws)})["image-text"][
-        0
-    ]
+    return model([{"image-text": PairInputs(pixels[rows], tokens[rows], draws=draws)}])[
+        "image-text"
+    ][0]
 
 
 TINY_DINOV2 = {
@@ -109,7 +109,7 @@ def test_a_layer_called_twice_draws_twice(build_image_model):
         draws = Draws(torch.tensor(step), torch.arange(6))
         pixels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
         tokens = torch.ones(6, 12, dtype=torch.int64)
-        model({"image-text": PairInputs(pixels, tokens, draws=draws)})
+        model([{"image-text": PairInputs(pixels, tokens, draws=draws)}])
     assert len(drawn) == 16
     assert not torch.equal(torch.cat(drawn[::2]), torch.cat(drawn[1::2]))
 

@@ -89,7 +89,7 @@ class Pairs:
             rows = slice(start, start + size)
             lengths = self.tokenizer.lengths(self.tokens[rows]).tolist()
             longest = max(lengths, default=1) if trims else 24
-            pieces.append(model(self.piece(rows, step=step, num_tokens=longest)))
+            pieces.append(model([self.piece(rows, step=step, num_tokens=longest)]))
             start += size
         assert start == NUM_PAIRS
         loss = torch.zeros((), dtype=torch.float64)
