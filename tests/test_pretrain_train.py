@@ -49,6 +49,7 @@ def assert_same_run(folder, expected, *, rel=1e-4):
         assert row["loss"] == pytest.approx(truth["loss"], rel=rel)
         assert row["grad_norm"] == pytest.approx(truth["grad_norm"], rel=10 * rel)
         assert row["logit_scale"] == pytest.approx(truth["logit_scale"], rel=rel)
+        assert row["logit_bias"] == pytest.approx(truth["logit_bias"], rel=rel)
 
 
 def test_a_run_writes_what_it_is_and_what_it_did(alone):
