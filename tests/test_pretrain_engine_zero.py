@@ -204,12 +204,12 @@ STRATEGIES = {
 
 
 FAST = ("zero2, 3 processes, small buckets", "zero3")
+CASES = [
+    case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in STRATEGIES
+]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in STRATEGIES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, alone, case):
     num_processes, strategy, changes = STRATEGIES[case]
     ranks = observed(toy_data, tmp_path, num_processes, strategy, **changes)
