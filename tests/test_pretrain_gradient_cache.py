@@ -3,20 +3,21 @@ from dataclasses import replace
 import pytest
 import torch
 from gloo_processes import run_in_processes
+from toy_droppers import VIT
 from toy_run import toy_config
 
 from pretrain.engine import Engine, start_accelerator
 from pretrain.gradient_cache import backward_of_step, micro_batches
 from pretrain.micro_batch_size import choose_num_pieces
-from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer
 from pretrain.pair_loader import StepDataset
 from pretrain.tokenizer import build_tokenizer
+from pretrain.train import build_training_model
 
 SPEC_AUGMENT = {"mel_bins": 4, "frames": 10}
 
 
-def config_of(toy_data, run, *, micro_batch_size="auto", **audio):
+def config_of(toy_data, run, *, micro_batch_size=64, **audio):
     text = {
         "library": "open_clip",
         "context_length": 24,
@@ -38,7 +39,7 @@ def gradients_of(config, trims_captions=True):
     """(losses, gradients, lengths of the token batches that the text tower was given)."""
     accelerator = start_accelerator(config)
     tokenizer = build_tokenizer(config.model.text)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_training_model(config, tokenizer)
     assert model.takes_trimmed_captions
     model.takes_trimmed_captions = trims_captions
     lengths = []
@@ -77,7 +78,7 @@ def assert_same_gradients(ours, theirs):
         )
 
 
-@pytest.mark.parametrize("micro_batch_size", ["auto", 3])
+@pytest.mark.parametrize("micro_batch_size", [64, 3])
 def test_trimmed_captions_give_the_gradients_of_untrimmed_ones(
     toy_data, tmp_path, micro_batch_size
 ):
@@ -99,6 +100,23 @@ def test_stripes_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_d
         assert_same_gradients(ranks, whole)
 
 
+def dropping(config, *, is_recomputed):
+    """The config with an image tower that drops, perhaps with its activations computed again."""
+    image = config.model.image.model_copy(update=VIT)
+    engine = config.engine.model_copy(update={"activation_checkpointing": is_recomputed})
+    model = config.model.model_copy(update={"image": image})
+    return config.model_copy(update={"model": model, "engine": engine})
+
+
+def test_layers_drop_alike_in_micro_batches_on_ranks_and_when_recomputed(toy_data, tmp_path):
+    plain = config_of(toy_data, tmp_path / "run")
+    whole = gradients_of(dropping(plain, is_recomputed=False))
+    pieces = dropping(config_of(toy_data, tmp_path / "run", micro_batch_size=3), is_recomputed=True)
+    assert_same_gradients(gradients_of(pieces), whole)
+    for ranks in run_in_processes(3, gradients_of, pieces):
+        assert_same_gradients(ranks, whole)
+
+
 def test_pieces_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
     config = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
     tokenizer = build_tokenizer(config.model.text)
@@ -108,6 +126,9 @@ def test_pieces_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
         assert [len(piece[name].media) for piece in pieces][-1] == 0
         assert torch.equal(torch.cat([piece[name].media for piece in pieces]), pairs.media)
         assert torch.equal(torch.cat([piece[name].tokens for piece in pieces]), pairs.tokens)
+        slots = torch.cat([piece[name].draws.slots for piece in pieces])
+        assert torch.equal(slots, torch.arange(len(pairs.tokens)))
+        assert {int(piece[name].draws.step) for piece in pieces} == {0}
     audio = batch.pairings["audio-text"]
     assert torch.equal(torch.cat([p["audio-text"].stripes for p in pieces]), audio.stripes)
     assert {piece["image-text"].stripes for piece in pieces} == {None}

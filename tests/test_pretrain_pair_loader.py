@@ -67,6 +67,10 @@ def joined(batches):
     step = {}
     for name in batches[0].pairings:
         parts = [batch.pairings[name] for batch in batches]
+        num_rows = [len(part.tokens) for part in parts]
+        if sum(num_rows):
+            slots = [sum(num_rows[:rank]) for rank in range(len(parts))]
+            assert [part.first_slot for part in parts] == slots
         step[name] = {key: torch.cat([getattr(part, key) for part in parts]) for key in TENSORS}
         step[name]["digest"] = format_digest(sum(part.digest for part in parts))
         step[name]["num_read"] = sum((part.num_read for part in parts), start=Counter())
