@@ -3,6 +3,7 @@
     1. every rank compares its rows with those of all ranks     loss_passes, gather
     2. tile by tile of its strip of the logits                  logit_strips
     3. which gives the loss, hits and gradients                 softmax_strips, sigmoid_strips
+       or both in kernels of a GPU                              fused_strips, chosen by loss_backend
 
 Gradients are taken inside the forward pass, without a graph over logits or collectives: the
 backward pass only multiplies them. What is kept for it is of the size of the features.
@@ -20,19 +21,19 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.gather import RowGather, RowSplit, RowStream, rows_per_rank, world_size
 from pretrain.in_batch_hits import InBatchHits
-from pretrain.logit_strips import Features, LogitTiles, accumulation_type, own_logits
+from pretrain.logit_strips import Features, accumulation_type, exact_products, own_logits
+from pretrain.loss_backend import StripClasses, choose_backend, strip_classes
 from pretrain.loss_passes import LossPasses, Mode, Strips
-from pretrain.loss_rule import LossRule, Teacher, refuse_unfit
+from pretrain.loss_rule import LossRule, Teacher, refuse_large_scale, refuse_unfit
 from pretrain.pair_duplicates import PairDuplicates
-from pretrain.sigmoid_strips import SigmoidStrips
-from pretrain.softmax_strips import SoftmaxStrips
 from pretrain.softmax_targets import SoftmaxTargets
 
 # On a GPU, rows per rank from which fewer products (strip1) are worth more bytes: between what
 # 450 GB/s (1.6k) and 50 GB/s (14k) between GPUs would ask for.
 STRIP1_ROWS = 4096
 GATHERED_BYTES = 256 * 2**20  # what may be held of all ranks' rows before they are streamed
-PIECE_BYTES = 32 * 2**20  # of float32, all ranks together, in one piece of a stream
+# Of float32, all ranks together, in one piece of a stream. A GPU is kept busy by larger pieces.
+PIECE_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,15 @@ def contrastive_loss(
         ValueError: shapes or settings do not fit together.
     """
     rule = rule or LossRule()
-    refuse_unfit(media, text, scale, bias, rule, keys, teacher)
+    refuse_unfit(media, text, bias, rule, keys, teacher)
     if counts is None:
         counts = rows_per_rank(len(media), media.device)
     split = RowSplit(tuple(counts))
     if split.total == 0:
         return _loss_of_nothing([media, text, scale, *([] if bias is None else [bias])])
-    inputs = _LossInputs(rule, split, tuple(keys), teacher, media_gather)
+    numbers = _numbers(scale, bias)
+    refuse_large_scale(numbers[0], rule)
+    inputs = _LossInputs(rule, split, tuple(keys), teacher, media_gather, *numbers)
     value, figures = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
     return _loss_with_figures(value, figures, num_pairs=split.total)
 
@@ -100,7 +103,9 @@ def begin_gather(media: Tensor, *, rule: LossRule, counts: Sequence[int]) -> Row
         counts: pairs of each rank.
     """
     split = RowSplit(tuple(counts))
-    piece_rows = rule.piece_rows or choose_piece_rows(split, width=media.shape[1])
+    piece_rows = rule.piece_rows or choose_piece_rows(
+        split, width=media.shape[1], device_type=media.device.type
+    )
     if world_size() == 1 or piece_rows < max(counts) or split.total == 0:
         return None
     return RowGather([media], split, range(max(counts)))
@@ -113,13 +118,13 @@ def choose_mode(split: RowSplit, device: torch.device) -> Mode:
     return "strip1" if is_bound_by_products else "strip2"
 
 
-def choose_piece_rows(split: RowSplit, *, width: int) -> int:
+def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") -> int:
     """Rows of each rank that travel at once: all, unless they would fill too much memory."""
     num_ranks, most = len(split.counts), max(split.counts)
     # Captions, and their gradients or media, in float32 at most.
     if num_ranks == 1 or 2 * 4 * num_ranks * most * width <= GATHERED_BYTES:
         return most
-    return max(1, min(most, PIECE_BYTES // (4 * num_ranks * width)))
+    return max(1, min(most, PIECE_BYTES[device_type] // (4 * num_ranks * width)))
 
 
 # --------------------------------------------------------------------------------- the function
@@ -132,13 +137,24 @@ class _LossInputs:
     keys: tuple[Tensor, ...]
     teacher: Teacher | None
     media_gather: RowGather | None
+    scale: float
+    bias: float
 
-    def passes(self, media: Tensor, text: Tensor, scale: float, bias: float) -> LossPasses:
+    def passes(self, media: Tensor, text: Tensor) -> LossPasses:
         rule, split, teacher = self.rule, self.split, self.teacher
+        scale, bias = self.scale, self.bias
         positives = media.new_zeros(split.total, dtype=accumulation_type(media))
         positives[split.own] = own_logits(media, text, scale=scale, bias=bias)
         duplicates = self._duplicates()
-        tiles = LogitTiles(
+        backend = choose_backend(
+            media.device,
+            media.dtype,
+            has_duplicates=duplicates is not None,
+            label_smoothing=rule.label_smoothing,
+            has_teacher=teacher is not None,
+        )
+        classes = strip_classes(backend)
+        tiles = classes.tiles(
             media,
             scale=scale,
             bias=bias,
@@ -147,13 +163,15 @@ class _LossInputs:
             masks_duplicates=rule.duplicates == "masked",
         )
         mode = choose_mode(split, media.device) if rule.mode == "auto" else rule.mode
-        piece_rows = rule.piece_rows or choose_piece_rows(split, width=media.shape[1])
+        piece_rows = rule.piece_rows or choose_piece_rows(
+            split, width=media.shape[1], device_type=media.device.type
+        )
         sides = [(media, teacher and teacher.media), (text, teacher and teacher.text)]
         if self.media_gather is not None:
             sides.reverse()  # see loss_passes
         return LossPasses(
             *(Features(split.own.start, own, of_teacher) for own, of_teacher in sides),
-            strips=self._strips(positives, duplicates, scale, bias),
+            strips=self._strips(classes, positives, duplicates),
             tiles=tiles,
             split=split,
             mode=mode,
@@ -170,12 +188,12 @@ class _LossInputs:
         return found if found.exist else None
 
     def _strips(
-        self, positives: Tensor, duplicates: PairDuplicates | None, scale: float, bias: float
+        self, classes: StripClasses, positives: Tensor, duplicates: PairDuplicates | None
     ) -> Strips:
         masks = self.rule.duplicates == "masked"
-        hits = InBatchHits(positives, largest_logit=abs(scale) + abs(bias))
+        hits = InBatchHits(positives, largest_logit=abs(self.scale) + abs(self.bias))
         if self.rule.kind == "sigmoid":
-            return SigmoidStrips(positives, self.split, hits, masks_duplicates=masks)
+            return classes.sigmoid(positives, self.split, hits, masks_duplicates=masks)
         targets = SoftmaxTargets(
             positives,
             label_smoothing=self.rule.label_smoothing,
@@ -184,7 +202,7 @@ class _LossInputs:
             teacher_weight=self.teacher.weight if self.teacher else 0.0,
             teacher_scale=self.teacher.scale if self.teacher else 0.0,
         )
-        return SoftmaxStrips(positives, self.split, hits, targets, scale=scale)
+        return classes.softmax(positives, self.split, hits, targets, scale=self.scale)
 
 
 class _ExactLoss(torch.autograd.Function):
@@ -201,11 +219,10 @@ class _ExactLoss(torch.autograd.Function):
         is_training: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(media.dtype, text.dtype)
-        rows, columns = media.to(dtype), text.to(dtype)
-        numbers = scale.item(), 0.0 if bias is None else bias.item()
-        passes = inputs.passes(rows, columns, *numbers)
-        strips = passes.strips
-        with torch.autocast(media.device.type, enabled=False):
+        rows, columns = (side.to(dtype).contiguous() for side in (media, text))
+        with exact_products(media.device):
+            passes = inputs.passes(rows, columns)
+            strips = passes.strips
             if is_training and any(ctx.needs_input_grad):
                 sums = passes.take_value_and_gradients()
                 of_media, of_text = sums.media, sums.text
@@ -213,11 +230,12 @@ class _ExactLoss(torch.autograd.Function):
                     of_media, of_text = of_text, of_media
                 # The engine takes the mean over ranks of what each returns.
                 factor = world_size() * strips.gradient_factor
-                of_scale = _dot(of_media, rows) * factor
+                scale_sum = strips.scale_sum
+                of_scale = (_dot(of_media, rows) if scale_sum is None else scale_sum) * factor
                 of_bias = strips.bias_sum * factor if bias is not None else None
                 gradients = (
-                    of_media.mul_(factor * numbers[0]).to(media.dtype),
-                    of_text.mul_(factor * numbers[0]).to(text.dtype),
+                    of_media.mul_(factor * inputs.scale).to(media.dtype),
+                    of_text.mul_(factor * inputs.scale).to(text.dtype),
                     of_scale.to(scale.dtype).reshape(scale.shape),
                     of_bias if bias is None else of_bias.to(bias.dtype).reshape(bias.shape),
                 )
@@ -242,6 +260,15 @@ class _ExactLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _numbers(scale: Tensor, bias: Tensor | None) -> tuple[float, float]:
+    """Scale and bias (0 without one): waits for the GPU, as reading the loss does."""
+    values = [scale, torch.zeros_like(scale) if bias is None else bias]
+    scale_number, bias_number = torch.stack(
+        [x.detach().double().squeeze() for x in values]
+    ).tolist()
+    return scale_number, bias_number
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pretrain.gpu_compiler import compiled_on_gpu
+
 ROUNDING_STEPS = 16  # of the logits' largest magnitude: what two ways of summing may differ by
 
 
@@ -31,18 +33,30 @@ class InBatchHits:
         Args:
             logits: [rows, columns], minus infinity where a pair does not compete.
         """
-        self._observe(0, rows, logits)
-        self._observe(1, columns, logits.T)
+        if logits.is_cuda:
+            self._observe_all(logits, (rows, columns))
+        else:
+            self._observe(0, rows, logits)
+            self._observe(1, columns, logits.T)
 
     def _observe(self, side: int, places: slice, logits: Tensor) -> None:
+        """Counts ties only where there may be some."""
         own = self.positives[places]
-        nearest = logits.amax(dim=1)
-        self.is_beaten[side, places] |= nearest > own + self.tolerance
-        may_tie = (nearest >= own - self.tolerance) & ~self.is_beaten[side, places]
+        largest = nearest(logits)
+        self.is_beaten[side, places] |= largest > own + self.tolerance
+        may_tie = (largest >= own - self.tolerance) & ~self.is_beaten[side, places]
         tied = may_tie.nonzero().squeeze(1)
         if len(tied):
-            equal = logits[tied] >= (own[tied] - self.tolerance)[:, None]
-            self.num_ties[side, places.start + tied] += equal.sum(dim=1, dtype=torch.int32)
+            ties = num_as_near(logits[tied], own[tied] - self.tolerance)
+            self.num_ties[side, places.start + tied] += ties
+
+    def _observe_all(self, logits: Tensor, places: tuple[slice, slice]) -> None:
+        """Counts ties everywhere: to ask whether there are some would be to wait for the GPU."""
+        own = [self.positives[place] for place in places]
+        found = nearness(logits, *(values - self.tolerance for values in own))
+        for side, (largest, ties) in enumerate(found):
+            self.is_beaten[side, places[side]] |= largest > own[side] + self.tolerance
+            self.num_ties[side, places[side]] += ties
 
     def media_hits(self, own: slice) -> Tensor:
         """float64 sum over this rank's media, which it has compared with all captions."""
@@ -77,6 +91,25 @@ class InBatchHits:
 
     def _is_packed(self, num_ranks: int) -> bool:
         return self._word_base(num_ranks) ** 2 < 2**53
+
+
+def nearest(logits: Tensor) -> Tensor:
+    """[rows] the largest of each row."""
+    return logits.amax(dim=1)
+
+
+def num_as_near(logits: Tensor, least: Tensor) -> Tensor:
+    """int32 [rows] how many of each row are at least so large."""
+    return (logits >= least[:, None]).sum(dim=1, dtype=torch.int32)
+
+
+@compiled_on_gpu
+def nearness(
+    logits: Tensor, row_least: Tensor, column_least: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """(largest, how many are at least so large) of each row, then of each column."""
+    sides = (logits, row_least), (logits.T, column_least)
+    return [(nearest(values), num_as_near(values, least)) for values, least in sides]
 
 
 def hit_share(is_beaten: Tensor, num_ties: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ by themselves, which keeps a nearly perfect match from being lost in the roundin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,6 @@ from pretrain.pair_duplicates import PairDuplicates
 
 # Rows and columns of a tile, by device: two tiles are held, of at most 32 MiB each.
 TILE_SHAPES = {"cpu": (512, 2048), "cuda": (2048, 4096)}
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def accumulation_type(features: Tensor) -> torch.dtype:
@@ -108,8 +108,8 @@ class LogitTiles:
 
     def of(self, media: Features, text: Features) -> Iterator[tuple[Tile, slice, slice]]:
         """(tile, its rows among the media, its columns among the captions), over all pairs."""
-        for columns in _parts(len(text), self.shape[1]):
-            for rows in _parts(len(media), self.shape[0]):
+        for columns in parts_of(len(text), self.shape[1]):
+            for rows in parts_of(len(media), self.shape[0]):
                 yield self._tile(media.part(rows), text.part(columns)), rows, columns
 
     def _tile(self, media: Features, text: Features) -> Tile:
@@ -148,25 +148,58 @@ def own_logits(media: Tensor, text: Tensor, *, scale: float, bias: float = 0.0) 
     return (media.to(dtype) * text.to(dtype)).sum(dim=-1) * scale + bias
 
 
-def product(left: Tensor, right: Tensor, *, out: Tensor, factor: float) -> None:
-    """Writes factor * left @ right to `out`, accumulated in its type.
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in the block are taken in float32, whatever autocast and flags allow."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    found = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, found, strict=True):
+            backend.fp32_precision = precision
 
-    On a GPU, half-precision factors are multiplied as they are; elsewhere they are converted first.
+
+def is_multiplied_as_is(features: Tensor) -> bool:
+    """Whether the device's library multiplies features of this type into float32.
+
+    It would do so with float16 too, but in float16 the small entries of G vanish.
     """
-    if left.is_cuda and left.dtype in HALF_TYPES:
-        out.copy_(torch.mm(left, right, out_dtype=out.dtype)).mul_(factor)
+    return features.is_cuda and features.dtype == torch.bfloat16
+
+
+def product(left: Tensor, right: Tensor, *, out: Tensor, factor: float) -> None:
+    """Writes factor * left @ right to `out`, accumulated in its type; factors are converted to it
+    where the device cannot multiply them as they are."""
+    if is_multiplied_as_is(left):
+        torch.addmm(out, left, right, out_dtype=out.dtype, beta=0, alpha=factor, out=out)
     else:
         left, right = left.to(out.dtype), right.to(out.dtype)
         torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
+def as_factor(gradient: Tensor, features: Tensor) -> Tensor:
+    """G in the type in which the device multiplies it with the features."""
+    is_rounded = is_multiplied_as_is(features)
+    return gradient.to(features.dtype if is_rounded else accumulation_type(features))
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`; on a GPU, `left` is rounded to half precision if `right` is."""
-    if right.is_cuda and right.dtype in HALF_TYPES:
-        total.copy_(torch.addmm(total, left.to(right.dtype), right, out_dtype=total.dtype))
+    """Adds left @ right to `total`.
+
+    Args:
+        left: as `as_factor` gives it, or its transpose.
+        right: features.
+    """
+    if is_multiplied_as_is(right):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, left, right.to(total.dtype), out=total)
 
 
-def _parts(length: int, size: int) -> list[slice]:
+def parts_of(length: int, size: int) -> list[slice]:
+    """Consecutive parts of a length, each of that size but the last."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

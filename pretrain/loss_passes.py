@@ -24,17 +24,18 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from pretrain.gather import RowBlock, RowGather, RowSplit, RowStream, RowSum
-from pretrain.logit_strips import Features, LogitTiles, Tile, add_product
+from pretrain.logit_strips import Features, LogitTiles, Tile, add_product, as_factor
 
 Mode = Literal["strip1", "strip2"]
 
 
 class Strips(Protocol):
-    """A loss, as its tiles see it: SoftmaxStrips or SigmoidStrips."""
+    """A loss, as its tiles see it: SoftmaxStrips or SigmoidStrips, or their fused_strips."""
 
     needs_all_tiles_first: bool  # G is known only when all tiles of all ranks were observed
     positives: Tensor  # [N] logits of the own pairs
     value: Tensor  # float64 scalar, the global loss, after `merge`
+    scale_sum: Tensor | None  # float64 scalar, sum of G_ij <I_i, T_j> over own rows, if taken apart
 
     def observe(self, tile: Tile) -> None: ...
 
@@ -42,7 +43,7 @@ class Strips(Protocol):
 
     def coefficients(self, tile: Tile) -> Tensor: ...
 
-    def add_to_bias(self, gradient: Tensor) -> None: ...
+    def own_coefficients(self, tile: Tile) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,7 @@ class LossPasses:
     def _own_strip(self, text: Features, media_sum: Tensor, text_sum: Tensor | None) -> None:
         """Adds what the own media and some captions give each other."""
         for tile, rows, columns in self.tiles.of(self.media, text):
-            if not self.strips.needs_all_tiles_first:
-                self.strips.observe(tile)
-            gradient = self.strips.coefficients(tile)
-            self.strips.add_to_bias(gradient)
+            gradient = as_factor(self.strips.own_coefficients(tile), text.features)
             add_product(media_sum[rows], gradient, text.features[columns])
             if text_sum is not None:
                 add_product(text_sum[columns], gradient.T, self.media.features[rows])
@@ -156,7 +154,7 @@ class LossPasses:
                 text, media = self._read(block)
                 self._own_strip(text, media_sum, None)
                 for tile, rows, columns in self.tiles.of(media, self.text):
-                    gradient = self.strips.coefficients(tile)
+                    gradient = as_factor(self.strips.coefficients(tile), media.features)
                     add_product(text_sum[columns], gradient.T, media.features[rows])
         return GradientSums(media_sum, text_sum)
 

@@ -58,7 +58,6 @@ def rule_of_pairing(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") 
 def refuse_unfit(
     media: Tensor,
     text: Tensor,
-    scale: Tensor,
     bias: Tensor | None,
     rule: LossRule,
     keys: Sequence[Tensor],
@@ -75,17 +74,24 @@ def refuse_unfit(
         )
     if rule.kind == "softmax" and bias is not None:
         raise ValueError('a bias does not change the softmax loss; leave it out, or kind="sigmoid"')
-    if rule.kind == "softmax" and abs(scale.item()) > LARGEST_LOGIT_SCALE:
-        raise ValueError(
-            f"expected a scale of at most {LARGEST_LOGIT_SCALE:g} for the softmax loss, found "
-            f"{scale.item():g}; set a lower logit_scale.maximum"
-        )
     if rule.duplicates != "negatives" and not 1 <= len(keys) <= 2:
         raise ValueError(
             f'duplicates="{rule.duplicates}": expected one or two keys per pair, found {len(keys)}'
         )
     if teacher is not None:
         _refuse_unfit_teacher(media, rule, teacher)
+
+
+def refuse_large_scale(scale: float, rule: LossRule) -> None:
+    """
+    Raises:
+        ValueError: the softmax loss is not finite for all unit vectors.
+    """
+    if rule.kind == "softmax" and abs(scale) > LARGEST_LOGIT_SCALE:
+        raise ValueError(
+            f"expected a scale of at most {LARGEST_LOGIT_SCALE:g} for the softmax loss, found "
+            f"{scale:g}; set a lower logit_scale.maximum"
+        )
 
 
 def _refuse_unfit_teacher(media: Tensor, rule: LossRule, teacher: Teacher) -> None:

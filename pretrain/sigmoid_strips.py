@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.gather import RowSplit, sum_over_ranks
+from pretrain.gpu_compiler import compiled_on_gpu
 from pretrain.in_batch_hits import InBatchHits
 from pretrain.logit_strips import Tile
 
@@ -26,10 +27,17 @@ def softplus(values: Tensor) -> Tensor:
     return functional.softplus(values, threshold=SOFTPLUS_THRESHOLD)
 
 
+@compiled_on_gpu
+def losses_of_negatives(logits: Tensor) -> Tensor:
+    """float64 sum over [rows, columns]."""
+    return softplus(logits).sum(dim=-1).double().sum()
+
+
 class SigmoidStrips:
     """The sums that tiles add to, and the gradient coefficients of a tile."""
 
     needs_all_tiles_first = False
+    scale_sum = None  # the gradients' sums serve
 
     def __init__(
         self, positives: Tensor, split: RowSplit, hits: InBatchHits, *, masks_duplicates: bool
@@ -47,7 +55,7 @@ class SigmoidStrips:
     def observe(self, tile: Tile) -> None:
         """Adds a tile of this rank's rows to the loss."""
         self.hits.observe(tile.logits, rows=tile.rows, columns=tile.columns)
-        self.loss_sum += softplus(tile.logits).sum(dim=-1).double().sum()
+        self.loss_sum += losses_of_negatives(tile.logits)
         if tile.apart and not self.masks_duplicates:
             self.loss_sum += softplus(-tile.apart[2].double()).sum()
 
@@ -72,6 +80,9 @@ class SigmoidStrips:
             tile.diagonal(gradient).copy_(-torch.sigmoid(-self.positives[own[0]]))
         return gradient
 
-    def add_to_bias(self, gradient: Tensor) -> None:
-        """Counts a tile of this rank's rows in the bias's gradient."""
+    def own_coefficients(self, tile: Tile) -> Tensor:
+        """G of a tile of this rank's rows, which is added to the loss and the bias's gradient."""
+        self.observe(tile)
+        gradient = self.coefficients(tile)
         self.bias_sum += gradient.sum(dim=-1).double().sum()
+        return gradient

@@ -35,6 +35,7 @@ class SoftmaxStrips:
     """The sums that tiles add to, and the gradient coefficients of a tile."""
 
     needs_all_tiles_first = True
+    scale_sum = None  # the gradients' sums serve
 
     def __init__(
         self,
@@ -116,5 +117,6 @@ class SoftmaxStrips:
         self.targets.subtract_teacher(gradient, tile)
         return gradient
 
-    def add_to_bias(self, gradient: Tensor) -> None:
-        """Nothing: a bias does not change a softmax, and is refused."""
+    def own_coefficients(self, tile: Tile) -> Tensor:
+        """G of a tile of this rank's rows, which was observed before."""
+        return self.coefficients(tile)

@@ -14,9 +14,63 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.gpu_compiler import compiled_on_gpu
+
 # Largest |logit| whose exponential, its inverse, and sums of millions of them fit the type well.
 PLAIN_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
 LOWEST = -1e30  # in place of the maximum of a row without entries
+
+
+def spare_memory(*memory: Tensor) -> list[Tensor | None]:
+    """Where intermediate results may be written; a fused kernel writes none."""
+    return [None if tensor.is_cuda else tensor for tensor in memory]
+
+
+@compiled_on_gpu
+def sums_of_exponentials(
+    logits: Tensor, values: Tensor | None, spare: Tensor | None, *, is_plain: bool
+) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(sums of exp(l - largest), the same weighted by values, largest) of rows, then of columns.
+
+    Args:
+        spare: of the logits' shape, to be overwritten; null: new memory is taken.
+        is_plain: nothing is subtracted, and there is no largest.
+    """
+    found = []
+    exponentials = torch.exp(logits, out=spare) if is_plain else None
+    for dim in (1, 0):
+        largest = None
+        if not is_plain:
+            largest = logits.amax(dim=dim, keepdim=True).clamp(min=LOWEST)
+            exponentials = torch.sub(logits, largest, out=spare).exp_()
+            largest = largest.squeeze(dim)
+        of_values = None if values is None else (exponentials * values).sum(dim=dim)
+        found.append((exponentials.sum(dim=dim), of_values, largest))
+    return found
+
+
+@compiled_on_gpu
+def sum_of_probabilities(
+    logits: Tensor,
+    row: Tensor,
+    column: Tensor,
+    spare: Tensor | None,
+    out: Tensor | None,
+    *,
+    is_plain: bool,
+) -> Tensor:
+    """exp(l - r) + exp(l - c): [rows, columns].
+
+    Args:
+        row: [rows, 1] exp(-r) if `is_plain`, else r.
+        column: [columns], alike.
+        spare: of the logits' shape, or they themselves, to be overwritten; null: new memory.
+        out: another such tensor, for the result.
+    """
+    if is_plain:
+        return torch.add(row, column, out=out).mul_(torch.exp(logits, out=spare))
+    of_row = torch.sub(logits, row, out=out).exp_()
+    return of_row.add_(torch.sub(logits, column, out=spare).exp_())
 
 
 @dataclass(frozen=True)
@@ -28,12 +82,10 @@ class SoftmaxWeights:
     is_plain: bool  # the log-sum-exps are given as exp(-r), exp(-c)
 
     def probabilities(self, logits: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """[rows, columns] in `out`; the logits are overwritten."""
+        """[rows, columns]; the logits and `out` may be overwritten."""
         row, column = self.row_log_sums[rows, None], self.column_log_sums[columns]
-        if self.is_plain:
-            return torch.add(row, column, out=out).mul_(logits.exp_())
-        torch.sub(logits, row, out=out).exp_()
-        return out.add_(logits.sub_(column).exp_())
+        memory = spare_memory(logits, out)
+        return sum_of_probabilities(logits, row, column, *memory, is_plain=self.is_plain)
 
     def probabilities_at(self, logits: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """[places] at single places of the matrix."""
@@ -76,19 +128,17 @@ class SoftmaxSums:
             values: [rows, columns], finite.
         """
         sides = (
-            (1, rows, self.rows, self.value_rows),
-            (0, columns, self.columns, self.value_columns),
+            (rows, self.rows, self.value_rows),
+            (columns, self.columns, self.value_columns),
         )
-        exponentials = torch.exp(logits, out=spare) if self.is_plain else None
-        for dim, places, sums, value_sums in sides:
-            factor = 1.0
-            if not self.is_plain:
-                largest = logits.amax(dim=dim, keepdim=True).clamp_(min=LOWEST)
-                exponentials = torch.sub(logits, largest, out=spare).exp_()
-                factor = (largest.squeeze(dim).double() - self.shift).exp()
-            sums[places] += exponentials.sum(dim=dim) * factor
+        found = sums_of_exponentials(logits, values, *spare_memory(spare), is_plain=self.is_plain)
+        for (places, sums, value_sums), (total, of_values, largest) in zip(
+            sides, found, strict=True
+        ):
+            factor = 1.0 if self.is_plain else (largest.double() - self.shift).exp()
+            sums[places] += total * factor
             if values is not None:
-                value_sums[places] += (exponentials * values).sum(dim=dim) * factor
+                value_sums[places] += of_values * factor
 
     def add_places(self, logits: Tensor, row: Tensor, column: Tensor) -> None:
         """Adds single places of the matrix: logits, row and column, each [places]."""

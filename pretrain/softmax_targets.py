@@ -34,6 +34,7 @@ class SoftmaxTargets:
             positives: [N] logits of the own pairs.
         """
         self.masks_duplicates, self.teacher_weight = masks_duplicates, teacher_weight
+        self.has_duplicates = duplicates is not None
         self.is_smooth = label_smoothing > 0 and teacher_weight < 1
         ones = torch.ones(len(positives), dtype=torch.float64, device=positives.device)
         num_alike = duplicates.num_alike.double() if duplicates else ones
@@ -47,6 +48,11 @@ class SoftmaxTargets:
         self.teacher = None
         if teacher_weight:
             self.teacher = SoftmaxSums(positives, largest_logit=abs(teacher_scale), has_values=True)
+
+    @property
+    def are_own_pairs_alone(self) -> bool:
+        """Whether every target is 1 at the own pair and 0 at all others."""
+        return not (self.is_smooth or self.has_duplicates or self.teacher)
 
     def observe(self, tile: Tile, positives: Tensor) -> None:
         """Adds a tile of this rank's rows to the gaps of rows and columns."""

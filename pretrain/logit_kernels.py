@@ -1,0 +1,199 @@
+"""Triton over tiles of logits that are never written: what the kernels of both losses share.
+
+A program computes a block of the tile from the features. Partial figures of blocks have places of
+their own and are added in one order by `fold`: no result depends on which program ends first.
+Logits and sums are float32, float32 features are multiplied in full precision. A nearness code of
+a row or column is -1 where the block holds a nearer counterpart, else how many are as near.
+
+Only imported where the kernels are used: see loss_backend.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_of_program(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """(row block, column block) of this program: groups of 8 row blocks share what L2 holds."""
+    program = tl.program_id(0)
+    num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    per_group = 8 * tl.cdiv(num_columns, BLOCK_COLUMNS)
+    first = program // per_group * 8
+    height = tl.minimum(num_row_blocks - first, 8)
+    within = program % per_group
+    return first + within % height, within // height
+
+
+@triton.jit
+def block_logits(
+    media,
+    text,
+    rows,
+    columns,
+    num_rows,
+    num_columns,
+    scale,
+    bias,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """[rows, columns]; beyond the tile's edges those of its last row or column."""
+    k = tl.arange(0, BLOCK_WIDTH)
+    row = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    column = tl.minimum(columns, num_columns - 1).to(tl.int64)
+    media += row[:, None] * WIDTH + k[None, :]
+    text += column[None, :] * WIDTH + k[:, None]
+    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, WIDTH, BLOCK_WIDTH):
+        if WIDTH % BLOCK_WIDTH == 0:
+            left, right = tl.load(media), tl.load(text)
+        else:
+            left = tl.load(media, mask=(k < WIDTH - start)[None, :], other=0.0)
+            right = tl.load(text, mask=(k < WIDTH - start)[:, None], other=0.0)
+        products = tl.dot(left, right, products, input_precision="ieee")
+        media += BLOCK_WIDTH
+        text += BLOCK_WIDTH
+    return products * scale + bias
+
+
+@triton.jit
+def may_hold_own(rows, columns, own_shift):
+    """Whether the block meets the diagonal of own pairs: those with row + own_shift = column."""
+    first, stop = tl.min(rows, 0) + own_shift, tl.max(rows, 0) + own_shift
+    return (first <= tl.max(columns, 0)) & (stop >= tl.min(columns, 0))
+
+
+@triton.jit
+def inside(rows, columns, num_rows, num_columns):
+    """[rows, columns] whether a place of the block is one of the tile."""
+    return (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+
+
+@triton.jit
+def negatives(logits, rows, columns, num_rows, num_columns, own_shift):
+    """The logits, minus infinity at own pairs and beyond the tile's edges."""
+    is_cut = (tl.max(rows, 0) >= num_rows) | (tl.max(columns, 0) >= num_columns)
+    if is_cut | may_hold_own(rows, columns, own_shift):
+        is_other = (rows + own_shift)[:, None] != columns[None, :]
+        is_negative = inside(rows, columns, num_rows, num_columns) & is_other
+        logits = tl.where(is_negative, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def write_nearness(codes, logits, own, places, num_places, block, tolerance, AXIS: tl.constexpr):
+    """Writes the block's nearness codes, and returns the largest logit, of each row or column."""
+    near = tl.load(own + places, mask=places < num_places, other=float("inf"))
+    largest = tl.max(logits, AXIS)
+    code = tl.where(largest > near + tolerance, -1, 0)
+    may_tie = (largest >= near - tolerance) & (largest <= near + tolerance)
+    if tl.max(may_tie.to(tl.int32), 0) > 0:
+        is_as_near = logits >= tl.expand_dims(near - tolerance, AXIS)
+        code = tl.where(may_tie, tl.sum(is_as_near.to(tl.int32), AXIS), code)
+    place = block.to(tl.int64) * num_places + places
+    tl.store(codes + place, code, mask=places < num_places)
+    return largest
+
+
+@triton.jit
+def write_block(gradient, values, rows, columns, num_rows, num_columns):
+    """Writes values [rows, columns] to their places in a tile, in its type."""
+    place = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    mask = inside(rows, columns, num_rows, num_columns)
+    tl.store(gradient + place, values.to(gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fold_axis(
+    sums,
+    codes,
+    totals,
+    is_beaten,
+    num_ties,
+    shift,
+    block,
+    num_blocks,
+    num_places,
+    HAS_SUMS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = block * BLOCK + tl.arange(0, BLOCK)
+    mask = places < num_places
+    total = tl.zeros((BLOCK,), tl.float64)
+    beaten = tl.zeros((BLOCK,), tl.int32)
+    ties = tl.zeros((BLOCK,), tl.int32)
+    after_sums = tl.cast(num_blocks, tl.int64) * num_places
+    for number in range(num_blocks):
+        place = tl.cast(number, tl.int64) * num_places + places
+        code = tl.load(codes + place, mask=mask, other=0)
+        beaten = tl.where(code < 0, 1, beaten)
+        ties += tl.maximum(code, 0)
+        if HAS_SUMS:
+            addend = tl.load(sums + place, mask=mask, other=0.0).to(tl.float64)
+            if not IS_PLAIN:
+                largest = tl.load(sums + after_sums + place, mask=mask, other=0.0).to(tl.float64)
+                addend *= tl.exp(largest - tl.load(shift))
+            total += addend
+    beaten = tl.maximum(beaten, tl.load(is_beaten + places, mask=mask, other=0).to(tl.int32))
+    tl.store(is_beaten + places, beaten.to(tl.uint8), mask=mask)
+    tl.store(num_ties + places, tl.load(num_ties + places, mask=mask) + ties, mask=mask)
+    if HAS_SUMS:
+        tl.store(totals + places, tl.load(totals + places, mask=mask) + total, mask=mask)
+
+
+@triton.jit
+def fold(
+    row_sums,
+    row_codes,  # [column blocks, num_rows]
+    row_totals,  # [num_rows] float64 sum of exp(l - shift) so far
+    row_beaten,  # [num_rows] uint8
+    row_ties,  # [num_rows] int32
+    column_sums,
+    column_codes,
+    column_totals,
+    column_beaten,
+    column_ties,
+    shift,  # [1] float64
+    num_rows,
+    num_columns,
+    num_row_blocks,
+    num_column_blocks,
+    HAS_SUMS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    num_programs = tl.cdiv(num_rows, BLOCK)
+    if block < num_programs:
+        _fold_axis(
+            row_sums,
+            row_codes,
+            row_totals,
+            row_beaten,
+            row_ties,
+            shift,
+            block,
+            num_column_blocks,
+            num_rows,
+            HAS_SUMS,
+            IS_PLAIN,
+            BLOCK,
+        )
+    else:
+        _fold_axis(
+            column_sums,
+            column_codes,
+            column_totals,
+            column_beaten,
+            column_ties,
+            shift,
+            block - num_programs,
+            num_row_blocks,
+            num_columns,
+            HAS_SUMS,
+            IS_PLAIN,
+            BLOCK,
+        )
