@@ -36,14 +36,20 @@ def run_in_processes(
     function: Callable[..., Any],
     *arguments: Any,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    without_imports: bool = False,
 ) -> list[Any]:
-    """[ranks] what `function(*arguments)` returns on each rank of a fresh process group."""
+    """[ranks] what `function(*arguments)` returns on each rank of a fresh process group.
+
+    Args:
+        without_imports: processes start slowly, and bare: Triton was not imported in them.
+    """
+    context = multiprocessing.get_context("spawn") if without_imports else _context
     os.environ["OMP_NUM_THREADS"] = "1"
     port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
             target=_work, args=(rank, world_size, port, sender, function, arguments)
         )
         process.start()
