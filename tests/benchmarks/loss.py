@@ -6,6 +6,7 @@ Forward and backward pass of one rank's share, float32, D = 512. Ranks are playe
 torch's "fake" process group answers each collective at once, with this rank's own rows in place of
 the others'. So no time is spent in communication, and memory is that of a real rank. Each figure is
 from a process of its own, forked before the features exist: its peak is above what was resident.
+The figures of a GPU: loss_gpu.py.
 """
 
 from __future__ import annotations
@@ -120,11 +121,13 @@ def torch_loss(media, text, scale):
     all_media, all_text = (
         torch.cat(torch.distributed.nn.all_gather(side)) for side in (media, text)
     )
-    own = torch.arange(len(media)) + rank() * len(media)
+    own = torch.arange(len(media), device=media.device) + rank() * len(media)
     directions = ((media, all_text), (text, all_media))
     return (
         sum(
-            functional.linear_cross_entropy(scale * queries, keys, own, options=CHUNKS)
+            functional.linear_cross_entropy(
+                (scale * queries).to(keys.dtype), keys, own, options=CHUNKS
+            )
             for queries, keys in directions
         )
         / 2
