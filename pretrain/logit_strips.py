@@ -153,14 +153,28 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """Products of float32 in the block are taken in float32, whatever autocast and flags allow."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     found = [backend.fp32_precision for backend in backends]
+    legacy = _legacy_precision()
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
         for backend, precision in zip(backends, found, strict=True):
             backend.fp32_precision = precision
+
+
+def _legacy_precision() -> str:
+    """What torch's older flag says; it must not contradict the newer ones, and is refused a look
+    at where only those were set: then it is at its default."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
 
 
 def is_multiplied_as_is(features: Tensor) -> bool:

@@ -331,6 +331,29 @@ def test_autocast_around_the_loss_changes_nothing():
         assert contrastive_loss(media, text, torch.tensor([50.0])).value == expected
 
 
+def flags_around_exact_products(way):
+    """(flags before, inside, after) of a process that allowed less than float32 in some way"""
+    matmul, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    if way == "legacy":
+        torch.set_float32_matmul_precision("medium")
+    elif way == "legacy of CUDA":
+        matmul.allow_tf32 = True
+    elif way == "new":
+        matmul.fp32_precision = "tf32"
+    found = [(matmul.fp32_precision, mkldnn.fp32_precision)]
+    with logit_strips.exact_products(torch.device("cpu")):
+        found.append((matmul.fp32_precision, mkldnn.fp32_precision, matmul.allow_tf32))
+    return [*found, (matmul.fp32_precision, mkldnn.fp32_precision)]
+
+
+@pytest.mark.parametrize("way", ["none", "legacy", "legacy of CUDA", "new"])
+def test_float32_is_multiplied_as_float32_whatever_the_process_allows(way):
+    ((before, inside, after),) = run_in_processes(1, flags_around_exact_products, way)
+    assert (way == "none") == ("tf32" not in before)
+    assert inside == ("ieee", "ieee", False)
+    assert after == before
+
+
 # --------------------------------------------------------------------------------------- recall
 
 

@@ -90,10 +90,25 @@ def test_float32_is_not_multiplied_by_tensor_cores():
     assert "mma" not in made.asm["ptx"]
 
 
+# What is not wanted of a kernel is given as None.
+NOT_WANTED = {
+    "observe_softmax": {"IS_PLAIN": True},
+    "write_coefficients": {"COUNTS": False, "totals": None},
+    "take_sigmoid": {"WRITES": False, "gradient": None},
+}
+
+
 def test_kernels_compile_for_a_single_pair_of_odd_width():
     for kernel, constants, options in block_kernels(101):
         constants = constants | {"num_rows": 1, "num_columns": 1}  # as a launch would give 1
+        constants |= NOT_WANTED[kernel.__name__]
         compiled(kernel, constants, is_aligned=False, **options)
+
+
+def test_the_sigmoid_kernel_compiles_for_rows_of_other_ranks():
+    *_, (kernel, constants, options) = block_kernels(512)
+    none = dict.fromkeys(("totals", "row_codes", "column_codes"))
+    compiled(kernel, constants | none | {"COUNTS": False}, **options)
 
 
 def test_partial_figures_are_folded_in_float64(tmp_path):
