@@ -67,9 +67,9 @@ class Tokenizer:
 
 def token_keys(tokens: Tensor) -> Tensor:
     """int64 [M]: a 64-bit hash of each row of [M, L]; captions of equal tokens have equal keys."""
-    keys = np.zeros(len(tokens), dtype=np.uint64)
-    for column in tokens.numpy().T:
-        keys = scramble(keys ^ column.astype(np.uint64))
+    places = scramble(np.arange(tokens.shape[1], dtype=np.uint64))
+    hashes = scramble(tokens.numpy().astype(np.uint64) ^ places)  # [M, L]
+    keys = scramble(hashes.sum(axis=1, dtype=np.uint64))  # [M, L] -> [M]
     return torch.from_numpy(keys.view(np.int64))
 
 
