@@ -1,10 +1,12 @@
 """From the bytes of media to tensors of one shape: at random for training, fixed for the rest.
 
-A transform has three methods, each for its own kind of media:
+A transform has these methods, each for its own kind of media; chance comes only from rng:
 
-    load_training(content, extension, rng)   bytes -> one row of a batch; chance only from rng
-    decode(content, extension)               evaluation: bytes -> decoded image or waveform
-    transform(decoded)                       evaluation: decoded -> the tower's input, no chance
+    decode_training(content, extension, rng)   bytes -> the decoded part that is shown
+    write_row(part, rng, row)                  that part -> one row of a batch, in its place
+    load_training(content, extension, rng)     both: bytes -> a row in memory of its own
+    decode(content, extension)                 evaluation: bytes -> decoded image or waveform
+    transform(decoded)                         evaluation: decoded -> the tower's input, no chance
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from data_prep.media_decode import (
     JPEG_EXTENSIONS,
@@ -81,16 +82,28 @@ class ImageToPixels:
         Raises:
             data_prep.media_decode.MediaError: damaged bytes, or too many pixels.
         """
-        pixels = self._resize(self._cropped(content, extension, rng), self._square)
+        return _load_training(self, content, extension, rng)
+
+    def decode_training(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
+        """uint8 [crop height, crop width, 3]: the first part of load_training."""
+        return self._cropped(content, extension, rng).copy()  # the picture's memory is used again
+
+    def write_row(self, part: np.ndarray, rng: SampleRandom, row: Tensor) -> list[tuple[int, int]]:
+        """The second part of load_training: fills uint8 [size, size, 3]; there are no stripes."""
         is_mirrored = rng.random() < self.config.flip_probability
         is_grey = rng.random() < self.config.grey_probability
+        if not (is_mirrored or is_grey or self.config.color_jitter):
+            _resize_into(row, part)
+            return []
+        pixels = self._resize(part, self._square)
         if is_mirrored:
             pixels = pixels.flip(-1)
         if self.config.color_jitter is not None:
             pixels = _jittered(pixels, self.config.color_jitter, rng)
         if is_grey:
             pixels = _grey(pixels)
-        return TrainingExample(pixels.permute(1, 2, 0).contiguous(), [])
+        row.copy_(pixels.permute(1, 2, 0))
+        return []
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """uint8 [H, Wd, 3] (or a PIL image) -> uint8 [3, size, size]."""
@@ -149,13 +162,20 @@ class ImageToPixels:
     @staticmethod
     def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
         """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic: PIL's, to within one level."""
-        # Copied if it is a part, and with the batch's axis in front: else torch takes three slow
-        # planes for one fast picture.
-        pixels = torch.from_numpy(np.require(image, requirements="CW"))[None]
-        pixels = pixels.permute(0, 3, 1, 2)  # [1, H, Wd, 3] -> [1, 3, H, Wd], channels last
-        if pixels.shape[2:] == size:
-            return pixels[0].clone()
-        return functional.interpolate(pixels, size, mode="bicubic", antialias=True)[0]
+        pixels = torch.empty(*size, 3, dtype=torch.uint8)
+        _resize_into(pixels, image)
+        return pixels.permute(2, 0, 1)
+
+
+def _resize_into(row: Tensor, image: np.ndarray) -> None:
+    """Fills uint8 [H, Wd, 3] with an image of any size."""
+    # With the batch's axis in front: else torch takes three slow planes for one fast picture.
+    image = np.require(image, requirements="CW")[None].transpose(0, 3, 1, 2)
+    pixels = torch.from_numpy(image)  # [1, 3, H, Wd], channels last
+    # What torch's interpolate calls; but that has no `out`.
+    torch._C._nn._upsample_bicubic2d_aa(
+        pixels, row.shape[:2], False, None, out=row[None].permute(0, 3, 1, 2)
+    )
 
 
 def _jittered(pixels: Tensor, jitter: ColorJitter, rng: SampleRandom) -> Tensor:
@@ -217,13 +237,21 @@ class AudioToWaveform:
         Raises:
             data_prep.media_decode.MediaError: damaged bytes, or too long a clip.
         """
-        waveform = decode_audio_part(
+        return _load_training(self, content, extension, rng)
+
+    def decode_training(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
+        """float32 [at most clip_samples]: the first part of load_training."""
+        return decode_audio_part(
             content,
             sample_rate_hz=self.config.sample_rate_hz,
             num_samples=self.clip_samples,
             place=rng.random(),
         )
-        return TrainingExample(self._cut(waveform, 0), self._stripes(rng))
+
+    def write_row(self, part: np.ndarray, rng: SampleRandom, row: Tensor) -> list[tuple[int, int]]:
+        """The second part of load_training: fills float32 [clip_samples], returns the stripes."""
+        row.copy_(self._cut(part, 0))
+        return self._stripes(rng)
 
     def _stripes(self, rng: SampleRandom) -> list[tuple[int, int]]:
         """(start, width) of SpecAugment's stripes, those across mel bins first."""
@@ -262,6 +290,14 @@ def _stripe(length: int, max_width: int, rng: SampleRandom) -> tuple[int, int]:
 
 
 MediaTransform = ImageToPixels | AudioToWaveform
+
+
+def _load_training(
+    transform: MediaTransform, content: bytes, extension: str, rng: SampleRandom
+) -> TrainingExample:
+    part = transform.decode_training(content, extension, rng)
+    row = torch.empty(transform.row_shape, dtype=transform.row_dtype)
+    return TrainingExample(row, transform.write_row(part, rng, row))
 
 
 def build_transforms(config: PretrainConfig) -> dict[MediaKind, MediaTransform]:

@@ -7,7 +7,8 @@ makes no difference who fills which row of a step's buffers. Who does is in load
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,10 +36,16 @@ from pretrain.sample_order import (
     lanes_of_rank,
 )
 from pretrain.shard_cache import ShardCache
-from pretrain.shard_reader import BadSample, PairReader
+from pretrain.shard_reader import BadSample, DecodedPair, PairReader
 from pretrain.source_datasets import build_cache, open_samples
 from pretrain.source_mixing import PairingChoice
 from pretrain.tokenizer import Tokenizer, token_keys
+
+# Pairs are read, decoded and resized a few at a time: so the processor does the same for a while,
+# which is a tenth faster than each pair from its bytes to its row.
+GROUP_PAIRS = 16
+GROUP_BYTES = 4 << 20
+T = TypeVar("T")
 
 
 class PairingReader:
@@ -98,34 +105,68 @@ class PairingReader:
         return digest_halves(samples, source_keys=self.source_keys)
 
     def fill(
-        self, buffers: PairBuffers, samples: StepSamples, rows: Iterable[int]
+        self, buffers: PairBuffers, samples: StepSamples, rows: range
     ) -> tuple[list[BadSample], Counter[tuple[str, int]]]:
         """Reads the samples of some rows into their places; returns (substitutions, num_read).
 
         May be called by several threads for rows that are not the same.
         """
-        rows, bad_samples, num_read = list(rows), [], Counter()
-        captions, ordinals = [], []
-        for row in rows:
-            reader, epoch = self.readers[samples.sources[row]], int(samples.epochs[row])
-            pair = reader.read_training(int(samples.ordinals[row]), epoch=epoch)
-            buffers.media[row] = pair.values
-            if pair.stripes:
-                buffers.stripes[row] = torch.tensor(pair.stripes, dtype=torch.int32)
+        part = slice(rows.start, rows.stop)
+        media = buffers.media[part].unbind()
+        bad_samples, num_read, captions, ordinals = [], Counter(), [], []
+        for row, (reader, epoch, pair) in enumerate(self._decoded_pairs(samples, rows)):
+            stripes = self.transform.write_row(pair.part, pair.rng, media[row])
+            if stripes:
+                buffers.stripes[rows[row]] = torch.tensor(stripes, dtype=torch.int32)
             captions.append(pair.caption)
             ordinals.append(pair.ordinal)
             num_read[reader.source, epoch] += 1
             if pair.bad_sample is not None:
                 bad_samples.append(pair.bad_sample)
         tokens = self.tokenizer(captions)
-        buffers.tokens[rows] = tokens
-        buffers.caption_lengths[rows] = self.tokenizer.lengths(tokens)
-        buffers.caption_keys[rows] = token_keys(tokens)
+        buffers.tokens[part] = tokens
+        buffers.caption_lengths[part] = self.tokenizer.lengths(tokens)
+        buffers.caption_keys[part] = token_keys(tokens)
         media_keys = scramble(
-            self._key_of_source[samples.sources[rows]] ^ np.array(ordinals, dtype=np.uint64)
+            self._key_of_source[samples.sources[part]] ^ np.array(ordinals, dtype=np.uint64)
         )
-        buffers.media_keys[rows] = torch.from_numpy(media_keys.view(np.int64))
+        buffers.media_keys[part] = torch.from_numpy(media_keys.view(np.int64))
         return bad_samples, num_read
+
+    def _decoded_pairs(
+        self, samples: StepSamples, rows: range
+    ) -> Iterator[tuple[PairReader, int, DecodedPair]]:
+        """(reader, epoch, pair) of each row; read and decoded in groups."""
+        part = slice(rows.start, rows.stop)
+        wanted = zip(
+            [self.readers[source] for source in samples.sources[part].tolist()],
+            samples.epochs[part].tolist(),
+            samples.ordinals[part].tolist(),
+            strict=True,
+        )
+        opened = (
+            (reader, epoch, ordinal, reader.open_training(ordinal, epoch=epoch))
+            for reader, epoch, ordinal in wanted
+        )
+        for group in _groups(opened, lambda pair: pair[-1].num_bytes if pair[-1] else 0):
+            decoded = (
+                (reader, epoch, reader.decode_training(ordinal, epoch=epoch, opened=pair))
+                for reader, epoch, ordinal, pair in group
+            )
+            for each in _groups(decoded, lambda pair: pair[-1].part.nbytes):
+                yield from each
+
+
+def _groups(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Neighbours, GROUP_PAIRS or somewhat more than GROUP_BYTES of them at the most."""
+    group, size = [], 0
+    for item in items:
+        group.append(item)
+        size += num_bytes(item)
+        if len(group) >= GROUP_PAIRS or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def _distinct_sources(pairing: Pairing) -> list[Source]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
@@ -25,11 +26,13 @@ from data_prep.shard_format import (
     media_extension_of,
 )
 from data_prep.subset import KeptSamples
-from pretrain.keyed_random import key_of, permute, sample_random
+from pretrain.keyed_random import SampleRandom, key_of, permute, sample_random
 from pretrain.media_transforms import MediaTransform
 
 MAX_SUBSTITUTES = 16
 FIRST_WAIT_SECONDS = 0.5  # before the first retry of a read; doubles each time
+# What another sample can stand in for.
+BAD_BYTES = (CorruptSampleError, MediaError, BadShardError)
 Result = TypeVar("Result")
 
 
@@ -63,6 +66,31 @@ class TrainingPair:
     values: Tensor
     stripes: list[tuple[int, int]]
     caption: str
+    bad_sample: BadSample | None = None  # what it stands for, if that is another sample
+
+
+@dataclass(frozen=True)
+class OpenedPair:
+    """The bytes of an image or clip, and one of its captions."""
+
+    ordinal: int
+    sample: Sample
+    caption: str
+    rng: SampleRandom  # of which the caption's number is taken
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.sample.members.values()))
+
+
+@dataclass(frozen=True)
+class DecodedPair:
+    """The part of an image or clip that is shown, not yet augmented, and one of its captions."""
+
+    ordinal: int  # of the sample whose content this is
+    part: np.ndarray
+    caption: str
+    rng: SampleRandom  # of which the part's numbers are taken
     bad_sample: BadSample | None = None  # what it stands for, if that is another sample
 
 
@@ -146,6 +174,35 @@ class PairReader:
         """The pair as an epoch shows it, or that of its substitute.
 
         Raises:
+            InputError, BadShardError, OSError: as decode_training.
+        """
+        pair = self.decode_training(ordinal, epoch=epoch)
+        row = torch.empty(self.transform.row_shape, dtype=self.transform.row_dtype)
+        stripes = self.transform.write_row(pair.part, pair.rng, row)
+        return TrainingPair(pair.ordinal, row, stripes, pair.caption, pair.bad_sample)
+
+    def open_training(self, ordinal: int, *, epoch: int) -> OpenedPair | None:
+        """What decode_training begins with, to be done earlier; None if the bytes are bad.
+
+        Raises:
+            OSError: the shard cannot be read now.
+        """
+        try:
+            return self._open(ordinal, epoch)
+        except BAD_BYTES:
+            return None  # decode_training meets it again
+
+    def decode_training(
+        self, ordinal: int, *, epoch: int, opened: OpenedPair | None = None
+    ) -> DecodedPair:
+        """The pair as an epoch shows it, or that of its substitute, up to transform.write_row.
+
+        Args:
+            ordinal: of the sample.
+            epoch: that shows it.
+            opened: what open_training gave.
+
+        Raises:
             InputError: neither it nor its substitutes can be decoded.
             BadShardError: its shard is missing or damaged (unless takes_bad_shards).
             OSError: the shard cannot be read now.
@@ -154,31 +211,33 @@ class PairReader:
         num_tried = 0
         for candidate in self._candidates(ordinal):
             try:
-                pair = self._augmented(candidate, epoch)
-            except (CorruptSampleError, MediaError, BadShardError) as raised:
+                pair = self._decoded(opened or self._open(candidate, epoch))
+            except BAD_BYTES as raised:
                 if isinstance(raised, BadShardError) and not self.takes_bad_shards:
                     raise
-                error, num_tried = error or raised, num_tried + 1
+                error, num_tried, opened = error or raised, num_tried + 1, None
                 continue
             if error is None:
                 return pair
-            bad_sample = self._bad_sample(ordinal, epoch, candidate, error)
-            return TrainingPair(candidate, pair.values, pair.stripes, pair.caption, bad_sample)
+            return replace(pair, bad_sample=self._bad_sample(ordinal, epoch, candidate, error))
         raise InputError(
             f"source {self.source!r}: neither this sample nor {num_tried - 1} neighbours can be "
             f"read: {error}; check the dataset with python -m data_prep.verify_shards"
         )
 
-    def _augmented(self, ordinal: int, epoch: int) -> TrainingPair:
+    def _open(self, ordinal: int, epoch: int) -> OpenedPair:
         sample = self._retry(lambda: self.dataset.read_sample(ordinal))
         captions = captions_of(sample)
         rng = sample_random(self.seed, source=self.source, epoch=epoch, ordinal=ordinal)
-        caption = captions[rng.below(len(captions))]
-        example = self._decode(
-            sample,
-            lambda content, extension: self.transform.load_training(content, extension, rng),
+        return OpenedPair(ordinal, sample, captions[rng.below(len(captions))], rng)
+
+    def _decoded(self, opened: OpenedPair) -> DecodedPair:
+        rng = opened.rng
+        part = self._decode(
+            opened.sample,
+            lambda content, extension: self.transform.decode_training(content, extension, rng),
         )
-        return TrainingPair(ordinal, example.values, example.stripes, caption)
+        return DecodedPair(opened.ordinal, part, opened.caption, rng)
 
     def _bad_sample(self, ordinal: int, epoch: int, substitute: int, error: Exception) -> BadSample:
         shard = self.dataset.manifest[self.dataset.locate(ordinal)[0]].name
