@@ -163,15 +163,14 @@ class ImageToPixels:
     def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
         """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic: PIL's, to within one level."""
         pixels = torch.empty(*size, 3, dtype=torch.uint8)
-        _resize_into(pixels, image)
+        _resize_into(pixels, np.require(image, requirements="CW"))
         return pixels.permute(2, 0, 1)
 
 
 def _resize_into(row: Tensor, image: np.ndarray) -> None:
-    """Fills uint8 [H, Wd, 3] with an image of any size."""
+    """Fills uint8 [H, Wd, 3] with an image of any size, which is one piece of memory."""
     # With the batch's axis in front: else torch takes three slow planes for one fast picture.
-    image = np.require(image, requirements="CW")[None].transpose(0, 3, 1, 2)
-    pixels = torch.from_numpy(image)  # [1, 3, H, Wd], channels last
+    pixels = torch.from_numpy(image[None].transpose(0, 3, 1, 2))  # [1, 3, H, Wd], channels last
     # What torch's interpolate calls; but that has no `out`.
     torch._C._nn._upsample_bicubic2d_aa(
         pixels, row.shape[:2], False, None, out=row[None].permute(0, 3, 1, 2)

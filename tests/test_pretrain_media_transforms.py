@@ -325,3 +325,16 @@ def test_stripes_do_not_change_the_part_of_the_clip():
 def test_stripes_wider_than_the_picture_are_refused(key, width):
     with pytest.raises(ValueError, match=f"spec_augment.{key}={width} is wider than"):
         audio_transform(spec_augment={"mel_bins": 4, key: width})
+
+
+@pytest.mark.parametrize("height, width", [(50, 70), (20, 90), (24, 24), (24, 60)])
+def test_a_picture_is_resized_into_its_row_as_torch_resizes_it(height, width):
+    part = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rows = torch.zeros(3, 24, 24, 3, dtype=torch.uint8)
+    transform = ImageToPixels(ImageTransform(size=24))
+    assert transform.write_row(part, rng(), rows[1]) == []
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(part).permute(2, 0, 1)[None], (24, 24), mode="bicubic", antialias=True
+    )
+    assert torch.equal(rows[1], expected[0].permute(1, 2, 0))
+    assert not rows[[0, 2]].any()

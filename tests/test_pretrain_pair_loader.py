@@ -122,6 +122,14 @@ def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, mo
     assert len(reads) == sum(len(pairs.tokens) for pairs in batch.pairings.values()) == 24
 
 
+def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(dataset, monkeypatch):
+    expected = joined([dataset.load(5)])
+    for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
+        monkeypatch.setattr("pretrain.pair_loader.GROUP_PAIRS", pairs)
+        monkeypatch.setattr("pretrain.pair_loader.GROUP_BYTES", num_bytes)
+        assert_same_steps([joined([dataset.load(5)])], [expected])
+
+
 def test_a_batch_knows_which_of_its_captions_and_media_are_equal(config, dataset):
     more = dataset.pairings["image-text"].readers[1]
     assert len(more.samples) == 25

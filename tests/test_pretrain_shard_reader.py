@@ -6,6 +6,7 @@ import toy_run
 from toy_run import write_toy_dataset
 
 from data_prep.config_file import InputError
+from data_prep.media_format import MediaError
 from data_prep.shard_format import BLOCK_BYTES, BadShardError, ShardIndex
 from pretrain.config import ImageTransform
 from pretrain.keyed_random import key_of, permute
@@ -87,6 +88,32 @@ def test_bytes_that_pass_the_checksum_but_do_not_decode_are_substituted_too(tmp_
     reader = reader_of(write_toy_dataset(tmp_path / "data", "image", shard_sizes=(9,)))
     bad = reader.read_training(4, epoch=0).bad_sample
     assert "sample 000004: .png: expected png bytes, found gif" in bad.reason
+
+
+def test_a_pair_opened_before_it_is_decoded_is_the_same_or_has_the_same_substitute(
+    toy_data, tmp_path, monkeypatch
+):
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[20]))
+    assert reader.open_training(20, epoch=0) is None
+    decode = reader.transform.decode_training
+    monkeypatch.setattr(
+        reader.transform,
+        "decode_training",
+        lambda *arguments: raise_media_error() if arguments[0] == of_21 else decode(*arguments),
+    )
+    of_21 = reader.dataset.read_sample(21).members["png"]
+    for ordinal in (20, 21, 22):
+        opened = reader.open_training(ordinal, epoch=0)
+        pair = reader.decode_training(ordinal, epoch=0, opened=opened)
+        expected = reader.decode_training(ordinal, epoch=0)
+        assert (pair.ordinal, pair.caption) == (expected.ordinal, expected.caption)
+        assert (pair.part == expected.part).all()
+        assert pair.bad_sample == expected.bad_sample
+        assert (pair.bad_sample is None) == (ordinal == 22)
+
+
+def raise_media_error():
+    raise MediaError("damaged")
 
 
 # ------------------------------------------------------------------------------- whole shards
