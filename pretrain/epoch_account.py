@@ -13,7 +13,8 @@ from data_prep.config_file import RunError
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.gather import sum_over_ranks
 from pretrain.pair_batch import StepBatch
-from pretrain.pair_loader import PairingReader, StepDataset
+from pretrain.pair_loader import StepDataset
+from pretrain.pairing_reader import PairingReader
 
 
 @dataclass(frozen=True)

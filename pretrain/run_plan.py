@@ -10,7 +10,8 @@ from pretrain.config import PretrainConfig
 from pretrain.micro_batch_size import estimate_for_plan, pieces_of_size
 from pretrain.model import ContrastiveModel
 from pretrain.pair_batch import step_bytes
-from pretrain.pair_loader import PairingReader, StepDataset
+from pretrain.pair_loader import StepDataset
+from pretrain.pairing_reader import PairingReader
 from pretrain.sample_order import lanes_of_rank
 from pretrain.shard_reader import PairReader
 

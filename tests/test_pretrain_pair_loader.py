@@ -125,8 +125,8 @@ def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, mo
 def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(dataset, monkeypatch):
     expected = joined([dataset.load(5)])
     for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
-        monkeypatch.setattr("pretrain.pair_loader.GROUP_PAIRS", pairs)
-        monkeypatch.setattr("pretrain.pair_loader.GROUP_BYTES", num_bytes)
+        monkeypatch.setattr("pretrain.pairing_reader.GROUP_PAIRS", pairs)
+        monkeypatch.setattr("pretrain.pairing_reader.GROUP_BYTES", num_bytes)
         assert_same_steps([joined([dataset.load(5)])], [expected])
 
 

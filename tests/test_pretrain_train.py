@@ -239,7 +239,7 @@ def test_every_epoch_is_accounted_for_also_by_an_attempt_that_begins_within_it(
 
 
 def test_an_epoch_that_is_not_read_whole_stops_the_run(toy_data, tmp_path):
-    from pretrain.pair_loader import PairingReader
+    from pretrain.pairing_reader import PairingReader
 
     def fill_all_but_count_one_less(self, buffers, samples, rows, real=PairingReader.fill):
         bad_samples, num_read = real(self, buffers, samples, rows)
