@@ -144,7 +144,12 @@ def _fold_axis(
         tl.store(totals + places, tl.load(totals + places, mask=mask) + total, mask=mask)
 
 
-@triton.jit
+KEPT = ["totals", "beaten", "ties"]
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[f"{side}_{kept}" for side in ("row", "column") for kept in KEPT]
+)
 def fold(
     row_sums,
     row_codes,  # [column blocks, num_rows]

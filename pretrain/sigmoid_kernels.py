@@ -29,7 +29,9 @@ def _log1p(x):
     return 2.0 * z * (series * square + 1.0)
 
 
-@triton.jit(do_not_specialize=["own_shift"])
+@triton.jit(
+    do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
+)
 def take_sigmoid(
     media,
     text,

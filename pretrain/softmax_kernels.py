@@ -45,7 +45,10 @@ def _write_sums(
     tl.store(sums + place, tl.sum(exponentials, AXIS), mask=places < num_places)
 
 
-@triton.jit(do_not_specialize=["own_shift"])
+# Vectors per row or column begin anywhere; kernels are not compiled anew for each alignment.
+@triton.jit(
+    do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
+)
 def observe_softmax(
     media,  # [num_rows, WIDTH]
     text,  # [num_columns, WIDTH]
@@ -84,7 +87,10 @@ def observe_softmax(
     )
 
 
-@triton.jit(do_not_specialize=["own_shift"])
+@triton.jit(
+    do_not_specialize=["own_shift"],
+    do_not_specialize_on_alignment=["row_weights", "column_weights", "own_gradient"],
+)
 def write_coefficients(
     media,
     text,

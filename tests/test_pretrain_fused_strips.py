@@ -72,9 +72,11 @@ def errors_of(kind, mode, scale, sides, counts):
     hits = dense_hits(*(leaf.detach() for leaf in exact[:2]))
     recalls = (loss.media_to_text_recall_at_1, loss.text_to_media_recall_at_1)
     recall_error = max(abs(a - b) for a, b in zip(recalls, hits, strict=True))
-    with torch.no_grad():
-        value = contrastive_loss(*leaves, rule=LossRule(kind)).value
-    loss_error = max(abs(x - truth.item()) / max(1.0, truth.item()) for x in (loss.value, value))
+    values = [loss.value]
+    if mode == "strip1":  # without gradients the mode makes no difference
+        with torch.no_grad():
+            values.append(contrastive_loss(*leaves, rule=LossRule(kind)).value)
+    loss_error = max(abs(value - truth.item()) / max(1.0, truth.item()) for value in values)
     return loss_error, recall_error, relative_errors(leaves, exact, own)
 
 
@@ -138,7 +140,6 @@ def errors_of_two_processes():
         for kind, mode, counts in (
             ("softmax", "strip1", (41, 19)),
             ("softmax", "strip2", (41, 19)),
-            ("softmax", "strip1", (0, 60)),
             ("sigmoid", "strip2", (41, 19)),
             ("sigmoid", "strip1", (60, 0)),
         )
@@ -147,6 +148,6 @@ def errors_of_two_processes():
 
 def test_two_processes_give_the_dense_loss_and_gradients_by_the_kernels():
     for found in run_in_processes(2, errors_of_two_processes, **BARE):
-        assert len(found) == 5
+        assert len(found) == 4
         for settings, errors in found.items():
             check(errors, settings)

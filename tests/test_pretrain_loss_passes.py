@@ -105,6 +105,8 @@ def test_large_batches_are_streamed_and_small_ones_kept():
     assert choose_piece_rows(RowSplit((4096,) * 8), width=512) == 4096
     assert choose_piece_rows(RowSplit((2048,) * 64), width=512) == 256
     assert choose_piece_rows(RowSplit((10**6,)), width=512) == 10**6
+    on_gpu = choose_piece_rows(RowSplit((2048,) * 64), width=512, device_type="cuda")
+    assert on_gpu == 4 * 256
 
 
 def test_the_mode_follows_the_rows_per_rank_on_gpus_alone():
