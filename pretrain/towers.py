@@ -246,11 +246,7 @@ def probe_backbone(
         shape = list(examples[:1].shape)
         raise InputError(f"{where}: cannot encode input {shape}: {error}") from error
     if features.requires_grad:
-        features.sum().backward()
-        unused = [p for p in backbone.parameters() if p.requires_grad and p.grad is None]
-        for parameter in unused:
-            parameter.requires_grad_(False)
-        backbone.zero_grad()
+        _freeze_unused(backbone, features)
     backbone.train(was_training)
     if features.ndim != 2:
         raise InputError(
@@ -258,6 +254,14 @@ def probe_backbone(
             f"{list(features.shape)}"
         )
     return features.shape[-1]
+
+
+def _freeze_unused(backbone: nn.Module, features: Tensor) -> None:
+    features.sum().backward()
+    unused = [p for p in backbone.parameters() if p.requires_grad and p.grad is None]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    backbone.zero_grad()
 
 
 def _features_in_training(

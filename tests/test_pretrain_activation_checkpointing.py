@@ -1,12 +1,14 @@
 import pytest
 import torch
+from gloo_processes import run_in_processes
 from torch import nn
-from toy_droppers import NUM_PAIRS, Pairs, dropping_config
+from toy_droppers import NUM_PAIRS, VIT, Pairs, dropping_config
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
 from pretrain.activation_checkpointing import blocks_of, checkpoint_blocks
 from pretrain.model import build_model
+from pretrain.run_folder import read_metrics
 from pretrain.tokenizer import build_tokenizer
 
 
@@ -69,3 +71,37 @@ def test_a_tower_without_blocks_is_refused_and_a_frozen_one_is_left_alone(tmp_pa
         checkpoint_blocks(model)
     tower.is_frozen = True
     checkpoint_blocks(model)
+
+
+def train(config):
+    from pretrain.train import pretrain
+
+    pretrain(config)
+
+
+def test_a_run_that_drops_goes_on_elsewhere_with_activations_computed_again(toy_data, tmp_path):
+    validation = {
+        "every_steps": 2,
+        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+    }
+
+    def config_of(folder, **sections):
+        model = toy_config(toy_data, folder).model.model_dump(mode="json") | {"image": VIT}
+        return toy_config(toy_data, folder, model=model, **sections)
+
+    undisturbed = config_of(tmp_path / "undisturbed", validation=validation)
+    run_in_processes(1, train, undisturbed)
+    moved = config_of(
+        tmp_path / "moved", micro_batch_size=3, engine={"activation_checkpointing": True}
+    )
+    stopping = moved.run.model_copy(update={"stop_after_step": 3})
+    run_in_processes(2, train, moved.model_copy(update={"run": stopping}))
+    run_in_processes(1, train, config_of(tmp_path / "moved"))
+    rows, expected_rows = (
+        [row for row in read_metrics(config.run.folder) if "validation" not in row]
+        for config in (moved, undisturbed)
+    )
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
