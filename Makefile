@@ -24,11 +24,12 @@ demo: .venv/ready                ## the whole pipeline, on data it makes: under 
 check-demo: demo                 ## fails if the demo's figures are below their goals
 	$(RUN) -m pytest tests/demo_goals.py
 
-test: .venv/ready
-	$(RUN) -m pytest
+# Two at a time, whole files to each: most tests have seconds in which only one process computes.
+test: .venv/ready                ## the fast tests: under eight minutes on two cores
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/ready           ## every combination of strategies, processes and losses
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow -n 2
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.gather import RowGather, RowSplit, RowStream, rows_per_rank, world_size
-from pretrain.in_batch_hits import InBatchHits
+from pretrain.in_batch_hits import InBatchHits, num_words
 from pretrain.logit_strips import Features, accumulation_type, exact_products, own_logits
 from pretrain.loss_backend import StripClasses, choose_backend, strip_classes
 from pretrain.loss_passes import LossPasses, Mode, Strips
@@ -125,6 +125,33 @@ def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") 
     if num_ranks == 1 or 2 * 4 * num_ranks * most * width <= GATHERED_BYTES:
         return most
     return max(1, min(most, PIECE_BYTES[device_type] // (4 * num_ranks * width)))
+
+
+def received_bytes(
+    counts: Sequence[int], *, rule: LossRule, width: int, feature_bytes: int, device: torch.device
+) -> int:
+    """What a rank receives from the others for the loss and its gradients, but for the padding of
+    messages.
+
+    Args:
+        counts: pairs of each rank.
+        width: D.
+        feature_bytes: of one number of a feature.
+    """
+    split = RowSplit(tuple(counts))
+    num_ranks, num_rows = len(counts), len(counts) * max(counts)
+    mode = choose_mode(split, device) if rule.mode == "auto" else rule.mode
+    piece_rows = rule.piece_rows or choose_piece_rows(split, width=width, device_type=device.type)
+    captions = num_rows * (width * feature_bytes + 4)  # with the logits of own pairs
+    # The softmax's first pass is followed by a second, for which pieces travel again.
+    gathered = captions * (2 if rule.kind == "softmax" and piece_rows < max(counts) else 1)
+    gathered += num_rows * width * (4 if mode == "strip1" else feature_bytes)  # sums, or media
+    if rule.duplicates != "negatives":
+        gathered += num_rows * 2 * 8  # keys
+    num_sums = num_words(split.total, num_ranks)
+    if rule.kind == "softmax":
+        num_sums += split.total * (1 if mode == "strip1" else 2)
+    return round((gathered + 2 * 8 * num_sums) * (num_ranks - 1) / num_ranks)
 
 
 # --------------------------------------------------------------------------------- the function

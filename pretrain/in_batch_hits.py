@@ -90,7 +90,13 @@ class InBatchHits:
         return self._base * (num_ranks + 1)  # above any sum of codes
 
     def _is_packed(self, num_ranks: int) -> bool:
-        return self._word_base(num_ranks) ** 2 < 2**53
+        return num_words(len(self.positives), num_ranks) < len(self.positives)
+
+
+def num_words(num_pairs: int, num_ranks: int) -> int:
+    """How many numbers `text_words` gives: two codes fit into one unless the batch is huge."""
+    fit = ((num_pairs + 1) * (num_ranks + 1)) ** 2 < 2**53
+    return -(-num_pairs // 2) if fit else num_pairs
 
 
 def nearest(logits: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from pretrain.config import PretrainConfig
+from pretrain.contrastive_loss import received_bytes
+from pretrain.loss_rule import rule_of_pairing
 from pretrain.micro_batch_size import estimate_for_plan, pieces_of_size
 from pretrain.model import ContrastiveModel
 from pretrain.pair_batch import step_bytes
@@ -14,6 +16,7 @@ from pretrain.pair_loader import StepDataset
 from pretrain.pairing_reader import PairingReader
 from pretrain.sample_order import lanes_of_rank
 from pretrain.shard_reader import PairReader
+from pretrain.step_loss import feature_type
 
 
 def describe_plan(
@@ -38,7 +41,7 @@ def describe_plan(
     return [
         *_describe_model(model),
         *(line for reader in dataset.pairings.values() for line in _describe(config, reader)),
-        *_describe_step(config, dataset, world_size),
+        *_describe_step(config, dataset, device, world_size),
         _describe_micro_batches(config, dataset, model, device, world_size, num_processes_here),
     ]
 
@@ -80,7 +83,9 @@ def _describe_fingerprint(reader: PairReader) -> str:
     return f"{fingerprint}, subset {subset.fingerprint[:12]} of {len(whole):,} samples"
 
 
-def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int) -> Iterator[str]:
+def _describe_step(
+    config: PretrainConfig, dataset: StepDataset, device: torch.device, world_size: int
+) -> Iterator[str]:
     lane_counts = [
         len(lanes_of_rank(rank, world_size=world_size, lanes=config.lanes))
         for rank in range(world_size)
@@ -88,12 +93,20 @@ def _describe_step(config: PretrainConfig, dataset: StepDataset, world_size: int
     steps = config.schedule.num_steps
     read = sum(_bytes_read(reader, steps) for reader in dataset.pairings.values()) / steps
     ahead_bytes = step_bytes(dataset.layouts) * (config.loading.batches_ahead + 1)
-    num_pairs = sum(pairing.global_batch_size for pairing in config.pairings.values())
-    feature_bytes = 2 * num_pairs * config.model.embed_dim * 4
-    yield (f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each")
+    received = sum(
+        received_bytes(
+            [count * config.slots_per_lane(name) for count in lane_counts],
+            rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
+            width=config.model.embed_dim,
+            feature_bytes=feature_type(config).itemsize,
+            device=device,
+        )
+        for name, pairing in config.pairings.items()
+    )
+    yield f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each"
     yield (
-        f"a step reads {read / 1e6:.2f} MB from shards and gathers {feature_bytes / 1e6:.2f} MB "
-        "of features on every process"
+        f"a step reads {read / 1e6:.2f} MB from shards, and for its losses every process receives "
+        f"{received / 1e6:.2f} MB from the others"
     )
     yield f"batches loaded ahead take up to {ahead_bytes / 1e6:.1f} MB on a process"
 

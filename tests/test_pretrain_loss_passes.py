@@ -13,6 +13,7 @@ from pretrain.contrastive_loss import (
     choose_mode,
     choose_piece_rows,
     contrastive_loss,
+    received_bytes,
 )
 from pretrain.gather import RowSplit, counted_traffic
 from pretrain.loss_rule import LossRule
@@ -99,6 +100,14 @@ def test_collectives_and_bytes_are_as_few_as_the_modes_promise():
             promised += (32 if mode == "strip1" else 48) * num_pairs
             received = traffic.received_bytes.total()
             assert received <= promised * (num_processes - 1) / num_processes + 64
+            foretold = received_bytes(
+                (64, 64),
+                rule=LossRule(kind, mode=mode, piece_rows=piece),
+                width=width,
+                feature_bytes=4,
+                device=torch.device("cpu"),
+            )
+            assert foretold == pytest.approx(received, abs=64 * num_pieces)
 
 
 def test_large_batches_are_streamed_and_small_ones_kept():

@@ -299,6 +299,7 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
         train(with_segments(early, late | {"from_step": 7}, last_step=9))
 
 
+@pytest.mark.slow
 def test_one_pairing_per_step_is_the_same_run_on_any_number_of_processes(toy_data, tmp_path):
     """Towers that a step leaves alone have a gradient of zero, in every process."""
     runs = {1: {}, 2: {"micro_batch_size": 3}, 3: {"micro_batch_size": 1}}
@@ -340,7 +341,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)]
+)
 def test_the_command_gives_the_same_run_under_every_launcher(toy_data, tmp_path, alone, launcher):
     """True launches; the other tests use the quicker fork server."""
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
