@@ -250,9 +250,11 @@ def test_bfloat16_is_autocast_alone(toy_data, tmp_path):
         observed(toy_data, tmp_path / strategy, 2, strategy, precision="bf16")[0]
         for strategy in ("ddp", "zero2", "zero3")
     )
-    for seen in others:
+    # Under stage 3, attention rounds its gradient to bf16 (of 8 bits) at another place.
+    for seen, share in zip(others, (1e-5, 2**-8), strict=True):
         assert seen["dtypes"] == {"torch.float32"}
-        assert_same_gradient(seen, expected, share=1e-4)
+        assert seen["loss"] == expected["loss"]
+        assert_same_gradient(seen, expected, share=share)
 
 
 # --------------------------------------------------------------------------------- whole runs
