@@ -403,6 +403,7 @@ class Run(Section):
     folder: Path = free()
     log_every_steps: PositiveInt = free(10)
     checkpoint_every_steps: PositiveInt = free(1000)
+    checkpoint_every_minutes: PositiveFloat | None = free(None)  # besides; null: never
     keep_checkpoints: PositiveInt = free(3)  # the newest; older ones are deleted
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint

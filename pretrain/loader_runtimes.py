@@ -19,6 +19,7 @@ from data_prep.config_file import RunError
 from pretrain.config import Loading
 from pretrain.fetching_ahead import fetching_ahead
 from pretrain.loader_process import LoaderProcess
+from pretrain.loader_threads import ignore_signals
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
 
@@ -102,7 +103,7 @@ def _in_worker_processes(
         num_workers=loading.num_workers,
         prefetch_factor=loading.batches_ahead,
         collate_fn=_unchanged,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=is_pinned,
         # Libraries of remote file systems, which this process has used, do not survive a fork.
         multiprocessing_context="fork" if dataset.cache is None else "spawn",
@@ -119,5 +120,6 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _use_one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    ignore_signals()
     torch.set_num_threads(1)

@@ -99,11 +99,15 @@ def serve(pipe: Connection, parent: int) -> None:
         pass  # the training process has gone
 
 
-def _live_and_die_with(parent: int) -> None:
-    """Signals of a scheduler or keyboard are for the training process to act on; when that ends, in
-    whatever way, so does this one."""
+def ignore_signals() -> None:
+    """Leaves what a scheduler or keyboard says to the training process."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _live_and_die_with(parent: int) -> None:
+    """When the training process ends, in whatever way, so does this one."""
+    ignore_signals()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)

@@ -110,6 +110,7 @@ class RunFolder:
         self.folder = config.run.folder
         self.num_steps = config.schedule.num_steps
         self.num_steps_done = 0
+        self.stop_cause: str | None = None  # set before an attempt's block ends
         self.is_writer = is_writer
         self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
         # Why the result is not a function of the config alone; also of earlier attempts.
@@ -151,6 +152,8 @@ class RunFolder:
             raise
         is_finished = self.num_steps_done >= self.num_steps
         outcome = "finished" if is_finished else "stopped"
+        if self.stop_cause is not None and not is_finished:
+            self._record(stop_cause=self.stop_cause)
         self._record(to_step=self.num_steps_done, ended=_now(), outcome=outcome)
         self.write_status(outcome)
 

@@ -38,6 +38,7 @@ from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder, refuse_other_run
 from pretrain.run_plan import describe_plan
+from pretrain.run_requests import RunRequests
 from pretrain.step_loss import StepLosses
 from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
 from pretrain.teacher import PairingTeacher, load_teachers
@@ -57,15 +58,22 @@ def pretrain(config: PretrainConfig) -> None:
     """
     check_output_folder(config.run.folder, key="run.folder")
     check_engine(config)
-    tokenizer = build_tokenizer(config.model.text)
-    # After the tokenizer, whose imports the loader shares, and before threads and connections.
-    with start_loader(config.loading) as load_steps:
-        run_attempt(config, tokenizer, load_steps)
+    requests = RunRequests(
+        config.run.folder, save_every_minutes=config.run.checkpoint_every_minutes
+    )
+    with requests:  # so that nothing asked for during the start is lost
+        tokenizer = build_tokenizer(config.model.text)
+        # After the tokenizer, whose imports the loader shares, and before threads and connections.
+        with start_loader(config.loading) as load_steps:
+            run_attempt(config, tokenizer, load_steps, requests)
 
 
-def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSteps) -> None:
+def run_attempt(
+    config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSteps, requests: RunRequests
+) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
     accelerator = start_accelerator(config)
+    requests.looks_at_files = rank() == 0
     hosts = gather_objects(socket.gethostname())
     dataset = open_dataset(config, tokenizer, hosts=hosts)
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
@@ -89,7 +97,15 @@ def run_attempt(config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSt
                 backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
             )
             train_steps(
-                config, engine, dataset, batches, validation_sets, tokenizer, run, take_gradient
+                config,
+                engine,
+                dataset,
+                batches,
+                validation_sets,
+                tokenizer,
+                run,
+                take_gradient,
+                requests,
             )
 
 
@@ -189,6 +205,7 @@ def train_steps(
     tokenizer: Tokenizer,
     run: RunFolder,
     take_gradient: Callable[[StepBatch], StepLosses],
+    requests: RunRequests,
 ) -> None:
     """The training loop; `step` counts the steps done."""
     first_step, last_step = run.num_steps_done, last_step_of(config)
@@ -197,7 +214,10 @@ def train_steps(
     ledger = BadSampleLedger(run, dataset, loading=config.loading)
     account = EpochAccount(dataset, ledger, first_step=first_step)
     engine.train_mode(True)
+    request = requests.agreed(device=engine.device)  # during the start
     for step in range(first_step + 1, last_step + 1):
+        if request.stops:
+            break
         with timer.phase("data"):
             batch = next(batches)
         outcome = train_step(config, engine, batch, timer, take_gradient)
@@ -205,16 +225,22 @@ def train_steps(
         ledger.enter(batch, device=engine.device)
         reporter.report_epochs(account.enter(batch, device=engine.device))
         reporter.advance()
+        request = requests.agreed(device=engine.device)
         is_last = step == last_step
-        if is_last or step % config.run.log_every_steps == 0:
+        if is_last or request.stops or step % config.run.log_every_steps == 0:
             reporter.report_step(outcome, digest=digest_of_step(batch, device=engine.device))
         if validation_sets and (is_last or step % config.validation.every_steps == 0):
             with timer.phase("validation"):
                 figures = {each.pairing: validate(engine, each) for each in validation_sets}
             reporter.report_validation(figures)
-        if is_last or step % config.run.checkpoint_every_steps == 0:
+        is_due = step % config.run.checkpoint_every_steps == 0
+        if is_last or is_due or request.saves or request.stops:
             with timer.phase("save"):
                 write_checkpoint(config, engine, tokenizer, run)
+            requests.heeded(request)
+    if request.stops:
+        requests.heeded(request)
+        run.stop_cause = request.stop_cause
     reporter.close()
 
 

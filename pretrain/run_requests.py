@@ -1,0 +1,129 @@
+"""What a run is asked to do while it runs: to save, or to save and stop; by signal, file or clock.
+
+    SIGUSR1, SIGUSR2, SIGTERM    save and stop; a second SIGTERM ends the process at once
+    a file STOP in its folder    likewise
+    a file SAVE                  save and go on; as does the clock, every so many minutes
+
+One process that hears of it is enough: all agree at the next step's end, and act there. Files are
+taken away once they were heeded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from pretrain.gather import sum_over_ranks
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SAVE_FILE, STOP_FILE = "SAVE", "STOP"
+SECONDS_BETWEEN_LOOKS = 1.0  # at the files: the folder may be on a slow network
+# In the order in which one is named where several came together.
+CAUSES = (*(number.name for number in STOP_SIGNALS), f"file {STOP_FILE}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all ranks have agreed on."""
+
+    saves: bool = False
+    stop_cause: str | None = None  # a signal's name, or the file
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end here, with a checkpoint."""
+        return self.stop_cause is not None
+
+
+class RunRequests:
+    """Listens on every rank from `with` on; the signals' former handlers are back afterwards.
+
+    To be used in the main thread.
+
+    Args:
+        folder: of the run.
+        save_every_minutes: None for never.
+        looks_at_files: whether this rank looks for files and at the clock: one is enough.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        save_every_minutes: float | None = None,
+        looks_at_files: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self.save_every_seconds = None if save_every_minutes is None else 60 * save_every_minutes
+        self.looks_at_files = looks_at_files
+        self.clock = clock
+        self._heard: set[str] = set()
+        self._last_save = self._last_look = clock()
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> RunRequests:
+        for number in STOP_SIGNALS:
+            self._former[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGTERM" and name in self._heard:
+            os._exit(128 + number)
+        self._heard.add(name)
+
+    def agreed(self, *, device: torch.device) -> Request:
+        """What is to be done now; every rank must call it, and gets the same.
+
+        Args:
+            device: that ranks talk by.
+        """
+        asks = [cause in self._heard for cause in CAUSES]
+        saves = False
+        if self.looks_at_files:
+            asks[-1], saves = self._look()
+        # A rank without a group still goes this way: one way for all.
+        counts = sum_over_ranks(torch.tensor([*asks, saves], dtype=torch.int32, device=device))
+        *asked, saved = counts.tolist()
+        causes = [cause for cause, count in zip(CAUSES, asked, strict=True) if count]
+        return Request(saves=saved > 0, stop_cause=causes[0] if causes else None)
+
+    def _look(self) -> tuple[bool, bool]:
+        """(whether to stop, whether to save)"""
+        now = self.clock()
+        is_due = self.save_every_seconds is not None and (
+            now - self._last_save >= self.save_every_seconds
+        )
+        if now - self._last_look < SECONDS_BETWEEN_LOOKS:
+            return False, is_due
+        self._last_look = now
+        stops, saves = ((self.folder / name).exists() for name in (STOP_FILE, SAVE_FILE))
+        return stops, saves or is_due
+
+    def heeded(self, request: Request) -> None:
+        """To be called when a checkpoint was written, for this request or any other reason."""
+        self._last_save = self.clock()
+        if self.looks_at_files:
+            if request.saves:
+                (self.folder / SAVE_FILE).unlink(missing_ok=True)
+            if request.stops:
+                (self.folder / STOP_FILE).unlink(missing_ok=True)
