@@ -54,7 +54,8 @@ def save_checkpoint(
     step: int,
     marks: Sequence[str] = (),
 ) -> Path:
-    """Writes the state after `step` steps and deletes all but the newest keep_checkpoints.
+    """Writes the state after `step` steps and deletes all but the newest keep_checkpoints and
+    every multiple of keep_every_steps.
 
     Every rank must call it: together they hold the state. The main process writes.
 
@@ -109,7 +110,9 @@ def _write(
     if final.exists():  # only a damaged one: complete ones are resumed from, never rewritten
         shutil.rmtree(final)
     temporary.replace(final)
-    delete_other_checkpoints(final, keep=config.run.keep_checkpoints)
+    delete_other_checkpoints(
+        final, keep=config.run.keep_checkpoints, keep_every_steps=config.run.keep_every_steps
+    )
     return final
 
 
@@ -123,12 +126,20 @@ def _sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def delete_other_checkpoints(final: Path, *, keep: int) -> None:
-    """Deletes what is older than the newest `keep`, and what is of a later step than the one just
-    written: the run has gone back behind it because it was damaged."""
+def delete_other_checkpoints(
+    final: Path, *, keep: int, keep_every_steps: int | None = None
+) -> None:
+    """Deletes what is older than the newest `keep`, but for multiples of `keep_every_steps`, and
+    what is of a later step than the one just written: the run has gone back behind it because it
+    was damaged."""
     folders = sorted(final.parent.glob("step_*"))
     num_kept = folders.index(final) + 1
-    for folder in [*folders[: max(0, num_kept - keep)], *folders[num_kept:]]:
+    older = [
+        folder
+        for folder in folders[: max(0, num_kept - keep)]
+        if keep_every_steps is None or int(folder.name.removeprefix("step_")) % keep_every_steps
+    ]
+    for folder in [*older, *folders[num_kept:]]:
         shutil.rmtree(folder)
     for leftover in final.parent.glob(".step_*.tmp"):
         shutil.rmtree(leftover)

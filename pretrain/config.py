@@ -405,8 +405,19 @@ class Run(Section):
     checkpoint_every_steps: PositiveInt = free(1000)
     checkpoint_every_minutes: PositiveFloat | None = free(None)  # besides; null: never
     keep_checkpoints: PositiveInt = free(3)  # the newest; older ones are deleted
+    keep_every_steps: PositiveInt | None = free(None)  # but these stay for ever; null: none
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
+
+    @model_validator(mode="after")
+    def _writes_what_it_keeps(self) -> Run:
+        kept, written = self.keep_every_steps, self.checkpoint_every_steps
+        if kept is not None and kept % written:
+            raise ValueError(
+                f"keep_every_steps={kept} is not a multiple of checkpoint_every_steps={written}; "
+                f"use {max(1, kept // written) * written}"
+            )
+        return self
 
 
 class PretrainConfig(Section):

@@ -17,7 +17,7 @@ from pretrain.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, Run
 
 
 def train(config):
@@ -98,6 +98,19 @@ def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
     delete_other_checkpoints(tmp_path / "step_00000003", keep=2)
     kept = sorted(folder.name for folder in tmp_path.iterdir())
     assert kept == ["step_00000002", "step_00000003"]
+
+
+def test_every_so_many_steps_one_is_kept_for_ever(tmp_path):
+    for step in range(1, 10):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        delete_other_checkpoints(tmp_path / f"step_{step:08d}", keep=2, keep_every_steps=3)
+    kept = sorted(int(folder.name.removeprefix("step_")) for folder in tmp_path.iterdir())
+    assert kept == [3, 6, 8, 9]
+
+
+def test_what_is_kept_for_ever_must_be_written(tmp_path):
+    with pytest.raises(ValueError, match=r"not a multiple of .*=200; use 400"):
+        Run(folder=tmp_path, checkpoint_every_steps=200, keep_every_steps=500)
 
 
 def test_what_is_measured_is_never_silently_an_older_checkpoint(run, tmp_path):
