@@ -16,14 +16,18 @@ import triton.language as tl
 
 @triton.jit
 def block_of_program(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """(row block, column block) of this program: groups of 8 row blocks share what L2 holds."""
+    """(row block, its rows, column block, its columns) of this program: groups of 8 row blocks
+    share what L2 holds."""
     program = tl.program_id(0)
     num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     per_group = 8 * tl.cdiv(num_columns, BLOCK_COLUMNS)
     first = program // per_group * 8
     height = tl.minimum(num_row_blocks - first, 8)
     within = program % per_group
-    return first + within % height, within // height
+    i, j = first + within % height, within // height
+    rows = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = j * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return i, rows, j, columns
 
 
 @triton.jit

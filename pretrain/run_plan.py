@@ -14,7 +14,7 @@ from pretrain.model import ContrastiveModel
 from pretrain.pair_batch import step_bytes
 from pretrain.pair_loader import StepDataset
 from pretrain.pairing_reader import PairingReader
-from pretrain.sample_order import lanes_of_rank
+from pretrain.sample_order import lanes_of_rank, pairs_of_ranks
 from pretrain.shard_reader import PairReader
 from pretrain.step_loss import feature_type
 
@@ -95,7 +95,7 @@ def _describe_step(
     ahead_bytes = step_bytes(dataset.layouts) * (config.loading.batches_ahead + 1)
     received = sum(
         received_bytes(
-            [count * config.slots_per_lane(name) for count in lane_counts],
+            pairs_of_ranks(config.slots_per_lane(name), world_size=world_size, lanes=config.lanes),
             rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
             width=config.model.embed_dim,
             feature_bytes=feature_type(config).itemsize,

@@ -14,6 +14,7 @@ carries a lane, and how many ranks there are, never enters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -271,6 +272,19 @@ def lanes_of_rank(rank: int, *, world_size: int, lanes: int) -> range:
             f"start at most {lanes} processes, or set lanes to {world_size} or more"
         )
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
+
+
+@functools.cache
+def pairs_of_ranks(slots_per_lane: int, *, world_size: int, lanes: int) -> tuple[int, ...]:
+    """[ranks] how many pairs of a pairing each rank has in a step that takes it.
+
+    Raises:
+        InputError: as `lanes_of_rank`.
+    """
+    carried = (
+        lanes_of_rank(rank, world_size=world_size, lanes=lanes) for rank in range(world_size)
+    )
+    return tuple(len(own) * slots_per_lane for own in carried)
 
 
 def digest_halves(samples: StepSamples, *, source_keys: Sequence[int]) -> np.ndarray:

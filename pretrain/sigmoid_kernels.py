@@ -54,9 +54,7 @@ def take_sigmoid(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i, j = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
-    rows = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = j * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    i, rows, j, columns = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     x = block_logits(
         media, text, rows, columns, num_rows, num_columns, scale, bias, WIDTH, BLOCK_WIDTH
     )

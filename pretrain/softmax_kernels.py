@@ -69,9 +69,7 @@ def observe_softmax(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i, j = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
-    rows = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = j * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    i, rows, j, columns = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     x = block_logits(
         media, text, rows, columns, num_rows, num_columns, scale, 0.0, WIDTH, BLOCK_WIDTH
     )
@@ -110,9 +108,7 @@ def write_coefficients(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i, j = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
-    rows = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = j * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    _, rows, _, columns = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     x = block_logits(
         media, text, rows, columns, num_rows, num_columns, scale, 0.0, WIDTH, BLOCK_WIDTH
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from pretrain.gather import RowGather, world_size
 from pretrain.loss_rule import LossRule, Teacher, rule_of_pairing
 from pretrain.model import PairingFeatures
 from pretrain.pair_batch import PairingBatch, StepBatch
-from pretrain.sample_order import lanes_of_rank
+from pretrain.sample_order import pairs_of_ranks
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LossTerm:
     weight: float
     rule: LossRule
     keys: tuple[Tensor, Tensor]  # of media and captions, each int64 [B]: equal keys, equal content
-    counts: list[int]  # [ranks] pairs of each
+    counts: Sequence[int]  # [ranks] pairs of each
     feature_type: torch.dtype
     teacher: Teacher | None = None
 
@@ -59,14 +59,15 @@ def terms_of_step(
 def _term(
     config: PretrainConfig, name: PairingName, pairs: PairingBatch, teacher: Teacher | None
 ) -> LossTerm:
-    pairing, num_ranks = config.pairings[name], world_size()
-    lanes = [lanes_of_rank(r, world_size=num_ranks, lanes=config.lanes) for r in range(num_ranks)]
+    pairing = config.pairings[name]
     return LossTerm(
         # With one pairing per step, its weight has been used in choosing it.
         weight=pairing.weight if config.pairings_per_step == "all" else 1.0,
         rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
         keys=(pairs.media_keys, pairs.caption_keys),
-        counts=[len(own) * config.slots_per_lane(name) for own in lanes],
+        counts=pairs_of_ranks(
+            config.slots_per_lane(name), world_size=world_size(), lanes=config.lanes
+        ),
         feature_type=feature_type(config),
         teacher=teacher,
     )
