@@ -10,7 +10,6 @@ A row is found by its uid or key: where a sample is left out, its row is missing
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import pyarrow.parquet
 
 from data_prep.config_file import InputError, differing_keys, read_config
 from data_prep.shard_format import Dataset, write_atomically
+from pretrain.checkpoint_record import read_record
 from pretrain.config import PretrainConfig
 
 BAD_SAMPLES = "isopair.bad_samples"
@@ -71,13 +71,11 @@ def origin_of(dataset: Dataset, checkpoint: Path) -> Origin:
         dataset: the dataset.
         checkpoint: one checkpoint's folder.
     """
-    record = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))
-    sums = {name: s for name, s in record["sha256"].items() if name != "optimizer.safetensors"}
     config = read_config(PretrainConfig, checkpoint / "config.yaml")
     transform = getattr(config, dataset.info.media)
     return Origin(
         dataset_fingerprint=dataset.info.fingerprint,
-        checkpoint=hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest(),
+        checkpoint=read_record(checkpoint).model_sha256,
         transform=json.loads(transform.model_dump_json()),
         embed_dim=config.model.embed_dim,
     )

@@ -18,6 +18,7 @@ from eval.embeddings import Encoder
 from eval.intervals import CONFIDENCE, Score
 from eval.measure import Outcome
 from eval.tasks import ClassificationTask, RetrievalTask
+from pretrain.checkpoint_record import read_record
 from pretrain.run_folder import describe_environment
 
 COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
@@ -67,13 +68,13 @@ def device_name(encoder: Encoder) -> str:
 
 
 def _checkpoint_record(folder: Path) -> dict[str, Any]:
-    recorded = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    recorded = read_record(folder)
     return {
         "folder": str(folder),
-        "step": recorded["step"],
+        "step": recorded.state.step,
         # Why the model is not a function of its run's config alone; mostly nothing.
-        "marks": recorded.get("marks", []),
-        "model_sha256": recorded["sha256"].get("model.safetensors"),
+        "marks": list(recorded.state.marks),
+        "model_sha256": recorded.model_sha256,
     }
 
 

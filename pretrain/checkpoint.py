@@ -1,226 +1,231 @@
-"""Checkpoints: written whole or not at all, and enough by themselves to rebuild the model.
+"""Checkpoints: whole or not there, of any number of processes, and enough to rebuild the model.
 
     step_00001000/
-      model.safetensors        parameters and saved buffers, fp32, by name
-      optimizer.safetensors    "<moment>/<parameter>" -> flat tensor
-      config.yaml              the run's resolved config
-      assets/                  tokenizer and tower configs that the libraries do not ship
-      checkpoint.json          format version, step, marks of the run, sha256 of every other file;
-                               written last
+      model-00002-of-00004.safetensors       fp32 parameters: what the second of four processes held
+      optimizer-00002-of-00004.safetensors   likewise, moments of the optimizer
+      buffers.safetensors                    saved buffers of the model, if it has any
+      config.yaml                            the run's resolved config
+      assets/                                tokenizer and tower configs that libraries do not ship
+      checkpoint.json                        step, shapes, who wrote it; size and sha256 of every
+                                             other file; written last
 
-A folder counts only if checkpoint.json is there and every sum agrees.
+Tensors are flattened. A file holds fragments, "<key>/<parameter>@<first element>" (see
+fragment_file): keys are "parameter" and the moments' names. Which rank holds which fragment follows
+from strategy and number of processes, and is of no importance to who reads them.
+
+A folder counts only if checkpoint.json is there and every sum agrees. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from data_prep.config_file import InputError, read_config, to_yaml
-from data_prep.shard_format import write_atomically
+from data_prep.config_file import InputError, read_config, read_yaml, to_yaml
+from data_prep.remote_file import exists, is_url, join, local_path, open_binary
+from pretrain.checkpoint_download import download_model, verify_model
+from pretrain.checkpoint_record import CheckpointRecord, read_record
+from pretrain.checkpoint_state import (
+    BUFFERS_FILE,
+    PARAMETER,
+    load_fragments,
+    read_whole,
+    shapes_of,
+)
+from pretrain.checkpoint_store import (
+    RECORD,
+    CheckpointStore,
+    DamagedCheckpointError,
+    open_store,
+    read_file,
+    verify_file,
+)
 from pretrain.config import MediaKind, PretrainConfig
 from pretrain.engine import Engine
-from pretrain.gather import on_main_process
+from pretrain.fragment_file import PieceIndex, StoredPiece, read_pieces
+from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.media_transforms import MediaTransform, build_transforms
 from pretrain.model import ContrastiveModel, build_model
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 
-FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
 
 
-class DamagedCheckpointError(ValueError):
-    """A checkpoint folder is incomplete or its files have other sums than recorded."""
+@dataclass(frozen=True)
+class WholeCheckpoint:
+    """A checkpoint whose sums agree."""
+
+    location: str
+    record: CheckpointRecord
+    index: PieceIndex
 
 
-# ------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------- for training
 
 
-def save_checkpoint(
-    config: PretrainConfig,
-    *,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    step: int,
-    marks: Sequence[str] = (),
-) -> Path:
-    """Writes the state after `step` steps and deletes all but the newest keep_checkpoints and
-    every multiple of keep_every_steps.
-
-    Every rank must call it: together they hold the state. The main process writes.
-
-    Args:
-        config: of the run.
-        engine: whose state is written.
-        tokenizer: of the text tower.
-        step: steps done.
-        marks: why the result is not a function of the config alone.
-    """
-    state, moments = engine.full_state_dict(), engine.full_moments()
-    return on_main_process(
-        lambda: _write(
-            config,
-            state=state,
-            moments=moments,
-            tokenizer=tokenizer,
-            save_assets=engine.model.save_assets,
-            step=step,
-            marks=marks,
-        )
-    )
+def files_to_rebuild(
+    config: PretrainConfig, model: ContrastiveModel, tokenizer: Tokenizer
+) -> dict[str, bytes]:
+    """What the model is rebuilt from besides its tensors, by name; the same for all of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        assets = Path(folder) / "assets"
+        assets.mkdir()
+        tokenizer.save(assets)
+        model.save_assets(assets)
+        paths = sorted(path for path in assets.rglob("*") if path.is_file())
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {"config.yaml": to_yaml(config).encode()} | files
 
 
-def _write(
-    config: PretrainConfig,
-    *,
-    state: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    tokenizer: Tokenizer,
-    save_assets: Callable[[Path], None],
-    step: int,
-    marks: Sequence[str],
-) -> Path:
-    parent = config.run.folder / "checkpoints"
-    final = parent / f"step_{step:08d}"
-    temporary = parent / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "assets").mkdir(parents=True)
-    for values, file in [(state, "model.safetensors"), (moments, "optimizer.safetensors")]:
-        save_file({name: value.contiguous() for name, value in values.items()}, temporary / file)
-    (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    tokenizer.save(temporary / "assets")
-    save_assets(temporary / "assets")
-    record = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "marks": list(marks),
-        "sha256": _sums(temporary),
-    }
-    write_atomically(temporary / "checkpoint.json", json.dumps(record, indent=2).encode())
-    if final.exists():  # only a damaged one: complete ones are resumed from, never rewritten
-        shutil.rmtree(final)
-    temporary.replace(final)
-    delete_other_checkpoints(
-        final, keep=config.run.keep_checkpoints, keep_every_steps=config.run.keep_every_steps
-    )
-    return final
+def newest_checkpoint(store: CheckpointStore) -> WholeCheckpoint | None:
+    """The newest checkpoint whose sums agree; damaged ones are named in the log.
 
-
-def _sums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {}
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
-def delete_other_checkpoints(
-    final: Path, *, keep: int, keep_every_steps: int | None = None
-) -> None:
-    """Deletes what is older than the newest `keep`, but for multiples of `keep_every_steps`, and
-    what is of a later step than the one just written: the run has gone back behind it because it
-    was damaged."""
-    folders = sorted(final.parent.glob("step_*"))
-    num_kept = folders.index(final) + 1
-    older = [
-        folder
-        for folder in folders[: max(0, num_kept - keep)]
-        if keep_every_steps is None or int(folder.name.removeprefix("step_")) % keep_every_steps
-    ]
-    for folder in [*older, *folders[num_kept:]]:
-        shutil.rmtree(folder)
-    for leftover in final.parent.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
-
-
-# ------------------------------------------------------------------------------------- reading
-
-
-def verify_checkpoint(folder: Path, *, skipping: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What checkpoint.json records, after checking every file (but for `skipping`) against it.
+    Every rank must call it: each checks a part of the files.
 
     Raises:
-        DamagedCheckpointError: naming the file that is missing or differs.
+        RunError: the store cannot be read.
     """
-    try:
-        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"{folder}: no readable checkpoint.json: {error}") from None
-    for name, expected in record["sha256"].items():
-        if name in skipping:
-            continue
+    found = on_main_process(store.checkpoints)
+    for each in found:
         try:
-            with (folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise DamagedCheckpointError(f"{folder / name}: {error.strerror}") from None
-        if found != expected:
-            raise DamagedCheckpointError(f"{folder / name}: sha256 is {found}, not {expected}")
-    return record
-
-
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint of a run whose sums agree; damaged ones are named in the log."""
-    folders = sorted((run_folder / "checkpoints").glob("step_*"), reverse=True)
-    for folder in folders:
-        try:
-            verify_checkpoint(folder)
+            return open_whole(each.location)
         except DamagedCheckpointError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
-            continue
-        return folder
-    if folders:
-        logger.warning("%s: none of %d checkpoints is whole", run_folder, len(folders))
+            if rank() == 0:
+                logger.warning("skipping a damaged checkpoint: %s", error)
+    if found and rank() == 0:
+        logger.warning("%s: none of %d checkpoints is whole", store.folder, len(found))
     return None
 
 
-def restore(engine: Engine, folder: Path) -> int:
-    """Loads a checkpoint into the engine; returns the number of steps it holds."""
-    step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
-    state = load_file(folder / "model.safetensors")
-    whole = {f"parameter/{name}": values for name, values in state.items()}
-    whole |= load_file(folder / "optimizer.safetensors")
-    for fragment in engine.fragments():
-        values = whole[f"{fragment.key}/{fragment.name}"].view(fragment.total)
-        fragment.values.copy_(values.narrow(0, fragment.offset, len(fragment.values)))
-    buffers = {name: state[name] for name, _ in engine.model.named_buffers() if name in state}
-    engine.model.load_state_dict(buffers, strict=False)
-    engine.after_load(num_steps_done=step)
-    return step
+def open_whole(location: str) -> WholeCheckpoint:
+    """A checkpoint, after every file was checked; every rank must call it.
+
+    Raises:
+        DamagedCheckpointError: on every rank, naming a file that is missing or differs.
+    """
+    record, error = on_main_process(lambda: _record_or_damage(location))
+    if error is not None:
+        raise error
+    found: list[StoredPiece] = []
+    try:
+        for name in sorted(record.files)[rank() :: world_size()]:
+            verify_file(location, name, record.files[name])
+            if name.startswith(("model-", "optimizer-")):
+                found += _pieces_in(location, name)
+    except (DamagedCheckpointError, OSError) as raised:
+        error = raised
+    outcomes = gather_objects((found, error))
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return WholeCheckpoint(
+        location, record, PieceIndex(each for pieces, _ in outcomes for each in pieces)
+    )
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint a person means by a checkpoint folder, or by a run folder: its newest.
+def _record_or_damage(
+    location: str,
+) -> tuple[CheckpointRecord | None, DamagedCheckpointError | None]:
+    try:
+        return read_record(location), None
+    except DamagedCheckpointError as error:
+        return None, error
+
+
+def _pieces_in(location: str, name: str) -> list[StoredPiece]:
+    with open_binary(join(location, name)) as file:
+        return read_pieces(file, name)
+
+
+def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:
+    """Loads a checkpoint into an engine; every rank must call it.
+
+    Raises:
+        InputError: it is of another model.
+    """
+    refuse_other_shapes(checkpoint, shapes_of(engine.model))
+    load_fragments(engine, checkpoint.location, checkpoint.index)
+    engine.model.load_state_dict(
+        _read_buffers(checkpoint.location, checkpoint.record), strict=False
+    )
+    engine.after_load(num_updates=checkpoint.record.state.num_updates)
+
+
+def refuse_other_shapes(checkpoint: WholeCheckpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        InputError: the checkpoint holds other parameters than a model of these shapes.
+    """
+    there = checkpoint.record.shapes
+    different = [
+        f"  {name}: {there.get(name, 'none')} there, {shapes.get(name, 'none')} here"
+        for name in sorted({*there, *shapes})
+        if there.get(name) != shapes.get(name)
+    ]
+    if different:
+        more = [f"  and {len(different) - 10} more"] if len(different) > 10 else []
+        raise InputError(
+            f"{checkpoint.location}: expected parameters of this model, found others (shapes):\n"
+            + "\n".join(different[:10] + more)
+        )
+
+
+def _read_buffers(location: str, record: CheckpointRecord) -> dict[str, Tensor]:
+    return load(read_file(location, BUFFERS_FILE)) if BUFFERS_FILE in record.files else {}
+
+
+# -------------------------------------------------------------------------------- for whoever uses
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint a person means by a checkpoint, or by a run folder: its newest.
+
+    Args:
+        folder: path or URL. What is behind a URL is copied to the user's cache, without the
+            optimizer's files.
 
     Raises:
         InputError: there is none, or it is damaged. (What is measured is never silently an older
             one; the optimizer's state is not looked at.)
     """
-    found = [folder] if (folder / "checkpoint.json").exists() else []
-    found = found or sorted((folder / "checkpoints").glob("step_*"))
-    if not found:
+    locations = _locations(str(folder))
+    if not locations:
         raise InputError(
             f"{folder}: expected a run folder with a checkpoint, or a checkpoint; found neither; "
             "train one with python -m pretrain.train"
         )
     try:
-        verify_checkpoint(found[-1], skipping=("optimizer.safetensors",))
+        record = read_record(locations[0])
+        if local_path(locations[0]) is None:
+            return download_model(locations[0], record)
+        verify_model(locations[0], record)
     except DamagedCheckpointError as error:
-        others = ", ".join(str(each) for each in found[:-1]) or "there is none"
+        others = ", ".join(locations[1:]) or "there is none"
         raise InputError(f"damaged checkpoint: {error}; name an older one: {others}") from None
-    return found[-1]
+    return local_path(locations[0])
+
+
+def _locations(folder: str) -> list[str]:
+    """Of what may be checkpoints, the newest first."""
+    if exists(join(folder, RECORD)):
+        return [folder]
+    return [each.location for each in store_of_run(folder).checkpoints()]
+
+
+def store_of_run(folder: str) -> CheckpointStore:
+    """Where a run keeps its checkpoints, by its folder."""
+    config = Path(folder) / "config.yaml"
+    elsewhere = None
+    if not is_url(folder) and config.exists():
+        elsewhere = read_yaml(config).get("run", {}).get("checkpoint_folder")
+    return open_store(elsewhere or join(folder, "checkpoints"))
 
 
 def load_model(
@@ -229,17 +234,29 @@ def load_model(
     """A trained model in evaluation mode, its transforms by kind of media, and its tokenizer.
 
     Args:
-        folder: a run folder (its newest checkpoint is taken) or one checkpoint.
+        folder: a run folder (its newest checkpoint is taken) or one checkpoint; path or URL.
         device: where the model goes.
 
     Raises:
         InputError: there is no whole checkpoint.
     """
-    checkpoint = find_checkpoint(Path(folder))
+    checkpoint = find_checkpoint(folder)
     config = read_config(PretrainConfig, checkpoint / "config.yaml")
     assets = checkpoint / "assets"
     tokenizer = build_tokenizer(config.model.text, assets=assets)
     model = build_model(config, tokenizer=tokenizer, assets=assets)
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    model.load_state_dict(read_model_state(checkpoint))
     model = model.to(torch.device(device)).eval().requires_grad_(False)
     return model, build_transforms(config), tokenizer
+
+
+def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a checkpoint by name, as `load_state_dict` takes them."""
+    record = read_record(checkpoint)
+    location = str(checkpoint)
+    names = [name for name in record.files if name.startswith("model-")]
+    index = PieceIndex(piece for name in names for piece in _pieces_in(location, name))
+    sizes = {f"{PARAMETER}/{name}": prod(shape) for name, shape in record.shapes.items()}
+    values = read_whole(location, index, sizes=sizes)
+    state = {n: values[f"{PARAMETER}/{n}"].view(shape) for n, shape in record.shapes.items()}
+    return state | _read_buffers(location, record)

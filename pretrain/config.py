@@ -404,10 +404,18 @@ class Run(Section):
     log_every_steps: PositiveInt = free(10)
     checkpoint_every_steps: PositiveInt = free(1000)
     checkpoint_every_minutes: PositiveFloat | None = free(None)  # besides; null: never
+    # Folder or URL (s3://, gs://, ...) of the checkpoints; null: checkpoints/ in the run folder
+    checkpoint_folder: Location | None = free(None)
+    max_failed_saves: PositiveInt = free(3)  # checkpoints in a row not written, then the run stops
     keep_checkpoints: PositiveInt = free(3)  # the newest; older ones are deleted
     keep_every_steps: PositiveInt | None = free(None)  # but these stay for ever; null: none
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder or URL of the checkpoints."""
+        return self.checkpoint_folder or str(self.folder / "checkpoints")
 
     @model_validator(mode="after")
     def _writes_what_it_keeps(self) -> Run:

@@ -45,6 +45,7 @@ class Fragment:
     values: Tensor  # flat
     offset: int  # of its first element in the flattened tensor
     total: int  # elements of the whole tensor
+    is_shared: bool  # whether every rank holds this same fragment
 
 
 def start_accelerator(config: PretrainConfig) -> Accelerator:
@@ -116,6 +117,7 @@ class Engine:
     ) -> None:
         self.accelerator = accelerator
         self.gradient_clipping = gradient_clipping or math.inf
+        self.num_updates = 0  # that the optimizer has applied
         self.model = model.to(accelerator.device)
         self.optimizer = optimizer
         self._wrap()
@@ -177,6 +179,7 @@ class Engine:
             self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad()
         refuse_non_finite_norm(norm)
+        self.num_updates += 1
         return norm
 
     def _set_learning_rate(self, learning_rate: float) -> None:
@@ -192,7 +195,7 @@ class Engine:
                 state = self._state_of(parameter)
                 whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
             for key, values in whole.items():
-                yield Fragment(name, key, values.view(-1), 0, values.numel())
+                yield Fragment(name, key, values.view(-1), 0, values.numel(), is_shared=True)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The optimizer's state of a tensor it updates; before its first step, as it will begin."""
@@ -202,22 +205,11 @@ class Engine:
             state |= {moment: torch.zeros_like(parameter) for moment in OPTIMIZER_MOMENTS}
         return state
 
-    def after_load(self, *, num_steps_done: int) -> None:
+    def after_load(self, *, num_updates: int) -> None:
         """To be called when `fragments` were written to: sets the optimizer's step count."""
+        self.num_updates = num_updates
         for state in self.optimizer.state.values():
-            state["step"].fill_(float(num_steps_done))
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers by name, on the CPU; complete on the main process."""
-        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-
-    def full_moments(self) -> dict[str, Tensor]:
-        """ "<moment>/<parameter>" -> flat tensor, on the CPU; complete on the main process."""
-        return {
-            f"{fragment.key}/{fragment.name}": fragment.values.detach().cpu()
-            for fragment in self.fragments()
-            if fragment.key != "parameter"
-        }
+            state["step"].fill_(float(num_updates))
 
     def init_trackers(self, config: PretrainConfig) -> None:
         """Opens the configured trackers and shows them the config."""

@@ -26,7 +26,6 @@ from data_prep.config_file import InputError
 from pretrain.config import PretrainConfig
 from pretrain.deepspeed_config import deepspeed_settings
 from pretrain.engine import OPTIMIZER_MOMENTS, Engine, Fragment, refuse_non_finite_norm
-from pretrain.gather import sum_over_ranks
 
 
 def deepspeed_plugin(config: PretrainConfig) -> DeepSpeedPlugin:
@@ -103,6 +102,7 @@ class ZeroEngine(Engine):
             self._wrapped_model.step()
             norm = float(self._wrapped_model.get_global_grad_norm())
         refuse_non_finite_norm(norm)
+        self.num_updates += 1
         return norm
 
     # ------------------------------------------------------------------------------- fragments
@@ -123,9 +123,10 @@ class ZeroEngine(Engine):
             if parameter.requires_grad:
                 state = self._state_of(flat)
                 whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
+            is_shared = self.stage < 3 and not parameter.requires_grad
             for key, values in whole.items():
                 held = values.detach().narrow(0, start, length)
-                yield Fragment(name, key, held, offset, total)
+                yield Fragment(name, key, held, offset, total, is_shared)
 
     def _place_at_stages_1_and_2(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
         """(flat tensor, place of the fragment in it, place of the fragment in the parameter, its
@@ -149,10 +150,10 @@ class ZeroEngine(Engine):
         group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         return self._zero.fp32_partitioned_groups_flat[group], start, offset, length
 
-    def after_load(self, *, num_steps_done: int) -> None:
+    def after_load(self, *, num_updates: int) -> None:
         """To be called when `fragments` were written to: sets the optimizer's step count and copies
         the flat tensors into the model."""
-        super().after_load(num_steps_done=num_steps_done)
+        super().after_load(num_updates=num_updates)
         if self.stage in (1, 2):
             self._zero.update_lp_params()
         elif self.stage == 3:
@@ -167,35 +168,6 @@ class ZeroEngine(Engine):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if persistent:
             persistent[0].all_gather(persistent)
-
-    # ----------------------------------------------------------------------------------- whole
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers by name, on the CPU; complete on the main process."""
-        state = super().full_state_dict()
-        if self.stage == 3:
-            for name, parameter in self.model.named_parameters():
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    state[name] = parameter.detach().to("cpu", copy=self.is_main_process)
-        return state if self.is_main_process else {}
-
-    def full_moments(self) -> dict[str, Tensor]:
-        """ "<moment>/<parameter>" -> flat tensor, on the CPU; complete on the main process."""
-        if self.stage == 0:
-            return super().full_moments()
-        held = {(part.key, part.name): part for part in self.fragments()}
-        moments = {}
-        for name, parameter in self.model.named_parameters():
-            for key in OPTIMIZER_MOMENTS if parameter.requires_grad else ():
-                total = getattr(parameter, "ds_numel", parameter.numel())
-                whole = torch.zeros(total, device=self.device)
-                if (key, name) in held:
-                    part = held[key, name]
-                    whole[part.offset : part.offset + len(part.values)] = part.values
-                whole = sum_over_ranks(whole)  # one rank's values and zeros
-                if self.is_main_process:
-                    moments[f"{key}/{name}"] = whole.cpu()
-        return moments
 
     def close(self) -> None:
         """Closes the trackers, frees DeepSpeed's buffers and leaves the process group."""

@@ -94,6 +94,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def broadcast_from(source: int, values: Tensor) -> None:
+    """Overwrites a contiguous tensor, of the same shape everywhere, by one rank's."""
+    if world_size() > 1:
+        _count("broadcast", values.numel() * values.element_size())
+        dist.broadcast(values, src=source)
+
+
 def on_main_process(action: Callable[[], Result]) -> Result:
     """Runs `action` on rank 0 alone; every rank returns its result, or raises what it raised.
 

@@ -6,7 +6,6 @@ It sees the same pictures, clips and tokens as the model in training, and never 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from data_prep.config_file import InputError, read_config
 from pretrain.checkpoint import find_checkpoint, load_model
+from pretrain.checkpoint_record import read_record
 from pretrain.config import MediaKind, PairingName, PretrainConfig, media_of_pairing
 from pretrain.loss_rule import Teacher
 from pretrain.model import ContrastiveModel, EncoderInputs
@@ -30,7 +30,7 @@ class PairingTeacher:
     pairing: PairingName
     model: ContrastiveModel
     weight: float  # of its softmaxes in the targets
-    fingerprint: str  # sha256 of its weights
+    fingerprint: str  # sha256 of its files
     is_autocast: bool  # computes in bf16, as the model in training does
 
     @torch.no_grad()
@@ -65,12 +65,11 @@ def load_teachers(
             _refuse_other_inputs(config, name, folder)
             model, _, its_tokenizer = load_model(folder, device=str(device))
             _refuse_other_tokens(name, folder, tokenizer, its_tokenizer)
-            record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
             teachers[name] = PairingTeacher(
                 pairing=name,
                 model=model,
                 weight=pairing.teacher.weight,
-                fingerprint=record["sha256"]["model.safetensors"],
+                fingerprint=read_record(folder).model_sha256,
                 is_autocast=config.engine.precision == "bf16",
             )
     return teachers

@@ -21,7 +21,10 @@ import torch
 from data_prep.config_file import RunError, check_output_folder, run_command
 from pretrain.activation_checkpointing import checkpoint_blocks
 from pretrain.bad_sample_ledger import BadSampleLedger
-from pretrain.checkpoint import newest_checkpoint, restore, save_checkpoint
+from pretrain.checkpoint import files_to_rebuild, newest_checkpoint, restore
+from pretrain.checkpoint_record import RunState
+from pretrain.checkpoint_store import open_store
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.device_copy import copy_ahead
 from pretrain.engine import Engine, build_engine, check_engine, start_accelerator
@@ -96,16 +99,17 @@ def run_attempt(
             take_gradient = partial(
                 backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
             )
+            writer = open_writer(config, engine, tokenizer, run)
             train_steps(
                 config,
                 engine,
                 dataset,
                 batches,
                 validation_sets,
-                tokenizer,
                 run,
                 take_gradient,
                 requests,
+                writer,
             )
 
 
@@ -164,13 +168,15 @@ def open_run(
 
 def resume(config: PretrainConfig, engine: Engine) -> int:
     """Steps already done: those of the newest whole checkpoint, which is loaded."""
-    newest = on_main_process(lambda: newest_checkpoint(config.run.folder))
+    newest = newest_checkpoint(open_store(config.run.checkpoints))
     if newest is None:
         return 0
-    step = restore(engine, newest)
+    restore(engine, newest)
+    step = newest.record.state.step
     if engine.is_main_process:
         is_done = step >= config.schedule.num_steps
-        logger.info("%s from %s", "nothing is left to do" if is_done else "going on", newest)
+        how = "nothing is left to do" if is_done else "going on"
+        logger.info("%s from %s", how, newest.location)
     return step
 
 
@@ -196,16 +202,31 @@ def load_batches(
     return copy_ahead(batches, device=engine.device)
 
 
+def open_writer(
+    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
+) -> CheckpointWriter:
+    """What writes this attempt's checkpoints."""
+    return CheckpointWriter(
+        config.run,
+        engine,
+        store=open_store(config.run.checkpoints),
+        attempt=run.attempt,
+        origin={"strategy": config.engine.strategy},
+        model_files=files_to_rebuild(config, engine.model, tokenizer),
+        refuse_if_superseded=lambda: None,
+    )
+
+
 def train_steps(
     config: PretrainConfig,
     engine: Engine,
     dataset: StepDataset,
     batches: Iterator[StepBatch],
     validation_sets: list[ValidationSet],
-    tokenizer: Tokenizer,
     run: RunFolder,
     take_gradient: Callable[[StepBatch], StepLosses],
     requests: RunRequests,
+    writer: CheckpointWriter,
 ) -> None:
     """The training loop; `step` counts the steps done."""
     first_step, last_step = run.num_steps_done, last_step_of(config)
@@ -236,8 +257,12 @@ def train_steps(
         is_due = step % config.run.checkpoint_every_steps == 0
         if is_last or is_due or request.saves or request.stops:
             with timer.phase("save"):
-                write_checkpoint(config, engine, tokenizer, run)
+                writer.save(state_of(run, engine))
             requests.heeded(request)
+        with timer.phase("save"):
+            writer.advance()
+    writer.finish()
+    writer.refuse_failure()
     if request.stops:
         requests.heeded(request)
         run.stop_cause = request.stop_cause
@@ -273,13 +298,9 @@ def train_step(
     return StepOutcome(losses, learning_rate, grad_norm)
 
 
-def write_checkpoint(
-    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
-) -> None:
-    """Writes a checkpoint of all ranks' state; every rank must call it."""
-    save_checkpoint(
-        config, engine=engine, tokenizer=tokenizer, step=run.num_steps_done, marks=run.marks
-    )
+def state_of(run: RunFolder, engine: Engine) -> RunState:
+    """Where the run stands."""
+    return RunState(run.num_steps_done, num_updates=engine.num_updates, marks=tuple(run.marks))
 
 
 def dry_run(config: PretrainConfig) -> None:

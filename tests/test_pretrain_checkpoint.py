@@ -1,23 +1,25 @@
-import json
 import shutil
 
 import pytest
 import torch
 from gloo_processes import run_in_processes
 from PIL import Image
-from safetensors.torch import load_file
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
 from pretrain.checkpoint import (
-    DamagedCheckpointError,
-    delete_other_checkpoints,
     find_checkpoint,
     load_model,
     newest_checkpoint,
-    verify_checkpoint,
+    open_whole,
+    read_model_state,
 )
+from pretrain.checkpoint_record import read_record
+from pretrain.checkpoint_store import DamagedCheckpointError, open_store
+from pretrain.checkpoint_writer import delete_other_checkpoints
 from pretrain.config import PretrainConfig, Run
+
+MODEL, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in ("model", "optimizer"))
 
 
 def train(config):
@@ -39,7 +41,7 @@ def run(toy_data, tmp_path_factory):
 def test_only_the_newest_are_kept_and_each_is_whole(run):
     folders = sorted((run / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_00000005", "step_00000006"]
-    assert [verify_checkpoint(folder)["step"] for folder in folders] == [5, 6]
+    assert [open_whole(str(folder)).record.state.step for folder in folders] == [5, 6]
 
 
 def test_load_model_gives_a_model_that_encodes(run):
@@ -63,7 +65,7 @@ def test_a_checkpoint_folder_is_taken_as_it_is(run):
 def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage, caplog):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    weights = newest / "model.safetensors"
+    weights = newest / MODEL
     content = weights.read_bytes()
     if damage == "flipped bit":
         middle = len(content) // 2
@@ -71,31 +73,32 @@ def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage
     elif damage == "truncated":
         weights.write_bytes(content[:-1])
     elif damage == "missing":
-        (newest / "optimizer.safetensors").unlink()
+        (newest / OPTIMIZER).unlink()
     else:
         (newest / "checkpoint.json").unlink()
     with pytest.raises(DamagedCheckpointError, match="step_00000006"):
-        verify_checkpoint(newest)
-    assert newest_checkpoint(tmp_path / "run").name == "step_00000005"
+        open_whole(str(newest))
+    found = newest_checkpoint(open_store(newest.parent))
+    assert found.location == str(newest.with_name("step_00000005"))
     assert "skipping a damaged checkpoint" in caplog.text
 
 
 def test_going_back_behind_a_damaged_checkpoint_never_deletes_the_good_one(toy_data, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    (newest / "model.safetensors").write_bytes(b"damaged")
+    (newest / MODEL).write_bytes(b"damaged")
     config = toy_config(toy_data, tmp_path / "run", schedule={"num_steps": 6, "warmup_steps": 0})
     stopped_at_6 = {"checkpoint_every_steps": 1, "keep_checkpoints": 1}
     config = config.model_copy(update={"run": config.run.model_copy(update=stopped_at_6)})
     run_in_processes(1, train, config)
     assert [folder.name for folder in newest.parent.iterdir()] == ["step_00000006"]
-    verify_checkpoint(newest)
+    open_whole(str(newest))
 
 
 def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
     for step in (1, 2, 3, 9):
         (tmp_path / f"step_{step:08d}").mkdir()
-    delete_other_checkpoints(tmp_path / "step_00000003", keep=2)
+    delete_other_checkpoints(open_store(tmp_path), 3, keep=2)
     kept = sorted(folder.name for folder in tmp_path.iterdir())
     assert kept == ["step_00000002", "step_00000003"]
 
@@ -103,7 +106,7 @@ def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
 def test_every_so_many_steps_one_is_kept_for_ever(tmp_path):
     for step in range(1, 10):
         (tmp_path / f"step_{step:08d}").mkdir()
-        delete_other_checkpoints(tmp_path / f"step_{step:08d}", keep=2, keep_every_steps=3)
+        delete_other_checkpoints(open_store(tmp_path), step, keep=2, keep_every_steps=3)
     kept = sorted(int(folder.name.removeprefix("step_")) for folder in tmp_path.iterdir())
     assert kept == [3, 6, 8, 9]
 
@@ -116,9 +119,9 @@ def test_what_is_kept_for_ever_must_be_written(tmp_path):
 def test_what_is_measured_is_never_silently_an_older_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    (newest / "optimizer.safetensors").unlink()  # of no use to evaluation
+    (newest / OPTIMIZER).unlink()  # of no use to evaluation
     assert find_checkpoint(tmp_path / "run") == newest
-    (newest / "model.safetensors").unlink()
+    (newest / MODEL).unlink()
     with pytest.raises(InputError, match=r"damaged checkpoint: .*name an older one: .*00000005"):
         load_model(tmp_path / "run")
 
@@ -151,7 +154,7 @@ def test_a_checkpoint_needs_nothing_of_what_its_towers_were_loaded_from(toy_data
     shutil.rmtree(sources)
     model, transforms, tokenizer = load_model(tmp_path / "run")
     embeddings = model.encode_text(tokenizer(["a red picture"]))
-    saved = load_file(tmp_path / "run/checkpoints/step_00000002/model.safetensors")
+    saved = read_model_state(tmp_path / "run/checkpoints/step_00000002")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.items())
     assert embeddings.shape == (1, 16)
     assert set(transforms) == {"image", "audio"}
@@ -160,5 +163,5 @@ def test_a_checkpoint_needs_nothing_of_what_its_towers_were_loaded_from(toy_data
 def test_a_checkpoint_holds_no_pickle(run):
     names = {path.suffix for path in run.joinpath("checkpoints").rglob("*") if path.is_file()}
     assert names == {".safetensors", ".json", ".yaml"}
-    record = json.loads((run / "checkpoints" / "step_00000006" / "checkpoint.json").read_text())
-    assert set(record["sha256"]) == {"model.safetensors", "optimizer.safetensors", "config.yaml"}
+    record = read_record(run / "checkpoints" / "step_00000006")
+    assert set(record.files) == {MODEL, OPTIMIZER, "config.yaml"}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from gloo_processes import WorkerFailedError, run_in_processes
-from safetensors.torch import load_file
 from toy_run import toy_config
 
 from data_prep.config_file import ConfigError, RunError, to_yaml
+from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
 from pretrain.run_folder import read_metrics, read_rows
 
@@ -104,8 +104,9 @@ def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(toy_dat
     assert [(row["world_size"], row["from_step"]) for row in attempts] == [(2, 0), (1, 7)]
     # Beyond the metrics: the parameters. Adam turns the rounding noise of parameters whose true
     # gradient is zero (key biases) into steps of the learning rate, so the bound is a share of it.
-    final = "checkpoints/step_00000020/model.safetensors"
-    resumed, undisturbed = load_file(tmp_path / "run" / final), load_file(alone / final)
+    final = "checkpoints/step_00000020"
+    resumed = read_model_state(tmp_path / "run" / final)
+    undisturbed = read_model_state(alone / final)
     for name, value in undisturbed.items():
         if not name.endswith("in_proj_bias"):
             torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=2e-5, msg=name)
@@ -117,8 +118,9 @@ def test_resuming_in_one_process_is_bit_exact(toy_data, tmp_path, alone):
     stopping = config.run.model_copy(update={"stop_after_step": 11})
     run_in_processes(1, train, config.model_copy(update={"run": stopping}))
     run_in_processes(1, train, config)
-    final = "checkpoints/step_00000020/model.safetensors"
-    resumed, undisturbed = load_file(tmp_path / "again" / final), load_file(alone / final)
+    final = "checkpoints/step_00000020"
+    resumed = read_model_state(tmp_path / "again" / final)
+    undisturbed = read_model_state(alone / final)
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
 
@@ -127,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(toy_data, tmp_path, alone):
     for last_step in (5, 9):
         stopping = config.run.model_copy(update={"stop_after_step": last_step})
         run_in_processes(1, train, config.model_copy(update={"run": stopping}))
-    newest = tmp_path / "run" / "checkpoints" / "step_00000009" / "model.safetensors"
+    newest = tmp_path / "run/checkpoints/step_00000009/model-00001-of-00001.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)

@@ -17,6 +17,7 @@ from data_prep.shard_format import (
     write_dataset_files,
 )
 from data_prep.shard_writer import ShardWriter
+from pretrain.checkpoint_record import CheckpointRecord, RunState
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PITCHES_HZ = {"low": 200, "middle": 600, "high": 1500}
@@ -118,8 +119,8 @@ def write_toy_run(folder, *, num_steps=40):
     """A run folder with metrics, and a checkpoint that records its step and nothing else."""
     checkpoint = folder / "checkpoints" / f"step_{num_steps:08d}"
     checkpoint.mkdir(parents=True)
-    record = {"format_version": 1, "step": num_steps, "sha256": {}}
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    record = CheckpointRecord(RunState(num_steps, num_steps), {}, shapes={}, files={})
+    (checkpoint / "checkpoint.json").write_bytes(record.to_json())
     rows = []
     for step in range(1, num_steps + 1):
         rows.append(
