@@ -19,6 +19,7 @@ SHARED_MODULES = {
 # Of pretrain, for eval. The rest of pretrain is the training loop's own.
 PRETRAIN_MODULES = {
     "checkpoint",
+    "checkpoint_record",
     "config",
     "gather",
     "model",
