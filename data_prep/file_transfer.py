@@ -17,9 +17,9 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import urllib3
 
@@ -27,6 +27,7 @@ from data_prep.config_file import InputError
 from data_prep.remote_file import file_system, is_web_url, local_path
 from data_prep.shard_format import sha256_of
 
+Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_SECONDS = 0.5  # doubled at each further try
@@ -67,11 +68,29 @@ def fetch_file(
         FileNotFoundError, PermissionError, WrongContentError, OSError: see this module's head.
         InputError: no library opens this URL.
     """
+
+    def fetch() -> None:
+        _transfer(url, path)
+        _check_content(url, path, num_bytes=num_bytes, sha256=sha256)
+
+    with_tries(url, fetch, retries=retries)
+
+
+def with_tries(url: str, action: Callable[[], Result], *, retries: int) -> Result:
+    """What `action` returns, tried again while what fails may pass.
+
+    Args:
+        url: of the file that it is about.
+        action: reads or writes through any library.
+        retries: further tries.
+
+    Raises:
+        FileNotFoundError, PermissionError, WrongContentError, OSError: see this module's head.
+        InputError: no library opens this URL.
+    """
     for nth in range(retries + 1):
         try:
-            _transfer(url, path)
-            _check_content(url, path, num_bytes=num_bytes, sha256=sha256)
-            return
+            return action()
         except Exception as error:
             failure = _classify(url, error)
             if _is_final(failure):
@@ -82,6 +101,7 @@ def fetch_file(
             delay *= random.uniform(0.5, 1)  # so that a cluster does not ask in step
             log.warning("%s; trying again in %.1f s", failure, delay)
             time.sleep(delay)
+    raise AssertionError("the last try returns or raises")
 
 
 def fetch_bytes(url: str, folder: Path, *, retries: int) -> bytes:

@@ -45,6 +45,7 @@ from pretrain.checkpoint_store import (
     DamagedCheckpointError,
     open_store,
     read_file,
+    tried,
     verify_file,
 )
 from pretrain.config import MediaKind, PretrainConfig
@@ -140,8 +141,13 @@ def _record_or_damage(
 
 
 def _pieces_in(location: str, name: str) -> list[StoredPiece]:
-    with open_binary(join(location, name)) as file:
-        return read_pieces(file, name)
+    path = join(location, name)
+
+    def read() -> list[StoredPiece]:
+        with open_binary(path) as file:
+            return read_pieces(file, name)
+
+    return tried(path, read)
 
 
 def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:

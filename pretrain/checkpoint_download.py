@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.config_file import InputError
-from data_prep.remote_file import join, leads_outside, open_binary
+from data_prep.file_transfer import WrongContentError, fetch_file
+from data_prep.remote_file import join, leads_outside
 from pretrain.checkpoint_record import CheckpointRecord
 from pretrain.checkpoint_store import (
-    CHUNK_BYTES,
     RECORD,
+    RETRIES,
     DamagedCheckpointError,
     verify_file,
     write_file,
@@ -46,15 +46,13 @@ def download_model(location: str, record: CheckpointRecord) -> Path:
         for name, file in record.model_files.items():
             if leads_outside(name):
                 raise InputError(f"{location}/{RECORD}: {name}: expected a file of the checkpoint")
-            written = write_file(str(partial), name, _chunks_of(join(location, name)))
-            if written != file:
-                raise DamagedCheckpointError(
-                    f"{join(location, name)}: sha256 is {written.sha256}, not {file.sha256}"
-                )
-        write_file(str(partial), RECORD, [record.to_json()])
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fetch_file(join(location, name), target, retries=RETRIES, sha256=file.sha256)
+        write_file(str(partial), RECORD, lambda: [record.to_json()])
         _publish(partial, copy)
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{location}: missing: {error}") from None
+    except (FileNotFoundError, WrongContentError) as error:
+        raise DamagedCheckpointError(str(error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return copy
@@ -76,9 +74,3 @@ def verify_model(location: str, record: CheckpointRecord) -> None:
     """
     for name, file in record.model_files.items():
         verify_file(location, name, file)
-
-
-def _chunks_of(path: str) -> Iterator[bytes]:
-    with open_binary(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from data_prep.remote_file import join, open_binary
+from pretrain.checkpoint_store import tried
 from pretrain.engine import Engine, Fragment
 from pretrain.fragment_file import Piece, PieceIndex, empty_values, file_chunks, read_values
 from pretrain.gather import broadcast_from, rank, world_size
@@ -165,7 +167,8 @@ def _read_into(fragments: Iterable[Fragment], location: str, index: PieceIndex) 
                     opened[stored.file] = files.enter_context(open_binary(path))
                 start = part.offset - fragment.offset
                 target = values[start : start + part.length]
-                read_values(opened[stored.file], stored, part, target)
+                read = partial(read_values, opened[stored.file], stored, part, target)
+                tried(join(location, stored.file), read)
             fragment.values.copy_(values)
 
 

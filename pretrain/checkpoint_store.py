@@ -8,15 +8,17 @@ there every attempt writes into a folder of its own, and its RECORD, written las
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+from data_prep.file_transfer import WrongContentError, with_tries
 from data_prep.remote_file import (
     file_system,
     is_url,
@@ -27,8 +29,12 @@ from data_prep.remote_file import (
     read_bytes,
 )
 
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
 RECORD = "checkpoint.json"
 CHUNK_BYTES = 1 << 20  # read at a time
+RETRIES = 5  # of what fails behind a URL and may pass
 FOLDER_NAME = re.compile(r"step_(\d{8,})(?:_attempt_(\w+))?")
 LEFTOVER_NAME = re.compile(r"\.step_\d+\.(\w+)(?:\.former)?\.tmp")
 
@@ -140,7 +146,7 @@ class ObjectStore(CheckpointStore):
         files, inner = file_system(self.folder)
         files.invalidate_cache()
         try:
-            listed = files.ls(inner, detail=False)
+            listed = tried(self.folder, lambda: files.ls(inner, detail=False))
         except FileNotFoundError:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in listed]
@@ -156,14 +162,20 @@ class ObjectStore(CheckpointStore):
 
     def delete(self, location: str) -> None:
         files, inner = file_system(location)
-        if files.exists(f"{inner}/{RECORD}"):
-            files.rm_file(f"{inner}/{RECORD}")
-        files.rm(inner, recursive=True)
+
+        def delete() -> None:
+            if files.exists(f"{inner}/{RECORD}"):
+                files.rm_file(f"{inner}/{RECORD}")
+            if files.exists(inner):
+                files.rm(inner, recursive=True)
+
+        tried(location, delete)
 
     def abandon(self, partial: str) -> None:
-        files, inner = file_system(partial)
-        if files.exists(inner):
-            files.rm(inner, recursive=True)
+        try:
+            self.delete(partial)
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", partial, error)
 
     def delete_leftovers(self, attempt: str) -> None:
         for each in self.checkpoints():
@@ -176,18 +188,35 @@ class ObjectStore(CheckpointStore):
 # ---------------------------------------------------------------------------------------- files
 
 
-def write_file(location: str, name: str, chunks: Iterable[bytes | memoryview]) -> StoredFile:
+def tried(path: str, action: Callable[[], Result]) -> Result:
+    """What `action` returns; behind a URL it is tried again while what fails may pass.
+
+    Raises:
+        OSError: it has failed.
+    """
+    if local_path(path) is not None:
+        return action()
+    return with_tries(path, action, retries=RETRIES)
+
+
+def write_file(
+    location: str, name: str, chunks: Callable[[], Iterable[bytes | memoryview]]
+) -> StoredFile:
     """Writes a file through to the disk and reads it again.
 
     Args:
         location: of the checkpoint, or where it is until it is committed.
         name: of the file in it, with / between its parts.
-        chunks: its content.
+        chunks: gives its content.
 
     Raises:
         OSError: it cannot be written, or another content is read than was written.
     """
     path = join(location, name)
+    return tried(path, lambda: _write(path, chunks()))
+
+
+def _write(path: str, chunks: Iterable[bytes | memoryview]) -> StoredFile:
     written = hashlib.sha256()
     num_bytes = 0
     with _opened_for_writing(path) as file:
@@ -197,7 +226,7 @@ def write_file(location: str, name: str, chunks: Iterable[bytes | memoryview]) -
             num_bytes += len(chunk)
     found = sum_of(path)
     if found != written.hexdigest():
-        raise OSError(
+        raise WrongContentError(
             f"{path}: sha256 of what was written is {written.hexdigest()}, of what is read {found}"
         )
     return StoredFile(num_bytes, found)
@@ -228,22 +257,30 @@ def sum_of(path: str) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    digest = hashlib.sha256()
-    with open_binary(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with open_binary(path) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return tried(path, read)
 
 
 def verify_file(location: str, name: str, recorded: StoredFile) -> None:
     """
     Raises:
         DamagedCheckpointError: the file is missing, or differs from what was recorded.
+        OSError: the network or the server have failed.
     """
     path = join(location, name)
     try:
         found = sum_of(path)
     except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        if not is_missing and local_path(path) is None:
+            raise
         raise DamagedCheckpointError(f"{path}: {error.strerror or error}") from None
     if found != recorded.sha256:
         raise DamagedCheckpointError(f"{path}: sha256 is {found}, not {recorded.sha256}")
@@ -255,7 +292,8 @@ def read_file(location: str, name: str) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    return read_bytes(join(location, name))
+    path = join(location, name)
+    return tried(path, lambda: read_bytes(path))
 
 
 def _flush_folder(folder: Path) -> None:

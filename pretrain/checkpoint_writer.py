@@ -108,7 +108,7 @@ class CheckpointWriter:
         self.engine = engine
         self.store = store
         self.attempt = attempt
-        self.reports: list[SaveReport] = []  # of checkpoints that count
+        self._reports: list[SaveReport] = []
         self._written_by = {
             "attempt": attempt,
             "world_size": world_size(),
@@ -170,7 +170,7 @@ class CheckpointWriter:
             self._save, self._num_failures = None, 0
             seconds = time.perf_counter() - save.began
             report = SaveReport(save.state.step, save.num_bytes, save.waited_seconds, seconds)
-            self.reports.append(report)
+            self._reports.append(report)
 
     def finish(self) -> None:
         """Waits until what was begun counts, or has failed.
@@ -181,6 +181,11 @@ class CheckpointWriter:
         while self._save is not None:
             self._save.task.wait()
             self.advance()
+
+    def take_reports(self) -> list[SaveReport]:
+        """On the checkpoints that have come to count since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
 
     def refuse_failure(self) -> None:
         """
@@ -234,14 +239,14 @@ class CheckpointWriter:
         self, partial: str, files: list[CopiedFile], others: Mapping[str, bytes]
     ) -> dict[str, StoredFile]:
         self.store.begin(partial)
-        written = {file.name: write_file(partial, file.name, file.chunks()) for file in files}
+        written = {file.name: write_file(partial, file.name, file.chunks) for file in files}
         for name, content in others.items():
-            written[name] = write_file(partial, name, [content])
+            written[name] = write_file(partial, name, lambda content=content: [content])
         return written
 
     def _make_count(self, save: _Save, record: CheckpointRecord) -> None:
         self._refuse_if_superseded()
-        write_file(save.partial, RECORD, [record.to_json()])
+        write_file(save.partial, RECORD, lambda: [record.to_json()])
         self.store.commit(save.partial, save.state.step)
         self._refuse_if_superseded()
         delete_other_checkpoints(

@@ -110,6 +110,7 @@ class RunFolder:
         self.folder = config.run.folder
         self.num_steps = config.schedule.num_steps
         self.num_steps_done = 0
+        self.last_checkpoint: int | None = None  # step of the newest that counts
         self.stop_cause: str | None = None  # set before an attempt's block ends
         self.is_writer = is_writer
         self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
@@ -186,8 +187,14 @@ class RunFolder:
     def write_status(self, state: str) -> None:
         """Says where the run stands."""
         if self.is_writer:
-            status = {"state": state, "step": self.num_steps_done, "num_steps": self.num_steps}
-            _write_json(self.folder / "status.json", status | {"updated": _now()})
+            status = {
+                "state": state,
+                "step": self.num_steps_done,
+                "num_steps": self.num_steps,
+                "last_checkpoint": self.last_checkpoint,
+                "updated": _now(),
+            }
+            _write_json(self.folder / "status.json", status)
 
     def _record(self, **values: Any) -> None:
         if self.is_writer:

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from pretrain.checkpoint_writer import SaveReport
 from pretrain.engine import Engine
 from pretrain.gather import sum_over_ranks
 from pretrain.pair_batch import StepBatch
@@ -84,6 +85,7 @@ class StepReporter:
         self.dataset = dataset
         self.last_logged_step = run.num_steps_done
         self._ended_epochs: list[dict[str, Any]] = []
+        self._saves: list[dict[str, Any]] = []
         self.bar = None
         if run.is_writer and sys.stderr.isatty():
             self.bar = tqdm(
@@ -103,6 +105,17 @@ class StepReporter:
                 f"{report['source']}: epoch {report['epoch']} was read whole: "
                 f"{report['in_manifest']:,} samples, {report['substituted']:,} substituted, "
                 f"{report['left_over']:,} left over"
+            )
+
+    def report_saves(self, saves: list[SaveReport]) -> None:
+        """Says which checkpoints have come to count; the next row of metrics has them."""
+        for save in saves if self.run.is_writer else []:
+            self._saves.append(asdict(save))
+            self.run.last_checkpoint = save.step
+            self._say(
+                f"step {save.step}: checkpoint of {save.num_bytes / 1e6:,.1f} MB written in "
+                f"{save.written_seconds:.2f} s, for which training waited "
+                f"{save.waited_seconds:.2f} s"
             )
 
     def report_step(self, outcome: StepOutcome, *, digest: dict[str, str]) -> None:
@@ -134,13 +147,14 @@ class StepReporter:
             "data_digest": digest,
             "epochs_seen": self.dataset.epochs_seen(step),
             "ended_epochs": self._ended_epochs,
+            "saves": self._saves,
             "samples_per_second": samples / seconds,
             "data_wait_share": phases.get("data", 0.0) / seconds,
             "seconds": {name: value / steps for name, value in phases.items()},
         }
         if self.run.marks:
             row["marks"] = self.run.marks
-        self._ended_epochs = []
+        self._ended_epochs, self._saves = [], []
         self.run.write_metrics(row)
         self.run.write_status("running")
         self.engine.log(flatten_numbers(row), step=step)

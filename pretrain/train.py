@@ -94,6 +94,7 @@ def run_attempt(
     engine.init_trackers(config)
     with closing(engine):
         first_step = resume(config, engine)
+        run.last_checkpoint = first_step or None
         with run.attempt_from(first_step):
             batches = load_batches(load_steps, config, engine, dataset, run)
             take_gradient = partial(
@@ -261,7 +262,9 @@ def train_steps(
             requests.heeded(request)
         with timer.phase("save"):
             writer.advance()
+        reporter.report_saves(writer.take_reports())
     writer.finish()
+    reporter.report_saves(writer.take_reports())
     writer.refuse_failure()
     if request.stops:
         requests.heeded(request)

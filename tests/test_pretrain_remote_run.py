@@ -7,10 +7,15 @@ from contextlib import ExitStack
 import pytest
 import torch
 from gloo_processes import WorkerFailedError, run_in_processes
+from test_pretrain_checkpoint_writer import writer_of
 from toy_object_store import CREDENTIALS, toy_object_store
 from toy_run import toy_config
+from toy_state import ToyEngine
 
 from data_prep.config_file import InputError, RunError
+from pretrain.checkpoint import load_model, newest_checkpoint, restore
+from pretrain.checkpoint_record import RunState
+from pretrain.checkpoint_store import open_store
 from pretrain.config import Loading, PretrainConfig
 from pretrain.fetching_ahead import check_room
 from pretrain.loader_runtimes import start_loader
@@ -158,20 +163,63 @@ def train_from_store(config, environment):
     pretrain(config)
 
 
-def test_a_run_from_the_store_is_the_run_from_disk(toy_data, store, tmp_path):
-    """The command's own path, with two processes that share the cache, through a few faults."""
+def test_a_run_from_the_store_is_the_run_from_disk(toy_data, store, tmp_path, monkeypatch):
+    """The command's own path, with two processes that share the cache, through a few faults, and
+    from a checkpoint in the store on in one."""
     config = toy_config(toy_data, tmp_path / "local", schedule=STEPS)
     run_in_processes(1, train_from_store, config, {})
     store.faults["colors/00000001.tar"] = [503, "cut"]
     environment = CREDENTIALS | {"AWS_ENDPOINT_URL_S3": store.url}
     remote = remote_config(config, tmp_path, num_workers=2)
-    run_in_processes(2, train_from_store, remote, environment)
+    kept = {"checkpoint_folder": "s3://shards/run", "keep_checkpoints": 1}
+    remote = remote.model_copy(update={"run": remote.run.model_copy(update=kept)})
+    stopping = remote.run.model_copy(update={"stop_after_step": 6})
+    run_in_processes(2, train_from_store, remote.model_copy(update={"run": stopping}), environment)
+    run_in_processes(1, train_from_store, remote, environment)
     rows, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "local")
     assert [row["data_digest"] for row in rows] == [row["data_digest"] for row in expected]
     for row, truth in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(truth["loss"], rel=1e-4)
     tars = sum(count for name, count in store.gets.items() if name.endswith(".tar"))
     assert tars == NUM_SHARDS
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    expected_state = load_model(tmp_path / "local")[0].state_dict()
+    for folder in ("s3://shards/run/step_00000010_attempt_0002", tmp_path / "run"):
+        for name, values in load_model(folder)[0].state_dict().items():
+            torch.testing.assert_close(values, expected_state[name], rtol=1e-3, atol=2e-5)
     without_cache = remote_config(config, tmp_path, cache={})
     with pytest.raises(WorkerFailedError, match=r"s3://shards/colors.*set loading\.cache\.folder"):
         run_in_processes(1, train_from_store, without_cache, environment)
+
+
+def test_in_an_object_store_a_checkpoint_counts_when_its_record_is_there(store, caplog):
+    checkpoints = open_store("s3://shards/checkpoints")
+
+    def write(step, attempt):
+        writer = writer_of(engine, ".", store=checkpoints, attempt=attempt, keep_checkpoints=2)
+        writer.save(RunState(step, step))
+        writer.finish()
+        writer.refuse_failure()
+        return [(each.step, each.attempt) for each in checkpoints.checkpoints()]
+
+    engine = ToyEngine()
+    for step in (1, 2, 3):
+        listed = write(step, "0001")
+    assert listed == [(3, "0001"), (2, "0001")]
+    store.delete("s3://shards/checkpoints/step_00000003_attempt_0001/checkpoint.json")
+    model = "step_00000002_attempt_0001/model-00001-of-00001.safetensors"
+    other = ToyEngine(seed=1)
+    newest = newest_checkpoint(checkpoints)
+    restore(other, newest)
+    assert newest.record.state.step == 2
+    assert "step_00000003_attempt_0001/checkpoint.json: missing" in caplog.text
+    assert all(map(torch.equal, other.values(), engine.values()))
+    # The next attempt deletes what was never finished, and the same step may be written again.
+    assert write(3, "0002") == [(3, "0002"), (2, "0001")]
+    store.faults[model] = ["flip", 503]  # which pass
+    assert newest_checkpoint(checkpoints).record.state.step == 3
+    store.client.put_object(Bucket="shards", Key=f"checkpoints/{model}", Body=b"damaged")
+    store.delete("s3://shards/checkpoints/step_00000003_attempt_0002/checkpoint.json")
+    assert newest_checkpoint(checkpoints) is None
+    assert f"{model}: sha256 is" in caplog.text
+    assert "none of 2 checkpoints is whole" in caplog.text

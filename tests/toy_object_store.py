@@ -23,7 +23,7 @@ CREDENTIALS = {
 
 
 class ToyObjectStore(ThreadingHTTPServer):
-    """The proxy: what reads goes through it, what uploads does not.
+    """The proxy: all clients go through it, but for `upload` and `delete`.
 
     Each fault in `faults` is used once: a status, "cut" (the body ends halfway), "drip" (it takes a
     while), "reset" (no answer) or "flip" (one bit of the body is another).
@@ -89,6 +89,11 @@ class _Proxy(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.answer(self.ask())
 
+    def do_PUT(self):
+        self.answer(self.ask(self.rfile.read(int(self.headers.get("Content-Length", 0)))))
+
+    do_POST = do_DELETE = do_PUT
+
     def do_GET(self):
         path = self.path.partition("?")[0]
         fault = self.server.next_fault(path)
@@ -102,10 +107,11 @@ class _Proxy(BaseHTTPRequestHandler):
             return
         self.answer(self.ask(), fault)
 
-    def ask(self):
+    def ask(self, body=None):
         headers = {name: value for name, value in self.headers.items() if name != "Host"}
+        url = self.server.moto_url + self.path
         return self.server.pool.request(
-            self.command, self.server.moto_url + self.path, headers=headers, retries=False
+            self.command, url, body=body, headers=headers, retries=False
         )
 
     def answer(self, response, fault=None):

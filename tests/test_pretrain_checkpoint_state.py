@@ -1,0 +1,37 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.checkpoint_state import share_of_rank
+from pretrain.engine import Fragment
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), max_size=6),
+    world_size=st.integers(1, 5),
+    shared=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_every_element_is_written_by_exactly_one_rank(sizes, world_size, shared):
+    tensors = [torch.arange(size, dtype=torch.float32) for size in sizes]
+    written = [torch.zeros(size) for size in sizes]
+    shares = []
+    for rank in range(world_size):
+        held = []
+        for number, whole in enumerate(tensors):
+            first, stop = 0, len(whole)
+            if not shared[number]:
+                first, stop = (len(whole) * each // world_size for each in (rank, rank + 1))
+            values = whole[first:stop]
+            held.append(
+                Fragment(str(number), "m", values, first, len(whole), is_shared=shared[number])
+            )
+        share = list(share_of_rank(held, rank=rank, world_size=world_size))
+        shares.append(sum(len(each.values) for each in share if each.is_shared))
+        for each in share:
+            number = int(each.name)
+            place = slice(each.offset, each.offset + len(each.values))
+            assert torch.equal(tensors[number][place], each.values)
+            written[number][place] += 1
+    assert all((count == 1).all() for count in written)
+    assert max(shares) - min(shares) <= 1

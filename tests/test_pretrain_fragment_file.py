@@ -1,0 +1,90 @@
+import io
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
+
+from pretrain.fragment_file import (
+    Piece,
+    PieceIndex,
+    StoredPiece,
+    file_chunks,
+    read_pieces,
+    read_values,
+)
+
+
+def content_of(pieces, values):
+    return b"".join(bytes(chunk) for chunk in file_chunks(pieces, values))
+
+
+def test_the_safetensors_library_reads_what_is_written():
+    pieces = [Piece("parameter/a.weight", 4, 3), Piece("exp_avg/b", 0, 5)]
+    values = torch.arange(8, dtype=torch.float32)
+    read = load(content_of(pieces, values))
+    assert set(read) == {"parameter/a.weight@4", "exp_avg/b@0"}
+    assert torch.equal(read["parameter/a.weight@4"], values[:3])
+    assert torch.equal(read["exp_avg/b@0"], values[3:])
+
+
+def test_a_file_tells_what_it_holds():
+    pieces = [Piece("parameter/a@b", 4, 3), Piece("parameter/c", 0, 5)]
+    file = io.BytesIO(content_of(pieces, torch.zeros(8)))
+    assert [stored.piece for stored in read_pieces(file, "x")] == pieces
+
+
+def test_a_file_of_other_values_is_refused():
+    from safetensors.torch import save
+
+    file = io.BytesIO(save({"parameter/a@0": torch.zeros(3, dtype=torch.float16)}))
+    with pytest.raises(
+        ValueError, match="x: parameter/a@0: expected values of type F32, found F16"
+    ):
+        read_pieces(file, "x")
+
+
+@settings(deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+    num_files=st.integers(1, 3),
+    bounds=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+)
+def test_any_part_of_a_tensor_is_read_from_whatever_pieces_hold_it(cuts, num_files, bounds):
+    whole = torch.randn(40)
+    edges = sorted({0, 40, *cuts})
+    files = {str(number): [] for number in range(num_files)}
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+        files[str(number % num_files)].append(Piece("parameter/w", start, stop - start))
+    contents = {
+        name: content_of(pieces, torch.cat([whole[p.offset : p.stop] for p in pieces]))
+        for name, pieces in files.items()
+        if pieces
+    }
+    index = PieceIndex(
+        stored
+        for name, content in contents.items()
+        for stored in read_pieces(io.BytesIO(content), name)
+    )
+    start, stop = sorted(bounds)
+    found = torch.full((stop - start,), torch.nan)
+    for stored, part in index.parts_of(Piece("parameter/w", start, stop - start)):
+        target = found[part.offset - start : part.stop - start]
+        read_values(io.BytesIO(contents[stored.file]), stored, part, target)
+    assert torch.equal(found, whole[start:stop])
+
+
+@pytest.mark.parametrize("wanted", [Piece("w", 2, 4), Piece("w", 7, 5), Piece("v", 0, 1)])
+def test_elements_that_no_file_holds_are_named(wanted):
+    stored = [StoredPiece(Piece("w", 0, 4), "x", 0), StoredPiece(Piece("w", 5, 5), "x", 0)]
+    with pytest.raises(ValueError, match=rf"of {wanted.tensor} is in no file"):
+        list(PieceIndex(stored).parts_of(wanted))
+
+
+def test_a_file_cut_short_is_noticed():
+    content = content_of([Piece("w", 0, 4)], torch.zeros(4))[:-1]
+    [stored] = read_pieces(io.BytesIO(content), "x")
+    with pytest.raises(EOFError, match="x: cut short"):
+        read_values(io.BytesIO(content), stored, stored.piece, torch.empty(4))

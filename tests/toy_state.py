@@ -1,0 +1,40 @@
+"""Something to make checkpoints of that is ready at once: an engine of a few tensors."""
+
+import torch
+
+from pretrain.engine import Fragment
+from pretrain.gather import rank, world_size
+
+
+class ToyEngine:
+    """Parameters that every rank holds, and moments of which each has a part, as at ZeRO stage 1.
+
+    Every value is a function of (name, element, seed).
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, *, seed=0, sizes=(30, 1, 1000)):
+        self.model = torch.nn.Module()
+        self.num_updates = 0
+        self._moments = {}
+        for number, size in enumerate(sizes):
+            generator = torch.Generator().manual_seed(100 * seed + number)
+            whole = torch.randn(size, generator=generator)
+            self.model.register_parameter(f"w{number}", torch.nn.Parameter(whole))
+            first, stop = (size * each // world_size() for each in (rank(), rank() + 1))
+            self._moments[f"w{number}"] = (first, size, 10 * whole[first:stop])
+
+    def fragments(self):
+        for name, parameter in self.model.named_parameters():
+            values = parameter.detach().view(-1)
+            yield Fragment(name, "parameter", values, 0, len(values), is_shared=True)
+            first, total, moment = self._moments[name]
+            if len(moment):
+                yield Fragment(name, "exp_avg", moment, first, total, is_shared=False)
+
+    def after_load(self, *, num_updates):
+        self.num_updates = num_updates
+
+    def values(self):
+        return [fragment.values.clone() for fragment in self.fragments()]
