@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Thread
 
 import torch
 from safetensors.torch import save
@@ -19,7 +20,7 @@ from torch import Tensor
 from data_prep.remote_file import join, open_binary
 from pretrain.checkpoint_store import tried
 from pretrain.engine import Engine, Fragment
-from pretrain.fragment_file import Piece, PieceIndex, empty_values, file_chunks, read_values
+from pretrain.fragment_file import Piece, PieceIndex, file_chunks, read_values
 from pretrain.gather import broadcast_from, rank, world_size
 from pretrain.model import ContrastiveModel
 
@@ -69,37 +70,51 @@ class CopiedFile:
 class StateCopy:
     """Copies a rank's share of an engine's state to the CPU, into memory kept from save to save.
 
+    That memory is taken in the background: to be given so much of it takes longer than a copy.
+
     Args:
         engine: whose fragments stay the same from now on, but for their values.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._values: dict[str, Tensor] = {}
+        pieces = {name: [piece_of(e) for e in part] for name, part in self._share().items()}
+        self._files = {
+            name: CopiedFile(name, part, self._empty_values(part)) for name, part in pieces.items()
+        }
+        self._touching = Thread(target=self._touch, name="checkpoint memory", daemon=True)
+        self._touching.start()
+
+    def _share(self) -> dict[str, list[Fragment]]:
+        """What this rank writes, by file."""
+        files: dict[str, list[Fragment]] = {}
+        fragments = self._engine.fragments()
+        for each in share_of_rank(fragments, rank=rank(), world_size=world_size()):
+            kind = "model" if each.key == PARAMETER else "optimizer"
+            name = f"{kind}-{rank() + 1:05d}-of-{world_size():05d}.safetensors"
+            files.setdefault(name, []).append(each)
+        return files
+
+    def _empty_values(self, pieces: Sequence[Piece]) -> Tensor:
+        num_values = sum(piece.length for piece in pieces)
+        return torch.empty(num_values, pin_memory=self._engine.device.type == "cuda")
+
+    def _touch(self) -> None:
+        for file in self._files.values():
+            file.values.zero_()
 
     def take(self) -> list[CopiedFile]:
         """Copies the state as it is now; what was taken before must not be in use any more."""
-        share = list(share_of_rank(self._engine.fragments(), rank=rank(), world_size=world_size()))
-        files = []
-        for kind, is_model in (("model", True), ("optimizer", False)):
-            part = [each for each in share if (each.key == PARAMETER) == is_model]
-            if part:
-                name = f"{kind}-{rank() + 1:05d}-of-{world_size():05d}.safetensors"
-                files.append(self._copy(name, part))
+        self._touching.join()
+        for name, fragments in self._share().items():
+            place = 0
+            for each in fragments:
+                target = self._files[name].values[place : place + len(each.values)]
+                target.copy_(each.values, non_blocking=True)
+                place += len(each.values)
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
-        return files
-
-    def _copy(self, name: str, part: Sequence[Fragment]) -> CopiedFile:
-        pieces = [piece_of(each) for each in part]
-        if name not in self._values:
-            is_pinned = self._engine.device.type == "cuda"
-            self._values[name] = empty_values(pieces, is_pinned=is_pinned)
-        values, place = self._values[name], 0
-        for each in part:
-            values[place : place + len(each.values)].copy_(each.values, non_blocking=True)
-            place += len(each.values)
-        return CopiedFile(name, pieces, values)
+        return list(self._files.values())
 
 
 def shapes_of(model: ContrastiveModel) -> dict[str, tuple[int, ...]]:
@@ -160,7 +175,8 @@ def _read_into(fragments: Iterable[Fragment], location: str, index: PieceIndex) 
     with ExitStack() as files:
         opened = {}
         for fragment in fragments:
-            values = torch.empty(len(fragment.values), dtype=torch.float32)
+            is_here = fragment.values.device.type == "cpu"
+            values = fragment.values if is_here else torch.empty(len(fragment.values))
             for stored, part in index.parts_of(piece_of(fragment)):
                 if stored.file not in opened:
                     path = join(location, stored.file)
@@ -169,7 +185,8 @@ def _read_into(fragments: Iterable[Fragment], location: str, index: PieceIndex) 
                 target = values[start : start + part.length]
                 read = partial(read_values, opened[stored.file], stored, part, target)
                 tried(join(location, stored.file), read)
-            fragment.values.copy_(values)
+            if not is_here:
+                fragment.values.copy_(values)
 
 
 def read_whole(location: str, index: PieceIndex, *, sizes: Mapping[str, int]) -> dict[str, Tensor]:

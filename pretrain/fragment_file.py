@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # of the first value, in bytes
@@ -145,10 +144,3 @@ def read_values(file: BinaryIO, stored: StoredPiece, part: Piece, target: Tensor
         if not count:
             raise EOFError(f"{stored.file}: cut short")
         left = left[count:]
-
-
-def empty_values(pieces: Sequence[Piece], *, is_pinned: bool = False) -> Tensor:
-    """[elements of all pieces] float32, on the CPU, not yet written to."""
-    return torch.empty(
-        sum(piece.length for piece in pieces), dtype=torch.float32, pin_memory=is_pinned
-    )

@@ -1,0 +1,195 @@
+"""How long training waits for a checkpoint, and how long resuming takes, beside the usual ways.
+
+    python tests/benchmarks/checkpoints.py
+
+Two processes, a model of 66 million parameters with AdamW's moments (0.8 GB in fp32). `torch.save`
+is what most trainers do: the main process writes model and optimizer of DistributedDataParallel
+while the others wait. DeepSpeed's own is `save_checkpoint` of ZeRO stage 2. Both neither flush what
+they write nor take its sum; ours does both and reads it again, in the background. A few seconds
+pass before the first save, as in a run: the memory it copies into is taken meanwhile.
+
+Resuming is from the folder to an engine that is ready for its first step. What was written is in
+the page cache.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint import newest_checkpoint, open_whole, restore
+from pretrain.checkpoint_record import RunState
+from pretrain.checkpoint_store import open_store
+from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.config import PretrainConfig
+from pretrain.engine import Engine, build_engine, start_accelerator
+from pretrain.gather import gather_objects, rank
+from pretrain.model import build_model
+from pretrain.optimizer import build_optimizer
+from pretrain.tokenizer import build_tokenizer
+
+NUM_PROCESSES = 2
+NUM_SAVES = 4
+MODEL = {
+    "embed_dim": 512,
+    "image": {"library": "timm", "name": "vit_small_patch16_224"},
+    "text": {
+        "library": "open_clip",
+        "options": {"width": 512, "heads": 8, "layers": 6, "vocab_size": 49408},
+    },
+}
+
+
+def main() -> None:
+    for strategy in ("ddp", "zero2"):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [str(NUM_PROCESSES), __file__, strategy]
+        subprocess.run([sys.executable, *command], check=True)
+
+
+def measure(strategy: str) -> None:
+    """One process of a group."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(gather_first(own))
+        config = config_of(folder, strategy)
+        engine = engine_of(config)
+        report(f"{strategy}, {NUM_PROCESSES} processes, {size_of_state(engine) / 1e6:,.0f} MB")
+        measure_ours(config, engine)
+        if strategy == "ddp":
+            measure_torch(engine, folder)
+        else:
+            measure_deepspeed(engine, folder)
+        engine.close()
+
+
+def gather_first(own: str) -> str:
+    """The main process's temporary folder, before there is an engine."""
+    dist.init_process_group("gloo")
+    return gather_objects(own)[0]
+
+
+def config_of(folder: Path, strategy: str) -> PretrainConfig:
+    values: dict[str, Any] = {
+        "lanes": 2,
+        "run": {"folder": folder / "run", "keep_checkpoints": 2},
+        "model": MODEL,
+        "pairings": {
+            "image-text": {
+                "global_batch_size": 2,
+                "sources": [{"name": "none", "dataset": folder / "none"}],
+            }
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"num_steps": 1},
+        "engine": {"strategy": strategy, "precision": "fp32", "device": "cpu"},
+    }
+    return PretrainConfig.model_validate(values)
+
+
+def engine_of(config: PretrainConfig) -> Engine:
+    """An engine that has done a step, so that the optimizer has its moments."""
+    accelerator = start_accelerator(config)
+    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    engine = build_engine(
+        config, accelerator, model=model, optimizer=build_optimizer(config, model)
+    )
+    for fragment in engine.fragments():
+        if fragment.key != "parameter":
+            fragment.values.fill_(1e-3)
+    return engine
+
+
+def size_of_state(engine: Engine) -> int:
+    sizes = {(each.key, each.name): each.total for each in engine.fragments()}
+    whole: dict[tuple[str, str], int] = {}
+    for held in gather_objects(sizes):
+        whole |= held
+    return 4 * sum(whole.values())
+
+
+def measure_ours(config: PretrainConfig, engine: Engine) -> None:
+    store = open_store(config.run.checkpoints)
+    writer = CheckpointWriter(
+        config.run,
+        engine,
+        store=store,
+        attempt="0001",
+        origin={},
+        model_files={},
+        refuse_if_superseded=lambda: None,
+    )
+    time.sleep(5)
+    for step in range(1, NUM_SAVES + 1):
+        writer.save(RunState(step, step))
+        writer.finish()
+    for nth, save in enumerate(writer.take_reports(), 1):
+        report(
+            f"  ours, save {nth}: training waits {save.waited_seconds:.3f} s; "
+            f"whole, flushed and checked after {save.written_seconds:.2f} s"
+        )
+    checked = timed(lambda: newest_checkpoint(store))
+    whole = open_whole(store.checkpoints()[0].location)
+    loaded = timed(lambda: restore(engine, whole))
+    report(f"  ours, resume: sums checked in {checked:.2f} s, loaded in {loaded:.2f} s")
+
+
+def measure_torch(engine: Engine, folder: Path) -> None:
+    file = folder / "plain.pt"
+
+    def save() -> None:
+        if rank() == 0:
+            state = {"model": engine.model.state_dict(), "optimizer": engine.optimizer.state_dict()}
+            torch.save(state, file)
+
+    def load() -> None:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        engine.model.load_state_dict(state["model"])
+        engine.optimizer.load_state_dict(state["optimizer"])
+
+    show("torch.save", save, load)
+
+
+def measure_deepspeed(engine: Engine, folder: Path) -> None:
+    wrapped = engine._wrapped_model
+    folder = folder / "deepspeed"
+    show(
+        "DeepSpeed's save",
+        lambda: wrapped.save_checkpoint(str(folder), tag="x"),
+        lambda: wrapped.load_checkpoint(str(folder), tag="x"),
+    )
+
+
+def show(name: str, save: Callable[[], Any], load: Callable[[], Any]) -> None:
+    for nth in range(1, NUM_SAVES + 1):
+        report(f"  {name}, save {nth}: training waits {timed(save):.3f} s")
+    report(f"  {name}, resume: loaded in {timed(load):.2f} s")
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds until the last rank is done."""
+    dist.barrier()
+    start = time.perf_counter()
+    action()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def report(line: str) -> None:
+    if rank() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        measure(sys.argv[1])
