@@ -116,7 +116,6 @@ class RunFolder:
         self._earlier_attempts = read_rows(self.folder / "attempts.jsonl")
         # Why the result is not a function of the config alone; also of earlier attempts.
         self.marks = sorted({m for row in self._earlier_attempts for m in row.get("marks", [])})
-        self.attempt = f"{len(self._earlier_attempts) + 1:04d}"
         if not is_writer:
             return
         for name in ("metrics", "bad_samples", "checkpoints"):
@@ -125,6 +124,7 @@ class RunFolder:
         _write_json(self.folder / "environment.json", environment)
         # Last, because its presence says that the folder holds a run.
         write_atomically(self.folder / "config.yaml", to_yaml(config).encode())
+        self.attempt = f"{len(self._earlier_attempts) + 1:04d}"
         self._row = {
             "attempt": self.attempt,
             "started": _now(),

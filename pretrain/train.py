@@ -211,7 +211,8 @@ def open_writer(
         config.run,
         engine,
         store=open_store(config.run.checkpoints),
-        attempt=run.attempt,
+        # Only the main process knows it: its row may be there before others count the earlier ones.
+        attempt=on_main_process(lambda: run.attempt),
         origin={"strategy": config.engine.strategy},
         model_files=files_to_rebuild(config, engine.model, tokenizer),
         refuse_if_superseded=lambda: None,
