@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from data_prep.config_file import InputError, read_config, read_yaml, to_yaml
-from data_prep.remote_file import exists, is_url, join, local_path, open_binary
+from data_prep.config_file import InputError, read_config, to_yaml
+from data_prep.remote_file import join, local_path, open_binary
 from pretrain.checkpoint_download import download_model, verify_model
 from pretrain.checkpoint_record import CheckpointRecord, read_record
 from pretrain.checkpoint_state import (
@@ -40,10 +40,9 @@ from pretrain.checkpoint_state import (
     shapes_of,
 )
 from pretrain.checkpoint_store import (
-    RECORD,
     CheckpointStore,
     DamagedCheckpointError,
-    open_store,
+    find_locations,
     read_file,
     tried,
     verify_file,
@@ -201,7 +200,7 @@ def find_checkpoint(folder: str | Path) -> Path:
         InputError: there is none, or it is damaged. (What is measured is never silently an older
             one; the optimizer's state is not looked at.)
     """
-    locations = _locations(str(folder))
+    locations = find_locations(str(folder))
     if not locations:
         raise InputError(
             f"{folder}: expected a run folder with a checkpoint, or a checkpoint; found neither; "
@@ -216,22 +215,6 @@ def find_checkpoint(folder: str | Path) -> Path:
         others = ", ".join(locations[1:]) or "there is none"
         raise InputError(f"damaged checkpoint: {error}; name an older one: {others}") from None
     return local_path(locations[0])
-
-
-def _locations(folder: str) -> list[str]:
-    """Of what may be checkpoints, the newest first."""
-    if exists(join(folder, RECORD)):
-        return [folder]
-    return [each.location for each in store_of_run(folder).checkpoints()]
-
-
-def store_of_run(folder: str) -> CheckpointStore:
-    """Where a run keeps its checkpoints, by its folder."""
-    config = Path(folder) / "config.yaml"
-    elsewhere = None
-    if not is_url(folder) and config.exists():
-        elsewhere = read_yaml(config).get("run", {}).get("checkpoint_folder")
-    return open_store(elsewhere or join(folder, "checkpoints"))
 
 
 def load_model(

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from data_prep.config_file import read_yaml
 from data_prep.file_transfer import WrongContentError, with_tries
 from data_prep.remote_file import (
+    exists,
     file_system,
     is_url,
     join,
@@ -64,6 +66,26 @@ def open_store(folder: str | Path) -> CheckpointStore:
     """The store in a folder, or behind a URL."""
     local = local_path(str(folder))
     return ObjectStore(str(folder)) if local is None else CheckpointStore(str(local))
+
+
+def find_locations(folder: str) -> list[str]:
+    """Of what may be checkpoints, the newest first: the folder itself, or those of the run in it.
+
+    Args:
+        folder: path or URL.
+    """
+    if exists(join(folder, RECORD)):
+        return [folder]
+    return [each.location for each in _store_of_run(folder).checkpoints()]
+
+
+def _store_of_run(folder: str) -> CheckpointStore:
+    """Where a run keeps its checkpoints, by its folder."""
+    config = Path(folder) / "config.yaml"
+    elsewhere = None
+    if not is_url(folder) and config.exists():
+        elsewhere = read_yaml(config).get("run", {}).get("checkpoint_folder")
+    return open_store(elsewhere or join(folder, "checkpoints"))
 
 
 class CheckpointStore:

@@ -25,6 +25,7 @@ from typing import Any
 
 from data_prep.config_file import ConfigError, differing_keys, fixed_values, read_config, to_yaml
 from data_prep.shard_format import write_atomically
+from pretrain.checkpoint_store import open_store
 from pretrain.config import PretrainConfig
 from pretrain.shard_reader import BadSample
 
@@ -39,7 +40,7 @@ def refuse_other_run(config: PretrainConfig, *, fingerprints: dict[str, str]) ->
         return
     earlier = read_config(PretrainConfig, folder / "config.yaml")
     known = json.loads((folder / "environment.json").read_text())["dataset_fingerprints"]
-    steps_done = _steps_done(folder)
+    steps_done = _steps_done(config)
     old, new = (_what_has_been(each, steps_done) for each in (earlier, config))
     different = differing_keys(fixed_values(old), fixed_values(new))
     different |= differing_keys(
@@ -56,10 +57,10 @@ def refuse_other_run(config: PretrainConfig, *, fingerprints: dict[str, str]) ->
         )
 
 
-def _steps_done(folder: Path) -> int:
+def _steps_done(config: PretrainConfig) -> int:
     """Steps of the newest checkpoint, whole or not."""
-    steps = [int(path.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*")]
-    return max(steps, default=0)
+    checkpoints = open_store(config.run.checkpoints).checkpoints()
+    return checkpoints[0].step if checkpoints else 0
 
 
 def _what_has_been(config: PretrainConfig, steps_done: int) -> PretrainConfig:

@@ -20,6 +20,7 @@ SHARED_MODULES = {
 PRETRAIN_MODULES = {
     "checkpoint",
     "checkpoint_record",
+    "checkpoint_store",
     "config",
     "gather",
     "model",

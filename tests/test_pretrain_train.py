@@ -289,6 +289,7 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
         values = toy_config(toy_data, tmp_path / "run", schedule=STEPS).model_dump()
         values["pairings"]["image-text"]["segments"] = list(segments)
         values["run"]["stop_after_step"] = last_step
+        values["run"]["checkpoint_folder"] = str(tmp_path / "elsewhere")
         return PretrainConfig.model_validate(values)
 
     colors = {"name": "colors", "dataset": toy_data / "colors"}
