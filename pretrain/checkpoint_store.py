@@ -35,7 +35,6 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
-CHUNK_BYTES = 1 << 20  # read at a time
 RETRIES = 5  # of what fails behind a URL and may pass
 FOLDER_NAME = re.compile(r"step_(\d{8,})(?:_attempt_(\w+))?")
 LEFTOVER_NAME = re.compile(r"\.step_\d+\.(\w+)(?:\.former)?\.tmp")
@@ -123,8 +122,8 @@ class CheckpointStore:
         """
         Path(partial).mkdir(parents=True, exist_ok=True)
 
-    def commit(self, partial: str, step: int) -> str:
-        """Makes a written checkpoint count, at once and for good; returns its place.
+    def commit(self, partial: str, step: int) -> None:
+        """Makes a written checkpoint count, at once and for good.
 
         Raises:
             OSError: it cannot be renamed.
@@ -138,7 +137,6 @@ class CheckpointStore:
         Path(partial).replace(final)
         _flush_folder(Path(self.folder))
         shutil.rmtree(former, ignore_errors=True)
-        return str(final)
 
     def delete(self, location: str) -> None:
         """Deletes a checkpoint, which counts no more from the first moment on."""
@@ -179,8 +177,8 @@ class ObjectStore(CheckpointStore):
     def begin(self, partial: str) -> None:
         pass  # folders are part of names here
 
-    def commit(self, partial: str, step: int) -> str:
-        return partial
+    def commit(self, partial: str, step: int) -> None:
+        pass  # the record is there
 
     def delete(self, location: str) -> None:
         files, inner = file_system(location)
@@ -281,11 +279,8 @@ def sum_of(path: str) -> str:
     """
 
     def read() -> str:
-        digest = hashlib.sha256()
         with open_binary(path) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     return tried(path, read)
 

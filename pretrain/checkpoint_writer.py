@@ -109,11 +109,7 @@ class CheckpointWriter:
         self.store = store
         self.attempt = attempt
         self._reports: list[SaveReport] = []
-        self._written_by = {
-            "attempt": attempt,
-            "world_size": world_size(),
-            **origin,
-        }
+        self._written_by = {"attempt": attempt, "world_size": world_size(), **origin}
         self._model_files = model_files
         self._refuse_if_superseded = refuse_if_superseded
         self._copy = StateCopy(engine)
@@ -263,8 +259,9 @@ def delete_other_checkpoints(
     """Deletes what is older than the newest `keep`, but for multiples of `keep_every_steps`, and
     what is of a later step than the one just written: the run has gone back behind it because it
     was damaged."""
-    older = [each for each in store.checkpoints() if each.step < step]
-    for each in store.checkpoints():
+    found = store.checkpoints()
+    older = [each for each in found if each.step < step]
+    for each in found:
         is_behind = each.step > step
         is_old = each in older[keep - 1 :]
         is_for_ever = keep_every_steps is not None and each.step % keep_every_steps == 0

@@ -10,27 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_processes import run_in_processes
-from toy_state import ToyEngine
+from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
 from pretrain.checkpoint import newest_checkpoint, open_whole, restore
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_store import CheckpointStore, open_store
-from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.config import Run
 from pretrain.gather import rank
-
-
-def writer_of(engine, folder, *, attempt="0001", store=None, fence=lambda: None, **settings):
-    return CheckpointWriter(
-        Run(folder=folder, **settings),
-        engine,
-        store=store or open_store(folder),
-        attempt=attempt,
-        origin={"strategy": "toy"},
-        model_files={"config.yaml": b"seed: 0\n"},
-        refuse_if_superseded=fence,
-    )
 
 
 def steps_in(folder):

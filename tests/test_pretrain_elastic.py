@@ -6,11 +6,10 @@ import pytest
 import torch
 from gloo_processes import run_in_processes
 from toy_run import toy_config
+from toy_state import writer_of
 
 from pretrain.checkpoint import open_whole, read_model_state, restore
 from pretrain.checkpoint_record import RunState
-from pretrain.checkpoint_store import open_store
-from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.engine import build_engine, start_accelerator
 from pretrain.model import build_model
 from pretrain.optimizer import build_optimizer
@@ -39,23 +38,15 @@ def engine_of(toy_data, folder, strategy):
     accelerator = start_accelerator(config)
     model = build_model(config, tokenizer=build_tokenizer(config.model.text))
     optimizer = build_optimizer(config, model)
-    return config, build_engine(config, accelerator, model=model, optimizer=optimizer)
+    return build_engine(config, accelerator, model=model, optimizer=optimizer)
 
 
 def save(toy_data, folder, strategy):
-    config, engine = engine_of(toy_data, folder, strategy)
+    engine = engine_of(toy_data, folder, strategy)
     for fragment in engine.fragments():
         fragment.values.copy_(of_fragment(fragment))
     engine.after_load(num_updates=7)
-    writer = CheckpointWriter(
-        config.run,
-        engine,
-        store=open_store(folder),
-        attempt="0001",
-        origin={},
-        model_files={},
-        refuse_if_superseded=lambda: None,
-    )
+    writer = writer_of(engine, folder)
     writer.save(RunState(7, engine.num_updates))
     writer.finish()
     writer.refuse_failure()
@@ -64,7 +55,7 @@ def save(toy_data, folder, strategy):
 
 def load(toy_data, folders, strategy):
     """[(folder, key, name)] of the tensors that came otherwise than they went"""
-    _, engine = engine_of(toy_data, folders[0], strategy)
+    engine = engine_of(toy_data, folders[0], strategy)
     different = []
     for folder in folders:
         for fragment in engine.fragments():

@@ -7,10 +7,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 from gloo_processes import WorkerFailedError, run_in_processes
-from test_pretrain_checkpoint_writer import writer_of
 from toy_object_store import CREDENTIALS, toy_object_store
 from toy_run import toy_config
-from toy_state import ToyEngine
+from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
 from eval.checkpoint_folder import check_checkpoint_and_output

@@ -2,6 +2,9 @@
 
 import torch
 
+from pretrain.checkpoint_store import open_store
+from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.config import Run
 from pretrain.engine import Fragment
 from pretrain.gather import rank, world_size
 
@@ -38,3 +41,15 @@ class ToyEngine:
 
     def values(self):
         return [fragment.values.clone() for fragment in self.fragments()]
+
+
+def writer_of(engine, folder, *, attempt="0001", store=None, fence=lambda: None, **settings):
+    return CheckpointWriter(
+        Run(folder=folder, **settings),
+        engine,
+        store=store or open_store(folder),
+        attempt=attempt,
+        origin={"strategy": "toy"},
+        model_files={"config.yaml": b"seed: 0\n"},
+        refuse_if_superseded=fence,
+    )
