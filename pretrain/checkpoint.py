@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -84,10 +85,16 @@ def files_to_rebuild(
     return {"config.yaml": to_yaml(config).encode()} | files
 
 
-def newest_checkpoint(store: CheckpointStore) -> WholeCheckpoint | None:
+def newest_checkpoint(
+    store: CheckpointStore, *, counts: Callable[[CheckpointRecord], bool] = lambda record: True
+) -> WholeCheckpoint | None:
     """The newest checkpoint whose sums agree; damaged ones are named in the log.
 
     Every rank must call it: each checks a part of the files.
+
+    Args:
+        store: where they are.
+        counts: whether one is taken for the run's own.
 
     Raises:
         RunError: the store cannot be read.
@@ -95,10 +102,20 @@ def newest_checkpoint(store: CheckpointStore) -> WholeCheckpoint | None:
     found = on_main_process(store.checkpoints)
     for each in found:
         try:
-            return open_whole(each.location)
+            whole = open_whole(each.location)
         except DamagedCheckpointError as error:
             if rank() == 0:
                 logger.warning("skipping a damaged checkpoint: %s", error)
+            continue
+        if on_main_process(lambda: counts(whole.record)):  # noqa: B023
+            return whole
+        if rank() == 0:
+            logger.warning(
+                "%s is skipped: attempt %s wrote it after a newer attempt had gone on from an "
+                "earlier step",
+                each.location,
+                whole.record.written_by["attempt"],
+            )
     if found and rank() == 0:
         logger.warning("%s: none of %d checkpoints is whole", store.folder, len(found))
     return None
@@ -156,6 +173,7 @@ def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:
         InputError: it is of another model.
     """
     refuse_other_shapes(checkpoint, shapes_of(engine.model))
+    _refuse_missing_moments(engine, checkpoint)
     load_fragments(engine, checkpoint.location, checkpoint.index)
     engine.model.load_state_dict(
         _read_buffers(checkpoint.location, checkpoint.record), strict=False
@@ -179,6 +197,19 @@ def refuse_other_shapes(checkpoint: WholeCheckpoint, shapes: dict[str, tuple[int
         raise InputError(
             f"{checkpoint.location}: expected parameters of this model, found others (shapes):\n"
             + "\n".join(different[:10] + more)
+        )
+
+
+def _refuse_missing_moments(engine: Engine, checkpoint: WholeCheckpoint) -> None:
+    own = {f"{each.key}/{each.name}": each.name for each in engine.fragments()}
+    names = {name for tensor, name in own.items() if not checkpoint.index.has(tensor)}
+    missing = sorted(set().union(*gather_objects(names)))
+    if missing:
+        raise InputError(
+            f"{checkpoint.location}: expected the optimizer's moments of every parameter that is "
+            f"trained here, found none of {', '.join(missing[:10])}"
+            f"{f' and {len(missing) - 10} more' if len(missing) > 10 else ''}, which were frozen "
+            "there: train the same parameters as the run it begins from"
         )
 
 

@@ -75,10 +75,10 @@ def find_locations(folder: str) -> list[str]:
     """
     if exists(join(folder, RECORD)):
         return [folder]
-    return [each.location for each in _store_of_run(folder).checkpoints()]
+    return [each.location for each in store_of_run(folder).checkpoints()]
 
 
-def _store_of_run(folder: str) -> CheckpointStore:
+def store_of_run(folder: str) -> CheckpointStore:
     """Where a run keeps its checkpoints, by its folder."""
     config = Path(folder) / "config.yaml"
     elsewhere = None

@@ -411,11 +411,23 @@ class Run(Section):
     keep_every_steps: PositiveInt | None = free(None)  # but these stay for ever; null: none
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
+    # Begin a new run from the newest checkpoint of the run in `folder`, in a folder beside it
+    fork: bool = free(False)
+    # Folder of the run that this one begins from; set by `fork`, or by you for a folder you name
+    parent: Path | None = free(None)
 
     @property
     def checkpoints(self) -> str:
         """Folder or URL of the checkpoints."""
         return self.checkpoint_folder or str(self.folder / "checkpoints")
+
+    @model_validator(mode="after")
+    def _has_one_parent(self) -> Run:
+        if self.fork and self.parent is not None:
+            raise ValueError("fork=true begins from the run in folder; leave out fork, or parent")
+        if self.parent is not None and self.parent.resolve() == self.folder.resolve():
+            raise ValueError(f"parent={self.parent} is the run's own folder; name another folder")
+        return self
 
     @model_validator(mode="after")
     def _writes_what_it_keeps(self) -> Run:

@@ -8,6 +8,7 @@ not to the libraries.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -211,14 +212,21 @@ class Engine:
         for state in self.optimizer.state.values():
             state["step"].fill_(float(num_updates))
 
-    def init_trackers(self, config: PretrainConfig) -> None:
-        """Opens the configured trackers and shows them the config."""
+    def init_trackers(self, config: PretrainConfig, *, first_step: int) -> None:
+        """Opens the configured trackers and shows them the config.
+
+        Args:
+            config: the whole config.
+            first_step: steps done: what an earlier attempt logged of later ones is to be forgotten.
+        """
         values = {section: str(value) for section, value in config.model_dump().items()}
         folder = config.run.folder
+        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        wandb = {"dir": str(folder), "name": folder.name, "id": identity, "resume": "allow"}
         self.accelerator.init_trackers(
             "isopair",
             config=values,
-            init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}},
+            init_kwargs={"wandb": wandb, "tensorboard": {"purge_step": first_step + 1}},
         )
 
     def log(self, values: dict[str, float], *, step: int) -> None:

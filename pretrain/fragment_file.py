@@ -105,6 +105,10 @@ class PieceIndex:
         for pieces in self._of_tensor.values():
             pieces.sort(key=lambda each: each.piece.offset)
 
+    def has(self, tensor: str) -> bool:
+        """Whether anything is stored of a tensor, "<key>/<name>"."""
+        return tensor in self._of_tensor
+
     def parts_of(self, wanted: Piece) -> Iterator[tuple[StoredPiece, Piece]]:
         """(a stored piece, which of the wanted elements it gives), in order, without gap.
 

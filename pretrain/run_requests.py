@@ -3,6 +3,7 @@
     SIGUSR1, SIGUSR2, SIGTERM    save and stop; a second SIGTERM ends the process at once
     a file STOP in its folder    likewise
     a file SAVE                  save and go on; as does the clock, every so many minutes
+    a newer attempt at the run   stop, without saving
 
 One process that hears of it is enough: all agree at the next step's end, and act there. Files are
 taken away once they were heeded.
@@ -34,6 +35,7 @@ CAUSES = (*(number.name for number in STOP_SIGNALS), f"file {STOP_FILE}")
 class Request:
     """What all ranks have agreed on."""
 
+    is_superseded: bool = False  # a newer attempt at the run has begun
     saves: bool = False
     stop_cause: str | None = None  # a signal's name, or the file
 
@@ -52,6 +54,7 @@ class RunRequests:
         folder: of the run.
         save_every_minutes: None for never.
         looks_at_files: whether this rank looks for files and at the clock: one is enough.
+            `is_superseded`, which may be set later, is asked with them.
         clock: seconds.
     """
 
@@ -66,6 +69,7 @@ class RunRequests:
         self.folder = folder
         self.save_every_seconds = None if save_every_minutes is None else 60 * save_every_minutes
         self.looks_at_files = looks_at_files
+        self.is_superseded: Callable[[], bool] = lambda: False
         self.clock = clock
         self._heard: set[str] = set()
         self._last_save = self._last_look = clock()
@@ -98,26 +102,26 @@ class RunRequests:
             device: that ranks talk by.
         """
         asks = [cause in self._heard for cause in CAUSES]
-        saves = False
+        saves = is_superseded = False
         if self.looks_at_files:
-            asks[-1], saves = self._look()
+            asks[-1], saves, is_superseded = self._look()
         # A rank without a group still goes this way: one way for all.
-        counts = sum_over_ranks(torch.tensor([*asks, saves], dtype=torch.int32, device=device))
-        *asked, saved = counts.tolist()
-        causes = [cause for cause, count in zip(CAUSES, asked, strict=True) if count]
-        return Request(saves=saved > 0, stop_cause=causes[0] if causes else None)
+        told = torch.tensor([*asks, saves, is_superseded], dtype=torch.int32, device=device)
+        *asked, saves, is_superseded = (count > 0 for count in sum_over_ranks(told).tolist())
+        causes = [cause for cause, is_asked in zip(CAUSES, asked, strict=True) if is_asked]
+        return Request(is_superseded, saves, causes[0] if causes else None)
 
-    def _look(self) -> tuple[bool, bool]:
-        """(whether to stop, whether to save)"""
+    def _look(self) -> tuple[bool, bool, bool]:
+        """(whether to stop, whether to save, whether there is a newer attempt)"""
         now = self.clock()
         is_due = self.save_every_seconds is not None and (
             now - self._last_save >= self.save_every_seconds
         )
         if now - self._last_look < SECONDS_BETWEEN_LOOKS:
-            return False, is_due
+            return False, is_due, False
         self._last_look = now
         stops, saves = ((self.folder / name).exists() for name in (STOP_FILE, SAVE_FILE))
-        return stops, saves or is_due
+        return stops, saves or is_due, self.is_superseded()
 
     def heeded(self, request: Request) -> None:
         """To be called when a checkpoint was written, for this request or any other reason."""

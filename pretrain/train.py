@@ -12,42 +12,39 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import partial
 
 import torch
 
-from data_prep.config_file import RunError, check_output_folder, run_command
+from data_prep.config_file import InputError, check_output_folder, run_command
 from pretrain.activation_checkpointing import checkpoint_blocks
-from pretrain.bad_sample_ledger import BadSampleLedger
-from pretrain.checkpoint import files_to_rebuild, newest_checkpoint, restore
-from pretrain.checkpoint_record import RunState
-from pretrain.checkpoint_store import open_store
+from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
+from pretrain.checkpoint_store import open_store, store_of_run
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.device_copy import copy_ahead
 from pretrain.engine import Engine, build_engine, check_engine, start_accelerator
-from pretrain.epoch_account import EpochAccount
 from pretrain.fetching_ahead import check_room
+from pretrain.fork import FORK_MARK, config_of_fork, origin_of_checkpoints, record_parent
 from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.gradient_cache import backward_of_step
 from pretrain.launcher import device_type_of
 from pretrain.loader_runtimes import LoadSteps, start_loader
 from pretrain.micro_batch_size import choose_num_pieces
 from pretrain.model import ContrastiveModel, build_model
-from pretrain.optimizer import build_optimizer, learning_rate_at
+from pretrain.optimizer import build_optimizer
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import RunFolder, refuse_other_run
+from pretrain.run_folder import RunFolder, begin_attempt
 from pretrain.run_plan import describe_plan
 from pretrain.run_requests import RunRequests
-from pretrain.step_loss import StepLosses
-from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
 from pretrain.teacher import PairingTeacher, load_teachers
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tower_compilation import compile_towers
-from pretrain.validation import ValidationSet, build_validation_sets, validate
+from pretrain.trainer import Trainer, last_step_of
+from pretrain.validation import ValidationSet, build_validation_sets
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +56,7 @@ def pretrain(config: PretrainConfig) -> None:
         InputError: the config, a dataset or the run folder cannot be used.
         RunError: the run cannot go on.
     """
+    config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
     check_engine(config)
     requests = RunRequests(
@@ -89,29 +87,30 @@ def run_attempt(
     teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
     fingerprints = fingerprints_of(dataset, validation_sets, teachers)
     run = open_run(config, fingerprints, hosts=hosts, num_pieces=num_pieces)
-    optimizer = build_optimizer(config, model)
-    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
-    engine.init_trackers(config)
-    with closing(engine):
-        first_step = resume(config, engine)
-        run.last_checkpoint = first_step or None
-        with run.attempt_from(first_step):
+    requests.is_superseded = run.is_superseded
+    with run.under_way():
+        optimizer = build_optimizer(config, model)
+        engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
+        with closing(engine):
+            resume(config, engine, run)
+            engine.init_trackers(config, first_step=run.num_steps_done)
             batches = load_batches(load_steps, config, engine, dataset, run)
             take_gradient = partial(
                 backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
             )
-            writer = open_writer(config, engine, tokenizer, run)
-            train_steps(
+            trainer = Trainer(
                 config,
                 engine,
                 dataset,
-                batches,
-                validation_sets,
                 run,
-                take_gradient,
                 requests,
-                writer,
+                open_writer(config, engine, tokenizer, run),
+                take_gradient=take_gradient,
+                validation_sets=validation_sets,
             )
+            if run.num_steps_done and run.last_checkpoint is None:
+                trainer.save_first()  # of a fork, which needs its parent no more
+            trainer.train(batches)
 
 
 def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
@@ -157,33 +156,48 @@ def open_run(
     config: PretrainConfig, fingerprints: dict[str, str], *, hosts: list[str], num_pieces: int
 ) -> RunFolder:
     """This attempt's run folder, refused on every rank if it holds another run."""
-    on_main_process(lambda: refuse_other_run(config, fingerprints=fingerprints))
-    return RunFolder(
-        config,
-        fingerprints=fingerprints,
-        hosts=hosts,
-        num_micro_batches=num_pieces,
-        is_writer=rank() == 0,
+    attempt = on_main_process(
+        lambda: begin_attempt(
+            config, fingerprints=fingerprints, hosts=hosts, num_micro_batches=num_pieces
+        )
     )
+    return RunFolder(config, attempt, is_writer=rank() == 0)
 
 
-def resume(config: PretrainConfig, engine: Engine) -> int:
-    """Steps already done: those of the newest whole checkpoint, which is loaded."""
-    newest = newest_checkpoint(open_store(config.run.checkpoints))
+def resume(config: PretrainConfig, engine: Engine, run: RunFolder) -> None:
+    """Loads the newest whole checkpoint, of this run or of the one that it is forked from."""
+    own = newest_checkpoint(open_store(config.run.checkpoints), counts=run.counts_checkpoint)
+    is_fork = own is None and config.run.parent is not None
+    newest = newest_checkpoint_of_parent(config) if is_fork else own
     if newest is None:
-        return 0
+        run.begin_from(0, has_checkpoint=False)
+        return
     restore(engine, newest)
-    step = newest.record.state.step
-    if engine.is_main_process:
-        is_done = step >= config.schedule.num_steps
+    state = newest.record.state
+    for mark in (*state.marks, *([FORK_MARK] if is_fork else [])):
+        run.mark(mark)
+    run.begin_from(state.step, has_checkpoint=not is_fork)
+    if rank() == 0:
+        is_done = state.step >= config.schedule.num_steps
         how = "nothing is left to do" if is_done else "going on"
-        logger.info("%s from %s", how, newest.location)
-    return step
+        logger.info("%s: %s from %s", config.run.folder, how, newest.location)
 
 
-def last_step_of(config: PretrainConfig) -> int:
-    """Steps done when this attempt ends."""
-    return min(config.schedule.num_steps, config.run.stop_after_step or sys.maxsize)
+def newest_checkpoint_of_parent(config: PretrainConfig) -> WholeCheckpoint:
+    """What a fork begins from, which is written down in its folder.
+
+    Raises:
+        InputError: the parent has no whole checkpoint.
+    """
+    parent = config.run.parent
+    newest = newest_checkpoint(store_of_run(str(parent)))
+    if newest is None:
+        raise InputError(
+            f"{parent}: expected a run with a whole checkpoint to begin from (run.fork, "
+            "run.parent), found none; train it further first"
+        )
+    on_main_process(lambda: record_parent(config, newest))
+    return newest
 
 
 def load_batches(
@@ -211,104 +225,16 @@ def open_writer(
         config.run,
         engine,
         store=open_store(config.run.checkpoints),
-        # Only the main process knows it: its row may be there before others count the earlier ones.
-        attempt=on_main_process(lambda: run.attempt),
-        origin={"strategy": config.engine.strategy},
+        attempt=run.attempt.attempt,
+        origin=on_main_process(lambda: origin_of_checkpoints(config)),
         model_files=files_to_rebuild(config, engine.model, tokenizer),
-        refuse_if_superseded=lambda: None,
+        refuse_if_superseded=run.refuse_if_superseded,
     )
-
-
-def train_steps(
-    config: PretrainConfig,
-    engine: Engine,
-    dataset: StepDataset,
-    batches: Iterator[StepBatch],
-    validation_sets: list[ValidationSet],
-    run: RunFolder,
-    take_gradient: Callable[[StepBatch], StepLosses],
-    requests: RunRequests,
-    writer: CheckpointWriter,
-) -> None:
-    """The training loop; `step` counts the steps done."""
-    first_step, last_step = run.num_steps_done, last_step_of(config)
-    timer = PhaseTimer()
-    reporter = StepReporter(run, engine, dataset, timer=timer)
-    ledger = BadSampleLedger(run, dataset, loading=config.loading)
-    account = EpochAccount(dataset, ledger, first_step=first_step)
-    engine.train_mode(True)
-    request = requests.agreed(device=engine.device)  # during the start
-    for step in range(first_step + 1, last_step + 1):
-        if request.stops:
-            break
-        with timer.phase("data"):
-            batch = next(batches)
-        outcome = train_step(config, engine, batch, timer, take_gradient)
-        run.num_steps_done = step
-        ledger.enter(batch, device=engine.device)
-        reporter.report_epochs(account.enter(batch, device=engine.device))
-        reporter.advance()
-        request = requests.agreed(device=engine.device)
-        is_last = step == last_step
-        if is_last or request.stops or step % config.run.log_every_steps == 0:
-            reporter.report_step(outcome, digest=digest_of_step(batch, device=engine.device))
-        if validation_sets and (is_last or step % config.validation.every_steps == 0):
-            with timer.phase("validation"):
-                figures = {each.pairing: validate(engine, each) for each in validation_sets}
-            reporter.report_validation(figures)
-        is_due = step % config.run.checkpoint_every_steps == 0
-        if is_last or is_due or request.saves or request.stops:
-            with timer.phase("save"):
-                writer.save(state_of(run, engine))
-            requests.heeded(request)
-        with timer.phase("save"):
-            writer.advance()
-        reporter.report_saves(writer.take_reports())
-    writer.finish()
-    reporter.report_saves(writer.take_reports())
-    writer.refuse_failure()
-    if request.stops:
-        requests.heeded(request)
-        run.stop_cause = request.stop_cause
-    reporter.close()
-
-
-def train_step(
-    config: PretrainConfig,
-    engine: Engine,
-    batch: StepBatch,
-    timer: PhaseTimer,
-    take_gradient: Callable[[StepBatch], StepLosses],
-) -> StepOutcome:
-    """One optimizer step.
-
-    Raises:
-        RunError: loss or gradient is not finite; the step was not applied.
-    """
-    learning_rate = learning_rate_at(
-        batch.step, peak=config.optimizer.learning_rate, schedule=config.schedule
-    )
-    try:
-        with timer.phase("forward and backward"):
-            losses = take_gradient(batch)
-        with timer.phase("optimizer"):
-            grad_norm = engine.step(learning_rate=learning_rate)
-    except FloatingPointError as error:
-        raise RunError(
-            f"step {batch.step + 1}: {error}; the step was not applied. Lower "
-            f"optimizer.learning_rate={config.optimizer.learning_rate:g} or raise "
-            f"schedule.warmup_steps={config.schedule.warmup_steps} in a new run folder"
-        ) from None
-    return StepOutcome(losses, learning_rate, grad_norm)
-
-
-def state_of(run: RunFolder, engine: Engine) -> RunState:
-    """Where the run stands."""
-    return RunState(run.num_steps_done, num_updates=engine.num_updates, marks=tuple(run.marks))
 
 
 def dry_run(config: PretrainConfig) -> None:
     """Builds everything but the process group, and prints the derived numbers."""
+    config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
     check_engine(config)
     num_processes, num_processes_here = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +105,18 @@ def build_validation_sets(
 
 
 @torch.no_grad()
-def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
+def validate(
+    engine: Engine,
+    validation_set: ValidationSet,
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Mean over the set's pairs of loss and in-batch recall at 1; every rank must call it.
+
+    Args:
+        engine: holds the model.
+        validation_set: all ranks have equally many batches of it.
+        is_given_up: asked after each batch, on every rank, with the same answer; if it is so, no
+            figures are returned.
 
     Raises:
         InputError: a held-out pair cannot be decoded.
@@ -115,6 +125,7 @@ def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
     engine.train_mode(False)
     sums: dict[str, float] = {}
     num_pairs = 0
+    is_over = False
     for media, tokens in validation_set.batches():
         inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
         features = engine.forward([{name: inputs}])[name]
@@ -128,7 +139,12 @@ def validate(engine: Engine, validation_set: ValidationSet) -> dict[str, float]:
         for key, value in _figures(loss).items():
             sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
         num_pairs += loss.num_pairs
+        if is_given_up():
+            is_over = True
+            break
     engine.train_mode(True)
+    if is_over:
+        return None
     return {key: value / num_pairs for key, value in sums.items()}
 
 

@@ -43,31 +43,62 @@ def run_in_processes(
     Args:
         without_imports: processes start slowly, and bare: Triton was not imported in them.
     """
-    context = multiprocessing.get_context("spawn") if without_imports else _context
-    os.environ["OMP_NUM_THREADS"] = "1"
-    port = _free_port()
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_work, args=(rank, world_size, port, sender, function, arguments)
-        )
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    try:
-        outcomes = [_receive(pipe, rank, timeout_seconds) for rank, pipe in enumerate(pipes)]
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-    failures = [result for is_done, result in outcomes if not is_done]
-    if failures:
-        raise WorkerFailedError(_cause(failures))
-    return [result for _, result in outcomes]
+    group = ProcessGroup(world_size, function, *arguments, without_imports=without_imports)
+    return group.results(timeout_seconds=timeout_seconds)
+
+
+class ProcessGroup:
+    """Several processes joined by gloo, started and working; see `run_in_processes`."""
+
+    def __init__(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        without_imports: bool = False,
+    ) -> None:
+        context = multiprocessing.get_context("spawn") if without_imports else _context
+        os.environ["OMP_NUM_THREADS"] = "1"
+        port = _free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_work, args=(rank, world_size, port, sender, function, arguments)
+            )
+            process.start()
+            sender.close()
+            self.pipes.append(receiver)
+            self.processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """[ranks] of the processes."""
+        return [process.pid for process in self.processes]
+
+    def outcomes(self, *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[tuple[bool, Any]]:
+        """[ranks] (whether the function returned, its result or why there is none); all processes
+        have ended then."""
+        try:
+            return [_receive(pipe, n, timeout_seconds) for n, pipe in enumerate(self.pipes)]
+        finally:
+            for process in self.processes:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+    def results(self, *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Any]:
+        """[ranks] what the function returned.
+
+        Raises:
+            WorkerFailedError: it did not, on some rank.
+        """
+        outcomes = self.outcomes(timeout_seconds=timeout_seconds)
+        failures = [result for is_done, result in outcomes if not is_done]
+        if failures:
+            raise WorkerFailedError(_cause(failures))
+        return [result for _, result in outcomes]
 
 
 def _receive(pipe: Any, rank: int, timeout_seconds: float) -> tuple[bool, Any]:

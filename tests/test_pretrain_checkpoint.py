@@ -1,10 +1,12 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from gloo_processes import run_in_processes
 from PIL import Image
 from toy_run import toy_config
+from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError
 from pretrain.checkpoint import (
@@ -13,8 +15,9 @@ from pretrain.checkpoint import (
     newest_checkpoint,
     open_whole,
     read_model_state,
+    restore,
 )
-from pretrain.checkpoint_record import read_record
+from pretrain.checkpoint_record import RunState, read_record
 from pretrain.checkpoint_store import DamagedCheckpointError, open_store
 from pretrain.checkpoint_writer import delete_other_checkpoints
 from pretrain.config import PretrainConfig, Run
@@ -101,6 +104,21 @@ def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
     delete_other_checkpoints(open_store(tmp_path), 3, keep=2)
     kept = sorted(folder.name for folder in tmp_path.iterdir())
     assert kept == ["step_00000002", "step_00000003"]
+
+
+def test_a_parameter_that_was_frozen_where_the_run_begins_from_is_named(tmp_path):
+    class Trained(ToyEngine):
+        def fragments(self):
+            for each in super().fragments():
+                yield each
+                if each.name != "w0" and each.key == "exp_avg":
+                    yield replace(each, key="exp_avg_sq")
+
+    writer = writer_of(ToyEngine(), tmp_path)
+    writer.save(RunState(1, num_updates=1))
+    writer.finish()
+    with pytest.raises(InputError, match=r"moments of every .* found none of w1, w2, which were"):
+        restore(Trained(), newest_checkpoint(open_store(tmp_path)))
 
 
 def test_every_so_many_steps_one_is_kept_for_ever(tmp_path):

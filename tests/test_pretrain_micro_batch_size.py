@@ -5,13 +5,13 @@ from test_pretrain_train import assert_same_run, train
 from toy_run import toy_config
 
 from pretrain.activation_memory import ActivationBytes
+from pretrain.attempts import read_attempts
 from pretrain.gather import rank
 from pretrain.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
 from pretrain.micro_batch_size import MemoryEstimate, estimate_for_plan, pieces_of_size
 from pretrain.model import build_model
 from pretrain.pair_batch import PairLayout, step_bytes
 from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import read_rows
 from pretrain.tokenizer import build_tokenizer
 
 GRAPHS = {"image-text": ActivationBytes(5, 10), "audio-text": ActivationBytes(0, 20)}
@@ -158,8 +158,8 @@ def undisturbed(toy_data, tmp_path_factory):
     """Run folder of 6 steps by one process with memory enough."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     run_in_processes(1, train, toy_config(toy_data, folder))
-    [attempt] = read_rows(folder / "attempts.jsonl")
-    assert attempt["micro_batches"] == 1
+    [attempt] = read_attempts(folder)
+    assert attempt.micro_batches == 1
     return folder
 
 
@@ -167,8 +167,8 @@ def test_a_process_with_little_memory_gives_the_same_run(toy_data, tmp_path, und
     config = toy_config(toy_data, tmp_path / "run", micro_batch_size="auto")
     free = free_for(config, 5, num_processes=1)
     run_in_processes(1, train_with, config, [free])
-    [attempt] = read_rows(tmp_path / "run" / "attempts.jsonl")
-    assert 1 < attempt["micro_batches"] <= 5
+    [attempt] = read_attempts(tmp_path / "run")
+    assert 1 < attempt.micro_batches <= 5
     assert_same_run(tmp_path / "run", undisturbed)
 
 
@@ -176,8 +176,8 @@ def test_ranks_take_what_the_neediest_of_them_needs(toy_data, tmp_path, undistur
     config = toy_config(toy_data, tmp_path / "run", micro_batch_size="auto")
     free = free_for(config, 4, num_processes=2)
     run_in_processes(2, train_with, config, [10 * free, free])
-    [attempt] = read_rows(tmp_path / "run" / "attempts.jsonl")
-    assert attempt["micro_batches"] == 4
+    [attempt] = read_attempts(tmp_path / "run")
+    assert attempt.micro_batches == 4
     assert_same_run(tmp_path / "run", undisturbed)
 
 
@@ -187,4 +187,4 @@ def test_without_room_for_a_pair_every_rank_says_so_and_nothing_is_written(toy_d
         run_in_processes(2, train_with, config, [10**12, 10**6])
     assert "InputError: micro_batch_size auto: rank 1: not even 1 image-text" in str(failure.value)
     assert "set engine.activation_checkpointing" in str(failure.value)
-    assert not (tmp_path / "run" / "attempts.jsonl").exists()
+    assert not (tmp_path / "run" / "attempts").exists()

@@ -9,7 +9,8 @@ from gloo_processes import run_in_processes
 from test_pretrain_train import STEPS, assert_same_run, steps_of, train
 from toy_run import toy_config
 
-from pretrain.run_folder import read_rows
+from pretrain.attempts import read_attempts
+from pretrain.run_folder import read_metrics
 from pretrain.run_requests import Request, RunRequests
 
 CPU = torch.device("cpu")
@@ -83,9 +84,10 @@ def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
 
 def train_and_hear(config, step, number):
     """Rank 1 alone hears a signal while it takes the step; with step 0, before its start."""
-    import pretrain.train as training
+    from pretrain import train as starting
+    from pretrain import trainer
 
-    take_step, start = training.train_step, training.start_accelerator
+    take_step, start = trainer.train_step, starting.start_accelerator
 
     def hearing_step(config, engine, batch, *others):
         if batch.step + 1 == step and engine.accelerator.process_index == 1:
@@ -97,7 +99,7 @@ def train_and_hear(config, step, number):
             os.kill(os.getpid(), number)
         return start(config)
 
-    training.train_step, training.start_accelerator = hearing_step, hearing_start
+    trainer.train_step, starting.start_accelerator = hearing_step, hearing_start
     train(config)
 
 
@@ -113,11 +115,71 @@ def test_one_rank_that_hears_a_signal_stops_all_and_the_run_goes_on_as_if_it_had
     assert len(steps_of(folder)) == 7
     (folder / "STOP").touch()
     run_in_processes(1, train, config)
-    attempts = read_rows(folder / "attempts.jsonl")
-    seen = [(row["to_step"], row["outcome"], row.get("stop_cause")) for row in attempts]
+    attempts = read_attempts(folder)
+    seen = [(each.to_step, each.outcome, each.stop_cause) for each in attempts]
     assert seen[:2] == [(7, "stopped", "SIGUSR2"), (7, "stopped", "SIGTERM")]
     if seen[2][1] == "stopped":  # a second had passed before the last step
         assert seen[2][2] == "file STOP"
         assert not (folder / "STOP").exists()
         run_in_processes(1, train, config)
     assert_same_run(folder, tmp_path / "whole")
+
+
+def train_and_hear_in_validation(config):
+    """Rank 1 hears a signal in the second of the batches that it validates on."""
+    from pretrain import validation
+    from pretrain.gather import rank
+
+    contrast = validation.contrastive_loss
+    calls = []
+
+    def hearing_loss(*arguments, **options):
+        calls.append(None)
+        if rank() == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return contrast(*arguments, **options)
+
+    validation.contrastive_loss = hearing_loss
+    train(config)
+
+
+def test_a_signal_within_validation_stops_it_and_the_next_attempt_validates_first(
+    toy_data, tmp_path
+):
+    validation = {
+        "every_steps": 3,
+        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+    }
+    sections = {"schedule": {"num_steps": 6, "warmup_steps": 2}, "validation": validation}
+    config = toy_config(toy_data, tmp_path / "run", **sections)
+    run_in_processes(2, train_and_hear_in_validation, config)
+    [attempt] = read_attempts(tmp_path / "run")
+    assert (attempt.to_step, attempt.outcome, attempt.stop_cause) == (3, "stopped", "SIGTERM")
+    assert all("validation" not in row for row in read_metrics(tmp_path / "run"))
+    run_in_processes(2, train_and_hear_in_validation, config)  # at once, before any step
+    run_in_processes(1, train, config)
+    rows = read_metrics(tmp_path / "run")
+    told = [(row["step"], "validation" in row) for row in rows]
+    assert told == [(1, 0), (2, 0), (3, 0), (3, 1), (4, 0), (5, 0), (6, 0), (6, 1)]
+    assert [each.to_step for each in read_attempts(tmp_path / "run")] == [3, 3, 6]
+    run_in_processes(1, train, toy_config(toy_data, tmp_path / "whole", **sections))
+    whole = read_metrics(tmp_path / "whole")
+    for row, expected in zip(rows, whole, strict=True):
+        if "validation" in row:
+            figures = row["validation"]["image-text"]
+            assert figures == pytest.approx(expected["validation"]["image-text"], rel=1e-4)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_tracked_once(tmp_path / "run", rows)
+
+
+def assert_tracked_once(folder, rows):
+    """TensorBoard shows each row once, though attempts overlapped."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard" / "isopair")).Reload()
+    losses = [(row["step"], row["total_loss"]) for row in rows if "validation" not in row]
+    shown = [(event.step, event.value) for event in events.Scalars("total_loss")]
+    assert [step for step, _ in shown] == [step for step, _ in losses]
+    assert [value for _, value in shown] == pytest.approx([loss for _, loss in losses])
+    validations = events.Scalars("validation/image-text/loss")
+    assert [event.step for event in validations] == [3, 6]

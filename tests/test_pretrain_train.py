@@ -12,9 +12,10 @@ from gloo_processes import WorkerFailedError, run_in_processes
 from toy_run import toy_config
 
 from data_prep.config_file import ConfigError, RunError, to_yaml
+from pretrain.attempts import read_attempts, read_rows
 from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
-from pretrain.run_folder import read_metrics, read_rows
+from pretrain.run_folder import read_metrics
 
 STEPS = {"num_steps": 20, "warmup_steps": 2}
 
@@ -62,8 +63,8 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
         "audio-text/tones",
         "validation/image-text",
     }
-    [attempt] = read_rows(alone / "attempts.jsonl")
-    assert (attempt["from_step"], attempt["to_step"], attempt["outcome"]) == (0, 20, "finished")
+    [attempt] = read_attempts(alone)
+    assert (attempt.from_step, attempt.to_step, attempt.outcome) == (0, 20, "finished")
     assert json.loads((alone / "status.json").read_text())["state"] == "finished"
     rows = steps_of(alone)
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -100,8 +101,8 @@ def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(toy_dat
     assert len(steps_of(tmp_path / "run")) == 7
     run_in_processes(1, train, config)
     assert_same_run(tmp_path / "run", alone)
-    attempts = read_rows(tmp_path / "run" / "attempts.jsonl")
-    assert [(row["world_size"], row["from_step"]) for row in attempts] == [(2, 0), (1, 7)]
+    attempts = read_attempts(tmp_path / "run")
+    assert [(each.world_size, each.from_step) for each in attempts] == [(2, 0), (1, 7)]
     # Beyond the metrics: the parameters. Adam turns the rounding noise of parameters whose true
     # gradient is zero (key biases) into steps of the learning rate, so the bound is a share of it.
     final = "checkpoints/step_00000020"
@@ -134,7 +135,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(toy_data, tmp_path, alone):
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     run_in_processes(1, train, config)
-    assert read_rows(tmp_path / "run" / "attempts.jsonl")[-1]["from_step"] == 5
+    assert read_attempts(tmp_path / "run")[-1].from_step == 5
     assert_same_run(tmp_path / "run", alone)
 
 
@@ -158,8 +159,8 @@ def test_a_non_finite_loss_stops_the_run_naming_the_step(toy_data, tmp_path):
     )
     with pytest.raises(WorkerFailedError, match=r"RunError: step \d+: .*(nan|inf).* not applied"):
         run_in_processes(1, train, config)
-    [attempt] = read_rows(tmp_path / "run" / "attempts.jsonl")
-    assert attempt["outcome"].startswith("failed: RunError")
+    [attempt] = read_attempts(tmp_path / "run")
+    assert attempt.outcome.startswith("failed: RunError")
 
 
 def copy_with_bad_bytes(toy_data, folder, *, num_bad):
@@ -271,7 +272,7 @@ def test_substituted_shards_mark_everything_that_comes_of_them(toy_data, tmp_pat
     run_in_processes(2, train, config.model_copy(update={"run": stopping}))
     run_in_processes(1, train, config)
     marks = ["substituted_shards"]
-    assert [row["marks"] for row in read_rows(tmp_path / "run" / "attempts.jsonl")] == [marks] * 2
+    assert [each.marks for each in read_attempts(tmp_path / "run")] == [marks] * 2
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000020" / "checkpoint.json"
     assert json.loads(checkpoint.read_text())["marks"] == marks
     assert steps_of(tmp_path / "run")[-1]["marks"] == marks
@@ -357,5 +358,5 @@ def test_the_command_gives_the_same_run_under_every_launcher(toy_data, tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", alone)
-    [attempt] = read_rows(tmp_path / "run" / "attempts.jsonl")
-    assert attempt["world_size"] == 2
+    [attempt] = read_attempts(tmp_path / "run")
+    assert attempt.world_size == 2

@@ -59,7 +59,7 @@ def toy_members(media: str, number: int) -> dict[str, bytes]:
     return members
 
 
-def toy_config(data: Path, run: Path, **sections) -> PretrainConfig:
+def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
     """A three-modality config of a few thousand parameters besides the vocabulary.
 
     `sections` replace values: {"schedule": {"num_steps": 3}} changes only that key.
