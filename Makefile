@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 PACKAGES = data_prep pretrain eval
 RUN = .venv/bin/python
 
-.PHONY: demo check-demo test test-slow lint bench clean
+.PHONY: demo check-demo test test-slow soak lint bench clean
 
 demo: .venv/ready                ## the whole pipeline, on data it makes: under five minutes
 	@echo "1 of 4  Making pictures, sounds and captions."
@@ -30,6 +30,9 @@ test: .venv/ready                ## the fast tests: under eight minutes on two c
 
 test-slow: .venv/ready           ## every combination of strategies, processes and losses
 	$(RUN) -m pytest -m slow -n 2
+
+soak: .venv/ready                ## 200 runs killed at random moments: half an hour on two cores
+	$(RUN) tests/killed_runs.py 1000 200
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .

@@ -377,9 +377,27 @@ class Engine(Section):
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters stay fp32
     # How the loss is shared among processes: strip1 computes least, strip2 sends least.
     loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
-    timeout_seconds: PositiveFloat = free(1800.0)  # of a collective, before the run fails
+    # Of a collective, before the run fails. A step that does not end has stacks written before, and
+    # ends its process after half as long again.
+    timeout_seconds: PositiveFloat = free(1800.0)
     activation_checkpointing: bool = free(False)  # trained towers: less memory, a third more time
     compile: bool = free(False)  # towers by torch.compile: minutes at the start, faster after
+
+
+class Watch(Section):
+    """What is made of steps that go wrong. A step whose loss or gradient is not a finite number is
+    never applied, so nothing here changes a result: it says whether and when a run goes on."""
+
+    # After such a step: stop the run, or leave the step out and go on
+    on_non_finite: Literal["stop", "skip"] = free("stop")
+    max_skipped_steps: PositiveInt = free(3)  # within skip_window_steps; one more stops the run
+    skip_window_steps: PositiveInt = free(1000)
+    # Marked in the metrics: what is so many times above its median over the last window_steps
+    loss_spike_factor: float = free(2.0, gt=1)
+    grad_norm_spike_factor: float = free(5.0, gt=1)
+    window_steps: int = free(100, ge=20)
+    slow_step_factor: float = free(2.0, gt=1)  # a step is slow at so many times the median time
+    slow_steps: PositiveInt = free(10)  # running, before it is told, with the slowest process
 
 
 class ValidationSource(Section):
@@ -459,6 +477,7 @@ class PretrainConfig(Section):
     optimizer: Optimizer
     schedule: Schedule
     engine: Engine = Engine()
+    watch: Watch = Watch()
     validation: Validation = Validation()
 
     @model_validator(mode="after")

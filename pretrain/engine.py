@@ -183,6 +183,34 @@ class Engine:
         self.num_updates += 1
         return norm
 
+    @property
+    def changes_sums_after_backward(self) -> bool:
+        """Whether gradients of the first step after a start would be summed over ranks in another
+        order than those of later ones.
+
+        DistributedDataParallel lays out its buckets anew after the first backward pass, and with
+        more than two ranks the order of a sum follows from an element's place in its bucket.
+        """
+        is_wrapped = self._wrapped_model is not self.model
+        return is_wrapped and self.accelerator.num_processes > 2
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Parameter's name -> norm of its gradient, between backward and step."""
+        return {
+            name: 0.0 if gradient is None else gradient.float().norm().item()
+            for name, gradient in (
+                (name, self._whole_gradient(parameter))
+                for name, parameter in self.model.named_parameters()
+            )
+        }
+
+    def _whole_gradient(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients so far, instead of a step."""
+        self._wrapped_optimizer.zero_grad()
+
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -253,7 +281,7 @@ def refuse_non_finite_norm(norm: float) -> None:
         FloatingPointError: it is infinite or no number.
     """
     if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm}")
+        raise FloatingPointError("the norm of the gradient is not finite")
 
 
 def build_engine(

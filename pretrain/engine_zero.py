@@ -20,6 +20,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from accelerate.utils import DeepSpeedPlugin
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from data_prep.config_file import InputError
@@ -104,6 +105,28 @@ class ZeroEngine(Engine):
         refuse_non_finite_norm(norm)
         self.num_updates += 1
         return norm
+
+    @property
+    def changes_sums_after_backward(self) -> bool:
+        """Never: DeepSpeed's buckets are those of the first step."""
+        return False
+
+    def _whole_gradient(self, parameter: Tensor) -> Tensor | None:
+        if not parameter.requires_grad:
+            return None
+        return parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients so far, instead of a step."""
+        if self.stage == 0:
+            self.model.zero_grad()
+            return
+        # DeepSpeed drops by itself, and cleans up after, what has a norm that is not finite.
+        # Padding stays zero: it is never written again.
+        for gradients in self._zero.averaged_gradients.values():
+            for gradient in gradients or ():
+                gradient.masked_fill_(gradient != 0, math.nan)
+        self._wrapped_model.step()
 
     # ------------------------------------------------------------------------------- fragments
 

@@ -122,6 +122,13 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     return result
 
 
+def is_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process died, or did not come to it in time."""
+    # Gloo's errors have no type of their own.
+    signs = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 # ------------------------------------------------------------------------------------------ rows
 
 

@@ -27,6 +27,7 @@ from pretrain.step_loss import (
     take_losses,
     terms_of_step,
 )
+from pretrain.step_timeline import PhaseTimer
 from pretrain.teacher import PairingTeacher
 
 
@@ -37,6 +38,7 @@ def backward_of_step(
     *,
     num_pieces: int,
     teachers: Mapping[PairingName, PairingTeacher] | None = None,
+    timer: PhaseTimer | None = None,
 ) -> StepLosses:
     """Adds the gradient of a step's loss.
 
@@ -46,24 +48,33 @@ def backward_of_step(
         config: the whole config.
         num_pieces: micro-batches that each rank's share is encoded in, equal on all ranks.
         teachers: of the pairings that have one.
+        timer: is told the phases.
 
     Raises:
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
-    pieces = micro_batches(
-        batch,
-        num_pieces=num_pieces,
-        trims_captions=engine.model.takes_trimmed_captions,
-    )
-    lessons = {name: each.encode(pieces) for name, each in (teachers or {}).items()}
-    terms = terms_of_step(config, batch, teachers=lessons)
+    timer = timer or PhaseTimer(engine.device)
+    with timer.phase("forward"):
+        pieces = pieces_of_step(engine, batch, num_pieces=num_pieces)
+        lessons = {name: each.encode(pieces) for name, each in (teachers or {}).items()}
+        terms = terms_of_step(config, batch, teachers=lessons)
     if len(pieces) == 1:
-        return backward_whole_batch(engine, pieces[0], terms=terms)
-    return backward_in_micro_batches(engine, pieces, terms=terms)
+        return backward_whole_batch(engine, pieces[0], terms=terms, timer=timer)
+    return backward_in_micro_batches(engine, pieces, terms=terms, timer=timer)
+
+
+def pieces_of_step(engine: Engine, batch: StepBatch, *, num_pieces: int) -> list[EncoderInputs]:
+    """The micro-batches of this rank's share of a step."""
+    trims_captions = engine.model.takes_trimmed_captions
+    return micro_batches(batch, num_pieces=num_pieces, trims_captions=trims_captions)
 
 
 def backward_whole_batch(
-    engine: Engine, inputs: EncoderInputs, *, terms: Mapping[PairingName, LossTerm]
+    engine: Engine,
+    inputs: EncoderInputs,
+    *,
+    terms: Mapping[PairingName, LossTerm],
+    timer: PhaseTimer,
 ) -> StepLosses:
     """Encodes this rank's pairs at once and back-propagates the global loss.
 
@@ -71,10 +82,13 @@ def backward_whole_batch(
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
     travelling = TravellingMedia(terms)
-    features = engine.forward([inputs], on_media=travelling.begin)
-    losses = take_losses(features, terms=terms, travelling=travelling)
+    with timer.phase("forward"):
+        features = engine.forward([inputs], on_media=travelling.begin)
+    with timer.phase("gather"):
+        losses = take_losses(features, terms=terms, travelling=travelling)
     refuse_non_finite(losses)
-    engine.backward(losses.for_backward)
+    with timer.phase("backward"):
+        engine.backward(losses.for_backward)
     return losses
 
 
@@ -83,6 +97,7 @@ def backward_in_micro_batches(
     pieces: list[EncoderInputs],
     *,
     terms: Mapping[PairingName, LossTerm],
+    timer: PhaseTimer,
 ) -> StepLosses:
     """The same gradient from micro-batches; all ranks have equally many.
 
@@ -90,15 +105,17 @@ def backward_in_micro_batches(
         FloatingPointError: the loss is not finite; no gradient was taken.
     """
     travelling = TravellingMedia(terms)
-    with torch.no_grad():
+    with timer.phase("forward"), torch.no_grad():
         encoded = engine.forward(pieces, on_media=travelling.begin)
     features = {name: _leaves(values) for name, values in encoded.items()}
-    losses = take_losses(features, terms=terms, travelling=travelling)
+    with timer.phase("gather"):
+        losses = take_losses(features, terms=terms, travelling=travelling)
     refuse_non_finite(losses)
-    losses.for_backward.backward()
-    for number, piece in enumerate(pieces):
-        with engine.micro_batch(is_last=number == len(pieces) - 1):
-            engine.backward(_surrogate(engine.forward([piece]), features, number, len(pieces)))
+    with timer.phase("backward"):
+        losses.for_backward.backward()
+        for number, piece in enumerate(pieces):
+            with engine.micro_batch(is_last=number == len(pieces) - 1):
+                engine.backward(_surrogate(engine.forward([piece]), features, number, len(pieces)))
     return losses
 
 

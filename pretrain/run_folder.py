@@ -95,6 +95,7 @@ class RunFolder:
         self.attempt = attempt
         self.num_steps = config.schedule.num_steps
         self.num_steps_done = 0
+        self.skipped_steps: list[int] = []  # that were not applied, also in earlier attempts
         self.last_checkpoint: int | None = None  # step of the newest that counts
         # What asked the attempt to end before all was done; set before its block ends
         self.stop_cause: str | None = None

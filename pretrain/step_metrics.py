@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,31 +20,16 @@ from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder
 from pretrain.sample_order import format_digest
 from pretrain.step_loss import StepLosses
+from pretrain.step_timeline import (
+    PhaseTimer,
+    SlowestRank,
+    exchange_seconds,
+    mean_seconds,
+    slowest_rank,
+)
+from pretrain.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
-
-
-class PhaseTimer:
-    """Seconds of host time spent in each phase since the last `take`."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of its block to a phase."""
-        start = time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - start
-        self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
-
-    def take(self) -> tuple[float, dict[str, float]]:
-        """(seconds since the last call, of which by phase), and begins anew."""
-        now = time.perf_counter()
-        taken = (now - self._since, self._seconds)
-        self._since, self._seconds = now, {}
-        return taken
 
 
 def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
@@ -64,23 +47,76 @@ class StepOutcome:
     learning_rate: float
     grad_norm: float  # over all parameters, before clipping
 
+    def row(self) -> dict[str, Any]:
+        """Its part in a row of metrics."""
+        losses = self.losses.by_pairing
+        return {
+            "total_loss": self.losses.total,
+            "loss": {name: loss.value for name, loss in losses.items()},
+            "media_to_text_recall@1": {
+                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
+            },
+            "text_to_media_recall@1": {
+                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
+            },
+            "logit_scale": self.losses.scales,
+            "logit_bias": self.losses.biases,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+        }
+
+    def shown(self) -> str:
+        """Its part in a line for people."""
+        scales = "/".join(f"{scale:.1f}" for scale in self.losses.scales.values())
+        return (
+            f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} scale {scales} "
+            f"norm {self.grad_norm:.2f}"
+        )
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step that was not applied."""
+
+    cause: str
+    dump: str  # file that says more
+
+    def row(self) -> dict[str, Any]:
+        """Its part in a row of metrics."""
+        return {"skipped": asdict(self)}
+
+    def shown(self) -> str:
+        """Its part in a line for people."""
+        return f"skipped: {self.cause}"
+
 
 class StepReporter:
-    """Writes metrics and keeps the progress bar; on other than the main process it does nothing.
+    """Writes metrics and keeps the progress bar, on the main process.
 
     Args:
         run: the run folder.
         engine: for its trackers.
         dataset: what the run reads.
         timer: of the training loop.
+        watch: of the steps.
+        hosts: [ranks] names of their machines.
     """
 
     def __init__(
-        self, run: RunFolder, engine: Engine, dataset: StepDataset, *, timer: PhaseTimer
+        self,
+        run: RunFolder,
+        engine: Engine,
+        dataset: StepDataset,
+        *,
+        timer: PhaseTimer,
+        watch: StepWatch,
+        hosts: Sequence[str],
     ) -> None:
         self.run = run
         self.engine = engine
         self.timer = timer
+        self.watch = watch
+        self.hosts = hosts
         self.num_steps = dataset.num_steps
         self.dataset = dataset
         self.last_logged_step = run.num_steps_done
@@ -96,6 +132,21 @@ class StepReporter:
         """Moves the progress bar by one step."""
         if self.bar is not None:
             self.bar.update()
+
+    def watch_step(self, outcome: StepOutcome | SkippedStep, *, seconds: float) -> None:
+        """Marks, and says, what is out of the ordinary in the step just done.
+
+        Args:
+            outcome: of the step.
+            seconds: that it took, without validation and saving.
+        """
+        if not self.run.is_writer:
+            return
+        step, values = self.run.num_steps_done, {}
+        if isinstance(outcome, StepOutcome):
+            values = {"total_loss": outcome.losses.total, "grad_norm": outcome.grad_norm}
+        for line in self.watch.enter(step, values=values, seconds=seconds):
+            self._say(f"step {step}: {line}")
 
     def report_epochs(self, ended: list[dict[str, Any]]) -> None:
         """Says which epochs of which sources ended; the next row of metrics has them."""
@@ -118,39 +169,33 @@ class StepReporter:
                 f"{save.waited_seconds:.2f} s"
             )
 
-    def report_step(self, outcome: StepOutcome, *, digest: dict[str, str]) -> None:
-        """Writes one row of metrics of the step just done."""
-        seconds, phases = self.timer.take()
+    def report_step(self, outcome: StepOutcome | SkippedStep, *, digest: dict[str, str]) -> None:
+        """Writes one row of metrics of the step just done; every rank must call it."""
+        seconds, own = self.timer.take()
         step = self.run.num_steps_done
-        steps = step - self.last_logged_step
+        num_steps = step - self.last_logged_step
+        per_step = {name: value / num_steps for name, value in own.items()}
+        of_ranks = exchange_seconds(per_step, device=self.engine.device)
         samples_seen = self.dataset.samples_seen(step)
         samples = samples_seen - self.dataset.samples_seen(self.last_logged_step)
         self.last_logged_step = step
         if not self.run.is_writer:
             return
-        losses = outcome.losses.by_pairing
+        mean = mean_seconds(of_ranks)
+        slowest = self._describe(slowest_rank(of_ranks))
         row = {
             "step": step,
             "samples_seen": samples_seen,
-            "total_loss": outcome.losses.total,
-            "loss": {name: loss.value for name, loss in losses.items()},
-            "media_to_text_recall@1": {
-                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
-            },
-            "text_to_media_recall@1": {
-                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
-            },
-            "logit_scale": outcome.losses.scales,
-            "logit_bias": outcome.losses.biases,
-            "learning_rate": outcome.learning_rate,
-            "grad_norm": outcome.grad_norm,
+            **outcome.row(),
             "data_digest": digest,
             "epochs_seen": self.dataset.epochs_seen(step),
             "ended_epochs": self._ended_epochs,
             "saves": self._saves,
             "samples_per_second": samples / seconds,
-            "data_wait_share": phases.get("data", 0.0) / seconds,
-            "seconds": {name: value / steps for name, value in phases.items()},
+            "data_wait_share": mean["data"] * num_steps / seconds,
+            "seconds": mean,
+            **slowest,
+            **self.watch.take_row(),
         }
         if self.run.marks:
             row["marks"] = self.run.marks
@@ -158,7 +203,14 @@ class StepReporter:
         self.run.write_metrics(row)
         self.run.write_status("running")
         self.engine.log(flatten_numbers(row), step=step)
-        self._show(row)
+        self._show(row, outcome)
+        for line in self.watch.lines_on_pace(mean, slowest.get("slowest_rank")):
+            self._say(f"step {step}: {line}")
+
+    def _describe(self, slowest: SlowestRank | None) -> dict[str, Any]:
+        if slowest is None:
+            return {}
+        return {"slowest_rank": asdict(slowest) | {"host": self.hosts[slowest.rank]}}
 
     def report_validation(self, figures: dict[str, dict[str, float]]) -> None:
         """Writes one row of validation figures, by pairing."""
@@ -180,21 +232,12 @@ class StepReporter:
         if self.bar is not None:
             self.bar.close()
 
-    def _show(self, row: dict[str, Any]) -> None:
-        scales = "/".join(f"{scale:.1f}" for scale in row["logit_scale"].values())
-        shown = {
-            "loss": f"{row['total_loss']:.3f}",
-            "samples/s": f"{row['samples_per_second']:.0f}",
-            "wait": f"{row['data_wait_share']:.0%}",
-            "lr": f"{row['learning_rate']:.1e}",
-            "scale": scales,
-            "norm": f"{row['grad_norm']:.2f}",
-        }
+    def _show(self, row: dict[str, Any], outcome: StepOutcome | SkippedStep) -> None:
+        pace = f"samples/s {row['samples_per_second']:.0f} wait {row['data_wait_share']:.0%}"
         if self.bar is not None:
-            self.bar.set_postfix(shown)
+            self.bar.set_postfix_str(f"{outcome.shown()} {pace}")
         else:
-            figures = " ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d: %s", row["step"], self.num_steps, figures)
+            logger.info("step %d/%d: %s %s", row["step"], self.num_steps, outcome.shown(), pace)
 
     def _say(self, line: str) -> None:
         if self.bar is not None:

@@ -30,6 +30,7 @@ from pretrain.fetching_ahead import check_room
 from pretrain.fork import FORK_MARK, config_of_fork, origin_of_checkpoints, record_parent
 from pretrain.gather import gather_objects, on_main_process, rank, world_size
 from pretrain.gradient_cache import backward_of_step
+from pretrain.hang_watch import HangWatch
 from pretrain.launcher import device_type_of
 from pretrain.loader_runtimes import LoadSteps, start_loader
 from pretrain.micro_batch_size import choose_num_pieces
@@ -88,7 +89,10 @@ def run_attempt(
     fingerprints = fingerprints_of(dataset, validation_sets, teachers)
     run = open_run(config, fingerprints, hosts=hosts, num_pieces=num_pieces)
     requests.is_superseded = run.is_superseded
-    with run.under_way():
+    hang_watch = HangWatch(
+        config.run.folder, run.attempt.attempt, timeout_seconds=config.engine.timeout_seconds
+    )
+    with run.under_way(), hang_watch:
         optimizer = build_optimizer(config, model)
         engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
         with closing(engine):
@@ -98,6 +102,7 @@ def run_attempt(
             take_gradient = partial(
                 backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
             )
+            hang_watch.sign_of_life()
             trainer = Trainer(
                 config,
                 engine,
@@ -105,8 +110,11 @@ def run_attempt(
                 run,
                 requests,
                 open_writer(config, engine, tokenizer, run),
+                hang_watch,
                 take_gradient=take_gradient,
+                num_pieces=num_pieces,
                 validation_sets=validation_sets,
+                hosts=hosts,
             )
             if run.num_steps_done and run.last_checkpoint is None:
                 trainer.save_first()  # of a fork, which needs its parent no more
@@ -174,6 +182,7 @@ def resume(config: PretrainConfig, engine: Engine, run: RunFolder) -> None:
         return
     restore(engine, newest)
     state = newest.record.state
+    run.skipped_steps = list(state.skipped_steps)
     for mark in (*state.marks, *([FORK_MARK] if is_fork else [])):
         run.mark(mark)
     run.begin_from(state.step, has_checkpoint=not is_fork)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from data_prep.config_file import RunError
 from pretrain.bad_sample_ledger import BadSampleLedger
@@ -12,14 +14,19 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import PretrainConfig
 from pretrain.engine import Engine
 from pretrain.epoch_account import EpochAccount
-from pretrain.gather import on_main_process
+from pretrain.gather import is_of_lost_peer, on_main_process
+from pretrain.gradient_cache import pieces_of_step
+from pretrain.hang_watch import HangWatch
+from pretrain.non_finite import dump_step
 from pretrain.optimizer import learning_rate_at
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, read_metrics
 from pretrain.run_requests import Request, RunRequests
 from pretrain.step_loss import StepLosses
-from pretrain.step_metrics import PhaseTimer, StepOutcome, StepReporter, digest_of_step
+from pretrain.step_metrics import SkippedStep, StepOutcome, StepReporter, digest_of_step
+from pretrain.step_timeline import PhaseTimer
+from pretrain.step_watch import StepWatch, reason_to_stop
 from pretrain.validation import ValidationSet, validate
 
 
@@ -38,8 +45,11 @@ class Trainer:
         run: the run folder, which knows how many steps are done.
         requests: what the run is asked to do meanwhile.
         writer: of checkpoints.
+        hang_watch: is told of every step's end.
         take_gradient: adds the gradient of a step's loss.
+        num_pieces: micro-batches of a step.
         validation_sets: held-out pairs.
+        hosts: [ranks] names of their machines.
     """
 
     def __init__(
@@ -50,19 +60,33 @@ class Trainer:
         run: RunFolder,
         requests: RunRequests,
         writer: CheckpointWriter,
+        hang_watch: HangWatch,
         *,
-        take_gradient: Callable[[StepBatch], StepLosses],
+        take_gradient: Callable[..., StepLosses],
+        num_pieces: int,
         validation_sets: Sequence[ValidationSet],
+        hosts: Sequence[str],
     ) -> None:
         self.config = config
         self.engine = engine
+        self.dataset = dataset
         self.run = run
         self.requests = requests
         self.writer = writer
+        self.hang_watch = hang_watch
         self.take_gradient = take_gradient
+        self.num_pieces = num_pieces
         self.validation_sets = validation_sets
-        self.timer = PhaseTimer()
-        self.reporter = StepReporter(run, engine, dataset, timer=self.timer)
+        self.timer = PhaseTimer(engine.device)
+        rows = on_main_process(lambda: read_metrics(run.folder)[-config.watch.window_steps :])
+        self.reporter = StepReporter(
+            run,
+            engine,
+            dataset,
+            timer=self.timer,
+            watch=StepWatch(config.watch, rows=rows),
+            hosts=hosts,
+        )
         self.ledger = BadSampleLedger(run, dataset, loading=config.loading)
         self.account = EpochAccount(dataset, self.ledger, first_step=run.num_steps_done)
         self.lacks_validation = False  # one was due, and given up
@@ -76,6 +100,19 @@ class Trainer:
         Raises:
             RunError: the run cannot go on; among others SupersededError.
         """
+        try:
+            self._train(batches)
+        except RuntimeError as error:
+            if not is_of_lost_peer(error):
+                raise
+            raise RunError(
+                f"step {self.run.num_steps_done + 1}: another process died, or did not come within "
+                f"engine.timeout_seconds={self.config.engine.timeout_seconds:g}: {error}; its own "
+                f"log, and {self.hang_watch.path.parent} if it hung, say why; run the same "
+                "command again to go on from the newest checkpoint"
+            ) from error
+
+    def _train(self, batches: Iterator[StepBatch]) -> None:
         first_step, last_step = self.run.num_steps_done, last_step_of(self.config)
         self.engine.train_mode(True)
         request = self._agree()  # on what was asked for during the start
@@ -84,11 +121,15 @@ class Trainer:
         for step in range(first_step + 1, last_step + 1):
             if request.stops:
                 break
+            start = time.perf_counter()
             with self.timer.phase("data"):
                 batch = next(batches)
+            if step == first_step + 1 and self.engine.changes_sums_after_backward:
+                self._settle_sums(batch)
             outcome = self._take_step(batch)
             request = self._agree()
-            if self._is_row_due(step, request):
+            self.reporter.watch_step(outcome, seconds=time.perf_counter() - start)
+            if self._is_row_due(step, request) or isinstance(outcome, SkippedStep):
                 digest = digest_of_step(batch, device=self.engine.device)
                 self.reporter.report_step(outcome, digest=digest)
             if self._is_validation_due(step):
@@ -96,6 +137,7 @@ class Trainer:
             if self._is_save_due(step, request):
                 self._save(request)
             self._advance_save()
+            self.hang_watch.sign_of_life()
         self._finish(request)
 
     def save_first(self) -> None:
@@ -103,8 +145,18 @@ class Trainer:
         self._save(Request())
         self._finish_save()
 
-    def _take_step(self, batch: StepBatch) -> StepOutcome:
-        outcome = train_step(self.config, self.engine, batch, self.timer, self.take_gradient)
+    def _settle_sums(self, batch: StepBatch) -> None:
+        """Takes a gradient for nothing, so that the first step of every attempt sums like the steps
+        that follow on it, and a resumed run is the undisturbed one bit by bit."""
+        with suppress(FloatingPointError):  # the step itself will raise it again
+            self.take_gradient(batch)
+        self.engine.drop_gradients()
+
+    def _take_step(self, batch: StepBatch) -> StepOutcome | SkippedStep:
+        try:
+            outcome = train_step(self.config, self.engine, batch, self.timer, self.take_gradient)
+        except FloatingPointError as error:  # on every rank alike
+            outcome = self._skip(batch, str(error))
         self.run.num_steps_done = batch.step + 1
         self.ledger.enter(batch, device=self.engine.device)
         self.reporter.report_epochs(self.account.enter(batch, device=self.engine.device))
@@ -120,6 +172,47 @@ class Trainer:
         if request.is_superseded:
             raise self.run.superseded_error()
         return request
+
+    # --------------------------------------------------------------------- what is not finite
+
+    def _skip(self, batch: StepBatch, cause: str) -> SkippedStep:
+        """Writes down what is known of a step that was not applied.
+
+        Raises:
+            RunError: the run is to stop at such a step, or there were too many; all up to it is
+                saved.
+        """
+        step = batch.step + 1
+        is_loss = cause.startswith("loss")
+        dump = dump_step(
+            self.run.folder,
+            batch,
+            cause=cause,
+            engine=self.engine,
+            dataset=self.dataset,
+            pieces=pieces_of_step(self.engine, batch, num_pieces=self.num_pieces),
+            take_gradient=None if is_loss else lambda: self.take_gradient(batch),
+        )
+        skipped = [*self.run.skipped_steps, step]
+        reason = reason_to_stop(self.config.watch, skipped_steps=skipped)
+        if reason is None:
+            self.run.skipped_steps = skipped
+            return SkippedStep(cause, str(dump))
+        self._save_before_failure()
+        raise RunError(
+            f"step {step}: {cause}; the step was not applied, and the run stops because {reason}. "
+            f"{dump} says which samples and layers it came from. All before it is saved: run the "
+            "same command with other settings of watch, or begin a run of its own from there with "
+            "run.fork=true and a lower "
+            f"optimizer.learning_rate={self.config.optimizer.learning_rate:g}"
+        )
+
+    def _save_before_failure(self) -> None:
+        """Saves the steps before one that all ranks fail at."""
+        self._finish_save()
+        if self.run.num_steps_done not in (0, self.run.last_checkpoint):
+            self._save(Request())
+            self._finish_save()
 
     # ---------------------------------------------------------------------------- validation
 
@@ -139,6 +232,7 @@ class Trainer:
 
         def is_given_up() -> bool:
             nonlocal request
+            self.hang_watch.sign_of_life()
             if not request.stops:
                 request = self._agree()
             return request.stops
@@ -177,6 +271,7 @@ class Trainer:
         return RunState(
             self.run.num_steps_done,
             num_updates=self.engine.num_updates,
+            skipped_steps=tuple(self.run.skipped_steps),
             marks=tuple(self.run.marks),
         )
 
@@ -205,25 +300,17 @@ def train_step(
     engine: Engine,
     batch: StepBatch,
     timer: PhaseTimer,
-    take_gradient: Callable[[StepBatch], StepLosses],
+    take_gradient: Callable[..., StepLosses],
 ) -> StepOutcome:
     """One optimizer step.
 
     Raises:
-        RunError: loss or gradient is not finite; the step was not applied.
+        FloatingPointError: loss or gradient is not finite; the step was not applied.
     """
     learning_rate = learning_rate_at(
         batch.step, peak=config.optimizer.learning_rate, schedule=config.schedule
     )
-    try:
-        with timer.phase("forward and backward"):
-            losses = take_gradient(batch)
-        with timer.phase("optimizer"):
-            grad_norm = engine.step(learning_rate=learning_rate)
-    except FloatingPointError as error:
-        raise RunError(
-            f"step {batch.step + 1}: {error}; the step was not applied. Lower "
-            f"optimizer.learning_rate={config.optimizer.learning_rate:g} or raise "
-            f"schedule.warmup_steps={config.schedule.warmup_steps} in a new run folder"
-        ) from None
+    losses = take_gradient(batch, timer=timer)
+    with timer.phase("optimizer"):
+        grad_norm = engine.step(learning_rate=learning_rate)
     return StepOutcome(losses, learning_rate, grad_norm)

@@ -32,7 +32,8 @@ def train_and_freeze(config, step):
 
 
 def wait_until_frozen(pid):
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while (state := Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+        assert state in "RSD", f"process {pid} ended before it froze"
         time.sleep(0.05)
 
 
