@@ -79,6 +79,7 @@ def train(config):
     pretrain(config)
 
 
+@pytest.mark.slow
 def test_a_run_that_drops_goes_on_elsewhere_with_activations_computed_again(toy_data, tmp_path):
     validation = {
         "every_steps": 2,

@@ -86,7 +86,7 @@ def load(toy_data, folders, strategy):
     ("saved", "loaded"),
     [
         ([("zero3", 2)], [("ddp", 1)]),
-        ([("ddp", 2), ("zero2", 1)], [("zero1", 4)]),
+        pytest.param([("ddp", 2), ("zero2", 1)], [("zero1", 4)], marks=pytest.mark.slow),
         pytest.param(ENGINES, ENGINES, marks=pytest.mark.slow),
     ],
     ids=["zero3 to one process", "to zero1 on 4", "all"],

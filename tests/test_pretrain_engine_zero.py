@@ -212,13 +212,8 @@ STRATEGIES = {
 }
 
 
-FAST = ("zero2, 3 processes, small buckets", "zero3")
-CASES = [
-    case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in STRATEGIES
-]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STRATEGIES)
 def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, alone, case):
     num_processes, strategy, changes = STRATEGIES[case]
     ranks = observed(toy_data, tmp_path, num_processes, strategy, **changes)
@@ -335,6 +330,7 @@ def test_a_run_does_not_depend_on_the_strategy(
     assert_same_end(toy_data, folder, run_alone)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_other_strategies_as_if_it_had_never_stopped(
     toy_data, tmp_path, run_alone
 ):

@@ -345,9 +345,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+@pytest.mark.slow
 def test_the_command_gives_the_same_run_under_every_launcher(toy_data, tmp_path, alone, launcher):
     """True launches; the other tests use the quicker fork server."""
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
