@@ -36,6 +36,7 @@ def flat(found):
     return [tensor for part in found for tensor in flat(part) if tensor is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [sums_of_exponentials, sum_of_probabilities, nearness, losses_of_negatives],
@@ -56,6 +57,7 @@ def test_a_compiled_function_gives_what_it_gives_as_it_is(function):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_sizes():
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounter()
