@@ -382,6 +382,9 @@ class Engine(Section):
     timeout_seconds: PositiveFloat = free(1800.0)
     activation_checkpointing: bool = free(False)  # trained towers: less memory, a third more time
     compile: bool = free(False)  # towers by torch.compile: minutes at the start, faster after
+    # The same bits whenever as many GPUs of a kind run it: else some operators sum in any order.
+    # Slower; an operator that has no other form is refused when it is met
+    deterministic: bool = free(False)
 
 
 class Watch(Section):

@@ -57,6 +57,10 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     """
     adopt_environment(os.environ, needs_group=config.engine.strategy != "ddp")
     device = device_type_of(config.engine.device)
+    if config.engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find faults
     # On CPU Accelerate takes every process for the only one unless the backend is named, and fails
     # without a launcher if it is.
     is_launched = "RANK" in os.environ

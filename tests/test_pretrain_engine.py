@@ -1,4 +1,8 @@
+import os
+
 import pytest
+import torch
+from gloo_processes import run_in_processes
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
@@ -18,3 +22,18 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     config = config.model_copy(update={"run": run})
     with pytest.raises(InputError, match="wandb is not installed; pip install"):
         check_engine(config)
+
+
+def deterministic_step(config):
+    """What torch was told by a run of two steps."""
+    from pretrain.train import pretrain
+
+    pretrain(config)
+    return torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def test_deterministic_operators_are_asked_for_and_enough_to_train_with(toy_data, tmp_path):
+    config = toy_config(
+        toy_data, tmp_path / "run", engine={"deterministic": True}, schedule={"num_steps": 2}
+    )
+    assert run_in_processes(1, deterministic_step, config) == [(True, ":4096:8")]
