@@ -29,6 +29,9 @@ class RetrievalSection(Section):
     # Text file with one caption per line: wrong captions that join the gallery of media to text.
     distractor_captions: Path | None = None
     ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
+    # A caption whose words stand at several items is right for its own item alone, as in the
+    # literature, or for all of them
+    equal_captions: Literal["own", "merged"] = "own"
 
     @field_validator("ks")
     @classmethod

@@ -91,15 +91,15 @@ def rate_interval(
 ) -> tuple[float, float, str]:
     """(low, high, method) of a mean of hits, bootstrapped over clusters.
 
-    Where all hits are 0, or all 1, every resample is the same; the interval is then Wilson's with
-    one trial per cluster.
+    Where all hits are alike, mostly 0 or 1, every resample is the same; the interval is then
+    Wilson's with one trial per cluster.
 
     Args:
         hits: [n] in [0, 1].
         clusters: [n] integers from 0, each used.
         bootstrap: number of resamples and seed.
     """
-    if hits.min() == hits.max() and hits[0] in (0.0, 1.0):
+    if hits.min() == hits.max():
         num_clusters = int(clusters.max()) + 1
         return *wilson_interval(hits[0] * num_clusters, num_clusters), "Wilson over media items"
     interval = bootstrap_interval(

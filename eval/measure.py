@@ -115,6 +115,7 @@ def measure_retrieval(
         media_embeddings.to(encoder.device),
         on_device[:num_captions],
         media_of_text=task.media_of_text,
+        pairs=task.pairs,
         distractor_embeddings=on_device[num_captions:],
         ks=task.ks,
         bootstrap=bootstrap,

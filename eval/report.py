@@ -95,7 +95,8 @@ def headline_section(outcomes: Sequence[Outcome]) -> Section:
         "Figures",
         [table(header, rows, numeric={3, 4, 5, 6})],
         note="Dark line: 95 % interval. Orange mark: what a model that knows nothing scores. "
-        "Retrieval recall@k is the share of queries with a right answer among the first k.",
+        "Retrieval recall@k is the share of queries with a right answer among the first k, true "
+        "recall@k the share of right answers that are.",
     )
 
 

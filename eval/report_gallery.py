@@ -113,7 +113,6 @@ def retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Markup]:
 def _media_to_text_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
     task, ranks = outcome.task, outcome.result.media_to_text
     texts = task.captions + task.distractor_captions
-    owners = [*task.media_of_text.tolist(), *[-1] * len(task.distractor_captions)]
     queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
     answers = nearest(outcome.media_embeddings[queries], outcome.text_embeddings)
     return [
@@ -123,10 +122,11 @@ def _media_to_text_rows(outcome: Outcome, views: MediaViews, *, num_queries: int
         ).format(
             views.of(query),
             _rank_badge(ranks, query),
-            Markup("").join(_text_answer(texts[text], owners[text] == query) for text in found),
-            _missed_caption(task.captions, task.media_of_text, query, found),
+            Markup("").join(_text_answer(texts[text], text in right) for text in found),
+            _missed_caption(task.captions, right, found),
         )
         for query, found in zip(queries, answers, strict=True)
+        for right in [task.pairs.texts_of(query).tolist()]
     ]
 
 
@@ -136,13 +136,10 @@ def _text_answer(text: str, is_right: bool) -> Markup:
     return Markup("<li>{}</li>").format(text)
 
 
-def _missed_caption(
-    captions: Sequence[str], media_of_text: np.ndarray, query: int, found: Sequence[int]
-) -> Markup:
-    own = np.flatnonzero(media_of_text == query)
-    if set(own.tolist()) & set(found):
+def _missed_caption(captions: Sequence[str], right: Sequence[int], found: Sequence[int]) -> Markup:
+    if set(right) & set(found):
         return Markup("")
-    return Markup('<p class="missed">missed: {}</p>').format(captions[own[0]])
+    return Markup('<p class="missed">missed: {}</p>').format(captions[right[0]])
 
 
 def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
@@ -153,19 +150,19 @@ def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int
         Markup('<div class="query"><p>{} {}</p><div class="cards">{}</div></div>').format(
             task.captions[query],
             _rank_badge(ranks, query),
-            _media_answers(views, found, right=int(task.media_of_text[query])),
+            _media_answers(views, found, right=task.pairs.media_of(query).tolist()),
         )
         for query, found in zip(queries, answers, strict=True)
     ]
 
 
-def _media_answers(views: MediaViews, found: Sequence[int], *, right: int) -> Markup:
+def _media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[int]) -> Markup:
     cards = [
-        _card(views.of(media), str(place), kind="good" if media == right else "")
+        _card(views.of(media), str(place), kind="good" if media in right else "")
         for place, media in enumerate(found, start=1)
     ]
-    if right not in found:
-        cards.append(_card(views.of(right), "missed", kind="missed"))
+    if not set(right) & set(found):
+        cards.append(_card(views.of(right[0]), "missed", kind="missed"))
     return Markup("").join(cards)
 
 

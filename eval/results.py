@@ -121,6 +121,8 @@ def _retrieval_record(outcome: Outcome) -> dict[str, Any]:
         "media_to_text_gallery": result.media_to_text.gallery_size,
         "text_to_media_gallery": result.text_to_media.gallery_size,
         "recall": "hit rate: a query succeeds if any right answer is among the first k",
+        "true_recall": "share of a query's right answers that are among the first k",
+        "equal_captions": "merged" if task.merges_equal_captions else "own",
     }
 
 
@@ -147,6 +149,12 @@ def repeated_captions_note(task: RetrievalTask) -> str:
     num_repeated = len(task.captions) - len(set(task.captions))
     if not num_repeated:
         return ""
+    if task.merges_equal_captions:
+        return (
+            f"{num_repeated} captions repeat the words of another one: each is right for all items "
+            "with a caption of its words (equal_captions: merged); figures of the literature count "
+            "its own item alone."
+        )
     return (
         f"{num_repeated} captions repeat the words of another one: each is right only for its own "
         "item, which bounds the recall that any model can reach."

@@ -1,18 +1,19 @@
 """Retrieval between media items and captions, in both directions, exact and in bounded memory.
 
 "recall@k" is what CLIP papers call so: the share of queries that find at least one right answer
-among their k nearest (a hit rate). It is not the share of right answers found.
+among their k nearest (a hit rate). "true_recall@k" is the share of right answers found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eval.answer_counts import TILE, count_wrong_answers
 from eval.intervals import (
     Bootstrap,
     Score,
@@ -21,15 +22,11 @@ from eval.intervals import (
     weighted_mean,
     weighted_median,
 )
-from eval.ranking import (
-    QueryRanks,
-    chance_ranks,
-    check_finite,
-    cosine_scores,
-    median_rank_at_chance,
-)
+from eval.ranking import QueryRanks, check_finite, median_rank_at_chance
+from eval.right_answers import RightAnswers, answers_at_chance, right_answers
+from eval.right_pairs import RightPairs, pairs_of_owners
 
-TILE = 2048  # captions, and media items, scored at once: 50 MB
+MAP_DEPTH = 10  # of the cut-off mAP and nDCG
 
 
 @dataclass(frozen=True)
@@ -46,20 +43,20 @@ def retrieve(
     text_embeddings: Tensor,
     *,
     media_of_text: np.ndarray,
+    pairs: RightPairs | None = None,
     distractor_embeddings: Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
     bootstrap: Bootstrap,
 ) -> RetrievalResult:
-    """Recall@k, median and mean rank in both directions, with intervals and chance levels.
-
-    A media item may own several captions; finding any one of them counts. A caption that stands
-    at two items is right only for the item it belongs to.
+    """Recalls, mean precision and reciprocal rank, nDCG, median and mean rank in both directions,
+    with intervals and chance levels.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m]; every item
             owns at least one caption.
+        pairs: which captions are right for which items; None: each for its own item.
         distractor_embeddings: [X, D], L2-normalised captions that describe no item; they join the
             gallery of media to text.
         ks: of recall@k; a k above the gallery's size counts as the gallery's size.
@@ -68,27 +65,46 @@ def retrieve(
     Raises:
         ValueError: an embedding is not finite, or a media item has no caption.
     """
-    media_to_text, text_to_media = retrieval_ranks(
+    both = retrieval_answers(
         media_embeddings,
         text_embeddings,
-        media_of_text=media_of_text,
+        pairs=pairs or pairs_of_owners(media_of_text),
         distractor_embeddings=distractor_embeddings,
     )
-    num_captions = np.bincount(media_of_text, minlength=len(media_embeddings))
     scores = {}
-    for direction, ranks, num_right, clusters in (
-        ("media_to_text", media_to_text, num_captions, np.arange(len(num_captions))),
-        ("text_to_media", text_to_media, np.ones_like(media_of_text), media_of_text),
-    ):
-        chance = chance_ranks(num_right, gallery_size=ranks.gallery_size)
-        for k in ks:
-            scores[f"{direction}_recall@{k}"] = _recall_score(
-                ranks.hits_at(k), chance.hits_at(k), clusters=clusters, bootstrap=bootstrap
+    clusters_of = (np.arange(len(media_embeddings)), media_of_text)
+    for direction, answers, clusters in zip(DIRECTIONS, both, clusters_of, strict=True):
+        chance = answers_at_chance(answers.num_right_of_query, gallery_size=answers.gallery_size)
+        chances = dict(_shares(chance, ks))
+        for name, values in _shares(answers, ks):
+            scores[f"{direction}_{name}"] = _share_score(
+                values, chances[name], clusters=clusters, bootstrap=bootstrap
             )
         scores |= _rank_scores(
-            ranks, chance, direction=direction, clusters=clusters, bootstrap=bootstrap
+            answers.query_ranks(),
+            chance.query_ranks(),
+            direction=direction,
+            clusters=clusters,
+            bootstrap=bootstrap,
         )
-    return RetrievalResult(scores, media_to_text, text_to_media)
+    return RetrievalResult(scores, *(answers.query_ranks() for answers in both))
+
+
+DIRECTIONS = ("media_to_text", "text_to_media")
+
+
+def _shares(answers: RightAnswers, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """(figure, [Q] its value for each query) of the figures that are shares, best 1."""
+    ranks = answers.query_ranks()
+    for k in ks:
+        yield f"recall@{k}", ranks.hits_at(k)
+    if answers.num_right_of_query.max() > 1:  # else they are the same
+        for k in ks:
+            yield f"true_recall@{k}", answers.true_recall_at(k)
+    yield "map", answers.average_precision()
+    yield f"map@{MAP_DEPTH}", answers.average_precision(MAP_DEPTH)
+    yield f"ndcg@{MAP_DEPTH}", answers.ndcg_at(MAP_DEPTH)
+    yield "mrr", answers.reciprocal_rank()
 
 
 def recall_at_k(
@@ -109,141 +125,66 @@ def recall_at_k(
     Returns:
         {"media_to_text_recall@1": ..., "text_to_media_recall@1": ...}, each in [0, 1].
     """
-    both = retrieval_ranks(media_embeddings, text_embeddings, media_of_text=media_of_text)
+    both = retrieval_answers(
+        media_embeddings, text_embeddings, pairs=pairs_of_owners(media_of_text)
+    )
     return {
-        f"{direction}_recall@{k}": float(ranks.hits_at(k).mean())
-        for direction, ranks in zip(("media_to_text", "text_to_media"), both, strict=True)
+        f"{direction}_recall@{k}": float(answers.query_ranks().hits_at(k).mean())
+        for direction, answers in zip(DIRECTIONS, both, strict=True)
         for k in ks
     }
 
 
-def retrieval_ranks(
+def retrieval_answers(
     media_embeddings: Tensor,
     text_embeddings: Tensor,
     *,
-    media_of_text: np.ndarray,
+    pairs: RightPairs,
     distractor_embeddings: Tensor | None = None,
     tile: int = TILE,
-) -> tuple[QueryRanks, QueryRanks]:
-    """Ranks of media to text and of text to media, holding [tile, tile] scores at a time.
+) -> tuple[RightAnswers, RightAnswers]:
+    """The right answers of media to text and of text to media, holding [tile, tile] scores at a
+    time.
 
     Arguments as in `retrieve`; `tile` changes memory and speed, never the result.
     """
-    check_finite(media_embeddings, name="media_embeddings")
-    check_finite(text_embeddings, name="text_embeddings")
-    owners = torch.as_tensor(media_of_text, device=media_embeddings.device).long()
     gallery = text_embeddings
-    if distractor_embeddings is not None and len(distractor_embeddings) > 0:
+    if distractor_embeddings is not None:
         check_finite(distractor_embeddings, name="distractor_embeddings")
         gallery = torch.cat([text_embeddings, distractor_embeddings])
-        owners = torch.cat([owners, owners.new_full((len(distractor_embeddings),), -1)])
-    num_media, num_captions = len(media_embeddings), len(text_embeddings)
-    right_scores = _scores_of_right_pairs(
-        media_embeddings, text_embeddings, owners=owners[:num_captions], tile=tile
+    check_finite(media_embeddings, name="media_embeddings")
+    check_finite(text_embeddings, name="text_embeddings")
+    _refuse_lonely(pairs.media, len(media_embeddings), what="media item", needs="caption")
+    _refuse_lonely(pairs.texts, len(text_embeddings), what="caption", needs="media item")
+    counts = count_wrong_answers(media_embeddings, gallery, pairs=pairs, tile=tile)
+    media_to_text = right_answers(
+        pairs.media,
+        counts.score,
+        num_wrong_above=counts.media_above,
+        num_wrong_level=counts.media_level,
+        gallery_size=len(gallery),
     )
-    best, num_best = _best_caption_scores(right_scores, owners[:num_captions], num_media)
-    # A distractor is no query: no score is above or level with NaN.
-    of_query = torch.cat(
-        [right_scores, right_scores.new_full((len(gallery) - num_captions,), torch.nan)]
-    )
-
-    counts = _count_wrong_answers(
-        media_embeddings, gallery, owners=owners, of_query=of_query, best=best, tile=tile
-    )
-    return _both_ranks(counts, num_best, num_captions=num_captions, gallery_size=len(gallery))
-
-
-def _count_wrong_answers(
-    media_embeddings: Tensor,
-    gallery: Tensor,
-    *,
-    owners: Tensor,
-    of_query: Tensor,
-    best: Tensor,
-    tile: int,
-) -> dict[str, Tensor]:
-    """Wrong answers above and level with `best` [Q] of each media item and `of_query` [M + X] of
-    each caption, tile by tile."""
-    counts = {
-        "media_above": torch.zeros_like(best, dtype=torch.int64),
-        "media_level": torch.zeros_like(best, dtype=torch.int64),
-        "text_above": torch.zeros_like(of_query, dtype=torch.int64),
-        "text_level": torch.zeros_like(of_query, dtype=torch.int64),
-    }
-    for text_start in range(0, len(gallery), tile):
-        texts = slice(text_start, text_start + tile)
-        for media_start in range(0, len(media_embeddings), tile):
-            media = slice(media_start, media_start + tile)
-            scores = cosine_scores(gallery[texts], media_embeddings[media])  # [tile, tile]
-            _mask_right_pairs(scores, owners[texts] - media_start)
-            counts["text_above"][texts] += (scores > of_query[texts, None]).sum(dim=1)
-            counts["text_level"][texts] += (scores == of_query[texts, None]).sum(dim=1)
-            counts["media_above"][media] += (scores > best[media]).sum(dim=0)
-            counts["media_level"][media] += (scores == best[media]).sum(dim=0)
-    return counts
-
-
-def _both_ranks(
-    counts: dict[str, Tensor], num_best: Tensor, *, num_captions: int, gallery_size: int
-) -> tuple[QueryRanks, QueryRanks]:
-    arrays = {name: count.cpu().numpy() for name, count in counts.items()}
-    media_to_text = QueryRanks(
-        num_above=arrays["media_above"],
-        num_level=arrays["media_level"],
-        num_right_level=num_best.cpu().numpy(),
-        gallery_size=gallery_size,
-    )
-    text_to_media = QueryRanks(
-        num_above=arrays["text_above"][:num_captions],
-        num_level=arrays["text_level"][:num_captions],
-        num_right_level=np.ones(num_captions, dtype=np.int64),
-        gallery_size=len(num_best),
+    text_to_media = right_answers(
+        pairs.texts,
+        counts.score,
+        num_wrong_above=counts.text_above,
+        num_wrong_level=counts.text_level,
+        gallery_size=len(media_embeddings),
     )
     return media_to_text, text_to_media
 
 
-def _scores_of_right_pairs(
-    media_embeddings: Tensor, text_embeddings: Tensor, *, owners: Tensor, tile: int
-) -> Tensor:
-    """[M] score of each caption with its own media item, by the product that all pairs go through:
-    another operation differs in the last bit, and a pair would be above or below itself."""
-    right_scores = torch.empty(len(owners), device=owners.device)
-    order = torch.argsort(owners)
-    for captions in order.split(tile):
-        first, last = int(owners[captions[0]]), int(owners[captions[-1]])
-        for start in range(first, last + 1, tile):
-            inside = captions[(owners[captions] >= start) & (owners[captions] < start + tile)]
-            scores = cosine_scores(
-                text_embeddings[inside], media_embeddings[start : start + tile]
-            )  # [captions, tile]
-            right_scores[inside] = scores.gather(1, (owners[inside] - start)[:, None])[:, 0]
-    return right_scores
+def _refuse_lonely(places: np.ndarray, count: int, *, what: str, needs: str) -> None:
+    missing = np.flatnonzero(np.bincount(places, minlength=count) == 0)
+    if len(missing):
+        raise ValueError(f"{what} {missing[0]} has no {needs}; every {what} needs at least one")
 
 
-def _best_caption_scores(
-    right_scores: Tensor, owners: Tensor, num_media: int
-) -> tuple[Tensor, Tensor]:
-    """[Q] score of each item's best caption, and [Q] how many of its captions have that score."""
-    best = right_scores.new_full((num_media,), -torch.inf)
-    best.scatter_reduce_(0, owners, right_scores, reduce="amax")
-    if bool(torch.isinf(best).any()):
-        missing = int(torch.nonzero(torch.isinf(best))[0])
-        raise ValueError(f"media item {missing} has no caption; every item needs at least one")
-    is_best = (right_scores == best[owners]).long()
-    return best, torch.zeros_like(best, dtype=torch.int64).scatter_add_(0, owners, is_best)
-
-
-def _mask_right_pairs(scores: Tensor, columns: Tensor) -> None:
-    """Takes right pairs out of a tile, so that no pair is counted against itself."""
-    rows = torch.nonzero((columns >= 0) & (columns < scores.shape[1])).flatten()
-    scores[rows, columns[rows]] = -torch.inf
-
-
-def _recall_score(
-    hits: np.ndarray, chance_hits: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
+def _share_score(
+    values: np.ndarray, chance: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
 ) -> Score:
-    low, high, method = rate_interval(hits, clusters=clusters, bootstrap=bootstrap)
-    return Score(float(hits.mean()), low, high, float(chance_hits.mean()), len(hits), method)
+    low, high, method = rate_interval(values, clusters=clusters, bootstrap=bootstrap)
+    return Score(float(values.mean()), low, high, float(chance.mean()), len(values), method)
 
 
 def _rank_scores(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data_prep.shard_format import CorruptSampleError, Sample, captions_of, meta
 from data_prep.subset import KeptSamples
 from eval.class_prompts import check_templates
 from eval.config import EvaluateConfig, RetrievalSection, ZeroShotClassificationSection
+from eval.right_pairs import RightPairs, pairs_of_equal_captions, pairs_of_owners
 
 TEXT_FIELDS = ("json", "txt", "cls")
 
@@ -51,12 +53,21 @@ class RetrievalTask:
     media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
     distractor_captions: list[str]  # describe no item; in the gallery of media to text only
     ks: list[int]
+    merges_equal_captions: bool = False  # each is right for all items that have its words
+
+    @cached_property
+    def pairs(self) -> RightPairs:
+        """Which captions are right for which items."""
+        if self.merges_equal_captions:
+            return pairs_of_equal_captions(self.media_of_text, self.captions)
+        return pairs_of_owners(self.media_of_text)
 
     def description(self) -> str:
         return (
             f"{self.name}: retrieval, {len(self.dataset)} {self.dataset.info.media} items, "
             f"{len(self.captions)} captions, {len(self.distractor_captions)} distractor captions, "
-            f"k {self.ks} ({self.dataset.folder})"
+            f"k {self.ks}{', equal captions merged' if self.merges_equal_captions else ''} "
+            f"({self.dataset.folder})"
         )
 
 
@@ -136,7 +147,13 @@ def read_retrieval_task(
     if section.distractor_captions is not None:
         distractors = read_lines(section.distractor_captions)
     return RetrievalTask(
-        name, dataset, captions, np.array(media_of_text), distractors, list(section.ks)
+        name,
+        dataset,
+        captions,
+        np.array(media_of_text),
+        distractors,
+        list(section.ks),
+        merges_equal_captions=section.equal_captions == "merged",
     )
 
 

@@ -1,0 +1,110 @@
+"""Counts, for every right pair of media item and caption, the wrong answers that beat it: exact, a
+tile of scores at a time, and the same for any tile, order of items and order of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.ranking import cosine_scores
+from eval.right_pairs import RightPairs
+
+TILE = 2048  # captions, and media items, scored at once: 50 MB
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What competes with each right pair; arrays are [P]."""
+
+    score: np.ndarray  # float32
+    media_above: np.ndarray  # of other captions, for its media item as the query: scored higher
+    media_level: np.ndarray  # likewise, scored the same
+    text_above: np.ndarray  # of other media items, for its caption as the query
+    text_level: np.ndarray
+
+
+def count_wrong_answers(
+    media_embeddings: Tensor, text_embeddings: Tensor, *, pairs: RightPairs, tile: int = TILE
+) -> PairCounts:
+    """Wrong answers above and level with every right pair, in both directions.
+
+    Right pairs are taken out before anything is counted, so that none meets itself or another right
+    answer of its query.
+
+    Args:
+        media_embeddings: [Q, D], L2-normalised.
+        text_embeddings: [G, D], L2-normalised; captions of no pair are wrong for every item.
+        pairs: the right ones.
+        tile: captions, and media items, scored at once: memory and speed only.
+    """
+    device = media_embeddings.device
+    media, texts = (torch.as_tensor(each, device=device) for each in (pairs.media, pairs.texts))
+    scores_of_pairs = _scores_of_pairs(media_embeddings, text_embeddings, media, texts, tile=tile)
+    by_media, by_text = _Sorted(media), _Sorted(texts)
+    names = ("media_above", "media_level", "text_above", "text_level")
+    counts = {name: torch.zeros(len(media), dtype=torch.int64, device=device) for name in names}
+    for first_text in range(0, len(text_embeddings), tile):
+        text_tile = slice(first_text, first_text + tile)
+        of_texts = by_text.within(text_tile)
+        for first_media in range(0, len(media_embeddings), tile):
+            media_tile = slice(first_media, first_media + tile)
+            of_media = by_media.within(media_tile)
+            scores = cosine_scores(
+                text_embeddings[text_tile], media_embeddings[media_tile]
+            )  # [tile, tile]
+            inside = of_texts[
+                (media[of_texts] >= first_media) & (media[of_texts] < first_media + tile)
+            ]
+            scores[texts[inside] - first_text, media[inside] - first_media] = -torch.inf
+            for some in of_texts.split(tile):
+                rows, bar = scores[texts[some] - first_text], scores_of_pairs[some, None]
+                counts["text_above"][some] += (rows > bar).count_nonzero(dim=1)
+                counts["text_level"][some] += (rows == bar).count_nonzero(dim=1)
+            for some in of_media.split(tile):
+                columns, bar = scores[:, media[some] - first_media], scores_of_pairs[some]
+                counts["media_above"][some] += (columns > bar).count_nonzero(dim=0)
+                counts["media_level"][some] += (columns == bar).count_nonzero(dim=0)
+    arrays = {name: count.cpu().numpy() for name, count in counts.items()}
+    return PairCounts(score=scores_of_pairs.cpu().numpy(), **arrays)
+
+
+class _Sorted:
+    """Finds the pairs whose place is within a range."""
+
+    def __init__(self, places: Tensor) -> None:
+        self.order = torch.argsort(places, stable=True)
+        self.places = places[self.order].contiguous()
+
+    def within(self, wanted: slice) -> Tensor:
+        """Numbers of those pairs."""
+        bounds = torch.tensor([wanted.start, wanted.stop], device=self.places.device)
+        first, stop = torch.searchsorted(self.places, bounds).tolist()
+        return self.order[first:stop]
+
+
+def _scores_of_pairs(
+    media_embeddings: Tensor, text_embeddings: Tensor, media: Tensor, texts: Tensor, *, tile: int
+) -> Tensor:
+    """[P] score of each right pair, by the product that all pairs go through: another operation
+    differs in the last bit, and a pair would be above or below its equals."""
+    scores = torch.empty(len(media), device=media.device)
+    for some, start in _neighbours(media, tile):
+        columns = media_embeddings[start : start + tile]
+        tile_scores = cosine_scores(text_embeddings[texts[some]], columns)  # [pairs, tile]
+        scores[some] = tile_scores.gather(1, (media[some] - start)[:, None])[:, 0]
+    return scores
+
+
+def _neighbours(media: Tensor, tile: int) -> Iterator[tuple[Tensor, int]]:
+    """(numbers of up to `tile` pairs, first media item), so that all their items are among the
+    `tile` items from there on."""
+    for pairs in torch.argsort(media, stable=True).split(tile):
+        first, last = int(media[pairs[0]]), int(media[pairs[-1]])
+        for start in range(first, last + 1, tile):
+            some = pairs[(media[pairs] >= start) & (media[pairs] < start + tile)]
+            if len(some):
+                yield some, start
