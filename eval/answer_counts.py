@@ -28,7 +28,12 @@ class PairCounts:
 
 
 def count_wrong_answers(
-    media_embeddings: Tensor, text_embeddings: Tensor, *, pairs: RightPairs, tile: int = TILE
+    media_embeddings: Tensor,
+    text_embeddings: Tensor,
+    *,
+    pairs: RightPairs,
+    distractor_embeddings: Tensor | None = None,
+    tile: int = TILE,
 ) -> PairCounts:
     """Wrong answers above and level with every right pair, in both directions.
 
@@ -37,8 +42,9 @@ def count_wrong_answers(
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
-        text_embeddings: [G, D], L2-normalised; captions of no pair are wrong for every item.
+        text_embeddings: [M, D], L2-normalised.
         pairs: the right ones.
+        distractor_embeddings: [X, D], L2-normalised captions that are wrong for every item.
         tile: captions, and media items, scored at once: memory and speed only.
     """
     device = media_embeddings.device
@@ -47,15 +53,12 @@ def count_wrong_answers(
     by_media, by_text = _Sorted(media), _Sorted(texts)
     names = ("media_above", "media_level", "text_above", "text_level")
     counts = {name: torch.zeros(len(media), dtype=torch.int64, device=device) for name in names}
-    for first_text in range(0, len(text_embeddings), tile):
-        text_tile = slice(first_text, first_text + tile)
-        of_texts = by_text.within(text_tile)
+    for first_text, text_tile in _tiles(text_embeddings, distractor_embeddings, tile=tile):
+        of_texts = by_text.within(first_text, first_text + len(text_tile))
         for first_media in range(0, len(media_embeddings), tile):
-            media_tile = slice(first_media, first_media + tile)
-            of_media = by_media.within(media_tile)
-            scores = cosine_scores(
-                text_embeddings[text_tile], media_embeddings[media_tile]
-            )  # [tile, tile]
+            of_media = by_media.within(first_media, first_media + tile)
+            media_tile = media_embeddings[first_media : first_media + tile]
+            scores = cosine_scores(text_tile, media_tile)  # [tile, tile]
             inside = of_texts[
                 (media[of_texts] >= first_media) & (media[of_texts] < first_media + tile)
             ]
@@ -72,6 +75,15 @@ def count_wrong_answers(
     return PairCounts(score=scores_of_pairs.cpu().numpy(), **arrays)
 
 
+def _tiles(texts: Tensor, distractors: Tensor | None, *, tile: int) -> Iterator[tuple[int, Tensor]]:
+    """(place of the first, [tile, D] embeddings) of captions, then of distractors."""
+    first = 0
+    for part in (texts, *([] if distractors is None else [distractors])):
+        for block in part.split(tile):
+            yield first, block
+            first += len(block)
+
+
 class _Sorted:
     """Finds the pairs whose place is within a range."""
 
@@ -79,11 +91,11 @@ class _Sorted:
         self.order = torch.argsort(places, stable=True)
         self.places = places[self.order].contiguous()
 
-    def within(self, wanted: slice) -> Tensor:
+    def within(self, start: int, stop: int) -> Tensor:
         """Numbers of those pairs."""
-        bounds = torch.tensor([wanted.start, wanted.stop], device=self.places.device)
-        first, stop = torch.searchsorted(self.places, bounds).tolist()
-        return self.order[first:stop]
+        bounds = torch.tensor([start, stop], device=self.places.device)
+        first, last = torch.searchsorted(self.places, bounds).tolist()
+        return self.order[first:last]
 
 
 def _scores_of_pairs(

@@ -20,6 +20,18 @@ class ZeroShotClassificationSection(Section):
     prompt_templates: list[str] | Path  # likewise; {} or {c} stands for the class name
 
 
+class MultiLabelSection(Section):
+    """Ranks the items of each class, of which an item may have several, before all others."""
+
+    task: Literal["multi_label_classification"]
+    # Folder of shards whose samples carry "class_names" in .json, or one number per class, 0 or 1,
+    # in .npy
+    dataset: Path
+    subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
+    class_names: list[str] | Path  # a list, or a text file with one name per line
+    prompt_templates: list[str] | Path  # likewise; {} or {c} stands for the class name
+
+
 class RetrievalSection(Section):
     """Finds the captions of each media item, and the media item of each caption."""
 
@@ -42,7 +54,8 @@ class RetrievalSection(Section):
 
 
 EvaluationSection = Annotated[
-    ZeroShotClassificationSection | RetrievalSection, Field(discriminator="task")
+    ZeroShotClassificationSection | MultiLabelSection | RetrievalSection,
+    Field(discriminator="task"),
 ]
 
 

@@ -83,7 +83,7 @@ def bootstrap_interval(
         drawn = generator.integers(num_clusters, size=num_clusters)
         times_drawn = np.bincount(drawn, minlength=num_clusters)
         statistics[place] = statistic(values, times_drawn[clusters])
-    return _percentile_interval(statistics)
+    return percentile_interval(statistics)
 
 
 def rate_interval(
@@ -125,10 +125,11 @@ def class_mean_interval(
     # Drawing n items with replacement from n hits and misses is a binomial draw.
     drawn = generator.binomial(class_sizes, recalls, (bootstrap.num_samples, len(class_sizes)))
     means = (drawn / class_sizes).mean(axis=-1)
-    return *_percentile_interval(means), "bootstrap within classes"
+    return *percentile_interval(means), "bootstrap within classes"
 
 
-def _percentile_interval(statistics: np.ndarray) -> tuple[float, float]:
+def percentile_interval(statistics: np.ndarray) -> tuple[float, float]:
+    """(low, high) of a statistic by its values in resamples, [resamples]."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(statistics, [tail, 100 - tail])
     return float(low), float(high)

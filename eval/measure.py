@@ -14,8 +14,9 @@ from data_prep.subset import KeptSamples
 from eval.class_prompts import average_prompts, class_prompts
 from eval.embeddings import Encoder, encode_media, encode_texts
 from eval.intervals import Bootstrap
+from eval.multi_label import MultiLabelResult, classify_labels
 from eval.retrieval import RetrievalResult, retrieve
-from eval.tasks import ClassificationTask, RetrievalTask, Task
+from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask, Task
 from eval.zero_shot import ClassificationResult, classify
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Outcome:
     """A task, its result, and the embeddings that the report shows neighbours from."""
 
     task: Task
-    result: ClassificationResult | RetrievalResult
+    result: ClassificationResult | MultiLabelResult | RetrievalResult
     media_embeddings: Tensor  # [Q, D], L2-normalised
     text_embeddings: Tensor  # [K, D] classes, or [M + distractors, D] captions, L2-normalised
     seconds: float
@@ -56,7 +57,11 @@ def measure_tasks(
     Raises:
         InputError: see `eval.embeddings`.
     """
-    measures = {ClassificationTask: measure_classification, RetrievalTask: measure_retrieval}
+    measures = {
+        ClassificationTask: measure_classification,
+        MultiLabelTask: measure_multi_label,
+        RetrievalTask: measure_retrieval,
+    }
     media_embeddings: dict[KeptSamples, Tensor] = {}
     outcomes = []
     for task in tasks:
@@ -81,11 +86,7 @@ def measure_classification(
         encoder: for the prompts.
         bootstrap: for the intervals.
     """
-    prompts = class_prompts(task.class_names, task.prompt_templates)
-    class_embeddings = average_prompts(
-        encode_texts(encoder, prompts, name=f"prompts of {task.name}"),
-        num_classes=len(task.class_names),
-    )
+    class_embeddings = encode_classes(task, encoder)
     result = classify(
         media_embeddings.to(encoder.device),
         class_embeddings.to(encoder.device),
@@ -93,6 +94,30 @@ def measure_classification(
         bootstrap=bootstrap,
     )
     return result, class_embeddings
+
+
+def measure_multi_label(
+    task: MultiLabelTask, media_embeddings: Tensor, *, encoder: Encoder, bootstrap: Bootstrap
+) -> tuple[MultiLabelResult, Tensor]:
+    """The result of a classification with several classes per item, and its class embeddings
+    [K, D]; arguments as of `measure_classification`."""
+    class_embeddings = encode_classes(task, encoder)
+    result = classify_labels(
+        media_embeddings.to(encoder.device),
+        class_embeddings.to(encoder.device),
+        is_of_class=task.is_of_class,
+        bootstrap=bootstrap,
+    )
+    return result, class_embeddings
+
+
+def encode_classes(task: ClassificationTask | MultiLabelTask, encoder: Encoder) -> Tensor:
+    """[K, D] class embeddings of a task's prompts."""
+    prompts = class_prompts(task.class_names, task.prompt_templates)
+    return average_prompts(
+        encode_texts(encoder, prompts, name=f"prompts of {task.name}"),
+        num_classes=len(task.class_names),
+    )
 
 
 def measure_retrieval(

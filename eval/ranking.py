@@ -98,7 +98,7 @@ def check_finite(embeddings: Tensor, *, name: str) -> None:
     Raises:
         ValueError: a value is NaN or infinite, which every comparison would count as a loss.
     """
-    is_finite = torch.isfinite(embeddings).all(dim=-1)
+    is_finite = torch.cat([torch.isfinite(rows).all(dim=-1) for rows in embeddings.split(4096)])
     if not bool(is_finite.all()):
         rows = torch.nonzero(~is_finite).flatten()
         raise ValueError(

@@ -25,7 +25,7 @@ from eval.measure import Outcome
 from eval.report_charts import confusion_chart, training_charts
 from eval.report_gallery import classification_gallery, retrieval_gallery
 from eval.results import is_rank, repeated_captions_note, score_cells
-from eval.tasks import ClassificationTask, RetrievalTask
+from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask
 from pretrain.run_folder import read_metrics
 
 # Bounds on what is shown keep the page below about 5 MB.
@@ -103,6 +103,8 @@ def headline_section(outcomes: Sequence[Outcome]) -> Section:
 def _outcome_section(outcome: Outcome, outcomes: Sequence[Outcome]) -> Section:
     if isinstance(outcome.task, ClassificationTask):
         return classification_section(outcome)
+    if isinstance(outcome.task, MultiLabelTask):
+        return multi_label_section(outcome)
     media = outcome.task.dataset.info.media
     num_alike = sum(
         isinstance(other.task, RetrievalTask) and other.task.dataset.info.media == media
@@ -144,6 +146,29 @@ def classification_section(outcome: Outcome) -> Section:
             heading("Some items, mistakes first"),
             classification_gallery(outcome, num_items=MAX_CLASSIFIED_ITEMS),
         ],
+        note=task.description(),
+    )
+
+
+def multi_label_section(outcome: Outcome) -> Section:
+    """The average precision of every class, worst first."""
+    task, precisions = outcome.task, outcome.result.average_precisions
+    num_items = task.is_of_class.sum(axis=0)
+    rows = [
+        (
+            task.class_names[place],
+            f"{100 * precisions[place]:.1f} %",
+            f"{100 * num_items[place] / len(task.is_of_class):.1f} %",
+            str(num_items[place]),
+        )
+        for place in np.argsort(precisions, kind="stable").tolist()
+        if num_items[place]
+    ]
+    header = ("class", "average precision", "share of the items", "n")
+    heading_of_table = heading("Average precision by class, worst first")
+    return Section(
+        task.name,
+        [heading_of_table, table(header, rows[:MAX_CLASS_ROWS], numeric={1, 2, 3})],
         note=task.description(),
     )
 

@@ -17,7 +17,7 @@ from eval.config import EvaluateConfig
 from eval.embeddings import Encoder
 from eval.intervals import CONFIDENCE, Score
 from eval.measure import Outcome
-from eval.tasks import ClassificationTask, RetrievalTask
+from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask
 from pretrain.checkpoint_record import read_record
 from pretrain.run_folder import describe_environment
 
@@ -80,7 +80,11 @@ def _checkpoint_record(folder: Path) -> dict[str, Any]:
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:
     task = outcome.task
-    details = _classification_record if isinstance(task, ClassificationTask) else _retrieval_record
+    details = {
+        ClassificationTask: _classification_record,
+        MultiLabelTask: _multi_label_record,
+        RetrievalTask: _retrieval_record,
+    }
     return {
         "dataset": {
             "folder": str(task.dataset.folder),
@@ -89,7 +93,7 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
             "fingerprint": task.dataset.fingerprint,
         },
         "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
-        **details(outcome),
+        **details[type(task)](outcome),
         "seconds": round(outcome.seconds, 2),
     }
 
@@ -107,6 +111,23 @@ def _classification_record(outcome: Outcome) -> dict[str, Any]:
         "prompt_templates": task.prompt_templates,
         "class_recalls": {name: None if math.isnan(r) else r for name, r in recalls},
         "confusion_matrix": result.confusion.tolist(),
+    }
+
+
+def _multi_label_record(outcome: Outcome) -> dict[str, Any]:
+    task, precisions = outcome.task, outcome.result.average_precisions.tolist()
+    by_class = zip(task.class_names, precisions, strict=True)
+    return {
+        "task": "multi_label_classification",
+        "num_queries": len(task.is_of_class),
+        "num_classes": len(task.class_names),
+        "num_classes_without_items": sum(map(math.isnan, precisions)),
+        "mean": "over the classes that have items",
+        "num_labels": int(task.is_of_class.sum()),
+        "num_prompts": len(task.class_names) * len(task.prompt_templates),
+        "class_names": task.class_names,
+        "prompt_templates": task.prompt_templates,
+        "average_precisions": {n: None if math.isnan(value) else value for n, value in by_class},
     }
 
 

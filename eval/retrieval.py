@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from eval.answer_counts import TILE, count_wrong_answers
@@ -148,21 +147,27 @@ def retrieval_answers(
 
     Arguments as in `retrieve`; `tile` changes memory and speed, never the result.
     """
-    gallery = text_embeddings
+    gallery_size = len(text_embeddings)
     if distractor_embeddings is not None:
         check_finite(distractor_embeddings, name="distractor_embeddings")
-        gallery = torch.cat([text_embeddings, distractor_embeddings])
+        gallery_size += len(distractor_embeddings)
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(text_embeddings, name="text_embeddings")
     _refuse_lonely(pairs.media, len(media_embeddings), what="media item", needs="caption")
     _refuse_lonely(pairs.texts, len(text_embeddings), what="caption", needs="media item")
-    counts = count_wrong_answers(media_embeddings, gallery, pairs=pairs, tile=tile)
+    counts = count_wrong_answers(
+        media_embeddings,
+        text_embeddings,
+        pairs=pairs,
+        distractor_embeddings=distractor_embeddings,
+        tile=tile,
+    )
     media_to_text = right_answers(
         pairs.media,
         counts.score,
         num_wrong_above=counts.media_above,
         num_wrong_level=counts.media_level,
-        gallery_size=len(gallery),
+        gallery_size=gallery_size,
     )
     text_to_media = right_answers(
         pairs.texts,

@@ -6,8 +6,6 @@ missing label is found before hours of encoding.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import CorruptSampleError, Sample, captions_of, metadata_of
 from data_prep.subset import KeptSamples
 from eval.class_prompts import check_templates
-from eval.config import EvaluateConfig, RetrievalSection, ZeroShotClassificationSection
+from eval.config import (
+    EvaluateConfig,
+    MultiLabelSection,
+    RetrievalSection,
+    ZeroShotClassificationSection,
+)
 from eval.right_pairs import RightPairs, pairs_of_equal_captions, pairs_of_owners
-
-TEXT_FIELDS = ("json", "txt", "cls")
+from eval.sample_labels import class_index_of, classes_of, read_texts, texts_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,25 @@ class ClassificationTask:
             f"{self.name}: zero-shot classification, {len(self.dataset)} {self.dataset.info.media} "
             f"items, {len(self.class_names)} classes, {len(self.prompt_templates)} templates, "
             f"{num_prompts} prompts ({self.dataset.folder})"
+        )
+
+
+@dataclass(frozen=True)
+class MultiLabelTask:
+    """Zero-shot classification of media items that may be of several classes."""
+
+    name: str
+    dataset: KeptSamples
+    class_names: list[str]  # [K]
+    prompt_templates: list[str]
+    is_of_class: np.ndarray  # bool [Q, K]
+
+    def description(self) -> str:
+        return (
+            f"{self.name}: multi-label classification, {len(self.dataset)} "
+            f"{self.dataset.info.media} items, {len(self.class_names)} classes, "
+            f"{self.is_of_class.sum(axis=1).mean():.2f} of them per item, "
+            f"{len(self.prompt_templates)} templates ({self.dataset.folder})"
         )
 
 
@@ -71,7 +91,7 @@ class RetrievalTask:
         )
 
 
-Task = ClassificationTask | RetrievalTask
+Task = ClassificationTask | MultiLabelTask | RetrievalTask
 
 
 def read_tasks(config: EvaluateConfig) -> list[Task]:
@@ -82,9 +102,9 @@ def read_tasks(config: EvaluateConfig) -> list[Task]:
     """
     readers = {
         "zero_shot_classification": read_classification_task,
+        "multi_label_classification": read_multi_label_task,
         "retrieval": read_retrieval_task,
     }
-    # A dataset that several tasks use is opened, and its media encoded, once.
     # A dataset that several tasks use is opened, and its media encoded, once.
     datasets: dict[tuple[Path, Path | None], KeptSamples] = {}
     tasks = []
@@ -116,17 +136,47 @@ def read_classification_task(
     Raises:
         InputError: see `class_index_of`, `read_lines` and `check_templates`.
     """
-    class_names = read_lines(section.class_names)
-    repeated = sorted({known for known in class_names if class_names.count(known) > 1})
-    if repeated:
-        raise InputError(f"evaluations.{name}.class_names: these stand twice: {repeated}")
-    templates = check_templates(read_lines(section.prompt_templates))
+    class_names, templates = read_classes(name, section)
     place_of = {known: place for place, known in enumerate(class_names)}
     targets = [
         class_index_of(sample, class_names=class_names, place_of=place_of)
         for sample in read_texts(dataset)
     ]
     return ClassificationTask(name, dataset, class_names, templates, np.array(targets))
+
+
+def read_multi_label_task(
+    name: str, section: MultiLabelSection, dataset: KeptSamples
+) -> MultiLabelTask:
+    """The class names, templates and the classes of every sample.
+
+    Raises:
+        InputError: see `classes_of`, `read_lines` and `check_templates`; or no sample has a class.
+    """
+    class_names, templates = read_classes(name, section)
+    is_of_class = np.stack(
+        [classes_of(sample, class_names=class_names) for sample in read_texts(dataset)]
+    )
+    if not is_of_class.any():
+        raise InputError(
+            f"evaluations.{name}: {dataset.folder}: expected samples with classes, found none"
+        )
+    return MultiLabelTask(name, dataset, class_names, templates, is_of_class)
+
+
+def read_classes(
+    name: str, section: ZeroShotClassificationSection | MultiLabelSection
+) -> tuple[list[str], list[str]]:
+    """(class names, prompt templates) of an evaluation.
+
+    Raises:
+        InputError: see `read_lines` and `check_templates`; or a name stands twice.
+    """
+    class_names = read_lines(section.class_names)
+    repeated = sorted({known for known in class_names if class_names.count(known) > 1})
+    if repeated:
+        raise InputError(f"evaluations.{name}.class_names: these stand twice: {repeated}")
+    return class_names, check_templates(read_lines(section.prompt_templates))
 
 
 def read_retrieval_task(
@@ -140,7 +190,7 @@ def read_retrieval_task(
     captions: list[str] = []
     media_of_text: list[int] = []
     for ordinal, sample in enumerate(read_texts(dataset)):
-        of_sample = _or_input_error(captions_of, sample)
+        of_sample = texts_of(sample)
         captions += of_sample
         media_of_text += [ordinal] * len(of_sample)
     distractors = []
@@ -176,49 +226,3 @@ def read_lines(source: list[str] | Path) -> list[str]:
     if not texts:
         raise InputError(f"{place}: expected at least one entry, found none")
     return texts
-
-
-def read_texts(dataset: KeptSamples) -> Iterator[Sample]:
-    """The samples of a dataset in order, without their media.
-
-    Raises:
-        InputError: a member is damaged, naming shard and key.
-    """
-    for ordinal in range(len(dataset)):
-        yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
-
-
-def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> int:
-    """The place of a sample's class in `class_names`: from "class_name" in `.json`, else `.cls`.
-
-    Raises:
-        InputError: there is no class, or `class_names` does not hold it.
-    """
-    found = _or_input_error(metadata_of, sample).get("class_name")
-    if found is not None:
-        if found not in place_of:
-            nearest = difflib.get_close_matches(str(found), class_names, n=1, cutoff=0.0)
-            raise InputError(
-                f"{sample}: class {found!r} is not one of the {len(class_names)} class_names; "
-                f"the nearest is {nearest[0]!r}"
-            )
-        return place_of[found]
-    if "cls" not in sample.members:
-        raise InputError(
-            f'{sample}: expected "class_name" in .json or an index in .cls, found neither; '
-            f"members: {sorted(sample.members)}"
-        )
-    text = sample.members["cls"].decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= len(class_names):
-        raise InputError(
-            f"{sample}: .cls: expected an index from 0 to {len(class_names) - 1}, found {text!r}"
-        )
-    return int(text)
-
-
-def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:
-    """Damage stops an evaluation: a figure over the samples that happened to be whole misleads."""
-    try:
-        return read(*arguments, **options)
-    except CorruptSampleError as error:
-        raise InputError(str(error)) from None

@@ -1,8 +1,10 @@
+import io
 import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,11 +24,25 @@ from eval.config import EvaluateConfig
 from eval.evaluate import dry_run, run
 
 
+def flags(*colors):
+    """Of four classes, the first of which is none."""
+    file = io.BytesIO()
+    np.save(file, np.array([0, *(int(n in colors) for n in range(3))], dtype=np.int64))
+    return file.getvalue()
+
+
 @pytest.fixture
 def config_path(tmp_path, monkeypatch):
     """A config over pictures and sounds, for a model that load_model is made to return."""
     monkeypatch.setattr("eval.embeddings.load_model", load_toy_model)
     pictures = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
+    # Said to be of its colour, and every third of another one as well, which it is not.
+    tints = [
+        sample | {"npy": flags(*{n % 3, 0 if n % 3 == 2 else n % 3})}
+        for n, sample in enumerate(pictures)
+    ]
+    for sample in tints:
+        del sample["json"]
     sounds = [sound_sample(list(PITCHES_HZ)[n % 3], seed=n) for n in range(6)]
     (tmp_path / "others.txt").write_text("a grey cat\r\n\r\na yellow dog\r\n")
     (tmp_path / "templates.txt").write_text("a {} picture\na photo in {c}\n")
@@ -41,6 +57,12 @@ def config_path(tmp_path, monkeypatch):
                 "dataset": str(write_dataset(tmp_path / "pictures", pictures)),
                 "class_names": [*COLORS, "unused"],
                 "prompt_templates": str(tmp_path / "templates.txt"),
+            },
+            "tints": {
+                "task": "multi_label_classification",
+                "dataset": str(write_dataset(tmp_path / "tints", tints)),
+                "class_names": ["unused", *COLORS],
+                "prompt_templates": ["in {}"],
             },
             "pictures": {
                 "task": "retrieval",
@@ -82,6 +104,16 @@ def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
     assert colors["num_prompts"] == 8
     assert colors["confusion_matrix"][0] == [4, 0, 0, 0]
     assert colors["class_recalls"]["unused"] is None
+    tints = record["evaluations"]["tints"]
+    assert tints["num_classes_without_items"] == 1
+    assert tints["num_labels"] == 16
+    precisions = tints["average_precisions"]
+    assert precisions["unused"] is None
+    assert precisions["green"] == precisions["blue"] == 1
+    # The four that are red come first; the blue ones that are said to be red as well do not.
+    assert 0.5 < precisions["red"] < 1
+    mean = (precisions["red"] + 2) / 3
+    assert tints["scores"]["mean_average_precision"]["value"] == pytest.approx(mean)
     # Each caption stands at its own picture; 3 others of its colour are level with it or above.
     assert 0 < pictures["scores"]["text_to_media_recall@1"]["value"] < 1
     assert pictures["scores"]["text_to_media_recall@5"]["value"] == 1

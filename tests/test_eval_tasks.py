@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -22,8 +23,8 @@ def config_of(folder, **section):
 
 
 def classification(folder, **changes):
-    section = {"class_names": ["cat", "dog"], "prompt_templates": ["a {}"]} | changes
-    return config_of(folder, task="zero_shot_classification", **section)
+    section = {"class_names": ["cat", "dog"], "prompt_templates": ["a {}"]}
+    return config_of(folder, **{"task": "zero_shot_classification"} | section | changes)
 
 
 def labelled(name):
@@ -130,3 +131,45 @@ def test_config_names_what_is_wrong(tmp_path, lines, message):
     path.write_text(f"checkpoint: c\noutput: o\nevaluations:\n  toy: {lines}\n")
     with pytest.raises(ConfigError, match=message):
         read_config(EvaluateConfig, path)
+
+
+def npy_of(values):
+    file = io.BytesIO()
+    np.save(file, np.array(values))
+    return {"npy": file.getvalue()}
+
+
+def test_several_classes_come_from_json_or_an_array(tmp_path):
+    names = {"json": json.dumps({"class_names": ["dog", "cat"]}).encode()}
+    none = {"json": json.dumps({"class_names": []}).encode()}
+    write_dataset(tmp_path / "toy", [names, npy_of([0, 1]), none])
+    (task,) = read_tasks(classification(tmp_path / "toy", task="multi_label_classification"))
+    np.testing.assert_array_equal(task.is_of_class, [[1, 1], [0, 1], [0, 0]])
+    assert "2 classes, 1.00 of them per item" in task.description()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (npy_of([0, 1, 0]), r"sample 0001: \.npy: expected 2 numbers, each 0 or 1, found .*3"),
+        (npy_of([0, 2]), r"found shape \(2,\) with values \[0, 2\]"),
+        ({"npy": b"no array"}, r"sample 0001: \.npy: not an array"),
+        ({"json": b'{"class_names": ["cow"]}'}, r"sample 0001: classes \['cow'\] are not among"),
+        ({"txt": b"a dog"}, r"sample 0001: expected \"class_names\" in .json or one number"),
+    ],
+)
+def test_a_sample_whose_classes_do_not_fit_is_named(tmp_path, members, message):
+    write_dataset(tmp_path / "toy", [npy_of([0, 1]), members])
+    with pytest.raises(InputError, match=message):
+        read_tasks(classification(tmp_path / "toy", task="multi_label_classification"))
+
+
+def test_equal_captions_are_merged_where_asked(tmp_path):
+    write_dataset(tmp_path / "toy", [{"txt": b"a dog"}, {"txt": b"a cat"}, {"txt": b"a dog"}])
+    own, merged = (
+        read_tasks(config_of(tmp_path / "toy", task="retrieval", equal_captions=each))[0]
+        for each in ("own", "merged")
+    )
+    assert own.pairs.media_of(0).tolist() == [0]
+    assert merged.pairs.media_of(0).tolist() == [0, 2]
+    assert merged.pairs.texts_of(1).tolist() == [1]
