@@ -14,30 +14,36 @@ class ZeroShotClassificationSection(Section):
     """Names the class of each media item by the nearest class prompt."""
 
     task: Literal["zero_shot_classification"]
-    dataset: Path  # folder of shards whose samples carry "class_name" in .json, or an index in .cls
+    # Folder of shards, or of tars of clip_benchmark's layout (see eval.tar_dataset), whose samples
+    # carry "class_name" in .json, or an index in .cls
+    dataset: Path
+    split: str = "test"  # of tars of that layout
     subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
-    class_names: list[str] | Path  # a list, or a text file with one name per line
-    prompt_templates: list[str] | Path  # likewise; {} or {c} stands for the class name
+    # A list, or a text file with one name per line; null: the file that comes with the tars
+    class_names: list[str] | Path | None = None
+    prompt_templates: list[str] | Path | None = None  # likewise; {} or {c} stands for the class
 
 
 class MultiLabelSection(Section):
     """Ranks the items of each class, of which an item may have several, before all others."""
 
     task: Literal["multi_label_classification"]
-    # Folder of shards whose samples carry "class_names" in .json, or one number per class, 0 or 1,
-    # in .npy
+    # Folder of shards, or of tars, whose samples carry "class_names" in .json, or one number per
+    # class, 0 or 1, in .npy
     dataset: Path
-    subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
-    class_names: list[str] | Path  # a list, or a text file with one name per line
-    prompt_templates: list[str] | Path  # likewise; {} or {c} stands for the class name
+    split: str = "test"
+    subset: Path | None = None
+    class_names: list[str] | Path | None = None
+    prompt_templates: list[str] | Path | None = None
 
 
 class RetrievalSection(Section):
     """Finds the captions of each media item, and the media item of each caption."""
 
     task: Literal["retrieval"]
-    dataset: Path  # folder of shards whose samples carry captions in .json or .txt
-    subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
+    dataset: Path  # folder of shards, or of tars, whose samples carry captions in .json or .txt
+    split: str = "test"
+    subset: Path | None = None
     # Text file with one caption per line: wrong captions that join the gallery of media to text.
     distractor_captions: Path | None = None
     ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from data_prep.config_file import InputError
 from data_prep.media_decode import MediaError
 from data_prep.shard_format import CorruptSampleError, Sample, media_extension_of, media_kind_of
-from data_prep.subset import KeptSamples
 from eval.ranking import check_finite
+from eval.tasks import EvaluationSet
 from pretrain.checkpoint import load_model
 
 
@@ -51,7 +51,7 @@ def load_encoder(checkpoint: Path, *, batch_size: int, workers: int) -> Encoder:
     return Encoder(model, transforms, tokenizer, torch.device(device), batch_size, workers)
 
 
-def encode_media(encoder: Encoder, dataset: KeptSamples) -> Tensor:
+def encode_media(encoder: Encoder, dataset: EvaluationSet) -> Tensor:
     """[Q, D] L2-normalised float32 embeddings of a dataset's media, on the CPU, in its order.
 
     Raises:
@@ -122,7 +122,7 @@ class _TransformedMedia(torch.utils.data.Dataset):
     """Ordinal -> transformed media, or the error to raise: one raised in a worker process would
     come with the worker's traceback as its message."""
 
-    def __init__(self, dataset: KeptSamples, transform: Any) -> None:
+    def __init__(self, dataset: EvaluationSet, transform: Any) -> None:
         self.dataset = dataset
         self.transform = transform
         kind = dataset.info.media

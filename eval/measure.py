@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_prep.config_file import InputError
-from data_prep.subset import KeptSamples
 from eval.class_prompts import average_prompts, class_prompts
 from eval.embeddings import Encoder, encode_media, encode_texts
 from eval.intervals import Bootstrap
 from eval.multi_label import MultiLabelResult, classify_labels
 from eval.retrieval import RetrievalResult, retrieve
-from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask, Task
+from eval.tasks import ClassificationTask, EvaluationSet, MultiLabelTask, RetrievalTask, Task
 from eval.zero_shot import ClassificationResult, classify
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def measure_tasks(
         MultiLabelTask: measure_multi_label,
         RetrievalTask: measure_retrieval,
     }
-    media_embeddings: dict[KeptSamples, Tensor] = {}
+    media_embeddings: dict[EvaluationSet, Tensor] = {}
     outcomes = []
     for task in tasks:
         start = time.monotonic()

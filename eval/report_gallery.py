@@ -16,9 +16,9 @@ from torch import Tensor
 from data_prep.html_report import badge, heading, picture, sound
 from data_prep.media_decode import decode_audio, decode_image
 from data_prep.shard_format import media_extension_of
-from data_prep.subset import KeptSamples
 from eval.measure import Outcome
 from eval.ranking import QueryRanks, cosine_scores
+from eval.tasks import EvaluationSet
 
 NUM_ANSWERS = 5
 SOUND_RATE_HZ = 16_000
@@ -27,7 +27,7 @@ SOUND_RATE_HZ = 16_000
 class MediaViews:
     """Pictures or players of a dataset's media items, each made once."""
 
-    def __init__(self, dataset: KeptSamples) -> None:
+    def __init__(self, dataset: EvaluationSet) -> None:
         self.dataset = dataset
         self.of = lru_cache(maxsize=None)(self._make)
 

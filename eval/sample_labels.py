@@ -11,11 +11,12 @@ import numpy as np
 from data_prep.config_file import InputError
 from data_prep.shard_format import CorruptSampleError, Sample, captions_of, metadata_of
 from data_prep.subset import KeptSamples
+from eval.tar_dataset import TarDataset
 
 TEXT_FIELDS = ("json", "txt", "cls", "npy")
 
 
-def read_texts(dataset: KeptSamples) -> Iterator[Sample]:
+def read_texts(dataset: KeptSamples | TarDataset) -> Iterator[Sample]:
     """The samples of a dataset in order, without their media.
 
     Raises:
@@ -25,13 +26,14 @@ def read_texts(dataset: KeptSamples) -> Iterator[Sample]:
         yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
 
 
-def texts_of(sample: Sample) -> list[str]:
+def texts_of(sample: Sample, dataset: KeptSamples | TarDataset) -> list[str]:
     """The captions of a sample.
 
     Raises:
         InputError: it has none.
     """
-    return _or_input_error(captions_of, sample)
+    read = dataset.captions_of if isinstance(dataset, TarDataset) else captions_of
+    return _or_input_error(read, sample)
 
 
 def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> int:

@@ -23,6 +23,9 @@ from eval.config import (
 )
 from eval.right_pairs import RightPairs, pairs_of_equal_captions, pairs_of_owners
 from eval.sample_labels import class_index_of, classes_of, read_texts, texts_of
+from eval.tar_dataset import CLASS_NAMES, TEMPLATES, TarDataset, holds_tars
+
+EvaluationSet = KeptSamples | TarDataset
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ClassificationTask:
     """Zero-shot classification of the media items of a dataset."""
 
     name: str
-    dataset: KeptSamples
+    dataset: EvaluationSet
     class_names: list[str]  # [K]
     prompt_templates: list[str]
     targets: np.ndarray  # [Q] int64, place in class_names
@@ -49,7 +52,7 @@ class MultiLabelTask:
     """Zero-shot classification of media items that may be of several classes."""
 
     name: str
-    dataset: KeptSamples
+    dataset: EvaluationSet
     class_names: list[str]  # [K]
     prompt_templates: list[str]
     is_of_class: np.ndarray  # bool [Q, K]
@@ -68,7 +71,7 @@ class RetrievalTask:
     """Retrieval in both directions between the media items and the captions of a dataset."""
 
     name: str
-    dataset: KeptSamples
+    dataset: EvaluationSet
     captions: list[str]  # [M]
     media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
     distractor_captions: list[str]  # describe no item; in the gallery of media to text only
@@ -106,22 +109,36 @@ def read_tasks(config: EvaluateConfig) -> list[Task]:
         "retrieval": read_retrieval_task,
     }
     # A dataset that several tasks use is opened, and its media encoded, once.
-    datasets: dict[tuple[Path, Path | None], KeptSamples] = {}
+    datasets: dict[tuple[Path, str, Path | None], EvaluationSet] = {}
     tasks = []
     for name, section in config.evaluations.items():
-        place = (section.dataset, section.subset)
+        place = (section.dataset, section.split, section.subset)
         if place not in datasets:
-            datasets[place] = open_dataset(section.dataset, subset=section.subset)
+            datasets[place] = open_dataset(*place)
+        if isinstance(datasets[place], TarDataset):
+            datasets[place].refuse_other_task(section.task, name=name)
         tasks.append(readers[section.task](name, section, datasets[place]))
     return tasks
 
 
-def open_dataset(folder: Path, *, subset: Path | None) -> KeptSamples:
+def open_dataset(folder: Path, split: str, subset: Path | None) -> EvaluationSet:
     """The dataset in a folder, or what a subset keeps of it.
+
+    Args:
+        folder: of shards of ours, or of tars.
+        split: of a folder of tars that has several.
+        subset: of shards of ours.
 
     Raises:
         InputError: it is missing, unfinished or empty, or the subset is of another dataset.
     """
+    if not (folder / "dataset.json").exists() and holds_tars(folder, split=split):
+        if subset is not None:
+            raise InputError(
+                f"{subset}: a subset is of shards with an index, and {folder} holds tars without; "
+                "make one with python -m data_prep.index_shards"
+            )
+        return TarDataset(folder, split=split)
     dataset = KeptSamples(folder, subset=subset)
     if len(dataset) == 0:
         raise InputError(f"{folder}: expected samples to evaluate on, found an empty dataset")
@@ -129,14 +146,14 @@ def open_dataset(folder: Path, *, subset: Path | None) -> KeptSamples:
 
 
 def read_classification_task(
-    name: str, section: ZeroShotClassificationSection, dataset: KeptSamples
+    name: str, section: ZeroShotClassificationSection, dataset: EvaluationSet
 ) -> ClassificationTask:
     """The class names, templates and the class of every sample.
 
     Raises:
         InputError: see `class_index_of`, `read_lines` and `check_templates`.
     """
-    class_names, templates = read_classes(name, section)
+    class_names, templates = read_classes(name, section, dataset)
     place_of = {known: place for place, known in enumerate(class_names)}
     targets = [
         class_index_of(sample, class_names=class_names, place_of=place_of)
@@ -146,14 +163,14 @@ def read_classification_task(
 
 
 def read_multi_label_task(
-    name: str, section: MultiLabelSection, dataset: KeptSamples
+    name: str, section: MultiLabelSection, dataset: EvaluationSet
 ) -> MultiLabelTask:
     """The class names, templates and the classes of every sample.
 
     Raises:
         InputError: see `classes_of`, `read_lines` and `check_templates`; or no sample has a class.
     """
-    class_names, templates = read_classes(name, section)
+    class_names, templates = read_classes(name, section, dataset)
     is_of_class = np.stack(
         [classes_of(sample, class_names=class_names) for sample in read_texts(dataset)]
     )
@@ -165,22 +182,33 @@ def read_multi_label_task(
 
 
 def read_classes(
-    name: str, section: ZeroShotClassificationSection | MultiLabelSection
+    name: str, section: ZeroShotClassificationSection | MultiLabelSection, dataset: EvaluationSet
 ) -> tuple[list[str], list[str]]:
     """(class names, prompt templates) of an evaluation.
 
     Raises:
-        InputError: see `read_lines` and `check_templates`; or a name stands twice.
+        InputError: see `read_lines` and `check_templates`; or a name stands twice, or there are
+            none.
     """
-    class_names = read_lines(section.class_names)
+    files = {"class_names": CLASS_NAMES, "prompt_templates": TEMPLATES}
+    found = {key: getattr(section, key) for key in files}
+    for key, file_name in files.items():
+        if found[key] is None and isinstance(dataset, TarDataset):
+            found[key] = dataset.beside(file_name)
+        if found[key] is None:
+            raise InputError(
+                f"evaluations.{name}.{key}: expected a list, or a text file with one per line; "
+                f"found none, and no {file_name} in {dataset.folder}"
+            )
+    class_names = read_lines(found["class_names"])
     repeated = sorted({known for known in class_names if class_names.count(known) > 1})
     if repeated:
         raise InputError(f"evaluations.{name}.class_names: these stand twice: {repeated}")
-    return class_names, check_templates(read_lines(section.prompt_templates))
+    return class_names, check_templates(read_lines(found["prompt_templates"]))
 
 
 def read_retrieval_task(
-    name: str, section: RetrievalSection, dataset: KeptSamples
+    name: str, section: RetrievalSection, dataset: EvaluationSet
 ) -> RetrievalTask:
     """The captions of every sample, and the distractors.
 
@@ -190,7 +218,7 @@ def read_retrieval_task(
     captions: list[str] = []
     media_of_text: list[int] = []
     for ordinal, sample in enumerate(read_texts(dataset)):
-        of_sample = texts_of(sample)
+        of_sample = texts_of(sample, dataset)
         captions += of_sample
         media_of_text += [ordinal] * len(of_sample)
     distractors = []

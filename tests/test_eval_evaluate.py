@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from test_eval_tar_dataset import write_set
 from toy_evaluation import (
     COLORS,
     PITCHES_HZ,
@@ -43,6 +44,9 @@ def config_path(tmp_path, monkeypatch):
     ]
     for sample in tints:
         del sample["json"]
+    published = [
+        {"png": sample["png"], "cls": str(n % 3).encode()} for n, sample in enumerate(pictures)
+    ]
     sounds = [sound_sample(list(PITCHES_HZ)[n % 3], seed=n) for n in range(6)]
     (tmp_path / "others.txt").write_text("a grey cat\r\n\r\na yellow dog\r\n")
     (tmp_path / "templates.txt").write_text("a {} picture\na photo in {c}\n")
@@ -57,6 +61,10 @@ def config_path(tmp_path, monkeypatch):
                 "dataset": str(write_dataset(tmp_path / "pictures", pictures)),
                 "class_names": [*COLORS, "unused"],
                 "prompt_templates": str(tmp_path / "templates.txt"),
+            },
+            "published": {
+                "task": "zero_shot_classification",
+                "dataset": str(write_set(tmp_path / "set", published, classes=[*COLORS, "unused"])),
             },
             "tints": {
                 "task": "multi_label_classification",
@@ -104,6 +112,7 @@ def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
     assert colors["num_prompts"] == 8
     assert colors["confusion_matrix"][0] == [4, 0, 0, 0]
     assert colors["class_recalls"]["unused"] is None
+    assert record["evaluations"]["published"]["scores"] == colors["scores"]
     tints = record["evaluations"]["tints"]
     assert tints["num_classes_without_items"] == 1
     assert tints["num_labels"] == 16

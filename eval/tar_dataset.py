@@ -1,0 +1,197 @@
+"""Evaluation sets as others publish them, read as they are: tars, and text files beside them.
+
+    classnames.txt                            one class per line
+    zeroshot_classification_templates.txt     one prompt per line, {c} for the class
+    dataset_type.txt                          classification | multilabel | retrieval
+    test/0.tar 1.tar ...                      another split in another folder
+    test/nshards.txt                          how many tars there are
+
+That is clip_benchmark's WebDataset layout; any of the text files may be missing. Members of a
+sample are media, `.cls` (number of the class), `.npy` (one number per class), `.txt` (a caption per
+line) or `.json`. A folder of tars alone is read as well, such as LAION's of sounds and `.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from data_prep.config_file import InputError
+from data_prep.shard_format import (
+    CorruptSampleError,
+    Sample,
+    captions_of,
+    media_kind_of,
+    split_member_name,
+)
+
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+TYPE = "dataset_type.txt"
+TASK_OF_TYPE = {
+    "classification": "zero_shot_classification",
+    "multilabel": "multi_label_classification",
+    "retrieval": "retrieval",
+}
+
+
+@dataclass(frozen=True)
+class TarInfo:
+    """What the samples hold."""
+
+    media: str  # kind
+    fields: list[str]  # extensions of all members
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """Where the members of a sample are."""
+
+    tar: int  # place among the tars
+    key: str
+    members: dict[str, tuple[int, int]]  # extension -> (first byte, bytes)
+
+
+class TarDataset:
+    """The samples of a folder of tars, in the order of the tars' numbers.
+
+    Args:
+        folder: that holds the tars, or a folder for each split and the text files.
+        split: of the latter.
+
+    Raises:
+        InputError: tars are missing or damaged, or hold no media.
+    """
+
+    def __init__(self, folder: Path, *, split: str = "test") -> None:
+        self.folder = folder
+        self.tar_folder = folder if any(folder.glob("*.tar")) else folder / split
+        self.tars = sorted(self.tar_folder.glob("*.tar"), key=_number_first)
+        self._check_count()
+        self.samples = [
+            sample for number, tar in enumerate(self.tars) for sample in _samples_of(tar, number)
+        ]
+        self.info = self._read_info()
+
+    def _check_count(self) -> None:
+        path = self.tar_folder / "nshards.txt"
+        expected = path.read_text().strip() if path.exists() else str(len(self.tars))
+        if not self.tars or str(len(self.tars)) != expected:
+            raise InputError(
+                f"{self.tar_folder}: expected {expected if self.tars else 'some'} tars, found "
+                f"{len(self.tars)}; fetch what is missing"
+            )
+
+    def _read_info(self) -> TarInfo:
+        if not self.samples:
+            raise InputError(f"{self.tar_folder}: expected samples, found empty tars")
+        fields = sorted({name for sample in self.samples for name in sample.members})
+        media = {media_kind_of(extension) for extension in fields} - {None}
+        if len(media) != 1:
+            raise InputError(
+                f"{self.tar_folder}: expected pictures, or sounds, and no other media; found "
+                f"members {fields}"
+            )
+        return TarInfo(media.pop(), fields)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the sums of all tars, in their order."""
+        total = hashlib.sha256()
+        for tar in self.tars:
+            with tar.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
+        """The members of a sample; with `fields`, those of these extensions.
+
+        Raises:
+            CorruptSampleError: the tar is cut.
+        """
+        found = self.samples[ordinal]
+        tar = self.tars[found.tar]
+        wanted = {
+            extension: place
+            for extension, place in found.members.items()
+            if fields is None or extension in fields
+        }
+        sample = Sample(str(tar), found.key, {})
+        with tar.open("rb") as file:
+            for extension, (start, num_bytes) in wanted.items():
+                content = os.pread(file.fileno(), num_bytes, start)
+                if len(content) != num_bytes:
+                    raise CorruptSampleError(f"{sample}: .{extension} is cut; fetch the tar again")
+                sample.members[extension] = content
+        return sample
+
+    def captions_of(self, sample: Sample) -> list[str]:
+        """The captions of a sample: of `.json`, else each line of `.txt`, in which a line break
+        within a caption is written as a backslash and an n.
+
+        Raises:
+            CorruptSampleError: it has none.
+        """
+        if "json" in sample.members or "txt" not in sample.members:
+            return captions_of(sample)
+        try:
+            lines = sample.members["txt"].decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise CorruptSampleError(f"{sample}: .txt is not UTF-8: {error}") from None
+        captions = [line.strip().replace("\\n", "\n") for line in lines if line.strip()]
+        if not captions:
+            raise CorruptSampleError(f"{sample}: .txt: expected a caption per line, found none")
+        return captions
+
+    def beside(self, name: str) -> Path | None:
+        """The text file of a name that comes with the tars, if there is one."""
+        places = (self.folder / name, self.folder.parent / name)
+        return next((path for path in places if path.exists()), None)
+
+    def refuse_other_task(self, task: str, *, name: str) -> None:
+        """
+        Raises:
+            InputError: dataset_type.txt says that the set is for another task.
+        """
+        path = self.beside(TYPE)
+        kind = path.read_text().strip() if path is not None else None
+        if kind is not None and TASK_OF_TYPE.get(kind, task) != task:
+            raise InputError(
+                f"evaluations.{name}: {path} says {kind}: set task: {TASK_OF_TYPE[kind]}, found "
+                f"{task}"
+            )
+
+
+def holds_tars(folder: Path, *, split: str) -> bool:
+    """Whether a folder is to be read by TarDataset."""
+    return any(any(place.glob("*.tar")) for place in (folder, folder / split))
+
+
+def _number_first(path: Path) -> tuple[int, str]:
+    """9.tar before 10.tar, and names that are no numbers after them."""
+    return (int(path.stem), "") if path.stem.isdecimal() else (1 << 62, path.name)
+
+
+def _samples_of(path: Path, number: int) -> list[TarSample]:
+    samples: dict[str, TarSample] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                key, extension = split_member_name(member.name)
+                sample = samples.setdefault(key, TarSample(number, key, {}))
+                if extension in sample.members:
+                    raise InputError(f"{path}: sample {key}: two members .{extension}")
+                sample.members[extension] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path}: expected an uncompressed tar: {error}") from None
+    return list(samples.values())
