@@ -10,40 +10,47 @@ from pydantic import Field, PositiveInt, field_validator
 from data_prep.config_file import Section
 
 
-class ZeroShotClassificationSection(Section):
-    """Names the class of each media item by the nearest class prompt."""
+class _Evaluation(Section):
+    """What every evaluation says."""
 
-    task: Literal["zero_shot_classification"]
-    # Folder of shards, or of tars of clip_benchmark's layout (see eval.tar_dataset), whose samples
-    # carry "class_name" in .json, or an index in .cls
+    # Folder of shards, or of tars of clip_benchmark's layout (see eval.tar_dataset)
     dataset: Path
     split: str = "test"  # of tars of that layout
     subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
+    # Figure -> least value (of ranks: largest); the command fails if one is missed
+    goals: dict[str, float] = {}
+
+
+class ZeroShotClassificationSection(_Evaluation):
+    """Names the class of each media item by the nearest class prompt.
+
+    Samples carry "class_name" in .json, or an index in .cls.
+    """
+
+    task: Literal["zero_shot_classification"]
     # A list, or a text file with one name per line; null: the file that comes with the tars
     class_names: list[str] | Path | None = None
     prompt_templates: list[str] | Path | None = None  # likewise; {} or {c} stands for the class
 
 
-class MultiLabelSection(Section):
-    """Ranks the items of each class, of which an item may have several, before all others."""
+class MultiLabelSection(_Evaluation):
+    """Ranks the items of each class, of which an item may have several, before all others.
+
+    Samples carry "class_names" in .json, or one number per class, 0 or 1, in .npy.
+    """
 
     task: Literal["multi_label_classification"]
-    # Folder of shards, or of tars, whose samples carry "class_names" in .json, or one number per
-    # class, 0 or 1, in .npy
-    dataset: Path
-    split: str = "test"
-    subset: Path | None = None
-    class_names: list[str] | Path | None = None
+    class_names: list[str] | Path | None = None  # as above
     prompt_templates: list[str] | Path | None = None
 
 
-class RetrievalSection(Section):
-    """Finds the captions of each media item, and the media item of each caption."""
+class RetrievalSection(_Evaluation):
+    """Finds the captions of each media item, and the media item of each caption.
+
+    Samples carry captions in .json or .txt.
+    """
 
     task: Literal["retrieval"]
-    dataset: Path  # folder of shards, or of tars, whose samples carry captions in .json or .txt
-    split: str = "test"
-    subset: Path | None = None
     # Text file with one caption per line: wrong captions that join the gallery of media to text.
     distractor_captions: Path | None = None
     ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
@@ -69,7 +76,7 @@ class EvaluateConfig(Section):
     """What `python -m eval.evaluate` reads."""
 
     checkpoint: Path  # a run folder (its newest checkpoint) or one checkpoint's folder
-    output: Path  # folder for results.json, results.md and report.html
+    output: Path  # folder for results.json, .md and .csv, report.html and predictions/
     evaluations: dict[str, EvaluationSection] = Field(min_length=1)  # by the name of your choice
     batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
     workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one

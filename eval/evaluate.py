@@ -6,7 +6,10 @@
 1. read the tasks: labels, captions, class names, prompts, all checked   eval.tasks
 2. load the model of the checkpoint                                      eval.embeddings
 3. encode media and texts, and score them                                eval.measure
-4. write results.json and results.md, then report.html                   eval.results, eval.report
+4. write results.json, .md and .csv, and what became of every sample     eval.results, .predictions
+5. write report.html                                                     eval.report
+
+Exit status 1 if a figure misses its goal.
 """
 
 from __future__ import annotations
@@ -26,8 +29,15 @@ def run(config: EvaluateConfig) -> None:
     from eval.embeddings import load_encoder
     from eval.intervals import Bootstrap
     from eval.measure import check_towers, measure_tasks
+    from eval.predictions import write_predictions
     from eval.report import write_report
-    from eval.results import results_record, scores_table, write_results
+    from eval.results import (
+        refuse_missed_goals,
+        results_record,
+        scores_csv,
+        scores_table,
+        write_results,
+    )
     from pretrain.checkpoint import find_checkpoint
 
     start = time.monotonic()
@@ -43,10 +53,12 @@ def run(config: EvaluateConfig) -> None:
         config, outcomes, encoder=encoder, checkpoint=checkpoint, seconds=seconds
     )
     table = scores_table(outcomes)
-    write_results(config.output, record, table=table)
+    write_results(config.output, record, table=table, rows=scores_csv(outcomes))
+    write_predictions(config.output, outcomes)
     report = write_report(config, outcomes, record=record, checkpoint=checkpoint)
     print(table)  # noqa: T201
     print(report)  # noqa: T201
+    refuse_missed_goals(config, outcomes)
 
 
 def dry_run(config: EvaluateConfig) -> None:

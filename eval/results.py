@@ -1,17 +1,21 @@
-"""Outcomes to files: results.json with full provenance, and a table for people in results.md."""
+"""Outcomes to files: results.json with full provenance, a table for people in results.md, and one
+for programs in results.csv."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_prep.config_file import InputError, RunError
 from data_prep.shard_format import write_atomically
 from eval.config import EvaluateConfig
 from eval.embeddings import Encoder
@@ -210,8 +214,42 @@ def _rank_text(rank: float) -> str:
     return f"{rank:.0f}" if rank == round(rank) else f"{rank:.1f}"
 
 
-def write_results(folder: Path, record: dict[str, Any], *, table: str) -> None:
-    """Writes results.json and results.md."""
+def scores_csv(outcomes: Sequence[Outcome]) -> str:
+    """The figures of all evaluations, a row each, for programs."""
+    text = io.StringIO()
+    names = [field.name for field in fields(Score)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["evaluation", "figure", *names])
+    for outcome in outcomes:
+        for figure, score in outcome.result.scores.items():
+            writer.writerow([outcome.task.name, figure, *asdict(score).values()])
+    return text.getvalue()
+
+
+def refuse_missed_goals(config: EvaluateConfig, outcomes: Sequence[Outcome]) -> None:
+    """
+    Raises:
+        InputError: a goal is of a figure that there is not.
+        RunError: a figure is below its goal, or a rank above it; all are named.
+    """
+    missed = []
+    for outcome in outcomes:
+        name, scores = outcome.task.name, outcome.result.scores
+        for figure, goal in config.evaluations[name].goals.items():
+            if figure not in scores:
+                raise InputError(
+                    f"evaluations.{name}.goals: expected one of {', '.join(scores)}; found {figure}"
+                )
+            value = scores[figure].value
+            if value > goal if is_rank(figure) else value < goal:
+                missed.append(f"  {name}: {figure} is {value:.4g}, the goal {goal:g}")
+    if missed:
+        raise RunError("goals are missed:\n" + "\n".join(missed))
+
+
+def write_results(folder: Path, record: dict[str, Any], *, table: str, rows: str) -> None:
+    """Writes results.json, results.md and results.csv."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "results.csv", rows.encode())
     write_atomically(folder / "results.json", json.dumps(record, indent=2).encode() + b"\n")
     write_atomically(folder / "results.md", table.encode())

@@ -34,6 +34,7 @@ class ClassificationTask:
 
     name: str
     dataset: EvaluationSet
+    keys: list[str]  # [Q] of the samples
     class_names: list[str]  # [K]
     prompt_templates: list[str]
     targets: np.ndarray  # [Q] int64, place in class_names
@@ -53,6 +54,7 @@ class MultiLabelTask:
 
     name: str
     dataset: EvaluationSet
+    keys: list[str]  # [Q] of the samples
     class_names: list[str]  # [K]
     prompt_templates: list[str]
     is_of_class: np.ndarray  # bool [Q, K]
@@ -72,6 +74,7 @@ class RetrievalTask:
 
     name: str
     dataset: EvaluationSet
+    keys: list[str]  # [Q] of the samples
     captions: list[str]  # [M]
     media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
     distractor_captions: list[str]  # describe no item; in the gallery of media to text only
@@ -155,11 +158,11 @@ def read_classification_task(
     """
     class_names, templates = read_classes(name, section, dataset)
     place_of = {known: place for place, known in enumerate(class_names)}
-    targets = [
-        class_index_of(sample, class_names=class_names, place_of=place_of)
-        for sample in read_texts(dataset)
-    ]
-    return ClassificationTask(name, dataset, class_names, templates, np.array(targets))
+    keys, targets = [], []
+    for sample in read_texts(dataset):
+        keys.append(sample.key)
+        targets.append(class_index_of(sample, class_names=class_names, place_of=place_of))
+    return ClassificationTask(name, dataset, keys, class_names, templates, np.array(targets))
 
 
 def read_multi_label_task(
@@ -171,14 +174,16 @@ def read_multi_label_task(
         InputError: see `classes_of`, `read_lines` and `check_templates`; or no sample has a class.
     """
     class_names, templates = read_classes(name, section, dataset)
-    is_of_class = np.stack(
-        [classes_of(sample, class_names=class_names) for sample in read_texts(dataset)]
-    )
+    keys, rows = [], []
+    for sample in read_texts(dataset):
+        keys.append(sample.key)
+        rows.append(classes_of(sample, class_names=class_names))
+    is_of_class = np.stack(rows)
     if not is_of_class.any():
         raise InputError(
             f"evaluations.{name}: {dataset.folder}: expected samples with classes, found none"
         )
-    return MultiLabelTask(name, dataset, class_names, templates, is_of_class)
+    return MultiLabelTask(name, dataset, keys, class_names, templates, is_of_class)
 
 
 def read_classes(
@@ -215,10 +220,12 @@ def read_retrieval_task(
     Raises:
         InputError: a sample has no caption, or the file of distractors cannot be read.
     """
+    keys: list[str] = []
     captions: list[str] = []
     media_of_text: list[int] = []
     for ordinal, sample in enumerate(read_texts(dataset)):
         of_sample = texts_of(sample, dataset)
+        keys.append(sample.key)
         captions += of_sample
         media_of_text += [ordinal] * len(of_sample)
     distractors = []
@@ -227,6 +234,7 @@ def read_retrieval_task(
     return RetrievalTask(
         name,
         dataset,
+        keys,
         captions,
         np.array(media_of_text),
         distractors,

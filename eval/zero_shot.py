@@ -22,6 +22,7 @@ class ClassificationResult:
     confusion: np.ndarray  # [K, K] int64: row true class, column predicted class
     class_recalls: np.ndarray  # [K]; NaN where the dataset has no item of the class
     predictions: np.ndarray  # [Q]
+    ranks: QueryRanks  # of the true class of each item
 
 
 def classify(
@@ -55,6 +56,7 @@ def classify(
         confusion=confusion_matrix(targets, predictions, num_classes=num_classes),
         class_recalls=class_recalls(hits, targets, num_classes=num_classes),
         predictions=predictions,
+        ranks=ranks,
     )
 
 

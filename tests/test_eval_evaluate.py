@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -222,3 +223,51 @@ def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
 def test_missing_checkpoint_is_named(config_path, capsys, arguments):
     assert evaluate(config_path, *arguments) == 1
     assert "absent: expected a run folder with a checkpoint" in capsys.readouterr().err
+
+
+def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_path):
+    assert evaluate(config_path) == 0
+    out = config_path.parent / "out"
+    record = json.loads((out / "results.json").read_text())["evaluations"]
+    names = sorted(path.name for path in (out / "predictions").iterdir())
+    assert names == [
+        "colors.parquet",
+        "pictures.media_to_text.parquet",
+        "pictures.text_to_media.parquet",
+        "published.parquet",
+        "tints.parquet",
+        "tones.media_to_text.parquet",
+        "tones.text_to_media.parquet",
+    ]
+    tables = {n: pyarrow.parquet.read_table(out / "predictions" / n).to_pydict() for n in names}
+    colors, tints = tables["colors.parquet"], tables["tints.parquet"]
+    assert colors["key"] == [f"{n:04d}" for n in range(12)]
+    assert tables["published.parquet"]["predicted"] == colors["class_name"] == colors["predicted"]
+    assert colors["rank"] == [1.0] * 12
+    assert tints["class_names"][2] == ["red", "blue"]
+    best = [row.index(max(row)) - 1 for row in tints["scores"]]
+    assert best == [n % 3 for n in range(12)]
+    by_text = tables["tones.text_to_media.parquet"]
+    scores = record["tones"]["scores"]
+    mean_rank = np.mean(by_text["rank"])
+    assert scores["text_to_media_mean_rank"]["value"] == pytest.approx(mean_rank)
+    assert by_text["caption"][:3] == ["a low tone", "a middle tone", "a high tone"]
+    rows = (out / "results.csv").read_text().splitlines()
+    assert rows[0] == "evaluation,figure,value,low,high,chance,num_queries,interval"
+    assert rows[1].startswith("colors,top_1_accuracy,1.0,")
+    assert len(rows) == 1 + sum(len(each["scores"]) for each in record.values())
+
+
+def test_a_missed_goal_fails_the_command_after_all_is_written(config_path, capsys):
+    reached = "evaluations.colors.goals={top_1_accuracy: 1.0}"
+    assert evaluate(config_path, reached, "evaluations.tones.goals={text_to_media_mrr: 0.1}") == 0
+    (config_path.parent / "out" / "report.html").unlink()
+    missed = "evaluations.tones.goals={text_to_media_recall@1: 0.6, text_to_media_mean_rank: 1.2}"
+    assert evaluate(config_path, reached, missed) == 1
+    told = capsys.readouterr().err
+    assert "goals are missed:" in told
+    assert "tones: text_to_media_recall@1 is 0.5, the goal 0.6" in told
+    assert "tones: text_to_media_mean_rank is 1.5, the goal 1.2" in told
+    assert (config_path.parent / "out" / "report.html").exists()
+    assert evaluate(config_path, "evaluations.colors.goals={accuracy: 1}") == 1
+    assert "expected one of top_1_accuracy, top_5_accuracy" in capsys.readouterr().err
