@@ -1,4 +1,4 @@
-"""The configs of `python -m eval.evaluate` and `python -m eval.embed`."""
+"""The configs of `python -m eval.evaluate`, `eval.compare` and `eval.embed`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,16 @@ class EvaluateConfig(Section):
     evaluations: dict[str, EvaluationSection] = Field(min_length=1)  # by the name of your choice
     batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
     workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
+    seed: int = Field(0, ge=0)  # of the bootstrap
+    bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
+
+
+class CompareConfig(Section):
+    """What `python -m eval.compare` reads."""
+
+    # Folders that eval.evaluate wrote; all others are compared with the first
+    results: list[Path] = Field(min_length=2)
+    output: Path  # folder for compare.json and compare.md
     seed: int = Field(0, ge=0)  # of the bootstrap
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.intervals import Bootstrap, Score, percentile_interval
 from eval.ranking import check_finite, cosine_scores
-from eval.right_answers import RightAnswers, answers_at_chance, right_answers
+from eval.right_answers import answers_at_chance, right_answers
 
 CLASSES_AT_ONCE = 64
 
@@ -51,8 +51,8 @@ def classify_labels(
         embeddings = class_embeddings[torch.from_numpy(classes).to(class_embeddings.device)]
         scores = cosine_scores(embeddings, media_embeddings).cpu().numpy()  # [classes, Q]
         of_class = is_of_class[:, classes].T
-        precisions.append(_answers(scores, of_class).average_precision())
-        resampled.append(_resampled_precisions(scores, of_class, bootstrap))
+        precisions.append(average_precisions(scores, of_class))
+        resampled.append(resampled_precisions(scores, of_class, bootstrap))
     low, high = percentile_interval(np.nanmean(np.concatenate(resampled), axis=0))
     num_items = is_of_class[:, present].sum(axis=0)
     chance = answers_at_chance(num_items, gallery_size=len(is_of_class)).average_precision()
@@ -65,8 +65,13 @@ def classify_labels(
     return MultiLabelResult({"mean_average_precision": score}, found)
 
 
-def _answers(scores: np.ndarray, of_class: np.ndarray) -> RightAnswers:
-    """Of each class as a query for its items, among all; both [classes, Q]."""
+def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
+    """[classes] of each class as a query for its items, among all.
+
+    Args:
+        scores: [classes, Q] of every item for every class.
+        of_class: bool [classes, Q]; every class has an item.
+    """
     above, level = [], []
     for row, is_right in zip(scores, of_class, strict=True):
         wrong, own = np.sort(row[~is_right]), row[is_right]
@@ -74,16 +79,17 @@ def _answers(scores: np.ndarray, of_class: np.ndarray) -> RightAnswers:
         above.append(len(wrong) - stop)
         level.append(stop - first)
     query, item = np.nonzero(of_class)
-    return right_answers(
+    answers = right_answers(
         query,
         scores[query, item],
         num_wrong_above=np.concatenate(above),
         num_wrong_level=np.concatenate(level),
         gallery_size=scores.shape[1],
     )
+    return answers.average_precision()
 
 
-def _resampled_precisions(
+def resampled_precisions(
     scores: np.ndarray, of_class: np.ndarray, bootstrap: Bootstrap
 ) -> np.ndarray:
     """[classes, resamples] average precision with items drawn anew; NaN where none of the class

@@ -12,7 +12,6 @@ Ranks begin at 1. With ties, hits and ranks are the mean over all orders.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ import pyarrow.parquet
 
 from data_prep.shard_format import write_atomically
 from eval.measure import Outcome
+from eval.predictions_folder import predictions_file
 from eval.ranking import QueryRanks, cosine_scores
 from eval.tasks import ClassificationTask, MultiLabelTask
-
-FOLDER = "predictions"
 
 
 def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -36,13 +34,13 @@ def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
         folder: of the results.
         outcomes: of all evaluations.
     """
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for outcome in outcomes:
-        name = re.sub(r"[^\w.-]", "_", outcome.task.name)
         for suffix, columns in predictions_of(outcome).items():
             content = io.BytesIO()
             pyarrow.parquet.write_table(pyarrow.table(dict(columns)), content, compression="zstd")
-            write_atomically(folder / FOLDER / f"{name}{suffix}.parquet", content.getvalue())
+            path = predictions_file(folder, outcome.task.name, suffix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content.getvalue())
 
 
 def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:

@@ -39,6 +39,7 @@ ENTRY_POINTS = {
     "data_prep.make_demo_data",
     "data_prep.make_subset",
     "pretrain.train",
+    "eval.compare",
     "eval.evaluate",
     "eval.embed",
 }

@@ -1,6 +1,7 @@
 """The README and every config are executed, as far as a dry run goes, on a small demo."""
 
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ OTHER_VERBS = {
     "index.yaml": "data_prep.index_shards",
     "subset.yaml": "data_prep.make_subset",
     "embed.yaml": "eval.embed",
+    "compare.yaml": "eval.compare",
 }
 CONFIGS = sorted(path for folder in VERBS for path in (ROOT / "configs" / folder).glob("*.yaml"))
 COMMANDS = [
@@ -60,6 +62,10 @@ def small_demo(tmp_path_factory):
                 assert run_in_this_process(patch, "data_prep.make_shards", arguments) == 0
         for run in ("demo/run", "runs/my_sounds"):
             (folder / run / "checkpoints" / "step_00000001").mkdir(parents=True)
+        for results in ("demo/results", "results/mine"):
+            (folder / results).mkdir(parents=True)
+            record = {"evaluations": {"x": {"task": "retrieval", "dataset": {"fingerprint": "1"}}}}
+            (folder / results / "results.json").write_text(json.dumps(record))
         (folder / "my_sounds").symlink_to(folder / "demo/data/sounds")
         (folder / "datasets").mkdir()
         for split in ("train", "test"):
@@ -91,7 +97,7 @@ def test_every_command_of_the_readme_passes_a_dry_run(small_demo, command, monke
 
 
 def test_the_readme_has_the_commands_it_promises():
-    assert len([command for command in COMMANDS if command.startswith("python -m")]) == 12
+    assert len([command for command in COMMANDS if command.startswith("python -m")]) == 13
     assert "make demo" in README
     assert "make test" in README
 

@@ -1,0 +1,96 @@
+"""Compares results of the same evaluations: differences with paired intervals, and what flipped.
+
+    python -m eval.compare configs/eval/compare.yaml
+    python -m eval.compare configs/eval/compare.yaml results='[results/a, results/b]'
+
+The first results are what the others are compared with. Writes compare.json and compare.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from data_prep.config_file import check_output_folder, run_command
+from data_prep.shard_format import write_atomically
+from eval.comparison import Difference, compare, shared_evaluations
+from eval.config import CompareConfig
+from eval.intervals import Bootstrap
+
+COLUMNS = (
+    "evaluation",
+    "figure",
+    "first",
+    "this",
+    "difference",
+    "95 % interval",
+    "better",
+    "worse",
+)
+
+
+def run(config: CompareConfig) -> None:
+    """Compares all results with the first, and writes what was found."""
+    check_output_folder(config.output, key="output")
+    bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
+    baseline, *others = config.results
+    found = {str(other): compare(baseline, other, bootstrap=bootstrap) for other in others}
+    text = "\n".join(comparison_table(baseline, other, found[str(other)]) for other in others)
+    record = {
+        "baseline": str(baseline),
+        "compared": {name: [asdict(each) for each in found[name]] for name in found},
+        "bootstrap_samples": config.bootstrap_samples,
+        "seed": config.seed,
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output / "compare.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_atomically(config.output / "compare.md", text.encode())
+    print(text)  # noqa: T201
+
+
+def comparison_table(baseline: Path, other: Path, differences: list[Difference]) -> str:
+    """One result beside the first, as a Markdown table; a difference that is clear is marked."""
+    rows = [COLUMNS]
+    for each in differences:
+        mark = " *" if each.is_clear else ""
+        rows.append(
+            (
+                each.evaluation,
+                each.figure,
+                f"{each.baseline:.4g}",
+                f"{each.value:.4g}",
+                f"{each.difference:+.4g}{mark}",
+                f"{each.low:+.4g} to {each.high:+.4g}",
+                str(each.num_better),
+                str(each.num_worse),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    num_clear = sum(each.is_clear for each in differences)
+    title = f"{other} beside {baseline}: {num_clear} of {len(differences)} figures differ (*)\n"
+    return "\n".join([title, lines[0], rule, *lines[1:]]) + "\n"
+
+
+def dry_run(config: CompareConfig) -> None:
+    """Checks that the results are of the same evaluations, and names these."""
+    check_output_folder(config.output, key="output")
+    baseline, *others = config.results
+    for other in others:
+        names = ", ".join(shared_evaluations(baseline, other))
+        print(f"{other} with {baseline}: {names}")  # noqa: T201
+
+
+def main() -> int:
+    """The command."""
+    return run_command(CompareConfig, run=run, dry_run=dry_run, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
