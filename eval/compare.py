@@ -18,6 +18,7 @@ from data_prep.shard_format import write_atomically
 from eval.comparison import Difference, compare, shared_evaluations
 from eval.config import CompareConfig
 from eval.intervals import Bootstrap
+from eval.markdown_table import markdown_table
 
 COLUMNS = (
     "evaluation",
@@ -52,30 +53,22 @@ def run(config: CompareConfig) -> None:
 
 def comparison_table(baseline: Path, other: Path, differences: list[Difference]) -> str:
     """One result beside the first, as a Markdown table; a difference that is clear is marked."""
-    rows = [COLUMNS]
-    for each in differences:
-        mark = " *" if each.is_clear else ""
-        rows.append(
-            (
-                each.evaluation,
-                each.figure,
-                f"{each.baseline:.4g}",
-                f"{each.value:.4g}",
-                f"{each.difference:+.4g}{mark}",
-                f"{each.low:+.4g} to {each.high:+.4g}",
-                str(each.num_better),
-                str(each.num_worse),
-            )
+    rows = [
+        (
+            each.evaluation,
+            each.figure,
+            f"{each.baseline:.4g}",
+            f"{each.value:.4g}",
+            f"{each.difference:+.4g}{' *' if each.is_clear else ''}",
+            f"{each.low:+.4g} to {each.high:+.4g}",
+            str(each.num_better),
+            str(each.num_worse),
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
+        for each in differences
     ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     num_clear = sum(each.is_clear for each in differences)
     title = f"{other} beside {baseline}: {num_clear} of {len(differences)} figures differ (*)\n"
-    return "\n".join([title, lines[0], rule, *lines[1:]]) + "\n"
+    return "\n".join([title, markdown_table(COLUMNS, rows)]) + "\n"
 
 
 def dry_run(config: CompareConfig) -> None:

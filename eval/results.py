@@ -20,6 +20,7 @@ from data_prep.shard_format import write_atomically
 from eval.config import EvaluateConfig
 from eval.embeddings import Encoder
 from eval.intervals import CONFIDENCE, Score
+from eval.markdown_table import markdown_table
 from eval.measure import Outcome
 from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask
 from pretrain.checkpoint_record import read_record
@@ -153,20 +154,14 @@ def _retrieval_record(outcome: Outcome) -> dict[str, Any]:
 
 def scores_table(outcomes: Sequence[Outcome]) -> str:
     """The figures of all evaluations as a Markdown table with aligned columns."""
-    rows = [COLUMNS, *((name, *cells) for name, cells in _table_rows(outcomes))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    table = markdown_table(COLUMNS, [(name, *cells) for name, cells in _table_rows(outcomes)])
     notes = [
         f"\n{outcome.task.name}: {note}"
         for outcome in outcomes
         if isinstance(outcome.task, RetrievalTask)
         and (note := repeated_captions_note(outcome.task))
     ]
-    return "\n".join([lines[0], rule, *lines[1:], *notes]) + "\n"
+    return "\n".join([table, *notes]) + "\n"
 
 
 def repeated_captions_note(task: RetrievalTask) -> str:

@@ -78,13 +78,13 @@ class Trainer:
         self.num_pieces = num_pieces
         self.validation_sets = validation_sets
         self.timer = PhaseTimer(engine.device)
-        rows = on_main_process(lambda: read_metrics(run.folder)[-config.watch.window_steps :])
+        rows = read_metrics(run.folder) if run.is_writer else []
         self.reporter = StepReporter(
             run,
             engine,
             dataset,
             timer=self.timer,
-            watch=StepWatch(config.watch, rows=rows),
+            watch=StepWatch(config.watch, rows=rows[-config.watch.window_steps :]),
             hosts=hosts,
         )
         self.ledger = BadSampleLedger(run, dataset, loading=config.loading)
