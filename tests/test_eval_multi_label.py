@@ -45,9 +45,9 @@ def test_a_model_that_knows_nothing_scores_chance():
     rng = np.random.default_rng(0)
     drawn = [
         np.mean([average_precision_score(is_of_class[:, k], rng.random(50)) for k in range(5)])
-        for _ in range(2000)
+        for _ in range(300)
     ]
-    assert score.chance == pytest.approx(np.mean(drawn), abs=0.004)
+    assert score.chance == pytest.approx(np.mean(drawn), abs=0.01)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():

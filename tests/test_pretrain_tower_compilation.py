@@ -67,6 +67,7 @@ def test_a_compiled_tower_gives_the_same_gradients_and_keeps_its_names(pairs, nu
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_any_number_of_pairs_and_tokens_takes_few_compilations(pairs, num_compilations):
     model = pairs.build_model(pairs.config)
 

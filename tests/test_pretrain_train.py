@@ -81,7 +81,7 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
     [
         (2, {}),
         (3, {"micro_batch_size": 1}),
-        (2, {"micro_batch_size": 3}),
+        pytest.param(2, {"micro_batch_size": 3}, marks=pytest.mark.slow),
         (1, {"loading": {"num_workers": 2}}),
     ],
     ids=["2 processes", "3 processes, empty micro-batches", "micro-batches", "loader workers"],
