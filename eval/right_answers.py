@@ -71,8 +71,10 @@ class RightAnswers:
             earlier = (places - 1) * (right - 1) / max(1, level - 1)
             return float((right / level * (right_above + 1 + earlier) / (above + places)).sum())
 
+        is_among = self.num_above < (k or self.gallery_size)
+        alone = is_among * (self.num_right_above + 1) / (self.num_above + 1)
         total = self.num_right_of_query
-        return self._sum_of_levels(self._at_levels(of_level)) / np.minimum(total, k or total)
+        return self._sum_of_levels(self._at_levels(of_level, alone)) / np.minimum(total, k or total)
 
     def reciprocal_rank(self) -> np.ndarray:
         """One over the rank of the first right answer.
@@ -91,7 +93,8 @@ class RightAnswers:
             shares = is_later * right / (level - places + 1)
             return float((shares / (above + places)).sum())
 
-        return self._sum_of_levels(self._at_levels(of_level))
+        alone = (self.num_right_above == 0) / (self.num_above + 1)
+        return self._sum_of_levels(self._at_levels(of_level, alone))
 
     def ndcg_at(self, k: int) -> np.ndarray:
         """Discounted gain of the right answers among the first k, over the largest that there is
@@ -112,12 +115,25 @@ class RightAnswers:
     def _sum_of_levels(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.query, weights=values)
 
-    def _at_levels(self, value: Callable[[int, int, int, int], float]) -> np.ndarray:
+    def _at_levels(
+        self, value: Callable[[int, int, int, int], float], alone: np.ndarray
+    ) -> np.ndarray:
         """[L] a value of (num_above, num_right_above, num_level, num_right), taken once for levels
-        that are alike."""
+        that are alike.
+
+        Args:
+            value: the function.
+            alone: [L] its values at levels of one answer, which most are.
+        """
         columns = (self.num_above, self.num_right_above, self.num_level, self.num_right)
-        distinct, which = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
-        return np.array([value(*row) for row in distinct.tolist()])[which.reshape(-1)]
+        is_tied = self.num_level > 1
+        if not is_tied.any():
+            return alone
+        rows = np.stack(columns, axis=1)[is_tied]
+        distinct, which = np.unique(rows, axis=0, return_inverse=True)
+        values = alone.astype(np.float64)
+        values[is_tied] = np.array([value(*row) for row in distinct.tolist()])[which.reshape(-1)]
+        return values
 
 
 def right_answers(
