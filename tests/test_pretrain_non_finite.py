@@ -126,8 +126,10 @@ def test_a_run_stops_or_skips_and_goes_on_as_if_it_had_never_stopped(toy_data, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("micro_batch_size", [64, 3])
+@pytest.mark.parametrize(
+    ("strategy", "micro_batch_size"),
+    [("ddp", 3), ("zero0", 64), ("zero1", 64), ("zero2", 3), ("zero3", 64)],
+)
 def test_whatever_shares_the_work_nothing_is_applied_and_the_dump_tells(
     toy_data, tmp_path, strategy, micro_batch_size
 ):
