@@ -28,6 +28,7 @@ NUM_FLIPPED = 20  # keys of samples that are named
 # What must be equal, besides the samples, for figures to be of the same thing.
 CONDITIONS = {
     "zero_shot_classification": ("class_names",),
+    "linear_probe": ("class_names", "train_fingerprint", "validation_fingerprint"),
     "multi_label_classification": ("class_names",),
     "retrieval": ("equal_captions", "num_captions", "num_distractor_captions"),
 }
@@ -129,7 +130,7 @@ def compare(baseline: Path, other: Path, *, bootstrap: Bootstrap) -> list[Differ
 def _differences(
     name: str, task: str, baseline: Path, other: Path, *, bootstrap: Bootstrap
 ) -> Iterator[Difference]:
-    if task == "zero_shot_classification":
+    if task in ("zero_shot_classification", "linear_probe"):
         yield from _mean_differences(
             name, "", {"hit@1": "top_1_accuracy"}, baseline, other, bootstrap
         )

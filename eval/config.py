@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from data_prep.config_file import Section
 
@@ -31,6 +31,25 @@ class ZeroShotClassificationSection(_Evaluation):
     # A list, or a text file with one name per line; null: the file that comes with the tars
     class_names: list[str] | Path | None = None
     prompt_templates: list[str] | Path | None = None  # likewise; {} or {c} stands for the class
+
+
+class LinearProbeSection(_Evaluation):
+    """Classifies by a regression that is fitted to the embeddings of training items.
+
+    Samples carry "class_name" in .json, or an index in .cls.
+    """
+
+    task: Literal["linear_probe"]
+    class_names: list[str] | Path | None = None  # as above
+    # Folder of shards, or of tars; null: the train_split of `dataset`
+    train: Path | None = None
+    train_split: str = "train"
+    train_subset: Path | None = None
+    # Likewise, what the strength of the regularisation is chosen on; null: every tenth training
+    # item, by a hash of its key
+    validation: Path | None = None
+    validation_split: str = "val"
+    strength: PositiveFloat | None = None  # of the regularisation, 1 / C; null: chosen
 
 
 class MultiLabelSection(_Evaluation):
@@ -67,7 +86,7 @@ class RetrievalSection(_Evaluation):
 
 
 EvaluationSection = Annotated[
-    ZeroShotClassificationSection | MultiLabelSection | RetrievalSection,
+    ZeroShotClassificationSection | LinearProbeSection | MultiLabelSection | RetrievalSection,
     Field(discriminator="task"),
 ]
 

@@ -3,7 +3,7 @@
     python -m eval.evaluate configs/eval/demo.yaml
     python -m eval.evaluate configs/eval/demo.yaml checkpoint=runs/mine output=results/mine
 
-1. read the tasks: labels, captions, class names, prompts, all checked   eval.tasks
+1. read the tasks: labels, captions, class names, prompts, all checked   eval.task_readers
 2. load the model of the checkpoint                                      eval.embeddings
 3. encode media and texts, and score them                                eval.measure
 4. write results.json, .md and .csv, and what became of every sample     eval.results, .predictions
@@ -20,7 +20,7 @@ import time
 from data_prep.config_file import run_command
 from eval.checkpoint_folder import check_checkpoint_and_output
 from eval.config import EvaluateConfig
-from eval.tasks import read_tasks
+from eval.task_readers import read_tasks
 
 
 def run(config: EvaluateConfig) -> None:

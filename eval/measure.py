@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
+import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
 from eval.class_prompts import average_prompts, class_prompts
 from eval.embeddings import Encoder, encode_media, encode_texts
 from eval.intervals import Bootstrap
+from eval.linear_probe import LinearProbeResult, train_probe, with_ones
 from eval.multi_label import MultiLabelResult, classify_labels
 from eval.retrieval import RetrievalResult, retrieve
-from eval.tasks import ClassificationTask, EvaluationSet, MultiLabelTask, RetrievalTask, Task
+from eval.tasks import (
+    ClassificationTask,
+    EvaluationSet,
+    LabelledItems,
+    LinearProbeTask,
+    MultiLabelTask,
+    RetrievalTask,
+    Task,
+)
 from eval.zero_shot import ClassificationResult, classify
 
 logger = logging.getLogger(__name__)
@@ -58,17 +69,19 @@ def measure_tasks(
     """
     measures = {
         ClassificationTask: measure_classification,
+        LinearProbeTask: measure_linear_probe,
         MultiLabelTask: measure_multi_label,
         RetrievalTask: measure_retrieval,
     }
-    media_embeddings: dict[EvaluationSet, Tensor] = {}
+    embed = cache(partial(encode_media, encoder))
     outcomes = []
     for task in tasks:
         start = time.monotonic()
-        if task.dataset not in media_embeddings:
-            media_embeddings[task.dataset] = encode_media(encoder, task.dataset)
-        media = media_embeddings[task.dataset]
-        result, texts = measures[type(task)](task, media, encoder=encoder, bootstrap=bootstrap)
+        media = embed(task.dataset)
+        others = {"embed": embed} if isinstance(task, LinearProbeTask) else {}
+        result, texts = measures[type(task)](
+            task, media, encoder=encoder, bootstrap=bootstrap, **others
+        )
         outcomes.append(Outcome(task, result, media, texts, time.monotonic() - start))
         logger.info("%s: %.1f s", task.name, outcomes[-1].seconds)
     return outcomes
@@ -93,6 +106,47 @@ def measure_classification(
         bootstrap=bootstrap,
     )
     return result, class_embeddings
+
+
+def measure_linear_probe(
+    task: LinearProbeTask,
+    media_embeddings: Tensor,
+    *,
+    encoder: Encoder,
+    bootstrap: Bootstrap,
+    embed: Callable[[EvaluationSet], Tensor],
+) -> tuple[LinearProbeResult, Tensor]:
+    """The result of a linear probe, and its weights and biases [K, D + 1].
+
+    Args:
+        task: what to measure.
+        media_embeddings: [Q, D], L2-normalised.
+        encoder: says where to compute.
+        bootstrap: for the intervals.
+        embed: gives the media embeddings of a dataset.
+    """
+
+    def of(items: LabelledItems) -> tuple[Tensor, Tensor]:
+        embeddings = embed(items.dataset)[torch.from_numpy(items.places)]
+        return embeddings.to(encoder.device), torch.from_numpy(items.targets).to(encoder.device)
+
+    probe, accuracies = train_probe(
+        of(task.train),
+        of(task.validation),
+        num_classes=len(task.class_names),
+        strength=task.strength,
+    )
+    weights = probe.as_class_embeddings()
+    classified = classify(
+        with_ones(media_embeddings.to(encoder.device)),
+        weights,
+        targets=task.targets,
+        bootstrap=bootstrap,
+    )
+    result = LinearProbeResult(
+        **vars(classified), strength=probe.strength, validation_accuracies=accuracies
+    )
+    return result, weights.cpu()
 
 
 def measure_multi_label(

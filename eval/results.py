@@ -22,7 +22,7 @@ from eval.embeddings import Encoder
 from eval.intervals import CONFIDENCE, Score
 from eval.markdown_table import markdown_table
 from eval.measure import Outcome
-from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask
+from eval.tasks import ClassificationTask, LinearProbeTask, MultiLabelTask, RetrievalTask
 from pretrain.checkpoint_record import read_record
 from pretrain.run_folder import describe_environment
 
@@ -87,6 +87,7 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
     task = outcome.task
     details = {
         ClassificationTask: _classification_record,
+        LinearProbeTask: _linear_probe_record,
         MultiLabelTask: _multi_label_record,
         RetrievalTask: _retrieval_record,
     }
@@ -116,6 +117,21 @@ def _classification_record(outcome: Outcome) -> dict[str, Any]:
         "prompt_templates": task.prompt_templates,
         "class_recalls": {name: None if math.isnan(r) else r for name, r in recalls},
         "confusion_matrix": result.confusion.tolist(),
+    }
+
+
+def _linear_probe_record(outcome: Outcome) -> dict[str, Any]:
+    task, result = outcome.task, outcome.result
+    return _classification_record(outcome) | {
+        "task": "linear_probe",
+        "features": "the embeddings, L2-normalised",
+        "objective": "mean cross-entropy + strength * |W|^2 / (2 n)",
+        "strength": result.strength,
+        "validation_accuracies": {f"{k:.4g}": v for k, v in result.validation_accuracies.items()},
+        "num_train": len(task.train.places),
+        "num_validation": len(task.validation.places),
+        "train_fingerprint": task.train.dataset.fingerprint,
+        "validation_fingerprint": task.validation.dataset.fingerprint,
     }
 
 

@@ -33,10 +33,10 @@ from data_prep.shard_format import (
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
-TASK_OF_TYPE = {
-    "classification": "zero_shot_classification",
-    "multilabel": "multi_label_classification",
-    "retrieval": "retrieval",
+TASKS_OF_TYPE = {
+    "classification": ("zero_shot_classification", "linear_probe"),
+    "multilabel": ("multi_label_classification",),
+    "retrieval": ("retrieval",),
 }
 
 
@@ -163,10 +163,10 @@ class TarDataset:
         """
         path = self.beside(TYPE)
         kind = path.read_text().strip() if path is not None else None
-        if kind is not None and TASK_OF_TYPE.get(kind, task) != task:
+        if kind in TASKS_OF_TYPE and task not in TASKS_OF_TYPE[kind]:
+            expected = " or ".join(TASKS_OF_TYPE[kind])
             raise InputError(
-                f"evaluations.{name}: {path} says {kind}: set task: {TASK_OF_TYPE[kind]}, found "
-                f"{task}"
+                f"evaluations.{name}: {path} says {kind}: set task: {expected}, found {task}"
             )
 
 

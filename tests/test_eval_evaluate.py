@@ -45,6 +45,7 @@ def config_path(tmp_path, monkeypatch):
     ]
     for sample in tints:
         del sample["json"]
+    more_pictures = [picture_sample(list(COLORS)[n % 3], seed=100 + n) for n in range(60)]
     published = [
         {"png": sample["png"], "cls": str(n % 3).encode()} for n, sample in enumerate(pictures)
     ]
@@ -66,6 +67,12 @@ def config_path(tmp_path, monkeypatch):
             "published": {
                 "task": "zero_shot_classification",
                 "dataset": str(write_set(tmp_path / "set", published, classes=[*COLORS, "unused"])),
+            },
+            "probed": {
+                "task": "linear_probe",
+                "dataset": str(tmp_path / "pictures"),
+                "train": str(write_dataset(tmp_path / "more_pictures", more_pictures)),
+                "class_names": [*COLORS, "unused"],
             },
             "tints": {
                 "task": "multi_label_classification",
@@ -114,6 +121,12 @@ def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
     assert colors["confusion_matrix"][0] == [4, 0, 0, 0]
     assert colors["class_recalls"]["unused"] is None
     assert record["evaluations"]["published"]["scores"] == colors["scores"]
+    probed = record["evaluations"]["probed"]
+    assert probed["scores"]["top_1_accuracy"]["value"] == 1
+    assert probed["num_train"] + probed["num_validation"] == 60
+    assert 0 < probed["num_validation"] < 20
+    best = probed["validation_accuracies"][f"{probed['strength']:.4g}"]
+    assert best == max(probed["validation_accuracies"].values()) == 1
     tints = record["evaluations"]["tints"]
     assert tints["num_classes_without_items"] == 1
     assert tints["num_labels"] == 16
@@ -234,6 +247,7 @@ def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_
         "colors.parquet",
         "pictures.media_to_text.parquet",
         "pictures.text_to_media.parquet",
+        "probed.parquet",
         "published.parquet",
         "tints.parquet",
         "tones.media_to_text.parquet",

@@ -9,7 +9,7 @@ from data_prep.config_file import ConfigError, InputError, read_config
 from data_prep.shard_format import read_dataset_files
 from data_prep.subset import Subset
 from eval.config import EvaluateConfig
-from eval.tasks import read_lines, read_tasks
+from eval.task_readers import read_lines, read_tasks
 
 
 def config_of(folder, **section):
@@ -131,6 +131,30 @@ def test_config_names_what_is_wrong(tmp_path, lines, message):
     path.write_text(f"checkpoint: c\noutput: o\nevaluations:\n  toy: {lines}\n")
     with pytest.raises(ConfigError, match=message):
         read_config(EvaluateConfig, path)
+
+
+def test_a_probe_trains_on_other_items_and_validates_on_some_of_them(tmp_path):
+    train = [labelled(("cat", "dog")[n % 2]) for n in range(40)]
+    write_dataset(tmp_path / "train", train)
+    write_dataset(tmp_path / "test", [labelled("dog"), labelled("cat")])
+    section = {"task": "linear_probe", "class_names": ["cat", "dog"]}
+    config = config_of(tmp_path / "test", **section, train=tmp_path / "train")
+    (task,) = read_tasks(config)
+    assert task.targets.tolist() == [1, 0]
+    places = sorted([*task.train.places.tolist(), *task.validation.places.tolist()])
+    assert places == list(range(40))
+    assert 0 < len(task.validation.places) < 10
+    for items in (task.train, task.validation):
+        np.testing.assert_array_equal(items.targets, items.places % 2)
+    assert f"{len(task.train.places)} items to train on" in task.description()
+    apart = config_of(
+        tmp_path / "test", **section, train=tmp_path / "train", validation=tmp_path / "test"
+    )
+    (task,) = read_tasks(apart)
+    assert (len(task.train.places), task.validation.targets.tolist()) == (40, [1, 0])
+    same = config_of(tmp_path / "test", **section, train=tmp_path / "test", train_split="test")
+    with pytest.raises(InputError, match="training items are the test's"):
+        read_tasks(same)
 
 
 def npy_of(values):

@@ -73,7 +73,11 @@ def assert_same_batches(found, expected):
 
 @pytest.mark.parametrize(
     "loading",
-    [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 1, "runtime": "processes"}],
+    [
+        {"num_workers": 0},
+        {"num_workers": 2},
+        pytest.param({"num_workers": 1, "runtime": "processes"}, marks=pytest.mark.slow),
+    ],
     ids=["itself", "threads", "processes"],
 )
 def test_batches_are_those_from_disk_through_every_fault_that_passes(

@@ -80,7 +80,7 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
     ("num_processes", "changes"),
     [
         (2, {}),
-        (3, {"micro_batch_size": 1}),
+        pytest.param(3, {"micro_batch_size": 1}, marks=pytest.mark.slow),
         pytest.param(2, {"micro_batch_size": 3}, marks=pytest.mark.slow),
         (1, {"loading": {"num_workers": 2}}),
     ],

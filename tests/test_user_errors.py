@@ -156,6 +156,7 @@ def test_a_wrong_column(command, tmp_path):
     assert "expected a column 'path' (columns.media), found file, caption" in message
 
 
+@pytest.mark.slow
 def test_more_processes_than_lanes(config):
     """As every rank would say it; here one stands for all."""
     environment = os.environ | {"WORLD_SIZE": "9"}
