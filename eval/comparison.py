@@ -72,14 +72,14 @@ def read_results(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def shared_evaluations(baseline: Path, other: Path) -> list[str]:
-    """The evaluations that both results have, of the same samples.
+def shared_evaluations(baseline: Path, other: Path) -> dict[str, dict[str, Any]]:
+    """Name -> record in the baseline of the evaluations that both have, of the same samples.
 
     Raises:
         InputError: there are none, or those of one name are not of the same samples.
     """
     first, second = (read_results(folder)["evaluations"] for folder in (baseline, other))
-    shared = [name for name in first if name in second]
+    shared = {name: record for name, record in first.items() if name in second}
     if not shared:
         raise InputError(
             f"{other}: expected evaluations named as in {baseline} ({', '.join(first)}); found "
@@ -117,34 +117,32 @@ def compare(baseline: Path, other: Path, *, bootstrap: Bootstrap) -> list[Differ
     Raises:
         InputError: see `shared_evaluations`; or predictions are missing.
     """
-    evaluations = read_results(baseline)["evaluations"]
     return [
         difference
-        for name in shared_evaluations(baseline, other)
-        for difference in _differences(
-            name, evaluations[name]["task"], baseline, other, bootstrap=bootstrap
-        )
+        for name, record in shared_evaluations(baseline, other).items()
+        for difference in _differences(name, record, (baseline, other), bootstrap)
     ]
 
 
 def _differences(
-    name: str, task: str, baseline: Path, other: Path, *, bootstrap: Bootstrap
+    name: str, record: dict[str, Any], folders: tuple[Path, Path], bootstrap: Bootstrap
 ) -> Iterator[Difference]:
-    if task in ("zero_shot_classification", "linear_probe"):
-        yield from _mean_differences(
-            name, "", {"hit@1": "top_1_accuracy"}, baseline, other, bootstrap
-        )
-    elif task == "multi_label_classification":
-        yield _precision_difference(name, baseline, other, bootstrap)
+    def read(suffix: str = "") -> list[dict[str, Any]]:
+        return [_read(folder, name, suffix) for folder in folders]
+
+    if record["task"] in ("zero_shot_classification", "linear_probe"):
+        yield from _mean_differences(name, read(), {"hit@1": "top_1_accuracy"}, bootstrap)
+    elif record["task"] == "multi_label_classification":
+        yield _precision_difference(name, read(), record["class_names"], bootstrap)
     else:
         for direction in ("media_to_text", "text_to_media"):
-            columns = _read(baseline, name, f".{direction}")
+            tables = read(f".{direction}")
             figures = {
                 column: f"{direction}_{column.replace('hit', 'recall')}"
-                for column in columns
+                for column in tables[0]
                 if column.startswith("hit@")
             } | {"rank": f"{direction}_mean_rank"}
-            yield from _mean_differences(name, f".{direction}", figures, baseline, other, bootstrap)
+            yield from _mean_differences(name, tables, figures, bootstrap)
 
 
 def _read(folder: Path, name: str, suffix: str) -> dict[str, Any]:
@@ -158,15 +156,10 @@ def _read(folder: Path, name: str, suffix: str) -> dict[str, Any]:
 
 
 def _mean_differences(
-    name: str,
-    suffix: str,
-    figures: dict[str, str],
-    baseline: Path,
-    other: Path,
-    bootstrap: Bootstrap,
+    name: str, tables: list[dict[str, Any]], figures: dict[str, str], bootstrap: Bootstrap
 ) -> Iterator[Difference]:
     """Of the means of columns, resampled by media item."""
-    first, second = (_read(folder, name, suffix) for folder in (baseline, other))
+    first, second = tables
     keys = first["key"]
     _, clusters = np.unique(keys, return_inverse=True)
     for column, figure in figures.items():
@@ -198,13 +191,12 @@ def _first_keys(keys: list[str], wanted: np.ndarray) -> list[str]:
 
 
 def _precision_difference(
-    name: str, baseline: Path, other: Path, bootstrap: Bootstrap
+    name: str, tables: list[dict[str, Any]], class_names: list[str], bootstrap: Bootstrap
 ) -> Difference:
     """Of mean average precision: both are taken over the same draws of items."""
     from eval.multi_label import average_precisions, resampled_precisions
 
-    first, second = (_read(folder, name, "") for folder in (baseline, other))
-    class_names = read_results(baseline)["evaluations"][name]["class_names"]
+    first, second = tables
     of_class = np.array([[k in found for found in first["class_names"]] for k in class_names])
     present = of_class.any(axis=1)
     values, resampled = [], []

@@ -31,6 +31,9 @@ from eval.zero_shot import ClassificationResult, classify
 
 logger = logging.getLogger(__name__)
 
+# Dataset -> [Q, D] L2-normalised embeddings of its media, on the CPU; made once.
+Embed = Callable[[EvaluationSet], Tensor]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -77,30 +80,29 @@ def measure_tasks(
     outcomes = []
     for task in tasks:
         start = time.monotonic()
-        media = embed(task.dataset)
-        others = {"embed": embed} if isinstance(task, LinearProbeTask) else {}
         result, texts = measures[type(task)](
-            task, media, encoder=encoder, bootstrap=bootstrap, **others
+            task, embed=embed, encoder=encoder, bootstrap=bootstrap
         )
-        outcomes.append(Outcome(task, result, media, texts, time.monotonic() - start))
+        seconds = time.monotonic() - start
+        outcomes.append(Outcome(task, result, embed(task.dataset), texts, seconds))
         logger.info("%s: %.1f s", task.name, outcomes[-1].seconds)
     return outcomes
 
 
 def measure_classification(
-    task: ClassificationTask, media_embeddings: Tensor, *, encoder: Encoder, bootstrap: Bootstrap
+    task: ClassificationTask, *, embed: Embed, encoder: Encoder, bootstrap: Bootstrap
 ) -> tuple[ClassificationResult, Tensor]:
     """The result of a classification, and its class embeddings [K, D].
 
     Args:
         task: what to measure.
-        media_embeddings: [Q, D], L2-normalised.
+        embed: see `Embed`.
         encoder: for the prompts.
         bootstrap: for the intervals.
     """
     class_embeddings = encode_classes(task, encoder)
     result = classify(
-        media_embeddings.to(encoder.device),
+        embed(task.dataset).to(encoder.device),
         class_embeddings.to(encoder.device),
         targets=task.targets,
         bootstrap=bootstrap,
@@ -109,21 +111,15 @@ def measure_classification(
 
 
 def measure_linear_probe(
-    task: LinearProbeTask,
-    media_embeddings: Tensor,
-    *,
-    encoder: Encoder,
-    bootstrap: Bootstrap,
-    embed: Callable[[EvaluationSet], Tensor],
+    task: LinearProbeTask, *, embed: Embed, encoder: Encoder, bootstrap: Bootstrap
 ) -> tuple[LinearProbeResult, Tensor]:
     """The result of a linear probe, and its weights and biases [K, D + 1].
 
     Args:
         task: what to measure.
-        media_embeddings: [Q, D], L2-normalised.
+        embed: see `Embed`.
         encoder: says where to compute.
         bootstrap: for the intervals.
-        embed: gives the media embeddings of a dataset.
     """
 
     def of(items: LabelledItems) -> tuple[Tensor, Tensor]:
@@ -138,7 +134,7 @@ def measure_linear_probe(
     )
     weights = probe.as_class_embeddings()
     classified = classify(
-        with_ones(media_embeddings.to(encoder.device)),
+        with_ones(embed(task.dataset).to(encoder.device)),
         weights,
         targets=task.targets,
         bootstrap=bootstrap,
@@ -150,13 +146,13 @@ def measure_linear_probe(
 
 
 def measure_multi_label(
-    task: MultiLabelTask, media_embeddings: Tensor, *, encoder: Encoder, bootstrap: Bootstrap
+    task: MultiLabelTask, *, embed: Embed, encoder: Encoder, bootstrap: Bootstrap
 ) -> tuple[MultiLabelResult, Tensor]:
     """The result of a classification with several classes per item, and its class embeddings
     [K, D]; arguments as of `measure_classification`."""
     class_embeddings = encode_classes(task, encoder)
     result = classify_labels(
-        media_embeddings.to(encoder.device),
+        embed(task.dataset).to(encoder.device),
         class_embeddings.to(encoder.device),
         is_of_class=task.is_of_class,
         bootstrap=bootstrap,
@@ -174,13 +170,13 @@ def encode_classes(task: ClassificationTask | MultiLabelTask, encoder: Encoder) 
 
 
 def measure_retrieval(
-    task: RetrievalTask, media_embeddings: Tensor, *, encoder: Encoder, bootstrap: Bootstrap
+    task: RetrievalTask, *, embed: Embed, encoder: Encoder, bootstrap: Bootstrap
 ) -> tuple[RetrievalResult, Tensor]:
     """The result of a retrieval, and the embeddings [M + X, D] of captions and distractors.
 
     Args:
         task: what to measure.
-        media_embeddings: [Q, D], L2-normalised.
+        embed: see `Embed`.
         encoder: for the captions.
         bootstrap: for the intervals.
     """
@@ -190,7 +186,7 @@ def measure_retrieval(
     )
     on_device = texts.to(encoder.device)
     result = retrieve(
-        media_embeddings.to(encoder.device),
+        embed(task.dataset).to(encoder.device),
         on_device[:num_captions],
         media_of_text=task.media_of_text,
         pairs=task.pairs,

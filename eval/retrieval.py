@@ -25,6 +25,7 @@ from eval.ranking import QueryRanks, check_finite, median_rank_at_chance
 from eval.right_answers import RightAnswers, answers_at_chance, right_answers
 from eval.right_pairs import RightPairs, pairs_of_owners
 
+DIRECTIONS = ("media_to_text", "text_to_media")
 MAP_DEPTH = 10  # of the cut-off mAP and nDCG
 
 
@@ -87,9 +88,6 @@ def retrieve(
             bootstrap=bootstrap,
         )
     return RetrievalResult(scores, *(answers.query_ranks() for answers in both))
-
-
-DIRECTIONS = ("media_to_text", "text_to_media")
 
 
 def _shares(answers: RightAnswers, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:

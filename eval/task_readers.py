@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from data_prep.subset import KeptSamples
 from eval.class_prompts import check_templates
 from eval.config import (
     EvaluateConfig,
+    EvaluationSection,
     LinearProbeSection,
     MultiLabelSection,
     RetrievalSection,
@@ -35,6 +36,9 @@ from eval.tasks import (
     Task,
 )
 
+FILE_OF_KEY = {"class_names": CLASS_NAMES, "prompt_templates": TEMPLATES}
+# As open_dataset, which is called once for each dataset.
+Open = Callable[[Path, str, Path | None], EvaluationSet]
 ClassifyingSection = ZeroShotClassificationSection | LinearProbeSection | MultiLabelSection
 
 
@@ -51,15 +55,11 @@ def read_tasks(config: EvaluateConfig) -> list[Task]:
         "retrieval": read_retrieval_task,
     }
     # A dataset that several tasks use is opened, and its media encoded, once.
-    open_once = lru_cache(maxsize=None)(open_dataset)
-    tasks = []
-    for name, section in config.evaluations.items():
-        dataset = open_once(section.dataset, section.split, section.subset)
-        if isinstance(dataset, TarDataset):
-            dataset.refuse_other_task(section.task, name=name)
-        others = {"open_once": open_once} if section.task == "linear_probe" else {}
-        tasks.append(readers[section.task](name, section, dataset, **others))
-    return tasks
+    open_once = cache(open_dataset)
+    return [
+        readers[section.task](name, section, open_once)
+        for name, section in config.evaluations.items()
+    ]
 
 
 def open_dataset(folder: Path, split: str, subset: Path | None) -> EvaluationSet:
@@ -86,16 +86,25 @@ def open_dataset(folder: Path, split: str, subset: Path | None) -> EvaluationSet
     return dataset
 
 
+def _dataset_of(name: str, section: EvaluationSection, open_once: Open) -> EvaluationSet:
+    """The samples that an evaluation measures."""
+    dataset = open_once(section.dataset, section.split, section.subset)
+    if isinstance(dataset, TarDataset):
+        dataset.refuse_other_task(section.task, name=name)
+    return dataset
+
+
 def read_classification_task(
-    name: str, section: ZeroShotClassificationSection, dataset: EvaluationSet
+    name: str, section: ZeroShotClassificationSection, open_once: Open
 ) -> ClassificationTask:
     """The class names, templates and the class of every sample.
 
     Raises:
-        InputError: see `class_index_of`, `read_lines` and `check_templates`.
+        InputError: see `class_index_of`, `read_own_or_beside` and `check_templates`.
     """
+    dataset = _dataset_of(name, section, open_once)
     class_names = read_class_names(name, section, dataset)
-    templates = check_templates(read_lines(_own_or_beside(name, section, dataset, TEMPLATES)))
+    templates = check_templates(read_own_or_beside("prompt_templates", name, section, dataset))
     keys, targets = _read_targets(dataset, class_names)
     return ClassificationTask(name, dataset, keys, class_names, templates, targets)
 
@@ -111,17 +120,14 @@ def _read_targets(dataset: EvaluationSet, class_names: list[str]) -> tuple[list[
 
 
 def read_linear_probe_task(
-    name: str,
-    section: LinearProbeSection,
-    dataset: EvaluationSet,
-    *,
-    open_once: Callable[[Path, str, Path | None], EvaluationSet],
+    name: str, section: LinearProbeSection, open_once: Open
 ) -> LinearProbeTask:
     """The classes of every sample, of the training items and of those to validate on.
 
     Raises:
-        InputError: see `class_index_of` and `read_lines`; or there are no items to train on.
+        InputError: see `class_index_of` and `read_own_or_beside`; or nothing is there to train on.
     """
+    dataset = _dataset_of(name, section, open_once)
     class_names = read_class_names(name, section, dataset)
     keys, targets = _read_targets(dataset, class_names)
     source = open_once(section.train or section.dataset, section.train_split, section.train_subset)
@@ -158,16 +164,16 @@ def read_linear_probe_task(
     )
 
 
-def read_multi_label_task(
-    name: str, section: MultiLabelSection, dataset: EvaluationSet
-) -> MultiLabelTask:
+def read_multi_label_task(name: str, section: MultiLabelSection, open_once: Open) -> MultiLabelTask:
     """The class names, templates and the classes of every sample.
 
     Raises:
-        InputError: see `classes_of`, `read_lines` and `check_templates`; or no sample has a class.
+        InputError: see `classes_of`, `read_own_or_beside` and `check_templates`; or no sample has
+            a class.
     """
+    dataset = _dataset_of(name, section, open_once)
     class_names = read_class_names(name, section, dataset)
-    templates = check_templates(read_lines(_own_or_beside(name, section, dataset, TEMPLATES)))
+    templates = check_templates(read_own_or_beside("prompt_templates", name, section, dataset))
     keys, rows = [], []
     for sample in read_texts(dataset):
         keys.append(sample.key)
@@ -184,39 +190,41 @@ def read_class_names(name: str, section: ClassifyingSection, dataset: Evaluation
     """The class names of an evaluation.
 
     Raises:
-        InputError: see `read_lines`; or a name stands twice, or there are none.
+        InputError: see `read_own_or_beside`; or a name stands twice.
     """
-    class_names = read_lines(_own_or_beside(name, section, dataset, CLASS_NAMES))
+    class_names = read_own_or_beside("class_names", name, section, dataset)
     repeated = sorted({known for known in class_names if class_names.count(known) > 1})
     if repeated:
         raise InputError(f"evaluations.{name}.class_names: these stand twice: {repeated}")
     return class_names
 
 
-def _own_or_beside(
-    name: str, section: ClassifyingSection, dataset: EvaluationSet, file_name: str
-) -> list[str] | Path:
-    """What a section says, else the text file that comes with the tars."""
-    key = {CLASS_NAMES: "class_names", TEMPLATES: "prompt_templates"}[file_name]
+def read_own_or_beside(
+    key: str, name: str, section: ClassifyingSection, dataset: EvaluationSet
+) -> list[str]:
+    """The texts that a key of a section names, or else those of the file that comes with tars.
+
+    Raises:
+        InputError: see `read_lines`; or there are none.
+    """
     found = getattr(section, key)
     if found is None and isinstance(dataset, TarDataset):
-        found = dataset.beside(file_name)
+        found = dataset.beside(FILE_OF_KEY[key])
     if found is None:
         raise InputError(
             f"evaluations.{name}.{key}: expected a list, or a text file with one per line; found "
-            f"none, and no {file_name} in {dataset.folder}"
+            f"none, and no {FILE_OF_KEY[key]} in {dataset.folder}"
         )
-    return found
+    return read_lines(found)
 
 
-def read_retrieval_task(
-    name: str, section: RetrievalSection, dataset: EvaluationSet
-) -> RetrievalTask:
+def read_retrieval_task(name: str, section: RetrievalSection, open_once: Open) -> RetrievalTask:
     """The captions of every sample, and the distractors.
 
     Raises:
         InputError: a sample has no caption, or the file of distractors cannot be read.
     """
+    dataset = _dataset_of(name, section, open_once)
     keys: list[str] = []
     captions: list[str] = []
     media_of_text: list[int] = []

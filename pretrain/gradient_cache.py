@@ -51,7 +51,7 @@ def backward_of_step(
         timer: is told the phases.
 
     Raises:
-        FloatingPointError: the loss is not finite; no gradient was taken.
+        NonFiniteLossError: the loss is not finite; no gradient was taken.
     """
     timer = timer or PhaseTimer(engine.device)
     with timer.phase("forward"):
@@ -79,7 +79,7 @@ def backward_whole_batch(
     """Encodes this rank's pairs at once and back-propagates the global loss.
 
     Raises:
-        FloatingPointError: the loss is not finite; no gradient was taken.
+        NonFiniteLossError: the loss is not finite; no gradient was taken.
     """
     travelling = TravellingMedia(terms)
     with timer.phase("forward"):
@@ -102,7 +102,7 @@ def backward_in_micro_batches(
     """The same gradient from micro-batches; all ranks have equally many.
 
     Raises:
-        FloatingPointError: the loss is not finite; no gradient was taken.
+        NonFiniteLossError: the loss is not finite; no gradient was taken.
     """
     travelling = TravellingMedia(terms)
     with timer.phase("forward"), torch.no_grad():

@@ -140,11 +140,15 @@ def _zero_of(features: PairingFeatures) -> Tensor:
     return sum(part.sum() for part in features if part is not None) * 0.0
 
 
+class NonFiniteLossError(FloatingPointError):
+    """A loss is not finite; no gradient was taken."""
+
+
 def refuse_non_finite(losses: StepLosses) -> None:
     """
     Raises:
-        FloatingPointError: a loss is not finite; the same on every rank.
+        NonFiniteLossError: a loss is not finite; the same on every rank.
     """
     for name, loss in losses.by_pairing.items():
         if not math.isfinite(loss.value):
-            raise FloatingPointError(f"loss of {name} is {loss.value}")
+            raise NonFiniteLossError(f"loss of {name} is {loss.value}")

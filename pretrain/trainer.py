@@ -23,7 +23,7 @@ from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
 from pretrain.run_folder import RunFolder, read_metrics
 from pretrain.run_requests import Request, RunRequests
-from pretrain.step_loss import StepLosses
+from pretrain.step_loss import NonFiniteLossError, StepLosses
 from pretrain.step_metrics import SkippedStep, StepOutcome, StepReporter, digest_of_step
 from pretrain.step_timeline import PhaseTimer
 from pretrain.step_watch import StepWatch, reason_to_stop
@@ -156,7 +156,7 @@ class Trainer:
         try:
             outcome = train_step(self.config, self.engine, batch, self.timer, self.take_gradient)
         except FloatingPointError as error:  # on every rank alike
-            outcome = self._skip(batch, str(error))
+            outcome = self._skip(batch, error)
         self.run.num_steps_done = batch.step + 1
         self.ledger.enter(batch, device=self.engine.device)
         self.reporter.report_epochs(self.account.enter(batch, device=self.engine.device))
@@ -175,15 +175,15 @@ class Trainer:
 
     # --------------------------------------------------------------------- what is not finite
 
-    def _skip(self, batch: StepBatch, cause: str) -> SkippedStep:
+    def _skip(self, batch: StepBatch, error: FloatingPointError) -> SkippedStep:
         """Writes down what is known of a step that was not applied.
 
         Raises:
             RunError: the run is to stop at such a step, or there were too many; all up to it is
                 saved.
         """
-        step = batch.step + 1
-        is_loss = cause.startswith("loss")
+        step, cause = batch.step + 1, str(error)
+        has_gradient = not isinstance(error, NonFiniteLossError)
         dump = dump_step(
             self.run.folder,
             batch,
@@ -191,7 +191,7 @@ class Trainer:
             engine=self.engine,
             dataset=self.dataset,
             pieces=pieces_of_step(self.engine, batch, num_pieces=self.num_pieces),
-            take_gradient=None if is_loss else lambda: self.take_gradient(batch),
+            take_gradient=(lambda: self.take_gradient(batch)) if has_gradient else None,
         )
         skipped = [*self.run.skipped_steps, step]
         reason = reason_to_stop(self.config.watch, skipped_steps=skipped)
