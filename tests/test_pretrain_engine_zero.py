@@ -309,8 +309,10 @@ RECOMPUTED = {"engine": {"activation_checkpointing": True}}
             pytest.param(*values, marks=pytest.mark.slow)
             for values in [
                 (1, "ddp", {"micro_batch_size": 6}),
+                (2, "ddp", {"micro_batch_size": 2}),
                 (2, "ddp", RECOMPUTED),
                 (3, "ddp", {"micro_batch_size": 2}),
+                (4, "ddp", {}),
                 (2, "zero0", {}),
                 (3, "zero1", {"micro_batch_size": 2}),
                 (1, "zero2", {"micro_batch_size": 6}),
@@ -325,6 +327,17 @@ def test_a_run_does_not_depend_on_the_strategy(
     toy_data, tmp_path, run_alone, num_processes, strategy, sections
 ):
     folder = run(toy_data, tmp_path, num_processes, strategy, **sections)
+    assert_same_end(toy_data, folder, run_alone)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_other_strategies_as_if_it_had_never_stopped(
+    toy_data, tmp_path, run_alone
+):
+    run(toy_data, tmp_path, 2, "ddp", stop_after_step=6)
+    run(toy_data, tmp_path, 2, "zero3", tuning=STAGE_3, micro_batch_size=6, stop_after_step=9)
+    run(toy_data, tmp_path, 3, "zero2", stop_after_step=14)
+    folder = run(toy_data, tmp_path, 1, "ddp")
     assert_same_end(toy_data, folder, run_alone)
 
 

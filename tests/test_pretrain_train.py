@@ -113,6 +113,18 @@ def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(toy_dat
             torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
+def test_resuming_in_one_process_is_bit_exact(toy_data, tmp_path, alone):
+    config = toy_config(toy_data, tmp_path / "again", schedule=STEPS)
+    stopping = config.run.model_copy(update={"stop_after_step": 11})
+    run_in_processes(1, train, config.model_copy(update={"run": stopping}))
+    run_in_processes(1, train, config)
+    final = "checkpoints/step_00000020"
+    resumed = read_model_state(tmp_path / "again" / final)
+    undisturbed = read_model_state(alone / final)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(toy_data, tmp_path, alone):
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
     for last_step in (5, 9):
