@@ -47,18 +47,24 @@ class _Handler(BaseHTTPRequestHandler):
             server.headers_of[self.path] = dict(self.headers)
             server.num_at_a_time += 1
             server.most_at_a_time = max(server.most_at_a_time, server.num_at_a_time)
+        self.is_counted = True
         try:
             word, *parts = self.path.lstrip("/").partition("?")[0].split("/")
             getattr(self, word.replace(".", "_").replace("-", "_"))(*parts)
         finally:
-            with server.lock:
-                server.num_at_a_time -= 1
+            self._stop_counting()
+
+    def _stop_counting(self):
+        with self.server.lock:
+            self.server.num_at_a_time -= self.is_counted
+        self.is_counted = False
 
     def answer(self, status=200, body=BODY, length=None, **headers):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
+        self._stop_counting()  # a client that has its answer may ask again before this thread runs
         self.end_headers()
         self.wfile.write(body)
 
