@@ -91,14 +91,28 @@ EvaluationSection = Annotated[
 ]
 
 
-class EvaluateConfig(Section):
-    """What `python -m eval.evaluate` reads."""
+class EncodingConfig(Section):
+    """Which model encodes, and how."""
 
-    checkpoint: Path  # a run folder (its newest checkpoint) or one checkpoint's folder
-    output: Path  # folder for results.json, .md and .csv, report.html and predictions/
-    evaluations: dict[str, EvaluationSection] = Field(min_length=1)  # by the name of your choice
+    # A run folder (its newest checkpoint), one checkpoint's folder, or another library's model:
+    # see eval.model_source
+    checkpoint: Path
+    # open_clip's name of the model, such as ViT-B-32, if checkpoint is a file of its weights
+    open_clip_architecture: str | None = None
     batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
     workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
+    # Of the towers; embeddings and scores are float32 always
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Of a clip longer than the model takes: the mean over windows that cover it, or a part of it
+    long_clips: Literal["windows", "first", "centre"] = "windows"
+
+
+class EvaluateConfig(EncodingConfig):
+    """What `python -m eval.evaluate` reads."""
+
+    output: Path  # folder for results.json, .md and .csv, report.html and predictions/
+    embeddings: Path | None = None  # folder where they are kept and found; null: in the output
+    evaluations: dict[str, EvaluationSection] = Field(min_length=1)  # by the name of your choice
     seed: int = Field(0, ge=0)  # of the bootstrap
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
@@ -113,12 +127,9 @@ class CompareConfig(Section):
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 
-class EmbedConfig(Section):
+class EmbedConfig(EncodingConfig):
     """What `python -m eval.embed` reads."""
 
-    checkpoint: Path  # a run folder (its newest checkpoint) or one checkpoint's folder
     dataset: Path  # folder of shards
     output: Path  # folder for one Parquet per shard, and embeddings.json
-    batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
-    workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
     max_bad_fraction: float = Field(1e-3, ge=0, le=1)  # unreadable samples that fail the job

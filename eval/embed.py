@@ -13,14 +13,14 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from data_prep.config_file import RunError, run_command
+from data_prep.config_file import RunError, check_output_folder, run_command
 from data_prep.shard_format import Dataset
-from eval.checkpoint_folder import check_checkpoint_and_output
 from eval.config import EmbedConfig
+from eval.model_source import find_model
 
 if TYPE_CHECKING:
     from eval.embedding_files import Origin
-    from eval.embeddings import Encoder
+    from eval.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +34,16 @@ def run(config: EmbedConfig) -> None:
     """
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
     from eval.embedding_files import origin_of, write_summary
-    from eval.embeddings import check_tower, load_encoder
-    from pretrain.checkpoint import find_checkpoint
+    from eval.encoder import check_tower, load_encoder
 
-    check_checkpoint_and_output(config.checkpoint, config.output)
+    check_output_folder(config.output, key="output")
     dataset = Dataset(config.dataset)
-    checkpoint = find_checkpoint(config.checkpoint)
-    encoder = load_encoder(checkpoint, batch_size=config.batch_size, workers=config.workers)
+    encoder = load_encoder(config)
     check_tower(encoder, dataset.info.media, folder=dataset.folder)
-    origin = origin_of(dataset, checkpoint)
+    origin = origin_of(dataset, encoder)
     config.output.mkdir(parents=True, exist_ok=True)
     write_missing_shards(config, encoder, dataset, origin)
-    record = write_summary(config.output, dataset=dataset, origin=origin, checkpoint=checkpoint)
+    record = write_summary(config.output, dataset=dataset, origin=origin, model=encoder.origin)
     print(  # noqa: T201
         f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
         f"{record['num_shards']} shards; {len(record['bad_samples'])} are bad and left out"
@@ -85,7 +83,8 @@ def write_missing_shards(
 
 def dry_run(config: EmbedConfig) -> None:
     """Checks what can be checked without the model, and prints what would be embedded."""
-    check_checkpoint_and_output(config.checkpoint, config.output)
+    check_output_folder(config.output, key="output")
+    find_model(config.checkpoint, architecture=config.open_clip_architecture)
     dataset = Dataset(config.dataset)
     names = [row.name for row in dataset.manifest]
     num_there = sum((config.output / f"{name}.parquet").exists() for name in names)

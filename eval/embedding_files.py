@@ -15,16 +15,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.config_file import InputError, differing_keys, read_config
+from data_prep.config_file import InputError, differing_keys
 from data_prep.shard_format import Dataset, write_atomically
-from pretrain.checkpoint_record import read_record
-from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from eval.encoder import Encoder
+    from eval.loaded_model import ModelOrigin
 
 BAD_SAMPLES = "isopair.bad_samples"
 
@@ -55,8 +57,9 @@ class Origin:
     """What embeddings are a function of. Files of another origin are never mixed with these."""
 
     dataset_fingerprint: str
-    checkpoint: str  # sha256 over the sums of the checkpoint's files, but for the optimizer's
+    checkpoint: str  # sha256 of what the model is rebuilt from
     transform: dict[str, Any]  # of the media
+    dtype: str  # of the towers
     embed_dim: int  # D
 
     def as_metadata(self) -> dict[str, str]:
@@ -64,20 +67,15 @@ class Origin:
         return {f"isopair.{key}": str(value) for key, value in (asdict(self) | values).items()}
 
 
-def origin_of(dataset: Dataset, checkpoint: Path) -> Origin:
-    """What the embeddings of a dataset by a checkpoint are made from.
-
-    Args:
-        dataset: the dataset.
-        checkpoint: one checkpoint's folder.
-    """
-    config = read_config(PretrainConfig, checkpoint / "config.yaml")
-    transform = getattr(config, dataset.info.media)
+def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
+    """What the embeddings of a dataset by a model are made from."""
+    front_end = encoder.front_ends[dataset.info.media]
     return Origin(
         dataset_fingerprint=dataset.info.fingerprint,
-        checkpoint=read_record(checkpoint).model_sha256,
-        transform=json.loads(transform.model_dump_json()),
-        embed_dim=config.model.embed_dim,
+        checkpoint=encoder.origin.sha256,
+        transform=front_end.settings | {"long_clips": front_end.long_clips},
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        embed_dim=encoder.embed_dim,
     )
 
 
@@ -173,7 +171,7 @@ def uids_of_shard(dataset: Dataset, shard: int) -> list[str] | None:
 
 
 def write_summary(
-    folder: Path, *, dataset: Dataset, origin: Origin, checkpoint: Path
+    folder: Path, *, dataset: Dataset, origin: Origin, model: ModelOrigin
 ) -> dict[str, Any]:
     """Writes embeddings.json, which says that every shard is there, and returns what it holds."""
     paths = [folder / f"{row.name}.parquet" for row in dataset.manifest]
@@ -181,7 +179,7 @@ def write_summary(
     record = {
         **asdict(origin),
         "dataset": str(dataset.folder),
-        "checkpoint_folder": str(checkpoint),
+        "checkpoint_folder": str(model.folder),
         "media": dataset.info.media,
         "num_samples": len(dataset),
         "num_embedded": len(dataset) - len(bad_samples),

@@ -1,13 +1,15 @@
-"""Measures a checkpoint: zero-shot classification and retrieval, with intervals and a report.
+"""Measures a model: zero-shot classification, retrieval and more, with intervals and a report.
 
     python -m eval.evaluate configs/eval/demo.yaml
     python -m eval.evaluate configs/eval/demo.yaml checkpoint=runs/mine output=results/mine
+    torchrun --nproc-per-node 8 -m eval.evaluate configs/eval/demo.yaml
 
 1. read the tasks: labels, captions, class names, prompts, all checked   eval.task_readers
-2. load the model of the checkpoint                                      eval.embeddings
-3. encode media and texts, and score them                                eval.measure
-4. write results.json, .md and .csv, and what became of every sample     eval.results, .predictions
-5. write report.html                                                     eval.report
+2. load the model, of ours or another library's                          eval.encoder
+3. encode media and texts: each process its share, each item once        eval.embedding_store
+4. score them                                                            eval.measure
+5. write results.json, .md and .csv, and what became of every sample     eval.results, .predictions
+6. write report.html                                                     eval.report
 
 Exit status 1 if a figure misses its goal.
 """
@@ -16,54 +18,70 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from data_prep.config_file import run_command
-from eval.checkpoint_folder import check_checkpoint_and_output
+from data_prep.config_file import check_output_folder, run_command
 from eval.config import EvaluateConfig
+from eval.model_source import find_model
 from eval.task_readers import read_tasks
+
+if TYPE_CHECKING:
+    from eval.measure import Outcome
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluates a checkpoint and writes what was found into the output folder."""
+    """Evaluates a model and writes what was found into the output folder."""
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
-    from eval.embeddings import load_encoder
+    from eval.processes import joined_processes
+
+    with joined_processes():
+        _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    from eval.embedding_store import EmbeddingStore
+    from eval.encoder import load_encoder
     from eval.intervals import Bootstrap
-    from eval.measure import check_towers, measure_tasks
-    from eval.predictions import write_predictions
-    from eval.report import write_report
-    from eval.results import (
-        refuse_missed_goals,
-        results_record,
-        scores_csv,
-        scores_table,
-        write_results,
-    )
-    from pretrain.checkpoint import find_checkpoint
+    from eval.measure import Embeddings, check_towers, encode_tasks, measure_tasks
+    from eval.processes import wait_for_all
+    from eval.results import results_record
+    from pretrain.gather import rank
 
     start = time.monotonic()
-    check_checkpoint_and_output(config.checkpoint, config.output)
+    check_output_folder(config.output, key="output")
     tasks = read_tasks(config)
-    checkpoint = find_checkpoint(config.checkpoint)
-    encoder = load_encoder(checkpoint, batch_size=config.batch_size, workers=config.workers)
+    encoder = load_encoder(config)
     check_towers(tasks, encoder)
+    store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
+    encode_tasks(tasks, store)
+    wait_for_all()  # every process has made its share
+    if rank() > 0:
+        return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
-    outcomes = measure_tasks(tasks, encoder=encoder, bootstrap=bootstrap)
+    outcomes = measure_tasks(tasks, Embeddings(store, encoder.device), bootstrap=bootstrap)
     seconds = time.monotonic() - start
-    record = results_record(
-        config, outcomes, encoder=encoder, checkpoint=checkpoint, seconds=seconds
-    )
+    record = results_record(config, outcomes, encoder=encoder, seconds=seconds)
+    _write(config, outcomes, record)
+
+
+def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str, Any]) -> None:
+    from eval.predictions import write_predictions
+    from eval.report import write_report
+    from eval.results import refuse_missed_goals, scores_csv, scores_table, write_results
+
     table = scores_table(outcomes)
     write_results(config.output, record, table=table, rows=scores_csv(outcomes))
     write_predictions(config.output, outcomes)
-    report = write_report(config, outcomes, record=record, checkpoint=checkpoint)
     print(table)  # noqa: T201
-    print(report)  # noqa: T201
+    print(write_report(config, outcomes, record=record))  # noqa: T201
     refuse_missed_goals(config, outcomes)
 
 
 def dry_run(config: EvaluateConfig) -> None:
     """Checks the files of every task, and prints what would be measured."""
-    check_checkpoint_and_output(config.checkpoint, config.output)
+    check_output_folder(config.output, key="output")
+    find_model(config.checkpoint, architecture=config.open_clip_architecture)
     for task in read_tasks(config):
         print(task.description())  # noqa: T201
 

@@ -42,7 +42,6 @@ def write_report(
     outcomes: Sequence[Outcome],
     *,
     record: dict[str, Any],
-    checkpoint: Path,
 ) -> Path:
     """Writes report.html into the output folder and returns its path.
 
@@ -50,12 +49,11 @@ def write_report(
         config: the evaluation's config.
         outcomes: of its tasks.
         record: what results.json holds.
-        checkpoint: folder of the checkpoint evaluated.
     """
     sections = [
         headline_section(outcomes),
         *(_outcome_section(outcome, outcomes) for outcome in outcomes),
-        *training_sections(checkpoint),
+        *training_sections(Path(record["checkpoint"]["folder"])),
         provenance_section(record),
     ]
     page = render_page(
@@ -69,7 +67,9 @@ def write_report(
 
 
 def _subtitle(checkpoint: dict[str, Any]) -> str:
-    subtitle = f"{checkpoint['folder']}, step {checkpoint['step']}"
+    subtitle = f"{checkpoint['folder']}"
+    if checkpoint["step"] is not None:
+        subtitle += f", step {checkpoint['step']}"
     if checkpoint["marks"]:
         subtitle += f". Not a function of its config alone: {', '.join(checkpoint['marks'])}"
     return subtitle
@@ -224,6 +224,7 @@ def provenance_section(record: dict[str, Any]) -> Section:
     environment, method = record["environment"], record["method"]
     facts = {
         "checkpoint": record["checkpoint"]["folder"],
+        "library": record["checkpoint"]["library"],
         "step": record["checkpoint"]["step"],
         "sha256 of the model": record["checkpoint"]["model_sha256"],
     }
@@ -240,8 +241,8 @@ def provenance_section(record: dict[str, Any]) -> Section:
         if "prompt_templates" in evaluation:
             facts[f"{name}: prompts"] = "; ".join(evaluation["prompt_templates"])
     facts |= {
-        "scores": f"{method['embedding_dtype']} embeddings, {method['score_dtype']}, "
-        f"ties {method['ties']}",
+        "scores": f"{method['tower_dtype']} towers, {method['embedding_dtype']} embeddings, "
+        f"{method['score_dtype']}, ties {method['ties']}",
         "intervals": f"95 %, {method['bootstrap_samples']} resamples, seed {method['seed']}",
         "device": environment["device"],
         "code": environment["git_commit"] or "not in a git checkout",

@@ -18,12 +18,13 @@ import torch
 from data_prep.config_file import InputError, RunError
 from data_prep.shard_format import write_atomically
 from eval.config import EvaluateConfig
-from eval.embeddings import Encoder
+from eval.embedding_store import sum_of_texts
+from eval.encoder import Encoder
 from eval.intervals import CONFIDENCE, Score
+from eval.loaded_model import ModelOrigin
 from eval.markdown_table import markdown_table
 from eval.measure import Outcome
 from eval.tasks import ClassificationTask, LinearProbeTask, MultiLabelTask, RetrievalTask
-from pretrain.checkpoint_record import read_record
 from pretrain.run_folder import describe_environment
 
 COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
@@ -34,7 +35,6 @@ def results_record(
     outcomes: Sequence[Outcome],
     *,
     encoder: Encoder,
-    checkpoint: Path,
     seconds: float,
 ) -> dict[str, Any]:
     """What results.json holds: the figures, and everything they are a function of.
@@ -43,13 +43,14 @@ def results_record(
         config: the evaluation's config.
         outcomes: of its tasks.
         encoder: that made the embeddings.
-        checkpoint: folder of the checkpoint evaluated.
         seconds: of the whole evaluation.
     """
     return {
-        "checkpoint": _checkpoint_record(checkpoint),
+        "checkpoint": _model_record(encoder.origin),
         "evaluations": {outcome.task.name: _outcome_record(outcome) for outcome in outcomes},
         "method": {
+            "tower_dtype": str(encoder.dtype).removeprefix("torch."),
+            "long_clips": config.long_clips,
             "embedding_dtype": "float32",
             "score_dtype": "float64 products rounded to float32",
             "tf32": False,
@@ -72,14 +73,13 @@ def device_name(encoder: Encoder) -> str:
     return encoder.device.type
 
 
-def _checkpoint_record(folder: Path) -> dict[str, Any]:
-    recorded = read_record(folder)
+def _model_record(origin: ModelOrigin) -> dict[str, Any]:
     return {
-        "folder": str(folder),
-        "step": recorded.state.step,
-        # Why the model is not a function of its run's config alone; mostly nothing.
-        "marks": list(recorded.state.marks),
-        "model_sha256": recorded.model_sha256,
+        "library": origin.library,
+        "folder": str(origin.folder),
+        "step": origin.step,
+        "marks": list(origin.marks),
+        "model_sha256": origin.sha256,
     }
 
 
@@ -112,11 +112,18 @@ def _classification_record(outcome: Outcome) -> dict[str, Any]:
         "num_queries": len(task.targets),
         "num_classes": len(task.class_names),
         "num_classes_without_items": int(sum(math.isnan(r) for r in result.class_recalls)),
-        "num_prompts": len(task.class_names) * len(task.prompt_templates),
-        "class_names": task.class_names,
-        "prompt_templates": task.prompt_templates,
+        **_prompts_record(task),
         "class_recalls": {name: None if math.isnan(r) else r for name, r in recalls},
         "confusion_matrix": result.confusion.tolist(),
+    }
+
+
+def _prompts_record(task: ClassificationTask | MultiLabelTask) -> dict[str, Any]:
+    return {
+        "num_prompts": len(task.texts),
+        "prompts_sha256": sum_of_texts(task.texts),
+        "class_names": task.class_names,
+        "prompt_templates": task.prompt_templates,
     }
 
 
@@ -130,8 +137,8 @@ def _linear_probe_record(outcome: Outcome) -> dict[str, Any]:
         "validation_accuracies": {f"{k:.4g}": v for k, v in result.validation_accuracies.items()},
         "num_train": len(task.train.places),
         "num_validation": len(task.validation.places),
-        "train_fingerprint": task.train.dataset.fingerprint,
-        "validation_fingerprint": task.validation.dataset.fingerprint,
+        "train_fingerprint": task.train.source.dataset.fingerprint,
+        "validation_fingerprint": task.validation.source.dataset.fingerprint,
     }
 
 
@@ -145,9 +152,7 @@ def _multi_label_record(outcome: Outcome) -> dict[str, Any]:
         "num_classes_without_items": sum(map(math.isnan, precisions)),
         "mean": "over the classes that have items",
         "num_labels": int(task.is_of_class.sum()),
-        "num_prompts": len(task.class_names) * len(task.prompt_templates),
-        "class_names": task.class_names,
-        "prompt_templates": task.prompt_templates,
+        **_prompts_record(task),
         "average_precisions": {n: None if math.isnan(value) else value for n, value in by_class},
     }
 
@@ -158,6 +163,7 @@ def _retrieval_record(outcome: Outcome) -> dict[str, Any]:
         "task": "retrieval",
         "num_media": len(task.dataset),
         "num_captions": len(task.captions),
+        "captions_sha256": sum_of_texts(task.captions),
         "num_repeated_captions": len(task.captions) - len(set(task.captions)),
         "num_distractor_captions": len(task.distractor_captions),
         "media_to_text_gallery": result.media_to_text.gallery_size,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,8 @@ from tqdm import tqdm
 from data_prep.config_file import InputError
 from data_prep.shard_format import CorruptSampleError, Dataset, captions_of
 from eval.embedding_files import BadSample, ShardEmbeddings
-from eval.embeddings import (
-    Encoder,
-    check_embeddings,
-    encode_media_batch,
-    encode_text_batch,
-    transformed_media,
-)
+from eval.encoder import Encoder, check_embeddings
+from eval.front_end import FrontEnd
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class Item:
 
     place: int  # in its shard
     key: str
-    media: Tensor  # uint8 [3, H, Wd] or float32 [samples]
+    windows: Tensor  # [n, ...], as eval.front_end prepares them
     captions: list[str]
 
 
@@ -43,7 +37,8 @@ class Batch:
     places: list[int]
     keys: list[str]
     captions: list[list[str]]
-    media: Tensor | None  # [B, 3, H, Wd] or [B, samples]; None where all samples are bad
+    windows: Tensor | None  # [n, ...] of all items; None where all samples are bad
+    num_windows: list[int]  # of each item
     bad_samples: list[BadSample]
     errors: list[InputError]  # that stop everything
 
@@ -52,9 +47,9 @@ class _Items(torch.utils.data.Dataset):
     """Ordinal -> item, or why the sample is left out, or the error to raise: one raised in a worker
     process would come with the worker's traceback as its message."""
 
-    def __init__(self, dataset: Dataset, transform: Any) -> None:
+    def __init__(self, dataset: Dataset, front_end: FrontEnd) -> None:
         self.dataset = dataset
-        self.transform = transform
+        self.front_end = front_end
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,8 +58,8 @@ class _Items(torch.utils.data.Dataset):
         shard, place = self.dataset.locate(ordinal)
         try:
             sample = self.dataset.read_sample(ordinal)
-            media = transformed_media(sample, self.transform, kind=self.dataset.info.media)
-            return Item(place, sample.key, media, captions_of(sample))
+            windows = self.front_end.prepare(sample)
+            return Item(place, sample.key, windows, captions_of(sample))
         except CorruptSampleError as error:
             return BadSample(self.dataset.manifest[shard].name, ordinal, str(error))
         except OSError as error:
@@ -78,7 +73,8 @@ def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
         keys=[item.key for item in good],
         captions=[item.captions for item in good],
         # One tensor: each that a worker sends costs the main process an open file.
-        media=torch.stack([item.media for item in good]) if good else None,
+        windows=torch.cat([item.windows for item in good]) if good else None,
+        num_windows=[len(item.windows) for item in good],
         bad_samples=[item for item in items if isinstance(item, BadSample)],
         errors=[item for item in items if isinstance(item, InputError)],
     )
@@ -94,7 +90,7 @@ def embed_shards(
     """
     places = [(shard, batch) for shard in shards for batch in _batches(encoder, dataset, shard)]
     loader = DataLoader(
-        _Items(dataset, encoder.transforms[dataset.info.media]),
+        _Items(dataset, encoder.front_ends[dataset.info.media]),
         batch_sampler=[ordinals for _, ordinals in places],
         num_workers=encoder.workers,
         collate_fn=_join_items,
@@ -124,14 +120,11 @@ def _encode_batch(
     into.keys += batch.keys
     into.num_captions += map(len, batch.captions)
     into.bad_samples += batch.bad_samples
-    if batch.media is None:
+    if batch.windows is None:
         return
     captions = [caption for of_item in batch.captions for caption in of_item]
-    starts = range(0, len(captions), encoder.batch_size)
-    media = encode_media_batch(encoder, dataset.info.media, batch.media)  # [B, D]
-    texts = torch.cat(  # [M, D]
-        [encode_text_batch(encoder, captions[n : n + encoder.batch_size]) for n in starts]
-    )
+    media = encoder.encode_items(dataset.info.media, batch.windows, batch.num_windows)  # [B, D]
+    texts = encoder.encode_texts(captions)  # [M, D]
     for embeddings, kind in ((media, "media"), (texts, "captions")):
         check_embeddings(embeddings, name=f"{kind} of {dataset.folder} from {batch.keys[0]} on")
     into.media.append(media.numpy())

@@ -31,6 +31,7 @@ from eval.tasks import (
     EvaluationSet,
     LabelledItems,
     LinearProbeTask,
+    MediaSet,
     MultiLabelTask,
     RetrievalTask,
     Task,
@@ -137,14 +138,17 @@ def read_linear_probe_task(
             "train_split, to others"
         )
     train_keys, train_targets = _read_targets(source, class_names)
+    training_set = MediaSet(source, train_keys)
     train = np.arange(len(train_keys))
     if section.validation is not None:
         held_out = open_once(section.validation, section.validation_split, None)
-        of_held_out = _read_targets(held_out, class_names)[1]
-        validation = LabelledItems(held_out, np.arange(len(of_held_out)), of_held_out)
+        held_out_keys, of_held_out = _read_targets(held_out, class_names)
+        validation = LabelledItems(
+            MediaSet(held_out, held_out_keys), np.arange(len(of_held_out)), of_held_out
+        )
     else:
         is_held_out = np.array([zlib.crc32(key.encode()) % 10 == 0 for key in train_keys])
-        validation = LabelledItems(source, train[is_held_out], train_targets[is_held_out])
+        validation = LabelledItems(training_set, train[is_held_out], train_targets[is_held_out])
         train = train[~is_held_out]
     if not len(train) or not len(validation.places):
         raise InputError(
@@ -158,7 +162,7 @@ def read_linear_probe_task(
         class_names,
         [],
         targets,
-        LabelledItems(source, train, train_targets[train]),
+        LabelledItems(training_set, train, train_targets[train]),
         validation,
         section.strength,
     )

@@ -23,6 +23,7 @@ PRETRAIN_MODULES = {
     "checkpoint_store",
     "config",
     "gather",
+    "launcher",
     "model",
     "run_folder",
     "sample_order",

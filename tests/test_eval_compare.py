@@ -34,7 +34,7 @@ def results(config_path, monkeypatch):  # noqa: F811
     """Folders of the results of a good model and of a worse one."""
     good, worse = (config_path.parent / name for name in ("good", "worse"))
     assert evaluate(config_path, f"output={good}") == 0
-    monkeypatch.setattr("eval.embeddings.load_model", load_worse_model)
+    monkeypatch.setattr("eval.encoder.load_model", load_worse_model)
     assert evaluate(config_path, f"output={worse}") == 0
     return good, worse
 

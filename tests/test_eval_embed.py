@@ -4,7 +4,9 @@ import io
 import json
 import shutil
 import tarfile
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -23,7 +25,8 @@ from data_prep.subset import KeptSamples
 from eval.config import EmbedConfig
 from eval.embed import dry_run, run
 from eval.embedding_files import is_finished, origin_of
-from eval.embeddings import encode_media, encode_texts, load_encoder
+from eval.embedding_store import EmbeddingStore
+from eval.encoder import load_encoder
 from pretrain.checkpoint import find_checkpoint
 from pretrain.train import pretrain
 
@@ -57,15 +60,24 @@ def read_rows(folder):
     return [row for path in paths for row in pyarrow.parquet.read_table(path).to_pylist()]
 
 
+def encoder_of(checkpoint):
+    values = {"checkpoint": checkpoint, "dataset": "unused", "output": "unused"}
+    return load_encoder(EmbedConfig.model_validate(values | {"batch_size": 100}))
+
+
 def own_embeddings(checkpoint, dataset):
     """What evaluation computes: media [Q, D], and captions [M, D] with their places."""
-    encoder = load_encoder(checkpoint, batch_size=100, workers=0)
     samples = KeptSamples(dataset, subset=None)
-    captions = [captions_of(samples.read_sample(n)) for n in range(len(samples))]
+    rows = [samples.read_sample(n) for n in range(len(samples))]
+    keys, captions = [row.key for row in rows], [captions_of(row) for row in rows]
     texts = [text for of_sample in captions for text in of_sample]
     media_of_text = np.repeat(np.arange(len(samples)), [len(each) for each in captions])
-    media = encode_media(encoder, samples).numpy()
-    return media, encode_texts(encoder, texts, name="captions").numpy(), media_of_text
+    with tempfile.TemporaryDirectory() as folder:
+        store = EmbeddingStore(Path(folder), encoder_of(checkpoint))
+        store.encode_media(samples, keys)
+        store.encode_texts(texts, name="captions")
+        media, text_embeddings = store.media(samples, keys), store.texts(texts)
+    return media.numpy(), text_embeddings.numpy(), media_of_text
 
 
 @pytest.mark.parametrize(
@@ -94,7 +106,7 @@ def test_files_say_what_they_hold_and_what_they_are_made_from(
 ):
     assert embed(toy_data / "colors")[0] == 0
     dataset = Dataset(toy_data / "colors")
-    origin = origin_of(dataset, checkpoint)
+    origin = origin_of(dataset, encoder_of(checkpoint))
     out = tmp_path / "out"
     names = ["00000000.parquet", "00000001.parquet", "00000002.parquet", "embeddings.json"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -132,7 +144,7 @@ def test_finished_shards_are_kept_and_those_of_another_origin_refused(
     assert status == 1
     assert "00000000.parquet: embeddings made from something else:" in printed
     assert "isopair.dataset_fingerprint: " in printed
-    origin = origin_of(Dataset(toy_data / "colors"), checkpoint)
+    origin = origin_of(Dataset(toy_data / "colors"), encoder_of(checkpoint))
     for other in (replace(origin, checkpoint="other"), replace(origin, transform={"size": 224})):
         with pytest.raises(InputError, match=r"isopair\.(checkpoint|transform): .* there, .* now"):
             is_finished(out / "00000000.parquet", other)

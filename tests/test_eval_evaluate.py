@@ -36,7 +36,7 @@ def flags(*colors):
 @pytest.fixture
 def config_path(tmp_path, monkeypatch):
     """A config over pictures and sounds, for a model that load_model is made to return."""
-    monkeypatch.setattr("eval.embeddings.load_model", load_toy_model)
+    monkeypatch.setattr("eval.encoder.load_model", load_toy_model)
     pictures = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
     # Said to be of its colour, and every third of another one as well, which it is not.
     tints = [
@@ -215,11 +215,11 @@ def test_sample_that_cannot_be_decoded_stops_the_evaluation(config_path, capsys,
 def test_dataset_of_media_that_the_model_has_no_tower_for_is_refused(
     config_path, capsys, monkeypatch
 ):
-    def load_image_model(folder, *, device):
+    def load_image_model(folder):
         model, transforms, tokenizer = load_toy_model(folder)
         return model, {"image": transforms["image"]}, tokenizer
 
-    monkeypatch.setattr("eval.embeddings.load_model", load_image_model)
+    monkeypatch.setattr("eval.encoder.load_model", load_image_model)
     assert evaluate(config_path) == 1
     assert "sounds holds audio, but the model has towers for ['image']" in capsys.readouterr().err
 

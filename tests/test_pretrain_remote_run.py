@@ -6,13 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from eval.checkpoint_folder import check_checkpoint_and_output
 from gloo_processes import WorkerFailedError, run_in_processes
 from toy_object_store import CREDENTIALS, toy_object_store
 from toy_run import toy_config
 from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
-from eval.checkpoint_folder import check_checkpoint_and_output
 from pretrain.checkpoint import load_model, newest_checkpoint, restore
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_store import open_store

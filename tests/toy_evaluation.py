@@ -86,7 +86,14 @@ class ToyModel(torch.nn.Module):
         return normalize(torch.tensor(rows) + 0.01, dim=-1)
 
 
+class ToySettings:
+    def model_dump(self, mode):
+        return {}
+
+
 class ToyImageTransform:
+    config = ToySettings()
+
     def decode(self, content, extension):
         return decode_image(content, extension)
 
@@ -95,6 +102,9 @@ class ToyImageTransform:
 
 
 class ToyAudioTransform:
+    config = ToySettings()
+    clip_samples = SAMPLE_RATE_HZ // 2
+
     def decode(self, content, extension):
         return decode_audio(content, sample_rate_hz=SAMPLE_RATE_HZ)
 

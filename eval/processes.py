@@ -1,0 +1,48 @@
+"""Joins the processes that a launcher started for one evaluation: torchrun, accelerate or srun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data_prep.config_file import RunError
+from pretrain.gather import gather_objects, is_of_lost_peer
+from pretrain.launcher import adopt_environment
+
+LONGEST_WAIT = timedelta(days=7)  # one may read a slow disk for hours; one that dies is noticed
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """A process group over what the launcher started; none for one process.
+
+    Raises:
+        InputError: the launcher's word is not enough.
+        RunError: another process ended.
+    """
+    adopt_environment(os.environ, needs_group=False)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # Gloo: no tensor is sent, the processes only wait for one another.
+    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield
+    except RuntimeError as error:
+        if is_of_lost_peer(error):
+            raise RunError("another process ended: its own message says why") from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    gather_objects(None)
