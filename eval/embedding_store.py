@@ -36,7 +36,7 @@ from pretrain.gather import rank, world_size
 
 logger = logging.getLogger(__name__)
 
-ITEMS_PER_PART = 1024  # at least: what a failure may cost
+MAX_PARTS = 1024  # of a set: a part is what a failure may cost, and what a process takes at once
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ class EmbeddingStore:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "origin.json").exists():
             write_atomically(folder / "origin.json", content)
-        part_size = math.ceil(ITEMS_PER_PART / encoder.batch_size) * encoder.batch_size
+        batches_per_part = math.ceil(num_items / encoder.batch_size / MAX_PARTS)
+        part_size = batches_per_part * encoder.batch_size
         return _Parts(folder, num_items, part_size, encoder.embed_dim)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pickle import PickleError
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
             name, pretrained=weights, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, EOFError, PickleError) as error:
         raise InputError(f"{source.path}: open_clip cannot load it: {error}") from None
     return LoadedModel(
         OpenClipModel(model),

@@ -19,14 +19,15 @@ LONGEST_WAIT = timedelta(days=7)  # one may read a slow disk for hours; one that
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """A process group over what the launcher started; none for one process.
+    """A process group over what the launcher started; none for one process, and if there is one
+    already, that.
 
     Raises:
         InputError: the launcher's word is not enough.
         RunError: another process ended.
     """
     adopt_environment(os.environ, needs_group=False)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if torch.cuda.is_available():

@@ -23,7 +23,7 @@ def write_set(folder, samples, *, kind=None, classes=None, samples_per_tar=2, **
     for number, start in enumerate(numbers):
         with webdataset.TarWriter(str(folder / "test" / f"{number}.tar")) as tar:
             for place, members in enumerate(samples[start : start + samples_per_tar], start=start):
-                tar.write({"__key__": f"s{place:07d}", **members})
+                tar.write({"__key__": f"s{place:07d}"} | members)
     texts = {"test/nshards.txt": str(len(numbers))} | files
     if kind is not None:
         texts["dataset_type.txt"] = kind
