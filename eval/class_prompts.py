@@ -26,31 +26,32 @@ def check_templates(templates: Sequence[str]) -> list[str]:
     return list(templates)
 
 
-def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every template filled with every class name: all prompts of the first class come first."""
+def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """[K] of each class, every template filled with its name."""
     return [
-        PLACEHOLDER.sub(lambda _, name=name: name, template)
+        [PLACEHOLDER.sub(lambda _, name=name: name, template) for template in templates]
         for name in class_names
-        for template in templates
     ]
 
 
-def average_prompts(prompt_embeddings: Tensor, *, num_classes: int) -> Tensor:
+def average_prompts(prompt_embeddings: Tensor, *, num_prompts: Sequence[int]) -> Tensor:
     """Class embeddings: the normalised mean of the normalised prompts of each class.
 
     Normalising before averaging gives each prompt the same say (Radford et al. 2021, section
     3.1.4, and its code).
 
     Args:
-        prompt_embeddings: [K * prompts per class, D], in the order of `class_prompts`.
-        num_classes: K.
+        prompt_embeddings: [all prompts, D], those of the first class, then of the second, ...
+        num_prompts: [K] of each class.
 
     Returns:
         [K, D], L2-normalised float32.
     """
-    prompts = _normalize_rows(prompt_embeddings.float())
-    means = prompts.unflatten(0, (num_classes, -1)).mean(dim=1)  # -> [K, D]
-    return _normalize_rows(means)
+    import torch  # slow, and the prompts alone do without
+
+    prompts = _normalize_rows(prompt_embeddings.float()).split(list(num_prompts))
+    means = [of_class.mean(dim=0, keepdim=True) for of_class in prompts]
+    return _normalize_rows(torch.cat(means))  # -> [K, D]
 
 
 def _normalize_rows(rows: Tensor) -> Tensor:

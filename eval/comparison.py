@@ -29,7 +29,11 @@ NUM_FLIPPED = 20  # keys of samples that are named
 CONDITIONS = {
     "zero_shot_classification": ("class_names",),
     "linear_probe": ("class_names", "train_fingerprint", "validation_fingerprint"),
+    "nearest_neighbours": ("class_names", "train_fingerprint", "num_neighbours", "temperature"),
+    "few_shot": ("class_names", "train_fingerprint", "strength", "shots", "num_draws", "seed"),
     "multi_label_classification": ("class_names",),
+    "media_retrieval": ("other_fingerprint", "num_right_pairs"),
+    "caption_choice": ("captions_sha256", "num_groups"),
     "retrieval": ("equal_captions", "num_captions", "num_distractor_captions"),
 }
 
@@ -130,12 +134,18 @@ def _differences(
     def read(suffix: str = "") -> list[dict[str, Any]]:
         return [_read(folder, name, suffix) for folder in folders]
 
-    if record["task"] in ("zero_shot_classification", "linear_probe"):
+    if record["task"] in ("zero_shot_classification", "linear_probe", "nearest_neighbours"):
         yield from _mean_differences(name, read(), {"hit@1": "top_1_accuracy"}, bootstrap)
+    elif record["task"] == "few_shot":
+        figures = {f"hit@1_{k}_shot": f"top_1_accuracy@{k}_shot" for k in record["shots"]}
+        yield from _mean_differences(name, read(), figures, bootstrap)
+    elif record["task"] == "caption_choice":
+        figures = {figure: figure for figure in record["scores"]}
+        yield from _mean_differences(name, read(), figures, bootstrap)
     elif record["task"] == "multi_label_classification":
         yield _precision_difference(name, read(), record["class_names"], bootstrap)
     else:
-        for direction in ("media_to_text", "text_to_media"):
+        for direction in record["directions"]:
             tables = read(f".{direction}")
             figures = {
                 column: f"{direction}_{column.replace('hit', 'recall')}"

@@ -1,24 +1,43 @@
-"""The configs of `python -m eval.evaluate`, `eval.compare` and `eval.embed`."""
+"""The configs of `python -m eval.evaluate`, `eval.compare`, `eval.embed`, and the others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
 
 from data_prep.config_file import Section
+
+# A path or URL of: shards of ours, tars (see eval.tar_dataset), one folder per class, or a table
+# (.csv, .tsv or .jsonl; see eval.file_dataset)
+DatasetPlace = Annotated[str, BeforeValidator(str)]
+
+
+class TableColumns(Section):
+    """What the columns of a table of media are called."""
+
+    # Of the media's file, beside the table: any columns in braces, such as "audio/{filename}"
+    media: str = "{file}"
+    captions: list[str] = ["caption"]  # several columns, or several rows of one file, or both
+    class_name: str = "class_name"
+    class_names: str = "class_names"  # several in one cell
+    class_separator: str = ","  # between these
 
 
 class _Evaluation(Section):
     """What every evaluation says."""
 
-    # Folder of shards, or of tars of clip_benchmark's layout (see eval.tar_dataset)
-    dataset: Path
-    split: str = "test"  # of tars of that layout
-    subset: Path | None = None  # .subset file of the dataset: measure only what it keeps
+    dataset: DatasetPlace
+    split: str = "test"  # of tars or folders of classes that have several
+    subset: Path | None = None  # .subset file of shards of ours: measure only what it keeps
+    columns: TableColumns = TableColumns()
     # Figure -> least value (of ranks: largest); the command fails if one is missed
     goals: dict[str, float] = {}
+    expected_items: PositiveInt | None = None  # the evaluation is refused if there are others
+    how_to_get: str | None = None  # said where the dataset is missing
+    main_figure: str | None = None  # that averages take; null: of its task (eval.averages)
+    averages: list[str] = []  # those that it counts in, besides that of all evaluations
 
 
 class ZeroShotClassificationSection(_Evaluation):
@@ -28,28 +47,62 @@ class ZeroShotClassificationSection(_Evaluation):
     """
 
     task: Literal["zero_shot_classification"]
-    # A list, or a text file with one name per line; null: the file that comes with the tars
-    class_names: list[str] | Path | None = None
-    prompt_templates: list[str] | Path | None = None  # likewise; {} or {c} stands for the class
+    # A list, or a text file with one name per line, or "open_clip:imagenet"; null: the file that
+    # comes with the tars, or the names of the folders
+    class_names: list[str] | str | None = None
+    # Likewise, {} or {c} stands for the class; or "open_clip:imagenet", "open_clip:simple"
+    prompt_templates: list[str] | str | None = None
+    # .json of class -> prompts of its own, instead of templates (CuPL)
+    class_prompts: Path | None = None
+    # Key in .json, or npy[i] for a number in .npy: accuracy of the worst group as well
+    group_by: str | None = None
 
 
-class LinearProbeSection(_Evaluation):
+class _TrainedSection(_Evaluation):
+    """What every evaluation says that learns from labelled items."""
+
+    class_names: list[str] | str | None = None  # as above
+    # Likewise of items to learn from; null: the train_split of `dataset`
+    train: DatasetPlace | None = None
+    train_split: str = "train"
+    train_subset: Path | None = None
+
+
+class LinearProbeSection(_TrainedSection):
     """Classifies by a regression that is fitted to the embeddings of training items.
 
     Samples carry "class_name" in .json, or an index in .cls.
     """
 
     task: Literal["linear_probe"]
-    class_names: list[str] | Path | None = None  # as above
-    # Folder of shards, or of tars; null: the train_split of `dataset`
-    train: Path | None = None
-    train_split: str = "train"
-    train_subset: Path | None = None
-    # Likewise, what the strength of the regularisation is chosen on; null: every tenth training
-    # item, by a hash of its key
-    validation: Path | None = None
+    # What the strength of the regularisation is chosen on; null: every tenth training item, by a
+    # hash of its key
+    validation: DatasetPlace | None = None
     validation_split: str = "val"
     strength: PositiveFloat | None = None  # of the regularisation, 1 / C; null: chosen
+
+
+class NearestNeighboursSection(_TrainedSection):
+    """Classifies by the votes of the training items nearest to each item (DINO's k-NN).
+
+    Samples carry "class_name" in .json, or an index in .cls.
+    """
+
+    task: Literal["nearest_neighbours"]
+    num_neighbours: PositiveInt = 20
+    temperature: PositiveFloat = 0.07  # a vote weighs exp(cosine / temperature)
+
+
+class FewShotSection(_TrainedSection):
+    """Linear probes on a few training items of each class, drawn several times.
+
+    Samples carry "class_name" in .json, or an index in .cls.
+    """
+
+    task: Literal["few_shot"]
+    shots: list[PositiveInt] = Field(default=[1, 2, 4, 8, 16], min_length=1)  # items per class
+    num_draws: PositiveInt = 3
+    strength: PositiveFloat = 1 / 0.316  # of the regularisation, 1 / C
 
 
 class MultiLabelSection(_Evaluation):
@@ -59,8 +112,9 @@ class MultiLabelSection(_Evaluation):
     """
 
     task: Literal["multi_label_classification"]
-    class_names: list[str] | Path | None = None  # as above
-    prompt_templates: list[str] | Path | None = None
+    class_names: list[str] | str | None = None  # as above
+    prompt_templates: list[str] | str | None = None
+    class_prompts: Path | None = None
 
 
 class RetrievalSection(_Evaluation):
@@ -85,8 +139,40 @@ class RetrievalSection(_Evaluation):
         return ks
 
 
+class MediaRetrievalSection(_Evaluation):
+    """Finds the media items of one dataset by those of another, such as sounds by pictures.
+
+    A pair of items is right if both have the same key, or the same value of `pair_by` in .json.
+    """
+
+    task: Literal["media_retrieval"]
+    other: DatasetPlace  # as dataset
+    other_split: str = "test"
+    pair_by: str | None = None  # null: the sample's key
+    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
+
+
+class CaptionChoiceSection(_Evaluation):
+    """Chooses the right one of a few captions that are nearly alike (SugarCrepe), and the right one
+    of a few media items (Winoground).
+
+    Samples carry their caption in .txt or .json, and wrong ones as "negative_captions" in .json.
+    """
+
+    task: Literal["caption_choice"]
+    # Key in .json: items of one value are each other's wrong answers; null: negative_captions are
+    group_by: str | None = None
+
+
 EvaluationSection = Annotated[
-    ZeroShotClassificationSection | LinearProbeSection | MultiLabelSection | RetrievalSection,
+    ZeroShotClassificationSection
+    | LinearProbeSection
+    | NearestNeighboursSection
+    | FewShotSection
+    | MultiLabelSection
+    | RetrievalSection
+    | MediaRetrievalSection
+    | CaptionChoiceSection,
     Field(discriminator="task"),
 ]
 
@@ -113,7 +199,8 @@ class EvaluateConfig(EncodingConfig):
     output: Path  # folder for results.json, .md and .csv, report.html and predictions/
     embeddings: Path | None = None  # folder where they are kept and found; null: in the output
     evaluations: dict[str, EvaluationSection] = Field(min_length=1)  # by the name of your choice
-    seed: int = Field(0, ge=0)  # of the bootstrap
+    skip_missing: bool = False  # leave out, and name, evaluations whose dataset is not there
+    seed: int = Field(0, ge=0)  # of the bootstrap, and of what few-shot probes learn from
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from data_prep.config_file import InputError
 from data_prep.shard_format import write_atomically
 from eval.encoder import Encoder, check_embeddings, check_tower
+from eval.evaluation_sets import EvaluationSet
 from eval.media_batches import media_batches
-from eval.tasks import EvaluationSet
 from pretrain.gather import rank, world_size
 
 logger = logging.getLogger(__name__)

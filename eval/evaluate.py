@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.config_file import check_output_folder, run_command
 from eval.config import EvaluateConfig
 from eval.model_source import find_model
-from eval.task_readers import read_tasks
+from eval.task_readers import fetch_datasets, read_tasks
 
 if TYPE_CHECKING:
     from eval.measure import Outcome
@@ -46,22 +46,26 @@ def _evaluate(config: EvaluateConfig) -> None:
     from eval.measure import Embeddings, check_towers, encode_tasks, measure_tasks
     from eval.processes import wait_for_all
     from eval.results import results_record
-    from pretrain.gather import rank
+    from pretrain.gather import on_main_process, rank
 
     start = time.monotonic()
     check_output_folder(config.output, key="output")
-    tasks = read_tasks(config)
+    on_main_process(lambda: fetch_datasets(config))
+    found = read_tasks(config)
     encoder = load_encoder(config)
-    check_towers(tasks, encoder)
+    check_towers(found.present, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
-    encode_tasks(tasks, store)
+    encode_tasks(found.present, store)
     wait_for_all()  # every process has made its share
     if rank() > 0:
         return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
-    outcomes = measure_tasks(tasks, Embeddings(store, encoder.device), bootstrap=bootstrap)
+    embeddings = Embeddings(store, encoder.device)
+    outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap)
     seconds = time.monotonic() - start
-    record = results_record(config, outcomes, encoder=encoder, seconds=seconds)
+    record = results_record(
+        config, outcomes, encoder=encoder, skipped=found.skipped, seconds=seconds
+    )
     _write(config, outcomes, record)
 
 
@@ -70,7 +74,7 @@ def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str
     from eval.report import write_report
     from eval.results import refuse_missed_goals, scores_csv, scores_table, write_results
 
-    table = scores_table(outcomes)
+    table = scores_table(outcomes, record)
     write_results(config.output, record, table=table, rows=scores_csv(outcomes))
     write_predictions(config.output, outcomes)
     print(table)  # noqa: T201
@@ -82,8 +86,11 @@ def dry_run(config: EvaluateConfig) -> None:
     """Checks the files of every task, and prints what would be measured."""
     check_output_folder(config.output, key="output")
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
-    for task in read_tasks(config):
+    found = read_tasks(config)
+    for task in found.present:
         print(task.description())  # noqa: T201
+    for name, reason in found.skipped.items():
+        print(f"{name}: left out: {reason}")  # noqa: T201
 
 
 def main() -> int:

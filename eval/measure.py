@@ -7,28 +7,47 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
+from eval.caption_choice import CaptionChoiceResult, choose_captions, choose_in_groups
 from eval.class_prompts import average_prompts
 from eval.embedding_store import EmbeddingStore
 from eval.encoder import Encoder
+from eval.few_shot import FewShotResult, classify_from_few
 from eval.intervals import Bootstrap
 from eval.linear_probe import LinearProbeResult, train_probe, with_ones
 from eval.multi_label import MultiLabelResult, classify_labels
+from eval.nearest_neighbours import neighbour_votes
 from eval.retrieval import RetrievalResult, retrieve
 from eval.tasks import (
+    CaptionChoiceTask,
     ClassificationTask,
+    FewShotTask,
     LabelledItems,
     LinearProbeTask,
+    MediaRetrievalTask,
+    MediaSet,
     MultiLabelTask,
+    NearestNeighboursTask,
     RetrievalTask,
     Task,
 )
-from eval.zero_shot import ClassificationResult, classify
+from eval.zero_shot import (
+    ClassificationResult,
+    classification_result,
+    classify,
+    rank_scores,
+)
 
 logger = logging.getLogger(__name__)
+
+
+Result = (
+    ClassificationResult | FewShotResult | MultiLabelResult | RetrievalResult | CaptionChoiceResult
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,16 @@ class Embeddings:
 
     def of_task(self, task: Task) -> Tensor:
         """[Q, D] of its media items."""
-        return self.store.media(task.dataset, task.keys).to(self.device)
+        return self.of_set(task.media_sets[0])
 
-    def of_items(self, items: LabelledItems) -> Tensor:
-        """[n, D] of some items."""
-        source = items.source
-        found = self.store.media(source.dataset, source.keys)
-        return found[torch.from_numpy(items.places)].to(self.device)
+    def of_set(self, source: MediaSet) -> Tensor:
+        """[Q, D] of a dataset's media items."""
+        return self.store.media(source.dataset, source.keys).to(self.device)
+
+    def of_labelled(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
+        """([n, D], int64 [n] classes) of some items."""
+        places = torch.from_numpy(items.places).to(self.device)
+        return self.of_set(items.source)[places], torch.from_numpy(items.targets).to(self.device)
 
     def of_texts(self, task: Task) -> Tensor:
         """[M, D] of its texts, in their order."""
@@ -58,9 +80,10 @@ class Outcome:
     """A task, its result, and the embeddings that the report shows neighbours from."""
 
     task: Task
-    result: ClassificationResult | MultiLabelResult | RetrievalResult
+    result: Result
     media_embeddings: Tensor  # [Q, D], L2-normalised
-    text_embeddings: Tensor  # [K, D] classes, or [M + distractors, D] captions, L2-normalised
+    # L2-normalised: [K, D] classes, [M + distractors, D] captions, or [M, D] of the other dataset
+    other_embeddings: Tensor
     seconds: float  # without encoding
 
 
@@ -71,13 +94,14 @@ def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
         InputError: naming the evaluation.
     """
     for task in tasks:
-        kind = task.dataset.info.media
-        if kind not in encoder.front_ends:
-            raise InputError(
-                f"evaluations.{task.name}: {task.dataset.folder} holds {kind}, but the model has "
-                f"towers for {sorted(encoder.front_ends)} only; remove this evaluation, or name "
-                "another checkpoint"
-            )
+        for source in task.media_sets:
+            kind, folder = source.dataset.info.media, source.dataset.folder
+            if kind not in encoder.front_ends:
+                raise InputError(
+                    f"evaluations.{task.name}: {folder} holds {kind}, but the model has towers for "
+                    f"{sorted(encoder.front_ends)} only; remove this evaluation, or name another "
+                    "checkpoint"
+                )
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
@@ -104,16 +128,20 @@ def measure_tasks(
     measures = {
         ClassificationTask: measure_classification,
         LinearProbeTask: measure_linear_probe,
+        NearestNeighboursTask: measure_nearest_neighbours,
+        FewShotTask: measure_few_shot,
         MultiLabelTask: measure_multi_label,
         RetrievalTask: measure_retrieval,
+        MediaRetrievalTask: measure_media_retrieval,
+        CaptionChoiceTask: measure_caption_choice,
     }
     outcomes = []
     for task in tasks:
         start = time.monotonic()
-        result, texts = measures[type(task)](task, embeddings, bootstrap=bootstrap)
+        result, other = measures[type(task)](task, embeddings, bootstrap=bootstrap)
         seconds = time.monotonic() - start
         media = embeddings.of_task(task).cpu()
-        outcomes.append(Outcome(task, result, media, texts.cpu(), seconds))
+        outcomes.append(Outcome(task, result, media, other.cpu(), seconds))
         logger.info("%s: %.1f s", task.name, seconds)
     return outcomes
 
@@ -124,7 +152,11 @@ def measure_classification(
     """The result of a classification, and its class embeddings [K, D]."""
     class_embeddings = _class_embeddings(task, embeddings)
     result = classify(
-        embeddings.of_task(task), class_embeddings, targets=task.targets, bootstrap=bootstrap
+        embeddings.of_task(task),
+        class_embeddings,
+        targets=task.targets,
+        bootstrap=bootstrap,
+        groups=task.groups,
     )
     return result, class_embeddings
 
@@ -134,12 +166,9 @@ def measure_linear_probe(
 ) -> tuple[LinearProbeResult, Tensor]:
     """The result of a linear probe, and its weights and biases [K, D + 1]."""
 
-    def of(items: LabelledItems) -> tuple[Tensor, Tensor]:
-        return embeddings.of_items(items), torch.from_numpy(items.targets).to(embeddings.device)
-
     probe, accuracies = train_probe(
-        of(task.train),
-        of(task.validation),
+        embeddings.of_labelled(task.train),
+        embeddings.of_labelled(task.validation),
         num_classes=len(task.class_names),
         strength=task.strength,
     )
@@ -151,6 +180,43 @@ def measure_linear_probe(
         **vars(classified), strength=probe.strength, validation_accuracies=accuracies
     )
     return result, weights
+
+
+def measure_nearest_neighbours(
+    task: NearestNeighboursTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+) -> tuple[ClassificationResult, Tensor]:
+    """The result of a classification by neighbours, and the training items' embeddings [n, D]."""
+    train, train_targets = embeddings.of_labelled(task.train)
+    votes = neighbour_votes(
+        embeddings.of_task(task),
+        train,
+        train_targets,
+        num_classes=len(task.class_names),
+        num_neighbours=task.num_neighbours,
+        temperature=task.temperature,
+    )
+    ranks, predictions = rank_scores(votes, targets=task.targets)
+    result = classification_result(ranks, predictions, targets=task.targets, bootstrap=bootstrap)
+    return result, train
+
+
+def measure_few_shot(
+    task: FewShotTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+) -> tuple[FewShotResult, Tensor]:
+    """The result of few-shot probes, and the training items' embeddings [n, D]."""
+    train = embeddings.of_labelled(task.train)
+    result = classify_from_few(
+        embeddings.of_task(task),
+        train,
+        targets=task.targets,
+        num_classes=len(task.class_names),
+        shots=task.shots,
+        num_draws=task.num_draws,
+        strength=task.strength,
+        bootstrap=bootstrap,
+        seed=task.seed,
+    )
+    return result, train[0]
 
 
 def measure_multi_label(
@@ -170,7 +236,8 @@ def measure_multi_label(
 
 def _class_embeddings(task: ClassificationTask | MultiLabelTask, embeddings: Embeddings) -> Tensor:
     """[K, D] of a task's prompts."""
-    return average_prompts(embeddings.of_texts(task), num_classes=len(task.class_names))
+    num_prompts = [len(prompts) for prompts in task.prompts]
+    return average_prompts(embeddings.of_texts(task), num_prompts=num_prompts)
 
 
 def measure_retrieval(
@@ -189,3 +256,34 @@ def measure_retrieval(
         bootstrap=bootstrap,
     )
     return result, texts
+
+
+def measure_media_retrieval(
+    task: MediaRetrievalTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+) -> tuple[RetrievalResult, Tensor]:
+    """The result of a retrieval, and the embeddings [M, D] of the other dataset's items."""
+    other = embeddings.of_set(task.other)
+    result = retrieve(
+        embeddings.of_task(task),
+        other,
+        media_of_text=np.arange(len(other)),  # each is drawn by itself
+        pairs=task.pairs,
+        ks=task.ks,
+        bootstrap=bootstrap,
+        directions=task.directions,
+    )
+    return result, other
+
+
+def measure_caption_choice(
+    task: CaptionChoiceTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+) -> tuple[CaptionChoiceResult, Tensor]:
+    """The result of a choice, and the embeddings [M, D] of all captions."""
+    media, captions = embeddings.of_task(task), embeddings.of_texts(task)
+    if task.groups is not None:
+        result = choose_in_groups(media, captions, groups=task.groups, bootstrap=bootstrap)
+    else:
+        result = choose_captions(
+            media, captions, num_captions=list(map(len, task.captions)), bootstrap=bootstrap
+        )
+    return result, captions

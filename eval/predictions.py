@@ -2,9 +2,12 @@
 
     predictions/<evaluation>.parquet                 a row per media item
       one class per item        key, class_name, predicted, hit@1, rank of the true class
+      few-shot probes           key, class_name, hit@1 after each number of shots
       several classes           key, class_names, scores [K] in the order of results.json
+      caption choice            key of the item, or keys of the group; its figures
     predictions/<evaluation>.media_to_text.parquet   key, hit@k, rank of the first right caption
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
+    predictions/<evaluation>.image_to_audio.parquet  and so on: key, hit@k, rank
 
 Ranks begin at 1. With ties, hits and ranks are the mean over all orders.
 """
@@ -24,7 +27,13 @@ from data_prep.shard_format import write_atomically
 from eval.measure import Outcome
 from eval.predictions_folder import predictions_file
 from eval.ranking import QueryRanks, cosine_scores
-from eval.tasks import ClassificationTask, MultiLabelTask
+from eval.tasks import (
+    CaptionChoiceTask,
+    FewShotTask,
+    MediaRetrievalTask,
+    MultiLabelTask,
+    SingleLabelTask,
+)
 
 
 def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -46,18 +55,21 @@ def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
 def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
     """Suffix of the file's name -> its columns."""
     task, result = outcome.task, outcome.result
-    if isinstance(task, ClassificationTask):
+    if isinstance(task, FewShotTask):
+        hits = {f"hit@1_{shots}_shot": hits for shots, hits in result.hits.items()}
+        return {"": {"key": task.keys, "class_name": _class_names(task), **hits}}
+    if isinstance(task, SingleLabelTask):
         return {
             "": {
                 "key": task.keys,
-                "class_name": [task.class_names[place] for place in task.targets],
+                "class_name": _class_names(task),
                 "predicted": [task.class_names[place] for place in result.predictions],
                 "hit@1": result.ranks.hits_at(1),
                 "rank": result.ranks.first_ranks(),
             }
         }
     if isinstance(task, MultiLabelTask):
-        scores = cosine_scores(outcome.media_embeddings, outcome.text_embeddings)  # [Q, K]
+        scores = cosine_scores(outcome.media_embeddings, outcome.other_embeddings)  # [Q, K]
         return {
             "": {
                 "key": task.keys,
@@ -68,6 +80,18 @@ def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
                 "scores": list(scores.numpy()),
             }
         }
+    if isinstance(task, CaptionChoiceTask):
+        keys = task.keys
+        if task.groups is not None:
+            keys = [" ".join(task.keys[item] for item in places) for places in task.groups]
+        return {"": {"key": keys, **result.hits}}
+    if isinstance(task, MediaRetrievalTask):
+        ranks = (result.media_to_text, result.text_to_media)
+        keys_of = (task.keys, task.other.keys)
+        return {
+            f".{direction}": {"key": keys, **_ranks(each, task.ks)}
+            for direction, keys, each in zip(task.directions, keys_of, ranks, strict=True)
+        }
     return {
         ".media_to_text": {"key": task.keys, **_ranks(result.media_to_text, task.ks)},
         ".text_to_media": {
@@ -76,6 +100,10 @@ def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
             **_ranks(result.text_to_media, task.ks),
         },
     }
+
+
+def _class_names(task: SingleLabelTask) -> list[str]:
+    return [task.class_names[place] for place in task.targets]
 
 
 def _ranks(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:

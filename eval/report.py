@@ -25,7 +25,14 @@ from eval.measure import Outcome
 from eval.report_charts import confusion_chart, training_charts
 from eval.report_gallery import classification_gallery, retrieval_gallery
 from eval.results import is_rank, repeated_captions_note, score_cells
-from eval.tasks import ClassificationTask, MultiLabelTask, RetrievalTask
+from eval.tasks import (
+    CaptionChoiceTask,
+    FewShotTask,
+    MediaRetrievalTask,
+    MultiLabelTask,
+    RetrievalTask,
+    SingleLabelTask,
+)
 from pretrain.run_folder import read_metrics
 
 # Bounds on what is shown keep the page below about 5 MB.
@@ -101,7 +108,9 @@ def headline_section(outcomes: Sequence[Outcome]) -> Section:
 
 
 def _outcome_section(outcome: Outcome, outcomes: Sequence[Outcome]) -> Section:
-    if isinstance(outcome.task, ClassificationTask):
+    if isinstance(outcome.task, (FewShotTask, MediaRetrievalTask, CaptionChoiceTask)):
+        return Section(outcome.task.name, [], note=outcome.task.description())
+    if isinstance(outcome.task, SingleLabelTask):
         return classification_section(outcome)
     if isinstance(outcome.task, MultiLabelTask):
         return multi_label_section(outcome)

@@ -16,9 +16,9 @@ from torch import Tensor
 from data_prep.html_report import badge, heading, picture, sound
 from data_prep.media_decode import decode_audio, decode_image
 from data_prep.shard_format import media_extension_of
+from eval.evaluation_sets import EvaluationSet
 from eval.measure import Outcome
 from eval.ranking import QueryRanks, cosine_scores
-from eval.tasks import EvaluationSet
 
 NUM_ANSWERS = 5
 SOUND_RATE_HZ = 16_000
@@ -114,7 +114,7 @@ def _media_to_text_rows(outcome: Outcome, views: MediaViews, *, num_queries: int
     task, ranks = outcome.task, outcome.result.media_to_text
     texts = task.captions + task.distractor_captions
     queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
-    answers = nearest(outcome.media_embeddings[queries], outcome.text_embeddings)
+    answers = nearest(outcome.media_embeddings[queries], outcome.other_embeddings)
     return [
         Markup(
             '<div class="query beside"><div>{}</div><div><p>{}</p>'
@@ -145,7 +145,7 @@ def _missed_caption(captions: Sequence[str], right: Sequence[int], found: Sequen
 def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
     task, ranks = outcome.task, outcome.result.text_to_media
     queries = shown_queries(ranks.first_ranks(), num_queries=num_queries, labels=task.captions)
-    answers = nearest(outcome.text_embeddings[queries], outcome.media_embeddings)
+    answers = nearest(outcome.other_embeddings[queries], outcome.media_embeddings)
     return [
         Markup('<div class="query"><p>{} {}</p><div class="cards">{}</div></div>').format(
             task.captions[query],

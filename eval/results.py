@@ -6,8 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,14 +16,15 @@ import torch
 
 from data_prep.config_file import InputError, RunError
 from data_prep.shard_format import write_atomically
+from eval.averages import averages_of
 from eval.config import EvaluateConfig
-from eval.embedding_store import sum_of_texts
 from eval.encoder import Encoder
 from eval.intervals import CONFIDENCE, Score
 from eval.loaded_model import ModelOrigin
 from eval.markdown_table import markdown_table
 from eval.measure import Outcome
-from eval.tasks import ClassificationTask, LinearProbeTask, MultiLabelTask, RetrievalTask
+from eval.result_records import outcome_record
+from eval.tasks import RetrievalTask
 from pretrain.run_folder import describe_environment
 
 COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
@@ -35,6 +35,7 @@ def results_record(
     outcomes: Sequence[Outcome],
     *,
     encoder: Encoder,
+    skipped: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
     """What results.json holds: the figures, and everything they are a function of.
@@ -43,11 +44,16 @@ def results_record(
         config: the evaluation's config.
         outcomes: of its tasks.
         encoder: that made the embeddings.
+        skipped: evaluation -> why it was left out.
         seconds: of the whole evaluation.
     """
     return {
         "checkpoint": _model_record(encoder.origin),
-        "evaluations": {outcome.task.name: _outcome_record(outcome) for outcome in outcomes},
+        "evaluations": {each.task.name: outcome_record(each) for each in outcomes},
+        "averages": {
+            name: asdict(score) for name, score in averages_of(outcomes, config.evaluations).items()
+        },
+        "skipped": dict(skipped),
         "method": {
             "tower_dtype": str(encoder.dtype).removeprefix("torch."),
             "long_clips": config.long_clips,
@@ -83,106 +89,24 @@ def _model_record(origin: ModelOrigin) -> dict[str, Any]:
     }
 
 
-def _outcome_record(outcome: Outcome) -> dict[str, Any]:
-    task = outcome.task
-    details = {
-        ClassificationTask: _classification_record,
-        LinearProbeTask: _linear_probe_record,
-        MultiLabelTask: _multi_label_record,
-        RetrievalTask: _retrieval_record,
-    }
-    return {
-        "dataset": {
-            "folder": str(task.dataset.folder),
-            "media": task.dataset.info.media,
-            "num_samples": len(task.dataset),
-            "fingerprint": task.dataset.fingerprint,
-        },
-        "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
-        **details[type(task)](outcome),
-        "seconds": round(outcome.seconds, 2),
-    }
+def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
+    """The figures and averages of all evaluations as a Markdown table with aligned columns.
 
-
-def _classification_record(outcome: Outcome) -> dict[str, Any]:
-    task, result = outcome.task, outcome.result
-    recalls = zip(task.class_names, result.class_recalls.tolist(), strict=True)
-    return {
-        "task": "zero_shot_classification",
-        "num_queries": len(task.targets),
-        "num_classes": len(task.class_names),
-        "num_classes_without_items": int(sum(math.isnan(r) for r in result.class_recalls)),
-        **_prompts_record(task),
-        "class_recalls": {name: None if math.isnan(r) else r for name, r in recalls},
-        "confusion_matrix": result.confusion.tolist(),
-    }
-
-
-def _prompts_record(task: ClassificationTask | MultiLabelTask) -> dict[str, Any]:
-    return {
-        "num_prompts": len(task.texts),
-        "prompts_sha256": sum_of_texts(task.texts),
-        "class_names": task.class_names,
-        "prompt_templates": task.prompt_templates,
-    }
-
-
-def _linear_probe_record(outcome: Outcome) -> dict[str, Any]:
-    task, result = outcome.task, outcome.result
-    return _classification_record(outcome) | {
-        "task": "linear_probe",
-        "features": "the embeddings, L2-normalised",
-        "objective": "mean cross-entropy + strength * |W|^2 / (2 n)",
-        "strength": result.strength,
-        "validation_accuracies": {f"{k:.4g}": v for k, v in result.validation_accuracies.items()},
-        "num_train": len(task.train.places),
-        "num_validation": len(task.validation.places),
-        "train_fingerprint": task.train.source.dataset.fingerprint,
-        "validation_fingerprint": task.validation.source.dataset.fingerprint,
-    }
-
-
-def _multi_label_record(outcome: Outcome) -> dict[str, Any]:
-    task, precisions = outcome.task, outcome.result.average_precisions.tolist()
-    by_class = zip(task.class_names, precisions, strict=True)
-    return {
-        "task": "multi_label_classification",
-        "num_queries": len(task.is_of_class),
-        "num_classes": len(task.class_names),
-        "num_classes_without_items": sum(map(math.isnan, precisions)),
-        "mean": "over the classes that have items",
-        "num_labels": int(task.is_of_class.sum()),
-        **_prompts_record(task),
-        "average_precisions": {n: None if math.isnan(value) else value for n, value in by_class},
-    }
-
-
-def _retrieval_record(outcome: Outcome) -> dict[str, Any]:
-    task, result = outcome.task, outcome.result
-    return {
-        "task": "retrieval",
-        "num_media": len(task.dataset),
-        "num_captions": len(task.captions),
-        "captions_sha256": sum_of_texts(task.captions),
-        "num_repeated_captions": len(task.captions) - len(set(task.captions)),
-        "num_distractor_captions": len(task.distractor_captions),
-        "media_to_text_gallery": result.media_to_text.gallery_size,
-        "text_to_media_gallery": result.text_to_media.gallery_size,
-        "recall": "hit rate: a query succeeds if any right answer is among the first k",
-        "true_recall": "share of a query's right answers that are among the first k",
-        "equal_captions": "merged" if task.merges_equal_captions else "own",
-    }
-
-
-def scores_table(outcomes: Sequence[Outcome]) -> str:
-    """The figures of all evaluations as a Markdown table with aligned columns."""
-    table = markdown_table(COLUMNS, [(name, *cells) for name, cells in _table_rows(outcomes)])
+    Args:
+        outcomes: of the evaluations.
+        record: see `results_record`.
+    """
+    rows = [(name, *cells) for name, cells in _table_rows(outcomes)]
+    for name, values in record["averages"].items():
+        rows.append((f"average: {name}", "main figures", *score_cells("", Score(**values))))
+    table = markdown_table(COLUMNS, rows)
     notes = [
         f"\n{outcome.task.name}: {note}"
         for outcome in outcomes
         if isinstance(outcome.task, RetrievalTask)
         and (note := repeated_captions_note(outcome.task))
     ]
+    notes += [f"\n{name} left out: {reason}" for name, reason in record["skipped"].items()]
     return "\n".join([table, *notes]) + "\n"
 
 

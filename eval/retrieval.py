@@ -17,9 +17,11 @@ from eval.intervals import (
     Bootstrap,
     Score,
     bootstrap_interval,
+    percentile_interval,
     rate_interval,
     weighted_mean,
     weighted_median,
+    wilson_interval,
 )
 from eval.ranking import QueryRanks, check_finite, median_rank_at_chance
 from eval.right_answers import RightAnswers, answers_at_chance, right_answers
@@ -34,8 +36,8 @@ class RetrievalResult:
     """The figures of one retrieval, and the rank of every query."""
 
     scores: dict[str, Score]
-    media_to_text: QueryRanks  # one query per media item
-    text_to_media: QueryRanks  # one query per caption
+    media_to_text: QueryRanks  # one query per media item; or of the first direction
+    text_to_media: QueryRanks  # one query per caption; or of the second
 
 
 def retrieve(
@@ -47,6 +49,7 @@ def retrieve(
     distractor_embeddings: Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
     bootstrap: Bootstrap,
+    directions: tuple[str, str] = DIRECTIONS,
 ) -> RetrievalResult:
     """Recalls, mean precision and reciprocal rank, nDCG, median and mean rank in both directions,
     with intervals and chance levels.
@@ -61,6 +64,7 @@ def retrieve(
             gallery of media to text.
         ks: of recall@k; a k above the gallery's size counts as the gallery's size.
         bootstrap: resampling of media items for the intervals.
+        directions: what figures are called by.
 
     Raises:
         ValueError: an embedding is not finite, or a media item has no caption.
@@ -73,7 +77,7 @@ def retrieve(
     )
     scores = {}
     clusters_of = (np.arange(len(media_embeddings)), media_of_text)
-    for direction, answers, clusters in zip(DIRECTIONS, both, clusters_of, strict=True):
+    for direction, answers, clusters in zip(directions, both, clusters_of, strict=True):
         chance = answers_at_chance(answers.num_right_of_query, gallery_size=answers.gallery_size)
         chances = dict(_shares(chance, ks))
         for name, values in _shares(answers, ks):
@@ -87,7 +91,50 @@ def retrieve(
             clusters=clusters,
             bootstrap=bootstrap,
         )
-    return RetrievalResult(scores, *(answers.query_ranks() for answers in both))
+    ranks = [answers.query_ranks() for answers in both]
+    scores |= _mean_recalls(
+        [np.stack([each.hits_at(k) for k in ks], axis=1) for each in ranks],
+        ks=ks,
+        chances=[
+            np.mean([scores[f"{direction}_recall@{k}"].chance for direction in directions])
+            for k in ks
+        ],
+        clusters_of=clusters_of,
+        bootstrap=bootstrap,
+    )
+    return RetrievalResult(scores, *ranks)
+
+
+def _mean_recalls(
+    hits: Sequence[np.ndarray],
+    *,
+    ks: Sequence[int],
+    chances: Sequence[float],
+    clusters_of: Sequence[np.ndarray],
+    bootstrap: Bootstrap,
+) -> dict[str, Score]:
+    """The means of both directions' recalls, by hits [queries, ks] of each. Where the clusters of
+    both are the same media items, both see the same draws."""
+    values = np.mean([each.mean(axis=0) for each in hits], axis=0)  # [ks]
+    resampled = np.zeros((bootstrap.num_samples, len(ks)))
+    for each, clusters in zip(hits, clusters_of, strict=True):
+        generator, num_clusters = np.random.default_rng(bootstrap.seed), int(clusters.max()) + 1
+        for place in range(bootstrap.num_samples):
+            drawn = generator.integers(num_clusters, size=num_clusters)
+            weights = np.bincount(drawn, minlength=num_clusters)[clusters]
+            resampled[place] += weights @ each / weights.sum() / len(hits)
+    num_items = int(clusters_of[0].max()) + 1
+    scores = {}
+    for place, k in enumerate(ks):
+        low, high = percentile_interval(resampled[:, place])
+        method = "bootstrap over media items"
+        if all(each[:, place].min() == each[:, place].max() for each in hits):
+            low, high = wilson_interval(values[place] * num_items, num_items)
+            method = "Wilson over media items"
+        scores[f"mean_recall@{k}"] = Score(
+            float(values[place]), low, high, float(chances[place]), sum(map(len, hits)), method
+        )
+    return scores
 
 
 def _shares(answers: RightAnswers, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:

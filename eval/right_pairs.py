@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +41,30 @@ def pairs_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[str]) 
         media_of_text: [M] item of each caption.
         captions: [M]
     """
-    texts_of: dict[str, list[int]] = {}
-    for text, caption in enumerate(captions):
-        texts_of.setdefault(caption, []).append(text)
-    pairs = {
-        (text, int(media_of_text[other]))
-        for texts in texts_of.values()
-        for text in texts
-        for other in texts
-    }
+    items_of: dict[str, set[int]] = {}
+    for item, caption in zip(media_of_text, captions, strict=True):
+        items_of.setdefault(caption, set()).add(int(item))
+    return _sorted_pairs(
+        (text, item) for text, caption in enumerate(captions) for item in items_of[caption]
+    )
+
+
+def pairs_of_equal_values(values: Sequence[str], other_values: Sequence[str]) -> RightPairs:
+    """Items of two datasets are right for each other if their values are equal.
+
+    Args:
+        values: [Q] of the items of the one.
+        other_values: [M] of those of the other, which take the place of captions.
+    """
+    items_of: dict[str, list[int]] = {}
+    for item, value in enumerate(values):
+        items_of.setdefault(value, []).append(item)
+    return _sorted_pairs(
+        (other, item) for other, value in enumerate(other_values) for item in items_of[value]
+    )
+
+
+def _sorted_pairs(pairs: Iterable[tuple[int, int]]) -> RightPairs:
+    """Of (text, item)."""
     texts, media = np.array(sorted(pairs), dtype=np.int64).T
     return RightPairs(media, texts)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from data_prep.config_file import InputError
 from data_prep.shard_format import CorruptSampleError, Sample, captions_of, metadata_of
-from data_prep.subset import KeptSamples
+from eval.evaluation_sets import EvaluationSet
 from eval.tar_dataset import TarDataset
 
+NUMBER_OF_ARRAY = re.compile(r"npy\[(\d+)\]")
 TEXT_FIELDS = ("json", "txt", "cls", "npy")
 
 
-def read_texts(dataset: KeptSamples | TarDataset) -> Iterator[Sample]:
+def read_texts(dataset: EvaluationSet) -> Iterator[Sample]:
     """The samples of a dataset in order, without their media.
 
     Raises:
@@ -26,7 +28,7 @@ def read_texts(dataset: KeptSamples | TarDataset) -> Iterator[Sample]:
         yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
 
 
-def texts_of(sample: Sample, dataset: KeptSamples | TarDataset) -> list[str]:
+def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
     """The captions of a sample.
 
     Raises:
@@ -64,7 +66,7 @@ def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str
     return int(text)
 
 
-def classes_of(sample: Sample, *, class_names: list[str]) -> np.ndarray:
+def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> np.ndarray:
     """Bool [K]: which classes a sample is of: from "class_names" in `.json`, else `.npy`.
 
     Raises:
@@ -72,12 +74,13 @@ def classes_of(sample: Sample, *, class_names: list[str]) -> np.ndarray:
     """
     found = _or_input_error(metadata_of, sample).get("class_names")
     if found is not None:
-        unknown = sorted(set(map(str, found)) - set(class_names))
+        unknown = sorted(set(map(str, found)) - set(place_of))
         if unknown:
             raise InputError(
                 f"{sample}: classes {unknown} are not among the {len(class_names)} class_names"
             )
-        return np.array([known in found for known in class_names])
+        places = {place_of[known] for known in found}
+        return np.array([place in places for place in range(len(class_names))])
     if "npy" not in sample.members:
         raise InputError(
             f'{sample}: expected "class_names" in .json or one number per class in .npy, found '
@@ -93,6 +96,42 @@ def classes_of(sample: Sample, *, class_names: list[str]) -> np.ndarray:
             f"{flags.shape} with values {np.unique(flags)[:5].tolist()}"
         )
     return flags.astype(bool)
+
+
+def value_of(sample: Sample, key: str) -> str:
+    """A sample's value of a key of `.json`, or, by "npy[i]", number i of `.npy`.
+
+    Raises:
+        InputError: it has none.
+    """
+    in_array = NUMBER_OF_ARRAY.fullmatch(key)
+    if in_array is None:
+        metadata = _or_input_error(metadata_of, sample)
+        if metadata.get(key) is None:
+            raise InputError(f"{sample}: expected {key!r} in .json, found {sorted(metadata)}")
+        return str(metadata[key])
+    try:
+        numbers = np.load(io.BytesIO(sample.members["npy"]), allow_pickle=False)
+        return str(numbers[int(in_array[1])])
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{sample}: expected {key} in .npy: {error}") from None
+
+
+def negative_captions_of(sample: Sample) -> list[str]:
+    """The wrong captions of a sample: "negative_captions" or "negative_caption" of `.json`.
+
+    Raises:
+        InputError: it has none.
+    """
+    metadata = _or_input_error(metadata_of, sample)
+    found = metadata.get("negative_captions") or metadata.get("negative_caption") or []
+    captions = [found] if isinstance(found, str) else list(found)
+    if not captions:
+        raise InputError(
+            f'{sample}: expected "negative_captions" in .json, found {sorted(metadata)}; for '
+            "groups of samples that are each other's wrong answers set group_by"
+        )
+    return captions
 
 
 def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:

@@ -33,15 +33,21 @@ from data_prep.shard_format import (
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
+NUM_TARS = "nshards.txt"
 TASKS_OF_TYPE = {
-    "classification": ("zero_shot_classification", "linear_probe"),
+    "classification": (
+        "zero_shot_classification",
+        "linear_probe",
+        "nearest_neighbours",
+        "few_shot",
+    ),
     "multilabel": ("multi_label_classification",),
-    "retrieval": ("retrieval",),
+    "retrieval": ("retrieval", "caption_choice", "media_retrieval"),
 }
 
 
 @dataclass(frozen=True)
-class TarInfo:
+class SetInfo:
     """What the samples hold."""
 
     media: str  # kind
@@ -79,7 +85,7 @@ class TarDataset:
         self.info = self._read_info()
 
     def _check_count(self) -> None:
-        path = self.tar_folder / "nshards.txt"
+        path = self.tar_folder / NUM_TARS
         expected = path.read_text().strip() if path.exists() else str(len(self.tars))
         if not self.tars or str(len(self.tars)) != expected:
             raise InputError(
@@ -87,7 +93,7 @@ class TarDataset:
                 f"{len(self.tars)}; fetch what is missing"
             )
 
-    def _read_info(self) -> TarInfo:
+    def _read_info(self) -> SetInfo:
         if not self.samples:
             raise InputError(f"{self.tar_folder}: expected samples, found empty tars")
         fields = sorted({name for sample in self.samples for name in sample.members})
@@ -97,7 +103,7 @@ class TarDataset:
                 f"{self.tar_folder}: expected pictures, or sounds, and no other media; found "
                 f"members {fields}"
             )
-        return TarInfo(media.pop(), fields)
+        return SetInfo(media.pop(), fields)
 
     def __len__(self) -> int:
         return len(self.samples)

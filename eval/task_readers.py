@@ -7,43 +7,77 @@ missing label is found before hours of encoding.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.subset import KeptSamples
-from eval.class_prompts import check_templates
+from eval.class_texts import place_of_classes, read_class_names, read_lines, read_prompts
 from eval.config import (
+    CaptionChoiceSection,
     EvaluateConfig,
     EvaluationSection,
+    FewShotSection,
     LinearProbeSection,
+    MediaRetrievalSection,
     MultiLabelSection,
+    NearestNeighboursSection,
     RetrievalSection,
     ZeroShotClassificationSection,
 )
-from eval.sample_labels import class_index_of, classes_of, read_texts, texts_of
-from eval.tar_dataset import CLASS_NAMES, TEMPLATES, TarDataset, holds_tars
+from eval.dataset_download import fetch_dataset
+from eval.evaluation_sets import EvaluationSet, EvaluationSets, MissingDatasetError
+from eval.right_pairs import pairs_of_equal_values
+from eval.sample_labels import (
+    class_index_of,
+    classes_of,
+    negative_captions_of,
+    read_texts,
+    texts_of,
+    value_of,
+)
+from eval.tar_dataset import TarDataset
 from eval.tasks import (
+    CaptionChoiceTask,
     ClassificationTask,
-    EvaluationSet,
+    FewShotTask,
     LabelledItems,
     LinearProbeTask,
+    MediaRetrievalTask,
     MediaSet,
     MultiLabelTask,
+    NearestNeighboursTask,
     RetrievalTask,
     Task,
 )
 
-FILE_OF_KEY = {"class_names": CLASS_NAMES, "prompt_templates": TEMPLATES}
-# As open_dataset, which is called once for each dataset.
-Open = Callable[[Path, str, Path | None], EvaluationSet]
-ClassifyingSection = ZeroShotClassificationSection | LinearProbeSection | MultiLabelSection
+
+@dataclass(frozen=True)
+class Tasks:
+    """What a config asks for."""
+
+    present: list[Task]
+    skipped: dict[str, str]  # evaluation -> why; only where the config lets them be
 
 
-def read_tasks(config: EvaluateConfig) -> list[Task]:
+def fetch_datasets(config: EvaluateConfig) -> None:
+    """Fetches what evaluations name by URL and is not there yet.
+
+    Raises:
+        InputError: there is nothing at a URL.
+        RunError: it cannot be fetched now.
+    """
+    for section in config.evaluations.values():
+        fetch_dataset(section.dataset, split=section.split)
+        for key in ("train", "validation", "other"):
+            place = getattr(section, key, None)
+            if place is not None:
+                fetch_dataset(place, split=getattr(section, f"{key}_split"))
+
+
+def read_tasks(config: EvaluateConfig) -> Tasks:
     """The tasks of a config, in its order, with every label and caption read and checked.
 
     Raises:
@@ -52,67 +86,59 @@ def read_tasks(config: EvaluateConfig) -> list[Task]:
     readers = {
         "zero_shot_classification": read_classification_task,
         "linear_probe": read_linear_probe_task,
+        "nearest_neighbours": read_nearest_neighbours_task,
+        "few_shot": read_few_shot_task,
         "multi_label_classification": read_multi_label_task,
         "retrieval": read_retrieval_task,
+        "media_retrieval": read_media_retrieval_task,
+        "caption_choice": read_caption_choice_task,
     }
-    # A dataset that several tasks use is opened, and its media encoded, once.
-    open_once = cache(open_dataset)
-    return [
-        readers[section.task](name, section, open_once)
-        for name, section in config.evaluations.items()
-    ]
+    sets = EvaluationSets()
+    present, skipped = [], {}
+    for name, section in config.evaluations.items():
+        try:
+            present.append(readers[section.task](name, section, sets, config))
+        except MissingDatasetError as error:
+            if not config.skip_missing:
+                raise InputError(f"evaluations.{name}: {error}") from None
+            skipped[name] = str(error)
+    if not present:
+        raise InputError("none of the datasets is there:\n" + "\n".join(skipped.values()))
+    return Tasks(present, skipped)
 
 
-def open_dataset(folder: Path, split: str, subset: Path | None) -> EvaluationSet:
-    """The dataset in a folder, or what a subset keeps of it.
-
-    Args:
-        folder: of shards of ours, or of tars.
-        split: of a folder of tars that has several.
-        subset: of shards of ours.
-
-    Raises:
-        InputError: it is missing, unfinished or empty, or the subset is of another dataset.
-    """
-    if not (folder / "dataset.json").exists() and holds_tars(folder, split=split):
-        if subset is not None:
-            raise InputError(
-                f"{subset}: a subset is of shards with an index, and {folder} holds tars without; "
-                "make one with python -m data_prep.index_shards"
-            )
-        return TarDataset(folder, split=split)
-    dataset = KeptSamples(folder, subset=subset)
-    if len(dataset) == 0:
-        raise InputError(f"{folder}: expected samples to evaluate on, found an empty dataset")
-    return dataset
-
-
-def _dataset_of(name: str, section: EvaluationSection, open_once: Open) -> EvaluationSet:
+def _dataset_of(name: str, section: EvaluationSection, sets: EvaluationSets) -> EvaluationSet:
     """The samples that an evaluation measures."""
-    dataset = open_once(section.dataset, section.split, section.subset)
+    dataset = sets.of_section(section)
     if isinstance(dataset, TarDataset):
         dataset.refuse_other_task(section.task, name=name)
     return dataset
 
 
+# ------------------------------------------------------------------------------- classification
+
+
 def read_classification_task(
-    name: str, section: ZeroShotClassificationSection, open_once: Open
+    name: str, section: ZeroShotClassificationSection, sets: EvaluationSets, _: EvaluateConfig
 ) -> ClassificationTask:
-    """The class names, templates and the class of every sample.
+    """The class names, prompts and the class of every sample.
 
     Raises:
-        InputError: see `class_index_of`, `read_own_or_beside` and `check_templates`.
+        InputError: see `class_index_of` and eval.class_texts; or a sample has no group.
     """
-    dataset = _dataset_of(name, section, open_once)
+    dataset = _dataset_of(name, section, sets)
     class_names = read_class_names(name, section, dataset)
-    templates = check_templates(read_own_or_beside("prompt_templates", name, section, dataset))
+    templates, prompts = read_prompts(name, section, dataset, class_names)
     keys, targets = _read_targets(dataset, class_names)
-    return ClassificationTask(name, dataset, keys, class_names, templates, targets)
+    groups = None
+    if section.group_by is not None:
+        groups = [value_of(sample, section.group_by) for sample in read_texts(dataset)]
+    return ClassificationTask(name, dataset, keys, class_names, targets, templates, prompts, groups)
 
 
 def _read_targets(dataset: EvaluationSet, class_names: list[str]) -> tuple[list[str], np.ndarray]:
     """([Q] keys, [Q] place of each sample's class in class_names)"""
-    place_of = {known: place for place, known in enumerate(class_names)}
+    place_of = place_of_classes(class_names, dataset)
     keys, targets = [], []
     for sample in read_texts(dataset):
         keys.append(sample.key)
@@ -120,115 +146,154 @@ def _read_targets(dataset: EvaluationSet, class_names: list[str]) -> tuple[list[
     return keys, np.array(targets)
 
 
-def read_linear_probe_task(
-    name: str, section: LinearProbeSection, open_once: Open
-) -> LinearProbeTask:
-    """The classes of every sample, of the training items and of those to validate on.
+@dataclass(frozen=True)
+class _TrainedParts:
+    """What all tasks that learn from labelled items have; the names are TrainedTask's."""
 
-    Raises:
-        InputError: see `class_index_of` and `read_own_or_beside`; or nothing is there to train on.
-    """
-    dataset = _dataset_of(name, section, open_once)
+    name: str
+    dataset: EvaluationSet
+    keys: list[str]
+    class_names: list[str]
+    targets: np.ndarray
+    train: LabelledItems
+
+    def as_arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def _read_trained_parts(
+    name: str,
+    section: LinearProbeSection | NearestNeighboursSection | FewShotSection,
+    sets: EvaluationSets,
+) -> _TrainedParts:
+    dataset = _dataset_of(name, section, sets)
     class_names = read_class_names(name, section, dataset)
     keys, targets = _read_targets(dataset, class_names)
-    source = open_once(section.train or section.dataset, section.train_split, section.train_subset)
-    if source is dataset:
+    source = sets.open(
+        section.train or section.dataset,
+        split=section.train_split,
+        subset=section.train_subset,
+        columns=section.columns,
+    )
+    if source is dataset or source.fingerprint == dataset.fingerprint:
         raise InputError(
             f"evaluations.{name}: {source.folder}: training items are the test's; set train, or "
             "train_split, to others"
         )
     train_keys, train_targets = _read_targets(source, class_names)
-    training_set = MediaSet(source, train_keys)
-    train = np.arange(len(train_keys))
+    train = LabelledItems(MediaSet(source, train_keys), np.arange(len(train_keys)), train_targets)
+    return _TrainedParts(name, dataset, keys, class_names, targets, train)
+
+
+def read_linear_probe_task(
+    name: str, section: LinearProbeSection, sets: EvaluationSets, _: EvaluateConfig
+) -> LinearProbeTask:
+    """The classes of every sample, of the training items and of those to validate on.
+
+    Raises:
+        InputError: see `class_index_of` and eval.class_texts; or nothing is there to train on.
+    """
+    parts = _read_trained_parts(name, section, sets)
+    train = parts.train
     if section.validation is not None:
-        held_out = open_once(section.validation, section.validation_split, None)
-        held_out_keys, of_held_out = _read_targets(held_out, class_names)
-        validation = LabelledItems(
-            MediaSet(held_out, held_out_keys), np.arange(len(of_held_out)), of_held_out
+        held_out = sets.open(
+            section.validation, split=section.validation_split, columns=section.columns
         )
+        keys, targets = _read_targets(held_out, parts.class_names)
+        validation = LabelledItems(MediaSet(held_out, keys), np.arange(len(keys)), targets)
     else:
-        is_held_out = np.array([zlib.crc32(key.encode()) % 10 == 0 for key in train_keys])
-        validation = LabelledItems(training_set, train[is_held_out], train_targets[is_held_out])
-        train = train[~is_held_out]
-    if not len(train) or not len(validation.places):
+        sums = [zlib.crc32(key.encode()) for key in train.source.keys]
+        is_held_out = np.array(sums) % 10 == 0
+        validation, train = _chosen(train, is_held_out), _chosen(train, ~is_held_out)
+    if not len(train.places) or not len(validation.places):
         raise InputError(
-            f"evaluations.{name}: {source.folder}: expected items to train on and to validate; "
-            f"found {len(train)} and {len(validation.places)}"
+            f"evaluations.{name}: {train.source.dataset.folder}: expected items to train on and to "
+            f"validate; found {len(train.places)} and {len(validation.places)}"
         )
-    return LinearProbeTask(
-        name,
-        dataset,
-        keys,
-        class_names,
-        [],
-        targets,
-        LabelledItems(training_set, train, train_targets[train]),
-        validation,
-        section.strength,
+    arguments = parts.as_arguments() | {"train": train}
+    return LinearProbeTask(**arguments, validation=validation, strength=section.strength)
+
+
+def _chosen(items: LabelledItems, is_chosen: np.ndarray) -> LabelledItems:
+    return LabelledItems(items.source, items.places[is_chosen], items.targets[is_chosen])
+
+
+def read_nearest_neighbours_task(
+    name: str, section: NearestNeighboursSection, sets: EvaluationSets, _: EvaluateConfig
+) -> NearestNeighboursTask:
+    """The classes of every sample, and of the training items.
+
+    Raises:
+        InputError: see `class_index_of` and eval.class_texts.
+    """
+    return NearestNeighboursTask(
+        **_read_trained_parts(name, section, sets).as_arguments(),
+        num_neighbours=section.num_neighbours,
+        temperature=section.temperature,
     )
 
 
-def read_multi_label_task(name: str, section: MultiLabelSection, open_once: Open) -> MultiLabelTask:
-    """The class names, templates and the classes of every sample.
+def read_few_shot_task(
+    name: str, section: FewShotSection, sets: EvaluationSets, config: EvaluateConfig
+) -> FewShotTask:
+    """The classes of every sample, and of the training items.
 
     Raises:
-        InputError: see `classes_of`, `read_own_or_beside` and `check_templates`; or no sample has
-            a class.
+        InputError: see `class_index_of` and eval.class_texts; or a class has too few items.
     """
-    dataset = _dataset_of(name, section, open_once)
+    parts = _read_trained_parts(name, section, sets)
+    counts = np.bincount(parts.train.targets, minlength=len(parts.class_names))
+    if counts.min() < max(section.shots):
+        raise InputError(
+            f"evaluations.{name}: {parts.train.source.dataset.folder}: expected at least "
+            f"{max(section.shots)} training items of each class (shots), found {counts.min()} of "
+            f"{parts.class_names[int(counts.argmin())]!r}"
+        )
+    return FewShotTask(
+        **parts.as_arguments(),
+        shots=sorted(section.shots),
+        num_draws=section.num_draws,
+        strength=section.strength,
+        seed=config.seed,
+    )
+
+
+def read_multi_label_task(
+    name: str, section: MultiLabelSection, sets: EvaluationSets, _: EvaluateConfig
+) -> MultiLabelTask:
+    """The class names, prompts and the classes of every sample.
+
+    Raises:
+        InputError: see `classes_of` and eval.class_texts; or no sample has a class.
+    """
+    dataset = _dataset_of(name, section, sets)
     class_names = read_class_names(name, section, dataset)
-    templates = check_templates(read_own_or_beside("prompt_templates", name, section, dataset))
+    templates, prompts = read_prompts(name, section, dataset, class_names)
+    place_of = place_of_classes(class_names, dataset)
     keys, rows = [], []
     for sample in read_texts(dataset):
         keys.append(sample.key)
-        rows.append(classes_of(sample, class_names=class_names))
+        rows.append(classes_of(sample, class_names=class_names, place_of=place_of))
     is_of_class = np.stack(rows)
     if not is_of_class.any():
         raise InputError(
             f"evaluations.{name}: {dataset.folder}: expected samples with classes, found none"
         )
-    return MultiLabelTask(name, dataset, keys, class_names, templates, is_of_class)
+    return MultiLabelTask(name, dataset, keys, class_names, templates, prompts, is_of_class)
 
 
-def read_class_names(name: str, section: ClassifyingSection, dataset: EvaluationSet) -> list[str]:
-    """The class names of an evaluation.
-
-    Raises:
-        InputError: see `read_own_or_beside`; or a name stands twice.
-    """
-    class_names = read_own_or_beside("class_names", name, section, dataset)
-    repeated = sorted({known for known in class_names if class_names.count(known) > 1})
-    if repeated:
-        raise InputError(f"evaluations.{name}.class_names: these stand twice: {repeated}")
-    return class_names
+# ------------------------------------------------------------------------------------ retrieval
 
 
-def read_own_or_beside(
-    key: str, name: str, section: ClassifyingSection, dataset: EvaluationSet
-) -> list[str]:
-    """The texts that a key of a section names, or else those of the file that comes with tars.
-
-    Raises:
-        InputError: see `read_lines`; or there are none.
-    """
-    found = getattr(section, key)
-    if found is None and isinstance(dataset, TarDataset):
-        found = dataset.beside(FILE_OF_KEY[key])
-    if found is None:
-        raise InputError(
-            f"evaluations.{name}.{key}: expected a list, or a text file with one per line; found "
-            f"none, and no {FILE_OF_KEY[key]} in {dataset.folder}"
-        )
-    return read_lines(found)
-
-
-def read_retrieval_task(name: str, section: RetrievalSection, open_once: Open) -> RetrievalTask:
+def read_retrieval_task(
+    name: str, section: RetrievalSection, sets: EvaluationSets, _: EvaluateConfig
+) -> RetrievalTask:
     """The captions of every sample, and the distractors.
 
     Raises:
         InputError: a sample has no caption, or the file of distractors cannot be read.
     """
-    dataset = _dataset_of(name, section, open_once)
+    dataset = _dataset_of(name, section, sets)
     keys: list[str] = []
     captions: list[str] = []
     media_of_text: list[int] = []
@@ -252,22 +317,65 @@ def read_retrieval_task(name: str, section: RetrievalSection, open_once: Open) -
     )
 
 
-def read_lines(source: list[str] | Path) -> list[str]:
-    """The texts of a list, or of a text file with one per line; blank lines do not count.
+def read_media_retrieval_task(
+    name: str, section: MediaRetrievalSection, sets: EvaluationSets, _: EvaluateConfig
+) -> MediaRetrievalTask:
+    """Which items of two datasets belong together.
 
     Raises:
-        InputError: the file is missing or not UTF-8, or nothing is left.
+        InputError: both hold the same kind of media, or an item has no partner.
     """
-    lines, place = source, "the list"
-    if isinstance(source, Path):
-        place = str(source)
-        try:
-            lines = source.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+    dataset = _dataset_of(name, section, sets)
+    other = sets.open(section.other, split=section.other_split, columns=section.columns)
+    if other.info.media == dataset.info.media:
+        raise InputError(
+            f"evaluations.{name}: expected media of two kinds, found {other.info.media} in "
+            f"{dataset.folder} and in {other.folder}"
+        )
+    keys, values = _read_values(dataset, section.pair_by)
+    other_keys, other_values = _read_values(other, section.pair_by)
+    for ours, theirs, holder in ((values, other_values, dataset), (other_values, values, other)):
+        lonely = sorted(set(ours) - set(theirs))
+        if lonely:
             raise InputError(
-                f"{source}: expected a text file with one entry per line: {error}"
-            ) from None
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise InputError(f"{place}: expected at least one entry, found none")
-    return texts
+                f"evaluations.{name}: {holder.folder}: {section.pair_by or 'key'} {lonely[0]!r} "
+                f"and {len(lonely) - 1} others have no partner in the other dataset"
+            )
+    pairs = pairs_of_equal_values(values, other_values)
+    partners = MediaSet(other, other_keys)
+    return MediaRetrievalTask(name, dataset, keys, partners, pairs, list(section.ks))
+
+
+def _read_values(dataset: EvaluationSet, key: str | None) -> tuple[list[str], list[str]]:
+    """([Q] keys, [Q] what pairs are made by)"""
+    samples = list(read_texts(dataset))
+    keys = [sample.key for sample in samples]
+    return keys, keys if key is None else [value_of(sample, key) for sample in samples]
+
+
+def read_caption_choice_task(
+    name: str, section: CaptionChoiceSection, sets: EvaluationSets, _: EvaluateConfig
+) -> CaptionChoiceTask:
+    """The right and the wrong captions of every sample, or the samples that belong together.
+
+    Raises:
+        InputError: a sample lacks them, or stands alone.
+    """
+    dataset = _dataset_of(name, section, sets)
+    keys, captions, members = [], [], defaultdict(list)
+    for ordinal, sample in enumerate(read_texts(dataset)):
+        keys.append(sample.key)
+        right = texts_of(sample, dataset)[:1]
+        if section.group_by is None:
+            captions.append(right + negative_captions_of(sample))
+        else:
+            captions.append(right)
+            members[value_of(sample, section.group_by)].append(ordinal)
+    lonely = [value for value, places in members.items() if len(places) < 2]
+    if lonely:
+        raise InputError(
+            f"evaluations.{name}: {dataset.folder}: {section.group_by} {lonely[0]!r}: expected two "
+            "samples or more, found one"
+        )
+    groups = list(members.values()) if section.group_by is not None else None
+    return CaptionChoiceTask(name, dataset, keys, captions, groups)

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
-from data_prep.subset import KeptSamples
-from eval.class_prompts import class_prompts
+from eval.evaluation_sets import EvaluationSet
 from eval.right_pairs import RightPairs, pairs_of_equal_captions, pairs_of_owners
-from eval.tar_dataset import TarDataset
-
-EvaluationSet = KeptSamples | TarDataset
 
 
 @dataclass(frozen=True)
@@ -47,26 +44,54 @@ class _Task:
         """What the texts are, for messages."""
         return f"prompts of {self.name}"
 
+    def description(self) -> str:
+        """What is measured, in a line."""
+        return (
+            f"{self.name}: {self.method()}, {len(self.dataset)} {self.dataset.info.media} items, "
+            f"{self.details()} ({self.dataset.folder})"
+        )
+
+    def method(self) -> str:
+        """The task in words."""
+        raise NotImplementedError
+
+    def details(self) -> str:
+        """Its counts in words."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class ClassificationTask(_Task):
-    """Zero-shot classification of the media items of a dataset."""
+class SingleLabelTask(_Task):
+    """Classification of the media items of a dataset, each of one class."""
 
     class_names: list[str]  # [K]
-    prompt_templates: list[str]
-    targets: np.ndarray  # [Q] int64, place in class_names
+    targets: np.ndarray  # int64 [Q], place in class_names
+
+    def details(self) -> str:
+        return f"{len(self.class_names)} classes"
+
+
+@dataclass(frozen=True)
+class ClassificationTask(SingleLabelTask):
+    """Zero-shot classification."""
+
+    prompt_templates: list[str]  # none where the classes have prompts of their own
+    prompts: list[list[str]]  # [K] of each class
+    groups: list[str] | None = None  # [Q] of which the worst one's accuracy is measured as well
 
     @property
     def texts(self) -> list[str]:
         """The prompts: all of the first class, then all of the second, and so on."""
-        return class_prompts(self.class_names, self.prompt_templates)
+        return list(chain.from_iterable(self.prompts))
 
-    def description(self) -> str:
-        num_prompts = len(self.class_names) * len(self.prompt_templates)
+    def method(self) -> str:
+        return "zero-shot classification"
+
+    def details(self) -> str:
+        groups = "" if self.groups is None else f", {len(set(self.groups))} groups"
         return (
-            f"{self.name}: zero-shot classification, {len(self.dataset)} {self.dataset.info.media} "
-            f"items, {len(self.class_names)} classes, {len(self.prompt_templates)} templates, "
-            f"{num_prompts} prompts ({self.dataset.folder})"
+            f"{super().details()}, {len(self.prompt_templates) or 'no'} templates, "
+            f"{len(self.texts)} prompts{groups}"
         )
 
 
@@ -80,27 +105,59 @@ class LabelledItems:
 
 
 @dataclass(frozen=True)
-class LinearProbeTask(ClassificationTask):
-    """Classification by a regression on embeddings; it has no prompts."""
+class TrainedTask(SingleLabelTask):
+    """Classification that learns from labelled items."""
 
     train: LabelledItems
+
+    @property
+    def media_sets(self) -> list[MediaSet]:
+        return [*super().media_sets, self.train.source]
+
+    def details(self) -> str:
+        return f"{super().details()}, {len(self.train.places)} items to train on"
+
+
+@dataclass(frozen=True)
+class LinearProbeTask(TrainedTask):
+    """By a regression on embeddings."""
+
     validation: LabelledItems
     strength: float | None  # of the regularisation; None: chosen on validation items
 
     @property
     def media_sets(self) -> list[MediaSet]:
-        return [*super().media_sets, self.train.source, self.validation.source]
+        return [*super().media_sets, self.validation.source]
 
-    @property
-    def texts(self) -> list[str]:
-        return []
+    def method(self) -> str:
+        return "linear probe"
 
-    def description(self) -> str:
-        return (
-            f"{self.name}: linear probe, {len(self.dataset)} {self.dataset.info.media} items, "
-            f"{len(self.class_names)} classes, {len(self.train.places)} items to train on and "
-            f"{len(self.validation.places)} to validate ({self.dataset.folder})"
-        )
+    def details(self) -> str:
+        return f"{super().details()} and {len(self.validation.places)} to validate"
+
+
+@dataclass(frozen=True)
+class NearestNeighboursTask(TrainedTask):
+    """By the votes of the nearest training items."""
+
+    num_neighbours: int
+    temperature: float
+
+    def method(self) -> str:
+        return f"{self.num_neighbours} nearest neighbours"
+
+
+@dataclass(frozen=True)
+class FewShotTask(TrainedTask):
+    """By regressions on a few training items of each class."""
+
+    shots: list[int]
+    num_draws: int
+    strength: float  # of the regularisation
+    seed: int
+
+    def method(self) -> str:
+        return f"few-shot probes, {self.shots} shots, {self.num_draws} draws"
 
 
 @dataclass(frozen=True)
@@ -108,20 +165,22 @@ class MultiLabelTask(_Task):
     """Zero-shot classification of media items that may be of several classes."""
 
     class_names: list[str]  # [K]
-    prompt_templates: list[str]
+    prompt_templates: list[str]  # as of ClassificationTask
+    prompts: list[list[str]]
     is_of_class: np.ndarray  # bool [Q, K]
 
     @property
     def texts(self) -> list[str]:
         """The prompts, class by class."""
-        return class_prompts(self.class_names, self.prompt_templates)
+        return list(chain.from_iterable(self.prompts))
 
-    def description(self) -> str:
+    def method(self) -> str:
+        return "multi-label classification"
+
+    def details(self) -> str:
         return (
-            f"{self.name}: multi-label classification, {len(self.dataset)} "
-            f"{self.dataset.info.media} items, {len(self.class_names)} classes, "
-            f"{self.is_of_class.sum(axis=1).mean():.2f} of them per item, "
-            f"{len(self.prompt_templates)} templates ({self.dataset.folder})"
+            f"{len(self.class_names)} classes, {self.is_of_class.sum(axis=1).mean():.2f} of them "
+            f"per item, {len(self.prompt_templates) or 'no'} templates"
         )
 
 
@@ -151,13 +210,74 @@ class RetrievalTask(_Task):
             return pairs_of_equal_captions(self.media_of_text, self.captions)
         return pairs_of_owners(self.media_of_text)
 
-    def description(self) -> str:
+    def method(self) -> str:
+        return "retrieval"
+
+    def details(self) -> str:
         return (
-            f"{self.name}: retrieval, {len(self.dataset)} {self.dataset.info.media} items, "
             f"{len(self.captions)} captions, {len(self.distractor_captions)} distractor captions, "
-            f"k {self.ks}{', equal captions merged' if self.merges_equal_captions else ''} "
-            f"({self.dataset.folder})"
+            f"k {self.ks}{', equal captions merged' if self.merges_equal_captions else ''}"
         )
 
 
-Task = ClassificationTask | LinearProbeTask | MultiLabelTask | RetrievalTask
+@dataclass(frozen=True)
+class MediaRetrievalTask(_Task):
+    """Retrieval in both directions between the media items of two datasets."""
+
+    other: MediaSet  # M items
+    pairs: RightPairs  # "texts" are the other's items
+    ks: list[int]
+
+    @property
+    def media_sets(self) -> list[MediaSet]:
+        return [*super().media_sets, self.other]
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        """What figures are called by."""
+        kind, other = self.dataset.info.media, self.other.dataset.info.media
+        return f"{kind}_to_{other}", f"{other}_to_{kind}"
+
+    def method(self) -> str:
+        return "media retrieval"
+
+    def details(self) -> str:
+        other = self.other.dataset
+        return f"{len(other)} {other.info.media} items of {other.folder}, k {self.ks}"
+
+
+@dataclass(frozen=True)
+class CaptionChoiceTask(_Task):
+    """Choice of the right caption, or media item, among a few that are nearly alike."""
+
+    captions: list[list[str]]  # [Q] of each item, the right one first
+    groups: list[list[int]] | None  # places of items that are each other's wrong answers
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions of the first item, then of the second, and so on."""
+        return list(chain.from_iterable(self.captions))
+
+    @property
+    def text_name(self) -> str:
+        return f"captions of {self.name}"
+
+    def method(self) -> str:
+        return "caption choice"
+
+    def details(self) -> str:
+        if self.groups is not None:
+            return f"{len(self.groups)} groups"
+        return f"{len(self.texts) - len(self.captions)} wrong captions"
+
+
+Task = (
+    ClassificationTask
+    | LinearProbeTask
+    | NearestNeighboursTask
+    | FewShotTask
+    | MultiLabelTask
+    | RetrievalTask
+    | MediaRetrievalTask
+    | CaptionChoiceTask
+)

@@ -8,7 +8,7 @@ from eval.class_prompts import average_prompts, check_templates, class_prompts
 
 def test_templates_take_both_placeholders_and_leave_other_braces():
     prompts = class_prompts(["{} dog", "cat"], ["a {} here", "the {c} {x}"])
-    assert prompts == ["a {} dog here", "the {} dog {x}", "a cat here", "the cat {x}"]
+    assert prompts == [["a {} dog here", "the {} dog {x}"], ["a cat here", "the cat {x}"]]
 
 
 def test_template_without_a_place_for_the_class_raises():
@@ -29,7 +29,9 @@ def test_class_embeddings_equal_open_clip():
         model, tokenizer, names, [template.replace("{c}", "{}") for template in templates]
     )  # [D, K]
     with torch.no_grad():
-        prompts = model.encode_text(tokenizer(class_prompts(names, templates)))
-    found = average_prompts(prompts, num_classes=len(names))
+        prompts = model.encode_text(
+            tokenizer([text for each in class_prompts(names, templates) for text in each])
+        )
+    found = average_prompts(prompts, num_prompts=[len(templates)] * len(names))
     assert found.shape == (3, 16)
     torch.testing.assert_close(found, expected.T, atol=1e-6, rtol=0)
