@@ -63,7 +63,7 @@ def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
             "": {
                 "key": task.keys,
                 "class_name": _class_names(task),
-                "predicted": [task.class_names[place] for place in result.predictions],
+                "predicted": [task.class_labels[place] for place in result.predictions],
                 "hit@1": result.ranks.hits_at(1),
                 "rank": result.ranks.first_ranks(),
             }
@@ -103,7 +103,7 @@ def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
 
 
 def _class_names(task: SingleLabelTask) -> list[str]:
-    return [task.class_names[place] for place in task.targets]
+    return [task.class_labels[place] for place in task.targets]
 
 
 def _ranks(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:

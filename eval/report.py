@@ -143,9 +143,9 @@ def classification_section(outcome: Outcome) -> Section:
     task, result = outcome.task, outcome.result
     matrix = [
         heading("Confusion matrix"),
-        confusion_chart(result.confusion, task.class_names),
+        confusion_chart(result.confusion, task.class_labels),
         heading("Commonest confusions"),
-        _confusion_table(result.confusion, task.class_names),
+        _confusion_table(result.confusion, task.class_labels),
     ]
     classes = [heading("Recall by class, worst first"), _class_table(outcome)]
     return Section(
@@ -183,7 +183,7 @@ def multi_label_section(outcome: Outcome) -> Section:
 
 
 def _class_table(outcome: Outcome) -> Markup:
-    result, names = outcome.result, outcome.task.class_names
+    result, names = outcome.result, outcome.task.class_labels
     sizes = result.confusion.sum(axis=1)
     present = np.flatnonzero(sizes)
     worst_first = present[np.argsort(result.class_recalls[present], kind="stable")]

@@ -87,7 +87,7 @@ def classification_gallery(outcome: Outcome, *, num_items: int) -> Markup:
     is_wrong = predictions != task.targets
     cards = []
     for item in shown_queries(1.0 + is_wrong, num_queries=num_items):
-        true, predicted = (task.class_names[k] for k in (task.targets[item], predictions[item]))
+        true, predicted = (task.class_labels[k] for k in (task.targets[item], predictions[item]))
         label = f"{true}, taken for {predicted}" if is_wrong[item] else true
         cards.append(_card(views.of(item), label, kind="missed" if is_wrong[item] else "good"))
     return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))

@@ -52,7 +52,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
 
 def _classification_record(outcome: Outcome) -> dict[str, Any]:
     task, result = outcome.task, outcome.result
-    recalls = zip(task.class_names, result.class_recalls.tolist(), strict=True)
+    recalls = zip(task.class_labels, result.class_recalls.tolist(), strict=True)
     return {
         "num_queries": len(task.targets),
         "num_classes": len(task.class_names),

@@ -46,6 +46,11 @@ def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str
     """
     found = _or_input_error(metadata_of, sample).get("class_name")
     if found is not None:
+        if class_names.count(found) > 1:
+            raise InputError(
+                f"{sample}: class {found!r} stands twice among the class_names: name the class by "
+                "its place in .cls"
+            )
         if found not in place_of:
             nearest = difflib.get_close_matches(str(found), class_names, n=1, cutoff=0.0)
             raise InputError(

@@ -3,6 +3,7 @@ eval.task_readers. Needs no torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -66,6 +67,15 @@ class SingleLabelTask(_Task):
 
     class_names: list[str]  # [K]
     targets: np.ndarray  # int64 [Q], place in class_names
+
+    @cached_property
+    def class_labels(self) -> list[str]:
+        """[K] the names, with the place of those that stand twice."""
+        counts = Counter(self.class_names)
+        return [
+            f"{name} ({place})" if counts[name] > 1 else name
+            for place, name in enumerate(self.class_names)
+        ]
 
     def details(self) -> str:
         return f"{len(self.class_names)} classes"

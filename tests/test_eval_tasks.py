@@ -62,10 +62,14 @@ def test_sample_without_a_known_class_is_named(tmp_path, members, message):
         read_tasks(classification(tmp_path / "toy"))
 
 
-def test_repeated_class_name_is_refused(tmp_path):
-    write_dataset(tmp_path / "toy", [labelled("dog")])
-    with pytest.raises(InputError, match=r"evaluations\.toy\.class_names: .*'dog'"):
-        read_tasks(classification(tmp_path / "toy", class_names=["dog", "cat", "dog"]))
+def test_classes_of_one_name_are_told_apart_by_their_places(tmp_path):
+    names = ["dog", "cat", "dog"]
+    write_dataset(tmp_path / "toy", [{"cls": b"2"}, {"cls": b"0"}])
+    (task,) = read_tasks(classification(tmp_path / "toy", class_names=names))
+    assert (task.targets.tolist(), task.class_labels) == ([2, 0], ["dog (0)", "cat", "dog (2)"])
+    write_dataset(tmp_path / "named", [labelled("dog")])
+    with pytest.raises(InputError, match=r"sample 0000: class 'dog' stands twice"):
+        read_tasks(classification(tmp_path / "named", class_names=names))
 
 
 def test_every_caption_knows_its_item(tmp_path):

@@ -1,0 +1,176 @@
+"""k-NN, few-shot, caption choice and groups, beside the obvious ways and scikit-learn."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
+
+from eval.caption_choice import choose_captions, choose_in_groups
+from eval.few_shot import classify_from_few
+from eval.intervals import Bootstrap
+from eval.nearest_neighbours import neighbour_votes
+from eval.retrieval import retrieve
+from eval.right_pairs import pairs_of_equal_values
+from eval.zero_shot import classify, rank_scores
+
+BOOTSTRAP = Bootstrap(200)
+
+
+def unit_rows(count, dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(count, dim, generator=generator), dim=-1)
+
+
+def labelled_rows(count, num_classes, seed):
+    """Embeddings around a centre of each class."""
+    targets = np.arange(count) % num_classes
+    noise = 0.7 * unit_rows(count, seed=seed)
+    return normalize(unit_rows(num_classes, seed=99)[targets] + noise, dim=-1), targets
+
+
+def test_votes_of_neighbours_are_those_of_scikit_learn():
+    train, train_targets = labelled_rows(300, 5, seed=1)
+    test, targets = labelled_rows(90, 5, seed=2)
+    votes = neighbour_votes(
+        test,
+        train,
+        torch.from_numpy(train_targets),
+        num_classes=5,
+        num_neighbours=20,
+        temperature=0.07,
+    )
+    found = torch.cat(list(votes))
+    slow = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    )
+    slow.fit(train.numpy(), train_targets)
+    expected = slow.predict_proba(test.numpy())
+    shares = found / found.sum(dim=1, keepdim=True)
+    np.testing.assert_allclose(shares.numpy(), expected, atol=1e-5)
+    ranks, predictions = rank_scores([found], targets=targets)
+    assert (predictions == slow.predict(test.numpy())).all()
+    assert ranks.hits_at(1).mean() == pytest.approx(slow.score(test.numpy(), targets))
+    # More neighbours than there are: all vote.
+    every = neighbour_votes(
+        test,
+        train[:7],
+        torch.from_numpy(train_targets[:7]),
+        num_classes=5,
+        num_neighbours=20,
+        temperature=1.0,
+    )
+    assert torch.cat(list(every)).gt(0).sum(dim=1).eq(5).all()
+
+
+def test_few_shot_probes_learn_from_as_many_items_as_they_say():
+    train, train_targets = labelled_rows(60, 3, seed=1)
+    test, targets = labelled_rows(45, 3, seed=2)
+    arguments = {
+        "targets": targets,
+        "num_classes": 3,
+        "num_draws": 2,
+        "strength": 3.0,
+        "bootstrap": BOOTSTRAP,
+    }
+    labels = torch.from_numpy(train_targets)
+    result = classify_from_few(test, (train, labels), shots=[1, 20], seed=0, **arguments)
+    assert list(result.scores) == ["top_1_accuracy@1_shot", "top_1_accuracy@20_shot"]
+    # All twenty of each class, in whatever draw: scikit-learn's regression on everything.
+    slow = LogisticRegression(C=1 / 3, max_iter=1000, tol=1e-8).fit(train.double(), train_targets)
+    expected = slow.predict(test.double()) == targets
+    np.testing.assert_array_equal(result.hits[20], expected)
+    assert set(np.unique(result.hits[1])) <= {0, 0.5, 1}
+    again = classify_from_few(test, (train, labels), shots=[1], seed=0, **arguments)
+    np.testing.assert_array_equal(again.hits[1], result.hits[1])
+    other = classify_from_few(test, (train, labels), shots=[1], seed=1, **arguments)
+    assert (other.hits[1] != result.hits[1]).any()
+    assert result.scores["top_1_accuracy@1_shot"].chance == pytest.approx(1 / 3)
+
+
+def test_an_item_is_right_if_its_own_caption_is_nearest():
+    media, captions = unit_rows(40, seed=1), unit_rows(100, seed=2)
+    num_captions = [2, 3] * 20
+    result = choose_captions(media, captions, num_captions=num_captions, bootstrap=BOOTSTRAP)
+    scores = (media.double() @ captions.double().T).numpy()
+    starts = np.cumsum([0, *num_captions])
+    expected = [
+        scores[n, starts[n]] == scores[n, starts[n] : starts[n + 1]].max() for n in range(40)
+    ]
+    np.testing.assert_array_equal(result.hits["caption_accuracy"], expected)
+    score = result.scores["caption_accuracy"]
+    assert score.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert score.low < score.value < score.high
+    collapsed = choose_captions(
+        torch.ones(40, 1), torch.ones(100, 1), num_captions=num_captions, bootstrap=BOOTSTRAP
+    )
+    assert collapsed.scores["caption_accuracy"].value == pytest.approx(score.chance)
+
+
+def test_group_scores_are_winogrounds():
+    media, captions = unit_rows(61, seed=1), unit_rows(61, seed=2)
+    captions = normalize(captions + 0.5 * media, dim=-1)
+    groups = [*([n, n + 1] for n in range(0, 58, 2)), [58, 60, 59]]
+    result = choose_in_groups(media, captions, groups=groups, bootstrap=BOOTSTRAP)
+    scores = (media.double() @ captions.double().T).numpy()
+    for place, group in enumerate(groups):
+        pairs = list(itertools.permutations(group, 2))
+        text = all(scores[i, i] > scores[i, j] for i, j in pairs)
+        image = all(scores[i, i] > scores[j, i] for i, j in pairs)
+        found = [result.hits[f"{name}_score"][place] for name in ("text", "image", "group")]
+        assert found == [text, image, text and image]
+    collapsed = choose_in_groups(
+        torch.ones(60, 1), torch.ones(60, 1), groups=groups[:29], bootstrap=BOOTSTRAP
+    )
+    for name, chance in (("text_score", 1 / 4), ("image_score", 1 / 4), ("group_score", 1 / 6)):
+        assert collapsed.scores[name].chance == pytest.approx(chance, abs=0.01)
+        assert collapsed.scores[name].value == pytest.approx(chance, abs=0.05)
+
+
+def test_the_worst_group_and_macro_f1_are_those_of_scikit_learn():
+    media, targets = labelled_rows(120, 4, seed=3)
+    classes = unit_rows(6, seed=99)  # two of them have no items
+    groups = [("north", "south", "west")[n % 7 % 3] for n in range(120)]
+    result = classify(media, classes, targets=targets, bootstrap=BOOTSTRAP, groups=groups)
+    hits = result.predictions == targets
+    by_group = {g: hits[np.array(groups) == g].mean() for g in set(groups)}
+    assert result.group_accuracies == pytest.approx(by_group)
+    worst = result.scores["worst_group_top_1_accuracy"]
+    assert worst.value == min(by_group.values())
+    assert worst.num_queries == groups.count(min(by_group, key=by_group.get))
+    f1 = result.scores["macro_f1"]
+    expected = f1_score(targets, result.predictions, labels=np.unique(targets), average="macro")
+    assert f1.value == pytest.approx(expected)
+    assert f1.low < f1.value < f1.high
+
+
+def test_media_find_media_of_another_kind():
+    images, sounds = unit_rows(30, seed=1), unit_rows(40, seed=2)
+    names, other_names = [str(n % 10) for n in range(30)], [str(n % 10) for n in range(40)]
+    pairs = pairs_of_equal_values(names, other_names)
+    result = retrieve(
+        images,
+        sounds,
+        media_of_text=np.arange(40),
+        pairs=pairs,
+        ks=(1, 5),
+        bootstrap=BOOTSTRAP,
+        directions=("image_to_audio", "audio_to_image"),
+    )
+    scores = (images.double() @ sounds.double().T).numpy()
+    right = np.equal.outer(names, other_names)
+    for direction, matrix, is_right in (
+        ("image_to_audio", scores, right),
+        ("audio_to_image", scores.T, right.T),
+    ):
+        order = np.argsort(-matrix, axis=1)[:, :5]
+        expected = np.take_along_axis(is_right, order, axis=1).any(axis=1).mean()
+        assert result.scores[f"{direction}_recall@5"].value == pytest.approx(expected)
+    both = [result.scores[f"{d}_recall@5"].value for d in ("image_to_audio", "audio_to_image")]
+    mean = result.scores["mean_recall@5"]
+    assert mean.value == pytest.approx(np.mean(both))
+    assert mean.low < mean.value < mean.high
