@@ -214,8 +214,11 @@ def _macro_f1(confusion: np.ndarray, *, bootstrap: Bootstrap) -> Score:
     sizes = confusion.sum(axis=1)
     precisions = sizes[sizes > 0] / num_items
     chance = (2 * precisions / (1 + precisions * num_classes)).mean()
-    low, high = percentile_interval(resampled)
     value = float(macro_f1(confusion))
+    if resampled.min() == resampled.max():  # mostly 0 or 1
+        low, high = wilson_interval(value * num_items, num_items)
+        return Score(value, low, high, float(chance), num_items, "Wilson")
+    low, high = percentile_interval(resampled)
     return Score(value, low, high, float(chance), num_items, "bootstrap over media items")
 
 

@@ -33,6 +33,10 @@ def flags(*colors):
     return file.getvalue()
 
 
+def with_metadata(sample, **values):
+    return sample | {"json": json.dumps(json.loads(sample["json"]) | values).encode()}
+
+
 @pytest.fixture
 def config_path(tmp_path, monkeypatch):
     """A config over pictures and sounds, for a model that load_model is made to return."""
@@ -50,6 +54,11 @@ def config_path(tmp_path, monkeypatch):
         {"png": sample["png"], "cls": str(n % 3).encode()} for n, sample in enumerate(pictures)
     ]
     sounds = [sound_sample(list(PITCHES_HZ)[n % 3], seed=n) for n in range(6)]
+    sounds = [with_metadata(sample, group=n // 3) for n, sample in enumerate(sounds)]
+    choices = [
+        with_metadata(sample, group=n // 3, negative_captions=["a pink picture", "a red picture"])
+        for n, sample in enumerate(pictures[:6])
+    ]
     (tmp_path / "others.txt").write_text("a grey cat\r\n\r\na yellow dog\r\n")
     (tmp_path / "templates.txt").write_text("a {} picture\na photo in {c}\n")
     config = {
@@ -74,6 +83,37 @@ def config_path(tmp_path, monkeypatch):
                 "train": str(write_dataset(tmp_path / "more_pictures", more_pictures)),
                 "class_names": [*COLORS, "unused"],
             },
+            "neighbours": {
+                "task": "nearest_neighbours",
+                "dataset": str(tmp_path / "pictures"),
+                "train": str(tmp_path / "more_pictures"),
+                "class_names": [*COLORS],
+                "averages": ["trained"],
+            },
+            "few": {
+                "task": "few_shot",
+                "dataset": str(tmp_path / "pictures"),
+                "train": str(tmp_path / "more_pictures"),
+                "class_names": [*COLORS],
+                "shots": [1, 2],
+                "averages": ["trained"],
+            },
+            "choice": {
+                "task": "caption_choice",
+                "dataset": str(write_dataset(tmp_path / "choices", choices)),
+            },
+            "grouped": {
+                "task": "caption_choice",
+                "dataset": str(tmp_path / "choices"),
+                "group_by": "group",
+            },
+            "matched": {
+                "task": "media_retrieval",
+                "dataset": str(tmp_path / "choices"),
+                "other": str(write_dataset(tmp_path / "sounds", sounds, media="audio")),
+                "pair_by": "group",
+                "ks": [1, 2],
+            },
             "tints": {
                 "task": "multi_label_classification",
                 "dataset": str(write_dataset(tmp_path / "tints", tints)),
@@ -87,7 +127,7 @@ def config_path(tmp_path, monkeypatch):
             },
             "tones": {
                 "task": "retrieval",
-                "dataset": str(write_dataset(tmp_path / "sounds", sounds, media="audio")),
+                "dataset": str(tmp_path / "sounds"),
                 "ks": [1, 2],
             },
         },
@@ -127,6 +167,22 @@ def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
     assert 0 < probed["num_validation"] < 20
     best = probed["validation_accuracies"][f"{probed['strength']:.4g}"]
     assert best == max(probed["validation_accuracies"].values()) == 1
+    for name, figure in (("neighbours", "top_1_accuracy"), ("few", "top_1_accuracy@2_shot")):
+        assert record["evaluations"][name]["scores"][figure]["value"] == 1
+        assert record["evaluations"][name]["num_train"] == 60
+    assert record["averages"]["trained"]["value"] == 1
+    assert record["averages"]["all"]["num_queries"] == len(record["evaluations"])
+    # Of the pictures, those that are red are level with "a red picture".
+    choice = record["evaluations"]["choice"]["scores"]["caption_accuracy"]
+    assert choice["value"] == pytest.approx(5 / 6)
+    assert choice["chance"] == pytest.approx(1 / 3)
+    for score in record["evaluations"]["grouped"]["scores"].values():
+        assert (score["value"], score["num_queries"]) == (1, 2)
+    matched = record["evaluations"]["matched"]
+    assert matched["num_right_pairs"] == 18
+    # All pictures are level with all sounds: what chance gives.
+    recall = matched["scores"]["image_to_audio_recall@1"]
+    assert recall["value"] == pytest.approx(recall["chance"]) == pytest.approx(0.5)
     tints = record["evaluations"]["tints"]
     assert tints["num_classes_without_items"] == 1
     assert tints["num_labels"] == 16
@@ -229,7 +285,7 @@ def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
         ToyModel, "encode_text", lambda self, tokens: torch.full((len(tokens), 6), torch.nan)
     )
     assert evaluate(config_path) == 1
-    assert "prompts of colors: 5 of 5 embeddings hold NaN" in capsys.readouterr().err
+    assert "captions of choice: 5 of 5 embeddings hold NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("checkpoint=absent",), ("checkpoint=absent", "--dry-run")])
@@ -244,7 +300,13 @@ def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_
     record = json.loads((out / "results.json").read_text())["evaluations"]
     names = sorted(path.name for path in (out / "predictions").iterdir())
     assert names == [
+        "choice.parquet",
         "colors.parquet",
+        "few.parquet",
+        "grouped.parquet",
+        "matched.audio_to_image.parquet",
+        "matched.image_to_audio.parquet",
+        "neighbours.parquet",
         "pictures.media_to_text.parquet",
         "pictures.text_to_media.parquet",
         "probed.parquet",
@@ -268,7 +330,7 @@ def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_
     assert by_text["caption"][:3] == ["a low tone", "a middle tone", "a high tone"]
     rows = (out / "results.csv").read_text().splitlines()
     assert rows[0] == "evaluation,figure,value,low,high,chance,num_queries,interval"
-    assert rows[1].startswith("colors,top_1_accuracy,1.0,")
+    assert any(row.startswith("colors,top_1_accuracy,1.0,") for row in rows)
     assert len(rows) == 1 + sum(len(each["scores"]) for each in record.values())
 
 
