@@ -19,6 +19,7 @@ class TableColumns(Section):
 
     # Of the media's file, beside the table: any columns in braces, such as "audio/{filename}"
     media: str = "{file}"
+    key: str | None = None  # rows of one key are one sample; null: rows of one file are
     captions: list[str] = ["caption"]  # several columns, or several rows of one file, or both
     class_name: str = "class_name"
     class_names: str = "class_names"  # several in one cell

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config_file import check_output_folder, run_command
+from data_prep.config_file import InputError, check_output_folder, run_command
 from eval.config import EvaluateConfig
 from eval.model_source import find_model
 from eval.task_readers import fetch_datasets, read_tasks
@@ -52,6 +52,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     check_output_folder(config.output, key="output")
     on_main_process(lambda: fetch_datasets(config))
     found = read_tasks(config)
+    if not found.present:
+        raise InputError("none of the datasets is there:\n" + "\n".join(found.skipped.values()))
     encoder = load_encoder(config)
     check_towers(found.present, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)

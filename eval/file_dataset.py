@@ -32,7 +32,8 @@ CSV_FIELD_BYTES = 1 << 24
 class MediaFile:
     """A sample: a file, and what is said of it."""
 
-    key: str  # its path below the set's folder
+    key: str
+    path: str  # below the set's folder
     metadata: dict[str, Any]
 
 
@@ -61,14 +62,14 @@ class FileDataset:
         self.root = folder
         self.files = files
         self.class_folders = list(class_folders)
-        kinds = {media_kind_of(_extension(file.key)) for file in files}
+        kinds = {media_kind_of(_extension(file.path)) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise InputError(
                 f"{place}: expected pictures, or sounds, and no others; found "
-                f"{sorted({_extension(file.key) for file in files})[:10] or 'no files'}"
+                f"{sorted({_extension(file.path) for file in files})[:10] or 'no files'}"
             )
         self.info = SetInfo(
-            kinds.pop(), sorted({_extension(file.key) for file in files} | {"json"})
+            kinds.pop(), sorted({_extension(file.path) for file in files} | {"json"})
         )
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class FileDataset:
         for file in self.files:
             with self._path(file).open("rb") as content:
                 total.update(hashlib.file_digest(content, "sha256").digest())
-            total.update(json.dumps([file.key, file.metadata], sort_keys=True).encode())
+            total.update(json.dumps([file.key, file.path, file.metadata], sort_keys=True).encode())
         return total.hexdigest()
 
     def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
@@ -92,7 +93,7 @@ class FileDataset:
         """
         file = self.files[ordinal]
         sample = Sample(str(self.folder), file.key, {})
-        extension = _extension(file.key)
+        extension = _extension(file.path)
         if fields is None or extension in fields:
             sample.members[extension] = self._path(file).read_bytes()
         if fields is None or "json" in fields:
@@ -100,7 +101,7 @@ class FileDataset:
         return sample
 
     def _path(self, file: MediaFile) -> Path:
-        return self.root / file.key
+        return self.root / file.path
 
 
 def _extension(key: str) -> str:
@@ -116,7 +117,7 @@ def read_class_folders(folder: Path, *, split: str) -> FileDataset:
     root = folder / split if class_folders_in(folder / split) else folder
     names = class_folders_in(root)
     files = [
-        MediaFile(str(path.relative_to(root)), {"class_name": name})
+        MediaFile(*2 * [str(path.relative_to(root))], {"class_name": name})
         for name in names
         for path in sorted((root / name).rglob("*"))
         if media_kind_of(_extension(path.name)) is not None
@@ -141,30 +142,29 @@ def read_table(path: Path, columns: TableColumns) -> FileDataset:
     Raises:
         InputError: the table is not readable or lacks a column, or a file is missing.
     """
-    metadata_of: dict[str, dict[str, Any]] = {}
+    files: dict[str, MediaFile] = {}
     for number, row in enumerate(_rows_of(path), start=1):
         try:
-            key = columns.media.format(**row)
+            media = columns.media.format(**row)
+            key = media if columns.key is None else columns.key.format(**row)
         except (KeyError, IndexError, ValueError) as error:
             raise InputError(
-                f"{path}: row {number}: columns.media is {columns.media!r}; found the columns "
-                f"{sorted(row)} ({error})"
+                f"{path}: row {number}: columns.media is {columns.media!r}, columns.key "
+                f"{columns.key!r}; found the columns {sorted(row)} ({error})"
             ) from None
-        known = metadata_of.setdefault(key, row | {"captions": []})
+        known = files.setdefault(key, MediaFile(key, media, row | {"captions": []})).metadata
         known["captions"] += [row[name] for name in columns.captions if row.get(name)]
         if columns.class_name in row:
             known["class_name"] = row[columns.class_name]
         if columns.class_names in row:
             known["class_names"] = _several(row[columns.class_names], columns.class_separator)
-    missing = [key for key in metadata_of if not (path.parent / key).is_file()]
+    missing = [file.path for file in files.values() if not (path.parent / file.path).is_file()]
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(metadata_of)} files are missing, the first: "
+            f"{path}: {len(missing)} of {len(files)} files are missing, the first: "
             f"{path.parent / missing[0]}; fetch them, or take their rows out"
         )
-    return FileDataset(
-        path.parent, [MediaFile(key, row) for key, row in metadata_of.items()], place=path
-    )
+    return FileDataset(path.parent, list(files.values()), place=path)
 
 
 def _several(cell: str | list[str], separator: str) -> list[str]:

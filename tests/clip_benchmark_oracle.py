@@ -4,7 +4,7 @@ clip_benchmark 1.6.2 needs numpy < 2.3, hence an environment of its own:
 
     python3.11 -m venv oracle
     oracle/bin/pip install torch==2.13.0 torchvision==0.28.0 open-clip-torch==3.3.0 \
-        clip-benchmark==1.6.2 "numpy<2.3"
+        clip-benchmark==1.6.2 requests "numpy<2.3"
     oracle/bin/python tests/clip_benchmark_oracle.py > tests/clip_benchmark_figures.json
 """
 
