@@ -205,6 +205,13 @@ class EvaluateConfig(EncodingConfig):
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 
+class WatchConfig(EvaluateConfig):
+    """What `python -m eval.watch` reads; `checkpoint` is the run's folder."""
+
+    wait: bool = True  # for checkpoints to come, until the run has finished
+    poll_seconds: PositiveFloat = 60  # between looks for a new one
+
+
 class CompareConfig(Section):
     """What `python -m eval.compare` reads."""
 
@@ -213,6 +220,29 @@ class CompareConfig(Section):
     output: Path  # folder for compare.json and compare.md
     seed: int = Field(0, ge=0)  # of the bootstrap
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
+
+
+class NearMediaLimits(Section):
+    """When media count as the same in spite of other bytes; see data_prep.config.NearMedia."""
+
+    image_max_distance: int = Field(6, ge=0, le=12)  # bits of 64 of the hashes
+    image_min_similarity: float = Field(0.94, gt=0, le=1)  # of the thumbnails
+    audio_min_similarity: float = Field(0.7, gt=0.5, le=1)  # share of the fingerprint's bits
+
+
+class OverlapConfig(Section):
+    """What `python -m eval.check_overlap` reads."""
+
+    dataset: DatasetPlace  # the evaluation set
+    split: str = "test"
+    subset: Path | None = None
+    columns: TableColumns = TableColumns()
+    train: list[Path] = Field(min_length=1)  # folders of shards of ours
+    output: Path  # folder for overlap.parquet, overlap.json and clean.subset
+    keys: bool = True  # names of files, and uids; false where both are mere numbers
+    near_media: NearMediaLimits | None = NearMediaLimits()  # null: not looked for
+    captions: bool = True
+    workers: PositiveInt = 1  # threads that compare pictures
 
 
 class EmbedConfig(EncodingConfig):

@@ -26,6 +26,9 @@ OTHER_VERBS = {
     "subset.yaml": "data_prep.make_subset",
     "embed.yaml": "eval.embed",
     "compare.yaml": "eval.compare",
+    "watch.yaml": "eval.watch",
+    "overlap.yaml": "eval.check_overlap",
+    "search.yaml": "eval.search",
 }
 CONFIGS = sorted(path for folder in VERBS for path in (ROOT / "configs" / folder).glob("*.yaml"))
 COMMANDS = [

@@ -1,0 +1,87 @@
+"""Finds items of an evaluation set that a model may have seen in training.
+
+    python -m eval.check_overlap configs/eval/overlap.yaml
+    python -m eval.check_overlap configs/eval/overlap.yaml 'train=[datasets/a, datasets/b]'
+
+1. key       the same identifier: sources name the same item, however its bytes have changed
+2. content   equal bytes of the media
+3. near      re-encoded, rescaled, mirrored, cropped or trimmed media, by their fingerprints
+4. caption   the same words
+
+Writes overlap.parquet, a row per match, and overlap.json, the counts; of an evaluation set made of
+shards of ours also clean.subset, which eval.evaluate takes as `subset`. To take such items out of
+the training data instead, use data_prep.find_duplicates with `against`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from data_prep.config_file import check_output_folder, fixed_values, run_command
+from data_prep.shard_format import write_atomically
+from data_prep.subset import KeptSamples, Subset
+from eval.config import OverlapConfig
+from eval.evaluation_sets import EvaluationSet, open_dataset
+from eval.overlap import METHODS, Overlap, find_overlap
+
+
+def run(config: OverlapConfig) -> None:
+    """Looks for the evaluation set's items in all training datasets, and writes what was found."""
+    check_output_folder(config.output, key="output")
+    dataset = _open(config)
+    overlap = find_overlap(dataset, config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(overlap.rows(), schema=Overlap.SCHEMA),
+        config.output / "overlap.parquet",
+    )
+    record = overlap.counts() | {
+        "dataset": str(dataset.folder),
+        "fingerprint": dataset.fingerprint,
+        "train": [str(folder) for folder in config.train],
+    }
+    content = json.dumps(record, indent=2).encode() + b"\n"
+    write_atomically(config.output / "overlap.json", content)
+    if isinstance(dataset, KeptSamples):
+        _write_clean_subset(config, dataset, overlap)
+    for method in METHODS:
+        print(f"{method}: {record['num_items'][method]:,} of {len(dataset):,} items")  # noqa: T201
+    print(f"any: {record['num_items']['any']:,}; {config.output}/overlap.parquet")  # noqa: T201
+
+
+def _open(config: OverlapConfig) -> EvaluationSet:
+    return open_dataset(
+        config.dataset, split=config.split, subset=config.subset, columns=config.columns
+    )
+
+
+def _write_clean_subset(config: OverlapConfig, dataset: KeptSamples, overlap: Overlap) -> None:
+    kept = np.zeros(len(dataset.dataset), dtype=bool)
+    kept[dataset.ordinals_of(np.flatnonzero(~overlap.is_seen()))] = True
+    preparation = {"command": "check_overlap", "config": fixed_values(config)}
+    subset = Subset.from_bitmap(dataset.info, kept, preparation=preparation)
+    subset.write(config.output / "clean.subset")
+
+
+def dry_run(config: OverlapConfig) -> None:
+    """Checks that all datasets are there, and prints their sizes."""
+    check_output_folder(config.output, key="output")
+    dataset = _open(config)
+    print(f"{dataset.folder}: {len(dataset):,} {dataset.info.media} items")  # noqa: T201
+    for folder in config.train:
+        samples = KeptSamples(folder, subset=None)
+        print(f"{folder}: {len(samples):,} {samples.info.media} samples")  # noqa: T201
+
+
+def main() -> int:
+    """The command."""
+    return run_command(OverlapConfig, run=run, dry_run=dry_run, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""One evaluation of one model, in one process or several, from config to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from data_prep.config_file import InputError, check_output_folder
+from eval.config import EvaluateConfig
+from eval.embedding_store import EmbeddingStore
+from eval.encoder import load_encoder
+from eval.intervals import Bootstrap
+from eval.measure import Embeddings, Outcome, check_towers, encode_tasks, measure_tasks
+from eval.predictions import write_predictions
+from eval.processes import wait_for_all
+from eval.report import write_report
+from eval.results import (
+    refuse_missed_goals,
+    results_record,
+    scores_csv,
+    scores_table,
+    write_results,
+)
+from eval.task_readers import fetch_datasets, read_tasks
+from pretrain.gather import on_main_process, rank
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Evaluates a model and writes what was found into the output folder. Every process of the
+    group must come here; the main one measures and writes.
+
+    Raises:
+        InputError: the model, a dataset or a label cannot be used; it says which, and why.
+        RunError: a figure misses its goal.
+    """
+    start = time.monotonic()
+    check_output_folder(config.output, key="output")
+    on_main_process(lambda: fetch_datasets(config))
+    found = read_tasks(config)
+    if not found.present:
+        raise InputError("none of the datasets is there:\n" + "\n".join(found.skipped.values()))
+    encoder = load_encoder(config)
+    check_towers(found.present, encoder)
+    store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
+    encode_tasks(found.present, store)
+    wait_for_all()  # every process has made its share
+    if rank() > 0:
+        return
+    bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
+    embeddings = Embeddings(store, encoder.device)
+    outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap)
+    seconds = time.monotonic() - start
+    record = results_record(
+        config, outcomes, encoder=encoder, skipped=found.skipped, seconds=seconds
+    )
+    _write(config, outcomes, record)
+
+
+def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str, Any]) -> None:
+    table = scores_table(outcomes, record)
+    write_predictions(config.output, outcomes)
+    report = write_report(config, outcomes, record=record)
+    write_results(config.output, record, table=table, rows=scores_csv(outcomes))
+    print(table)  # noqa: T201
+    print(report)  # noqa: T201
+    refuse_missed_goals(config, outcomes)

@@ -1,0 +1,42 @@
+"""Figures of the checkpoints of a run as curves, in the run's TensorBoard.
+
+They are written anew from the results at every start, so that a watch that was killed between the
+two leaves no step out, and none twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class EvaluationCurves:
+    """Curves in <run>/tensorboard/evaluation.
+
+    Args:
+        run_folder: of the run.
+        output: that holds a folder of results for each step.
+    """
+
+    def __init__(self, run_folder: Path, output: Path) -> None:
+        folder = run_folder / "tensorboard" / "evaluation"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(str(folder))
+        for results in sorted(output.glob("step_*/results.json")):
+            self.add(results.parent)
+
+    def add(self, output: Path) -> None:
+        """Adds the figures, with their intervals, of one step's results."""
+        record = json.loads((output / "results.json").read_text())
+        scores = {
+            f"{name}/{figure}": score
+            for name, each in record["evaluations"].items()
+            for figure, score in each["scores"].items()
+        }
+        scores |= {f"averages/{name}": score for name, score in record["averages"].items()}
+        for name, score in scores.items():
+            self.writer.add_scalar(name, score["value"], record["checkpoint"]["step"])
+        self.writer.flush()

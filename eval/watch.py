@@ -1,0 +1,107 @@
+"""Evaluates each new checkpoint of a run while it trains, as a job of its own.
+
+    python -m eval.watch configs/eval/watch.yaml
+    python -m eval.watch configs/eval/watch.yaml checkpoint=runs/mine output=results/mine
+
+Results of a step go into <output>/step_00001000, and its figures into the run's TensorBoard, beside
+the curves of training, which never waits. Started again, it goes on with what is not evaluated yet.
+It ends when the run has finished, or, with wait=false, when all that is there is evaluated.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.config_file import InputError, RunError, check_output_folder, run_command
+from eval.config import EvaluateConfig, WatchConfig
+from eval.task_readers import read_tasks
+from eval.watched_run import WatchedRun
+from pretrain.checkpoint_store import StoredCheckpoint
+
+if TYPE_CHECKING:
+    from eval.evaluation_curves import EvaluationCurves
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: WatchConfig) -> None:
+    """Evaluates every checkpoint that comes, until the run has finished."""
+    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    from eval.evaluation_curves import EvaluationCurves
+    from eval.processes import joined_processes
+    from pretrain.gather import rank
+
+    check_output_folder(config.output, key="output")
+    watched = WatchedRun(config.checkpoint, config.output)
+    with joined_processes():
+        curves = EvaluationCurves(watched.folder, config.output) if rank() == 0 else None
+        for checkpoint in _new_checkpoints(watched, config):
+            _evaluate(checkpoint, watched, config, curves)
+
+
+def _new_checkpoints(watched: WatchedRun, config: WatchConfig) -> Iterator[StoredCheckpoint]:
+    """The same ones, in the same order, in every process."""
+    from pretrain.gather import on_main_process
+
+    while True:
+        # Asked before the checkpoints are: what the run saved last is then among them.
+        is_over, found = on_main_process(lambda: (watched.is_over(), watched.next_checkpoint()))
+        if found is not None:
+            yield found
+        elif is_over or not config.wait:
+            return
+        else:
+            time.sleep(config.poll_seconds)
+
+
+def _evaluate(
+    checkpoint: StoredCheckpoint,
+    watched: WatchedRun,
+    config: WatchConfig,
+    curves: EvaluationCurves | None,
+) -> None:
+    from eval.evaluation import evaluate
+    from eval.processes import wait_for_all
+
+    output = watched.output_of(checkpoint.step)
+    values = {name: getattr(config, name) for name in EvaluateConfig.model_fields}
+    values |= {"checkpoint": Path(checkpoint.location), "output": output}
+    try:
+        evaluate(EvaluateConfig.model_construct(**values))
+    except InputError as error:
+        if watched.is_there(checkpoint):
+            raise
+        logger.warning("step %d was deleted before it was evaluated: %s", checkpoint.step, error)
+        watched.pass_over(checkpoint)
+        return
+    except RunError as error:
+        logger.warning("step %d: %s", checkpoint.step, error)  # a goal; what comes may reach it
+    wait_for_all()
+    if curves is not None:
+        curves.add(output)
+        if config.embeddings is None:  # of this checkpoint alone
+            shutil.rmtree(output / "embeddings", ignore_errors=True)
+
+
+def dry_run(config: WatchConfig) -> None:
+    """Checks the files of every task, and prints what would be evaluated."""
+    check_output_folder(config.output, key="output")
+    watched = WatchedRun(config.checkpoint, config.output)
+    print(f"{watched.folder}: {watched.num_missing()} checkpoints to evaluate now")  # noqa: T201
+    for task in read_tasks(config).present:
+        print(task.description())  # noqa: T201
+
+
+def main() -> int:
+    """The command."""
+    return run_command(WatchConfig, run=run, dry_run=dry_run, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
