@@ -222,6 +222,21 @@ class CompareConfig(Section):
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 
+class SearchConfig(EncodingConfig):
+    """What `python -m eval.search` reads."""
+
+    dataset: DatasetPlace
+    split: str = "test"
+    subset: Path | None = None
+    columns: TableColumns = TableColumns()
+    output: Path  # folder for embeddings and the index
+    exact_up_to: int = Field(500_000, ge=0)  # items; above, nearly all of the nearest are found
+    num_results: PositiveInt = 24
+    serve: bool = True  # false: only build the index
+    host: str = "127.0.0.1"  # only this machine; 0.0.0.0: whoever reaches it, without a password
+    port: int = Field(8000, ge=1, le=65535)
+
+
 class NearMediaLimits(Section):
     """When media count as the same in spite of other bytes; see data_prep.config.NearMedia."""
 

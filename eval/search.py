@@ -1,0 +1,74 @@
+"""Searches a dataset by words, by a picture or by a sound, on a page in your browser.
+
+    python -m eval.search configs/eval/search.yaml
+    python -m eval.search configs/eval/search.yaml checkpoint=runs/mine dataset=datasets/mine
+
+1. encode the media of the dataset: what is there already is used     eval.embedding_store
+2. build an index of the embeddings, and keep it                      eval.media_index
+3. serve the page, until Ctrl-C                                       eval.search_page
+
+With serve=false it ends after the second. Needs the extra: pip install 'isopair[search]'
+"""
+
+from __future__ import annotations
+
+import sys
+
+from data_prep.config_file import check_output_folder, run_command
+from eval.config import SearchConfig
+from eval.dataset_download import fetch_dataset
+from eval.evaluation_sets import EvaluationSet, open_dataset
+from eval.model_source import find_model
+
+
+def run(config: SearchConfig) -> None:
+    """Builds the index and serves the page."""
+    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    from eval.embedding_store import EmbeddingStore
+    from eval.encoder import load_encoder
+    from eval.media_index import open_index
+    from eval.sample_labels import read_texts
+    from eval.search_page import SearchEngine, serve
+
+    check_output_folder(config.output, key="output")
+    fetch_dataset(config.dataset, split=config.split)
+    dataset = _open(config)
+    encoder = load_encoder(config)
+    keys = [sample.key for sample in read_texts(dataset)]
+    store = EmbeddingStore(config.output / "embeddings", encoder)
+    store.encode_media(dataset, keys)
+    index = open_index(
+        config.output,
+        store.media(dataset, keys).numpy(),
+        origin=f"{dataset.fingerprint} {encoder.origin.sha256}",
+        exact_up_to=config.exact_up_to,
+    )
+    if config.serve:
+        engine = SearchEngine(dataset, encoder, index, num_results=config.num_results)
+        serve(engine, host=config.host, port=config.port)
+
+
+def _open(config: SearchConfig) -> EvaluationSet:
+    return open_dataset(
+        config.dataset, split=config.split, subset=config.subset, columns=config.columns
+    )
+
+
+def dry_run(config: SearchConfig) -> None:
+    """Checks model and dataset, and prints what would be searched."""
+    check_output_folder(config.output, key="output")
+    find_model(config.checkpoint, architecture=config.open_clip_architecture)
+    dataset = _open(config)
+    print(  # noqa: T201
+        f"would index {len(dataset):,} {dataset.info.media} items of {dataset.folder}, and serve "
+        f"http://{config.host}:{config.port}"
+    )
+
+
+def main() -> int:
+    """The command."""
+    return run_command(SearchConfig, run=run, dry_run=dry_run, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
