@@ -14,6 +14,7 @@ from torch import Tensor
 from data_prep.config_file import InputError
 from eval.caption_choice import CaptionChoiceResult, choose_captions, choose_in_groups
 from eval.class_prompts import average_prompts
+from eval.embedding_space import EmbeddingSpace, embedding_space
 from eval.embedding_store import EmbeddingStore
 from eval.encoder import Encoder
 from eval.few_shot import FewShotResult, classify_from_few
@@ -84,6 +85,7 @@ class Outcome:
     media_embeddings: Tensor  # [Q, D], L2-normalised
     # L2-normalised: [K, D] classes, [M + distractors, D] captions, or [M, D] of the other dataset
     other_embeddings: Tensor
+    space: EmbeddingSpace | None  # of retrievals
     seconds: float  # without encoding
 
 
@@ -141,9 +143,17 @@ def measure_tasks(
         result, other = measures[type(task)](task, embeddings, bootstrap=bootstrap)
         seconds = time.monotonic() - start
         media = embeddings.of_task(task).cpu()
-        outcomes.append(Outcome(task, result, media, other.cpu(), seconds))
+        space = _space_of(task, media, other.cpu())
+        outcomes.append(Outcome(task, result, media, other.cpu(), space, seconds))
         logger.info("%s: %.1f s", task.name, seconds)
     return outcomes
+
+
+def _space_of(task: Task, media: Tensor, other: Tensor) -> EmbeddingSpace | None:
+    if not isinstance(task, (RetrievalTask, MediaRetrievalTask)):
+        return None
+    num_others = len(task.captions) if isinstance(task, RetrievalTask) else len(other)
+    return embedding_space(media, other[:num_others], task.pairs)
 
 
 def measure_classification(

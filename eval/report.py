@@ -15,15 +15,22 @@ from data_prep.html_report import (
     fact_list,
     heading,
     interval_bar,
+    paragraph,
     render_page,
     table,
 )
 from data_prep.shard_format import write_atomically
 from eval.config import EvaluateConfig
-from eval.intervals import wilson_interval
+from eval.intervals import Score, wilson_interval
 from eval.measure import Outcome
 from eval.report_charts import confusion_chart, training_charts
-from eval.report_gallery import classification_gallery, retrieval_gallery
+from eval.report_gallery import (
+    caption_choice_gallery,
+    classification_gallery,
+    hubs_gallery,
+    media_retrieval_gallery,
+    retrieval_gallery,
+)
 from eval.results import is_rank, repeated_captions_note, score_cells
 from eval.tasks import (
     CaptionChoiceTask,
@@ -42,6 +49,7 @@ MAX_QUERIES_PER_DIRECTION = 8
 MAX_CLASSIFIED_ITEMS = 10
 MAX_CLASS_ROWS = 60
 MAX_CONFUSIONS = 10
+MAX_HUBS = 5
 
 
 def write_report(
@@ -58,7 +66,7 @@ def write_report(
         record: what results.json holds.
     """
     sections = [
-        headline_section(outcomes),
+        headline_section(outcomes, record),
         *(_outcome_section(outcome, outcomes) for outcome in outcomes),
         *training_sections(Path(record["checkpoint"]["folder"])),
         provenance_section(record),
@@ -82,9 +90,13 @@ def _subtitle(checkpoint: dict[str, Any]) -> str:
     return subtitle
 
 
-def headline_section(outcomes: Sequence[Outcome]) -> Section:
-    """All figures with their intervals, against chance."""
+def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Section:
+    """All figures and averages with their intervals, against chance."""
     rows = []
+    for name, values in record["averages"].items():
+        score = Score(**values)
+        bar = interval_bar(score.value, low=score.low, high=score.high, reference=score.chance)
+        rows.append((f"average: {name}", "main figures", bar, *score_cells("", score)))
     for outcome in outcomes:
         name = outcome.task.name
         for figure, score in outcome.result.scores.items():
@@ -108,24 +120,56 @@ def headline_section(outcomes: Sequence[Outcome]) -> Section:
 
 
 def _outcome_section(outcome: Outcome, outcomes: Sequence[Outcome]) -> Section:
-    if isinstance(outcome.task, (FewShotTask, MediaRetrievalTask, CaptionChoiceTask)):
-        return Section(outcome.task.name, [], note=outcome.task.description())
-    if isinstance(outcome.task, SingleLabelTask):
-        return classification_section(outcome)
-    if isinstance(outcome.task, MultiLabelTask):
+    task = outcome.task
+    if isinstance(task, MultiLabelTask):
         return multi_label_section(outcome)
-    media = outcome.task.dataset.info.media
-    num_alike = sum(
-        isinstance(other.task, RetrievalTask) and other.task.dataset.info.media == media
-        for other in outcomes
-    )
-    share = MAX_QUERIES_IN_ALL[media] // num_alike
-    num_queries = min(MAX_QUERIES_PER_DIRECTION, max(1, share))
+    if isinstance(task, FewShotTask):
+        return Section(task.name, [], note=task.description())
+    if isinstance(task, SingleLabelTask):
+        return classification_section(outcome)
+    num_queries = _num_queries(outcome, outcomes)
+    if isinstance(task, CaptionChoiceTask):
+        gallery = caption_choice_gallery(outcome, num_items=num_queries)
+        return Section(task.name, [gallery], note=task.description())
+    if isinstance(task, MediaRetrievalTask):
+        gallery = media_retrieval_gallery(outcome, num_queries=num_queries)
+        return Section(task.name, [*gallery, *_space_blocks(outcome)], note=task.description())
     return Section(
-        outcome.task.name,
-        retrieval_gallery(outcome, num_queries=num_queries),
-        note=" ".join(_retrieval_notes(outcome.task)),
+        task.name,
+        [*retrieval_gallery(outcome, num_queries=num_queries), *_space_blocks(outcome)],
+        note=" ".join(_retrieval_notes(task)),
     )
+
+
+def _num_queries(outcome: Outcome, outcomes: Sequence[Outcome]) -> int:
+    """Shown of a task, so that all of them together stay within what a page can hold."""
+    kinds = [_kind_shown(each) for each in outcomes if not isinstance(each.task, SingleLabelTask)]
+    share = MAX_QUERIES_IN_ALL[_kind_shown(outcome)] // kinds.count(_kind_shown(outcome))
+    return min(MAX_QUERIES_PER_DIRECTION, max(1, share))
+
+
+def _kind_shown(outcome: Outcome) -> str:
+    kinds = {source.dataset.info.media for source in outcome.task.media_sets}
+    return "audio" if "audio" in kinds else "image"
+
+
+def _space_blocks(outcome: Outcome) -> list[Markup]:
+    """What the shared space looks like, and the items that are found most."""
+    rows = [
+        (name.replace("_", " "), f"{value:.3f}") for name, value in outcome.space.record().items()
+    ]
+    note = (
+        "Modality gap: distance between the means of both kinds. Alignment: mean squared distance "
+        "of right pairs. Uniformity: lower is more evenly spread. Hubness: skewness of how often "
+        "an item is among the ten nearest of a query; above about 1, a few are found by everything."
+    )
+    return [
+        heading("The shared space"),
+        paragraph(note),
+        table(("figure", "value"), rows, numeric={1}),
+        heading("Found by most queries"),
+        hubs_gallery(outcome, num_items=MAX_HUBS),
+    ]
 
 
 def _retrieval_notes(task: RetrievalTask) -> list[str]:
@@ -148,6 +192,8 @@ def classification_section(outcome: Outcome) -> Section:
         _confusion_table(result.confusion, task.class_labels),
     ]
     classes = [heading("Recall by class, worst first"), _class_table(outcome)]
+    if result.group_accuracies:
+        classes += [heading("Accuracy by group, worst first"), _group_table(outcome)]
     return Section(
         task.name,
         [
@@ -197,6 +243,16 @@ def _class_table(outcome: Outcome) -> Markup:
         for place in worst_first[:MAX_CLASS_ROWS].tolist()
     ]
     return table(("class", "", "recall", "n"), rows, numeric={2, 3})
+
+
+def _group_table(outcome: Outcome) -> Markup:
+    groups, by_group = outcome.task.groups, outcome.result.group_accuracies
+    worst_first = sorted(by_group, key=by_group.get)
+    rows = [
+        (name, f"{100 * by_group[name]:.1f} %", str(groups.count(name)))
+        for name in worst_first[:MAX_CLASS_ROWS]
+    ]
+    return table(("group", "top-1 accuracy", "n"), rows, numeric={1, 2})
 
 
 def interval_bar_of_class(recall: float, num_items: int, num_classes: int) -> Markup:

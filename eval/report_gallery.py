@@ -19,6 +19,7 @@ from data_prep.shard_format import media_extension_of
 from eval.evaluation_sets import EvaluationSet
 from eval.measure import Outcome
 from eval.ranking import QueryRanks, cosine_scores
+from eval.spectrogram import spectrogram_picture
 
 NUM_ANSWERS = 5
 SOUND_RATE_HZ = 16_000
@@ -37,7 +38,10 @@ class MediaViews:
         content = sample.members[extension]
         if self.dataset.info.media == "audio":
             waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
-            view = sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3)
+            view = Markup("{}{}").format(
+                picture(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
+                sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
+            )
         else:
             view = picture(decode_image(content, extension), alt=sample.key)
         return Markup('<div class="media">{}</div>').format(view)
@@ -166,7 +170,7 @@ def _media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[i
     return Markup("").join(cards)
 
 
-def _card(view: Markup, label: str, *, kind: str) -> Markup:
+def _card(view: Markup, label: str | Markup, *, kind: str) -> Markup:
     mark = Markup(" &#10003;") if kind == "good" else ""
     return Markup('<div class="card {}">{}{}{}</div>').format(kind, view, label, mark)
 
@@ -175,3 +179,82 @@ def _rank_badge(ranks: QueryRanks, query: int) -> Markup:
     rank = float(ranks.first_ranks()[query])
     text = f"rank {rank:g} of {ranks.gallery_size}"
     return badge(text, kind="good" if rank <= NUM_ANSWERS else "bad")
+
+
+def hubs_gallery(outcome: Outcome, *, num_items: int) -> Markup:
+    """Cards of the media items that most queries find, with how many of them.
+
+    Args:
+        outcome: of a retrieval task.
+        num_items: shown.
+    """
+    hubness = outcome.space.hubness[1]  # of the media as the gallery
+    views = MediaViews(outcome.task.dataset)
+    order = np.argsort(-hubness.occurrences, kind="stable")[:num_items].tolist()
+    cards = [
+        _card(views.of(item), f"{hubness.occurrences[item] / hubness.num_queries:.1%}", kind="")
+        for item in order
+    ]
+    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
+
+
+def media_retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Markup]:
+    """Queries of one dataset with the nearest items of the other, in both directions.
+
+    Args:
+        outcome: of a media retrieval task.
+        num_queries: shown per direction.
+    """
+    task, result = outcome.task, outcome.result
+    views = (MediaViews(task.dataset), MediaViews(task.other.dataset))
+    embeddings = (outcome.media_embeddings, outcome.other_embeddings)
+    ranks_of = (result.media_to_text, result.text_to_media)
+    right_of = (task.pairs.texts_of, task.pairs.media_of)
+    blocks = []
+    for side, direction in enumerate(task.directions):
+        queries = shown_queries(ranks_of[side].first_ranks(), num_queries=num_queries)
+        answers = nearest(embeddings[side][queries], embeddings[1 - side])
+        blocks.append(heading(direction.replace("_", " ")))
+        blocks += [
+            Markup(
+                '<div class="query beside"><div>{}</div><div><p>{}</p>'
+                '<div class="cards">{}</div></div></div>'
+            ).format(
+                views[side].of(query),
+                _rank_badge(ranks_of[side], query),
+                _media_answers(views[1 - side], found, right=right_of[side](query).tolist()),
+            )
+            for query, found in zip(queries, answers, strict=True)
+        ]
+    return blocks
+
+
+def caption_choice_gallery(outcome: Outcome, *, num_items: int) -> Markup:
+    """Cards of items with the captions to choose from, mistakes first.
+
+    Args:
+        outcome: of a caption choice task.
+        num_items: shown.
+    """
+    task = outcome.task
+    views = MediaViews(task.dataset)
+    starts = np.cumsum([0, *map(len, task.captions)])
+    hits = np.ones(len(task.captions))
+    if task.groups is None:
+        hits = outcome.result.hits["caption_accuracy"]
+    else:
+        for places, hit in zip(task.groups, outcome.result.hits["group_score"], strict=True):
+            hits[places] = hit
+    cards = []
+    for item in shown_queries(2.0 - hits, num_queries=num_items):
+        texts = outcome.other_embeddings[starts[item] : starts[item + 1]]
+        scores = cosine_scores(outcome.media_embeddings[item : item + 1], texts)[0].tolist()
+        rows = [
+            Markup('<li class="{}">{} <small>{}</small></li>').format(
+                "good" if place == 0 else "", caption, f"{score:.3f}"
+            )
+            for place, (caption, score) in enumerate(zip(task.captions[item], scores, strict=True))
+        ]
+        label = Markup('<ol class="answers">{}</ol>').format(Markup("").join(rows))
+        cards.append(_card(views.of(item), label, kind="good" if hits[item] > 0.5 else "missed"))
+    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))

@@ -46,6 +46,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         },
         "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
         **details[type(task)](outcome),
+        **({} if outcome.space is None else {"embedding_space": outcome.space.record()}),
         "seconds": round(outcome.seconds, 2),
     }
 

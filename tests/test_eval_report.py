@@ -1,9 +1,14 @@
 import numpy as np
+import pytest
+import scipy.stats
 import torch
 from torch.nn.functional import normalize
 
+from eval.embedding_space import embedding_space
 from eval.report_charts import confusion_chart, training_charts
 from eval.report_gallery import nearest, shown_queries
+from eval.right_pairs import pairs_of_owners
+from eval.spectrogram import spectrogram_picture
 
 
 def test_shown_queries_start_with_the_hardest():
@@ -38,3 +43,34 @@ def test_training_charts_leave_out_what_was_not_logged():
     assert "image-text" in html
     assert "learning rate" not in html
     assert "validation" not in html
+
+
+def test_figures_of_the_shared_space_are_those_of_their_papers():
+    generator = torch.Generator().manual_seed(0)
+    media = normalize(torch.randn(40, 6, generator=generator), dim=-1)
+    other = normalize(media.repeat_interleave(2, dim=0) + 0.3, dim=-1)
+    pairs = pairs_of_owners(np.arange(80) // 2)
+    space = embedding_space(media, other, pairs)
+    rows, columns = media.double().numpy(), other.double().numpy()
+    gap = np.linalg.norm(rows.mean(axis=0) - columns.mean(axis=0))
+    assert space.modality_gap == pytest.approx(gap)
+    squares = ((rows[:, None] - columns[None]) ** 2).sum(axis=-1)
+    assert space.alignment == pytest.approx(np.mean([squares[n // 2, n] for n in range(80)]))
+    inner = ((rows[:, None] - rows[None]) ** 2).sum(axis=-1)[np.triu_indices(40, 1)]
+    assert space.uniformity[0] == pytest.approx(np.log(np.exp(-2 * inner).mean()))
+    nearest_ten = np.argsort(squares, axis=1)[:, :10]
+    counts = np.bincount(nearest_ten.ravel(), minlength=80)
+    np.testing.assert_array_equal(space.hubness[0].occurrences, counts)
+    assert space.hubness[0].skewness == pytest.approx(scipy.stats.skew(counts))
+    assert space.record()["other_most_found"] == counts.max() / 40
+
+
+def test_a_spectrogram_shows_where_the_sound_is():
+    time = np.arange(16_000) / 16_000
+    low, high = (
+        spectrogram_picture(np.sin(2 * np.pi * hz * time).astype(np.float32)) for hz in (300, 5000)
+    )
+    assert low.shape == high.shape == (48, 160, 3)
+    loudest = [int(each.sum(axis=(1, 2)).argmax()) for each in (low, high)]
+    assert loudest[0] > loudest[1] + 10  # lower in the picture
+    assert spectrogram_picture(np.zeros(3, np.float32)).shape == (48, 160, 3)
