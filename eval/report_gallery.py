@@ -38,7 +38,7 @@ class MediaViews:
         content = sample.members[extension]
         if self.dataset.info.media == "audio":
             waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
-            view = Markup("{}{}").format(
+            view = Markup('<div class="sound">{}{}</div>').format(
                 picture(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
                 sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
             )
