@@ -60,7 +60,8 @@ tbody tr:last-child td { border-bottom: 0; }
   min-height: 60px; margin-bottom: 4px; }
 .media img { max-width: 100%; height: auto; border-radius: 5px; }
 .card .media:has(> img) { height: 104px; } .card .media > img { max-height: 104px; width: auto; }
-.sound { width: 100%; } .sound img { width: 100%; display: block; } .sound audio { width: 100%; height: 30px; display: block; }
+.sound { width: 100%; } .sound img { width: 100%; display: block; }
+.sound audio { width: 100%; height: 30px; display: block; }
 .waveform { width: 100%; height: 40px; display: block; fill: var(--accent); }
 ol.answers { margin: 0; padding-left: 24px; font-size: 14px; }
 ol.answers li.good { color: var(--good); font-weight: 600; }
