@@ -2,6 +2,7 @@
 
     python -m eval.embed configs/eval/embed.yaml
     python -m eval.embed configs/eval/embed.yaml checkpoint=runs/mine dataset=datasets/mine
+    torchrun --nproc-per-node 8 -m eval.embed configs/eval/embed.yaml
 
 data_prep.make_subset scores samples with them; data_prep.find_duplicates looks for equal meanings.
 Stopped and started again, it keeps finished shards. What the files hold: eval.embedding_files.
@@ -33,8 +34,17 @@ def run(config: EmbedConfig) -> None:
         RunError: too many samples are bad.
     """
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    from eval.processes import joined_processes
+
+    with joined_processes():
+        _embed(config)
+
+
+def _embed(config: EmbedConfig) -> None:
     from eval.embedding_files import origin_of, write_summary
     from eval.encoder import check_tower, load_encoder
+    from eval.processes import wait_for_all
+    from pretrain.gather import rank
 
     check_output_folder(config.output, key="output")
     dataset = Dataset(config.dataset)
@@ -43,6 +53,9 @@ def run(config: EmbedConfig) -> None:
     origin = origin_of(dataset, encoder)
     config.output.mkdir(parents=True, exist_ok=True)
     write_missing_shards(config, encoder, dataset, origin)
+    wait_for_all()  # every process has made its share
+    if rank() > 0:
+        return
     record = write_summary(config.output, dataset=dataset, origin=origin, model=encoder.origin)
     print(  # noqa: T201
         f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
@@ -53,7 +66,7 @@ def run(config: EmbedConfig) -> None:
 def write_missing_shards(
     config: EmbedConfig, encoder: Encoder, dataset: Dataset, origin: Origin
 ) -> None:
-    """Embeds what is not finished yet, shard by shard.
+    """Embeds this process's share of what is not finished yet, shard by shard.
 
     Raises:
         InputError: the output holds other embeddings.
@@ -61,10 +74,12 @@ def write_missing_shards(
     """
     from eval.embedding_files import bad_samples_of, is_finished, uids_of_shard, write_shard
     from eval.shard_embeddings import embed_shards
+    from pretrain.gather import rank, world_size
 
     paths = [config.output / f"{row.name}.parquet" for row in dataset.manifest]
     finished = {path for path in paths if is_finished(path, origin)}
-    missing = [shard for shard, path in enumerate(paths) if path not in finished]
+    own = range(rank(), len(paths), world_size())
+    missing = [shard for shard in own if paths[shard] not in finished]
     bad_samples = [bad for path in sorted(finished) for bad in bad_samples_of(path)]
     for shard, embeddings in embed_shards(encoder, dataset, missing):
         uids = uids_of_shard(dataset, shard)

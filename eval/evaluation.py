@@ -10,6 +10,7 @@ from data_prep.config_file import InputError, check_output_folder
 from eval.config import EvaluateConfig
 from eval.embedding_store import EmbeddingStore
 from eval.encoder import load_encoder
+from eval.file_dataset import FileDataset
 from eval.intervals import Bootstrap
 from eval.measure import Embeddings, Outcome, check_towers, encode_tasks, measure_tasks
 from eval.predictions import write_predictions
@@ -22,7 +23,9 @@ from eval.results import (
     scores_table,
     write_results,
 )
+from eval.tar_dataset import TarDataset
 from eval.task_readers import fetch_datasets, read_tasks
+from eval.tasks import Task
 from pretrain.gather import on_main_process, rank
 
 
@@ -40,6 +43,7 @@ def evaluate(config: EvaluateConfig) -> None:
     found = read_tasks(config)
     if not found.present:
         raise InputError("none of the datasets is there:\n" + "\n".join(found.skipped.values()))
+    _share_fingerprints(found.present)
     encoder = load_encoder(config)
     check_towers(found.present, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
@@ -55,6 +59,16 @@ def evaluate(config: EvaluateConfig) -> None:
         config, outcomes, encoder=encoder, skipped=found.skipped, seconds=seconds
     )
     _write(config, outcomes, record)
+
+
+def _share_fingerprints(tasks: Sequence[Task]) -> None:
+    """Has one process read whole datasets for their sums, instead of each."""
+    for task in tasks:
+        for source in task.media_sets:
+            dataset = source.dataset
+            fingerprint = on_main_process(lambda dataset=dataset: dataset.fingerprint)
+            if isinstance(dataset, (TarDataset, FileDataset)):
+                dataset.fingerprint = fingerprint
 
 
 def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eval.ranking import check_finite, cosine_scores
 
-ROWS_AT_ONCE = 1024
+SCORES_AT_ONCE = 1 << 26
 
 
 def neighbour_votes(
@@ -23,7 +23,8 @@ def neighbour_votes(
 ) -> Iterator[Tensor]:
     """The votes for each class, tile by tile: float32 [rows, K].
 
-    Of training items that are equally near, those of the lowest place vote.
+    Training items that are equally near share what is left of the votes, so that their order does
+    not matter.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
@@ -39,11 +40,19 @@ def neighbour_votes(
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(train_embeddings, name="train_embeddings")
     num_neighbours = min(num_neighbours, len(train_embeddings))
-    for rows in media_embeddings.split(ROWS_AT_ONCE):
+    for rows in media_embeddings.split(max(1, SCORES_AT_ONCE // len(train_embeddings))):
         scores = cosine_scores(rows, train_embeddings)  # [rows, n]
-        # A stable sort, as topk takes any of equal ones.
-        nearest, places = scores.sort(dim=-1, descending=True, stable=True)
-        weights = (nearest[:, :num_neighbours].double() / temperature).exp()
+        nearest, places = scores.topk(num_neighbours, dim=-1)
+        weights = (nearest.double() / temperature).exp()
         votes = weights.new_zeros(len(rows), num_classes)
-        votes.scatter_add_(-1, train_targets[places[:, :num_neighbours]], weights)
+        votes.scatter_add_(-1, train_targets[places], weights)
+        last = nearest[:, -1:]
+        is_level = scores == last
+        is_cut = is_level.sum(dim=-1) > (nearest == last).sum(dim=-1)
+        for row in is_cut.nonzero().flatten().tolist():
+            above = scores[row] > last[row]
+            share = (num_neighbours - above.sum()) / is_level[row].sum()
+            counts = above.double() + share * is_level[row].double()
+            weights = counts * (scores[row].double() / temperature).exp()
+            votes[row] = votes.new_zeros(num_classes).scatter_add_(-1, train_targets, weights)
         yield votes.float()

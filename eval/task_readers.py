@@ -173,7 +173,7 @@ def _read_trained_parts(
         subset=section.train_subset,
         columns=section.columns,
     )
-    if source is dataset or source.fingerprint == dataset.fingerprint:
+    if source is dataset:
         raise InputError(
             f"evaluations.{name}: {source.folder}: training items are the test's; set train, or "
             "train_split, to others"

@@ -13,10 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from gloo_processes import run_in_processes
 from toy_run import toy_config, toy_members
 
 from data_prep.config import IndexShards, MakeSubset
-from data_prep.config_file import InputError, run_command
+from data_prep.config_file import InputError, read_config, run_command
 from data_prep.index_shards import index_shards
 from data_prep.make_subset import choose_samples
 from data_prep.shard_columns import shard_schema
@@ -245,3 +246,18 @@ def test_shards_in_folders_of_their_own_are_embedded_and_scored(
     values = {"dataset": dataset, "output": tmp_path / "x.subset", "top": top}
     chosen = choose_samples(MakeSubset(**values, embeddings=tmp_path / "out")).bitmap
     assert np.array_equal(np.flatnonzero(chosen), np.sort(np.argsort(best)[-4:]))
+
+
+def run_embed(path):
+    run(read_config(EmbedConfig, path))
+
+
+@pytest.mark.slow
+def test_processes_share_the_shards_and_write_what_one_writes(
+    embed, toy_data, checkpoint, tmp_path
+):
+    assert embed(toy_data / "colors")[0] == 0
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+    run_in_processes(2, run_embed, tmp_path / "embed.yaml")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == alone

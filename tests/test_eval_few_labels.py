@@ -67,6 +67,19 @@ def test_votes_of_neighbours_are_those_of_scikit_learn():
     assert torch.cat(list(every)).gt(0).sum(dim=1).eq(5).all()
 
 
+def test_neighbours_that_are_equally_near_share_the_votes():
+    train = torch.eye(3)[[0, 1, 1, 1, 2]]
+    query = normalize(torch.tensor([[0.8, 0.6, 0.0]]), dim=-1)
+    arguments = {"num_classes": 3, "num_neighbours": 2, "temperature": 1.0}
+    targets = torch.tensor([0, 0, 1, 2, 2])
+    votes = torch.cat(list(neighbour_votes(query, train, targets, **arguments)))[0]
+    expected = [np.exp(0.8) + np.exp(0.6) / 3, np.exp(0.6) / 3, np.exp(0.6) / 3]
+    np.testing.assert_allclose(votes, expected, rtol=1e-6)
+    order = [4, 3, 1, 0, 2]
+    again = torch.cat(list(neighbour_votes(query, train[order], targets[order], **arguments)))[0]
+    assert torch.equal(again, votes)
+
+
 def test_few_shot_probes_learn_from_as_many_items_as_they_say():
     train, train_targets = labelled_rows(60, 3, seed=1)
     test, targets = labelled_rows(45, 3, seed=2)
