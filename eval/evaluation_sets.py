@@ -57,11 +57,16 @@ class EvaluationSets:
             self._opened[key] = open_dataset(place, split=split, subset=subset, columns=columns)
         return self._opened[key]
 
-    def of_section(self, section: EvaluationSection) -> EvaluationSet:
+    def of_section(self, name: str, section: EvaluationSection) -> EvaluationSet:
         """The samples that an evaluation measures.
 
+        Args:
+            name: of the evaluation.
+            section: of the config.
+
         Raises:
-            InputError: as `open`; or there are more or fewer than expected.
+            InputError: as `open`; or there are more or fewer than expected, or they are for another
+                task.
         """
         try:
             dataset = self.open(
@@ -79,6 +84,8 @@ class EvaluationSets:
                 f"found {len(dataset)}: figures would not be comparable with anybody's; fetch "
                 "what is missing, or set expected_items to what you have"
             )
+        if isinstance(dataset, TarDataset):
+            dataset.refuse_other_task(section.task, name=name)
         return dataset
 
 
