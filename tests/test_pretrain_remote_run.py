@@ -6,13 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from eval.checkpoint_folder import check_checkpoint_and_output
 from gloo_processes import WorkerFailedError, run_in_processes
 from toy_object_store import CREDENTIALS, toy_object_store
 from toy_run import toy_config
 from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
+from eval.model_source import find_model
 from pretrain.checkpoint import load_model, newest_checkpoint, restore
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_store import open_store
@@ -191,7 +191,7 @@ def test_a_run_from_the_store_is_the_run_from_disk(toy_data, store, tmp_path, mo
     for folder in ("s3://shards/run/step_00000010_attempt_0002", tmp_path / "run"):
         for name, values in load_model(folder)[0].state_dict().items():
             torch.testing.assert_close(values, expected_state[name], rtol=1e-3, atol=2e-5)
-    check_checkpoint_and_output(tmp_path / "run", tmp_path / "evaluation")  # as eval's commands do
+    assert find_model(tmp_path / "run").library == "isopair"  # as the commands of eval do
     without_cache = remote_config(config, tmp_path, cache={})
     with pytest.raises(WorkerFailedError, match=r"s3://shards/colors.*set loading\.cache\.folder"):
         run_in_processes(1, train_from_store, without_cache, environment)
