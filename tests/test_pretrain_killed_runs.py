@@ -3,18 +3,18 @@
 import pytest
 from killed_runs import HOW, MOMENTS, Undisturbed, case_of, check_case, run_case
 
-NUM_CASES = 20
+NUM_CASES = 12
 # Most with few processes: to start them takes most of the time.
 FEW = {
-    (1, "ddp"): 6,
-    (2, "ddp"): 4,
-    (2, "zero1"): 2,
-    (2, "zero2"): 2,
+    (1, "ddp"): 4,
+    (2, "ddp"): 3,
+    (2, "zero1"): 1,
+    (2, "zero2"): 1,
     (2, "zero3"): 1,
     (4, "ddp"): 1,
 }
 PLACES = [place for place, count in FEW.items() for _ in range(count)]
-FIRST_SEED = 180
+FIRST_SEED = 135
 
 
 def test_the_cases_are_of_every_kind():
@@ -23,8 +23,8 @@ def test_the_cases_are_of_every_kind():
     assert {kill.how for kill in kills} == set(HOW)
     assert {kill.moment for kill in kills} == set(MOMENTS)
     assert {case.last for case in cases} == set(FEW)
-    assert sum(len(case.attempts) > 1 for case in cases) >= 5
-    assert sum(not case.is_steady for case in cases) >= 4
+    assert sum(len(case.attempts) > 1 for case in cases) >= 4
+    assert sum(not case.is_steady for case in cases) >= 3
 
 
 @pytest.fixture(scope="module")
