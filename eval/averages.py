@@ -18,6 +18,7 @@ MAIN_FIGURES = (
     "mean_recall@1",
     "caption_accuracy",
     "group_score",
+    "jaccard",
 )
 ALL = "all"
 

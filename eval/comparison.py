@@ -33,6 +33,7 @@ CONDITIONS = {
     "few_shot": ("class_names", "train_fingerprint", "strength", "shots", "num_draws", "seed"),
     "multi_label_classification": ("class_names",),
     "media_retrieval": ("other_fingerprint", "num_right_pairs"),
+    "association": ("cues_sha256",),
     "caption_choice": ("captions_sha256", "num_groups"),
     "retrieval": ("equal_captions", "num_captions", "num_distractor_captions"),
 }
@@ -139,7 +140,7 @@ def _differences(
     elif record["task"] == "few_shot":
         figures = {f"hit@1_{k}_shot": f"top_1_accuracy@{k}_shot" for k in record["shots"]}
         yield from _mean_differences(name, read(), figures, bootstrap)
-    elif record["task"] == "caption_choice":
+    elif record["task"] in ("caption_choice", "association"):
         figures = {figure: figure for figure in record["scores"]}
         yield from _mean_differences(name, read(), figures, bootstrap)
     elif record["task"] == "multi_label_classification":

@@ -165,6 +165,17 @@ class CaptionChoiceSection(_Evaluation):
     group_by: str | None = None
 
 
+class AssociationSection(_Evaluation):
+    """Chooses the media items that belong to a cue, of a few (WinoGAViL).
+
+    Samples carry the cue as their caption in .json or .txt, and in .json whether they belong to it.
+    """
+
+    task: Literal["association"]
+    group_by: str  # key in .json: the items of one value are chosen from, by one cue
+    right: str = "is_association"  # key in .json: 1 or true, or 0 or false
+
+
 EvaluationSection = Annotated[
     ZeroShotClassificationSection
     | LinearProbeSection
@@ -173,7 +184,8 @@ EvaluationSection = Annotated[
     | MultiLabelSection
     | RetrievalSection
     | MediaRetrievalSection
-    | CaptionChoiceSection,
+    | CaptionChoiceSection
+    | AssociationSection,
     Field(discriminator="task"),
 ]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
+from eval.association import AssociationResult, associate
 from eval.caption_choice import CaptionChoiceResult, choose_captions, choose_in_groups
 from eval.class_prompts import average_prompts
 from eval.embedding_space import EmbeddingSpace, embedding_space
@@ -24,6 +25,7 @@ from eval.multi_label import MultiLabelResult, classify_labels
 from eval.nearest_neighbours import neighbour_votes
 from eval.retrieval import RetrievalResult, retrieve
 from eval.tasks import (
+    AssociationTask,
     CaptionChoiceTask,
     ClassificationTask,
     FewShotTask,
@@ -47,7 +49,12 @@ logger = logging.getLogger(__name__)
 
 
 Result = (
-    ClassificationResult | FewShotResult | MultiLabelResult | RetrievalResult | CaptionChoiceResult
+    ClassificationResult
+    | FewShotResult
+    | MultiLabelResult
+    | RetrievalResult
+    | CaptionChoiceResult
+    | AssociationResult
 )
 
 
@@ -136,6 +143,7 @@ def measure_tasks(
         RetrievalTask: measure_retrieval,
         MediaRetrievalTask: measure_media_retrieval,
         CaptionChoiceTask: measure_caption_choice,
+        AssociationTask: measure_association,
     }
     outcomes = []
     for task in tasks:
@@ -297,3 +305,18 @@ def measure_caption_choice(
             media, captions, num_captions=list(map(len, task.captions)), bootstrap=bootstrap
         )
     return result, captions
+
+
+def measure_association(
+    task: AssociationTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+) -> tuple[AssociationResult, Tensor]:
+    """The result of an association, and the embeddings [groups, D] of the cues."""
+    cues = embeddings.of_texts(task)
+    result = associate(
+        embeddings.of_task(task),
+        cues,
+        groups=list(task.groups.values()),
+        is_right=task.is_right,
+        bootstrap=bootstrap,
+    )
+    return result, cues

@@ -4,6 +4,7 @@
       one class per item        key, class_name, predicted, hit@1, rank of the true class
       few-shot probes           key, class_name, hit@1 after each number of shots
       several classes           key, class_names, scores [K] in the order of results.json
+      association               name of the group as key, cue, Jaccard index
       caption choice            key of the item, or keys of the group; its figures
     predictions/<evaluation>.media_to_text.parquet   key, hit@k, rank of the first right caption
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
@@ -28,6 +29,7 @@ from eval.measure import Outcome
 from eval.predictions_folder import predictions_file
 from eval.ranking import QueryRanks, cosine_scores
 from eval.tasks import (
+    AssociationTask,
     CaptionChoiceTask,
     FewShotTask,
     MediaRetrievalTask,
@@ -80,6 +82,8 @@ def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
                 "scores": list(scores.numpy()),
             }
         }
+    if isinstance(task, AssociationTask):
+        return {"": {"key": list(task.groups), "cue": task.cues, "jaccard": result.jaccard}}
     if isinstance(task, CaptionChoiceTask):
         keys = task.keys
         if task.groups is not None:

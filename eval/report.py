@@ -33,6 +33,7 @@ from eval.report_gallery import (
 )
 from eval.results import is_rank, repeated_captions_note, score_cells
 from eval.tasks import (
+    AssociationTask,
     CaptionChoiceTask,
     FewShotTask,
     MediaRetrievalTask,
@@ -123,7 +124,7 @@ def _outcome_section(outcome: Outcome, outcomes: Sequence[Outcome]) -> Section:
     task = outcome.task
     if isinstance(task, MultiLabelTask):
         return multi_label_section(outcome)
-    if isinstance(task, FewShotTask):
+    if isinstance(task, (FewShotTask, AssociationTask)):
         return Section(task.name, [], note=task.description())
     if isinstance(task, SingleLabelTask):
         return classification_section(outcome)

@@ -10,6 +10,7 @@ from eval.embedding_store import sum_of_texts
 from eval.measure import Outcome
 from eval.retrieval import DIRECTIONS
 from eval.tasks import (
+    AssociationTask,
     CaptionChoiceTask,
     ClassificationTask,
     FewShotTask,
@@ -36,6 +37,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         RetrievalTask: _retrieval_record,
         MediaRetrievalTask: _media_retrieval_record,
         CaptionChoiceTask: _caption_choice_record,
+        AssociationTask: _association_record,
     }
     return {
         "dataset": {
@@ -184,4 +186,14 @@ def _caption_choice_record(outcome: Outcome) -> dict[str, Any]:
         "num_captions": len(task.texts),
         "captions_sha256": sum_of_texts(task.texts),
         "num_groups": None if task.groups is None else len(task.groups),
+    }
+
+
+def _association_record(outcome: Outcome) -> dict[str, Any]:
+    task = outcome.task
+    return {
+        "task": "association",
+        "num_queries": len(task.cues),
+        "num_media": len(task.dataset),
+        "cues_sha256": sum_of_texts(task.cues),
     }

@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.config_file import InputError
 from eval.class_texts import read_lines
 from eval.config import (
+    AssociationSection,
     CaptionChoiceSection,
     EvaluateConfig,
     MediaRetrievalSection,
@@ -17,7 +18,15 @@ from eval.config import (
 from eval.evaluation_sets import EvaluationSet, EvaluationSets
 from eval.right_pairs import pairs_of_equal_values
 from eval.sample_labels import negative_captions_of, read_texts, texts_of, value_of
-from eval.tasks import CaptionChoiceTask, MediaRetrievalTask, MediaSet, RetrievalTask
+from eval.tasks import (
+    AssociationTask,
+    CaptionChoiceTask,
+    MediaRetrievalTask,
+    MediaSet,
+    RetrievalTask,
+)
+
+TRUTHS = {"1": True, "true": True, "0": False, "false": False}
 
 
 def read_retrieval_task(
@@ -114,3 +123,38 @@ def read_caption_choice_task(
         )
     groups = list(members.values()) if section.group_by is not None else None
     return CaptionChoiceTask(name, dataset, keys, captions, groups)
+
+
+def read_association_task(
+    name: str, section: AssociationSection, sets: EvaluationSets, _: EvaluateConfig
+) -> AssociationTask:
+    """The cues, and which samples belong to theirs.
+
+    Raises:
+        InputError: a sample does not say, a group has several cues, or none of its samples belongs.
+    """
+    dataset = sets.of_section(name, section)
+    keys, is_right = [], []
+    groups: dict[str, list[int]] = defaultdict(list)
+    cues: dict[str, str] = {}
+    for ordinal, sample in enumerate(read_texts(dataset)):
+        keys.append(sample.key)
+        said = value_of(sample, section.right).lower()
+        if said not in TRUTHS:
+            raise InputError(f"{sample}: {section.right}: expected 1 or 0, found {said!r}")
+        is_right.append(TRUTHS[said])
+        group, cue = value_of(sample, section.group_by), texts_of(sample, dataset)[0]
+        if cues.setdefault(group, cue) != cue:
+            raise InputError(
+                f"{sample}: {section.group_by} {group!r}: expected one cue, found {cues[group]!r} "
+                f"and {cue!r}"
+            )
+        groups[group].append(ordinal)
+    flags = np.array(is_right)
+    without = [group for group, places in groups.items() if not flags[places].any()]
+    if without:
+        raise InputError(
+            f"evaluations.{name}: {dataset.folder}: {section.group_by} {without[0]!r}: expected "
+            f"samples that belong to the cue ({section.right}), found none"
+        )
+    return AssociationTask(name, dataset, keys, dict(groups), list(cues.values()), flags)

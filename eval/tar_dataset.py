@@ -42,7 +42,7 @@ TASKS_OF_TYPE = {
         "few_shot",
     ),
     "multilabel": ("multi_label_classification",),
-    "retrieval": ("retrieval", "caption_choice", "media_retrieval"),
+    "retrieval": ("retrieval", "caption_choice", "media_retrieval", "association"),
 }
 
 

@@ -20,6 +20,7 @@ from eval.config import EvaluateConfig
 from eval.dataset_download import fetch_dataset
 from eval.evaluation_sets import EvaluationSets, MissingDatasetError
 from eval.retrieval_readers import (
+    read_association_task,
     read_caption_choice_task,
     read_media_retrieval_task,
     read_retrieval_task,
@@ -65,6 +66,7 @@ def read_tasks(config: EvaluateConfig) -> Tasks:
         "retrieval": read_retrieval_task,
         "media_retrieval": read_media_retrieval_task,
         "caption_choice": read_caption_choice_task,
+        "association": read_association_task,
     }
     sets = EvaluationSets()
     present, skipped = [], {}

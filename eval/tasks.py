@@ -281,6 +281,30 @@ class CaptionChoiceTask(_Task):
         return f"{len(self.texts) - len(self.captions)} wrong captions"
 
 
+@dataclass(frozen=True)
+class AssociationTask(_Task):
+    """Choice of the media items that belong to a cue, among a few."""
+
+    groups: dict[str, list[int]]  # places of the items to choose from, by the name of the group
+    cues: list[str]  # [groups]
+    is_right: np.ndarray  # bool [Q]
+
+    @property
+    def texts(self) -> list[str]:
+        """The cues."""
+        return self.cues
+
+    @property
+    def text_name(self) -> str:
+        return f"cues of {self.name}"
+
+    def method(self) -> str:
+        return "association"
+
+    def details(self) -> str:
+        return f"{len(self.groups)} cues, {int(self.is_right.sum())} items that belong to theirs"
+
+
 Task = (
     ClassificationTask
     | LinearProbeTask
@@ -290,4 +314,5 @@ Task = (
     | RetrievalTask
     | MediaRetrievalTask
     | CaptionChoiceTask
+    | AssociationTask
 )

@@ -52,6 +52,7 @@ def test_differences_are_those_of_the_figures_with_paired_intervals(results):
     good, worse = results
     found = compare(good, worse, bootstrap=Bootstrap(400))
     assert {each.evaluation for each in found} == {
+        "associated",
         "choice",
         "colors",
         "few",

@@ -56,7 +56,14 @@ def config_path(tmp_path, monkeypatch):
     sounds = [sound_sample(list(PITCHES_HZ)[n % 3], seed=n) for n in range(6)]
     sounds = [with_metadata(sample, group=n // 3) for n, sample in enumerate(sounds)]
     choices = [
-        with_metadata(sample, group=n // 3, negative_captions=["a pink picture", "a red picture"])
+        with_metadata(
+            sample,
+            group=n // 3,
+            negative_captions=["a pink picture", "a red picture"],
+            captions=[f"a {list(COLORS)[n % 3]} picture", f"in {list(COLORS)[n % 3]} <{n}>"],
+            pair=n % 3,
+            is_right=n < 3,
+        )
         for n, sample in enumerate(pictures[:6])
     ]
     (tmp_path / "others.txt").write_text("a grey cat\r\n\r\na yellow dog\r\n")
@@ -106,6 +113,12 @@ def config_path(tmp_path, monkeypatch):
                 "task": "caption_choice",
                 "dataset": str(tmp_path / "choices"),
                 "group_by": "group",
+            },
+            "associated": {
+                "task": "association",
+                "dataset": str(tmp_path / "choices"),
+                "group_by": "pair",
+                "right": "is_right",
             },
             "matched": {
                 "task": "media_retrieval",
@@ -178,6 +191,9 @@ def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
     assert choice["chance"] == pytest.approx(1 / 3)
     for score in record["evaluations"]["grouped"]["scores"].values():
         assert (score["value"], score["num_queries"]) == (1, 2)
+    associated = record["evaluations"]["associated"]["scores"]["jaccard"]
+    assert associated["chance"] == pytest.approx(0.5)  # one of two pictures of a colour
+    assert associated["num_queries"] == 3
     matched = record["evaluations"]["matched"]
     assert matched["num_right_pairs"] == 18
     # All pictures are level with all sounds: what chance gives.
@@ -289,7 +305,7 @@ def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
         ToyModel, "encode_text", lambda self, tokens: torch.full((len(tokens), 6), torch.nan)
     )
     assert evaluate(config_path) == 1
-    assert "captions of choice: 4 of 4 embeddings hold NaN" in capsys.readouterr().err
+    assert "cues of associated: 3 of 3 embeddings hold NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("checkpoint=absent",), ("checkpoint=absent", "--dry-run")])
@@ -304,6 +320,7 @@ def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_
     record = json.loads((out / "results.json").read_text())["evaluations"]
     names = sorted(path.name for path in (out / "predictions").iterdir())
     assert names == [
+        "associated.parquet",
         "choice.parquet",
         "colors.parquet",
         "few.parquet",

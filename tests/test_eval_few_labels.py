@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
+from eval.association import associate, expected_jaccard
 from eval.caption_choice import choose_captions, choose_in_groups
 from eval.few_shot import classify_from_few
 from eval.intervals import Bootstrap
@@ -142,6 +143,30 @@ def test_group_scores_are_winogrounds():
     for name, chance in (("text_score", 1 / 4), ("image_score", 1 / 4), ("group_score", 1 / 6)):
         assert collapsed.scores[name].chance == pytest.approx(chance, abs=0.01)
         assert collapsed.scores[name].value == pytest.approx(chance, abs=0.05)
+
+
+def test_the_jaccard_index_is_the_mean_over_all_orders_of_ties():
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        count = generator.integers(2, 7)
+        right = generator.permutation(np.arange(count) < generator.integers(1, count + 1))
+        scores = generator.integers(0, 3, count).astype(float)
+        k, values = right.sum(), []
+        for order in itertools.permutations(range(count)):
+            chosen = np.zeros(count, dtype=bool)
+            chosen[sorted(order, key=lambda place: -scores[place])[:k]] = True
+            values.append((chosen & right).sum() / (chosen | right).sum())
+        assert expected_jaccard(scores, right) == pytest.approx(np.mean(values))
+    media, cues = unit_rows(20, seed=1), unit_rows(4, seed=2)
+    groups = [[*range(5 * n, 5 * n + 5)] for n in range(4)]
+    right = np.arange(20) % 5 < 2
+    result = associate(media, cues, groups=groups, is_right=right, bootstrap=BOOTSTRAP)
+    cosines = (cues.double() @ media.double().T).numpy()
+    for n, group in enumerate(groups):
+        best = set(np.argsort(-cosines[n, group])[:2])
+        assert result.jaccard[n] == pytest.approx(len(best & {0, 1}) / len(best | {0, 1}))
+    # Of two chosen among five at random: 3/10 have none right, 6/10 one, 1/10 both.
+    assert result.scores["jaccard"].chance == pytest.approx(0.6 / 3 + 0.1)
 
 
 def test_the_worst_group_and_macro_f1_are_those_of_scikit_learn():
