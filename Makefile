@@ -28,10 +28,11 @@ check-demo: demo                 ## fails if the demo's figures are below their 
 test: .venv/ready                ## the fast tests: under eight minutes on two cores
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-test-slow: .venv/ready           ## every combination of strategies, processes and losses
+test-slow: .venv/ready           ## more combinations of strategies, processes and losses
 	$(RUN) -m pytest -m slow -n 2
 
-soak: .venv/ready                ## 200 runs killed at random moments: half an hour on two cores
+soak: .venv/ready                ## all combinations, 200 runs killed at random: 40 minutes on two cores
+	$(RUN) -m pytest -m exhaustive -n 2
 	$(RUN) tests/killed_runs.py 1000 200
 
 lint: .venv/ready

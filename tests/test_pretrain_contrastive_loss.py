@@ -165,7 +165,13 @@ def worst_errors(num_processes):
 
 
 @pytest.mark.parametrize(
-    "num_processes", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+    "num_processes",
+    [
+        1,
+        2,
+        pytest.param(3, marks=pytest.mark.exhaustive),
+        pytest.param(4, marks=pytest.mark.slow),
+    ],
 )
 def test_every_rule_gives_the_loss_and_gradients_of_one_process_with_the_whole_batch(num_processes):
     for found in run_in_processes(num_processes, worst_errors, num_processes):
