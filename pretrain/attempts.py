@@ -149,6 +149,18 @@ def read_counting_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
         yield from (row for row in read_rows(path) if row["step"] <= last_step)
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """One row per logged step and per validation, in step order, from all attempts at a run.
+
+    Where attempts overlap, the latest one's row is taken; what an attempt wrote of steps after the
+    one from which a newer one began does not count.
+    """
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    for row in read_counting_rows(folder, "metrics"):
+        rows[row["step"], "validation" in row] = row
+    return [rows[key] for key in sorted(rows)]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; none if it does not exist. A last line cut short is left out."""
     if not path.exists():

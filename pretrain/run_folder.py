@@ -33,6 +33,7 @@ from pretrain.attempts import (
     now,
     read_attempts,
     read_counting_rows,
+    read_metrics,
     superseded_error,
     write_attempt,
 )
@@ -216,18 +217,6 @@ class RunFolder:
         if self.is_writer:
             with self._rows_of(name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """One row per logged step and per validation, in step order, from all attempts at a run.
-
-    Where attempts overlap, the latest one's row is taken; what an attempt wrote of steps after the
-    one from which a newer one began does not count.
-    """
-    rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for row in read_counting_rows(folder, "metrics"):
-        rows[row["step"], "validation" in row] = row
-    return [rows[key] for key in sorted(rows)]
 
 
 def describe_environment() -> dict[str, Any]:

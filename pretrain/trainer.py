@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from data_prep.config_file import RunError
+from pretrain.attempts import read_metrics
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_writer import CheckpointWriter
@@ -21,7 +22,7 @@ from pretrain.non_finite import dump_step
 from pretrain.optimizer import learning_rate_at
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import RunFolder, read_metrics
+from pretrain.run_folder import RunFolder
 from pretrain.run_requests import Request, RunRequests
 from pretrain.step_loss import NonFiniteLossError, StepLosses
 from pretrain.step_metrics import SkippedStep, StepOutcome, StepReporter, digest_of_step

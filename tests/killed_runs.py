@@ -22,12 +22,11 @@ import torch
 from gloo_processes import ProcessGroup
 from toy_run import toy_config, write_toy_data
 
-from pretrain.attempts import read_attempts
+from pretrain.attempts import read_attempts, read_metrics
 from pretrain.checkpoint import open_whole
 from pretrain.checkpoint_state import PARAMETER, read_whole
 from pretrain.config import PretrainConfig
 from pretrain.model import build_model
-from pretrain.run_folder import read_metrics
 from pretrain.tokenizer import build_tokenizer
 
 NUM_STEPS = 6

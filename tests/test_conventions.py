@@ -20,6 +20,7 @@ SHARED_MODULES = {
 FINGERPRINTS = {"audio_fingerprint", "audio_neighbours", "image_fingerprint", "near_images"}
 # Of pretrain, for eval. The rest of pretrain is the training loop's own.
 PRETRAIN_MODULES = {
+    "attempts",
     "checkpoint",
     "checkpoint_record",
     "checkpoint_store",
@@ -42,6 +43,8 @@ ENTRY_POINTS = {
     "data_prep.make_demo_data",
     "data_prep.make_subset",
     "pretrain.train",
+    "pretrain.status",
+    "pretrain.requeue",
     "eval.compare",
     "eval.evaluate",
     "eval.embed",

@@ -7,8 +7,8 @@ from toy_run import toy_config
 
 from data_prep.config_file import InputError
 from pretrain.activation_checkpointing import blocks_of, checkpoint_blocks
+from pretrain.attempts import read_metrics
 from pretrain.model import build_model
-from pretrain.run_folder import read_metrics
 from pretrain.tokenizer import build_tokenizer
 
 

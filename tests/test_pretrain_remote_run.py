@@ -13,6 +13,7 @@ from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
 from eval.model_source import find_model
+from pretrain.attempts import read_metrics
 from pretrain.checkpoint import load_model, newest_checkpoint, restore
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_store import open_store
@@ -20,7 +21,6 @@ from pretrain.config import Loading, PretrainConfig
 from pretrain.fetching_ahead import check_room
 from pretrain.loader_runtimes import start_loader
 from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import read_metrics
 from pretrain.tokenizer import build_tokenizer
 
 STEPS = {"num_steps": 10, "warmup_steps": 2}

@@ -9,8 +9,7 @@ from gloo_processes import run_in_processes
 from test_pretrain_train import STEPS, assert_same_run, steps_of, train
 from toy_run import toy_config
 
-from pretrain.attempts import read_attempts
-from pretrain.run_folder import read_metrics
+from pretrain.attempts import read_attempts, read_metrics
 from pretrain.run_requests import Request, RunRequests
 
 CPU = torch.device("cpu")

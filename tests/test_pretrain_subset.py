@@ -22,9 +22,9 @@ from data_prep.shard_format import (
 )
 from data_prep.shard_writer import ShardWriter
 from data_prep.subset import KeptSamples, Subset
+from pretrain.attempts import read_metrics
 from pretrain.pair_batch import PairBuffers
 from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import read_metrics
 from pretrain.sample_order import PairingOrder, Segment, SourceOrder
 from pretrain.tokenizer import build_tokenizer
 from pretrain.train import pretrain

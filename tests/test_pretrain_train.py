@@ -12,10 +12,9 @@ from gloo_processes import WorkerFailedError, run_in_processes
 from toy_run import toy_config
 
 from data_prep.config_file import ConfigError, RunError, to_yaml
-from pretrain.attempts import read_attempts, read_rows
+from pretrain.attempts import read_attempts, read_metrics, read_rows
 from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
-from pretrain.run_folder import read_metrics
 
 STEPS = {"num_steps": 20, "warmup_steps": 2}
 

@@ -1,0 +1,75 @@
+"""Decides whether the Slurm job of a run is to be queued again; slurm/pretrain.sbatch asks it.
+
+    python -m pretrain.requeue configs/pretrain/demo.yaml [section.key=value ...]
+
+Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why.
+
+A run that heard a signal goes on. One that failed goes on too, for a node may be to blame, unless
+its loss is not finite; and none goes on that came no step further in its last three attempts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from data_prep.config_file import RunError, run_command
+from pretrain.attempts import Attempt, read_attempts
+from pretrain.config import PretrainConfig
+from pretrain.run_requests import STOP_SIGNALS
+
+ATTEMPTS_WITHOUT_A_STEP = 3
+
+
+def run(config: PretrainConfig) -> None:
+    """Says that the job is to be queued again.
+
+    Raises:
+        RunError: it is not.
+    """
+    print(f"{config.run.folder}: {reason_to_go_on(read_attempts(config.run.folder))}")  # noqa: T201
+
+
+def reason_to_go_on(attempts: Sequence[Attempt]) -> str:
+    """Why a run is to be started again.
+
+    Args:
+        attempts: all at the run, oldest first.
+
+    Raises:
+        RunError: it is not to be; it says why.
+    """
+    if not attempts:
+        raise RunError("no attempt has claimed the run: see what it said when it started")
+    newest = attempts[-1]
+    if newest.outcome == "finished":
+        raise RunError("the run has finished")
+    if newest.outcome == "superseded":
+        raise RunError("a newer attempt is at work")
+    signals = [number.name for number in STOP_SIGNALS]
+    if newest.outcome == "stopped" and newest.stop_cause not in signals:
+        raise RunError(f"the run was told to stop by {newest.stop_cause or 'its config'}")
+    if "NonFinite" in newest.outcome:
+        raise RunError(f"the run cannot go on by itself: {newest.outcome}")
+    last = attempts[-ATTEMPTS_WITHOUT_A_STEP:]
+    if len(last) == ATTEMPTS_WITHOUT_A_STEP and not any(map(_came_further, last)):
+        raise RunError(
+            f"none of the last {len(last)} attempts came a step further; the newest: "
+            f"{newest.outcome} (python -m pretrain.status tells more)"
+        )
+    if newest.outcome == "stopped":
+        return f"stopped by {newest.stop_cause} at step {newest.to_step}"
+    return f"attempt {newest.attempt}: {newest.outcome}"
+
+
+def _came_further(attempt: Attempt) -> bool:
+    return attempt.from_step is not None and (attempt.to_step or 0) > attempt.from_step
+
+
+def main() -> int:
+    """The command."""
+    return run_command(PretrainConfig, run=run, dry_run=lambda _: None, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

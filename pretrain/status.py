@@ -1,0 +1,211 @@
+"""Says where a run stands, from any machine that sees its folder: a login node, for one.
+
+    python -m pretrain.status runs/mine
+
+Progress with its projected end, the newest figures, the newest checkpoint, every attempt with how
+it ended, and whether the run lives. It reads files alone, and needs no GPU and no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from data_prep.config_file import InputError, read_yaml
+from pretrain.attempts import Attempt, read_attempts, read_metrics
+from pretrain.checkpoint_store import store_of_run
+
+NUM_ROWS = 20  # of metrics that the pace is taken from
+# Of engine.timeout_seconds: after which no process of a run that hangs is left.
+LONGEST_SILENCE = 1.5
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What is known of a run."""
+
+    folder: Path
+    state: str
+    detail: str  # why the state is what it is; may be empty
+    step: int
+    num_steps: int | None
+    attempts: list[Attempt]
+    rows: list[dict[str, Any]]  # of metrics
+    checkpoints: list[int]  # steps, the newest first
+    updated: datetime | None
+
+    def seconds_left(self) -> float | None:
+        """To the last step, at the pace of the newest rows; None where there is none."""
+        rows = [row for row in self.rows if "samples_per_second" in row][-NUM_ROWS:]
+        if self.num_steps is None or len(rows) < 2:
+            return None
+        steps = rows[-1]["step"] - rows[0]["step"]
+        samples = rows[-1]["samples_seen"] - rows[0]["samples_seen"]
+        if not steps or not samples:
+            return None
+        pace = statistics.median(row["samples_per_second"] for row in rows) * steps / samples
+        return (self.num_steps - self.step) / pace if pace else None
+
+
+def read_status(folder: Path, *, at: datetime) -> RunStatus:
+    """What the files of a run say.
+
+    Args:
+        folder: of the run.
+        at: the time now.
+
+    Raises:
+        InputError: it is no run's.
+    """
+    if not (folder / "config.yaml").exists():
+        raise InputError(
+            f"{folder}: expected the folder of a run, found no config.yaml in it; "
+            "python -m pretrain.train makes one as it starts"
+        )
+    config = read_yaml(folder / "config.yaml")
+    attempts = read_attempts(folder)
+    written = _read_json(folder / "status.json")
+    rows = read_metrics(folder)
+    updated = datetime.fromisoformat(written["updated"]) if written else None
+    timeout = float(config.get("engine", {}).get("timeout_seconds", DEFAULT_TIMEOUT_SECONDS))
+    state, detail = _state_of(
+        attempts, written, at=at, longest=timedelta(seconds=LONGEST_SILENCE * timeout)
+    )
+    return RunStatus(
+        folder=folder,
+        state=state,
+        detail=detail,
+        step=written.get("step", 0),
+        num_steps=written.get("num_steps") or config.get("schedule", {}).get("num_steps"),
+        attempts=attempts,
+        rows=rows,
+        checkpoints=sorted({each.step for each in store_of_run(str(folder)).checkpoints()})[::-1],
+        updated=updated,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _state_of(
+    attempts: Sequence[Attempt], written: dict[str, Any], *, at: datetime, longest: timedelta
+) -> tuple[str, str]:
+    if not attempts:
+        return "not begun", "no attempt has claimed the run"
+    newest = attempts[-1]
+    if newest.outcome != "running":
+        return newest.outcome, f"by {newest.stop_cause}" if newest.stop_cause else ""
+    is_own = written.get("attempt") == newest.attempt
+    heard = datetime.fromisoformat(written["updated"] if is_own else newest.started)
+    if at - heard > longest:
+        return "silent", (
+            f"attempt {newest.attempt} has not been heard of for {in_words(at - heard)}: its nodes "
+            "were lost, or it was killed; start it again and it goes on from its checkpoint"
+        )
+    if not is_own:
+        return "starting", f"attempt {newest.attempt} has done no step yet"
+    return "running", ""
+
+
+def in_words(time: timedelta) -> str:
+    """A span of time, such as 2 d 3 h, 12 min or 5 s."""
+    seconds = max(0, round(time.total_seconds()))
+    units = [("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)]
+    parts = []
+    for name, length in units:
+        count, seconds = divmod(seconds, length)
+        if count:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def status_lines(status: RunStatus, *, at: datetime) -> list[str]:
+    """What a person is told."""
+    state = f"{status.state}: {status.detail}" if status.detail else status.state
+    lines = [f"{status.folder}: {state}", f"  {_progress(status, at=at)}"]
+    lines += [f"  {line}" for line in _newest_figures(status.rows)]
+    if status.checkpoints:
+        lines.append("  checkpoints: step " + ", ".join(f"{step:,}" for step in status.checkpoints))
+    else:
+        lines.append("  no checkpoint yet")
+    lines.append(f"attempts: {len(status.attempts)}")
+    lines += [_attempt_line(attempt) for attempt in status.attempts]
+    return lines
+
+
+def _progress(status: RunStatus, *, at: datetime) -> str:
+    words = [f"step {status.step:,}"]
+    if status.num_steps:
+        words.append(f"of {status.num_steps:,} ({100 * status.step / status.num_steps:.1f} %)")
+    if status.updated is not None:
+        words.append(f"as of {in_words(at - status.updated)} ago")
+    left = status.seconds_left()
+    if left is not None and status.state == "running":
+        end = (at + timedelta(seconds=left)).astimezone()
+        words.append(f"; ends in {in_words(timedelta(seconds=left))}, {end:%Y-%m-%d %H:%M}")
+    return " ".join(words).replace(" ;", ";")
+
+
+def _newest_figures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    steps = [row for row in rows if "samples_per_second" in row]
+    if steps:
+        row = steps[-1]
+        losses = ", ".join(
+            f"{name} loss {value:.4g}" for name, value in row.get("loss", {}).items()
+        )
+        pace = f"{row['samples_per_second']:,.0f} samples/s"
+        wait = f"waiting for data {100 * row['data_wait_share']:.0f} %"
+        lines.append(", ".join(filter(None, (losses, pace, wait))))
+    validations = [row for row in rows if "validation" in row]
+    if validations:
+        row = validations[-1]
+        figures = "; ".join(
+            f"{name} loss {values['loss']:.4g}" for name, values in row["validation"].items()
+        )
+        lines.append(f"validation at step {row['step']:,}: {figures}")
+    return lines
+
+
+def _attempt_line(attempt: Attempt) -> str:
+    hosts = sorted(set(attempt.hosts))
+    shown = ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} others" if len(hosts) > 3 else "")
+    steps = "no step"
+    if attempt.from_step is not None:
+        end = "..." if attempt.to_step is None else f"{attempt.to_step:,}"
+        steps = f"steps {attempt.from_step:,} to {end}"
+    cause = f" by {attempt.stop_cause}" if attempt.stop_cause else ""
+    return (
+        f"  {attempt.attempt}  {attempt.started}  {attempt.world_size} processes, "
+        f"{attempt.strategy}, on {shown}: {steps}, {attempt.outcome}{cause}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    options = parser.parse_args(arguments)
+    now = datetime.now(UTC)
+    try:
+        status = read_status(options.run, at=now)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print("\n".join(status_lines(status, at=now)))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""When the job of a run is queued again, and when not."""
+
+import pytest
+
+from data_prep.config_file import RunError
+from pretrain.attempts import Attempt
+from pretrain.requeue import reason_to_go_on
+
+
+def attempt(number, outcome, *, steps=(0, 10), stop_cause=None):
+    return Attempt(
+        attempt=f"{number:04d}",
+        started="2026-11-27T12:00:00+00:00",
+        world_size=2,
+        strategy="ddp",
+        micro_batches=1,
+        hosts=["node1", "node2"],
+        from_step=steps[0],
+        to_step=steps[1],
+        outcome=outcome,
+        stop_cause=stop_cause,
+    )
+
+
+STUCK = attempt(1, "failed: OSError()", steps=(10, 10))
+DIED_EARLY = attempt(1, "did not end", steps=(None, None))
+
+
+@pytest.mark.parametrize(
+    ("attempts", "reason"),
+    [
+        ([attempt(1, "stopped", stop_cause="SIGUSR2")], "stopped by SIGUSR2 at step 10"),
+        ([attempt(1, "stopped", stop_cause="SIGTERM", steps=(5, 5))], "stopped by SIGTERM"),
+        ([attempt(1, "failed: RuntimeError('a peer died')")], "attempt 0001: failed: Runtime"),
+        ([attempt(1, "running")], "attempt 0001: running"),  # was killed
+        ([STUCK, STUCK], "failed: OSError"),
+        ([STUCK, attempt(2, "running", steps=(10, 20)), DIED_EARLY], "did not end"),
+    ],
+)
+def test_a_run_that_may_come_further_goes_on(attempts, reason):
+    assert reason in reason_to_go_on(attempts)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "reason"),
+    [
+        ([], "no attempt has claimed the run"),
+        ([attempt(1, "finished")], "has finished"),
+        ([attempt(1, "superseded")], "a newer attempt is at work"),
+        ([attempt(1, "stopped", stop_cause="file STOP")], "told to stop by file STOP"),
+        ([attempt(1, "stopped")], "told to stop by its config"),
+        ([attempt(1, "failed: NonFiniteLossError('loss is nan')")], "cannot go on by itself"),
+        ([STUCK, DIED_EARLY, STUCK], "none of the last 3 attempts came a step further"),
+        ([attempt(n, "stopped", stop_cause="SIGTERM", steps=(5, 5)) for n in range(4)], "none of"),
+    ],
+)
+def test_a_run_that_cannot_or_shall_not_go_on_does_not(attempts, reason):
+    with pytest.raises(RunError, match=reason):
+        reason_to_go_on(attempts)

@@ -1,0 +1,109 @@
+"""The batch scripts, as far as they go without Slurm: stand-ins say what they were told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "slurm").iterdir())
+SAYS = '#!/bin/bash\necho "$(basename "$0") $*" >> "$SAID"\n'
+
+
+def test_every_script_is_sound():
+    for script in SCRIPTS:
+        subprocess.run(["bash", "-n", script], check=True)
+    # Together: what one reads of another is known then.
+    subprocess.run([Path(sys.executable).parent / "shellcheck", "-x", *SCRIPTS], check=True)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Runs a script among stand-ins: (exit status, what they were told)."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    said = tmp_path / "said"
+
+    def write(name, content=SAYS):
+        (tools / name).write_text(content)
+        (tools / name).chmod(0o755)
+
+    for name in ("sbatch", "srun", "scontrol", "python", "sleep"):
+        write(name)
+
+    def run(script, *arguments, **environment):
+        said.write_text("")
+        values = {"PATH": f"{tools}:/usr/bin:/bin", "SAID": said, "ISOPAIR": ROOT}
+        values |= {"PYTHON": tools / "python", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": tmp_path}
+        values = {name: str(value) for name, value in (values | environment).items()}
+        finished = subprocess.run(
+            ["bash", ROOT / "slurm" / script, *arguments],
+            env=values,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return finished, said.read_text().splitlines()
+
+    run.write = write
+    return run
+
+
+def test_a_part_of_the_array_is_a_part_of_the_data(slurm):
+    array = {"SLURM_ARRAY_TASK_ID": 5, "SLURM_ARRAY_TASK_MIN": 2, "SLURM_ARRAY_TASK_COUNT": 8}
+    finished, said = slurm("data_prep.sbatch", "x.yaml", "a=1", SLURM_CPUS_PER_TASK=4, **array)
+    assert finished.returncode == 0, finished.stderr
+    assert said == ["python -m data_prep.make_shards x.yaml a=1 part=3/8 workers=4"]
+    _, said = slurm("data_prep.sbatch", "finalize", "x.yaml")
+    assert said == ["python -m data_prep.finalize x.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [({"SLURM_GPUS_ON_NODE": 8}, 8), ({"SLURM_NTASKS_PER_NODE": 4}, 4), ({}, 1)],
+)
+def test_training_takes_its_counts_from_slurm(slurm, counts, expected):
+    _, said = slurm("pretrain.sbatch", "x.yaml", "seed=1", **counts)
+    assert f"srun --ntasks-per-node={expected} --kill-on-bad-exit=1" in said[0]
+    assert said[0].endswith("-m pretrain.train x.yaml seed=1")
+    assert said[1] == "scontrol show job 7"
+    assert len(said) == 2  # the stand-in does not say that the job runs
+
+
+@pytest.mark.parametrize(
+    ("state", "asked", "is_requeued"),
+    [("RUNNING", 0, True), ("RUNNING", 1, False), ("CANCELLED", 0, False)],
+)
+def test_a_job_that_still_runs_is_queued_again_if_the_run_may_go_on(
+    slurm, state, asked, is_requeued
+):
+    slurm.write("scontrol", SAYS + f'echo "   JobState={state} Reason=None"\n')
+    slurm.write("srun", SAYS + "exit 9\n")
+    slurm.write("python", SAYS + f"exit {asked}\n")
+    finished, said = slurm("pretrain.sbatch", "x.yaml", "seed=1")
+    assert finished.returncode == 9
+    assert ("python -m pretrain.requeue x.yaml seed=1" in said) == (state == "RUNNING")
+    assert ("scontrol requeue 7" in said) == is_requeued
+
+
+def test_evaluation_takes_one_of_several_configs(slurm):
+    _, said = slurm("evaluate.sbatch", "a.yaml,b.yaml", "k=v", SLURM_ARRAY_TASK_ID=1)
+    assert said[0].endswith("-m eval.evaluate b.yaml k=v")
+    _, said = slurm("evaluate.sbatch", "a.yaml", VERB="eval.watch")
+    assert said[0].endswith("-m eval.watch a.yaml")
+
+
+def test_the_pipeline_submits_each_step_after_the_one_before(slurm):
+    slurm.write("sbatch", SAYS + 'wc -l < "$SAID"\n')
+    arguments = ("--nodes", "4", "--", "d.yaml", "p.yaml", "e.yaml")
+    finished, said = slurm("pipeline.sh", *arguments, PARTS=3)
+    assert finished.stdout == "shards 1, finalize 2, training 3, evaluation 4\n"
+    first = "sbatch --parsable --kill-on-invalid-dep=yes"
+    assert said == [
+        f"{first} --array=0-2 slurm/data_prep.sbatch d.yaml",
+        f"{first} --dependency=afterok:1 slurm/data_prep.sbatch finalize d.yaml",
+        f"{first} --nodes 4 --dependency=afterok:2 slurm/pretrain.sbatch p.yaml",
+        f"{first} --nodes 4 --dependency=afterok:3 slurm/evaluate.sbatch e.yaml",
+    ]
