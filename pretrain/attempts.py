@@ -32,6 +32,10 @@ class SupersededError(RunError):
     """A newer attempt at the same run has begun."""
 
 
+class DivergedError(RunError):
+    """A step is not finite, and would not be if it were taken again."""
+
+
 @dataclass
 class Attempt:
     """One start of a run, and how it ended."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.config_file import RunError, run_command
-from pretrain.attempts import Attempt, read_attempts
+from pretrain.attempts import Attempt, DivergedError, read_attempts
 from pretrain.config import PretrainConfig
 from pretrain.run_requests import STOP_SIGNALS
 
@@ -49,7 +49,7 @@ def reason_to_go_on(attempts: Sequence[Attempt]) -> str:
     signals = [number.name for number in STOP_SIGNALS]
     if newest.outcome == "stopped" and newest.stop_cause not in signals:
         raise RunError(f"the run was told to stop by {newest.stop_cause or 'its config'}")
-    if "NonFinite" in newest.outcome:
+    if newest.outcome.startswith(f"failed: {DivergedError.__name__}"):
         raise RunError(f"the run cannot go on by itself: {newest.outcome}")
     last = attempts[-ATTEMPTS_WITHOUT_A_STEP:]
     if len(last) == ATTEMPTS_WITHOUT_A_STEP and not any(map(_came_further, last)):

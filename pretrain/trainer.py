@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from data_prep.config_file import RunError
-from pretrain.attempts import read_metrics
+from pretrain.attempts import DivergedError, read_metrics
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_writer import CheckpointWriter
@@ -180,8 +180,8 @@ class Trainer:
         """Writes down what is known of a step that was not applied.
 
         Raises:
-            RunError: the run is to stop at such a step, or there were too many; all up to it is
-                saved.
+            DivergedError: the run is to stop at such a step, or there were too many; all up to it
+                is saved.
         """
         step, cause = batch.step + 1, str(error)
         has_gradient = not isinstance(error, NonFiniteLossError)
@@ -200,7 +200,7 @@ class Trainer:
             self.run.skipped_steps = skipped
             return SkippedStep(cause, str(dump))
         self._save_before_failure()
-        raise RunError(
+        raise DivergedError(
             f"step {step}: {cause}; the step was not applied, and the run stops because {reason}. "
             f"{dump} says which samples and layers it came from. All before it is saved: run the "
             "same command with other settings of watch, or begin a run of its own from there with "

@@ -9,8 +9,11 @@ from gloo_processes import run_in_processes
 from test_pretrain_train import steps_of
 from toy_run import toy_config
 
+from data_prep.config_file import RunError
+from pretrain.attempts import read_attempts
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoint_record import read_record
+from pretrain.requeue import reason_to_go_on
 
 BAD_GRADIENT, BAD_LOSS = 4, 5  # steps
 NOT_FINITE = "the norm of the gradient is not finite"
@@ -109,6 +112,8 @@ def test_a_run_stops_or_skips_and_goes_on_as_if_it_had_never_stopped(toy_data, t
     [(error, _)] = run_in_processes(2, train_with_bad_steps, config_of(toy_data, folder))[0]
     assert error.startswith(f"step 4: {NOT_FINITE}; the step was not applied, and the run stops")
     assert "because watch.on_non_finite=stop" in error
+    with pytest.raises(RunError, match="cannot go on by itself"):
+        reason_to_go_on(read_attempts(folder))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
     config = config_of(toy_data, folder, **skip, max_skipped_steps=1)
     [(error, unchanged)] = run_in_processes(2, train_with_bad_steps, config)[1]

@@ -49,7 +49,10 @@ def test_a_run_that_may_come_further_goes_on(attempts, reason):
         ([attempt(1, "superseded")], "a newer attempt is at work"),
         ([attempt(1, "stopped", stop_cause="file STOP")], "told to stop by file STOP"),
         ([attempt(1, "stopped")], "told to stop by its config"),
-        ([attempt(1, "failed: NonFiniteLossError('loss is nan')")], "cannot go on by itself"),
+        (
+            [attempt(1, "failed: DivergedError('step 5: loss of image-text is nan')")],
+            "cannot go on by itself",
+        ),
         ([STUCK, DIED_EARLY, STUCK], "none of the last 3 attempts came a step further"),
         ([attempt(n, "stopped", stop_cause="SIGTERM", steps=(5, 5)) for n in range(4)], "none of"),
     ],
