@@ -26,6 +26,7 @@ NUM_ROWS = 20  # of metrics that the pace is taken from
 # Of engine.timeout_seconds: after which no process of a run that hangs is left.
 LONGEST_SILENCE = 1.5
 DEFAULT_TIMEOUT_SECONDS = 1800.0
+LONGEST_OUTCOME = 160  # characters
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,12 @@ def _attempt_line(attempt: Attempt) -> str:
         end = "..." if attempt.to_step is None else f"{attempt.to_step:,}"
         steps = f"steps {attempt.from_step:,} to {end}"
     cause = f" by {attempt.stop_cause}" if attempt.stop_cause else ""
+    outcome = attempt.outcome  # a failure's whole message is in the attempt's file
+    if len(outcome) > LONGEST_OUTCOME:
+        outcome = f"{outcome[:LONGEST_OUTCOME]} ..."
     return (
         f"  {attempt.attempt}  {attempt.started}  {attempt.world_size} processes, "
-        f"{attempt.strategy}, on {shown}: {steps}, {attempt.outcome}{cause}"
+        f"{attempt.strategy}, on {shown}: {steps}, {outcome}{cause}"
     )
 
 
@@ -196,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="only check that it is a run's")
     options = parser.parse_args(arguments)
     now = datetime.now(UTC)
     try:
@@ -203,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    print("\n".join(status_lines(status, at=now)))  # noqa: T201
+    if not options.dry_run:
+        print("\n".join(status_lines(status, at=now)))  # noqa: T201
     return 0
 
 
