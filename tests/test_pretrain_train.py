@@ -156,10 +156,12 @@ def test_a_non_finite_loss_stops_the_run_naming_the_step(toy_data, tmp_path):
         optimizer={"learning_rate": 1e30, "gradient_clipping": None},
         schedule={"num_steps": 9, "warmup_steps": 0},
     )
-    with pytest.raises(WorkerFailedError, match=r"DivergedError: step \d+: .*(nan|inf).* not applied"):
+    with pytest.raises(
+        WorkerFailedError, match=r"DivergedError: step \d+: .*(nan|inf).* not applied"
+    ):
         run_in_processes(1, train, config)
     [attempt] = read_attempts(tmp_path / "run")
-    assert attempt.outcome.startswith("failed: RunError")
+    assert attempt.outcome.startswith("failed: DivergedError")
 
 
 def copy_with_bad_bytes(toy_data, folder, *, num_bad):
