@@ -10,7 +10,7 @@ from math import comb
 import numpy as np
 from torch import Tensor
 
-from eval.intervals import Bootstrap, Score, rate_interval
+from eval.intervals import Bootstrap, Score, mean_score
 from eval.ranking import check_finite, cosine_scores
 
 
@@ -51,10 +51,7 @@ def associate(
         found.append(expected_jaccard(scores, right))
         at_chance.append(expected_jaccard(np.zeros(len(right)), right))
     jaccard = np.array(found)
-    low, high, method = rate_interval(
-        jaccard, clusters=np.arange(len(jaccard)), bootstrap=bootstrap
-    )
-    score = Score(float(jaccard.mean()), low, high, float(np.mean(at_chance)), len(jaccard), method)
+    score = mean_score(jaccard, chance=float(np.mean(at_chance)), bootstrap=bootstrap)
     return AssociationResult({"jaccard": score}, jaccard)
 
 

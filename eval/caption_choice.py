@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from eval.intervals import Bootstrap, Score, rate_interval
+from eval.intervals import Bootstrap, Score, mean_score
 from eval.ranking import QueryRanks, check_finite, cosine_scores
 
 NUM_ORDERS = 1000  # of ties in a group, drawn
@@ -61,7 +61,7 @@ def choose_captions(
     ranks = QueryRanks(above, level, np.ones_like(above), gallery_size=max(num_captions))
     hits = ranks.hits_at(1)
     chance = float(np.mean(1 / np.asarray(num_captions)))
-    score = _score(hits, chance=chance, bootstrap=bootstrap)
+    score = mean_score(hits, chance=chance, bootstrap=bootstrap)
     return CaptionChoiceResult({"caption_accuracy": score}, {"caption_accuracy": hits})
 
 
@@ -100,7 +100,7 @@ def choose_in_groups(
     }
     chances = np.mean([at_chance[len(places)] for places in groups], axis=0)
     scores = {
-        figure: _score(hits[:, place], chance=float(chances[place]), bootstrap=bootstrap)
+        figure: mean_score(hits[:, place], chance=float(chances[place]), bootstrap=bootstrap)
         for place, figure in enumerate(FIGURES_OF_GROUPS)
     }
     return CaptionChoiceResult(
@@ -121,8 +121,3 @@ def _group_hits(
     is_image_right = (own == levels.max(axis=1)).all(axis=1)
     is_both = is_text_right & is_image_right
     return is_text_right.mean(), is_image_right.mean(), is_both.mean()
-
-
-def _score(hits: np.ndarray, *, chance: float, bootstrap: Bootstrap) -> Score:
-    low, high, method = rate_interval(hits, clusters=np.arange(len(hits)), bootstrap=bootstrap)
-    return Score(float(hits.mean()), low, high, chance, len(hits), method)

@@ -47,12 +47,11 @@ def average_prompts(prompt_embeddings: Tensor, *, num_prompts: Sequence[int]) ->
     Returns:
         [K, D], L2-normalised float32.
     """
-    import torch  # slow, and the prompts alone do without
+    # Slow, and the prompts alone do without.
+    import torch
 
-    prompts = _normalize_rows(prompt_embeddings.float()).split(list(num_prompts))
+    from eval.loaded_model import normalized
+
+    prompts = normalized(prompt_embeddings).split(list(num_prompts))
     means = [of_class.mean(dim=0, keepdim=True) for of_class in prompts]
-    return _normalize_rows(torch.cat(means))  # -> [K, D]
-
-
-def _normalize_rows(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True)
+    return normalized(torch.cat(means))  # -> [K, D]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from data_prep.config_file import InputError
+from data_prep.shard_format import Sample
 from eval.class_texts import place_of_classes, read_class_names, read_prompts
 from eval.config import (
     EvaluateConfig,
@@ -41,18 +43,26 @@ def read_classification_task(
     dataset = sets.of_section(name, section)
     class_names = read_class_names(name, section, dataset)
     templates, prompts = read_prompts(name, section, dataset, class_names)
-    keys, targets = _read_targets(dataset, class_names)
+    samples = list(read_texts(dataset))
+    keys, targets = _targets_of(samples, dataset, class_names)
     groups = None
     if section.group_by is not None:
-        groups = [value_of(sample, section.group_by) for sample in read_texts(dataset)]
+        groups = [value_of(sample, section.group_by) for sample in samples]
     return ClassificationTask(name, dataset, keys, class_names, targets, templates, prompts, groups)
 
 
 def _read_targets(dataset: EvaluationSet, class_names: list[str]) -> tuple[list[str], np.ndarray]:
+    """As `_targets_of`, of all samples of a dataset."""
+    return _targets_of(read_texts(dataset), dataset, class_names)
+
+
+def _targets_of(
+    samples: Iterable[Sample], dataset: EvaluationSet, class_names: list[str]
+) -> tuple[list[str], np.ndarray]:
     """([Q] keys, [Q] place of each sample's class in class_names)"""
     place_of = place_of_classes(class_names, dataset)
     keys, targets = [], []
-    for sample in read_texts(dataset):
+    for sample in samples:
         keys.append(sample.key)
         targets.append(class_index_of(sample, class_names=class_names, place_of=place_of))
     return keys, np.array(targets)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
 
+from data_prep.config import NearMedia
 from data_prep.config_file import Section
 
 # A path or URL of: shards of ours, tars (see eval.tar_dataset), one folder per class, or a table
@@ -249,14 +250,6 @@ class SearchConfig(EncodingConfig):
     port: int = Field(8000, ge=1, le=65535)
 
 
-class NearMediaLimits(Section):
-    """When media count as the same in spite of other bytes; see data_prep.config.NearMedia."""
-
-    image_max_distance: int = Field(6, ge=0, le=12)  # bits of 64 of the hashes
-    image_min_similarity: float = Field(0.94, gt=0, le=1)  # of the thumbnails
-    audio_min_similarity: float = Field(0.7, gt=0.5, le=1)  # share of the fingerprint's bits
-
-
 class OverlapConfig(Section):
     """What `python -m eval.check_overlap` reads."""
 
@@ -267,7 +260,7 @@ class OverlapConfig(Section):
     train: list[Path] = Field(min_length=1)  # folders of shards of ours
     output: Path  # folder for overlap.parquet, overlap.json and clean.subset
     keys: bool = True  # names of files, and uids; false where both are mere numbers
-    near_media: NearMediaLimits | None = NearMediaLimits()  # null: not looked for
+    near_media: NearMedia | None = NearMedia()  # null: not looked for
     captions: bool = True
     workers: PositiveInt = 1  # threads that compare pictures
 

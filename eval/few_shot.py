@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.intervals import Bootstrap, Score, rate_interval
+from eval.intervals import Bootstrap, Score, mean_score
 from eval.linear_probe import fit_probe, with_ones
 from eval.zero_shot import rank_classes
 
@@ -64,9 +64,8 @@ def classify_from_few(
                 with_ones(media_embeddings), probe.as_class_embeddings(), targets=targets
             )
             hits += ranks.hits_at(1) / num_draws
-        low, high, method = rate_interval(hits, clusters=np.arange(len(hits)), bootstrap=bootstrap)
-        scores[f"top_1_accuracy@{number}_shot"] = Score(
-            float(hits.mean()), low, high, 1 / num_classes, len(hits), method
+        scores[f"top_1_accuracy@{number}_shot"] = mean_score(
+            hits, chance=1 / num_classes, bootstrap=bootstrap
         )
         all_hits[number] = hits
     return FewShotResult(scores, all_hits)

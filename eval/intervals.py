@@ -108,6 +108,27 @@ def rate_interval(
     return *interval, "bootstrap over media items"
 
 
+def mean_score(
+    values: np.ndarray,
+    *,
+    chance: float,
+    bootstrap: Bootstrap,
+    clusters: np.ndarray | None = None,
+) -> Score:
+    """The mean of values in [0, 1], with the interval of `rate_interval`.
+
+    Args:
+        values: [n], one per query.
+        chance: what a model that knows nothing scores.
+        bootstrap: number of resamples and seed.
+        clusters: [n] integers from 0, each used; None: each query is one.
+    """
+    if clusters is None:
+        clusters = np.arange(len(values))
+    low, high, method = rate_interval(values, clusters=clusters, bootstrap=bootstrap)
+    return Score(float(values.mean()), low, high, chance, len(values), method)
+
+
 def class_mean_interval(
     recalls: np.ndarray, *, class_sizes: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[float, float, str]:

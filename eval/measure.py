@@ -17,7 +17,7 @@ from eval.caption_choice import CaptionChoiceResult, choose_captions, choose_in_
 from eval.class_prompts import average_prompts
 from eval.embedding_space import EmbeddingSpace, embedding_space
 from eval.embedding_store import EmbeddingStore
-from eval.encoder import Encoder
+from eval.encoder import Encoder, check_tower
 from eval.few_shot import FewShotResult, classify_from_few
 from eval.intervals import Bootstrap
 from eval.linear_probe import LinearProbeResult, train_probe, with_ones
@@ -65,10 +65,6 @@ class Embeddings:
     store: EmbeddingStore
     device: torch.device
 
-    def of_task(self, task: Task) -> Tensor:
-        """[Q, D] of its media items."""
-        return self.of_set(task.media_sets[0])
-
     def of_set(self, source: MediaSet) -> Tensor:
         """[Q, D] of a dataset's media items."""
         return self.store.media(source.dataset, source.keys).to(self.device)
@@ -104,13 +100,14 @@ def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
     """
     for task in tasks:
         for source in task.media_sets:
-            kind, folder = source.dataset.info.media, source.dataset.folder
-            if kind not in encoder.front_ends:
+            dataset = source.dataset
+            try:
+                check_tower(encoder, dataset.info.media, folder=dataset.folder)
+            except InputError as error:
                 raise InputError(
-                    f"evaluations.{task.name}: {folder} holds {kind}, but the model has towers for "
-                    f"{sorted(encoder.front_ends)} only; remove this evaluation, or name another "
+                    f"evaluations.{task.name}: {error}; remove this evaluation, or name another "
                     "checkpoint"
-                )
+                ) from None
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
@@ -131,6 +128,8 @@ def measure_tasks(
 ) -> list[Outcome]:
     """The outcome of each task, all of whose embeddings have been made.
 
+    Each is measured by a function of its own, which is given the embeddings [Q, D] of its media.
+
     Raises:
         InputError: see `EmbeddingStore`.
     """
@@ -148,11 +147,11 @@ def measure_tasks(
     outcomes = []
     for task in tasks:
         start = time.monotonic()
-        result, other = measures[type(task)](task, embeddings, bootstrap=bootstrap)
+        media = embeddings.of_set(task.media_sets[0])
+        result, other = measures[type(task)](task, media, embeddings, bootstrap=bootstrap)
         seconds = time.monotonic() - start
-        media = embeddings.of_task(task).cpu()
-        space = _space_of(task, media, other.cpu())
-        outcomes.append(Outcome(task, result, media, other.cpu(), space, seconds))
+        media, other = media.cpu(), other.cpu()
+        outcomes.append(Outcome(task, result, media, other, _space_of(task, media, other), seconds))
         logger.info("%s: %.1f s", task.name, seconds)
     return outcomes
 
@@ -165,12 +164,12 @@ def _space_of(task: Task, media: Tensor, other: Tensor) -> EmbeddingSpace | None
 
 
 def measure_classification(
-    task: ClassificationTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: ClassificationTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[ClassificationResult, Tensor]:
     """The result of a classification, and its class embeddings [K, D]."""
     class_embeddings = _class_embeddings(task, embeddings)
     result = classify(
-        embeddings.of_task(task),
+        media,
         class_embeddings,
         targets=task.targets,
         bootstrap=bootstrap,
@@ -180,10 +179,9 @@ def measure_classification(
 
 
 def measure_linear_probe(
-    task: LinearProbeTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: LinearProbeTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[LinearProbeResult, Tensor]:
     """The result of a linear probe, and its weights and biases [K, D + 1]."""
-
     probe, accuracies = train_probe(
         embeddings.of_labelled(task.train),
         embeddings.of_labelled(task.validation),
@@ -191,9 +189,7 @@ def measure_linear_probe(
         strength=task.strength,
     )
     weights = probe.as_class_embeddings()
-    classified = classify(
-        with_ones(embeddings.of_task(task)), weights, targets=task.targets, bootstrap=bootstrap
-    )
+    classified = classify(with_ones(media), weights, targets=task.targets, bootstrap=bootstrap)
     result = LinearProbeResult(
         **vars(classified), strength=probe.strength, validation_accuracies=accuracies
     )
@@ -201,12 +197,12 @@ def measure_linear_probe(
 
 
 def measure_nearest_neighbours(
-    task: NearestNeighboursTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: NearestNeighboursTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[ClassificationResult, Tensor]:
     """The result of a classification by neighbours, and the training items' embeddings [n, D]."""
     train, train_targets = embeddings.of_labelled(task.train)
     votes = neighbour_votes(
-        embeddings.of_task(task),
+        media,
         train,
         train_targets,
         num_classes=len(task.class_names),
@@ -219,12 +215,12 @@ def measure_nearest_neighbours(
 
 
 def measure_few_shot(
-    task: FewShotTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: FewShotTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[FewShotResult, Tensor]:
     """The result of few-shot probes, and the training items' embeddings [n, D]."""
     train = embeddings.of_labelled(task.train)
     result = classify_from_few(
-        embeddings.of_task(task),
+        media,
         train,
         targets=task.targets,
         num_classes=len(task.class_names),
@@ -238,13 +234,13 @@ def measure_few_shot(
 
 
 def measure_multi_label(
-    task: MultiLabelTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: MultiLabelTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[MultiLabelResult, Tensor]:
     """The result of a classification with several classes per item, and its class embeddings
     [K, D]."""
     class_embeddings = _class_embeddings(task, embeddings)
     result = classify_labels(
-        embeddings.of_task(task),
+        media,
         class_embeddings,
         is_of_class=task.is_of_class,
         bootstrap=bootstrap,
@@ -259,13 +255,13 @@ def _class_embeddings(task: ClassificationTask | MultiLabelTask, embeddings: Emb
 
 
 def measure_retrieval(
-    task: RetrievalTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: RetrievalTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[RetrievalResult, Tensor]:
     """The result of a retrieval, and the embeddings [M + X, D] of captions and distractors."""
     num_captions = len(task.captions)
     texts = embeddings.of_texts(task)
     result = retrieve(
-        embeddings.of_task(task),
+        media,
         texts[:num_captions],
         media_of_text=task.media_of_text,
         pairs=task.pairs,
@@ -277,12 +273,12 @@ def measure_retrieval(
 
 
 def measure_media_retrieval(
-    task: MediaRetrievalTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: MediaRetrievalTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[RetrievalResult, Tensor]:
     """The result of a retrieval, and the embeddings [M, D] of the other dataset's items."""
     other = embeddings.of_set(task.other)
     result = retrieve(
-        embeddings.of_task(task),
+        media,
         other,
         media_of_text=np.arange(len(other)),  # each is drawn by itself
         pairs=task.pairs,
@@ -294,10 +290,10 @@ def measure_media_retrieval(
 
 
 def measure_caption_choice(
-    task: CaptionChoiceTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: CaptionChoiceTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[CaptionChoiceResult, Tensor]:
     """The result of a choice, and the embeddings [M, D] of all captions."""
-    media, captions = embeddings.of_task(task), embeddings.of_texts(task)
+    captions = embeddings.of_texts(task)
     if task.groups is not None:
         result = choose_in_groups(media, captions, groups=task.groups, bootstrap=bootstrap)
     else:
@@ -308,12 +304,12 @@ def measure_caption_choice(
 
 
 def measure_association(
-    task: AssociationTask, embeddings: Embeddings, *, bootstrap: Bootstrap
+    task: AssociationTask, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> tuple[AssociationResult, Tensor]:
     """The result of an association, and the embeddings [groups, D] of the cues."""
     cues = embeddings.of_texts(task)
     result = associate(
-        embeddings.of_task(task),
+        media,
         cues,
         groups=list(task.groups.values()),
         is_right=task.is_right,

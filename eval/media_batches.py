@@ -70,7 +70,6 @@ def media_batches(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_joined,
-        pin_memory=False,
     )
     for batch in loader:
         if isinstance(batch, InputError):

@@ -24,7 +24,7 @@ from data_prep.shard_format import CorruptSampleError, media_extension_of
 from data_prep.subset import KeptSamples
 from eval.config import OverlapConfig
 from eval.evaluation_sets import EvaluationSet
-from eval.sample_labels import read_texts, texts_of
+from eval.sample_labels import texts_of
 
 METHODS = ("key", "content", "near", "caption")
 TRAIN_ROWS_AT_ONCE = 1 << 19
@@ -80,6 +80,7 @@ class Overlap:
 class _Marks:
     """What the items of the evaluation set are known by; texts -> places of the items."""
 
+    names: list[str]  # [Q] the keys of their samples
     keys: dict[str, list[int]]
     contents: dict[str, list[int]]
     captions: dict[str, list[int]]
@@ -92,9 +93,8 @@ def find_overlap(dataset: EvaluationSet, config: OverlapConfig) -> Overlap:
     Raises:
         InputError: an item cannot be decoded, or a training dataset has no columns.
     """
-    keys = [sample.key for sample in read_texts(dataset)]
-    overlap = Overlap(keys)
-    marks = _read_marks(dataset, keys, config)
+    marks = _read_marks(dataset, config)
+    overlap = Overlap(marks.names)
     for folder in config.train:
         for table in _tables_of(folder, media=dataset.info.media):
             _match_texts(marks, table, folder, config, into=overlap)
@@ -109,10 +109,10 @@ def find_overlap(dataset: EvaluationSet, config: OverlapConfig) -> Overlap:
     return overlap
 
 
-def _read_marks(dataset: EvaluationSet, keys: Sequence[str], config: OverlapConfig) -> _Marks:
-    marks = _Marks(defaultdict(list), defaultdict(list), defaultdict(list), [])
+def _read_marks(dataset: EvaluationSet, config: OverlapConfig) -> _Marks:
+    marks = _Marks([], defaultdict(list), defaultdict(list), defaultdict(list), [])
     kind = dataset.info.media
-    for item, key in enumerate(tqdm(keys, desc=f"reading {dataset.folder}", disable=None)):
+    for item in tqdm(range(len(dataset)), desc=f"reading {dataset.folder}", disable=None):
         try:
             sample = dataset.read_sample(item)
         except (CorruptSampleError, OSError) as error:
@@ -121,7 +121,8 @@ def _read_marks(dataset: EvaluationSet, keys: Sequence[str], config: OverlapConf
         if extension is None:
             raise InputError(f"{sample}: holds no {kind}")
         content = sample.members[extension]
-        marks.keys[PurePosixPath(key).stem].append(item)
+        marks.names.append(sample.key)
+        marks.keys[PurePosixPath(sample.key).stem].append(item)
         marks.contents[hashlib.sha256(content).hexdigest()].append(item)
         if config.captions and {"txt", "json"} & set(sample.members):
             for caption in _captions_or_none(sample, dataset):
@@ -216,7 +217,7 @@ def _near_images(
         is_reference=is_reference,
         max_distance=config.near_media.image_max_distance,
         min_similarity=config.near_media.image_min_similarity,
-        workers=max(1, config.workers),
+        workers=config.workers,
     )
     first = np.concatenate([matches.left, matches.member_firsts])
     second = np.concatenate([matches.right, matches.members])

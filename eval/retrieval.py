@@ -17,8 +17,8 @@ from eval.intervals import (
     Bootstrap,
     Score,
     bootstrap_interval,
+    mean_score,
     percentile_interval,
-    rate_interval,
     weighted_mean,
     weighted_median,
     wilson_interval,
@@ -81,8 +81,11 @@ def retrieve(
         chance = answers_at_chance(answers.num_right_of_query, gallery_size=answers.gallery_size)
         chances = dict(_shares(chance, ks))
         for name, values in _shares(answers, ks):
-            scores[f"{direction}_{name}"] = _share_score(
-                values, chances[name], clusters=clusters, bootstrap=bootstrap
+            scores[f"{direction}_{name}"] = mean_score(
+                values,
+                chance=float(chances[name].mean()),
+                clusters=clusters,
+                bootstrap=bootstrap,
             )
         scores |= _rank_scores(
             answers.query_ranks(),
@@ -228,13 +231,6 @@ def _refuse_lonely(places: np.ndarray, count: int, *, what: str, needs: str) -> 
     missing = np.flatnonzero(np.bincount(places, minlength=count) == 0)
     if len(missing):
         raise ValueError(f"{what} {missing[0]} has no {needs}; every {what} needs at least one")
-
-
-def _share_score(
-    values: np.ndarray, chance: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
-) -> Score:
-    low, high, method = rate_interval(values, clusters=clusters, bootstrap=bootstrap)
-    return Score(float(values.mean()), low, high, float(chance.mean()), len(values), method)
 
 
 def _rank_scores(

@@ -366,6 +366,11 @@ class Schedule(Section):
         return self
 
 
+# Of engine.timeout_seconds, after which a process whose step does not end is ended: by then the
+# group's time-out has freed the others.
+END_SHARE = 1.5
+
+
 class Engine(Section):
     """What computes: none of it changes the result beyond rounding, but for the precision."""
 

@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from pretrain.config import END_SHARE
 from pretrain.gather import rank
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "stacks"
 DUMP_SHARE = 0.8  # of the time-out, after which stacks are written
-END_SHARE = 1.5  # after which the process ends: by then the group's time-out has freed the others
 
 
 class HangWatch:

@@ -5,7 +5,7 @@
 Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why.
 
 A run that heard a signal goes on. One that failed goes on too, for a node may be to blame, unless
-its loss is not finite; and none goes on that came no step further in its last three attempts.
+its loss is not finite; and none goes on whose last three attempts saved no step further.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from data_prep.config_file import RunError, run_command
 from pretrain.attempts import Attempt, DivergedError, read_attempts
+from pretrain.checkpoint_store import store_of_run
 from pretrain.config import PretrainConfig
 from pretrain.run_requests import STOP_SIGNALS
 
@@ -27,14 +28,19 @@ def run(config: PretrainConfig) -> None:
     Raises:
         RunError: it is not.
     """
-    print(f"{config.run.folder}: {reason_to_go_on(read_attempts(config.run.folder))}")  # noqa: T201
+    folder = config.run.folder
+    checkpoints = store_of_run(str(folder)).checkpoints()
+    last_checkpoint = checkpoints[0].step if checkpoints else 0
+    reason = reason_to_go_on(read_attempts(folder), last_checkpoint=last_checkpoint)
+    print(f"{folder}: {reason}")  # noqa: T201
 
 
-def reason_to_go_on(attempts: Sequence[Attempt]) -> str:
+def reason_to_go_on(attempts: Sequence[Attempt], *, last_checkpoint: int) -> str:
     """Why a run is to be started again.
 
     Args:
         attempts: all at the run, oldest first.
+        last_checkpoint: step that the next one would begin from.
 
     Raises:
         RunError: it is not to be; it says why.
@@ -52,7 +58,11 @@ def reason_to_go_on(attempts: Sequence[Attempt]) -> str:
     if newest.outcome.startswith(f"failed: {DivergedError.__name__}"):
         raise RunError(f"the run cannot go on by itself: {newest.outcome}")
     last = attempts[-ATTEMPTS_WITHOUT_A_STEP:]
-    if len(last) == ATTEMPTS_WITHOUT_A_STEP and not any(map(_came_further, last)):
+    starts = [each.from_step for each in last if each.from_step is not None]
+    # By what is saved: steps that the next attempt takes again are no progress, and one that was
+    # killed could not say how far it came.
+    has_saved = last_checkpoint > min(starts, default=last_checkpoint)
+    if len(last) == ATTEMPTS_WITHOUT_A_STEP and not has_saved:
         raise RunError(
             f"none of the last {len(last)} attempts came a step further; the newest: "
             f"{newest.outcome} (python -m pretrain.status tells more)"
@@ -60,10 +70,6 @@ def reason_to_go_on(attempts: Sequence[Attempt]) -> str:
     if newest.outcome == "stopped":
         return f"stopped by {newest.stop_cause} at step {newest.to_step}"
     return f"attempt {newest.attempt}: {newest.outcome}"
-
-
-def _came_further(attempt: Attempt) -> bool:
-    return attempt.from_step is not None and (attempt.to_step or 0) > attempt.from_step
 
 
 def main() -> int:

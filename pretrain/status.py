@@ -21,11 +21,9 @@ from typing import Any
 from data_prep.config_file import InputError, read_yaml
 from pretrain.attempts import Attempt, read_attempts, read_metrics
 from pretrain.checkpoint_store import store_of_run
+from pretrain.config import END_SHARE, Engine
 
 NUM_ROWS = 20  # of metrics that the pace is taken from
-# Of engine.timeout_seconds: after which no process of a run that hangs is left.
-LONGEST_SILENCE = 1.5
-DEFAULT_TIMEOUT_SECONDS = 1800.0
 LONGEST_OUTCOME = 160  # characters
 
 
@@ -76,10 +74,11 @@ def read_status(folder: Path, *, at: datetime) -> RunStatus:
     written = _read_json(folder / "status.json")
     rows = read_metrics(folder)
     updated = datetime.fromisoformat(written["updated"]) if written else None
-    timeout = float(config.get("engine", {}).get("timeout_seconds", DEFAULT_TIMEOUT_SECONDS))
-    state, detail = _state_of(
-        attempts, written, at=at, longest=timedelta(seconds=LONGEST_SILENCE * timeout)
-    )
+    default = Engine.model_fields["timeout_seconds"].default
+    timeout = float(config.get("engine", {}).get("timeout_seconds", default))
+    # After which no process of a run that hangs is left.
+    longest = timedelta(seconds=END_SHARE * timeout)
+    state, detail = _state_of(attempts, written, at=at, longest=longest)
     return RunStatus(
         folder=folder,
         state=state,

@@ -16,8 +16,14 @@ SHARED_MODULES = {
     "html_report",
     "subset",
 }
-# Of data_prep, for eval: what near-duplicates are found by.
-FINGERPRINTS = {"audio_fingerprint", "audio_neighbours", "image_fingerprint", "near_images"}
+# Of data_prep, for eval: what near-duplicates are found by; config says when they are near.
+FINGERPRINTS = {
+    "audio_fingerprint",
+    "audio_neighbours",
+    "config",
+    "image_fingerprint",
+    "near_images",
+}
 # Of pretrain, for eval. The rest of pretrain is the training loop's own.
 PRETRAIN_MODULES = {
     "attempts",

@@ -26,6 +26,13 @@ STUCK = attempt(1, "failed: OSError()", steps=(10, 10))
 DIED_EARLY = attempt(1, "did not end", steps=(None, None))
 
 
+def reason_of(attempts):
+    """With a checkpoint at the last step that any attempt says it came to."""
+    return reason_to_go_on(
+        attempts, last_checkpoint=max((a.to_step or 0 for a in attempts), default=0)
+    )
+
+
 @pytest.mark.parametrize(
     ("attempts", "reason"),
     [
@@ -38,7 +45,7 @@ DIED_EARLY = attempt(1, "did not end", steps=(None, None))
     ],
 )
 def test_a_run_that_may_come_further_goes_on(attempts, reason):
-    assert reason in reason_to_go_on(attempts)
+    assert reason in reason_of(attempts)
 
 
 @pytest.mark.parametrize(
@@ -59,4 +66,12 @@ def test_a_run_that_may_come_further_goes_on(attempts, reason):
 )
 def test_a_run_that_cannot_or_shall_not_go_on_does_not(attempts, reason):
     with pytest.raises(RunError, match=reason):
-        reason_to_go_on(attempts)
+        reason_of(attempts)
+
+
+def test_progress_is_what_was_saved():
+    killed = [attempt(n, "did not end", steps=(100 * n, None)) for n in range(1, 4)]
+    assert "did not end" in reason_to_go_on(killed, last_checkpoint=400)
+    again = [attempt(n, "failed: OSError()", steps=(100, 150)) for n in range(3)]
+    with pytest.raises(RunError, match="none of the last 3 attempts came a step further"):
+        reason_to_go_on(again, last_checkpoint=100)
