@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,10 @@ class DivergedError(RunError):
     """A step is not finite, and would not be if it were taken again."""
 
 
+class LostPeerError(RunError):
+    """Another rank died, or did not come to where the others wait."""
+
+
 @dataclass
 class Attempt:
     """One start of a run, and how it ended."""
@@ -52,6 +56,9 @@ class Attempt:
     ended: str | None = None
     outcome: str = "running"
     stop_cause: str | None = None  # what asked it to stop
+    job: str | None = None  # of Slurm
+    job_restarts: int = 0  # of that job, before this start
+    former_end: str | None = None  # what was found out of why the attempt before did not end
 
     @property
     def number(self) -> int:
@@ -59,7 +66,13 @@ class Attempt:
 
 
 def claim_attempt(
-    folder: Path, *, world_size: int, strategy: str, micro_batches: int, hosts: Sequence[str]
+    folder: Path,
+    *,
+    world_size: int,
+    strategy: str,
+    micro_batches: int,
+    hosts: Sequence[str],
+    **others: Any,
 ) -> Attempt:
     """The next attempt at the run in a folder, which is this process's alone.
 
@@ -69,6 +82,7 @@ def claim_attempt(
         strategy: of the engine.
         micro_batches: of each step.
         hosts: names of the machines.
+        **others: of the attempt's fields.
     """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     earlier = read_attempts(folder)
@@ -83,6 +97,7 @@ def claim_attempt(
             micro_batches=micro_batches,
             hosts=sorted(set(hosts)),
             marks=sorted({mark for each in earlier for mark in each.marks}),
+            **others,
         )
         try:
             os.close(os.open(_path_of(folder, attempt.attempt), os.O_CREAT | os.O_EXCL, 0o644))
@@ -171,6 +186,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def restarts_of_job(environment: Mapping[str, str]) -> int:
+    """How often Slurm has started this job before; 0 without Slurm, or at its first start."""
+    return int(environment.get("SLURM_RESTART_COUNT", "0"))
 
 
 def now() -> str:

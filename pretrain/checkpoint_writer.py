@@ -30,6 +30,8 @@ from pretrain.gather import gather_objects, on_main_process, rank, sum_over_rank
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_MEETINGS = 5.0  # of ranks that wait for a checkpoint
+
 
 @dataclass(frozen=True)
 class SaveReport:
@@ -61,8 +63,9 @@ class _Task:
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        self._thread.join()
+    def wait(self, *, seconds: float) -> None:
+        """Until it is done, but not longer."""
+        self._thread.join(seconds)
 
 
 @dataclass
@@ -175,7 +178,8 @@ class CheckpointWriter:
             RunError: as `save`.
         """
         while self._save is not None:
-            self._save.task.wait()
+            # Not longer: ranks meet in `advance`, where none may wait for long.
+            self._save.task.wait(seconds=SECONDS_BETWEEN_MEETINGS)
             self.advance()
 
     def take_reports(self) -> list[SaveReport]:

@@ -366,8 +366,8 @@ class Schedule(Section):
         return self
 
 
-# Of engine.timeout_seconds, after which a process whose step does not end is ended: by then the
-# group's time-out has freed the others.
+# Of a time-out, after which a process that gives no sign of life is ended: by then the group's
+# time-out has freed the others.
 END_SHARE = 1.5
 
 
@@ -382,9 +382,11 @@ class Engine(Section):
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters stay fp32
     # How the loss is shared among processes: strip1 computes least, strip2 sends least.
     loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
-    # Of a collective, before the run fails. A step that does not end has stacks written before, and
-    # ends its process after half as long again.
-    timeout_seconds: PositiveFloat = free(1800.0)
+    # Of a collective, before the run fails: until the first step of an attempt is done, and after.
+    # A step that does not end has stacks written before, and ends its process after half as long
+    # again. Waiting for a checkpoint has the longer time, too.
+    start_timeout_seconds: PositiveFloat = free(1800.0)
+    timeout_seconds: PositiveFloat = free(600.0)
     activation_checkpointing: bool = free(False)  # trained towers: less memory, a third more time
     compile: bool = free(False)  # towers by torch.compile: minutes at the start, faster after
     # The same bits whenever as many GPUs of a kind run it: else some operators sum in any order.

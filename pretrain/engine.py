@@ -66,7 +66,7 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     is_launched = "RANK" in os.environ
     process_group = InitProcessGroupKwargs(
         backend="gloo" if device == "cpu" and is_launched else None,
-        timeout=timedelta(seconds=config.engine.timeout_seconds),
+        timeout=timedelta(seconds=config.engine.start_timeout_seconds),
     )
     accelerator = Accelerator(
         log_with=config.run.trackers or None,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -120,6 +121,13 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def set_timeout(seconds: float) -> None:
+    """Has collectives fail that do not end within so many seconds, from the next one on."""
+    if dist.is_initialized():
+        # Of torch's functions the only one that changes a group's time-out; torchtitan uses it too.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def is_of_lost_peer(error: RuntimeError) -> bool:

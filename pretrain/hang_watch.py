@@ -4,25 +4,29 @@
 
 Ranks that wait for one that hangs are freed by the process group's time-out, a while after their
 stacks were written. A rank that hangs elsewhere ends itself, so that none stays for ever. The clock
-runs from the end of the last step; the last resort is a timer of faulthandler's, which needs no
-Python and so works where the interpreter itself is stuck.
+runs from the last sign of life; the last resort is a timer of faulthandler's, which needs no
+Python and so works where the interpreter itself is stuck. The file also takes what faulthandler
+tells of a process that dies of a fault. One with its first line alone is of a process that died
+without a word: it was killed, or its machine was lost.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import logging
+import socket
+import sys
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
 from pretrain.config import END_SHARE
+from pretrain.end_causes import STACKS
 from pretrain.gather import rank
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "stacks"
 DUMP_SHARE = 0.8  # of the time-out, after which stacks are written
 
 
@@ -32,12 +36,16 @@ class HangWatch:
     Args:
         folder: of the run.
         attempt: id of this attempt.
-        timeout_seconds: of the process group's collectives.
+        timeout_seconds: of the process group's collectives, in a step.
+        start_timeout_seconds: before the first step's end.
     """
 
-    def __init__(self, folder: Path, attempt: str, *, timeout_seconds: float) -> None:
-        self.path = folder / FOLDER / attempt / f"rank_{rank():05d}.txt"
-        self.timeout_seconds = timeout_seconds
+    def __init__(
+        self, folder: Path, attempt: str, *, timeout_seconds: float, start_timeout_seconds: float
+    ) -> None:
+        self.path = folder / STACKS / attempt / f"rank_{rank():05d}.txt"
+        self._timeouts = {False: timeout_seconds, True: start_timeout_seconds}
+        self._timeout = start_timeout_seconds
         self.has_written = False
         self._last_sign = time.monotonic()
         self._is_over = threading.Event()
@@ -46,7 +54,11 @@ class HangWatch:
     def __enter__(self) -> HangWatch:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w", encoding="utf-8")
-        self.sign_of_life()
+        self._file.write(f"rank {rank()} on {socket.gethostname()}\n")
+        self._file.flush()
+        self._was_enabled = faulthandler.is_enabled()
+        faulthandler.enable(self._file)
+        self.sign_of_life(is_slow=True)
         self._thread.start()
         return self
 
@@ -59,27 +71,38 @@ class HangWatch:
         self._is_over.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
+        faulthandler.disable()
+        if self._was_enabled:
+            faulthandler.enable(sys.__stderr__)
         self._file.close()
         if not self.has_written:
             self.path.unlink(missing_ok=True)
 
-    def sign_of_life(self) -> None:
-        """To be called when a step, or anything as long, has ended."""
-        self._last_sign = time.monotonic()
-        faulthandler.dump_traceback_later(
-            END_SHARE * self.timeout_seconds, file=self._file, exit=True
-        )
+    @property
+    def timeout_key(self) -> str:
+        """Name in the config of the time-out that holds now."""
+        is_slow = self._timeout == self._timeouts[True]
+        return "engine.start_timeout_seconds" if is_slow else "engine.timeout_seconds"
+
+    def sign_of_life(self, *, is_slow: bool = False) -> None:
+        """To be called when a step, or anything as long, has ended.
+
+        Args:
+            is_slow: whether what comes next may take as long as a start.
+        """
+        self._timeout, self._last_sign = self._timeouts[is_slow], time.monotonic()
+        faulthandler.dump_traceback_later(END_SHARE * self._timeout, file=self._file, exit=True)
 
     def _watch(self) -> None:
-        limit = DUMP_SHARE * self.timeout_seconds
-        told, pause = None, limit
+        longest = DUMP_SHARE * min(self._timeouts.values())  # the limit may be another by then
+        told, pause = None, longest
         while not self._is_over.wait(pause):
-            last_sign = self._last_sign
+            limit, last_sign = DUMP_SHARE * self._timeout, self._last_sign
             silent = time.monotonic() - last_sign
             if silent >= limit and last_sign != told:
                 self._write(silent)
                 told = last_sign
-            pause = limit - silent if silent < limit else limit / 8
+            pause = min(limit - silent if silent < limit else limit / 8, longest)
 
     def _write(self, silent_seconds: float) -> None:
         self.has_written = True
@@ -88,10 +111,11 @@ class HangWatch:
         faulthandler.dump_traceback(self._file, all_threads=True)
         logger.error(
             "rank %d: no step ended for %.0f s: %s says where this rank is; the run ends %.0f s "
-            "after the last step (engine.timeout_seconds=%g)",
+            "after the last step (%s=%g)",
             rank(),
             silent_seconds,
             self.path,
-            END_SHARE * self.timeout_seconds,
-            self.timeout_seconds,
+            END_SHARE * self._timeout,
+            self.timeout_key,
+            self._timeout,
         )

@@ -5,18 +5,21 @@
 Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why.
 
 A run that heard a signal goes on. One that failed goes on too, for a node may be to blame, unless
-its loss is not finite; and none goes on whose last three attempts saved no step further.
+its loss is not finite; and none goes on whose last three attempts saved no step further, or whose
+job was started three times without an attempt at the run.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data_prep.config_file import RunError, run_command
-from pretrain.attempts import Attempt, DivergedError, read_attempts
+from pretrain.attempts import Attempt, DivergedError, read_attempts, restarts_of_job
 from pretrain.checkpoint_store import store_of_run
 from pretrain.config import PretrainConfig
+from pretrain.end_causes import causes_of_end
 from pretrain.run_requests import STOP_SIGNALS
 
 ATTEMPTS_WITHOUT_A_STEP = 3
@@ -31,8 +34,37 @@ def run(config: PretrainConfig) -> None:
     folder = config.run.folder
     checkpoints = store_of_run(str(folder)).checkpoints()
     last_checkpoint = checkpoints[0].step if checkpoints else 0
-    reason = reason_to_go_on(read_attempts(folder), last_checkpoint=last_checkpoint)
+    attempts = read_attempts(folder)
+    refuse_starts_without_attempt(attempts, os.environ)
+    if attempts:
+        for cause in causes_of_end(folder, attempts, len(attempts) - 1):
+            print(f"attempt {attempts[-1].attempt}: {cause}")  # noqa: T201
+    reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
     print(f"{folder}: {reason}")  # noqa: T201
+
+
+def refuse_starts_without_attempt(
+    attempts: Sequence[Attempt], environment: Mapping[str, str]
+) -> None:
+    """
+    Args:
+        attempts: all at the run, oldest first.
+        environment: of the job.
+
+    Raises:
+        RunError: as many starts of the job as `ATTEMPTS_WITHOUT_A_STEP` ended before they claimed
+            an attempt.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    if job is None or not attempts:
+        return
+    started = restarts_of_job(environment) + 1
+    of_job = [attempt.job_restarts + 1 for attempt in attempts if attempt.job == job]
+    in_vain = started - max(of_job, default=0)
+    if in_vain >= ATTEMPTS_WITHOUT_A_STEP:
+        raise RunError(
+            f"the last {in_vain} starts of job {job} ended before the run began; its log says why"
+        )
 
 
 def reason_to_go_on(attempts: Sequence[Attempt], *, last_checkpoint: int) -> str:

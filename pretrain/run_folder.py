@@ -2,6 +2,7 @@
 
     config.yaml  environment.json      written before the first step
     attempts/<attempt>.json            one per start (see pretrain.attempts)
+    failures/  stacks/                 of ranks that failed or hung (see pretrain.end_causes)
     metrics/<attempt>.jsonl            one row per logged step or validation
     bad_samples/<attempt>.jsonl        one row per substituted sample
     status.json                        where the run stands
@@ -34,12 +35,15 @@ from pretrain.attempts import (
     read_attempts,
     read_counting_rows,
     read_metrics,
+    restarts_of_job,
     superseded_error,
     write_attempt,
 )
 from pretrain.checkpoint_record import CheckpointRecord
 from pretrain.config import PretrainConfig
+from pretrain.end_causes import lost_nodes, write_failure
 from pretrain.fork import check_parent
+from pretrain.gather import rank
 from pretrain.run_refusal import refuse_other_run
 from pretrain.shard_reader import BadSample
 
@@ -63,7 +67,7 @@ def begin_attempt(
         InputError: the run folder holds a run whose config or data differ (the keys are named), or
             the run's parent cannot be used.
     """
-    folder = config.run.folder
+    folder, environ = config.run.folder, os.environ
     refuse_other_run(config, fingerprints=fingerprints)
     check_parent(config, fingerprints=fingerprints)
     attempt = claim_attempt(
@@ -72,6 +76,9 @@ def begin_attempt(
         strategy=config.engine.strategy,
         micro_batches=num_micro_batches,
         hosts=hosts,
+        job=environ.get("SLURM_JOB_ID"),
+        job_restarts=restarts_of_job(environ),
+        former_end=lost_nodes(read_attempts(folder), environ),
     )
     for name in ("metrics", "bad_samples"):
         (folder / name).mkdir(exist_ok=True)
@@ -101,6 +108,7 @@ class RunFolder:
         # What asked the attempt to end before all was done; set before its block ends
         self.stop_cause: str | None = None
         self.is_writer = is_writer
+        self._rank = rank()
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -108,6 +116,7 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
+            write_failure(self.folder, self.attempt.attempt, error, rank=self._rank)
             is_superseded = isinstance(error, SupersededError)
             self._end("superseded" if is_superseded else f"failed: {error!r}", state="failed")
             raise

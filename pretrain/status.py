@@ -22,6 +22,8 @@ from data_prep.config_file import InputError, read_yaml
 from pretrain.attempts import Attempt, read_attempts, read_metrics
 from pretrain.checkpoint_store import store_of_run
 from pretrain.config import END_SHARE, Engine
+from pretrain.end_causes import causes_of_end
+from pretrain.progress_log import in_words
 
 NUM_ROWS = 20  # of metrics that the pace is taken from
 LONGEST_OUTCOME = 160  # characters
@@ -74,11 +76,7 @@ def read_status(folder: Path, *, at: datetime) -> RunStatus:
     written = _read_json(folder / "status.json")
     rows = read_metrics(folder)
     updated = datetime.fromisoformat(written["updated"]) if written else None
-    default = Engine.model_fields["timeout_seconds"].default
-    timeout = float(config.get("engine", {}).get("timeout_seconds", default))
-    # After which no process of a run that hangs is left.
-    longest = timedelta(seconds=END_SHARE * timeout)
-    state, detail = _state_of(attempts, written, at=at, longest=longest)
+    state, detail = _state_of(attempts, written, at=at, engine=config.get("engine", {}))
     return RunStatus(
         folder=folder,
         state=state,
@@ -97,7 +95,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _state_of(
-    attempts: Sequence[Attempt], written: dict[str, Any], *, at: datetime, longest: timedelta
+    attempts: Sequence[Attempt], written: dict[str, Any], *, at: datetime, engine: dict[str, Any]
 ) -> tuple[str, str]:
     if not attempts:
         return "not begun", "no attempt has claimed the run"
@@ -106,7 +104,10 @@ def _state_of(
         return newest.outcome, f"by {newest.stop_cause}" if newest.stop_cause else ""
     is_own = written.get("attempt") == newest.attempt
     heard = datetime.fromisoformat(written["updated"] if is_own else newest.started)
-    if at - heard > longest:
+    key = "timeout_seconds" if is_own else "start_timeout_seconds"
+    timeout = float(engine.get(key, Engine.model_fields[key].default))
+    # After so long no process of a run that hangs is left.
+    if at - heard > timedelta(seconds=END_SHARE * timeout):
         return "silent", (
             f"attempt {newest.attempt} has not been heard of for {in_words(at - heard)}: its nodes "
             "were lost, or it was killed; start it again and it goes on from its checkpoint"
@@ -114,18 +115,6 @@ def _state_of(
     if not is_own:
         return "starting", f"attempt {newest.attempt} has done no step yet"
     return "running", ""
-
-
-def in_words(time: timedelta) -> str:
-    """A span of time, such as 2 d 3 h, 12 min or 5 s."""
-    seconds = max(0, round(time.total_seconds()))
-    units = [("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)]
-    parts = []
-    for name, length in units:
-        count, seconds = divmod(seconds, length)
-        if count:
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def status_lines(status: RunStatus, *, at: datetime) -> list[str]:
@@ -138,7 +127,10 @@ def status_lines(status: RunStatus, *, at: datetime) -> list[str]:
     else:
         lines.append("  no checkpoint yet")
     lines.append(f"attempts: {len(status.attempts)}")
-    lines += [_attempt_line(attempt) for attempt in status.attempts]
+    for number, attempt in enumerate(status.attempts):
+        lines.append(_attempt_line(attempt))
+        causes = causes_of_end(status.folder, status.attempts, number)
+        lines += [f"        {cause}" for cause in causes]
     return lines
 
 
@@ -184,12 +176,15 @@ def _attempt_line(attempt: Attempt) -> str:
         end = "..." if attempt.to_step is None else f"{attempt.to_step:,}"
         steps = f"steps {attempt.from_step:,} to {end}"
     cause = f" by {attempt.stop_cause}" if attempt.stop_cause else ""
+    job = "" if attempt.job is None else f", job {attempt.job}"
+    if attempt.job_restarts:
+        job += f" restarted {attempt.job_restarts} times"
     outcome = attempt.outcome  # a failure's whole message is in the attempt's file
     if len(outcome) > LONGEST_OUTCOME:
         outcome = f"{outcome[:LONGEST_OUTCOME]} ..."
     return (
         f"  {attempt.attempt}  {attempt.started}  {attempt.world_size} processes, "
-        f"{attempt.strategy}, on {shown}: {steps}, {outcome}{cause}"
+        f"{attempt.strategy}, on {shown}{job}: {steps}, {outcome}{cause}"
     )
 
 

@@ -13,10 +13,12 @@ import torch
 from tqdm import tqdm
 
 from pretrain.checkpoint_writer import SaveReport
+from pretrain.config import Run
 from pretrain.engine import Engine
 from pretrain.gather import sum_over_ranks
 from pretrain.pair_batch import StepBatch
 from pretrain.pair_loader import StepDataset
+from pretrain.progress_log import Progress, ProgressLog
 from pretrain.run_folder import RunFolder
 from pretrain.sample_order import format_digest
 from pretrain.step_loss import StepLosses
@@ -95,6 +97,7 @@ class StepReporter:
 
     Args:
         run: the run folder.
+        config: section `run`.
         engine: for its trackers.
         dataset: what the run reads.
         timer: of the training loop.
@@ -105,6 +108,7 @@ class StepReporter:
     def __init__(
         self,
         run: RunFolder,
+        config: Run,
         engine: Engine,
         dataset: StepDataset,
         *,
@@ -122,6 +126,7 @@ class StepReporter:
         self.last_logged_step = run.num_steps_done
         self._ended_epochs: list[dict[str, Any]] = []
         self._saves: list[dict[str, Any]] = []
+        self.log = ProgressLog(config, self._progress(), num_steps=self.num_steps)
         self.bar = None
         if run.is_writer and sys.stderr.isatty():
             self.bar = tqdm(
@@ -134,7 +139,7 @@ class StepReporter:
             self.bar.update()
 
     def watch_step(self, outcome: StepOutcome | SkippedStep, *, seconds: float) -> None:
-        """Marks, and says, what is out of the ordinary in the step just done.
+        """Says how the run comes along, and marks what is out of the ordinary in the step done.
 
         Args:
             outcome: of the step.
@@ -147,6 +152,12 @@ class StepReporter:
             values = {"total_loss": outcome.losses.total, "grad_norm": outcome.grad_norm}
         for line in self.watch.enter(step, values=values, seconds=seconds):
             self._say(f"step {step}: {line}")
+        if self.bar is None and (line := self.log.line(self._progress(), outcome.shown())):
+            logger.info("%s", line)
+
+    def _progress(self) -> Progress:
+        step = self.run.num_steps_done
+        return Progress(step, self.dataset.samples_seen(step), self.timer.data_seconds)
 
     def report_epochs(self, ended: list[dict[str, Any]]) -> None:
         """Says which epochs of which sources ended; the next row of metrics has them."""
@@ -203,7 +214,9 @@ class StepReporter:
         self.run.write_metrics(row)
         self.run.write_status("running")
         self.engine.log(flatten_numbers(row), step=step)
-        self._show(row, outcome)
+        if self.bar is not None:
+            pace = f"samples/s {row['samples_per_second']:.0f} wait {row['data_wait_share']:.0%}"
+            self.bar.set_postfix_str(f"{outcome.shown()} {pace}")
         for line in self.watch.lines_on_pace(mean, slowest.get("slowest_rank")):
             self._say(f"step {step}: {line}")
 
@@ -231,13 +244,6 @@ class StepReporter:
         """Ends the progress bar."""
         if self.bar is not None:
             self.bar.close()
-
-    def _show(self, row: dict[str, Any], outcome: StepOutcome | SkippedStep) -> None:
-        pace = f"samples/s {row['samples_per_second']:.0f} wait {row['data_wait_share']:.0%}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{outcome.shown()} {pace}")
-        else:
-            logger.info("step %d/%d: %s %s", row["step"], self.num_steps, outcome.shown(), pace)
 
     def _say(self, line: str) -> None:
         if self.bar is not None:

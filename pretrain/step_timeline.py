@@ -41,6 +41,7 @@ class PhaseTimer:
         self._is_cuda = device.type == "cuda"
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self.data_seconds = 0.0  # in all
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -55,7 +56,10 @@ class PhaseTimer:
             return
         begin = time.perf_counter()
         yield
-        self._add(name, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self._add(name, seconds)
+        if name == "data":
+            self.data_seconds += seconds
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -90,7 +90,10 @@ def run_attempt(
     run = open_run(config, fingerprints, hosts=hosts, num_pieces=num_pieces)
     requests.is_superseded = run.is_superseded
     hang_watch = HangWatch(
-        config.run.folder, run.attempt.attempt, timeout_seconds=config.engine.timeout_seconds
+        config.run.folder,
+        run.attempt.attempt,
+        timeout_seconds=config.engine.timeout_seconds,
+        start_timeout_seconds=config.engine.start_timeout_seconds,
     )
     with run.under_way(), hang_watch:
         optimizer = build_optimizer(config, model)
@@ -102,7 +105,7 @@ def run_attempt(
             take_gradient = partial(
                 backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
             )
-            hang_watch.sign_of_life()
+            hang_watch.sign_of_life(is_slow=True)
             trainer = Trainer(
                 config,
                 engine,

@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-from data_prep.config_file import RunError
-from pretrain.attempts import DivergedError, read_metrics
+from pretrain.attempts import DivergedError, LostPeerError, read_metrics
 from pretrain.bad_sample_ledger import BadSampleLedger
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import PretrainConfig
 from pretrain.engine import Engine
 from pretrain.epoch_account import EpochAccount
-from pretrain.gather import is_of_lost_peer, on_main_process
+from pretrain.gather import is_of_lost_peer, on_main_process, set_timeout
 from pretrain.gradient_cache import pieces_of_step
 from pretrain.hang_watch import HangWatch
 from pretrain.non_finite import dump_step
@@ -82,6 +81,7 @@ class Trainer:
         rows = read_metrics(run.folder) if run.is_writer else []
         self.reporter = StepReporter(
             run,
+            config.run,
             engine,
             dataset,
             timer=self.timer,
@@ -106,11 +106,11 @@ class Trainer:
         except RuntimeError as error:
             if not is_of_lost_peer(error):
                 raise
-            raise RunError(
+            raise LostPeerError(
                 f"step {self.run.num_steps_done + 1}: another process died, or did not come within "
-                f"engine.timeout_seconds={self.config.engine.timeout_seconds:g}: {error}; its own "
-                f"log, and {self.hang_watch.path.parent} if it hung, say why; run the same "
-                "command again to go on from the newest checkpoint"
+                f"{self.hang_watch.timeout_key}: {error}; python -m pretrain.status says why, as "
+                f"far as it is known, and {self.hang_watch.path.parent} where it hung; run the "
+                "same command again to go on from the newest checkpoint"
             ) from error
 
     def _train(self, batches: Iterator[StepBatch]) -> None:
@@ -139,6 +139,8 @@ class Trainer:
                 self._save(request)
             self._advance_save()
             self.hang_watch.sign_of_life()
+            if step == first_step + 1:
+                set_timeout(self.config.engine.timeout_seconds)
         self._finish(request)
 
     def save_first(self) -> None:
@@ -262,10 +264,12 @@ class Trainer:
         return is_planned or is_last or request.saves or request.stops
 
     def _save(self, request: Request) -> None:
+        self.hang_watch.sign_of_life(is_slow=True)
         with self.timer.phase("save"):
             on_main_process(self.run.flush)
             self.writer.save(self._state())
         self.requests.heeded(request)
+        self.reporter.log.saved()
 
     def _state(self) -> RunState:
         """Where the run stands."""
@@ -282,6 +286,7 @@ class Trainer:
         self.reporter.report_saves(self.writer.take_reports())
 
     def _finish_save(self) -> None:
+        self.hang_watch.sign_of_life(is_slow=True)
         self.writer.finish()
         self.reporter.report_saves(self.writer.take_reports())
         self.writer.refuse_failure()

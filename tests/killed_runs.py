@@ -112,7 +112,7 @@ def config_of(data, folder, strategy):
     values["model"]["text"]["options"] |= {"width": 8}
     values["run"] |= {"checkpoint_every_steps": 2, "trackers": []}
     values["schedule"] |= {"num_steps": NUM_STEPS}
-    values["engine"] |= {"strategy": strategy, "timeout_seconds": 30}
+    values["engine"] |= {"strategy": strategy, "timeout_seconds": 30, "start_timeout_seconds": 30}
     held_out = {"dataset": data / "more_colors", "batch_size": 10}
     values["validation"] = {"every_steps": 3, "pairings": {"image-text": held_out}}
     return PretrainConfig.model_validate(values)

@@ -3,7 +3,7 @@
 import pytest
 from killed_runs import HOW, MOMENTS, Undisturbed, case_of, check_case, run_case
 
-NUM_CASES = 12
+NUM_CASES = 20
 # Most with few processes: to start them takes most of the time.
 FEW = {
     (1, "ddp"): 4,

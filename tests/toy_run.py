@@ -106,7 +106,12 @@ def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
         "loading": {"num_workers": 0, "window": 16},
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"num_steps": 6, "warmup_steps": 2},
-        "engine": {"precision": "fp32", "device": "cpu", "timeout_seconds": 60},
+        "engine": {
+            "precision": "fp32",
+            "device": "cpu",
+            "timeout_seconds": 60,
+            "start_timeout_seconds": 60,
+        },
     }
     for section, changes in sections.items():
         is_section = isinstance(values.get(section), dict) and isinstance(changes, dict)
