@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from data_prep.config_file import Section, free
+from pretrain.preflight_config import Preflight
 
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
@@ -489,6 +490,7 @@ class PretrainConfig(Section):
     engine: Engine = Engine()
     watch: Watch = Watch()
     validation: Validation = Validation()
+    preflight: Preflight = Preflight()
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PretrainConfig:

@@ -38,8 +38,19 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     """
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
+    hosts = _hosts_of_step(environment)
+    tasks_per_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
+    environment.setdefault("MASTER_ADDR", hosts[0])
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = tasks_per_node.group() if tasks_per_node else "1"
+
+
+def _hosts_of_step(environment: Mapping[str, str]) -> list[str]:
     try:
-        hosts = subprocess.run(
+        return subprocess.run(
             ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
             check=True,
             capture_output=True,
@@ -50,13 +61,23 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
             f"started by srun, but scontrol cannot name the hosts ({error}); set MASTER_ADDR, "
             "MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK in the batch script, or use torchrun"
         ) from None
-    tasks_per_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
-    environment.setdefault("MASTER_ADDR", hosts[0])
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_WORLD_SIZE"] = tasks_per_node.group() if tasks_per_node else "1"
+
+
+def hosts_of_slurm_ranks(environment: Mapping[str, str]) -> list[str] | None:
+    """[ranks] the machine that each was to start on, also of those that never did; None where srun
+    did not start them.
+
+    Raises:
+        InputError: Slurm does not name the machines.
+    """
+    told = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    if told is None or int(environment["WORLD_SIZE"]) != int(environment["SLURM_STEP_NUM_TASKS"]):
+        return None
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told):  # such as 8(x3),4
+        counts += [int(count)] * int(times or 1)
+    hosts = _hosts_of_step(environment)
+    return [host for host, count in zip(hosts, counts, strict=True) for _ in range(count)]
 
 
 def refuse_lone_start(environment: Mapping[str, str]) -> None:

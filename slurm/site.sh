@@ -15,5 +15,8 @@ WRAPPER=()                                      # WRAPPER=(apptainer exec --nv i
 # For sbatch and srun: account, partition and the like, which jobs take unless told otherwise.
 # export SBATCH_ACCOUNT=mine SBATCH_PARTITION=gpu
 
+# Check the nodes before each start, and leave bad ones out (python -m pretrain.preflight)? 1 or 0.
+PREFLIGHT=${PREFLIGHT:-1}
+
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONFAULTHANDLER=1                     # a process that dies of a signal says where

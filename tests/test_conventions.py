@@ -49,6 +49,7 @@ ENTRY_POINTS = {
     "data_prep.make_demo_data",
     "data_prep.make_subset",
     "pretrain.train",
+    "pretrain.preflight",
     "pretrain.status",
     "pretrain.requeue",
     "eval.compare",

@@ -36,6 +36,7 @@ def slurm(tmp_path, monkeypatch):
         said.write_text("")
         values = {"PATH": f"{tools}:/usr/bin:/bin", "SAID": said, "ISOPAIR": ROOT}
         values |= {"PYTHON": tools / "python", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": tmp_path}
+        values |= {"PREFLIGHT": "0", "SLURM_JOB_NUM_NODES": "3"}
         values = {name: str(value) for name, value in (values | environment).items()}
         finished = subprocess.run(
             ["bash", ROOT / "slurm" / script, *arguments],
@@ -86,6 +87,38 @@ def test_a_job_that_still_runs_is_queued_again_if_the_run_may_go_on(
     assert finished.returncode == 9
     assert ("python -m pretrain.requeue x.yaml seed=1" in said) == (state == "RUNNING")
     assert ("scontrol requeue 7" in said) == is_requeued
+
+
+BAD_NODES = """\
+case "$*" in
+    *preflight*--exclude*|*--exclude*preflight*) exit "$AGAIN" ;;
+    *preflight*) for word; do :; done; echo node2 > "${word#*=}"; exit 1 ;;  # the last word's file
+esac
+"""
+
+
+@pytest.mark.parametrize(("again", "is_trained"), [(0, True), (1, False)])
+def test_training_goes_on_without_the_nodes_that_preflight_finds_bad(slurm, again, is_trained):
+    slurm.write("srun", SAYS + BAD_NODES)
+    finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1, AGAIN=again)
+    assert "going on with 2 nodes, --exclude=node2" in finished.stdout
+    first, second, *others = said
+    assert "-m pretrain.preflight x.yaml preflight.bad_nodes=" in first
+    assert "--exclude" not in first
+    assert "--nodes=2 --exclude=node2" in second
+    assert finished.returncode == (0 if is_trained else 1)
+    trained = [line for line in others if "-m pretrain.train x.yaml" in line]
+    assert len(trained) == is_trained
+    if is_trained:
+        assert "--nodes=2 --exclude=node2" in trained[0]
+
+
+def test_training_does_not_begin_where_preflight_finds_no_node_to_blame(slurm):
+    slurm.write("srun", SAYS + "exit 1\n")
+    finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1)
+    assert finished.returncode == 1
+    assert finished.stdout.endswith("not started: see above\n")
+    assert len(said) == 1
 
 
 def test_evaluation_takes_one_of_several_configs(slurm):
