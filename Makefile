@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 PACKAGES = data_prep pretrain eval
 RUN = .venv/bin/python
 
-.PHONY: demo check-demo test test-slow soak lint bench clean
+.PHONY: demo check-demo test test-slow test-slurm soak lint bench clean
 
 demo: .venv/ready                ## the whole pipeline, on data it makes: under five minutes
 	@echo "1 of 4  Making pictures, sounds and captions."
@@ -30,6 +30,10 @@ test: .venv/ready                ## the fast tests: under eight minutes on two c
 
 test-slow: .venv/ready           ## more combinations of strategies, processes and losses
 	$(RUN) -m pytest -m slow -n 2
+
+# The demo is what the jobs train, and its figures are what they must come to.
+test-slurm: demo                 ## jobs on a real Slurm, which it installs: root on Debian, half an hour
+	$(RUN) -m pytest tests/slurm -m slurm $(SLURM_TESTS)
 
 soak: .venv/ready                ## all combinations, 200 runs killed at random: 40 minutes on two cores
 	$(RUN) -m pytest -m exhaustive -n 2

@@ -104,8 +104,10 @@ def read_shards(
             for tar, expected in chosen:
                 share = max_bytes // (len(datasets) * len(chosen))
                 num_bytes += _read_tar(tar, expected_bytes=expected, max_bytes=share)
-        except (OSError, InputError) as error:
+        except InputError as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{error.filename or dataset}: {error.strerror or error}")
     return num_bytes / 1e6 / max(time.perf_counter() - start, 1e-9), problems
 
 

@@ -76,13 +76,14 @@ class Meeting:
         """[ranks] what each told, on rank 0; None of those that did not in time."""
         end = time.monotonic() + (self.timeout_seconds if seconds is None else seconds)
         return [
-            self._wait(f"{key}/{rank}", seconds=end - time.monotonic())
+            self.told(key, rank=rank, seconds=end - time.monotonic())
             for rank in range(self.world_size)
         ]
 
-    def told(self, key: str, *, rank: int) -> Any:
-        """What a rank has told until now; None for nothing."""
-        return self._wait(f"{key}/{rank}", seconds=0)
+    def told(self, key: str, *, rank: int, seconds: float = 0.0) -> Any:
+        """What a rank has told rank 0 within so many seconds; None for nothing."""
+        told = self._wait(f"{key}/{rank}", seconds=seconds)
+        return None if told is None else json.loads(told)
 
     def announce(self, key: str, value: Any) -> Any:
         """From rank 0 to all; returns what it says.
@@ -97,14 +98,14 @@ class Meeting:
         heard = self._wait(key, seconds=2 * self.timeout_seconds)
         if heard is None:
             raise RunError(f"rank {self.rank}: rank 0 did not say what comes of {key!r}")
-        return heard
+        return json.loads(heard)
 
-    def _wait(self, key: str, *, seconds: float) -> Any:
+    def _wait(self, key: str, *, seconds: float) -> bytes | None:
         try:
             self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
         except dist.DistStoreError:
             return None
-        return json.loads(self.store.get(key))
+        return self.store.get(key)
 
 
 def preflight(config: PretrainConfig) -> None:

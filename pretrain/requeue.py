@@ -26,21 +26,21 @@ ATTEMPTS_WITHOUT_A_STEP = 3
 
 
 def run(config: PretrainConfig) -> None:
-    """Says that the job is to be queued again.
-
-    Raises:
-        RunError: it is not.
-    """
+    """Says whether the job is to be queued again, and ends with status 1 if not."""
     folder = config.run.folder
     checkpoints = store_of_run(str(folder)).checkpoints()
     last_checkpoint = checkpoints[0].step if checkpoints else 0
     attempts = read_attempts(folder)
-    refuse_starts_without_attempt(attempts, os.environ)
-    if attempts:
-        for cause in causes_of_end(folder, attempts, len(attempts) - 1):
-            print(f"attempt {attempts[-1].attempt}: {cause}")  # noqa: T201
-    reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
-    print(f"{folder}: {reason}")  # noqa: T201
+    for number in range(max(0, len(attempts) - 1), len(attempts)):
+        for cause in causes_of_end(folder, attempts, number):
+            print(f"attempt {attempts[number].attempt}: {cause}")  # noqa: T201
+    try:
+        refuse_starts_without_attempt(attempts, os.environ)
+        reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
+    except RunError as error:
+        print(f"{folder}: not queued again: {error}")  # noqa: T201
+        sys.exit(1)
+    print(f"{folder}: queued again: {reason}")  # noqa: T201
 
 
 def refuse_starts_without_attempt(

@@ -4,7 +4,8 @@
 #   PARTS=16 slurm/pipeline.sh --nodes 4 --gpus-per-node 8 -- \
 #       configs/data_prep/images.yaml configs/pretrain/images.yaml configs/eval/images.yaml
 #
-# What stands before -- goes to sbatch for training and evaluation.
+# What stands before -- goes to sbatch for training and evaluation. Several datasets: their configs
+# joined by commas. PARTS jobs, of CPUS cores each, make the shards of each.
 set -euo pipefail
 
 options=()
@@ -12,11 +13,19 @@ while [ "$1" != -- ]; do
     options+=("$1")
     shift
 done
-data_prep=$2 pretrain=$3 evaluate=$4
+data_preps=$2 pretrain=$3 evaluate=$4
 submit() { sbatch --parsable --kill-on-invalid-dep=yes "$@"; }
 
-parts=$(submit --array="0-$((${PARTS:-1} - 1))" slurm/data_prep.sbatch "$data_prep")
-finalize=$(submit --dependency="afterok:$parts" slurm/data_prep.sbatch finalize "$data_prep")
-training=$(submit "${options[@]}" --dependency="afterok:$finalize" slurm/pretrain.sbatch "$pretrain")
+finalized='' cpus=${CPUS:-8}
+IFS=, read -ra data_preps <<< "$data_preps"
+for config in "${data_preps[@]}"; do
+    parts=$(submit --cpus-per-task="$cpus" --array="0-$((${PARTS:-1} - 1))" \
+        slurm/data_prep.sbatch "$config")
+    finalize=$(submit --cpus-per-task="$cpus" --dependency="afterok:$parts" \
+        slurm/data_prep.sbatch finalize "$config")
+    finalized+=:$finalize
+    echo "$config: shards $parts, finalize $finalize"
+done
+training=$(submit "${options[@]}" --dependency="afterok$finalized" slurm/pretrain.sbatch "$pretrain")
 evaluation=$(submit "${options[@]}" --dependency="afterok:$training" slurm/evaluate.sbatch "$evaluate")
-echo "shards $parts, finalize $finalize, training $training, evaluation $evaluation"
+echo "training $training, evaluation $evaluation"

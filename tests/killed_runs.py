@@ -269,9 +269,9 @@ class Undisturbed:
         return {f"{PARAMETER}/{name}": p.detach().flatten() for name, p in model.named_parameters()}
 
 
-def final_state(folder):
+def final_state(folder, num_steps=NUM_STEPS):
     """ "<key>/<name>" -> values of all parameters and moments after the last step."""
-    whole = open_whole(str(folder / "checkpoints" / f"step_{NUM_STEPS:08d}"))
+    whole = open_whole(str(folder / "checkpoints" / f"step_{num_steps:08d}"))
     sizes = {name: torch.Size(shape).numel() for name, shape in whole.record.shapes.items()}
     wanted = {
         f"{key}/{name}": size

@@ -130,13 +130,20 @@ def test_evaluation_takes_one_of_several_configs(slurm):
 
 def test_the_pipeline_submits_each_step_after_the_one_before(slurm):
     slurm.write("sbatch", SAYS + 'wc -l < "$SAID"\n')
-    arguments = ("--nodes", "4", "--", "d.yaml", "p.yaml", "e.yaml")
-    finished, said = slurm("pipeline.sh", *arguments, PARTS=3)
-    assert finished.stdout == "shards 1, finalize 2, training 3, evaluation 4\n"
-    first = "sbatch --parsable --kill-on-invalid-dep=yes"
+    arguments = ("--nodes", "4", "--", "d.yaml,f.yaml", "p.yaml", "e.yaml")
+    finished, said = slurm("pipeline.sh", *arguments, PARTS=3, CPUS=4)
+    assert finished.stdout.splitlines() == [
+        "d.yaml: shards 1, finalize 2",
+        "f.yaml: shards 3, finalize 4",
+        "training 5, evaluation 6",
+    ]
+    first, cpus = "sbatch --parsable --kill-on-invalid-dep=yes", "--cpus-per-task=4"
+    parts = f"{first} {cpus} --array=0-2"
     assert said == [
-        f"{first} --array=0-2 slurm/data_prep.sbatch d.yaml",
-        f"{first} --dependency=afterok:1 slurm/data_prep.sbatch finalize d.yaml",
-        f"{first} --nodes 4 --dependency=afterok:2 slurm/pretrain.sbatch p.yaml",
-        f"{first} --nodes 4 --dependency=afterok:3 slurm/evaluate.sbatch e.yaml",
+        f"{parts} slurm/data_prep.sbatch d.yaml",
+        f"{first} {cpus} --dependency=afterok:1 slurm/data_prep.sbatch finalize d.yaml",
+        f"{parts} slurm/data_prep.sbatch f.yaml",
+        f"{first} {cpus} --dependency=afterok:3 slurm/data_prep.sbatch finalize f.yaml",
+        f"{first} --nodes 4 --dependency=afterok:2:4 slurm/pretrain.sbatch p.yaml",
+        f"{first} --nodes 4 --dependency=afterok:5 slurm/evaluate.sbatch e.yaml",
     ]

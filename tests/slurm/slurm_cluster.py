@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path("/run/isopair-slurm")
+SCRATCH, SCRATCH_MB = FOLDER / "scratch", 256  # a small disk that all nodes share
 NAME = "isopair"  # of interfaces and namespaces: NAME-n1, ...
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "util-linux", "procps")
@@ -110,9 +111,10 @@ class SlurmCluster:
             raise SystemExit("only root can make nodes (network namespaces, mounts, daemons)")
         _install()
         self.stop()
-        for name in ("state", "spool", "munge", "log"):
+        for name in ("state", "spool", "munge", "log", "scratch"):
             (FOLDER / name).mkdir(parents=True)
             (FOLDER / name).chmod(0o755)
+        _run("mount", "-t", "tmpfs", "-o", f"size={SCRATCH_MB}m", "tmpfs", SCRATCH)
         net = _free_net()
         (FOLDER / "net").write_text(net)
         _run("ip", "addr", "add", f"{net}.1/32", "dev", "lo")
@@ -169,6 +171,7 @@ class SlurmCluster:
             net = (FOLDER / "net").read_text()
             _run("ip", "route", "del", "blackhole", f"{net}.0/24", check=False)
             _run("ip", "addr", "del", f"{net}.1/32", "dev", "lo", check=False)
+        _run("umount", "--lazy", SCRATCH, check=False)
         shutil.rmtree(FOLDER, ignore_errors=True)
 
     # --------------------------------------------------------------------------------- nodes
