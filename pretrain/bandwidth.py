@@ -95,18 +95,19 @@ def measure_nodes(
     Returns:
         None where no exchange succeeded, or there is only one rank; and what the failed ones said.
     """
-    own = next(n for n, ranks in enumerate(ranks_of_nodes) if dist.get_rank() in ranks)
-    groups = [[own]] if len(ranks_of_nodes) == 1 else []
-    for pairs in node_pairs(len(ranks_of_nodes)):
-        groups += [list(pair) for pair in pairs if own in pair]
+    num_nodes = len(ranks_of_nodes)
+    groups = [pair for pairs in node_pairs(num_nodes) for pair in pairs] or [(0,)]
     found, errors = [], []
     for nodes in groups:
         ranks = [rank for node in nodes for rank in ranks_of_nodes[node]]
         if len(ranks) == 1:
             continue
         try:
-            group = dist.new_group(sorted(ranks), use_local_synchronization=True)
-            found.append(measure_bandwidth(group, num_bytes=num_bytes, device=device))
+            # All ranks make all groups: members alone hang, if they were in others before (torch
+            # 2.13, gloo, use_local_synchronization).
+            group = dist.new_group(sorted(ranks))
+            if dist.get_rank() in ranks:
+                found.append(measure_bandwidth(group, num_bytes=num_bytes, device=device))
         except RuntimeError as error:
             errors.append(f"{type(error).__name__}: {error}".partition("\n")[0])
     if not found:
