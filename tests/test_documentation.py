@@ -101,7 +101,7 @@ def test_every_command_of_the_readme_passes_a_dry_run(small_demo, command, monke
 
 
 def test_the_readme_has_the_commands_it_promises():
-    assert len([command for command in COMMANDS if command.startswith("python -m")]) == 19
+    assert len([command for command in COMMANDS if command.startswith("python -m")]) == 20
     assert "make demo" in README
     assert "make test" in README
 
