@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -302,8 +301,6 @@ def device_of(config: PretrainConfig) -> torch.device:
 
 def main() -> int:
     """The command."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # are for the run that comes next
-        signal.signal(number, signal.SIG_IGN)
     return run_command(PretrainConfig, run=preflight, dry_run=lambda _: None, description=__doc__)
 
 

@@ -12,6 +12,9 @@ PYTHON=${PYTHON:-"$ISOPAIR/.venv/bin/python"}
 # To run in a container, or under another wrapper, put it before the command.
 WRAPPER=()                                      # WRAPPER=(apptainer exec --nv isopair.sif)
 
+# Settings of every training run here: where a node keeps shards that it fetches from URLs, say.
+PRETRAIN_OPTIONS=()                             # (loading.cache.folder="/scratch/$USER/shards")
+
 # For sbatch and srun: account, partition and the like, which jobs take unless told otherwise.
 # export SBATCH_ACCOUNT=mine SBATCH_PARTITION=gpu
 
