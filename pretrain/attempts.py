@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -191,6 +192,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def restarts_of_job(environment: Mapping[str, str]) -> int:
     """How often Slurm has started this job before; 0 without Slurm, or at its first start."""
     return int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+
+def machine_name() -> str:
+    """Of the machine that this process runs on: Slurm's name of the node where Slurm started it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def now() -> str:

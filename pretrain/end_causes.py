@@ -10,13 +10,12 @@ exit status is that of whichever died last. Nothing here needs torch.
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pretrain.attempts import Attempt, LostPeerError, SupersededError, now
+from pretrain.attempts import Attempt, LostPeerError, SupersededError, machine_name, now
 
 FAILURES, STACKS = "failures", "stacks"  # folders
 SECONDS_FOR_SLURM = 20
@@ -36,7 +35,7 @@ def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int
         return
     path = folder / FAILURES / attempt / f"rank_{rank:05d}.txt"
     lines = traceback.format_exception(error)
-    head = f"{now()} rank {rank} on {socket.gethostname()}: {_in_short(error)}\n\n"
+    head = f"{now()} rank {rank} on {machine_name()}: {_in_short(error)}\n\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(head + "".join(lines), encoding="utf-8")

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
+from pretrain.attempts import machine_name
 from pretrain.config import END_SHARE
 from pretrain.end_causes import STACKS
 from pretrain.gather import rank
@@ -54,7 +54,7 @@ class HangWatch:
     def __enter__(self) -> HangWatch:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w", encoding="utf-8")
-        self._file.write(f"rank {rank()} on {socket.gethostname()}\n")
+        self._file.write(f"rank {rank()} on {machine_name()}\n")
         self._file.flush()
         self._was_enabled = faulthandler.is_enabled()
         faulthandler.enable(self._file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ import torch
 from data_prep.config_file import InputError, to_yaml
 from data_prep.remote_file import join, local_path, open_binary, read_bytes, size_of
 from data_prep.shard_format import ManifestRow, parse_info, parse_manifest
+from pretrain.attempts import machine_name
 from pretrain.config import PretrainConfig
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "open_clip_torch", "numpy")
@@ -45,7 +45,7 @@ class MachineFacts:
 def versions_here(device: torch.device) -> dict[str, str]:
     """Of everything that computes, with a sum of this project's own sources."""
     found = {name: version(name) for name in LIBRARIES}
-    found |= {"python": platform.python_version(), "kernel's machine": platform.machine()}
+    found |= {"python": platform.python_version(), "processor": platform.machine()}
     found["isopair's sources"] = sum_of_sources()
     if device.type == "cuda":
         found["GPU"] = torch.cuda.get_device_name(device)
@@ -180,7 +180,7 @@ def gather_facts(
         device: that it trains on.
         says: is told what is looked at now, for whoever waits.
     """
-    facts = MachineFacts(rank, socket.gethostname())
+    facts = MachineFacts(rank, machine_name())
     says("reading versions")
     facts.versions = versions_here(device)
     facts.config_sum = sum_of_config(config)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.config_file import RunError, check_output_folder, run_command
+from pretrain.attempts import machine_name
 from pretrain.bandwidth import Bandwidth, measure_bandwidth, measure_nodes
 from pretrain.config import PretrainConfig
 from pretrain.fork import config_of_fork
@@ -62,7 +62,7 @@ class Meeting:
             )
         except RuntimeError as error:
             raise RunError(
-                f"rank {self.rank} on {socket.gethostname()} does not reach rank 0 at "
+                f"rank {self.rank} on {machine_name()} does not reach rank 0 at "
                 f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}: {error}"
             ) from None
         self.store = dist.PrefixStore("preflight", server)
@@ -162,7 +162,7 @@ def meet(meeting: Meeting, config: PretrainConfig) -> list[str]:
         RunError: some did not come; the log and the file of bad nodes name them.
     """
     expected = hosts_of_slurm_ranks(os.environ)
-    meeting.tell("host", socket.gethostname())
+    meeting.tell("host", machine_name())
     hosts = meeting.collect("host") if meeting.rank == 0 else []
     missing = [rank for rank, host in enumerate(hosts) if host is None]
     came = meeting.announce("met", None if missing else hosts)

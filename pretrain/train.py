@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -20,6 +19,7 @@ import torch
 
 from data_prep.config_file import InputError, check_output_folder, run_command
 from pretrain.activation_checkpointing import checkpoint_blocks
+from pretrain.attempts import machine_name
 from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
 from pretrain.checkpoint_store import open_store, store_of_run
 from pretrain.checkpoint_writer import CheckpointWriter
@@ -76,7 +76,7 @@ def run_attempt(
     """Joins the other processes, builds everything, resumes and trains."""
     accelerator = start_accelerator(config)
     requests.looks_at_files = rank() == 0
-    hosts = gather_objects(socket.gethostname())
+    hosts = gather_objects(machine_name())
     dataset = open_dataset(config, tokenizer, hosts=hosts)
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_training_model(config, tokenizer)
