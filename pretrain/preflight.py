@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -155,6 +155,16 @@ def finish(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) ->
     print("preflight: all is well", flush=True)  # noqa: T201
 
 
+def refuse(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) -> NoReturn:
+    """Ends the preflight on every rank before it is over.
+
+    Raises:
+        RunError: always; on rank 0 with the problems, of which there must be some there.
+    """
+    finish(meeting, config, problems)
+    raise AssertionError("there was no problem")
+
+
 def meet(meeting: Meeting, config: PretrainConfig) -> list[str]:
     """[ranks] name of each one's machine.
 
@@ -176,13 +186,10 @@ def meet(meeting: Meeting, config: PretrainConfig) -> list[str]:
         )
         for rank in missing
     ]
-    finish(meeting, config, problems)
-    raise AssertionError("finish raises")
+    refuse(meeting, config, problems)
 
 
-def find_facts(
-    meeting: Meeting, config: PretrainConfig, hosts: list[str]
-) -> list[MachineFacts | None]:
+def find_facts(meeting: Meeting, config: PretrainConfig, hosts: list[str]) -> list[MachineFacts]:
     """[ranks] what each finds out by itself, on rank 0.
 
     Raises:
@@ -224,8 +231,7 @@ def find_facts(
         )
         for rank in late
     ]
-    finish(meeting, config, problems)
-    raise AssertionError("finish raises")
+    refuse(meeting, config, problems)
 
 
 def compare_clocks(meeting: Meeting) -> list[float]:
@@ -246,18 +252,21 @@ def measure(
         return [(None, [])]
     device = device_of(config)
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an error instead of the end of the process
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", meeting.store),
-        rank=meeting.rank,
-        world_size=meeting.world_size,
-        timeout=timedelta(seconds=meeting.timeout_seconds / 2),
-        device_id=device if device.type == "cuda" else None,
-    )
     num_bytes = round(1e6 * config.preflight.exchanged_megabytes)
     nodes = list(dict.fromkeys(hosts))
     ranks = [[n for n, host in enumerate(hosts) if host == node] for node in nodes]
-    own, errors = measure_nodes(ranks, num_bytes=num_bytes, device=device)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+            timeout=timedelta(seconds=meeting.timeout_seconds / 2),
+            device_id=device if device.type == "cuda" else None,
+        )
+        own, errors = measure_nodes(ranks, num_bytes=num_bytes, device=device)
+    except RuntimeError as error:  # gloo joins all at once: one that is not reached, and none is
+        own, errors = None, [str(error).partition("\n")[0]]
     meeting.tell("bandwidth", [own and [own.all_reduce, own.all_gather], errors])
     told = meeting.collect("bandwidth") if meeting.rank == 0 else []
     found = [values or [None, ["it did not end in time"]] for values in told]
