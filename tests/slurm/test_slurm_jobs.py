@@ -249,6 +249,8 @@ def test_a_job_that_loses_a_node_goes_on_on_another(
     run.wait_for_step(a_step(fault))
     lost = cluster.nodes_of(run.job)[0 if is_batch_host else 1]
     getattr(cluster, fault)(lost)
+    if fault == "kill_slurmd":  # its ranks work on: the run is not to end before Slurm notices
+        cluster.run_on(cluster.nodes_of(run.job)[0], "pkill", "-STOP", "^python")
     try:
         run.wait_for_step(1, attempt=2)
         second = run.attempts[1]
