@@ -90,7 +90,8 @@ class HangWatch:
         Args:
             is_slow: whether what comes next may take as long as a start.
         """
-        self._timeout, self._last_sign = self._timeouts[is_slow], time.monotonic()
+        self._last_sign = time.monotonic()  # first: the thread is not to hold it against the other
+        self._timeout = self._timeouts[is_slow]
         faulthandler.dump_traceback_later(END_SHARE * self._timeout, file=self._file, exit=True)
 
     def _watch(self) -> None:

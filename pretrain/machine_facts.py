@@ -10,10 +10,9 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -197,8 +196,3 @@ def gather_facts(
         says("looking at disks")
         facts.free_bytes = free_bytes_of([config.run.folder, config.run.checkpoints])
     return facts
-
-
-def to_values(facts: MachineFacts) -> dict[str, Any]:
-    """Plain values, which `MachineFacts(**values)` takes again."""
-    return asdict(facts)

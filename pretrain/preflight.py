@@ -16,6 +16,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from pretrain.bandwidth import Bandwidth, measure_bandwidth, measure_nodes
 from pretrain.config import PretrainConfig
 from pretrain.fork import config_of_fork
 from pretrain.launcher import adopt_environment, device_type_of, hosts_of_slurm_ranks
-from pretrain.machine_facts import MachineFacts, gather_facts, sees_file, to_values
+from pretrain.machine_facts import MachineFacts, gather_facts, sees_file
 from pretrain.model import build_model
 from pretrain.preflight_verdict import NodeFacts, Problem, judge, table
 from pretrain.tokenizer import build_tokenizer
@@ -216,7 +217,7 @@ def find_facts(meeting: Meeting, config: PretrainConfig, hosts: list[str]) -> li
             f"{config.run.folder} is not the folder that {hosts[0]} sees; run.folder must be on a "
             "file system that all nodes share"
         )
-    meeting.tell("facts", to_values(facts))
+    meeting.tell("facts", asdict(facts))
     told = meeting.collect("facts") if meeting.rank == 0 else []
     late = [rank for rank, values in enumerate(told) if values is None]
     if meeting.rank == 0:
