@@ -12,7 +12,7 @@ from data_prep.config_file import Section, free
 class Preflight(Section):
     """Of `python -m pretrain.preflight`; nothing here has a part in a run's result."""
 
-    timeout_seconds: PositiveFloat = free(120.0)  # for all ranks to come, and again for each check
+    timeout_seconds: PositiveFloat = free(300.0)  # for all ranks to come, and again for each check
     # A node is bad below this share of the median node's figure, where there are three or more.
     min_share_of_median: float = free(0.5, ge=0, lt=1)
     # And below these; null: no such floor.
