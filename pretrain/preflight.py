@@ -10,6 +10,11 @@ and checkpoints must fit on their disk. `preflight` in the config holds the floo
 
 from __future__ import annotations
 
+from pretrain import early_signals
+
+if __name__ == "__main__":  # before imports that take seconds, and which signals would end
+    early_signals.listen()
+
 import json
 import os
 import secrets
@@ -145,8 +150,8 @@ def finish(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) ->
     bad_nodes = sorted({each.node for each in problems if each.node is not None})
     if any(each.node is None for each in problems):
         bad_nodes = []  # without them it would not be well either
-    if config.preflight.bad_nodes is not None:
-        config.preflight.bad_nodes.write_text("".join(f"{node}\n" for node in bad_nodes))
+    if config.preflight.verdict is not None:
+        config.preflight.verdict.write_text(verdict_of(problems, bad_nodes) + "\n")
     meeting.tell("parted", value=True)
     meeting.collect("parted", seconds=SECONDS_TO_PART)  # for the store ends with this process
     if problems:
@@ -154,6 +159,15 @@ def finish(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) ->
         advice = f"leave out {', '.join(bad_nodes)}" if bad_nodes else "mend it, and try again"
         raise RunError(f"a run should not begin here:\n{lines}\n{advice}")
     print("preflight: all is well", flush=True)  # noqa: T201
+
+
+def verdict_of(problems: list[Problem], bad_nodes: list[str]) -> str:
+    """A word for the script that started it: well, stop (a signal came), leave_out, or refuse."""
+    if early_signals.heard:
+        return "stop"
+    if bad_nodes:
+        return f"leave_out {','.join(bad_nodes)}"
+    return "refuse" if problems else "well"
 
 
 def refuse(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) -> NoReturn:
@@ -170,7 +184,7 @@ def meet(meeting: Meeting, config: PretrainConfig) -> list[str]:
     """[ranks] name of each one's machine.
 
     Raises:
-        RunError: some did not come; the log and the file of bad nodes name them.
+        RunError: some did not come; the log names them.
     """
     expected = hosts_of_slurm_ranks(os.environ)
     meeting.tell("host", machine_name())

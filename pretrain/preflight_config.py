@@ -25,5 +25,6 @@ class Preflight(Section):
     max_clock_difference_seconds: PositiveFloat = free(5.0)  # from the nodes' median
     min_free_gpu_share: float = Field(0.9, ge=0, le=1, json_schema_extra={"free": True})
     checkpoints_to_fit: PositiveInt = free(2)  # in the free space of the checkpoints' disk
-    # File for the names of bad nodes, one a line; slurm/pretrain.sbatch leaves those out.
-    bad_nodes: Path | None = free(None)
+    # File for a line that says what to do, which slurm/pretrain.sbatch does: well, stop (a signal
+    # came meanwhile), refuse, or leave_out and the names of bad nodes
+    verdict: Path | None = free(None)

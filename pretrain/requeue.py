@@ -19,8 +19,8 @@ from data_prep.config_file import RunError, run_command
 from pretrain.attempts import Attempt, DivergedError, read_attempts, restarts_of_job
 from pretrain.checkpoint_store import store_of_run
 from pretrain.config import PretrainConfig
+from pretrain.early_signals import STOP_SIGNALS
 from pretrain.end_causes import causes_of_end
-from pretrain.run_requests import STOP_SIGNALS
 
 ATTEMPTS_WITHOUT_A_STEP = 3
 

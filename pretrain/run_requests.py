@@ -11,20 +11,20 @@ taken away once they were heeded.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 
+from pretrain import early_signals
+from pretrain.early_signals import STOP_SIGNALS
 from pretrain.gather import sum_over_ranks
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
 SECONDS_BETWEEN_LOOKS = 1.0  # at the files: the folder may be on a slow network
 # In the order in which one is named where several came together.
@@ -46,7 +46,8 @@ class Request:
 
 
 class RunRequests:
-    """Listens on every rank from `with` on; the signals' former handlers are back afterwards.
+    """Listens on every rank from `with` on; the signals' former handlers are back afterwards. What
+    was heard before, by `early_signals.listen`, counts too.
 
     To be used in the main thread.
 
@@ -71,13 +72,12 @@ class RunRequests:
         self.looks_at_files = looks_at_files
         self.is_superseded: Callable[[], bool] = lambda: False
         self.clock = clock
-        self._heard: set[str] = set()
         self._last_save = self._last_look = clock()
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunRequests:
         for number in STOP_SIGNALS:
-            self._former[number] = signal.signal(number, self._hear)
+            self._former[number] = signal.signal(number, early_signals.hear)
         return self
 
     def __exit__(
@@ -88,12 +88,7 @@ class RunRequests:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if name == "SIGTERM" and name in self._heard:
-            os._exit(128 + number)
-        self._heard.add(name)
+        early_signals.heard.clear()
 
     def agreed(self, *, device: torch.device) -> Request:
         """What is to be done now; every rank must call it, and gets the same.
@@ -101,7 +96,7 @@ class RunRequests:
         Args:
             device: that ranks talk by.
         """
-        asks = [cause in self._heard for cause in CAUSES]
+        asks = [cause in early_signals.heard for cause in CAUSES]
         saves = is_superseded = False
         if self.looks_at_files:
             asks[-1], saves, is_superseded = self._look()

@@ -8,6 +8,11 @@ changes which result comes. Run again, it goes on from the newest checkpoint.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds, and which signals would end
+    from pretrain import early_signals
+
+    early_signals.listen()
+
 import logging
 import os
 import sys

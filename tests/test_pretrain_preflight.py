@@ -205,7 +205,7 @@ def test_all_ranks_of_two_nodes_are_well(toy_data, tmp_path):
 
 
 def test_the_bad_one_of_three_nodes_is_written_down(toy_data, tmp_path):
-    settings = {"exchanged_megabytes": 1, "bad_nodes": tmp_path / "bad"}
+    settings = {"exchanged_megabytes": 1, "verdict": tmp_path / "verdict"}
     config = toy_config(toy_data, tmp_path / "run", preflight=settings)
     changes = {"versions_here": broken_versions}
     group = ProcessGroup(3, check_as_nodes, config, ["a", "b", "c"], changes)
@@ -214,7 +214,7 @@ def test_the_bad_one_of_three_nodes_is_written_down(toy_data, tmp_path):
     assert "c: torch is 0.1, elsewhere" in outcomes[0][1]
     assert "leave out c" in outcomes[0][1]
     assert "rank 0 says why" in outcomes[1][1]
-    assert (tmp_path / "bad").read_text() == "c\n"
+    assert (tmp_path / "verdict").read_text() == "leave_out c\n"
 
 
 def check_unless_last(config, hosts):

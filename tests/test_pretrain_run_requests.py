@@ -1,7 +1,10 @@
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from gloo_processes import run_in_processes
 from test_pretrain_train import STEPS, assert_same_run, steps_of, train
 from toy_run import toy_config
 
+from data_prep.config_file import to_yaml
 from pretrain.attempts import read_attempts, read_metrics
 from pretrain.run_requests import Request, RunRequests
 
@@ -122,6 +126,27 @@ def test_one_rank_that_hears_a_signal_stops_all_and_the_run_goes_on_as_if_it_had
         assert not (folder / "STOP").exists()
         run_in_processes(1, train, config)
     assert_same_run(folder, tmp_path / "whole")
+
+
+def catches(process, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"SigCgt:\s*(\w+)", status).group(1), 16) >> (number - 1) & 1
+
+
+def test_a_signal_that_comes_during_imports_is_not_lost(toy_data, tmp_path):
+    folder = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(to_yaml(toy_config(toy_data, folder)))
+    command = [sys.executable, "-m", "pretrain.train", str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not catches(process, signal.SIGUSR2):
+            time.sleep(0.005)
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        process.send_signal(signal.SIGUSR2)
+        _, told = process.communicate()
+    assert process.returncode == 0, told
+    [attempt] = read_attempts(folder)
+    assert (attempt.to_step, attempt.outcome, attempt.stop_cause) == (0, "stopped", "SIGUSR2")
 
 
 def train_and_hear_in_validation(config):

@@ -89,21 +89,24 @@ def test_a_job_that_still_runs_is_queued_again_if_the_run_may_go_on(
     assert ("scontrol requeue 7" in said) == is_requeued
 
 
-BAD_NODES = """\
+VERDICT = """\
+case "$*" in *pretrain.preflight*) ;; *) exit 0 ;; esac
+for word; do :; done  # the last word's file
 case "$*" in
-    *preflight*--exclude*|*--exclude*preflight*) exit "$AGAIN" ;;
-    *preflight*) for word; do :; done; echo node2 > "${word#*=}"; exit 1 ;;  # the last word's file
+    *--exclude*) echo "$AGAIN" > "${word#*=}" ;;
+    *) echo "$FIRST" > "${word#*=}" ;;
 esac
 """
 
 
-@pytest.mark.parametrize(("again", "is_trained"), [(0, True), (1, False)])
+@pytest.mark.parametrize(("again", "is_trained"), [("well", True), ("refuse", False)])
 def test_training_goes_on_without_the_nodes_that_preflight_finds_bad(slurm, again, is_trained):
-    slurm.write("srun", SAYS + BAD_NODES)
-    finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1, AGAIN=again)
+    slurm.write("srun", SAYS + VERDICT)
+    environment = {"PREFLIGHT": 1, "FIRST": "leave_out node2", "AGAIN": again}
+    finished, said = slurm("pretrain.sbatch", "x.yaml", **environment)
     assert "going on with 2 nodes, --exclude=node2" in finished.stdout
     first, second, *others = said
-    assert "-m pretrain.preflight x.yaml preflight.bad_nodes=" in first
+    assert "-m pretrain.preflight x.yaml preflight.verdict=" in first
     assert "--exclude" not in first
     assert "--nodes=2 --exclude=node2" in second
     assert finished.returncode == (0 if is_trained else 1)
@@ -114,11 +117,22 @@ def test_training_goes_on_without_the_nodes_that_preflight_finds_bad(slurm, agai
 
 
 def test_training_does_not_begin_where_preflight_finds_no_node_to_blame(slurm):
-    slurm.write("srun", SAYS + "exit 1\n")
-    finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1)
-    assert finished.returncode == 1
-    assert finished.stdout.endswith("not started: see above\n")
-    assert len(said) == 1
+    for behaviour in ("exit 1\n", VERDICT):
+        slurm.write("srun", SAYS + behaviour)
+        finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1, FIRST="refuse")
+        assert finished.returncode == 1
+        assert finished.stdout.endswith("not started: see above\n")
+        assert len(said) == 1
+
+
+@pytest.mark.parametrize(("restarts", "is_requeued"), [(0, True), (3, False)])
+def test_a_signal_while_nodes_are_checked_queues_the_job_again(slurm, restarts, is_requeued):
+    slurm.write("srun", SAYS + VERDICT)
+    environment = {"PREFLIGHT": 1, "FIRST": "stop", "SLURM_RESTART_COUNT": restarts}
+    finished, said = slurm("pretrain.sbatch", "x.yaml", **environment)
+    assert finished.returncode == 1  # a stand-in does not end the script
+    assert ("scontrol requeue 7" in said) == is_requeued
+    assert not any("pretrain.train" in line for line in said)
 
 
 def test_evaluation_takes_one_of_several_configs(slurm):
