@@ -188,10 +188,15 @@ def test_a_preempted_job_saves_and_goes_on(run_of, cluster, whole):
     assert f"job {run.job} restarted 1 times" in run.status()
 
 
-def test_a_job_at_its_time_limit_saves_and_goes_on(run_of, whole):
-    run = run_of()
-    # Slurm sends it 30 to 90 s before the end; preflight makes the start long enough.
-    run.submit("--time=2", "--signal=USR2@30", nodes=2, preflight=1)
+def test_a_job_at_its_time_limit_saves_and_goes_on(run_of, cluster, whole):
+    run = run_of(**{"engine.timeout_seconds": 200})
+    run.submit("--time=2", "--signal=USR2@30", nodes=2)
+    run.wait_for_step(a_step("time limit"))
+    # A limit is of whole minutes, and Slurm sends the signal up to a minute early: the run pauses.
+    _, other = cluster.nodes_of(run.job)
+    cluster.run_on(other, "pkill", "-STOP", "^python")
+    cluster.wait_until(lambda: cluster.job(run.job)["RunTime"] >= "00:01:35", seconds=120)
+    cluster.run_on(other, "pkill", "-CONT", "^python")
     run.wait_for_end()
     run.check(whole)
     assert [each.stop_cause for each in run.attempts[:-1]].count("SIGUSR2") >= 1
