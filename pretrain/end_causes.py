@@ -64,13 +64,16 @@ def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> lis
 
 
 def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> str | None:
-    """What Slurm says of the machines of an attempt that did not come to its end.
+    """What Slurm says of the machines of an attempt that did not come to its end, or lost a rank.
 
     Args:
         attempts: all at a run, oldest first.
         environment: of a process that Slurm started, or of any other.
     """
-    if not attempts or attempts[-1].outcome != "running" or "SLURM_JOB_ID" not in environment:
+    ends = ("running", f"failed: {LostPeerError.__name__}")
+    if not attempts or not attempts[-1].outcome.startswith(ends):
+        return None
+    if "SLURM_JOB_ID" not in environment:
         return None
     command = ["scontrol", "show", "node", "-o", ",".join(attempts[-1].hosts)]
     try:

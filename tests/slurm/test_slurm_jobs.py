@@ -120,16 +120,16 @@ class Run:
         command = [sys.executable, "-m", "pretrain.status", self.folder]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def losses_and_digests(self):
+    def digests(self):
+        """Of the sample ids, by step."""
         rows = [row for row in read_metrics(self.folder) if "validation" not in row]
         return {row["step"]: row["data_digest"] for row in rows}
 
     def check(self, whole, *, same_bits=True):
         """That it is over, and the run that nobody disturbed."""
         assert self.attempts[-1].outcome == "finished"
-        digests = self.losses_and_digests()
-        assert sorted(digests) == list(range(1, NUM_STEPS + 1))
-        assert digests == whole.losses_and_digests()
+        assert sorted(self.digests()) == list(range(1, NUM_STEPS + 1))
+        assert self.digests() == whole.digests()
         state, expected = (final_state(each.folder, NUM_STEPS) for each in (self, whole))
         if same_bits:
             different = [name for name in expected if not torch.equal(state[name], expected[name])]
@@ -258,8 +258,7 @@ def test_a_job_that_loses_a_node_goes_on_on_another(
         cluster.run_on(cluster.nodes_of(run.job)[0], "pkill", "-STOP", "^python")
     try:
         run.wait_for_step(1, attempt=2)
-        second = run.attempts[1]
-        assert lost not in second.hosts
+        assert lost not in run.attempts[1].hosts
     finally:
         getattr(cluster, repair)(lost)  # while the new attempt runs: a stray rank wakes up
     run.wait_for_end()
@@ -267,10 +266,7 @@ def test_a_job_that_loses_a_node_goes_on_on_another(
     run.check(whole)
     assert run.restarts() == 1
     assert len(run.attempts) == 2
-    # Slurm ends most ranks before they can say more.
-    told = second.former_end or ""
-    assert lost in told or "another process died" in run.attempts[0].outcome
-    assert f"{lost}" in run.status()
+    assert f"{lost} is " in run.status()  # DOWN, or whatever Slurm says of it
 
 
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_room(run_of, whole):
