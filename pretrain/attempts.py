@@ -59,7 +59,7 @@ class Attempt:
     stop_cause: str | None = None  # what asked it to stop
     job: str | None = None  # of Slurm
     job_restarts: int = 0  # of that job, before this start
-    former_end: str | None = None  # what was found out of why the attempt before did not end
+    lost_machines: str | None = None  # machines of the attempt before that Slurm has lost
 
     @property
     def number(self) -> int:

@@ -44,7 +44,7 @@ def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int
 
 
 def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> list[str]:
-    """What is known of why an attempt ended; empty where it ended well, or nothing is known.
+    """What is known of why an attempt ended, besides its outcome; may be empty.
 
     Args:
         folder: of the run.
@@ -52,28 +52,24 @@ def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> lis
         number: index of the one in question.
     """
     attempt = attempts[number]
-    if attempt.outcome in ("finished", "stopped", "superseded"):
-        return []
     is_newest = number == len(attempts) - 1
-    if attempt.outcome == "running" and is_newest:
-        return []
-    causes = [*_failures(folder, attempt.attempt), *_stacks(folder, attempt.attempt)]
-    if not is_newest and attempts[number + 1].former_end:
-        causes.insert(0, attempts[number + 1].former_end)
-    return causes
+    lost = None if is_newest else attempts[number + 1].lost_machines
+    causes = [] if lost is None else [lost]
+    is_alive = attempt.outcome == "running" and is_newest
+    if is_alive or attempt.outcome in ("finished", "stopped", "superseded"):
+        return causes
+    return [*causes, *_failures(folder, attempt.attempt), *_stacks(folder, attempt.attempt)]
 
 
 def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> str | None:
-    """What Slurm says of the machines of an attempt that did not come to its end, or lost a rank.
+    """What Slurm says of the machines of an attempt that did not finish: a lost one has Slurm end
+    the job, which may hear of no more than a signal.
 
     Args:
         attempts: all at a run, oldest first.
         environment: of a process that Slurm started, or of any other.
     """
-    ends = ("running", f"failed: {LostPeerError.__name__}")
-    if not attempts or not attempts[-1].outcome.startswith(ends):
-        return None
-    if "SLURM_JOB_ID" not in environment:
+    if not attempts or attempts[-1].outcome == "finished" or "SLURM_JOB_ID" not in environment:
         return None
     command = ["scontrol", "show", "node", "-o", ",".join(attempts[-1].hosts)]
     try:

@@ -78,7 +78,7 @@ def begin_attempt(
         hosts=hosts,
         job=environ.get("SLURM_JOB_ID"),
         job_restarts=restarts_of_job(environ),
-        former_end=lost_nodes(read_attempts(folder), environ),
+        lost_machines=lost_nodes(read_attempts(folder), environ),
     )
     for name in ("metrics", "bad_samples"):
         (folder / name).mkdir(exist_ok=True)

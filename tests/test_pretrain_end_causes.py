@@ -67,7 +67,7 @@ def claim(folder, **fields):
     )
 
 
-def test_slurm_is_asked_for_the_machines_of_an_attempt_that_did_not_end(tmp_path, monkeypatch):
+def test_slurm_is_asked_for_the_machines_of_an_attempt_that_did_not_finish(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
         '#!/bin/sh\n[ "$*" = "show node -o node1,node2" ] || exit 1\n'
@@ -81,7 +81,7 @@ def test_slurm_is_asked_for_the_machines_of_an_attempt_that_did_not_end(tmp_path
     told = lost_nodes(read_attempts(tmp_path), environment)
     assert told == "node2 is DOWN+NOT_RESPONDING (Not responding [slurm@10:00])"
     assert lost_nodes(read_attempts(tmp_path), {}) is None
-    claim(tmp_path, former_end=told)
+    claim(tmp_path, lost_machines=told)
     attempts = read_attempts(tmp_path)
     assert causes_of_end(tmp_path, attempts, 0) == [told]
     assert causes_of_end(tmp_path, attempts, 1) == []  # it runs
