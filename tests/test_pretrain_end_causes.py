@@ -85,8 +85,10 @@ def test_slurm_is_asked_for_the_machines_of_an_attempt_that_did_not_finish(tmp_p
     attempts = read_attempts(tmp_path)
     assert causes_of_end(tmp_path, attempts, 0) == [told]
     assert causes_of_end(tmp_path, attempts, 1) == []  # it runs
-    attempt.outcome = "finished"
+    attempt.outcome = "stopped"  # at the signal with which Slurm ended the job
     write_attempt(tmp_path, attempt)
+    assert causes_of_end(tmp_path, read_attempts(tmp_path), 0) == [told]
+    attempt.outcome = "finished"
     assert lost_nodes([attempt], environment) is None
 
 
