@@ -21,6 +21,13 @@ def listen() -> None:
         signal.signal(number, hear)
 
 
+def ignore() -> None:
+    """Signals that only ask to stop do not kill a process that ends anyway; as it takes itself
+    down, Python gives up its handlers."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def hear(number: int, frame: FrameType | None) -> None:
     """The handler."""
     name = signal.Signals(number).name

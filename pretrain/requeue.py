@@ -2,7 +2,8 @@
 
     python -m pretrain.requeue configs/pretrain/demo.yaml [section.key=value ...]
 
-Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why.
+Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why;
+3: the run has finished, whatever status its processes ended with.
 
 A run that heard a signal goes on. One that failed goes on too, for a node may be to blame, unless
 its loss is not finite; and none goes on whose last three attempts saved no step further, or whose
@@ -21,13 +22,15 @@ from pretrain.checkpoint_store import store_of_run
 from pretrain.config import PretrainConfig
 from pretrain.early_signals import STOP_SIGNALS
 from pretrain.end_causes import causes_of_end
+from pretrain.fork import config_of_fork
 
 ATTEMPTS_WITHOUT_A_STEP = 3
+STATUS_OF_FINISHED = 3
 
 
 def run(config: PretrainConfig) -> None:
-    """Says whether the job is to be queued again, and ends with status 1 if not."""
-    folder = config.run.folder
+    """Says whether the job is to be queued again; ends with another status than 0 if not."""
+    folder = config_of_fork(config).run.folder
     checkpoints = store_of_run(str(folder)).checkpoints()
     last_checkpoint = checkpoints[0].step if checkpoints else 0
     attempts = read_attempts(folder)
@@ -39,7 +42,8 @@ def run(config: PretrainConfig) -> None:
         reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
     except RunError as error:
         print(f"{folder}: not queued again: {error}")  # noqa: T201
-        sys.exit(1)
+        is_finished = bool(attempts) and attempts[-1].outcome == "finished"
+        sys.exit(STATUS_OF_FINISHED if is_finished else 1)
     print(f"{folder}: queued again: {reason}")  # noqa: T201
 
 

@@ -278,4 +278,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    early_signals.ignore()
+    sys.exit(status)

@@ -1,10 +1,11 @@
 """When the job of a run is queued again, and when not."""
 
 import pytest
+from toy_run import toy_config
 
-from data_prep.config_file import RunError
-from pretrain.attempts import Attempt
-from pretrain.requeue import reason_to_go_on
+from data_prep.config_file import RunError, to_yaml
+from pretrain.attempts import Attempt, write_attempt
+from pretrain.requeue import main, reason_to_go_on
 
 
 def attempt(number, outcome, *, steps=(0, 10), stop_cause=None):
@@ -67,6 +68,45 @@ def test_a_run_that_may_come_further_goes_on(attempts, reason):
 def test_a_run_that_cannot_or_shall_not_go_on_does_not(attempts, reason):
     with pytest.raises(RunError, match=reason):
         reason_of(attempts)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "told"),
+    [
+        (("failed: OSError()",), 0, "queued again: attempt 0001: failed: OSError()"),
+        (("stopped", "finished"), 3, "not queued again: the run has finished"),
+        (("superseded",), 1, "not queued again: a newer attempt is at work"),
+        ((), 1, "not queued again: no attempt has claimed the run"),
+    ],
+)
+def test_the_command_answers_by_its_exit_status(
+    toy_data, tmp_path, monkeypatch, capsys, outcomes, status, told
+):
+    config = toy_config(toy_data, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "run" / "attempts").mkdir(parents=True)
+    for number, outcome in enumerate(outcomes, start=1):
+        write_attempt(tmp_path / "run", attempt(number, outcome))
+    arguments = ["requeue", str(tmp_path / "config.yaml")]
+    monkeypatch.setattr("sys.argv", arguments)
+    try:
+        ended = main()
+    except SystemExit as end:
+        ended = end.code
+    assert ended == status
+    assert told in capsys.readouterr().out
+
+
+def test_a_fork_is_asked_for_itself(toy_data, tmp_path, monkeypatch, capsys):
+    config = toy_config(toy_data, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "run" / "attempts").mkdir(parents=True)
+    write_attempt(tmp_path / "run", attempt(1, "finished"))
+    arguments = ["requeue", str(tmp_path / "config.yaml"), "run.fork=true", "seed=7"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        main()
+    assert "_fork_" in capsys.readouterr().out
 
 
 def test_progress_is_what_was_saved():
