@@ -32,8 +32,13 @@ def undisturbed(tmp_path_factory):
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_CASES))
-def test_a_killed_run_ends_as_if_it_had_never_been(undisturbed, tmp_path, seed):
+def check_killed_run(undisturbed, tmp_path, seed):
+    """Runs the case of a seed to its end, and compares it."""
     case = case_of(seed, places=PLACES)
     run_case(case, undisturbed.data, tmp_path / "run")
     check_case(case, undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_CASES // 2))
+def test_a_killed_run_ends_as_if_it_had_never_been(undisturbed, tmp_path, seed):
+    check_killed_run(undisturbed, tmp_path, seed)
