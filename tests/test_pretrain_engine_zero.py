@@ -335,7 +335,7 @@ def test_a_run_does_not_depend_on_the_strategy(
     assert_same_end(toy_data, folder, run_alone)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_under_other_strategies_as_if_it_had_never_stopped(
     toy_data, tmp_path, run_alone
 ):

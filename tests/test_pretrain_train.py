@@ -112,7 +112,7 @@ def test_a_stopped_run_resumed_elsewhere_ends_as_if_it_had_never_stopped(toy_dat
             torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resuming_in_one_process_is_bit_exact(toy_data, tmp_path, alone):
     config = toy_config(toy_data, tmp_path / "again", schedule=STEPS)
     stopping = config.run.model_copy(update={"stop_after_step": 11})
