@@ -194,6 +194,13 @@ def restarts_of_job(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_RESTART_COUNT", "0"))
 
 
+def is_of_this_start(attempt: Attempt, environment: Mapping[str, str]) -> bool:
+    """Whether an attempt was made since Slurm started the job this time; without Slurm, whether it
+    was made without."""
+    here = (environment.get("SLURM_JOB_ID"), restarts_of_job(environment))
+    return (attempt.job, attempt.job_restarts) == here
+
+
 def machine_name() -> str:
     """Of the machine that this process runs on: Slurm's name of the node where Slurm started it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -3,7 +3,7 @@
     python -m pretrain.requeue configs/pretrain/demo.yaml [section.key=value ...]
 
 Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why;
-3: the run has finished, whatever status its processes ended with.
+3: this start has finished the run, whatever status its processes ended with.
 
 A run that heard a signal goes on. One that failed goes on too, for a node may be to blame, unless
 its loss is not finite; and none goes on whose last three attempts saved no step further, or whose
@@ -17,7 +17,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from data_prep.config_file import RunError, run_command
-from pretrain.attempts import Attempt, DivergedError, read_attempts, restarts_of_job
+from pretrain.attempts import (
+    Attempt,
+    DivergedError,
+    is_of_this_start,
+    read_attempts,
+    restarts_of_job,
+)
 from pretrain.checkpoint_store import store_of_run
 from pretrain.config import PretrainConfig
 from pretrain.early_signals import STOP_SIGNALS
@@ -34,15 +40,17 @@ def run(config: PretrainConfig) -> None:
     checkpoints = store_of_run(str(folder)).checkpoints()
     last_checkpoint = checkpoints[0].step if checkpoints else 0
     attempts = read_attempts(folder)
-    for number in range(max(0, len(attempts) - 1), len(attempts)):
-        for cause in causes_of_end(folder, attempts, number):
-            print(f"attempt {attempts[number].attempt}: {cause}")  # noqa: T201
+    if attempts:
+        for cause in causes_of_end(folder, attempts, len(attempts) - 1):
+            print(f"attempt {attempts[-1].attempt}: {cause}")  # noqa: T201
     try:
         refuse_starts_without_attempt(attempts, os.environ)
         reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
     except RunError as error:
         print(f"{folder}: not queued again: {error}")  # noqa: T201
-        is_finished = bool(attempts) and attempts[-1].outcome == "finished"
+        # An earlier job may have finished it: then this one, which came to no attempt, has failed.
+        ended_it = bool(attempts) and is_of_this_start(attempts[-1], os.environ)
+        is_finished = ended_it and attempts[-1].outcome == "finished"
         sys.exit(STATUS_OF_FINISHED if is_finished else 1)
     print(f"{folder}: queued again: {reason}")  # noqa: T201
 

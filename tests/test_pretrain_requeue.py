@@ -1,5 +1,7 @@
 """When the job of a run is queued again, and when not."""
 
+from dataclasses import replace
+
 import pytest
 from toy_run import toy_config
 
@@ -95,6 +97,23 @@ def test_the_command_answers_by_its_exit_status(
         ended = end.code
     assert ended == status
     assert told in capsys.readouterr().out
+
+
+def test_a_job_that_came_to_no_attempt_has_not_finished_the_run(
+    toy_data, tmp_path, monkeypatch, capsys
+):
+    config = toy_config(toy_data, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "run" / "attempts").mkdir(parents=True)
+    write_attempt(tmp_path / "run", replace(attempt(1, "finished"), job="7", job_restarts=1))
+    monkeypatch.setattr("sys.argv", ["requeue", str(tmp_path / "config.yaml")])
+    for job, restarts, status in (("7", "1", 3), ("7", "2", 1), ("8", "1", 1)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == status
+    assert "not queued again: the run has finished" in capsys.readouterr().out
 
 
 def test_a_fork_is_asked_for_itself(toy_data, tmp_path, monkeypatch, capsys):
