@@ -186,13 +186,13 @@ def meet(meeting: Meeting, config: PretrainConfig) -> list[str]:
     Raises:
         RunError: some did not come; the log names them.
     """
-    expected = hosts_of_slurm_ranks(os.environ)
     meeting.tell("host", machine_name())
     hosts = meeting.collect("host") if meeting.rank == 0 else []
     missing = [rank for rank, host in enumerate(hosts) if host is None]
     came = meeting.announce("met", None if missing else hosts)
     if came is not None:
         return came
+    expected = hosts_of_slurm_ranks(os.environ) if missing else None
     problems = [
         Problem(
             None if expected is None else expected[rank],

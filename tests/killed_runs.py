@@ -262,11 +262,11 @@ class Undisturbed:
             self._runs[key] = folder
         return self._runs[key]
 
-    def first_state(self):
-        """Parameters before the first step, by name."""
-        config = config_of(self.data, self.folder, "ddp")
-        model = build_model(config, tokenizer=build_tokenizer(config.model.text))
-        return {f"{PARAMETER}/{name}": p.detach().flatten() for name, p in model.named_parameters()}
+
+def first_state(config):
+    """ "<key>/<name>" -> values of all parameters before the first step."""
+    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    return {f"{PARAMETER}/{name}": p.detach().flatten() for name, p in model.named_parameters()}
 
 
 def final_state(folder, num_steps=NUM_STEPS):
@@ -299,19 +299,20 @@ def check_case(case, undisturbed, folder):
         same = final_state(undisturbed.run_of(*case.last))
         different = [name for name in same if not torch.equal(state[name], same[name])]
         assert not different, f"{case}: not bit-identical: {different}"
-    share = travelled_share(state, undisturbed)
+    alone = final_state(undisturbed.run_of(1, "ddp"))
+    share = travelled_share(
+        state, alone, first=first_state(config_of(undisturbed.data, undisturbed.folder, "ddp"))
+    )
     assert share < 0.01, f"{case}: {share:.4f} of the distance travelled away"
     return share
 
 
-def travelled_share(state, undisturbed):
-    """Distance from the end of one undisturbed process over the distance that it travelled; biases
-    of keys aside, whose true gradient is zero."""
-    first = undisturbed.first_state()
-    alone = final_state(undisturbed.run_of(1, "ddp"))
+def travelled_share(state, expected, *, first):
+    """Distance from the end of a run over the distance that it travelled; biases of keys aside,
+    whose true gradient is zero."""
     names = [name for name in first if not name.endswith("in_proj_bias")]
-    away = sum((state[name] - alone[name]).square().sum() for name in names).sqrt()
-    travelled = sum((alone[name] - first[name]).square().sum() for name in names).sqrt()
+    away = sum((state[name] - expected[name]).square().sum() for name in names).sqrt()
+    travelled = sum((expected[name] - first[name]).square().sum() for name in names).sqrt()
     return (away / travelled).item()
 
 

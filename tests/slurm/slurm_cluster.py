@@ -155,7 +155,16 @@ class SlurmCluster:
         _run("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
         # It binds to the address of this machine's name, which the cluster's own file tells.
         with_hosts = f"mount --bind {FOLDER}/hosts /etc/hosts && exec slurmctld"
-        _run("unshare", "--mount", "--propagation", "private", "sh", "-c", with_hosts, env=self)
+        _run(
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            with_hosts,
+            env=self.environment,
+        )
         self.wait_until(lambda: "is UP" in self.ask("scontrol", "ping", check=False), seconds=20)
 
     def stop(self):
@@ -239,7 +248,7 @@ class SlurmCluster:
         """Runs a command in a node; returns what it printed."""
         pid = (FOLDER / f"{node}.pid").read_text().strip()
         spaces = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
-        return _run("nsenter", "--target", pid, *spaces, "--", *command, env=self)
+        return _run("nsenter", "--target", pid, *spaces, "--", *command, env=self.environment)
 
     def _halt(self, node):
         _kill(FOLDER / f"{node}.pid", "bash")
@@ -272,7 +281,7 @@ class SlurmCluster:
 
     def ask(self, *command, check=True, cwd=None):
         """Runs one of Slurm's commands; returns what it printed."""
-        return _run(*command, check=check, env=self, cwd=cwd)
+        return _run(*command, check=check, env=self.environment, cwd=cwd)
 
     def job(self, number):
         """What Slurm knows of a job, by its names of fields."""
@@ -319,7 +328,7 @@ def _install():
 def _run(*command, check=True, env=None, cwd=None):
     finished = subprocess.run(
         list(map(str, command)),
-        env=None if env is None else env.environment,
+        env=env,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import final_state
+from killed_runs import final_state, first_state, travelled_share
 from slurm_cluster import SCRATCH, SlurmCluster
 
 from data_prep.config_file import read_config
 from pretrain.attempts import read_attempts, read_metrics
-from pretrain.checkpoint_state import PARAMETER
 from pretrain.config import PretrainConfig
-from pretrain.model import build_model
-from pretrain.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.slurm
 
@@ -134,19 +131,8 @@ class Run:
         if same_bits:
             different = [name for name in expected if not torch.equal(state[name], expected[name])]
             assert not different
-        assert travelled_share(whole, state, expected) < 0.01
-
-
-def travelled_share(whole, state, expected):
-    """Distance from the undisturbed run's end over the distance that it travelled; biases of keys
-    aside, whose true gradient is zero."""
-    config = read_config(PretrainConfig, whole.folder / "config.yaml")
-    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
-    first = {f"{PARAMETER}/{n}": p.detach().flatten() for n, p in model.named_parameters()}
-    names = [name for name in first if not name.endswith("in_proj_bias")]
-    away = sum((state[n] - expected[n]).square().sum() for n in names).sqrt()
-    travelled = sum((expected[n] - first[n]).square().sum() for n in names).sqrt()
-    return (away / travelled).item()
+        first = first_state(read_config(PretrainConfig, whole.folder / "config.yaml"))
+        assert travelled_share(state, expected, first=first) < 0.01
 
 
 def a_step(name):
