@@ -206,6 +206,7 @@ def test_all_ranks_of_two_nodes_are_well(toy_data, tmp_path):
 
 def test_the_bad_one_of_three_nodes_is_written_down(toy_data, tmp_path):
     settings = {"exchanged_megabytes": 1, "verdict": tmp_path / "verdict"}
+    settings |= {"min_share_of_median": 0}  # how fast three busy processes are is left to chance
     config = toy_config(toy_data, tmp_path / "run", preflight=settings)
     changes = {"versions_here": broken_versions}
     group = ProcessGroup(3, check_as_nodes, config, ["a", "b", "c"], changes)
