@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT_SECONDS = 40
+TIMEOUT_SECONDS = 120  # of which the fork server takes up to half on a slow disk
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

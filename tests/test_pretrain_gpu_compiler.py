@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 
 from pretrain.gpu_compiler import compiled_on_gpu
 from pretrain.in_batch_hits import nearness
