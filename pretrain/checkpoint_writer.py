@@ -31,6 +31,7 @@ from pretrain.gather import gather_objects, on_main_process, rank, sum_over_rank
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_MEETINGS = 5.0  # of ranks that wait for a checkpoint
+SECONDS_TO_TELL_OF = 0.1  # that training waited for the checkpoint before
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,13 @@ class CheckpointWriter:
         if self._save is not None:
             former = self._save.state.step
             self.finish()
-            if rank() == 0:
+            waited = time.perf_counter() - start
+            if rank() == 0 and waited >= SECONDS_TO_TELL_OF:
                 logger.warning(
                     "step %d: training waited %.1f s, because the checkpoint of step %d was still "
                     "being written; raise run.checkpoint_every_steps, or use a faster store",
                     state.step,
-                    time.perf_counter() - start,
+                    waited,
                     former,
                 )
         files = self._copy.take()

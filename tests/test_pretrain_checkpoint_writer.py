@@ -13,6 +13,7 @@ from gloo_processes import run_in_processes
 from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
+from pretrain import checkpoint_writer
 from pretrain.checkpoint import newest_checkpoint, open_whole, restore
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_store import CheckpointStore, open_store
@@ -96,7 +97,9 @@ class SlowStore(CheckpointStore):
         super().begin(partial)
 
 
-def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(tmp_path, caplog):
+def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
+    tmp_path, caplog, monkeypatch
+):
     store = SlowStore(str(tmp_path))
     engine = ToyEngine()
     writer = writer_of(engine, tmp_path, store=store)
@@ -113,6 +116,12 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(tmp_path
     writer.finish()
     [first, second] = writer.take_reports()
     assert second.waited_seconds > first.waited_seconds
+    caplog.clear()
+    monkeypatch.setattr(checkpoint_writer, "SECONDS_TO_TELL_OF", 60)
+    writer.save(RunState(3, 3))
+    writer.save(RunState(4, 4))
+    writer.finish()
+    assert "training waited" not in caplog.text
     other = ToyEngine(seed=1)
     restore(other, open_whole(str(tmp_path / "step_00000001")))
     assert all(map(torch.equal, other.values(), saved))
