@@ -3,6 +3,7 @@
 A fork server with the heavy imports preloaded starts a fresh group in well under a second.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -134,6 +135,7 @@ def _work(
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # Accelerate collects garbage, and would look for it in all that was imported
     try:
         result = (True, function(*arguments))
     except BaseException:

@@ -102,7 +102,7 @@ def alone(model, tmp_path_factory):
 
 CASES = [
     pytest.param(2, 1, 5, False),  # processes, workers, samples per shard, shuffled
-    pytest.param(3, 4, 15, True, marks=pytest.mark.slow),
+    pytest.param(3, 4, 15, True, marks=pytest.mark.exhaustive),
     pytest.param(1, 0, 5, True, marks=pytest.mark.slow),
 ]
 

@@ -309,8 +309,6 @@ RECOMPUTED = {"engine": {"activation_checkpointing": True}}
             pytest.param(*values, marks=pytest.mark.slow)
             for values in [
                 (2, "ddp", RECOMPUTED),
-                (3, "zero1", {"micro_batch_size": 2}),
-                (4, "zero2", {"micro_batch_size": 1}),
                 (3, "zero3", {"tuning": STAGE_3}),
             ]
         ),
@@ -322,7 +320,9 @@ RECOMPUTED = {"engine": {"activation_checkpointing": True}}
                 (3, "ddp", {"micro_batch_size": 2}),
                 (4, "ddp", {}),
                 (2, "zero0", {}),
+                (3, "zero1", {"micro_batch_size": 2}),
                 (1, "zero2", {"micro_batch_size": 6}),
+                (4, "zero2", {"micro_batch_size": 1}),
                 (2, "zero3", {"tuning": STAGE_3, "micro_batch_size": 3} | RECOMPUTED),
             ]
         ),

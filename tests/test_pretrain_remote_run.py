@@ -76,7 +76,7 @@ def assert_same_batches(found, expected):
     [
         {"num_workers": 0},
         {"num_workers": 2},
-        pytest.param({"num_workers": 1, "runtime": "processes"}, marks=pytest.mark.slow),
+        pytest.param({"num_workers": 1, "runtime": "processes"}, marks=pytest.mark.exhaustive),
     ],
     ids=["itself", "threads", "processes"],
 )

@@ -140,7 +140,7 @@ def test_a_loss_is_refused_where_it_is_not_defined(toy_data, tmp_path):
     [
         (2, ACCEPTED[::7]),  # every choice stands in one of them
         pytest.param(1, ACCEPTED, marks=pytest.mark.exhaustive),
-        pytest.param(3, ACCEPTED, marks=pytest.mark.slow),
+        pytest.param(3, ACCEPTED, marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_accepted_config_gives_the_gradient_of_the_whole_batch(

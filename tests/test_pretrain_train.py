@@ -304,7 +304,7 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
         train(with_segments(early, late | {"from_step": 7}, last_step=9))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_pairing_per_step_is_the_same_run_on_any_number_of_processes(toy_data, tmp_path):
     """Towers that a step leaves alone have a gradient of zero, in every process."""
     runs = {1: {}, 2: {"micro_batch_size": 3}, 3: {"micro_batch_size": 1}}
