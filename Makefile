@@ -7,7 +7,7 @@ RUN = .venv/bin/python
 
 .PHONY: demo check-demo test test-slow test-slurm soak lint bench clean
 
-demo: .venv/ready                ## the whole pipeline, on data it makes: under five minutes
+demo: .venv/ready                ## the whole pipeline, on data it makes: four to six minutes on two cores
 	@echo "1 of 4  Making pictures, sounds and captions."
 	@$(RUN) -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
 	@echo "2 of 4  Packing them into shards."
@@ -35,7 +35,7 @@ test-slow: .venv/ready           ## more combinations of strategies, processes a
 test-slurm: demo                 ## jobs on a real Slurm, which it installs: root on Debian, half an hour
 	$(RUN) -m pytest tests/slurm -m slurm $(SLURM_TESTS)
 
-soak: .venv/ready                ## all combinations, 200 runs killed at random: 40 minutes on two cores
+soak: .venv/ready                ## all combinations, 200 runs killed at random: 45 minutes on two cores
 	$(RUN) -m pytest -m exhaustive -n 2
 	$(RUN) tests/killed_runs.py 1000 200
 

@@ -116,17 +116,17 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
     writer.finish()
     [first, second] = writer.take_reports()
     assert second.waited_seconds > first.waited_seconds
+    other = ToyEngine(seed=1)
+    restore(other, open_whole(str(tmp_path / "step_00000001")))
+    assert all(map(torch.equal, other.values(), saved))
+    restore(other, open_whole(str(tmp_path / "step_00000002")))
+    assert all(map(torch.equal, other.values(), engine.values()))
     caplog.clear()
     monkeypatch.setattr(checkpoint_writer, "SECONDS_TO_TELL_OF", 60)
     writer.save(RunState(3, 3))
     writer.save(RunState(4, 4))
     writer.finish()
     assert "training waited" not in caplog.text
-    other = ToyEngine(seed=1)
-    restore(other, open_whole(str(tmp_path / "step_00000001")))
-    assert all(map(torch.equal, other.values(), saved))
-    restore(other, open_whole(str(tmp_path / "step_00000002")))
-    assert all(map(torch.equal, other.values(), engine.values()))
 
 
 def test_leftovers_of_earlier_attempts_are_taken_away_and_never_for_whole(tmp_path):
