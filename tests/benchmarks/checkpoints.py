@@ -8,8 +8,8 @@ while the others wait. DeepSpeed's own is `save_checkpoint` of ZeRO stage 2. Bot
 they write nor take its sum; ours does both and reads it again, in the background. A few seconds
 pass before the first save, as in a run: the memory it copies into is taken meanwhile.
 
-Resuming is from the folder to an engine that is ready for its first step. What was written is in
-the page cache.
+Resuming is from the folder to an engine that is ready for its first step, and to the end of that
+step, of one pair per process. What was written is in the page cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import PretrainConfig
 from pretrain.engine import Engine, build_engine, start_accelerator
 from pretrain.gather import gather_objects, rank
-from pretrain.model import build_model
+from pretrain.model import PairInputs, build_model
 from pretrain.optimizer import build_optimizer
 from pretrain.tokenizer import build_tokenizer
 
@@ -62,6 +62,7 @@ def measure(strategy: str) -> None:
         folder = Path(gather_first(own))
         config = config_of(folder, strategy)
         engine = engine_of(config)
+        take_step(engine)  # the first of a process takes longer, whatever was loaded
         report(f"{strategy}, {NUM_PROCESSES} processes, {size_of_state(engine) / 1e6:,.0f} MB")
         measure_ours(config, engine)
         if strategy == "ddp":
@@ -139,7 +140,11 @@ def measure_ours(config: PretrainConfig, engine: Engine) -> None:
     checked = timed(lambda: newest_checkpoint(store))
     whole = open_whole(store.checkpoints()[0].location)
     loaded = timed(lambda: restore(engine, whole))
-    report(f"  ours, resume: sums checked in {checked:.2f} s, loaded in {loaded:.2f} s")
+    stepped = timed(lambda: take_step(engine))
+    report(
+        f"  ours, resume: sums checked in {checked:.2f} s, loaded in {loaded:.2f} s, first step "
+        f"done after {checked + loaded + stepped:.2f} s"
+    )
 
 
 def measure_torch(engine: Engine, folder: Path) -> None:
@@ -155,7 +160,7 @@ def measure_torch(engine: Engine, folder: Path) -> None:
         engine.model.load_state_dict(state["model"])
         engine.optimizer.load_state_dict(state["optimizer"])
 
-    show("torch.save", save, load)
+    show("torch.save", save, load, engine=engine)
 
 
 def measure_deepspeed(engine: Engine, folder: Path) -> None:
@@ -165,13 +170,28 @@ def measure_deepspeed(engine: Engine, folder: Path) -> None:
         "DeepSpeed's save",
         lambda: wrapped.save_checkpoint(str(folder), tag="x"),
         lambda: wrapped.load_checkpoint(str(folder), tag="x"),
+        engine=engine,
     )
 
 
-def show(name: str, save: Callable[[], Any], load: Callable[[], Any]) -> None:
+def show(name: str, save: Callable[[], Any], load: Callable[[], Any], *, engine: Engine) -> None:
     for nth in range(1, NUM_SAVES + 1):
         report(f"  {name}, save {nth}: training waits {timed(save):.3f} s")
-    report(f"  {name}, resume: loaded in {timed(load):.2f} s")
+    loaded = timed(load)
+    stepped = timed(lambda: take_step(engine))
+    report(
+        f"  {name}, resume: loaded in {loaded:.2f} s, first step done after "
+        f"{loaded + stepped:.2f} s"
+    )
+
+
+def take_step(engine: Engine) -> None:
+    """A step on one pair of this process, whose loss is how far its sides are apart."""
+    pixels = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    tokens = torch.ones(1, 77, dtype=torch.int64)
+    features = engine.forward([{"image-text": PairInputs(pixels, tokens)}])["image-text"]
+    engine.backward(features.scale.sum() - (features.media * features.text).sum())
+    engine.step(learning_rate=1e-6)
 
 
 def timed(action: Callable[[], Any]) -> float:
