@@ -46,8 +46,6 @@ DROPPING = {
         "options": {"patch_size": 1, "drop_path_rate": 0.2},
     },
 }
-# DeepSpeed's hooks of stage 3 are slow on a busy machine.
-TIMEOUT_SECONDS = 120
 # Prefetching walks through the whole model at every module; no parameter is whole between uses.
 STAGE_3 = {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
 ON_CPU = {"device": "cpu", "pin_memory": False}
@@ -139,7 +137,7 @@ def observed(toy_data, folder, num_processes, strategy, **changes):
     model["audio"]["frozen"] = True
     optimizer = {"gradient_clipping": None}
     config = config_of(toy_data, folder, strategy, model=model, optimizer=optimizer, **changes)
-    return run_in_processes(num_processes, observe, config, timeout_seconds=TIMEOUT_SECONDS)
+    return run_in_processes(num_processes, observe, config)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +273,7 @@ def run(toy_data, folder, num_processes, strategy, *, stop_after_step=None, **se
     config = config_of(toy_data, folder, strategy, **sections)
     stopping = config.run.model_copy(update={"stop_after_step": stop_after_step})
     config = config.model_copy(update={"run": stopping})
-    run_in_processes(num_processes, train, config, timeout_seconds=TIMEOUT_SECONDS)
+    run_in_processes(num_processes, train, config)
     return config.run.folder
 
 

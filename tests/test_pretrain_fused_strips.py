@@ -18,9 +18,6 @@ NUM_PAIRS, WIDTH = 135, 24  # no multiples of a block's sides
 # the first fit a tile's type as they are, others do not.
 NOISE = {14.3: 1.0, 100.0: 3.0, 300.0: 5.0}
 
-# Triton's interpreter is chosen when Triton is imported: it runs in processes of its own.
-BARE = {"without_imports": True, "timeout_seconds": 120}
-
 
 def use_interpreted_kernels():
     """Makes this process take every loss by the Triton kernels, in several tiles of some blocks."""
@@ -102,7 +99,8 @@ def figures_of_one_process():
 
 @pytest.fixture(scope="module")
 def of_one_process():
-    return run_in_processes(1, figures_of_one_process, **BARE)[0]
+    # Triton's interpreter is chosen when Triton is imported: it runs in processes of its own.
+    return run_in_processes(1, figures_of_one_process, without_imports=True)[0]
 
 
 def check(errors, settings):
@@ -147,7 +145,7 @@ def errors_of_two_processes():
 
 
 def test_two_processes_give_the_dense_loss_and_gradients_by_the_kernels():
-    for found in run_in_processes(2, errors_of_two_processes, **BARE):
+    for found in run_in_processes(2, errors_of_two_processes, without_imports=True):
         assert len(found) == 4
         for settings, errors in found.items():
             check(errors, settings)

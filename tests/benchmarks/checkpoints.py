@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import newest_checkpoint, open_whole, restore
+from pretrain.checkpoint import newest_checkpoint, restore
 from pretrain.checkpoint_record import RunState
 from pretrain.checkpoint_store import open_store
 from pretrain.checkpoint_writer import CheckpointWriter
@@ -62,7 +62,6 @@ def measure(strategy: str) -> None:
         folder = Path(gather_first(own))
         config = config_of(folder, strategy)
         engine = engine_of(config)
-        take_step(engine)  # the first of a process takes longer, whatever was loaded
         report(f"{strategy}, {NUM_PROCESSES} processes, {size_of_state(engine) / 1e6:,.0f} MB")
         measure_ours(config, engine)
         if strategy == "ddp":
@@ -97,15 +96,13 @@ def config_of(folder: Path, strategy: str) -> PretrainConfig:
 
 
 def engine_of(config: PretrainConfig) -> Engine:
-    """An engine that has done a step, so that the optimizer has its moments."""
+    """An engine that has done a step: the first of a process takes longer, whatever was loaded."""
     accelerator = start_accelerator(config)
     model = build_model(config, tokenizer=build_tokenizer(config.model.text))
     engine = build_engine(
         config, accelerator, model=model, optimizer=build_optimizer(config, model)
     )
-    for fragment in engine.fragments():
-        if fragment.key != "parameter":
-            fragment.values.fill_(1e-3)
+    take_step(engine)
     return engine
 
 
@@ -137,14 +134,7 @@ def measure_ours(config: PretrainConfig, engine: Engine) -> None:
             f"  ours, save {nth}: training waits {save.waited_seconds:.3f} s; "
             f"whole, flushed and checked after {save.written_seconds:.2f} s"
         )
-    checked = timed(lambda: newest_checkpoint(store))
-    whole = open_whole(store.checkpoints()[0].location)
-    loaded = timed(lambda: restore(engine, whole))
-    stepped = timed(lambda: take_step(engine))
-    report(
-        f"  ours, resume: sums checked in {checked:.2f} s, loaded in {loaded:.2f} s, first step "
-        f"done after {checked + loaded + stepped:.2f} s"
-    )
+    measure_resume("ours", lambda: restore(engine, newest_checkpoint(store)), engine=engine)
 
 
 def measure_torch(engine: Engine, folder: Path) -> None:
@@ -177,6 +167,10 @@ def measure_deepspeed(engine: Engine, folder: Path) -> None:
 def show(name: str, save: Callable[[], Any], load: Callable[[], Any], *, engine: Engine) -> None:
     for nth in range(1, NUM_SAVES + 1):
         report(f"  {name}, save {nth}: training waits {timed(save):.3f} s")
+    measure_resume(name, load, engine=engine)
+
+
+def measure_resume(name: str, load: Callable[[], Any], *, engine: Engine) -> None:
     loaded = timed(load)
     stepped = timed(lambda: take_step(engine))
     report(
