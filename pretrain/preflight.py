@@ -210,7 +210,6 @@ def find_facts(meeting: Meeting, config: PretrainConfig, hosts: list[str]) -> li
     Raises:
         RunError: some did not end; it says what they were at.
     """
-    nodes = list(dict.fromkeys(hosts))
     host = hosts[meeting.rank]
     local_rank = hosts[: meeting.rank].count(host)
     token, seen_file = secrets.token_hex(8), config.run.folder / SEEN_FILE
@@ -222,7 +221,7 @@ def find_facts(meeting: Meeting, config: PretrainConfig, hosts: list[str]) -> li
         config,
         rank=meeting.rank,
         local_rank=local_rank,
-        node=nodes.index(host),
+        node=names_of_nodes(hosts).index(host),
         device=device_of(config),
         says=lambda doing: meeting.tell("doing", doing),
     )
@@ -268,7 +267,7 @@ def measure(
     device = device_of(config)
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an error instead of the end of the process
     num_bytes = round(1e6 * config.preflight.exchanged_megabytes)
-    nodes = list(dict.fromkeys(hosts))
+    nodes = names_of_nodes(hosts)
     ranks = [[n for n, host in enumerate(hosts) if host == node] for node in nodes]
     try:
         dist.init_process_group(
@@ -294,6 +293,11 @@ def measure(
             )
         dist.destroy_process_group()
     return [(Bandwidth(*own) if own else None, errors) for own, errors in found]
+
+
+def names_of_nodes(hosts: list[str]) -> list[str]:
+    """Each machine once, in the order of its first rank."""
+    return list(dict.fromkeys(hosts))
 
 
 def nodes_of(
