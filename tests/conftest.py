@@ -11,8 +11,17 @@ os.environ |= {
 }
 
 # Its plugin imports it when tests end; Python 3.11.7's parser can fail that late (gh-106905).
-import hypothesis  # noqa: F401
+import hypothesis
 from toy_run import write_toy_data
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile(
+    "isopair",
+    hypothesis.settings.default,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("isopair")
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ def test_huge_floats_end_in_a_reason_or_in_full_scale():
 # ----------------------------------------------------------------------- cutting, trimming
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 9000), st.integers(100, 4000), st.floats(0, 1))
 def test_pieces_follow_each_other_and_none_is_too_short(num_samples, length, share):
     samples = noise(num_samples)

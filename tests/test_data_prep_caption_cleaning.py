@@ -116,7 +116,7 @@ CAPTIONS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(CAPTIONS)
 def test_cleaning_a_clean_caption_changes_nothing(text):
     for cleaner in CLEANERS:

@@ -57,7 +57,7 @@ def random_captions(num, *, num_edits=2):
     return captions
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join), max_size=9),
     st.integers(1, 4),

@@ -23,7 +23,7 @@ numbers = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(numbers)
 def test_numbers_of_any_kind_are_counted_as_numpy_does(values):
     with duckdb.connect() as connection:
@@ -41,7 +41,6 @@ def test_what_is_no_number_is_left_out():
         assert count_values(connection, Measure("x", "x", view="nothing")).num_distinct == 0
 
 
-@settings(deadline=None)
 @given(
     st.one_of(
         st.tuples(*[st.integers(-(2**62), 2**62)] * 3),

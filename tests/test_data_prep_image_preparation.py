@@ -72,7 +72,7 @@ def test_photographs_are_scaled_as_pillow_would(name, size):
     assert psnr(again, stored) > 33  # what quality 95 costs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(16, 500), st.integers(16, 500), st.integers(16, 300), st.booleans())
 def test_scaled_pictures_are_not_shifted_and_never_larger(width, height, shorter_side, is_gray):
     rows, columns = np.mgrid[:height, :width]

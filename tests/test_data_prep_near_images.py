@@ -116,7 +116,7 @@ def test_the_hash_holds_the_signs_of_the_cosine_transform():
     assert hash_of(pixels) == expected
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32))
 def test_pictures_of_any_size_have_a_fingerprint(height, width, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)

@@ -28,7 +28,7 @@ def grouped(pairs, *, rank=None, num_queries=NUM, similarity=None):
     return group_samples(found, rank=rank, num_queries=num_queries)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PAIRS)
 def test_components_are_those_of_joining_sets(pairs):
     first, second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
@@ -41,7 +41,7 @@ def test_a_long_chain_is_one_component():
     assert not label.any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PAIRS, st.lists(st.integers(0, 3), min_size=NUM, max_size=NUM), st.integers(1, NUM))
 def test_one_of_a_group_is_kept_or_only_its_evaluation_samples(pairs, rank, num_queries):
     pairs = [pair for pair in pairs if pair[0] != pair[1] and min(pair) < num_queries]

@@ -33,7 +33,7 @@ def random_bitmap(num_samples, share, seed=0):
     share=st.sampled_from([0, 0.01, 0.5, 0.99, 1]),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ordinals_and_ranks_are_those_of_a_list_of_kept_samples(num_samples, share, seed):
     bitmap = random_bitmap(num_samples, share, seed)
     subset = subset_of(bitmap)

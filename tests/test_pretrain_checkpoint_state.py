@@ -1,12 +1,11 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.checkpoint_state import share_of_rank
 from pretrain.engine import Fragment
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 30), max_size=6),
     world_size=st.integers(1, 5),

@@ -17,24 +17,23 @@ STEPS = {"num_steps": 8, "warmup_steps": 2}
 
 
 def train_and_freeze(config, step):
-    """Rank 0 freezes before it takes a step, once a checkpoint that was being written counts."""
+    """Rank 0 freezes before it takes a step; training waits for the checkpoints before it."""
     from pretrain import trainer
+    from pretrain.checkpoint_writer import CheckpointWriter
 
-    take_step = trainer.train_step
+    take_step, begin_save = trainer.train_step, CheckpointWriter.save
 
     def freezing_step(config, engine, batch, *others):
         if batch.step + 1 == step and engine.is_main_process:
-            wait_for_checkpoint(config.run.folder)
             os.kill(os.getpid(), signal.SIGSTOP)
         return take_step(config, engine, batch, *others)
 
-    trainer.train_step = freezing_step
+    def save(writer, state):
+        begin_save(writer, state)
+        writer.finish()
+
+    trainer.train_step, CheckpointWriter.save = freezing_step, save
     train(config)
-
-
-def wait_for_checkpoint(run):
-    while not list((run / "checkpoints").glob("step_*")):
-        time.sleep(0.05)
 
 
 def wait_until_frozen(pid):

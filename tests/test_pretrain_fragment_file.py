@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
@@ -46,7 +46,6 @@ def test_a_file_of_other_values_is_refused():
         read_pieces(file, "x")
 
 
-@settings(deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 40), max_size=6),
     num_files=st.integers(1, 3),

@@ -70,7 +70,7 @@ def assert_uses_are_those_read(order, positions, lanes):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shards_and_their_next_use_are_those_that_reading_finds(data):
     order = data.draw(orders())
     lanes = data.draw(some_lanes(order))
@@ -82,7 +82,7 @@ def test_shards_and_their_next_use_are_those_that_reading_finds(data):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bytes_of_two_windows_are_the_most_that_reading_finds(data):
     order = data.draw(orders())
     lanes = data.draw(some_lanes(order))
@@ -97,7 +97,7 @@ def test_bytes_of_two_windows_are_the_most_that_reading_finds(data):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pieces_cover_every_place_of_every_lane_once(data):
     order = data.draw(orders())
     lanes = data.draw(some_lanes(order))
