@@ -14,13 +14,8 @@ os.environ |= {
 import hypothesis
 from toy_run import write_toy_data
 
-# How long an example takes says more of the machine than of the code.
-hypothesis.settings.register_profile(
-    "isopair",
-    hypothesis.settings.default,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
+# How long an example takes says more of the machine than of the code, unless a test says otherwise.
+hypothesis.settings.register_profile("isopair", hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("isopair")
 
 

@@ -32,7 +32,7 @@ def test_bad_media_end_in_their_reason_and_soon(name):
         with pytest.raises(MediaError) as caught:
             prepare(content, kind, IMAGE_FILTERS, AUDIO_FILTERS)
         assert caught.value.reason == reason, caught.value
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 0.5
 
 
 GOOD_MEDIA = [
@@ -90,7 +90,7 @@ FUZZED = [
 ]
 
 
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=1000)
 @given(st.data())
 def test_damage_never_raises_anything_but_media_errors_and_takes_no_time(data):
     content, kind = data.draw(st.sampled_from(FUZZED))
@@ -109,4 +109,4 @@ def test_damage_never_raises_anything_but_media_errors_and_takes_no_time(data):
             prepare(bytes(content), kind, image, audio)
     except MediaError as error:
         assert error.reason
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 0.5
