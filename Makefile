@@ -35,7 +35,7 @@ test-slow: .venv/ready           ## more combinations of strategies, processes a
 test-slurm: demo                 ## jobs on a real Slurm, which it installs: root on Debian, half an hour
 	$(RUN) -m pytest tests/slurm -m slurm $(SLURM_TESTS)
 
-soak: .venv/ready                ## all combinations, 200 runs killed at random: 45 minutes on two cores
+soak: .venv/ready                ## all combinations, 200 runs killed at random: 25 to 45 minutes
 	$(RUN) -m pytest -m exhaustive -n 2
 	$(RUN) tests/killed_runs.py 1000 200
 
