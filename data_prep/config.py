@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.caption_language import check_language
 from data_prep.caption_script import check_script
 from data_prep.config_file import Section, free
-from data_prep.pair import FILTER_REASONS
+from data_prep.languages import check_language
+from data_prep.sources.pair import FILTER_REASONS
 
 MediaKind = Literal["image", "audio"]
 SourceFormat = Literal[

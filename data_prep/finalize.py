@@ -12,9 +12,9 @@ import sys
 
 from data_prep.config import MakeShards
 from data_prep.config_file import run_command
-from data_prep.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
-from data_prep.dataset_folder import check_plan, lock_folder
-from data_prep.item_plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
+from data_prep.pipeline.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
+from data_prep.pipeline.plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
+from data_prep.shards.folder import check_plan, lock_folder
 
 
 def finalize(config: MakeShards) -> None:

@@ -9,7 +9,7 @@
 4. semantic        media of the same meaning, by the embeddings of python -m eval.embed
 
 A method looks at what those before it left. Of each of its groups one sample is kept; a group with
-an evaluation sample (`against`) keeps no other. Likeness is chained: data_prep.sample_groups.
+an evaluation sample (`against`) keeps no other. Likeness is chained: data_prep.dedup.groups.
 The output folder receives duplicates.parquet, which make_subset's `drop` takes, a .subset of every
 dataset, which training takes as it is, and report.html. The datasets stay as they are.
 """
@@ -25,13 +25,13 @@ import numpy as np
 
 from data_prep.config import FindDuplicates
 from data_prep.config_file import ConfigError, check_output_folder, fixed_values, run_command
-from data_prep.duplicate_report import render_report
-from data_prep.duplicate_search import Search, methods_of
-from data_prep.duplicate_table import write_table
-from data_prep.joined_datasets import JoinedDatasets, number_column
-from data_prep.sample_groups import GroupedSamples, group_samples
-from data_prep.shard_format import write_atomically
-from data_prep.subset import Subset
+from data_prep.dedup.duplicate_table import write_table
+from data_prep.dedup.groups import GroupedSamples, group_samples
+from data_prep.dedup.joined_datasets import JoinedDatasets, number_column
+from data_prep.dedup.search import Search, methods_of
+from data_prep.report.duplicate_report import render_report
+from data_prep.shards.dataset import write_atomically
+from data_prep.shards.subset import Subset
 
 log = logging.getLogger(__name__)
 

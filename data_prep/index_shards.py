@@ -22,18 +22,18 @@ from tqdm import tqdm
 
 from data_prep.config import IndexShards
 from data_prep.config_file import InputError, check_output_folder, fixed_values, run_command
-from data_prep.dataset_folder import (
+from data_prep.shards.columns import KeptType
+from data_prep.shards.dataset import ShardIndex
+from data_prep.shards.folder import (
     begin_plan,
     check_plan,
     finish_dataset,
     index_if_finished,
     lock_folder,
 )
-from data_prep.kept_columns import KeptTypes, check_kept_names
-from data_prep.shard_columns import KeptType
-from data_prep.shard_format import ShardIndex
-from data_prep.tar_index import IndexTask, index_tar, kept_types_of_tar
-from data_prep.worker_pool import run_tasks
+from data_prep.shards.kept_columns import KeptTypes, check_kept_names
+from data_prep.shards.tar_index import IndexTask, index_tar, kept_types_of_tar
+from data_prep.workers import run_tasks
 
 NUM_PROBLEMS_SHOWN = 20
 

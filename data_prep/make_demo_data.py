@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.config import DemoData
 from data_prep.config_file import run_command
-from data_prep.demo_images import (
+from data_prep.demo.images import (
     DIGIT_NAMES,
     DIGIT_PROMPTS,
     NUM_VALIDATION_SCENES,
@@ -27,9 +27,9 @@ from data_prep.demo_images import (
     scene_combinations,
     scene_items,
 )
-from data_prep.demo_item import write_lines, write_split
-from data_prep.demo_sounds import SOUND_PROMPTS, SOUNDS, sound_items
-from data_prep.worker_pool import run_tasks
+from data_prep.demo.item import write_lines, write_split
+from data_prep.demo.sounds import SOUND_PROMPTS, SOUNDS, sound_items
+from data_prep.workers import run_tasks
 
 # Several, of which each epoch draws one: a single caption would be learnt by heart with its clip.
 NUM_TRAINING_CAPTIONS = 4

@@ -22,15 +22,13 @@ from tqdm import tqdm
 
 from data_prep.config import MakeShards
 from data_prep.config_file import check_output_folder, run_command
-from data_prep.dataset_finish import (
+from data_prep.pipeline.dataset_finish import (
     by_reason,
     finish_shards,
     is_shard_finished,
     shards_of_plan,
 )
-from data_prep.dataset_folder import check_plan, lock_folder, remove_leftovers
-from data_prep.input_files import check_output_apart
-from data_prep.item_plan import (
+from data_prep.pipeline.plan import (
     PLAN_FOLDER,
     ItemPlan,
     build_plan,
@@ -38,10 +36,12 @@ from data_prep.item_plan import (
     open_plan,
     read_plan,
 )
-from data_prep.pair_shard import ShardTask, write_shard
-from data_prep.pair_sources import media_root_of
-from data_prep.shard_format import ShardIndex
-from data_prep.worker_pool import run_tasks
+from data_prep.pipeline.shard import ShardTask, write_shard
+from data_prep.shards.dataset import ShardIndex
+from data_prep.shards.folder import check_plan, lock_folder, remove_leftovers
+from data_prep.sources.formats import media_root_of
+from data_prep.sources.input_files import check_output_apart
+from data_prep.workers import run_tasks
 
 NUM_SIZES_SAMPLED = 500  # media files looked at by --dry-run
 # What another attempt may mend, with download.retry_failed=true.

@@ -2,8 +2,8 @@
 
     python -m data_prep.make_subset configs/data_prep/subset.yaml where="width >= 32"
 
-1. the columns of every sample: the shards' Parquets, joined with scores   data_prep.sample_table
-2. `where`: a condition on them, which NULL does not fulfil                data_prep.sample_pool
+1. the columns of every sample: shard Parquets, joined with scores  data_prep.selection.sample_table
+2. `where`: a condition on them, which NULL does not fulfil            data_prep.selection.pool
 3. `top`: of what is left, the best part by one column
 4. `drop`: of what is left, what find_duplicates found to be repeated
 
@@ -23,10 +23,10 @@ import numpy as np
 
 from data_prep.config import MakeSubset
 from data_prep.config_file import InputError, check_output_folder, fixed_values, run_command
-from data_prep.sample_pool import SamplePool, Step
-from data_prep.sample_table import SampleTable, files_literal, open_duckdb
-from data_prep.shard_format import DatasetInfo
-from data_prep.subset import Subset
+from data_prep.selection.pool import SamplePool, Step
+from data_prep.selection.sample_table import SampleTable, files_literal, open_duckdb
+from data_prep.shards.dataset import DatasetInfo
+from data_prep.shards.subset import Subset
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

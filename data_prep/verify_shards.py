@@ -16,11 +16,16 @@ from tqdm import tqdm
 
 from data_prep.config import VerifyShards
 from data_prep.config_file import InputError, run_command
-from data_prep.dataset_check import DatasetOrigin, check_dataset, expects_parquet, read_origin
-from data_prep.dataset_repair import repair_dataset
-from data_prep.shard_check import Finding, ShardCheck, verify_shard
-from data_prep.shard_format import DatasetInfo, ManifestRow, read_dataset_files
-from data_prep.worker_pool import run_tasks
+from data_prep.shards.dataset import DatasetInfo, ManifestRow, read_dataset_files
+from data_prep.verify.dataset_check import (
+    DatasetOrigin,
+    check_dataset,
+    expects_parquet,
+    read_origin,
+)
+from data_prep.verify.dataset_repair import repair_dataset
+from data_prep.verify.shard_check import Finding, ShardCheck, verify_shard
+from data_prep.workers import run_tasks
 
 NUM_PROBLEMS_SHOWN = 20
 VERIFY = "python -m data_prep.verify_shards"

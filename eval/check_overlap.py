@@ -23,8 +23,8 @@ import pyarrow
 import pyarrow.parquet
 
 from data_prep.config_file import check_output_folder, fixed_values, run_command
-from data_prep.shard_format import write_atomically
-from data_prep.subset import KeptSamples, Subset
+from data_prep.shards.dataset import write_atomically
+from data_prep.shards.subset import KeptSamples, Subset
 from eval.config import OverlapConfig
 from eval.evaluation_sets import EvaluationSet, open_dataset
 from eval.overlap import METHODS, Overlap, find_overlap

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import Sample
+from data_prep.shards.dataset import Sample
 from eval.class_texts import place_of_classes, read_class_names, read_prompts
 from eval.config import (
     EvaluateConfig,

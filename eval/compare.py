@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.config_file import check_output_folder, run_command
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from eval.comparison import Difference, compare, shared_evaluations
 from eval.config import CompareConfig
 from eval.intervals import Bootstrap

@@ -15,9 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.config_file import InputError, RunError
-from data_prep.file_transfer import fetch_file
-from data_prep.remote_file import is_url, join
-from data_prep.shard_format import read_dataset_files
+from data_prep.shards.dataset import read_dataset_files
+from data_prep.storage.file_transfer import fetch_file
+from data_prep.storage.remote_file import is_url, join
 from eval.tar_dataset import CLASS_NAMES, NUM_TARS, TEMPLATES, TYPE
 
 RETRIES = 5

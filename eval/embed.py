@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from data_prep.config_file import RunError, check_output_folder, run_command
-from data_prep.shard_format import Dataset
+from data_prep.shards.dataset import Dataset
 from eval.config import EmbedConfig
 from eval.model_source import find_model
 

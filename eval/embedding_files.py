@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_prep.config_file import InputError, differing_keys
-from data_prep.shard_format import Dataset, write_atomically
+from data_prep.shards.dataset import Dataset, write_atomically
 
 if TYPE_CHECKING:
     from eval.encoder import Encoder

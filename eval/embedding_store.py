@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from eval.encoder import Encoder, check_embeddings, check_tower
 from eval.evaluation_sets import EvaluationSet
 from eval.media_batches import media_batches

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.config_file import InputError
-from data_prep.remote_file import is_url
-from data_prep.subset import KeptSamples
+from data_prep.shards.subset import KeptSamples
+from data_prep.storage.remote_file import is_url
 from eval.config import EvaluationSection, TableColumns
 from eval.dataset_download import cached_copy, is_fetched
 from eval.file_dataset import (

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import Sample, media_kind_of
+from data_prep.shards.dataset import Sample, media_kind_of
 from eval.config import TableColumns
 from eval.tar_dataset import SetInfo
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError, Sample, media_extension_of
+from data_prep.media.decode import MediaError
+from data_prep.shards.dataset import CorruptSampleError, Sample, media_extension_of
 
 LongClips = Literal["windows", "first", "centre"]
 
@@ -48,7 +48,7 @@ class FrontEnd:
         """As `prepare`, of the bytes of a file.
 
         Raises:
-            data_prep.media_decode.MediaError: they cannot be decoded.
+            data_prep.media.decode.MediaError: they cannot be decoded.
         """
         decoded = self.transform.decode(content, extension)
         parts = [decoded]

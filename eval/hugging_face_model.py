@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from data_prep.config_file import InputError
-from data_prep.media_decode import decode_audio
+from data_prep.media.decode import decode_audio
 from eval.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.model_source import ModelSource, sum_of_files
 from eval.open_clip_model import PilTransform
@@ -79,7 +79,7 @@ class ClapTransform:
         """float32 [samples], mono, at the tower's sample rate.
 
         Raises:
-            data_prep.media_decode.MediaError: damaged bytes, or too long a clip.
+            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
         """
         return decode_audio(content, sample_rate_hz=self.extractor.sampling_rate)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import CorruptSampleError, media_kind_of
+from data_prep.shards.dataset import CorruptSampleError, media_kind_of
 from eval.evaluation_sets import EvaluationSet
 from eval.front_end import FrontEnd
 

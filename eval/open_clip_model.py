@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.config_file import InputError
-from data_prep.media_decode import decode_image
+from data_prep.media.decode import decode_image
 from eval.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.model_source import LOCAL_DIR, ModelSource, sum_of_files
 
@@ -43,7 +43,7 @@ class PilTransform:
         """uint8 [H, Wd, 3].
 
         Raises:
-            data_prep.media_decode.MediaError: damaged bytes, or too many pixels.
+            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
         """
         return decode_image(content, extension)
 

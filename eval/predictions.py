@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from eval.measure import Outcome
 from eval.predictions_folder import predictions_file
 from eval.ranking import QueryRanks, cosine_scores

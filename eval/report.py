@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from data_prep.html_report import (
+from data_prep.report.html import (
     Section,
     columns,
     fact_list,
@@ -19,7 +19,7 @@ from data_prep.html_report import (
     render_page,
     table,
 )
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from eval.config import EvaluateConfig
 from eval.intervals import Score, wilson_interval
 from eval.measure import Outcome

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from data_prep.html_report import INK, SERIES_COLORS, chart, svg_chart
+from data_prep.report.html import INK, SERIES_COLORS, chart, svg_chart
 
 MAX_CLASSES_WITH_COUNTS = 25  # above this, counts would not be readable
 CELL_COLOR = (0.2, 0.42, 0.82)

@@ -13,9 +13,9 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from data_prep.html_report import badge, heading, picture, sound
-from data_prep.media_decode import decode_audio, decode_image
-from data_prep.shard_format import media_extension_of
+from data_prep.media.decode import decode_audio, decode_image
+from data_prep.report.html import badge, heading, picture, sound
+from data_prep.shards.dataset import media_extension_of
 from eval.evaluation_sets import EvaluationSet
 from eval.measure import Outcome
 from eval.ranking import QueryRanks, cosine_scores

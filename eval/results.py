@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data_prep.config_file import InputError, RunError
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from eval.averages import averages_of
 from eval.config import EvaluateConfig
 from eval.encoder import Encoder

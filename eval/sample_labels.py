@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import CorruptSampleError, Sample, captions_of, metadata_of
+from data_prep.shards.dataset import CorruptSampleError, Sample, captions_of, metadata_of
 from eval.evaluation_sets import EvaluationSet
 from eval.tar_dataset import TarDataset
 

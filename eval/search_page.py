@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data_prep.config_file import InputError
-from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError, media_extension_of, media_kind_of
+from data_prep.media.decode import MediaError
+from data_prep.shards.dataset import CorruptSampleError, media_extension_of, media_kind_of
 from eval.encoder import Encoder
 from eval.evaluation_sets import EvaluationSet
 from eval.sample_labels import texts_of

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import CorruptSampleError, Dataset, captions_of
+from data_prep.shards.dataset import CorruptSampleError, Dataset, captions_of
 from eval.embedding_files import BadSample, ShardEmbeddings
 from eval.encoder import Encoder, check_embeddings
 from eval.front_end import FrontEnd

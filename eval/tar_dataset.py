@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import (
+from data_prep.shards.dataset import (
     CorruptSampleError,
     Sample,
     captions_of,

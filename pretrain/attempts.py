@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import RunError
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 
 FOLDER = "attempts"
 ATTEMPT_NAME = re.compile(r"\d{4,}")

@@ -30,7 +30,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from data_prep.config_file import InputError, read_config, to_yaml
-from data_prep.remote_file import join, local_path, open_binary
+from data_prep.storage.remote_file import join, local_path, open_binary
 from pretrain.checkpoint_download import download_model, verify_model
 from pretrain.checkpoint_record import CheckpointRecord, read_record
 from pretrain.checkpoint_state import (

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from data_prep.config_file import InputError
-from data_prep.file_transfer import WrongContentError, fetch_file
-from data_prep.remote_file import join, leads_outside
+from data_prep.storage.file_transfer import WrongContentError, fetch_file
+from data_prep.storage.remote_file import join, leads_outside
 from pretrain.checkpoint_record import CheckpointRecord
 from pretrain.checkpoint_store import (
     RECORD,

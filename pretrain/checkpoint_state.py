@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from data_prep.remote_file import join, open_binary
+from data_prep.storage.remote_file import join, open_binary
 from pretrain.checkpoint_store import tried
 from pretrain.engine import Engine, Fragment
 from pretrain.fragment_file import Piece, PieceIndex, file_chunks, read_values

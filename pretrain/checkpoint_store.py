@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data_prep.config_file import read_yaml
-from data_prep.file_transfer import WrongContentError, with_tries
-from data_prep.remote_file import (
+from data_prep.storage.file_transfer import WrongContentError, with_tries
+from data_prep.storage.remote_file import (
     exists,
     file_system,
     is_url,

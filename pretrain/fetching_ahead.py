@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.subset import KeptSamples
+from data_prep.shards.subset import KeptSamples
 from pretrain.sample_order import SourceOrder, lanes_of_rank
 from pretrain.shard_cache import ShardCache
 from pretrain.shard_prefetch import ShardPrefetcher, check_cache, remote_sources

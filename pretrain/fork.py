@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 from data_prep.config_file import InputError, fixed_values
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from pretrain.checkpoint import WholeCheckpoint
 from pretrain.checkpoint_store import store_of_run
 from pretrain.config import PretrainConfig

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from data_prep.config_file import InputError, to_yaml
-from data_prep.remote_file import join, local_path, open_binary, read_bytes, size_of
-from data_prep.shard_format import ManifestRow, parse_info, parse_manifest
+from data_prep.shards.dataset import ManifestRow, parse_info, parse_manifest
+from data_prep.storage.remote_file import join, local_path, open_binary, read_bytes, size_of
 from pretrain.attempts import machine_name
 from pretrain.config import PretrainConfig
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.media_decode import (
+from data_prep.media.decode import (
     JPEG_EXTENSIONS,
     PixelMemory,
     decode_audio,
@@ -69,7 +69,7 @@ class ImageToPixels:
         """uint8 [H, Wd, 3].
 
         Raises:
-            data_prep.media_decode.MediaError: damaged bytes, or too many pixels.
+            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
         """
         return decode_image(content, extension)
 
@@ -80,7 +80,7 @@ class ImageToPixels:
         crop, one each for mirroring and grey, and last, if there is any jitter, five for it.
 
         Raises:
-            data_prep.media_decode.MediaError: damaged bytes, or too many pixels.
+            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
         """
         return _load_training(self, content, extension, rng)
 
@@ -224,7 +224,7 @@ class AudioToWaveform:
         """float32 [samples], mono, at sample_rate_hz.
 
         Raises:
-            data_prep.media_decode.MediaError: damaged bytes, or too long a clip.
+            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
         """
         return decode_audio(content, sample_rate_hz=self.config.sample_rate_hz)
 
@@ -234,7 +234,7 @@ class AudioToWaveform:
         Numbers are taken from `rng` in this order: one for the part, two for each stripe.
 
         Raises:
-            data_prep.media_decode.MediaError: damaged bytes, or too long a clip.
+            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
         """
         return _load_training(self, content, extension, rng)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.shard_format import write_atomically
+from data_prep.shards.dataset import write_atomically
 from pretrain.engine import Engine
 from pretrain.gather import gather_objects, on_main_process, sum_over_ranks
 from pretrain.model import EncoderInputs, PairingFeatures

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.subset import KeptSamples
+from data_prep.shards.subset import KeptSamples
 from pretrain.config import (
     PairingName,
     PretrainConfig,

@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.subset import KeptSamples
+from data_prep.shards.subset import KeptSamples
 from pretrain.keyed_random import key_of, newest, permute, scramble
 from pretrain.source_mixing import SourceMixture
 

@@ -23,9 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.config_file import InputError
-from data_prep.file_transfer import DISK_ERRORS, WrongContentError, fetch_bytes, fetch_file
-from data_prep.remote_file import join
-from data_prep.shard_format import (
+from data_prep.shards.dataset import (
     BadShardError,
     Dataset,
     ManifestRow,
@@ -34,6 +32,8 @@ from data_prep.shard_format import (
     write_atomically,
     write_dataset_files,
 )
+from data_prep.storage.file_transfer import DISK_ERRORS, WrongContentError, fetch_bytes, fetch_file
+from data_prep.storage.remote_file import join
 from pretrain.cache_room import NUM_BYTES_PER_GIGABYTE, CacheRoom, lock_path, locked, part_name
 from pretrain.config import Cache
 

@@ -25,8 +25,8 @@ from functools import cached_property
 import numpy as np
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import BadShardError, ManifestRow
-from data_prep.subset import KeptSamples
+from data_prep.shards.dataset import BadShardError, ManifestRow
+from data_prep.shards.subset import KeptSamples
 from pretrain.cache_room import NoRoomError
 from pretrain.sample_order import SourceOrder
 from pretrain.shard_cache import RemoteShards, ShardCache

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
-from data_prep.media_decode import MediaError
-from data_prep.shard_format import (
+from data_prep.media.decode import MediaError
+from data_prep.shards.dataset import (
     BadShardError,
     CorruptSampleError,
     Sample,
     captions_of,
     media_extension_of,
 )
-from data_prep.subset import KeptSamples
+from data_prep.shards.subset import KeptSamples
 from pretrain.keyed_random import SampleRandom, key_of, permute, sample_random
 from pretrain.media_transforms import MediaTransform
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.config_file import InputError, RunError
-from data_prep.remote_file import is_url
-from data_prep.shard_format import Dataset
-from data_prep.subset import KeptSamples
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.subset import KeptSamples
+from data_prep.storage.remote_file import is_url
 from pretrain.config import Loading
 from pretrain.shard_cache import ShardCache
 
@@ -36,7 +36,7 @@ def open_samples(
         dataset: folder, which is read where it is, or URL, which is read through the cache.
         subset: `.subset` file; likewise. None for everything.
         cache: of this node; None where no URL is expected.
-        takes_bad_shards: see data_prep.shard_format.Dataset.
+        takes_bad_shards: see data_prep.shards.dataset.Dataset.
 
     Raises:
         InputError: one of them is missing or damaged, or they do not belong together, or there is

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data_prep.config_file import InputError
-from data_prep.media_decode import MediaError
-from data_prep.shard_format import CorruptSampleError
+from data_prep.media.decode import MediaError
+from data_prep.shards.dataset import CorruptSampleError
 from pretrain.config import PairingName, PretrainConfig, media_of_pairing
 from pretrain.contrastive_loss import ContrastiveLoss, contrastive_loss
 from pretrain.engine import Engine

@@ -9,7 +9,7 @@ from toy_sources import config_for, contents_of, pairs_of
 
 from data_prep.config import Columns
 from data_prep.config_file import InputError
-from data_prep.pair_sources import input_state
+from data_prep.sources.formats import input_state
 
 IMAGE = Columns(media="image", class_name="label")
 

@@ -6,10 +6,10 @@ import pytest
 import soundfile
 import soxr
 
-from data_prep.audio_fingerprint import audio_fingerprint, words_of
-from data_prep.audio_neighbours import NEIGHBOURS, ClipWords, near_audio_pairs
-from data_prep.audio_similarity import audio_similarity, required_similarity
-from data_prep.demo_sounds import SOUNDS, synthesise
+from data_prep.dedup.audio_similarity import audio_similarity, required_similarity
+from data_prep.dedup.near_audio import NEIGHBOURS, ClipWords, near_audio_pairs
+from data_prep.demo.sounds import SOUNDS, synthesise
+from data_prep.media.audio_fingerprint import audio_fingerprint, words_of
 
 RATE_HZ = 16_000
 MIN_SIMILARITY = 0.7

@@ -7,8 +7,8 @@ import pytest
 import soundfile
 from bad_media import BAD_MEDIA
 
-from data_prep import audio_file, media_decode
-from data_prep.media_decode import MediaError, decode_audio, decode_audio_part, mean_of_channels
+from data_prep.media import audio_file, decode
+from data_prep.media.decode import MediaError, decode_audio, decode_audio_part, mean_of_channels
 
 PLACES = (0.0, 0.013, 0.4, 0.77, 0.999999)
 
@@ -102,7 +102,7 @@ def test_little_more_than_the_part_is_read(monkeypatch):
         read.append(num_frames)
         return audio_file.read_frames(file, num_frames)
 
-    monkeypatch.setattr(media_decode, "read_frames", counting)
+    monkeypatch.setattr(decode, "read_frames", counting)
     content = encoded("FLAC", "PCM_16", rate=44100)
     for sample_rate_hz, expected in ((44100, 4000), (48000, 3675)):
         part_and_slice(content, 0.5, sample_rate_hz=sample_rate_hz)

@@ -9,11 +9,11 @@ from bad_media import sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import audio_container, audio_preparation, media_decode
-from data_prep.audio_preparation import prepare_audio
 from data_prep.config import AudioOptions
-from data_prep.media_decode import decode_audio
-from data_prep.media_format import MediaError, audio_format
+from data_prep.media import audio_container, audio_preparation, decode
+from data_prep.media.audio_preparation import prepare_audio
+from data_prep.media.decode import decode_audio
+from data_prep.media.formats import MediaError, audio_format
 
 RATE = 8000
 
@@ -263,7 +263,7 @@ def test_seconds_and_channels_are_limited_by_the_header(monkeypatch):
 
 
 def test_memory_is_limited_before_resampling_and_clips_to_what_training_decodes(monkeypatch):
-    monkeypatch.setattr(media_decode, "MAX_AUDIO_VALUES", 9000)
+    monkeypatch.setattr(decode, "MAX_AUDIO_VALUES", 9000)
     with pytest.raises(MediaError, match="too long at 48000 Hz"):
         prepare(sound(), sample_rate_hz=48_000)
     monkeypatch.setattr(audio_preparation, "MAX_AUDIO_SECONDS", 0.4)

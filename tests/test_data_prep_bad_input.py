@@ -13,7 +13,7 @@ from toy_pairs import contents, rejected_rows, shard, verify, write_pictures
 
 from data_prep.config import AudioOptions, ImageOptions
 from data_prep.config_file import InputError
-from data_prep.shard_format import Dataset, captions_of
+from data_prep.shards.dataset import Dataset, captions_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = {"image": picture, "audio": sound}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_prep.caption_cleaning import CaptionCleaner
+from data_prep.captions.cleaning import CaptionCleaner
 from data_prep.config import CaptionOptions
-from data_prep.pair import FILTER_REASONS
+from data_prep.sources.pair import FILTER_REASONS
 
 EVERYTHING = {"strip_html": True, "strip_urls": True, "fix_encoding": True}
 ZWNJ, ZWJ, ZWSP = "\u200c", "\u200d", "\u200b"

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.caption_minhash import (
+from data_prep.dedup.minhash import (
     bands_for,
     jaccard_of_pairs,
     near_caption_pairs,
     read_shingles,
 )
-from data_prep.caption_shingles import shingles_of
+from data_prep.dedup.shingles import shingles_of
 
 WORDS = ["a", "b", "c", "dog", "cat", "on", "under", "table"]
 

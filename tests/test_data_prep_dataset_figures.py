@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_sheets import assert_counts
 
-from data_prep.dataset_figures import Measure, count_values
-from data_prep.figure_text import bytes_text, duration_text, number_text, share_text, value_text
-from data_prep.histogram_bins import histogram_edges
-from data_prep.sheet_charts import histogram_chart, measure_block
-from data_prep.sheet_gallery import spread_ranks
+from data_prep.report.dataset_figures import Measure, count_values
+from data_prep.report.histogram_bins import histogram_edges
+from data_prep.report.numbers import bytes_text, duration_text, number_text, share_text, value_text
+from data_prep.report.sheet_charts import histogram_chart, measure_block
+from data_prep.report.sheet_gallery import spread_ranks
 
 numbers = st.one_of(
     st.lists(st.integers(-50, 5000), min_size=1, max_size=60),

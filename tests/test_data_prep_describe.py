@@ -15,12 +15,12 @@ from toy_sheets import PICTURE_COLUMNS, assert_counts, picture_row, sound_row, w
 from data_prep import describe as verb
 from data_prep.config import Describe
 from data_prep.config_file import InputError
-from data_prep.data_sheet import SheetContent
+from data_prep.dedup.duplicate_table import DATASETS_KEY
 from data_prep.describe import describe, measure
-from data_prep.duplicate_table import DATASETS_KEY
-from data_prep.rejected_pairs import rejected_examples
-from data_prep.shard_format import Dataset
-from data_prep.subset import Subset
+from data_prep.report.data_sheet import SheetContent
+from data_prep.report.rejected import rejected_examples
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.subset import Subset
 
 CONFIG = str(Path(__file__).parent.parent / "configs/data_prep/describe.yaml")
 NUM_PICTURES = 30

@@ -5,9 +5,9 @@ from toy_pairs import contents, shard, write_pictures
 
 from data_prep.config import MakeShards
 from data_prep.config_file import InputError
-from data_prep.dataset_folder import lock_folder
 from data_prep.finalize import finalize
-from data_prep.item_plan import open_plan
+from data_prep.pipeline.plan import open_plan
+from data_prep.shards.folder import lock_folder
 
 
 def parts_of(manifest, output, *, parts, workers=1):
@@ -74,14 +74,17 @@ def test_jobs_exclude_only_those_that_would_write_the_same_files(tmp_path):
 def test_a_job_that_is_second_with_the_plan_takes_the_first_ones(tmp_path, monkeypatch):
     manifest = write_pictures(tmp_path / "media", 4)
     config = config_of(manifest, tmp_path / "dataset", part="0/2")
-    build, calls = __import__("data_prep.item_plan").item_plan.build_plan, itertools.count()
+    build, calls = (
+        __import__("data_prep.pipeline.plan", fromlist=["plan"]).build_plan,
+        itertools.count(),
+    )
 
     def build_while_another_does(config, folder, *, made_from):
         if next(calls) == 0:
             open_plan(config)
         build(config, folder, made_from=made_from)
 
-    monkeypatch.setattr("data_prep.item_plan.build_plan", build_while_another_does)
+    monkeypatch.setattr("data_prep.pipeline.plan.build_plan", build_while_another_does)
     assert open_plan(config).num_items == 4
     assert next(calls) == 2
     assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["plan"]

@@ -11,11 +11,11 @@ from toy_duplicates import wav, write_dataset, write_embeddings
 from data_prep import find_duplicates as verb
 from data_prep.config import FindDuplicates, MakeSubset
 from data_prep.config_file import ConfigError, InputError
-from data_prep.demo_sounds import SOUNDS, synthesise
-from data_prep.duplicate_figures import measure_duplicates
+from data_prep.demo.sounds import SOUNDS, synthesise
 from data_prep.find_duplicates import find_duplicates
 from data_prep.make_subset import make_subset
-from data_prep.subset import KeptSamples, Subset
+from data_prep.report.duplicate_figures import measure_duplicates
+from data_prep.shards.subset import KeptSamples, Subset
 
 RATE_HZ = 16_000
 KINDS = sorted(SOUNDS)

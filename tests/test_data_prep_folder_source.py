@@ -7,11 +7,12 @@ import pytest
 from toy_pairs import picture_bytes, rejected_rows, shard, write_pictures
 from toy_sources import config_for, contents_of, pairs_of, reasons_of
 
-from data_prep import item_file, remote_file
 from data_prep.config import Columns
 from data_prep.config_file import InputError
-from data_prep.pair_sources import input_state
-from data_prep.shard_format import Dataset, captions_of
+from data_prep.shards.dataset import Dataset, captions_of
+from data_prep.sources import item_file
+from data_prep.sources.formats import input_state
+from data_prep.storage import remote_file
 
 
 def write(folder, files):
@@ -76,7 +77,7 @@ def test_columns_name_other_keys_of_the_json(tmp_path):
 
 
 def test_every_bad_sidecar_has_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.folder_source.MAX_SIDECAR_BYTES", 1000)
+    monkeypatch.setattr("data_prep.sources.folders.MAX_SIDECAR_BYTES", 1000)
     sidecars = {
         "0.txt": b"fine",
         "1.md": b"no sidecar",
@@ -222,7 +223,7 @@ class FakeDownloader:
 
 
 def test_web_addresses_go_to_the_downloader_in_the_order_of_the_items(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.media_download.Downloader", FakeDownloader)
+    monkeypatch.setattr("data_prep.download.downloader.Downloader", FakeDownloader)
     write(tmp_path, {"x y.jpg": b"local"})
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/far/{n}.jpg": b"%d" % n for n in range(40)})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
-from data_prep.html_report import (
+from data_prep.report.html import (
     Section,
     chart,
     fact_list,

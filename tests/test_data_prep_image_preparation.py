@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_image
 
-from data_prep import image_preparation
 from data_prep.config import ImageOptions
-from data_prep.image_preparation import prepare_image
-from data_prep.media_decode import decode_image
-from data_prep.media_format import MediaError
+from data_prep.media import image_preparation
+from data_prep.media.decode import decode_image
+from data_prep.media.formats import MediaError
+from data_prep.media.image_preparation import prepare_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 # Red and blue changed places: as far from sRGB as a profile can be.

@@ -17,7 +17,7 @@ import data_prep
 from data_prep.config import IndexShards, VerifyShards
 from data_prep.config_file import InputError
 from data_prep.index_shards import index_shards
-from data_prep.shard_format import Dataset, captions_of
+from data_prep.shards.dataset import Dataset, captions_of
 from data_prep.verify_shards import verify_shards
 
 

@@ -5,8 +5,8 @@ import pytest
 from toy_pairs import contents
 
 from data_prep.config import DemoData
-from data_prep.demo_images import ATTRIBUTES, digit_splits, scene_caption, scene_combinations
-from data_prep.demo_sounds import SAMPLE_RATE_HZ, SOUNDS, synthesise
+from data_prep.demo.images import ATTRIBUTES, digit_splits, scene_caption, scene_combinations
+from data_prep.demo.sounds import SAMPLE_RATE_HZ, SOUNDS, synthesise
 from data_prep.make_demo_data import make_demo_data
 
 

@@ -20,9 +20,9 @@ from toy_pairs import (
 
 from data_prep.config import Columns
 from data_prep.config_file import InputError
-from data_prep.dataset_folder import lock_folder
 from data_prep.make_shards import main
-from data_prep.shard_format import Dataset, captions_of, metadata_of
+from data_prep.shards.dataset import Dataset, captions_of, metadata_of
+from data_prep.shards.folder import lock_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -12,18 +12,18 @@ import yaml
 
 from data_prep.config import MakeSubset
 from data_prep.config_file import run_command
-from data_prep.duplicate_table import DATASETS_KEY
+from data_prep.dedup.duplicate_table import DATASETS_KEY
 from data_prep.make_subset import choose_samples, dry_run, make_subset
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import (
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import (
     Dataset,
     DatasetInfo,
     fingerprint_of,
     manifest_row,
     write_dataset_files,
 )
-from data_prep.shard_writer import ShardWriter
-from data_prep.subset import Subset
+from data_prep.shards.subset import Subset
+from data_prep.shards.writer import ShardWriter
 
 SIZES = (30, 1, 50, 40)
 NUM_SAMPLES = sum(SIZES)

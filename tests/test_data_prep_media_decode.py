@@ -7,9 +7,9 @@ import soundfile
 from bad_media import BAD_MEDIA, picture, sound
 from PIL import Image
 
-from data_prep import media_decode
-from data_prep.audio_file import audio_seconds
-from data_prep.media_decode import (
+from data_prep.media import decode
+from data_prep.media.audio_file import audio_seconds
+from data_prep.media.decode import (
     FormatMismatchError,
     MediaError,
     decode_audio,
@@ -43,7 +43,7 @@ def test_other_formats_than_the_extension_says_are_refused():
 
 
 def test_huge_pictures_are_refused_before_decoding(monkeypatch):
-    monkeypatch.setattr(media_decode, "MAX_PIXELS", 100)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 100)
     for image_format, extension in (("PNG", "png"), ("JPEG", "jpg")):
         with pytest.raises(MediaError, match="48 x 40 pixels; at most 100"):
             decode_image(picture(image_format), extension)

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from toy_web_server import BODY, toy_web_server
 from urllib3 import HTTPHeaderDict
 
-from data_prep import web_fetch
 from data_prep.config import DownloadOptions
 from data_prep.config_file import RunError
-from data_prep.download_cache import DownloadCache, DownloadsEnded
-from data_prep.media_download import Downloader
-from data_prep.pair import BadItemError
-from data_prep.web_address import DownloadError, is_public, parse_address, redirected_address
-from data_prep.web_permission import check_opt_out
+from data_prep.download import fetch
+from data_prep.download.address import DownloadError, is_public, parse_address, redirected_address
+from data_prep.download.cache import DownloadCache, DownloadsEnded
+from data_prep.download.downloader import Downloader
+from data_prep.download.robots import check_opt_out
+from data_prep.sources.pair import BadItemError
 
 MAX_BYTES = 1_000_000
 
@@ -40,7 +40,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(web_fetch, "FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(fetch, "FIRST_WAIT_SECONDS", 0.02)
 
 
 def options(**changes):
@@ -207,7 +207,7 @@ def test_private_hosts_are_refused_however_they_are_written(server, tmp_path, ho
 
 def test_redirect_to_a_private_host_is_refused(server, tmp_path, monkeypatch):
     # The first host counts as public, as one on the internet would.
-    monkeypatch.setattr("data_prep.web_connection.is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr("data_prep.download.connection.is_public", lambda ip: ip == "127.0.0.1")
     url = f"{server.url}/to_url?http://127.0.0.2:{server.server_port}/good/1"
     (result,) = fetch_all(tmp_path, [url], private_hosts=False)
     assert outcome(result) == "download_private_host"
@@ -230,7 +230,7 @@ def test_name_that_leads_elsewhere_a_moment_later_is_refused(server, tmp_path, m
         connected.append(address[0])
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
-    monkeypatch.setattr("data_prep.web_connection.create_connection", connect)
+    monkeypatch.setattr("data_prep.download.connection.create_connection", connect)
     url = f"http://rebinding.example:{server.server_port}/good/1"
     (result,) = fetch_all(tmp_path, [url], private_hosts=False, obey_robots_txt=False)
     assert outcome(result) == "download_private_host"
@@ -395,7 +395,7 @@ def test_half_a_body_or_record_is_never_taken_for_whole(server, tmp_path):
 PROGRAM = """
 import sys
 from data_prep.config import DownloadOptions
-from data_prep.media_download import Downloader
+from data_prep.download.downloader import Downloader
 cache, limit, *urls = sys.argv[1:]
 options = DownloadOptions(private_hosts=True, connections_per_host=int(limit), threads=12)
 with Downloader(options, cache=__import__("pathlib").Path(cache), max_bytes=10**6) as downloader:

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import ImageCms
 
 from data_prep.config import AudioOptions, ImageOptions
-from data_prep.media_format import MediaError
-from data_prep.media_preparation import prepare_media
-from data_prep.pair import FILTER_REASONS
-from data_prep.shard_columns import MEASURES
-from data_prep.shard_format import MEDIA_EXTENSIONS
+from data_prep.media.formats import MediaError
+from data_prep.media.preparation import prepare_media
+from data_prep.shards.columns import MEASURES
+from data_prep.shards.dataset import MEDIA_EXTENSIONS
+from data_prep.sources.pair import FILTER_REASONS
 
 
 def prepare(content, kind, image=None, audio=None):

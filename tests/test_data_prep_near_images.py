@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from data_prep.config import NearMedia
-from data_prep.crop_windows import AXIS_WINDOWS, NUM_WINDOWS, window_hashes
-from data_prep.demo_images import draw_scene
-from data_prep.image_fingerprint import MIN_AMPLITUDE, SIGNATURE_BYTES, image_fingerprint
-from data_prep.image_similarity import image_similarity, plain_similarity
-from data_prep.near_images import ImageHashes, near_images
-from data_prep.near_neighbours import Band, exact_bands, near_pairs
+from data_prep.dedup.crop_windows import AXIS_WINDOWS, NUM_WINDOWS, window_hashes
+from data_prep.dedup.hamming import Band, exact_bands, near_pairs
+from data_prep.dedup.image_similarity import image_similarity, plain_similarity
+from data_prep.dedup.near_images import ImageHashes, near_images
+from data_prep.demo.images import draw_scene
+from data_prep.media.image_fingerprint import MIN_AMPLITUDE, SIGNATURE_BYTES, image_fingerprint
 
 
 def hash_of(pixels):
@@ -174,7 +174,7 @@ def test_neighbours_are_those_of_the_double_loop(max_distance):
 
 
 def test_pieces_of_a_crowded_band_hold_every_pair(monkeypatch):
-    monkeypatch.setattr("data_prep.near_neighbours.PAIRS_AT_ONCE", 37)
+    monkeypatch.setattr("data_prep.dedup.hamming.PAIRS_AT_ONCE", 37)
     hashes = np.arange(60, dtype=np.uint64) << np.uint64(40)  # all alike in the lowest bits
     pairs = near_pairs(hashes, hashes, max_distance=64, bands=[Band(0, 20, 0)])
     pieces = [(left, right) for left, right in pairs]

@@ -11,8 +11,8 @@ from toy_pairs import picture_bytes, rejected_rows, shard, verify
 
 from data_prep.config import AudioOptions, CaptionOptions, Columns, ImageOptions
 from data_prep.config_file import InputError
-from data_prep.media_decode import decode_image
-from data_prep.shard_format import Dataset, captions_of
+from data_prep.media.decode import decode_image
+from data_prep.shards.dataset import Dataset, captions_of
 
 
 def write_pairs(folder, captions, **further):

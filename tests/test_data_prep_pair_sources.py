@@ -12,7 +12,7 @@ from toy_pairs import picture_bytes, shard, verify
 from toy_sources import served
 
 from data_prep.config import Columns, DownloadOptions
-from data_prep.shard_format import Dataset
+from data_prep.shards.dataset import Dataset
 
 PICTURES = [picture_bytes(number) for number in range(4)]
 CAPTIONS = [[f"caption {number}"] for number in range(3)] + [["one", "two"]]

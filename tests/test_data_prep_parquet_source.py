@@ -11,7 +11,7 @@ from toy_sources import config_for, contents_of, pairs_of
 
 from data_prep.config import Columns, MakeShards
 from data_prep.config_file import InputError
-from data_prep.pair_sources import input_state, read_pairs
+from data_prep.sources.formats import input_state, read_pairs
 
 IMAGE = Columns(media="image")
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])

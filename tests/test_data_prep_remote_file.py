@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 from toy_sources import config_for, contents_of, pairs_of, served
 
-from data_prep import remote_file, web_file
 from data_prep.config import Columns
 from data_prep.config_file import InputError
-from data_prep.input_files import format_of, media_root_of
-from data_prep.pair_sources import input_state
+from data_prep.sources.formats import input_state
+from data_prep.sources.input_files import format_of, media_root_of
+from data_prep.storage import remote_file, web_file
 
 # ---------------------------------------------------------------------------------- web files
 

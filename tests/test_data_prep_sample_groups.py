@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sample_groups import Pairs, connected_components, group_samples
+from data_prep.dedup.groups import Pairs, connected_components, group_samples
 
 NUM = 12
 PAIRS = st.lists(st.tuples(st.integers(0, NUM - 1), st.integers(0, NUM - 1)), max_size=20)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from data_prep.semantic_duplicates import ROWS_AT_ONCE, semantic_pairs
-from data_prep.spherical_kmeans import assign_clusters, fit_centroids
+from data_prep.dedup.semantic import ROWS_AT_ONCE, semantic_pairs
+from data_prep.dedup.spherical_kmeans import assign_clusters, fit_centroids
 
 
 def normalised(vectors):

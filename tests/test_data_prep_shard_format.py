@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from toy_shards import jpeg, write_toy_dataset
 
-from data_prep.shard_format import (
+from data_prep.shards.dataset import (
     CorruptSampleError,
     Dataset,
     Sample,

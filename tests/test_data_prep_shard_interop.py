@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from toy_shards import toy_sample, write_toy_dataset
 
-from data_prep.shard_format import Dataset
+from data_prep.shards.dataset import Dataset
 
 NUM_SAMPLES = 8
 

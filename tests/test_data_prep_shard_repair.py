@@ -24,8 +24,8 @@ from toy_shards import jpeg, toy_sample, write_toy_dataset
 from data_prep.config import IndexShards
 from data_prep.config_file import InputError
 from data_prep.index_shards import index_shards
-from data_prep.shard_format import Dataset, ShardIndex, read_dataset_files
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.dataset import Dataset, ShardIndex, read_dataset_files
+from data_prep.shards.writer import ShardWriter
 
 KEPT_FILES = ("dataset.json", "manifest.jsonl", TAR, IDX)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.shard_format import ABSENT, ShardIndex, temporary_name, write_atomically
-from data_prep.shard_writer import ShardWriter, ustar_header
+from data_prep.shards.dataset import ABSENT, ShardIndex, temporary_name, write_atomically
+from data_prep.shards.writer import ShardWriter, ustar_header
 
 
 def write(folder, samples, name="0", **counts):

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config_file import InputError
-from data_prep.shard_format import DatasetInfo
-from data_prep.subset import BLOCK_BYTES, Subset
+from data_prep.shards.dataset import DatasetInfo
+from data_prep.shards.subset import BLOCK_BYTES, Subset
 
 
 def info_of(num_samples, fingerprint="f" * 64):

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_sources import config_for, contents_of, pairs_of, reasons_of
 
-from data_prep import table_source
 from data_prep.config import Columns, MakeShards
 from data_prep.config_file import InputError
-from data_prep.pair_sources import read_pairs
+from data_prep.sources import tables
+from data_prep.sources.formats import read_pairs
 
 # Texts that a manifest can hold, without what strips away or is rejected.
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
@@ -156,7 +156,7 @@ def test_a_wrong_column_lists_those_found_and_suggests_the_nearest(tmp_path, suf
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(table_source, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 1000)
     path = tmp_path / "pairs.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):

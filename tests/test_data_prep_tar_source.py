@@ -12,11 +12,11 @@ from toy_sources import config_for, contents_of, pairs_of
 
 from data_prep.config import Columns
 from data_prep.config_file import InputError
-from data_prep.dataset_folder import finish_dataset
-from data_prep.pair_sources import input_state
-from data_prep.shard_format import Dataset
-from data_prep.shard_writer import ShardWriter
-from data_prep.subset import Subset
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.subset import Subset
+from data_prep.shards.writer import ShardWriter
+from data_prep.sources.formats import input_state
 
 
 def write_tar(path, members):
@@ -82,7 +82,7 @@ def test_laions_sounds_with_texts_in_json_are_read(tmp_path):
 
 
 def test_every_sample_that_is_not_whole_has_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.tar_source.MAX_SIDECAR_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.tars.MAX_SIDECAR_BYTES", 100)
     members = [
         ("good.seg.png", b"a mask"),
         ("good.JPG", b"media"),

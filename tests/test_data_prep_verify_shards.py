@@ -11,9 +11,9 @@ from toy_shards import toy_sample, write_rows, write_toy_dataset
 
 from data_prep.config import VerifyShards
 from data_prep.config_file import InputError
-from data_prep.dataset_folder import finish_dataset
-from data_prep.shard_format import read_dataset_files
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.dataset import read_dataset_files
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.writer import ShardWriter
 from data_prep.verify_shards import verify_dataset, verify_shards
 
 

@@ -20,9 +20,9 @@ from data_prep.config import IndexShards, MakeSubset
 from data_prep.config_file import InputError, read_config, run_command
 from data_prep.index_shards import index_shards
 from data_prep.make_subset import choose_samples
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import BLOCK_BYTES, Dataset, ShardIndex, captions_of
-from data_prep.subset import KeptSamples
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import BLOCK_BYTES, Dataset, ShardIndex, captions_of
+from data_prep.shards.subset import KeptSamples
 from eval.config import EmbedConfig
 from eval.embed import dry_run, run
 from eval.embedding_files import is_finished, origin_of

@@ -14,7 +14,7 @@ from toy_evaluation import sound_sample, write_dataset
 from data_prep.config import MakeShards
 from data_prep.config_file import InputError
 from data_prep.make_shards import make_shards
-from data_prep.subset import Subset
+from data_prep.shards.subset import Subset
 from eval.check_overlap import dry_run, run
 from eval.config import OverlapConfig
 

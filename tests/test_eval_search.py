@@ -19,7 +19,7 @@ from toy_evaluation import (
 from toy_models import write_open_clip_folder
 from werkzeug.serving import make_server
 
-from data_prep.subset import KeptSamples
+from data_prep.shards.subset import KeptSamples
 from eval.config import SearchConfig
 from eval.encoder import Encoder
 from eval.front_end import FrontEnd

@@ -6,8 +6,8 @@ import pytest
 from toy_evaluation import write_dataset
 
 from data_prep.config_file import ConfigError, InputError, read_config
-from data_prep.shard_format import read_dataset_files
-from data_prep.subset import Subset
+from data_prep.shards.dataset import read_dataset_files
+from data_prep.shards.subset import Subset
 from eval.class_texts import read_lines
 from eval.config import EvaluateConfig
 from eval.task_readers import read_tasks as read_all_tasks

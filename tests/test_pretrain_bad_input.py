@@ -8,10 +8,10 @@ from bad_media import BAD_MEDIA, picture, sound
 from toy_run import toy_config, write_toy_dataset
 
 from data_prep.config_file import InputError
-from data_prep.dataset_folder import finish_dataset
-from data_prep.media_format import image_format
-from data_prep.shard_format import BLOCK_BYTES, ShardIndex
-from data_prep.shard_writer import ShardWriter
+from data_prep.media.formats import image_format
+from data_prep.shards.dataset import BLOCK_BYTES, ShardIndex
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.writer import ShardWriter
 from pretrain.config import Loading, PretrainConfig
 from pretrain.loader_runtimes import start_loader
 from pretrain.pair_loader import StepDataset

@@ -9,8 +9,8 @@ from bad_media import saved, sound
 from PIL import Image
 from torchvision.transforms.v2 import functional as colors
 
-from data_prep import media_decode
-from data_prep.media_decode import MediaError, decode_image
+from data_prep.media import decode
+from data_prep.media.decode import MediaError, decode_image
 from pretrain.config import AudioTransform, ImageTransform
 from pretrain.keyed_random import sample_random
 from pretrain.media_transforms import AudioToWaveform, ImageToPixels, _with_contrast
@@ -243,7 +243,7 @@ def test_bad_pictures_are_refused_before_and_while_they_are_decoded(scaled_decod
     ):
         with pytest.raises(MediaError, match=message):
             trained(transform, bad)
-    monkeypatch.setattr(media_decode, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
     with pytest.raises(MediaError, match="300 x 300 pixels; at most 1000"):
         trained(transform, content)
 

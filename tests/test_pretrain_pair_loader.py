@@ -14,8 +14,8 @@ import torch
 from toy_run import COLORS, toy_config
 
 from data_prep.config_file import InputError, RunError
-from data_prep.media_decode import decode_image
-from data_prep.shard_format import Dataset
+from data_prep.media.decode import decode_image
+from data_prep.shards.dataset import Dataset
 from pretrain.config import Loading
 from pretrain.loader_process import LoaderProcess
 from pretrain.loader_runtimes import start_loader

@@ -14,11 +14,11 @@ from shard_fetching import open_and_read_all, open_and_read_one, read_all
 from toy_object_store import toy_object_store
 from toy_shards import write_toy_dataset
 
-from data_prep import file_transfer
 from data_prep.config_file import InputError
-from data_prep.file_transfer import WrongContentError, fetch_file
-from data_prep.shard_format import BadShardError, Dataset
-from data_prep.subset import KeptSamples, Subset
+from data_prep.shards.dataset import BadShardError, Dataset
+from data_prep.shards.subset import KeptSamples, Subset
+from data_prep.storage import file_transfer
+from data_prep.storage.file_transfer import WrongContentError, fetch_file
 from pretrain.cache_room import NoRoomError, lock_path, locked
 from pretrain.config import Cache
 from pretrain.shard_cache import ShardCache

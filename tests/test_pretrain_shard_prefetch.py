@@ -6,9 +6,9 @@ import pytest
 from toy_object_store import toy_object_store
 from toy_shards import write_toy_dataset
 
-from data_prep import file_transfer
 from data_prep.config_file import InputError
-from data_prep.shard_format import BadShardError, Dataset
+from data_prep.shards.dataset import BadShardError, Dataset
+from data_prep.storage import file_transfer
 from pretrain import shard_prefetch
 from pretrain.cache_room import CacheRoom
 from pretrain.config import Cache

@@ -6,8 +6,8 @@ import toy_run
 from toy_run import write_toy_dataset
 
 from data_prep.config_file import InputError
-from data_prep.media_format import MediaError
-from data_prep.shard_format import BLOCK_BYTES, BadShardError, ShardIndex
+from data_prep.media.formats import MediaError
+from data_prep.shards.dataset import BLOCK_BYTES, BadShardError, ShardIndex
 from pretrain.config import ImageTransform
 from pretrain.keyed_random import key_of, permute
 from pretrain.media_transforms import ImageToPixels

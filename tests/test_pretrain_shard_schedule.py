@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_shards import write_toy_dataset
 
-from data_prep.shard_format import Dataset
-from data_prep.subset import KeptSamples, Subset
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.subset import KeptSamples, Subset
 from pretrain.sample_order import SourceOrder
 from pretrain.shard_schedule import NEVER, bytes_of_two_windows, pieces_of_epoch, shard_uses
 

@@ -10,7 +10,7 @@ import torch
 from toy_run import toy_config, toy_members
 
 from data_prep.config_file import ConfigError, InputError
-from data_prep.shard_format import (
+from data_prep.shards.dataset import (
     BLOCK_BYTES,
     Dataset,
     DatasetInfo,
@@ -20,8 +20,8 @@ from data_prep.shard_format import (
     read_dataset_files,
     write_dataset_files,
 )
-from data_prep.shard_writer import ShardWriter
-from data_prep.subset import KeptSamples, Subset
+from data_prep.shards.subset import KeptSamples, Subset
+from data_prep.shards.writer import ShardWriter
 from pretrain.attempts import read_metrics
 from pretrain.pair_batch import PairBuffers
 from pretrain.pair_loader import StepDataset

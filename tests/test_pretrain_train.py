@@ -166,7 +166,7 @@ def test_a_non_finite_loss_stops_the_run_naming_the_step(toy_data, tmp_path):
 
 def copy_with_bad_bytes(toy_data, folder, *, num_bad):
     """The toy data, with a flipped bit in `num_bad` pictures of the first source."""
-    from data_prep.shard_format import BLOCK_BYTES, ShardIndex
+    from data_prep.shards.dataset import BLOCK_BYTES, ShardIndex
 
     shutil.copytree(toy_data, folder)
     index = ShardIndex.read(folder / "colors" / "00000000.idx")

@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import soundfile
 
-from data_prep.dataset_folder import finish_dataset
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import Dataset, Sample
-from data_prep.shard_parquet import measure_media, row_of
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import Dataset, Sample
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.parquet import measure_media, row_of
+from data_prep.shards.writer import ShardWriter
 
 SAMPLES_PER_SHARD = 4
 

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from data_prep.media_decode import decode_audio, decode_image
-from data_prep.shard_format import (
+from data_prep.media.decode import decode_audio, decode_image
+from data_prep.shards.dataset import (
     DatasetInfo,
     fingerprint_of,
     manifest_row,
     write_dataset_files,
 )
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.writer import ShardWriter
 from pretrain.checkpoint_record import CheckpointRecord, RunState
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}

@@ -8,8 +8,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from data_prep.shard_format import DatasetInfo, fingerprint_of, manifest_row, write_dataset_files
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.dataset import DatasetInfo, fingerprint_of, manifest_row, write_dataset_files
+from data_prep.shards.writer import ShardWriter
 from pretrain.config import PretrainConfig
 
 COLORS = ("red", "green", "blue", "white")

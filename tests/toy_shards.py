@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from data_prep.dataset_folder import finish_dataset
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import Sample, captions_of
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import Sample, captions_of
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.writer import ShardWriter
 
 
 def jpeg(number: int) -> bytes:

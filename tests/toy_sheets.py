@@ -11,15 +11,15 @@ import pyarrow.parquet
 import soundfile
 from PIL import Image
 
-from data_prep.dataset_figures import QUANTILES
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import (
+from data_prep.report.dataset_figures import QUANTILES
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import (
     DatasetInfo,
     fingerprint_of,
     manifest_row,
     write_dataset_files,
 )
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.writer import ShardWriter
 
 TEXTS = (
     "a red circle",

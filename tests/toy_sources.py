@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from data_prep.config import MakeShards
-from data_prep.media_reader import MediaReader
-from data_prep.pair import BadItemError, Item, Pair
-from data_prep.pair_sources import read_pairs
+from data_prep.pipeline.media_reader import MediaReader
+from data_prep.sources.formats import read_pairs
+from data_prep.sources.pair import BadItemError, Item, Pair
 
 
 def config_for(source: Path | str, **fields) -> MakeShards:

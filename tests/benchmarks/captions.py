@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import ftfy
 
-from data_prep.caption_cleaning import CaptionCleaner
+from data_prep.captions.cleaning import CaptionCleaner
 from data_prep.config import CaptionOptions
 
 NUM_CAPTIONS = 2000

@@ -21,15 +21,15 @@ from PIL import Image
 
 from data_prep.config import Describe
 from data_prep.describe import describe
-from data_prep.shard_columns import shard_schema
-from data_prep.shard_format import (
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import (
     DatasetInfo,
     ManifestRow,
     fingerprint_of,
     manifest_row,
     write_dataset_files,
 )
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.writer import ShardWriter
 
 NUM_SHARDS = 100
 SAMPLES_PER_SHARD = 10_000

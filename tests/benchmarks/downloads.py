@@ -22,7 +22,7 @@ from pathlib import Path
 import urllib3
 
 from data_prep.config import DownloadOptions
-from data_prep.media_download import Downloader
+from data_prep.download.downloader import Downloader
 
 NUM_URLS = 1000
 BODY = bytes(30_000)

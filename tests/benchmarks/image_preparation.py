@@ -23,9 +23,9 @@ import simplejpeg
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 
-from data_prep import image_preparation
 from data_prep.config import ImageOptions
-from data_prep.image_preparation import prepare_image
+from data_prep.media import image_preparation
+from data_prep.media.image_preparation import prepare_image
 
 SHORTER_SIDE = 256
 QUALITY = 95

@@ -26,7 +26,7 @@ from loading.process_tree import batches_of, memory
 from loading.run_config import image_run
 from PIL import Image
 
-from data_prep.shard_format import BLOCK_BYTES, Dataset
+from data_prep.shards.dataset import BLOCK_BYTES, Dataset
 from pretrain.keyed_random import sample_random
 from pretrain.media_transforms import ImageToPixels
 from pretrain.pair_loader import StepDataset

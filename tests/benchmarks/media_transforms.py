@@ -19,7 +19,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from data_prep.media_decode import decode_audio
+from data_prep.media.decode import decode_audio
 from pretrain.config import AudioTransform, ImageTransform
 from pretrain.keyed_random import SampleRandom, sample_random
 from pretrain.media_transforms import AudioToWaveform, ImageToPixels

@@ -21,11 +21,11 @@ import numpy as np
 import soundfile
 import soxr
 
-from data_prep.audio_fingerprint import audio_fingerprint, words_of
-from data_prep.audio_neighbours import ClipWords, near_audio_pairs
-from data_prep.caption_minhash import near_caption_pairs, read_shingles
 from data_prep.config import NearCaptions, NearMedia
-from data_prep.demo_sounds import SAMPLE_RATE_HZ, SOUNDS, synthesise
+from data_prep.dedup.minhash import near_caption_pairs, read_shingles
+from data_prep.dedup.near_audio import ClipWords, near_audio_pairs
+from data_prep.demo.sounds import SAMPLE_RATE_HZ, SOUNDS, synthesise
+from data_prep.media.audio_fingerprint import audio_fingerprint, words_of
 
 Clip = tuple[np.ndarray, int]  # float32 [samples], rate in Hz
 CLIPS_PER_KIND = 40

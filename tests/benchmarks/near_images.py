@@ -22,10 +22,10 @@ from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
 from data_prep.config import NearMedia
-from data_prep.crop_windows import window_hashes
-from data_prep.demo_images import ATTRIBUTES, digit_splits, draw_scene, scene_combinations
-from data_prep.image_fingerprint import SIGNATURE_BYTES, image_fingerprint
-from data_prep.near_images import ImageHashes, Matches, near_images
+from data_prep.dedup.crop_windows import window_hashes
+from data_prep.dedup.near_images import ImageHashes, Matches, near_images
+from data_prep.demo.images import ATTRIBUTES, digit_splits, draw_scene, scene_combinations
+from data_prep.media.image_fingerprint import SIGNATURE_BYTES, image_fingerprint
 
 MOST_PARTS, NUM_SCENE_PAIRS, NUM_DIGITS = 150, 60, 80
 # The same picture in other colours, or the other view of a stereo pair.

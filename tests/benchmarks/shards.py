@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data_prep.shard_format import (
+from data_prep.shards.dataset import (
     Dataset,
     DatasetInfo,
     fingerprint_of,
     manifest_row,
     write_dataset_files,
 )
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.writer import ShardWriter
 
 NUM_SAMPLES = 3000
 IMAGE_BYTES = 30_000

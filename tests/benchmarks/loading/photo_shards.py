@@ -16,8 +16,8 @@ import simplejpeg
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-from data_prep.dataset_folder import finish_dataset
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.writer import ShardWriter
 
 # Where the benchmarks keep what is costly to make: datasets, and other loaders' environments.
 CACHE = Path(tempfile.gettempdir()) / "isopair-benchmarks"

@@ -1,0 +1,1 @@
+"""Caption cleaning and filtering."""

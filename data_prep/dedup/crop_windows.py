@@ -1,0 +1,76 @@
+"""The parts of a picture that a cropped copy may show, seen through its thumbnail.
+
+A perceptual hash does not survive the loss of a tenth of a picture. But a cropped copy's hash is
+near the hash of the part that it shows, and that can be computed from the thumbnail: 36 windows,
+which cut nothing, 5 % or 10 % off each side, and at most 10 % off opposite sides together, are near
+enough to every crop of up to 10 %.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from data_prep.media.image_fingerprint import (
+    FREQUENCIES,
+    LUMA_SIDE,
+    MIN_AMPLITUDE,
+    NUM_FREQUENCIES,
+    SIGNATURE_BYTES,
+)
+
+CUTS = (0.0, 0.05, 0.1)  # share of the height or width
+MAX_CUT = 0.1  # off both opposite sides together
+FINE_PER_CELL = 64  # steps in which a window's edge cuts a pixel of the thumbnail
+PICTURES_AT_ONCE = 1024
+
+
+def axis_windows(cuts: np.ndarray | tuple[float, ...], max_cut: float) -> list[tuple[float, float]]:
+    """(start, end) of every window along one side, in shares of it; the whole is the first."""
+    return [
+        (first, 1 - last)
+        for first, last in itertools.product(cuts, cuts)
+        if first + last <= max_cut + 1e-9
+    ]
+
+
+AXIS_WINDOWS = axis_windows(CUTS, MAX_CUT)
+NUM_WINDOWS = len(AXIS_WINDOWS) ** 2  # window n: n // 6 of the height, n % 6 of the width
+PLACES = FREQUENCIES[0] * NUM_FREQUENCIES + FREQUENCIES[1]
+
+
+def window_cosines(start: float, end: float) -> np.ndarray:
+    """float32 [NUM_FREQUENCIES, LUMA_SIDE]: the DCT-II's basis over a part of a thumbnail's side.
+
+    Each but the first sums to zero, so that a flat part has no frequency.
+    """
+    fine = (np.arange(LUMA_SIDE * FINE_PER_CELL) + 0.5) / (LUMA_SIDE * FINE_PER_CELL)
+    is_inside = (fine >= start) & (fine < end)
+    angles = np.pi * np.arange(NUM_FREQUENCIES)[:, None] * (fine - start) / (end - start)
+    basis = (np.cos(angles) * is_inside).reshape(NUM_FREQUENCIES, LUMA_SIDE, FINE_PER_CELL)
+    basis = basis.mean(axis=2) / (end - start)
+    basis[1:] -= basis[1:].sum(axis=1, keepdims=True) * basis[0] / basis[0].sum()
+    return (basis / LUMA_SIDE).astype(np.float32)
+
+
+def window_hashes(signatures: np.ndarray, window: int) -> np.ndarray:
+    """uint64 [n]: the perceptual hash of one window of every picture.
+
+    Args:
+        signatures: uint8 [n, SIGNATURE_BYTES], of image_fingerprint.
+        window: 0 to NUM_WINDOWS - 1; 0 is the whole picture.
+    """
+    assert signatures.shape[1] == SIGNATURE_BYTES
+    row, column = divmod(window, len(AXIS_WINDOWS))
+    down, across = window_cosines(*AXIS_WINDOWS[row]), window_cosines(*AXIS_WINDOWS[column])
+    hashes = np.empty(len(signatures), np.uint64)
+    for first in range(0, len(signatures), PICTURES_AT_ONCE):
+        batch = signatures[first : first + PICTURES_AT_ONCE, : LUMA_SIDE**2]
+        pixels = batch.reshape(-1, LUMA_SIDE).astype(np.float32)
+        half = (pixels @ across.T).reshape(len(batch), LUMA_SIDE, NUM_FREQUENCIES)
+        amplitudes = (down @ half).reshape(len(batch), -1)  # [n, 81]
+        bits = np.take(amplitudes > MIN_AMPLITUDE, PLACES, axis=1)  # [n, 64]
+        packed = np.packbits(bits, axis=1, bitorder="little")
+        hashes[first : first + PICTURES_AT_ONCE] = packed.view("<u8")[:, 0]
+    return hashes

@@ -1,0 +1,109 @@
+"""The embeddings of several datasets' media, from the folders that `python -m eval.embed` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.dedup.joined_datasets import JoinedDatasets, mapped_file
+from data_prep.selection.scores import check_embeddings
+from data_prep.shards.parquet import read_shard_parquet
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ORIGIN = ("checkpoint", "transform", "embed_dim")  # that the folders must have in common
+LONGEST_ERROR = 1e-3  # of the length of an embedding, which is 1
+
+
+def read_embeddings(
+    datasets: JoinedDatasets, folders: Sequence[Path], *, is_left: np.ndarray, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """The media embeddings of the samples that are left, but for those that have none.
+
+    Args:
+        datasets: to which they belong.
+        folders: of the embeddings of each dataset, in the same order.
+        is_left: bool [samples].
+        path: of a temporary file; the result reads it.
+
+    Returns:
+        float32 [n, D], L2-normalised, and int64 [n], the samples in ascending order.
+
+    Raises:
+        InputError: a folder is unfinished, is damaged, or does not belong to its dataset; or the
+            embeddings are of several checkpoints, and cannot be compared.
+    """
+    if len(folders) != len(datasets.folders):
+        raise InputError(
+            f"semantic: expected a folder of embeddings for each of {len(datasets.folders)} "
+            f"datasets (embeddings, against_embeddings), found {len(folders)}"
+        )
+    for folder, info in zip(folders, datasets.infos, strict=True):
+        check_embeddings(folder, info.fingerprint)
+    dim = _check_origins(folders)
+    samples = [np.empty(0, np.int64)]
+    rows = [
+        folder / f"{row.name}.parquet"
+        for folder, manifest in zip(folders, datasets.manifests, strict=True)
+        for row in manifest
+    ]
+    with path.open("wb") as file:
+        for row, (start, table) in zip(rows, datasets.tables(["key"]), strict=True):
+            embeddings, places = _read_shard(row, table["key"], dim)
+            is_chosen = is_left[start + places]
+            embeddings[is_chosen].tofile(file)
+            samples.append(start + places[is_chosen])
+    sample = np.concatenate(samples)
+    return mapped_file(path, np.float32, (len(sample), dim)), sample
+
+
+def _check_origins(folders: Sequence[Path]) -> int:
+    """The width of the embeddings, which must all be by the same checkpoint."""
+    first: dict[str, Any] = json.loads((folders[0] / "embeddings.json").read_text("utf-8"))
+    for folder in folders[1:]:
+        record = json.loads((folder / "embeddings.json").read_text("utf-8"))
+        for name in ORIGIN:
+            if record[name] != first[name]:
+                raise InputError(
+                    f"{folder}: expected the {name} of {folders[0]}, {first[name]}, found "
+                    f"{record[name]}; embed all datasets with one checkpoint"
+                )
+    return first["embed_dim"]
+
+
+def _read_shard(path: Path, keys: pyarrow.ChunkedArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [n, D], int64 [n] places in the shard)
+
+    Args:
+        path: of the shard's embeddings.
+        keys: of all samples of the shard.
+        dim: width of the embeddings.
+    """
+    import pyarrow.compute
+
+    table = read_shard_parquet(path, columns=["key", "media_embedding"])
+    places = pyarrow.compute.index_in(table["key"], value_set=keys.combine_chunks())
+    if places.null_count or not _is_ascending(places.to_numpy()):
+        raise InputError(
+            f"{path}: expected rows of the shard's samples in their order, found others; make the "
+            "embeddings again with python -m eval.embed"
+        )
+    flat = table["media_embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    embeddings = flat.astype(np.float32, copy=False).reshape(table.num_rows, dim)
+    lengths = np.linalg.norm(embeddings, axis=1)
+    if len(lengths) and not np.abs(lengths - 1).max() < LONGEST_ERROR:
+        raise InputError(
+            f"{path}: expected L2-normalised embeddings, found lengths from {lengths.min():g} to "
+            f"{lengths.max():g}; make them again with python -m eval.embed"
+        )
+    return embeddings, places.to_numpy().astype(np.int64)
+
+
+def _is_ascending(places: np.ndarray) -> bool:
+    return bool((np.diff(places) > 0).all())

@@ -1,0 +1,191 @@
+"""How alike two pictures are, by their thumbnails: also where one is a crop of the other.
+
+The part that a crop shows is found by trying windows of the other picture, along one side and then
+along the other. Then the least alike quarter decides, so that another object or digit is a
+difference; it is compared by correlation, and by what a factor on the contrast does not explain.
+Colour is compared apart, after a factor on its saturation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_prep.dedup.crop_windows import AXIS_WINDOWS, FINE_PER_CELL, axis_windows
+from data_prep.media.image_fingerprint import CHROMA_SIDE, LUMA_SIDE
+
+FINE_CUTS = tuple(number / 60 for number in range(8))  # shares of a side that a crop may have lost
+MAX_FINE_CUT = 0.12
+NUM_SWEEPS = 2
+NOISE = 10.0  # levels of 255: where pictures vary less, they are alike
+QUARTERS = [(slice(top, top + 8), slice(left, left + 8)) for top in (0, 4, 8) for left in (0, 4, 8)]
+MAX_GAIN = 1.5  # of contrast and of saturation, and 1 / MAX_GAIN at least
+# Mean squared differences, in levels of 255, that are no likeness at all.
+LUMA_SCALE, CHROMA_SCALE = 1500.0, 1000.0
+MAX_SHIFT = 48.0  # levels of 255 by which the brightness of the same picture may differ
+PAIRS_AT_ONCE = 512
+
+
+def _resampling(side: int, start: float, end: float) -> np.ndarray:
+    """float32 [side, side]: from a thumbnail's side to that of its part from start to end."""
+    fine = (np.arange(side * FINE_PER_CELL) + 0.5) / (side * FINE_PER_CELL)
+    source = ((start + fine * (end - start)) * side).astype(np.int64)
+    matrix = np.zeros((side, side), np.float32)
+    np.add.at(matrix, (np.arange(side).repeat(FINE_PER_CELL), source), 1 / FINE_PER_CELL)
+    return matrix
+
+
+def _blur() -> np.ndarray:
+    """float32 [side, side]: every pixel with a quarter of each neighbour; the edge's stay."""
+    near = np.eye(LUMA_SIDE, dtype=np.float32)
+    padded = np.pad(near, ((1, 1), (0, 0)), mode="edge")
+    return (padded[:-2] + 2 * near + padded[2:]) / 4
+
+
+FINE_WINDOWS = axis_windows(FINE_CUTS, MAX_FINE_CUT)
+LUMA_WINDOWS = np.stack([_resampling(LUMA_SIDE, *window) for window in FINE_WINDOWS])
+CHROMA_WINDOWS = np.stack([_resampling(CHROMA_SIDE, *window) for window in FINE_WINDOWS])
+FIRST_WINDOWS = np.stack([_resampling(LUMA_SIDE, *window) for window in AXIS_WINDOWS])
+BLUR = _blur()
+
+
+def image_similarity(
+    crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, windows: np.ndarray
+) -> np.ndarray:
+    """float32 [pairs]: at most 1, which is for equal pictures.
+
+    Args:
+        crops: uint8 [pairs, SIGNATURE_BYTES]: signatures of what may be a part of the other.
+        wholes: uint8 [pairs, SIGNATURE_BYTES].
+        is_mirrored: bool [pairs]: is the first picture to be mirrored?
+        windows: int [pairs]: roughly the part, as a number of crop_windows.
+    """
+    similarity = np.empty(len(crops), np.float32)
+    for first in range(0, len(crops), PAIRS_AT_ONCE):
+        part = slice(first, first + PAIRS_AT_ONCE)
+        luma, chroma = _planes(crops[part], is_mirrored[part])
+        whole_luma, whole_chroma = _planes(wholes[part], np.zeros(len(luma), bool))
+        rows, columns = _aligned(luma, whole_luma, windows[part] // len(AXIS_WINDOWS))
+        seen = LUMA_WINDOWS[rows] @ whole_luma @ LUMA_WINDOWS[columns].transpose(0, 2, 1)
+        seen_chroma = (
+            CHROMA_WINDOWS[rows][:, None]
+            @ whole_chroma
+            @ CHROMA_WINDOWS[columns][:, None].transpose(0, 1, 3, 2)
+        )
+        similarity[part] = np.minimum(
+            _luma_similarity(luma, seen), _chroma_similarity(chroma, seen_chroma)
+        )
+    return similarity
+
+
+def rough_similarity(
+    crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, window: int
+) -> np.ndarray:
+    """float32 [pairs]: correlation of brightness with one window; args as image_similarity."""
+    luma, whole_luma = _luma(crops, is_mirrored), _luma(wholes, np.zeros(len(wholes), bool))
+    row, column = divmod(window, len(AXIS_WINDOWS))
+    seen = (FIRST_WINDOWS[row] @ whole_luma) @ FIRST_WINDOWS[column].T
+    left, right = luma.reshape(len(luma), -1), seen.reshape(len(seen), -1)
+    return _correlation(_centred(left), _centred(right))
+
+
+def plain_similarity(left: np.ndarray, right: np.ndarray, *, is_mirrored: np.ndarray) -> np.ndarray:
+    """float32 [pairs]: as image_similarity, of pictures that are not cropped.
+
+    Args:
+        left, right: uint8 [pairs, SIGNATURE_BYTES].
+        is_mirrored: bool [pairs].
+    """
+    luma, chroma = _planes(left, is_mirrored)
+    other_luma, other_chroma = _planes(right, np.zeros(len(right), bool))
+    return np.minimum(_luma_similarity(luma, other_luma), _chroma_similarity(chroma, other_chroma))
+
+
+def _luma(signatures: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
+    """float32 [n, 16, 16]"""
+    pixels = signatures[:, : LUMA_SIDE**2].astype(np.float32)
+    return _turned(pixels.reshape(-1, LUMA_SIDE, LUMA_SIDE), is_mirrored)
+
+
+def _planes(signatures: np.ndarray, is_mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(brightness float32 [n, 16, 16], colour differences float32 [n, 2, 8, 8])"""
+    chroma = signatures[:, LUMA_SIDE**2 :].astype(np.float32) - 128
+    chroma = _turned(chroma.reshape(-1, 2, CHROMA_SIDE, CHROMA_SIDE), is_mirrored)
+    return _luma(signatures, is_mirrored), chroma
+
+
+def _turned(planes: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
+    planes[is_mirrored] = planes[is_mirrored][..., ::-1]
+    return planes
+
+
+def _aligned(
+    crops: np.ndarray, wholes: np.ndarray, first_rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns): the numbers of FINE_WINDOWS in which the whole is most like the crop.
+
+    Args:
+        crops, wholes: float32 [pairs, 16, 16].
+        first_rows: int [pairs]: number of AXIS_WINDOWS along the height, to begin with.
+    """
+    by_rows = FIRST_WINDOWS[first_rows] @ wholes
+    for _ in range(NUM_SWEEPS):
+        columns = _best_columns(crops, by_rows)
+        by_columns = wholes @ LUMA_WINDOWS[columns].transpose(0, 2, 1)
+        rows = _best_columns(crops.transpose(0, 2, 1), by_columns.transpose(0, 2, 1))
+        by_rows = LUMA_WINDOWS[rows] @ wholes
+    return rows, columns
+
+
+def _best_columns(crops: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """Int [pairs]: the window along the last axis in which the correlation is highest."""
+    num, num_windows = len(crops), len(LUMA_WINDOWS)
+    flat = LUMA_WINDOWS.reshape(-1, LUMA_SIDE)  # [windows * 16, 16]
+    seen = wholes.reshape(-1, LUMA_SIDE) @ flat.T  # [pairs * 16, windows * 16]
+    seen = seen.reshape(num, LUMA_SIDE, num_windows, LUMA_SIDE)
+    centred = crops - crops.mean(axis=(1, 2), keepdims=True)
+    covariance = np.einsum("prwc,prc->pw", seen, centred)
+    means = seen.mean(axis=(1, 3))
+    variance = np.einsum("prwc,prwc->pw", seen, seen) / LUMA_SIDE**2 - means**2
+    return (covariance / np.sqrt(np.maximum(variance, 0) + NOISE**2)).argmax(axis=1)
+
+
+def _luma_similarity(crops: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """By the least alike quarter; of float32 [pairs, 16, 16]."""
+    shift = np.abs(crops.mean(axis=(1, 2)) - seen.mean(axis=(1, 2)))
+    crops, seen = BLUR @ crops @ BLUR.T, BLUR @ seen @ BLUR.T
+    worst = np.ones(len(crops), np.float32)
+    for rows, columns in QUARTERS:
+        left, right = (
+            _centred(planes[:, rows, columns].reshape(len(planes), -1)) for planes in (crops, seen)
+        )
+        difference = _mean_square_difference(left, right) / LUMA_SCALE
+        worst = np.minimum(worst, np.minimum(_correlation(left, right), 1 - difference))
+    return np.where(shift <= MAX_SHIFT, worst, 0)
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    """[pairs, values] less the mean of each row."""
+    return values - values.mean(axis=1, keepdims=True)
+
+
+def _correlation(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[pairs] of centred [pairs, values]; what varies less than NOISE correlates well."""
+    noise = NOISE**2 * left.shape[1]
+    covariance = np.einsum("pv,pv->p", left, right) + noise
+    variances = [np.einsum("pv,pv->p", values, values) + noise for values in (left, right)]
+    return covariance / np.sqrt(variances[0] * variances[1])
+
+
+def _mean_square_difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[pairs] of [pairs, values]: what is left after the best factor on the second."""
+    covariance = np.einsum("pv,pv->p", left, right) + 1
+    energy = np.einsum("pv,pv->p", right, right) + 1
+    gain = np.clip(covariance / energy, 1 / MAX_GAIN, MAX_GAIN)
+    difference = left - gain[:, None] * right
+    return np.einsum("pv,pv->p", difference, difference) / left.shape[1]
+
+
+def _chroma_similarity(crops: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """By the difference that no factor on the saturation explains; of float32 [pairs, 2, 8, 8]."""
+    left, right = crops.reshape(len(crops), -1), seen.reshape(len(seen), -1)
+    return 1 - 2 * _mean_square_difference(left, right) / CHROMA_SCALE

@@ -1,0 +1,177 @@
+"""Near-duplicate clips among many, without comparing each with each.
+
+1. keys: parts of a clip's fingerprint words, a limited number for each clip, which are the same in
+   every copy of the clip (those of the smallest hash, as in Broder's bottom-k sketches)
+2. clips that share a key are candidates, with the alignment in which they share it
+3. candidates whose words around the key agree too little are dropped
+4. the others are compared as a whole, by data_prep.dedup.audio_similarity
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.dedup.audio_similarity import MIN_OVERLAP, required_similarity, similarity_at
+from data_prep.media.audio_fingerprint import NUM_BITS
+
+KEYS_PER_CLIP = 128  # of each table
+LEAST_KEY_BITS, MOST_KEY_BITS = 20, 24
+NUM_TABLES = 3  # each takes its keys from other bits of the words
+NEIGHBOURS = 16  # clips after a clip, of those that share its key, which it is compared with
+WORDS_AROUND = 12  # on each side of a shared key, which are compared first
+WORD_STEP = 3  # neighbouring words are much alike
+MIN_AGREEMENT_AROUND = 0.6
+BYTES_PER_KEY = 64  # of memory while keys are sorted and compared
+CLIPS_AT_ONCE = 2048
+CANDIDATES_AT_ONCE = 1 << 18
+HASH_FACTOR = np.uint32(0x9E3779B1)  # Knuth's multiplicative hash
+
+
+@dataclass(frozen=True)
+class ClipWords:
+    """The fingerprint words of many clips, laid end to end."""
+
+    words: np.ndarray  # uint32 [all words]; may be a file on disk (numpy.memmap)
+    starts: np.ndarray  # int64 [clips + 1]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def of(self, clip: int) -> np.ndarray:
+        """uint32 [words] of one clip."""
+        return self.words[self.starts[clip] : self.starts[clip + 1]]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of many clips, sorted by value and then by place."""
+
+    values: np.ndarray  # uint32 [k]
+    places: np.ndarray  # int64 [k]: of the word, among all words
+    clips: np.ndarray  # int64 [k]
+    in_clip: np.ndarray  # int64 [k]: place of the word in its clip
+    lengths: np.ndarray  # int64 [k]: words of the clip
+
+
+def near_audio_pairs(
+    clips: ClipWords,
+    *,
+    min_similarity: float,
+    num_queries: int | None = None,
+    memory_bytes: int = 1 << 30,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of clips that are near-duplicates.
+
+    Of more than NEIGHBOURS copies of one clip not all pairs are found, but pairs that connect them.
+
+    Args:
+        clips: of all datasets, one after the other.
+        min_similarity: share of bits that must agree; short clips must agree in more.
+        num_queries: pairs among the clips from this one on are left out; None: none is.
+        memory_bytes: for keys and candidates.
+
+    Returns:
+        first int64 [m], second int64 [m], similarity float32 [m]: first < second, ordered.
+    """
+    best: dict[tuple[int, int], float] = {}
+    num_keys = int(np.minimum(np.diff(clips.starts), KEYS_PER_CLIP).sum())
+    key_bits = int(np.clip(num_keys.bit_length(), LEAST_KEY_BITS, MOST_KEY_BITS))
+    num_parts = 1 + num_keys * BYTES_PER_KEY // memory_bytes
+    last_query = len(clips) if num_queries is None else num_queries
+    for table in range(NUM_TABLES):
+        lowest_bit = table * (NUM_BITS - key_bits) // (NUM_TABLES - 1)
+        for part in range(num_parts):
+            keys = _sorted_keys(
+                clips, lowest_bit=lowest_bit, key_bits=key_bits, part=part, num_parts=num_parts
+            )
+            for candidates in _candidates(clips.words, keys, last_query=last_query):
+                _compare(clips, candidates, min_similarity=min_similarity, best=best)
+    pairs = sorted(best)
+    first, second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return first, second, np.array([best[pair] for pair in pairs], dtype=np.float32)
+
+
+def _sorted_keys(
+    clips: ClipWords, *, lowest_bit: int, key_bits: int, part: int, num_parts: int
+) -> Keys:
+    """The keys of one table whose value leaves the remainder `part`."""
+    values, places = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
+    for start in range(0, len(clips), CLIPS_AT_ONCE):
+        starts = clips.starts[start : start + CLIPS_AT_ONCE + 1]
+        words = np.asarray(clips.words[starts[0] : starts[-1]])
+        found = words >> np.uint32(lowest_bit) & np.uint32((1 << key_bits) - 1)
+        clip = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        chosen = _smallest_of_each(clip, found * HASH_FACTOR, is_usable=words != 0)
+        chosen = chosen[found[chosen] % num_parts == part]
+        values.append(found[chosen])
+        places.append(chosen + starts[0])
+    value, place = np.concatenate(values), np.concatenate(places)
+    order = np.lexsort((place, value))
+    value, place = value[order], place[order]
+    clip = np.searchsorted(clips.starts, place, side="right") - 1
+    return Keys(value, place, clip, place - clips.starts[clip], np.diff(clips.starts)[clip])
+
+
+def _smallest_of_each(clip: np.ndarray, value: np.ndarray, *, is_usable: np.ndarray) -> np.ndarray:
+    """int64 [k]: where the KEYS_PER_CLIP smallest values of each clip stand first."""
+    order = np.lexsort((value, clip))
+    order = order[is_usable[order]]
+    clip, value = clip[order], value[order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (clip[1:] != clip[:-1]) | (value[1:] != value[:-1])
+    order, clip = order[is_first], clip[is_first]
+    rank = np.arange(len(clip)) - np.searchsorted(clip, clip)
+    return order[rank < KEYS_PER_CLIP]
+
+
+def _candidates(words: np.ndarray, keys: Keys, *, last_query: int) -> Iterator[np.ndarray]:
+    """int64 [c, 3]: first clip, second clip and shift, where the words around a key agree."""
+    left = np.flatnonzero(keys.clips < last_query)
+    for distance in range(1, NEIGHBOURS + 1):
+        left = left[left < len(keys.values) - distance]
+        left = left[keys.values[left] == keys.values[left + distance]]
+        for start in range(0, len(left), CANDIDATES_AT_ONCE):
+            pairs = left[start : start + CANDIDATES_AT_ONCE, None] + [0, distance]  # [c, 2]
+            lengths = keys.lengths[pairs]
+            pairs = pairs[lengths.min(axis=1) >= MIN_OVERLAP * lengths.max(axis=1)]
+            pairs = pairs[_agree_around(words, keys, pairs)]
+            shift = keys.in_clip[pairs[:, 0]] - keys.in_clip[pairs[:, 1]]
+            yield np.unique(np.column_stack([keys.clips[pairs], shift]), axis=0)
+
+
+def _agree_around(words: np.ndarray, keys: Keys, pairs: np.ndarray) -> np.ndarray:
+    """Bool [c]: do the words around the shared key agree, as far as both clips go?
+
+    Args:
+        words: uint32 [all words].
+        keys: of the clips.
+        pairs: int64 [c, 2], places in `keys`.
+    """
+    before = np.minimum(keys.in_clip[pairs].min(axis=1), WORDS_AROUND)
+    after = (keys.lengths[pairs] - keys.in_clip[pairs]).min(axis=1)
+    num_different = np.zeros(len(pairs), dtype=np.int64)
+    num_loud = np.zeros(len(pairs), dtype=np.int64)
+    for step in range(-WORDS_AROUND, WORDS_AROUND + 1, WORD_STEP):
+        inside = np.flatnonzero((-step <= before) & (step < after))
+        first, second = words[keys.places[pairs[inside]] + step].T
+        num_different[inside] += np.bitwise_count(first ^ second)
+        num_loud[inside] += (first | second) != 0
+    return num_different <= (1 - MIN_AGREEMENT_AROUND) * NUM_BITS * num_loud
+
+
+def _compare(
+    clips: ClipWords,
+    candidates: np.ndarray,
+    *,
+    min_similarity: float,
+    best: dict[tuple[int, int], float],
+) -> None:
+    """Keeps the similarity of those that are near-duplicates, in the best of their shifts."""
+    for first, second, shift in candidates.tolist():
+        similarity, seconds = similarity_at(clips.of(first), clips.of(second), shift=shift)
+        if similarity >= required_similarity(seconds, min_similarity=min_similarity):
+            pair = (first, second)
+            best[pair] = max(similarity, best.get(pair, 0.0))

@@ -1,0 +1,263 @@
+"""The ways in which find_duplicates looks for samples that are alike.
+
+Each takes the samples that are left, and gives pairs of their numbers: see data_prep.
+joined_datasets. A sample without the column that a method needs is not compared by it, which the
+log says; a whole dataset without it is an error, because nothing of it would be found.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import FindDuplicates, NearCaptions, NearMedia
+from data_prep.config_file import InputError
+from data_prep.dedup.embeddings import read_embeddings
+from data_prep.dedup.groups import Pairs
+from data_prep.dedup.joined_datasets import (
+    MEASURE_ADVICE,
+    JoinedDatasets,
+    binary_column,
+    number_column,
+)
+from data_prep.dedup.minhash import near_caption_pairs, read_shingles
+from data_prep.dedup.near_audio import ClipWords, near_audio_pairs
+from data_prep.dedup.near_images import ImageHashes, near_images
+from data_prep.dedup.semantic import semantic_pairs
+from data_prep.media.image_fingerprint import SIGNATURE_BYTES
+
+log = logging.getLogger(__name__)
+
+SHA256_DIGITS = 64
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one method found."""
+
+    pairs: Pairs
+    rank: np.ndarray | None = None  # float32 [samples]: the least is kept; None: by config.keep
+
+
+@dataclass(frozen=True)
+class Search:
+    """The samples to compare."""
+
+    datasets: JoinedDatasets
+    is_left: np.ndarray  # bool [samples]
+    folder: Path  # for temporary files
+    config: FindDuplicates
+
+
+Method = Callable[[Search], Found]
+
+
+def methods_of(config: FindDuplicates) -> dict[str, Method]:
+    """The methods that a config asks for, in the order in which they run."""
+    near = {"near_media": find_near_media, "near_captions": find_near_captions}
+    return {
+        **({"exact": find_exact} if config.exact else {}),
+        **{name: method for name, method in near.items() if getattr(config, name) is not None},
+        **({"semantic": find_semantic} if config.semantic is not None else {}),
+    }
+
+
+def find_exact(search: Search) -> Found:
+    """Samples whose media have the same sha256, each paired with the first of them.
+
+    Raises:
+        InputError: there are no hashes.
+    """
+    keys, has_key = _sha256_keys(search.datasets)
+    sample = _samples_with(search, has_key, column="sha256")
+    keys = keys[sample]
+    order = np.lexsort((sample, keys[:, 1], keys[:, 0]))
+    is_repeated = (keys[order][1:] == keys[order][:-1]).all(axis=1)
+    lead = np.arange(len(order))
+    lead[1:][is_repeated] = 0
+    lead = np.maximum.accumulate(lead)  # place of the first of each run
+    repeated = np.flatnonzero(is_repeated) + 1
+    first, second = sample[order[lead[repeated]]], sample[order[repeated]]
+    is_asked = first < search.datasets.num_queries
+    ones = np.ones(int(is_asked.sum()), np.float32)
+    return Found(Pairs(first[is_asked], second[is_asked], ones))
+
+
+def _sha256_keys(datasets: JoinedDatasets) -> tuple[np.ndarray, np.ndarray]:
+    """(uint64 [samples, 2]: half of each sha256, bool [samples]: is there one?)"""
+    keys, has_key = [np.empty((0, 2), np.uint64)], [np.empty(0, dtype=bool)]
+    for _, table in datasets.tables(["sha256"]):
+        column = table["sha256"]
+        digits = "".join(column.fill_null("0" * SHA256_DIGITS).to_pylist())
+        sums = np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, 4)
+        keys.append(sums[:, :2])
+        has_key.append(column.is_valid().to_numpy())
+    return np.concatenate(keys), np.concatenate(has_key)
+
+
+def find_near_media(search: Search) -> Found:
+    """Pictures or clips that are nearly the same, by their hashes.
+
+    Raises:
+        InputError: there are no hashes.
+    """
+    by_media = {"image": _near_images, "audio": _near_audio}
+    return Found(by_media[search.datasets.media](search, search.config.near_media))
+
+
+def _near_images(search: Search, options: NearMedia) -> Pairs:
+    phash, has_phash = number_column(search.datasets, "phash")
+    mirrored, _ = number_column(search.datasets, "phash_mirrored")
+    sample = _samples_with(search, has_phash, column="phash")
+    content, starts, _ = binary_column(
+        search.datasets,
+        "signature",
+        samples=_mask(sample, len(search.is_left)),
+        path=search.folder / "signatures.bin",
+    )
+    if (np.diff(starts) != SIGNATURE_BYTES).any():
+        raise InputError(
+            f"{search.datasets.folders[0]}: expected a signature of {SIGNATURE_BYTES} bytes beside "
+            f"each phash, found others, of another version; {MEASURE_ADVICE}"
+        )
+    hashes = ImageHashes(
+        # Where there is no shard, nothing tells the type of the numbers.
+        phash=phash[sample].astype(np.uint64),
+        phash_mirrored=mirrored[sample].astype(np.uint64),
+        signatures=content.reshape(-1, SIGNATURE_BYTES),
+    )
+    matches = near_images(
+        hashes,
+        is_reference=sample >= search.datasets.num_queries,
+        max_distance=options.image_max_distance,
+        min_similarity=options.image_min_similarity,
+        workers=search.config.workers,
+    )
+    return Pairs(
+        sample[np.concatenate([matches.left, matches.member_firsts])],
+        sample[np.concatenate([matches.right, matches.members])],
+        np.concatenate([matches.similarity, matches.member_similarity]).astype(np.float32),
+    )
+
+
+def _near_audio(search: Search, options: NearMedia) -> Pairs:
+    content, starts, has_fingerprint = binary_column(
+        search.datasets,
+        "fingerprint",
+        samples=search.is_left,
+        path=search.folder / "fingerprints.bin",
+    )
+    _check_measured(search.datasets, has_fingerprint, column="fingerprint")
+    sample = np.flatnonzero(search.is_left)
+    first, second, similarity = near_audio_pairs(
+        ClipWords(content.view("<u4"), starts // 4),
+        min_similarity=options.audio_min_similarity,
+        num_queries=_num_queries(search, sample),
+        memory_bytes=int(search.config.memory_gb * 2**29),
+    )
+    return Pairs(sample[first], sample[second], similarity)
+
+
+def find_near_captions(search: Search) -> Found:
+    """Samples of which any caption is nearly one of the other's."""
+    options: NearCaptions = search.config.near_captions
+    counts: list[np.ndarray] = []
+    sets = read_shingles(
+        _caption_batches(search, counts),
+        search.folder,
+        shingle_words=options.shingle_words,
+        permutations=options.permutations,
+    )
+    sample = np.repeat(np.flatnonzero(search.is_left), np.concatenate([np.empty(0, int), *counts]))
+    first, second, similarity = near_caption_pairs(
+        sets, min_jaccard=options.min_jaccard, num_queries=_num_queries(search, sample)
+    )
+    first, second = sample[first], sample[second]
+    is_other = first != second  # a sample's own captions may be alike
+    return Found(Pairs(first[is_other], second[is_other], similarity[is_other]))
+
+
+def _caption_batches(search: Search, counts: list[np.ndarray]) -> Iterator[list[str]]:
+    """Captions of the samples that are left; `counts` receives how many each has."""
+    import pyarrow
+    import pyarrow.compute
+
+    for start, table in search.datasets.tables(["captions"]):
+        chosen = pyarrow.array(search.is_left[start : start + table.num_rows])
+        column = table["captions"].filter(chosen)
+        counts.append(pyarrow.compute.list_value_length(column).fill_null(0).to_numpy())
+        yield pyarrow.compute.list_flatten(column).fill_null("").to_pylist()
+
+
+def find_semantic(search: Search) -> Found:
+    """Samples whose media mean the same, by their embeddings.
+
+    Raises:
+        InputError: the embeddings are missing or unfinished, or do not belong to the datasets.
+    """
+    options = search.config.semantic
+    embeddings, sample = read_embeddings(
+        search.datasets,
+        [*options.embeddings, *options.against_embeddings],
+        is_left=search.is_left,
+        path=search.folder / "embeddings.bin",
+    )
+    pairs, cosine = semantic_pairs(
+        embeddings,
+        min_cosine=options.min_cosine,
+        samples_per_cluster=options.samples_per_cluster,
+        seed=search.config.seed,
+        num_queries=_num_queries(search, sample),
+    )
+    rank = np.zeros(len(search.is_left), np.float32)
+    rank[sample] = cosine
+    return Found(Pairs(sample[pairs.first], sample[pairs.second], pairs.similarity), rank)
+
+
+def _samples_with(search: Search, has_value: np.ndarray, *, column: str) -> np.ndarray:
+    """int64 [n]: the samples that are left and have a value in a column."""
+    _check_measured(search.datasets, has_value, column=column)
+    return np.flatnonzero(search.is_left & has_value)
+
+
+def _check_measured(datasets: JoinedDatasets, has_value: np.ndarray, *, column: str) -> None:
+    """
+    Args:
+        datasets: whose samples they are.
+        has_value: bool [samples].
+        column: that a method needs.
+
+    Raises:
+        InputError: a dataset has samples, but none with a value.
+    """
+    for number, folder in enumerate(datasets.folders):
+        part = has_value[datasets.starts[number] : datasets.starts[number + 1]]
+        if len(part) and not part.any():
+            raise InputError(
+                f"{folder}: expected Parquets with values in the column {column}, found none; "
+                f"{MEASURE_ADVICE}"
+            )
+        if not part.all():
+            log.warning(
+                "%s: %s of %s samples have no %s and are not compared by it; %s",
+                folder,
+                f"{len(part) - part.sum():,}",
+                f"{len(part):,}",
+                column,
+                MEASURE_ADVICE,
+            )
+
+
+def _num_queries(search: Search, sample: np.ndarray) -> int:
+    """How many of samples in ascending order are not evaluation samples."""
+    return int(np.searchsorted(sample, search.datasets.num_queries))
+
+
+def _mask(samples: np.ndarray, num: int) -> np.ndarray:
+    mask = np.zeros(num, dtype=bool)
+    mask[samples] = True
+    return mask

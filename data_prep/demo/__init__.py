@@ -1,0 +1,1 @@
+"""Synthetic images, sounds and captions of the demo."""

@@ -1,0 +1,1 @@
+"""Polite, cached download of media from web addresses."""

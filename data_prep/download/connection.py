@@ -1,0 +1,179 @@
+"""Connections to web servers that end in time, and that do not reach into the local network.
+
+A time-out of a socket starts anew with every byte. So a watch ends each exchange (a request and
+its response) that is not over at its deadline, by shutting its socket down; and all of them, at
+once, when it is closed.
+
+Where a host's name leads is looked up once per connection, and the very addresses that were
+checked are connected to: a name that leads elsewhere a moment later gains nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util.connection import create_connection
+from urllib3.util.ssl_ import create_urllib3_context
+
+from data_prep.download.address import DownloadError, is_public
+
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass
+class Exchange:
+    """A request and its response, on one thread."""
+
+    deadline: float  # of time.monotonic
+    socket: socket.socket | None = None  # of its own, of the connection it goes over
+    is_overdue: bool = False
+
+
+class ConnectionWatch:
+    """Ends exchanges at their deadline, from a thread of its own."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self._lock = threading.Lock()
+        self._exchanges: dict[int, Exchange] = {}  # by thread
+        threading.Thread(target=self._end_overdue, daemon=True, name="connection watch").start()
+
+    @contextmanager
+    def exchange(self, seconds: float) -> Iterator[Exchange]:
+        """Within it, this thread's sockets end after so many seconds."""
+        exchange = Exchange(time.monotonic() + seconds)
+        with self._lock:
+            self._exchanges[threading.get_ident()] = exchange
+        try:
+            yield exchange
+        finally:
+            with self._lock:
+                del self._exchanges[threading.get_ident()]
+                if exchange.socket is not None:
+                    exchange.socket.close()
+
+    def begin(self, connection: socket.socket) -> None:
+        """This thread's exchange goes over this connection.
+
+        It is duplicated, because TLS replaces the socket, and urllib3 closes it, on the way.
+        """
+        duplicate = socket.socket(fileno=os.dup(connection.fileno()))
+        with self._lock:
+            exchange = self._exchanges[threading.get_ident()]
+            if exchange.socket is not None:
+                exchange.socket.close()
+            exchange.socket = duplicate
+            if self.closed.is_set():
+                _shut_down(duplicate)
+
+    def close(self) -> None:
+        """Ends every exchange, and those that begin later."""
+        with self._lock:
+            self.closed.set()
+            for exchange in self._exchanges.values():
+                _shut_down(exchange.socket)
+
+    def _end_overdue(self) -> None:
+        while not self.closed.wait(SECONDS_BETWEEN_LOOKS):
+            now = time.monotonic()
+            with self._lock:
+                for exchange in self._exchanges.values():
+                    if now > exchange.deadline:
+                        exchange.is_overdue = True
+                        _shut_down(exchange.socket)
+
+
+def _shut_down(connection: socket.socket | None) -> None:
+    if connection is not None:
+        with contextlib.suppress(OSError):  # it has ended by itself
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+class _WatchedConnection:
+    """What the connection classes of urllib3 are extended by."""
+
+    watch: ConnectionWatch
+    private_hosts: bool
+
+    def _new_conn(self) -> socket.socket:
+        connection = _connect(self._dns_host, self.port, self.timeout, self.private_hosts)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.watch.begin(connection)
+        return connection
+
+    def putrequest(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:  # kept open from an earlier exchange
+            self.watch.begin(self.sock)
+        super().putrequest(*args, **kwargs)
+
+
+def _connect(host: str, port: int, timeout: float, private_hosts: bool) -> socket.socket:
+    addresses = _resolve(host, port)
+    allowed = [address for address in addresses if private_hosts or is_public(address)]
+    if not allowed:
+        raise DownloadError(
+            "download_private_host",
+            f"{host} is at {addresses[0]}, which is not on the public internet; where URLs may "
+            "lead there, set download.private_hosts=true",
+        )
+    for address in allowed:
+        try:
+            return create_connection((address, port), timeout)
+        except TimeoutError:
+            error = DownloadError(
+                "download_timeout", f"{host}: no connection in {timeout} s", is_transient=True
+            )
+        except OSError as failure:
+            message = f"{host}: {failure.strerror or failure}"
+            error = DownloadError("download_unreachable", message, is_transient=True)
+    raise error
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    """The host's IP addresses, in the order in which to try them."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise DownloadError("download_unreachable", f"{host}: {error}", is_transient=True) from None
+    return list(dict.fromkeys(address[0] for *_, address in found))
+
+
+def build_connection_pools(
+    watch: ConnectionWatch, *, private_hosts: bool, connections_per_host: int, num_hosts: int
+) -> PoolManager:
+    """Pools of connections that the watch ends; redirects and retries are left to the caller.
+
+    Args:
+        private_hosts: connect to addresses off the public internet as well.
+        connections_per_host: kept open between requests.
+        num_hosts: with connections kept open.
+    """
+    options = {"watch": watch, "private_hosts": private_hosts}
+    http = type("WatchedHTTPConnection", (_WatchedConnection, HTTPConnection), options)
+    https = type("WatchedHTTPSConnection", (_WatchedConnection, HTTPSConnection), options)
+    manager = PoolManager(num_hosts, maxsize=connections_per_host, ssl_context=_tls_context())
+    manager.pool_classes_by_scheme = {
+        "http": type("WatchedHTTPPool", (HTTPConnectionPool,), {"ConnectionCls": http}),
+        "https": type("WatchedHTTPSPool", (HTTPSConnectionPool,), {"ConnectionCls": https}),
+    }
+    return manager
+
+
+@lru_cache
+def _tls_context() -> ssl.SSLContext:
+    """One for the process: reading the system's certificates takes longer than many requests."""
+    context = create_urllib3_context()
+    context.load_default_certs()
+    return context

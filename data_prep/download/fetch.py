@@ -1,0 +1,260 @@
+"""Fetches one URL into a file: redirects, limits, retries.
+
+1. an attempt follows redirects; every hop is asked for permission, takes a place of its host, and
+   is held to the time limit
+2. the body is written as it comes, never more than max_bytes of it
+3. what may end otherwise another time is tried again, after a wait that doubles each time
+"""
+
+from __future__ import annotations
+
+import email.utils
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import IncompleteRead
+
+from urllib3 import BaseHTTPResponse, Timeout
+from urllib3 import exceptions as urllib3_errors
+
+from data_prep.config import DownloadOptions
+from data_prep.download.address import DownloadError, WebAddress, parse_address, redirected_address
+from data_prep.download.body import PIECE_BYTES, ResponseBody
+from data_prep.download.cache import DownloadCache, DownloadsEnded, FetchRecord
+from data_prep.download.connection import ConnectionWatch, Exchange, build_connection_pools
+
+FIRST_WAIT_SECONDS = 0.5  # before the first retry
+LONGEST_WAIT_SECONDS = 60.0  # also where a server asks for more
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+NOT_FOUND, REFUSED = frozenset({404, 410}), frozenset({401, 403, 451})
+TRANSIENT_STATUSES = frozenset({408, 425, 429})  # besides 5xx
+
+CheckAddress = Callable[[WebAddress], None]
+CheckResponse = Callable[[BaseHTTPResponse], None]
+
+
+class WebFetcher:
+    """Fetches URLs; may be used by many threads at a time.
+
+    Args:
+        options: limits and manners.
+        cache: whose host places are taken.
+        watch: ends exchanges in time, and all of them when it is closed.
+    """
+
+    def __init__(self, options: DownloadOptions, *, cache: DownloadCache, watch: ConnectionWatch):
+        self._options = options
+        self._cache = cache
+        self._watch = watch
+        self._pools = build_connection_pools(
+            watch,
+            private_hosts=options.private_hosts,
+            connections_per_host=options.connections_per_host,
+            num_hosts=2 * options.threads,
+        )
+
+    def close(self) -> None:
+        self._pools.clear()
+
+    def fetch(
+        self,
+        url: str,
+        path: str,
+        *,
+        max_bytes: int,
+        cut: bool = False,
+        check_address: CheckAddress,
+        check_response: CheckResponse,
+    ) -> FetchRecord:
+        """What became of the URL; its body, if it has one, is then in the file.
+
+        Args:
+            url: as a person gave it.
+            path: file to write, which nobody else writes.
+            max_bytes: longest body.
+            cut: end a longer body there, instead of refusing it.
+            check_address: called with the address of every hop; raises DownloadError.
+            check_response: called with every redirect, and the response whose body will be read;
+                likewise.
+
+        Raises:
+            DownloadsEnded: the downloader was closed.
+            RunError: the disk is full, or broken.
+        """
+        for attempt in range(self._options.retries + 1):
+            try:
+                address = parse_address(url)
+                body = ResponseBody(path, max_bytes=max_bytes, cut=cut, cache=self._cache)
+                self._follow(address, body, check_address, check_response)
+                return FetchRecord(
+                    num_bytes=body.num_bytes,
+                    sha256=body.sha256.hexdigest(),
+                    max_bytes=max_bytes,
+                    time=time.time(),
+                )
+            except DownloadError as error:
+                if self._watch.closed.is_set():
+                    raise DownloadsEnded from None
+                if not error.is_transient or attempt == self._options.retries:
+                    return FetchRecord(
+                        reason=error.reason,
+                        detail=error.detail,
+                        is_transient=error.is_transient,
+                        status=error.status,
+                        max_bytes=max_bytes,
+                        time=time.time(),
+                    )
+                self._wait(attempt, error.retry_after_seconds)
+        raise AssertionError("the last attempt returns")
+
+    def _wait(self, attempt: int, asked_seconds: float | None) -> None:
+        seconds = FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.0)
+        seconds = min(max(seconds, asked_seconds or 0.0), LONGEST_WAIT_SECONDS)
+        if self._watch.closed.wait(seconds):
+            raise DownloadsEnded
+
+    def _follow(
+        self,
+        address: WebAddress,
+        body: ResponseBody,
+        check_address: CheckAddress,
+        check_response: CheckResponse,
+    ) -> None:
+        for _ in range(self._options.max_redirects + 1):
+            check_address(address)
+            with (
+                self._cache.host_place(address.host, num_places=self._options.connections_per_host),
+                self._watch.exchange(self._options.total_timeout_seconds) as exchange,
+                _urllib3_errors(address, exchange, self._options),
+                self._response(address) as response,
+            ):
+                location = response.headers.get("Location")
+                is_redirect = response.status in REDIRECTS and bool(location)
+                if not is_redirect:
+                    _check_status(response)
+                check_response(response)
+                if not is_redirect:
+                    body.read(response)
+                    self._check_end(exchange)
+                    return
+            address = redirected_address(address, location)
+        raise DownloadError(
+            "download_too_many_redirects", f"more than {self._options.max_redirects}"
+        )
+
+    def _check_end(self, exchange: Exchange) -> None:
+        """A body of unknown length that the watch ended looks whole."""
+        if exchange.is_overdue:
+            raise DownloadError("download_timeout", "", is_transient=True)
+        if self._watch.closed.is_set():
+            raise DownloadsEnded
+
+    @contextmanager
+    def _response(self, address: WebAddress) -> Iterator[BaseHTTPResponse]:
+        headers = {
+            "User-Agent": self._options.user_agent,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+        }
+        if address.authorization is not None:
+            headers["Authorization"] = address.authorization
+        response = self._pools.urlopen(
+            "GET",
+            address.url,
+            headers=headers,
+            redirect=False,
+            retries=False,
+            preload_content=False,
+            decode_content=False,
+            timeout=Timeout(
+                connect=self._options.connect_timeout_seconds,
+                read=self._options.read_timeout_seconds,
+            ),
+        )
+        try:
+            yield response
+        finally:
+            _finish(response)
+
+
+def _finish(response: BaseHTTPResponse) -> None:
+    """Gives the connection back for the next request, or closes it if a body is still to come."""
+    if 0 < (response.length_remaining or 0) <= PIECE_BYTES:
+        response.drain_conn()
+    if not response.closed:
+        response.close()
+    response.release_conn()
+
+
+def _check_status(response: BaseHTTPResponse) -> None:
+    status = response.status
+    if status == 200:
+        return
+    if status in NOT_FOUND:
+        raise DownloadError("download_not_found", f"status {status}", status=status)
+    if status in REFUSED:
+        raise DownloadError("download_refused", f"status {status}", status=status)
+    raise DownloadError(
+        "download_http_error",
+        f"status {status}",
+        is_transient=status in TRANSIENT_STATUSES or status >= 500,
+        status=status,
+        retry_after_seconds=_retry_after_seconds(response.headers.get("Retry-After")),
+    )
+
+
+def _retry_after_seconds(header: str | None) -> float | None:
+    """Seconds that a Retry-After asks for, which gives their number or a date."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _urllib3_errors(
+    address: WebAddress, exchange: Exchange, options: DownloadOptions
+) -> Iterator[None]:
+    """Raises a DownloadError for every error of urllib3, http.client and the sockets below."""
+    try:
+        yield
+    except DownloadError:
+        if exchange.is_overdue:  # a body that ends early because the watch ended it
+            raise _overdue(address, options) from None
+        raise
+    except (urllib3_errors.HTTPError, OSError) as error:
+        if exchange.is_overdue:
+            raise _overdue(address, options) from None
+        raise _download_error(address, error, options) from None
+
+
+def _overdue(address: WebAddress, options: DownloadOptions) -> DownloadError:
+    return DownloadError(
+        "download_timeout",
+        f"{address.host}: no whole response in {options.total_timeout_seconds} s",
+        is_transient=True,
+    )
+
+
+def _download_error(
+    address: WebAddress, error: Exception, options: DownloadOptions
+) -> DownloadError:
+    if isinstance(error, urllib3_errors.TimeoutError):
+        message = f"{address.host}: nothing in {options.read_timeout_seconds} s"
+        return DownloadError("download_timeout", message, is_transient=True)
+    if isinstance(error, urllib3_errors.SSLError | ssl.SSLError):
+        is_certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        message = f"{address.host}: TLS: {error}"
+        return DownloadError("download_unreachable", message, is_transient=not is_certificate)
+    if isinstance(error.args[-1] if error.args else None, IncompleteRead):
+        message = f"{address.host}: the body ends early"
+        return DownloadError("download_http_error", message, is_transient=True)
+    if isinstance(error, urllib3_errors.LocationValueError):
+        return DownloadError("download_bad_url", f"{address.host}: {error}")
+    return DownloadError("download_unreachable", f"{address.host}: {error}", is_transient=True)

@@ -1,0 +1,1 @@
+"""Decoding, checking, re-encoding and fingerprinting of images and audio."""

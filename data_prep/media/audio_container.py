@@ -1,0 +1,134 @@
+"""Whether the bytes of a clip are whole, by its container: libsndfile reads a file that was cut
+short as far as it goes, without an error.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+from data_prep.media.formats import MediaError, audio_format, id3_bytes, is_mp3_frame
+
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+UNKNOWN_LENGTH = 0xFFFFFFFF  # what programs that write WAV into a pipe put as its length
+# kbit/s of MPEG layer III, by the upper four bits of a header's third byte.
+MP3_BIT_RATES = {
+    "version 1": (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    "version 2": (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+MP3_SAMPLE_RATES = (44_100, 48_000, 32_000)  # Hz of version 1
+
+
+def check_is_whole(content: bytes) -> None:
+    """Checks that the sound of a WAV, AIFF, Ogg or MP3 file runs to its end.
+
+    FLAC needs no such check: its decoder finds what is missing.
+
+    Raises:
+        MediaError: truncated, bad_sample_rate, chained (an Ogg of several recordings in a row), or
+            undecodable: a page of Ogg is damaged.
+    """
+    check = CHECKS.get(audio_format(content))
+    if check is not None:
+        check(content)
+
+
+def _check_wav(content: bytes) -> None:
+    """RIFF, and RF64, which holds its sizes of 64 bits in a chunk of its own."""
+    long_size = None
+    for name, size, start in _chunks(content, byte_order="<"):
+        if name == b"ds64" and size >= 16:
+            long_size = int.from_bytes(content[start + 8 : start + 16], "little")
+        if name == b"fmt " and content[start + 4 : start + 8] == bytes(4):
+            raise MediaError("WAV of 0 Hz", reason="bad_sample_rate")
+        if name == b"data":
+            if size == UNKNOWN_LENGTH:
+                size = long_size
+            _check_sound_bytes(content, start, size, container="WAV")
+            return  # what follows the sound is no matter
+
+
+def _check_aiff(content: bytes) -> None:
+    for name, size, start in _chunks(content, byte_order=">"):
+        if name == b"SSND":
+            _check_sound_bytes(content, start, size, container="AIFF")
+
+
+def _chunks(content: bytes, *, byte_order: str):
+    """(name, size, first byte) of every chunk of a RIFF or an AIFF file."""
+    place = 12
+    while place + 8 <= len(content):
+        name, size = struct.unpack_from(byte_order + "4sI", content, place)
+        yield name, size, place + 8
+        place += 8 + size + size % 2
+
+
+def _check_sound_bytes(content: bytes, start: int, size: int | None, *, container: str) -> None:
+    if size is not None and start + size > len(content):
+        raise MediaError(
+            f"{container} cut short: expected {size} bytes of sound, found {len(content) - start}",
+            reason="truncated",
+        )
+
+
+def _check_mp3(content: bytes) -> None:
+    """Walks from frame to frame; what follows the last one (tags, padding) is no matter."""
+    place = id3_bytes(content)
+    while is_mp3_frame(content[place : place + 4]):
+        size = _mp3_frame_bytes(content[place : place + 4])
+        if place + size > len(content):
+            raise MediaError(
+                f"MP3 cut short: the frame at byte {place} has {size} bytes, "
+                f"{len(content) - place} are left",
+                reason="truncated",
+            )
+        place += size
+
+
+def _mp3_frame_bytes(header: bytes) -> int:
+    """ISO 11172-3, 2.4.3.1: 144 bit rate / sample rate, and one byte if padded."""
+    version = header[1] >> 3 & 3  # 3: MPEG 1; 2: MPEG 2; 0: MPEG 2.5
+    rates = MP3_BIT_RATES["version 1" if version == 3 else "version 2"]
+    bits_per_second = 1000 * rates[header[2] >> 4]
+    sample_rate_hz = MP3_SAMPLE_RATES[header[2] >> 2 & 3] // {3: 1, 2: 2, 0: 4}[version]
+    bytes_by_rate = 144 if version == 3 else 72
+    return bytes_by_rate * bits_per_second // sample_rate_hz + (header[2] >> 1 & 1)
+
+
+def _check_ogg(content: bytes) -> None:
+    """An Ogg file that lost pages or its end is decoded by libsndfile to a shorter clip."""
+    place, next_page, is_ended = id3_bytes(content), {}, {}
+    is_beginning = True  # the first pages of all streams come before any other (RFC 3533, 4)
+    while place < len(content):
+        header = content[place : place + 27]
+        if len(header) < 27 or header[:4] != b"OggS":
+            raise MediaError(f"Ogg: expected a page at byte {place} of {len(content)}")
+        sizes = content[place + 27 : place + 27 + header[26]]
+        page_end = place + 27 + header[26] + sum(sizes)
+        if page_end > len(content):
+            raise MediaError(f"Ogg cut short in the page at byte {place}", reason="truncated")
+        if _ogg_crc32(content[place:page_end]) != int.from_bytes(header[22:26], "little"):
+            raise MediaError(f"Ogg: the page at byte {place} is damaged")
+        flags, stream, page = struct.unpack_from("<5xB8xII", header)
+        if flags & 2 and not is_beginning:  # libsndfile reads the first recording alone
+            raise MediaError(
+                f"Ogg of several recordings in a row: at byte {place}", reason="chained"
+            )
+        if page != next_page.get(stream, page):
+            raise MediaError(f"Ogg: expected page {next_page[stream]}, found {page}")
+        is_beginning = bool(flags & 2)
+        next_page[stream], is_ended[stream] = page + 1, bool(flags & 4)
+        place = page_end
+    if not all(is_ended.values()):
+        raise MediaError("Ogg cut short: its last page is missing", reason="truncated")
+
+
+def _ogg_crc32(page: bytes) -> int:
+    """Ogg's checksum is zlib's polynomial with the bits the other way round and no inversion."""
+    blanked = page[:22] + bytes(4) + page[26:]
+    crc = zlib.crc32(blanked.translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int.from_bytes(crc.to_bytes(4, "little").translate(REVERSED_BITS), "big")
+
+
+CHECKS = {"wav": _check_wav, "aiff": _check_aiff, "mp3": _check_mp3, "ogg": _check_ogg}
+CHECKS["opus"] = _check_ogg

@@ -1,0 +1,93 @@
+"""Colours of decoded pictures: transparency on white, and any colours to sRGB."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from data_prep.media.formats import MediaError
+
+# A profile that moves no colour by more is sRGB itself, in one of its many spellings.
+MAX_SRGB_DIFFERENCE = 2
+PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+PLAIN_MODES = tuple(PROFILE_SPACES)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether a picture has transparency: a channel of it, or a colour that stands for it."""
+    return image.has_transparency_data
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """The picture in mode L, RGB or CMYK, with 8 bits a channel and transparency on white.
+
+    Raises:
+        MediaError: unsupported_colors, such as those of float or Lab pictures.
+    """
+    if image.mode.startswith("I;16"):
+        return _upper_bits(image)
+    if image.mode in ("I", "F", "LAB", "HSV"):
+        raise MediaError(
+            f"picture of mode {image.mode}: its colours have no common scale",
+            reason="unsupported_colors",
+        )
+    if has_alpha(image):
+        is_gray = image.mode in ("1", "L", "LA")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("L" if is_gray else "RGB")
+    if image.mode in PLAIN_MODES:
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """Pillow would clip the values of 16 bits to 255."""
+    values = np.asarray(image)
+    gray = (values >> 8).astype(np.uint8)
+    if "transparency" in image.info:
+        gray[values == image.info["transparency"]] = 255
+    return Image.fromarray(gray)
+
+
+def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
+    """The picture in RGB, by its profile; one that is damaged or of other channels is left out."""
+    transform = color_transform(icc_profile, image.mode)
+    if transform is not None:
+        return transform.apply(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@lru_cache(maxsize=64)
+def color_transform(icc_profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings pixels of this mode and profile to sRGB; None: they are it as they are."""
+    if not icc_profile:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+        if profile.profile.xcolor_space.strip() != PROFILE_SPACES.get(mode):
+            return None
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        transform = ImageCms.buildTransform(profile, srgb, mode, "RGB")
+        colors = _color_samples(mode)
+        found = np.asarray(transform.apply(colors))
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    if mode != "CMYK":
+        expected = np.asarray(colors.convert("RGB"))
+        if np.abs(found.astype(int) - expected).max() <= MAX_SRGB_DIFFERENCE:
+            return None
+    return transform
+
+
+def _color_samples(mode: str) -> Image.Image:
+    """A picture of many colours, evenly over all that the mode has."""
+    if mode == "L":
+        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    channels = np.meshgrid(*[levels] * len(mode), indexing="ij")
+    colors = np.stack(channels, axis=-1).reshape(len(levels), -1, len(mode))
+    return Image.fromarray(colors, mode=mode)

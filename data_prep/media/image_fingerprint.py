@@ -1,0 +1,102 @@
+"""What near-duplicate pictures are found by: a perceptual hash, and a thumbnail that confirms.
+
+The hash says of each low frequency of the picture's brightness whether it is positive, so that it
+hardly changes with size, compression, brightness and contrast. Pictures that are not alike share it
+now and then; the thumbnail tells them apart (data_prep.dedup.image_similarity), and shows the hash
+of a cropped copy (data_prep.dedup.crop_windows).
+
+Both come from the same reduced picture of 32 x 32 pixels, in whole numbers: equal pixels give equal
+fingerprints on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+GRID = 32  # pixels on a side of the reduced picture
+MAX_SIDE = 256  # of larger pictures, rows in between are left out
+LUMA_WEIGHTS = np.array([77.0, 150.0, 29.0]) / 256  # of red, green and blue
+LUMA_SIDE = 16  # pixels of the thumbnail's brightness
+CHROMA_SIDE = 8  # and of its two colour differences
+SIGNATURE_BYTES = LUMA_SIDE**2 + 2 * CHROMA_SIDE**2
+NUM_FREQUENCIES = 9  # in each direction; of these 80, the 64 lowest make the hash
+# A flat picture has no frequencies: what is below this, in levels of 255, is noise.
+MIN_AMPLITUDE = 0.05
+COSINE_SCALE = 4096
+
+
+def _lowest_frequencies() -> np.ndarray:
+    """Int [2, 64]: (vertical, horizontal) of each bit, from the lowest frequency on."""
+    every = [(i, j) for i in range(NUM_FREQUENCIES) for j in range(NUM_FREQUENCIES) if i or j]
+    return np.array(sorted(every, key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))[:64]).T
+
+
+def _cosines() -> np.ndarray:
+    """float64 [9, 32] holding whole numbers: the DCT-II's basis, times COSINE_SCALE.
+
+    Sums of whole numbers are exact in float64, in any order.
+    """
+    frequency, place = np.mgrid[:NUM_FREQUENCIES, :GRID]
+    return np.rint(COSINE_SCALE * np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID)))
+
+
+def _blocks(side: int) -> np.ndarray:
+    """float64 [side, 32]: the sum over each of `side` equal parts."""
+    return np.kron(np.eye(side), np.ones(GRID // side))
+
+
+FREQUENCIES = _lowest_frequencies()
+COSINES = _cosines()
+LUMA_BLOCKS, CHROMA_BLOCKS = _blocks(LUMA_SIDE), _blocks(CHROMA_SIDE)
+# Mirrored left to right, every odd horizontal frequency changes its sign.
+MIRRORING = np.where(FREQUENCIES[1] % 2, -1.0, 1.0)
+THRESHOLD = MIN_AMPLITUDE * 256 * (GRID * COSINE_SCALE) ** 2
+
+
+def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
+    """The columns phash, phash_mirrored and signature of a picture.
+
+    Args:
+        pixels: uint8 [H, Wd, 3] of any size from 1 x 1, RGB.
+
+    Returns:
+        phash: 64 bits, as a whole number; phash_mirrored: of the picture mirrored left to right;
+        signature: SIGNATURE_BYTES bytes: brightness [16, 16], then blue and red difference [8, 8].
+    """
+    reduced = _reduced(pixels)  # [32, 32, 3]
+    luma = reduced @ (LUMA_WEIGHTS * 256)  # [32, 32], in 1/256
+    amplitudes = (COSINES @ luma @ COSINES.T)[FREQUENCIES[0], FREQUENCIES[1]]  # [64]
+    return {
+        "phash": _packed(amplitudes > THRESHOLD),
+        "phash_mirrored": _packed(amplitudes * MIRRORING > THRESHOLD),
+        "signature": _signature(reduced, luma),
+    }
+
+
+def _reduced(pixels: np.ndarray) -> np.ndarray:
+    """float64 [32, 32, 3] holding whole numbers: the whole picture, whatever its shape."""
+    pixels = pixels[:: max(1, len(pixels) // MAX_SIDE)]
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    size = (GRID, GRID)
+    reduced = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(reduced, dtype=np.float64)
+
+
+def _packed(bits: np.ndarray) -> int:
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+
+
+def _signature(reduced: np.ndarray, luma: np.ndarray) -> bytes:
+    """
+    Args:
+        reduced: float64 [32, 32, 3].
+        luma: float64 [32, 32], in 1/256.
+    """
+    small_luma = LUMA_BLOCKS @ luma @ LUMA_BLOCKS.T // (256 * 4)  # [16, 16]
+    colours = CHROMA_BLOCKS @ reduced.transpose(2, 0, 1) @ CHROMA_BLOCKS.T  # [3, 8, 8], times 16
+    mean = CHROMA_BLOCKS @ luma @ CHROMA_BLOCKS.T / 256  # [8, 8], times 16
+    differences = (colours[[2, 0]] - mean) // 32 + 128  # [2, 8, 8]
+    return small_luma.astype(np.uint8).tobytes() + differences.astype(np.uint8).tobytes()

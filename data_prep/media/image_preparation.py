@@ -1,0 +1,218 @@
+"""One picture: checked within limits, decoded once, and kept as it is or re-encoded.
+
+The one decoding serves as check, as source of the re-encoding, and for the fingerprint. JPEGs are
+decoded by simplejpeg, which finds damage that Pillow paints over; a large one is decoded at an
+eighth, a quarter, three eighths or half its size (by the library's scaled DCT), if that is not
+below the size asked for, and then resampled. One that is kept is decoded as small as its
+fingerprint allows.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+from data_prep.config import ImageOptions
+from data_prep.media.decode import MAX_PIXELS, PILLOW_ERRORS, check_pixels
+from data_prep.media.formats import STORED_FORMATS, MediaError, check_kind, check_stored
+from data_prep.media.image_color import color_transform, flatten, has_alpha, to_srgb
+from data_prep.media.image_container import open_image
+from data_prep.media.image_fingerprint import image_fingerprint
+from data_prep.media.prepared_media import PreparedMedia
+
+# Five to seven eighths take the library longer than the whole.
+DCT_EIGHTHS = (1, 2, 3, 4)
+FINGERPRINT_SIDE = 128  # pixels of the shorter side that a fingerprint needs
+JPEG_MODES = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}  # all others are decoded to RGB
+TRANSPOSITIONS = {  # EXIF orientation -> what sets the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LONGEST_SIDES = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}  # pixels that a format can hold
+PNG_BIT_DEPTH = 24  # place of the byte in the file
+
+
+def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
+    """The picture as it is stored, with the columns of shard_columns.MEASURES["image"].
+
+    Raises:
+        MediaError: damaged, of an unknown format, animated, or above a limit.
+    """
+    source_format = check_kind(content, "image")
+    check_stored(source_format, "image", options.reencode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on odd metadata: no matter of the pixels
+        with open_image(content, source_format, max_pixels=options.max_pixels) as image:
+            width, height = image.size
+            try:
+                stored, extension, pixels = _stored(content, source_format, image, options)
+            except MediaError:
+                raise
+            except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
+                raise MediaError(f"not a readable {source_format}: {error}") from None
+    is_reencoded = stored is not content
+    measures = {
+        "height": pixels.shape[0] if is_reencoded else height,
+        "width": pixels.shape[1] if is_reencoded else width,
+        "source_height": height,
+        "source_width": width,
+        "is_reencoded": is_reencoded,
+        **image_fingerprint(pixels),
+    }
+    return PreparedMedia(stored, extension, measures, _filters(height, width, options))
+
+
+def _filters(height: int, width: int, options: ImageOptions) -> tuple[str, ...]:
+    """By the size before re-encoding."""
+    short, long = sorted((height, width))
+    found = ["image_too_small"] if short < options.min_side else []
+    if options.max_aspect_ratio is not None and long > options.max_aspect_ratio * short:
+        found.append("image_aspect_ratio")
+    return tuple(found)
+
+
+def _stored(
+    content: bytes, source_format: str, image: Image.Image, options: ImageOptions
+) -> tuple[bytes, str, np.ndarray]:
+    """(bytes, extension, the pixels that were stored: uint8 [H, Wd, 3])"""
+    is_animated = source_format != "jpg" and getattr(image, "is_animated", False)
+    if is_animated and not options.first_frame:
+        raise MediaError(
+            f"{source_format} of several frames or pages; first_frame=true keeps the first",
+            reason="animated",
+        )
+    bit_depth = content[PNG_BIT_DEPTH] if source_format == "png" else 8
+    if source_format != "jpg":
+        image.load()  # before its EXIF is read, which in a PNG may follow the pixels
+    transposition = TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    size = scaled_size(image.height, image.width, options.shorter_side)
+    check_pixels(*size, max_pixels=MAX_PIXELS)  # the most that training decodes
+    is_as_asked = (
+        source_format in STORED_FORMATS["image"]
+        and not is_animated
+        and size == (image.height, image.width)
+        and transposition is None
+        and bit_depth <= 8
+        and _is_plain_color(image)
+    )
+    if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
+        return content, source_format, _checked_pixels(content, source_format, image)
+    icc_profile = image.info.get("icc_profile")
+    picture = to_srgb(_decode(content, source_format, image, size=size), icc_profile)
+    if transposition is not None:
+        picture = picture.transpose(transposition)
+    pixels = np.asarray(picture)
+    return encode_image(pixels, options), options.format, pixels
+
+
+def scaled_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
+    """(height, width) in pixels with the shorter side brought down to `shorter_side`, never up."""
+    shorter = min(height, width)
+    if shorter_side is None or shorter <= shorter_side:
+        return height, width
+    return round(height * shorter_side / shorter), round(width * shorter_side / shorter)
+
+
+def _is_plain_color(image: Image.Image) -> bool:
+    """Whether every decoder shows the picture in the same colours: sRGB or grey, opaque."""
+    if image.mode not in ("1", "L", "P", "RGB") or has_alpha(image):
+        return False
+    return color_transform(image.info.get("icc_profile"), _profile_mode(image)) is None
+
+
+def _profile_mode(image: Image.Image) -> str:
+    return "L" if image.mode in ("1", "L") else "RGB"
+
+
+def _checked_pixels(content: bytes, source_format: str, image: Image.Image) -> np.ndarray:
+    """uint8 [H, Wd, 3] of a picture that is kept as it is: enough of it for the fingerprint.
+
+    A JPEG's scan is read to its end, and damage is found, at any reduction.
+    """
+    if source_format == "jpg" and image.mode != "CMYK":
+        eighths = _smallest_eighths(image.height, image.width, (FINGERPRINT_SIDE, FINGERPRINT_SIDE))
+        return simplejpeg.decode_jpeg(
+            content,
+            colorspace="RGB",
+            min_height=-(-image.height * eighths // 8),
+            min_width=-(-image.width * eighths // 8),
+            strict=True,
+        )
+    picture = _decode(content, source_format, image, size=(image.height, image.width))
+    return np.asarray(picture.convert("RGB"))
+
+
+def _smallest_eighths(height: int, width: int, size: tuple[int, int]) -> int:
+    """How many eighths of a JPEG's size are to be decoded, to be not below `size`."""
+    return next(
+        (n for n in DCT_EIGHTHS if height * n >= 8 * size[0] and width * n >= 8 * size[1]), 8
+    )
+
+
+def _decode(
+    content: bytes, source_format: str, image: Image.Image, *, size: tuple[int, int]
+) -> Image.Image:
+    """The picture of `size` (height, width), in mode L, RGB or CMYK."""
+    if source_format == "jpg":
+        picture, box = _decode_jpeg(content, size)
+    else:
+        picture, box = flatten(image), (0, 0, *image.size)
+    height, width = size
+    if picture.size == (width, height):
+        return picture
+    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def _decode_jpeg(
+    content: bytes, size: tuple[int, int]
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """(the picture, not below `size`, and what part of it the source covers)
+
+    Sides that are no multiple of 8 are rounded up in the reduced picture: a last row or column
+    then lies partly outside the source.
+    """
+    height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
+    mode = JPEG_MODES.get(color_space, "RGB")
+    eighths = _smallest_eighths(height, width, size)
+    pixels = simplejpeg.decode_jpeg(
+        content,
+        colorspace="GRAY" if mode == "L" else mode,
+        min_height=-(-height * eighths // 8),
+        min_width=-(-width * eighths // 8),
+        strict=True,
+    )
+    if mode == "CMYK":
+        pixels = 255 - pixels  # Adobe's convention, which all programs follow: 255 is no ink
+    if mode == "L":
+        pixels = pixels[:, :, 0]
+    picture = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
+    return picture, (0, 0, width * eighths / 8, height * eighths / 8)
+
+
+def encode_image(pixels: np.ndarray, options: ImageOptions) -> bytes:
+    """The bytes of uint8 [H, Wd, 3] in the format and quality asked for, without metadata.
+
+    Raises:
+        MediaError: too_long_side.
+    """
+    height, width, _ = pixels.shape
+    longest = LONGEST_SIDES[options.format]
+    if max(height, width) > longest:
+        raise MediaError(
+            f"{width} x {height} pixels; a side of a {options.format} has at most {longest}",
+            reason="too_long_side",
+        )
+    if options.format == "jpg":
+        return simplejpeg.encode_jpeg(pixels, quality=options.quality, colorsubsampling="420")
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, options.format.upper(), quality=options.quality)
+    return sink.getvalue()

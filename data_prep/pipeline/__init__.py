@@ -1,0 +1,1 @@
+"""Scan, plan and write: from source rows to finished shards."""

@@ -1,0 +1,130 @@
+"""Groups the pairs of an input into items, whatever their number: DuckDB sorts them on disk.
+
+Pairs of one media file become one item, at the place of the first of them. Over all items, class
+names are made to agree and repeated captions are limited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from data_prep.config import MakeShards
+from data_prep.sources.pair import Item, Pair
+
+MEMORY_LIMIT = "300MB"
+ROWS_PER_BATCH = 4096
+
+# Pairs of one media file have the same `item`: the place of the first of them.
+ITEM_OF_PAIR = {
+    "group": """
+        SELECT rows.*, coalesce(firsts.item, rows.n) AS item FROM rows LEFT JOIN
+        (SELECT media, place, min(n) AS item FROM rows WHERE media <> '' GROUP BY media, place)
+        AS firsts ON rows.media = firsts.media AND rows.place IS NOT DISTINCT FROM firsts.place
+    """,
+    "row": "SELECT *, n AS item FROM rows",
+}
+# How many items with an equal caption, up to case, come before this one.
+NUM_EARLIER = """
+    SELECT repeated, item, row_number() OVER (PARTITION BY repeated ORDER BY item) - 1 AS earlier
+    FROM (SELECT DISTINCT lower(caption) AS repeated, item FROM pairs WHERE reason IS NULL)
+"""
+PAIRS = "SELECT *, 0 AS earlier FROM pairs ORDER BY item, n"
+PAIRS_WITH_REPEATS = f"""
+    SELECT pairs.*, coalesce(counts.earlier, 0) AS earlier FROM pairs
+    LEFT JOIN ({NUM_EARLIER}) AS counts
+    ON lower(pairs.caption) = counts.repeated AND pairs.item = counts.item
+    ORDER BY pairs.item, n
+"""
+
+
+@cache
+def pair_schema() -> pyarrow.Schema:
+    """The columns of a pair in a Parquet: its fields."""
+    types = {"row": pyarrow.int64(), "marks": pyarrow.list_(pyarrow.string())}
+    return pyarrow.schema(
+        [
+            (field.name, types.get(field.name, pyarrow.string()))
+            for field in dataclasses.fields(Pair)
+        ]
+    )
+
+
+def group_pairs(rows_path: Path, *, config: MakeShards, scratch: Path) -> Iterator[Item]:
+    """The items, in order of first appearance.
+
+    Args:
+        rows_path: what scan_pairs wrote.
+        config: how to group, and which captions to limit.
+        scratch: folder for what does not fit in memory.
+    """
+    rows = _sorted_rows(rows_path, config=config, scratch=scratch)
+    for number, (_, group) in enumerate(groupby(rows, key=itemgetter("item"))):
+        pairs = [_limit_repeats(_pair_of_row(row), row["earlier"], config) for row in group]
+        pairs = [_check_class_name(pair, pairs) for pair in pairs]
+        yield Item(number=number, media=pairs[0].media, place=pairs[0].place, pairs=pairs)
+
+
+def _sorted_rows(rows_path: Path, *, config: MakeShards, scratch: Path) -> Iterator[dict[str, Any]]:
+    import duckdb
+
+    settings = {"memory_limit": MEMORY_LIMIT, "threads": 1, "temp_directory": str(scratch)}
+    with duckdb.connect(config=settings) as database:
+        database.from_parquet(str(rows_path)).create_view("rows")
+        database.sql(ITEM_OF_PAIR[config.captions_per_item]).create_view("pairs")
+        query = PAIRS if config.captions.max_repeats is None else PAIRS_WITH_REPEATS
+        for batch in database.sql(query).to_arrow_reader(ROWS_PER_BATCH):
+            yield from batch.to_pylist()
+
+
+def _limit_repeats(pair: Pair, num_earlier: int, config: MakeShards) -> Pair:
+    limit = config.captions.max_repeats
+    if limit is None or pair.reason is not None or num_earlier < limit:
+        return pair
+    if "caption_repeated" in config.mark_only:
+        return dataclasses.replace(pair, marks=(*pair.marks, "caption_repeated"))
+    detail = f"{num_earlier:,} items before have this caption"
+    return dataclasses.replace(pair, reason="caption_repeated", detail=detail)
+
+
+def _check_class_name(pair: Pair, pairs: Sequence[Pair]) -> Pair:
+    first = next((other for other in pairs if other.reason is None), pair)
+    if pair.reason is not None or pair.class_name == first.class_name:
+        return pair
+    detail = f"row {first.row} says {first.class_name!r}, this one {pair.class_name!r}"
+    return dataclasses.replace(pair, reason="conflicting_class_name", detail=detail)
+
+
+# --------------------------------------------------------------------------- pairs in a Parquet
+
+
+def table_of_pairs(pairs: Sequence[Pair], **further: Sequence[int]) -> pyarrow.Table:
+    """A table with a row per pair, and further columns of integers before its own."""
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in pair_schema().names}
+    return pyarrow.Table.from_pydict({**further, **columns}, schema=schema_with(*further))
+
+
+def schema_with(*names: str) -> pyarrow.Schema:
+    """The columns of a pair, after further columns of integers."""
+    return pyarrow.schema([*((name, pyarrow.int64()) for name in names), *pair_schema()])
+
+
+def items_of_table(table: pyarrow.Table) -> list[Item]:
+    """The items of a table of pairs with a column `item`, in order."""
+    items = []
+    for number, rows in groupby(table.to_pylist(), key=itemgetter("item")):
+        pairs = [_pair_of_row(row) for row in rows]
+        items.append(Item(number, pairs[0].media, pairs[0].place, pairs))
+    return items
+
+
+def _pair_of_row(row: dict[str, Any]) -> Pair:
+    values = {name: row[name] for name in pair_schema().names}
+    return Pair(**{**values, "marks": tuple(values["marks"])})

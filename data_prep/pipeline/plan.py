@@ -1,0 +1,210 @@
+"""The plan of a dataset in the making: which input rows each shard owns.
+
+1. scan    the pairs of the input, their captions cleaned, go to one Parquet as they are read
+2. group   pair_grouping: pairs of one media file become one item, in order of first appearance
+3. plan    items go to plan/items-00000.parquet, one row group per shard
+
+Nothing of this is held in memory. The folder `plan/` is renamed into place when it is whole, so
+that several jobs may make it at the same time: all make the same one, and the first is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import MakeShards
+from data_prep.config_file import InputError, RunError, fixed_values
+from data_prep.pipeline.grouping import group_pairs, items_of_table, table_of_pairs
+from data_prep.pipeline.scan import scan_pairs
+from data_prep.shards.columns import KeptType
+from data_prep.shards.dataset import name_file, temporary_name, write_atomically
+from data_prep.shards.folder import PLAN_FILE, check_plan
+from data_prep.sources.formats import input_state
+from data_prep.sources.pair import Item
+
+PLAN_FOLDER = "plan"
+SHARDS_PER_FILE = 256
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """A finished plan.
+
+    Args:
+        folder: the folder `plan/`.
+        made_from: command, settings and state of the input, as dataset.json also records them.
+        num_pairs: captions in the input, usable or not.
+        num_items: samples to be, before bad ones are dropped.
+        num_shards: shard k owns items [k * samples_per_shard, (k + 1) * samples_per_shard).
+        rejected: pairs that the scan found unusable, by reason.
+        kept: type of each column kept for the user.
+    """
+
+    folder: Path
+    made_from: dict[str, Any]
+    num_pairs: int
+    num_items: int
+    num_shards: int
+    rejected: dict[str, int]
+    kept: dict[str, KeptType]
+
+    def read_items(self, shard: int) -> list[Item]:
+        """The items of one shard, in order."""
+        import pyarrow.parquet
+
+        number, row_group = divmod(shard, SHARDS_PER_FILE)
+        with pyarrow.parquet.ParquetFile(_items_path(self.folder, number)) as file:
+            return items_of_table(file.read_row_group(row_group))
+
+
+def _items_path(folder: Path, number: int) -> Path:
+    return folder / f"items-{number:05d}.parquet"
+
+
+def open_plan(config: MakeShards) -> ItemPlan:
+    """The plan in the output folder; made now if there is none.
+
+    Raises:
+        InputError: the input is unusable or holds no pair, or the folder was begun from something
+            else.
+    """
+    folder = config.output / PLAN_FOLDER
+    made_from = describe_origin(config)
+    check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
+    if not folder.exists():
+        temporary = config.output / temporary_name(PLAN_FOLDER)
+        try:
+            build_plan(config, temporary, made_from=made_from)
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
+    return read_plan(config.output)
+
+
+def describe_origin(config: MakeShards) -> dict[str, Any]:
+    """What a dataset is made from: equal for two attempts that may share an output folder."""
+    return {
+        "command": "make_shards",
+        "config": fixed_values(config),
+        "input": input_state(config),
+    }
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / PLAN_FILE).exists():  # otherwise another job was faster
+            raise
+
+
+def read_plan(output: Path) -> ItemPlan:
+    """The plan of a dataset folder that make_shards began.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    folder = output / PLAN_FOLDER
+    try:
+        values = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        return ItemPlan(folder=folder, made_from=values["made_from"], **values["items"])
+    except FileNotFoundError:
+        raise InputError(
+            f"{output}: expected a dataset that was begun, found no {PLAN_FOLDER}/{PLAN_FILE}; "
+            "begin it with python -m data_prep.make_shards"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / PLAN_FILE}: damaged ({error}); delete {folder} to have it made again"
+        ) from None
+
+
+def build_plan(config: MakeShards, folder: Path, *, made_from: dict[str, Any]) -> None:
+    """Reads the whole input and writes its plan into a new folder.
+
+    Raises:
+        InputError: the input is unusable or holds no pair.
+        OSError: naming the folder: its disk is full, or the like.
+    """
+    import duckdb
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        _build_plan(config, folder, made_from=made_from)
+    except duckdb.IOException as error:
+        raise RunError(f"{folder}: the pairs cannot be sorted here: {error}") from None
+    except OSError as error:
+        raise name_file(error, folder) from None
+
+
+def _build_plan(config: MakeShards, folder: Path, *, made_from: dict[str, Any]) -> None:
+    scan = scan_pairs(config, folder / "rows.parquet")
+    if not scan.num_pairs:
+        raise InputError(f"{config.input}: expected pairs of media and caption, found none")
+    rejected: Counter[str] = Counter()
+    with _ItemWriter(folder, items_per_shard=config.samples_per_shard) as writer:
+        for item in group_pairs(folder / "rows.parquet", config=config, scratch=folder / "spill"):
+            rejected.update(pair.reason for pair in item.pairs if pair.reason)
+            writer.add(item)
+    (folder / "rows.parquet").unlink()
+    shutil.rmtree(folder / "spill", ignore_errors=True)
+    items = {
+        "num_pairs": scan.num_pairs,
+        "num_items": writer.num_items,
+        "num_shards": writer.num_shards,
+        "rejected": dict(sorted(rejected.items())),
+        "kept": scan.kept,
+    }
+    content = json.dumps({"made_from": made_from, "items": items}, indent=2) + "\n"
+    write_atomically(folder / PLAN_FILE, content.encode())
+
+
+class _ItemWriter:
+    """Writes items in order: a row group per shard, SHARDS_PER_FILE of them per file."""
+
+    def __init__(self, folder: Path, *, items_per_shard: int):
+        self.folder = folder
+        self.items_per_shard = items_per_shard
+        self.num_items = self.num_shards = 0
+        self._waiting: list[Item] = []
+        self._file: Any = None
+
+    def __enter__(self) -> _ItemWriter:
+        return self
+
+    def add(self, item: Item) -> None:
+        self._waiting.append(item)
+        self.num_items += 1
+        if len(self._waiting) == self.items_per_shard:
+            self._write(self._waiting)
+
+    def _write(self, items: Sequence[Item]) -> None:
+        import pyarrow.parquet
+
+        pairs = [pair for item in items for pair in item.pairs]
+        numbers = [item.number for item in items for _ in item.pairs]
+        table = table_of_pairs(pairs, item=numbers)
+        if self.num_shards % SHARDS_PER_FILE == 0:
+            self._close_file()
+            path = _items_path(self.folder, self.num_shards // SHARDS_PER_FILE)
+            self._file = pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
+        self._file.write_table(table, row_group_size=len(pairs))
+        self.num_shards += 1
+        self._waiting = []
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        if error_type is None and self._waiting:
+            self._write(self._waiting)
+        self._close_file()

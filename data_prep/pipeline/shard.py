@@ -1,0 +1,205 @@
+"""Writes one shard from the items that it owns.
+
+    item -> media bytes, decoded once as a check and re-encoded where asked -> sample and row
+         -> or its pairs go to rejected/<shard>.jsonl, each with its reason
+
+The Parquet and the rejected pairs are on disk before the index, whose presence says that the shard
+is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from data_prep.config import MakeShards
+from data_prep.media.decode import MediaError
+from data_prep.media.preparation import PreparedMedia, prepare_media
+from data_prep.pipeline.media_reader import MediaReader
+from data_prep.pipeline.plan import ItemPlan
+from data_prep.shards.columns import shard_schema
+from data_prep.shards.dataset import write_atomically
+from data_prep.shards.kept_columns import kept_value
+from data_prep.shards.parquet import write_shard_parquet
+from data_prep.shards.writer import ShardWriter
+from data_prep.sources.pair import CLIP_PREFIX, BadItemError, Item, Pair
+
+DOWNLOAD_FOLDER = "downloads"
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker needs to write one shard."""
+
+    number: int
+    config: MakeShards
+    plan: ItemPlan
+
+    @property
+    def name(self) -> str:
+        """Stem of the shard's files."""
+        return f"{self.number:08d}"
+
+    @property
+    def num_items(self) -> int:
+        """How many items the shard owns, whether or not these turn out good."""
+        size = self.config.samples_per_shard
+        return min(size, self.plan.num_items - self.number * size)
+
+
+@dataclass
+class ShardContent:
+    """What has become of a shard's items so far."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[Pair] = field(default_factory=list)
+    dropped_clips: Counter[str] = field(default_factory=Counter)
+
+
+def rejected_path(folder: Path, name: str) -> Path:
+    """Where the rejected pairs of one shard are listed; there is no file when there are none."""
+    return folder / "rejected" / f"{name}.jsonl"
+
+
+def write_shard(task: ShardTask) -> int:
+    """Writes the shard's Parquet, rejected pairs, tar and index; returns how many items it owned.
+
+    Raises:
+        InputError: a media file is there but cannot be read.
+    """
+    config = task.config
+    # Of an earlier attempt: it must not stand beside the new tar, not even for a moment.
+    (config.output / f"{task.name}.idx").unlink(missing_ok=True)
+    writer = ShardWriter(config.output, task.name)
+    try:
+        with MediaReader(config, config.output / DOWNLOAD_FOLDER) as reader:
+            items = task.plan.read_items(task.number)
+            content = _write_items(items, writer, task=task, reader=reader)
+            _write_rejected(rejected_path(config.output, task.name), content.rejected)
+            write_shard_parquet(config.output / f"{task.name}.parquet", _table(content.rows, task))
+            rejected = Counter(pair.reason for pair in content.rejected) + content.dropped_clips
+            marked = Counter(mark for row in content.rows for mark in row["marks"])
+            writer.finish(rejected=dict(rejected), marked=dict(marked))
+            reader.forget_downloads()
+    except BaseException:
+        writer.discard()
+        raise
+    return len(items)
+
+
+def _write_items(
+    items: Sequence[Item], writer: ShardWriter, *, task: ShardTask, reader: MediaReader
+) -> ShardContent:
+    content = ShardContent()
+    usable = [item for item in items if any(pair.reason is None for pair in item.pairs)]
+    read = reader.read_all(usable)
+    for item in items:
+        content.rejected += [pair for pair in item.pairs if pair.reason is not None]
+        pairs = [pair for pair in item.pairs if pair.reason is None]
+        if not pairs:
+            continue
+        _, media = next(read)
+        try:
+            if isinstance(media, BadItemError):
+                raise media
+            clips = _prepare(media, pairs, task=task, content=content)
+        except BadItemError as error:
+            failed = {"reason": error.reason, "detail": error.detail}
+            content.rejected += [dataclasses.replace(pair, **failed) for pair in pairs]
+            continue
+        for suffix, clip in clips.items():
+            key = f"{item.number:012d}{suffix}"
+            writer.add(key, members=_members(clip, pairs, suffix=suffix))
+            content.rows.append(_row(key, clip, pairs, suffix=suffix, task=task))
+    return content
+
+
+def _prepare(
+    media: bytes, pairs: Sequence[Pair], *, task: ShardTask, content: ShardContent
+) -> dict[str, PreparedMedia]:
+    """Suffix of the key -> picture or clip, without those that a filter drops.
+
+    Raises:
+        BadItemError: the media is bad, or nothing of it is left.
+    """
+    config = task.config
+    try:
+        clips = prepare_media(media, kind=config.media, image=config.image, audio=config.audio)
+    except MediaError as error:
+        raise BadItemError(error.reason, str(error)) from None
+    suffixes = [f"_{n:04d}" for n in range(len(clips))] if len(clips) > 1 else [""]
+    good: dict[str, PreparedMedia] = {}
+    dropped: Counter[str] = Counter()
+    for suffix, clip in zip(suffixes, clips, strict=True):
+        dropping = next((name for name in clip.found if name not in config.mark_only), None)
+        if dropping is None:
+            good[suffix] = clip
+        else:
+            dropped[dropping] += 1
+    if not good:
+        reason, count = dropped.most_common(1)[0]
+        raise BadItemError(reason, f"{count} of {len(clips)} clips" if len(clips) > 1 else "")
+    content.dropped_clips.update({CLIP_PREFIX + name: count for name, count in dropped.items()})
+    return good
+
+
+# -------------------------------------------------------------------------------- sample and row
+
+
+def _members(clip: PreparedMedia, pairs: Sequence[Pair], *, suffix: str) -> dict[str, bytes]:
+    """A .json stands beside the .txt where one caption does not say everything."""
+    first = pairs[0]
+    members = {clip.extension: clip.content, "txt": first.caption.encode("utf-8")}
+    if len(pairs) > 1 or first.class_name or first.uid:
+        values: dict[str, Any] = {"captions": [pair.caption for pair in pairs]}
+        values |= {"class_name": first.class_name} if first.class_name else {}
+        values |= {"uid": first.uid + suffix} if first.uid else {}
+        members["json"] = json.dumps(values, ensure_ascii=False).encode("utf-8")
+    return members
+
+
+def _row(
+    key: str, clip: PreparedMedia, pairs: Sequence[Pair], *, suffix: str, task: ShardTask
+) -> dict[str, Any]:
+    first = pairs[0]
+    kept = json.loads(first.kept or "{}")
+    return {
+        "key": key,
+        "uid": first.uid + suffix if first.uid else key,
+        "captions": [pair.caption for pair in pairs],
+        "class_name": first.class_name,
+        "language": first.language,
+        "marks": sorted({mark for pair in pairs for mark in pair.marks} | set(clip.found)),
+        "extension": clip.extension,
+        "bytes": len(clip.content),
+        "sha256": hashlib.sha256(clip.content).hexdigest(),
+        **clip.measures,
+        "source": first.media,
+        "source_row": first.row,
+        **{name: kept_value(kept.get(name), kind) for name, kind in task.plan.kept.items()},
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]], task: ShardTask) -> pyarrow.Table:
+    schema = shard_schema(task.config.media, kept=task.plan.kept)
+    return pyarrow.Table.from_pylist(list(rows), schema=schema)
+
+
+def _write_rejected(path: Path, pairs: Sequence[Pair]) -> None:
+    if not pairs:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    lines = [
+        {"row": pair.row, "media": pair.media, "reason": pair.reason, "detail": pair.detail}
+        for pair in pairs
+    ]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -1,0 +1,1 @@
+"""Data sheets and duplicate reports as HTML."""

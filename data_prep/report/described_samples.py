@@ -1,0 +1,86 @@
+"""The samples that a data sheet is about, as tables of duckdb that are never held whole.
+
+The view `kept_samples` has the columns of the Parquet sidecars and the sample's ordinal, and the
+view `captions` has one row per caption. Both hold only what a subset keeps, if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.selection.sample_table import ORDINAL, SampleTable, duckdb_errors, open_duckdb
+from data_prep.shards.columns import own_columns
+from data_prep.shards.subset import KeptSamples
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+RANKS_AT_ONCE = 1_000_000
+
+
+def missing_sidecars(kept: KeptSamples) -> list[Path]:
+    """The Parquet sidecars that the dataset should have and has not."""
+    paths = (kept.folder / f"{row.name}.parquet" for row in kept.dataset.manifest)
+    return [path for path in paths if not path.exists()]
+
+
+@contextmanager
+def open_described_samples(
+    kept: KeptSamples, *, memory_gb: float, workers: int
+) -> Iterator[DuckDBPyConnection]:
+    """A connection with the views `kept_samples` and `captions`.
+
+    Args:
+        kept: a dataset none of whose sidecars is missing, and its subset if there is one.
+        memory_gb: what duckdb may hold; more goes to a temporary folder on disk (TMPDIR).
+        workers: threads of duckdb.
+
+    Raises:
+        InputError: a sidecar is damaged, lacks a column, or has not as many rows as its shard; or
+            the memory or the temporary folder is too small.
+    """
+    with (
+        duckdb_errors(str(kept.folder)),
+        open_duckdb(memory_gb=memory_gb, workers=workers) as connection,
+    ):
+        SampleTable(connection, kept.folder)
+        _check_columns(connection, kept)
+        condition = ""
+        if kept.subset is not None:
+            _add_kept_ordinals(connection, kept)
+            condition = f" WHERE {ORDINAL} IN (SELECT ordinal FROM kept_ordinals)"
+        connection.execute(f"CREATE VIEW kept_samples AS SELECT * FROM samples{condition}")
+        connection.execute(
+            "CREATE VIEW captions AS SELECT unnest(captions) AS caption FROM kept_samples"
+        )
+        yield connection
+
+
+def _check_columns(connection: DuckDBPyConnection, kept: KeptSamples) -> None:
+    missing = own_columns(kept.info.media) - set(column_types(connection))
+    if missing:
+        raise InputError(
+            f"{kept.folder}: expected Parquet sidecars with a column {min(missing)!r}, found none; "
+            "make them with python -m data_prep.index_shards and measure=true"
+        )
+
+
+def _add_kept_ordinals(connection: DuckDBPyConnection, kept: KeptSamples) -> None:
+    connection.execute("CREATE TABLE kept_ordinals (ordinal BIGINT)")
+    for start in range(0, len(kept), RANKS_AT_ONCE):
+        ranks = np.arange(start, min(start + RANKS_AT_ONCE, len(kept)))
+        connection.register("batch", {"ordinal": kept.ordinals_of(ranks)})
+        connection.execute("INSERT INTO kept_ordinals SELECT ordinal FROM batch")
+        connection.unregister("batch")
+
+
+def column_types(connection: DuckDBPyConnection) -> dict[str, str]:
+    """Column of the sidecars -> its type in SQL."""
+    rows = connection.execute("DESCRIBE samples").fetchall()
+    return {name: kind for name, kind, *_ in rows if name != ORDINAL}

@@ -1,0 +1,167 @@
+"""report.html of find_duplicates: how much was found, what matched what, groups to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from markupsafe import Markup
+
+from data_prep.config import FindDuplicates
+from data_prep.config_file import InputError, to_yaml
+from data_prep.dedup.groups import GroupedSamples
+from data_prep.dedup.joined_datasets import JoinedDatasets
+from data_prep.report.html import (
+    Section,
+    badge,
+    columns,
+    folded,
+    heading,
+    paragraph,
+    preformatted,
+    render_page,
+    table,
+)
+from data_prep.report.numbers import counted, number_text, share_text, shortened
+from data_prep.report.sheet_gallery import MediaViews
+from data_prep.shards.dataset import CorruptSampleError, captions_of
+from data_prep.shards.subset import KeptSamples
+
+GROUPS_SHOWN = 12  # of each method
+MEMBERS_SHOWN = 4  # of each group
+
+
+def render_report(
+    datasets: JoinedDatasets, found: Mapping[str, GroupedSamples], *, config: FindDuplicates
+) -> str:
+    """The page.
+
+    Args:
+        datasets: that were compared.
+        found: method -> its groups.
+        config: that they were found with.
+    """
+    gallery = _Gallery(datasets)
+    sections = [
+        Section("Dropped", [_counts_table(datasets, found)], note=_COUNTS_NOTE),
+        Section("What matched what", [_matches_table(datasets, found)], note=_MATCHES_NOTE),
+        *(
+            Section(f"Groups: {method}", gallery.blocks(groups), note=_METHOD_NOTES[method])
+            for method, groups in found.items()
+            if len(groups.sample)
+        ),
+        Section("Settings", [folded("The config", preformatted(to_yaml(config)))]),
+    ]
+    num_dropped = sum(int((~groups.is_kept).sum()) for groups in found.values())
+    subtitle = (
+        f"{num_dropped:,} of {datasets.num_queries:,} samples repeat others, or stand in an "
+        "evaluation set"
+    )
+    return render_page("Duplicates", subtitle=subtitle, sections=sections)
+
+
+_COUNTS_NOTE = "A method looks at what those before it left: no sample is counted twice."
+_MATCHES_NOTE = (
+    "Each dropped sample counts once, by the dataset that holds what it is most like; evaluation "
+    "sets come first."
+)
+_METHOD_NOTES = {
+    "exact": "Equal bytes.",
+    "near_media": "Likeness is chained: two samples of a group may be less alike than the limit.",
+    "near_captions": "Captions are nearly equal; pictures or clips need not be.",
+    "semantic": (
+        "Of a group, what is least like the centre of its cluster is kept (Abbas et al. 2023). "
+        "Likeness is chained."
+    ),
+}
+
+
+def _counts_table(datasets: JoinedDatasets, found: Mapping[str, GroupedSamples]) -> Markup:
+    rows = []
+    for number in range(datasets.num_datasets):
+        size = datasets.infos[number].num_samples
+        dropped = [_dropped_of(datasets, groups, number) for groups in found.values()]
+        left = size - sum(dropped)
+        cells = [f"{count:,}" for count in (size, *dropped, left)]
+        rows.append([str(datasets.folders[number]), *cells, share_text(left, size)])
+    header = ["dataset", "samples", *found, "kept", "share"]
+    return table(header, rows, numeric=range(1, len(header)))
+
+
+def _dropped_of(datasets: JoinedDatasets, groups: GroupedSamples, number: int) -> int:
+    dataset, _ = datasets.locate(groups.sample[~groups.is_kept])
+    return int((dataset == number).sum())
+
+
+def _matches_table(datasets: JoinedDatasets, found: Mapping[str, GroupedSamples]) -> Markup:
+    rows = []
+    for method, groups in found.items():
+        dropped = ~groups.is_kept
+        own, _ = datasets.locate(groups.sample[dropped])
+        other, _ = datasets.locate(groups.match[dropped])
+        similarity = groups.similarity[dropped]
+        for first, second in sorted(set(zip(own.tolist(), other.tolist(), strict=True))):
+            is_here = (own == first) & (other == second)
+            is_evaluation = second >= datasets.num_datasets
+            name = Markup("{} {}").format(
+                datasets.folders[second], badge("evaluation", kind="bad") if is_evaluation else ""
+            )
+            figures = [f"{is_here.sum():,}", f"{similarity[is_here].min():.3f}"]
+            rows.append([method, str(datasets.folders[first]), name, *figures])
+    if not rows:
+        return paragraph("Nothing was found.")
+    header = ["method", "samples of", "are like samples of", "dropped", "least similarity"]
+    return table(header, rows, numeric=(3, 4))
+
+
+class _Gallery:
+    """Groups side by side. Tars that are not at hand are said to be so."""
+
+    def __init__(self, datasets: JoinedDatasets) -> None:
+        self.datasets = datasets
+        self._views: dict[int, MediaViews | str] = {}
+
+    def blocks(self, groups: GroupedSamples) -> list[Markup]:
+        """Groups from all over, and how many there are."""
+        num_groups = int(groups.group[-1]) + 1
+        chosen = np.unique(np.linspace(0, num_groups - 1, GROUPS_SHOWN).astype(np.int64))
+        blocks = [paragraph(f"{counted(len(chosen), 'group')} of {num_groups:,}:")]
+        for group in chosen.tolist():
+            first, last = np.searchsorted(groups.group, [group, group + 1])
+            places = first + np.argsort(~groups.is_kept[first:last], kind="stable")
+            blocks.append(heading(f"Group of {last - first:,}"))
+            blocks.append(columns([self._card(groups, place) for place in places[:MEMBERS_SHOWN]]))
+        return blocks
+
+    def _card(self, groups: GroupedSamples, place: int) -> Markup:
+        number, ordinal = (int(part) for part in self.datasets.locate(groups.sample[place]))
+        if groups.is_kept[place]:
+            is_evaluation = number >= self.datasets.num_datasets
+            state = badge("evaluation" if is_evaluation else "kept", kind="good")
+        else:
+            similarity = number_text(float(groups.similarity[place]))
+            state = badge(f"dropped, similarity {similarity}", kind="bad")
+        view, text = self._sample(number, ordinal)
+        return Markup('{}<p>{}</p><div class="faint">{}, sample {}: {}</div>').format(
+            view, state, self.datasets.folders[number], ordinal, text
+        )
+
+    def _sample(self, number: int, ordinal: int) -> tuple[Markup, str]:
+        views = self._views_of(number)
+        if isinstance(views, str):
+            return badge("not at hand", kind="plain"), views
+        view, _ = views.of(ordinal)
+        try:
+            sample = views.kept.dataset.read_sample(ordinal, fields=("txt", "json"))
+            return view, f"{sample.key}: {shortened(' | '.join(captions_of(sample)))}"
+        except CorruptSampleError as error:
+            return view, str(error)
+
+    def _views_of(self, number: int) -> MediaViews | str:
+        if number not in self._views:
+            try:
+                kept = KeptSamples(self.datasets.folders[number], subset=None)
+                self._views[number] = MediaViews(kept)
+            except InputError as error:
+                self._views[number] = str(error)
+        return self._views[number]

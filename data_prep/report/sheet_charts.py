@@ -1,0 +1,123 @@
+"""Charts of a data sheet: histograms of numbers, and bars of values that are few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from data_prep.report.dataset_figures import Histogram, Measure, ValueCounts
+from data_prep.report.html import SERIES_COLORS, chart, paragraph, share_bar, svg_chart, table
+from data_prep.report.numbers import number_text, share_text, value_text
+
+MOST_LISTED = 12
+MOST_DECADES_WITH_FRACTIONS = 2.5
+
+
+def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Markup:
+    """A measure's name, where its numbers lie, and their histogram or list.
+
+    Args:
+        measure: what was counted.
+        counts: of numbers.
+        whole: how many there would be if every one were filled.
+    """
+    parts = [Markup("<h3>{}</h3>").format(measure.title)]
+    if counts.num_distinct == 1:
+        value = value_text(counts.most_frequent[0][0], measure.unit)
+        parts.append(paragraph(f"{value}, the same for all"))
+    elif counts.spread and counts.spread.histogram:
+        parts.append(paragraph(spread_text(counts, measure.unit)))
+        parts.append(histogram_chart(counts.spread.histogram, measure))
+    else:
+        rows = sorted(counts.most_frequent)
+        labels = [(value_text(value, measure.unit), num) for value, num in rows]
+        parts.append(count_table(labels, "value", whole=counts.num_filled))
+    if counts.num_filled < whole:
+        missing = whole - counts.num_filled
+        parts.append(paragraph(f"not known: {missing:,} ({share_text(missing, whole)})"))
+    return Markup("").join(parts)
+
+
+def spread_text(counts: ValueCounts, unit: str) -> str:
+    """Where most numbers lie, in words."""
+    spread = counts.spread
+    assert spread is not None
+    # Bytes have a unit in each figure (kB, MB); others only once.
+    unit_of_each = unit if unit == "bytes" else ""
+    values = (spread.least, spread.largest, *spread.quantiles)
+    least, largest, low, median, high = (value_text(value, unit_of_each) for value in values)
+    unit_of_all = "" if unit_of_each else f" {unit}".rstrip()
+    return f"{least} to {largest}{unit_of_all}; median {median}; nine of ten from {low} to {high}"
+
+
+def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
+    """Bars over even steps, or over even ratios on a logarithmic axis."""
+    edges = np.array(histogram.edges, dtype=np.float64)
+    widths = np.diff(edges)
+    with chart(width=5.2, height=1.9) as figure:
+        axes = figure.subplots()
+        axes.bar(
+            edges[:-1], histogram.counts, width=0.92 * widths, align="edge", color=SERIES_COLORS[0]
+        )
+        axes.set_xlim(edges[0], edges[-1])
+        if histogram.is_in_ratios:
+            _set_log_ticks(axes, num_decades=np.log10(edges[-1] / edges[0]))
+        axes.grid(False, axis="x")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axes.set_xlabel(measure.unit)
+    largest = int(np.argmax(histogram.counts))
+    low, high = (value_text(edge, measure.unit) for edge in edges[largest : largest + 2].tolist())
+    bars = svg_chart(figure, alt=f"histogram, highest from {low} to {high}")
+    return Markup('<div class="histogram">{}</div>').format(bars)
+
+
+def _set_log_ticks(axes: Axes, *, num_decades: float) -> None:
+    axes.set_xscale("log")
+    fractions = (1.0, 2.0, 5.0) if num_decades < MOST_DECADES_WITH_FRACTIONS else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=fractions, numticks=10))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def short_number(value: float) -> str:
+    """For an axis: 1500 as 1.5k, 2000000 as 2M."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def value_table(counts: ValueCounts, name: str, *, most_listed: int = MOST_LISTED) -> Markup:
+    """The most frequent values, with bars for their shares.
+
+    Args:
+        counts: of values of any kind.
+        name: of the values, for the table's head.
+        most_listed: how many are listed.
+    """
+    rows = [(value_text(value), num) for value, num in counts.most_frequent[:most_listed]]
+    listed = sum(num for _, num in rows)
+    if counts.num_distinct > len(rows):
+        others = counts.num_distinct - len(rows)
+        rows.append((f"{number_text(others)} others", counts.num_filled - listed))
+    return count_table(rows, name, whole=counts.num_filled)
+
+
+def count_table(rows: Sequence[tuple[Any, int]], name: str, *, whole: int) -> Markup:
+    """Names with counts, bars and shares of the whole."""
+    cells = [
+        (
+            Markup('<span class="breaks" dir="auto">{}</span>').format(label),
+            share_bar(num / whole if whole else 0),
+            f"{num:,}",
+            share_text(num, whole),
+        )
+        for label, num in rows
+    ]
+    return table((name, "", "number", "share"), cells, numeric={2, 3})

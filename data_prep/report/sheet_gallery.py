@@ -1,0 +1,107 @@
+"""Samples to look at and listen to: pictures and sounds made small, inside the page."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+from markupsafe import Markup
+
+from data_prep.media.audio_file import audio_seconds
+from data_prep.media.decode import MediaError, decode_audio, decode_image
+from data_prep.report.html import badge, picture, sound
+from data_prep.report.numbers import bytes_text, number_text, shortened
+from data_prep.shards.dataset import (
+    CorruptSampleError,
+    Sample,
+    captions_of,
+    media_extension_of,
+    metadata_of,
+)
+from data_prep.shards.subset import KeptSamples
+
+SOUND_RATE_HZ = 16_000
+SOUND_SECONDS = 3.0
+MAX_SIDE = 180  # pixels of a thumbnail
+MOST_CAPTIONS = 5
+
+
+def spread_ranks(num_samples: int, *, num_shown: int, seed: int) -> list[int]:
+    """One rank at random out of each of `num_shown` equal parts of the dataset."""
+    num_shown = min(num_shown, num_samples)
+    if not num_shown:
+        return []
+    limits = [part * num_samples // num_shown for part in range(num_shown + 1)]
+    rng = np.random.default_rng(seed)
+    return [int(rng.integers(low, high)) for low, high in pairwise(limits)]
+
+
+class MediaViews:
+    """Small pictures or players of a dataset's samples, each made once."""
+
+    def __init__(self, kept: KeptSamples) -> None:
+        self.kept = kept
+        self.of = lru_cache(maxsize=None)(self._make)
+
+    def _make(self, ordinal: int) -> tuple[Markup, str]:
+        """(the sample's media, its size in words) or a badge that says that it is damaged."""
+        try:
+            sample = self.kept.dataset.read_sample(ordinal)
+            view, size = _small_media(sample, self.kept.info.media)
+        except (CorruptSampleError, MediaError) as error:
+            view, size = badge("damaged", kind="bad"), f"{error}; run data_prep.verify_shards"
+        return Markup('<div class="media">{}</div>').format(view), size
+
+
+def _small_media(sample: Sample, media: str) -> tuple[Markup, str]:
+    extension = media_extension_of(sample.members, media)
+    if extension is None:
+        raise CorruptSampleError(f"{sample}: expected {media}, found {sorted(sample.members)}")
+    content = sample.members[extension]
+    size = f"{extension}, {bytes_text(len(content))}"
+    if media == "image":
+        pixels = decode_image(content, extension)
+        height, width = pixels.shape[:2]
+        view = picture(pixels, max_side=MAX_SIDE, alt=f"picture of sample {sample.key}")
+        return view, f"{width} x {height}, {size}"
+    waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
+    seconds, rate = audio_seconds(content)
+    view = sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=SOUND_SECONDS)
+    return view, f"{number_text(round(seconds, 2))} s, {rate:,} Hz, {size}"
+
+
+def sample_cards(views: MediaViews, ranks: list[int]) -> Markup:
+    """Cards with the samples of these ranks among the kept ones."""
+    ordinals = views.kept.ordinals_of(ranks).tolist()
+    cards = (_sample_card(views, ordinal) for ordinal in ordinals)
+    return Markup('<div class="cards wide">{}</div>').format(Markup("").join(cards))
+
+
+def _sample_card(views: MediaViews, ordinal: int) -> Markup:
+    view, size = views.of(ordinal)
+    try:
+        sample = views.kept.dataset.read_sample(ordinal, fields=("txt", "json"))
+        text = _sample_text(sample)
+    except CorruptSampleError as error:
+        text = Markup("<p>{}</p>").format(error)
+    return Markup('<div class="card">{}{}<div class="faint">{}</div></div>').format(
+        view, text, size
+    )
+
+
+def _sample_text(sample: Sample) -> Markup:
+    captions, metadata = captions_of(sample), metadata_of(sample)
+    lines = [
+        Markup('<li dir="auto">{}</li>').format(shortened(caption))
+        for caption in captions[:MOST_CAPTIONS]
+    ]
+    if len(captions) > MOST_CAPTIONS:
+        lines.append(Markup("<li>and {} more</li>").format(len(captions) - MOST_CAPTIONS))
+    facts = [f"key {sample.key}"]
+    for name in ("uid", "class_name"):
+        if isinstance(metadata.get(name), str):
+            facts.append(f"{name.replace('_name', '')} {shortened(metadata[name])}")
+    return Markup('<ul>{}</ul><div class="faint">{}</div>').format(
+        Markup("").join(lines), ", ".join(facts)
+    )

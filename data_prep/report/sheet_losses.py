@@ -1,0 +1,143 @@
+"""Sections of a data sheet about what was dropped, and about what could be: duplicates."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from data_prep.report.dataset_figures import DatasetFigures
+from data_prep.report.duplicate_figures import DuplicateFigures, Matches
+from data_prep.report.html import Section, folded, heading, paragraph, table
+from data_prep.report.numbers import number_text, share_text, shortened
+from data_prep.report.rejected import Rejection
+from data_prep.report.sheet_charts import count_table
+from data_prep.report.sheet_gallery import MediaViews
+from data_prep.shards.subset import KeptSamples
+
+MOST_MATCHES_SHOWN = 12
+
+
+def drop_section(
+    rejections: list[Rejection], figures: DatasetFigures | None, kept: KeptSamples
+) -> Section:
+    """What was dropped while the dataset was made, and what was only marked."""
+    blocks = [_drop_table(rejections)] if rejections else [paragraph("Nothing was dropped.")]
+    if any(each.examples for each in rejections):
+        blocks.append(folded("Examples", _example_table(rejections)))
+    marks = dict(kept.info.marked) if figures is None else dict(figures.marks.most_frequent)
+    num_samples = kept.info.num_samples if figures is None else len(kept)
+    if marks:
+        marked = count_table(list(marks.items()), "filter", whole=num_samples)
+        blocks += [heading("Only marked, and still here"), marked]
+    note = "A pair is one caption of one picture or sound of the input."
+    if kept.subset is not None:
+        note += " Drops are those of the whole dataset, before the subset was chosen."
+    return Section("What was dropped", blocks, note=note)
+
+
+def _drop_table(rejections: list[Rejection]) -> Markup:
+    rows = [
+        (
+            each.reason,
+            each.kind,
+            f"{each.num:,}",
+            "" if each.share is None else share_text(each.share, 1),
+        )
+        for each in rejections
+    ]
+    return table(("reason", "kind", "dropped", "of all pairs"), rows, numeric={2, 3})
+
+
+def _example_table(rejections: list[Rejection]) -> Markup:
+    rows = [
+        (
+            each.reason,
+            str(example.get("row", "")),
+            _breaking(str(example.get("media", ""))),
+            _breaking(str(example.get("detail", ""))),
+        )
+        for each in rejections
+        for example in each.examples
+    ]
+    note = paragraph("row is the line or place in the input; rejected.jsonl lists all of them.")
+    return note + table(("reason", "row", "media", "detail"), rows, numeric={1})
+
+
+def _breaking(text: str) -> Markup:
+    return Markup('<span class="breaks" dir="auto">{}</span>').format(shortened(text))
+
+
+def duplicate_section(
+    figures: DatasetFigures | None, duplicates: DuplicateFigures | None, views: MediaViews
+) -> list[Section]:
+    """Exact copies, and what find_duplicates found."""
+    blocks = []
+    if figures is not None and figures.hashes.num_filled:
+        blocks += _copies(figures)
+    if duplicates is not None:
+        blocks += _found(duplicates, views)
+    if not blocks:
+        return []
+    note = "Exact copies have the same bytes (sha256)."
+    if duplicates is None:
+        note += " python -m data_prep.find_duplicates also finds what is nearly the same."
+    return [Section("Duplicates", blocks, note=note)]
+
+
+def _copies(figures: DatasetFigures) -> list[Markup]:
+    hashes = figures.hashes
+    num_extra = hashes.num_filled - hashes.num_distinct
+    if not num_extra:
+        return [paragraph("No two samples have the same media bytes.")]
+    summary = (
+        f"{hashes.num_repeated:,} files stand more than once; {num_extra:,} samples "
+        f"({share_text(num_extra, hashes.num_filled)}) have the media of an earlier one."
+    )
+    rows = [
+        (f"{num:,}", ", ".join(keys) + (", ..." if num > len(keys) else ""))
+        for num, keys in figures.duplicate_keys
+    ]
+    return [paragraph(summary), table(("samples", "keys, of the largest groups"), rows)]
+
+
+def _found(duplicates: DuplicateFigures, views: MediaViews) -> list[Markup]:
+    if not duplicates.num_grouped:
+        return [heading("Found by find_duplicates"), paragraph("Nothing in this dataset.")]
+    inside = [matches for matches in duplicates.matches if matches.is_this_dataset]
+    outside = [matches for matches in duplicates.matches if not matches.is_this_dataset]
+    blocks = [
+        heading("Found by find_duplicates"),
+        paragraph(
+            f"{number_text(duplicates.num_grouped)} samples in "
+            f"{number_text(duplicates.num_groups)} groups."
+        ),
+    ]
+    if inside:
+        blocks += [heading("Dropped for a sample of this dataset"), _match_table(inside)]
+    if outside:
+        title = "Dropped for a sample of another dataset, such as an evaluation set"
+        blocks += [heading(title), _match_table(outside)]
+    blocks += [heading("Examples, the least alike first"), _match_examples(duplicates, views)]
+    return blocks
+
+
+def _match_table(matches: list[Matches]) -> Markup:
+    rows = [
+        (each.method, _breaking(each.match_dataset), number_text(each.num_samples))
+        for each in matches
+    ]
+    return table(("method", "because of", "samples dropped"), rows, numeric={2})
+
+
+def _match_examples(duplicates: DuplicateFigures, views: MediaViews) -> Markup:
+    rows = []
+    for each in duplicates.matches:
+        for example in each.examples:
+            dropped = views.of(example.ordinal)[0] + Markup("<div>{}</div>").format(example.key)
+            match = Markup("<div>{}</div>").format(example.match_key)
+            if each.is_this_dataset:
+                match = views.of(example.match_ordinal)[0] + match
+            else:
+                match += _breaking(each.match_dataset)
+            rows.append((each.method, f"{example.similarity:.3f}", dropped, match))
+    header = ("method", "similarity", "dropped", "because of")
+    return table(header, rows[:MOST_MATCHES_SHOWN], numeric={1})

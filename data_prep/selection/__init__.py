@@ -1,0 +1,1 @@
+"""Subsets of a dataset by conditions on columns and scores."""

@@ -1,0 +1,107 @@
+"""Checks that a text is one SQL condition over the columns of a view, and nothing more.
+
+No statement, no subquery, no file, nothing whose value differs between two runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_prep.config_file import InputError
+from data_prep.selection.sample_table import duckdb_errors, unknown_column_message
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+REFUSED_CLASSES = {
+    "SUBQUERY": "a subquery",
+    "WINDOW": "a window function",
+    "PARAMETER": "a parameter",
+}
+
+
+def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str) -> None:
+    """
+    Args:
+        connection: the database.
+        condition: SQL, such as "height >= 256 and language = 'en'".
+        view: whose columns it may name.
+
+    Raises:
+        InputError: it is no condition, or holds what is not allowed; unknown columns are named with
+            the nearest known ones.
+    """
+    import duckdb
+
+    what = f"where: {condition!r}"
+    with duckdb_errors(f"{what}: expected one SQL condition, such as height >= 256"):
+        expression = duckdb.SQLExpression(condition)
+    nodes = list(_nodes(_syntax_tree(connection, condition, what)))
+    samples = connection.view(view)
+    _check_names(nodes, [view, *samples.columns], what)
+    _check_nodes(connection, nodes, what)
+    with duckdb_errors(what):
+        types = [str(each) for each in samples.select(expression).types]
+    if types != ["BOOLEAN"]:
+        raise InputError(
+            f"{what}: expected a condition, which is true or false; found {', '.join(types)}"
+        )
+
+
+def _syntax_tree(connection: DuckDBPyConnection, condition: str, what: str) -> dict[str, Any]:
+    """What duckdb reads in the condition; the new line ends a comment."""
+    query = f"SELECT ({condition}\n)"
+    text = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchone()[0]
+    tree = json.loads(text)
+    if tree["error"]:
+        raise InputError(f"{what}: expected one SQL condition: {tree['error_message']}")
+    return tree
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for part in parts:
+        yield from _nodes(part)
+
+
+def _names(nodes: Iterable[dict[str, Any]]) -> list[str]:
+    """First parts of what looks like names of columns, as current_date and user do, too."""
+    return [node["column_names"][0] for node in nodes if node.get("class") == "COLUMN_REF"]
+
+
+def _check_names(nodes: list[dict[str, Any]], columns: Sequence[str], what: str) -> None:
+    lambdas = [node for node in nodes if node.get("class") == "LAMBDA"]
+    parameters = [name for node in lambdas for name in _names(_nodes(node["lhs"]))]
+    known = {name.lower() for name in (*columns, *parameters)}
+    for name in _names(nodes):
+        if name.lower() not in known:
+            raise InputError(f"{what}: {unknown_column_message(name, columns[1:])}")
+
+
+def _check_nodes(connection: DuckDBPyConnection, nodes: list[dict[str, Any]], what: str) -> None:
+    changing = connection.execute(
+        "SELECT DISTINCT function_name FROM duckdb_functions() "
+        "WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
+    ).fetchall()
+    changing_functions = {name for (name,) in changing}
+    for node in nodes:
+        if node.get("class") in REFUSED_CLASSES:
+            raise InputError(
+                f"{what}: expected a condition on the columns of one sample, found "
+                f"{REFUSED_CLASSES[node['class']]}"
+            )
+        name = str(node.get("function_name", "")).lower()
+        if name == "unnest":
+            raise InputError(
+                f"{what}: expected one value for each sample, found unnest(), which makes several; "
+                "use, for example, list_contains or list_any_value"
+            )
+        if name in changing_functions:
+            raise InputError(
+                f"{what}: {name}() gives another value in every run, and a subset must be the "
+                "same in each; for a random part use, for example, hash(uid) % 10 = 0"
+            )

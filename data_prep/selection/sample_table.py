@@ -1,0 +1,273 @@
+"""The samples of a dataset as a table of duckdb: their Parquets, with scores and embeddings beside.
+
+A row of the view `samples` is a sample. Its columns are those of the shards' Parquets, those of the
+scores, clip_score where there are embeddings, and isopair_ordinal, the sample's place in the
+dataset. Nothing is held in memory: duckdb reads the files again for each question.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.selection.scores import check_embeddings, local_copies
+from data_prep.shards.dataset import read_dataset_files
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+ORDINAL = "isopair_ordinal"
+CLIP_SCORE = "clip_score"
+
+
+@contextmanager
+def open_duckdb(*, memory_gb: float, workers: int) -> Iterator[DuckDBPyConnection]:
+    """A database that keeps to this much memory, and puts the rest on the disk (TMPDIR)."""
+    import duckdb
+
+    with tempfile.TemporaryDirectory(prefix="isopair-") as folder:
+        settings = {"memory_limit": f"{memory_gb}GB", "threads": workers, "temp_directory": folder}
+        with duckdb.connect(config=settings) as connection:
+            yield connection
+
+
+@contextmanager
+def duckdb_errors(what: str) -> Iterator[None]:
+    """Errors of duckdb as InputErrors that begin with `what`."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise InputError(f"{what}: raise memory_gb; {_first_line(error)}") from None
+    except duckdb.Error as error:
+        raise InputError(f"{what}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def text_literal(text: object) -> str:
+    """A text inside SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def name_literal(name: str) -> str:
+    """A column's name inside SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def files_literal(files: Sequence[Path]) -> str:
+    """A list of files inside SQL."""
+    return "[" + ", ".join(text_literal(path) for path in files) + "]"
+
+
+def unknown_column_message(name: str, columns: Sequence[str]) -> str:
+    """Says that a column is not there, with the nearest names or all of them."""
+    nearest = difflib.get_close_matches(name.lower(), columns, n=3, cutoff=0.6)
+    if nearest:
+        return f"there is no column {name!r}; did you mean {' or '.join(map(repr, nearest))}?"
+    return f"there is no column {name!r}; columns: {', '.join(columns)}"
+
+
+class SampleTable:
+    """Builds the view `samples` of a dataset in a database.
+
+    Args:
+        connection: the database.
+        dataset: the dataset's folder.
+
+    Raises:
+        InputError: the dataset or one of its Parquets is missing, or has other rows than the shard.
+    """
+
+    def __init__(self, connection: DuckDBPyConnection, dataset: Path) -> None:
+        self.connection = connection
+        self.dataset = dataset
+        self.info, self.manifest = read_dataset_files(dataset)
+        self.notes: list[str] = []  # what was joined, in words
+        self.files: list[Path] = []  # all that the view reads
+        if not self.manifest:
+            raise InputError(f"{dataset}: expected samples, found an empty dataset")
+        files = self._files_of_shards(dataset)
+        self._check_numbers_of_rows(files)
+        self._write_shards_table(files)
+        connection.execute(
+            f"CREATE VIEW sidecars AS SELECT p.* EXCLUDE (isopair_file, file_row_number), "
+            f"start + file_row_number AS {ORDINAL}, shard AS isopair_shard FROM "
+            f"read_parquet({files_literal(files)}, filename = 'isopair_file', "
+            "file_row_number = true) p JOIN shards USING (isopair_file)"
+        )
+        self._columns = ["sidecars.* EXCLUDE (isopair_shard)"]
+        self._joins: list[str] = []
+        self._make_view()
+
+    def _files_of_shards(self, folder: Path) -> list[Path]:
+        files = [(folder / f"{row.name}.parquet").absolute() for row in self.manifest]
+        for path in files:
+            if not path.exists():
+                raise InputError(
+                    f"{path}: expected the columns of a shard, found no such file; make it with "
+                    "python -m data_prep.make_shards or index_shards"
+                )
+        self.files += files
+        return files
+
+    def _check_numbers_of_rows(self, files: Sequence[Path]) -> None:
+        with duckdb_errors(str(self.dataset)):
+            found = dict(
+                self.connection.execute(
+                    f"SELECT file_name, num_rows FROM parquet_file_metadata({files_literal(files)})"
+                ).fetchall()
+            )
+        for path, row in zip(files, self.manifest, strict=True):
+            if found[str(path)] != row.num_samples:
+                raise InputError(
+                    f"{path}: expected {row.num_samples} rows (manifest.jsonl), found "
+                    f"{found[str(path)]}; prepare the shard again after deleting its .idx"
+                )
+
+    def _write_shards_table(self, files: Sequence[Path]) -> None:
+        import pyarrow
+
+        sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
+        columns = {
+            "isopair_file": [str(path) for path in files],
+            "shard": [row.name for row in self.manifest],
+            "start": np.cumsum(sizes) - sizes,
+        }
+        self.connection.register("shard_columns", pyarrow.table(columns))
+        self.connection.execute("CREATE TABLE shards AS FROM shard_columns")
+        self.connection.unregister("shard_columns")
+
+    def _make_view(self) -> None:
+        self.connection.execute(
+            f"CREATE OR REPLACE VIEW samples AS SELECT {', '.join(self._columns)} "
+            f"FROM sidecars {' '.join(self._joins)}"
+        )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Name -> type of duckdb, of the view `samples`."""
+        view = self.connection.view("samples")
+        return dict(zip(view.columns, map(str, view.types), strict=True))
+
+    def _number(self, query: str) -> int:
+        return self.connection.execute(query).fetchone()[0]
+
+    # ----------------------------------------------------------------------------------- scores
+
+    def join_scores(self, pattern: str, *, number: int, downloads: Path) -> None:
+        """Adds the columns of a user's Parquet, by uid; samples without a row there have NULL.
+
+        Args:
+            pattern: a file or URL, or a glob of several.
+            number: of this call; each has another.
+            downloads: folder where files from elsewhere are kept as long as the database is open.
+
+        Raises:
+            InputError: there is no such file or no column uid, a uid stands twice, a column is
+                known already, or no uid is one of the dataset's.
+        """
+        files = local_copies(pattern, downloads=downloads / f"scores_{number}")
+        self.files += files
+        view = f"scores_{number}"
+        with duckdb_errors(f"scores: {pattern}"):
+            source = self.connection.sql(f"FROM read_parquet({files_literal(files)})")
+            names = source.columns
+            self._check_names_of_scores(pattern, names)
+            self.connection.execute(
+                f"CREATE VIEW {view} AS SELECT * REPLACE (CAST(uid AS VARCHAR) AS uid) "
+                f"FROM read_parquet({files_literal(files)})"
+            )
+            self._check_uids(view, pattern)
+        self._columns += [f"{view}.{name_literal(name)}" for name in names if name != "uid"]
+        self._joins.append(f"LEFT JOIN {view} ON {view}.uid = sidecars.uid")
+        self._make_view()
+
+    def _check_names_of_scores(self, pattern: str, names: Sequence[str]) -> None:
+        if "uid" not in names:
+            raise InputError(
+                f"scores: {pattern}: expected a column uid, found {', '.join(names)}; rename the "
+                "one that holds the samples' uids"
+            )
+        known = {name.lower() for name in self.columns} - {"uid"}
+        for name in names:
+            if name.lower() in known:
+                raise InputError(
+                    f"scores: {pattern}: the column {name!r} is known already, from the dataset or "
+                    "another of the scores; rename it"
+                )
+
+    def _check_uids(self, view: str, pattern: str) -> None:
+        for table, where in (("sidecars", self.dataset), (view, f"scores: {pattern}")):
+            repeated = self.connection.execute(
+                f"SELECT uid, count(*) FROM {table} WHERE uid IS NOT NULL "
+                "GROUP BY uid HAVING count(*) > 1 ORDER BY uid LIMIT 1"
+            ).fetchone()
+            if repeated:
+                raise InputError(
+                    f"{where}: uid {repeated[0]!r} stands in {repeated[1]} rows; scores are joined "
+                    "by uid, which must be another one in each row"
+                )
+        rows = self._number(f"SELECT count(*) FROM {view}")
+        matched = self._number(f"SELECT count(*) FROM {view} SEMI JOIN sidecars USING (uid)")
+        if not matched:
+            ours, theirs = (
+                self.connection.execute(f"SELECT min(uid) FROM {table}").fetchone()[0]
+                for table in ("sidecars", view)
+            )
+            raise InputError(
+                f"scores: {pattern}: none of {rows} uids is one of {self.dataset}; they look like "
+                f"{theirs!r} there, like {ours!r} in the dataset"
+            )
+        without = self.info.num_samples - matched
+        self.notes.append(
+            f"scores {pattern}: {matched:,} of {rows:,} rows match a sample, {rows - matched:,} "
+            f"match none; {without:,} samples have no score"
+        )
+
+    # ------------------------------------------------------------------------------- embeddings
+
+    def join_embeddings(self, folder: Path) -> None:
+        """Adds clip_score: cosine of a sample's media and its best caption, from eval.embed.
+
+        Raises:
+            InputError: the folder is unfinished or of another dataset, or clip_score is known.
+        """
+        check_embeddings(folder, self.info.fingerprint)
+        if CLIP_SCORE in (name.lower() for name in self.columns):
+            raise InputError(f"embeddings: {folder}: the dataset has a column {CLIP_SCORE} already")
+        files = self._files_of_shards(folder)
+        with duckdb_errors(f"embeddings: {folder}"):
+            self.connection.execute(
+                "CREATE TABLE embedded AS SELECT unnest(?::VARCHAR[]) AS file, "
+                "unnest(?::VARCHAR[]) AS shard",
+                [list(map(str, files)), [row.name for row in self.manifest]],
+            )
+            # A caption's cosine by list_cosine_similarity: Parquet has lists of any length only.
+            self.connection.execute(
+                "CREATE VIEW embeddings AS SELECT shard, key, "
+                "list_max(list_transform(caption_embeddings, lambda caption: "
+                f"list_cosine_similarity(caption, media_embedding))) AS {CLIP_SCORE} "
+                f"FROM read_parquet({files_literal(files)}, filename = 'file') "
+                "JOIN embedded USING (file)"
+            )
+            rows = self._number("SELECT count(*) FROM embeddings")
+        self._columns.append(f"embeddings.{CLIP_SCORE}")
+        self._joins.append(
+            "LEFT JOIN embeddings ON embeddings.shard = sidecars.isopair_shard "
+            "AND embeddings.key = sidecars.key"
+        )
+        self._make_view()
+        self.notes.append(
+            f"embeddings {folder}: of {rows:,} samples, {self.info.num_samples - rows:,} have none"
+        )

@@ -1,0 +1,224 @@
+"""A dataset folder in the making: its lock, its plan, its finished shards, its closing files.
+
+lock_folder        one command at a time writes into a folder; or several, each its own part
+begin_plan         plan.json says what the folder is made from; a different plan is refused
+index_if_finished  a shard is finished if and only if its index matches its tar
+finish_dataset     manifest.jsonl, then dataset.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from data_prep.config_file import InputError, differing_keys
+from data_prep.shards.dataset import (
+    DatasetInfo,
+    ManifestRow,
+    ShardIndex,
+    fingerprint_of,
+    manifest_row,
+    write_atomically,
+    write_dataset_files,
+)
+
+log = logging.getLogger(__name__)
+
+PLAN_FILE = "plan.json"
+# What make_shards writes, and would take for its own, or delete.
+OWN_NAME = re.compile(
+    r".*\.(tar|idx)|\d{8}\.parquet|dataset\.json|manifest\.jsonl|rejected(\.jsonl)?|plan|downloads"
+)
+# Of shard_format.temporary_name: .<file>.<host>.<process>.tmp
+TEMPORARY_NAME = re.compile(
+    r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
+)
+
+
+@contextmanager
+def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
+    """Makes the folder and holds its lock; gives whether its file system can lock.
+
+    A command that has the folder to itself begins by removing what dead attempts left.
+
+    Args:
+        folder: the dataset folder.
+        part: None keeps every other command out; "i/n" only those that do not name another part
+            of the same n.
+
+    Raises:
+        InputError: another command is writing into the folder, or into this part of it, or into a
+            part of another n, which shares shards with this one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        is_locked = _lock(folder, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, stack)
+        if part is not None:
+            path = folder / f".part-{part.replace('/', '-of-')}.lock"
+            path.touch()
+            is_locked = _lock(path, fcntl.LOCK_EX, stack) and is_locked
+            for other in _locks_of_other_totals(folder, part):
+                with ExitStack() as looked_at:
+                    _lock(other, fcntl.LOCK_SH, looked_at)
+        elif is_locked:
+            remove_leftovers(folder)
+        try:
+            yield is_locked
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing came of it
+
+
+def _locks_of_other_totals(folder: Path, part: str) -> list[Path]:
+    total = part.partition("/")[2]
+    return [p for p in folder.glob(".part-*.lock") if not p.stem.endswith(f"-of-{total}")]
+
+
+def _lock(path: Path, kind: int, stack: ExitStack) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{path}: another command is writing into this folder; wait for it to end"
+        ) from None
+    except OSError as error:  # some network file systems lock nothing
+        log.warning("%s: cannot be locked (%s); run one command at a time", path, error)
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> None:
+    """Removes temporary files that dead attempts left.
+
+    Args:
+        folder: a locked dataset folder.
+        stems: names of shards; None for everything, also the locks of parts.
+    """
+    for path in folder.glob(".part-*.lock") if stems is None else ():
+        path.unlink()
+    for path in [*folder.glob(".*.tmp"), *folder.glob("rejected/.*.tmp")]:
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        if match is None or (stems is not None and match["stem"] not in stems):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".") -> None:
+    """Checks that the folder is new, or was begun from the same settings and input.
+
+    Args:
+        folder: the dataset folder.
+        made_from: command, settings and input of this attempt.
+        plan_folder: where in the folder plan.json is, whose key `made_from` is compared.
+
+    Raises:
+        InputError: naming the keys that differ, or what else the folder holds.
+    """
+    path = folder / plan_folder / PLAN_FILE
+    if not path.exists():
+        foreign = sorted(p.name for p in folder.glob("*") if OWN_NAME.fullmatch(p.name))
+        # Looked for once more: another part may have begun in the meantime.
+        if foreign and made_from["command"] == "make_shards" and not path.exists():
+            raise InputError(
+                f"{folder}: expected a new folder (output), or one with a {PLAN_FILE}; found "
+                f"{foreign[0]}; choose another output"
+            )
+        return
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))["made_from"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); choose another output") from None
+    different = differing_keys(begun, json.loads(json.dumps(made_from)))
+    if different:
+        lines = [f"  {key}: {old!r}, now {new!r}" for key, (old, new) in different.items()]
+        raise InputError(
+            f"{folder}: was begun from another config or input:\n" + "\n".join(lines) + "\n"
+            "go on with the old ones, choose another output, or delete the folder"
+        )
+
+
+def begin_plan(folder: Path, made_from: dict[str, Any]) -> None:
+    """Writes the plan before any shard, after check_plan.
+
+    Raises:
+        InputError: as check_plan.
+    """
+    path = folder / PLAN_FILE
+    check_plan(folder, made_from)
+    if not path.exists():
+        write_atomically(path, json.dumps({"made_from": made_from}, indent=2).encode() + b"\n")
+
+
+def index_if_finished(index_path: Path, tar_path: Path) -> ShardIndex | None:
+    """The index, if it is there, is readable, and belongs to a tar of this size."""
+    if not (index_path.exists() and tar_path.exists()):
+        return None
+    try:
+        index = ShardIndex.read(index_path)
+    except InputError:
+        return None
+    return index if index.tar_bytes == tar_path.stat().st_size else None
+
+
+def finish_dataset(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    media: str,
+    preparation: dict[str, Any],
+    num_pairs: int | None = None,
+    tar_folder: str = ".",
+) -> DatasetInfo:
+    """Writes manifest.jsonl and dataset.json of finished shards.
+
+    Shards that lost all their samples stay on disk, but are not in the manifest.
+    """
+    manifest: list[ManifestRow] = []
+    fields: set[str] = set()
+    rejected: Counter[str] = Counter()
+    marked: Counter[str] = Counter()
+    for name in names:
+        index = ShardIndex.read(folder / f"{name}.idx")
+        rejected.update(index.rejected)
+        marked.update(index.marked)
+        if index.num_samples:
+            fields.update(index.fields)
+            manifest.append(manifest_row(folder, name))
+    info = DatasetInfo(
+        media=media,
+        fields=sorted(fields),
+        num_samples=sum(row.num_samples for row in manifest),
+        num_shards=len(manifest),
+        tar_bytes=sum(row.tar_bytes for row in manifest),
+        fingerprint=fingerprint_of(manifest),
+        rejected=dict(sorted(rejected.items())),
+        marked=dict(sorted(marked.items())),
+        preparation=preparation,
+        num_pairs=num_pairs,
+        isopair_version=_isopair_version(),
+        tar_folder=tar_folder,
+    )
+    write_dataset_files(folder, info, manifest=manifest)
+    return info
+
+
+def _isopair_version() -> str:
+    try:
+        return importlib.metadata.version("isopair")
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,260 @@
+"""A subset of a dataset: one bit for every sample, and nothing is rewritten.
+
+A `.subset` file is, little-endian:
+
+    8 bytes               magic b"ISOSUB1\\n"
+    uint32                length of the header in bytes, a multiple of 4
+    header                JSON, padded with spaces: dataset_fingerprint, num_samples, num_kept,
+                          fingerprint, preparation
+    uint8 [(n + 7) // 8]  bit n % 8 of byte n // 8: is sample n of the dataset kept?
+
+Samples have two numbers: the *ordinal* is the place in the whole dataset, and is the sample's id;
+the *rank* is the place among the kept ones. Each is found from the other without a list of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.shards.dataset import Dataset, DatasetInfo, Sample, write_atomically
+
+SUBSET_MAGIC = b"ISOSUB1\n"
+BLOCK_BYTES = 64  # bits are counted in blocks: one number for every 512 samples
+# [256, 8]: place of the n-th one in a byte.
+_PLACE_IN_BYTE = np.argsort(
+    1 - np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    axis=1,
+    kind="stable",
+)
+QUERIES_AT_ONCE = 16384  # bounds the memory of a search
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Which samples of a dataset are kept.
+
+    Equal choices of equal data have equal fingerprints, however they were made.
+    """
+
+    dataset_fingerprint: str
+    num_samples: int  # of the whole dataset
+    bits: np.ndarray  # uint8 [(num_samples + 7) // 8]
+    preparation: dict[str, Any] = field(default_factory=dict)  # how it was made
+    path: Path | None = None  # where it was read from
+
+    @classmethod
+    def from_bitmap(
+        cls, info: DatasetInfo, bitmap: np.ndarray, *, preparation: dict[str, Any]
+    ) -> Subset:
+        """A subset of the dataset that `info` describes.
+
+        Args:
+            info: of the whole dataset.
+            bitmap: bool [num_samples], by ordinal: is it kept?
+            preparation: how it was made, for people; JSON-able.
+        """
+        assert bitmap.shape == (info.num_samples,) and bitmap.dtype == bool
+        bits = np.packbits(bitmap, bitorder="little")
+        return cls(info.fingerprint, info.num_samples, bits, preparation)
+
+    # ------------------------------------------------------------------------------------ files
+
+    def write(self, path: Path) -> None:
+        """Writes the file, whole or not at all."""
+        values = {
+            "dataset_fingerprint": self.dataset_fingerprint,
+            "num_samples": self.num_samples,
+            "num_kept": self.num_kept,
+            "fingerprint": self.fingerprint,
+            "preparation": self.preparation,
+        }
+        header = json.dumps(values, sort_keys=True).encode()
+        header += b" " * (-len(header) % 4)
+        length = len(header).to_bytes(4, "little")
+        write_atomically(path, SUBSET_MAGIC + length + header + self.bits.tobytes())
+
+    @classmethod
+    def read(cls, path: Path) -> Subset:
+        """
+        Raises:
+            InputError: the file is missing, is no subset of this version, or is damaged.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path}: expected a subset: {error.strerror}; make one with "
+                "python -m data_prep.make_subset"
+            ) from None
+        if content[:8] != SUBSET_MAGIC:
+            raise InputError(f"{path}: expected a subset ({SUBSET_MAGIC!r}), found {content[:8]!r}")
+        try:
+            header_end = 12 + int.from_bytes(content[8:12], "little")
+            header = json.loads(content[12:header_end])
+            subset = cls(
+                header["dataset_fingerprint"],
+                header["num_samples"],
+                np.frombuffer(content, np.uint8, offset=header_end),
+                header["preparation"],
+                path,
+            )
+            subset._check_against(header)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: damaged subset ({error}); make it again with "
+                "python -m data_prep.make_subset"
+            ) from None
+        return subset
+
+    def _check_against(self, header: dict[str, Any]) -> None:
+        expected = {
+            "bytes of bits": (self.num_samples + 7) // 8,
+            "num_kept": header["num_kept"],
+            "fingerprint": header["fingerprint"],
+        }
+        found = {"bytes of bits": len(self.bits)}
+        if found["bytes of bits"] == expected["bytes of bits"]:
+            found |= {"num_kept": self.num_kept, "fingerprint": self.fingerprint}
+        for name, value in found.items():
+            if value != expected[name]:
+                raise ValueError(f"expected {name} {expected[name]}, found {value}")
+
+    def check_belongs_to(self, info: DatasetInfo) -> None:
+        """
+        Raises:
+            InputError: this is a subset of another dataset.
+        """
+        expected = (info.fingerprint, info.num_samples)
+        if (self.dataset_fingerprint, self.num_samples) != expected:
+            raise InputError(
+                f"{self.path or 'subset'}: belongs to a dataset of {self.num_samples:,} samples "
+                f"with fingerprint {self.dataset_fingerprint}, not to this one of "
+                f"{info.num_samples:,} samples with fingerprint {info.fingerprint}; make a subset "
+                "of this dataset with python -m data_prep.make_subset"
+            )
+
+    # ---------------------------------------------------------------------------------- numbers
+
+    @property
+    def bitmap(self) -> np.ndarray:
+        """Whether each sample is kept: bool [num_samples], by ordinal."""
+        return np.unpackbits(self.bits, count=self.num_samples, bitorder="little").view(bool)
+
+    @cached_property
+    def num_kept(self) -> int:
+        return int(self._kept_before_block[-1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the dataset's fingerprint and what is kept."""
+        whole = json.dumps([self.dataset_fingerprint, self.num_samples]).encode()
+        return hashlib.sha256(whole + b"\n" + self.bits.tobytes()).hexdigest()
+
+    @cached_property
+    def _blocks(self) -> np.ndarray:
+        """uint8 [blocks, BLOCK_BYTES]: the bits, padded with zeros."""
+        num_blocks = len(self.bits) // BLOCK_BYTES + 1
+        blocks = np.zeros(num_blocks * BLOCK_BYTES, dtype=np.uint8)
+        blocks[: len(self.bits)] = self.bits
+        return blocks.reshape(num_blocks, BLOCK_BYTES)
+
+    @cached_property
+    def _kept_before_block(self) -> np.ndarray:
+        """int64 [blocks + 1]: kept samples before each block; the last number is all."""
+        counts = np.bitwise_count(self._blocks).sum(axis=1, dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def ordinals_of(self, ranks: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [n]: ordinals of the kept samples with these ranks, each in [0, num_kept)."""
+        return _in_pieces(self._ordinals_of, ranks)
+
+    def _ordinals_of(self, ranks: np.ndarray) -> np.ndarray:
+        block = np.searchsorted(self._kept_before_block, ranks, side="right") - 1
+        left = ranks - self._kept_before_block[block]  # kept samples of the block before this one
+        in_block = self._blocks[block]  # [n, BLOCK_BYTES]
+        up_to_byte = np.cumsum(np.bitwise_count(in_block), axis=1, dtype=np.int64)
+        byte = (up_to_byte <= left[:, None]).sum(axis=1)
+        rows = np.arange(len(ranks))
+        value = in_block[rows, byte]
+        left -= up_to_byte[rows, byte] - np.bitwise_count(value)
+        return (block * BLOCK_BYTES + byte) * 8 + _PLACE_IN_BYTE[value, left]
+
+    def ranks_of(self, ordinals: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [n]: how many kept samples come before each ordinal, in [0, num_samples]."""
+        return _in_pieces(self._ranks_of, ordinals)
+
+    def _ranks_of(self, ordinals: np.ndarray) -> np.ndarray:
+        whole_bytes, bit = np.divmod(ordinals, 8)
+        block, byte = np.divmod(whole_bytes, BLOCK_BYTES)
+        in_block = self._blocks[block]  # [n, BLOCK_BYTES]
+        before = np.where(np.arange(BLOCK_BYTES) < byte[:, None], np.bitwise_count(in_block), 0)
+        of_byte = in_block[np.arange(len(ordinals)), byte] & ((1 << bit) - 1).astype(np.uint8)
+        ranks = self._kept_before_block[block] + before.sum(axis=1, dtype=np.int64)
+        return ranks + np.bitwise_count(of_byte)
+
+
+class KeptSamples:
+    """A dataset, or what a subset keeps of it, read by rank as a Dataset is read by ordinal.
+
+    Args:
+        dataset: its folder, or itself.
+        subset: the `.subset` file; None keeps everything, and ranks are ordinals.
+
+    Raises:
+        InputError: the dataset or the subset is missing or damaged, or they do not belong together.
+    """
+
+    def __init__(self, dataset: Path | Dataset, *, subset: Path | None) -> None:
+        self.dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+        self.subset = None if subset is None else Subset.read(subset)
+        self.shard_sizes = self.dataset.shard_sizes  # int64 [shards]: kept samples of each
+        if self.subset is not None:
+            self.subset.check_belongs_to(self.dataset.info)
+            self.shard_sizes = np.diff(self.subset.ranks_of(self.dataset.shard_starts))
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.subset is None else self.subset.num_kept
+
+    @property
+    def folder(self) -> Path:
+        return self.dataset.folder
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Of the whole dataset."""
+        return self.dataset.info
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the dataset, and of the subset if there is one."""
+        if self.subset is None:
+            return self.info.fingerprint
+        return f"{self.info.fingerprint} subset {self.subset.fingerprint}"
+
+    def ordinals_of(self, ranks: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [n]: places in the whole dataset."""
+        return np.asarray(ranks) if self.subset is None else self.subset.ordinals_of(ranks)
+
+    def ranks_of(self, ordinals: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [n]: places among the kept samples."""
+        return np.asarray(ordinals) if self.subset is None else self.subset.ranks_of(ordinals)
+
+    def read_sample(self, rank: int, *, fields: Sequence[str] | None = None) -> Sample:
+        """As Dataset.read_sample."""
+        return self.dataset.read_sample(int(self.ordinals_of([rank])[0]), fields=fields)
+
+
+def _in_pieces(search: Any, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
+    numbers = np.asarray(numbers, dtype=np.int64)
+    starts = range(0, len(numbers), QUERIES_AT_ONCE)
+    pieces = [search(numbers[start : start + QUERIES_AT_ONCE]) for start in starts]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)

@@ -1,0 +1,255 @@
+"""Makes the index of one tar that is there already, and with `measure` its Parquet.
+
+headers, payloads -> samples with crc32 -> incomplete or undecodable ones are left out, counted
+                  -> .parquet, and then .idx
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.media.decode import MediaError
+from data_prep.shards.columns import KeptType, shard_schema
+from data_prep.shards.dataset import (
+    ABSENT,
+    BLOCK_BYTES,
+    CorruptSampleError,
+    Sample,
+    ShardIndex,
+    captions_of,
+    media_kind_of,
+    plain_member_name,
+    split_member_name,
+    write_atomically,
+)
+from data_prep.shards.kept_columns import KeptTypes
+from data_prep.shards.parquet import measure_media, row_of, write_shard_parquet
+from data_prep.shards.tar_members import BadTarError, Member, read_members
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """What a worker needs to index one tar."""
+
+    tar_path: Path
+    index_path: Path
+    name: str  # of the shard in its dataset
+    media_kind: str
+    skip_incomplete: bool
+    measure: bool
+    kept: Mapping[str, KeptType] = field(default_factory=dict)
+
+    @property
+    def parquet_path(self) -> Path:
+        """Beside the index."""
+        return self.index_path.with_name(f"{self.index_path.name.removesuffix('.idx')}.parquet")
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """One sample of a tar, with its bytes."""
+
+    sample: Sample
+    entries: dict[str, tuple[int, int, int]]  # extension -> data block, size in bytes, crc32
+
+
+@dataclass
+class TarTable:
+    """The samples of a tar that its index is to list, without their bytes."""
+
+    keys: list[str] = field(default_factory=list)
+    entries: list[dict[str, tuple[int, int, int]]] = field(default_factory=list)
+
+    def add(self, found: TarSample) -> None:
+        """Appends a sample."""
+        self.keys.append(found.sample.key)
+        self.entries.append(found.entries)
+
+    def to_index(self, tar_path: Path, **counts: dict[str, int]) -> ShardIndex:
+        """The index.
+
+        Args:
+            tar_path: where the samples are.
+            counts: `rejected` and `marked` of ShardIndex.
+        """
+        fields = tuple(sorted({extension for entries in self.entries for extension in entries}))
+        table = np.zeros((len(self.entries), len(fields), 3), dtype=np.uint32)
+        table[:, :, 0] = ABSENT
+        for place, entries in enumerate(self.entries):
+            for extension, entry in entries.items():
+                table[place, fields.index(extension)] = entry
+        with tar_path.open("rb") as tar:
+            return ShardIndex(
+                fields=fields,
+                table=table,
+                tar_bytes=tar_path.stat().st_size,
+                tar_sha256=hashlib.file_digest(tar, "sha256").hexdigest(),
+                long_keys=self._long_keys(tar),
+                **counts,
+            )
+
+    def _long_keys(self, tar: BinaryIO) -> dict[int, str]:
+        """Keys that stand in a PAX or GNU header and cannot be read from the member's own."""
+        long_keys = {}
+        for place, (key, entries) in enumerate(zip(self.keys, self.entries, strict=True)):
+            first_block = min(block for block, _, _ in entries.values())
+            tar.seek((first_block - 1) * BLOCK_BYTES)
+            if split_member_name(plain_member_name(tar.read(BLOCK_BYTES)))[0] != key:
+                long_keys[place] = key
+        return long_keys
+
+
+def index_tar(task: IndexTask) -> list[str]:
+    """Writes the sidecars of one tar; returns what is wrong, in which case nothing is written."""
+    table, rows, left_out = TarTable(), [], []
+    try:
+        for number, found in enumerate(read_tar_samples(task.tar_path), start=1):
+            try:
+                rows.append(_checked_row(found.sample, task=task, number=number))
+                table.add(found)
+            except _LeftOutError as error:
+                left_out.append((found.sample.key, error.reason, str(error)))
+    except BadTarError as error:
+        return [str(error)]
+    if left_out and not task.skip_incomplete:
+        return [
+            f"{task.tar_path}: sample {key}: {reason}: {detail}" for key, reason, detail in left_out
+        ]
+    index = table.to_index(
+        task.tar_path, rejected=dict(Counter(reason for _, reason, _ in left_out))
+    )
+    task.index_path.parent.mkdir(parents=True, exist_ok=True)
+    if task.measure:
+        _write_rows(task, rows)
+    write_atomically(task.index_path, index.to_bytes())
+    return []
+
+
+class _LeftOutError(ValueError):
+    """A sample that the index cannot list."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _checked_row(sample: Sample, *, task: IndexTask, number: int) -> dict[str, Any]:
+    """The sample's row of the Parquet; empty where none is asked for.
+
+    Raises:
+        _LeftOutError: the sample is incomplete, or its media cannot be decoded.
+    """
+    check_completeness(sample, task.media_kind)
+    if not task.measure:
+        return {}
+    try:
+        measures = measure_media(sample, task.media_kind)
+    except MediaError as error:
+        raise _LeftOutError(error.reason, str(error)) from None
+    return row_of(
+        sample,
+        media_kind=task.media_kind,
+        measures=measures,
+        kept=task.kept,
+        source=f"{task.name}.tar",
+        source_row=number,
+    )
+
+
+def check_completeness(sample: Sample, media_kind: str) -> None:
+    """
+    Raises:
+        _LeftOutError: the sample has no media of the kind, or no caption.
+    """
+    if not any(media_kind_of(extension) == media_kind for extension in sample.members):
+        found = ", ".join(sorted(sample.members))
+        raise _LeftOutError("missing_media", f"expected {media_kind}, found {found}")
+    try:
+        captions_of(sample)
+    except CorruptSampleError as error:
+        raise _LeftOutError("missing_caption", str(error).removeprefix(f"{sample}: ")) from None
+
+
+def _write_rows(task: IndexTask, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+
+    schema = shard_schema(task.media_kind, kept=task.kept)
+    write_shard_parquet(task.parquet_path, pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def kept_types_of_tar(tar_path: Path, names: tuple[str, ...]) -> dict[str, KeptType | None]:
+    """The type of each key to keep, over the .json members of one tar; damage is found later."""
+    types = KeptTypes(names)
+    with tar_path.open("rb") as tar:
+        try:
+            for member in read_members(tar_path):
+                if member.extension == "json":
+                    types.add(_json_object(tar, member))
+        except BadTarError:
+            return types.known
+    return types.known
+
+
+def _json_object(tar: BinaryIO, member: Member) -> dict[str, Any]:
+    tar.seek(member.data_block * BLOCK_BYTES)
+    try:
+        values = json.loads(tar.read(member.num_bytes))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# ------------------------------------------------------------------------------------- samples
+
+
+def read_tar_samples(path: Path) -> Iterator[TarSample]:
+    """The samples of a tar in order, whether or not they are complete.
+
+    Raises:
+        BadTarError: as read_members; or the members of a sample are not side by side, or one
+            stands twice.
+    """
+    seen: set[str] = set()
+    with path.open("rb") as tar:
+        for key, members in _group_by_key(path):
+            if key in seen:
+                raise BadTarError(
+                    f"{path}: sample {key}: its members are not side by side, or its key "
+                    "stands twice"
+                )
+            seen.add(key)
+            yield _read_sample(Sample(shard=str(path), key=key, members={}), members, tar=tar)
+
+
+def _group_by_key(path: Path) -> Iterator[tuple[str, list[Member]]]:
+    group: list[Member] = []
+    for member in read_members(path):
+        if group and member.key != group[0].key:
+            yield group[0].key, group
+            group = []
+        group.append(member)
+    if group:
+        yield group[0].key, group
+
+
+def _read_sample(sample: Sample, members: list[Member], *, tar: BinaryIO) -> TarSample:
+    entries: dict[str, tuple[int, int, int]] = {}
+    for member in members:
+        if member.extension in entries:
+            raise BadTarError(f"{sample}: .{member.extension} stands twice")
+        if max(member.num_bytes, member.data_block) >= ABSENT:
+            raise BadTarError(f"{sample}: .{member.extension} is beyond what an index can hold")
+        tar.seek(member.data_block * BLOCK_BYTES)
+        content = tar.read(member.num_bytes)
+        entries[member.extension] = (member.data_block, member.num_bytes, zlib.crc32(content))
+        sample.members[member.extension] = content
+    return TarSample(sample=sample, entries=entries)

@@ -1,0 +1,177 @@
+"""Writes one shard: a byte-reproducible ustar and its index.
+
+The same samples give the same bytes: no time, owner or mode of the source file is kept. The tar is
+written under a temporary name; `finish` renames the tar and then, last, the index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shards.dataset import (
+    ABSENT,
+    BLOCK_BYTES,
+    ShardIndex,
+    name_file,
+    temporary_name,
+    write_atomically,
+)
+
+# Tar files end with two zero blocks.
+END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
+WRITE_BUFFER_BYTES = 2**20
+# Smaller members are joined with their header, which saves calls; larger ones are not copied.
+JOINED_BYTES = 4096
+
+NAME_BYTES, PREFIX_BYTES = 100, 155
+# A ustar header is name, RIGHTS, size, TIME, checksum, KIND, prefix, 12 zero bytes.
+RIGHTS = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, owner, group
+TIME = b"%011o\0" % 0
+KIND = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(80)  # an ordinary file, no link, no names
+# The sum of all constant bytes; the checksum itself counts as eight spaces.
+CONSTANT_SUM = sum(RIGHTS + TIME + b" " * 8 + KIND)
+
+
+class ShardWriter:
+    """Use: `add` each sample, then `finish`; `discard` after a failure.
+
+    Args:
+        folder: where the shard goes.
+        name: stem of its files.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.tar_path = folder / f"{name}.tar"
+        self.index_path = folder / f"{name}.idx"
+        self._temporary = folder / temporary_name(f"{name}.tar")
+        self._file = self._temporary.open("wb", buffering=WRITE_BUFFER_BYTES)
+        self._sha256 = hashlib.sha256()
+        self._num_blocks = 0
+        self._num_samples = 0
+        self._field_numbers: dict[str, int] = {}  # extension -> number, as they come
+        self._entries: list[int] = []  # place, field number, data block, size, crc32; and so on
+
+    def add(self, key: str, *, members: dict[str, bytes]) -> None:
+        """Appends a sample; its members follow one another in the order of their extensions.
+
+        Raises:
+            ValueError: the key and extension together are too long for ustar.
+            OSError: naming the tar: the disk is full, or the like.
+        """
+        for extension in sorted(members):
+            content = members[extension]
+            header = ustar_header(f"{key}.{extension}", len(content))
+            self._append_member(header, content)
+            field = self._field_numbers.setdefault(extension, len(self._field_numbers))
+            self._entries += (
+                self._num_samples,
+                field,
+                self._num_blocks + 1,
+                len(content),
+                zlib.crc32(content),
+            )
+            self._num_blocks += 1 + -(-len(content) // BLOCK_BYTES)
+        self._num_samples += 1
+
+    def finish(
+        self, *, rejected: dict[str, int] | None = None, marked: dict[str, int] | None = None
+    ) -> ShardIndex:
+        """Completes the tar, renames it into place, and then does the same with its index.
+
+        Raises:
+            OSError: naming the file: the disk is full, or the like.
+        """
+        self._append(END_OF_ARCHIVE)
+        self._num_blocks += len(END_OF_ARCHIVE) // BLOCK_BYTES
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self.tar_path)
+        except OSError as error:
+            raise name_file(error, self.tar_path) from None
+        fields, table = self._table()
+        index = ShardIndex(
+            fields=fields,
+            table=table,
+            tar_bytes=self._num_blocks * BLOCK_BYTES,
+            tar_sha256=self._sha256.hexdigest(),
+            rejected=rejected or {},
+            marked=marked or {},
+        )
+        write_atomically(self.index_path, index.to_bytes())
+        return index
+
+    def discard(self) -> None:
+        """Removes the unfinished tar."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered; the disk may be full
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _append_member(self, header: bytes, content: bytes) -> None:
+        padding = bytes(-len(content) % BLOCK_BYTES)
+        if len(content) < JOINED_BYTES:
+            self._append(header + content + padding)
+            return
+        self._append(header)
+        self._append(content)
+        self._append(padding)
+
+    def _append(self, content: bytes) -> None:
+        self._sha256.update(content)
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise name_file(error, self.tar_path) from None
+
+    def _table(self) -> tuple[tuple[str, ...], np.ndarray]:
+        fields = sorted(self._field_numbers)
+        column_of = np.array([fields.index(name) for name in self._field_numbers], dtype=np.int64)
+        entries = np.array(self._entries, dtype=np.int64).reshape(-1, 5)
+        table = np.zeros((self._num_samples, len(fields), 3), dtype=np.uint32)
+        table[:, :, 0] = ABSENT
+        if len(entries):
+            table[entries[:, 0], column_of[entries[:, 1]]] = entries[:, 2:]
+        return tuple(fields), table
+
+
+def ustar_header(name: str, size: int) -> bytes:
+    """The header block of an ordinary file, with fixed owner, time and mode.
+
+    Raises:
+        ValueError: the name does not fit: 100 bytes, or 155 of folders before these.
+    """
+    prefix, short_name = _split_name(name.encode("utf-8"))
+    size_digits = b"%011o\0" % size
+    checksum = CONSTANT_SUM + sum(prefix) + sum(short_name) + sum(size_digits)
+    return b"".join(
+        (
+            short_name.ljust(NAME_BYTES, b"\0"),
+            RIGHTS,
+            size_digits,
+            TIME,
+            b"%06o\0 " % checksum,
+            KIND,
+            prefix.ljust(PREFIX_BYTES + 12, b"\0"),
+        )
+    )
+
+
+def _split_name(name: bytes) -> tuple[bytes, bytes]:
+    """(prefix, name), where a reader joins the two by a slash if there is a prefix"""
+    if len(name) <= NAME_BYTES:
+        return b"", name
+    prefix, _, short_name = name[: PREFIX_BYTES + 1].rpartition(b"/")
+    short_name += name[PREFIX_BYTES + 1 :]
+    if not prefix or len(short_name) > NAME_BYTES:
+        raise ValueError(
+            f"member name of {len(name)} bytes: expected at most {NAME_BYTES} bytes after a slash "
+            f"within the first {PREFIX_BYTES + 1}, as ustar can hold; found {name.decode()}"
+        )
+    return prefix, short_name

@@ -1,0 +1,1 @@
+"""Input formats: tables, folders, tars, COCO, Parquet and Arrow."""

@@ -1,0 +1,185 @@
+"""Reads pairs, and the bytes of media, from what Hugging Face's `Dataset.save_to_disk` wrote.
+
+The folder holds Arrow files (IPC streams) in the order of its state.json. They are mapped into
+memory, so that bytes are read only where they are looked at. The place of a pair's bytes is
+"<where its record batch starts in the file>:<row in the batch>".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from data_prep.config import MakeShards
+from data_prep.config_file import InputError
+from data_prep.sources.columns import (
+    ROWS_AT_ONCE,
+    TableColumns,
+    media_bytes,
+)
+from data_prep.sources.input_files import InputFiles, readable_input
+from data_prep.sources.pair import Pair
+from data_prep.storage import remote_file
+
+if TYPE_CHECKING:
+    import pyarrow
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read_huggingface(config: MakeShards) -> Iterator[Pair]:
+    """The pairs of a dataset that Hugging Face's save_to_disk wrote.
+
+    Raises:
+        InputError: the folder holds several splits or an indices mapping, or a file is damaged.
+    """
+    files = arrow_files(config)
+    first_row = 1
+    for name in files.names:
+        for offset, batch in _record_batches(files.path_of(name)):
+            columns = TableColumns(config, batch.schema, path=files.path_of(name))
+            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                part = batch.slice(start, ROWS_AT_ONCE)
+                rows = [f"{offset}:{start + i}" for i in range(part.num_rows)]
+                column = part.column(config.columns.media)
+                media, places = columns.media_of_rows(column, container=name, places=rows)
+                yield from columns.pairs(part, first_row=first_row, media=media, places=places)
+                first_row += part.num_rows
+
+
+def arrow_files(config: MakeShards) -> InputFiles:
+    """The files of the dataset, in its order.
+
+    Raises:
+        InputError: as read_huggingface.
+    """
+    splits = _read_json(config, "dataset_dict.json")
+    if splits is not None:
+        found = ", ".join(map(str, splits.get("splits", [])))
+        raise InputError(
+            f"{config.input}: expected one split of a Hugging Face dataset, found a folder of "
+            f"several: {found}; add the name of one to input"
+        )
+    state = _read_json(config, "state.json")
+    if state is None:
+        raise InputError(
+            f"{config.input}: expected a folder that Hugging Face's save_to_disk wrote, found no "
+            "state.json"
+        )
+    if any(state.get(key) for key in ("_indices_data_files", "_indices_files")):
+        raise InputError(
+            f"{config.input}: its state.json has an indices mapping, as old versions of datasets "
+            "wrote after select or shuffle; load it and save it again: "
+            "datasets.load_from_disk(old).flatten_indices().save_to_disk(new)"
+        )
+    try:
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{config.input}: damaged state.json: {error!r}") from None
+    return InputFiles(config.input, names)
+
+
+def _read_json(config: MakeShards, name: str) -> dict[str, Any] | None:
+    path = remote_file.join(config.input, name)
+    with readable_input(path):
+        if not remote_file.exists(path):
+            return None
+        content = remote_file.read_bytes(path)
+    try:
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"an object was expected, not {type(values).__name__}")
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}") from None
+    return values
+
+
+# -------------------------------------------------------------------------------- record batches
+
+
+@contextmanager
+def _open_arrow(path: str) -> Iterator[Any]:
+    import pyarrow
+
+    local = remote_file.local_path(path)
+    try:
+        with closing(
+            pyarrow.memory_map(str(local))
+            if local is not None
+            else pyarrow.PythonFile(remote_file.open_binary(path), mode="r")
+        ) as file:
+            yield file
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
+        raise InputError(f"{path}: expected a readable Arrow stream: {error}") from None
+
+
+def _record_batches(path: str) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+    """(where it starts, the batch) of a stream that must be whole."""
+    import pyarrow
+
+    with _open_arrow(path) as file:
+        schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(file))
+        while True:
+            offset = file.tell()
+            if file.read(len(END_OF_STREAM)) in (END_OF_STREAM, END_OF_STREAM[4:]):
+                return
+            file.seek(offset)
+            yield offset, _read_batch(file, schema)
+
+
+def _read_batch(file: Any, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    message = pyarrow.ipc.read_message(file)
+    if message.type != "record batch":
+        raise pyarrow.ArrowInvalid(f"expected a record batch, found a {message.type}")
+    batch = pyarrow.ipc.read_record_batch(message, schema)
+    batch.validate()
+    return batch
+
+
+class ArrowMedia:
+    """The bytes of media in one Arrow file.
+
+    Args:
+        path: path or URL of the file.
+        column: that holds the media.
+        max_bytes: larger media are not read.
+    """
+
+    def __init__(self, path: str, *, column: str, max_bytes: int):
+        import pyarrow
+
+        self.path = path
+        self.column = column
+        self.max_bytes = max_bytes
+        self._opened = _open_arrow(path)
+        self._file = self._opened.__enter__()
+        self._schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(self._file))
+        self._offset = -1
+        self._batch: pyarrow.RecordBatch | None = None
+
+    def read(self, place: str) -> bytes:
+        """The bytes at a place.
+
+        Raises:
+            BadItemError: there are none, or too many.
+            InputError: the file is not readable, or has changed.
+        """
+        import pyarrow
+
+        offset, row = map(int, place.split(":"))
+        try:
+            if offset != self._offset:
+                self._file.seek(offset)
+                self._batch, self._offset = _read_batch(self._file, self._schema), offset
+            column = self._batch.column(self.column)
+            return media_bytes(column, row, max_bytes=self.max_bytes)
+        except (pyarrow.ArrowException, EOFError, OSError, IndexError) as error:
+            raise InputError(f"{self.path}: not readable at {place}: {error}") from None
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._opened.__exit__(None, None, None)

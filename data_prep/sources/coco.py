@@ -1,0 +1,88 @@
+"""Reads pairs from COCO captions: one JSON with a list of images and a list of annotations."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from data_prep.config import Columns, MakeShards
+from data_prep.config_file import InputError
+from data_prep.sources.input_files import files_of_input, readable_input
+from data_prep.sources.pair import Pair, unreadable_row
+from data_prep.sources.rows import kept_json, pairs_of_row, rejected_media
+from data_prep.storage import remote_file
+
+FILE_NAME = "file_name"
+
+
+def read_coco(config: MakeShards) -> Iterator[Pair]:
+    """The captions of every image, in the file's order of images; the row is the image's place.
+
+    Args:
+        config: columns.media, class_name and uid, where set, name keys of the images, such as
+            coco_url and id; columns.caption one of the annotations.
+
+    Raises:
+        InputError: the file is not readable, or is no COCO captions.
+    """
+    files = files_of_input(config, "coco")
+    first_row = 0
+    for name in files.names:
+        images, annotations = _read_lists(files.path_of(name))
+        yield from _pairs(config, images, annotations, first_row=first_row)
+        first_row += len(images)
+
+
+def _read_lists(path: str) -> tuple[list[Any], list[Any]]:
+    with readable_input(path):
+        content = remote_file.read_bytes(path)
+    try:
+        values = json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON of COCO captions: {error}") from None
+    lists = [
+        values.get(key) if isinstance(values, dict) else None for key in ("images", "annotations")
+    ]
+    if not all(isinstance(entries, list) for entries in lists):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise InputError(
+            f"{path}: expected COCO captions, an object with lists `images` and `annotations`, "
+            f"found {found[:200] or 'an empty one'}"
+        )
+    return lists[0], lists[1]
+
+
+def _pairs(
+    config: MakeShards, images: list[Any], annotations: list[Any], *, first_row: int
+) -> Iterator[Pair]:
+    columns = config.columns
+    media_key = FILE_NAME if columns.media == Columns().media else columns.media
+    captions: dict[Any, list[Any]] = defaultdict(list)
+    for annotation in annotations:
+        if isinstance(annotation, dict):
+            captions[str(annotation.get("image_id"))].append(annotation.get(columns.caption))
+    for row, image in enumerate(images, first_row + 1):
+        if not isinstance(image, dict) or "id" not in image:
+            yield unreadable_row(
+                row, "not_json", f"expected an image with an id, found {image!r:.80}"
+            )
+            continue
+        found = captions.pop(str(image["id"]), None)
+        if found is None:
+            media = str(image.get(media_key) or "")
+            yield rejected_media(row, media, "missing_caption", "it has no annotation")
+            continue
+        yield from pairs_of_row(
+            row=row,
+            media=image.get(media_key),
+            captions=found,
+            class_name=image.get(columns.class_name) if columns.class_name else None,
+            uid=image.get(columns.uid) if columns.uid else None,
+            kept=kept_json(image, config.keep_columns),
+        )
+    for image_id, orphans in captions.items():
+        for _ in orphans:
+            detail = f"no image has the id {image_id}"
+            yield unreadable_row(first_row + len(images), "unknown_image", detail)

@@ -1,0 +1,180 @@
+"""Reads pairs, and the bytes of media, from Parquet files.
+
+The scan never reads inline bytes: whether a row group holds any is told by its statistics. The
+place of a pair's bytes is the number of its row in the file.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from data_prep.config import MakeShards
+from data_prep.config_file import InputError
+from data_prep.sources.columns import (
+    ROWS_AT_ONCE,
+    TableColumns,
+    media_bytes,
+)
+from data_prep.sources.input_files import InputFiles, files_of_input
+from data_prep.sources.pair import Pair
+from data_prep.sources.rows import start_at_manifest
+from data_prep.storage import remote_file
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+BUFFER_BYTES = 1 << 20  # read ahead of each column
+BATCH_BYTES = 1 << 23  # of media decoded at a time
+
+
+def read_parquet(config: MakeShards) -> Iterator[Pair]:
+    """The pairs of Parquet files, in order.
+
+    Raises:
+        InputError: a file is not readable, or lacks a column.
+    """
+    files = files_of_input(config, "parquet")
+    first_row = 0
+    for name in files.names:
+        with open_parquet(files.path_of(name)) as file:
+            pairs = _pairs_of_file(config, file, files=files, name=name, first_row=first_row)
+            yield from start_at_manifest(pairs, name, config)
+            first_row += file.metadata.num_rows
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """The opened file; nothing of it is read before it is needed.
+
+    Raises:
+        InputError: it is not readable, or no Parquet.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    local = remote_file.local_path(path)
+    try:
+        source = str(local) if local is not None else remote_file.open_binary(path)
+        with pyarrow.parquet.ParquetFile(
+            source, pre_buffer=False, buffer_size=BUFFER_BYTES
+        ) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: expected a readable Parquet file: {error}") from None
+
+
+def _pairs_of_file(
+    config: MakeShards,
+    file: pyarrow.parquet.ParquetFile,
+    *,
+    files: InputFiles,
+    name: str,
+    first_row: int,
+) -> Iterator[Pair]:
+    columns = TableColumns(config, file.schema_arrow, path=files.path_of(name))
+    start = 0
+    for group in range(file.num_row_groups):
+        media_column = _media_column(columns, file.metadata.row_group(group))
+        wanted = [*columns.others, *([media_column] if media_column else [])]
+        for batch in file.iter_batches(
+            ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
+        ):
+            column = batch.column(config.columns.media) if media_column else None
+            rows = [str(start + i) for i in range(batch.num_rows)]
+            media, places = columns.media_of_rows(column, container=name, places=rows)
+            yield from columns.pairs(
+                batch, first_row=first_row + start + 1, media=media, places=places
+            )
+            start += batch.num_rows
+
+
+def _media_column(columns: TableColumns, group: Any) -> str | None:
+    """What to read of the media column in one row group; None: every row has its bytes inline."""
+    column = columns.config.columns.media
+    if columns.holds_paths:
+        return column
+    if not columns.has_path:
+        return None
+    parts = [group.column(number) for number in range(group.num_columns)]
+    part = next(part for part in parts if part.path_in_schema == f"{column}.bytes")
+    statistics = part.statistics
+    num_nulls = statistics.null_count if statistics and statistics.has_null_count else None
+    if num_nulls == 0:
+        return None
+    return f"{column}.path" if num_nulls == group.num_rows else column
+
+
+class ParquetMedia:
+    """The bytes of media in one Parquet file, read in the order of its rows.
+
+    Args:
+        path: path or URL of the file.
+        column: that holds the media.
+        max_bytes: larger media are not read.
+    """
+
+    def __init__(self, path: str, *, column: str, max_bytes: int):
+        self.path = path
+        self.column = column
+        self.max_bytes = max_bytes
+        self._opened = open_parquet(path)
+        self._file = self._opened.__enter__()
+        groups = (self._file.metadata.row_group(n) for n in range(self._file.num_row_groups))
+        self._ends = list(accumulate(group.num_rows for group in groups))  # of the row groups
+        self._batches: Iterator[pyarrow.RecordBatch] = iter(())
+        self._batch: pyarrow.RecordBatch | None = None
+        self._start = 0  # row in the file of the batch's first
+
+    def read(self, place: str) -> bytes:
+        """The bytes in a row.
+
+        Raises:
+            BadItemError: there are none, or too many.
+            InputError: the file is not readable, or has changed.
+        """
+        import pyarrow
+
+        row = int(place)
+        try:
+            self._go_to(row)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{self.path}: row {row}: not readable: {error}") from None
+        column = self._batch.column(self.column)
+        return media_bytes(column, row - self._start, max_bytes=self.max_bytes)
+
+    def _go_to(self, row: int) -> None:
+        group = bisect_right(self._ends, row)
+        if group == len(self._ends):
+            raise InputError(f"{self.path}: expected a row {row}; the file has changed")
+        group_start = self._ends[group - 1] if group else 0
+        if self._batch is None or not self._start <= row or self._start < group_start:
+            self._batches = self._batches_of(group)
+            self._start, self._batch = group_start, next(self._batches)
+        while row >= self._start + self._batch.num_rows:
+            self._start += self._batch.num_rows
+            self._batch = next(self._batches)
+
+    def _batches_of(self, group: int) -> Iterator[pyarrow.RecordBatch]:
+        metadata = self._file.metadata.row_group(group)
+        parts = [metadata.column(n) for n in range(metadata.num_columns)]
+        num_bytes = sum(
+            part.total_uncompressed_size
+            for part in parts
+            if part.path_in_schema.split(".")[0] == self.column
+        )
+        rows = BATCH_BYTES * metadata.num_rows // max(num_bytes, 1)
+        return self._file.iter_batches(
+            min(max(rows, 1), ROWS_AT_ONCE),
+            row_groups=[group],
+            columns=[self.column],
+            use_threads=False,
+        )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._opened.__exit__(None, None, None)

@@ -1,0 +1,177 @@
+"""Turns what one row, sidecar or sample says into pairs: what all sources share."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import posixpath
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from data_prep.config import Columns, MakeShards
+from data_prep.config_file import InputError
+from data_prep.sources.pair import Pair, checked_pair
+from data_prep.storage import remote_file
+
+CAPTION_KEYS = ("captions", "caption", "text")  # the first that a sidecar holds
+MAX_SIDECAR_BYTES = 1 << 24
+
+
+def pairs_of_row(
+    *, row: int, media: Any, captions: Any, place: str | None = None, **fields: Any
+) -> Iterator[Pair]:
+    """One pair per caption.
+
+    Args:
+        row: line or place in the input, from 1.
+        media: path or URL, or the file that holds the bytes.
+        captions: a text or a list of texts.
+        place: where the bytes are inside `media`.
+        fields: class_name, uid, kept and is_file_name of checked_pair.
+    """
+    if not isinstance(captions, list):
+        captions = [captions]
+    for caption in captions or [None]:
+        pair = checked_pair(row=row, media=media, caption=caption, place=place, **fields)
+        if pair.reason is None:
+            reason, detail = _rejection(pair)
+            if reason is not None:
+                pair = dataclasses.replace(pair, reason=reason, detail=detail)
+        yield pair
+
+
+def _rejection(pair: Pair) -> tuple[str | None, str]:
+    """A relative path may not lead out of the folder that it starts in."""
+    is_relative = pair.place is None and not remote_file.is_absolute(pair.media)
+    if is_relative and ".." in pair.media and remote_file.leads_outside(pair.media):
+        return "path_outside_root", f"{pair.media}: leads out of media_root"
+    try:
+        (pair.kept or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        return "not_utf8", f"keep_columns: {error.reason}"
+    return None, ""
+
+
+def start_at_manifest(pairs: Iterator[Pair], name: str, config: MakeShards) -> Iterator[Pair]:
+    """Relative paths start at their manifest's folder, which may be below the input's.
+
+    Args:
+        pairs: of one manifest.
+        name: of the manifest, from the input's folder.
+        config: whose media_root, where set, is where they start instead.
+    """
+    folder = posixpath.dirname(name)
+    if not folder or config.media_root is not None:
+        return pairs
+    return (_below(pair, folder) for pair in pairs)
+
+
+def _below(pair: Pair, folder: str) -> Pair:
+    if not pair.media or pair.place is not None or remote_file.is_absolute(pair.media):
+        return pair
+    return dataclasses.replace(pair, media=posixpath.join(folder, pair.media))
+
+
+def rejected_media(row: int, media: str, reason: str, detail: str) -> Pair:
+    """The pair that stands for a media file whose captions cannot be used."""
+    return Pair(row=row, media=media, caption="", reason=reason, detail=detail)
+
+
+def kept_json(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    """The values of the columns to keep that are present, as a JSON object; None: there are none.
+
+    What JSON has no type for, such as a date, becomes text.
+    """
+    kept = {name: values[name] for name in names if not _is_absent(values.get(name))}
+    return json.dumps(kept, ensure_ascii=False, default=str) if kept else None
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
+
+
+def wanted_columns(config: MakeShards, *, with_kept: bool = False) -> dict[str, str]:
+    """Every column that must be there -> the config's key that names it."""
+    kept = dict.fromkeys(config.keep_columns, "keep_columns") if with_kept else {}
+    return kept | {column: f"columns.{role}" for role, column in config.columns if column}
+
+
+def check_columns(path: str, found: Collection[str], *, wanted: Mapping[str, str]) -> None:
+    """
+    Raises:
+        InputError: a column is missing, or stands twice.
+    """
+    found = list(found)
+    if len(set(found)) != len(found):
+        repeated = sorted({name for name in found if found.count(name) > 1})
+        raise InputError(f"{path}: these columns stand twice: {', '.join(repeated)}")
+    for column, key in wanted.items():
+        if column not in found:
+            nearest = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise InputError(
+                f"{path}: expected a column {column!r} ({key}), found "
+                f"{', '.join(found) or 'no columns'}{hint}"
+            )
+
+
+# ------------------------------------------------------------------- sidecars and .json members
+
+
+def pairs_of_sidecar(
+    config: MakeShards,
+    *,
+    row: int,
+    media: str,
+    place: str | None,
+    json_bytes: bytes | None,
+    txt_bytes: bytes | None,
+    further: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Pair]:
+    """The pairs of one media file whose captions stand in a .json, else in a .txt.
+
+    Args:
+        config: columns.caption, class_name and uid, where set, name keys of the .json.
+        row: place in the input, from 1.
+        media: path, or the file that holds the bytes.
+        place: where the bytes are inside `media`.
+        json_bytes: content of the .json; None: there is none.
+        txt_bytes: content of the .txt; None: there is none.
+        further: values beside those of the .json, which come first.
+    """
+    try:
+        found = _json_object(json_bytes) if json_bytes is not None else {}
+    except (ValueError, RecursionError) as error:
+        yield rejected_media(row, media, "not_json", f".json: {error}")
+        return
+    values = {**further, **found}
+    keys = CAPTION_KEYS
+    if config.columns.caption != Columns().caption:
+        keys = (config.columns.caption,)
+    captions = next((values[key] for key in keys if values.get(key)), None)
+    if captions is None and txt_bytes is not None:
+        captions = txt_bytes.decode("utf-8-sig", errors="surrogateescape")
+    if captions is None:
+        detail = f"expected {' or '.join(keys)} in a .json, or a .txt beside it"
+        yield rejected_media(row, media, "missing_caption", detail)
+        return
+    yield from pairs_of_row(
+        row=row,
+        media=media,
+        place=place,
+        captions=captions,
+        class_name=values.get(config.columns.class_name or "class_name"),
+        uid=values.get(config.columns.uid or "uid"),
+        kept=kept_json(values, config.keep_columns),
+        is_file_name=True,
+    )
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    values = json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, found {type(values).__name__}")
+    return values

@@ -1,0 +1,175 @@
+"""What a dataset folder is made from, and whether its closing files agree with its shards."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.config_file import InputError
+from data_prep.shards.dataset import (
+    DatasetInfo,
+    ManifestRow,
+    ShardIndex,
+    fingerprint_of,
+    parse_info,
+)
+from data_prep.shards.folder import PLAN_FILE
+from data_prep.verify.shard_check import Finding
+
+PLAN_PLACES = (PLAN_FILE, f"plan/{PLAN_FILE}")  # of index_shards, and of make_shards
+EXTRA_NAMED = 10
+
+
+@dataclass(frozen=True)
+class DatasetOrigin:
+    """Which command made a dataset from what."""
+
+    preparation: dict[str, Any]  # of dataset.json, else of the plan
+    planned: dict[str, Any] | None  # the plan's record of the same; None: there is none
+    tar_folder: str | None  # None: dataset.json cannot be read
+
+    @property
+    def command(self) -> str | None:
+        """The verb: make_shards, index_shards; None where nothing says so."""
+        return self.preparation.get("command")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that the command had."""
+        return self.preparation.get("config", {})
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether others made the tars."""
+        return self.command == "index_shards" or self.tar_folder not in (None, ".")
+
+
+def read_origin(folder: Path) -> DatasetOrigin:
+    """What dataset.json and the plan say; what cannot be read is left out."""
+    planned = None
+    for place in PLAN_PLACES:
+        try:
+            found = json.loads((folder / place).read_bytes())["made_from"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        planned = found if isinstance(found, dict) else None
+    try:
+        path = folder / "dataset.json"
+        info = parse_info(path.read_bytes(), path)
+    except (OSError, InputError):
+        return DatasetOrigin(planned or {}, planned=planned, tar_folder=None)
+    preparation = info.preparation or planned or {}
+    return DatasetOrigin(preparation, planned=planned, tar_folder=info.tar_folder)
+
+
+def expects_parquet(folder: Path, origin: DatasetOrigin, names: Iterable[str]) -> bool:
+    """Whether every shard of the dataset should have a Parquet."""
+    if origin.command in ("make_shards", "index_shards"):
+        return origin.config.get("measure", origin.command == "make_shards")
+    return any((folder / f"{name}.parquet").exists() for name in names)
+
+
+def shard_names_on_disk(folder: Path, pattern: str) -> set[str]:
+    """Names of shards that have a file of this pattern: *.tar, *.idx, also in folders below."""
+    found = (path.relative_to(folder) for path in folder.rglob(pattern) if path.name[0] != ".")
+    return {path.with_suffix("").as_posix() for path in found}
+
+
+def sort_shards(names: Iterable[str]) -> list[str]:
+    """Names in the order in which a manifest lists them."""
+    return sorted(names, key=lambda name: Path(f"{name}.tar"))
+
+
+def check_dataset(
+    folder: Path, info: DatasetInfo, manifest: Sequence[ManifestRow], *, origin: DatasetOrigin
+) -> list[Finding]:
+    """What is wrong with dataset.json and manifest.jsonl, and which shards they do not know."""
+    findings = list(_check_totals(folder, info, manifest, origin=origin))
+    findings += _check_extra(folder, {row.name for row in manifest}, origin=origin)
+    if not origin.is_foreign:
+        findings += [
+            Finding(f"{folder / copy}: holds the same bytes as shard {first}", "extra shard")
+            for copy, first in copies_among(manifest).items()
+        ]
+    return findings
+
+
+def copies_among(manifest: Iterable[ManifestRow]) -> dict[str, str]:
+    """Name of each shard that is a copy -> name of the first shard with the same bytes."""
+    first: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for row in manifest:
+        if first.setdefault(row.tar_sha256, row.name) != row.name:
+            copies[row.name] = first[row.tar_sha256]
+    return copies
+
+
+def _check_totals(
+    folder: Path, info: DatasetInfo, manifest: Sequence[ManifestRow], *, origin: DatasetOrigin
+) -> Iterator[Finding]:
+    expected: dict[str, tuple[Any, str]] = {
+        "num_shards": (len(manifest), "manifest.jsonl"),
+        "num_samples": (sum(row.num_samples for row in manifest), "manifest.jsonl"),
+        "tar_bytes": (sum(row.tar_bytes for row in manifest), "manifest.jsonl"),
+        "fingerprint": (fingerprint_of(manifest), "manifest.jsonl"),
+    }
+    names = {row.name for row in manifest}
+    totals = totals_of_indexes(folder, names | shard_names_on_disk(folder, "*.idx"), listed=names)
+    for name, value in (totals or {}).items():
+        expected[name] = value, "the indexes"
+    if "media" in origin.config:
+        expected["media"] = origin.config["media"], "its preparation"
+    if origin.planned is not None:
+        expected["preparation"] = origin.planned, PLAN_FILE
+    for name, (value, where) in expected.items():
+        if getattr(info, name) != value:
+            text = f"expected {name} {value} ({where}), found {getattr(info, name)}"
+            yield Finding(f"{folder / 'dataset.json'}: {text}", "totals")
+
+
+def totals_of_indexes(
+    folder: Path, names: Iterable[str], *, listed: set[str]
+) -> dict[str, Any] | None:
+    """What dataset.json sums over all indexes; None while one cannot be read.
+
+    Args:
+        names: all shards, also those without samples.
+        listed: names of those that manifest.jsonl lists.
+    """
+    fields: set[str] = set()
+    rejected: Counter[str] = Counter()
+    marked: Counter[str] = Counter()
+    for name in names:
+        try:
+            index = ShardIndex.read(folder / f"{name}.idx")
+        except InputError:
+            return None
+        if name in listed or not index.num_samples:
+            fields.update(index.fields)
+            rejected.update(index.rejected)
+            marked.update(index.marked)
+    return {"fields": sorted(fields), "rejected": dict(rejected), "marked": dict(marked)}
+
+
+def _check_extra(folder: Path, listed: set[str], *, origin: DatasetOrigin) -> Iterator[Finding]:
+    indexed = shard_names_on_disk(folder, "*.idx") - listed
+    tars = set() if origin.is_foreign else shard_names_on_disk(folder, "*.tar") - listed
+    extra = [name for name in sort_shards(indexed | tars) if not _is_empty_shard(folder, name)]
+    for name in extra[:EXTRA_NAMED]:
+        files = ".idx" if name in indexed else ".tar without an index"
+        text = f"{folder / name}: manifest.jsonl does not list this shard ({files})"
+        yield Finding(text, "extra shard")
+    if len(extra) > EXTRA_NAMED:
+        yield Finding(f"{folder}: {len(extra) - EXTRA_NAMED} more such shards", "extra shard")
+
+
+def _is_empty_shard(folder: Path, name: str) -> bool:
+    """Whether a shard lost all its samples when it was made: it stays out of the manifest."""
+    try:
+        return not ShardIndex.read(folder / f"{name}.idx").num_samples
+    except InputError:
+        return False

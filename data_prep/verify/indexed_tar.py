@@ -1,0 +1,116 @@
+"""What is in a tar, by its own headers and by the places that an index gives."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_prep.shards.dataset import ABSENT, BLOCK_BYTES, ShardIndex, media_kind_of
+from data_prep.shards.tar_members import BadTarError, Member, member_at, read_members
+
+PROBLEMS_NAMED = 3  # of one tar and kind; the rest is counted
+
+
+@dataclass
+class TarContent:
+    """What a walk over a tar found."""
+
+    keys: list[str] = field(default_factory=list)
+    num_members: Counter[str] = field(default_factory=Counter)  # by key
+    members: dict[int, Member] = field(default_factory=dict)  # by data block
+    problems: list[str] = field(default_factory=list)
+
+
+def walk_tar(path: Path) -> TarContent:
+    """All members up to the first damage, and what is wrong with their order and keys."""
+    content = TarContent()
+    disorder: list[str] = []
+    extensions: set[str] = set()
+    try:
+        for member in read_members(path):
+            key = member.key
+            if not content.keys or key != content.keys[-1]:
+                if key in content.num_members:
+                    disorder.append(
+                        f"{path}: sample {key}: its members are not side by side, or "
+                        "its key stands twice"
+                    )
+                content.keys.append(key)
+                extensions = set()
+            if member.extension in extensions:
+                disorder.append(f"{path}: sample {key}: .{member.extension} stands twice")
+            extensions.add(member.extension)
+            content.num_members[key] += 1
+            content.members[member.data_block] = member
+    except BadTarError as error:
+        content.problems.append(str(error))
+    content.problems += disorder[:PROBLEMS_NAMED]
+    if len(disorder) > PROBLEMS_NAMED:
+        content.problems.append(f"{path}: {len(disorder) - PROBLEMS_NAMED} more of this kind")
+    return content
+
+
+@dataclass
+class IndexedSample:
+    """What is found at the places that an index gives for one sample."""
+
+    key: str | None  # None: no header of it can be read
+    num_members: int
+    members: dict[str, bytes] = field(default_factory=dict)  # those that carry their crc32
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def has_all_bytes(self) -> bool:
+        """Whether all members carry their crc32, whatever their headers say."""
+        return len(self.members) == self.num_members
+
+
+def read_indexed(
+    tar: BinaryIO, index: ShardIndex, place: int, *, content: TarContent
+) -> IndexedSample:
+    """One sample of a tar by its index, with everything that is wrong with it.
+
+    Args:
+        tar: open, in binary.
+        index: of this tar before it was damaged.
+        place: of the sample in the index.
+        content: of the walk, which knows names longer than a member's own header holds.
+    """
+    entries = index.entries_at(place)
+    headers: dict[str, Member | None] = {}
+    payloads: dict[str, bytes] = {}
+    for extension, (block, num_bytes, _) in entries.items():
+        tar.seek(max(block - 1, 0) * BLOCK_BYTES)
+        both = tar.read(BLOCK_BYTES + num_bytes)
+        found = content.members.get(block) or member_at(both[:BLOCK_BYTES], data_block=block)
+        headers[extension], payloads[extension] = found, both[BLOCK_BYTES:]
+    keys = [header.key for header in headers.values() if header is not None]
+    key = index.long_keys.get(place) or next(iter(keys), None)
+    sample = IndexedSample(key, num_members=len(entries))
+    for extension, (block, num_bytes, crc32) in entries.items():
+        header, payload = headers[extension], payloads[extension]
+        if header is None or (header.key, header.extension) != (key, extension):
+            sample.problems.append(f".{extension}: there is no such member at block {block}")
+        elif header.num_bytes != num_bytes:
+            found_bytes = f"found {header.num_bytes}"
+            sample.problems.append(f".{extension}: expected {num_bytes} bytes, {found_bytes}")
+        elif len(payload) != num_bytes or zlib.crc32(payload) != crc32:
+            sample.problems.append(f".{extension}: its bytes have not the crc32 of the index")
+        if len(payload) == num_bytes and zlib.crc32(payload) == crc32:
+            sample.members[extension] = payload
+    return sample
+
+
+def media_sizes(index: ShardIndex, media_kind: str) -> list[int]:
+    """Size in bytes of each sample's media member; 0 where there is none."""
+    sizes = np.zeros(index.num_samples, dtype=np.int64)
+    for column, extension in reversed(list(enumerate(index.fields))):
+        if media_kind_of(extension) == media_kind:
+            is_there = index.table[:, column, 0] != ABSENT
+            sizes[is_there] = index.table[is_there, column, 1]
+    return sizes.tolist()

@@ -1,0 +1,266 @@
+"""Compares one shard with its manifest row, its index and its Parquet.
+
+    sizes and sha256 -> every header of the tar -> every sample at the place and with the crc32 of
+    the index -> keys and sizes of the Parquet
+
+A finding says what is wrong and where; its kind says what can be done about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from data_prep.config_file import InputError
+from data_prep.media.decode import MediaError
+from data_prep.shards.columns import own_columns
+from data_prep.shards.dataset import (
+    CorruptSampleError,
+    ManifestRow,
+    Sample,
+    ShardIndex,
+    captions_of,
+    media_kind_of,
+    sha256_of,
+)
+from data_prep.shards.parquet import measure_media, media_extension, read_shard_parquet
+from data_prep.verify.indexed_tar import (
+    PROBLEMS_NAMED,
+    IndexedSample,
+    TarContent,
+    media_sizes,
+    read_indexed,
+    walk_tar,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FindingKind = Literal[
+    "tar",  # the tar's bytes, order or keys
+    "missing tar",
+    "index",  # the .idx
+    "parquet",
+    "totals",  # manifest.jsonl or dataset.json
+    "extra shard",  # one that manifest.jsonl does not list
+    "media",  # a picture, clip or caption that was written as it is
+]
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """One thing that is not as it was made."""
+
+    text: str
+    kind: FindingKind
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """What a worker needs to verify one shard."""
+
+    folder: Path
+    tar_folder: Path
+    row: ManifestRow
+    media_kind: str
+    decode: bool
+    has_parquet: bool  # whether shards of this dataset have one
+    is_foreign: bool  # whether others made the tar, whose index may leave out samples
+
+    @property
+    def tar_path(self) -> Path:
+        """The shard."""
+        return self.tar_folder / f"{self.row.name}.tar"
+
+    @property
+    def index_path(self) -> Path:
+        """Its index."""
+        return self.folder / f"{self.row.name}.idx"
+
+    @property
+    def parquet_path(self) -> Path:
+        """Its columns."""
+        return self.folder / f"{self.row.name}.parquet"
+
+
+def verify_shard(check: ShardCheck) -> list[Finding]:
+    """What is wrong with one shard; empty when it is as it was made."""
+    row = check.row
+    tar_sha256, findings = _check_file(check.tar_path, row.tar_bytes, row.tar_sha256, kind="tar")
+    index_sha256, found = _check_file(
+        check.index_path, row.index_bytes, row.index_sha256, kind="index"
+    )
+    findings += found
+    table, found = _read_parquet(check)
+    findings += found
+    index = None
+    if index_sha256 is not None:
+        try:
+            index = ShardIndex.read(check.index_path)
+        except InputError as error:
+            findings.append(Finding(str(error), "index"))
+    keys: list[str | None] = []
+    if tar_sha256 is not None:
+        content = walk_tar(check.tar_path)
+        findings += [Finding(problem, "tar") for problem in content.problems]
+        if index is not None and index.tar_sha256 not in (row.tar_sha256, tar_sha256):
+            text = f"{check.index_path}: belongs to another tar than manifest.jsonl records"
+            findings.append(Finding(text, "index"))
+        elif index is not None:
+            # What does not fit a tar that is as recorded is the index's fault.
+            is_tar_intact = tar_sha256 == row.tar_sha256 and not content.problems
+            kind: FindingKind = "index" if is_tar_intact else "tar"
+            findings += _check_counts(check, index, content, kind=kind)
+            keys, found = _check_samples(check, index, content, kind=kind, table=table)
+            findings += found
+    if table is not None and index is not None and len(keys) == table.num_rows:
+        findings += _check_rows(check, index, table, keys=keys)
+    return findings
+
+
+def _check_file(
+    path: Path, num_bytes: int, sha256: str, *, kind: Literal["tar", "index"]
+) -> tuple[str | None, list[Finding]]:
+    """(sha256 of the file, None if it is missing; what is wrong with it)"""
+    if not path.is_file():
+        return None, [Finding(f"{path}: missing", "missing tar" if kind == "tar" else "index")]
+    found_sha256, found_bytes = sha256_of(path), path.stat().st_size
+    if found_bytes != num_bytes:
+        text = f"{path}: expected {num_bytes} bytes, found {found_bytes}"
+    elif found_sha256 != sha256:
+        text = f"{path}: its sha256 is not the one in manifest.jsonl"
+    else:
+        return found_sha256, []
+    return found_sha256, [Finding(text, kind)]
+
+
+def _check_counts(
+    check: ShardCheck, index: ShardIndex, content: TarContent, *, kind: FindingKind
+) -> Iterator[Finding]:
+    if index.num_samples != check.row.num_samples:
+        yield Finding(
+            f"{check.index_path}: expected {check.row.num_samples} samples (manifest.jsonl), "
+            f"found {index.num_samples}",
+            "index",
+        )
+    left_out = len(content.keys) - index.num_samples
+    most = sum(index.rejected.values()) if check.is_foreign else 0
+    if not content.problems and not 0 <= left_out <= most:
+        yield Finding(
+            f"{check.tar_path}: expected {index.num_samples} samples (its index), found "
+            f"{len(content.keys)}",
+            kind,
+        )
+
+
+# ------------------------------------------------------------------------------------- samples
+
+
+def _check_samples(
+    check: ShardCheck,
+    index: ShardIndex,
+    content: TarContent,
+    *,
+    kind: FindingKind,
+    table: pyarrow.Table | None,
+) -> tuple[list[str | None], list[Finding]]:
+    """(the key of each sample, None if no header of it can be read; what is wrong)"""
+    labels = [f"number {place}" for place in range(index.num_samples)]
+    if table is not None and table.num_rows == index.num_samples:
+        labels = table["key"].to_pylist()
+    keys: list[str | None] = []
+    findings: list[Finding] = []
+    num_bad = last_bad = 0
+    with check.tar_path.open("rb") as tar:
+        for place in range(index.num_samples):
+            sample = read_indexed(tar, index, place, content=content)
+            label = sample.key or labels[place]
+            found = list(_check_sample(sample, label, check=check, content=content, kind=kind))
+            keys.append(sample.key)
+            if found:
+                num_bad, last_bad = num_bad + 1, place
+                findings += found if num_bad <= PROBLEMS_NAMED else []
+    if num_bad > PROBLEMS_NAMED:
+        findings.append(
+            Finding(
+                f"{check.tar_path}: sample number {last_bad} is the last of "
+                f"{num_bad - PROBLEMS_NAMED} more that are wrong, of {index.num_samples}",
+                kind,
+            )
+        )
+    return keys, findings
+
+
+def _check_sample(
+    indexed: IndexedSample,
+    label: str,
+    *,
+    check: ShardCheck,
+    content: TarContent,
+    kind: FindingKind,
+) -> Iterator[Finding]:
+    sample = Sample(shard=str(check.tar_path), key=label, members=indexed.members)
+    if indexed.problems:
+        yield Finding(f"{sample}: {'; '.join(indexed.problems)}", kind)
+    num_members = content.num_members.get(sample.key, indexed.num_members)
+    if not indexed.problems and num_members != indexed.num_members:
+        yield Finding(
+            f"{sample}: expected {indexed.num_members} members (its index), found {num_members}",
+            kind,
+        )
+    if check.decode and not indexed.problems:
+        for problem in _decoding_problems(sample, check.media_kind):
+            yield Finding(f"{sample}: {problem}", "media")
+
+
+def _decoding_problems(sample: Sample, media_kind: str) -> Iterator[str]:
+    try:
+        captions_of(sample)
+    except CorruptSampleError as error:
+        yield str(error).removeprefix(f"{sample}: ")
+    if not any(media_kind_of(extension) == media_kind for extension in sample.members):
+        yield f"holds no {media_kind}"
+        return
+    try:
+        measure_media(sample, media_kind)
+    except MediaError as error:
+        yield f".{media_extension(sample, media_kind)}: {error}"
+
+
+# ------------------------------------------------------------------------------------- Parquet
+
+
+def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding]]:
+    """(keys and sizes, None without them; what is wrong with the file by itself)"""
+    path = check.parquet_path
+    if not check.has_parquet:
+        return None, []
+    try:
+        table = read_shard_parquet(path)  # all of it, for the checksums of its pages
+    except InputError as error:
+        return None, [Finding(str(error), "parquet")]
+    missing = own_columns(check.media_kind).difference(table.column_names)
+    if missing:
+        text = f"{path}: has no column {', '.join(sorted(missing))}"
+    elif table.num_rows != check.row.num_samples:
+        expected = f"expected {check.row.num_samples} rows (manifest.jsonl)"
+        text = f"{path}: {expected}, found {table.num_rows}"
+    else:
+        return table, []
+    return None, [Finding(text, "parquet")]
+
+
+def _check_rows(
+    check: ShardCheck, index: ShardIndex, table: pyarrow.Table, *, keys: Sequence[str | None]
+) -> list[Finding]:
+    """The first row that is not of the tar's sample."""
+    sizes = media_sizes(index, check.media_kind)
+    rows = zip(table["key"].to_pylist(), table["bytes"].to_pylist(), keys, sizes, strict=True)
+    for number, (key, num_bytes, tar_key, tar_bytes) in enumerate(rows):
+        if tar_key is not None and (key, num_bytes) != (tar_key, tar_bytes):
+            expected = f"expected {tar_key} with {tar_bytes} bytes of {check.media_kind}"
+            text = f"{check.parquet_path}: row {number}: {expected}, found {key} with {num_bytes}"
+            return [Finding(text, "parquet")]
+    return []
