@@ -44,7 +44,7 @@ def _embed(config: EmbedConfig) -> None:
     from eval.embedding_files import origin_of, write_summary
     from eval.encoder import check_tower, load_encoder
     from eval.processes import wait_for_all
-    from pretrain.gather import rank
+    from pretrain.distributed.collectives import rank
 
     check_output_folder(config.output, key="output")
     dataset = Dataset(config.dataset)
@@ -74,7 +74,7 @@ def write_missing_shards(
     """
     from eval.embedding_files import bad_samples_of, is_finished, uids_of_shard, write_shard
     from eval.shard_embeddings import embed_shards
-    from pretrain.gather import rank, world_size
+    from pretrain.distributed.collectives import rank, world_size
 
     paths = [config.output / f"{row.name}.parquet" for row in dataset.manifest]
     finished = {path for path in paths if is_finished(path, origin)}

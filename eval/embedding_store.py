@@ -32,7 +32,7 @@ from data_prep.shards.dataset import write_atomically
 from eval.encoder import Encoder, check_embeddings, check_tower
 from eval.evaluation_sets import EvaluationSet
 from eval.media_batches import media_batches
-from pretrain.gather import rank, world_size
+from pretrain.distributed.collectives import rank, world_size
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from eval.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.model_source import ModelSource, find_model
 from eval.ranking import check_finite
 from pretrain.checkpoint import find_checkpoint, load_model
-from pretrain.checkpoint_record import read_record
+from pretrain.checkpoints.record import read_record
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from eval.results import (
 from eval.tar_dataset import TarDataset
 from eval.task_readers import fetch_datasets, read_tasks
 from eval.tasks import Task
-from pretrain.gather import on_main_process, rank
+from pretrain.distributed.collectives import on_main_process, rank
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.config_file import InputError
-from pretrain.checkpoint_store import find_locations
+from pretrain.checkpoints.store import find_locations
 
 Library = Literal["isopair", "open_clip", "hugging_face"]
 LOCAL_DIR = "local-dir:"

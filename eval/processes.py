@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from data_prep.config_file import RunError
-from pretrain.gather import gather_objects, is_of_lost_peer
-from pretrain.launcher import adopt_environment
+from pretrain.distributed.collectives import gather_objects, is_of_lost_peer
+from pretrain.distributed.launcher import adopt_environment
 
 LONGEST_WAIT = timedelta(days=7)  # one may read a slow disk for hours; one that dies is noticed
 

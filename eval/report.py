@@ -41,7 +41,7 @@ from eval.tasks import (
     RetrievalTask,
     SingleLabelTask,
 )
-from pretrain.attempts import read_metrics
+from pretrain.run.attempts import read_metrics
 
 # Bounds on what is shown keep the page below about 5 MB.
 # Browsers refuse to play more than 75 sounds of a page; a query shows up to seven.

@@ -61,7 +61,7 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Loss, validation recall, learning rate and temperature over the steps of a run.
 
     Args:
-        rows: of `pretrain.run_folder.read_metrics`.
+        rows: of `pretrain.run.folder.read_metrics`.
     """
     panels = {
         "loss": _by_pairing(rows, "loss"),

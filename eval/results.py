@@ -25,7 +25,7 @@ from eval.markdown_table import markdown_table
 from eval.measure import Outcome
 from eval.result_records import outcome_record
 from eval.tasks import RetrievalTask
-from pretrain.run_folder import describe_environment
+from pretrain.run.folder import describe_environment
 
 COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
 

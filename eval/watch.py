@@ -22,7 +22,7 @@ from data_prep.config_file import InputError, RunError, check_output_folder, run
 from eval.config import EvaluateConfig, WatchConfig
 from eval.task_readers import read_tasks
 from eval.watched_run import WatchedRun
-from pretrain.checkpoint_store import StoredCheckpoint
+from pretrain.checkpoints.store import StoredCheckpoint
 
 if TYPE_CHECKING:
     from eval.evaluation_curves import EvaluationCurves
@@ -35,7 +35,7 @@ def run(config: WatchConfig) -> None:
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
     from eval.evaluation_curves import EvaluationCurves
     from eval.processes import joined_processes
-    from pretrain.gather import rank
+    from pretrain.distributed.collectives import rank
 
     check_output_folder(config.output, key="output")
     watched = WatchedRun(config.checkpoint, config.output)
@@ -47,7 +47,7 @@ def run(config: WatchConfig) -> None:
 
 def _new_checkpoints(watched: WatchedRun, config: WatchConfig) -> Iterator[StoredCheckpoint]:
     """The same ones, in the same order, in every process."""
-    from pretrain.gather import on_main_process
+    from pretrain.distributed.collectives import on_main_process
 
     while True:
         # Asked before the checkpoints are: what the run saved last is then among them.

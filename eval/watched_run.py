@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from data_prep.config_file import InputError
-from pretrain.checkpoint_store import StoredCheckpoint, store_of_run
+from pretrain.checkpoints.store import StoredCheckpoint, store_of_run
 
 
 class WatchedRun:

@@ -31,16 +31,17 @@ from torch import Tensor
 
 from data_prep.config_file import InputError, read_config, to_yaml
 from data_prep.storage.remote_file import join, local_path, open_binary
-from pretrain.checkpoint_download import download_model, verify_model
-from pretrain.checkpoint_record import CheckpointRecord, read_record
-from pretrain.checkpoint_state import (
+from pretrain.checkpoints.download import download_model, verify_model
+from pretrain.checkpoints.record import CheckpointRecord, read_record
+from pretrain.checkpoints.slice_file import PieceIndex, StoredPiece, read_pieces
+from pretrain.checkpoints.state import (
     BUFFERS_FILE,
     PARAMETER,
     load_fragments,
     read_whole,
     shapes_of,
 )
-from pretrain.checkpoint_store import (
+from pretrain.checkpoints.store import (
     CheckpointStore,
     DamagedCheckpointError,
     find_locations,
@@ -49,12 +50,11 @@ from pretrain.checkpoint_store import (
     verify_file,
 )
 from pretrain.config import MediaKind, PretrainConfig
-from pretrain.engine import Engine
-from pretrain.fragment_file import PieceIndex, StoredPiece, read_pieces
-from pretrain.gather import gather_objects, on_main_process, rank, world_size
-from pretrain.media_transforms import MediaTransform, build_transforms
-from pretrain.model import ContrastiveModel, build_model
-from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.data.transforms import MediaTransform, build_transforms
+from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
+from pretrain.distributed.engine import Engine
+from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
 

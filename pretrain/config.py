@@ -244,7 +244,7 @@ class Segment(Section):
 
 
 class Distillation(Section):
-    """A trained model that gives the softmax loss part of its targets (see pretrain.teacher)."""
+    """Distillation: a trained model gives part of the softmax targets."""
 
     checkpoint: Path = free()  # run folder or checkpoint; what counts is its fingerprint
     weight: float = Field(0.5, gt=0, le=1)  # of its softmaxes in the targets

@@ -10,10 +10,10 @@ and checkpoints must fit on their disk. `preflight` in the config holds the floo
 
 from __future__ import annotations
 
-from pretrain import early_signals
+from pretrain.run import signals
 
 if __name__ == "__main__":  # before imports that take seconds, and which signals would end
-    early_signals.listen()
+    signals.listen()
 
 import json
 import os
@@ -29,15 +29,15 @@ import torch
 import torch.distributed as dist
 
 from data_prep.config_file import RunError, check_output_folder, run_command
-from pretrain.attempts import machine_name
-from pretrain.bandwidth import Bandwidth, measure_bandwidth, measure_nodes
 from pretrain.config import PretrainConfig
-from pretrain.fork import config_of_fork
-from pretrain.launcher import adopt_environment, device_type_of, hosts_of_slurm_ranks
-from pretrain.machine_facts import MachineFacts, gather_facts, sees_file
-from pretrain.model import build_model
-from pretrain.preflight_verdict import NodeFacts, Problem, judge, table
-from pretrain.tokenizer import build_tokenizer
+from pretrain.distributed.launcher import adopt_environment, device_type_of, hosts_of_slurm_ranks
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.nodes.bandwidth import Bandwidth, measure_bandwidth, measure_nodes
+from pretrain.nodes.facts import MachineFacts, gather_facts, sees_file
+from pretrain.nodes.verdict import NodeFacts, Problem, judge, table
+from pretrain.run.attempts import machine_name
+from pretrain.run.fork import config_of_fork
 
 SEEN_FILE = ".preflight"  # in the run folder, for others to see
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the value and two moments
@@ -163,7 +163,7 @@ def finish(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) ->
 
 def verdict_of(problems: list[Problem], bad_nodes: list[str]) -> str:
     """A word for the script that started it: well, stop (a signal came), leave_out, or refuse."""
-    if early_signals.heard:
+    if signals.heard:
         return "stop"
     if bad_nodes:
         return f"leave_out {','.join(bad_nodes)}"

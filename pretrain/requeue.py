@@ -17,18 +17,18 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from data_prep.config_file import RunError, run_command
-from pretrain.attempts import (
+from pretrain.checkpoints.store import store_of_run
+from pretrain.config import PretrainConfig
+from pretrain.run.attempts import (
     Attempt,
     DivergedError,
     is_of_this_start,
     read_attempts,
     restarts_of_job,
 )
-from pretrain.checkpoint_store import store_of_run
-from pretrain.config import PretrainConfig
-from pretrain.early_signals import STOP_SIGNALS
-from pretrain.end_causes import causes_of_end
-from pretrain.fork import config_of_fork
+from pretrain.run.end_causes import causes_of_end
+from pretrain.run.fork import config_of_fork
+from pretrain.run.signals import STOP_SIGNALS
 
 ATTEMPTS_WITHOUT_A_STEP = 3
 STATUS_OF_FINISHED = 3

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import InputError, read_yaml
-from pretrain.attempts import Attempt, read_attempts, read_metrics
-from pretrain.checkpoint_store import store_of_run
+from pretrain.checkpoints.store import store_of_run
 from pretrain.config import END_SHARE, Engine
-from pretrain.end_causes import causes_of_end
-from pretrain.progress_log import in_words
+from pretrain.monitoring.progress_log import in_words
+from pretrain.run.attempts import Attempt, read_attempts, read_metrics
+from pretrain.run.end_causes import causes_of_end
 
 NUM_ROWS = 20  # of metrics that the pace is taken from
 LONGEST_OUTCOME = 160  # characters

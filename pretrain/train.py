@@ -9,9 +9,9 @@ changes which result comes. Run again, it goes on from the newest checkpoint.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before imports that take seconds, and which signals would end
-    from pretrain import early_signals
+    from pretrain.run import signals
 
-    early_signals.listen()
+    signals.listen()
 
 import logging
 import os
@@ -23,34 +23,34 @@ from functools import partial
 import torch
 
 from data_prep.config_file import InputError, check_output_folder, run_command
-from pretrain.activation_checkpointing import checkpoint_blocks
-from pretrain.attempts import machine_name
+from pretrain.cache.node import check_room
 from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
-from pretrain.checkpoint_store import open_store, store_of_run
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.store import open_store, store_of_run
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import PairingName, PretrainConfig
-from pretrain.device_copy import copy_ahead
-from pretrain.engine import Engine, build_engine, check_engine, start_accelerator
-from pretrain.fetching_ahead import check_room
-from pretrain.fork import FORK_MARK, config_of_fork, origin_of_checkpoints, record_parent
-from pretrain.gather import gather_objects, on_main_process, rank, world_size
-from pretrain.gradient_cache import backward_of_step
-from pretrain.hang_watch import HangWatch
-from pretrain.launcher import device_type_of
-from pretrain.loader_runtimes import LoadSteps, start_loader
-from pretrain.micro_batch_size import choose_num_pieces
-from pretrain.model import ContrastiveModel, build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.pair_batch import StepBatch
-from pretrain.pair_loader import StepDataset
-from pretrain.run_folder import RunFolder, begin_attempt
-from pretrain.run_plan import describe_plan
-from pretrain.run_requests import RunRequests
-from pretrain.teacher import PairingTeacher, load_teachers
-from pretrain.tokenizer import Tokenizer, build_tokenizer
-from pretrain.tower_compilation import compile_towers
-from pretrain.trainer import Trainer, last_step_of
-from pretrain.validation import ValidationSet, build_validation_sets
+from pretrain.data.batch import StepBatch
+from pretrain.data.device_prefetch import copy_ahead
+from pretrain.data.loaders import LoadSteps, start_loader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
+from pretrain.distributed.engine import Engine, build_engine, check_engine, start_accelerator
+from pretrain.distributed.launcher import device_type_of
+from pretrain.model.activation_checkpointing import checkpoint_blocks
+from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.model.tower_compilation import compile_towers
+from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.run.attempts import machine_name
+from pretrain.run.folder import RunFolder, begin_attempt
+from pretrain.run.fork import FORK_MARK, config_of_fork, origin_of_checkpoints, record_parent
+from pretrain.run.requests import RunRequests
+from pretrain.training.distillation import PairingTeacher, load_teachers
+from pretrain.training.gradient_cache import backward_of_step
+from pretrain.training.loop import Trainer, last_step_of
+from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.optimizer import build_optimizer
+from pretrain.training.plan import describe_plan
+from pretrain.training.validation import ValidationSet, build_validation_sets
 
 logger = logging.getLogger(__name__)
 
@@ -279,5 +279,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    early_signals.ignore()
+    signals.ignore()
     sys.exit(status)

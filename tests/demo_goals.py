@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.attempts import read_metrics
+from pretrain.run.attempts import read_metrics
 
 DEMO = Path(__file__).parent.parent / "demo"
 

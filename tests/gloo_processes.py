@@ -18,7 +18,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "pretrain.train",
-        "pretrain.engine_zero",
+        "pretrain.distributed.zero",
         "deepspeed.runtime.zero.stage3",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "timm",

@@ -22,12 +22,12 @@ import torch
 from gloo_processes import ProcessGroup
 from toy_run import toy_config, write_toy_data
 
-from pretrain.attempts import read_attempts, read_metrics
 from pretrain.checkpoint import open_whole
-from pretrain.checkpoint_state import PARAMETER, read_whole
+from pretrain.checkpoints.state import PARAMETER, read_whole
 from pretrain.config import PretrainConfig
-from pretrain.model import build_model
-from pretrain.tokenizer import build_tokenizer
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_attempts, read_metrics
 
 NUM_STEPS = 6
 SECONDS_TO_END = 40  # of an attempt, or of processes whose peer was killed
@@ -147,10 +147,11 @@ def train_until(config, kill, sign):
 
 
 def _install_moments(meet):
-    from pretrain import checkpoint_store, checkpoint_writer, trainer, validation
     from pretrain import train as training
-    from pretrain.engine import Engine
-    from pretrain.engine_zero import ZeroEngine
+    from pretrain.checkpoints import store, writer
+    from pretrain.distributed.engine import Engine
+    from pretrain.distributed.zero import ZeroEngine
+    from pretrain.training import loop, validation
 
     def before(owner, name, *moments):
         function = getattr(owner, name)
@@ -164,14 +165,14 @@ def _install_moments(meet):
 
     before(training, "start_accelerator", "start")
     before(training, "open_writer", "loaded")
-    before(trainer, "train_step", "first step", "step")
+    before(loop, "train_step", "first step", "step")
     before(Engine, "step", "update")
     before(ZeroEngine, "step", "update")
     before(validation, "contrastive_loss", "validation")
-    before(checkpoint_store.CheckpointStore, "commit", "commit")
-    before(checkpoint_writer, "delete_other_checkpoints", "committed")
+    before(store.CheckpointStore, "commit", "commit")
+    before(writer, "delete_other_checkpoints", "committed")
 
-    write = checkpoint_writer.write_file
+    write = writer.write_file
 
     def write_in_half(folder, name, chunks):
         def half():
@@ -182,7 +183,7 @@ def _install_moments(meet):
 
         return write(folder, name, half)
 
-    checkpoint_writer.write_file = write_in_half
+    writer.write_file = write_in_half
 
 
 # ---------------------------------------------------------------------------- beside them

@@ -98,7 +98,10 @@ def test_arrows_between_packages_are_those_of_the_design():
 def test_accelerate_and_deepspeed_appear_only_in_the_engine():
     for path, name in ALL_IMPORTS:
         if name.partition(".")[0] in ("accelerate", "deepspeed"):
-            assert path in (Path("pretrain/engine.py"), Path("pretrain/engine_zero.py")), name
+            assert path in (
+                Path("pretrain/distributed/engine.py"),
+                Path("pretrain/distributed/zero.py"),
+            ), name
 
 
 def test_nothing_imports_an_entry_point():

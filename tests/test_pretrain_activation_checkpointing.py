@@ -6,10 +6,10 @@ from toy_droppers import NUM_PAIRS, VIT, Pairs, dropping_config
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
-from pretrain.activation_checkpointing import blocks_of, checkpoint_blocks
-from pretrain.attempts import read_metrics
-from pretrain.model import build_model
-from pretrain.tokenizer import build_tokenizer
+from pretrain.model.activation_checkpointing import blocks_of, checkpoint_blocks
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_metrics
 
 
 def toy_model(folder):

@@ -8,10 +8,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from data_prep.config_file import InputError
-from pretrain.activation_memory import AllocationTrace, _inputs_of, measure_activations
-from pretrain.model import ContrastiveModel, Tower
-from pretrain.pair_batch import PairLayout
-from pretrain.sample_dropout import TowerDraws
+from pretrain.data.batch import PairLayout
+from pretrain.model.contrastive_model import ContrastiveModel, Tower
+from pretrain.model.sample_dropout import TowerDraws
+from pretrain.training.activation_memory import AllocationTrace, _inputs_of, measure_activations
 
 CPU = torch.device("cpu")
 PAIRS = PairLayout((64, 64, 3), torch.uint8, num_stripes=0, context_length=20)

@@ -5,17 +5,17 @@ import pytest
 from toy_run import toy_config
 from toy_state import ToyEngine, writer_of
 
-from pretrain.attempts import (
+from pretrain.checkpoint import newest_checkpoint
+from pretrain.checkpoints.record import RunState
+from pretrain.checkpoints.store import open_store
+from pretrain.run.attempts import (
     SupersededError,
     claim_attempt,
     read_attempts,
     read_metrics,
     write_attempt,
 )
-from pretrain.checkpoint import newest_checkpoint
-from pretrain.checkpoint_record import RunState
-from pretrain.checkpoint_store import open_store
-from pretrain.run_folder import RunFolder
+from pretrain.run.folder import RunFolder
 
 
 def claim(folder, *, from_step=None, outcome="running"):

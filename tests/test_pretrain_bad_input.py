@@ -13,9 +13,9 @@ from data_prep.shards.dataset import BLOCK_BYTES, ShardIndex
 from data_prep.shards.folder import finish_dataset
 from data_prep.shards.writer import ShardWriter
 from pretrain.config import Loading, PretrainConfig
-from pretrain.loader_runtimes import start_loader
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.loaders import start_loader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.model.tokenizer import build_tokenizer
 
 GOOD = {"image": picture, "audio": sound}
 # What data_prep refuses by its filters, or as a matter of taste, and what decodes all the same.

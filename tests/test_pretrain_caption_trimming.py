@@ -6,14 +6,14 @@ import torch
 from open_clip.transformer import TextTransformer
 from transformers import AutoConfig, AutoModel
 
-from pretrain.caption_trimming import (
+from pretrain.model.caption_trimming import (
     MASKS_PADDING,
     accept_trimmed_captions,
     takes_trimmed_captions,
     trimmed_length,
 )
-from pretrain.tokenizer import Tokenizer
-from pretrain.towers import TransformersText
+from pretrain.model.tokenizer import Tokenizer
+from pretrain.model.towers import TransformersText
 
 CONTEXT_LENGTH = 40
 SIZES = {"context_length": CONTEXT_LENGTH, "vocab_size": 100, "width": 16, "heads": 2, "layers": 2}

@@ -17,9 +17,9 @@ from pretrain.checkpoint import (
     read_model_state,
     restore,
 )
-from pretrain.checkpoint_record import RunState, read_record
-from pretrain.checkpoint_store import DamagedCheckpointError, open_store
-from pretrain.checkpoint_writer import delete_other_checkpoints
+from pretrain.checkpoints.record import RunState, read_record
+from pretrain.checkpoints.store import DamagedCheckpointError, open_store
+from pretrain.checkpoints.writer import delete_other_checkpoints
 from pretrain.config import PretrainConfig, Run
 
 MODEL, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in ("model", "optimizer"))

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoint_state import share_of_rank
-from pretrain.engine import Fragment
+from pretrain.checkpoints.state import share_of_rank
+from pretrain.distributed.engine import Fragment
 
 
 @given(

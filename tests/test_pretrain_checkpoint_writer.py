@@ -13,11 +13,11 @@ from gloo_processes import run_in_processes
 from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
-from pretrain import checkpoint_writer
 from pretrain.checkpoint import newest_checkpoint, open_whole, restore
-from pretrain.checkpoint_record import RunState
-from pretrain.checkpoint_store import CheckpointStore, open_store
-from pretrain.gather import rank
+from pretrain.checkpoints import writer as writer_module
+from pretrain.checkpoints.record import RunState
+from pretrain.checkpoints.store import CheckpointStore, open_store
+from pretrain.distributed.collectives import rank
 
 
 def steps_in(folder):
@@ -122,7 +122,7 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
     restore(other, open_whole(str(tmp_path / "step_00000002")))
     assert all(map(torch.equal, other.values(), engine.values()))
     caplog.clear()
-    monkeypatch.setattr(checkpoint_writer, "SECONDS_TO_TELL_OF", 60)
+    monkeypatch.setattr(writer_module, "SECONDS_TO_TELL_OF", 60)
     writer.save(RunState(3, 3))
     writer.save(RunState(4, 4))
     writer.finish()

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from open_clip.tokenizer import SimpleTokenizer
 
-from pretrain import clip_tokenizer
-from pretrain.clip_tokenizer import ClipTokenizer
+from pretrain.model.clip_tokenizer import ClipTokenizer
+from pretrain.model.contrastive_model import clip_tokenizer
 
 ODD = [
     "",

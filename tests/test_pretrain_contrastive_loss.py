@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from pretrain import logit_strips
-from pretrain.contrastive_loss import begin_gather, contrastive_loss
-from pretrain.gather import RowSplit, rank, world_size
-from pretrain.loss_rule import LossRule, Teacher
+from pretrain.distributed.collectives import RowSplit, rank, world_size
+from pretrain.loss import logit_tiles
+from pretrain.loss.contrastive_loss import begin_gather, contrastive_loss
+from pretrain.loss.options import LossRule, Teacher
 
 NUM_PAIRS = 13
 WIDTH = 6
@@ -148,7 +148,7 @@ def relative_error(found, expected):
 def worst_errors(num_processes):
     """[(rule, rows per rank, scale, errors)] of every accepted combination."""
     join_processes()
-    logit_strips.TILE_SHAPES = {"cpu": (5, 6)}  # several in each strip, the last ones smaller
+    logit_tiles.TILE_SHAPES = {"cpu": (5, 6)}  # several in each strip, the last ones smaller
     found = []
     for number, (rule, has_teacher) in enumerate(every_rule()):
         splits = SPLITS[num_processes]
@@ -349,7 +349,7 @@ def flags_around_exact_products(way):
     elif way == "new":
         matmul.fp32_precision = "tf32"
     found = [(matmul.fp32_precision, mkldnn.fp32_precision)]
-    with logit_strips.exact_products(torch.device("cpu")):
+    with logit_tiles.exact_products(torch.device("cpu")):
         found.append((matmul.fp32_precision, mkldnn.fp32_precision, matmul.allow_tf32))
     return [*found, (matmul.fp32_precision, mkldnn.fp32_precision)]
 

@@ -5,8 +5,8 @@ import pytest
 from toy_run import toy_config
 
 from data_prep.config_file import ConfigError
-from pretrain.deepspeed_config import deepspeed_settings
-from pretrain.engine import check_engine
+from pretrain.distributed.deepspeed_config import deepspeed_settings
+from pretrain.distributed.engine import check_engine
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from pretrain.device_copy import copy_with
-from pretrain.pair_batch import StepBatch
+from pretrain.data.batch import StepBatch
+from pretrain.data.device_prefetch import copy_with
 
 
 class Diary:

@@ -10,11 +10,11 @@ from toy_run import toy_config
 from toy_towers import TINY_BERT, write_clip_tokenizer, write_tiny_open_clip
 
 from data_prep.config_file import InputError
-from pretrain.drop_layers import replace_drop_layers, sample_drops
-from pretrain.model import PairInputs, build_model
-from pretrain.sample_dropout import Draws, SampleDropPath, SamplePatchDropout
-from pretrain.tokenizer import build_tokenizer
-from pretrain.towers import probe_backbone
+from pretrain.model.contrastive_model import PairInputs, build_model
+from pretrain.model.drop_layers import replace_drop_layers, sample_drops
+from pretrain.model.sample_dropout import Draws, SampleDropPath, SamplePatchDropout
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.model.towers import probe_backbone
 
 
 @pytest.fixture

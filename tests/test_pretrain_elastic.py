@@ -9,11 +9,11 @@ from toy_run import toy_config
 from toy_state import writer_of
 
 from pretrain.checkpoint import open_whole, read_model_state, restore
-from pretrain.checkpoint_record import RunState
-from pretrain.engine import build_engine, start_accelerator
-from pretrain.model import build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.tokenizer import build_tokenizer
+from pretrain.checkpoints.record import RunState
+from pretrain.distributed.engine import build_engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.optimizer import build_optimizer
 
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 ENGINES = [(strategy, count) for strategy in STRATEGIES for count in (1, 2, 4)]

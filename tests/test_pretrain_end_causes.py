@@ -9,18 +9,18 @@ from test_pretrain_train import train
 from toy_run import toy_config
 
 from data_prep.config_file import RunError
-from pretrain.attempts import claim_attempt, read_attempts, write_attempt
-from pretrain.end_causes import causes_of_end, lost_nodes
 from pretrain.requeue import refuse_starts_without_attempt
+from pretrain.run.attempts import claim_attempt, read_attempts, write_attempt
+from pretrain.run.end_causes import causes_of_end, lost_nodes
 from pretrain.status import main
 
 
 def train_and_end(config, how):
     """Rank 1 ends at its third step."""
-    from pretrain import trainer
-    from pretrain.gather import rank
+    from pretrain.distributed.collectives import rank
+    from pretrain.training import loop
 
-    take_step = trainer.train_step
+    take_step = loop.train_step
 
     def last_step(config, engine, batch, *others):
         if rank() == 1 and batch.step == 2:
@@ -29,7 +29,7 @@ def train_and_end(config, how):
             os.kill(os.getpid(), getattr(signal, how))
         return take_step(config, engine, batch, *others)
 
-    trainer.train_step = last_step
+    loop.train_step = last_step
     train(config)
 
 

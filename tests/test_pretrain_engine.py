@@ -6,7 +6,7 @@ from gloo_processes import run_in_processes
 from toy_run import toy_config
 
 from data_prep.config_file import InputError
-from pretrain.engine import check_engine, start_accelerator
+from pretrain.distributed.engine import check_engine, start_accelerator
 
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path):

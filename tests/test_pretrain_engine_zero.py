@@ -16,14 +16,14 @@ from toy_run import toy_config
 from data_prep.config_file import read_config
 from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
-from pretrain.engine import build_engine, start_accelerator
-from pretrain.gather import gather_objects
-from pretrain.gradient_cache import backward_of_step, micro_batches
-from pretrain.micro_batch_size import choose_num_pieces
-from pretrain.model import build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import gather_objects
+from pretrain.distributed.engine import build_engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.optimizer import build_optimizer
 
 HIGHEST_SCALE = 1.0001
 # Towers of which every kind of layer drops, and which one pairing trains with a bias.

@@ -10,18 +10,18 @@ from gloo_processes import ProcessGroup, run_in_processes
 from test_pretrain_train import assert_same_run, train
 from toy_run import toy_config
 
-from pretrain.attempts import read_attempts
-from pretrain.checkpoint_record import read_record
+from pretrain.checkpoints.record import read_record
+from pretrain.run.attempts import read_attempts
 
 STEPS = {"num_steps": 8, "warmup_steps": 2}
 
 
 def train_and_freeze(config, step):
     """Rank 0 freezes before it takes a step; training waits for the checkpoints before it."""
-    from pretrain import trainer
-    from pretrain.checkpoint_writer import CheckpointWriter
+    from pretrain.checkpoints.writer import CheckpointWriter
+    from pretrain.training import loop
 
-    take_step, begin_save = trainer.train_step, CheckpointWriter.save
+    take_step, begin_save = loop.train_step, CheckpointWriter.save
 
     def freezing_step(config, engine, batch, *others):
         if batch.step + 1 == step and engine.is_main_process:
@@ -32,7 +32,7 @@ def train_and_freeze(config, step):
         begin_save(writer, state)
         writer.finish()
 
-    trainer.train_step, CheckpointWriter.save = freezing_step, save
+    loop.train_step, CheckpointWriter.save = freezing_step, save
     train(config)
 
 

@@ -11,11 +11,11 @@ from test_pretrain_train import steps_of, train
 from toy_run import toy_config
 
 from data_prep.config_file import read_config
-from pretrain.attempts import read_attempts
 from pretrain.checkpoint import read_model_state
-from pretrain.checkpoint_record import read_record
+from pretrain.checkpoints.record import read_record
 from pretrain.config import PretrainConfig
-from pretrain.fork import config_of_fork
+from pretrain.run.attempts import read_attempts
+from pretrain.run.fork import config_of_fork
 
 
 def small_config(data, folder, **sections):

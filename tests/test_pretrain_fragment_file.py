@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from pretrain.fragment_file import (
+from pretrain.checkpoints.slice_file import (
     Piece,
     PieceIndex,
     StoredPiece,

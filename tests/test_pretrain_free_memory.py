@@ -1,7 +1,7 @@
 import psutil
 import torch
 
-from pretrain.free_memory import free_bytes, free_bytes_of_cgroups
+from pretrain.training.free_memory import free_bytes, free_bytes_of_cgroups
 
 
 def write_group(folder, **files):

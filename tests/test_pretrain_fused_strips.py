@@ -8,10 +8,10 @@ from dense_loss import dense_hits, dense_loss
 from gloo_processes import run_in_processes
 from torch.nn import functional
 
-from pretrain import feature_tiles
-from pretrain.contrastive_loss import contrastive_loss
-from pretrain.gather import RowSplit, world_size
-from pretrain.loss_rule import LossRule
+from pretrain.distributed.collectives import RowSplit, world_size
+from pretrain.loss import feature_tiles
+from pretrain.loss.contrastive_loss import contrastive_loss
+from pretrain.loss.options import LossRule
 
 NUM_PAIRS, WIDTH = 135, 24  # no multiples of a block's sides
 # Noise between media and text that keeps the loss from vanishing, for each scale: exponentials of
@@ -23,7 +23,7 @@ def use_interpreted_kernels():
     """Makes this process take every loss by the Triton kernels, in several tiles of some blocks."""
     import interpreted_triton  # noqa: F401
 
-    from pretrain import contrastive_loss as module
+    from pretrain.loss import contrastive_loss as module
 
     module.choose_backend = lambda *arguments, **settings: "triton"
     small = feature_tiles.Blocks(64, 64, 16, num_warps=4, num_stages=3)

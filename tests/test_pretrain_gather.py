@@ -5,7 +5,7 @@ import pytest
 import torch
 from gloo_processes import run_in_processes
 
-from pretrain.gather import (
+from pretrain.distributed.collectives import (
     RowSplit,
     RowStream,
     RowSum,

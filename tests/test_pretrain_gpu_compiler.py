@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from pretrain.gpu_compiler import compiled_on_gpu
-from pretrain.in_batch_hits import nearness
-from pretrain.sigmoid_strips import losses_of_negatives
-from pretrain.softmax_sums import sum_of_probabilities, sums_of_exponentials
+from pretrain.loss.gpu_compiler import compiled_on_gpu
+from pretrain.loss.in_batch_recall import nearness
+from pretrain.loss.sigmoid import losses_of_negatives
+from pretrain.loss.softmax_sums import sum_of_probabilities, sums_of_exponentials
 
 
 def tile(rows, columns):

@@ -6,13 +6,13 @@ from gloo_processes import run_in_processes
 from toy_droppers import VIT
 from toy_run import toy_config
 
-from pretrain.engine import Engine, start_accelerator
-from pretrain.gradient_cache import backward_of_step, micro_batches
-from pretrain.micro_batch_size import choose_num_pieces
-from pretrain.optimizer import build_optimizer
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.tokenizer import build_tokenizer
 from pretrain.train import build_training_model
+from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.optimizer import build_optimizer
 
 SPEC_AUGMENT = {"mel_bins": 4, "frames": 10}
 

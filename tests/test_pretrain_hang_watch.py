@@ -11,17 +11,17 @@ from test_pretrain_fencing import train_and_freeze, wait_until_frozen
 from test_pretrain_train import train
 from toy_run import toy_config
 
-from pretrain.attempts import read_attempts
-from pretrain.end_causes import causes_of_end
-from pretrain.hang_watch import HangWatch
+from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.run.attempts import read_attempts
+from pretrain.run.end_causes import causes_of_end
 
 TIMEOUT_SECONDS = 8
 
 
 def train_and_sleep(config):
     """Rank 1 waits for its data for ever, from the third step on."""
-    from pretrain.gather import rank
-    from pretrain.pair_loader import StepDataset
+    from pretrain.data.step_dataset import StepDataset
+    from pretrain.distributed.collectives import rank
 
     load = StepDataset.load
 

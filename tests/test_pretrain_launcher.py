@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from data_prep.config_file import InputError
-from pretrain.launcher import (
+from pretrain.distributed.launcher import (
     adopt_environment,
     adopt_slurm_environment,
     refuse_lone_start,

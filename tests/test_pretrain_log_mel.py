@@ -4,7 +4,7 @@ import torch
 from transformers import ClapFeatureExtractor
 
 from pretrain.config import AudioTransform
-from pretrain.log_mel import LogMelSpectrogram, fill_stripes
+from pretrain.model.log_mel import LogMelSpectrogram, fill_stripes
 
 
 def spectrogram(waveform, **log_mel):

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from pretrain import loss_backend
-from pretrain.loss_backend import choose_backend, strip_classes
+from pretrain.loss import backend
+from pretrain.loss.backend import choose_backend, strip_classes
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture
 def gpu_with_triton(monkeypatch):
-    monkeypatch.setattr(loss_backend, "runs_triton", lambda device: True)
+    monkeypatch.setattr(backend, "runs_triton", lambda device: True)
 
 
 def test_kernels_take_bfloat16_on_a_gpu_with_own_pairs_as_the_only_targets(gpu_with_triton):
@@ -22,7 +22,7 @@ def test_kernels_take_bfloat16_on_a_gpu_with_own_pairs_as_the_only_targets(gpu_w
 
 
 def test_a_gpu_without_triton_is_given_the_library(monkeypatch):
-    monkeypatch.setattr(loss_backend, "runs_triton", lambda device: False)
+    monkeypatch.setattr(backend, "runs_triton", lambda device: False)
     assert choose_backend(GPU, torch.bfloat16) == "library"
 
 

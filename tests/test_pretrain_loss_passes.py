@@ -8,15 +8,15 @@ from gloo_processes import run_in_processes
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.contrastive_loss import (
+from pretrain.distributed.collectives import RowSplit, counted_traffic
+from pretrain.loss.contrastive_loss import (
     begin_gather,
     choose_mode,
     choose_piece_rows,
     contrastive_loss,
     received_bytes,
 )
-from pretrain.gather import RowSplit, counted_traffic
-from pretrain.loss_rule import LossRule
+from pretrain.loss.options import LossRule
 
 
 def features(num_pairs, width, *, dtype=torch.float64):

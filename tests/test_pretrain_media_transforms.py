@@ -12,8 +12,8 @@ from torchvision.transforms.v2 import functional as colors
 from data_prep.media import decode
 from data_prep.media.decode import MediaError, decode_image
 from pretrain.config import AudioTransform, ImageTransform
-from pretrain.keyed_random import sample_random
-from pretrain.media_transforms import AudioToWaveform, ImageToPixels, _with_contrast
+from pretrain.data.transforms import AudioToWaveform, ImageToPixels, _with_contrast
+from pretrain.sampling.keyed_random import sample_random
 
 WHOLE = {"crop_area": (1, 1), "crop_ratio": (1, 1)}  # of a square picture
 
@@ -200,7 +200,7 @@ def test_a_scaled_jpeg_is_decoded_as_small_as_the_crop_allows(shape, denominator
         used.append(denominator)
         return decode_image(content, extension, denominator=denominator, memory=memory)
 
-    monkeypatch.setattr("pretrain.media_transforms.decode_image", decoding)
+    monkeypatch.setattr("pretrain.data.transforms.decode_image", decoding)
     content = jpeg(*shape)
     scaled = image_transform(scaled_decoding=True, crop_area=(0.5, 0.5), crop_ratio=(1, 1))
     whole = image_transform(crop_area=(0.5, 0.5), crop_ratio=(1, 1))

@@ -4,15 +4,15 @@ from gloo_processes import WorkerFailedError, run_in_processes
 from test_pretrain_train import assert_same_run, train
 from toy_run import toy_config
 
-from pretrain.activation_memory import ActivationBytes
-from pretrain.attempts import read_attempts
-from pretrain.gather import rank
-from pretrain.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
-from pretrain.micro_batch_size import MemoryEstimate, estimate_for_plan, pieces_of_size
-from pretrain.model import build_model
-from pretrain.pair_batch import PairLayout, step_bytes
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.batch import PairLayout, step_bytes
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import rank
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_attempts
+from pretrain.training.activation_memory import ActivationBytes
+from pretrain.training.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
+from pretrain.training.micro_batch_size import MemoryEstimate, estimate_for_plan, pieces_of_size
 
 GRAPHS = {"image-text": ActivationBytes(5, 10), "audio-text": ActivationBytes(0, 20)}
 PAIRS = {"image-text": 100, "audio-text": 30}
@@ -146,7 +146,7 @@ def free_for(config, num_pieces, *, num_processes):
 
 def train_with(config, free_of_rank):
     """Trains where each rank's machine has so many bytes free."""
-    from pretrain import micro_batch_size
+    from pretrain.training import micro_batch_size
 
     micro_batch_size.memory_name = lambda device: f"memory of rank {rank()}"
     micro_batch_size.free_bytes = lambda device: free_of_rank[rank()]

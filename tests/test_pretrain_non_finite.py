@@ -10,10 +10,10 @@ from test_pretrain_train import steps_of
 from toy_run import toy_config
 
 from data_prep.config_file import RunError
-from pretrain.attempts import read_attempts
 from pretrain.checkpoint import read_model_state
-from pretrain.checkpoint_record import read_record
+from pretrain.checkpoints.record import read_record
 from pretrain.requeue import reason_to_go_on
+from pretrain.run.attempts import read_attempts
 
 BAD_GRADIENT, BAD_LOSS = 4, 5  # steps
 NOT_FINITE = "the norm of the gradient is not finite"
@@ -26,13 +26,13 @@ def train_with_bad_steps(*configs):
         Per config: its error or None, and whether each step that was not applied left parameters
         and moments as they were.
     """
-    from pretrain import trainer
-    from pretrain.engine import Engine
-    from pretrain.engine_zero import ZeroEngine
-    from pretrain.gather import rank
+    from pretrain.distributed.collectives import rank
+    from pretrain.distributed.engine import Engine
+    from pretrain.distributed.zero import ZeroEngine
     from pretrain.train import pretrain
+    from pretrain.training import loop
 
-    take_step, now, before, unchanged = trainer.train_step, [0], [], []
+    take_step, now, before, unchanged = loop.train_step, [0], [], []
 
     def bad_step(config, engine, batch, *others):
         values = [each.values.clone() for each in engine.fragments()]
@@ -47,7 +47,7 @@ def train_with_bad_steps(*configs):
             before.append(values)
             raise
 
-    trainer.train_step = bad_step
+    loop.train_step = bad_step
     for kind in (Engine, ZeroEngine):
 
         def bad_backward(engine, loss, backward=kind.backward):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pretrain.config import Schedule
-from pretrain.optimizer import ClampedAdamW, learning_rate_at, parameter_groups
+from pretrain.training.optimizer import ClampedAdamW, learning_rate_at, parameter_groups
 
 
 class SmallModel(nn.Module):

@@ -17,11 +17,11 @@ from data_prep.config_file import InputError, RunError
 from data_prep.media.decode import decode_image
 from data_prep.shards.dataset import Dataset
 from pretrain.config import Loading
-from pretrain.loader_process import LoaderProcess
-from pretrain.loader_runtimes import start_loader
-from pretrain.pair_loader import StepDataset
-from pretrain.sample_order import format_digest
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.loader_process import LoaderProcess
+from pretrain.data.loaders import start_loader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.sampling.order import format_digest
 
 TENSORS = ("media", "stripes", "tokens", "caption_lengths", "media_keys", "caption_keys")
 WORLDS = (1, 2, 3, 4, 7, 8)
@@ -125,8 +125,8 @@ def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, mo
 def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(dataset, monkeypatch):
     expected = joined([dataset.load(5)])
     for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
-        monkeypatch.setattr("pretrain.pairing_reader.GROUP_PAIRS", pairs)
-        monkeypatch.setattr("pretrain.pairing_reader.GROUP_BYTES", num_bytes)
+        monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_PAIRS", pairs)
+        monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_BYTES", num_bytes)
         assert_same_steps([joined([dataset.load(5)])], [expected])
 
 
@@ -223,7 +223,7 @@ def test_a_fault_that_may_pass_is_told_as_such(dataset, monkeypatch, loading):
     def fails(*_):
         raise OSError(110, "Connection timed out", "tones/00000001.tar")
 
-    monkeypatch.setattr("pretrain.shard_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
     monkeypatch.setattr(Dataset, "read_sample", fails)
     expected = r"cannot read a shard: .*timed out.*tones/00000001\.tar.*nothing was skipped"
     with start_loader(loading) as load, pytest.raises(RunError, match=expected):

@@ -8,11 +8,11 @@ from gloo_processes import ProcessGroup, run_in_processes
 from toy_run import toy_config
 
 from data_prep.config_file import RunError
-from pretrain.bandwidth import Bandwidth, node_pairs
-from pretrain.launcher import hosts_of_slurm_ranks
-from pretrain.machine_facts import MachineFacts, free_bytes_of, read_shards, sees_file
+from pretrain.distributed.launcher import hosts_of_slurm_ranks
+from pretrain.nodes.bandwidth import Bandwidth, node_pairs
+from pretrain.nodes.facts import MachineFacts, free_bytes_of, read_shards, sees_file
+from pretrain.nodes.verdict import NodeFacts, judge, table
 from pretrain.preflight_config import Preflight
-from pretrain.preflight_verdict import NodeFacts, judge, table
 
 GIGABYTE = 10**9
 
@@ -153,7 +153,7 @@ def test_a_folder_need_not_exist_yet(tmp_path, monkeypatch):
     found = free_bytes_of([tmp_path / "a" / "b", "s3://bucket/x"])
     assert list(found) == [str(tmp_path / "a" / "b")]
     assert found[str(tmp_path / "a" / "b")] > 0
-    monkeypatch.setattr("pretrain.machine_facts.SECONDS_TO_BE_SEEN", 0.1)
+    monkeypatch.setattr("pretrain.nodes.facts.SECONDS_TO_BE_SEEN", 0.1)
     (tmp_path / "file").write_text("mine")
     assert sees_file(tmp_path / "file", "mine")
     assert not sees_file(tmp_path / "file", "yours")
@@ -161,7 +161,7 @@ def test_a_folder_need_not_exist_yet(tmp_path, monkeypatch):
 
 
 def test_slurm_says_where_every_rank_starts(monkeypatch):
-    monkeypatch.setattr("pretrain.launcher._hosts_of_step", lambda _: ["a", "b", "c"])
+    monkeypatch.setattr("pretrain.distributed.launcher._hosts_of_step", lambda _: ["a", "b", "c"])
     step = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NUM_TASKS": "5"}
     assert hosts_of_slurm_ranks({"WORLD_SIZE": "5"} | step) == ["a", "a", "b", "b", "c"]
     assert hosts_of_slurm_ranks({"WORLD_SIZE": "5"}) is None
@@ -176,13 +176,14 @@ def check_as_nodes(config, hosts, changes_of_last):
     import contextlib
     import io
 
-    from pretrain import machine_facts, preflight
+    from pretrain import preflight
+    from pretrain.nodes import facts
 
     rank = int(os.environ["RANK"])
     socket.gethostname = lambda: hosts[rank]
     if rank == len(hosts) - 1:
         for name, value in changes_of_last.items():
-            setattr(machine_facts, name, value)
+            setattr(facts, name, value)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         preflight.preflight(config)

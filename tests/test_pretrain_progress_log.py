@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from pretrain.config import Run
-from pretrain.progress_log import Progress, ProgressLog
+from pretrain.monitoring.progress_log import Progress, ProgressLog
 
 NOW = datetime(2026, 11, 27, 12, 0, tzinfo=UTC)
 

@@ -13,15 +13,15 @@ from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
 from eval.model_source import find_model
-from pretrain.attempts import read_metrics
+from pretrain.cache.node import check_room
 from pretrain.checkpoint import load_model, newest_checkpoint, restore
-from pretrain.checkpoint_record import RunState
-from pretrain.checkpoint_store import open_store
+from pretrain.checkpoints.record import RunState
+from pretrain.checkpoints.store import open_store
 from pretrain.config import Loading, PretrainConfig
-from pretrain.fetching_ahead import check_room
-from pretrain.loader_runtimes import start_loader
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.loaders import start_loader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_metrics
 
 STEPS = {"num_steps": 10, "warmup_steps": 2}
 SOURCES = ("colors", "more_colors", "tones")

@@ -6,8 +6,8 @@ import pytest
 from toy_run import toy_config
 
 from data_prep.config_file import RunError, to_yaml
-from pretrain.attempts import Attempt, write_attempt
 from pretrain.requeue import main, reason_to_go_on
+from pretrain.run.attempts import Attempt, write_attempt
 
 
 def attempt(number, outcome, *, steps=(0, 10), stop_cause=None):

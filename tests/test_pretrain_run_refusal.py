@@ -5,7 +5,7 @@ from pydantic import BaseModel
 from toy_run import toy_config
 
 from data_prep.config_file import ConfigError, to_yaml
-from pretrain.run_refusal import refuse_other_run
+from pretrain.run.compatibility import refuse_other_run
 
 FREE = {
     "micro_batch_size",

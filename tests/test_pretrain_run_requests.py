@@ -13,8 +13,8 @@ from test_pretrain_train import STEPS, assert_same_run, steps_of, train
 from toy_run import toy_config
 
 from data_prep.config_file import to_yaml
-from pretrain.attempts import read_attempts, read_metrics
-from pretrain.run_requests import Request, RunRequests
+from pretrain.run.attempts import read_attempts, read_metrics
+from pretrain.run.requests import Request, RunRequests
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_the_clock_asks_for_a_save_every_so_many_minutes_since_the_last(tmp_path
 def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from pretrain.run_requests import RunRequests\n"
+        "from pretrain.run.requests import RunRequests\n"
         "with RunRequests(Path(sys.argv[1])):\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('goes on', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('never')\n"
@@ -88,9 +88,9 @@ def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
 def train_and_hear(config, step, number):
     """Rank 1 alone hears a signal while it takes the step; with step 0, before its start."""
     from pretrain import train as starting
-    from pretrain import trainer
+    from pretrain.training import loop
 
-    take_step, start = trainer.train_step, starting.start_accelerator
+    take_step, start = loop.train_step, starting.start_accelerator
 
     def hearing_step(config, engine, batch, *others):
         if batch.step + 1 == step and engine.accelerator.process_index == 1:
@@ -102,7 +102,7 @@ def train_and_hear(config, step, number):
             os.kill(os.getpid(), number)
         return start(config)
 
-    trainer.train_step, starting.start_accelerator = hearing_step, hearing_start
+    loop.train_step, starting.start_accelerator = hearing_step, hearing_start
     train(config)
 
 
@@ -151,8 +151,8 @@ def test_a_signal_that_comes_during_imports_is_not_lost(toy_data, tmp_path):
 
 def train_and_hear_in_validation(config):
     """Rank 1 hears a signal in the second of the batches that it validates on."""
-    from pretrain import validation
-    from pretrain.gather import rank
+    from pretrain.distributed.collectives import rank
+    from pretrain.training import validation
 
     contrast = validation.contrastive_loss
     calls = []

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 from toy_droppers import NUM_PAIRS, Pairs, dropping_config, largest_difference
 
-from pretrain.activation_checkpointing import checkpoint_blocks
-from pretrain.keyed_random import scramble as scramble_by_numpy
-from pretrain.sample_dropout import (
+from pretrain.model.activation_checkpointing import checkpoint_blocks
+from pretrain.model.sample_dropout import (
     Draws,
     SampleDropout,
     SampleDropPath,
@@ -18,6 +17,7 @@ from pretrain.sample_dropout import (
     pair_keys,
     scramble,
 )
+from pretrain.sampling.keyed_random import scramble as scramble_by_numpy
 
 
 def keys_of(num_slots, *, step=0, seed=0, pairing="image-text", first_slot=0):

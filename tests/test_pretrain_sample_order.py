@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config_file import InputError
-from pretrain.keyed_random import permute, sample_random
-from pretrain.sample_order import (
+from pretrain.sampling.keyed_random import permute, sample_random
+from pretrain.sampling.mixing import MIXING_BLOCK_SLOTS, PairingChoice
+from pretrain.sampling.order import (
     PairingOrder,
     Segment,
     SourceOrder,
@@ -15,7 +16,6 @@ from pretrain.sample_order import (
     format_digest,
     lanes_of_rank,
 )
-from pretrain.source_mixing import MIXING_BLOCK_SLOTS, PairingChoice
 
 LANES = 8
 

@@ -19,10 +19,10 @@ from data_prep.shards.dataset import BadShardError, Dataset
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.storage import file_transfer
 from data_prep.storage.file_transfer import WrongContentError, fetch_file
-from pretrain.cache_room import NoRoomError, lock_path, locked
+from pretrain.cache.eviction import NoRoomError, lock_path, locked
+from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Cache
-from pretrain.shard_cache import ShardCache
-from pretrain.source_datasets import open_samples
+from pretrain.data.datasets import open_samples
 
 SPAWN = multiprocessing.get_context("spawn")
 FORK = multiprocessing.get_context("fork")

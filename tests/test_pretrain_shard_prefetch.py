@@ -9,14 +9,14 @@ from toy_shards import write_toy_dataset
 from data_prep.config_file import InputError
 from data_prep.shards.dataset import BadShardError, Dataset
 from data_prep.storage import file_transfer
-from pretrain import shard_prefetch
-from pretrain.cache_room import CacheRoom
+from pretrain.cache import prefetch
+from pretrain.cache.eviction import CacheRoom
+from pretrain.cache.prefetch import ShardPrefetcher, check_cache
+from pretrain.cache.schedule import bytes_of_two_windows, shard_uses
+from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Cache
-from pretrain.sample_order import SourceOrder
-from pretrain.shard_cache import ShardCache
-from pretrain.shard_prefetch import ShardPrefetcher, check_cache
-from pretrain.shard_schedule import bytes_of_two_windows, shard_uses
-from pretrain.source_datasets import open_samples
+from pretrain.data.datasets import open_samples
+from pretrain.sampling.order import SourceOrder
 
 LANES, WINDOW = 4, 3
 NUM_SAMPLES, NUM_SHARDS = 98, 25
@@ -43,7 +43,7 @@ def store(running_store):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(shard_prefetch, "SECONDS_BETWEEN_LOOKS", 0.002)
+    monkeypatch.setattr(prefetch, "SECONDS_BETWEEN_LOOKS", 0.002)
     monkeypatch.setattr(file_transfer, "FIRST_DELAY_SECONDS", 0.01)
 
 
@@ -82,7 +82,7 @@ class Node:
     def come_to(self, step):
         """Publishes a step and waits until the prefetcher has done all that follows from it."""
         self.cache.publish_progress(0, step)
-        windows = shard_prefetch._windows_at(self.order, np.full(len(self.lanes), step))
+        windows = prefetch._windows_at(self.order, np.full(len(self.lanes), step))
         p, deadline = self.prefetcher, time.monotonic() + 30
         while True:
             with p._changed:

@@ -9,10 +9,10 @@ from data_prep.config_file import InputError
 from data_prep.media.formats import MediaError
 from data_prep.shards.dataset import BLOCK_BYTES, BadShardError, ShardIndex
 from pretrain.config import ImageTransform
-from pretrain.keyed_random import key_of, permute
-from pretrain.media_transforms import ImageToPixels
-from pretrain.shard_reader import PairReader
-from pretrain.source_datasets import open_samples
+from pretrain.data.datasets import open_samples
+from pretrain.data.pair_reader import PairReader
+from pretrain.data.transforms import ImageToPixels
+from pretrain.sampling.keyed_random import key_of, permute
 
 
 def damaged_copy(source, folder, *, places):
@@ -178,7 +178,7 @@ class Flaky:
 
 
 def test_a_read_that_fails_for_the_moment_is_tried_again_and_changes_nothing(toy_data, monkeypatch):
-    monkeypatch.setattr("pretrain.shard_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
     reader = reader_of(toy_data / "colors", retries=3)
     expected = reader.read_training(7, epoch=0)
     flaky = Flaky(reader.dataset.read_sample, failures=3)
@@ -190,7 +190,7 @@ def test_a_read_that_fails_for_the_moment_is_tried_again_and_changes_nothing(toy
 
 
 def test_a_read_that_keeps_failing_stops_and_is_never_substituted(toy_data, monkeypatch):
-    monkeypatch.setattr("pretrain.shard_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
     reader = reader_of(toy_data / "colors", retries=2, takes_bad_shards=True)
     flaky = Flaky(reader.dataset.read_sample, failures=99)
     monkeypatch.setattr(reader.dataset, "read_sample", flaky)

@@ -8,8 +8,8 @@ from toy_shards import write_toy_dataset
 
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.subset import KeptSamples, Subset
-from pretrain.sample_order import SourceOrder
-from pretrain.shard_schedule import NEVER, bytes_of_two_windows, pieces_of_epoch, shard_uses
+from pretrain.cache.schedule import NEVER, bytes_of_two_windows, pieces_of_epoch, shard_uses
+from pretrain.sampling.order import SourceOrder
 
 
 @st.composite

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from toy_run import toy_config
 
 from pretrain.config import media_of_pairing
-from pretrain.engine import Engine, start_accelerator
-from pretrain.gather import RowGather, counted_traffic
-from pretrain.gradient_cache import backward_of_step
-from pretrain.micro_batch_size import pieces_of_size
-from pretrain.model import build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import RowGather, counted_traffic
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.gradient_cache import backward_of_step
+from pretrain.training.micro_batch_size import pieces_of_size
+from pretrain.training.optimizer import build_optimizer
 
 CHOICES = {
     "loss": ["softmax", "sigmoid"],

@@ -7,9 +7,9 @@ from test_pretrain_train import steps_of, train
 from toy_run import toy_config
 
 from pretrain.config import Watch
-from pretrain.spikes import Spike, SpikeDetector
-from pretrain.step_timeline import slowest_rank
-from pretrain.step_watch import StepWatch, reason_to_stop
+from pretrain.monitoring.anomalies import StepWatch, reason_to_stop
+from pretrain.monitoring.spikes import Spike, SpikeDetector
+from pretrain.monitoring.timing import slowest_rank
 
 
 def test_a_spike_is_far_above_the_median_of_the_values_before():
@@ -70,9 +70,9 @@ def train_with_a_late_rank(config):
     """Rank 2 reads slowly at first, then rank 1 computes slowly."""
     import time
 
-    from pretrain.engine import Engine
-    from pretrain.gather import rank
-    from pretrain.pair_loader import StepDataset
+    from pretrain.data.step_dataset import StepDataset
+    from pretrain.distributed.collectives import rank
+    from pretrain.distributed.engine import Engine
 
     load, forward, step = StepDataset.load, Engine.forward, [0]
 

@@ -22,13 +22,13 @@ from data_prep.shards.dataset import (
 )
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.shards.writer import ShardWriter
-from pretrain.attempts import read_metrics
-from pretrain.pair_batch import PairBuffers
-from pretrain.pair_loader import StepDataset
-from pretrain.sample_order import PairingOrder, Segment, SourceOrder
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.batch import PairBuffers
+from pretrain.data.step_dataset import StepDataset
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_metrics
+from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
 from pretrain.train import pretrain
-from pretrain.validation import build_validation_sets
+from pretrain.training.validation import build_validation_sets
 
 SIZES = (40, 13, 30)  # of toy_data / "colors"
 

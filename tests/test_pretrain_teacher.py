@@ -9,13 +9,13 @@ from toy_run import toy_config
 
 from data_prep.config_file import ConfigError, InputError
 from pretrain.config import media_of_pairing
-from pretrain.engine import Engine, start_accelerator
-from pretrain.gradient_cache import backward_of_step, micro_batches
-from pretrain.model import build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.pair_loader import StepDataset
-from pretrain.teacher import load_teachers
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.distillation import load_teachers
+from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from toy_droppers import NUM_PAIRS, Pairs, dropping_config, largest_difference
 
-from pretrain.activation_checkpointing import checkpoint_blocks
-from pretrain.model import Tower
-from pretrain.sample_dropout import (
+from pretrain.model.activation_checkpointing import checkpoint_blocks
+from pretrain.model.contrastive_model import Tower
+from pretrain.model.sample_dropout import (
     Draws,
     SampleDropout,
     SampleDropPath,
@@ -18,7 +18,7 @@ from pretrain.sample_dropout import (
     TowerDraws,
     pair_keys,
 )
-from pretrain.tower_compilation import compile_towers
+from pretrain.model.tower_compilation import compile_towers
 
 
 @pytest.fixture

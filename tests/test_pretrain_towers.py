@@ -4,8 +4,8 @@ from toy_run import toy_config
 from toy_towers import TINY_BERT, write_clip_tokenizer, write_tiny_open_clip
 
 from data_prep.config_file import InputError
-from pretrain.model import build_model
-from pretrain.tokenizer import build_tokenizer
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
 
 TINY_VIT = {
     "image_size": 16,

@@ -12,9 +12,9 @@ from gloo_processes import WorkerFailedError, run_in_processes
 from toy_run import toy_config
 
 from data_prep.config_file import ConfigError, RunError, to_yaml
-from pretrain.attempts import read_attempts, read_metrics, read_rows
 from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
+from pretrain.run.attempts import read_attempts, read_metrics, read_rows
 
 STEPS = {"num_steps": 20, "warmup_steps": 2}
 
@@ -243,7 +243,7 @@ def test_every_epoch_is_accounted_for_also_by_an_attempt_that_begins_within_it(
 
 
 def test_an_epoch_that_is_not_read_whole_stops_the_run(toy_data, tmp_path):
-    from pretrain.pairing_reader import PairingReader
+    from pretrain.data.pairing_reader import PairingReader
 
     def fill_all_but_count_one_less(self, buffers, samples, rows, real=PairingReader.fill):
         bad_samples, num_read = real(self, buffers, samples, rows)

@@ -5,11 +5,11 @@ from torch.nn import functional
 from toy_run import toy_config, toy_members, write_toy_dataset
 
 from data_prep.config_file import InputError
-from pretrain.engine import Engine, start_accelerator
-from pretrain.model import build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.tokenizer import build_tokenizer
-from pretrain.validation import build_validation_sets, validate
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.optimizer import build_optimizer
+from pretrain.training.validation import build_validation_sets, validate
 
 
 def validated(config):

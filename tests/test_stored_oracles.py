@@ -10,7 +10,7 @@ from stored_oracles import KS, RATE_HZ, chirp, scores_and_right
 
 from eval.right_answers import right_answers
 from pretrain.config import AudioTransform
-from pretrain.log_mel import LogMelSpectrogram
+from pretrain.model.log_mel import LogMelSpectrogram
 
 STORED = json.loads((Path(__file__).parent / "stored_oracles.json").read_text())
 

@@ -7,9 +7,9 @@ from torch.nn import functional
 from toy_run import toy_config
 from toy_towers import TINY_BERT, write_clip_tokenizer
 
-from pretrain.model import ContrastiveModel, PairInputs, build_model
-from pretrain.sample_dropout import Draws
-from pretrain.tokenizer import build_tokenizer
+from pretrain.model.contrastive_model import ContrastiveModel, PairInputs, build_model
+from pretrain.model.sample_dropout import Draws
+from pretrain.model.tokenizer import build_tokenizer
 
 NUM_PAIRS = 8
 VIT = {

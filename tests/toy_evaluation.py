@@ -17,7 +17,7 @@ from data_prep.shards.dataset import (
     write_dataset_files,
 )
 from data_prep.shards.writer import ShardWriter
-from pretrain.checkpoint_record import CheckpointRecord, RunState
+from pretrain.checkpoints.record import CheckpointRecord, RunState
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PITCHES_HZ = {"low": 200, "middle": 600, "high": 1500}

@@ -2,11 +2,11 @@
 
 import torch
 
-from pretrain.checkpoint_store import open_store
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.store import open_store
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Run
-from pretrain.engine import Fragment
-from pretrain.gather import rank, world_size
+from pretrain.distributed.collectives import rank, world_size
+from pretrain.distributed.engine import Fragment
 
 
 class ToyEngine:

@@ -19,9 +19,9 @@ import soundfile
 import torch
 
 from pretrain.config import AudioTransform
-from pretrain.keyed_random import SampleRandom, sample_random
-from pretrain.log_mel import LogMelSpectrogram
-from pretrain.media_transforms import AudioToWaveform
+from pretrain.data.transforms import AudioToWaveform
+from pretrain.model.log_mel import LogMelSpectrogram
+from pretrain.sampling.keyed_random import SampleRandom, sample_random
 
 CONFIG = AudioTransform()  # 10 s at 48 kHz, as LAION-CLAP
 CLIP_SAMPLES = round(CONFIG.clip_seconds * CONFIG.sample_rate_hz)

@@ -26,15 +26,15 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import newest_checkpoint, restore
-from pretrain.checkpoint_record import RunState
-from pretrain.checkpoint_store import open_store
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.record import RunState
+from pretrain.checkpoints.store import open_store
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import PretrainConfig
-from pretrain.engine import Engine, build_engine, start_accelerator
-from pretrain.gather import gather_objects, rank
-from pretrain.model import PairInputs, build_model
-from pretrain.optimizer import build_optimizer
-from pretrain.tokenizer import build_tokenizer
+from pretrain.distributed.collectives import gather_objects, rank
+from pretrain.distributed.engine import Engine, build_engine, start_accelerator
+from pretrain.model.contrastive_model import PairInputs, build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.optimizer import build_optimizer
 
 NUM_PROCESSES = 2
 NUM_SAVES = 4

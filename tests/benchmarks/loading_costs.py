@@ -27,11 +27,11 @@ from loading.run_config import image_run
 from PIL import Image
 
 from data_prep.shards.dataset import BLOCK_BYTES, Dataset
-from pretrain.keyed_random import sample_random
-from pretrain.media_transforms import ImageToPixels
-from pretrain.pair_loader import StepDataset
-from pretrain.sample_order import PairingOrder, Segment, SourceOrder
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.step_dataset import StepDataset
+from pretrain.data.transforms import ImageToPixels
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.sampling.keyed_random import sample_random
+from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
 
 BATCH_SIZE = 128
 NUM_WORKERS = 2

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pretrain.contrastive_loss import contrastive_loss
-from pretrain.gather import rank, world_size
-from pretrain.loss_rule import LossRule
+from pretrain.distributed.collectives import rank, world_size
+from pretrain.loss.contrastive_loss import contrastive_loss
+from pretrain.loss.options import LossRule
 
 WIDTH = 512
 SIZES = [(16384, 2), (32768, 8), (131072, 64)]

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pretrain import contrastive_loss as loss_module
-from pretrain import feature_tiles
-from pretrain.feature_tiles import Blocks
-from pretrain.loss_backend import Backend
+from pretrain.loss import contrastive_loss as loss_module
+from pretrain.loss import feature_tiles
+from pretrain.loss.backend import Backend
+from pretrain.loss.feature_tiles import Blocks
 
 WIDTH = 768
 TIMED = [(4096, 8), (16384, 8), (32768, 8), (131072, 8)]  # N, W

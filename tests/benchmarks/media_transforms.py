@@ -21,8 +21,8 @@ from PIL import Image
 
 from data_prep.media.decode import decode_audio
 from pretrain.config import AudioTransform, ImageTransform
-from pretrain.keyed_random import SampleRandom, sample_random
-from pretrain.media_transforms import AudioToWaveform, ImageToPixels
+from pretrain.data.transforms import AudioToWaveform, ImageToPixels
+from pretrain.sampling.keyed_random import SampleRandom, sample_random
 
 PICTURES = ((256, 256, 95), (384, 512, 90), (768, 1024, 85))  # height, width, JPEG quality
 SOUNDS = (

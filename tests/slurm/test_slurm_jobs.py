@@ -17,8 +17,8 @@ from killed_runs import final_state, first_state, travelled_share
 from slurm_cluster import SCRATCH, SlurmCluster
 
 from data_prep.config_file import read_config
-from pretrain.attempts import read_attempts, read_metrics
 from pretrain.config import PretrainConfig
+from pretrain.run.attempts import read_attempts, read_metrics
 
 pytestmark = pytest.mark.slurm
 

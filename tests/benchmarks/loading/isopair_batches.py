@@ -10,9 +10,9 @@ from pathlib import Path
 
 from loading.run_config import image_run
 
-from pretrain.loader_runtimes import start_loader
-from pretrain.pair_loader import StepDataset
-from pretrain.tokenizer import build_tokenizer
+from pretrain.data.loaders import start_loader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.model.tokenizer import build_tokenizer
 
 
 def main(dataset: str, *settings: str) -> None:

@@ -1,0 +1,1 @@
+"""Node-local shard cache: prefetch and eviction."""

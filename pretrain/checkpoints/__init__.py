@@ -1,0 +1,1 @@
+"""Sharded checkpoints: tensor slices, record, writing and restoring."""

@@ -1,0 +1,76 @@
+"""Copies of checkpoints behind URLs, for whoever uses the model: fetched once, kept in a cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from data_prep.config_file import InputError
+from data_prep.storage.file_transfer import WrongContentError, fetch_file
+from data_prep.storage.remote_file import join, leads_outside
+from pretrain.checkpoints.record import CheckpointRecord
+from pretrain.checkpoints.store import (
+    RECORD,
+    RETRIES,
+    DamagedCheckpointError,
+    verify_file,
+    write_file,
+)
+
+
+def download_model(location: str, record: CheckpointRecord) -> Path:
+    """The local copy of a checkpoint behind a URL, without the optimizer's files.
+
+    It lies in $XDG_CACHE_HOME/isopair (default: ~/.cache/isopair), and is made if it is not there.
+
+    Args:
+        location: of the checkpoint.
+        record: of the checkpoint.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or differs from what was recorded.
+        InputError: the record names files outside of the checkpoint.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
+    copy = cache / "checkpoints" / record.model_sha256[:32]
+    if copy.exists():
+        try:
+            verify_model(str(copy), record)
+        except DamagedCheckpointError:
+            shutil.rmtree(copy)
+        else:
+            return copy
+    partial = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    try:
+        for name, file in record.model_files.items():
+            if leads_outside(name):
+                raise InputError(f"{location}/{RECORD}: {name}: expected a file of the checkpoint")
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fetch_file(join(location, name), target, retries=RETRIES, sha256=file.sha256)
+        write_file(str(partial), RECORD, lambda: [record.to_json()])
+        _publish(partial, copy)
+    except (FileNotFoundError, WrongContentError) as error:
+        raise DamagedCheckpointError(str(error)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return copy
+
+
+def _publish(partial: Path, copy: Path) -> None:
+    try:
+        partial.replace(copy)
+    except OSError:
+        if not copy.exists():  # else another process was faster, with the same files
+            raise
+
+
+def verify_model(location: str, record: CheckpointRecord) -> None:
+    """Checks what the model is rebuilt from; the optimizer's files are not looked at.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or differs from what was recorded.
+    """
+    for name, file in record.model_files.items():
+        verify_file(location, name, file)

@@ -1,0 +1,281 @@
+"""Writes checkpoints while training goes on.
+
+    1. save       every rank copies its share of the state out of the engine; training goes on
+    2. write      a thread of each rank writes its files, flushes them and reads them again
+    3. commit     at the end of a later step, when all ranks have written: a thread of the main
+                  process writes the record, which makes the checkpoint count, and deletes old ones
+
+What ranks must know of one another they exchange at steps' ends, in the main thread: no collective
+runs beside those of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data_prep.config_file import RunError
+from pretrain.checkpoints.record import CheckpointRecord, RunState
+from pretrain.checkpoints.state import CopiedFile, StateCopy, buffer_file, shapes_of
+from pretrain.checkpoints.store import RECORD, CheckpointStore, StoredFile, write_file
+from pretrain.config import Run
+from pretrain.distributed.collectives import (
+    gather_objects,
+    on_main_process,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from pretrain.distributed.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_MEETINGS = 5.0  # of ranks that wait for a checkpoint
+SECONDS_TO_TELL_OF = 0.1  # that training waited for the checkpoint before
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """How a checkpoint came about."""
+
+    step: int
+    num_bytes: int
+    waited_seconds: float  # by training: for the copy, and for the one before if it was not done
+    written_seconds: float  # from the copy until it counted
+
+
+class _Task:
+    """Work in a thread of its own."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:  # raised, or logged, by the main thread
+            self.error = error
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, *, seconds: float) -> None:
+        """Until it is done, but not longer."""
+        self._thread.join(seconds)
+
+
+@dataclass
+class _Save:
+    """A checkpoint that does not count yet."""
+
+    state: RunState
+    partial: str
+    waited_seconds: float
+    began: float
+    task: _Task
+    is_committing: bool = False
+    num_bytes: int = 0
+
+
+class CheckpointWriter:
+    """Writes the state of an engine; every rank must reach every call.
+
+    Args:
+        run: the config's section.
+        engine: whose state is written.
+        store: where to.
+        attempt: id of this attempt.
+        origin: what else the record says of who wrote it.
+        model_files: what the model is rebuilt from besides its tensors, by name; on the main
+            process.
+        refuse_if_superseded: raises if another attempt has taken the run over; called by the main
+            process, in a thread, before anything counts or is deleted.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        engine: Engine,
+        *,
+        store: CheckpointStore,
+        attempt: str,
+        origin: Mapping[str, Any],
+        model_files: Mapping[str, bytes],
+        refuse_if_superseded: Callable[[], None],
+    ) -> None:
+        self.run = run
+        self.engine = engine
+        self.store = store
+        self.attempt = attempt
+        self._reports: list[SaveReport] = []
+        self._written_by = {"attempt": attempt, "world_size": world_size(), **origin}
+        self._model_files = model_files
+        self._refuse_if_superseded = refuse_if_superseded
+        self._copy = StateCopy(engine)
+        self._save: _Save | None = None
+        self._num_failures = 0  # in a row
+        on_main_process(lambda: store.delete_leftovers(attempt))
+
+    # ------------------------------------------------------------------------ the main thread
+
+    def save(self, state: RunState) -> None:
+        """Begins a checkpoint of the state as it is now.
+
+        Raises:
+            RunError: too many in a row could not be written.
+        """
+        start = time.perf_counter()
+        if self._save is not None:
+            former = self._save.state.step
+            self.finish()
+            waited = time.perf_counter() - start
+            if rank() == 0 and waited >= SECONDS_TO_TELL_OF:
+                logger.warning(
+                    "step %d: training waited %.1f s, because the checkpoint of step %d was still "
+                    "being written; raise run.checkpoint_every_steps, or use a faster store",
+                    state.step,
+                    waited,
+                    former,
+                )
+        files = self._copy.take()
+        others = buffer_file(self.engine.model) | self._model_files if rank() == 0 else {}
+        now = time.perf_counter()
+        partial = self.store.partial(state.step, self.attempt)
+        task = _Task(lambda: self._write(partial, files, others))
+        self._save = _Save(state, partial, now - start, now, task)
+
+    def advance(self) -> None:
+        """To be called at a step's end: goes on with a checkpoint as far as is possible at once.
+
+        Raises:
+            RunError: as `save`.
+        """
+        save = self._save
+        if save is None:
+            return
+        is_failed = save.task.is_done and save.task.error is not None
+        told = torch.tensor([save.task.is_done, is_failed], dtype=torch.int32)
+        num_done, num_failed = sum_over_ranks(told.to(self.engine.device)).tolist()
+        if num_done < world_size():
+            return
+        if num_failed:
+            self._fail(save)
+        elif not save.is_committing:
+            self._commit(save)
+        else:
+            self._save, self._num_failures = None, 0
+            seconds = time.perf_counter() - save.began
+            report = SaveReport(save.state.step, save.num_bytes, save.waited_seconds, seconds)
+            self._reports.append(report)
+
+    def finish(self) -> None:
+        """Waits until what was begun counts, or has failed.
+
+        Raises:
+            RunError: as `save`.
+        """
+        while self._save is not None:
+            # Not longer: ranks meet in `advance`, where none may wait for long.
+            self._save.task.wait(seconds=SECONDS_BETWEEN_MEETINGS)
+            self.advance()
+
+    def take_reports(self) -> list[SaveReport]:
+        """On the checkpoints that have come to count since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def refuse_failure(self) -> None:
+        """
+        Raises:
+            RunError: the last checkpoint could not be written.
+        """
+        if self._num_failures:
+            raise RunError(
+                f"{self.store.folder}: the last checkpoint could not be written, for the reason "
+                "logged above; those before it are whole: run the same command again"
+            )
+
+    def _fail(self, save: _Save) -> None:
+        self._save = None
+        self._num_failures += 1
+        error = save.task.error
+        if error is not None and not isinstance(error, RunError):
+            error = f"rank {rank()}: {error}"  # others may not be able to unpickle it
+        errors = [each for each in gather_objects(error) if each is not None]
+        for each in errors:
+            if isinstance(each, RunError):
+                raise each
+        if rank() == 0:
+            self.store.abandon(save.partial)
+            logger.error(
+                "step %d: the checkpoint could not be written: %s; training goes on, and the "
+                "checkpoints before it are whole",
+                save.state.step,
+                "; ".join(errors),
+            )
+        if self._num_failures >= self.run.max_failed_saves:
+            raise RunError(
+                f"{self.store.folder}: {self._num_failures} checkpoints in a row could not be "
+                "written, as many as run.max_failed_saves allows; the last one because of "
+                f"{errors[0]}; make room, and run the same command again"
+            )
+
+    def _commit(self, save: _Save) -> None:
+        files: dict[str, StoredFile] = {}
+        for written in gather_objects(save.task.result):
+            files |= written
+        record = CheckpointRecord(save.state, self._written_by, shapes_of(self.engine.model), files)
+        save.is_committing = True
+        save.num_bytes = sum(file.num_bytes for file in files.values())
+        is_writer = rank() == 0
+        save.task = _Task(lambda: self._make_count(save, record) if is_writer else None)
+
+    # ---------------------------------------------------------------------------- the threads
+
+    def _write(
+        self, partial: str, files: list[CopiedFile], others: Mapping[str, bytes]
+    ) -> dict[str, StoredFile]:
+        self.store.begin(partial)
+        written = {file.name: write_file(partial, file.name, file.chunks) for file in files}
+        for name, content in others.items():
+            written[name] = write_file(partial, name, lambda content=content: [content])
+        return written
+
+    def _make_count(self, save: _Save, record: CheckpointRecord) -> None:
+        self._refuse_if_superseded()
+        write_file(save.partial, RECORD, lambda: [record.to_json()])
+        self.store.commit(save.partial, save.state.step)
+        self._refuse_if_superseded()
+        delete_other_checkpoints(
+            self.store,
+            save.state.step,
+            keep=self.run.keep_checkpoints,
+            keep_every_steps=self.run.keep_every_steps,
+        )
+
+
+def delete_other_checkpoints(
+    store: CheckpointStore, step: int, *, keep: int, keep_every_steps: int | None = None
+) -> None:
+    """Deletes what is older than the newest `keep`, but for multiples of `keep_every_steps`, and
+    what is of a later step than the one just written: the run has gone back behind it because it
+    was damaged."""
+    found = store.checkpoints()
+    older = [each for each in found if each.step < step]
+    for each in found:
+        is_behind = each.step > step
+        is_old = each in older[keep - 1 :]
+        is_for_ever = keep_every_steps is not None and each.step % keep_every_steps == 0
+        if is_behind or (is_old and not is_for_ever):
+            store.delete(each.location)

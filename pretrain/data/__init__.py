@@ -1,0 +1,1 @@
+"""Samples to tensors: readers, transforms and loaders of a step."""

@@ -1,0 +1,1 @@
+"""Exact contrastive losses over the global batch, tile by tile."""

@@ -1,0 +1,128 @@
+"""Triton kernels of the softmax loss over a tile of logits: see logit_kernels, softmax_sums.
+
+observe_softmax     partial sums of exponentials of rows and columns, and nearness codes
+write_coefficients  G
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pretrain.loss.logit_kernels import (
+    block_logits,
+    block_of_program,
+    inside,
+    may_hold_own,
+    negatives,
+    write_block,
+    write_nearness,
+)
+
+LOWEST = tl.constexpr(-1e30)  # in place of the maximum of a row without entries
+
+
+@triton.jit
+def _write_sums(
+    sums,
+    logits,
+    exponentials,
+    largest,
+    places,
+    num_places,
+    block,
+    num_blocks,
+    AXIS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
+):
+    """Writes sums of exponentials, and after those of all blocks the maxima taken off before."""
+    place = block.to(tl.int64) * num_places + places
+    if not IS_PLAIN:
+        largest = tl.maximum(largest, LOWEST)
+        exponentials = tl.exp(logits - tl.expand_dims(largest, AXIS))
+        after_sums = tl.cast(num_blocks, tl.int64) * num_places
+        tl.store(sums + after_sums + place, largest, mask=places < num_places)
+    tl.store(sums + place, tl.sum(exponentials, AXIS), mask=places < num_places)
+
+
+# Vectors per row or column begin anywhere; kernels are not compiled anew for each alignment.
+@triton.jit(
+    do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
+)
+def observe_softmax(
+    media,  # [num_rows, WIDTH]
+    text,  # [num_columns, WIDTH]
+    row_own,  # [num_rows] logits of the own pairs
+    column_own,
+    row_sums,  # [1 if IS_PLAIN else 2, column blocks, num_rows]
+    column_sums,  # [1 if IS_PLAIN else 2, row blocks, num_columns]
+    row_codes,  # [column blocks, num_rows]
+    column_codes,
+    num_rows,
+    num_columns,
+    own_shift,
+    scale,
+    tolerance,
+    IS_PLAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    i, rows, j, columns = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    x = block_logits(
+        media, text, rows, columns, num_rows, num_columns, scale, 0.0, WIDTH, BLOCK_WIDTH
+    )
+    x = negatives(x, rows, columns, num_rows, num_columns, own_shift)
+    of_row = write_nearness(row_codes, x, row_own, rows, num_rows, j, tolerance, 1)
+    of_column = write_nearness(column_codes, x, column_own, columns, num_columns, i, tolerance, 0)
+    exponentials = tl.exp(x) if IS_PLAIN else x
+    num_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    _write_sums(row_sums, x, exponentials, of_row, rows, num_rows, j, num_blocks, 1, IS_PLAIN)
+    num_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    _write_sums(
+        column_sums, x, exponentials, of_column, columns, num_columns, i, num_blocks, 0, IS_PLAIN
+    )
+
+
+@triton.jit(
+    do_not_specialize=["own_shift"],
+    do_not_specialize_on_alignment=["row_weights", "column_weights", "own_gradient"],
+)
+def write_coefficients(
+    media,
+    text,
+    row_weights,  # [num_rows] exp(-r) if IS_PLAIN, else r
+    column_weights,
+    own_gradient,  # [num_rows] G at own pairs
+    gradient,  # [num_rows, num_columns]
+    totals,  # [blocks] of G * logit
+    num_rows,
+    num_columns,
+    own_shift,
+    scale,
+    COUNTS: tl.constexpr,  # totals are wanted
+    IS_PLAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    _, rows, _, columns = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    x = block_logits(
+        media, text, rows, columns, num_rows, num_columns, scale, 0.0, WIDTH, BLOCK_WIDTH
+    )
+    beyond: tl.constexpr = 0.0 if IS_PLAIN else float("inf")
+    of_row = tl.load(row_weights + rows, mask=rows < num_rows, other=beyond)[:, None]
+    of_column = tl.load(column_weights + columns, mask=columns < num_columns, other=beyond)[None, :]
+    if IS_PLAIN:
+        g = tl.exp(x) * (of_row + of_column)
+    else:
+        g = tl.exp(x - of_row) + tl.exp(x - of_column)
+    if may_hold_own(rows, columns, own_shift):
+        own = tl.load(own_gradient + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+        g = tl.where((rows + own_shift)[:, None] == columns[None, :], own[:, None], g)
+    if COUNTS:
+        is_counted = inside(rows, columns, num_rows, num_columns)
+        tl.store(totals + tl.program_id(0), tl.sum(tl.where(is_counted, g * x, 0.0)))
+    write_block(gradient, g, rows, columns, num_rows, num_columns)

@@ -1,0 +1,116 @@
+"""What a contrastive loss may be told beside the features, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from pretrain.config import LARGEST_LOGIT_SCALE, Pairing
+from pretrain.loss.two_passes import Mode
+
+Kind = Literal["softmax", "sigmoid"]
+Duplicates = Literal["negatives", "positives", "masked"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Features of another model for the same pairs; their softmaxes become part of the targets."""
+
+    media: Tensor  # [B, teacher's D], L2-normalised
+    text: Tensor  # [B, teacher's D], L2-normalised
+    scale: float  # the teacher's inverse temperature
+    weight: float = 0.5  # of its softmaxes in the targets, in (0, 1]
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """What is computed, and how: all but the features and their temperature and bias."""
+
+    kind: Kind = "softmax"
+    label_smoothing: float = 0.0
+    duplicates: Duplicates = "negatives"
+    mode: Mode | Literal["auto"] = "auto"  # see loss_passes; changes speed only
+    piece_rows: int | None = None  # rows of each rank that travel at once; null: by size
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", Kind), ("duplicates", Duplicates)):
+            _refuse_unknown(name, getattr(self, name), get_args(choices))
+        _refuse_unknown("mode", self.mode, ("auto", *get_args(Mode)))
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing: expected 0 <= x < 1, found {self.label_smoothing:g}"
+            )
+        if self.kind == "sigmoid" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} is defined for the softmax loss only, "
+                'found kind="sigmoid"; set it to 0'
+            )
+
+
+def rule_of_pairing(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossRule:
+    """The rule that a pairing's config asks for."""
+    return LossRule(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
+
+
+def refuse_unfit(
+    media: Tensor,
+    text: Tensor,
+    bias: Tensor | None,
+    rule: LossRule,
+    keys: Sequence[Tensor],
+    teacher: Teacher | None,
+) -> None:
+    """
+    Raises:
+        ValueError: shapes or settings do not fit together.
+    """
+    if media.ndim != 2 or media.shape != text.shape:
+        raise ValueError(
+            f"expected media and text of one shape [B, D], found {tuple(media.shape)} and "
+            f"{tuple(text.shape)}"
+        )
+    if rule.kind == "softmax" and bias is not None:
+        raise ValueError('a bias does not change the softmax loss; leave it out, or kind="sigmoid"')
+    if rule.duplicates != "negatives" and not 1 <= len(keys) <= 2:
+        raise ValueError(
+            f'duplicates="{rule.duplicates}": expected one or two keys per pair, found {len(keys)}'
+        )
+    if teacher is not None:
+        _refuse_unfit_teacher(media, rule, teacher)
+
+
+def refuse_large_scale(scale: float, rule: LossRule) -> None:
+    """
+    Raises:
+        ValueError: the softmax loss is not finite for all unit vectors.
+    """
+    if rule.kind == "softmax" and abs(scale) > LARGEST_LOGIT_SCALE:
+        raise ValueError(
+            f"expected a scale of at most {LARGEST_LOGIT_SCALE:g} for the softmax loss, found "
+            f"{scale:g}; set a lower logit_scale.maximum"
+        )
+
+
+def _refuse_unfit_teacher(media: Tensor, rule: LossRule, teacher: Teacher) -> None:
+    if rule.kind != "softmax":
+        raise ValueError(f'a teacher is for the softmax loss only, found kind="{rule.kind}"')
+    if not 0 < teacher.weight <= 1:
+        raise ValueError(f"teacher.weight: expected 0 < x <= 1, found {teacher.weight:g}")
+    if abs(teacher.scale) > LARGEST_LOGIT_SCALE:
+        raise ValueError(
+            f"teacher.scale: expected at most {LARGEST_LOGIT_SCALE:g}, found {teacher.scale:g}"
+        )
+    shapes = tuple(teacher.media.shape), tuple(teacher.text.shape)
+    if shapes[0] != shapes[1] or shapes[0][:1] != (len(media),):
+        raise ValueError(
+            f"expected teacher features of one shape [{len(media)}, D], found {shapes[0]} and "
+            f"{shapes[1]}"
+        )
+
+
+def _refuse_unknown(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")

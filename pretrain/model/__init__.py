@@ -1,0 +1,1 @@
+"""Towers, tokenizers and the contrastive model."""

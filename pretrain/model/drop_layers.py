@@ -1,0 +1,260 @@
+"""Puts layers that draw per sample in place of a trained tower's layers that drop.
+
+Three checks see to it that nothing is left to chance, whatever the library's code does: a DropPath
+is replaced if it behaves as one; each replaced layer must be given the samples' rows side by side;
+and no layer may draw random numbers of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from data_prep.config_file import InputError
+from pretrain.model.sample_dropout import (
+    SampleDrop,
+    SampleDropout,
+    SampleDropPath,
+    SamplePatchDropout,
+    TowerDraws,
+)
+
+# Dropout of channels is that of the forms for pictures and sequences.
+CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# Attributes under which layers of the three libraries keep a probability of dropping something.
+DROP_RATES = (
+    "p",
+    "drop_rate",
+    "drop_prob",
+    "prob",
+    "dropout",
+    "attn_drop",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_p",
+    "layerdrop",
+)
+WHAT_MAY_DROP = (
+    "dropout layers (nn.Dropout), stochastic depth (DropPath) and patch dropout may be used, but "
+    "not dropout inside a function: of attention weights (timm: attn_drop_rate; transformers: "
+    "attention_dropout or attention_probs_dropout_prob), of whole layers (layerdrop), of a head "
+    "or of activations (drop_rate, dropout, activation_dropout)"
+)
+
+
+def replace_drop_layers(backbone: nn.Module, *, kind: str) -> TowerDraws:
+    """Replaces all layers known to drop, and returns what the new ones draw from.
+
+    Args:
+        backbone: of a trained tower.
+        kind: name of the tower; part of every key.
+
+    Raises:
+        InputError: such a layer cannot be replaced.
+    """
+    draws = TowerDraws()
+    replaced: dict[int, SampleDrop | None] = {}
+    for name, layer in list(backbone.named_modules(remove_duplicate=False)):
+        if id(layer) not in replaced:
+            replaced[id(layer)] = _sample_layer(layer, f"{kind}.{name}", draws)
+        if (ours := replaced[id(layer)]) is not None:
+            backbone.set_submodule(name, ours.train(layer.training))
+    return draws
+
+
+def sample_drops(backbone: nn.Module) -> list[SampleDrop]:
+    """All layers of a backbone that draw per sample."""
+    return [layer for layer in backbone.modules() if isinstance(layer, SampleDrop)]
+
+
+# ------------------------------------------------------------------------------------ replacing
+
+
+def _sample_layer(layer: nn.Module, name: str, draws: TowerDraws) -> SampleDrop | None:
+    """What does per sample what a layer does per process; None if it drops nothing, or is not
+    known (then `refuse_other_randomness` finds it)."""
+    from open_clip.transformer import PatchDropout as OpenClipPatchDropout
+    from timm.layers import PatchDropout
+    from timm.layers.patch_dropout import PatchDropoutWithIndices
+
+    if type(layer) is nn.Dropout or type(layer) in CHANNEL_DROPOUTS:
+        if _is_on(layer.p, name):
+            is_by_channel = type(layer) in CHANNEL_DROPOUTS
+            return SampleDropout(name, draws, p=layer.p, drops_channels=is_by_channel)
+    elif type(layer).__name__.endswith("DropPath") and hasattr(layer, "drop_prob"):
+        if _is_on(layer.drop_prob or 0.0, name):
+            return SampleDropPath(
+                name,
+                draws,
+                drop_prob=layer.drop_prob,
+                scale_by_keep=_scales_by_keep(layer, name),
+            )
+    elif type(layer) in (PatchDropout, PatchDropoutWithIndices):
+        if _is_on(layer.prob, name):
+            return SamplePatchDropout(
+                name,
+                draws,
+                prob=layer.prob,
+                num_prefix_tokens=layer.num_prefix_tokens,
+                is_ordered=layer.ordered,
+                returns_indices=type(layer) is PatchDropoutWithIndices,
+            )
+    elif type(layer) is OpenClipPatchDropout and _is_on(layer.prob, name):
+        num_prefix = int(layer.exclude_first_token)
+        return SamplePatchDropout(name, draws, prob=layer.prob, num_prefix_tokens=num_prefix)
+    return None
+
+
+def _is_on(rate: float, name: str) -> bool:
+    if not 0 <= rate < 1:
+        raise InputError(f"model.{name}: drops with probability {rate}; expected 0 to below 1")
+    return rate > 0
+
+
+def _scales_by_keep(layer: nn.Module, name: str) -> bool:
+    """Whether a DropPath divides what it keeps; found by trying it at 0.5, on rows of ones.
+
+    Raises:
+        InputError: it does anything else.
+    """
+    rate, was_training = layer.drop_prob, layer.training
+    layer.drop_prob = 0.5
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        rows = layer.train()(torch.ones(64, 2, 3))
+    layer.drop_prob = rate
+    layer.train(was_training)
+    values = rows.unique().tolist()
+    is_whole_rows = bool((rows == rows[:, :1, :1]).all())
+    if not is_whole_rows or values not in ([0.0, 1.0], [0.0, 2.0]):
+        raise InputError(
+            f"model.{name}: a {type(layer).__name__} that does not drop whole rows, or scales them "
+            f"otherwise (at 0.5 it makes {values[:4]} of ones); set its rate to 0 in options"
+        )
+    return values == [0.0, 2.0]
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+@contextmanager
+def refuse_other_randomness(backbone: nn.Module, *, where: str) -> Iterator[None]:
+    """Surrounds a call of the backbone in which no layer may use a generator.
+
+    Raises:
+        InputError: a layer did.
+    """
+    culprits: list[tuple[str, nn.Module]] = []
+    entered: list[Any] = []
+
+    def enter(layer: nn.Module, args: Any) -> None:
+        entered.append(_generator_states())
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        # The first to leave is the innermost.
+        if entered.pop() != _generator_states() and not culprits:
+            culprits.append((names[id(layer)], layer))
+
+    names = {id(layer): name for name, layer in backbone.named_modules()}
+    hooks = [
+        hook
+        for layer in backbone.modules()
+        for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if culprits:
+        raise InputError(_refusal(*culprits[0], where=where))
+
+
+def _generator_states() -> tuple[Any, ...]:
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        repr(numpy_state["pos"]),
+        numpy_state["key"].tobytes(),
+        random.getstate(),
+    )
+
+
+def _refusal(name: str, layer: nn.Module, *, where: str) -> str:
+    rates = {key: getattr(layer, key, None) for key in DROP_RATES}
+    rates |= {f"{key}.p": layer.p for key, layer in layer.named_children() if hasattr(layer, "p")}
+    found = [f"{key}={rate:g}" for key, rate in rates.items() if isinstance(rate, float) and rate]
+    return (
+        f"{where}: layer {name or '(the whole)'} ({type(layer).__name__}"
+        f"{'; rates: ' if found else ''}{', '.join(found)}) draws random numbers that depend on "
+        f"which samples share a process; set its rate to 0 in options: {WHAT_MAY_DROP}"
+    )
+
+
+@torch.no_grad()
+def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) -> None:
+    """Sees that every layer that drops is given samples side by side on its first axis.
+
+    Args:
+        backbone: in evaluation mode.
+        examples: two inputs that differ.
+        where: the tower's place in the config.
+
+    Raises:
+        InputError: a layer is given something else; what it drops would depend on the batch.
+    """
+    if not sample_drops(backbone):
+        return
+    parameters = _without_zeros(backbone)
+    first, second = (
+        _inputs_of_drops(backbone, parameters, rows) for rows in (examples, examples[[1, 1]])
+    )
+    for name, calls in first.items():
+        for here, there in zip(calls, second[name], strict=True):
+            if not _only_first_half_differs(here, there):
+                raise InputError(
+                    f"{where}: layer {name.partition('.')[2]} drops from {list(here.shape)} for 2 "
+                    "samples, whose rows are not side by side on the first axis; set its rate to 0 "
+                    "in options"
+                )
+
+
+def _without_zeros(backbone: nn.Module) -> dict[str, Tensor]:
+    """Name -> random values, for parameters that begin as zeros and would hide what is behind."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        for name, parameter in backbone.named_parameters()
+        if not parameter.any()
+    }
+
+
+def _only_first_half_differs(here: Tensor, there: Tensor) -> bool:
+    half, rest = divmod(len(here), 2)
+    tolerance = 1e-6 * here.abs().max()
+    is_same = ((here - there).abs() <= tolerance).reshape(len(here), -1).all(dim=1)
+    return rest == 0 and not is_same[:half].all() and bool(is_same[half:].all())
+
+
+def _inputs_of_drops(
+    backbone: nn.Module, parameters: dict[str, Tensor], examples: Tensor
+) -> dict[str, list[Tensor]]:
+    """Name of each layer that drops -> what it is given, call by call."""
+    given: dict[str, list[Tensor]] = {}
+
+    def note(layer: SampleDrop, args: tuple[Tensor, ...]) -> None:
+        given.setdefault(layer.name, []).append(args[0].clone())
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in sample_drops(backbone)]
+    try:
+        functional_call(backbone, parameters, (examples,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return given

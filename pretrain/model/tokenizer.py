@@ -1,0 +1,122 @@
+"""Captions to token ids of one length."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.config_file import InputError
+from pretrain.config import TextTower
+from pretrain.sampling.keyed_random import scramble
+
+# Where a checkpoint keeps the files of a tokenizer that came from a folder or a hub.
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Tokenizer:
+    """int64 [M, L] token ids of M captions, cut and padded to L = context_length.
+
+    May be called by several threads: one at a time is let in, because the tokenizers of
+    transformers change their own settings in every call.
+    """
+
+    def __init__(self, backend: Any, *, context_length: int, pad_id: int, vocab_size: int) -> None:
+        self.backend = backend
+        self.context_length = context_length
+        self.pad_id = pad_id
+        self.vocab_size = vocab_size
+        self._turn = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._turn = threading.Lock()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        if not captions:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
+        with self._turn:
+            if hasattr(self.backend, "save_pretrained"):
+                return self.backend(
+                    list(captions),
+                    padding="max_length",
+                    truncation=True,
+                    max_length=self.context_length,
+                    return_tensors="pt",
+                )["input_ids"]
+            return self.backend(list(captions), context_length=self.context_length)
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """int64 [M]: of each row of [M, L], the tokens up to the last one that is not padding."""
+        places = torch.arange(1, tokens.shape[1] + 1)
+        return ((tokens != self.pad_id) * places).amax(dim=1)
+
+    def save(self, folder: Path) -> None:
+        """Writes what `build_tokenizer` needs and the installed libraries do not ship."""
+        if hasattr(self.backend, "save_pretrained"):
+            self.backend.save_pretrained(str(folder / TOKENIZER_FOLDER))
+
+
+def token_keys(tokens: Tensor) -> Tensor:
+    """int64 [M]: a 64-bit hash of each row of [M, L]; captions of equal tokens have equal keys."""
+    places = scramble(np.arange(tokens.shape[1], dtype=np.uint64))
+    hashes = scramble(tokens.numpy().astype(np.uint64) ^ places)  # [M, L]
+    keys = scramble(hashes.sum(axis=1, dtype=np.uint64))  # [M, L] -> [M]
+    return torch.from_numpy(keys.view(np.int64))
+
+
+def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokenizer:
+    """The tokenizer of a text tower.
+
+    Args:
+        config: the tower's section.
+        assets: the folder a checkpoint keeps its files in; None to load by name.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
+    """
+    if config.library == "open_clip" and config.tokenizer is None:
+        return _open_clip_tokenizer(config)
+    from transformers import AutoTokenizer
+
+    name = str(assets / TOKENIZER_FOLDER) if assets else (config.tokenizer or config.name)
+    try:
+        backend = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.text.tokenizer: expected a transformers tokenizer at {name!r}: {error}"
+        ) from None
+    if backend.pad_token_id is None:
+        raise InputError(f"model.text.tokenizer: {name!r} has no padding token")
+    return Tokenizer(
+        backend,
+        context_length=config.context_length,
+        pad_id=backend.pad_token_id,
+        vocab_size=len(backend),
+    )
+
+
+def _open_clip_tokenizer(config: TextTower) -> Tokenizer:
+    import open_clip
+
+    from pretrain.model.clip_tokenizer import ClipTokenizer
+
+    model_config = open_clip.get_model_config(config.name) or {}
+    needed = model_config.get("text_cfg", {}).get("hf_tokenizer_name")
+    if needed:
+        raise InputError(
+            f"model.text: open_clip's {config.name} was made for the tokenizer {needed!r}, not for "
+            "CLIP's; set model.text.tokenizer to it, or to a folder that holds it"
+        )
+    backend = ClipTokenizer(context_length=config.context_length)
+    return Tokenizer(
+        backend, context_length=config.context_length, pad_id=0, vocab_size=backend.vocab_size
+    )

@@ -1,0 +1,1 @@
+"""Anomalies, hangs, progress and timing of a run."""

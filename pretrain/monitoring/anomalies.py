@@ -1,0 +1,116 @@
+"""What is out of the ordinary in steps: spikes of loss and gradient norm, steps that take long, and
+steps that were skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pretrain.config import Watch
+from pretrain.monitoring.spikes import SpikeDetector
+
+SPIKING = {"total_loss": "loss_spike_factor", "grad_norm": "grad_norm_spike_factor"}
+
+
+class StepWatch:
+    """Watches the steps of one attempt, each of which it is told.
+
+    Args:
+        settings: the config's section.
+        rows: of the metrics of earlier attempts, from which the level of loss and gradient norm is
+            known; where not every step was logged, it is that of the logged ones.
+    """
+
+    def __init__(self, settings: Watch, *, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.settings = settings
+        self._detectors = {
+            name: SpikeDetector(factor=getattr(settings, key), window=settings.window_steps)
+            for name, key in SPIKING.items()
+        }
+        for row in rows:
+            for name, detector in self._detectors.items():
+                if row.get(name) is not None:
+                    detector.enter(row["step"], row[name])
+        self._times = SpikeDetector(factor=settings.slow_step_factor, window=settings.window_steps)
+        self._spikes: list[dict[str, Any]] = []
+        self._num_slow = 0  # running
+        self._is_told_slow = False
+
+    def enter(self, step: int, *, values: Mapping[str, float], seconds: float) -> list[str]:
+        """Adds a step; returns what is to be said of it.
+
+        Args:
+            step: steps done.
+            values: total_loss and grad_norm; nothing if it was skipped.
+            seconds: that it took, without validation and saving.
+        """
+        is_slow = self._times.enter(step, seconds) is not None
+        self._num_slow = self._num_slow + 1 if is_slow else 0
+        lines = []
+        for name, value in values.items():
+            spike = self._detectors[name].enter(step, value)
+            if spike is not None:
+                self._spikes.append({"of": name} | asdict(spike))
+                lines.append(
+                    f"{name} {value:.4g} is a spike: {value / spike.median:.1f} times its median "
+                    f"{spike.median:.4g}"
+                )
+        return lines
+
+    @property
+    def _are_slow(self) -> bool:
+        return self._num_slow >= self.settings.slow_steps
+
+    def take_row(self) -> dict[str, Any]:
+        """What a row of metrics says of the steps since the last one."""
+        row: dict[str, Any] = {}
+        if self._spikes:
+            row["spikes"] = self._spikes
+        if self._are_slow:
+            row["slow_steps"] = {
+                "num_running": self._num_slow,
+                "median_seconds": self._times.level,
+            }
+        self._spikes = []
+        return row
+
+    def lines_on_pace(
+        self, seconds: Mapping[str, float], slowest: Mapping[str, Any] | None
+    ) -> list[str]:
+        """What is to be said when steps have become slow, or are no longer.
+
+        Args:
+            seconds: of a step by phase, mean over ranks.
+            slowest: the rank that the others wait for, as the row of metrics says.
+        """
+        if self._are_slow == self._is_told_slow:
+            return []
+        self._is_told_slow = self._are_slow
+        if not self._are_slow:
+            return ["steps are as fast again as before"]
+        phases = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items() if value)
+        line = (
+            f"{self._num_slow} steps running took more than {self.settings.slow_step_factor:g} "
+            f"times the median of {self._times.level:.2f} s; a step's time: {phases}"
+        )
+        if slowest is not None:
+            line += (
+                f"; slowest is rank {slowest['rank']} on {slowest['host']}, in {slowest['phase']}: "
+                f"{slowest['seconds']:.2f} s, where the mean is {slowest['mean_seconds']:.2f} s"
+            )
+        return [line]
+
+
+def reason_to_stop(watch: Watch, *, skipped_steps: Sequence[int]) -> str | None:
+    """Why a run must not go on after the last of the steps that it skipped; None if it may."""
+    if watch.on_non_finite == "stop":
+        return "watch.on_non_finite=stop"
+    window = watch.skip_window_steps
+    num_recent = sum(skipped_steps[-1] - window < each for each in skipped_steps)
+    if num_recent <= watch.max_skipped_steps:
+        return None
+    return (
+        f"it is one of {num_recent} within {window} steps, above "
+        f"watch.max_skipped_steps={watch.max_skipped_steps}"
+    )

@@ -1,0 +1,94 @@
+"""Keeps account of substituted samples over all ranks, and stops a run that has too many."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from data_prep.config_file import RunError
+from pretrain.config import Loading
+from pretrain.data.batch import StepBatch
+from pretrain.data.pair_reader import BadSample
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
+from pretrain.run.folder import RunFolder
+
+# Of a run whose missing or damaged shards were substituted: its result depends on the storage.
+BAD_SHARD_MARK = "substituted_shards"
+
+
+class BadSampleLedger:
+    """Enters each step's substitutions into the run folder; every rank must make every call.
+
+    Args:
+        run: the run folder, whose earlier attempts' entries count too.
+        dataset: what the run reads.
+        loading: limits. A single bad sample never stops a run.
+    """
+
+    def __init__(self, run: RunFolder, dataset: StepDataset, *, loading: Loading) -> None:
+        self.run = run
+        self.loading = loading
+        self.num_samples = dataset.num_samples
+        self.readers = {
+            f"{name}/{reader.source}": reader
+            for name, pairing in dataset.pairings.items()
+            for reader in pairing.readers
+        }
+        self._known: set[tuple[str, int]] = set()
+        self._per_shard: Counter[tuple[str, str]] = Counter()
+        for pairing, bad in on_main_process(run.read_bad_samples):
+            self._count(pairing, bad)
+        # (pairing, source, epoch) -> substitutions of this attempt
+        self.num_substituted: Counter[tuple[str, str, int]] = Counter()
+
+    def enter(self, batch: StepBatch, *, device: torch.device) -> None:
+        """Records a step's substitutions.
+
+        Raises:
+            RunError: too many samples are bad, of all or of one shard.
+        """
+        own = [
+            (name, bad) for name, pairing in batch.pairings.items() for bad in pairing.bad_samples
+        ]
+        if not sum_over_ranks(torch.tensor([len(own)], device=device)).item():
+            return
+        entries = [entry for of_rank in gather_objects(own) for entry in of_rank]
+        self.run.write_bad_samples(batch.step + 1, entries)
+        for pairing, bad in entries:
+            self.num_substituted[pairing, bad.source, bad.epoch] += 1
+            self._count(pairing, bad)
+            if bad.is_shard_bad:
+                self.run.mark(BAD_SHARD_MARK)
+        for pairing, bad in entries:
+            self._check_limits(pairing, bad)
+
+    def _count(self, pairing: str, bad: BadSample) -> None:
+        """A sample is bad once, in however many epochs; those of bad shards are no single ones."""
+        source = f"{pairing}/{bad.source}"
+        if bad.is_shard_bad or (source, bad.ordinal) in self._known:
+            return
+        self._known.add((source, bad.ordinal))
+        self._per_shard[source, bad.shard] += 1
+
+    def _check_limits(self, pairing: str, bad: BadSample) -> None:
+        source = f"{pairing}/{bad.source}"
+        advice = f"all are listed in {self.run.folder / 'bad_samples'}; the last: {bad.reason}"
+        if "verify_shards" not in advice:
+            advice += "; check the dataset with python -m data_prep.verify_shards"
+        limit = self.loading.max_bad_fraction
+        if len(self._known) > max(1.0, limit * self.num_samples):
+            raise RunError(
+                f"{len(self._known)} of {self.num_samples} samples are unreadable, above "
+                f"loading.max_bad_fraction={limit:g}; {advice}"
+            )
+        limit, num_bad = self.loading.max_bad_fraction_per_shard, self._per_shard[source, bad.shard]
+        dataset = self.readers[source].dataset
+        shard_samples = int(dataset.shard_sizes[dataset.locate(bad.ordinal)[0]])
+        if num_bad > max(1.0, limit * shard_samples):
+            raise RunError(
+                f"{num_bad} of the {shard_samples} samples in shard {bad.shard} of {source} "
+                f"({dataset.folder}) are unreadable, above "
+                f"loading.max_bad_fraction_per_shard={limit:g}; {advice}"
+            )

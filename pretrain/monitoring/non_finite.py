@@ -1,0 +1,146 @@
+"""What is known of a step whose loss or gradient is not a finite number, for whoever asks why.
+
+    non_finite/step_00000123.json
+      cause, logit_scale
+      samples    by pairing, every sample of the step: slot, source, epoch, ordinal, shard, and what
+                 of it is not finite
+      norms      of each parameter, of its moments, and of its gradient unless the loss itself was
+                 not finite
+
+Nothing of this is kept in good steps: the step is computed again, which gives the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.shards.dataset import write_atomically
+from pretrain.data.batch import StepBatch
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
+from pretrain.distributed.engine import Engine
+from pretrain.model.contrastive_model import EncoderInputs, PairingFeatures
+
+FOLDER = "non_finite"
+
+
+def dump_step(
+    folder: Path,
+    batch: StepBatch,
+    *,
+    cause: str,
+    engine: Engine,
+    dataset: StepDataset,
+    pieces: list[EncoderInputs],
+    take_gradient: Callable[[], object] | None,
+) -> Path:
+    """Writes down what is known of a step that was not applied; every rank must call it.
+
+    Args:
+        folder: of the run.
+        batch: this rank's share of the step.
+        cause: what was not finite.
+        engine: in the state before the step.
+        dataset: that the step was read from.
+        pieces: the step's micro-batches.
+        take_gradient: adds the step's gradient; None if it has none.
+
+    Returns:
+        The file.
+    """
+    with torch.no_grad():
+        features = engine.forward(pieces)
+    samples = _samples_of_step(batch, dataset, features)
+    norms = state_norms(engine)
+    if take_gradient is not None:
+        take_gradient()
+        norms["gradient"] = engine.gradient_norms()
+        engine.drop_gradients()
+    everyones = gather_objects(samples)
+    values = {
+        "step": batch.step + 1,
+        "cause": cause,
+        "logit_scale": {name: each.scale.item() for name, each in features.items()},
+        "samples": {name: [s for of_rank in everyones for s in of_rank[name]] for name in samples},
+        "norms": norms,
+    }
+    path = folder / FOLDER / f"step_{batch.step + 1:08d}.json"
+    on_main_process(lambda: _write(path, values))
+    return path
+
+
+def _samples_of_step(
+    batch: StepBatch, dataset: StepDataset, features: dict[str, PairingFeatures]
+) -> dict[str, list[dict[str, Any]]]:
+    """This rank's samples, by pairing."""
+    described = {}
+    for name, pairs in batch.pairings.items():
+        reader = dataset.pairings[name]
+        samples = reader.samples_of_step(batch.step, lanes=dataset.lanes)
+        parts = {
+            "media": pairs.media,
+            "media_embedding": features[name].media,
+            "text_embedding": features[name].text,
+        }
+        bad = {part: _bad_rows(values) for part, values in parts.items()}
+        described[name] = []
+        for row in range(len(samples)):
+            source = reader.readers[samples.sources[row]]
+            ordinal = int(samples.ordinals[row])
+            described[name].append(
+                {
+                    "slot": int(samples.slots[row]),
+                    "source": source.source,
+                    "epoch": int(samples.epochs[row]),
+                    "ordinal": ordinal,
+                    "shard": source.dataset.manifest[source.dataset.locate(ordinal)[0]].name,
+                    "not_finite": [part for part, rows in bad.items() if rows[row]],
+                }
+            )
+    return described
+
+
+def _bad_rows(values: Tensor) -> list[bool]:
+    """[B] whether a row holds anything that is not finite."""
+    if not values.is_floating_point():
+        return [False] * len(values)
+    return (~torch.isfinite(values)).flatten(1).any(dim=1).tolist()
+
+
+def state_norms(engine: Engine) -> dict[str, dict[str, float]]:
+    """Key ("parameter" or a moment) -> parameter's name -> norm; every rank must call it."""
+    names = [name for name, _ in engine.model.named_parameters()]
+    squares: dict[str, Tensor] = {}
+    for each in engine.fragments():
+        sums = squares.setdefault(
+            each.key, torch.zeros(len(names), dtype=torch.float64, device=engine.device)
+        )
+        if not each.is_shared or engine.is_main_process:
+            sums[names.index(each.name)] += each.values.double().square().sum()
+    return {
+        key: dict(zip(names, sum_over_ranks(sums).sqrt().tolist(), strict=True))
+        for key, sums in squares.items()
+    }
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(_as_json(values), indent=1).encode() + b"\n")
+
+
+def _as_json(value: Any) -> Any:
+    """The same with "nan", "inf" and "-inf", which JSON has no numbers for, as text."""
+    if isinstance(value, dict):
+        return {key: _as_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

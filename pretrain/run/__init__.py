@@ -1,0 +1,1 @@
+"""The run folder: attempts, requests, forks and compatibility checks."""

@@ -1,0 +1,126 @@
+"""Why an attempt ended that did not end well, as far as its ranks and Slurm can tell.
+
+    failures/<attempt>/rank_00003.txt    what one rank raised, with its traceback
+    stacks/<attempt>/rank_00003.txt      see pretrain.monitoring.hang_watch
+
+The rank that writes the attempt's outcome often knows only that another was lost, and a launcher's
+exit status is that of whichever died last. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pretrain.run.attempts import Attempt, LostPeerError, SupersededError, machine_name, now
+
+FAILURES, STACKS = "failures", "stacks"  # folders
+SECONDS_FOR_SLURM = 20
+LOST_NODE = re.compile(r"DOWN|FAIL|DRAIN|NOT_RESPONDING|\*")
+
+
+def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int) -> None:
+    """Writes down what a rank raised, unless the cause is elsewhere.
+
+    Args:
+        folder: of the run.
+        attempt: id of this attempt.
+        error: that ends this rank.
+        rank: of this process.
+    """
+    if isinstance(error, LostPeerError | SupersededError):
+        return
+    path = folder / FAILURES / attempt / f"rank_{rank:05d}.txt"
+    lines = traceback.format_exception(error)
+    head = f"{now()} rank {rank} on {machine_name()}: {_in_short(error)}\n\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(head + "".join(lines), encoding="utf-8")
+    except OSError:
+        return  # a full disk may be why it failed: the error itself still goes its way
+
+
+def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> list[str]:
+    """What is known of why an attempt ended, besides its outcome; may be empty.
+
+    Args:
+        folder: of the run.
+        attempts: all at the run, oldest first.
+        number: index of the one in question.
+    """
+    attempt = attempts[number]
+    is_newest = number == len(attempts) - 1
+    lost = None if is_newest else attempts[number + 1].lost_machines
+    causes = [] if lost is None else [lost]
+    is_alive = attempt.outcome == "running" and is_newest
+    if is_alive or attempt.outcome in ("finished", "stopped", "superseded"):
+        return causes
+    return [*causes, *_failures(folder, attempt.attempt), *_stacks(folder, attempt.attempt)]
+
+
+def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> str | None:
+    """What Slurm says of the machines of an attempt that did not finish: a lost one has Slurm end
+    the job, which may hear of no more than a signal.
+
+    Args:
+        attempts: all at a run, oldest first.
+        environment: of a process that Slurm started, or of any other.
+    """
+    if not attempts or attempts[-1].outcome == "finished" or "SLURM_JOB_ID" not in environment:
+        return None
+    command = ["scontrol", "show", "node", "-o", ",".join(attempts[-1].hosts)]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=SECONDS_FOR_SLURM
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # what it would have told is of use to people alone
+    lost = []
+    for line in told.splitlines():
+        fields = dict(re.findall(r"(NodeName|State|Reason)=(.*?)(?= \w+=|$)", line))
+        if LOST_NODE.search(fields.get("State", "")):
+            reason = fields.get("Reason", "no reason given").strip()
+            lost.append(f"{fields['NodeName']} is {fields['State']} ({reason})")
+    return "; ".join(lost) or None
+
+
+def _failures(folder: Path, attempt: str) -> list[str]:
+    heads = [
+        path.read_text(encoding="utf-8").partition("\n")[0]
+        for path in sorted((folder / FAILURES / attempt).glob("*.txt"))
+    ]
+    told = [head.partition(" ")[2] for head in sorted(heads) if head]  # the earliest first
+    return _first_of(told)
+
+
+def _stacks(folder: Path, attempt: str) -> list[str]:
+    silent, faults, hung = [], [], []
+    for path in sorted((folder / STACKS / attempt).glob("*.txt")):
+        head, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        rest = rest.strip()
+        if not rest:
+            silent.append(head)
+        elif "Fatal Python error" in rest:
+            fault = next(line for line in rest.split("\n") if "Fatal Python error" in line)
+            faults.append(f"{head}: {fault}")
+        else:
+            hung.append(f"{head}: {rest.partition(chr(10))[0]} ({path})")
+    causes = _first_of(faults)
+    if silent:
+        causes.append(
+            f"{_first_of(silent)[0]}: died without a word: killed, for want of memory or by hand, "
+            "or lost with its machine"
+        )
+    return [*causes, *_first_of(hung)]
+
+
+def _first_of(told: Sequence[str]) -> list[str]:
+    others = f" (and {len(told) - 1} other ranks)" if len(told) > 1 else ""
+    return [told[0] + others] if told else []
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

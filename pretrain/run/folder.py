@@ -1,0 +1,258 @@
+"""The run folder: what a run is (config, versions), its attempts, and its metrics.
+
+    config.yaml  environment.json      written before the first step
+    attempts/<attempt>.json            one per start (see pretrain.run.attempts)
+    failures/  stacks/                 of ranks that failed or hung (see pretrain.run.end_causes)
+    metrics/<attempt>.jsonl            one row per logged step or validation
+    bad_samples/<attempt>.jsonl        one row per substituted sample
+    status.json                        where the run stands
+
+Only the main process writes here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from data_prep.config_file import to_yaml
+from data_prep.shards.dataset import write_atomically
+from pretrain.checkpoints.record import CheckpointRecord
+from pretrain.config import PretrainConfig
+from pretrain.data.pair_reader import BadSample
+from pretrain.distributed.collectives import rank
+from pretrain.run.attempts import (
+    Attempt,
+    SupersededError,
+    claim_attempt,
+    is_superseded,
+    last_counting_step,
+    now,
+    read_attempts,
+    read_counting_rows,
+    read_metrics,
+    restarts_of_job,
+    superseded_error,
+    write_attempt,
+)
+from pretrain.run.compatibility import refuse_other_run
+from pretrain.run.end_causes import lost_nodes, write_failure
+from pretrain.run.fork import check_parent
+
+
+def begin_attempt(
+    config: PretrainConfig,
+    *,
+    fingerprints: dict[str, str],
+    hosts: Sequence[str],
+    num_micro_batches: int,
+) -> Attempt:
+    """Claims the next attempt at a run, and writes down what the run is; for the main process.
+
+    Args:
+        config: the resolved config.
+        fingerprints: of each dataset, by source.
+        hosts: name of each process's machine.
+        num_micro_batches: of each step.
+
+    Raises:
+        InputError: the run folder holds a run whose config or data differ (the keys are named), or
+            the run's parent cannot be used.
+    """
+    folder, environ = config.run.folder, os.environ
+    refuse_other_run(config, fingerprints=fingerprints)
+    check_parent(config, fingerprints=fingerprints)
+    attempt = claim_attempt(
+        folder,
+        world_size=len(hosts),
+        strategy=config.engine.strategy,
+        micro_batches=num_micro_batches,
+        hosts=hosts,
+        job=environ.get("SLURM_JOB_ID"),
+        job_restarts=restarts_of_job(environ),
+        lost_machines=lost_nodes(read_attempts(folder), environ),
+    )
+    for name in ("metrics", "bad_samples"):
+        (folder / name).mkdir(exist_ok=True)
+    environment = {"dataset_fingerprints": fingerprints} | describe_environment()
+    _write_json(folder / "environment.json", environment)
+    # Last, because its presence says that the folder holds a run.
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    return attempt
+
+
+class RunFolder:
+    """What one attempt writes into the run folder.
+
+    Args:
+        config: the resolved config.
+        attempt: this one, as the main process claimed it.
+        is_writer: whether this is the main process; elsewhere nothing is written.
+    """
+
+    def __init__(self, config: PretrainConfig, attempt: Attempt, *, is_writer: bool) -> None:
+        self.folder = config.run.folder
+        self.attempt = attempt
+        self.num_steps = config.schedule.num_steps
+        self.num_steps_done = 0
+        self.skipped_steps: list[int] = []  # that were not applied, also in earlier attempts
+        self.last_checkpoint: int | None = None  # step of the newest that counts
+        # What asked the attempt to end before all was done; set before its block ends
+        self.stop_cause: str | None = None
+        self.is_writer = is_writer
+        self._rank = rank()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Records how its block, which is this attempt, ends."""
+        try:
+            yield
+        except BaseException as error:
+            write_failure(self.folder, self.attempt.attempt, error, rank=self._rank)
+            is_superseded = isinstance(error, SupersededError)
+            self._end("superseded" if is_superseded else f"failed: {error!r}", state="failed")
+            raise
+        is_whole = self.stop_cause is None and self.num_steps_done >= self.num_steps
+        outcome = "finished" if is_whole else "stopped"
+        self._record(stop_cause=self.stop_cause)
+        self._end(outcome, state=outcome)
+
+    def begin_from(self, step: int, *, has_checkpoint: bool) -> None:
+        """Records how many steps were done before this attempt's first, and whether the run has a
+        checkpoint of its own of them."""
+        self.num_steps_done = step
+        self.last_checkpoint = step if has_checkpoint else None
+        self._record(from_step=step)
+
+    def _end(self, outcome: str, *, state: str) -> None:
+        self._record(to_step=self.num_steps_done, ended=now(), outcome=outcome)
+        self.write_status(state)
+
+    def _record(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self.attempt, name, value)
+        if self.is_writer:
+            write_attempt(self.folder, self.attempt)
+
+    def is_superseded(self) -> bool:
+        """Whether a newer attempt has begun."""
+        return is_superseded(self.folder, self.attempt)
+
+    def refuse_if_superseded(self) -> None:
+        """
+        Raises:
+            SupersededError: a newer attempt has begun.
+        """
+        if self.is_superseded():
+            raise self.superseded_error()
+
+    def superseded_error(self) -> SupersededError:
+        """What to raise when a newer attempt has begun."""
+        return superseded_error(self.folder, self.attempt)
+
+    def counts_checkpoint(self, record: CheckpointRecord) -> bool:
+        """Whether a checkpoint is of the run: not one that an attempt wrote late, when a newer one
+        had gone on from an earlier step."""
+        attempts = read_attempts(self.folder)
+        return record.state.step <= last_counting_step(attempts, record.written_by["attempt"])
+
+    def write_metrics(self, row: dict[str, Any]) -> None:
+        """Appends a row of metrics."""
+        self._append("metrics", [row])
+
+    def has_validation(self, step: int) -> bool:
+        """Whether a row that counts holds the validation after a step; for the main process."""
+        return any(r["step"] == step for r in read_metrics(self.folder) if "validation" in r)
+
+    def write_bad_samples(self, step: int, entries: Sequence[tuple[str, BadSample]]) -> None:
+        """Enters a step's substitutions, (pairing, what was bad), into the ledger."""
+        rows = [{"step": step, "pairing": pairing} | asdict(bad) for pairing, bad in entries]
+        self._append("bad_samples", rows)
+
+    def read_bad_samples(self) -> list[tuple[str, BadSample]]:
+        """The entries that count of all attempts, to be called on the main process."""
+        entries = []
+        for row in read_counting_rows(self.folder, "bad_samples"):
+            pairing = row.pop("pairing")
+            del row["step"]
+            entries.append((pairing, BadSample(**row)))
+        return entries
+
+    @property
+    def marks(self) -> list[str]:
+        """Why the result is not a function of the config alone; also of earlier attempts."""
+        return self.attempt.marks
+
+    def mark(self, reason: str) -> None:
+        """Notes for good, in the attempt's row and all checkpoints, why the run's result is not a
+        function of its config alone."""
+        if reason not in self.marks:
+            self._record(marks=sorted({*self.marks, reason}))
+
+    def write_status(self, state: str) -> None:
+        """Says where the run stands; a superseded attempt has no say in it."""
+        if self.is_writer and not self.is_superseded():
+            status = {
+                "state": state,
+                "attempt": self.attempt.attempt,
+                "step": self.num_steps_done,
+                "num_steps": self.num_steps,
+                "last_checkpoint": self.last_checkpoint,
+                "updated": now(),
+            }
+            _write_json(self.folder / "status.json", status)
+
+    def flush(self) -> None:
+        """Has the rows written so far on the disk, before a checkpoint counts on their being there
+        also after a power cut."""
+        for name in ("metrics", "bad_samples") if self.is_writer else ():
+            path = self._rows_of(name)
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _rows_of(self, name: str) -> Path:
+        return self.folder / name / f"{self.attempt.attempt}.jsonl"
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        if self.is_writer:
+            with self._rows_of(name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions that a result may depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+        "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, "-dirty" with changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")

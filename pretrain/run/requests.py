@@ -1,0 +1,128 @@
+"""What a run is asked to do while it runs: to save, or to save and stop; by signal, file or clock.
+
+    SIGUSR1, SIGUSR2, SIGTERM    save and stop; a second SIGTERM ends the process at once
+    a file STOP in its folder    likewise
+    a file SAVE                  save and go on; as does the clock, every so many minutes
+    a newer attempt at the run   stop, without saving
+
+One process that hears of it is enough: all agree at the next step's end, and act there. Files are
+taken away once they were heeded.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pretrain.distributed.collectives import sum_over_ranks
+from pretrain.run import signals
+from pretrain.run.signals import STOP_SIGNALS
+
+SAVE_FILE, STOP_FILE = "SAVE", "STOP"
+SECONDS_BETWEEN_LOOKS = 1.0  # at the files: the folder may be on a slow network
+# In the order in which one is named where several came together.
+CAUSES = (*(number.name for number in STOP_SIGNALS), f"file {STOP_FILE}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all ranks have agreed on."""
+
+    is_superseded: bool = False  # a newer attempt at the run has begun
+    saves: bool = False
+    stop_cause: str | None = None  # a signal's name, or the file
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end here, with a checkpoint."""
+        return self.stop_cause is not None
+
+
+class RunRequests:
+    """Listens on every rank from `with` on; the signals' former handlers are back afterwards. What
+    was heard before, by `signals.listen`, counts too.
+
+    To be used in the main thread.
+
+    Args:
+        folder: of the run.
+        save_every_minutes: None for never.
+        looks_at_files: whether this rank looks for files and at the clock: one is enough.
+            `is_superseded`, which may be set later, is asked with them.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        save_every_minutes: float | None = None,
+        looks_at_files: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self.save_every_seconds = None if save_every_minutes is None else 60 * save_every_minutes
+        self.looks_at_files = looks_at_files
+        self.is_superseded: Callable[[], bool] = lambda: False
+        self.clock = clock
+        self._last_save = self._last_look = clock()
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> RunRequests:
+        for number in STOP_SIGNALS:
+            self._former[number] = signal.signal(number, signals.hear)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        signals.heard.clear()
+
+    def agreed(self, *, device: torch.device) -> Request:
+        """What is to be done now; every rank must call it, and gets the same.
+
+        Args:
+            device: that ranks talk by.
+        """
+        asks = [cause in signals.heard for cause in CAUSES]
+        saves = is_superseded = False
+        if self.looks_at_files:
+            asks[-1], saves, is_superseded = self._look()
+        # A rank without a group still goes this way: one way for all.
+        told = torch.tensor([*asks, saves, is_superseded], dtype=torch.int32, device=device)
+        *asked, saves, is_superseded = (count > 0 for count in sum_over_ranks(told).tolist())
+        causes = [cause for cause, is_asked in zip(CAUSES, asked, strict=True) if is_asked]
+        return Request(is_superseded, saves, causes[0] if causes else None)
+
+    def _look(self) -> tuple[bool, bool, bool]:
+        """(whether to stop, whether to save, whether there is a newer attempt)"""
+        now = self.clock()
+        is_due = self.save_every_seconds is not None and (
+            now - self._last_save >= self.save_every_seconds
+        )
+        if now - self._last_look < SECONDS_BETWEEN_LOOKS:
+            return False, is_due, False
+        self._last_look = now
+        stops, saves = ((self.folder / name).exists() for name in (STOP_FILE, SAVE_FILE))
+        return stops, saves or is_due, self.is_superseded()
+
+    def heeded(self, request: Request) -> None:
+        """To be called when a checkpoint was written, for this request or any other reason."""
+        self._last_save = self.clock()
+        if self.looks_at_files:
+            if request.saves:
+                (self.folder / SAVE_FILE).unlink(missing_ok=True)
+            if request.stops:
+                (self.folder / STOP_FILE).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Sample order and source mixing as pure functions of the step."""

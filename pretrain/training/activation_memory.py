@@ -1,0 +1,182 @@
+"""How much memory a pair takes while it is encoded and its gradient is taken.
+
+Every tensor that a forward and backward pass allocates is followed to the moment it is freed, for
+two pairs and for four. At each moment of the pass, what lives then (kept for the backward pass, or
+left by activation checkpointing, or coming and going) grows by the same bytes with every pair. The
+peaks alone would not tell: which moment has the peak may change with the number of pairs.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data_prep.config_file import InputError
+from pretrain.config import PairingName
+from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
+from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
+from pretrain.training.gradient_cache import micro_batches
+
+# Pairs that are encoded to measure. Not one: kernels may treat that otherwise.
+MEASURED_ROWS = (2, 4)
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """At most fixed + pairs * per_pair are taken, without the gradients of parameters."""
+
+    fixed: int  # such as parameters rounded to bf16
+    per_pair: int
+
+
+class AllocationTrace(TorchDispatchMode):
+    """Follows the memory of every tensor that operators return, in all threads of autograd.
+
+    Memory that an operator takes and gives back before it returns is not seen.
+
+    Args:
+        device: tensors elsewhere are not counted.
+        known: tensors whose memory was there before.
+    """
+
+    def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.device_type = device.type
+        self._known = [tensor.untyped_storage() for tensor in known]  # held, so that ids stay
+        self._numbers = {id(storage): -1 for storage in self._known}  # of storages that live
+        self._changes: list[tuple[int, int]] = []  # (number of a storage, bytes more or less)
+
+    def __torch_dispatch__(
+        self,
+        operator: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called by torch for every operator."""
+        result = operator(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
+                self._enter(leaf.untyped_storage())
+        return result
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._numbers:
+            return
+        number, num_bytes = len(self._changes), storage.nbytes()
+        self._numbers[id(storage)] = number
+        self._changes.append((number, num_bytes))
+        weakref.finalize(storage, self._leave, id(storage), number, num_bytes)
+
+    def _leave(self, storage_id: int, number: int, num_bytes: int) -> None:
+        del self._numbers[storage_id]
+        self._changes.append((number, -num_bytes))
+
+    def live_bytes(self, *, without: Iterable[Tensor] = ()) -> np.ndarray:
+        """int64 [allocations] bytes that live after each allocation.
+
+        Args:
+            without: tensors that still live and whose memory does not count.
+        """
+        left_out = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
+        changes = np.array(self._changes, dtype=np.int64).reshape(-1, 2)
+        sizes = np.where(np.isin(changes[:, 0], list(left_out)), 0, changes[:, 1])
+        return np.cumsum(sizes)[changes[:, 1] >= 0]
+
+
+def measure_activations(
+    model: ContrastiveModel,
+    layouts: Mapping[PairingName, PairLayout],
+    *,
+    device: torch.device,
+    is_bf16: bool,
+) -> dict[PairingName, ActivationBytes]:
+    """What the graphs of every pairing take, with captions of full length.
+
+    Leaves parameters and random numbers as they were, and no gradients; no rank waits for another.
+
+    Args:
+        model: not yet wrapped by an engine; moved to the device and put into training mode.
+        layouts: shapes of the pairs.
+        device: where it is trained.
+        is_bf16: whether under autocast.
+
+    Raises:
+        InputError: a tower allocates more often for more pairs.
+    """
+    model.to(device).train()
+    few, more = MEASURED_ROWS
+    measured = {}
+    for name, layout in layouts.items():
+        of_few, of_more = (
+            _live_bytes(model, _inputs_of(name, layout, rows, device), is_bf16=is_bf16)
+            for rows in MEASURED_ROWS
+        )
+        if len(of_few) != len(of_more):
+            raise InputError(
+                f"micro_batch_size auto: expected as many allocations for {more} as for {few} "
+                f"pairs of {name}, found {len(of_more)} and {len(of_few)}: its towers' memory "
+                "cannot be foretold; set micro_batch_size to a number"
+            )
+        per_pair = (of_more - of_few) / (more - few)
+        fixed = of_few - few * per_pair
+        measured[name] = ActivationBytes(math.ceil(fixed.max()), math.ceil(per_pair.max()))
+    return measured
+
+
+def _inputs_of(
+    name: PairingName, layout: PairLayout, num_rows: int, device: torch.device
+) -> EncoderInputs:
+    """Pairs of ones, as a step would give them to the model."""
+    buffers = PairBuffers.new(layout, num_rows=num_rows)
+    for values in vars(buffers).values():
+        values.fill_(1)
+    pairs = buffers.to_batch(
+        first_slot=0, digest=np.zeros(2, np.int64), bad_samples=[], num_read=Counter()
+    )
+    batch = StepBatch(0, {name: pairs}, [name]).to(device)
+    [piece] = micro_batches(batch, num_pieces=1, trims_captions=False)
+    return piece
+
+
+def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool) -> np.ndarray:
+    """int64 [allocations] of a forward and backward pass, without the gradients of parameters."""
+    device = next(model.parameters()).device
+    parts = [part for pairs in inputs.values() for part in pairs if isinstance(part, Tensor)]
+    trace = AllocationTrace(device, [*model.parameters(), *model.buffers(), *parts])
+    with _untouched(model, device):
+        with trace:
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+                encoded = model([inputs])
+            parts = [part for each in encoded.values() for part in each if part is not None]
+            sum(part.float().sum() for part in parts).backward()
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        return trace.live_bytes(without=gradients)
+
+
+@contextmanager
+def _untouched(model: ContrastiveModel, device: torch.device) -> Iterator[None]:
+    """Takes gradients away again, puts random numbers back, and collects no garbage, so that passes
+    free in the same order."""
+    devices = [device] if device.type == "cuda" else []
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        if was_collecting:
+            gc.enable()

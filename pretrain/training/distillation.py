@@ -1,0 +1,114 @@
+"""Distillation: a trained model whose softmaxes over the batch become part of the targets.
+
+It sees the same pictures, clips and tokens as the model in training, and never changes (Yang et al.
+2024, "CLIP-KD"; Vasu et al. 2024, "MobileCLIP", equation 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_prep.config_file import InputError, read_config
+from pretrain.checkpoint import find_checkpoint, load_model
+from pretrain.checkpoints.record import read_record
+from pretrain.config import MediaKind, PairingName, PretrainConfig, media_of_pairing
+from pretrain.loss.options import Teacher
+from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
+from pretrain.model.tokenizer import Tokenizer
+
+SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
+
+
+@dataclass(frozen=True)
+class PairingTeacher:
+    """The teacher of one pairing."""
+
+    pairing: PairingName
+    model: ContrastiveModel
+    weight: float  # of its softmaxes in the targets
+    fingerprint: str  # sha256 of its files
+    is_autocast: bool  # computes in bf16, as the model in training does
+
+    @torch.no_grad()
+    def encode(self, pieces: Sequence[EncoderInputs]) -> Teacher:
+        """Its features of this rank's pairs, without what training hides of clips."""
+        name, kind = self.pairing, media_of_pairing(self.pairing)
+        inputs = [piece[name] for piece in pieces]
+        with torch.autocast(inputs[0].tokens.device.type, torch.bfloat16, enabled=self.is_autocast):
+            media = torch.cat([self.model.encode_media(kind, each.media) for each in inputs])
+            text = torch.cat([self.model.encode_text(each.tokens) for each in inputs])
+        scale = self.model.log_logit_scale[name].exp().item()
+        return Teacher(media, text, scale, self.weight)
+
+
+def load_teachers(
+    config: PretrainConfig, *, tokenizer: Tokenizer, device: torch.device
+) -> dict[PairingName, PairingTeacher]:
+    """The teachers that pairings name.
+
+    Args:
+        config: the whole config.
+        tokenizer: of the model in training.
+        device: where they compute.
+
+    Raises:
+        InputError: a checkpoint is missing, or its model takes other inputs.
+    """
+    teachers = {}
+    for name, pairing in config.pairings.items():
+        if pairing.teacher is not None:
+            folder = find_checkpoint(pairing.teacher.checkpoint)
+            _refuse_other_inputs(config, name, folder)
+            model, _, its_tokenizer = load_model(folder, device=str(device))
+            _refuse_other_tokens(name, folder, tokenizer, its_tokenizer)
+            teachers[name] = PairingTeacher(
+                pairing=name,
+                model=model,
+                weight=pairing.teacher.weight,
+                fingerprint=read_record(folder).model_sha256,
+                is_autocast=config.engine.precision == "bf16",
+            )
+    return teachers
+
+
+def _refuse_other_inputs(config: PretrainConfig, name: PairingName, folder: Path) -> None:
+    theirs = read_config(PretrainConfig, folder / "config.yaml")
+    where = f"pairings.{name}.teacher.checkpoint={folder}"
+    if name not in theirs.pairings:
+        raise InputError(
+            f"{where}: expected a model trained on {name}, found {', '.join(theirs.pairings)}"
+        )
+    kind = media_of_pairing(name)
+    expected, found = (_input_of(each, kind) for each in (config, theirs))
+    for key, value in expected.items():
+        if found[key] != value:
+            raise InputError(
+                f"{where}: it was trained with {kind}.{key}={found[key]}, this run has {value}; "
+                "teacher and model see the same inputs: use the same value"
+            )
+
+
+def _input_of(config: PretrainConfig, kind: MediaKind) -> dict[str, float]:
+    if kind == "image":
+        return {"size": config.image.size}
+    return {
+        "sample_rate_hz": config.audio.sample_rate_hz,
+        "clip_seconds": config.audio.clip_seconds,
+    }
+
+
+def _refuse_other_tokens(
+    name: PairingName, folder: Path, tokenizer: Tokenizer, theirs: Tokenizer
+) -> None:
+    here, there = (each(SAMPLE_CAPTIONS).tolist() for each in (tokenizer, theirs))
+    if here != there:
+        raise InputError(
+            f"pairings.{name}.teacher.checkpoint={folder}: it was trained with other tokens: "
+            f"{SAMPLE_CAPTIONS[0]!r} is {there[0][:8]}, {len(there[0])} in all, there and "
+            f"{here[0][:8]}, {len(here[0])} in all, here; use its model.text.tokenizer and "
+            "context_length"
+        )

@@ -1,0 +1,185 @@
+"""The gradient of one step's loss, with the batch encoded whole or in micro-batches.
+
+In micro-batches it follows gradient caching (Gao et al. 2021, "Scaling deep contrastive learning
+batch size under memory limited setup"): all are encoded without graph, the loss is taken once over
+the whole global batch, then each is encoded again, dropping the same, and the cached gradients of
+its features are back-propagated. So micro-batches never change which pairs are contrasted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pretrain.config import PairingName, PretrainConfig
+from pretrain.data.batch import PairingBatch, StepBatch
+from pretrain.distributed.engine import Engine
+from pretrain.model.caption_trimming import trimmed_length
+from pretrain.model.contrastive_model import EncoderInputs, PairingFeatures, PairInputs
+from pretrain.model.sample_dropout import Draws
+from pretrain.monitoring.timing import PhaseTimer
+from pretrain.training.distillation import PairingTeacher
+from pretrain.training.step_loss import (
+    LossTerm,
+    StepLosses,
+    TravellingMedia,
+    refuse_non_finite,
+    take_losses,
+    terms_of_step,
+)
+
+
+def backward_of_step(
+    engine: Engine,
+    batch: StepBatch,
+    config: PretrainConfig,
+    *,
+    num_pieces: int,
+    teachers: Mapping[PairingName, PairingTeacher] | None = None,
+    timer: PhaseTimer | None = None,
+) -> StepLosses:
+    """Adds the gradient of a step's loss.
+
+    Args:
+        engine: holds the model.
+        batch: this rank's share, on the device.
+        config: the whole config.
+        num_pieces: micro-batches that each rank's share is encoded in, equal on all ranks.
+        teachers: of the pairings that have one.
+        timer: is told the phases.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite; no gradient was taken.
+    """
+    timer = timer or PhaseTimer(engine.device)
+    with timer.phase("forward"):
+        pieces = pieces_of_step(engine, batch, num_pieces=num_pieces)
+        lessons = {name: each.encode(pieces) for name, each in (teachers or {}).items()}
+        terms = terms_of_step(config, batch, teachers=lessons)
+    if len(pieces) == 1:
+        return backward_whole_batch(engine, pieces[0], terms=terms, timer=timer)
+    return backward_in_micro_batches(engine, pieces, terms=terms, timer=timer)
+
+
+def pieces_of_step(engine: Engine, batch: StepBatch, *, num_pieces: int) -> list[EncoderInputs]:
+    """The micro-batches of this rank's share of a step."""
+    trims_captions = engine.model.takes_trimmed_captions
+    return micro_batches(batch, num_pieces=num_pieces, trims_captions=trims_captions)
+
+
+def backward_whole_batch(
+    engine: Engine,
+    inputs: EncoderInputs,
+    *,
+    terms: Mapping[PairingName, LossTerm],
+    timer: PhaseTimer,
+) -> StepLosses:
+    """Encodes this rank's pairs at once and back-propagates the global loss.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite; no gradient was taken.
+    """
+    travelling = TravellingMedia(terms)
+    with timer.phase("forward"):
+        features = engine.forward([inputs], on_media=travelling.begin)
+    with timer.phase("gather"):
+        losses = take_losses(features, terms=terms, travelling=travelling)
+    refuse_non_finite(losses)
+    with timer.phase("backward"):
+        engine.backward(losses.for_backward)
+    return losses
+
+
+def backward_in_micro_batches(
+    engine: Engine,
+    pieces: list[EncoderInputs],
+    *,
+    terms: Mapping[PairingName, LossTerm],
+    timer: PhaseTimer,
+) -> StepLosses:
+    """The same gradient from micro-batches; all ranks have equally many.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite; no gradient was taken.
+    """
+    travelling = TravellingMedia(terms)
+    with timer.phase("forward"), torch.no_grad():
+        encoded = engine.forward(pieces, on_media=travelling.begin)
+    features = {name: _leaves(values) for name, values in encoded.items()}
+    with timer.phase("gather"):
+        losses = take_losses(features, terms=terms, travelling=travelling)
+    refuse_non_finite(losses)
+    with timer.phase("backward"):
+        losses.for_backward.backward()
+        for number, piece in enumerate(pieces):
+            with engine.micro_batch(is_last=number == len(pieces) - 1):
+                engine.backward(_surrogate(engine.forward([piece]), features, number, len(pieces)))
+    return losses
+
+
+def micro_batches(
+    batch: StepBatch, *, num_pieces: int, trims_captions: bool
+) -> list[EncoderInputs]:
+    """What the towers are given of each piece of a step; pieces may hold no pair.
+
+    Args:
+        batch: this rank's share of a step, on the device.
+        num_pieces: equal on all ranks.
+        trims_captions: whether tokens are cut to the longest caption of each piece.
+    """
+    pieces = {
+        name: _split(pairs, batch.step, num_pieces, trims_captions)
+        for name, pairs in batch.pairings.items()
+    }
+    return [{name: pieces[name][number] for name in pieces} for number in range(num_pieces)]
+
+
+def _split(
+    pairs: PairingBatch, step: int, num_pieces: int, trims_captions: bool
+) -> list[PairInputs]:
+    tokens = pairs.tokens.tensor_split(num_pieces)
+    if trims_captions:
+        lengths = pairs.caption_lengths.tensor_split(num_pieces)
+        tokens = [
+            piece[:, : trimmed_length(longest, context_length=piece.shape[1])]
+            for piece, longest in zip(tokens, lengths, strict=True)
+        ]
+    has_stripes = pairs.stripes.shape[1] > 0
+    stripes = pairs.stripes.tensor_split(num_pieces) if has_stripes else [None] * num_pieces
+    media = pairs.media.tensor_split(num_pieces)
+    draws = _draws(pairs, step, num_pieces)
+    return [PairInputs(*each) for each in zip(media, tokens, stripes, draws, strict=True)]
+
+
+def _draws(pairs: PairingBatch, step: int, num_pieces: int) -> list[Draws]:
+    """The slots of every piece: every pass over a pair, and every split, drops alike."""
+    device = pairs.tokens.device
+    slots = torch.arange(len(pairs.tokens), device=device) + pairs.first_slot
+    number = torch.full((), step, dtype=torch.int64, device=device)
+    return [Draws(number, piece) for piece in slots.tensor_split(num_pieces)]
+
+
+def _leaves(features: PairingFeatures) -> PairingFeatures:
+    """The same values, to collect the loss's gradient."""
+    return PairingFeatures(*(None if each is None else each.requires_grad_() for each in features))
+
+
+def _surrogate(
+    encoded: Mapping[PairingName, PairingFeatures],
+    features: Mapping[PairingName, PairingFeatures],
+    number: int,
+    num_pieces: int,
+) -> Tensor:
+    """A scalar whose gradient, at this micro-batch, is that of the loss."""
+    products = []
+    for name, piece in encoded.items():
+        cached = features[name]
+        for part, whole in ((piece.media, cached.media), (piece.text, cached.text)):
+            products.append(part * whole.grad.tensor_split(num_pieces)[number])
+        # Each micro-batch carries its share of these gradients, so that none leaves them out.
+        products.append(piece.scale * cached.scale.grad / num_pieces)
+        if piece.bias is not None:
+            products.append(piece.bias * cached.bias.grad / num_pieces)
+    return torch.stack([product.sum() for product in products]).sum()

@@ -1,0 +1,109 @@
+"""What a rank will hold during a step besides the graphs of its micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pretrain.config import PairingName, PretrainConfig
+from pretrain.data.batch import PairLayout, step_bytes
+from pretrain.distributed.deepspeed_config import read_deepspeed_file
+from pretrain.loss.contrastive_loss import GATHERED_BYTES
+from pretrain.loss.logit_tiles import TILE_SHAPES
+
+FLOAT_BYTES = 4  # parameters, gradients, moments and features are fp32
+REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's default
+# Tensors of a tile's size at once: two are kept, a product and a comparison come and go.
+TILES_AT_ONCE = 4
+# Of features, captions or media: as encoded, joined, their gradient, and the loss's for backward.
+COPIES_OF_FEATURES = 4
+BYTES_PER_PAIR_OF_SUMS = 80  # of all ranks' pairs: sums over rows and columns, in float64
+
+
+def bytes_besides_graphs(
+    config: PretrainConfig,
+    layouts: Mapping[PairingName, tuple[PairLayout, int]],
+    *,
+    num_trained: int,
+    num_processes: int,
+    device_type: str,
+) -> dict[str, int]:
+    """What will need memory -> bytes of it, beyond the model itself.
+
+    Args:
+        config: the whole config.
+        layouts: (layout, most rows of a step) of each pairing on this rank.
+        num_trained: parameters that are trained.
+        num_processes: number of ranks.
+        device_type: of the memory that is meant.
+    """
+    return {
+        "gradients and optimizer": optimizer_bytes(
+            config, num_trained=num_trained, num_processes=num_processes, device_type=device_type
+        ),
+        "features and loss": loss_bytes(
+            num_pairs=sum(num_rows for _, num_rows in layouts.values()),
+            global_num_pairs=max(each.global_batch_size for each in config.pairings.values()),
+            width=config.model.embed_dim,
+            num_processes=num_processes,
+            device_type=device_type,
+        ),
+        "batches": num_batches_held(config, device_type=device_type) * step_bytes(layouts),
+    }
+
+
+def optimizer_bytes(
+    config: PretrainConfig, *, num_trained: int, num_processes: int, device_type: str
+) -> int:
+    """Gradients, their copies on the way to other ranks, moments, and what ZeRO keeps in fp32.
+
+    Args:
+        config: the whole config.
+        num_trained: parameters that are trained.
+        num_processes: that share what the strategy shares.
+        device_type: of the memory that is meant.
+    """
+    strategy = config.engine.strategy
+    of_all = FLOAT_BYTES * num_trained
+    tuning = read_deepspeed_file(config)
+    gradients = of_all  # whole on every rank until the last micro-batch, whatever is shared later
+    moments = 2 * of_all
+    if strategy in ("ddp", "zero0"):
+        is_alone = strategy == "ddp" and num_processes == 1
+        return gradients + moments + (0 if is_alone else of_all)
+    copies = of_all  # of the parameters, which the optimizer updates
+    reduced = of_all
+    parts = of_all if strategy == "zero3" else 0  # of the parameters
+    offload = tuning.get("offload_optimizer", {}).get("device", "none")
+    is_elsewhere = offload == "cpu" and device_type == "cuda"
+    shared = parts if is_elsewhere else moments + copies + reduced + parts
+    bucket = tuning.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
+    num_buckets = 2 if tuning.get("overlap_comm", strategy == "zero3") else 1
+    if device_type == "cpu":  # whose memory is taken when it is written to
+        bucket = min(bucket, num_trained)
+    return gradients + -(-shared // num_processes) + num_buckets * bucket * FLOAT_BYTES
+
+
+def loss_bytes(
+    *, num_pairs: int, global_num_pairs: int, width: int, num_processes: int, device_type: str
+) -> int:
+    """Features and their gradients, and the loss's tiles and sums.
+
+    Args:
+        num_pairs: of this rank, all pairings together.
+        global_num_pairs: of the pairing with most.
+        width: D.
+        num_processes: number of ranks.
+        device_type: of the memory that is meant.
+    """
+    features = COPIES_OF_FEATURES * 2 * num_pairs * width * FLOAT_BYTES
+    of_all_ranks = min(2 * global_num_pairs * width * FLOAT_BYTES, GATHERED_BYTES)
+    gathered = of_all_ranks if num_processes > 1 else 0
+    rows, columns = TILE_SHAPES[device_type]
+    tile = min(rows, global_num_pairs) * min(columns, global_num_pairs) * FLOAT_BYTES
+    return features + gathered + TILES_AT_ONCE * tile + BYTES_PER_PAIR_OF_SUMS * global_num_pairs
+
+
+def num_batches_held(config: PretrainConfig, *, device_type: str) -> int:
+    """Batches in the memory of the device: on a GPU the one in use and the next; else all that are
+    loaded ahead, too."""
+    return 2 if device_type == "cuda" else config.loading.batches_ahead + 2

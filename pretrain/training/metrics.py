@@ -1,0 +1,264 @@
+"""What a step reports, to the run folder, the trackers and the progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pretrain.checkpoints.writer import SaveReport
+from pretrain.config import Run
+from pretrain.data.batch import StepBatch
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import sum_over_ranks
+from pretrain.distributed.engine import Engine
+from pretrain.monitoring.anomalies import StepWatch
+from pretrain.monitoring.progress_log import Progress, ProgressLog
+from pretrain.monitoring.timing import (
+    PhaseTimer,
+    SlowestRank,
+    exchange_seconds,
+    mean_seconds,
+    slowest_rank,
+)
+from pretrain.run.folder import RunFolder
+from pretrain.sampling.order import format_digest
+from pretrain.training.step_loss import StepLosses
+
+logger = logging.getLogger(__name__)
+
+
+def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
+    """Per pairing the digest of the step's sample ids; every rank must call it."""
+    halves = np.stack([pairing.digest for pairing in batch.pairings.values()])
+    summed = sum_over_ranks(torch.from_numpy(halves).to(device)).tolist()
+    return {name: format_digest(pair) for name, pair in zip(batch.pairings, summed, strict=True)}
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did."""
+
+    losses: StepLosses
+    learning_rate: float
+    grad_norm: float  # over all parameters, before clipping
+
+    def row(self) -> dict[str, Any]:
+        """Its part in a row of metrics."""
+        losses = self.losses.by_pairing
+        return {
+            "total_loss": self.losses.total,
+            "loss": {name: loss.value for name, loss in losses.items()},
+            "media_to_text_recall@1": {
+                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
+            },
+            "text_to_media_recall@1": {
+                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
+            },
+            "logit_scale": self.losses.scales,
+            "logit_bias": self.losses.biases,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+        }
+
+    def shown(self) -> str:
+        """Its part in a line for people."""
+        scales = "/".join(f"{scale:.1f}" for scale in self.losses.scales.values())
+        return (
+            f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} scale {scales} "
+            f"norm {self.grad_norm:.2f}"
+        )
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step that was not applied."""
+
+    cause: str
+    dump: str  # file that says more
+
+    def row(self) -> dict[str, Any]:
+        """Its part in a row of metrics."""
+        return {"skipped": asdict(self)}
+
+    def shown(self) -> str:
+        """Its part in a line for people."""
+        return f"skipped: {self.cause}"
+
+
+class StepReporter:
+    """Writes metrics and keeps the progress bar, on the main process.
+
+    Args:
+        run: the run folder.
+        config: section `run`.
+        engine: for its trackers.
+        dataset: what the run reads.
+        timer: of the training loop.
+        watch: of the steps.
+        hosts: [ranks] names of their machines.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Run,
+        engine: Engine,
+        dataset: StepDataset,
+        *,
+        timer: PhaseTimer,
+        watch: StepWatch,
+        hosts: Sequence[str],
+    ) -> None:
+        self.run = run
+        self.engine = engine
+        self.timer = timer
+        self.watch = watch
+        self.hosts = hosts
+        self.num_steps = dataset.num_steps
+        self.dataset = dataset
+        self.last_logged_step = run.num_steps_done
+        self._ended_epochs: list[dict[str, Any]] = []
+        self._saves: list[dict[str, Any]] = []
+        self.log = ProgressLog(config, self._progress(), num_steps=self.num_steps)
+        self.bar = None
+        if run.is_writer and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.num_steps, initial=run.num_steps_done, unit="step", desc="pretrain"
+            )
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def watch_step(self, outcome: StepOutcome | SkippedStep, *, seconds: float) -> None:
+        """Says how the run comes along, and marks what is out of the ordinary in the step done.
+
+        Args:
+            outcome: of the step.
+            seconds: that it took, without validation and saving.
+        """
+        if not self.run.is_writer:
+            return
+        step, values = self.run.num_steps_done, {}
+        if isinstance(outcome, StepOutcome):
+            values = {"total_loss": outcome.losses.total, "grad_norm": outcome.grad_norm}
+        for line in self.watch.enter(step, values=values, seconds=seconds):
+            self._say(f"step {step}: {line}")
+        if self.bar is None and (line := self.log.line(self._progress(), outcome.shown())):
+            logger.info("%s", line)
+
+    def _progress(self) -> Progress:
+        step = self.run.num_steps_done
+        return Progress(step, self.dataset.samples_seen(step), self.timer.data_seconds)
+
+    def report_epochs(self, ended: list[dict[str, Any]]) -> None:
+        """Says which epochs of which sources ended; the next row of metrics has them."""
+        self._ended_epochs += ended
+        for report in ended if self.run.is_writer else []:
+            self._say(
+                f"{report['source']}: epoch {report['epoch']} was read whole: "
+                f"{report['in_manifest']:,} samples, {report['substituted']:,} substituted, "
+                f"{report['left_over']:,} left over"
+            )
+
+    def report_saves(self, saves: list[SaveReport]) -> None:
+        """Says which checkpoints have come to count; the next row of metrics has them."""
+        for save in saves if self.run.is_writer else []:
+            self._saves.append(asdict(save))
+            self.run.last_checkpoint = save.step
+            self._say(
+                f"step {save.step}: checkpoint of {save.num_bytes / 1e6:,.1f} MB written in "
+                f"{save.written_seconds:.2f} s, for which training waited "
+                f"{save.waited_seconds:.2f} s"
+            )
+
+    def report_step(self, outcome: StepOutcome | SkippedStep, *, digest: dict[str, str]) -> None:
+        """Writes one row of metrics of the step just done; every rank must call it."""
+        seconds, own = self.timer.take()
+        step = self.run.num_steps_done
+        num_steps = step - self.last_logged_step
+        per_step = {name: value / num_steps for name, value in own.items()}
+        of_ranks = exchange_seconds(per_step, device=self.engine.device)
+        samples_seen = self.dataset.samples_seen(step)
+        samples = samples_seen - self.dataset.samples_seen(self.last_logged_step)
+        self.last_logged_step = step
+        if not self.run.is_writer:
+            return
+        mean = mean_seconds(of_ranks)
+        slowest = self._describe(slowest_rank(of_ranks))
+        row = {
+            "step": step,
+            "samples_seen": samples_seen,
+            **outcome.row(),
+            "data_digest": digest,
+            "epochs_seen": self.dataset.epochs_seen(step),
+            "ended_epochs": self._ended_epochs,
+            "saves": self._saves,
+            "samples_per_second": samples / seconds,
+            "data_wait_share": mean["data"] * num_steps / seconds,
+            "seconds": mean,
+            **slowest,
+            **self.watch.take_row(),
+        }
+        if self.run.marks:
+            row["marks"] = self.run.marks
+        self._ended_epochs, self._saves = [], []
+        self.run.write_metrics(row)
+        self.run.write_status("running")
+        self.engine.log(flatten_numbers(row), step=step)
+        if self.bar is not None:
+            pace = f"samples/s {row['samples_per_second']:.0f} wait {row['data_wait_share']:.0%}"
+            self.bar.set_postfix_str(f"{outcome.shown()} {pace}")
+        for line in self.watch.lines_on_pace(mean, slowest.get("slowest_rank")):
+            self._say(f"step {step}: {line}")
+
+    def _describe(self, slowest: SlowestRank | None) -> dict[str, Any]:
+        if slowest is None:
+            return {}
+        return {"slowest_rank": asdict(slowest) | {"host": self.hosts[slowest.rank]}}
+
+    def report_validation(self, figures: dict[str, dict[str, float]]) -> None:
+        """Writes one row of validation figures, by pairing."""
+        if not self.run.is_writer:
+            return
+        step = self.run.num_steps_done
+        row = {"step": step, "validation": figures}
+        self.run.write_metrics(row)
+        self.engine.log(flatten_numbers({"validation": figures}), step=step)
+        shown = "; ".join(
+            f"{name} loss {values['loss']:.3f}, "
+            f"R@1 {values['media_to_text_recall@1']:.2f} / {values['text_to_media_recall@1']:.2f}"
+            for name, values in figures.items()
+        )
+        self._say(f"step {step}: validation: {shown}")
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            logger.info("%s", line)
+
+
+def flatten_numbers(values: dict[str, Any], *, prefix: str = "") -> dict[str, float]:
+    """Nested numbers under names joined by "/"; whatever is not a number is left out."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten_numbers(value, prefix=f"{name}/")
+        elif isinstance(value, int | float):
+            flat[name] = value
+    return flat

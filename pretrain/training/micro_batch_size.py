@@ -1,0 +1,228 @@
+"""How many micro-batches a step is encoded in, decided once, before the first step.
+
+With micro_batch_size: auto, as few as fit into memory:
+
+    1. what a pair takes while it is encoded and its gradient is taken    activation_memory
+    2. what memory is left to this rank                                   free_memory
+    3. what else will need it                                             memory_budget
+    4. the fewest micro-batches that fit on every rank
+
+The result of a step is the same for any number (see pretrain.training.gradient_cache).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from data_prep.config_file import InputError
+from pretrain.config import PairingName, PretrainConfig
+from pretrain.data.batch import PairLayout
+from pretrain.distributed.collectives import gather_objects, rank, world_size
+from pretrain.model.contrastive_model import ContrastiveModel
+from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
+from pretrain.training.free_memory import free_bytes, memory_name
+from pretrain.training.memory_budget import bytes_besides_graphs
+
+logger = logging.getLogger(__name__)
+
+# Of the memory left for graphs, by device. On a GPU for fragmentation and what operators take for
+# themselves. On CPUs malloc keeps freed tensors below 32 MB: graphs took up to 2.4 times as much.
+SHARE_KEPT_FREE = {"cuda": 0.1, "cpu": 0.6}
+WHAT_TO_DO = (
+    "set engine.activation_checkpointing, share more among more processes (engine.strategy), "
+    "choose smaller towers, or set micro_batch_size to a number to try all the same"
+)
+Layouts = Mapping[PairingName, tuple[PairLayout, int]]  # (layout, most rows of a step)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What fits into the memory of a rank."""
+
+    free: int  # bytes left to this rank
+    besides_graphs: dict[str, int]  # what -> bytes that it will need
+    num_pairs: dict[PairingName, int]  # of this rank in a step
+    activations: dict[PairingName, ActivationBytes] | None  # None: too large to be measured
+    takes_all: bool  # whether a step takes all pairings, or one
+    share_kept_free: float  # of what is left for graphs
+
+    @property
+    def left(self) -> int:
+        """Bytes that nothing but graphs needs."""
+        return max(0, self.free - sum(self.besides_graphs.values()))
+
+    @property
+    def room(self) -> float:
+        """Bytes that graphs may take."""
+        return self.left * (1 - self.share_kept_free)
+
+    @property
+    def num_pieces(self) -> int | None:
+        """Fewest micro-batches whose graphs find room; None if not even those of one pair do."""
+        if self.activations is None:
+            return None
+        most = max(1, *self.num_pairs.values())
+        fitting = (n for n in range(1, most + 1) if self.graph_bytes(n) <= self.room)
+        return next(fitting, None)
+
+    def graph_bytes(self, num_pieces: int) -> int:
+        """Most bytes that the graphs of a micro-batch take."""
+        graphs = {name: self._graph_bytes(name, num_pieces) for name in self.num_pairs}
+        if self.takes_all:
+            return sum(graphs.values())
+        without_pairs = {name: self._bytes_of_rows(name, 1) for name in self.num_pairs}
+        others = sum(without_pairs.values())
+        return max(graphs[name] + others - without_pairs[name] for name in graphs)
+
+    def _graph_bytes(self, name: PairingName, num_pieces: int) -> int:
+        return self._bytes_of_rows(name, -(-self.num_pairs[name] // num_pieces))
+
+    def _bytes_of_rows(self, name: PairingName, num_rows: int) -> int:
+        graph = self.activations[name]
+        return graph.fixed + graph.per_pair * max(1, num_rows)  # no row: see model._encode
+
+    def describe(self) -> str:
+        """The decision and its numbers, in one line."""
+        needs = [f"{_in_units(size)} for {what}" for what, size in self.besides_graphs.items()]
+        memory = (
+            f"{_in_units(self.left)} of {_in_units(self.free)} left after {', '.join(needs)}, "
+            f"of which {self.share_kept_free:.0%} stay free"
+        )
+        if self.activations is None:
+            return f"not even {MEASURED_ROWS[-1]} pairs could be encoded to measure; {memory}"
+        if self.num_pieces is None:
+            return f"not even {self._describe_sizes(max(self.num_pairs.values()))} fit; {memory}"
+        sizes = self._describe_sizes(self.num_pieces)
+        return f"{self.num_pieces} micro-batches a step, of at most {sizes}; {memory}"
+
+    def _describe_sizes(self, num_pieces: int) -> str:
+        sizes = [
+            f"{-(-num_pairs // num_pieces)} {name} pairs "
+            f"({_in_units(self.activations[name].per_pair)} each)"
+            for name, num_pairs in self.num_pairs.items()
+        ]
+        return f" {'and' if self.takes_all else 'or'} ".join(sizes)
+
+
+def _in_units(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
+
+
+def pieces_of_size(config: PretrainConfig, *, num_processes: int) -> int:
+    """Micro-batches per step, the same on every rank: enough that none encodes more than
+    micro_batch_size pairs of a pairing at once."""
+    most_lanes = -(-config.lanes // num_processes)
+    most_pairs = most_lanes * max(config.slots_per_lane(name) for name in config.pairings)
+    return -(-most_pairs // config.micro_batch_size)
+
+
+def choose_num_pieces(
+    config: PretrainConfig,
+    model: ContrastiveModel,
+    layouts: Layouts,
+    *,
+    device: torch.device,
+    hosts: list[str],
+) -> int:
+    """Micro-batches per step, the same on every rank; every rank must call it.
+
+    Args:
+        config: the whole config.
+        model: not yet wrapped by an engine.
+        layouts: of this rank's share.
+        device: of this rank.
+        hosts: machine of every rank.
+
+    Raises:
+        InputError: with `auto`, not even one pair fits on one of the ranks.
+    """
+    if config.micro_batch_size != "auto":
+        return pieces_of_size(config, num_processes=world_size())
+    activations = measure(config, model, layouts, device)
+    # Which also waits until every rank has given back what it measured with.
+    memories = gather_objects((hosts[rank()], memory_name(device)))
+    estimate = estimate_memory(
+        config,
+        model,
+        layouts,
+        activations=activations,
+        free=free_bytes(device) // memories.count(memories[rank()]),
+        num_processes=world_size(),
+    )
+    estimates = gather_objects(estimate)
+    neediest = max(range(world_size()), key=lambda each: estimates[each].num_pieces or float("inf"))
+    text = f"micro_batch_size auto: rank {neediest}: {estimates[neediest].describe()}"
+    if estimates[neediest].num_pieces is None:
+        raise InputError(f"{text}; {WHAT_TO_DO}")
+    if rank() == 0:
+        logger.info("%s", text)
+    return estimates[neediest].num_pieces
+
+
+def estimate_for_plan(
+    config: PretrainConfig,
+    model: ContrastiveModel,
+    layouts: Layouts,
+    *,
+    device: torch.device,
+    num_processes: int,
+    num_processes_here: int,
+) -> MemoryEstimate:
+    """What the first of some processes would find on this machine, without starting them."""
+    activations = measure(config, model, layouts, device)
+    num_sharing = num_processes_here if device.type == "cpu" else 1
+    return estimate_memory(
+        config,
+        model,
+        layouts,
+        activations=activations,
+        free=free_bytes(device) // num_sharing,
+        num_processes=num_processes,
+    )
+
+
+def measure(
+    config: PretrainConfig, model: ContrastiveModel, layouts: Layouts, device: torch.device
+) -> dict[PairingName, ActivationBytes] | None:
+    """As measure_activations; None if the device has no memory for it."""
+    try:
+        return measure_activations(
+            model,
+            {name: layout for name, (layout, _) in layouts.items()},
+            device=device,
+            is_bf16=config.engine.precision == "bf16",
+        )
+    except torch.OutOfMemoryError:
+        return None
+
+
+def estimate_memory(
+    config: PretrainConfig,
+    model: ContrastiveModel,
+    layouts: Layouts,
+    *,
+    activations: dict[PairingName, ActivationBytes] | None,
+    free: int,
+    num_processes: int,
+) -> MemoryEstimate:
+    """What fits into the bytes that are left to a rank which carries that share."""
+    device_type = next(model.parameters()).device.type
+    besides = bytes_besides_graphs(
+        config,
+        layouts,
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_processes=num_processes,
+        device_type=device_type,
+    )
+    return MemoryEstimate(
+        free=free,
+        besides_graphs=besides,
+        num_pairs={name: num_rows for name, (_, num_rows) in layouts.items()},
+        activations=activations,
+        takes_all=config.pairings_per_step == "all",
+        share_kept_free=SHARE_KEPT_FREE[device_type],
+    )

@@ -1,0 +1,140 @@
+"""Numbers that follow from a config and its datasets, for `--dry-run` and the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pretrain.config import PretrainConfig
+from pretrain.data.batch import step_bytes
+from pretrain.data.pair_reader import PairReader
+from pretrain.data.pairing_reader import PairingReader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.loss.contrastive_loss import received_bytes
+from pretrain.loss.options import rule_of_pairing
+from pretrain.model.contrastive_model import ContrastiveModel
+from pretrain.sampling.order import lanes_of_rank, pairs_of_ranks
+from pretrain.training.micro_batch_size import estimate_for_plan, pieces_of_size
+from pretrain.training.step_loss import feature_type
+
+
+def describe_plan(
+    config: PretrainConfig,
+    *,
+    dataset: StepDataset,
+    model: ContrastiveModel,
+    device: torch.device,
+    world_size: int,
+    num_processes_here: int,
+) -> list[str]:
+    """Lines that say how long, how large and how much per step.
+
+    Args:
+        config: the whole config.
+        dataset: the share of rank 0.
+        model: not yet wrapped by an engine.
+        device: where it would be trained.
+        world_size: number of processes.
+        num_processes_here: those of them on this machine.
+    """
+    return [
+        *_describe_model(model),
+        *(line for reader in dataset.pairings.values() for line in _describe(config, reader)),
+        *_describe_step(config, dataset, device, world_size),
+        _describe_micro_batches(config, dataset, model, device, world_size, num_processes_here),
+    ]
+
+
+def _describe_model(model: ContrastiveModel) -> Iterator[str]:
+    for kind, tower in model.towers.items():
+        total = sum(p.numel() for p in tower.parameters())
+        trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
+        yield f"{kind} tower: {total:,} parameters, {trained:,} trained"
+
+
+def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
+    order = reader.order
+    yield (
+        f"{order.name}: {order.slots_per_lane * order.lanes} pairs a step, "
+        f"{order.slots_per_lane} from each of {order.lanes} lanes"
+    )
+    num_steps = reader.num_steps_taken(config.schedule.num_steps)
+    drawn = order.samples_drawn(num_steps)
+    if num_steps < config.schedule.num_steps:
+        yield f"  taken by {num_steps:,} of {config.schedule.num_steps:,} steps"
+    for pair_reader, source, samples in zip(reader.readers, order.sources, drawn, strict=True):
+        per_step = samples / max(1, num_steps)
+        steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "more than all"
+        yield (
+            f"  {source.name}: {source.num_samples:,} samples in {len(source.shard_sizes)} shards, "
+            f"{source.lane_length:,} per lane; {per_step:.1f} a step, "
+            f"{steps_per_epoch} steps per epoch, "
+            f"{samples / source.num_samples:.2f} epochs in {num_steps:,} steps; "
+            f"{_describe_fingerprint(pair_reader)}"
+        )
+
+
+def _describe_fingerprint(reader: PairReader) -> str:
+    whole, subset = reader.dataset, reader.samples.subset
+    fingerprint = f"fingerprint {whole.info.fingerprint[:12]}"
+    if subset is None:
+        return fingerprint
+    return f"{fingerprint}, subset {subset.fingerprint[:12]} of {len(whole):,} samples"
+
+
+def _describe_step(
+    config: PretrainConfig, dataset: StepDataset, device: torch.device, world_size: int
+) -> Iterator[str]:
+    lane_counts = [
+        len(lanes_of_rank(rank, world_size=world_size, lanes=config.lanes))
+        for rank in range(world_size)
+    ]
+    steps = config.schedule.num_steps
+    read = sum(_bytes_read(reader, steps) for reader in dataset.pairings.values()) / steps
+    ahead_bytes = step_bytes(dataset.layouts) * (config.loading.batches_ahead + 1)
+    received = sum(
+        received_bytes(
+            pairs_of_ranks(config.slots_per_lane(name), world_size=world_size, lanes=config.lanes),
+            rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
+            width=config.model.embed_dim,
+            feature_bytes=feature_type(config).itemsize,
+            device=device,
+        )
+        for name, pairing in config.pairings.items()
+    )
+    yield f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each"
+    yield (
+        f"a step reads {read / 1e6:.2f} MB from shards, and for its losses every process receives "
+        f"{received / 1e6:.2f} MB from the others"
+    )
+    yield f"batches loaded ahead take up to {ahead_bytes / 1e6:.1f} MB on a process"
+
+
+def _describe_micro_batches(
+    config: PretrainConfig,
+    dataset: StepDataset,
+    model: ContrastiveModel,
+    device: torch.device,
+    world_size: int,
+    num_processes_here: int,
+) -> str:
+    if config.micro_batch_size != "auto":
+        num_pieces = pieces_of_size(config, num_processes=world_size)
+        return f"micro_batch_size {config.micro_batch_size}: {num_pieces} micro-batches a step"
+    estimate = estimate_for_plan(
+        config,
+        model,
+        dataset.layouts,
+        device=device,
+        num_processes=world_size,
+        num_processes_here=num_processes_here,
+    )
+    return f"micro_batch_size auto, on this machine's {device.type}: {estimate.describe()}"
+
+
+def _bytes_read(reader: PairingReader, num_steps: int) -> float:
+    """Bytes of shards that a pairing reads in a run."""
+    drawn = reader.order.samples_drawn(reader.num_steps_taken(num_steps))
+    mean_bytes = [r.dataset.info.tar_bytes / len(r.dataset) for r in reader.readers]
+    return sum(n * size for n, size in zip(drawn, mean_bytes, strict=True))

@@ -1,0 +1,156 @@
+"""Loss and in-batch recall on held-out pairs, each seen once, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_prep.config_file import InputError
+from data_prep.media.decode import MediaError
+from data_prep.shards.dataset import CorruptSampleError
+from pretrain.cache.shard_cache import ShardCache
+from pretrain.config import PairingName, PretrainConfig, media_of_pairing
+from pretrain.data.datasets import open_samples
+from pretrain.data.pair_reader import Pair, PairReader
+from pretrain.data.transforms import build_transforms
+from pretrain.distributed.collectives import rank, world_size
+from pretrain.distributed.engine import Engine
+from pretrain.loss.contrastive_loss import ContrastiveLoss, contrastive_loss
+from pretrain.loss.options import LossRule
+from pretrain.model.contrastive_model import PairInputs
+from pretrain.model.tokenizer import Tokenizer
+from pretrain.training.step_loss import feature_type
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The held-out pairs of one pairing, cut into batches that are contrasted within."""
+
+    pairing: PairingName
+    reader: PairReader
+    tokenizer: Tokenizer
+    batch_size: int
+    # The plain loss: without label smoothing, and with duplicates as negatives, so that runs that
+    # differ in them can be compared.
+    rule: LossRule
+    feature_type: torch.dtype
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(media, tokens) of this rank's part of each batch; the last batch may be smaller.
+
+        Raises:
+            InputError: a held-out pair cannot be decoded.
+        """
+        num_pairs = len(self.reader.samples)
+        for start in range(0, num_pairs, self.batch_size):
+            stop = min(start + self.batch_size, num_pairs)
+            first, last = (
+                start + (stop - start) * number // world_size() for number in (rank(), rank() + 1)
+            )
+            pairs = [self._read(rank) for rank in range(first, last)]
+            media = [self.reader.transform(pair.media) for pair in pairs]
+            tokens = self.tokenizer([pair.captions[0] for pair in pairs])
+            yield self._stack(media), tokens
+
+    def _stack(self, media: list[Tensor]) -> Tensor:
+        if media:
+            return torch.stack(media)
+        example = self.reader.transform(self._read(0).media)
+        return example.new_zeros(0, *example.shape)
+
+    def _read(self, rank: int) -> Pair:
+        try:
+            return self.reader.read_exactly(int(self.reader.samples.ordinals_of([rank])[0]))
+        except (CorruptSampleError, MediaError) as error:
+            raise InputError(
+                f"validation.pairings.{self.pairing}: {error}; validation substitutes nothing: "
+                "repair the dataset, or prepare it without this sample"
+            ) from None
+
+
+def build_validation_sets(
+    config: PretrainConfig, *, tokenizer: Tokenizer, cache: ShardCache | None = None
+) -> list[ValidationSet]:
+    """The validation sets a config names.
+
+    Args:
+        config: the whole config.
+        tokenizer: of captions.
+        cache: of this node, for datasets behind URLs.
+
+    Raises:
+        InputError: a dataset is missing, empty, or of the wrong kind.
+    """
+    transforms = build_transforms(config)
+    sets = []
+    for name, source in config.validation.pairings.items():
+        kind = media_of_pairing(name)
+        reader = PairReader(
+            f"validation.{name}",
+            samples=open_samples(source.dataset, subset=source.subset, cache=cache),
+            kind=kind,
+            transform=transforms[kind],
+            retries=config.loading.retries,
+        )
+        if len(reader.samples) == 0:
+            raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
+        rule = LossRule(config.pairings[name].loss, mode=config.engine.loss_mode)
+        sets.append(
+            ValidationSet(name, reader, tokenizer, source.batch_size, rule, feature_type(config))
+        )
+    return sets
+
+
+@torch.no_grad()
+def validate(
+    engine: Engine,
+    validation_set: ValidationSet,
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Mean over the set's pairs of loss and in-batch recall at 1; every rank must call it.
+
+    Args:
+        engine: holds the model.
+        validation_set: all ranks have equally many batches of it.
+        is_given_up: asked after each batch, on every rank, with the same answer; if it is so, no
+            figures are returned.
+
+    Raises:
+        InputError: a held-out pair cannot be decoded.
+    """
+    name = validation_set.pairing
+    engine.train_mode(False)
+    sums: dict[str, float] = {}
+    num_pairs = 0
+    is_over = False
+    for media, tokens in validation_set.batches():
+        inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
+        features = engine.forward([{name: inputs}])[name]
+        loss = contrastive_loss(
+            features.media.to(validation_set.feature_type),
+            features.text.to(validation_set.feature_type),
+            features.scale,
+            features.bias,
+            rule=validation_set.rule,
+        )
+        for key, value in _figures(loss).items():
+            sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
+        num_pairs += loss.num_pairs
+        if is_given_up():
+            is_over = True
+            break
+    engine.train_mode(True)
+    if is_over:
+        return None
+    return {key: value / num_pairs for key, value in sums.items()}
+
+
+def _figures(loss: ContrastiveLoss) -> dict[str, float]:
+    return {
+        "loss": loss.value,
+        "media_to_text_recall@1": loss.media_to_text_recall_at_1,
+        "text_to_media_recall@1": loss.text_to_media_recall_at_1,
+    }
