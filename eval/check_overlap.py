@@ -26,8 +26,8 @@ from data_prep.config_file import check_output_folder, fixed_values, run_command
 from data_prep.shards.dataset import write_atomically
 from data_prep.shards.subset import KeptSamples, Subset
 from eval.config import OverlapConfig
-from eval.evaluation_sets import EvaluationSet, open_dataset
-from eval.overlap import METHODS, Overlap, find_overlap
+from eval.datasets.datasets import EvaluationSet, open_dataset
+from eval.datasets.overlap import METHODS, Overlap, find_overlap
 
 
 def run(config: OverlapConfig) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from data_prep.config_file import check_output_folder, run_command
 from data_prep.shards.dataset import write_atomically
-from eval.comparison import Difference, compare, shared_evaluations
 from eval.config import CompareConfig
-from eval.intervals import Bootstrap
-from eval.markdown_table import markdown_table
+from eval.metrics.intervals import Bootstrap
+from eval.report.comparison import Difference, compare, shared_evaluations
+from eval.report.markdown_table import markdown_table
 
 COLUMNS = (
     "evaluation",

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 from data_prep.config import NearMedia
 from data_prep.config_file import Section
 
-# A path or URL of: shards of ours, tars (see eval.tar_dataset), one folder per class, or a table
-# (.csv, .tsv or .jsonl; see eval.file_dataset)
+# A path or URL of: Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
+# table (.csv, .tsv or .jsonl; see eval.datasets.file_dataset)
 DatasetPlace = Annotated[str, BeforeValidator(str)]
 
 
@@ -38,7 +38,7 @@ class _Evaluation(Section):
     goals: dict[str, float] = {}
     expected_items: PositiveInt | None = None  # the evaluation is refused if there are others
     how_to_get: str | None = None  # said where the dataset is missing
-    main_figure: str | None = None  # that averages take; null: of its task (eval.averages)
+    main_figure: str | None = None  # that averages take; null: of its task (eval.report.averages)
     averages: list[str] = []  # those that it counts in, besides that of all evaluations
 
 
@@ -195,7 +195,7 @@ class EncodingConfig(Section):
     """Which model encodes, and how."""
 
     # A run folder (its newest checkpoint), one checkpoint's folder, or another library's model:
-    # see eval.model_source
+    # see eval.models.model_source
     checkpoint: Path
     # open_clip's name of the model, such as ViT-B-32, if checkpoint is a file of its weights
     open_clip_architecture: str | None = None

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 -m eval.embed configs/eval/embed.yaml
 
 data_prep.make_subset scores samples with them; data_prep.find_duplicates looks for equal meanings.
-Stopped and started again, it keeps finished shards. What the files hold: eval.embedding_files.
+Stopped and started again, it keeps finished shards. What the files hold: eval.embeddings.files.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from data_prep.config_file import RunError, check_output_folder, run_command
 from data_prep.shards.dataset import Dataset
 from eval.config import EmbedConfig
-from eval.model_source import find_model
+from eval.models.model_source import find_model
 
 if TYPE_CHECKING:
-    from eval.embedding_files import Origin
-    from eval.encoder import Encoder
+    from eval.embeddings.files import Origin
+    from eval.models.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def run(config: EmbedConfig) -> None:
 
 
 def _embed(config: EmbedConfig) -> None:
-    from eval.embedding_files import origin_of, write_summary
-    from eval.encoder import check_tower, load_encoder
+    from eval.embeddings.files import origin_of, write_summary
+    from eval.models.encoder import check_tower, load_encoder
     from eval.processes import wait_for_all
     from pretrain.distributed.collectives import rank
 
@@ -72,8 +72,8 @@ def write_missing_shards(
         InputError: the output holds other embeddings.
         RunError: too many samples are bad.
     """
-    from eval.embedding_files import bad_samples_of, is_finished, uids_of_shard, write_shard
-    from eval.shard_embeddings import embed_shards
+    from eval.embeddings.files import bad_samples_of, is_finished, uids_of_shard, write_shard
+    from eval.embeddings.shards import embed_shards
     from pretrain.distributed.collectives import rank, world_size
 
     paths = [config.output / f"{row.name}.parquet" for row in dataset.manifest]

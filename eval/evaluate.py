@@ -4,12 +4,12 @@
     python -m eval.evaluate configs/eval/demo.yaml checkpoint=runs/mine output=results/mine
     torchrun --nproc-per-node 8 -m eval.evaluate configs/eval/demo.yaml
 
-1. read the tasks: labels, captions, class names, prompts, all checked   eval.task_readers
-2. load the model, of ours or another library's                          eval.encoder
-3. encode media and texts: each process its share, each item once        eval.embedding_store
-4. score them                                                            eval.measure
-5. write results.json, .md and .csv, and what became of every sample     eval.results, .predictions
-6. write report.html                                                     eval.report
+1. read the tasks: labels, captions, class names, prompts, all checked   eval.tasks.readers
+2. load the model, of ours or another library's                          eval.models.encoder
+3. encode media and texts: each process its share, each item once        eval.embeddings.store
+4. score them                                                            eval.tasks.runner
+5. write results.json, .md and .csv, and per-sample predictions          eval.report.results
+6. write report.html                                                     eval.report.html
 
 Exit status 1 if a figure misses its goal.
 """
@@ -20,8 +20,8 @@ import sys
 
 from data_prep.config_file import check_output_folder, run_command
 from eval.config import EvaluateConfig
-from eval.model_source import find_model
-from eval.task_readers import read_tasks
+from eval.models.model_source import find_model
+from eval.tasks.readers import read_tasks
 
 
 def run(config: EvaluateConfig) -> None:

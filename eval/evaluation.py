@@ -8,24 +8,24 @@ from typing import Any
 
 from data_prep.config_file import InputError, check_output_folder
 from eval.config import EvaluateConfig
-from eval.embedding_store import EmbeddingStore
-from eval.encoder import load_encoder
-from eval.file_dataset import FileDataset
-from eval.intervals import Bootstrap
-from eval.measure import Embeddings, Outcome, check_towers, encode_tasks, measure_tasks
-from eval.predictions import write_predictions
+from eval.datasets.file_dataset import FileDataset
+from eval.datasets.tar_dataset import TarDataset
+from eval.embeddings.store import EmbeddingStore
+from eval.metrics.intervals import Bootstrap
+from eval.models.encoder import load_encoder
 from eval.processes import wait_for_all
-from eval.report import write_report
-from eval.results import (
+from eval.report.html import write_report
+from eval.report.predictions import write_predictions
+from eval.report.results import (
     refuse_missed_goals,
     results_record,
     scores_csv,
     scores_table,
     write_results,
 )
-from eval.tar_dataset import TarDataset
-from eval.task_readers import fetch_datasets, read_tasks
-from eval.tasks import Task
+from eval.tasks.readers import fetch_datasets, read_tasks
+from eval.tasks.runner import Embeddings, Outcome, check_towers, encode_tasks, measure_tasks
+from eval.tasks.task import Task
 from pretrain.distributed.collectives import on_main_process, rank
 
 

@@ -3,9 +3,9 @@
     python -m eval.search configs/eval/search.yaml
     python -m eval.search configs/eval/search.yaml checkpoint=runs/mine dataset=datasets/mine
 
-1. encode the media of the dataset: what is there already is used     eval.embedding_store
-2. build an index of the embeddings, and keep it                      eval.media_index
-3. serve the page, until Ctrl-C                                       eval.search_page
+1. encode the media of the dataset: what is there already is used     eval.embeddings.store
+2. build an index of the embeddings, and keep it                      eval.embeddings.index
+3. serve the page, until Ctrl-C                                       eval.report.search_page
 
 With serve=false it ends after the second. Needs the extra: pip install 'isopair[search]'
 """
@@ -16,19 +16,19 @@ import sys
 
 from data_prep.config_file import check_output_folder, run_command
 from eval.config import SearchConfig
-from eval.dataset_download import fetch_dataset
-from eval.evaluation_sets import EvaluationSet, open_dataset
-from eval.model_source import find_model
+from eval.datasets.datasets import EvaluationSet, open_dataset
+from eval.datasets.download import fetch_dataset
+from eval.models.model_source import find_model
 
 
 def run(config: SearchConfig) -> None:
     """Builds the index and serves the page."""
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
-    from eval.embedding_store import EmbeddingStore
-    from eval.encoder import load_encoder
-    from eval.media_index import open_index
-    from eval.sample_labels import read_texts
-    from eval.search_page import SearchEngine, serve
+    from eval.datasets.labels import read_texts
+    from eval.embeddings.index import open_index
+    from eval.embeddings.store import EmbeddingStore
+    from eval.models.encoder import load_encoder
+    from eval.report.search_page import SearchEngine, serve
 
     check_output_folder(config.output, key="output")
     fetch_dataset(config.dataset, split=config.split)

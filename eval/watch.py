@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from data_prep.config_file import InputError, RunError, check_output_folder, run_command
 from eval.config import EvaluateConfig, WatchConfig
-from eval.task_readers import read_tasks
+from eval.tasks.readers import read_tasks
 from eval.watched_run import WatchedRun
 from pretrain.checkpoints.store import StoredCheckpoint
 
 if TYPE_CHECKING:
-    from eval.evaluation_curves import EvaluationCurves
+    from eval.report.curves import EvaluationCurves
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 def run(config: WatchConfig) -> None:
     """Evaluates every checkpoint that comes, until the run has finished."""
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
-    from eval.evaluation_curves import EvaluationCurves
     from eval.processes import joined_processes
+    from eval.report.curves import EvaluationCurves
     from pretrain.distributed.collectives import rank
 
     check_output_folder(config.output, key="output")

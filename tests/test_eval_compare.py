@@ -10,9 +10,9 @@ from toy_evaluation import ToyModel, load_toy_model
 
 from data_prep.config_file import InputError, run_command
 from eval.compare import dry_run, run
-from eval.comparison import compare
 from eval.config import CompareConfig
-from eval.intervals import Bootstrap
+from eval.metrics.intervals import Bootstrap
+from eval.report.comparison import compare
 
 
 class WorseModel(ToyModel):
@@ -34,7 +34,7 @@ def results(config_path, monkeypatch):  # noqa: F811
     """Folders of the results of a good model and of a worse one."""
     good, worse = (config_path.parent / name for name in ("good", "worse"))
     assert evaluate(config_path, f"output={good}") == 0
-    monkeypatch.setattr("eval.encoder.load_model", load_worse_model)
+    monkeypatch.setattr("eval.models.encoder.load_model", load_worse_model)
     assert evaluate(config_path, f"output={worse}") == 0
     return good, worse
 
@@ -88,7 +88,7 @@ def test_differences_are_those_of_the_figures_with_paired_intervals(results):
 
 def test_pairing_tells_apart_what_the_figures_own_intervals_do_not():
     """Half of the queries fail for both; the rest for one in fifty more."""
-    from eval.intervals import bootstrap_interval, rate_interval, weighted_mean
+    from eval.metrics.intervals import bootstrap_interval, rate_interval, weighted_mean
 
     rng = np.random.default_rng(0)
     first = (rng.random(2000) < 0.5).astype(float)

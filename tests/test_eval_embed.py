@@ -25,9 +25,9 @@ from data_prep.shards.dataset import BLOCK_BYTES, Dataset, ShardIndex, captions_
 from data_prep.shards.subset import KeptSamples
 from eval.config import EmbedConfig
 from eval.embed import dry_run, run
-from eval.embedding_files import is_finished, origin_of
-from eval.embedding_store import EmbeddingStore
-from eval.encoder import load_encoder
+from eval.embeddings.files import is_finished, origin_of
+from eval.embeddings.store import EmbeddingStore
+from eval.models.encoder import load_encoder
 from pretrain.checkpoint import find_checkpoint
 from pretrain.train import pretrain
 

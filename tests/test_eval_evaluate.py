@@ -40,7 +40,7 @@ def with_metadata(sample, **values):
 @pytest.fixture
 def config_path(tmp_path, monkeypatch):
     """A config over pictures and sounds, for a model that load_model is made to return."""
-    monkeypatch.setattr("eval.encoder.load_model", load_toy_model)
+    monkeypatch.setattr("eval.models.encoder.load_model", load_toy_model)
     pictures = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
     # Said to be of its colour, and every third of another one as well, which it is not.
     tints = [
@@ -295,7 +295,7 @@ def test_dataset_of_media_that_the_model_has_no_tower_for_is_refused(
         model, transforms, tokenizer = load_toy_model(folder)
         return model, {"image": transforms["image"]}, tokenizer
 
-    monkeypatch.setattr("eval.encoder.load_model", load_image_model)
+    monkeypatch.setattr("eval.models.encoder.load_model", load_image_model)
     assert evaluate(config_path) == 1
     assert "sounds holds audio, but the model has towers for ['image']" in capsys.readouterr().err
 

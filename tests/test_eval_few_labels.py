@@ -10,14 +10,14 @@ from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
-from eval.association import associate, expected_jaccard
-from eval.caption_choice import choose_captions, choose_in_groups
-from eval.few_shot import classify_from_few
-from eval.intervals import Bootstrap
-from eval.nearest_neighbours import neighbour_votes
-from eval.retrieval import retrieve
-from eval.right_pairs import pairs_of_equal_values
-from eval.zero_shot import classify, rank_scores
+from eval.metrics.association import associate, expected_jaccard
+from eval.metrics.caption_choice import choose_captions, choose_in_groups
+from eval.metrics.few_shot import classify_from_few
+from eval.metrics.intervals import Bootstrap
+from eval.metrics.knn import neighbour_votes
+from eval.metrics.relevance import pairs_of_equal_values
+from eval.metrics.retrieval import retrieve
+from eval.metrics.zero_shot import classify, rank_scores
 
 BOOTSTRAP = Bootstrap(200)
 

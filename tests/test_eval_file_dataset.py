@@ -13,7 +13,7 @@ from toy_shards import jpeg
 
 from data_prep.config_file import InputError
 from eval.config import EvaluateConfig
-from eval.task_readers import fetch_datasets, read_tasks
+from eval.tasks.readers import fetch_datasets, read_tasks
 
 
 def config_of(task, dataset, **section):

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 
-from eval.intervals import (
+from eval.metrics.intervals import (
     Bootstrap,
     bootstrap_interval,
     class_mean_interval,

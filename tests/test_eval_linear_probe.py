@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, normalize
 
-from eval.linear_probe import STRENGTHS, accuracy_of, fit_probe, search_strength, with_ones
+from eval.metrics.linear_probe import STRENGTHS, accuracy_of, fit_probe, search_strength, with_ones
 
 
 def some_items(num_items, *, num_classes=5, width=12, noise=1.5, seed=0):

@@ -4,8 +4,8 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn.functional import normalize
 
-from eval.intervals import Bootstrap
-from eval.multi_label import classify_labels
+from eval.metrics.intervals import Bootstrap
+from eval.metrics.multi_label import classify_labels
 
 
 def embeddings(num_items, num_classes, *, width=8, seed=0):

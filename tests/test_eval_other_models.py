@@ -14,9 +14,9 @@ from toy_models import OPEN_CLIP_SIZES, write_hugging_face_folder, write_open_cl
 
 from data_prep.config_file import InputError
 from eval.config import EmbedConfig
-from eval.encoder import load_encoder
-from eval.front_end import windows_of
-from eval.model_source import find_model
+from eval.models.encoder import load_encoder
+from eval.models.model_source import find_model
+from eval.models.preprocessing import windows_of
 
 TEXTS = ["a red square", "two dogs on the grass", "it's 5 o'clock &amp; raining"]
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import hypergeom
 
-from eval.ranking import QueryRanks, chance_ranks, cosine_scores, median_rank_at_chance
+from eval.metrics.ranking import QueryRanks, chance_ranks, cosine_scores, median_rank_at_chance
 
 
 def test_hit_probability_equals_random_tie_breaking():

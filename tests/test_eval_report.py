@@ -4,11 +4,11 @@ import scipy.stats
 import torch
 from torch.nn.functional import normalize
 
-from eval.embedding_space import embedding_space
-from eval.report_charts import confusion_chart, training_charts
-from eval.report_gallery import nearest, shown_queries
-from eval.right_pairs import pairs_of_owners
-from eval.spectrogram import spectrogram_picture
+from eval.metrics.embedding_space import embedding_space
+from eval.metrics.relevance import pairs_of_owners
+from eval.report.charts import confusion_chart, training_charts
+from eval.report.gallery import nearest, shown_queries
+from eval.report.spectrogram import spectrogram_picture
 
 
 def test_shown_queries_start_with_the_hardest():

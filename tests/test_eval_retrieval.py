@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from eval.intervals import Bootstrap
-from eval.retrieval import recall_at_k, retrieval_answers, retrieve
-from eval.right_pairs import pairs_of_owners
+from eval.metrics.intervals import Bootstrap
+from eval.metrics.relevance import pairs_of_owners
+from eval.metrics.retrieval import recall_at_k, retrieval_answers, retrieve
 
 FEW_RESAMPLES = Bootstrap(num_samples=100)
 

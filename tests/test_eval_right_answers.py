@@ -8,9 +8,9 @@ import torch
 from sklearn.metrics import average_precision_score, ndcg_score
 from torch.nn.functional import normalize
 
-from eval.retrieval import retrieval_answers
-from eval.right_answers import answers_at_chance, right_answers
-from eval.right_pairs import pairs_of_equal_captions, pairs_of_owners
+from eval.metrics.ranked_relevance import answers_at_chance, right_answers
+from eval.metrics.relevance import pairs_of_equal_captions, pairs_of_owners
+from eval.metrics.retrieval import retrieval_answers
 
 
 def dense_answers(scores, is_right):

@@ -21,11 +21,11 @@ from werkzeug.serving import make_server
 
 from data_prep.shards.subset import KeptSamples
 from eval.config import SearchConfig
-from eval.encoder import Encoder
-from eval.front_end import FrontEnd
-from eval.media_index import open_index
+from eval.embeddings.index import open_index
+from eval.models.encoder import Encoder
+from eval.models.preprocessing import FrontEnd
+from eval.report.search_page import SearchEngine, build_app
 from eval.search import dry_run, run
-from eval.search_page import SearchEngine, build_app
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 

@@ -12,8 +12,8 @@ from toy_shards import jpeg
 
 from data_prep.config_file import InputError
 from eval.config import EvaluateConfig
-from eval.tar_dataset import TarDataset
-from eval.task_readers import read_tasks
+from eval.datasets.tar_dataset import TarDataset
+from eval.tasks.readers import read_tasks
 
 
 def write_set(folder, samples, *, kind=None, classes=None, samples_per_tar=2, **files):

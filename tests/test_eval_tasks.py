@@ -8,9 +8,9 @@ from toy_evaluation import write_dataset
 from data_prep.config_file import ConfigError, InputError, read_config
 from data_prep.shards.dataset import read_dataset_files
 from data_prep.shards.subset import Subset
-from eval.class_texts import read_lines
 from eval.config import EvaluateConfig
-from eval.task_readers import read_tasks as read_all_tasks
+from eval.tasks.class_texts import read_lines
+from eval.tasks.readers import read_tasks as read_all_tasks
 
 
 def read_tasks(config):

@@ -4,8 +4,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 from torch.nn.functional import normalize
 
-from eval.intervals import Bootstrap
-from eval.zero_shot import classify
+from eval.metrics.intervals import Bootstrap
+from eval.metrics.zero_shot import classify
 
 FEW_RESAMPLES = Bootstrap(num_samples=100)
 

@@ -12,7 +12,7 @@ from toy_run import toy_config
 from toy_state import ToyEngine, writer_of
 
 from data_prep.config_file import InputError, RunError
-from eval.model_source import find_model
+from eval.models.model_source import find_model
 from pretrain.cache.node import check_room
 from pretrain.checkpoint import load_model, newest_checkpoint, restore
 from pretrain.checkpoints.record import RunState

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stored_oracles import KS, RATE_HZ, chirp, scores_and_right
 
-from eval.right_answers import right_answers
+from eval.metrics.ranked_relevance import right_answers
 from pretrain.config import AudioTransform
 from pretrain.model.log_mel import LogMelSpectrogram
 

@@ -71,9 +71,9 @@ def write_set(folder):
 
 def ours(model, dataset):
     from eval.config import EmbedConfig
-    from eval.embedding_store import EmbeddingStore
-    from eval.encoder import load_encoder
-    from eval.tar_dataset import TarDataset
+    from eval.datasets.tar_dataset import TarDataset
+    from eval.embeddings.store import EmbeddingStore
+    from eval.models.encoder import load_encoder
 
     values = {"checkpoint": model, "dataset": "", "output": "", "batch_size": BATCH_SIZE}
     encoder = load_encoder(EmbedConfig.model_validate(values))

@@ -38,8 +38,8 @@ def coco_embeddings():
 
 
 def ours():
-    from eval.retrieval import retrieval_answers
-    from eval.right_pairs import pairs_of_owners
+    from eval.metrics.relevance import pairs_of_owners
+    from eval.metrics.retrieval import retrieval_answers
 
     media, texts, owners = coco_embeddings()
     before, start = peak_bytes(), time.perf_counter()
@@ -75,8 +75,8 @@ def clip_benchmark():
 
 
 def against_a_million():
-    from eval.retrieval import retrieval_answers
-    from eval.right_pairs import pairs_of_owners
+    from eval.metrics.relevance import pairs_of_owners
+    from eval.metrics.retrieval import retrieval_answers
 
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

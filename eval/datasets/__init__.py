@@ -1,0 +1,1 @@
+"""Evaluation datasets: shards, tars, class folders, tables and downloads."""

@@ -1,0 +1,103 @@
+"""Evaluation sets behind URLs: fetched once, file by file, kept in the user's cache.
+
+They lie in $XDG_CACHE_HOME/isopair/evaluation_sets (default: ~/.cache/isopair). A set is what
+data_prep wrote, or tars of clip_benchmark's layout; a page of Hugging Face's datasets will do, such
+as https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep.config_file import InputError, RunError
+from data_prep.shards.dataset import read_dataset_files
+from data_prep.storage.file_transfer import fetch_file
+from data_prep.storage.remote_file import is_url, join
+from eval.datasets.tar_dataset import CLASS_NAMES, NUM_TARS, TEMPLATES, TYPE
+
+RETRIES = 5
+HUGGING_FACE_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(/tree/([^/]+))?/?$")
+
+
+def cached_copy(place: str) -> Path:
+    """Where the dataset of a path or URL is read from, whether it has been fetched or not."""
+    if not is_url(place):
+        return Path(place)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
+    name = re.sub(r"[^\w.-]", "_", place.rstrip("/").rpartition("/")[2])[:60]
+    return cache / "evaluation_sets" / f"{name}_{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+
+
+def is_fetched(place: str, *, split: str) -> bool:
+    """Whether a dataset is on this machine."""
+    copy = cached_copy(place)
+    return not is_url(place) or (copy / f".{split}.complete").exists()
+
+
+def fetch_dataset(place: str, *, split: str) -> None:
+    """Fetches what is missing of the dataset at a path or URL; nothing of a path.
+
+    Raises:
+        InputError: there is no dataset.
+        RunError: the network or the server failed at every try; what came is kept.
+    """
+    if is_fetched(place, split=split):
+        return
+    url, copy = _folder_url(place), cached_copy(place)
+    try:
+        names = _names_of_shards(url, copy) or _names_of_tars(url, copy, split)
+        for name in tqdm(names, desc=f"fetching {place}", unit="file", disable=None):
+            _fetch(url, copy, name)
+    except FileNotFoundError as error:
+        raise InputError(f"{place}: expected a dataset: {error}") from None
+    except OSError as error:
+        raise RunError(f"{place}: {error}; start again to fetch the rest") from None
+    (copy / f".{split}.complete").touch()
+
+
+def _folder_url(place: str) -> str:
+    page = HUGGING_FACE_PAGE.match(place)
+    return f"{page[1]}/resolve/{page[3] or 'main'}" if page else place
+
+
+def _names_of_shards(url: str, copy: Path) -> list[str]:
+    """Of what data_prep wrote; none if the URL holds something else."""
+    if not _fetch_if_there(url, copy, "dataset.json"):
+        return []
+    _fetch(url, copy, "manifest.jsonl")
+    names = [row.name for row in read_dataset_files(copy)[1]]
+    return [f"{name}{suffix}" for name in names for suffix in (".tar", ".idx")]
+
+
+def _names_of_tars(url: str, copy: Path, split: str) -> list[str]:
+    for name in (CLASS_NAMES, TEMPLATES, TYPE):
+        _fetch_if_there(url, copy, name)
+    counted = f"{split}/{NUM_TARS}"
+    _fetch(url, copy, counted)
+    return [f"{split}/{number}.tar" for number in range(int((copy / counted).read_text()))]
+
+
+def _fetch_if_there(url: str, copy: Path, name: str) -> bool:
+    try:
+        _fetch(url, copy, name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _fetch(url: str, copy: Path, name: str) -> None:
+    path = copy / name
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        fetch_file(join(url, name), partial, retries=RETRIES)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

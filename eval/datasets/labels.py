@@ -1,0 +1,147 @@
+"""What samples say of themselves: their texts, their class, or their classes. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from data_prep.shards.dataset import CorruptSampleError, Sample, captions_of, metadata_of
+from eval.datasets.datasets import EvaluationSet
+from eval.datasets.tar_dataset import TarDataset
+
+NUMBER_OF_ARRAY = re.compile(r"npy\[(\d+)\]")
+TEXT_FIELDS = ("json", "txt", "cls", "npy")
+
+
+def read_texts(dataset: EvaluationSet) -> Iterator[Sample]:
+    """The samples of a dataset in order, without their media.
+
+    Raises:
+        InputError: a member is damaged, naming shard and key.
+    """
+    for ordinal in range(len(dataset)):
+        yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
+
+
+def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
+    """The captions of a sample.
+
+    Raises:
+        InputError: it has none.
+    """
+    read = dataset.captions_of if isinstance(dataset, TarDataset) else captions_of
+    return _or_input_error(read, sample)
+
+
+def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> int:
+    """The place of a sample's class in `class_names`: from "class_name" in `.json`, else `.cls`.
+
+    Raises:
+        InputError: there is no class, or `class_names` does not hold it.
+    """
+    found = _or_input_error(metadata_of, sample).get("class_name")
+    if found is not None:
+        if class_names.count(found) > 1:
+            raise InputError(
+                f"{sample}: class {found!r} stands twice among the class_names: name the class by "
+                "its place in .cls"
+            )
+        if found not in place_of:
+            nearest = difflib.get_close_matches(str(found), class_names, n=1, cutoff=0.0)
+            raise InputError(
+                f"{sample}: class {found!r} is not one of the {len(class_names)} class_names; "
+                f"the nearest is {nearest[0]!r}"
+            )
+        return place_of[found]
+    if "cls" not in sample.members:
+        raise InputError(
+            f'{sample}: expected "class_name" in .json or an index in .cls, found neither; '
+            f"members: {sorted(sample.members)}"
+        )
+    text = sample.members["cls"].decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= len(class_names):
+        raise InputError(
+            f"{sample}: .cls: expected an index from 0 to {len(class_names) - 1}, found {text!r}"
+        )
+    return int(text)
+
+
+def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> np.ndarray:
+    """Bool [K]: which classes a sample is of: from "class_names" in `.json`, else `.npy`.
+
+    Raises:
+        InputError: there are none, or they do not fit `class_names`.
+    """
+    found = _or_input_error(metadata_of, sample).get("class_names")
+    if found is not None:
+        unknown = sorted(set(map(str, found)) - set(place_of))
+        if unknown:
+            raise InputError(
+                f"{sample}: classes {unknown} are not among the {len(class_names)} class_names"
+            )
+        places = {place_of[known] for known in found}
+        return np.array([place in places for place in range(len(class_names))])
+    if "npy" not in sample.members:
+        raise InputError(
+            f'{sample}: expected "class_names" in .json or one number per class in .npy, found '
+            f"neither; members: {sorted(sample.members)}"
+        )
+    try:
+        flags = np.load(io.BytesIO(sample.members["npy"]), allow_pickle=False)
+    except ValueError as error:
+        raise InputError(f"{sample}: .npy: not an array of numbers: {error}") from None
+    if flags.shape != (len(class_names),) or not np.isin(flags, (0, 1)).all():
+        raise InputError(
+            f"{sample}: .npy: expected {len(class_names)} numbers, each 0 or 1, found shape "
+            f"{flags.shape} with values {np.unique(flags)[:5].tolist()}"
+        )
+    return flags.astype(bool)
+
+
+def value_of(sample: Sample, key: str) -> str:
+    """A sample's value of a key of `.json`, or, by "npy[i]", number i of `.npy`.
+
+    Raises:
+        InputError: it has none.
+    """
+    in_array = NUMBER_OF_ARRAY.fullmatch(key)
+    if in_array is None:
+        metadata = _or_input_error(metadata_of, sample)
+        if metadata.get(key) is None:
+            raise InputError(f"{sample}: expected {key!r} in .json, found {sorted(metadata)}")
+        return str(metadata[key])
+    try:
+        numbers = np.load(io.BytesIO(sample.members["npy"]), allow_pickle=False)
+        return str(numbers[int(in_array[1])])
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{sample}: expected {key} in .npy: {error}") from None
+
+
+def negative_captions_of(sample: Sample) -> list[str]:
+    """The wrong captions of a sample: "negative_captions" or "negative_caption" of `.json`.
+
+    Raises:
+        InputError: it has none.
+    """
+    metadata = _or_input_error(metadata_of, sample)
+    found = metadata.get("negative_captions") or metadata.get("negative_caption") or []
+    captions = [found] if isinstance(found, str) else list(found)
+    if not captions:
+        raise InputError(
+            f'{sample}: expected "negative_captions" in .json, found {sorted(metadata)}; for '
+            "groups of samples that are each other's wrong answers set group_by"
+        )
+    return captions
+
+
+def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:
+    """Damage stops an evaluation: a figure over the samples that happened to be whole misleads."""
+    try:
+        return read(*arguments, **options)
+    except CorruptSampleError as error:
+        raise InputError(str(error)) from None

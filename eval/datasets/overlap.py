@@ -1,0 +1,245 @@
+"""Which items of an evaluation set stand in training datasets too, by four methods."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from tqdm import tqdm
+
+from data_prep.config_file import InputError
+from data_prep.dedup.near_audio import ClipWords, near_audio_pairs
+from data_prep.dedup.near_images import ImageHashes, near_images
+from data_prep.media.audio_fingerprint import audio_fingerprint, words_of
+from data_prep.media.decode import decode_audio, decode_image
+from data_prep.media.image_fingerprint import image_fingerprint
+from data_prep.shards.dataset import CorruptSampleError, media_extension_of
+from data_prep.shards.subset import KeptSamples
+from eval.config import OverlapConfig
+from eval.datasets.datasets import EvaluationSet
+from eval.datasets.labels import texts_of
+
+METHODS = ("key", "content", "near", "caption")
+TRAIN_ROWS_AT_ONCE = 1 << 19
+FINGERPRINT_RATE_HZ = 16_000
+COLUMNS = ("key", "uid", "sha256", "captions", "source")
+COLUMNS_OF_MEDIA = {
+    "image": ("phash", "phash_mirrored", "signature"),
+    "audio": ("fingerprint",),
+}
+
+
+@dataclass
+class Overlap:
+    """The matches found so far."""
+
+    keys: list[str]  # [Q] of the evaluation set
+    matches: list[tuple[int, str, str, str, float]] = field(default_factory=list)
+
+    SCHEMA: ClassVar[pyarrow.Schema] = pyarrow.schema(
+        [
+            ("key", pyarrow.string()),  # of the evaluation's item
+            ("method", pyarrow.string()),
+            ("train_dataset", pyarrow.string()),
+            ("train_key", pyarrow.string()),
+            ("similarity", pyarrow.float32()),  # 1 but for "near"
+        ]
+    )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The matches, by item."""
+        names = self.SCHEMA.names
+        return [
+            dict(zip(names, (self.keys[item], *match), strict=True))
+            for item, *match in sorted(self.matches)
+        ]
+
+    def counts(self) -> dict[str, Any]:
+        """How many items have a match, by method and by any."""
+        items = {
+            method: len({item for item, found, *_ in self.matches if found == method})
+            for method in METHODS
+        }
+        return {"num_items": items | {"any": int(self.is_seen().sum()), "all": len(self.keys)}}
+
+    def is_seen(self) -> np.ndarray:
+        """Bool [Q]: whether an item has a match."""
+        is_seen = np.zeros(len(self.keys), dtype=bool)
+        is_seen[[item for item, *_ in self.matches]] = True
+        return is_seen
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What the items of the evaluation set are known by; texts -> places of the items."""
+
+    names: list[str]  # [Q] the keys of their samples
+    keys: dict[str, list[int]]
+    contents: dict[str, list[int]]
+    captions: dict[str, list[int]]
+    fingerprints: list[dict[str, Any]]
+
+
+def find_overlap(dataset: EvaluationSet, config: OverlapConfig) -> Overlap:
+    """The items of an evaluation set that the config's training datasets hold.
+
+    Raises:
+        InputError: an item cannot be decoded, or a training dataset has no columns.
+    """
+    marks = _read_marks(dataset, config)
+    overlap = Overlap(marks.names)
+    for folder in config.train:
+        for table in _tables_of(folder, media=dataset.info.media):
+            _match_texts(marks, table, folder, config, into=overlap)
+            if config.near_media is not None:
+                near = {"image": _near_images, "audio": _near_clips}[dataset.info.media]
+                items, rows, similarity = near(marks.fingerprints, table, config)
+                train_keys = table["key"].take(rows).to_pylist() if len(rows) else []
+                overlap.matches += [
+                    (int(item), "near", str(folder), key, float(value))
+                    for item, key, value in zip(items, train_keys, similarity, strict=True)
+                ]
+    return overlap
+
+
+def _read_marks(dataset: EvaluationSet, config: OverlapConfig) -> _Marks:
+    marks = _Marks([], defaultdict(list), defaultdict(list), defaultdict(list), [])
+    kind = dataset.info.media
+    for item in tqdm(range(len(dataset)), desc=f"reading {dataset.folder}", disable=None):
+        try:
+            sample = dataset.read_sample(item)
+        except (CorruptSampleError, OSError) as error:
+            raise InputError(str(error)) from None
+        extension = media_extension_of(sample.members, kind)
+        if extension is None:
+            raise InputError(f"{sample}: holds no {kind}")
+        content = sample.members[extension]
+        marks.names.append(sample.key)
+        marks.keys[PurePosixPath(sample.key).stem].append(item)
+        marks.contents[hashlib.sha256(content).hexdigest()].append(item)
+        if config.captions and {"txt", "json"} & set(sample.members):
+            for caption in _captions_or_none(sample, dataset):
+                marks.captions[_normalized(caption)].append(item)
+        if config.near_media is not None:
+            marks.fingerprints.append(_fingerprint(content, extension, kind))
+    return marks
+
+
+def _captions_or_none(sample: Any, dataset: EvaluationSet) -> list[str]:
+    try:
+        return texts_of(sample, dataset)
+    except InputError:  # a set of classes
+        return []
+
+
+def _normalized(caption: str) -> str:
+    return " ".join(caption.casefold().split())
+
+
+def _fingerprint(content: bytes, extension: str, kind: str) -> dict[str, Any]:
+    if kind == "image":
+        return image_fingerprint(decode_image(content, extension))
+    waveform = decode_audio(content, sample_rate_hz=FINGERPRINT_RATE_HZ)
+    return audio_fingerprint(waveform, FINGERPRINT_RATE_HZ)
+
+
+def _tables_of(folder: Path, *, media: str) -> Iterator[pyarrow.Table]:
+    """What is known of the samples of a training dataset, many at a time.
+
+    Raises:
+        InputError: it is of another kind of media, or has no columns.
+    """
+    samples = KeptSamples(folder, subset=None)
+    if samples.info.media != media:
+        raise InputError(
+            f"{folder}: expected {media}, as the evaluation set holds, found {samples.info.media}"
+        )
+    wanted = [*COLUMNS, *COLUMNS_OF_MEDIA[media]]
+    waiting: list[pyarrow.Table] = []
+    for row in tqdm(samples.dataset.manifest, desc=f"comparing {folder}", disable=None):
+        path = folder / f"{row.name}.parquet"
+        if not path.exists():
+            raise InputError(
+                f"{path}: expected the columns of the shard; python -m data_prep.index_shards "
+                "measures tars that have none"
+            )
+        waiting.append(pyarrow.parquet.read_table(path, columns=wanted))
+        if sum(map(len, waiting)) >= TRAIN_ROWS_AT_ONCE:
+            yield pyarrow.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pyarrow.concat_tables(waiting)
+
+
+def _match_texts(
+    marks: _Marks, table: pyarrow.Table, folder: Path, config: OverlapConfig, *, into: Overlap
+) -> None:
+    columns = {name: table[name].to_pylist() for name in COLUMNS}
+    for row, key in enumerate(columns["key"]):
+        names = set()
+        if config.keys:
+            source = columns["source"][row]
+            names = {columns["uid"][row], PurePosixPath(source).stem if source else None} - {None}
+        captions = map(_normalized, columns["captions"][row] or [])
+        found = [("key", item) for name in names for item in marks.keys.get(name, ())]
+        found += [("content", item) for item in marks.contents.get(columns["sha256"][row], ())]
+        found += [("caption", item) for text in captions for item in marks.captions.get(text, ())]
+        into.matches += [
+            (item, method, str(folder), key, 1.0) for method, item in dict.fromkeys(found)
+        ]
+
+
+def _near_images(
+    fingerprints: Sequence[dict[str, Any]], table: pyarrow.Table, config: OverlapConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(items, rows of the table, similarity) of pictures that are alike."""
+    train_rows = np.flatnonzero(table["phash"].is_valid().to_numpy())
+    train = table.take(train_rows)
+    own = {
+        name: [each[name] for each in fingerprints] + train[name].to_pylist()
+        for name in COLUMNS_OF_MEDIA["image"]
+    }
+    signatures = np.stack([np.frombuffer(each, np.uint8) for each in own["signature"]])
+    hashes = ImageHashes(
+        np.array(own["phash"], np.uint64), np.array(own["phash_mirrored"], np.uint64), signatures
+    )
+    num_items = len(fingerprints)
+    is_reference = np.arange(len(signatures)) >= num_items
+    matches = near_images(
+        hashes,
+        is_reference=is_reference,
+        max_distance=config.near_media.image_max_distance,
+        min_similarity=config.near_media.image_min_similarity,
+        workers=config.workers,
+    )
+    first = np.concatenate([matches.left, matches.member_firsts])
+    second = np.concatenate([matches.right, matches.members])
+    similarity = np.concatenate([matches.similarity, matches.member_similarity])
+    items, rows = np.minimum(first, second), np.maximum(first, second)
+    is_pair = (items < num_items) & (rows >= num_items)
+    return items[is_pair], train_rows[rows[is_pair] - num_items], similarity[is_pair]
+
+
+def _near_clips(
+    fingerprints: Sequence[dict[str, Any]], table: pyarrow.Table, config: OverlapConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(items, rows of the table, similarity) of clips that are alike."""
+    num_items = len(fingerprints)
+    contents = [each["fingerprint"] for each in fingerprints]
+    contents += [each or b"" for each in table["fingerprint"].to_pylist()]
+    words = [words_of(each) for each in contents]
+    starts = np.cumsum([0, *map(len, words)])
+    first, second, similarity = near_audio_pairs(
+        ClipWords(np.concatenate(words), starts),
+        min_similarity=config.near_media.audio_min_similarity,
+        num_queries=num_items,
+    )
+    is_pair = (first < num_items) & (second >= num_items)
+    return first[is_pair], second[is_pair] - num_items, similarity[is_pair]

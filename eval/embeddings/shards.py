@@ -1,0 +1,131 @@
+"""Encodes media and captions of a dataset shard by shard; each sample is read and encoded once.
+
+A sample whose bytes are bad is left out and named; a file that cannot be read stops everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data_prep.config_file import InputError
+from data_prep.shards.dataset import CorruptSampleError, Dataset, captions_of
+from eval.embeddings.files import BadSample, ShardEmbeddings
+from eval.models.encoder import Encoder, check_embeddings
+from eval.models.preprocessing import FrontEnd
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample ready to be encoded."""
+
+    place: int  # in its shard
+    key: str
+    windows: Tensor  # [n, ...], as eval.models.preprocessing prepares them
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Neighbouring samples of one shard."""
+
+    places: list[int]
+    keys: list[str]
+    captions: list[list[str]]
+    windows: Tensor | None  # [n, ...] of all items; None where all samples are bad
+    num_windows: list[int]  # of each item
+    bad_samples: list[BadSample]
+    errors: list[InputError]  # that stop everything
+
+
+class _Items(torch.utils.data.Dataset):
+    """Ordinal -> item, or why the sample is left out, or the error to raise: one raised in a worker
+    process would come with the worker's traceback as its message."""
+
+    def __init__(self, dataset: Dataset, front_end: FrontEnd) -> None:
+        self.dataset = dataset
+        self.front_end = front_end
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, ordinal: int) -> Item | BadSample | InputError:
+        shard, place = self.dataset.locate(ordinal)
+        try:
+            sample = self.dataset.read_sample(ordinal)
+            windows = self.front_end.prepare(sample)
+            return Item(place, sample.key, windows, captions_of(sample))
+        except CorruptSampleError as error:
+            return BadSample(self.dataset.manifest[shard].name, ordinal, str(error))
+        except OSError as error:
+            return InputError(f"cannot read a shard: {error}; start again when it can be read")
+
+
+def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
+    good = [item for item in items if isinstance(item, Item)]
+    return Batch(
+        places=[item.place for item in good],
+        keys=[item.key for item in good],
+        captions=[item.captions for item in good],
+        # One tensor: each that a worker sends costs the main process an open file.
+        windows=torch.cat([item.windows for item in good]) if good else None,
+        num_windows=[len(item.windows) for item in good],
+        bad_samples=[item for item in items if isinstance(item, BadSample)],
+        errors=[item for item in items if isinstance(item, InputError)],
+    )
+
+
+def embed_shards(
+    encoder: Encoder, dataset: Dataset, shards: Sequence[int]
+) -> Iterator[tuple[int, ShardEmbeddings]]:
+    """(number, embeddings) of each shard, in order.
+
+    Raises:
+        InputError: a shard cannot be read, or an embedding is not finite.
+    """
+    places = [(shard, batch) for shard in shards for batch in _batches(encoder, dataset, shard)]
+    loader = DataLoader(
+        _Items(dataset, encoder.front_ends[dataset.info.media]),
+        batch_sampler=[ordinals for _, ordinals in places],
+        num_workers=encoder.workers,
+        collate_fn=_join_items,
+    )
+    embeddings = ShardEmbeddings()
+    bar = tqdm(loader, desc=f"encoding {dataset.folder}", unit="batch", disable=None)
+    for (shard, ordinals), batch in zip(places, bar, strict=True):
+        _encode_batch(encoder, dataset, batch, into=embeddings)
+        if ordinals.stop == dataset.shard_starts[shard + 1]:
+            yield shard, embeddings
+            embeddings = ShardEmbeddings()
+
+
+def _batches(encoder: Encoder, dataset: Dataset, shard: int) -> Iterator[range]:
+    """Ordinals of each batch of a shard; of an empty shard, one empty batch."""
+    first, end = dataset.shard_starts[shard : shard + 2].tolist()
+    for start in range(first, max(end, first + 1), encoder.batch_size):
+        yield range(start, min(start + encoder.batch_size, end))
+
+
+def _encode_batch(
+    encoder: Encoder, dataset: Dataset, batch: Batch, *, into: ShardEmbeddings
+) -> None:
+    if batch.errors:
+        raise batch.errors[0]
+    into.places += batch.places
+    into.keys += batch.keys
+    into.num_captions += map(len, batch.captions)
+    into.bad_samples += batch.bad_samples
+    if batch.windows is None:
+        return
+    captions = [caption for of_item in batch.captions for caption in of_item]
+    media = encoder.encode_items(dataset.info.media, batch.windows, batch.num_windows)  # [B, D]
+    texts = encoder.encode_texts(captions)  # [M, D]
+    for embeddings, kind in ((media, "media"), (texts, "captions")):
+        check_embeddings(embeddings, name=f"{kind} of {dataset.folder} from {batch.keys[0]} on")
+    into.media.append(media.numpy())
+    into.captions.append(texts.numpy())

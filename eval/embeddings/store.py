@@ -1,0 +1,225 @@
+"""Embeddings of evaluation sets on disk, made once, by all processes, kept as they come.
+
+    <folder>/<name>_<hash>/origin.json    everything that the embeddings are a function of
+    <folder>/<name>_<hash>/00000003.npy   float32 [items of the part, D], L2-normalised: the fourth
+                                          part of the items in the order of their keys
+
+Parts are dealt to the processes; one that is there is not made again, by whichever job. Items are
+encoded in the order of their keys, and equal texts once: so neither shards, nor their order, nor
+the number of processes or workers, show in the last digit of a figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_prep.config_file import InputError
+from data_prep.shards.dataset import write_atomically
+from eval.datasets.datasets import EvaluationSet
+from eval.embeddings.batches import media_batches
+from eval.models.encoder import Encoder, check_embeddings, check_tower
+from pretrain.distributed.collectives import rank, world_size
+
+logger = logging.getLogger(__name__)
+
+MAX_PARTS = 1024  # of a set: a part is what a failure may cost, and what a process takes at once
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Where the embeddings of a set are, and how its items are cut into parts."""
+
+    folder: Path
+    num_items: int
+    part_size: int
+    embed_dim: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_items / self.part_size)
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"{part:08d}.npy"
+
+    def items(self, part: int) -> range:
+        return range(part * self.part_size, min((part + 1) * self.part_size, self.num_items))
+
+    def is_there(self, part: int) -> bool:
+        """Whether a part is finished; a damaged one is made again."""
+        path = self.path(part)
+        if not path.exists():
+            return False
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        except (ValueError, OSError) as error:
+            logger.warning("%s: damaged (%s): made again", path, error)
+            return False
+        return found == (len(self.items(part)), self.embed_dim)
+
+    def own_missing(self) -> list[int]:
+        """The parts that this process is to make."""
+        return [part for part in range(rank(), len(self), world_size()) if not self.is_there(part)]
+
+    def write(self, part: int, embeddings: Tensor) -> None:
+        content = io.BytesIO()
+        np.save(content, embeddings.numpy())
+        write_atomically(self.path(part), content.getvalue())
+
+    def read(self) -> Tensor:
+        """[items, D]
+
+        Raises:
+            InputError: a part is missing or damaged.
+        """
+        try:
+            return torch.from_numpy(
+                np.concatenate([np.load(self.path(part)) for part in range(len(self))])
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder}: damaged: {error}; delete it") from None
+
+
+class EmbeddingStore:
+    """What an encoder makes of evaluation sets and texts, in a folder.
+
+    Args:
+        folder: of any number of sets, encoders and jobs.
+        encoder: that makes what is missing.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self.folder = folder
+        self.encoder = encoder
+
+    def encode_media(self, dataset: EvaluationSet, keys: Sequence[str]) -> None:
+        """Makes this process's share of what is missing.
+
+        Args:
+            dataset: Q media items.
+            keys: [Q] of its samples.
+
+        Raises:
+            InputError: the model has no tower for this kind of media, a sample cannot be decoded,
+                or an embedding is not finite; names what it is of.
+        """
+        kind = dataset.info.media
+        check_tower(self.encoder, kind, folder=dataset.folder)
+        parts = self._media_parts(dataset)
+        order = _order_of(keys)
+        missing = parts.own_missing()
+        wanted = [(part, order[parts.items(part)]) for part in missing]
+        size = self.encoder.batch_size
+        batches = [
+            ordinals[start : start + size].tolist()
+            for _, ordinals in wanted
+            for start in range(0, len(ordinals), size)
+        ]
+        front_end = self.encoder.front_ends[kind]
+        prepared = media_batches(dataset, front_end, batches, workers=self.encoder.workers)
+        progress = iter(_shown(prepared, f"encoding {dataset.folder}", total=len(batches)))
+        for part, ordinals in wanted:
+            embeddings = torch.cat(
+                [
+                    self.encoder.encode_items(kind, *next(progress))
+                    for _ in range(0, len(ordinals), size)
+                ]
+            )
+            check_embeddings(embeddings, name=str(dataset.folder))
+            parts.write(part, embeddings)
+
+    def media(self, dataset: EvaluationSet, keys: Sequence[str]) -> Tensor:
+        """[Q, D] L2-normalised float32 embeddings, on the CPU, in the order of the dataset.
+
+        Raises:
+            InputError: they were not all made, or are damaged.
+        """
+        return _in_order(self._media_parts(dataset).read(), _order_of(keys))
+
+    def encode_texts(self, texts: Sequence[str], *, name: str) -> None:
+        """Makes this process's share of what is missing of M texts; `name` says what they are.
+
+        Raises:
+            InputError: an embedding is not finite.
+        """
+        distinct = sorted(set(texts))
+        parts = self._text_parts(distinct)
+        for part in _shown(parts.own_missing(), f"encoding {name}"):
+            items = parts.items(part)
+            embeddings = self.encoder.encode_texts(distinct[items.start : items.stop])
+            check_embeddings(embeddings, name=name)
+            parts.write(part, embeddings)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """[M, D] L2-normalised float32 embeddings, on the CPU.
+
+        Raises:
+            InputError: they were not all made, or are damaged.
+        """
+        distinct = sorted(set(texts))
+        place_of = {text: place for place, text in enumerate(distinct)}
+        return self._text_parts(distinct).read()[[place_of[text] for text in texts]]
+
+    def _media_parts(self, dataset: EvaluationSet) -> _Parts:
+        front_end = self.encoder.front_ends[dataset.info.media]
+        origin = {
+            "media": dataset.info.media,
+            "dataset_fingerprint": dataset.fingerprint,
+            "transform": front_end.settings,
+            "long_clips": front_end.long_clips if dataset.info.media == "audio" else None,
+        }
+        return self._parts(dataset.folder.name, origin, len(dataset))
+
+    def _text_parts(self, distinct: Sequence[str]) -> _Parts:
+        return self._parts("texts", {"texts_sha256": sum_of_texts(distinct)}, len(distinct))
+
+    def _parts(self, name: str, origin: dict[str, Any], num_items: int) -> _Parts:
+        encoder = self.encoder
+        origin |= {
+            "model_sha256": encoder.origin.sha256,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+            "device": encoder.device.type,
+            "batch_size": encoder.batch_size,
+        }
+        content = json.dumps(origin, indent=1, sort_keys=True).encode() + b"\n"
+        readable = re.sub(r"[^\w.-]", "_", name)[:60]
+        folder = self.folder / f"{readable}_{hashlib.sha256(content).hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "origin.json").exists():
+            write_atomically(folder / "origin.json", content)
+        batches_per_part = math.ceil(num_items / encoder.batch_size / MAX_PARTS)
+        part_size = batches_per_part * encoder.batch_size
+        return _Parts(folder, num_items, part_size, encoder.embed_dim)
+
+
+def sum_of_texts(texts: Iterable[str]) -> str:
+    """sha256 of texts, in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def _order_of(keys: Sequence[str]) -> np.ndarray:
+    """int64 [Q]: the places of items in the order of their keys."""
+    return np.argsort(np.array(keys), kind="stable")
+
+
+def _in_order(values: Tensor, order: np.ndarray) -> Tensor:
+    """[Q, D] whose rows stood in `order`, each in its own place."""
+    found = torch.empty_like(values)
+    found[torch.from_numpy(order)] = values
+    return found
+
+
+def _shown(items: Iterable[Any], what: str, *, total: int | None = None) -> Iterator[Any]:
+    return tqdm(items, desc=what, total=total, unit="batch", disable=None)

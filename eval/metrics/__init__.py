@@ -1,0 +1,1 @@
+"""Evaluation metrics on embeddings, with confidence intervals."""

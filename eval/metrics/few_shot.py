@@ -1,0 +1,82 @@
+"""Linear probes on a few items of each class: how well a model is learnt from, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.metrics.intervals import Bootstrap, Score, mean_score
+from eval.metrics.linear_probe import fit_probe, with_ones
+from eval.metrics.zero_shot import rank_classes
+
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """The figures of few-shot probes."""
+
+    scores: dict[str, Score]
+    hits: dict[int, np.ndarray]  # shots -> [Q] share of the draws in which the item was right
+
+
+def classify_from_few(
+    media_embeddings: Tensor,
+    train: tuple[Tensor, Tensor],
+    *,
+    targets: np.ndarray,
+    num_classes: int,
+    shots: Sequence[int],
+    num_draws: int,
+    strength: float,
+    bootstrap: Bootstrap,
+    seed: int,
+) -> FewShotResult:
+    """Top-1 accuracy after each number of shots, the mean over several draws.
+
+    Args:
+        media_embeddings: [Q, D], L2-normalised.
+        train: [n, D] embeddings and [n] classes; at least max(shots) of each class.
+        targets: [Q] integers from 0 to K - 1.
+        num_classes: K.
+        shots: items per class; of one draw, fewer are part of more.
+        num_draws: of the items.
+        strength: of the regularisation (see eval.metrics.linear_probe).
+        bootstrap: over test items; what is drawn to learn from stays.
+        seed: of the draws.
+    """
+    embeddings, classes = train
+    orders = [
+        _order_within_classes(classes.cpu().numpy(), np.random.default_rng((seed, draw)))
+        for draw in range(num_draws)
+    ]
+    scores, all_hits = {}, {}
+    for number in shots:
+        hits = np.zeros(len(targets))
+        for order in orders:
+            chosen = torch.from_numpy(np.flatnonzero(order < number)).to(classes.device)
+            probe = fit_probe(
+                embeddings[chosen], classes[chosen], num_classes=num_classes, strength=strength
+            )
+            ranks, _ = rank_classes(
+                with_ones(media_embeddings), probe.as_class_embeddings(), targets=targets
+            )
+            hits += ranks.hits_at(1) / num_draws
+        scores[f"top_1_accuracy@{number}_shot"] = mean_score(
+            hits, chance=1 / num_classes, bootstrap=bootstrap
+        )
+        all_hits[number] = hits
+    return FewShotResult(scores, all_hits)
+
+
+def _order_within_classes(classes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """int64 [n]: each item's place among those of its class, in a random order."""
+    order = generator.permutation(len(classes))
+    by_class = order[np.argsort(classes[order], kind="stable")]
+    sizes = np.bincount(classes)
+    firsts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    places = np.empty(len(classes), dtype=np.int64)
+    places[by_class] = np.arange(len(classes)) - firsts
+    return places

@@ -1,0 +1,240 @@
+"""Zero-shot classification: the class of a media item is the class embedding nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.metrics.intervals import (
+    Bootstrap,
+    Score,
+    class_mean_interval,
+    percentile_interval,
+    wilson_interval,
+)
+from eval.metrics.ranking import QueryRanks, chance_ranks, check_finite, cosine_scores
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """The figures of one classification; classes are in the order of class_names."""
+
+    scores: dict[str, Score]
+    confusion: np.ndarray  # [K, K] int64: row true class, column predicted class
+    class_recalls: np.ndarray  # [K]; NaN where the dataset has no item of the class
+    predictions: np.ndarray  # [Q]
+    ranks: QueryRanks  # of the true class of each item
+    group_accuracies: dict[str, float]  # top-1, by group; empty where there are none
+
+
+def classify(
+    media_embeddings: Tensor,
+    class_embeddings: Tensor,
+    *,
+    targets: np.ndarray,
+    bootstrap: Bootstrap,
+    groups: Sequence[str] | None = None,
+) -> ClassificationResult:
+    """The figures of `classification_result`, each item scored by its cosines with the classes.
+
+    Args:
+        media_embeddings: [Q, D], L2-normalised.
+        class_embeddings: [K, D], L2-normalised.
+        targets: [Q] integers from 0 to K - 1.
+        bootstrap: of the intervals.
+        groups: [Q] of each item; the figures of the worst group are added.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    ranks, predictions = rank_classes(media_embeddings, class_embeddings, targets=targets)
+    return classification_result(
+        ranks, predictions, targets=targets, bootstrap=bootstrap, groups=groups
+    )
+
+
+def classification_result(
+    ranks: QueryRanks,
+    predictions: np.ndarray,
+    *,
+    targets: np.ndarray,
+    bootstrap: Bootstrap,
+    groups: Sequence[str] | None = None,
+) -> ClassificationResult:
+    """Top-1 and top-5 accuracy, mean per class recall, macro F1 and confusion matrix.
+
+    With fewer than 5 classes, top-5 counts as top-K. Recall and F1 are means over the classes that
+    the dataset holds, as scikit-learn's balanced accuracy, and WILDS' F1.
+
+    Args:
+        ranks: of the true class of each item among all.
+        predictions: [Q] classes.
+        targets, bootstrap, groups: see `classify`.
+    """
+    num_classes = ranks.gallery_size
+    chance = chance_ranks(np.ones_like(targets), gallery_size=num_classes)
+    hits = ranks.hits_at(1)
+    confusion = confusion_matrix(targets, predictions, num_classes=num_classes)
+    scores = {
+        "top_1_accuracy": _accuracy(hits, chance.hits_at(1)),
+        "top_5_accuracy": _accuracy(ranks.hits_at(5), chance.hits_at(5)),
+        "mean_per_class_recall": _mean_per_class_recall(
+            hits, targets, chance=1 / num_classes, bootstrap=bootstrap
+        ),
+        "macro_f1": _macro_f1(confusion, bootstrap=bootstrap),
+    }
+    by_group = {}
+    if groups is not None:
+        by_group = _group_accuracies(hits, groups)
+        for k in (1, 5):
+            scores[f"worst_group_top_{k}_accuracy"] = _worst_group_accuracy(
+                ranks.hits_at(k), chance.hits_at(k), groups
+            )
+    return ClassificationResult(
+        scores=scores,
+        confusion=confusion,
+        class_recalls=class_recalls(hits, targets, num_classes=num_classes),
+        predictions=predictions,
+        ranks=ranks,
+        group_accuracies=by_group,
+    )
+
+
+def rank_classes(
+    media_embeddings: Tensor, class_embeddings: Tensor, *, targets: np.ndarray
+) -> tuple[QueryRanks, np.ndarray]:
+    """Where the true class of each item stands among all classes, and the class predicted.
+
+    Args:
+        media_embeddings: [Q, D], L2-normalised.
+        class_embeddings: [K, D], L2-normalised.
+        targets: [Q] integers from 0 to K - 1.
+
+    Returns:
+        The ranks, and [Q] int64 predictions (of classes that tie, the first).
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    check_finite(media_embeddings, name="media_embeddings")
+    check_finite(class_embeddings, name="class_embeddings")
+    rows = media_embeddings.split(ROWS_AT_ONCE)
+    return rank_scores((cosine_scores(each, class_embeddings) for each in rows), targets=targets)
+
+
+def rank_scores(
+    score_rows: Iterable[Tensor], *, targets: np.ndarray
+) -> tuple[QueryRanks, np.ndarray]:
+    """As `rank_classes`, by scores.
+
+    Args:
+        score_rows: of the items, tile by tile: [rows, K]; they are overwritten.
+        targets: [Q] integers from 0 to K - 1.
+    """
+    above, level, predictions, start, num_classes = [], [], [], 0, 0
+    for scores in score_rows:
+        num_rows, num_classes = scores.shape
+        own = torch.as_tensor(targets[start : start + num_rows], device=scores.device)[:, None]
+        start += num_rows
+        predictions.append(scores.argmax(dim=-1))
+        of_target = scores.gather(-1, own)  # [rows, 1]
+        scores.scatter_(-1, own, -torch.inf)  # the true class does not meet itself
+        above.append((scores > of_target).sum(dim=-1))
+        level.append((scores == of_target).sum(dim=-1))
+    ranks = QueryRanks(
+        num_above=torch.cat(above).cpu().numpy(),
+        num_level=torch.cat(level).cpu().numpy(),
+        num_right_level=np.ones(len(targets), dtype=np.int64),
+        gallery_size=num_classes,
+    )
+    return ranks, torch.cat(predictions).cpu().numpy()
+
+
+def confusion_matrix(
+    targets: np.ndarray, predictions: np.ndarray, *, num_classes: int
+) -> np.ndarray:
+    """[K, K] counts: row true class, column predicted class."""
+    cells = np.bincount(targets * num_classes + predictions, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def class_recalls(hits: np.ndarray, targets: np.ndarray, *, num_classes: int) -> np.ndarray:
+    """[K] share of each class's items that are hits; NaN for a class without items."""
+    sizes = np.bincount(targets, minlength=num_classes)
+    num_hits = np.bincount(targets, weights=hits, minlength=num_classes)
+    return np.divide(num_hits, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
+
+
+def _accuracy(hits: np.ndarray, chance_hits: np.ndarray) -> Score:
+    low, high = wilson_interval(float(hits.sum()), len(hits))
+    return Score(float(hits.mean()), low, high, float(chance_hits.mean()), len(hits), "Wilson")
+
+
+def _mean_per_class_recall(
+    hits: np.ndarray, targets: np.ndarray, *, chance: float, bootstrap: Bootstrap
+) -> Score:
+    """Over the classes that the dataset holds, as scikit-learn's balanced accuracy."""
+    present, positions = np.unique(targets, return_inverse=True)
+    sizes = np.bincount(positions)
+    recalls = class_recalls(hits, positions, num_classes=len(present))
+    low, high, method = class_mean_interval(recalls, class_sizes=sizes, bootstrap=bootstrap)
+    return Score(float(recalls.mean()), low, high, chance, len(hits), method)
+
+
+def macro_f1(confusion: np.ndarray) -> np.ndarray:
+    """[...] mean over the classes with items of 2 TP / (2 TP + FP + FN).
+
+    Args:
+        confusion: [..., K, K] counts; row true class, column predicted class.
+    """
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    true, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    f1 = 2 * right / np.maximum(true + predicted, 1)
+    return (f1 * (true > 0)).sum(axis=-1) / np.maximum((true > 0).sum(axis=-1), 1)
+
+
+def _macro_f1(confusion: np.ndarray, *, bootstrap: Bootstrap) -> Score:
+    """Its interval draws the items anew: their cells of the matrix are a multinomial draw."""
+    num_items, num_classes = int(confusion.sum()), len(confusion)
+    cells = np.flatnonzero(confusion)
+    shares = confusion.reshape(-1)[cells] / num_items
+    generator = np.random.default_rng(bootstrap.seed)
+    resampled = np.empty(bootstrap.num_samples)
+    for place in range(bootstrap.num_samples):
+        drawn = np.zeros(num_classes**2, dtype=np.int64)
+        drawn[cells] = generator.multinomial(num_items, shares)
+        resampled[place] = macro_f1(drawn.reshape(num_classes, num_classes))
+    # Guessing finds 1 / K of each class among 1 / K of all items.
+    sizes = confusion.sum(axis=1)
+    precisions = sizes[sizes > 0] / num_items
+    chance = (2 * precisions / (1 + precisions * num_classes)).mean()
+    value = float(macro_f1(confusion))
+    if resampled.min() == resampled.max():  # mostly 0 or 1
+        low, high = wilson_interval(value * num_items, num_items)
+        return Score(value, low, high, float(chance), num_items, "Wilson")
+    low, high = percentile_interval(resampled)
+    return Score(value, low, high, float(chance), num_items, "bootstrap over media items")
+
+
+def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
+    names, places = np.unique(np.asarray(groups), return_inverse=True)
+    means = np.bincount(places, weights=hits) / np.bincount(places)
+    return dict(zip(names.tolist(), means.tolist(), strict=True))
+
+
+def _worst_group_accuracy(
+    hits: np.ndarray, chance_hits: np.ndarray, groups: Sequence[str]
+) -> Score:
+    """The accuracy of the group that has the least, with Wilson's interval of that group."""
+    by_group = _group_accuracies(hits, groups)
+    worst = min(by_group, key=by_group.get)
+    of_worst = np.asarray(groups) == worst
+    low, high = wilson_interval(float(hits[of_worst].sum()), int(of_worst.sum()))
+    chance = float(chance_hits.mean())
+    return Score(by_group[worst], low, high, chance, int(of_worst.sum()), f"Wilson, of {worst}")

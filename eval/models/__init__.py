@@ -1,0 +1,1 @@
+"""Encoders from Isopair, open_clip and Hugging Face checkpoints."""

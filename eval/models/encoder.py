@@ -1,0 +1,188 @@
+"""Encodes media and texts with a trained model, whichever library built it.
+
+Every batch has the same number of rows, the last one filled up: on the same device the embedding of
+an item is then the same to the last digit, however many are encoded with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.config_file import InputError
+from eval.config import EncodingConfig
+from eval.metrics.ranking import check_finite
+from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
+from eval.models.model_source import ModelSource, find_model
+from eval.models.preprocessing import FrontEnd
+from pretrain.checkpoint import find_checkpoint, load_model
+from pretrain.checkpoints.record import read_record
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model with what prepares its inputs, and how to feed it."""
+
+    model: Any  # encode_media(kind, batch) and encode_text(tokens), each to [B, D]
+    front_ends: dict[str, FrontEnd]  # by kind of media
+    tokenizer: Callable[[list[str]], Any]  # M texts -> what encode_text takes
+    origin: ModelOrigin
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    workers: int
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """D"""
+        return self.encode_texts([""]).shape[1]
+
+    def encode_windows(self, kind: str, windows: Tensor) -> Tensor:
+        """[n, D] L2-normalised float32 embeddings, on the CPU, of prepared windows.
+
+        Args:
+            kind: of media.
+            windows: [n, ...], as the front end of this kind prepares them.
+        """
+        return self._in_batches(
+            windows, lambda batch: self.model.encode_media(kind, batch.to(self.device))
+        )
+
+    def encode_items(self, kind: str, windows: Tensor, num_windows: Sequence[int]) -> Tensor:
+        """[B, D] L2-normalised float32 embeddings, on the CPU, of items of one or more windows.
+
+        Args:
+            kind: of media.
+            windows: [n, ...], those of the first item before those of the second, and so on.
+            num_windows: [B] of each item; n together.
+        """
+        embeddings = self.encode_windows(kind, windows)
+        if max(num_windows) == 1:
+            return embeddings
+        return torch.cat(
+            [
+                own if len(own) == 1 else normalized(own.mean(dim=0, keepdim=True))
+                for own in embeddings.split(list(num_windows))
+            ]
+        )
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """[M, D] L2-normalised float32 embeddings, on the CPU, of M texts."""
+        return self._in_batches(
+            list(texts),
+            lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)),
+        )
+
+    def _in_batches(self, rows: Any, encode: Callable[[Any], Tensor]) -> Tensor:
+        embeddings = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            num_rows = len(batch)
+            with torch.inference_mode(), self._precision():
+                found = encode(_filled(batch, self.batch_size))
+            embeddings.append(found.float().cpu()[:num_rows])
+        return torch.cat(embeddings)
+
+    def _precision(self) -> Any:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def _filled(batch: Any, num_rows: int) -> Any:
+    """A batch with copies of its last row at its end, so that it has `num_rows`."""
+    missing = num_rows - len(batch)
+    if not missing:
+        return batch
+    if isinstance(batch, Tensor):
+        return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
+    return batch + batch[-1:] * missing
+
+
+def load_encoder(config: EncodingConfig) -> Encoder:
+    """The encoder of a model, on the GPU if there is one.
+
+    Raises:
+        InputError: there is no model, or it is damaged.
+    """
+    # The current one: each process of several has its own.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # TF32 rounds inputs to 10 bits, which reorders near ties.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    source = find_model(config.checkpoint, architecture=config.open_clip_architecture)
+    loaded = load_any_model(source)
+    front_ends = {
+        kind: FrontEnd(kind, transform, loaded.settings[kind], config.long_clips)
+        for kind, transform in loaded.transforms.items()
+    }
+    return Encoder(
+        model=loaded.model.to(device).eval().requires_grad_(False),
+        front_ends=front_ends,
+        tokenizer=loaded.tokenizer,
+        origin=loaded.origin,
+        device=device,
+        dtype=getattr(torch, config.dtype),
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+
+
+def load_any_model(source: ModelSource) -> LoadedModel:
+    """A model by the library that it is of.
+
+    Raises:
+        InputError: it is damaged, or the library cannot load it.
+    """
+    # Imported here: each of the libraries takes seconds to load.
+    if source.library == "open_clip":
+        from eval.models.open_clip_model import load_open_clip
+
+        return load_open_clip(source)
+    if source.library == "hugging_face":
+        from eval.models.hugging_face_model import load_hugging_face
+
+        return load_hugging_face(source)
+    return _load_isopair(source.path)
+
+
+def _load_isopair(path: Path) -> LoadedModel:
+    checkpoint = find_checkpoint(path)
+    model, transforms, tokenizer = load_model(checkpoint)
+    record = read_record(checkpoint)
+    settings = {
+        kind: transform.config.model_dump(mode="json") for kind, transform in transforms.items()
+    }
+    origin = ModelOrigin(
+        "isopair", checkpoint, record.model_sha256, record.state.step, tuple(record.state.marks)
+    )
+    return LoadedModel(model, transforms, settings, tokenizer, origin)
+
+
+def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:
+    """
+    Raises:
+        InputError: the model has no tower for the kind of media that a dataset's folder holds.
+    """
+    if kind not in encoder.front_ends:
+        raise InputError(
+            f"{folder} holds {kind}, but the model has towers for {sorted(encoder.front_ends)} only"
+        )
+
+
+def check_embeddings(embeddings: Tensor, *, name: str) -> None:
+    """
+    Raises:
+        InputError: an embedding is not finite, naming what was embedded and the first bad row.
+    """
+    try:
+        check_finite(embeddings, name=name)
+    except ValueError as error:
+        raise InputError(str(error)) from None

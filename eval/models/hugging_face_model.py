@@ -1,0 +1,141 @@
+"""Hugging Face's CLIP, SigLIP and CLAP, from a folder that `save_pretrained` wrote.
+
+CLAP's feature extractor cuts long clips at random, and its fused form marks a clip of each batch as
+long at random: a clip and itself then differ. Here windows of the tower's own length are cut before
+(see eval.models.preprocessing), none of which is long, so that nothing is left to chance.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from data_prep.config_file import InputError
+from data_prep.media.decode import decode_audio
+from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
+from eval.models.model_source import ModelSource, sum_of_files
+from eval.models.open_clip_model import PilTransform
+
+CLAP_TOKENS = 77  # as LAION trained it; its tokenizer alone would allow 512
+
+
+class HuggingFaceModel(torch.nn.Module):
+    """encode_media and encode_text of a model of Hugging Face's."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_media(self, kind: str, inputs: Tensor) -> Tensor:
+        """[B, D] L2-normalised embeddings of images [B, 3, H, Wd] or log-mels [B, 1 or 4, S, F]."""
+        if kind == "image":
+            return normalized(_pooled(self.model.get_image_features(pixel_values=inputs)))
+        is_longer = torch.zeros(len(inputs), 1, dtype=torch.bool, device=inputs.device)
+        return normalized(_pooled(self.model.get_audio_features(inputs, is_longer=is_longer)))
+
+    def encode_text(self, tokens: Any) -> Tensor:
+        """[B, D] L2-normalised embeddings of what the tokenizer returned."""
+        return normalized(_pooled(self.model.get_text_features(**tokens)))
+
+
+def _pooled(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class TextPreparation:
+    """The tokenizer of a folder; every text is padded to one length."""
+
+    def __init__(self, tokenizer: Any, *, num_tokens: int, with_mask: bool) -> None:
+        self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.with_mask = with_mask  # SigLIP was trained to look at padding
+
+    def __call__(self, texts: list[str]) -> Any:
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.num_tokens,
+            return_tensors="pt",
+        )
+        wanted = ("input_ids", "attention_mask") if self.with_mask else ("input_ids",)
+        return type(tokens)({name: tokens[name] for name in wanted})
+
+
+class ClapTransform:
+    """Clips to log-mels by CLAP's own feature extractor."""
+
+    def __init__(self, extractor: Any) -> None:
+        self.extractor = extractor
+        self.clip_samples = extractor.nb_max_samples
+
+    def decode(self, content: bytes, extension: str) -> np.ndarray:
+        """float32 [samples], mono, at the tower's sample rate.
+
+        Raises:
+            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
+        """
+        return decode_audio(content, sample_rate_hz=self.extractor.sampling_rate)
+
+    def __call__(self, window: np.ndarray) -> Tensor:
+        """float32 [at most clip_samples] -> float32 [1 or 4, S, F]; a short one is repeated."""
+        found = self.extractor(
+            window, sampling_rate=self.extractor.sampling_rate, return_tensors="pt"
+        )
+        return found["input_features"][0].float()
+
+
+def load_hugging_face(source: ModelSource) -> LoadedModel:
+    """The model, its preparation of media, and its tokenizer.
+
+    Raises:
+        InputError: a file is missing, or transformers cannot read it.
+    """
+    folder = str(source.path)
+    sha256 = sum_of_files(source.path)
+    try:
+        model, unused = AutoModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        kind = model.config.model_type
+        if kind == "clap":
+            prepare = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        else:
+            prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {error}") from None
+    if unused["missing_keys"]:  # transformers would leave them at random
+        raise InputError(
+            f"{folder}: the weights lack {sorted(unused['missing_keys'])[:5]} and others; copy all "
+            "files of the model"
+        )
+    settings = json.loads(prepare.to_json_string())
+    medium = "audio" if kind == "clap" else "image"
+    return LoadedModel(
+        HuggingFaceModel(model),
+        {medium: ClapTransform(prepare) if kind == "clap" else _image_transform(prepare)},
+        {medium: {"hugging_face": {k: v for k, v in settings.items() if k != "mel_filters"}}},
+        TextPreparation(tokenizer, num_tokens=_num_tokens(model), with_mask=kind != "siglip"),
+        ModelOrigin("hugging_face", source.path, sha256),
+    )
+
+
+def _image_transform(processor: Any) -> PilTransform:
+    def prepare(image: Image.Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    return PilTransform(prepare)
+
+
+def _num_tokens(model: torch.nn.Module) -> int:
+    text = model.config.text_config
+    if model.config.model_type == "clap":
+        return min(CLAP_TOKENS, text.max_position_embeddings - 2)  # RoBERTa's places begin at 2
+    return text.max_position_embeddings

@@ -1,0 +1,84 @@
+"""open_clip's models: a folder that its `local-dir:` reads, or a file of weights and a name."""
+
+from __future__ import annotations
+
+from pickle import PickleError
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_prep.config_file import InputError
+from data_prep.media.decode import decode_image
+from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
+from eval.models.model_source import LOCAL_DIR, ModelSource, sum_of_files
+
+
+class OpenClipModel(torch.nn.Module):
+    """encode_media and encode_text of a model of open_clip's."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_media(self, kind: str, pixels: Tensor) -> Tensor:
+        """[B, D] L2-normalised embeddings of images [B, 3, H, Wd]."""
+        return normalized(self.model.encode_image(pixels))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """[B, D] L2-normalised embeddings of int64 [B, L] tokens."""
+        return normalized(self.model.encode_text(tokens))
+
+
+class PilTransform:
+    """A library's own preparation of PIL images."""
+
+    def __init__(self, prepare: Any) -> None:
+        self.prepare = prepare  # PIL image -> float32 [3, H, Wd]
+
+    def decode(self, content: bytes, extension: str) -> np.ndarray:
+        """uint8 [H, Wd, 3].
+
+        Raises:
+            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
+        """
+        return decode_image(content, extension)
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """uint8 [H, Wd, 3] -> float32 [3, size, size], normalised."""
+        return self.prepare(Image.fromarray(image))
+
+
+def load_open_clip(source: ModelSource) -> LoadedModel:
+    """The model, its preparation of images for evaluation, and its tokenizer.
+
+    Raises:
+        InputError: open_clip does not know the architecture, or the weights do not fit it.
+    """
+    if source.architecture is None:
+        name, weights = f"{LOCAL_DIR}{source.path}", None
+    else:
+        name, weights = source.architecture, str(source.path)
+        if name not in open_clip.list_models():
+            raise InputError(
+                f"open_clip_architecture: open_clip knows no {name!r}; it knows "
+                f"{', '.join(open_clip.list_models())}"
+            )
+    sha256 = sum_of_files(source.path)
+    try:
+        model, _, prepare = open_clip.create_model_and_transforms(
+            name, pretrained=weights, require_pretrained=True
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, ValueError, OSError, KeyError, EOFError, PickleError) as error:
+        raise InputError(f"{source.path}: open_clip cannot load it: {error}") from None
+    return LoadedModel(
+        OpenClipModel(model),
+        {"image": PilTransform(prepare)},
+        {"image": {"open_clip": str(prepare)}},
+        tokenizer,
+        ModelOrigin("open_clip", source.path, sha256),
+    )

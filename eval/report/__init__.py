@@ -1,0 +1,1 @@
+"""Result records, comparison, charts and the HTML report."""

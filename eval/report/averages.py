@@ -1,0 +1,78 @@
+"""Averages over the evaluations of a suite: of each, one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data_prep.config_file import InputError
+from eval.config import EvaluationSection
+from eval.metrics.intervals import Score
+from eval.tasks.runner import Outcome
+
+# Of a task, where the evaluation names none; the first that the result has.
+MAIN_FIGURES = (
+    "top_1_accuracy",
+    "mean_average_precision",
+    "mean_recall@1",
+    "caption_accuracy",
+    "group_score",
+    "jaccard",
+)
+ALL = "all"
+
+
+def main_figure_of(outcome: Outcome, section: EvaluationSection) -> str | None:
+    """The figure of an evaluation that averages take; None if it has none that is a share.
+
+    Raises:
+        InputError: the evaluation has no figure of the name that its config gives.
+    """
+    scores = outcome.result.scores
+    if section.main_figure is None:
+        few_shot = [name for name in scores if name.endswith("_shot")]
+        return next((name for name in MAIN_FIGURES if name in scores), (few_shot or [None])[-1])
+    if section.main_figure not in scores:
+        raise InputError(
+            f"evaluations.{outcome.task.name}.main_figure: expected one of {', '.join(scores)}; "
+            f"found {section.main_figure}"
+        )
+    return section.main_figure
+
+
+def averages_of(
+    outcomes: Sequence[Outcome], sections: Mapping[str, EvaluationSection]
+) -> dict[str, Score]:
+    """The mean of the main figures of all evaluations, and of those of each average they name.
+
+    The interval takes the evaluations for independent of one another: their half-widths add up as
+    squares.
+
+    Args:
+        outcomes: of the evaluations.
+        sections: of their config, by name.
+
+    Raises:
+        InputError: see `main_figure_of`.
+    """
+    members: dict[str, list[Score]] = {ALL: []}
+    for outcome in outcomes:
+        section = sections[outcome.task.name]
+        figure = main_figure_of(outcome, section)
+        if figure is None:
+            continue
+        for name in (ALL, *section.averages):
+            members.setdefault(name, []).append(outcome.result.scores[figure])
+    return {name: _mean(scores) for name, scores in members.items() if len(scores) > 1}
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    value, chance = (
+        float(np.mean([getattr(s, key) for s in scores])) for key in ("value", "chance")
+    )
+    below = np.linalg.norm([s.value - s.low for s in scores]) / len(scores)
+    above = np.linalg.norm([s.high - s.value for s in scores]) / len(scores)
+    return Score(
+        value, value - float(below), value + float(above), chance, len(scores), "of its parts"
+    )

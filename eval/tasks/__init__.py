@@ -1,0 +1,1 @@
+"""Evaluation tasks: what each one reads and measures."""
