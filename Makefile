@@ -22,7 +22,7 @@ demo: .venv/ready                ## the whole pipeline, on data it makes: four t
 	@$(RUN) -m eval.evaluate configs/eval/demo.yaml
 
 check-demo: demo                 ## fails if the demo's figures are below their goals
-	$(RUN) -m pytest tests/demo_goals.py
+	$(RUN) -m pytest tests/docs/demo_goals.py
 
 # Two at a time, whole files to each: most tests have seconds in which only one process computes.
 test: .venv/ready                ## the fast tests: under eight minutes on two cores
@@ -37,14 +37,15 @@ test-slurm: demo                 ## jobs on a real Slurm, which it installs: roo
 
 soak: .venv/ready                ## all combinations, 200 runs killed at random: 25 to 45 minutes
 	$(RUN) -m pytest -m exhaustive -n 2
-	$(RUN) tests/killed_runs.py 1000 200
+	$(RUN) -m tests.support.killed_runs 1000 200
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
 bench: .venv/ready
-	for benchmark in tests/benchmarks/*.py; do $(RUN) $$benchmark; done
+	for benchmark in $(patsubst tests/benchmarks/%.py,%,$(filter-out %/__init__.py,$(wildcard tests/benchmarks/*.py))); do \
+		$(RUN) -m tests.benchmarks.$$benchmark; done
 
 clean:
 	rm -rf .venv demo

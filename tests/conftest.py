@@ -12,7 +12,8 @@ os.environ |= {
 
 # Its plugin imports it when tests end; Python 3.11.7's parser can fail that late (gh-106905).
 import hypothesis
-from toy_run import write_toy_data
+
+from tests.support.toy_run import write_toy_data
 
 # How long an example takes says more of the machine than of the code, unless a test says otherwise.
 hypothesis.settings.register_profile("isopair", hypothesis.settings.default, deadline=None)

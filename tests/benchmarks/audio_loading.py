@@ -1,6 +1,6 @@
 """Loading clips for training, beside LAION-CLAP's way, in clips per CPU second (best of several).
 
-    python tests/benchmarks/audio_loading.py
+    python -m tests.benchmarks.audio_loading
 
 Crops of 10 s out of clips of 60 s, and clips of 10 s whole, mono at 48 kHz. LAION-CLAP's training
 code decodes a clip whole, rounds it to 16 bits and crops it then; its steps are taken here with

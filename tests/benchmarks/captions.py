@@ -1,6 +1,6 @@
 """Cleaning captions, in microseconds of CPU time each, beside ftfy's fix_text (best of three).
 
-python tests/benchmarks/captions.py
+python -m tests.benchmarks.captions
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint, and how long resuming takes, beside the usual ways.
 
-    python tests/benchmarks/checkpoints.py
+    python -m tests.benchmarks.checkpoints
 
 Two processes, a model of 66 million parameters with AdamW's moments (0.8 GB in fp32). `torch.save`
 is what most trainers do: the main process writes model and optimizer of DistributedDataParallel

@@ -1,6 +1,6 @@
 """A data sheet of a million samples: seconds, and the memory that the process took at most.
 
-    python tests/benchmarks/data_sheet.py
+    python -m tests.benchmarks.data_sheet
 
 The samples are tiny pictures with captions of 3 to 20 made-up words and random measures.
 """

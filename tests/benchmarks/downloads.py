@@ -1,6 +1,6 @@
 """Downloads from a server on this machine, beside plain urllib3 in a pool of threads.
 
-    python tests/benchmarks/downloads.py
+    python -m tests.benchmarks.downloads
 
 1,000 bodies of 30 kB, 16 threads, best of three, in URLs per second and per CPU second of the
 client. Plain urllib3 keeps the bodies as files; it asks for no permission, records nothing, shares

@@ -1,6 +1,6 @@
 """Images embedded per CPU second, beside clip_benchmark on the same model and files.
 
-    python tests/benchmarks/embedding.py
+    python -m tests.benchmarks.embedding
 
 clip_benchmark runs if it is installed (pip install --no-deps clip-benchmark==1.6.2 requests). Both
 read the same tars in the main process, in turns; ours also writes what it made to the disk.
@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ import webdataset
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 NUM_IMAGES = 512
 BATCH_SIZE = 64
 ROUNDS = 3

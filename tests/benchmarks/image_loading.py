@@ -1,6 +1,6 @@
 """Loading images for training, beside open_clip's own loader, in samples per CPU second.
 
-    python tests/benchmarks/image_loading.py [RUNS]
+    python -m tests.benchmarks.image_loading [RUNS]
 
 The same shards, written by us, are read by both: JPEGs of 256, 512 and 1024 pixels. Both crop 0.9
 to 1 of the area, resize to 224 pixels (bicubic) and tokenise the caption; open_clip's batches are
@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from loading.peer_environment import peer_python
-from loading.photo_shards import photo_dataset
-from loading.process_tree import Cost, stream_cost
 
 from pretrain.config import CLIP_MEAN, CLIP_STD
+from tests.benchmarks.loading.peer_environment import peer_python
+from tests.benchmarks.loading.photo_shards import photo_dataset
+from tests.benchmarks.loading.process_tree import Cost, stream_cost
 
 BATCH_SIZE = 128
 NUM_WORKERS = 2
@@ -51,8 +51,8 @@ def commands(
 ) -> dict[str, tuple[object, ...]]:
     """Name of a loader -> interpreter, module and arguments."""
     numbers = (dataset, BATCH_SIZE, SKIPPED_BATCHES + num_batches, NUM_WORKERS)
-    peer = (open_clip_python, "loading.open_clip_batches", *numbers)
-    ours = (sys.executable, "loading.isopair_batches", *numbers)
+    peer = (open_clip_python, "tests.benchmarks.loading.open_clip_batches", *numbers)
+    ours = (sys.executable, "tests.benchmarks.loading.isopair_batches", *numbers)
     return {"open_clip": peer} | {runtime: (*ours, runtime, 0) for runtime in RUNTIMES}
 
 

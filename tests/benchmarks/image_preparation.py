@@ -1,7 +1,7 @@
 """Pictures checked, scaled down and re-encoded, beside img2dataset's Resizer, per CPU second.
 
     pip install --target PEER img2dataset==1.47.0
-    python tests/benchmarks/image_preparation.py PEER
+    python -m tests.benchmarks.image_preparation PEER
 
 Without the folder, ours alone is measured. Both get the same JPEGs, in turns; the best of several
 rounds counts. Ours does more: it finds damage within the scan, applies EXIF orientation and colour

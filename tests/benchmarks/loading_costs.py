@@ -1,6 +1,6 @@
 """What our loader costs besides CPU seconds: reads, exactness, order, resuming, memory.
 
-    python tests/benchmarks/loading_costs.py
+    python -m tests.benchmarks.loading_costs
 
 Read amplification is what is read from files in one epoch, over the bytes of all members and one
 header block each. PSNR is that of training pixels against Pillow's bicubic resize of the very same
@@ -21,9 +21,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from loading.photo_shards import photo_dataset
-from loading.process_tree import batches_of, memory
-from loading.run_config import image_run
 from PIL import Image
 
 from data_prep.shards.dataset import BLOCK_BYTES, Dataset
@@ -32,6 +29,9 @@ from pretrain.data.transforms import ImageToPixels
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.keyed_random import sample_random
 from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
+from tests.benchmarks.loading.photo_shards import photo_dataset
+from tests.benchmarks.loading.process_tree import batches_of, memory
+from tests.benchmarks.loading.run_config import image_run
 
 BATCH_SIZE = 128
 NUM_WORKERS = 2
@@ -180,7 +180,7 @@ def show_memory(dataset: Path, runtime: str) -> None:
     # An epoch more, so that the loader still runs at the end of the last one that counts.
     num_batches = (NUM_EPOCHS + 1) * steps_per_epoch
     arguments = (dataset, BATCH_SIZE, num_batches, NUM_WORKERS, runtime, 0)
-    batches = batches_of(sys.executable, "loading.isopair_batches", *arguments)
+    batches = batches_of(sys.executable, "tests.benchmarks.loading.isopair_batches", *arguments)
     held = [
         memory(pid)
         for number, pid in enumerate(batches, start=1)

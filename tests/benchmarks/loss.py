@@ -1,6 +1,6 @@
 """The exact loss beside open_clip's and torch's, in CPU time and extra peak memory.
 
-    python tests/benchmarks/loss.py [--threads 1]
+    python -m tests.benchmarks.loss [--threads 1]
 
 Forward and backward pass of one rank's share, float32, D = 512. Ranks are played by one process:
 torch's "fake" process group answers each collective at once, with this rank's own rows in place of

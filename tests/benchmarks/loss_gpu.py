@@ -1,6 +1,6 @@
 """The exact loss on one GPU that plays rank 0 of W, beside bare products, open_clip's and torch's.
 
-    python tests/benchmarks/loss_gpu.py [--blocks] [--tiny]
+    python -m tests.benchmarks.loss_gpu [--blocks] [--tiny]
 
 Forward and backward pass, bfloat16 features, D = 768. As in loss.py, torch's "fake" process group
 answers each collective at once: no time is spent in communication, and memory is a real rank's.

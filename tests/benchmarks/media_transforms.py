@@ -1,6 +1,6 @@
 """Bytes to rows of a training batch, in microseconds of one thread's CPU time each (median).
 
-python tests/benchmarks/media_transforms.py
+python -m tests.benchmarks.media_transforms
 
 Pictures beside Pillow (decode, crop, bicubic resize), clips of 10 s out of 60 s beside decoding the
 whole and cropping then. All are made up: smooth blobs under noise, brown noise.

@@ -1,6 +1,6 @@
 """make_shards over a manifest of 1,000,000 rows: seconds, and the most memory it held.
 
-    python tests/benchmarks/million_rows.py [ROWS]
+    python -m tests.benchmarks.million_rows [ROWS]
 
 The rows name 1,000 tiny JPEGs over and over, each row a sample of its own; memory is the most that
 the command and its two workers held together (VmRSS, looked at five times a second).

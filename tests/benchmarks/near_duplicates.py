@@ -1,6 +1,6 @@
 """Near-duplicate search: recall and precision for edited clips, and speed for clips and captions.
 
-    python tests/benchmarks/near_duplicates.py [FOLDER]
+    python -m tests.benchmarks.near_duplicates [FOLDER]
 
 Clips are synthesised; or they are the .wav and .flac files of FOLDER, no two of which may be of one
 recording. Captions are random words; where datasketch is installed, its MinHash runs beside ours.

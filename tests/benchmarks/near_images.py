@@ -1,6 +1,6 @@
 """Near-duplicate pictures: recall per edit and precision over all pairs, and speed.
 
-    python tests/benchmarks/near_images.py [FOLDER]
+    python -m tests.benchmarks.near_images [FOLDER]
 
 The pictures are scikit-learn's two photographs, scikit-image's where it is installed, and those of
 FOLDER, no two of which may be of one picture; parts of them that do not overlap; scenes, by twos

@@ -1,7 +1,7 @@
 """Time and memory of retrieval figures of a COCO-sized set, beside clip_benchmark's own code, and
 of queries against a million captions.
 
-    python tests/benchmarks/retrieval.py
+    python -m tests.benchmarks.retrieval
 
 clip_benchmark runs if it is installed (pip install --no-deps clip-benchmark==1.6.2); its code takes
 minutes. Each runs in a process of its own; memory is what it takes above the embeddings.

@@ -1,6 +1,6 @@
 """Writing and reading shards, beside webdataset, in samples per CPU second (best of three).
 
-    python tests/benchmarks/shards.py
+    python -m tests.benchmarks.shards
 
 The samples are 30 kB of noise under .jpg with a caption, 3,000 in one shard; nothing is decoded.
 """

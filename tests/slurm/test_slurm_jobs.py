@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import final_state, first_state, travelled_share
-from slurm_cluster import SCRATCH, SlurmCluster
 
 from data_prep.config_file import read_config
 from pretrain.config import PretrainConfig
 from pretrain.run.attempts import read_attempts, read_metrics
+from tests.slurm.slurm_cluster import SCRATCH, SlurmCluster
+from tests.support.killed_runs import final_state, first_state, travelled_share
 
 pytestmark = pytest.mark.slurm
 

@@ -1,6 +1,7 @@
 """Prints a line for every batch that our loader gives.
 
-python -m loading.isopair_batches DATASET BATCH_SIZE BATCHES WORKERS RUNTIME FIRST_STEP
+    python -m tests.benchmarks.loading.isopair_batches DATASET BATCH_SIZE BATCHES WORKERS \
+        RUNTIME FIRST_STEP
 """
 
 from __future__ import annotations
@@ -8,11 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from loading.run_config import image_run
-
 from pretrain.data.loaders import start_loader
 from pretrain.data.step_dataset import StepDataset
 from pretrain.model.tokenizer import build_tokenizer
+from tests.benchmarks.loading.run_config import image_run
 
 
 def main(dataset: str, *settings: str) -> None:

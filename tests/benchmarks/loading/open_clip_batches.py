@@ -1,6 +1,6 @@
 """Prints a line for every batch that open_clip's own training loader gives.
 
-    python -m loading.open_clip_batches DATASET BATCH_SIZE BATCHES WORKERS
+    python -m tests.benchmarks.loading.open_clip_batches DATASET BATCH_SIZE BATCHES WORKERS
 
 Runs in an environment with webdataset 0.2.86, without anything of ours. One long epoch is asked
 for, so that the buffer of shuffled samples is filled only once.

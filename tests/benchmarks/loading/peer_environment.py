@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from loading.photo_shards import CACHE
+from tests.benchmarks.loading.photo_shards import CACHE
 
 # Both loaders are measured with the very same versions of these.
 SHARED_PACKAGES = ("torch", "torchvision", "numpy", "pillow")

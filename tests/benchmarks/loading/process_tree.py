@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Cost:
 def batches_of(python: Path | str, module: str, *arguments: object) -> Iterator[int]:
     """Runs a module that prints a line for every batch, and yields its process id at each."""
     command = [str(python), "-m", module, *map(str, arguments)]
-    with subprocess.Popen(command, cwd=BENCHMARKS, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for _ in process.stdout:
             yield process.pid
     if process.returncode:

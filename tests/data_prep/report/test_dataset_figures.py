@@ -1,0 +1,108 @@
+"""Counts of numbers beside numpy, and the bins and charts of their histograms."""
+
+import duckdb
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.report.dataset_figures import Measure, count_values
+from data_prep.report.histogram_bins import histogram_edges
+from data_prep.report.numbers import bytes_text, duration_text, number_text, share_text, value_text
+from data_prep.report.sheet_charts import histogram_chart, measure_block
+from data_prep.report.sheet_gallery import spread_ranks
+from tests.support.toy_sheets import assert_counts
+
+numbers = st.one_of(
+    st.lists(st.integers(-50, 5000), min_size=1, max_size=60),
+    st.lists(st.integers(1, 2**40), min_size=1, max_size=60),
+    st.lists(st.floats(-1e99, 1e99), min_size=1, max_size=60),
+    st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=60),
+)
+
+
+@settings(max_examples=40)
+@given(numbers)
+def test_numbers_of_any_kind_are_counted_as_numpy_does(values):
+    with duckdb.connect() as connection:
+        connection.register("numbers", pyarrow.table({"x": [*values, None]}))
+        assert_counts(count_values(connection, Measure("x", "x", view="numbers")), values)
+
+
+def test_what_is_no_number_is_left_out():
+    with duckdb.connect() as connection:
+        values = [1.0, float("nan"), float("inf"), -float("inf"), None, 1e300]
+        connection.register("numbers", pyarrow.table({"x": values}))
+        counts = count_values(connection, Measure("x", "x", view="numbers"))
+        assert counts.most_frequent == [(1.0, 1)]
+        connection.register("nothing", pyarrow.table({"x": pyarrow.array([None], "double")}))
+        assert count_values(connection, Measure("x", "x", view="nothing")).num_distinct == 0
+
+
+@given(
+    st.one_of(
+        st.tuples(*[st.integers(-(2**62), 2**62)] * 3),
+        st.tuples(*[st.integers(0, 300)] * 3),
+        st.tuples(*[st.floats(-1e99, 1e99)] * 3),
+        st.tuples(*[st.floats(1e-300, 1e99)] * 3),
+    ).filter(lambda values: min(values) < max(values))
+)
+def test_bins_are_few_and_hold_every_value(values):
+    least, median, largest = sorted(values)
+    is_whole = isinstance(least, int)
+    edges, is_in_ratios = histogram_edges(least, median, largest, is_whole=is_whole)
+    assert edges[0] <= least and largest < edges[-1]
+    assert edges == sorted(edges)
+    assert 2 <= len(edges) <= 40
+    assert not is_in_ratios or edges[0] > 0
+    assert not is_whole or all(isinstance(edge, int) for edge in edges)
+
+
+def test_bins_have_round_edges():
+    assert histogram_edges(1, 9, 21, is_whole=True) == (list(range(1, 23)), False)
+    assert histogram_edges(0.1, 0.5, 0.9, is_whole=False)[0][:3] == [0.1, 0.15, 0.2]
+    edges, is_in_ratios = histogram_edges(5, 50, 890, is_whole=True)
+    assert is_in_ratios
+    assert edges == [5, 6, 7, *(2**power * part for power in range(1, 8) for part in (4, 5, 6, 7))]
+
+
+@pytest.mark.parametrize("values", [[1e-300, 1.0, 1e99], [-1e99, 0.5, 1e99], [2**62 - 40, 2**62]])
+def test_a_chart_can_be_drawn_of_any_range(values):
+    spread = np.linspace(values[0], values[-1], 20).tolist()
+    spread = [int(value) for value in spread] if isinstance(values[0], int) else spread
+    with duckdb.connect() as connection:
+        connection.register("numbers", pyarrow.table({"x": [*values, *spread]}))
+        counts = count_values(connection, Measure("x", "x", view="numbers"))
+    if counts.spread.histogram:
+        assert "<svg" in histogram_chart(counts.spread.histogram, Measure("x", "x"))
+    assert (
+        "median" in measure_block(Measure("x", "x"), counts, whole=30) or counts.num_distinct < 13
+    )
+
+
+def test_shown_samples_come_from_all_parts():
+    assert spread_ranks(0, num_shown=5, seed=0) == []
+    assert spread_ranks(9, num_shown=0, seed=0) == []
+    assert spread_ranks(3, num_shown=5, seed=0) == [0, 1, 2]
+    ranks = spread_ranks(1000, num_shown=10, seed=4)
+    assert [rank // 100 for rank in ranks] == list(range(10))
+    assert ranks != spread_ranks(1000, num_shown=10, seed=5)
+
+
+def test_figures_read_well():
+    numbers = (0, 1234, 0.5, 1234.5, 123.456, 1e-7, 2**70)
+    expected = ["0", "1,234", "0.5", "1,234", "123.5", "1e-07", f"{2**70:,}"]
+    assert [number_text(number) for number in numbers] == expected
+    assert [share_text(part, 1000) for part in (0, 0.1, 1, 500, 999.9, 1000)] == [
+        *("0 %", "< 0.1 %", "0.1 %", "50 %", "> 99.9 %", "100 %")
+    ]
+    assert [bytes_text(size) for size in (1, 1500, 2e9, 5e15)] == [
+        *("1 bytes", "1.5 kB", "2 GB", "5,000.0 TB")
+    ]
+    assert [duration_text(each) for each in (1.5, 600, 36000)] == [
+        *("1.5 seconds", "10 minutes", "10.0 hours")
+    ]
+    assert value_text("x" * 400) == "x" * 300 + " ..."
+    assert value_text(True) == "True"

@@ -1,0 +1,163 @@
+import json
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.config import Columns
+from data_prep.config_file import InputError
+from data_prep.sources.formats import input_state
+from data_prep.sources.input_files import format_of, media_root_of
+from data_prep.storage import remote_file, web_file
+from tests.support.toy_sources import config_for, contents_of, pairs_of, served
+
+# ---------------------------------------------------------------------------------- web files
+
+
+def test_any_part_of_a_file_on_a_web_server_can_be_read():
+    generator = np.random.default_rng(0)
+    content = generator.bytes(3_000_000)
+    with served({"/x": content}) as root, remote_file.open_binary(f"{root}/x") as file:
+        for _ in range(20):
+            start, length = generator.integers(0, 3_100_000), generator.integers(0, 400_000)
+            assert file.seek(start) == start
+            assert file.read(length) == content[start : start + length]
+        assert file.seek(-10, 2) == 2_999_990
+        assert file.read() == content[-10:]
+
+
+def test_a_body_that_breaks_off_is_continued_where_it_broke_off():
+    content = np.random.default_rng(0).bytes(400_000)
+    with served({"/x": content}, most_bytes=150_000) as root:
+        assert remote_file.read_bytes(f"{root}/x") == content
+
+
+def test_a_server_that_gives_no_parts_is_refused_when_they_are_needed():
+    files = {"/x": b"x" * 3_000_000}
+    with (
+        served(files, knows_ranges=False) as root,
+        remote_file.open_binary(f"{root}/x") as file,
+    ):
+        assert len(file.read()) == 3_000_000
+        file.seek(1000)
+        with pytest.raises(OSError, match="download it and give its local path"):
+            file.read(1)
+
+
+def test_a_manifest_on_a_web_server_is_read_and_what_is_wrong_with_it_told(monkeypatch):
+    monkeypatch.setattr(web_file, "TIMEOUT_SECONDS", 1)
+    monkeypatch.setattr(web_file, "ATTEMPTS", 1)
+    sink = pyarrow.BufferOutputStream()
+    table = {"image": pyarrow.array([b"A", b"B"]), "caption": ["x", "y"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), sink)
+    manifest = b"path,caption\na b.jpg,one\n"
+    files = {"/pairs.csv?a=1": manifest, "/p.parquet": sink.getvalue().to_pybytes()}
+    with served(files) as root:
+        (pair,) = pairs_of(f"{root}/pairs.csv?a=1")
+        assert (pair.media, pair.caption) == ("a b.jpg", "one")
+        assert media_root_of(config_for(f"{root}/pairs.csv?a=1")) == root
+        assert input_state(config_for(f"{root}/pairs.csv?a=1"))["bytes"] == len(manifest)
+        found = contents_of(f"{root}/p.parquet", columns=Columns(media="image"))
+        assert found == [b"A", b"B"]
+        for name, status in (("none.csv", 404), ("secret.csv", 403)):
+            with pytest.raises(InputError, match=f"not readable: .*the server answers {status}"):
+                pairs_of(f"{root}/{name}")
+    with pytest.raises(InputError, match="not readable: "):
+        pairs_of(f"{root}/none.csv")
+
+
+# --------------------------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "joined"),
+    [
+        ("media", "a.jpg", "media/a.jpg"),
+        ("media/", "a.jpg", "media/a.jpg"),
+        ("/", "a.jpg", "/a.jpg"),
+        (".", "a.jpg", "./a.jpg"),
+        ("media", "/a.jpg", "/a.jpg"),
+        ("media", "s3://b/a.jpg", "s3://b/a.jpg"),
+        ("s3://bucket", "a b.jpg", "s3://bucket/a b.jpg"),
+        ("https://h/d", "a b.jpg", "https://h/d/a%20b.jpg"),
+        ("https://h/d/", "sub/\u00e9.jpg?x=1", "https://h/d/sub/%C3%A9.jpg?x=1"),
+    ],
+)
+def test_names_are_joined_to_folders_and_urls(folder, name, joined):
+    assert remote_file.join(folder, name) == joined
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("a.csv", (".", "a.csv")),
+        ("/a.csv", ("/", "a.csv")),
+        ("d/a.csv", ("d", "a.csv")),
+        ("s3://bucket/d/a.csv", ("s3://bucket/d", "a.csv")),
+        ("https://h/d/a.csv?sig=1/2", ("https://h/d", "a.csv?sig=1/2")),
+    ],
+)
+def test_a_path_splits_into_folder_and_name_and_joins_again(path, parts):
+    assert remote_file.split_path(path) == parts
+    assert remote_file.join(*parts).removeprefix("./") == path
+
+
+def test_patterns_match_below_the_first_folder_without_wildcards(tmp_path):
+    for name in ("a/1.csv", "a/b/2.csv", ".hidden/3.csv", "a/[x].csv", "a/folder.csv/4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = remote_file.glob_files(f"{tmp_path}/**/*.csv")
+    assert found == (str(tmp_path), ["a/1.csv", "a/[x].csv", "a/b/2.csv"])
+    assert not remote_file.is_pattern(f"{tmp_path}/a/[x].csv")  # a file of just this name
+    assert remote_file.glob_files(f"{tmp_path}/a/[0-9].csv") == (f"{tmp_path}/a", ["1.csv"])
+
+
+# -------------------------------------------------------------------------------------- formats
+
+
+def test_the_format_is_found_from_name_and_content(tmp_path):
+    found = {}
+    for name in ("a.csv", "a.tsv", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.tar"):
+        (tmp_path / name).touch()
+        found[name] = format_of(config_for(tmp_path / name))
+    assert list(found.values()) == [
+        *("csv", "tsv", "jsonl", "jsonl", "coco", "parquet", "webdataset")
+    ]
+    assert format_of(config_for(tmp_path)) == "webdataset"  # tars, whatever lies beside them
+    (tmp_path / "a.tar").unlink()
+    assert format_of(config_for(tmp_path)) == "parquet"
+    assert format_of(config_for(tmp_path / "a.csv", format="jsonl")) == "jsonl"
+    (tmp_path / "state.json").write_text(json.dumps({}))
+    assert format_of(config_for(tmp_path)) == "huggingface"
+    (tmp_path / "dataset.json").touch()
+    assert format_of(config_for(tmp_path)) == "webdataset"
+    (tmp_path / "media").mkdir()
+    assert format_of(config_for(tmp_path / "media")) == "folder"
+    config = config_for(tmp_path / "media", caption_template="a {}")
+    assert format_of(config) == "class_folders"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.csv", "expected a manifest or a folder of pairs .* found nothing"),
+        ("*.csv", "found nothing"),
+        ("a.xlsx", r"expected one of \.csv .* found \.xlsx; name the format"),
+        ("unheard://x.csv", "Protocol not known"),
+    ],
+)
+def test_an_input_that_is_none_is_refused(tmp_path, name, message):
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(InputError, match=message):
+        format_of(config_for(name if "://" in name else tmp_path / name))
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    def url_to_fs(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
+    with pytest.raises(InputError, match="Install s3fs to access S3; or copy the files"):
+        pairs_of("s3://bucket/pairs.csv")

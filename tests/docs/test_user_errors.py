@@ -1,0 +1,167 @@
+"""What a person can get wrong, through the commands: one clear message, no traceback, a status."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from data_prep.config_file import to_yaml
+from tests.support.toy_run import toy_config, write_toy_dataset
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `python -m verb CONFIG overrides` in this process: (status, message on stderr)."""
+
+    def run(verb, config, *overrides):
+        monkeypatch.setattr(sys, "argv", [verb, str(config), *overrides])
+        status = importlib.import_module(verb).main()
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert message.count("error: ") == 1, message
+        return status, message
+
+    return run
+
+
+@pytest.fixture
+def config(toy_data, tmp_path):
+    """A config file that would train on a copy of the toy data."""
+    shutil.copytree(toy_data, tmp_path / "data")
+    toy = toy_config(tmp_path / "data", tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(to_yaml(toy))
+    return tmp_path / "config.yaml"
+
+
+def test_a_missing_config_file(command, config):
+    status, message = command("pretrain.train", config.with_name("confg.yaml"))
+    assert status == 2
+    assert "no such config file; files there: " in message
+    assert "config.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.learning_rat=1", "optimizer: unknown key 'learning_rat'; did you mean"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate: Input should be a valid number"),
+        ("schedule.num_steps=-3", "schedule.num_steps: Input should be greater than 0"),
+        (
+            "pairings.image-text.global_batch_size=20",
+            "pairings.image-text.global_batch_size=20 is not a multiple of lanes=8; use 16 or 24",
+        ),
+        ("pairings.video-text={}", "pairings.video-text"),
+        ("model.audio=null", "pairings.audio-text needs a tower: set model.audio"),
+        ("learning_rate", "'learning_rate': expected section.key=value"),
+        ("model.logit_scale.initial=500", "expected 1 <= initial <= maximum, found 500 and 100"),
+        ("audio.clip_seconds=0.01", "clip_seconds=0.01 are 40 samples, fewer than"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: Input should be less than 1"),
+        ("run.folder=/dev/null", "run.folder=/dev/null: expected a folder, found a file"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_key(command, config, override, expected):
+    status, message = command("pretrain.train", config, override)
+    assert status == 2
+    assert expected in message
+
+
+def test_a_source_that_is_not_there(command, config):
+    status, message = command(
+        "pretrain.train", config, "pairings.audio-text.sources.0.dataset=nowhere"
+    )
+    assert status == 1
+    assert "nowhere/dataset.json: expected a dataset of shards" in message
+    assert "python -m data_prep.make_shards" in message
+
+
+def test_fewer_samples_than_lanes(command, config, tmp_path):
+    write_toy_dataset(tmp_path / "few", "audio", shard_sizes=(5,))
+    status, message = command(
+        "pretrain.train", config, f"pairings.audio-text.sources.0.dataset={tmp_path / 'few'}"
+    )
+    assert status == 1
+    assert "source 'tones' has 5 samples, fewer than lanes=8; set lanes to at most 5" in message
+
+
+def test_a_corrupt_tar(command, config, tmp_path):
+    tar = tmp_path / "data" / "tones" / "00000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1000])
+    status, message = command("pretrain.train", config)
+    assert status == 1
+    assert f"{tar}: corrupt shard: expected" in message
+    assert "found" in message
+    (tmp_path / "verify.yaml").write_text(f"dataset: {tar.parent}")
+    status, message = command("data_prep.verify_shards", tmp_path / "verify.yaml")
+    assert status == 1
+    assert str(tar) in message
+
+
+def test_the_wrong_kind_of_media(command, config, tmp_path):
+    status, message = command(
+        "pretrain.train",
+        config,
+        f"pairings.image-text.sources.0.dataset={tmp_path / 'data' / 'tones'}",
+    )
+    assert status == 1
+    assert "source 'colors': expected a dataset of image, found audio" in message
+
+
+def test_a_class_named_in_no_list(command, tmp_path):
+    (tmp_path / "media").mkdir()
+    for number, name in enumerate(["red", "green", "blu"]):
+        write_picture(tmp_path / "media" / f"{number}.png")
+        sidecar = {"captions": [f"it is {name}"], "class_name": name}
+        (tmp_path / "media" / f"{number}.json").write_text(json.dumps(sidecar))
+    shards = {"input": str(tmp_path / "media"), "output": str(tmp_path / "set"), "media": "image"}
+    (tmp_path / "shards.yaml").write_text(yaml.safe_dump(shards))
+    from data_prep.config import MakeShards
+    from data_prep.config_file import read_config
+    from data_prep.make_shards import make_shards
+
+    make_shards(read_config(MakeShards, tmp_path / "shards.yaml"))
+    task = {
+        "task": "zero_shot_classification",
+        "dataset": str(tmp_path / "set"),
+        "class_names": ["red", "green", "blue"],
+        "prompt_templates": ["it is {}"],
+    }
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    evaluation = {"checkpoint": str(tmp_path), "output": str(tmp_path / "results")}
+    path = tmp_path / "eval.yaml"
+    path.write_text(yaml.safe_dump(evaluation | {"evaluations": {"colors": task}}))
+    status, message = command("eval.evaluate", path)
+    assert status == 1
+    assert "'blu'" in message
+    assert "blue" in message.replace("'blu'", "")
+    assert "00000000.tar" in message
+
+
+def write_picture(path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), "red").save(path)
+
+
+def test_a_wrong_column(command, tmp_path):
+    (tmp_path / "pairs.tsv").write_text("file\tcaption\nx.png\ta thing\n")
+    shards = {"input": str(tmp_path / "pairs.tsv"), "output": str(tmp_path / "o"), "media": "image"}
+    (tmp_path / "shards.yaml").write_text(yaml.safe_dump(shards))
+    status, message = command("data_prep.make_shards", tmp_path / "shards.yaml")
+    assert status == 1
+    assert "expected a column 'path' (columns.media), found file, caption" in message
+
+
+@pytest.mark.slow
+def test_more_processes_than_lanes(config):
+    """As every rank would say it; here one stands for all."""
+    environment = os.environ | {"WORLD_SIZE": "9"}
+    arguments = [sys.executable, "-m", "pretrain.train", str(config), "--dry-run"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1
+    assert "9 processes for lanes=8" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,184 @@
+"""Models of other libraries, beside what these libraries make of the same media and texts."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from data_prep.config_file import InputError
+from eval.config import EmbedConfig
+from eval.models.encoder import load_encoder
+from eval.models.model_source import find_model
+from eval.models.preprocessing import windows_of
+from tests.support.toy_models import (
+    OPEN_CLIP_SIZES,
+    write_hugging_face_folder,
+    write_open_clip_folder,
+)
+
+TEXTS = ["a red square", "two dogs on the grass", "it's 5 o'clock &amp; raining"]
+
+
+def encoder_of(checkpoint, **settings):
+    values = {"checkpoint": checkpoint, "dataset": "unused", "output": "unused", "batch_size": 4}
+    return load_encoder(EmbedConfig.model_validate(values | settings))
+
+
+def add_architecture(folder):
+    """Makes "tiny77" known to open_clip."""
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tiny77.json").write_text(json.dumps(OPEN_CLIP_SIZES))
+    open_clip.add_model_config(folder / "configs")
+
+
+def picture(seed):
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    )
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def wav(num_samples, seed):
+    file = io.BytesIO()
+    waveform = np.random.default_rng(seed).uniform(-0.5, 0.5, num_samples)
+    soundfile.write(file, waveform, 8000, format="WAV", subtype="FLOAT")
+    return file.getvalue(), waveform.astype(np.float32)
+
+
+def embedded(encoder, kind, contents, extension):
+    prepared = [encoder.front_ends[kind].prepare_media(each, extension) for each in contents]
+    return encoder.encode_items(kind, torch.cat(prepared), [len(each) for each in prepared])
+
+
+def unit(rows):
+    return torch.nn.functional.normalize(rows.detach().float(), dim=-1)
+
+
+@pytest.mark.parametrize("form", ["folder", "local-dir", "file"])
+def test_open_clip_folders_and_files_embed_as_open_clip_does(tmp_path, form):
+    folder = write_open_clip_folder(tmp_path / "tiny")
+    model, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model.eval()
+    if form == "file":
+        add_architecture(tmp_path)
+        file = folder / "open_clip_model.safetensors"
+        encoder = encoder_of(file, open_clip_architecture="tiny77")
+        prepare = open_clip.create_model_and_transforms("tiny77")[2]  # a file says nothing of it
+    else:
+        encoder = encoder_of(f"local-dir:{folder}" if form == "local-dir" else folder)
+    images = [picture(seed) for seed in range(3)]
+    found = embedded(encoder, "image", map(png, images), "png")
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack([prepare(image) for image in images]))
+        texts = model.encode_text(open_clip.tokenize(TEXTS))
+    torch.testing.assert_close(found, unit(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), unit(texts), rtol=0, atol=1e-6)
+    assert (encoder.origin.library, encoder.embed_dim) == ("open_clip", 16)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_hugging_face_image_models_embed_as_transformers_does(tmp_path, kind):
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    folder = write_hugging_face_folder(tmp_path / "tiny", kind)
+    encoder = encoder_of(folder)
+    images = [picture(seed) for seed in range(3)]
+    found = embedded(encoder, "image", map(png, images), "png")
+    model = AutoModel.from_pretrained(folder).eval()
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(TEXTS, padding="max_length", max_length=20, return_tensors="pt")
+    if kind == "siglip":
+        tokens = {"input_ids": tokens["input_ids"]}
+    with torch.no_grad():
+        both = model(**tokens, **pixels)
+    torch.testing.assert_close(found, unit(both.image_embeds), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        encoder.encode_texts(TEXTS), unit(both.text_embeds), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["clap", "fused clap"])
+def test_clap_embeds_as_transformers_does_and_leaves_nothing_to_chance(tmp_path, kind):
+    from transformers import AutoFeatureExtractor, AutoModel, AutoTokenizer
+
+    folder = write_hugging_face_folder(tmp_path / "tiny", kind)
+    encoder = encoder_of(folder)
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    short, waveform = wav(5000, seed=1)
+    features = extractor(waveform, sampling_rate=8000, return_tensors="pt")["input_features"]
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.get_audio_features(features.float(), is_longer=torch.tensor([[False]]))
+        texts = model.get_text_features(**tokens)
+    found = embedded(encoder, "audio", [short], "wav")
+    torch.testing.assert_close(found, unit(expected.pooler_output), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.encode_texts(TEXTS), unit(texts.pooler_output), rtol=0, atol=1e-5
+    )
+    # A clip of 2.5 seconds, alone, and beside others: three windows, the same to the last digit.
+    long, whole = wav(20_000, seed=2)
+    alone = embedded(encoder, "audio", [long], "wav")
+    beside = embedded(encoder, "audio", [short, short, long, short], "wav")
+    assert torch.equal(alone[0], beside[2])
+    parts = [
+        encoder.encode_windows("audio", encoder.front_ends["audio"].transform(part)[None])
+        for part in (whole[:8000], whole[6000:14_000], whole[12_000:])
+    ]
+    mean = unit(torch.cat(parts).mean(dim=0, keepdim=True))
+    torch.testing.assert_close(alone, mean, rtol=0, atol=1e-6)
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent: expected a run folder with a checkpoint"):
+        find_model(tmp_path / "absent")
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="for a file of weights set open_clip_architecture"):
+        find_model(file)
+    with pytest.raises(InputError, match=r"absent: expected a file of weights"):
+        find_model(tmp_path / "absent", architecture="ViT-B-32")
+    with pytest.raises(InputError, match=r"open_clip knows no 'ViT-Q'; it knows .*ViT-B-32"):
+        encoder_of(file, open_clip_architecture="ViT-Q")
+    add_architecture(tmp_path)
+    with pytest.raises(InputError, match=r"weights.pt: open_clip cannot load it"):
+        encoder_of(file, open_clip_architecture="tiny77")
+
+
+def test_folders_that_lack_a_part_are_named(tmp_path):
+    folder = write_hugging_face_folder(tmp_path / "tiny", "clip")
+    weights = folder / "model.safetensors"
+    moved = shutil.move(weights, tmp_path / "moved")
+    with pytest.raises(InputError, match=r"tiny: expected weights .*found none; copy all files"):
+        encoder_of(folder)
+    shutil.move(moved, weights)
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="transformers cannot load it"):
+        encoder_of(folder)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match=r"expected model_type clip, siglip, clap; found 'bert'"):
+        encoder_of(folder)
+
+
+def test_windows_cover_a_clip_evenly_and_parts_are_where_they_are_said_to_be():
+    wave = np.arange(25)
+    starts = [part[0] for part in windows_of(wave, 10, long_clips="windows")]
+    assert starts == [0, 7, 15]
+    assert [part[0] for part in windows_of(wave[:20], 10, long_clips="windows")] == [0, 10]
+    assert [part.tolist() for part in windows_of(wave, 10, long_clips="first")] == [[*range(10)]]
+    assert [part[0] for part in windows_of(wave, 10, long_clips="centre")] == [7]
+    for policy in ("windows", "first", "centre"):
+        assert [len(part) for part in windows_of(wave[:7], 10, long_clips=policy)] == [7]

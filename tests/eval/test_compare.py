@@ -1,0 +1,134 @@
+"""Results of two models that differ in pictures alone."""
+
+import json
+
+import numpy as np
+import pytest
+from torch.nn.functional import normalize
+
+from data_prep.config_file import InputError, run_command
+from eval.compare import dry_run, run
+from eval.config import CompareConfig
+from eval.metrics.intervals import Bootstrap
+from eval.report.comparison import compare
+from tests.eval.test_evaluate import config_path, evaluate  # noqa: F401  a fixture
+from tests.support.toy_evaluation import ToyModel, load_toy_model
+
+
+class WorseModel(ToyModel):
+    """Takes some pictures that are not red for red ones."""
+
+    def encode_media(self, kind, batch):
+        embeddings = super().encode_media(kind, batch)
+        if kind == "image":
+            embeddings[::2, 0] += 2.0
+        return normalize(embeddings, dim=-1)
+
+
+def load_worse_model(folder, *, device="cpu"):
+    return WorseModel().eval(), *load_toy_model(folder)[1:]
+
+
+@pytest.fixture
+def results(config_path, monkeypatch):  # noqa: F811
+    """Folders of the results of a good model and of a worse one."""
+    good, worse = (config_path.parent / name for name in ("good", "worse"))
+    assert evaluate(config_path, f"output={good}") == 0
+    monkeypatch.setattr("eval.models.encoder.load_model", load_worse_model)
+    assert evaluate(config_path, f"output={worse}") == 0
+    return good, worse
+
+
+def scores_of(folder):
+    record = json.loads((folder / "results.json").read_text())["evaluations"]
+    return {
+        (name, figure): score["value"]
+        for name, each in record.items()
+        for figure, score in each["scores"].items()
+    }
+
+
+def test_differences_are_those_of_the_figures_with_paired_intervals(results):
+    good, worse = results
+    found = compare(good, worse, bootstrap=Bootstrap(400))
+    assert {each.evaluation for each in found} == {
+        "associated",
+        "choice",
+        "colors",
+        "few",
+        "grouped",
+        "matched",
+        "neighbours",
+        "probed",
+        "published",
+        "tints",
+        "pictures",
+        "tones",
+    }
+    first, second = scores_of(good), scores_of(worse)
+    for each in found:
+        key = (each.evaluation, each.figure)
+        assert each.baseline == pytest.approx(first[key])
+        assert each.value == pytest.approx(second[key])
+        assert each.difference == pytest.approx(second[key] - first[key])
+        assert each.low <= each.difference <= each.high
+        if each.evaluation == "tones":  # to which both listen alike
+            assert (each.low, each.high, each.num_better, each.num_worse) == (0, 0, 0, 0)
+            assert not each.is_clear
+    [colors] = [each for each in found if each.evaluation == "colors"]
+    # Batches of five: the first, third and fifth of each; of those, the green and blue ones.
+    wrong = [n for n in range(12) if n % 5 % 2 == 0 and n % 3]
+    assert colors.num_worse == len(wrong)
+    assert colors.worse == [f"{n:04d}" for n in wrong]
+    assert (colors.is_clear, colors.num_better) == (True, 0)
+    backwards = compare(worse, good, bootstrap=Bootstrap(400))
+    assert [each.difference for each in backwards] == [-each.difference for each in found]
+    assert [each.num_better for each in backwards] == [each.num_worse for each in found]
+
+
+def test_pairing_tells_apart_what_the_figures_own_intervals_do_not():
+    """Half of the queries fail for both; the rest for one in fifty more."""
+    from eval.metrics.intervals import bootstrap_interval, rate_interval, weighted_mean
+
+    rng = np.random.default_rng(0)
+    first = (rng.random(2000) < 0.5).astype(float)
+    second = np.where(rng.random(2000) < 0.02, 0.0, first)
+    clusters, settings = np.arange(2000), Bootstrap(500)
+    intervals = [
+        rate_interval(hits, clusters=clusters, bootstrap=settings)[:2] for hits in (first, second)
+    ]
+    assert intervals[0][0] < intervals[1][1]  # they overlap
+    _, high = bootstrap_interval(
+        second - first, clusters=clusters, statistic=weighted_mean, bootstrap=settings
+    )
+    assert high < 0
+
+
+def compare_command(*arguments):
+    return run_command(
+        CompareConfig, run=run, dry_run=dry_run, description="", arguments=list(arguments)
+    )
+
+
+def test_the_command_writes_a_table_and_refuses_other_samples(results, tmp_path, capsys):
+    good, worse = results
+    path = tmp_path / "compare.yaml"
+    path.write_text(f"results: [{good}, {worse}]\noutput: {tmp_path / 'compared'}\n")
+    assert compare_command(str(path)) == 0
+    assert capsys.readouterr().out.startswith(f"{worse} beside {good}: ")
+    table = (tmp_path / "compared" / "compare.md").read_text()
+    assert "| colors     | top_1_accuracy " in table
+    record = json.loads((tmp_path / "compared" / "compare.json").read_text())
+    assert len(record["compared"][str(worse)]) == table.count("\n| ") - 1
+
+    values = json.loads((worse / "results.json").read_text())
+    values["evaluations"]["colors"]["dataset"]["fingerprint"] = "another"
+    (worse / "results.json").write_text(json.dumps(values))
+    assert compare_command(str(path), "--dry-run") == 1
+    told = capsys.readouterr().err
+    assert "evaluation colors: fingerprint is" in told
+    assert "and 'another' in" in told
+    values["evaluations"] = {"else": values["evaluations"]["colors"]}
+    (worse / "results.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"expected evaluations named as in .*; found else"):
+        compare(good, worse, bootstrap=Bootstrap())

@@ -1,0 +1,75 @@
+"""A run is watched while it trains, and again after the watch was killed."""
+
+import json
+import shutil
+import threading
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_prep.config_file import InputError
+from eval.config import WatchConfig
+from eval.watch import dry_run, run
+from pretrain.train import pretrain
+from tests.support.toy_run import toy_config
+
+
+def curve_of(folder, name):
+    events = EventAccumulator(str(folder / "tensorboard" / "evaluation")).Reload()
+    found = events.Scalars(name)
+    values = {event.step: event.value for event in found}
+    assert len(values) == len(found)
+    return values
+
+
+def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
+    folder, output = tmp_path / "run", tmp_path / "out"
+    section = {"task": "retrieval", "dataset": str(toy_data / "more_colors")}
+    config = WatchConfig.model_validate(
+        {
+            "checkpoint": folder,
+            "output": output,
+            "evaluations": {"colors": section},
+            "bootstrap_samples": 100,
+            "poll_seconds": 0.1,
+        }
+    )
+    with pytest.raises(InputError, match=r"run: expected the folder of a run .* no config.yaml"):
+        run(config)
+    settings = {"schedule": {"num_steps": 6, "warmup_steps": 0}}
+    settings["run"] = {"checkpoint_every_steps": 2, "keep_checkpoints": 9}
+    pretrain(toy_config(toy_data, folder, **settings))
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    last = max((folder / "checkpoints").iterdir())
+    moved = shutil.move(last, tmp_path / "later")
+    dry_run(config)
+    assert "2 checkpoints to evaluate now" in capsys.readouterr().out
+
+    watch = threading.Thread(target=run, args=(config,))
+    watch.start()
+    while not (output / "step_00000004" / "results.json").exists():
+        time.sleep(0.05)
+    assert watch.is_alive()
+    shutil.move(moved, last)
+    (folder / "status.json").write_text(json.dumps(status))
+    watch.join(timeout=60)
+    assert not watch.is_alive()
+    steps = [2, 4, 6]
+    records = [
+        json.loads((output / f"step_{step:08d}" / "results.json").read_text()) for step in steps
+    ]
+    assert [record["checkpoint"]["step"] for record in records] == steps
+    figure = "text_to_media_mrr"
+    values = [record["evaluations"]["colors"]["scores"][figure]["value"] for record in records]
+    expected = pytest.approx(dict(zip(steps, values, strict=True)))
+    assert curve_of(folder, f"colors/{figure}") == expected
+    assert not list(output.rglob("*.npy"))
+
+    # What was evaluated stays as it is; a step that lost its results is done again.
+    kept = (output / "step_00000002" / "results.json").stat().st_mtime_ns
+    shutil.rmtree(output / "step_00000004")
+    run(config.model_copy(update={"wait": False}))
+    assert (output / "step_00000002" / "results.json").stat().st_mtime_ns == kept
+    assert curve_of(folder, f"colors/{figure}") == expected

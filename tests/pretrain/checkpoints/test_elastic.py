@@ -1,0 +1,108 @@
+"""A checkpoint of any strategy on any number of processes loads into any other, bit for bit."""
+
+import zlib
+
+import pytest
+import torch
+
+from pretrain.checkpoint import open_whole, read_model_state, restore
+from pretrain.checkpoints.record import RunState
+from pretrain.distributed.engine import build_engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.optimizer import build_optimizer
+from tests.support.gloo_processes import run_in_processes
+from tests.support.toy_run import toy_config
+from tests.support.toy_state import writer_of
+
+STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+ENGINES = [(strategy, count) for strategy in STRATEGIES for count in (1, 2, 4)]
+# Every strategy saves and loads, and every number of processes.
+SOME = [
+    *[("ddp", 4), ("ddp", 1), ("zero0", 1), ("zero0", 2), ("zero1", 2), ("zero1", 4)],
+    *[("zero2", 4), ("zero2", 1), ("zero3", 2), ("zero3", 4)],
+]
+FROZEN = {"image": {"library": "timm", "name": "test_vit", "frozen": True}}
+
+
+def expected(key, name, places):
+    """Values of a tensor at places, which no other tensor has."""
+    generator = zlib.crc32(f"{key}/{name}".encode())
+    return torch.sin(places.to(torch.float64) + generator).float()
+
+
+def of_fragment(fragment):
+    places = torch.arange(fragment.offset, fragment.offset + len(fragment.values))
+    return expected(fragment.key, fragment.name, places)
+
+
+def engine_of(toy_data, folder, strategy):
+    config = toy_config(
+        toy_data, folder, engine={"strategy": strategy}, image={"size": 160}, model=FROZEN
+    )
+    accelerator = start_accelerator(config)
+    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    optimizer = build_optimizer(config, model)
+    return build_engine(config, accelerator, model=model, optimizer=optimizer)
+
+
+def save(toy_data, folder, strategy):
+    engine = engine_of(toy_data, folder, strategy)
+    for fragment in engine.fragments():
+        fragment.values.copy_(of_fragment(fragment))
+    engine.after_load(num_updates=7)
+    writer = writer_of(engine, folder)
+    writer.save(RunState(7, engine.num_updates))
+    writer.finish()
+    writer.refuse_failure()
+    engine.close()
+
+
+def load(toy_data, folders, strategy):
+    """[(folder, key, name)] of the tensors that came otherwise than they went"""
+    engine = engine_of(toy_data, folders[0], strategy)
+    different = []
+    for folder in folders:
+        for fragment in engine.fragments():
+            fragment.values.fill_(torch.nan)
+        restore(engine, open_whole(str(folder / "step_00000007")))
+        assert engine.num_updates == 7
+        steps = {state["step"].item() for state in engine.optimizer.state.values()}
+        assert steps == {7.0}
+        different += [
+            (folder.name, fragment.key, fragment.name)
+            for fragment in engine.fragments()
+            if not torch.equal(fragment.values, of_fragment(fragment))
+        ]
+        different += [
+            (folder.name, "model", name)
+            for name, parameter in engine.model.named_parameters()
+            if strategy != "zero3"
+            and not torch.equal(
+                parameter.flatten(),
+                expected("parameter", name, torch.arange(parameter.numel())),
+            )
+        ]
+    engine.close()
+    return different
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ([("zero3", 2)], [("ddp", 1)]),
+        pytest.param(SOME[::2], SOME[1::2], marks=pytest.mark.slow),
+        pytest.param(ENGINES, ENGINES, marks=pytest.mark.exhaustive),
+    ],
+    ids=["zero3 to one process", "some", "all"],
+)
+def test_any_engine_loads_what_any_other_saved(toy_data, tmp_path, saved, loaded):
+    folders = [tmp_path / f"{strategy}_{count}" for strategy, count in saved]
+    for (strategy, count), folder in zip(saved, folders, strict=True):
+        run_in_processes(count, save, toy_data, folder, strategy)
+        for name, values in read_model_state(folder / "step_00000007").items():
+            places = torch.arange(values.numel())
+            assert torch.equal(values.flatten(), expected("parameter", name, places)), name
+    for strategy, count in loaded:
+        for different in run_in_processes(count, load, toy_data, folders, strategy):
+            assert different == [], (strategy, count)

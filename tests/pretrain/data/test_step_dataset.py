@@ -1,0 +1,264 @@
+"""The order law on real files: what a step holds depends on the config alone."""
+
+import copy
+import itertools
+import os
+import pickle
+import shutil
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.config_file import InputError, RunError
+from data_prep.media.decode import decode_image
+from data_prep.shards.dataset import Dataset
+from pretrain.config import Loading
+from pretrain.data.loader_process import LoaderProcess
+from pretrain.data.loaders import start_loader
+from pretrain.data.step_dataset import StepDataset
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.sampling.order import format_digest
+from tests.support.toy_run import COLORS, toy_config
+
+TENSORS = ("media", "stripes", "tokens", "caption_lengths", "media_keys", "caption_keys")
+WORLDS = (1, 2, 3, 4, 7, 8)
+# Who reads, with how many workers: nobody else, threads, processes.
+RUNTIMES = (
+    Loading(num_workers=0),
+    Loading(runtime="threads", num_workers=1),
+    Loading(runtime="threads", num_workers=3),
+    Loading(runtime="processes", num_workers=1),
+    Loading(runtime="processes", num_workers=3),
+)
+
+
+@pytest.fixture(scope="module")
+def config(toy_data, tmp_path_factory):
+    return toy_config(toy_data, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return build_tokenizer(config.model.text)
+
+
+@pytest.fixture
+def dataset(config, tokenizer):
+    return StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+
+
+def load_steps(config, tokenizer, loading, *, world_size, first_step, last_step):
+    """[steps] {pairing: {tensor: of the global batch}} as that many ranks load them."""
+    of_ranks = []
+    for rank in range(world_size):
+        dataset = StepDataset(config, tokenizer=tokenizer, rank=rank, world_size=world_size)
+        with start_loader(loading) as load:
+            steps = load(dataset, first_step=first_step, last_step=last_step)
+            of_ranks.append([copy.deepcopy(batch) for batch in steps])
+    return [joined([steps[number] for steps in of_ranks]) for number in range(len(of_ranks[0]))]
+
+
+def joined(batches):
+    """The global batch of a step, from those of all ranks."""
+    assert len({batch.step for batch in batches}) == 1
+    step = {}
+    for name in batches[0].pairings:
+        parts = [batch.pairings[name] for batch in batches]
+        num_rows = [len(part.tokens) for part in parts]
+        if sum(num_rows):
+            slots = [sum(num_rows[:rank]) for rank in range(len(parts))]
+            assert [part.first_slot for part in parts] == slots
+        step[name] = {key: torch.cat([getattr(part, key) for part in parts]) for key in TENSORS}
+        step[name]["digest"] = format_digest(sum(part.digest for part in parts))
+        step[name]["num_read"] = sum((part.num_read for part in parts), start=Counter())
+    return step
+
+
+def assert_same_steps(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for name, values in other.items():
+            for key, value in values.items():
+                is_same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
+                assert is_same(one[name][key], value), (name, key)
+
+
+@pytest.fixture(scope="module")
+def expected_steps(config, tokenizer):
+    """Steps 0 to 12 as one process reads them; colors and tones end epochs among them."""
+    steps = load_steps(config, tokenizer, RUNTIMES[0], world_size=1, first_step=0, last_step=12)
+    epochs = {key for step in steps for pairing in step.values() for key in pairing["num_read"]}
+    assert {("colors", 0), ("colors", 1), ("tones", 0), ("tones", 1)} <= epochs
+    return steps
+
+
+@pytest.mark.parametrize("loading", RUNTIMES, ids=lambda each: f"{each.runtime} {each.num_workers}")
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_order_pixels_sounds_and_tokens_do_not_depend_on_ranks_and_workers(
+    config, tokenizer, expected_steps, loading, world_size
+):
+    """Across an epoch's end; the second half as after a stop in other surroundings."""
+    first_step = 0 if world_size % 2 else 5
+    steps = load_steps(
+        config, tokenizer, loading, world_size=world_size, first_step=first_step, last_step=12
+    )
+    assert_same_steps(steps, expected_steps[first_step:])
+
+
+def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, monkeypatch):
+    """Resuming is calling a function: what is read for step ten million is that step alone."""
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    reads = []
+    for pairing in dataset.pairings.values():
+        for reader in pairing.readers:
+            read = reader.dataset.read_sample
+            monkeypatch.setattr(
+                reader.dataset, "read_sample", lambda n, read=read: (reads.append(n), read(n))[1]
+            )
+    batch = dataset.load(10_000_000)
+    assert len(reads) == sum(len(pairs.tokens) for pairs in batch.pairings.values()) == 24
+
+
+def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(dataset, monkeypatch):
+    expected = joined([dataset.load(5)])
+    for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
+        monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_PAIRS", pairs)
+        monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_BYTES", num_bytes)
+        assert_same_steps([joined([dataset.load(5)])], [expected])
+
+
+def test_a_batch_knows_which_of_its_captions_and_media_are_equal(config, dataset):
+    more = dataset.pairings["image-text"].readers[1]
+    assert len(more.samples) == 25
+    rows = [dataset.load(step).pairings["image-text"] for step in range(30)]
+    tokens = torch.cat([each.tokens for each in rows])
+    caption_keys = torch.cat([each.caption_keys for each in rows])
+    media_keys = torch.cat([each.media_keys for each in rows])
+    assert len(set(caption_keys.tolist())) == len({tuple(row) for row in tokens.tolist()})
+    # 30 steps show each of the 83 + 25 pictures, most of them several times.
+    assert len(set(media_keys.tolist())) == 108
+    lengths = torch.cat([each.caption_lengths for each in rows])
+    assert torch.equal(lengths, (tokens != 0).sum(dim=1))
+
+
+def test_one_pairing_per_step_leaves_the_others_empty_and_orders_each_as_if_alone(
+    toy_data, tmp_path, config, tokenizer
+):
+    values = config.model_dump()
+    values["pairings"]["image-text"]["weight"] = 3.0
+    chosen = type(config).model_validate(values | {"pairings_per_step": "one"})
+    steps = [
+        StepDataset(chosen, tokenizer=tokenizer, rank=0, world_size=1).load(step).pairings
+        for step in range(8)
+    ]
+    everything = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    for name, count in (("image-text", 6), ("audio-text", 2)):
+        taken = [step[name] for step in steps if len(step[name].tokens)]
+        assert len(taken) == count
+        for number, batch in enumerate(taken):
+            alone = everything.load(number).pairings[name]
+            assert torch.equal(batch.media, alone.media)
+            assert torch.equal(batch.tokens, alone.tokens)
+    assert all(sum(len(pairs.tokens) > 0 for pairs in step.values()) == 1 for step in steps)
+
+
+def test_a_segment_brings_a_new_source_and_leaves_earlier_steps_alone(
+    toy_data, config, tokenizer, expected_steps
+):
+    values = config.model_dump()
+    [colors, more] = values["pairings"]["image-text"]["sources"]
+    values["pairings"]["image-text"]["sources"] = [colors, more]
+    again = {**more, "name": "again", "weight": 5.0}
+    values["pairings"]["image-text"]["segments"] = [
+        {"from_step": 4, "sources": [{**colors, "weight": 1.0}, again]}
+    ]
+    changed = type(config).model_validate(values)
+    steps = load_steps(changed, tokenizer, RUNTIMES[0], world_size=1, first_step=0, last_step=12)
+    assert_same_steps(steps[:4], expected_steps[:4])
+    later = sum((step["image-text"]["num_read"] for step in steps[4:]), start=Counter())
+    assert {source for source, _ in later} == {"colors", "again"}
+
+
+def test_readers_survive_pickling_after_use(dataset):
+    before = dataset.load(1)
+    after = pickle.loads(pickle.dumps(dataset)).load(1)
+    assert torch.equal(after.pairings["image-text"].media, before.pairings["image-text"].media)
+
+
+def test_every_picture_comes_with_one_of_its_own_captions(dataset, tokenizer):
+    reader = dataset.pairings["image-text"].readers[0]
+    assert reader.read_exactly(3).captions == [f"picture 3 is {COLORS[3]}"]
+    captions = {reader.read_training(4, epoch=epoch).caption for epoch in range(20)}
+    assert captions == {f"picture 4 is {COLORS[0]}", "also number 4"}
+    drawn = dataset.load(0).pairings["image-text"].tokens
+    own = {
+        tuple(tokenizer([caption])[0].tolist())
+        for each in dataset.pairings["image-text"].readers
+        for ordinal in range(len(each.samples))
+        for caption in each.read_exactly(ordinal).captions
+    }
+    assert {tuple(row) for row in drawn.tolist()} <= own
+
+
+# -------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
+def test_a_shard_that_disappears_stops_the_run_with_its_name(
+    toy_data, tmp_path, tokenizer, loading
+):
+    shutil.copytree(toy_data, tmp_path / "data")
+    config = toy_config(tmp_path / "data", tmp_path / "run")
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    (tmp_path / "data" / "tones" / "00000000.tar").unlink()
+    with start_loader(loading) as load, pytest.raises(InputError, match=r"tones/00000000\.tar"):
+        list(load(dataset, first_step=0, last_step=6))
+
+
+@pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
+def test_a_fault_that_may_pass_is_told_as_such(dataset, monkeypatch, loading):
+    def fails(*_):
+        raise OSError(110, "Connection timed out", "tones/00000001.tar")
+
+    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(Dataset, "read_sample", fails)
+    expected = r"cannot read a shard: .*timed out.*tones/00000001\.tar.*nothing was skipped"
+    with start_loader(loading) as load, pytest.raises(RunError, match=expected):
+        list(load(dataset, first_step=0, last_step=6))
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_the_cause(dataset):
+    process = LoaderProcess(Loading(num_workers=2))
+    try:
+        steps = process.load(dataset, first_step=0, last_step=10**6, is_pinned=False)
+        next(steps)
+        os.kill(process._process.pid, signal.SIGKILL)
+        with pytest.raises(RunError, match="ended with SIGKILL"):
+            for _ in steps:
+                pass
+    finally:
+        process.close()
+
+
+def test_a_loader_process_ignores_the_schedulers_signals_and_ends_with_its_parent(dataset):
+    process = LoaderProcess(Loading(num_workers=1))
+    steps = process.load(dataset, first_step=0, last_step=10**6, is_pinned=False)
+    next(steps)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(process._process.pid, number)
+    assert [batch.step for batch in itertools.islice(steps, 5)] == [1, 2, 3, 4, 5]
+    process.close()
+    assert not process._process.is_alive()
+
+
+def test_dataset_reads_what_was_written(toy_data):
+    dataset = Dataset(toy_data / "colors")
+    assert len(dataset) == 83
+    assert dataset.locate(40) == (1, 0)
+    assert dataset.locate(82) == (2, 29)
+    pixels = decode_image(dataset.read_sample(82).members["png"], "png")
+    assert pixels.shape == (12, 10, 3)
+    assert pixels.dtype == np.uint8

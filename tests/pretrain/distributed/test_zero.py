@@ -1,0 +1,354 @@
+"""DeepSpeed's stages against one process: gradients, norms, clamps, fragments, whole runs."""
+
+import itertools
+import json
+import math
+import os
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.config_file import read_config
+from pretrain.checkpoint import read_model_state
+from pretrain.config import PretrainConfig
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import gather_objects
+from pretrain.distributed.engine import build_engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.optimizer import build_optimizer
+from tests.pretrain.test_train import assert_same_run, train
+from tests.support.gloo_processes import WorkerFailedError, run_in_processes
+from tests.support.toy_run import toy_config
+
+HIGHEST_SCALE = 1.0001
+# Towers of which every kind of layer drops, and which one pairing trains with a bias.
+DROPPING = {
+    "image": {
+        "library": "timm",
+        "name": "test_vit",
+        "options": {
+            "img_size": 16,
+            "patch_size": 4,
+            "depth": 2,
+            "patch_drop_rate": 0.25,
+            "proj_drop_rate": 0.1,
+            "drop_path_rate": 0.2,
+        },
+    },
+    "audio": {
+        "library": "timm",
+        "name": "test_convnext",
+        "options": {"patch_size": 1, "drop_path_rate": 0.2},
+    },
+}
+# Prefetching walks through the whole model at every module; no parameter is whole between uses.
+STAGE_3 = {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+ON_CPU = {"device": "cpu", "pin_memory": False}
+
+
+def observe(config):
+    """What an engine does in a step, in one whose gradient is not finite, and in another step.
+
+    No clipping, so that the first moments are a tenth of the first gradient.
+    """
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(config.run.folder)  # where DeepSpeed would compile
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    hosts = ["here"] * accelerator.num_processes
+    num_pieces = choose_num_pieces(
+        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+    )
+    optimizer = build_optimizer(config, model)
+    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
+    seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
+
+    seen["loss"] = backward_of_step(engine, dataset[0], config, num_pieces=num_pieces).total
+    seen["norm"] = engine.step(learning_rate=1e-3)
+    seen["gradient"] = {
+        name.partition("/")[2]: 10 * values.numpy()
+        for name, values in copies(engine).items()
+        if name.startswith("exp_avg/")
+    }
+    before = copies(engine)
+    [piece] = micro_batches(dataset[1], num_pieces=1, trims_captions=False)
+    features = engine.forward([piece])
+    engine.backward(
+        sum(each.sum() for group in features.values() for each in group if each is not None)
+        * math.nan
+    )
+    with pytest.raises(FloatingPointError, match="norm of the gradient is"):
+        engine.step(learning_rate=1e-3)
+    after = copies(engine)
+    seen["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backward_of_step(engine, dataset[2], config, num_pieces=num_pieces)
+        seen["last norm"] = engine.step(learning_rate=1e-3)
+    seen["collectives"] = Counter(
+        event.name for event in profile.events() if event.name.startswith("c10d::")
+    )
+    seen["parameters"] = {name: values.numpy() for name, values in copies(engine).items()}
+    seen["fragments"] = [
+        (part.key, part.name, part.offset, len(part.values), part.total)
+        for part in engine.fragments()
+    ]
+    engine.close()
+    seen["compiled"] = list(config.run.folder.rglob("*.so"))
+    return seen
+
+
+def copies(engine):
+    """ "<key>/<parameter>" -> flat tensor, put together from all ranks' fragments"""
+    whole = {}
+    parts = [
+        (part.key, part.name, part.offset, part.total, part.values.clone())
+        for part in engine.fragments()
+    ]
+    for key, name, offset, total, values in itertools.chain(*gather_objects(parts)):
+        tensor = whole.setdefault(f"{key}/{name}", torch.full((total,), math.nan))
+        tensor[offset : offset + len(values)] = values
+    return whole
+
+
+def config_of(toy_data, folder, strategy, *, precision="fp32", tuning=None, **sections):
+    folder.mkdir(exist_ok=True)
+    engine = {"strategy": strategy, "precision": precision} | sections.pop("engine", {})
+    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
+    pairings["audio-text"]["loss"] = "sigmoid"
+    if tuning is not None:
+        (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": tuning}))
+        engine["deepspeed_config"] = folder / "deepspeed.json"
+    return toy_config(toy_data, folder / "run", engine=engine, pairings=pairings, **sections)
+
+
+def observed(toy_data, folder, num_processes, strategy, **changes):
+    """[ranks] what `observe` sees, with a frozen tower and scales that every step would take out of
+    their bounds."""
+    model = toy_config(toy_data, folder).model.model_dump()
+    model["logit_scale"] = {"initial": 1.0, "maximum": HIGHEST_SCALE}
+    model["audio"]["frozen"] = True
+    optimizer = {"gradient_clipping": None}
+    config = config_of(toy_data, folder, strategy, model=model, optimizer=optimizer, **changes)
+    return run_in_processes(num_processes, observe, config)
+
+
+@pytest.fixture(scope="module")
+def alone(toy_data, tmp_path_factory):
+    [seen] = observed(toy_data, tmp_path_factory.mktemp("alone"), 1, "ddp")
+    return seen
+
+
+def assert_same_gradient(seen, expected, *, share=1e-5):
+    """Every parameter's within a share of its length, or of a thousandth of the whole's."""
+    assert seen["norm"] == pytest.approx(expected["norm"], rel=share)
+    assert seen["gradient"].keys() == expected["gradient"].keys()
+    for name, truth in expected["gradient"].items():
+        length = max(np.linalg.norm(truth), 1e-3 * expected["norm"])
+        error = np.linalg.norm(seen["gradient"][name].ravel() - truth.ravel())
+        assert error <= share * length, name
+
+
+def assert_fragments_tile(ranks, *, is_replicated):
+    """The fragments of all ranks cover every tensor, once unless each rank holds all of it."""
+    held = defaultdict(list)
+    for seen in ranks[:1] if is_replicated else ranks:
+        for key, name, offset, length, total in seen["fragments"]:
+            held[key, name, total].append((offset, length))
+    assert held.keys() >= {("exp_avg", name, v.size) for name, v in ranks[0]["gradient"].items()}
+    for (_, name, total), pieces in held.items():
+        if name.startswith("towers.audio.backbone."):  # frozen: perhaps whole on every rank
+            pieces = sorted(set(pieces))
+        end = 0
+        for offset, length in sorted(pieces):
+            assert offset == end, name
+            end += length
+        assert end == total, name
+
+
+STRATEGIES = {
+    "ddp": (2, "ddp", {"micro_batch_size": 3}),
+    "zero0": (2, "zero0", {"micro_batch_size": 3}),
+    "zero1, one pair at a time": (2, "zero1", {"micro_batch_size": 1}),
+    "zero2, 3 processes, small buckets": (
+        3,
+        "zero2",
+        {
+            "micro_batch_size": 3,
+            "tuning": {
+                "reduce_bucket_size": 5000,
+                "allgather_bucket_size": 5000,
+                "overlap_comm": True,
+                "reduce_scatter": False,
+            },
+        },
+    ),
+    "zero2, optimizer offloaded": (
+        2,
+        "zero2",
+        {"micro_batch_size": 3, "tuning": {"offload_optimizer": ON_CPU}},
+    ),
+    "zero3": (2, "zero3", {"micro_batch_size": 3, "tuning": STAGE_3}),
+    "zero3, all offloaded": (
+        2,
+        "zero3",
+        {
+            "tuning": {
+                "stage3_prefetch_bucket_size": 0,
+                "offload_optimizer": ON_CPU,
+                "offload_param": ON_CPU,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STRATEGIES)
+def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, alone, case):
+    num_processes, strategy, changes = STRATEGIES[case]
+    ranks = observed(toy_data, tmp_path, num_processes, strategy, **changes)
+    assert_fragments_tile(ranks, is_replicated=strategy in ("ddp", "zero0"))
+    for other in ranks[1:]:
+        assert (other["norm"], other["last norm"]) == (ranks[0]["norm"], ranks[0]["last norm"])
+    seen = ranks[0]
+    assert_same_gradient(seen, alone)
+    assert seen["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    # A gradient that is not finite leaves everything as it was, and nothing for the next step.
+    assert seen["changed"] == alone["changed"] == []
+    assert seen["last norm"] == pytest.approx(alone["last norm"], rel=1e-5)
+    for name, values in alone["parameters"].items():
+        if name.startswith("parameter/log_logit_scale."):
+            assert values[0] in (0.0, np.float32(math.log(HIGHEST_SCALE)))
+            assert seen["parameters"][name] == values
+        elif not name.endswith("in_proj_bias"):  # of the key biases, Adam sees rounding noise
+            np.testing.assert_allclose(
+                seen["parameters"][name].ravel(), values.ravel(), atol=1e-5, rtol=1e-4, err_msg=name
+            )
+    assert seen["compiled"] == []
+
+
+@pytest.mark.slow
+def test_micro_batches_are_reduced_once(toy_data, tmp_path):
+    """Counted: as many collectives as without micro-batches."""
+    whole, pieces = (
+        observed(toy_data, tmp_path / str(size), 2, "zero2", micro_batch_size=size)[0]
+        for size in ("auto", 3)
+    )
+    assert pieces["collectives"] == whole["collectives"]
+
+
+@pytest.mark.slow
+def test_bfloat16_is_autocast_alone(toy_data, tmp_path):
+    """Parameters, moments and reductions stay float32: the gradient is that of the other engine."""
+    expected, *others = (
+        observed(toy_data, tmp_path / strategy, 2, strategy, precision="bf16")[0]
+        for strategy in ("ddp", "zero2", "zero3")
+    )
+    # Under stage 3, attention rounds its gradient to bf16 (of 8 bits) at another place.
+    for seen, share in zip(others, (1e-5, 2**-8), strict=True):
+        assert seen["dtypes"] == {"torch.float32"}
+        assert seen["loss"] == expected["loss"]
+        assert_same_gradient(seen, expected, share=share)
+
+
+# --------------------------------------------------------------------------------- whole runs
+
+
+def run(toy_data, folder, num_processes, strategy, *, stop_after_step=None, **sections):
+    """The run folder after 20 steps, each of one of the pairings, or after fewer of them."""
+    sections = {
+        "schedule": {"num_steps": 20, "warmup_steps": 2},
+        "optimizer": {"gradient_clipping": 0.5},
+        "pairings_per_step": "one",
+        "model": DROPPING,
+    } | sections
+    config = config_of(toy_data, folder, strategy, **sections)
+    stopping = config.run.model_copy(update={"stop_after_step": stop_after_step})
+    config = config.model_copy(update={"run": stopping})
+    run_in_processes(num_processes, train, config)
+    return config.run.folder
+
+
+@pytest.fixture(scope="module")
+def run_alone(toy_data, tmp_path_factory):
+    return run(toy_data, tmp_path_factory.mktemp("run_alone"), 1, "ddp")
+
+
+def assert_same_end(toy_data, folder, expected):
+    """The metrics of every step, and parameters within 1 % of the way they went."""
+    assert_same_run(folder, expected)
+    config = read_config(PretrainConfig, folder / "config.yaml")
+    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    beginning = dict(model.named_parameters())
+    final = "checkpoints/step_00000020"
+    ours, theirs = (read_model_state(each / final) for each in (folder, expected))
+    for name, start in beginning.items():
+        if not name.endswith("in_proj_bias"):  # the gradient of key biases is rounding noise
+            distance = (theirs[name] - start.detach()).norm()
+            assert (ours[name] - theirs[name]).norm() <= 0.01 * distance, name
+
+
+RECOMPUTED = {"engine": {"activation_checkpointing": True}}
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "strategy", "sections"),
+    [
+        (2, "zero2", {"micro_batch_size": 3}),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in [
+                (2, "ddp", RECOMPUTED),
+                (3, "zero3", {"tuning": STAGE_3}),
+            ]
+        ),
+        *(
+            pytest.param(*values, marks=pytest.mark.exhaustive)
+            for values in [
+                (1, "ddp", {"micro_batch_size": 6}),
+                (2, "ddp", {"micro_batch_size": 2}),
+                (3, "ddp", {"micro_batch_size": 2}),
+                (4, "ddp", {}),
+                (2, "zero0", {}),
+                (3, "zero1", {"micro_batch_size": 2}),
+                (1, "zero2", {"micro_batch_size": 6}),
+                (4, "zero2", {"micro_batch_size": 1}),
+                (2, "zero3", {"tuning": STAGE_3, "micro_batch_size": 3} | RECOMPUTED),
+            ]
+        ),
+    ],
+)
+def test_a_run_does_not_depend_on_the_strategy(
+    toy_data, tmp_path, run_alone, num_processes, strategy, sections
+):
+    folder = run(toy_data, tmp_path, num_processes, strategy, **sections)
+    assert_same_end(toy_data, folder, run_alone)
+
+
+@pytest.mark.exhaustive
+def test_a_run_goes_on_under_other_strategies_as_if_it_had_never_stopped(
+    toy_data, tmp_path, run_alone
+):
+    run(toy_data, tmp_path, 2, "ddp", stop_after_step=6)
+    run(toy_data, tmp_path, 2, "zero3", tuning=STAGE_3, micro_batch_size=6, stop_after_step=9)
+    run(toy_data, tmp_path, 3, "zero2", stop_after_step=14)
+    folder = run(toy_data, tmp_path, 1, "ddp")
+    assert_same_end(toy_data, folder, run_alone)
+
+
+def test_a_deepspeed_file_of_the_launcher_is_refused(toy_data, tmp_path):
+    with pytest.raises(WorkerFailedError, match=r"deepspeed_config_file=ds\.json; leave"):
+        run_in_processes(2, start_with_file_of_launcher, config_of(toy_data, tmp_path, "zero2"))
+
+
+def start_with_file_of_launcher(config):
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "ds.json"
+    start_accelerator(config)

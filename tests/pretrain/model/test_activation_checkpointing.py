@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from data_prep.config_file import InputError
+from pretrain.model.activation_checkpointing import blocks_of, checkpoint_blocks
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_metrics
+from tests.support.gloo_processes import run_in_processes
+from tests.support.toy_droppers import NUM_PAIRS, VIT, Pairs, dropping_config
+from tests.support.toy_run import toy_config
+
+
+def toy_model(folder):
+    """Towers that drop nothing: ConvNeXt twice, and open_clip's text transformer."""
+    config = toy_config(folder, folder / "run")
+    return build_model(config, tokenizer=build_tokenizer(config.model.text))
+
+
+def class_names(backbone):
+    return [type(block).__name__ for block in blocks_of(backbone)]
+
+
+def test_blocks_are_found_in_towers_of_all_libraries(tmp_path):
+    config = dropping_config(tmp_path)
+    towers = Pairs(config).build_model(config).towers
+    assert class_names(towers["image"].backbone) == ["Block"] * 2
+    assert class_names(towers["audio"].backbone) == ["SwinTransformerBlock"] * 2
+    assert class_names(towers["text"].backbone) == ["BertLayer"]
+    towers = toy_model(tmp_path).towers
+    assert set(class_names(towers["image"].backbone)) == {"ConvNeXtBlock"}  # not its stages
+    assert class_names(towers["text"].backbone) == ["ResidualAttentionBlock"]
+
+
+def bytes_kept_for_backward(model, pairs):
+    """Of all tensors that the forward pass leaves to the backward pass, each once."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = model([pairs.piece(slice(0, NUM_PAIRS), step=0)])
+    assert features["image-text"][0].requires_grad
+    return sum(kept.values())
+
+
+def test_blocks_keep_less_and_their_names(tmp_path):
+    config = dropping_config(tmp_path)
+    pairs = Pairs(config)
+    model = pairs.build_model(config)
+    names = list(model.state_dict())
+    before = bytes_kept_for_backward(model, pairs)
+    checkpoint_blocks(model)
+    assert bytes_kept_for_backward(model, pairs) < 0.7 * before
+    assert list(model.state_dict()) == names
+
+
+def test_a_tower_without_blocks_is_refused_and_a_frozen_one_is_left_alone(tmp_path):
+    model = toy_model(tmp_path)
+    tower = model.towers["image"]
+    tower.backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(
+        InputError,
+        match=r"engine\.activation_checkpointing: model\.image \(Sequential\) has no list of equal "
+        "blocks to checkpoint; set it to false",
+    ):
+        checkpoint_blocks(model)
+    tower.is_frozen = True
+    checkpoint_blocks(model)
+
+
+def train(config):
+    from pretrain.train import pretrain
+
+    pretrain(config)
+
+
+@pytest.mark.slow
+def test_a_run_that_drops_goes_on_elsewhere_with_activations_computed_again(toy_data, tmp_path):
+    validation = {
+        "every_steps": 2,
+        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+    }
+
+    def config_of(folder, **sections):
+        model = toy_config(toy_data, folder).model.model_dump(mode="json") | {"image": VIT}
+        return toy_config(toy_data, folder, model=model, **sections)
+
+    undisturbed = config_of(tmp_path / "undisturbed", validation=validation)
+    run_in_processes(1, train, undisturbed)
+    moved = config_of(
+        tmp_path / "moved", micro_batch_size=3, engine={"activation_checkpointing": True}
+    )
+    stopping = moved.run.model_copy(update={"stop_after_step": 3})
+    run_in_processes(2, train, moved.model_copy(update={"run": stopping}))
+    run_in_processes(1, train, config_of(tmp_path / "moved"))
+    rows, expected_rows = (
+        [row for row in read_metrics(config.run.folder) if "validation" not in row]
+        for config in (moved, undisturbed)
+    )
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)

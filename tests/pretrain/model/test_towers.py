@@ -1,0 +1,197 @@
+import pytest
+import torch
+
+from data_prep.config_file import InputError
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from tests.support.toy_run import toy_config
+from tests.support.toy_towers import TINY_BERT, write_clip_tokenizer, write_tiny_open_clip
+
+TINY_VIT = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+TINY_AST = {
+    "max_length": 26,
+    "num_mel_bins": 16,
+    "patch_size": 8,
+    "frequency_stride": 8,
+    "time_stride": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+@pytest.fixture
+def config_with(tmp_path):
+    """A toy config with some towers replaced."""
+
+    def build(**towers):
+        config = toy_config(tmp_path, tmp_path / "run")
+        model = config.model.model_dump(mode="json")
+        for kind, tower in towers.items():
+            model[kind] = (model[kind] if kind == "text" else {}) | tower
+        return toy_config(tmp_path, tmp_path / "run", model=model)
+
+    return build
+
+
+def build(config):
+    return build_model(config, tokenizer=build_tokenizer(config.model.text))
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        {},
+        {"image": {"library": "transformers", "name": "vit", "options": TINY_VIT}},
+        {
+            "audio": {
+                "library": "transformers",
+                "name": "audio-spectrogram-transformer",
+                "options": TINY_AST,
+            }
+        },
+    ],
+    ids=["timm", "transformers image", "transformers audio"],
+)
+def test_towers_give_normalised_embeddings(config_with, towers):
+    model = build(config_with(**towers)).eval()
+    for embeddings in (
+        model.encode_image(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)),
+        model.encode_audio(torch.randn(2, 1600)),
+        model.encode_text(torch.randint(1, 400, (2, 12))),
+    ):
+        assert embeddings.shape == (2, 16)
+        assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2), atol=1e-5)
+    # A rank may hold no pair of a micro-batch; its parameters still take part.
+    pixels, waveforms = torch.zeros(0, 3, 16, 16, dtype=torch.uint8), torch.zeros(0, 1600)
+    tokens = torch.zeros(0, 12, dtype=torch.int64)
+    empty = [model.encode_image(pixels), model.encode_audio(waveforms), model.encode_text(tokens)]
+    assert [embeddings.shape for embeddings in empty] == [(0, 16)] * 3
+    sum(embeddings.sum() for embeddings in empty).backward()
+    towers = [p for p in model.towers.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in towers)
+
+
+def test_open_clips_models_keep_their_own_joint_space(config_with):
+    resnet = {"library": "open_clip", "name": "RN50", "frozen": True}
+    config = config_with(image=resnet)
+    large = config.model_copy(update={"image": config.image.model_copy(update={"size": 224})})
+    with pytest.raises(InputError, match="ends in a joint space of 1024; set embed_dim to 1024"):
+        build(large)
+    model = large.model.model_copy(update={"embed_dim": 1024})
+    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    tower = build(large.model_copy(update={"model": model})).eval().towers["image"]
+    with torch.no_grad():
+        assert torch.equal(tower(pixels), tower.backbone(tower.input_stage(pixels)))
+
+
+def test_a_transformers_text_tower_ignores_padding(config_with, tmp_path):
+    tokenizer_folder = write_clip_tokenizer(tmp_path / "tokenizer")
+    config = config_with(
+        text={
+            "library": "transformers",
+            "name": "bert",
+            "options": TINY_BERT,
+            "tokenizer": str(tokenizer_folder),
+        }
+    )
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer).eval()
+    tokens = tokenizer(["a red circle", "a dog"])
+    assert tokens.shape == (2, 12)
+    longer = torch.cat([tokens, torch.full((2, 5), tokenizer.pad_id)], dim=1)
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer))
+    # BERT's own pooling layer stands beside the path: nothing waits for its gradient.
+    model.encode_text(tokens).sum().backward()
+    assert all(p.grad is not None for p in model.towers["text"].parameters() if p.requires_grad)
+
+
+def test_initial_weights_depend_on_the_seed_alone(config_with):
+    states = [build(config_with()).state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    other = build(config_with().model_copy(update={"seed": 1})).state_dict()
+    assert not torch.equal(
+        states[0]["towers.text.projection.weight"], other["towers.text.projection.weight"]
+    )
+
+
+def test_pretrained_towers_load_from_files(config_with, tmp_path):
+    """Of each library, weights saved to disk come back; nothing is fetched."""
+    import timm
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModel
+
+    timm_model = timm.create_model("test_convnext", num_classes=0, patch_size=1)
+    save_file(timm_model.state_dict(), tmp_path / "timm.safetensors")
+    options = {"patch_size": 1}
+    tower = {"library": "timm", "name": "test_convnext", "options": options}
+    config = config_with(image=tower | {"pretrained": str(tmp_path / "timm.safetensors")})
+    assert_same_weights(build(config).towers["image"].backbone, timm_model)
+
+    transformers_model = AutoModel.from_config(AutoConfig.for_model("vit", **TINY_VIT))
+    transformers_model.save_pretrained(tmp_path / "vit")
+    tower = {"library": "transformers", "name": str(tmp_path / "vit"), "pretrained": True}
+    loaded = build(config_with(image=tower)).towers["image"].backbone.backbone
+    assert_same_weights(loaded, transformers_model)
+
+    clip = write_tiny_open_clip(tmp_path)
+    tower = {"library": "open_clip", "name": "tiny", "pretrained": str(tmp_path / "clip.pt")}
+    model = build(config_with(image=tower, text=tower | {"options": {}}))
+    assert_same_weights(model.towers["image"].backbone, clip.visual)
+    assert_same_weights(model.towers["text"].backbone, clip.text)
+
+
+def assert_same_weights(module, expected):
+    state = module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
+
+
+def test_batch_norm_in_a_trained_tower_is_refused_and_frozen_is_accepted(config_with):
+    resnet = {"library": "timm", "name": "test_resnet"}
+    with pytest.raises(InputError, match=r"model\.image: layer .* is a BatchNorm.*frozen: true"):
+        build(config_with(image=resnet))
+    model = build(config_with(image=resnet | {"frozen": True})).train()
+    assert not model.towers["image"].backbone.training
+    assert model.towers["text"].backbone.training
+    trained = [name for name, p in model.towers["image"].named_parameters() if p.requires_grad]
+    assert trained == ["projection.weight"]
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ({"library": "timm", "name": "test_convnexx"}, "timm cannot build 'test_convnexx'"),
+        (
+            {"library": "timm", "name": "test_convnext", "options": {"patch_size": 2}},
+            r"cannot encode input \[1, 3, 16, 16\]",
+        ),
+        ({"library": "open_clip", "name": "ViT-Z"}, "open_clip has no model 'ViT-Z'"),
+        (
+            {"library": "open_clip", "name": "ViT-B-32", "pretrained": True},
+            "does not say which weights",
+        ),
+        ({"library": "transformers", "name": "no-such"}, "transformers cannot build 'no-such'"),
+    ],
+)
+def test_a_tower_that_cannot_be_built_says_why(config_with, tower, message):
+    with pytest.raises(InputError, match=message):
+        build(config_with(image=tower))
+
+
+def test_an_open_clip_model_made_for_another_tokenizer_asks_for_it(config_with):
+    config = config_with(text={"library": "open_clip", "name": "xlm-roberta-base-ViT-B-32"})
+    with pytest.raises(InputError, match=r"made for the tokenizer 'xlm-roberta-base'"):
+        build_tokenizer(config.model.text)
+
+
+def test_open_clip_has_no_audio_towers(config_with):
+    with pytest.raises(InputError, match=r"model\.audio: open_clip has no audio towers"):
+        build(config_with(audio={"library": "open_clip", "name": "ViT-B-32"}))

@@ -1,0 +1,88 @@
+"""Ranks that hang: none stays for ever, and all that can say where they are."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.run.attempts import read_attempts
+from pretrain.run.end_causes import causes_of_end
+from tests.pretrain.run.test_fencing import train_and_freeze, wait_until_frozen
+from tests.pretrain.test_train import train
+from tests.support.gloo_processes import ProcessGroup
+from tests.support.toy_run import toy_config
+
+TIMEOUT_SECONDS = 8
+
+
+def train_and_sleep(config):
+    """Rank 1 waits for its data for ever, from the third step on."""
+    from pretrain.data.step_dataset import StepDataset
+    from pretrain.distributed.collectives import rank
+
+    load = StepDataset.load
+
+    def sleepless_load(dataset, number):
+        if rank() == 1 and number == 2:
+            time.sleep(1000)
+        return load(dataset, number)
+
+    StepDataset.load = sleepless_load
+    train(config)
+
+
+def test_no_rank_stays_for_ever_and_each_says_where_it_is(toy_data, tmp_path):
+    engine = {"timeout_seconds": TIMEOUT_SECONDS}
+    config = toy_config(toy_data, tmp_path / "run", engine=engine)
+    [first, second] = ProcessGroup(2, train_and_sleep, config).outcomes()
+    assert "LostPeerError: step 3: another process died, or did not come within" in first[1]
+    assert second == (False, "rank 1 died without a word")  # it ended itself
+    stacks = tmp_path / "run" / "stacks" / "0001"
+    for number, function in ((0, "take_losses"), (1, "sleepless_load")):
+        written = (stacks / f"rank_{number:05d}.txt").read_text()
+        assert f"rank {number} on {socket.gethostname()}\nno step ended for 6 s\n" in written
+        assert function in written
+    [attempt] = read_attempts(tmp_path / "run")
+    assert (attempt.to_step, attempt.outcome[:23]) == (2, "failed: LostPeerError('")
+    # Rank 0 waited for rank 1, which hung: it is told where both were.
+    [cause] = causes_of_end(tmp_path / "run", [attempt], 0)
+    assert "no step ended for 6 s" in cause
+    assert "(and 1 other ranks)" in cause
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_frees_the_others_and_ends_when_it_wakes(toy_data, tmp_path):
+    engine = {"timeout_seconds": TIMEOUT_SECONDS}
+    config = toy_config(toy_data, tmp_path / "run", engine=engine)
+    group = ProcessGroup(2, train_and_freeze, config, 3)
+    wait_until_frozen(group.pids[0])
+    group.pipes[1].poll(3 * TIMEOUT_SECONDS)
+    os.kill(group.pids[0], signal.SIGCONT)
+    [first, second] = group.outcomes()
+    assert not first[0]
+    assert "LostPeerError: step 3: another process died, or did not come within" in second[1]
+    assert "take_losses" in (tmp_path / "run/stacks/0001/rank_00001.txt").read_text()
+
+
+def test_signs_of_life_keep_it_quiet_and_nothing_is_left_behind(tmp_path):
+    with HangWatch(tmp_path, "0001", timeout_seconds=0.5, start_timeout_seconds=0.5) as watch:
+        for _ in range(8):
+            time.sleep(0.1)
+            watch.sign_of_life()
+    assert not list((tmp_path / "stacks" / "0001").iterdir())
+
+
+def test_a_start_may_take_longer_than_a_step(tmp_path):
+    with HangWatch(tmp_path, "0001", timeout_seconds=0.3, start_timeout_seconds=60) as watch:
+        time.sleep(0.6)
+        assert watch.timeout_key == "engine.start_timeout_seconds"
+        assert "no step ended" not in watch.path.read_text()
+        watch.sign_of_life()
+        assert watch.timeout_key == "engine.timeout_seconds"
+        time.sleep(0.35)
+        watch.sign_of_life(is_slow=True)
+        time.sleep(0.6)
+        assert watch.path.read_text().count("no step ended") == 1

@@ -1,0 +1,106 @@
+import json
+
+import pytest
+from pydantic import BaseModel
+
+from data_prep.config_file import ConfigError, to_yaml
+from pretrain.run.compatibility import refuse_other_run
+from tests.support.toy_run import toy_config
+
+FREE = {
+    "micro_batch_size",
+    "run.checkpoint_every_steps",
+    "run.folder",
+    "loading.num_workers",
+    "engine.strategy",
+    "engine.loss_mode",
+    "validation.every_steps",
+    "pairings.image-text.sources.0.dataset",
+}
+FIXED = {
+    "seed",
+    "lanes",
+    "model.embed_dim",
+    "model.image.name",
+    "image.size",
+    "audio.log_mel.hop_samples",
+    "pairings.image-text.weight",
+    "pairings.image-text.global_batch_size",
+    "pairings.image-text.sources.1.weight",
+    "pairings.audio-text.sources.0.name",
+    "optimizer.learning_rate",
+    "schedule.num_steps",
+    "engine.precision",
+    "loading.window",
+}
+
+
+def leaves(value, *, key="", is_free=False):
+    """(dotted key, whether a resumed run may change it, path of names to it) of a config."""
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            extra = field.json_schema_extra or {}
+            yield from leaves(
+                getattr(value, name),
+                key=f"{key}.{name}" if key else name,
+                is_free=is_free or bool(extra.get("free")),
+            )
+    elif isinstance(value, dict | list | tuple) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, each in items:
+            yield from leaves(each, key=f"{key}.{name}", is_free=is_free)
+    else:
+        yield key, is_free
+
+
+def changed(value, names):
+    """The same, but for the leaf that the names lead to: it is "CHANGED"."""
+    if not names:
+        return "CHANGED"
+    name, *others = names
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: changed(getattr(value, name), others)})
+    if isinstance(value, dict):
+        return value | {name: changed(value[name], others)}
+    return [changed(v, others) if str(n) == name else v for n, v in enumerate(value)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = toy_config(tmp_path, tmp_path / "run", schedule={"shape": "cosine"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    fingerprints = {"image-text/colors": "aaaa", "validation/image-text": "bbbb"}
+    environment = json.dumps({"dataset_fingerprints": fingerprints})
+    (tmp_path / "run" / "environment.json").write_text(environment)
+    return config, fingerprints
+
+
+def test_every_field_is_refused_with_both_values_unless_it_is_free(run):
+    config, fingerprints = run
+    refuse_other_run(config, fingerprints=fingerprints)
+    # Segments may be added to: test_pretrain_train.py has them.
+    known = {key: is_free for key, is_free in leaves(config) if not key.endswith(".segments")}
+    assert {key for key in FREE | FIXED if known[key] == (key in FIXED)} == set()
+    for key, is_free in known.items():
+        # Places that would be looked into are put back.
+        other = changed(config, key.split("."))
+        place = {"folder": config.run.folder, "checkpoint_folder": None}
+        other = other.model_copy(update={"run": other.run.model_copy(update=place)})
+        if is_free:
+            refuse_other_run(other, fingerprints=fingerprints)
+            continue
+        with pytest.raises(ConfigError) as raised:
+            refuse_other_run(other, fingerprints=fingerprints)
+        told = [line for line in str(raised.value).splitlines() if line.startswith("  ")]
+        assert told[0].startswith(f"  {key}: "), told
+        assert all(line.startswith("  fingerprint.") for line in told[1:]), told
+        assert told[0].endswith(" there, 'CHANGED' here"), told
+        assert "run.fork=true" in str(raised.value)
+
+
+def test_every_fingerprint_is_compared(run):
+    config, fingerprints = run
+    for key in fingerprints:
+        with pytest.raises(ConfigError, match=f"fingerprint.{key}: .* there, 'other' here"):
+            refuse_other_run(config, fingerprints=fingerprints | {key: "other"})

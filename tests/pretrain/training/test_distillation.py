@@ -1,0 +1,144 @@
+"""Distillation: the teacher is loaded, checked, and changes the targets as it should."""
+
+import pytest
+import torch
+
+from data_prep.config_file import ConfigError, InputError
+from pretrain.config import media_of_pairing
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.distillation import load_teachers
+from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.optimizer import build_optimizer
+from tests.pretrain.test_train import train
+from tests.support.dense_loss import dense_loss
+from tests.support.gloo_processes import run_in_processes
+from tests.support.toy_run import toy_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher_run(toy_data, tmp_path_factory):
+    config = toy_config(toy_data, tmp_path_factory.mktemp("teacher") / "run", seed=1)
+    run_in_processes(1, train, config.model_copy(update={"run": stopping(config, 2)}))
+    return config.run.folder
+
+
+def stopping(config, step):
+    return config.run.model_copy(update={"stop_after_step": step})
+
+
+def student_config(toy_data, folder, teacher, *, weight=0.5, **sections):
+    """A run whose images are taught, and whose sounds are not."""
+    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
+    pairings["image-text"]["teacher"] = {"checkpoint": str(teacher), "weight": weight}
+    return toy_config(toy_data, folder, pairings=pairings, **sections)
+
+
+def errors_of_gradients(config, num_pieces):
+    """(of the loss, worst of a gradient), against the dense loss of one process."""
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer)
+    teachers = load_teachers(config, tokenizer=tokenizer, device=CPU)
+    truth = true_loss(config, model, tokenizer, teachers)
+    truth.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    optimizer = build_optimizer(config, model)
+    engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batch = StepDataset(config, tokenizer=tokenizer, **share)[0]
+    losses = backward_of_step(engine, batch, config, num_pieces=num_pieces, teachers=teachers)
+    length = torch.cat([value.flatten() for value in expected.values()]).norm()
+    worst = max(
+        (
+            (parameter.grad - expected[name]).norm() / max(expected[name].norm(), 1e-3 * length)
+        ).item()
+        for name, parameter in model.named_parameters()
+    )
+    return abs(losses.total / truth.item() - 1), worst
+
+
+def true_loss(config, model, tokenizer, teachers):
+    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    [whole] = micro_batches(batch, num_pieces=1, trims_captions=False)
+    total = 0
+    for name, pairs in whole.items():
+        media = model.encode_media(media_of_pairing(name), pairs.media)
+        sides = [media.double(), model.encode_text(pairs.tokens).double()]
+        lesson = teachers[name].encode([whole]) if name in teachers else None
+        total = total + dense_loss(
+            *sides, model.log_logit_scale[name].exp().double(), teacher=lesson
+        )
+    return total
+
+
+def test_the_gradient_is_that_of_the_whole_batch_on_any_split(toy_data, tmp_path, teacher_run):
+    config = student_config(toy_data, tmp_path / "run", teacher_run)
+    for errors in run_in_processes(2, errors_of_gradients, config, 3):
+        assert errors[0] < 1e-6
+        assert errors[1] < 1e-5
+
+
+def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, teacher_run):
+    """With weight 1 the targets are the teacher's softmaxes: its own weights are a minimum."""
+    config = student_config(toy_data, tmp_path / "run", teacher_run, weight=1.0)
+    tokenizer = build_tokenizer(config.model.text)
+    teachers = load_teachers(config, tokenizer=tokenizer, device=CPU)
+    model = teachers["image-text"].model.requires_grad_(True)
+    engine = Engine(
+        start_accelerator(config),
+        model=model,
+        optimizer=build_optimizer(config, model),
+        gradient_clipping=None,
+    )
+    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    engine.train_mode(False)
+    lessons = {"teachers": teachers}
+    backward_of_step(engine, batch, config, num_pieces=1, **lessons)
+    of_images = model.towers["image"].projection.weight.grad.norm()
+    of_sounds = model.towers["audio"].projection.weight.grad.norm()
+    assert of_images < 1e-5 * of_sounds
+    engine.close()
+
+
+def test_a_run_is_taught_and_keeps_to_its_teacher(toy_data, tmp_path, teacher_run):
+    config = student_config(toy_data, tmp_path / "run", teacher_run)
+    config = config.model_copy(update={"run": stopping(config, 1)})
+    run_in_processes(1, train, config)
+    other = tmp_path / "run" / "checkpoints" / "step_00000001"
+    changed = student_config(toy_data, tmp_path / "run", other)
+    with pytest.raises(AssertionError, match=r"fingerprint.teacher/image-text"):
+        run_in_processes(1, train, changed)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"image": {"size": 20}}, r"trained with image.size=16, this run has 20"),
+        (
+            {"model": {"text": {"library": "open_clip", "context_length": 9}}},
+            r"it was trained with other tokens: .* 12 in all, there .* 9 in all, here",
+        ),
+    ],
+)
+def test_a_teacher_of_other_inputs_is_refused(toy_data, tmp_path, teacher_run, sections, message):
+    config = student_config(toy_data, tmp_path / "run", teacher_run, **sections)
+    tokenizer = build_tokenizer(config.model.text)
+    with pytest.raises(InputError, match=message):
+        load_teachers(config, tokenizer=tokenizer, device=CPU)
+
+
+def test_a_missing_teacher_and_a_sigmoid_loss_are_refused(toy_data, tmp_path):
+    config = student_config(toy_data, tmp_path / "run", tmp_path / "nothing")
+    tokenizer = build_tokenizer(config.model.text)
+    with pytest.raises(InputError, match=r"nothing: expected a run folder with a checkpoint"):
+        load_teachers(config, tokenizer=tokenizer, device=CPU)
+    pairings = config.model_dump(mode="json")["pairings"]
+    pairings["image-text"]["loss"] = "sigmoid"
+    with pytest.raises((ConfigError, ValueError), match="distillation is for loss=softmax alone"):
+        toy_config(toy_data, tmp_path / "run", pairings=pairings)

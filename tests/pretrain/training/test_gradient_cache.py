@@ -1,0 +1,146 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.train import build_training_model
+from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.optimizer import build_optimizer
+from tests.support.gloo_processes import run_in_processes
+from tests.support.toy_droppers import VIT
+from tests.support.toy_run import toy_config
+
+SPEC_AUGMENT = {"mel_bins": 4, "frames": 10}
+
+
+def config_of(toy_data, run, *, micro_batch_size=64, **audio):
+    text = {
+        "library": "open_clip",
+        "context_length": 24,
+        "options": {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408},
+    }
+    config = toy_config(toy_data, run, micro_batch_size=micro_batch_size)
+    model = config.model.model_dump(mode="json") | {"text": text}
+    return toy_config(
+        toy_data, run, micro_batch_size=micro_batch_size, model=model, audio=audio_section(audio)
+    )
+
+
+def audio_section(changes):
+    log_mel = {"fft_samples": 128, "hop_samples": 64, "num_mel_bins": 16, "high_hz": 2000.0}
+    return {"sample_rate_hz": 4000, "clip_seconds": 0.4, "log_mel": log_mel} | changes
+
+
+def gradients_of(config, trims_captions=True):
+    """(losses, gradients, lengths of the token batches that the text tower was given)."""
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_training_model(config, tokenizer)
+    assert model.takes_trimmed_captions
+    model.takes_trimmed_captions = trims_captions
+    lengths = []
+    model.towers["text"].register_forward_pre_hook(
+        lambda tower, inputs: lengths.append(inputs[0].shape[1])
+    )
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    hosts = ["here"] * accelerator.num_processes
+    num_pieces = choose_num_pieces(
+        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+    )
+    lengths.clear()
+    engine = Engine(
+        accelerator,
+        model=model,
+        optimizer=build_optimizer(config, model),
+        gradient_clipping=None,
+    )
+    losses = backward_of_step(engine, dataset[0], config, num_pieces=num_pieces)
+    gradients = {n: p.grad.clone().tolist() for n, p in small_parameters(model)}
+    engine.close()
+    return losses.total, gradients, lengths
+
+
+def small_parameters(model):
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel() < 100_000]
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(
+            torch.tensor(ours[1][name]), torch.tensor(gradient), atol=2e-5, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("micro_batch_size", [64, 3])
+def test_trimmed_captions_give_the_gradients_of_untrimmed_ones(
+    toy_data, tmp_path, micro_batch_size
+):
+    config = config_of(toy_data, tmp_path / "run", micro_batch_size=micro_batch_size)
+    trimmed, whole = gradients_of(config), gradients_of(config, trims_captions=False)
+    assert set(whole[2]) == {24}
+    assert max(trimmed[2]) < 24
+    assert_same_gradients(trimmed, whole)
+
+
+def test_stripes_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_data, tmp_path):
+    plain = config_of(toy_data, tmp_path / "run")
+    striped = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
+    whole = gradients_of(striped)
+    assert whole[0] != pytest.approx(gradients_of(plain)[0], rel=1e-4)
+    pieces = config_of(toy_data, tmp_path / "run", micro_batch_size=3, spec_augment=SPEC_AUGMENT)
+    assert_same_gradients(gradients_of(pieces), whole)
+    for ranks in run_in_processes(3, gradients_of, pieces):
+        assert_same_gradients(ranks, whole)
+
+
+def dropping(config, *, is_recomputed):
+    """The config with an image tower that drops, perhaps with its activations computed again."""
+    image = config.model.image.model_copy(update=VIT)
+    engine = config.engine.model_copy(update={"activation_checkpointing": is_recomputed})
+    model = config.model.model_copy(update={"image": image})
+    return config.model_copy(update={"model": model, "engine": engine})
+
+
+def test_layers_drop_alike_in_micro_batches_on_ranks_and_when_recomputed(toy_data, tmp_path):
+    plain = config_of(toy_data, tmp_path / "run")
+    whole = gradients_of(dropping(plain, is_recomputed=False))
+    pieces = dropping(config_of(toy_data, tmp_path / "run", micro_batch_size=3), is_recomputed=True)
+    assert_same_gradients(gradients_of(pieces), whole)
+    for ranks in run_in_processes(3, gradients_of, pieces):
+        assert_same_gradients(ranks, whole)
+
+
+def test_pieces_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
+    config = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
+    tokenizer = build_tokenizer(config.model.text)
+    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    pieces = micro_batches(batch, num_pieces=20, trims_captions=False)
+    for name, pairs in batch.pairings.items():
+        assert [len(piece[name].media) for piece in pieces][-1] == 0
+        assert torch.equal(torch.cat([piece[name].media for piece in pieces]), pairs.media)
+        assert torch.equal(torch.cat([piece[name].tokens for piece in pieces]), pairs.tokens)
+        slots = torch.cat([piece[name].draws.slots for piece in pieces])
+        assert torch.equal(slots, torch.arange(len(pairs.tokens)))
+        assert {int(piece[name].draws.step) for piece in pieces} == {0}
+    audio = batch.pairings["audio-text"]
+    assert torch.equal(torch.cat([p["audio-text"].stripes for p in pieces]), audio.stripes)
+    assert {piece["image-text"].stripes for piece in pieces} == {None}
+
+
+def test_a_piece_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
+    config = config_of(toy_data, tmp_path / "run")
+    tokenizer = build_tokenizer(config.model.text)
+    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    pairs = batch.pairings["image-text"]
+    lengths = torch.tensor([3] * 8 + [11] + [2] * 7)
+    batch = replace(batch, pairings={"image-text": replace(pairs, caption_lengths=lengths)})
+    pieces = micro_batches(batch, num_pieces=2, trims_captions=True)
+    assert [piece["image-text"].tokens.shape for piece in pieces] == [(8, 8), (8, 16)]
+    assert torch.equal(pieces[1]["image-text"].tokens, pairs.tokens[8:, :16])

@@ -1,0 +1,190 @@
+import pytest
+import torch
+
+from pretrain.data.batch import PairLayout, step_bytes
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import rank
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.run.attempts import read_attempts
+from pretrain.training.activation_memory import ActivationBytes
+from pretrain.training.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
+from pretrain.training.micro_batch_size import MemoryEstimate, estimate_for_plan, pieces_of_size
+from tests.pretrain.test_train import assert_same_run, train
+from tests.support.gloo_processes import WorkerFailedError, run_in_processes
+from tests.support.toy_run import toy_config
+
+GRAPHS = {"image-text": ActivationBytes(5, 10), "audio-text": ActivationBytes(0, 20)}
+PAIRS = {"image-text": 100, "audio-text": 30}
+
+
+def estimate_of(*, room=10**9, takes_all=True, num_pairs=PAIRS, activations=GRAPHS):
+    besides = {"optimizer": 4, "loss": 3}
+    free = 2 * room + 7  # half of the rest is kept free
+    return MemoryEstimate(free, besides, num_pairs, activations, takes_all, share_kept_free=0.5)
+
+
+@pytest.mark.parametrize(
+    ("room", "takes_all", "num_pieces"),
+    [
+        # 100 pairs of 10 bytes and 5 once, 30 pairs of 20 bytes
+        (1605, True, 1),
+        (1604, True, 2),  # 505 + 15 * 20
+        (805, True, 2),
+        (804, True, 3),  # 34 pairs of 10 bytes and 5 once, 10 pairs of 20 bytes
+        (545, True, 3),
+        (544, True, 4),  # 255 + 8 * 20
+        (35, True, 100),  # one pair of each
+        (34, True, None),
+        # 1005 beside one pair of audio, which an empty batch takes; or 600 beside 15 of images
+        (1025, False, 1),
+        (1024, False, 2),  # 505 + 20
+        (-10, True, None),
+    ],
+)
+def test_as_few_micro_batches_are_taken_as_fit(room, takes_all, num_pieces):
+    assert estimate_of(room=room, takes_all=takes_all).num_pieces == num_pieces
+
+
+def test_a_rank_without_pairs_still_encodes_one_row():
+    nothing = dict.fromkeys(PAIRS, 0)
+    assert estimate_of(num_pairs=nothing, room=35).num_pieces == 1
+    assert estimate_of(num_pairs=nothing, room=34).num_pieces is None
+
+
+def test_a_decision_is_told_with_its_numbers():
+    graphs = {"image-text": ActivationBytes(0, 12_100_000)}
+    besides = {"gradients and optimizer": 1_900_000_000, "batches": 100_000_000}
+    estimate = MemoryEstimate(10_000_000_000, besides, {"image-text": 1000}, graphs, True, 0.1)
+    assert estimate.describe() == (
+        "2 micro-batches a step, of at most 500 image-text pairs (12.1 MB each); 8 GB of 10 GB "
+        "left after 1.9 GB for gradients and optimizer, 100 MB for batches, of which 10% stay free"
+    )
+    assert estimate_of(room=0).describe().startswith("not even 1 image-text pairs (1e-05 MB each)")
+    assert estimate_of(activations=None).describe().startswith("not even 4 pairs could be encoded")
+
+
+@pytest.mark.parametrize(
+    ("size", "num_processes", "num_pieces"),
+    [(16, 1, 1), (15, 1, 2), (3, 1, 6), (3, 3, 2), (3, 8, 1)],
+)
+def test_no_rank_encodes_more_pairs_at_once_than_asked(
+    toy_data, tmp_path, size, num_processes, num_pieces
+):
+    config = toy_config(toy_data, tmp_path, micro_batch_size=size)  # 8 lanes of 2 images
+    assert pieces_of_size(config, num_processes=num_processes) == num_pieces
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "bytes_per_parameter"),
+    [
+        ("ddp", 1, 12),  # gradient, two moments
+        ("ddp", 4, 16),  # and the gradient on its way
+        ("zero0", 1, 16),
+        ("zero1", 4, 4 + 4 + 16 / 4),  # besides the moments, shared: the fp32 copy, the mean
+        ("zero2", 8, 4 + 4 + 16 / 8),
+        ("zero3", 4, 4 + 2 * 4 + 20 / 4),  # the share of the parameters; two buckets
+    ],
+)
+def test_strategies_share_what_they_share(
+    toy_data, tmp_path, strategy, num_processes, bytes_per_parameter
+):
+    config = toy_config(toy_data, tmp_path, engine={"strategy": strategy})
+    counted = optimizer_bytes(
+        config, num_trained=1000, num_processes=num_processes, device_type="cpu"
+    )
+    assert counted == 1000 * bytes_per_parameter
+
+
+def test_a_gpu_holds_deepspeeds_buckets_whole_and_what_is_offloaded_not(toy_data, tmp_path):
+    tuning = tmp_path / "tuning.json"
+    tuning.write_text(
+        '{"zero_optimization": {"reduce_bucket_size": 5000, "overlap_comm": true, '
+        '"offload_optimizer": {"device": "cpu"}}}'
+    )
+    engine = {"strategy": "zero2", "deepspeed_config": tuning}
+    config = toy_config(toy_data, tmp_path / "run", engine=engine)
+    share = {"num_trained": 1000, "num_processes": 4}
+    assert optimizer_bytes(config, device_type="cuda", **share) == 4000 + 2 * 5000 * 4
+    assert optimizer_bytes(config, device_type="cpu", **share) == 4000 + 2 * 4000 + 4000
+
+
+def test_the_loss_takes_features_and_tiles_but_never_all_logits():
+    share = {"width": 64, "num_processes": 1, "device_type": "cpu"}
+    small = loss_bytes(num_pairs=100, global_num_pairs=100, **share)
+    assert small == 4 * 2 * 100 * 64 * 4 + 4 * 100 * 100 * 4 + 80 * 100
+    large = loss_bytes(num_pairs=100_000, global_num_pairs=100_000, **share)
+    assert large == 4 * 2 * 100_000 * 64 * 4 + 4 * 512 * 2048 * 4 + 80 * 100_000
+    of_ranks = loss_bytes(num_pairs=50, global_num_pairs=100, **share | {"num_processes": 2})
+    assert of_ranks == small - 4 * 2 * 50 * 64 * 4 + 2 * 100 * 64 * 4
+
+
+def test_batches_count_where_they_are(toy_data, tmp_path):
+    config = toy_config(toy_data, tmp_path, loading={"batches_ahead": 3})
+    layouts = {"image-text": (PairLayout((16, 16, 3), torch.uint8, 0, 12), 16)}
+    share = {"num_trained": 1, "num_processes": 1}
+    on_cpu = bytes_besides_graphs(config, layouts, device_type="cpu", **share)["batches"]
+    on_gpu = bytes_besides_graphs(config, layouts, device_type="cuda", **share)["batches"]
+    assert (on_cpu, on_gpu) == (5 * step_bytes(layouts), 2 * step_bytes(layouts))
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def free_for(config, num_pieces, *, num_processes):
+    """Bytes that must be free for a rank of that many to need so many micro-batches."""
+    tokenizer = build_tokenizer(config.model.text)
+    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
+    model = build_model(config, tokenizer=tokenizer)
+    share = {"num_processes": num_processes, "num_processes_here": 1}
+    device = torch.device("cpu")
+    estimate = estimate_for_plan(config, model, dataset.layouts, device=device, **share)
+    assert estimate.num_pieces == 1
+    graphs = estimate.graph_bytes(num_pieces) / (1 - estimate.share_kept_free)
+    return sum(estimate.besides_graphs.values()) + round(graphs) + 10
+
+
+def train_with(config, free_of_rank):
+    """Trains where each rank's machine has so many bytes free."""
+    from pretrain.training import micro_batch_size
+
+    micro_batch_size.memory_name = lambda device: f"memory of rank {rank()}"
+    micro_batch_size.free_bytes = lambda device: free_of_rank[rank()]
+    train(config)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy_data, tmp_path_factory):
+    """Run folder of 6 steps by one process with memory enough."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_in_processes(1, train, toy_config(toy_data, folder))
+    [attempt] = read_attempts(folder)
+    assert attempt.micro_batches == 1
+    return folder
+
+
+def test_a_process_with_little_memory_gives_the_same_run(toy_data, tmp_path, undisturbed):
+    config = toy_config(toy_data, tmp_path / "run", micro_batch_size="auto")
+    free = free_for(config, 5, num_processes=1)
+    run_in_processes(1, train_with, config, [free])
+    [attempt] = read_attempts(tmp_path / "run")
+    assert 1 < attempt.micro_batches <= 5
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_ranks_take_what_the_neediest_of_them_needs(toy_data, tmp_path, undisturbed):
+    config = toy_config(toy_data, tmp_path / "run", micro_batch_size="auto")
+    free = free_for(config, 4, num_processes=2)
+    run_in_processes(2, train_with, config, [10 * free, free])
+    [attempt] = read_attempts(tmp_path / "run")
+    assert attempt.micro_batches == 4
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_without_room_for_a_pair_every_rank_says_so_and_nothing_is_written(toy_data, tmp_path):
+    config = toy_config(toy_data, tmp_path / "run", micro_batch_size="auto")
+    with pytest.raises(WorkerFailedError) as failure:
+        run_in_processes(2, train_with, config, [10**12, 10**6])
+    assert "InputError: micro_batch_size auto: rank 1: not even 1 image-text" in str(failure.value)
+    assert "set engine.activation_checkpointing" in str(failure.value)
+    assert not (tmp_path / "run" / "attempts").exists()

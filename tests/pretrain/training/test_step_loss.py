@@ -1,0 +1,223 @@
+"""Every accepted config gives the gradient of the loss over the whole global batch."""
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pretrain.config import media_of_pairing
+from pretrain.data.step_dataset import StepDataset
+from pretrain.distributed.collectives import RowGather, counted_traffic
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.gradient_cache import backward_of_step
+from pretrain.training.micro_batch_size import pieces_of_size
+from pretrain.training.optimizer import build_optimizer
+from tests.support.dense_loss import dense_loss
+from tests.support.gloo_processes import run_in_processes
+from tests.support.toy_run import toy_config
+
+CHOICES = {
+    "loss": ["softmax", "sigmoid"],
+    "label_smoothing": [0.0, 0.1],
+    "duplicates": ["negatives", "positives", "masked"],
+    "loss_mode": ["strip1", "strip2"],
+    "micro_batch_size": [24, 3],
+    "pairings_per_step": ["all", "one"],
+}
+OPTIONS = [
+    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+]
+
+
+def is_defined(options):
+    return options["loss"] == "softmax" or options["label_smoothing"] == 0
+
+
+ACCEPTED = [options for options in OPTIONS if is_defined(options)]
+
+
+def config_of(toy_data, folder, options, *, precision="fp32"):
+    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
+    for weight, pairing in zip((1.0, 0.5), pairings.values(), strict=True):
+        pairing |= {key: options[key] for key in ("loss", "label_smoothing", "duplicates")}
+        pairing["weight"] = weight
+    return toy_config(
+        toy_data,
+        folder,
+        pairings=pairings,
+        pairings_per_step=options["pairings_per_step"],
+        micro_batch_size=options["micro_batch_size"],
+        engine={"precision": precision, "loss_mode": options["loss_mode"]},
+    )
+
+
+def batch_of(config, tokenizer, **share):
+    """A step in which many pairs are duplicates of one another."""
+    batch = StepDataset(config, tokenizer=tokenizer, **share)[0]
+    return replace(batch, pairings={n: with_duplicates(p) for n, p in batch.pairings.items()})
+
+
+def with_duplicates(pairs):
+    return replace(pairs, media_keys=pairs.media_keys % 11, caption_keys=pairs.caption_keys % 11)
+
+
+def true_gradients(config, model, tokenizer):
+    """(loss, gradient of every parameter), by one process with all pairs at once."""
+    batch = batch_of(config, tokenizer, rank=0, world_size=1)
+    is_rounded = config.engine.precision == "bf16"
+    total = 0
+    for name in batch.taken:
+        pairs, pairing = batch.pairings[name], config.pairings[name]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
+            media = model.encode_media(media_of_pairing(name), pairs.media)
+            text = model.encode_text(pairs.tokens)
+        sides = [x.bfloat16() if is_rounded else x for x in (media, text)]
+        loss = dense_loss(
+            *(side.double() for side in sides),
+            model.log_logit_scale[name].exp().double(),
+            model.logit_bias[name].double() if pairing.loss == "sigmoid" else None,
+            kind=pairing.loss,
+            duplicates=pairing.duplicates,
+            label_smoothing=pairing.label_smoothing,
+            keys=[pairs.media_keys, pairs.caption_keys],
+        )
+        total = total + loss * (pairing.weight if config.pairings_per_step == "all" else 1)
+    total.backward()
+    return total.item(), taken_gradients(model)
+
+
+def taken_gradients(model):
+    """The gradients, which are cleared; zeros where a tower had no part."""
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+    model.zero_grad()
+    return gradients
+
+
+def errors_of_options(toy_data, folder, all_options, precision):
+    """[(options, error of the loss, worst error of a gradient)] on this rank."""
+    configs = [config_of(toy_data, folder, each, precision=precision) for each in all_options]
+    accelerator = start_accelerator(configs[0])
+    tokenizer = build_tokenizer(configs[0].model.text)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    found = []
+    for options, config in zip(all_options, configs, strict=True):
+        model = build_model(config, tokenizer=tokenizer)
+        truth, expected = true_gradients(config, model, tokenizer)
+        optimizer = build_optimizer(config, model)
+        engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
+        num_pieces = pieces_of_size(config, num_processes=accelerator.num_processes)
+        batch = batch_of(config, tokenizer, **share)
+        losses = backward_of_step(engine, batch, config, num_pieces=num_pieces)
+        gradients = taken_gradients(model)
+        length = torch.cat([value.flatten() for value in expected.values()]).norm()
+        worst = max(
+            ((gradients[name] - value).norm() / max(value.norm(), 1e-3 * length)).item()
+            for name, value in expected.items()
+        )
+        found.append((options, abs(losses.total / truth - 1), worst))
+    return found
+
+
+def test_a_loss_is_refused_where_it_is_not_defined(toy_data, tmp_path):
+    for options in OPTIONS:
+        if is_defined(options):
+            config_of(toy_data, tmp_path, options)
+        else:
+            with pytest.raises(ValidationError, match="smoothing is for loss=softmax alone"):
+                config_of(toy_data, tmp_path, options)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "accepted"),
+    [
+        (2, ACCEPTED[::7]),  # every choice stands in one of them
+        pytest.param(1, ACCEPTED, marks=pytest.mark.exhaustive),
+        pytest.param(3, ACCEPTED, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_every_accepted_config_gives_the_gradient_of_the_whole_batch(
+    toy_data, tmp_path, num_processes, accepted
+):
+    arguments = (toy_data, tmp_path, accepted, "fp32")
+    for found in run_in_processes(
+        num_processes, errors_of_options, *arguments, timeout_seconds=300
+    ):
+        for options, of_loss, of_gradient in found:
+            assert of_loss < 1e-6, options
+            assert of_gradient < 1e-5, options
+
+
+def test_in_bfloat16_the_gradient_is_that_of_the_rounded_features(toy_data, tmp_path):
+    accepted = [{**ACCEPTED[0], "loss": loss} for loss in CHOICES["loss"]]
+    [found] = run_in_processes(1, errors_of_options, toy_data, tmp_path, accepted, "bf16")
+    for options, of_loss, of_gradient in found:
+        assert of_loss < 1e-6, options
+        assert of_gradient < 1e-2, options
+
+
+# --------------------------------------------------------------------------------- what a step does
+
+
+def events_of_a_step(toy_data, folder, micro_batch_size):
+    """(order of what happened, pairs encoded by each tower, collectives) of a step."""
+    options = ACCEPTED[0] | {"micro_batch_size": micro_batch_size}
+    config = config_of(toy_data, folder, options)
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer)
+    optimizer = build_optimizer(config, model)
+    engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    events, num_encoded = [], Counter()
+
+    def encoded(tower, inputs, kind):
+        events.append(kind)
+        num_encoded[kind, torch.is_grad_enabled()] += len(inputs[0])
+
+    for kind, tower in model.towers.items():
+        tower.register_forward_pre_hook(lambda t, inputs, kind=kind: encoded(t, inputs, kind))
+    start = RowGather._start
+
+    def noted_start(gather):
+        events.append(f"{len(gather.tensors)} tensors sent")
+        start(gather)
+
+    RowGather._start = noted_start
+    batch = batch_of(config, tokenizer, **share)
+    num_pieces = pieces_of_size(config, num_processes=accelerator.num_processes)
+    with (
+        counted_traffic() as traffic,
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
+        backward_of_step(engine, batch, config, num_pieces=num_pieces)
+    all_reduces = sum(event.name == "c10d::allreduce_" for event in profile.events())
+    return events, num_encoded, traffic.calls, all_reduces
+
+
+def test_media_travel_while_captions_are_encoded(toy_data, tmp_path):
+    for events, *_ in run_in_processes(2, events_of_a_step, toy_data, tmp_path, 24):
+        assert events == [
+            *("image", "1 tensors sent", "text"),
+            *("audio", "1 tensors sent", "text"),
+            *("1 tensors sent", "1 tensors sent"),  # positives of both pairings
+        ]
+
+
+def test_micro_batches_cost_one_more_forward_pass_and_nothing_else(toy_data, tmp_path):
+    whole, pieces = (
+        run_in_processes(2, events_of_a_step, toy_data, tmp_path, size)[0] for size in (24, 3)
+    )
+    num_pairs = {"image": 8, "audio": 4, "text": 12}
+    assert whole[1] == {(kind, True): count for kind, count in num_pairs.items()}
+    for has_graph in (False, True):
+        assert {k: n for (k, g), n in pieces[1].items() if g == has_graph} == num_pairs
+    assert pieces[2] == whole[2]  # one loss of each pairing
+    assert pieces[3] == whole[3]  # one reduction of the gradients

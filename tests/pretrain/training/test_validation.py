@@ -1,0 +1,66 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from data_prep.config_file import InputError
+from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.model.contrastive_model import build_model
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.optimizer import build_optimizer
+from pretrain.training.validation import build_validation_sets, validate
+from tests.support.gloo_processes import run_in_processes
+from tests.support.toy_run import toy_config, toy_members, write_toy_dataset
+
+
+def validated(config):
+    """The figures, and the untrained model's features of all pairs."""
+    accelerator = start_accelerator(config)
+    tokenizer = build_tokenizer(config.model.text)
+    model = build_model(config, tokenizer=tokenizer)
+    optimizer = build_optimizer(config, model)
+    engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
+    [held_out] = build_validation_sets(config, tokenizer=tokenizer)
+    figures = validate(engine, held_out)
+    assert engine.model.training
+    reader = held_out.reader
+    pairs = [reader.read_exactly(ordinal) for ordinal in range(len(reader.dataset))]
+    with torch.no_grad():
+        media = model.encode_image(torch.stack([reader.transform(pair.media) for pair in pairs]))
+        text = model.encode_text(tokenizer([pair.captions[0] for pair in pairs]))
+    engine.close()
+    return figures, media.tolist(), text.tolist()
+
+
+def validating(toy_data, tmp_path, dataset, batch_size):
+    validation = {"pairings": {"image-text": {"dataset": dataset, "batch_size": batch_size}}}
+    return toy_config(toy_data, tmp_path / "run", validation=validation)
+
+
+def test_figures_are_those_of_the_obvious_way_for_any_number_of_processes(toy_data, tmp_path):
+    config = validating(toy_data, tmp_path, toy_data / "more_colors", 10)  # 10, 10 and 5 pairs
+    results = run_in_processes(1, validated, config) + run_in_processes(3, validated, config)
+    _, media, text = results[0]
+    scale = config.model.logit_scale.initial
+    losses, hits = [], []
+    for rows in (slice(0, 10), slice(10, 20), slice(20, 25)):
+        logits = scale * torch.tensor(media)[rows] @ torch.tensor(text)[rows].T
+        own = torch.arange(len(logits))
+        both = functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)
+        losses += [both.item() / 2] * len(logits)
+        hits += (logits.argmax(dim=1) == own).tolist()
+    for figures, _, _ in results:
+        assert figures["loss"] == pytest.approx(sum(losses) / 25, rel=1e-5)
+        assert figures["media_to_text_recall@1"] == pytest.approx(sum(hits) / 25, abs=1e-6)
+
+
+def test_a_held_out_pair_that_does_not_decode_is_named(toy_data, tmp_path, monkeypatch):
+    def with_one_bad(media, number):
+        return toy_members(media, number) | ({"png": b"GIF89a"} if number == 3 else {})
+
+    monkeypatch.setattr("toy_run.toy_members", with_one_bad)
+    bad = write_toy_dataset(tmp_path / "bad", "image", shard_sizes=(8,))
+    config = validating(toy_data, tmp_path, bad, 4)
+    tokenizer = build_tokenizer(config.model.text)
+    [held_out] = build_validation_sets(config, tokenizer=tokenizer)
+    with pytest.raises(InputError, match=r"validation\.pairings\.image-text: .*sample 000003"):
+        list(held_out.batches())

@@ -1,0 +1,71 @@
+"""What ranx makes of a matrix of scores, and librosa of a sound; both need packages that the tests
+do without, so their figures are stored:
+
+    python3.11 -m venv oracle
+    oracle/bin/pip install ranx librosa "numpy<2.3"
+    oracle/bin/python -m tests.support.stored_oracles > tests/support/stored_oracles.json
+"""
+
+import json
+
+import numpy as np
+
+RATE_HZ = 48_000
+KS = (1, 5, 10)
+
+
+def scores_and_right():
+    """float32 [40, 200] without ties, and bool [40, 200]: one to six right answers of each."""
+    generator = np.random.default_rng(0)
+    right = np.zeros((40, 200), dtype=bool)
+    for row in range(40):
+        right[row, generator.choice(200, 1 + row % 6, replace=False)] = True
+    scores = generator.standard_normal((40, 200)) + 1.5 * right
+    return scores.astype(np.float32), right
+
+
+def chirp():
+    """float32 [9600]: a fifth of a second, rising, with noise."""
+    time = np.arange(9600) / RATE_HZ
+    noise = np.random.default_rng(0).standard_normal(9600)
+    return (0.5 * np.sin(2 * np.pi * (200 + 20_000 * time) * time) + 0.01 * noise).astype(
+        np.float32
+    )
+
+
+def ranx_figures():
+    from ranx import Qrels, Run, evaluate
+
+    scores, right = scores_and_right()
+    queries = [str(n) for n in range(len(scores))]
+    qrels = Qrels(
+        {q: {str(d): 1 for d in np.flatnonzero(r)} for q, r in zip(queries, right, strict=True)}
+    )
+    run = Run(
+        {
+            q: {str(d): float(s) for d, s in enumerate(row)}
+            for q, row in zip(queries, scores, strict=True)
+        }
+    )
+    names = ["map", "map@10", "mrr", "ndcg@10"]
+    names += [f"{name}@{k}" for name in ("hit_rate", "recall") for k in KS]
+    return {name: float(value) for name, value in evaluate(qrels, run, names).items()}
+
+
+def librosa_decibels():
+    """Mel scale -> [frames][64] decibels, as CLAP's towers take them."""
+    import librosa
+
+    power = np.abs(librosa.stft(chirp(), n_fft=1024, hop_length=480, pad_mode="reflect")) ** 2
+    found = {}
+    for scale, options in (("htk", {"htk": True, "norm": None}), ("slaney", {})):
+        bank = librosa.filters.mel(
+            sr=RATE_HZ, n_fft=1024, n_mels=64, fmin=50, fmax=14_000, **options
+        )
+        decibels = 10 * np.log10(np.maximum(bank @ power, 1e-10))
+        found[scale] = decibels.T.round(5).tolist()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({"ranx": ranx_figures(), "librosa": librosa_decibels()}, indent=None))

@@ -1,0 +1,52 @@
+"""Ranking metrics compared with ranx, log-mels with librosa (tests/support/stored_oracles.py)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.metrics.ranked_relevance import right_answers
+from pretrain.config import AudioTransform
+from pretrain.model.log_mel import LogMelSpectrogram
+from tests.support.stored_oracles import KS, RATE_HZ, chirp, scores_and_right
+
+STORED = json.loads((Path(__file__).parent / "stored_oracles.json").read_text())
+
+
+def test_ranking_figures_are_those_of_ranx():
+    scores, right = scores_and_right()
+    query, place = np.nonzero(right)
+    wrong = np.where(right, -np.inf, scores)
+    above = (wrong[query] > scores[query, place][:, None]).sum(axis=1)
+    answers = right_answers(
+        query,
+        scores[query, place],
+        num_wrong_above=above,
+        num_wrong_level=np.zeros_like(above),
+        gallery_size=scores.shape[1],
+    )
+    found = {
+        "map": answers.average_precision(),
+        "map@10": answers.average_precision(10),
+        "mrr": answers.reciprocal_rank(),
+        "ndcg@10": answers.ndcg_at(10),
+    }
+    found |= {f"hit_rate@{k}": answers.query_ranks().hits_at(k) for k in KS}
+    found |= {f"recall@{k}": answers.true_recall_at(k) for k in KS}
+    means = {name: values.mean() for name, values in found.items()}
+    assert means == pytest.approx(STORED["ranx"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("mel_scale", "mel_norm"), [("htk", None), ("slaney", "slaney")])
+def test_decibels_are_those_of_librosa(mel_scale, mel_norm):
+    options = {"mean_db": 0, "std_db": 1, "low_hz": 50, "high_hz": 14_000, "num_mel_bins": 64}
+    options["hop_samples"] = 480
+    config = AudioTransform(
+        sample_rate_hz=RATE_HZ, log_mel=options | {"mel_scale": mel_scale, "mel_norm": mel_norm}
+    )
+    ours = LogMelSpectrogram(config)(torch.from_numpy(chirp())[None])[0, 0].T  # [S, F]
+    theirs = torch.tensor(STORED["librosa"][mel_scale])
+    assert ours.shape == theirs.shape == (21, 64)
+    assert (ours - theirs).abs().max() < 1e-3
