@@ -26,17 +26,17 @@ check-demo: demo                 ## fails if the demo's figures are below their 
 
 # Two at a time, whole files to each: most tests have seconds in which only one process computes.
 test: .venv/ready                ## the fast tests: under eight minutes on two cores
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-slow: .venv/ready           ## more combinations of strategies, processes and losses
-	$(RUN) -m pytest -m slow -n 2
+	$(RUN) -m pytest -m slow -n 2 --dist loadgroup
 
 # The demo is what the jobs train, and its figures are what they must come to.
 test-slurm: demo                 ## jobs on a real Slurm, which it installs: root on Debian, half an hour
 	$(RUN) -m pytest tests/slurm -m slurm $(SLURM_TESTS)
 
 soak: .venv/ready                ## all combinations, 200 runs killed at random: 25 to 45 minutes
-	$(RUN) -m pytest -m exhaustive -n 2
+	$(RUN) -m pytest -m exhaustive -n 2 --dist loadgroup
 	$(RUN) -m tests.support.killed_runs 1000 200
 
 lint: .venv/ready

@@ -8,10 +8,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.caption_script import check_script
 from data_prep.config_file import Section, free
-from data_prep.languages import check_language
-from data_prep.sources.pair import FILTER_REASONS
+from data_prep.languages import check_language, check_script
 
 MediaKind = Literal["image", "audio"]
 SourceFormat = Literal[
@@ -26,6 +24,21 @@ SourceFormat = Literal[
     "huggingface",  # what datasets' save_to_disk wrote
     "webdataset",  # tars; or a dataset folder of ours
 ]
+# What filters find. Named in `mark_only`, they mark a pair instead of dropping it.
+FILTER_REASONS = frozenset(
+    {
+        "audio_silent",
+        "audio_too_short",
+        "caption_boilerplate",
+        "caption_language",
+        "caption_repeated",
+        "caption_script",
+        "caption_too_long",
+        "caption_too_short",
+        "image_aspect_ratio",
+        "image_too_small",
+    }
+)
 
 
 class Columns(Section):

@@ -1,47 +1,23 @@
-"""Reads a typed config: defaults, then a YAML file, then `section.key=value` from the command line.
+"""Typed configs: defaults, then a YAML file, then `section.key=value` from the command line.
 
-Every command of the project goes through `run_command`, so that all of them take the same
-arguments (`CONFIG.yaml [section.key=value ...] [--dry-run]`), refuse unknown keys with the nearest
-known name, and end with status 0 (done), 1 (failed) or 2 (wrong usage or config).
+Unknown keys are errors that suggest the nearest known name.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
-import logging
-import os
 import re
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.errors import ConfigError
+
 SectionT = TypeVar("SectionT", bound="Section")
-# What they say is shown from INFO on, what libraries say from WARNING on.
-OWN_LOGGERS = ("data_prep", "pretrain", "eval")
-SECONDS_TO_LET_RANK_0_SPEAK = 3.0
-
-
-class InputError(ValueError):
-    """Something a person gave cannot be used: a value, a file, a dataset.
-
-    The message says what was expected, what was found, where, and what to do; commands print it
-    alone, without a traceback.
-    """
-
-
-class ConfigError(InputError):
-    """A config or command line that is wrong before anything was run (exit status 2)."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on. The message says why and what to do; commands print it alone."""
 
 
 class Section(BaseModel):
@@ -70,9 +46,6 @@ def _unknown_key_message(key: str, known: Sequence[str]) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
-# ---------------------------------------------------------------------------------------- YAML
-
-
 class _Yaml12Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2's scalars: 5e-4 is a number; off, on, yes, no, dates are text."""
 
@@ -85,9 +58,13 @@ _Yaml12Loader.yaml_implicit_resolvers = {
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
 _Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+
+
 _Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -146,9 +123,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: expected a mapping of keys to values, found {type(values).__name__}"
         )
     return values
-
-
-# ----------------------------------------------------------------------------------- overrides
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -255,83 +229,3 @@ def differing_keys(old: Any, new: Any, *, prefix: str = "") -> dict[str, tuple[A
         dotted = f"{prefix}.{key}" if prefix else str(key)
         different |= differing_keys(old.get(key), new.get(key), prefix=dotted)
     return different
-
-
-# ------------------------------------------------------------------------------------- command
-
-
-def run_command(
-    section: type[SectionT],
-    *,
-    run: Callable[[SectionT], None],
-    dry_run: Callable[[SectionT], None],
-    description: str,
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """Runs one command of the project and returns its exit status.
-
-    Args:
-        section: the type of the command's config.
-        run: does the work.
-        dry_run: checks what can be checked without doing the work, and prints derived numbers.
-        description: the command's module docstring, shown by --help.
-        arguments: the command line after the program's name (default: sys.argv).
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="resolve and check the config, print it, and exit"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for package in OWN_LOGGERS:
-        logging.getLogger(package).setLevel(logging.INFO)
-    try:
-        config = read_config(section, options.config, overrides=options.overrides)
-        if options.dry_run:
-            print(to_yaml(config))  # noqa: T201
-            dry_run(config)
-        else:
-            run(config)
-    except (InputError, RunError) as error:
-        _print_error(error)
-        return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _print_error(InputError(f"{error.filename}: {error.strerror}"))
-        return 1
-    except KeyboardInterrupt:
-        _print_error(RunError("interrupted; the same command goes on where this one was"))
-        return 130
-    return 0
-
-
-def check_output_folder(folder: Path, *, key: str) -> None:
-    """Checks that a folder can be written or made, without making it.
-
-    Raises:
-        ConfigError: naming the key and what stands in the way.
-    """
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise ConfigError(f"{key}={folder}: expected a folder, found a file at {nearest}")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}={folder}: {nearest} cannot be written; choose another")
-
-
-def _print_error(error: Exception) -> None:
-    """Prints the message; of several processes that fail alike, mostly the first one's alone.
-
-    The others wait a little, because a launcher ends them as soon as one has failed.
-    """
-    rank = os.environ.get("RANK")
-    if rank not in (None, "0"):
-        time.sleep(SECONDS_TO_LET_RANK_0_SPEAK)
-    prefix = "" if rank is None else f"rank {rank}: "
-    print(f"error: {prefix}{error}", file=sys.stderr, flush=True)  # noqa: T201

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import sys
 
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from data_prep.config import Describe
-from data_prep.config_file import ConfigError, check_output_folder, run_command
 from data_prep.dedup.duplicate_table import name_in_table
+from data_prep.errors import ConfigError
 from data_prep.report.data_sheet import SheetContent, render_sheet
-from data_prep.report.dataset_figures import DatasetFigures, measure_dataset
+from data_prep.report.dataset_figures import DatasetFigures, count_members, measure_dataset
 from data_prep.report.described_samples import missing_sidecars, open_described_samples
 from data_prep.report.duplicate_figures import measure_duplicates
-from data_prep.report.member_counts import count_members
 from data_prep.report.numbers import bytes_text
 from data_prep.report.rejected import read_rejections
 from data_prep.report.sheet_gallery import spread_ranks
-from data_prep.shards.dataset import write_atomically
 from data_prep.shards.subset import KeptSamples
+from data_prep.storage.atomic import write_atomically
 
 
 def describe(config: Describe) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
+from data_prep.command import run_command
 from data_prep.config import MakeShards
-from data_prep.config_file import run_command
 from data_prep.pipeline.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
 from data_prep.pipeline.plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
 from data_prep.shards.folder import check_plan, lock_folder

@@ -23,15 +23,20 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from data_prep.config import FindDuplicates
-from data_prep.config_file import ConfigError, check_output_folder, fixed_values, run_command
+from data_prep.config_file import fixed_values
 from data_prep.dedup.duplicate_table import write_table
 from data_prep.dedup.groups import GroupedSamples, group_samples
 from data_prep.dedup.joined_datasets import JoinedDatasets, number_column
 from data_prep.dedup.search import Search, methods_of
+from data_prep.errors import ConfigError
 from data_prep.report.duplicate_report import render_report
-from data_prep.shards.dataset import write_atomically
 from data_prep.shards.subset import Subset
+from data_prep.storage.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from data_prep.config import IndexShards
-from data_prep.config_file import InputError, check_output_folder, fixed_values, run_command
-from data_prep.shards.columns import KeptType
-from data_prep.shards.dataset import ShardIndex
+from data_prep.config_file import fixed_values
+from data_prep.errors import InputError
+from data_prep.shards.columns import (
+    KeptType,
+    KeptTypes,
+    check_kept_names,
+)
 from data_prep.shards.folder import (
     begin_plan,
     check_plan,
@@ -31,7 +39,7 @@ from data_prep.shards.folder import (
     index_if_finished,
     lock_folder,
 )
-from data_prep.shards.kept_columns import KeptTypes, check_kept_names
+from data_prep.shards.index import ShardIndex
 from data_prep.shards.tar_index import IndexTask, index_tar, kept_types_of_tar
 from data_prep.workers import run_tasks
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import regex
+
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
+
+
+# Suggested where a name is misspelt; any script of Unicode can be asked for.
+COMMON_SCRIPTS = (
+    *("Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek"),
+    *("Gujarati", "Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana"),
+    *("Khmer", "Lao", "Latin", "Malayalam", "Mongolian", "Myanmar", "Oriya", "Sinhala", "Tamil"),
+    *("Telugu", "Thai", "Tibetan"),
+)
 
 
 def language_of(text: str, *, min_probability: float) -> str | None:
@@ -31,3 +43,39 @@ def _language_identifier() -> LanguageIdentifier:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def check_script(name: str) -> None:
+    """Checks that Unicode has a script of this name.
+
+    Raises:
+        ValueError: it has none; suggests the nearest name.
+    """
+    try:
+        is_known = regex.compile(rf"\p{{Script={name}}}") and regex.fullmatch("[A-Za-z_ ]+", name)
+    except regex.error:
+        is_known = False
+    if not is_known:
+        nearest = difflib.get_close_matches(name.title(), COMMON_SCRIPTS, n=1, cutoff=0.5)
+        known = ", ".join(COMMON_SCRIPTS)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"names are {known}, ..."
+        raise ValueError(f"{name!r} is no script of Unicode; {hint}")
+
+
+def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
+    """Share of the text's letters that are of these scripts; 1 if there are no letters.
+
+    Letters that all scripts share, such as the Japanese mark of long vowels, do not count.
+    """
+    letters, letters_of_scripts = _letter_expressions(scripts)
+    if text.isascii() and letters_of_scripts.match("a"):
+        return 1.0  # ASCII's letters are Latin ones
+    num_letters = len(letters.findall(text))
+    return len(letters_of_scripts.findall(text)) / num_letters if num_letters else 1.0
+
+
+@lru_cache
+def _letter_expressions(scripts: tuple[str, ...]) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
+    letters = r"[\p{L}--[\p{Script=Common}\p{Script=Inherited}]]"
+    wanted = "".join(rf"\p{{Script={script}}}" for script in scripts)
+    return regex.compile(f"(?V1){letters}"), regex.compile(f"(?V1)[{letters}&&[{wanted}]]")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.command import run_command
 from data_prep.config import DemoData
-from data_prep.config_file import run_command
 from data_prep.demo.images import (
     DIGIT_NAMES,
     DIGIT_PROMPTS,

@@ -20,8 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from data_prep.config import MakeShards
-from data_prep.config_file import check_output_folder, run_command
 from data_prep.pipeline.dataset_finish import (
     by_reason,
     finish_shards,
@@ -37,8 +40,8 @@ from data_prep.pipeline.plan import (
     read_plan,
 )
 from data_prep.pipeline.shard import ShardTask, write_shard
-from data_prep.shards.dataset import ShardIndex
 from data_prep.shards.folder import check_plan, lock_folder, remove_leftovers
+from data_prep.shards.index import ShardIndex
 from data_prep.sources.formats import media_root_of
 from data_prep.sources.input_files import check_output_apart
 from data_prep.workers import run_tasks

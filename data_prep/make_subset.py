@@ -21,11 +21,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from data_prep.config import MakeSubset
-from data_prep.config_file import InputError, check_output_folder, fixed_values, run_command
+from data_prep.config_file import fixed_values
+from data_prep.errors import InputError
 from data_prep.selection.pool import SamplePool, Step
 from data_prep.selection.sample_table import SampleTable, files_literal, open_duckdb
-from data_prep.shards.dataset import DatasetInfo
+from data_prep.shards.manifest import DatasetInfo
 from data_prep.shards.subset import Subset
 
 if TYPE_CHECKING:

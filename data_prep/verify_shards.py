@@ -14,9 +14,14 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from data_prep.command import run_command
 from data_prep.config import VerifyShards
-from data_prep.config_file import InputError, run_command
-from data_prep.shards.dataset import DatasetInfo, ManifestRow, read_dataset_files
+from data_prep.errors import InputError
+from data_prep.shards.manifest import (
+    DatasetInfo,
+    ManifestRow,
+    read_dataset_files,
+)
 from data_prep.verify.dataset_check import (
     DatasetOrigin,
     check_dataset,

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,11 +20,12 @@ from itertools import islice
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 TASKS_AHEAD = 2  # per worker: enough that none waits
+ValueT = TypeVar("ValueT")
 
 
 def run_tasks(
@@ -105,3 +106,32 @@ def _prepare_worker() -> None:
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def map_ahead(
+    function: Callable[[ValueT], ResultT], values: Iterable[ValueT], *, ahead: int
+) -> Iterator[ResultT]:
+    """The results in order; at most `ahead` are computed or wait at any time.
+
+    Args:
+        function: called from threads when `ahead` is above 1.
+        values: taken as they are needed.
+        ahead: number of threads; 1 calls the function here.
+    """
+    if ahead == 1:
+        yield from map(function, values)
+        return
+    remaining = iter(values)
+    running: deque[Future[ResultT]] = deque()
+    with ThreadPoolExecutor(ahead) as executor:
+        try:
+            while True:
+                free_places = ahead - len(running)
+                running.extend(
+                    executor.submit(function, value) for value in islice(remaining, free_places)
+                )
+                if not running:
+                    return
+                yield running.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)

@@ -22,9 +22,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.config_file import check_output_folder, fixed_values, run_command
-from data_prep.shards.dataset import write_atomically
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
+from data_prep.config_file import fixed_values
 from data_prep.shards.subset import KeptSamples, Subset
+from data_prep.storage.atomic import write_atomically
 from eval.config import OverlapConfig
 from eval.datasets.datasets import EvaluationSet, open_dataset
 from eval.datasets.overlap import METHODS, Overlap, find_overlap

@@ -13,8 +13,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.config_file import check_output_folder, run_command
-from data_prep.shards.dataset import write_atomically
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
+from data_prep.storage.atomic import write_atomically
 from eval.config import CompareConfig
 from eval.metrics.intervals import Bootstrap
 from eval.report.comparison import Difference, compare, shared_evaluations

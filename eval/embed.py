@@ -14,7 +14,11 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from data_prep.config_file import RunError, check_output_folder, run_command
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
+from data_prep.errors import RunError
 from data_prep.shards.dataset import Dataset
 from eval.config import EmbedConfig
 from eval.models.model_source import find_model

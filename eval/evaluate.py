@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.config_file import check_output_folder, run_command
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from eval.config import EvaluateConfig
 from eval.models.model_source import find_model
 from eval.tasks.readers import read_tasks

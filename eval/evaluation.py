@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.config_file import InputError, check_output_folder
+from data_prep.command import check_output_folder
+from data_prep.errors import InputError
 from eval.config import EvaluateConfig
 from eval.datasets.file_dataset import FileDataset
 from eval.datasets.tar_dataset import TarDataset

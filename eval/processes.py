@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.distributed.collectives import gather_objects, is_of_lost_peer
 from pretrain.distributed.launcher import adopt_environment
 

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.config_file import check_output_folder, run_command
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
 from eval.config import SearchConfig
 from eval.datasets.datasets import EvaluationSet, open_dataset
 from eval.datasets.download import fetch_dataset

@@ -29,7 +29,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from data_prep.config_file import InputError, read_config, to_yaml
+from data_prep.config_file import (
+    read_config,
+    to_yaml,
+)
+from data_prep.errors import InputError
 from data_prep.storage.remote_file import join, local_path, open_binary
 from pretrain.checkpoints.download import download_model, verify_model
 from pretrain.checkpoints.record import CheckpointRecord, read_record

@@ -28,7 +28,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from data_prep.config_file import RunError, check_output_folder, run_command
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
+from data_prep.errors import RunError
 from pretrain.config import PretrainConfig
 from pretrain.distributed.launcher import adopt_environment, device_type_of, hosts_of_slurm_ranks
 from pretrain.model.contrastive_model import build_model

@@ -16,7 +16,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from data_prep.config_file import RunError, run_command
+from data_prep.command import run_command
+from data_prep.errors import RunError
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import PretrainConfig
 from pretrain.run.attempts import (

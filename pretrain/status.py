@@ -18,7 +18,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError, read_yaml
+from data_prep.config_file import read_yaml
+from data_prep.errors import InputError
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import END_SHARE, Engine
 from pretrain.monitoring.progress_log import in_words

@@ -22,7 +22,11 @@ from functools import partial
 
 import torch
 
-from data_prep.config_file import InputError, check_output_folder, run_command
+from data_prep.command import (
+    check_output_folder,
+    run_command,
+)
+from data_prep.errors import InputError
 from pretrain.cache.node import check_room
 from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
 from pretrain.checkpoints.store import open_store, store_of_run
@@ -33,12 +37,16 @@ from pretrain.data.device_prefetch import copy_ahead
 from pretrain.data.loaders import LoadSteps, start_loader
 from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
-from pretrain.distributed.engine import Engine, build_engine, check_engine, start_accelerator
+from pretrain.distributed.engine import Engine
 from pretrain.distributed.launcher import device_type_of
-from pretrain.model.activation_checkpointing import checkpoint_blocks
+from pretrain.distributed.start import (
+    build_engine,
+    check_engine,
+    start_accelerator,
+)
+from pretrain.model.activation_checkpointing import checkpoint_blocks, compile_towers
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
-from pretrain.model.tower_compilation import compile_towers
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.run.attempts import machine_name
 from pretrain.run.folder import RunFolder, begin_attempt

@@ -24,3 +24,10 @@ hypothesis.settings.load_profile("isopair")
 def toy_data(tmp_path_factory):
     """Folder with the datasets colors, more_colors and tones."""
     return write_toy_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+def pytest_collection_modifyitems(items):
+    """Keeps the tests of a file on one worker, unless they name a group of their own."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))

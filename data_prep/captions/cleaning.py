@@ -24,10 +24,9 @@ from functools import lru_cache, partial
 
 import regex
 
-from data_prep.caption_script import script_fraction
 from data_prep.captions.markup import without_addresses, without_html, without_invisible
 from data_prep.config import CaptionOptions
-from data_prep.languages import language_of
+from data_prep.languages import language_of, script_fraction
 
 # A caption that is still not clean after so many rounds is mark-up nested on purpose.
 MAX_ROUNDS = 50

@@ -17,10 +17,11 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from data_prep.config_file import InputError
 from data_prep.dedup.groups import GroupedSamples
 from data_prep.dedup.joined_datasets import JoinedDatasets
-from data_prep.shards.dataset import DatasetInfo, write_atomically
+from data_prep.errors import InputError
+from data_prep.shards.manifest import DatasetInfo
+from data_prep.storage.atomic import write_atomically
 
 DATASETS_KEY = b"isopair.datasets"
 SCHEMA = pyarrow.schema(

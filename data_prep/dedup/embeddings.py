@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.config_file import InputError
 from data_prep.dedup.joined_datasets import JoinedDatasets, mapped_file
-from data_prep.selection.scores import check_embeddings
+from data_prep.errors import InputError
+from data_prep.shards.embeddings import check_embeddings
 from data_prep.shards.parquet import read_shard_parquet
 
 if TYPE_CHECKING:

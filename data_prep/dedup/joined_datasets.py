@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import read_dataset_files
+from data_prep.errors import InputError
+from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.parquet import read_shard_parquet
 
 if TYPE_CHECKING:

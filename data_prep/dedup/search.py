@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import FindDuplicates, NearCaptions, NearMedia
-from data_prep.config_file import InputError
 from data_prep.dedup.embeddings import read_embeddings
 from data_prep.dedup.groups import Pairs
 from data_prep.dedup.joined_datasets import (
@@ -28,6 +27,7 @@ from data_prep.dedup.minhash import near_caption_pairs, read_shingles
 from data_prep.dedup.near_audio import ClipWords, near_audio_pairs
 from data_prep.dedup.near_images import ImageHashes, near_images
 from data_prep.dedup.semantic import semantic_pairs
+from data_prep.errors import InputError
 from data_prep.media.image_fingerprint import SIGNATURE_BYTES
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep.config_file import InputError
 from data_prep.demo.item import DemoItem
+from data_prep.errors import InputError
 
 PICTURE_PIXELS = 32  # height and width
 OVERSAMPLING = 4  # shapes are drawn this much larger, and reduced

@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 
 log = logging.getLogger(__name__)
 

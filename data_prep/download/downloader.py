@@ -29,12 +29,12 @@ from types import TracebackType
 from urllib3 import BaseHTTPResponse
 
 from data_prep.config import DownloadOptions
-from data_prep.config_file import RunError
 from data_prep.download.address import DownloadError, WebAddress, parse_address
 from data_prep.download.cache import DownloadCache, FetchRecord
 from data_prep.download.connection import ConnectionWatch
 from data_prep.download.fetch import WebFetcher
 from data_prep.download.robots import ROBOTS_TXT_BYTES, RobotsTxt, check_opt_out
+from data_prep.errors import RunError
 from data_prep.sources.pair import BadItemError
 
 URLS_AHEAD = 4  # per thread: enough that a slow host holds up nobody

@@ -19,8 +19,13 @@ from data_prep.config import AudioOptions
 from data_prep.media.audio_file import MAX_AUDIO_SECONDS, check_is_finite, read_waveform
 from data_prep.media.audio_fingerprint import audio_fingerprint
 from data_prep.media.decode import resample
-from data_prep.media.formats import STORED_FORMATS, MediaError, check_kind, check_stored
-from data_prep.media.prepared_media import PreparedMedia
+from data_prep.media.formats import (
+    STORED_FORMATS,
+    MediaError,
+    PreparedMedia,
+    check_kind,
+    check_stored,
+)
 
 FULL_SCALE = 32_768  # of 16 bits
 MAX_PEAK_DIFFERENCE_DB = 0.01

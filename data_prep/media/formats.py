@@ -5,6 +5,9 @@ Only the formats named here reach a decoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 # Formats that are stored as they are; others are re-encoded.
 STORED_FORMATS = {"image": ("jpg", "png", "webp"), "audio": ("flac", "wav", "mp3", "ogg", "opus")}
 # What is most often found in the place of a picture or clip, for messages: prefix -> name.
@@ -166,3 +169,13 @@ def _has_brand(content: bytes, brands: tuple[bytes, ...]) -> bool:
     length = min(int.from_bytes(content[:4], "big"), 256)
     names = [content[8:12]] + [content[at : at + 4] for at in range(16, length, 4)]
     return any(name in brands for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedMedia:
+    """What is stored of one media file, or of one clip that was cut out of it."""
+
+    content: bytes
+    extension: str
+    measures: dict[str, Any]  # the columns of shard_columns.MEASURES
+    found: tuple[str, ...]  # filters that would drop it, in a fixed order

@@ -18,11 +18,16 @@ from PIL import ExifTags, Image
 
 from data_prep.config import ImageOptions
 from data_prep.media.decode import MAX_PIXELS, PILLOW_ERRORS, check_pixels
-from data_prep.media.formats import STORED_FORMATS, MediaError, check_kind, check_stored
+from data_prep.media.formats import (
+    STORED_FORMATS,
+    MediaError,
+    PreparedMedia,
+    check_kind,
+    check_stored,
+)
 from data_prep.media.image_color import color_transform, flatten, has_alpha, to_srgb
 from data_prep.media.image_container import open_image
 from data_prep.media.image_fingerprint import image_fingerprint
-from data_prep.media.prepared_media import PreparedMedia
 
 # Five to seven eighths take the library longer than the whole.
 DCT_EIGHTHS = (1, 2, 3, 4)

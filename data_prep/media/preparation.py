@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from data_prep.config import AudioOptions, ImageOptions
 from data_prep.media.audio_preparation import prepare_audio
+from data_prep.media.formats import PreparedMedia
 from data_prep.media.image_preparation import prepare_image
-from data_prep.media.prepared_media import PreparedMedia
 
 
 def prepare_media(

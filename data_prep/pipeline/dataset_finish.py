@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.pipeline.plan import ItemPlan
 from data_prep.pipeline.shard import DOWNLOAD_FOLDER, ShardTask, rejected_path
-from data_prep.shards.dataset import ShardIndex, temporary_name
 from data_prep.shards.folder import finish_dataset, index_if_finished
+from data_prep.shards.index import ShardIndex
 from data_prep.sources.formats import media_root_of
 from data_prep.sources.pair import CLIP_PREFIX
+from data_prep.storage.atomic import temporary_name
 
 NUM_SHARDS_NAMED = 10
 

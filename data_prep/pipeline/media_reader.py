@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import MakeShards
-from data_prep.read_ahead import map_ahead
 from data_prep.sources.arrow import ArrowMedia
 from data_prep.sources.input_files import format_of, input_folder_of, media_root_of
 from data_prep.sources.item_file import read_item_file
@@ -20,6 +19,7 @@ from data_prep.sources.pair import BadItemError, Item
 from data_prep.sources.parquet import ParquetMedia
 from data_prep.sources.tars import TarMedia
 from data_prep.storage import remote_file
+from data_prep.workers import map_ahead
 
 if TYPE_CHECKING:
     from data_prep.download.downloader import Downloader

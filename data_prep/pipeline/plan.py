@@ -19,14 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError, RunError, fixed_values
+from data_prep.config_file import fixed_values
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from data_prep.pipeline.grouping import group_pairs, items_of_table, table_of_pairs
 from data_prep.pipeline.scan import scan_pairs
 from data_prep.shards.columns import KeptType
-from data_prep.shards.dataset import name_file, temporary_name, write_atomically
 from data_prep.shards.folder import PLAN_FILE, check_plan
 from data_prep.sources.formats import input_state
 from data_prep.sources.pair import Item
+from data_prep.storage.atomic import (
+    name_file,
+    temporary_name,
+    write_atomically,
+)
 
 PLAN_FOLDER = "plan"
 SHARDS_PER_FILE = 256

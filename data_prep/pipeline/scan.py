@@ -16,8 +16,11 @@ from pathlib import Path
 from data_prep.captions.cleaning import CaptionCleaner
 from data_prep.config import CaptionOptions, MakeShards
 from data_prep.pipeline.grouping import schema_with, table_of_pairs
-from data_prep.shards.columns import KeptType
-from data_prep.shards.kept_columns import KeptTypes, check_kept_names
+from data_prep.shards.columns import (
+    KeptType,
+    KeptTypes,
+    check_kept_names,
+)
 from data_prep.sources.formats import read_pairs
 from data_prep.sources.pair import Pair
 from data_prep.workers import run_in_order

@@ -25,12 +25,11 @@ from data_prep.media.decode import MediaError
 from data_prep.media.preparation import PreparedMedia, prepare_media
 from data_prep.pipeline.media_reader import MediaReader
 from data_prep.pipeline.plan import ItemPlan
-from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import write_atomically
-from data_prep.shards.kept_columns import kept_value
+from data_prep.shards.columns import kept_value, shard_schema
 from data_prep.shards.parquet import write_shard_parquet
 from data_prep.shards.writer import ShardWriter
 from data_prep.sources.pair import CLIP_PREFIX, BadItemError, Item, Pair
+from data_prep.storage.atomic import write_atomically
 
 DOWNLOAD_FOLDER = "downloads"
 

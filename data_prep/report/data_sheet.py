@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from data_prep.report.dataset_figures import DatasetFigures
+from data_prep.report.dataset_figures import DatasetFigures, MemberCount
 from data_prep.report.duplicate_figures import DuplicateFigures
 from data_prep.report.html import (
     Section,
@@ -19,7 +19,6 @@ from data_prep.report.html import (
     render_page,
     table,
 )
-from data_prep.report.member_counts import MemberCount
 from data_prep.report.numbers import bytes_text, counted, duration_text, number_text, share_text
 from data_prep.report.rejected import Rejection
 from data_prep.report.sheet_figures import (

@@ -6,17 +6,26 @@ to the last digit: no sum of rounded numbers and no sketch is among them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from data_prep.report.described_samples import column_types
 from data_prep.report.histogram_bins import histogram_edges
 from data_prep.selection.sample_table import ORDINAL, name_literal
 from data_prep.shards.columns import own_columns
+from data_prep.shards.index import (
+    ABSENT,
+    ShardIndex,
+)
+from data_prep.shards.subset import KeptSamples
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
 
 QUANTILES = (0.05, 0.5, 0.95)
 # Values of fewer kinds are listed with their counts; more get a histogram.
@@ -25,7 +34,6 @@ TOO_LARGE = 1e100  # no axis can show it
 NUM_MOST_FREQUENT = 40
 NUM_DUPLICATES_SHOWN = 5
 WHOLE_TYPES = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
-WHOLE_TYPES |= {f"U{name}" for name in WHOLE_TYPES}
 NUMBER_TYPES = WHOLE_TYPES | {"FLOAT", "DOUBLE"}
 # As Unicode names them: letters that captions are written in.
 SCRIPTS = (
@@ -33,6 +41,13 @@ SCRIPTS = (
     *("Telugu", "Thai", "Georgian", "Armenian", "Ethiopic", "Khmer", "Han", "Hiragana"),
     *("Katakana", "Hangul"),
 )
+_WORDS = r"""(SELECT unnest(regexp_extract_all(lower(caption), '[\p{L}\p{M}\p{N}'']+')) AS word
+              FROM captions)"""
+_MARKS = "(SELECT unnest(marks) AS mark FROM kept_samples)"
+_NUM_REENCODED = "SELECT sum(is_reencoded::INT) FROM kept_samples"
+
+
+WHOLE_TYPES |= {f"U{name}" for name in WHOLE_TYPES}
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,8 @@ CAPTION_MEASURES = (
     Measure("Characters in a caption", "length(caption)", view="captions"),
     Measure("Captions of a sample", "len(captions)"),
 )
+
+
 MEDIA_MEASURES = {
     "image": (
         Measure("Width", "width", "pixels"),
@@ -149,12 +166,6 @@ def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetFigure
         duplicate_keys=duplicate_keys(connection, hashes),
         kept={name: (types[name], count_column(connection, name)) for name in kept},
     )
-
-
-_WORDS = r"""(SELECT unnest(regexp_extract_all(lower(caption), '[\p{L}\p{M}\p{N}'']+')) AS word
-              FROM captions)"""
-_MARKS = "(SELECT unnest(marks) AS mark FROM kept_samples)"
-_NUM_REENCODED = "SELECT sum(is_reencoded::INT) FROM kept_samples"
 
 
 def _one_row(connection: DuckDBPyConnection, query: str, values: Sequence[Any] = ()) -> tuple:
@@ -275,3 +286,33 @@ def duplicate_keys(
         keys = connection.execute(query, [sha256]).fetchall()
         groups.append((num, [key for (key,) in keys]))
     return groups
+
+
+@dataclass
+class MemberCount:
+    """Members of one extension."""
+
+    num_samples: int = 0
+    num_bytes: int = 0
+
+
+def count_members(kept: KeptSamples) -> dict[str, MemberCount]:
+    """Extension -> how many of the kept samples have such a member, and its bytes in all.
+
+    Raises:
+        InputError: an index is missing or damaged.
+    """
+    counts: dict[str, MemberCount] = defaultdict(MemberCount)
+    is_kept = None if kept.subset is None else kept.subset.bitmap
+    for shard, row in enumerate(kept.dataset.manifest):
+        index = ShardIndex.read(kept.folder / f"{row.name}.idx")
+        table = index.table  # uint32 [n, k, 3]
+        if is_kept is not None:
+            start, end = kept.dataset.shard_starts[shard : shard + 2]
+            table = table[is_kept[start:end]]
+        is_present = table[:, :, 0] != ABSENT  # [n, k]
+        sizes = np.where(is_present, table[:, :, 1], 0).sum(axis=0, dtype=np.int64)
+        for member, num, size in zip(index.fields, is_present.sum(axis=0), sizes, strict=True):
+            counts[member].num_samples += int(num)
+            counts[member].num_bytes += int(size)
+    return dict(sorted(counts.items()))

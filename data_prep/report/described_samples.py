@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.selection.sample_table import ORDINAL, SampleTable, duckdb_errors, open_duckdb
 from data_prep.shards.columns import own_columns
 from data_prep.shards.subset import KeptSamples

@@ -8,9 +8,10 @@ import numpy as np
 from markupsafe import Markup
 
 from data_prep.config import FindDuplicates
-from data_prep.config_file import InputError, to_yaml
+from data_prep.config_file import to_yaml
 from data_prep.dedup.groups import GroupedSamples
 from data_prep.dedup.joined_datasets import JoinedDatasets
+from data_prep.errors import InputError
 from data_prep.report.html import (
     Section,
     badge,
@@ -24,7 +25,10 @@ from data_prep.report.html import (
 )
 from data_prep.report.numbers import counted, number_text, share_text, shortened
 from data_prep.report.sheet_gallery import MediaViews
-from data_prep.shards.dataset import CorruptSampleError, captions_of
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    captions_of,
+)
 from data_prep.shards.subset import KeptSamples
 
 GROUPS_SHOWN = 12  # of each method

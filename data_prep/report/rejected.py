@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import DatasetInfo
-from data_prep.sources.pair import CLIP_PREFIX, FILTER_REASONS
+from data_prep.config import FILTER_REASONS
+from data_prep.errors import InputError
+from data_prep.shards.manifest import DatasetInfo
+from data_prep.sources.pair import CLIP_PREFIX
 
 NUM_EXAMPLES = 3
 

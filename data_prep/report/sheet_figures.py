@@ -11,10 +11,10 @@ from data_prep.report.dataset_figures import (
     MEDIA_MEASURES,
     DatasetFigures,
     Measure,
+    MemberCount,
     ValueCounts,
 )
 from data_prep.report.html import Section, chips, columns, heading, paragraph, table
-from data_prep.report.member_counts import MemberCount
 from data_prep.report.numbers import bytes_text, share_text, shortened, value_text
 from data_prep.report.sheet_charts import count_table, measure_block, spread_text, value_table
 

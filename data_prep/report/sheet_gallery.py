@@ -12,7 +12,7 @@ from data_prep.media.audio_file import audio_seconds
 from data_prep.media.decode import MediaError, decode_audio, decode_image
 from data_prep.report.html import badge, picture, sound
 from data_prep.report.numbers import bytes_text, number_text, shortened
-from data_prep.shards.dataset import (
+from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
     captions_of,

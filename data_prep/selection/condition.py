@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.selection.sample_table import duckdb_errors, unknown_column_message
 
 if TYPE_CHECKING:

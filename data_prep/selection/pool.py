@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import TopFraction
-from data_prep.config_file import InputError
 from data_prep.dedup.duplicate_table import name_in_table
+from data_prep.errors import InputError
 from data_prep.selection.condition import check_condition
 from data_prep.selection.sample_table import (
     ORDINAL,

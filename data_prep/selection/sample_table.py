@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.config_file import InputError
-from data_prep.selection.scores import check_embeddings, local_copies
-from data_prep.shards.dataset import read_dataset_files
+from data_prep.errors import InputError
+from data_prep.selection.scores import local_copies
+from data_prep.shards.embeddings import check_embeddings
+from data_prep.shards.manifest import read_dataset_files
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

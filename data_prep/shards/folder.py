@@ -21,16 +21,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError, differing_keys
-from data_prep.shards.dataset import (
+from data_prep.config_file import differing_keys
+from data_prep.errors import InputError
+from data_prep.shards.index import ShardIndex
+from data_prep.shards.manifest import (
     DatasetInfo,
     ManifestRow,
-    ShardIndex,
     fingerprint_of,
     manifest_row,
-    write_atomically,
     write_dataset_files,
 )
+from data_prep.storage.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ PLAN_FILE = "plan.json"
 OWN_NAME = re.compile(
     r".*\.(tar|idx)|\d{8}\.parquet|dataset\.json|manifest\.jsonl|rejected(\.jsonl)?|plan|downloads"
 )
-# Of shard_format.temporary_name: .<file>.<host>.<process>.tmp
+# Of storage.atomic.temporary_name: .<file>.<host>.<process>.tmp
 TEMPORARY_NAME = re.compile(
     r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
 )

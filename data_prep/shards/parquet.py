@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import AudioOptions, ImageOptions
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.media.preparation import prepare_media
-from data_prep.shards.columns import KeptType, own_columns, shard_schema
-from data_prep.shards.dataset import (
+from data_prep.shards.columns import KeptType, kept_value, own_columns, shard_schema
+from data_prep.shards.sample import (
     Sample,
     captions_of,
     media_extension_of,
     metadata_of,
-    write_atomically,
 )
-from data_prep.shards.kept_columns import kept_value
+from data_prep.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow

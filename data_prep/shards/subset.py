@@ -24,8 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import Dataset, DatasetInfo, Sample, write_atomically
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.manifest import DatasetInfo
+from data_prep.shards.sample import Sample
+from data_prep.storage.atomic import write_atomically
 
 SUBSET_MAGIC = b"ISOSUB1\n"
 BLOCK_BYTES = 64  # bits are counted in blocks: one number for every 512 samples

@@ -18,22 +18,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.media.decode import MediaError
-from data_prep.shards.columns import KeptType, shard_schema
-from data_prep.shards.dataset import (
+from data_prep.shards.columns import KeptType, KeptTypes, shard_schema
+from data_prep.shards.dataset import plain_member_name
+from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
+    ShardIndex,
+)
+from data_prep.shards.parquet import measure_media, row_of, write_shard_parquet
+from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
-    ShardIndex,
     captions_of,
     media_kind_of,
-    plain_member_name,
     split_member_name,
-    write_atomically,
 )
-from data_prep.shards.kept_columns import KeptTypes
-from data_prep.shards.parquet import measure_media, row_of, write_shard_parquet
 from data_prep.shards.tar_members import BadTarError, Member, read_members
+from data_prep.storage.atomic import write_atomically
 
 
 @dataclass(frozen=True)

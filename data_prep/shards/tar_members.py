@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import BLOCK_BYTES, split_member_name
+from data_prep.errors import InputError
+from data_prep.shards.index import BLOCK_BYTES
+from data_prep.shards.sample import split_member_name
 
 MAX_LONG_NAME_BYTES = 65_536  # of a PAX or GNU header, which is read into memory
 COMPRESSIONS = {

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards.dataset import (
+from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
     ShardIndex,
+)
+from data_prep.storage.atomic import (
     name_file,
     temporary_name,
     write_atomically,

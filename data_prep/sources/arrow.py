@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.columns import (
     ROWS_AT_ONCE,
     TableColumns,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.config import Columns, MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.input_files import files_of_input, readable_input
 from data_prep.sources.pair import Pair, unreadable_row
 from data_prep.sources.rows import kept_json, pairs_of_row, rejected_media

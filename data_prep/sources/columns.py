@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.pair import BadItemError, Pair
 from data_prep.sources.rows import check_columns, kept_json, pairs_of_row, wanted_columns
 

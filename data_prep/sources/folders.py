@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
-from data_prep.read_ahead import map_ahead
+from data_prep.errors import InputError
 from data_prep.sources.input_files import MEDIA_SUFFIXES, readable_input
 from data_prep.sources.item_file import read_item_file
 from data_prep.sources.pair import BadItemError, Pair
@@ -19,6 +18,7 @@ from data_prep.sources.rows import (
     rejected_media,
 )
 from data_prep.storage import remote_file
+from data_prep.workers import map_ahead
 
 SIDECAR_SUFFIXES = (".json", ".txt")
 REMOTE_SIDECARS_AHEAD = 32

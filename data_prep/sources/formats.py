@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.config import Columns, MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.sources.arrow import arrow_files, read_huggingface
 from data_prep.sources.coco import read_coco

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.storage import remote_file
 
 FORMAT_OF_SUFFIX = {

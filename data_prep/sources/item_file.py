@@ -10,7 +10,10 @@ import errno
 import os
 import time
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from data_prep.sources.pair import BadItemError
 from data_prep.storage import remote_file
 

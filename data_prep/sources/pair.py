@@ -10,22 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# What filters find. Named in `mark_only`, they mark a pair instead of dropping it.
-FILTER_REASONS = frozenset(
-    {
-        "audio_silent",
-        "audio_too_short",
-        "caption_boilerplate",
-        "caption_language",
-        "caption_repeated",
-        "caption_script",
-        "caption_too_long",
-        "caption_too_short",
-        "image_aspect_ratio",
-        "image_too_small",
-    }
-)
-
 # A clip that a filter drops while other clips of the same sound stay is no rejected pair: it is
 # counted under the filter's name after this.
 CLIP_PREFIX = "clip_"

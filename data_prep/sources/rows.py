@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data_prep.config import Columns, MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.pair import Pair, checked_pair
 from data_prep.storage import remote_file
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.input_files import files_of_input, readable_input
 from data_prep.sources.pair import Pair, unreadable_row
 from data_prep.sources.rows import (

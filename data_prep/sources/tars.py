@@ -17,8 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import ABSENT, BLOCK_BYTES, Dataset, ShardIndex
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.index import (
+    ABSENT,
+    BLOCK_BYTES,
+    ShardIndex,
+)
 from data_prep.shards.subset import Subset
 from data_prep.shards.tar_members import BadTarError, read_members
 from data_prep.sources.input_files import MEDIA_SUFFIXES, files_of_input, readable_input

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 import urllib3
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import sha256_of
+from data_prep.errors import InputError
+from data_prep.storage.atomic import sha256_of
 from data_prep.storage.remote_file import file_system, is_web_url, local_path
 
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WILDCARD = re.compile(r"[*?\[]")

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import (
+from data_prep.errors import InputError
+from data_prep.shards.folder import PLAN_FILE
+from data_prep.shards.index import ShardIndex
+from data_prep.shards.manifest import (
     DatasetInfo,
     ManifestRow,
-    ShardIndex,
     fingerprint_of,
     parse_info,
 )
-from data_prep.shards.folder import PLAN_FILE
 from data_prep.verify.shard_check import Finding
 
 PLAN_PLACES = (PLAN_FILE, f"plan/{PLAN_FILE}")  # of index_shards, and of make_shards

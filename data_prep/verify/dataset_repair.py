@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.columns import KeptType
-from data_prep.shards.dataset import (
+from data_prep.shards.folder import finish_dataset, lock_folder
+from data_prep.shards.manifest import (
     DatasetInfo,
     ManifestRow,
     manifest_row,
-    media_kind_of,
     parse_info,
     parse_manifest,
     read_dataset_files,
-    sha256_of,
 )
-from data_prep.shards.folder import finish_dataset, lock_folder
 from data_prep.shards.parquet import kept_types_of, read_shard_parquet
+from data_prep.shards.sample import media_kind_of
 from data_prep.shards.tar_index import IndexTask
+from data_prep.storage.atomic import sha256_of
 from data_prep.verify.dataset_check import (
     DatasetOrigin,
     check_dataset,

@@ -10,7 +10,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.shards.dataset import ABSENT, BLOCK_BYTES, ShardIndex, media_kind_of
+from data_prep.shards.index import (
+    ABSENT,
+    BLOCK_BYTES,
+    ShardIndex,
+)
+from data_prep.shards.sample import media_kind_of
 from data_prep.shards.tar_members import BadTarError, Member, member_at, read_members
 
 PROBLEMS_NAMED = 3  # of one tar and kind; the rest is counted

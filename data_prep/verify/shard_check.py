@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.shards.columns import own_columns
-from data_prep.shards.dataset import (
+from data_prep.shards.index import ShardIndex
+from data_prep.shards.manifest import ManifestRow
+from data_prep.shards.parquet import measure_media, media_extension, read_shard_parquet
+from data_prep.shards.sample import (
     CorruptSampleError,
-    ManifestRow,
     Sample,
-    ShardIndex,
     captions_of,
     media_kind_of,
-    sha256_of,
 )
-from data_prep.shards.parquet import measure_media, media_extension, read_shard_parquet
+from data_prep.storage.atomic import sha256_of
 from data_prep.verify.indexed_tar import (
     PROBLEMS_NAMED,
     IndexedSample,

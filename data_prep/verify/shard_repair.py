@@ -17,14 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.columns import KeptType, own_columns
-from data_prep.shards.dataset import (
+from data_prep.shards.index import ShardIndex
+from data_prep.shards.manifest import (
     ManifestRow,
-    ShardIndex,
     manifest_row,
-    sha256_of,
-    write_atomically,
 )
 from data_prep.shards.parquet import (
     RowMender,
@@ -33,6 +31,10 @@ from data_prep.shards.parquet import (
 )
 from data_prep.shards.tar_index import IndexTask, TarTable, index_tar, read_tar_samples
 from data_prep.shards.writer import ShardWriter
+from data_prep.storage.atomic import (
+    sha256_of,
+    write_atomically,
+)
 from data_prep.verify.indexed_tar import walk_tar
 from data_prep.verify.shard_check import Finding, ShardCheck, verify_shard
 from data_prep.verify.shard_salvage import SavedSamples, save_by_headers, save_by_index

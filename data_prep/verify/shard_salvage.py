@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.shards.dataset import (
+from data_prep.shards.index import (
     BLOCK_BYTES,
+    ShardIndex,
+)
+from data_prep.shards.parquet import media_extension
+from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
-    ShardIndex,
     captions_of,
     media_kind_of,
 )
-from data_prep.shards.parquet import media_extension
 from data_prep.shards.tar_members import Member, find_members
 from data_prep.verify.indexed_tar import TarContent, read_indexed
 

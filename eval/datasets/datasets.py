@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.subset import KeptSamples
 from data_prep.storage.remote_file import is_url
 from eval.config import EvaluationSection, TableColumns

@@ -14,8 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.config_file import InputError, RunError
-from data_prep.shards.dataset import read_dataset_files
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
+from data_prep.shards.manifest import read_dataset_files
 from data_prep.storage.file_transfer import fetch_file
 from data_prep.storage.remote_file import is_url, join
 from eval.datasets.tar_dataset import CLASS_NAMES, NUM_TARS, TEMPLATES, TYPE

@@ -19,8 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import Sample, media_kind_of
+from data_prep.errors import InputError
+from data_prep.shards.sample import (
+    Sample,
+    media_kind_of,
+)
 from eval.config import TableColumns
 from eval.datasets.tar_dataset import SetInfo
 

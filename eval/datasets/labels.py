@@ -9,8 +9,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import CorruptSampleError, Sample, captions_of, metadata_of
+from data_prep.errors import InputError
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    Sample,
+    captions_of,
+    metadata_of,
+)
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.tar_dataset import TarDataset
 

@@ -14,13 +14,16 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from data_prep.config_file import InputError
 from data_prep.dedup.near_audio import ClipWords, near_audio_pairs
 from data_prep.dedup.near_images import ImageHashes, near_images
+from data_prep.errors import InputError
 from data_prep.media.audio_fingerprint import audio_fingerprint, words_of
 from data_prep.media.decode import decode_audio, decode_image
 from data_prep.media.image_fingerprint import image_fingerprint
-from data_prep.shards.dataset import CorruptSampleError, media_extension_of
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    media_extension_of,
+)
 from data_prep.shards.subset import KeptSamples
 from eval.config import OverlapConfig
 from eval.datasets.datasets import EvaluationSet

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import (
+from data_prep.errors import InputError
+from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
     captions_of,

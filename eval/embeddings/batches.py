@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import CorruptSampleError, media_kind_of
+from data_prep.errors import InputError
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    media_kind_of,
+)
 from eval.datasets.datasets import EvaluationSet
 from eval.models.preprocessing import FrontEnd
 

@@ -21,8 +21,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.config_file import InputError, differing_keys
-from data_prep.shards.dataset import Dataset, write_atomically
+from data_prep.config_file import differing_keys
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from eval.models.encoder import Encoder

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 
 NEIGHBOURS = 32  # of each item in the graph
 SEARCH_WIDTH = 256  # items of the graph that are looked at; more find more

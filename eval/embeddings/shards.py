@@ -13,8 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import CorruptSampleError, Dataset, captions_of
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    captions_of,
+)
 from eval.embeddings.files import BadSample, ShardEmbeddings
 from eval.models.encoder import Encoder, check_embeddings
 from eval.models.preprocessing import FrontEnd

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import write_atomically
+from data_prep.errors import InputError
+from data_prep.storage.atomic import write_atomically
 from eval.datasets.datasets import EvaluationSet
 from eval.embeddings.batches import media_batches
 from eval.models.encoder import Encoder, check_embeddings, check_tower

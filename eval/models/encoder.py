@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EncodingConfig
 from eval.metrics.ranking import check_finite
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized

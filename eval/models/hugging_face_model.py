@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import decode_audio
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import ModelSource, sum_of_files

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.checkpoints.store import find_locations
 
 Library = Literal["isopair", "open_clip", "hugging_face"]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import decode_image
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import LOCAL_DIR, ModelSource, sum_of_files

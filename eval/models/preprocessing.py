@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from data_prep.media.decode import MediaError
-from data_prep.shards.dataset import CorruptSampleError, Sample, media_extension_of
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    Sample,
+    media_extension_of,
+)
 
 LongClips = Literal["windows", "first", "centre"]
 

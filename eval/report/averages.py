@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EvaluationSection
 from eval.metrics.intervals import Score
 from eval.tasks.runner import Outcome

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.metrics.intervals import (
     Bootstrap,
     bootstrap_interval,
     percentile_interval,
     weighted_mean,
 )
-from eval.report.predictions_folder import predictions_file
+from eval.report.predictions import predictions_file
 
 NUM_FLIPPED = 20  # keys of samples that are named
 # What must be equal, besides the samples, for figures to be of the same thing.

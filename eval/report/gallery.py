@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_prep.media.decode import decode_audio, decode_image
 from data_prep.report.html import badge, heading, picture, sound
-from data_prep.shards.dataset import media_extension_of
+from data_prep.shards.sample import media_extension_of
 from eval.datasets.datasets import EvaluationSet
 from eval.metrics.ranking import QueryRanks, cosine_scores
 from eval.report.spectrogram import spectrogram_picture

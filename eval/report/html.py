@@ -19,7 +19,7 @@ from data_prep.report.html import (
     render_page,
     table,
 )
-from data_prep.shards.dataset import write_atomically
+from data_prep.storage.atomic import write_atomically
 from eval.config import EvaluateConfig
 from eval.metrics.intervals import Score, wilson_interval
 from eval.report.charts import confusion_chart, training_charts

@@ -16,6 +16,7 @@ Ranks begin at 1. With ties, hits and ranks are the mean over all orders.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.shards.dataset import write_atomically
+from data_prep.storage.atomic import write_atomically
 from eval.metrics.ranking import QueryRanks, cosine_scores
-from eval.report.predictions_folder import predictions_file
 from eval.tasks.runner import Outcome
 from eval.tasks.task import (
     AssociationTask,
@@ -36,6 +36,8 @@ from eval.tasks.task import (
     MultiLabelTask,
     SingleLabelTask,
 )
+
+FOLDER = "predictions"
 
 
 def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -113,3 +115,14 @@ def _class_names(task: SingleLabelTask) -> list[str]:
 def _ranks(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:
     hits = {f"hit@{k}": ranks.hits_at(k) for k in ks}
     return hits | {"rank": ranks.first_ranks()}
+
+
+def predictions_file(results: Path, evaluation: str, suffix: str) -> Path:
+    """The Parquet of an evaluation.
+
+    Args:
+        results: folder that `python -m eval.evaluate` wrote.
+        evaluation: its name.
+        suffix: which of its files, see eval.report.predictions.
+    """
+    return results / FOLDER / f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', evaluation)}{suffix}.parquet"

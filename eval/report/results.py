@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from data_prep.config_file import InputError, RunError
-from data_prep.shards.dataset import write_atomically
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
+from data_prep.storage.atomic import write_atomically
 from eval.config import EvaluateConfig
 from eval.metrics.intervals import CONFIDENCE, Score
 from eval.models.encoder import Encoder

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
-from data_prep.shards.dataset import CorruptSampleError, media_extension_of, media_kind_of
+from data_prep.shards.sample import (
+    CorruptSampleError,
+    media_extension_of,
+    media_kind_of,
+)
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.labels import texts_of
 from eval.models.encoder import Encoder

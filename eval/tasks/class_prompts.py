@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

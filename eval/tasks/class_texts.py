@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EvaluationSection
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.file_dataset import FileDataset

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import Sample
+from data_prep.errors import InputError
+from data_prep.shards.sample import Sample
 from eval.config import (
     EvaluateConfig,
     FewShotSection,

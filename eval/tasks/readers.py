@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EvaluateConfig
 from eval.datasets.datasets import EvaluationSets, MissingDatasetError
 from eval.datasets.download import fetch_dataset

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import (
     AssociationSection,
     CaptionChoiceSection,

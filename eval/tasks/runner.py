@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.embeddings.store import EmbeddingStore
 from eval.metrics.association import AssociationResult, associate
 from eval.metrics.caption_choice import CaptionChoiceResult, choose_captions, choose_in_groups

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.shards.dataset import temporary_name
+from data_prep.storage.atomic import temporary_name
 
 PART = ".part"
 NUM_BYTES_PER_GIGABYTE = 10**9

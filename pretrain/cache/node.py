@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.subset import KeptSamples
 from pretrain.cache.prefetch import ShardPrefetcher, check_cache, remote_sources
 from pretrain.cache.shard_cache import ShardCache

@@ -24,8 +24,9 @@ from functools import cached_property
 
 import numpy as np
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import BadShardError, ManifestRow
+from data_prep.errors import InputError
+from data_prep.shards.manifest import ManifestRow
+from data_prep.shards.sample import BadShardError
 from data_prep.shards.subset import KeptSamples
 from pretrain.cache.eviction import NoRoomError
 from pretrain.cache.schedule import NEVER, ShardUses, bytes_of_two_windows, shard_uses

@@ -22,16 +22,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import (
-    BadShardError,
-    Dataset,
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.manifest import (
     ManifestRow,
     parse_info,
     parse_manifest,
-    write_atomically,
     write_dataset_files,
 )
+from data_prep.shards.sample import BadShardError
+from data_prep.storage.atomic import write_atomically
 from data_prep.storage.file_transfer import DISK_ERRORS, WrongContentError, fetch_bytes, fetch_file
 from data_prep.storage.remote_file import join
 from pretrain.cache.eviction import NUM_BYTES_PER_GIGABYTE, CacheRoom, lock_path, locked, part_name

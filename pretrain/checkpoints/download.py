@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.storage.file_transfer import WrongContentError, fetch_file
 from data_prep.storage.remote_file import join, leads_outside
 from pretrain.checkpoints.record import CheckpointRecord

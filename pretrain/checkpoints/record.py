@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.checkpoints.store import RECORD, DamagedCheckpointError, StoredFile, read_file
 
 FORMAT_VERSION = 2

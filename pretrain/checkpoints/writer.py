@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.checkpoints.record import CheckpointRecord, RunState
 from pretrain.checkpoints.state import CopiedFile, StateCopy, buffer_file, shapes_of
 from pretrain.checkpoints.store import RECORD, CheckpointStore, StoredFile, write_file

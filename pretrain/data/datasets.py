@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.subset import KeptSamples
 from data_prep.storage.remote_file import is_url

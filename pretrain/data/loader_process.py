@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.config import Loading, PairingName
 from pretrain.data.batch import PairBuffers, StepBatch
 from pretrain.data.loader_threads import LoadRequest, StepMessage, serve

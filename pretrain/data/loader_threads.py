@@ -26,7 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from pretrain.cache.node import Progress, fetching_ahead
 from pretrain.config import PairingName
 from pretrain.data.batch import PairBuffers, step_buffers, step_bytes

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.cache.node import fetching_ahead
 from pretrain.config import Loading
 from pretrain.data.batch import StepBatch

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
-from data_prep.shards.dataset import (
+from data_prep.shards.sample import (
     BadShardError,
     CorruptSampleError,
     Sample,

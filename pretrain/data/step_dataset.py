@@ -1,7 +1,7 @@
 """A rank's share of each step: sample order -> bytes -> rows of tensors.
 
 Which samples are in a step, and what is drawn from each, is settled before anything is read: so it
-makes no difference who fills which row of a step's buffers. Who does is in loader_runtimes.
+makes no difference who fills which row of a step's buffers. Who does is in pretrain.data.loaders.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.subset import KeptSamples
 from pretrain.cache.node import NodeShare
 from pretrain.config import (

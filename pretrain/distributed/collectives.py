@@ -20,7 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 
 Result = TypeVar("Result")
 SECTION_BYTES = 64  # alignment of each tensor in a message that carries several

@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from data_prep.config_file import ConfigError, Section, read_config
+from data_prep.config_file import (
+    Section,
+    read_config,
+)
+from data_prep.errors import ConfigError
 from pretrain.config import PretrainConfig
 
 # Keys of DeepSpeed that a run's config, or a law, decides.

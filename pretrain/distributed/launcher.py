@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 
 import torch
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 
 PLAIN_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # Accelerate's names
 

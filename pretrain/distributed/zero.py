@@ -23,7 +23,7 @@ from accelerate.utils import DeepSpeedPlugin
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.config import PretrainConfig
 from pretrain.distributed.deepspeed_config import deepspeed_settings
 from pretrain.distributed.engine import OPTIMIZER_MOMENTS, Engine, Fragment, refuse_non_finite_norm

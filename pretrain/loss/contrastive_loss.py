@@ -28,10 +28,15 @@ from pretrain.distributed.collectives import (
 )
 from pretrain.loss.backend import StripClasses, choose_backend, strip_classes
 from pretrain.loss.in_batch_recall import InBatchHits, num_words
-from pretrain.loss.logit_tiles import Features, accumulation_type, exact_products, own_logits
+from pretrain.loss.logit_tiles import (
+    Features,
+    PairDuplicates,
+    accumulation_type,
+    exact_products,
+    own_logits,
+)
 from pretrain.loss.options import LossRule, Teacher, refuse_large_scale, refuse_unfit
-from pretrain.loss.pair_duplicates import PairDuplicates
-from pretrain.loss.softmax_targets import SoftmaxTargets
+from pretrain.loss.softmax import SoftmaxTargets
 from pretrain.loss.two_passes import LossPasses, Mode, Strips
 
 # On a GPU, rows per rank from which fewer products (strip1) are worth more bytes: between what

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.loss.logit_tiles import Features, accumulation_type, parts_of
-from pretrain.loss.pair_duplicates import PairDuplicates
+from pretrain.loss.logit_tiles import Features, PairDuplicates, accumulation_type, parts_of
 
 TILE_COLUMNS = 4096
 TILE_PLACES = 4096 * 4096  # 32 MiB of G in bfloat16

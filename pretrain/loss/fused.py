@@ -12,13 +12,11 @@ from torch import Tensor
 from pretrain.distributed.collectives import RowSplit
 from pretrain.loss.feature_tiles import FeatureTile, num_parts
 from pretrain.loss.in_batch_recall import InBatchHits
-from pretrain.loss.kernels import observe_softmax, write_coefficients
+from pretrain.loss.kernels import observe_softmax, take_sigmoid, write_coefficients
 from pretrain.loss.logit_kernels import fold
 from pretrain.loss.sigmoid import SigmoidStrips
-from pretrain.loss.sigmoid_kernels import take_sigmoid
-from pretrain.loss.softmax import SoftmaxStrips
+from pretrain.loss.softmax import SoftmaxStrips, SoftmaxTargets
 from pretrain.loss.softmax_sums import SoftmaxSums
-from pretrain.loss.softmax_targets import SoftmaxTargets
 
 FOLDED_PLACES = 128  # rows or columns per program of `fold`
 

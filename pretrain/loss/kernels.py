@@ -126,3 +126,69 @@ def write_coefficients(
         is_counted = inside(rows, columns, num_rows, num_columns)
         tl.store(totals + tl.program_id(0), tl.sum(tl.where(is_counted, g * x, 0.0)))
     write_block(gradient, g, rows, columns, num_rows, num_columns)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x from 0 to 1, to float32's precision also where x is tiny."""
+    z = x / (2.0 + x)  # log(1 + x) = 2 artanh(z), and z <= 1/3
+    square = z * z
+    series = 1 / 13 * square + 1 / 11
+    series = series * square + 1 / 9
+    series = series * square + 1 / 7
+    series = series * square + 1 / 5
+    series = series * square + 1 / 3
+    return 2.0 * z * (series * square + 1.0)
+
+
+@triton.jit(
+    do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
+)
+def take_sigmoid(
+    media,
+    text,
+    row_own,  # [num_rows] logits of the own pairs
+    column_own,
+    gradient,  # [num_rows, num_columns]
+    totals,  # [3, blocks] of negatives' losses; if G is written, also of G and G * scale * cosine
+    row_codes,  # [column blocks, num_rows]
+    column_codes,
+    num_rows,
+    num_columns,
+    own_shift,
+    scale,
+    bias,
+    tolerance,
+    WRITES: tl.constexpr,  # G is wanted
+    COUNTS: tl.constexpr,  # totals and codes are wanted
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    i, rows, j, columns = block_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    x = block_logits(
+        media, text, rows, columns, num_rows, num_columns, scale, bias, WIDTH, BLOCK_WIDTH
+    )
+    x = negatives(x, rows, columns, num_rows, num_columns, own_shift)
+    if COUNTS:
+        write_nearness(row_codes, x, row_own, rows, num_rows, j, tolerance, 1)
+        write_nearness(column_codes, x, column_own, columns, num_columns, i, tolerance, 0)
+        losses = tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+        tl.store(totals + tl.program_id(0), tl.sum(losses))
+    if WRITES:
+        # Of numbers up to 0 alone, whose exponentials are never too large.
+        e = tl.exp(-tl.abs(x))
+        g = tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+        if may_hold_own(rows, columns, own_shift):
+            own = tl.load(row_own + rows, mask=rows < num_rows, other=0.0)
+            is_own = inside(rows, columns, num_rows, num_columns)
+            is_own = is_own & ((rows + own_shift)[:, None] == columns[None, :])
+            g = tl.where(is_own, (-1.0 / (1.0 + tl.exp(own)))[:, None], g)
+            x = tl.where(is_own, own[:, None], x)
+        if COUNTS:
+            place = tl.num_programs(0) + tl.program_id(0)
+            tl.store(totals + place, tl.sum(g))
+            cosines = tl.where(x == float("-inf"), 0.0, x - bias)
+            tl.store(totals + tl.num_programs(0) + place, tl.sum(g * cosines))
+        write_block(gradient, g, rows, columns, num_rows, num_columns)

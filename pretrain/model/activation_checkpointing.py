@@ -12,12 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.sample_dropout import TowerDraws
+
+# Of a tower: with and without gradients, in evaluation, for one row, for any number of rows, for
+# any length of captions.
+MAX_COMPILATIONS = 32
 
 
 def checkpoint_blocks(model: ContrastiveModel) -> None:
@@ -83,3 +88,17 @@ def _drawing_from(
         return forward(*args, **kwargs)
     with draws.again_from(mark):
         return forward(*args, **kwargs)
+
+
+def compile_towers(model: ContrastiveModel, *, backend: str = "inductor") -> None:
+    """Compiles all towers when they are first called.
+
+    Args:
+        model: with its blocks checkpointed before, if they are to be.
+        backend: torch.compile's.
+    """
+    # In a checkpointed block, layers count their calls. The compiler would refuse that change of
+    # state; done in the forward pass alone, it is right.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    for tower in model.towers.values():
+        tower.compile(backend=backend, isolate_recompiles=True, recompile_limit=MAX_COMPILATIONS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.config import ImageTransform, MediaKind, PairingName, PretrainConfig, media_of_pairing
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers

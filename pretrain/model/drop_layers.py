@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.model.sample_dropout import (
     SampleDrop,
     SampleDropout,

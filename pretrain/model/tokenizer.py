@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.config import TextTower
 from pretrain.sampling.keyed_random import scramble
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.config import MediaKind, MediaTower, TextTower
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
 from pretrain.model.sample_dropout import TowerDraws

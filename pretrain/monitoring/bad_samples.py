@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.config import Loading
 from pretrain.data.batch import StepBatch
 from pretrain.data.pair_reader import BadSample

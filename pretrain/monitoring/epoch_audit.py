@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.data.batch import StepBatch
 from pretrain.data.pairing_reader import PairingReader
 from pretrain.data.step_dataset import StepDataset

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.shards.dataset import write_atomically
+from data_prep.storage.atomic import write_atomically
 from pretrain.data.batch import StepBatch
 from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks

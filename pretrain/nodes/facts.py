@@ -16,8 +16,13 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config_file import InputError, to_yaml
-from data_prep.shards.dataset import ManifestRow, parse_info, parse_manifest
+from data_prep.config_file import to_yaml
+from data_prep.errors import InputError
+from data_prep.shards.manifest import (
+    ManifestRow,
+    parse_info,
+    parse_manifest,
+)
 from data_prep.storage.remote_file import join, local_path, open_binary, read_bytes, size_of
 from pretrain.config import PretrainConfig
 from pretrain.run.attempts import machine_name

@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import RunError
-from data_prep.shards.dataset import write_atomically
+from data_prep.errors import RunError
+from data_prep.storage.atomic import write_atomically
 
 FOLDER = "attempts"
 ATTEMPT_NAME = re.compile(r"\d{4,}")

@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import ConfigError, differing_keys, fixed_values, read_config
+from data_prep.config_file import (
+    differing_keys,
+    fixed_values,
+    read_config,
+)
+from data_prep.errors import ConfigError
 from pretrain.checkpoints.store import CheckpointStore, open_store
 from pretrain.config import PretrainConfig
 

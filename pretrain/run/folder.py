@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import to_yaml
-from data_prep.shards.dataset import write_atomically
+from data_prep.storage.atomic import write_atomically
 from pretrain.checkpoints.record import CheckpointRecord
 from pretrain.config import PretrainConfig
 from pretrain.data.pair_reader import BadSample

@@ -13,8 +13,9 @@ import hashlib
 import json
 from typing import Any
 
-from data_prep.config_file import InputError, fixed_values
-from data_prep.shards.dataset import write_atomically
+from data_prep.config_file import fixed_values
+from data_prep.errors import InputError
+from data_prep.storage.atomic import write_atomically
 from pretrain.checkpoint import WholeCheckpoint
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import PretrainConfig

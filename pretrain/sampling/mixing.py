@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.sampling.keyed_random import key_of, newest, permute
 
 # Sources share each row of this many slots in exact proportion to their weights.

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.subset import KeptSamples
 from pretrain.sampling.keyed_random import key_of, newest, permute, scramble
 from pretrain.sampling.mixing import SourceMixture

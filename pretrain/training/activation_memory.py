@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.config import PairingName
 from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config_file import InputError, read_config
+from data_prep.config_file import read_config
+from data_prep.errors import InputError
 from pretrain.checkpoint import find_checkpoint, load_model
 from pretrain.checkpoints.record import read_record
 from pretrain.config import MediaKind, PairingName, PretrainConfig, media_of_pairing

@@ -18,14 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.data.batch import PairLayout
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
-from pretrain.training.free_memory import free_bytes, memory_name
-from pretrain.training.memory_budget import bytes_besides_graphs
+from pretrain.training.memory_budget import (
+    bytes_besides_graphs,
+    free_bytes,
+    memory_name,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
-from data_prep.shards.dataset import CorruptSampleError
+from data_prep.shards.sample import CorruptSampleError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import PairingName, PretrainConfig, media_of_pairing
 from pretrain.data.datasets import open_samples

@@ -31,7 +31,11 @@ from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import PretrainConfig
 from pretrain.distributed.collectives import gather_objects, rank
-from pretrain.distributed.engine import Engine, build_engine, start_accelerator
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.start import (
+    build_engine,
+    start_accelerator,
+)
 from pretrain.model.contrastive_model import PairInputs, build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.optimizer import build_optimizer

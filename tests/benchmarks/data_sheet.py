@@ -22,7 +22,7 @@ from PIL import Image
 from data_prep.config import Describe
 from data_prep.describe import describe
 from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import (
+from data_prep.shards.manifest import (
     DatasetInfo,
     ManifestRow,
     fingerprint_of,

@@ -23,7 +23,8 @@ import psutil
 import torch
 from PIL import Image
 
-from data_prep.shards.dataset import BLOCK_BYTES, Dataset
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.index import BLOCK_BYTES
 from pretrain.data.step_dataset import StepDataset
 from pretrain.data.transforms import ImageToPixels
 from pretrain.model.tokenizer import build_tokenizer

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data_prep.shards.dataset import (
-    Dataset,
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.manifest import (
     DatasetInfo,
     fingerprint_of,
     manifest_row,

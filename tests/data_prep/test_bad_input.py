@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import AudioOptions, ImageOptions
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import Dataset, captions_of
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import captions_of
 from tests.support.bad_media import AUDIO_FILTERS, BAD_MEDIA, IMAGE_FILTERS, picture, sound
 from tests.support.toy_pairs import contents, rejected_rows, shard, verify, write_pictures
 

@@ -1,15 +1,17 @@
 import pytest
 
+from data_prep.command import run_command
 from data_prep.config_file import (
-    ConfigError,
-    InputError,
     Section,
     differing_keys,
     fixed_values,
     free,
     read_config,
-    run_command,
     to_yaml,
+)
+from data_prep.errors import (
+    ConfigError,
+    InputError,
 )
 
 

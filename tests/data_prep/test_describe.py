@@ -13,9 +13,9 @@ import regex
 
 from data_prep import describe as verb
 from data_prep.config import Describe
-from data_prep.config_file import InputError
 from data_prep.dedup.duplicate_table import DATASETS_KEY
 from data_prep.describe import describe, measure
+from data_prep.errors import InputError
 from data_prep.report.data_sheet import SheetContent
 from data_prep.report.rejected import rejected_examples
 from data_prep.shards.dataset import Dataset

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.finalize import finalize
 from data_prep.pipeline.plan import open_plan
 from data_prep.shards.folder import lock_folder

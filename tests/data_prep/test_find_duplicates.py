@@ -9,8 +9,11 @@ import pytest
 
 from data_prep import find_duplicates as verb
 from data_prep.config import FindDuplicates, MakeSubset
-from data_prep.config_file import ConfigError, InputError
 from data_prep.demo.sounds import SOUNDS, synthesise
+from data_prep.errors import (
+    ConfigError,
+    InputError,
+)
 from data_prep.find_duplicates import find_duplicates
 from data_prep.make_subset import make_subset
 from data_prep.report.duplicate_figures import measure_duplicates

@@ -14,9 +14,10 @@ import soundfile
 
 import data_prep
 from data_prep.config import IndexShards, VerifyShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.index_shards import index_shards
-from data_prep.shards.dataset import Dataset, captions_of
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import captions_of
 from data_prep.verify_shards import verify_shards
 from tests.support.toy_shards import jpeg
 

@@ -9,10 +9,14 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.config import Columns
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.make_shards import main
-from data_prep.shards.dataset import Dataset, captions_of, metadata_of
+from data_prep.shards.dataset import Dataset
 from data_prep.shards.folder import lock_folder
+from data_prep.shards.sample import (
+    captions_of,
+    metadata_of,
+)
 from tests.support.toy_pairs import (
     contents,
     picture_bytes,

@@ -10,13 +10,13 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from data_prep.command import run_command
 from data_prep.config import MakeSubset
-from data_prep.config_file import run_command
 from data_prep.dedup.duplicate_table import DATASETS_KEY
 from data_prep.make_subset import choose_samples, dry_run, make_subset
 from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import (
-    Dataset,
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.manifest import (
     DatasetInfo,
     fingerprint_of,
     manifest_row,

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.config import VerifyShards
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import read_dataset_files
+from data_prep.errors import InputError
 from data_prep.shards.folder import finish_dataset
+from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.writer import ShardWriter
 from data_prep.verify_shards import verify_dataset, verify_shards
 from tests.support.toy_pairs import contents, shard, write_pictures

@@ -7,37 +7,23 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("data_prep", "pretrain", "eval")
-SHARED_MODULES = {
-    "shard_format",
-    "config_file",
-    "media_decode",
-    "remote_file",
-    "file_transfer",
-    "html_report",
-    "subset",
-}
-# Of data_prep, for eval: what near-duplicates are found by; config says when they are near.
-FINGERPRINTS = {
-    "audio_fingerprint",
-    "audio_neighbours",
-    "config",
-    "image_fingerprint",
-    "near_images",
-}
-# Of pretrain, for eval. The rest of pretrain is the training loop's own.
-PRETRAIN_MODULES = {
-    "attempts",
-    "checkpoint",
-    "checkpoint_record",
-    "checkpoint_store",
-    "config",
-    "gather",
-    "launcher",
-    "model",
-    "run_folder",
-    "sample_order",
-    "shard_reader",
-    "tokenizer",
+MOST_MODULES_IN_A_FOLDER = 15
+# Package -> another package -> its rooms and modules that it may import.
+ALLOWED_ROOMS = {
+    "data_prep": {},
+    "pretrain": {
+        "data_prep": {
+            *("errors", "config_file", "command"),
+            *("storage", "shards", "media", "report"),
+        },
+    },
+    "eval": {
+        "data_prep": {
+            *("errors", "config_file", "command", "config"),
+            *("storage", "shards", "media", "report", "dedup", "sources"),
+        },
+        "pretrain": {"config", "checkpoint", "checkpoints", "distributed", "model", "run"},
+    },
 }
 ENTRY_POINTS = {
     "data_prep.make_shards",
@@ -83,25 +69,94 @@ ALL_IMPORTS = [
 ]
 
 
-def test_arrows_between_packages_are_those_of_the_design():
-    allowed = {
-        "data_prep": {},
-        "pretrain": {"data_prep": SHARED_MODULES},
-        "eval": {"data_prep": SHARED_MODULES | FINGERPRINTS, "pretrain": PRETRAIN_MODULES},
-    }
+def room_of(module):
+    """The room of a module, or the module itself where it stands in its package."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_packages_import_only_the_rooms_that_they_may():
     for path, name in ALL_IMPORTS:
-        package, _, module = name.partition(".")
+        package = name.partition(".")[0]
         if package in PACKAGES and package != path.parts[0]:
-            assert module in allowed[path.parts[0]].get(package, ()), f"{path} imports {name}"
+            allowed = ALLOWED_ROOMS[path.parts[0]].get(package, ())
+            assert room_of(name).partition(".")[2] in allowed, f"{path} imports {name}"
+
+
+def first_circle(graph):
+    """A circle of a graph {node: nodes it points to}, or None."""
+    finished, trail = set(), []
+
+    def visit(node):
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in finished:
+            return None
+        trail.append(node)
+        found = next(filter(None, map(visit, sorted(graph.get(node, ())))), None)
+        trail.pop()
+        finished.add(node)
+        return found
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def import_graph():
+    """{module: modules of the project that it imports when it runs}"""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in modules_of(package)
+    }
+    graph = {}
+    for module, path in modules.items():
+        for node in nodes_that_run(path):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found = {name if name in modules else node.module for name in names}
+                graph.setdefault(module, set()).update(found & modules.keys() - {module})
+    return graph
+
+
+def nodes_that_run(path):
+    """All nodes of a module but those under `if TYPE_CHECKING`."""
+    waiting = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+def test_a_circle_is_found():
+    assert first_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert first_circle({"a": {"b", "c"}, "b": {"c"}}) is None
+
+
+def test_imports_make_no_circle_of_files_or_rooms():
+    files = import_graph()
+    assert first_circle(files) is None
+    rooms = {}
+    for module, imported in files.items():
+        others = {room_of(name) for name in imported} - {room_of(module)}
+        rooms.setdefault(room_of(module), set()).update(others)
+    assert first_circle(rooms) is None
+
+
+def test_a_folder_holds_few_modules_one_level_below_its_package():
+    for package in PACKAGES:
+        folders = {}
+        for path in modules_of(package):
+            assert len(path.relative_to(ROOT).parts) <= 3, path
+            if path.name != "__init__.py":
+                folders.setdefault(path.parent, []).append(path)
+        for folder, modules in folders.items():
+            assert len(modules) <= MOST_MODULES_IN_A_FOLDER, folder
 
 
 def test_accelerate_and_deepspeed_appear_only_in_the_engine():
     for path, name in ALL_IMPORTS:
         if name.partition(".")[0] in ("accelerate", "deepspeed"):
-            assert path in (
-                Path("pretrain/distributed/engine.py"),
-                Path("pretrain/distributed/zero.py"),
-            ), name
+            assert path.parts[:2] == ("pretrain", "distributed"), f"{path} imports {name}"
 
 
 def test_nothing_imports_an_entry_point():

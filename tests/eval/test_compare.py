@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from torch.nn.functional import normalize
 
-from data_prep.config_file import InputError, run_command
+from data_prep.command import run_command
+from data_prep.errors import InputError
 from eval.compare import dry_run, run
 from eval.config import CompareConfig
 from eval.metrics.intervals import Bootstrap

@@ -14,12 +14,19 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from data_prep.command import run_command
 from data_prep.config import IndexShards, MakeSubset
-from data_prep.config_file import InputError, read_config, run_command
+from data_prep.config_file import read_config
+from data_prep.errors import InputError
 from data_prep.index_shards import index_shards
 from data_prep.make_subset import choose_samples
 from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import BLOCK_BYTES, Dataset, ShardIndex, captions_of
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.index import (
+    BLOCK_BYTES,
+    ShardIndex,
+)
+from data_prep.shards.sample import captions_of
 from data_prep.shards.subset import KeptSamples
 from eval.config import EmbedConfig
 from eval.embed import dry_run, run

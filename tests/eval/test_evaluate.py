@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from data_prep.config_file import run_command
+from data_prep.command import run_command
 from eval.config import EvaluateConfig
 from eval.evaluate import dry_run, run
 from tests.eval.datasets.test_tar_dataset import write_set

@@ -2,7 +2,7 @@ import json
 
 import yaml
 
-from data_prep.config_file import run_command
+from data_prep.command import run_command
 from eval.config import EvaluateConfig
 from eval.evaluate import dry_run, run
 from pretrain.train import pretrain

@@ -8,7 +8,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import WatchConfig
 from eval.watch import dry_run, run
 from pretrain.train import pretrain

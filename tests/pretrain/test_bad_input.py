@@ -5,10 +5,13 @@ from collections import Counter
 
 import pytest
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.formats import image_format
-from data_prep.shards.dataset import BLOCK_BYTES, ShardIndex
 from data_prep.shards.folder import finish_dataset
+from data_prep.shards.index import (
+    BLOCK_BYTES,
+    ShardIndex,
+)
 from data_prep.shards.writer import ShardWriter
 from pretrain.config import Loading, PretrainConfig
 from pretrain.data.loaders import start_loader

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.checkpoint import (
     find_checkpoint,
     load_model,

@@ -40,6 +40,13 @@ def check_killed_run(undisturbed, tmp_path, seed):
     check_case(case, undisturbed, tmp_path / "run")
 
 
-@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_CASES // 2))
+# Two groups, so that two workers share the file.
+SEEDS = [
+    pytest.param(FIRST_SEED + n, marks=pytest.mark.xdist_group(f"killed runs {n % 2}"))
+    for n in range(NUM_CASES)
+]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_killed_run_ends_as_if_it_had_never_been(undisturbed, tmp_path, seed):
     check_killed_run(undisturbed, tmp_path, seed)

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.distributed.launcher import hosts_of_slurm_ranks
 from pretrain.nodes.bandwidth import Bandwidth, node_pairs
 from pretrain.nodes.facts import MachineFacts, free_bytes_of, read_shards, sees_file

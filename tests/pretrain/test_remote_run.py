@@ -7,7 +7,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from eval.models.model_source import find_model
 from pretrain.cache.node import check_room
 from pretrain.checkpoint import load_model, newest_checkpoint, restore

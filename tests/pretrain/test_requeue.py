@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from data_prep.config_file import RunError, to_yaml
+from data_prep.config_file import to_yaml
+from data_prep.errors import RunError
 from pretrain.requeue import main, reason_to_go_on
 from pretrain.run.attempts import Attempt, write_attempt
 from tests.support.toy_run import toy_config

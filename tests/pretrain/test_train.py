@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.config_file import ConfigError, RunError, to_yaml
+from data_prep.config_file import to_yaml
+from data_prep.errors import (
+    ConfigError,
+    RunError,
+)
 from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
 from pretrain.run.attempts import read_attempts, read_metrics, read_rows
@@ -166,7 +170,10 @@ def test_a_non_finite_loss_stops_the_run_naming_the_step(toy_data, tmp_path):
 
 def copy_with_bad_bytes(toy_data, folder, *, num_bad):
     """The toy data, with a flipped bit in `num_bad` pictures of the first source."""
-    from data_prep.shards.dataset import BLOCK_BYTES, ShardIndex
+    from data_prep.shards.index import (
+        BLOCK_BYTES,
+        ShardIndex,
+    )
 
     shutil.copytree(toy_data, folder)
     index = ShardIndex.read(folder / "colors" / "00000000.idx")

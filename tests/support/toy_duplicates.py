@@ -10,9 +10,10 @@ import pyarrow.parquet
 import soundfile
 
 from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import Dataset, Sample
+from data_prep.shards.dataset import Dataset
 from data_prep.shards.folder import finish_dataset
 from data_prep.shards.parquet import measure_media, row_of
+from data_prep.shards.sample import Sample
 from data_prep.shards.writer import ShardWriter
 
 SAMPLES_PER_SHARD = 4

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from data_prep.media.decode import decode_audio, decode_image
-from data_prep.shards.dataset import (
+from data_prep.shards.manifest import (
     DatasetInfo,
     fingerprint_of,
     manifest_row,

@@ -8,7 +8,12 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from data_prep.shards.dataset import DatasetInfo, fingerprint_of, manifest_row, write_dataset_files
+from data_prep.shards.manifest import (
+    DatasetInfo,
+    fingerprint_of,
+    manifest_row,
+    write_dataset_files,
+)
 from data_prep.shards.writer import ShardWriter
 from pretrain.config import PretrainConfig
 

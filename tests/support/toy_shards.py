@@ -10,8 +10,11 @@ import pyarrow.parquet
 from PIL import Image
 
 from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import Sample, captions_of
 from data_prep.shards.folder import finish_dataset
+from data_prep.shards.sample import (
+    Sample,
+    captions_of,
+)
 from data_prep.shards.writer import ShardWriter
 
 

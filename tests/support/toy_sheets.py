@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.report.dataset_figures import QUANTILES
 from data_prep.shards.columns import shard_schema
-from data_prep.shards.dataset import (
+from data_prep.shards.manifest import (
     DatasetInfo,
     fingerprint_of,
     manifest_row,

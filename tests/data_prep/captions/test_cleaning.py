@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_prep.captions.cleaning import CaptionCleaner
-from data_prep.config import CaptionOptions
-from data_prep.sources.pair import FILTER_REASONS
+from data_prep.config import FILTER_REASONS, CaptionOptions
 
 EVERYTHING = {"strip_html": True, "strip_urls": True, "fix_encoding": True}
 ZWNJ, ZWJ, ZWSP = "\u200c", "\u200d", "\u200b"

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
-from data_prep.dedup.semantic import ROWS_AT_ONCE, semantic_pairs
-from data_prep.dedup.spherical_kmeans import assign_clusters, fit_centroids
+from data_prep.dedup.semantic import (
+    ROWS_AT_ONCE,
+    assign_clusters,
+    fit_centroids,
+    semantic_pairs,
+)
 
 
 def normalised(vectors):

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from urllib3 import HTTPHeaderDict
 
 from data_prep.config import DownloadOptions
-from data_prep.config_file import RunError
 from data_prep.download import fetch
 from data_prep.download.address import DownloadError, is_public, parse_address, redirected_address
 from data_prep.download.cache import DownloadCache, DownloadsEnded
 from data_prep.download.downloader import Downloader
 from data_prep.download.robots import check_opt_out
+from data_prep.errors import RunError
 from data_prep.sources.pair import BadItemError
 from tests.support.toy_web_server import BODY, toy_web_server
 

@@ -6,8 +6,13 @@ import pytest
 import soundfile
 import soxr
 
-from data_prep.dedup.audio_similarity import audio_similarity, required_similarity
-from data_prep.dedup.near_audio import NEIGHBOURS, ClipWords, near_audio_pairs
+from data_prep.dedup.near_audio import (
+    NEIGHBOURS,
+    ClipWords,
+    audio_similarity,
+    near_audio_pairs,
+    required_similarity,
+)
 from data_prep.demo.sounds import SOUNDS, synthesise
 from data_prep.media.audio_fingerprint import audio_fingerprint, words_of
 

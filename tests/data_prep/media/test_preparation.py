@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageCms
 
-from data_prep.config import AudioOptions, ImageOptions
+from data_prep.config import FILTER_REASONS, AudioOptions, ImageOptions
 from data_prep.media.formats import MediaError
 from data_prep.media.preparation import prepare_media
 from data_prep.shards.columns import MEASURES
-from data_prep.shards.dataset import MEDIA_EXTENSIONS
-from data_prep.sources.pair import FILTER_REASONS
+from data_prep.shards.sample import MEDIA_EXTENSIONS
 from tests.support.bad_media import AUDIO_FILTERS, BAD_MEDIA, IMAGE_FILTERS, picture, sound
 
 

@@ -9,9 +9,10 @@ import pytest
 import soundfile
 
 from data_prep.config import AudioOptions, CaptionOptions, Columns, ImageOptions
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.decode import decode_image
-from data_prep.shards.dataset import Dataset, captions_of
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import captions_of
 from tests.support.toy_pairs import picture_bytes, rejected_rows, shard, verify
 
 

@@ -4,11 +4,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_prep.shards.dataset import (
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.index import ShardIndex
+from data_prep.shards.sample import (
     CorruptSampleError,
-    Dataset,
     Sample,
-    ShardIndex,
     captions_of,
     media_extension_of,
     split_member_name,

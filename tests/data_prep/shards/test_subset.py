@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import DatasetInfo
+from data_prep.errors import InputError
+from data_prep.shards.manifest import DatasetInfo
 from data_prep.shards.subset import BLOCK_BYTES, Subset
 
 

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.shards.dataset import ABSENT, ShardIndex, temporary_name, write_atomically
+from data_prep.shards.index import (
+    ABSENT,
+    ShardIndex,
+)
 from data_prep.shards.writer import ShardWriter, ustar_header
+from data_prep.storage.atomic import (
+    temporary_name,
+    write_atomically,
+)
 
 
 def write(folder, samples, name="0", **counts):

@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 
 from data_prep.config import Columns
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.formats import input_state
 from tests.support.toy_sources import config_for, contents_of, pairs_of
 

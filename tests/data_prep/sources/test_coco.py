@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data_prep.config import Columns
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from tests.support.toy_sources import contents_of, pairs_of
 
 IMAGES = [

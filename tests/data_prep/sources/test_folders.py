@@ -6,8 +6,9 @@ import fsspec
 import pytest
 
 from data_prep.config import Columns
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import Dataset, captions_of
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import captions_of
 from data_prep.sources import item_file
 from data_prep.sources.formats import input_state
 from data_prep.storage import remote_file

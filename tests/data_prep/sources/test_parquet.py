@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.config import Columns, MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.formats import input_state, read_pairs
 from tests.support.toy_sources import config_for, contents_of, pairs_of
 

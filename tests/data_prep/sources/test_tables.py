@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import Columns, MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources import tables
 from data_prep.sources.formats import read_pairs
 from tests.support.toy_sources import config_for, contents_of, pairs_of, reasons_of

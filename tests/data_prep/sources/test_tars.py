@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from data_prep.config import Columns
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.folder import finish_dataset
 from data_prep.shards.subset import Subset

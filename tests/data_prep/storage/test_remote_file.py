@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.config import Columns
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.sources.formats import input_state
 from data_prep.sources.input_files import format_of, media_root_of
 from data_prep.storage import remote_file, web_file

@@ -9,9 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.config import IndexShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.index_shards import index_shards
-from data_prep.shards.dataset import Dataset, ShardIndex, read_dataset_files
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.index import ShardIndex
+from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.writer import ShardWriter
 from tests.data_prep.test_verify_shards import (
     DAMAGES,

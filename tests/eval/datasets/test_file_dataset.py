@@ -8,7 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EvaluateConfig
 from eval.tasks.readers import fetch_datasets, read_tasks
 from tests.eval.datasets.test_tar_dataset import write_set

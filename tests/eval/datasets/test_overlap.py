@@ -11,7 +11,7 @@ import soundfile
 from PIL import Image
 
 from data_prep.config import MakeShards
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.make_shards import make_shards
 from data_prep.shards.subset import Subset
 from eval.check_overlap import dry_run, run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EvaluateConfig
 from eval.datasets.tar_dataset import TarDataset
 from eval.tasks.readers import read_tasks

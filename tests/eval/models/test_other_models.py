@@ -11,7 +11,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.config import EmbedConfig
 from eval.models.encoder import load_encoder
 from eval.models.model_source import find_model

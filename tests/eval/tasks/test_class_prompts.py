@@ -2,7 +2,7 @@ import open_clip
 import pytest
 import torch
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from eval.tasks.class_prompts import average_prompts, check_templates, class_prompts
 
 

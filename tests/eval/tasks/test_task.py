@@ -4,8 +4,12 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.config_file import ConfigError, InputError, read_config
-from data_prep.shards.dataset import read_dataset_files
+from data_prep.config_file import read_config
+from data_prep.errors import (
+    ConfigError,
+    InputError,
+)
+from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.subset import Subset
 from eval.config import EvaluateConfig
 from eval.tasks.class_texts import read_lines

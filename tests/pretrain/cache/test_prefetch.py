@@ -4,8 +4,9 @@ import time
 import numpy as np
 import pytest
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import BadShardError, Dataset
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import BadShardError
 from data_prep.storage import file_transfer
 from pretrain.cache import prefetch
 from pretrain.cache.eviction import CacheRoom

@@ -11,8 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_prep.config_file import InputError
-from data_prep.shards.dataset import BadShardError, Dataset
+from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import BadShardError
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.storage import file_transfer
 from data_prep.storage.file_transfer import WrongContentError, fetch_file

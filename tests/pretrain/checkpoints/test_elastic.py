@@ -7,7 +7,10 @@ import torch
 
 from pretrain.checkpoint import open_whole, read_model_state, restore
 from pretrain.checkpoints.record import RunState
-from pretrain.distributed.engine import build_engine, start_accelerator
+from pretrain.distributed.start import (
+    build_engine,
+    start_accelerator,
+)
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.optimizer import build_optimizer

@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from pretrain.checkpoint import newest_checkpoint, open_whole, restore
 from pretrain.checkpoints import writer as writer_module
 from pretrain.checkpoints.record import RunState

@@ -3,9 +3,13 @@ import shutil
 import pytest
 import torch
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from data_prep.media.formats import MediaError
-from data_prep.shards.dataset import BLOCK_BYTES, BadShardError, ShardIndex
+from data_prep.shards.index import (
+    BLOCK_BYTES,
+    ShardIndex,
+)
+from data_prep.shards.sample import BadShardError
 from pretrain.config import ImageTransform
 from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import PairReader

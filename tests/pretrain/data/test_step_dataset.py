@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.config_file import InputError, RunError
+from data_prep.errors import (
+    InputError,
+    RunError,
+)
 from data_prep.media.decode import decode_image
 from data_prep.shards.dataset import Dataset
 from pretrain.config import Loading

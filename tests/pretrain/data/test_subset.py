@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.config_file import ConfigError, InputError
-from data_prep.shards.dataset import (
+from data_prep.errors import (
+    ConfigError,
+    InputError,
+)
+from data_prep.shards.dataset import Dataset
+from data_prep.shards.index import (
     BLOCK_BYTES,
-    Dataset,
-    DatasetInfo,
     ShardIndex,
+)
+from data_prep.shards.manifest import (
+    DatasetInfo,
     fingerprint_of,
     manifest_row,
     read_dataset_files,

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config_file import ConfigError
+from data_prep.errors import ConfigError
 from pretrain.distributed.deepspeed_config import deepspeed_settings
-from pretrain.distributed.engine import check_engine
+from pretrain.distributed.start import check_engine
 from tests.support.toy_run import toy_config
 
 ROOT = Path(__file__).parents[3]

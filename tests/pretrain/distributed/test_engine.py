@@ -3,8 +3,11 @@ import os
 import pytest
 import torch
 
-from data_prep.config_file import InputError
-from pretrain.distributed.engine import check_engine, start_accelerator
+from data_prep.errors import InputError
+from pretrain.distributed.start import (
+    check_engine,
+    start_accelerator,
+)
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 

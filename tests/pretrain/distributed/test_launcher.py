@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.distributed.launcher import (
     adopt_environment,
     adopt_slurm_environment,

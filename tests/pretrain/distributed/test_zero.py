@@ -15,7 +15,10 @@ from pretrain.checkpoint import read_model_state
 from pretrain.config import PretrainConfig
 from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import gather_objects
-from pretrain.distributed.engine import build_engine, start_accelerator
+from pretrain.distributed.start import (
+    build_engine,
+    start_accelerator,
+)
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.gradient_cache import backward_of_step, micro_batches

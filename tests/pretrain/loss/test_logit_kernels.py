@@ -9,9 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pretrain.loss.feature_tiles import BLOCKS
-from pretrain.loss.kernels import observe_softmax, write_coefficients
+from pretrain.loss.kernels import observe_softmax, take_sigmoid, write_coefficients
 from pretrain.loss.logit_kernels import fold
-from pretrain.loss.sigmoid_kernels import take_sigmoid
 
 # What an H100 or H200 would be given is made here without one, and read: never run.
 HOPPER = GPUTarget("cuda", 90, 32)

@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath, set_fused_attn
 from torch import nn
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.model.contrastive_model import PairInputs, build_model
 from pretrain.model.drop_layers import replace_drop_layers, sample_drops
 from pretrain.model.sample_dropout import Draws, SampleDropPath, SamplePatchDropout

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from tests.support.toy_run import toy_config

@@ -4,8 +4,12 @@ from statistics import median
 import pytest
 
 from pretrain.config import Watch
-from pretrain.monitoring.anomalies import StepWatch, reason_to_stop
-from pretrain.monitoring.spikes import Spike, SpikeDetector
+from pretrain.monitoring.anomalies import (
+    Spike,
+    SpikeDetector,
+    StepWatch,
+    reason_to_stop,
+)
 from pretrain.monitoring.timing import slowest_rank
 from tests.pretrain.test_train import steps_of, train
 from tests.support.gloo_processes import run_in_processes

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoints.record import read_record
 from pretrain.requeue import reason_to_go_on

@@ -3,7 +3,8 @@ import json
 import pytest
 from pydantic import BaseModel
 
-from data_prep.config_file import ConfigError, to_yaml
+from data_prep.config_file import to_yaml
+from data_prep.errors import ConfigError
 from pretrain.run.compatibility import refuse_other_run
 from tests.support.toy_run import toy_config
 

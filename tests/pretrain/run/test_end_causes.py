@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from data_prep.config_file import RunError
+from data_prep.errors import RunError
 from pretrain.requeue import refuse_starts_without_attempt
 from pretrain.run.attempts import claim_attempt, read_attempts, write_attempt
 from pretrain.run.end_causes import causes_of_end, lost_nodes

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.sampling.keyed_random import permute, sample_random
 from pretrain.sampling.mixing import MIXING_BLOCK_SLOTS, PairingChoice
 from pretrain.sampling.order import (

@@ -7,7 +7,7 @@ from open_clip.transformer import TextTransformer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from data_prep.config_file import InputError
+from data_prep.errors import InputError
 from pretrain.data.batch import PairLayout
 from pretrain.model.contrastive_model import ContrastiveModel, Tower
 from pretrain.model.sample_dropout import TowerDraws

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from data_prep.config_file import ConfigError, InputError
+from data_prep.errors import (
+    ConfigError,
+    InputError,
+)
 from pretrain.config import media_of_pairing
 from pretrain.data.step_dataset import StepDataset
-from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.start import start_accelerator
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.distillation import load_teachers

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pretrain.data.step_dataset import StepDataset
-from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.train import build_training_model
 from pretrain.training.gradient_cache import backward_of_step, micro_batches

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pretrain.config import media_of_pairing
 from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import RowGather, counted_traffic
-from pretrain.distributed.engine import Engine, start_accelerator
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.start import start_accelerator
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.gradient_cache import backward_of_step

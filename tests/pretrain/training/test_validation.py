@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data_prep.config_file import InputError
-from pretrain.distributed.engine import Engine, start_accelerator
+from data_prep.errors import InputError
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.start import start_accelerator
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.optimizer import build_optimizer

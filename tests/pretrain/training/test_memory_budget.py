@@ -1,7 +1,10 @@
 import psutil
 import torch
 
-from pretrain.training.free_memory import free_bytes, free_bytes_of_cgroups
+from pretrain.training.memory_budget import (
+    free_bytes,
+    free_bytes_of_cgroups,
+)
 
 
 def write_group(folder, **files):

@@ -1,0 +1,113 @@
+"""The index of a shard: the place, size and CRC32 of every member.
+
+A `.idx` file is, little-endian:
+
+    8 bytes               magic b"ISOIDX1\\n"
+    uint32                length of the header in bytes, a multiple of 4
+    header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256,
+                          rejected, and marked and long_keys where there are any
+    uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
+                          bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
+                          absent
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import InputError
+
+BLOCK_BYTES = 512
+ABSENT = 0xFFFFFFFF
+INDEX_MAGIC = b"ISOIDX1\n"
+REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=true"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the members of every sample of one shard are."""
+
+    fields: tuple[str, ...]
+    table: np.ndarray  # uint32 [n, k, 3]: data block, size in bytes, crc32
+    tar_bytes: int
+    tar_sha256: str
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs dropped on writing
+    marked: dict[str, int] = field(default_factory=dict)  # filter -> samples it only marked
+    # place -> key, where a tar that others made does not hold it in the member's own header
+    long_keys: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.table)
+
+    def entries_at(self, place: int) -> dict[str, tuple[int, int, int]]:
+        """Extension -> (data block, size in bytes, crc32) of the members of one sample."""
+        entries = zip(self.fields, self.table[place].tolist(), strict=True)
+        return {name: tuple(entry) for name, entry in entries if entry[0] != ABSENT}
+
+    def to_bytes(self) -> bytes:
+        values = {
+            "fields": list(self.fields),
+            "num_samples": self.num_samples,
+            "tar_bytes": self.tar_bytes,
+            "tar_sha256": self.tar_sha256,
+            "rejected": self.rejected,
+        }
+        if self.marked:
+            values["marked"] = self.marked
+        if self.long_keys:
+            values["long_keys"] = self.long_keys
+        header = json.dumps(values, sort_keys=True).encode()
+        header += b" " * (-len(header) % 4)
+        length = np.uint32(len(header)).astype("<u4").tobytes()
+        return INDEX_MAGIC + length + header + self.table.astype("<u4").tobytes()
+
+    @classmethod
+    def read(cls, path: Path, *, is_mapped: bool = False) -> ShardIndex:
+        """
+        Args:
+            path: of the .idx file.
+            is_mapped: leave the table on disk until it is looked at.
+
+        Raises:
+            InputError: the file is missing or is not an index of this version.
+        """
+        try:
+            content = _mapped_bytes(path) if is_mapped else path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: no index; make it with python -m data_prep.index_shards"
+            ) from None
+        if content[:8] != INDEX_MAGIC:
+            raise InputError(f"{path}: expected an index ({INDEX_MAGIC!r}), found {content[:8]!r}")
+        try:
+            header_end = 12 + int(np.frombuffer(content, "<u4", 1, 8)[0])
+            header = json.loads(content[12:header_end])
+            shape = (header["num_samples"], len(header["fields"]), 3)
+            long_keys = header.get("long_keys", {})
+            return cls(
+                fields=tuple(header["fields"]),
+                table=np.frombuffer(content, "<u4", offset=header_end).reshape(shape),
+                tar_bytes=header["tar_bytes"],
+                tar_sha256=header["tar_sha256"],
+                rejected=header["rejected"],
+                marked=header.get("marked", {}),
+                long_keys={int(place): key for place, key in long_keys.items()},
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or make the shard again"
+            ) from None
+
+
+def _mapped_bytes(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # an empty file
+            return b""

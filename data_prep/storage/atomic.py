@@ -1,0 +1,46 @@
+"""Atomic file writes, checksums, and errors that name their file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+from pathlib import Path
+
+
+def temporary_name(name: str) -> str:
+    """A name beside `name` that no other process, also on another machine, uses."""
+    host = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
+    return f".{name}.{host}.{os.getpid()}.tmp"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is either whole or absent, also after a power cut.
+
+    Raises:
+        OSError: naming the file: the disk is full, or the like.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise name_file(error, path) from None
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_file(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which a full disk's error comes without."""
+    if error.filename is None:
+        error.filename = str(path)
+    return error
