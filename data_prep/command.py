@@ -16,9 +16,14 @@ from pathlib import Path
 from data_prep.config_file import SectionT, read_config, to_yaml
 from data_prep.errors import ConfigError, InputError, RunError
 
-# What they say is shown from INFO on, what libraries say from WARNING on.
+# Their messages are shown from INFO on, those of libraries from WARNING on.
 OWN_LOGGERS = ("data_prep", "pretrain", "eval")
 SECONDS_TO_LET_RANK_0_SPEAK = 3.0
+
+
+def say(text: object) -> None:
+    """Prints a result to standard output at once, also where it is a pipe or a file."""
+    print(text, flush=True)  # noqa: T201
 
 
 def run_command(
@@ -29,15 +34,54 @@ def run_command(
     description: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Runs one command of the project and returns its exit status.
+    """Runs a command and returns its exit status.
 
     Args:
-        section: the type of the command's config.
+        section: type of the command's config.
         run: does the work.
         dry_run: checks what can be checked without doing the work, and prints derived numbers.
-        description: the command's module docstring, shown by --help.
-        arguments: the command line after the program's name (default: sys.argv).
+        description: docstring of the command's module, shown by --help.
+        arguments: command line without the program's name (default: sys.argv).
     """
+    options = _parse(description, arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for package in OWN_LOGGERS:
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        config = read_config(section, options.config, overrides=options.overrides)
+        if options.dry_run:
+            say(to_yaml(config))
+            dry_run(config)
+        else:
+            run(config)
+    except (InputError, RunError) as error:
+        print_error(error)
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print_error(InputError(f"{error.filename}: {error.strerror}"))
+        return 1
+    except KeyboardInterrupt:
+        print_error(RunError("interrupted; the same command resumes where this one stopped"))
+        return 130
+    return 0
+
+
+def check_command_line(section: type[SectionT], description: str) -> None:
+    """Ends the process after --help, and with status 2 after wrong usage or a wrong config.
+
+    A command with slow imports calls it before them, so that a misspelt key is reported at once.
+    """
+    options = _parse(description, None)
+    try:
+        read_config(section, options.config, overrides=options.overrides)
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(2)
+
+
+def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,36 +90,14 @@ def run_command(
     parser.add_argument(
         "--dry-run", action="store_true", help="resolve and check the config, print it, and exit"
     )
-    options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for package in OWN_LOGGERS:
-        logging.getLogger(package).setLevel(logging.INFO)
-    try:
-        config = read_config(section, options.config, overrides=options.overrides)
-        if options.dry_run:
-            print(to_yaml(config))  # noqa: T201
-            dry_run(config)
-        else:
-            run(config)
-    except (InputError, RunError) as error:
-        _print_error(error)
-        return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _print_error(InputError(f"{error.filename}: {error.strerror}"))
-        return 1
-    except KeyboardInterrupt:
-        _print_error(RunError("interrupted; the same command goes on where this one was"))
-        return 130
-    return 0
+    return parser.parse_intermixed_args(arguments)
 
 
 def check_output_folder(folder: Path, *, key: str) -> None:
-    """Checks that a folder can be written or made, without making it.
+    """Checks that a folder can be written or created, without creating it.
 
     Raises:
-        ConfigError: naming the key and what stands in the way.
+        ConfigError: if a file is in the way or permission is missing; names the key.
     """
     nearest = folder.absolute()
     while not nearest.exists():
@@ -86,10 +108,11 @@ def check_output_folder(folder: Path, *, key: str) -> None:
         raise ConfigError(f"{key}={folder}: {nearest} cannot be written; choose another")
 
 
-def _print_error(error: Exception) -> None:
-    """Prints the message; of several processes that fail alike, mostly the first one's alone.
+def print_error(error: Exception) -> None:
+    """Prints the message of an error to standard error.
 
-    The others wait a little, because a launcher ends them as soon as one has failed.
+    Ranks other than 0 wait a little first: when several fail alike, the launcher ends them as soon
+    as rank 0 has failed, so that the message appears once.
     """
     rank = os.environ.get("RANK")
     if rank not in (None, "0"):

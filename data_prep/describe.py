@@ -15,6 +15,7 @@ import sys
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.config import Describe
 from data_prep.dedup.duplicate_table import name_in_table
@@ -43,7 +44,7 @@ def describe(config: Describe) -> None:
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, page)
     without = " (without figures: Parquet files are missing)" if content.figures is None else ""
-    print(  # noqa: T201
+    say(
         f"{config.output}: data sheet of {len(content.kept):,} samples, "
         f"{bytes_text(len(page))}{without}"
     )
@@ -100,7 +101,7 @@ def print_plan(config: Describe) -> None:
     num_files = kept.info.num_shards - len(missing)
     lacking = f"; {len(missing)} are missing, so that there would be no figures" if missing else ""
     num_shown = min(config.num_samples_shown, len(kept))
-    print(  # noqa: T201
+    say(
         f"would read {num_files} Parquet files and {kept.info.num_shards} indexes{lacking}, and "
         f"describe {len(kept):,} samples, of which {num_shown} are shown, in {config.output}"
     )

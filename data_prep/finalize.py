@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from data_prep.command import run_command
+from data_prep.command import run_command, say
 from data_prep.config import MakeShards
 from data_prep.pipeline.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
 from data_prep.pipeline.plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
@@ -43,7 +43,7 @@ def print_plan(config: MakeShards) -> None:
     """
     shards = shards_of_plan(config, _checked_plan(config))
     num_finished = sum(map(is_shard_finished, shards))
-    print(f"{config.output}: {num_finished:,} of {len(shards):,} shards are finished")  # noqa: T201
+    say(f"{config.output}: {num_finished:,} of {len(shards):,} shards are finished")
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ import numpy as np
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.config import FindDuplicates
 from data_prep.config_file import fixed_values
@@ -38,7 +39,7 @@ from data_prep.report.duplicate_report import render_report
 from data_prep.shards.subset import Subset
 from data_prep.storage.atomic import write_atomically
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("data_prep.find_duplicates")
 
 
 def find_duplicates(config: FindDuplicates) -> None:
@@ -58,8 +59,8 @@ def find_duplicates(config: FindDuplicates) -> None:
     write_atomically(config.output / "report.html", report.encode(errors="backslashreplace"))
     for number, folder in enumerate(config.datasets):
         kept = is_left[datasets.starts[number] : datasets.starts[number + 1]]
-        print(f"{folder}: {kept.sum():,} of {len(kept):,} samples are kept")  # noqa: T201
-    print(f"{config.output}: duplicates.parquet, .subset files, report.html")  # noqa: T201
+        say(f"{folder}: {kept.sum():,} of {len(kept):,} samples are kept")
+    say(f"{config.output}: duplicates.parquet, .subset files, report.html")
 
 
 def search_all(
@@ -90,7 +91,7 @@ def search_all(
         )
         dropped = groups[name].sample[~groups[name].is_kept]
         is_left[dropped] = False
-        log.info("%s: %s of the samples left are dropped", name, f"{len(dropped):,}")
+        logger.info("%s: %s of the samples left are dropped", name, f"{len(dropped):,}")
     return groups, is_left
 
 
@@ -155,7 +156,7 @@ def dry_run(config: FindDuplicates) -> None:
     check_config(config)
     datasets = JoinedDatasets(config.datasets, against=config.against)
     num_against = len(datasets) - datasets.num_queries
-    print(  # noqa: T201
+    say(
         f"would compare {datasets.num_queries:,} {datasets.media} samples of "
         f"{len(config.datasets)} datasets and {num_against:,} evaluation samples by "
         f"{', '.join(methods_of(config))}, and write to {config.output}"

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.config import IndexShards
 from data_prep.config_file import fixed_values
@@ -75,7 +76,7 @@ def index_shards(config: IndexShards) -> None:
             tar_folder=os.path.relpath(folder, config.output),
         )
     left_out = f"; left out: {info.rejected}" if info.rejected else ""
-    print(  # noqa: T201
+    say(
         f"{config.output}: {info.num_samples:,} samples in {info.num_shards} shards, "
         f"{info.tar_bytes / 1e6:,.1f} MB, indexed{left_out}"
     )
@@ -181,9 +182,7 @@ def print_plan(config: IndexShards) -> None:
     check_plan(config.output, _plan(config))
     todo = [task for task in _tasks(config, folder, names) if not _is_indexed(task)]
     num_bytes = sum(task.tar_path.stat().st_size for task in todo)
-    print(  # noqa: T201
-        f"would index {len(todo)} of {len(names)} tars in {folder}, {num_bytes / 1e6:,.1f} MB"
-    )
+    say(f"would index {len(todo)} of {len(names)} tars in {folder}, {num_bytes / 1e6:,.1f} MB")
 
 
 def main() -> int:

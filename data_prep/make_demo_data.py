@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.command import run_command
+from data_prep.command import run_command, say
 from data_prep.config import DemoData
 from data_prep.demo.images import (
     DIGIT_NAMES,
@@ -45,7 +45,7 @@ def make_demo_data(config: DemoData) -> None:
     """
     tasks = [(name, config) for name in WRITERS]
     for sentence in run_tasks(_write_set, tasks, workers=config.workers):
-        print(sentence)  # noqa: T201
+        say(sentence)
 
 
 def _write_set(task: tuple[str, DemoData]) -> str:
@@ -122,7 +122,7 @@ def _sentence(folder: Path, counts: dict[str, int], what: str) -> str:
 def print_plan(config: DemoData) -> None:
     """Prints what would be written."""
     known, held_out = scene_combinations(config.seed)
-    print(  # noqa: T201
+    say(
         f"would write into {config.output}: digits (1,797 pictures), scenes "
         f"({len(known) * config.scenes_per_combination:,} for training, {len(held_out)} held-out "
         f"combinations), sounds ({len(SOUNDS) * config.clips_per_sound:,} clips for training)"

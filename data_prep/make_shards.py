@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.config import MakeShards
 from data_prep.pipeline.dataset_finish import (
@@ -67,14 +68,14 @@ def make_shards(config: MakeShards) -> None:
             remove_leftovers(config.output, stems={shard.name for shard in shards})
         todo = [shard for shard in shards if _is_to_make(shard)]
         if not todo and (config.output / "dataset.json").exists():
-            print(f"{config.output}: already finished; nothing to do")  # noqa: T201
+            say(f"{config.output}: already finished; nothing to do")
             return
         (config.output / "dataset.json").unlink(missing_ok=True)
         _write_shards(todo, kept=len(shards) - len(todo), config=config)
         if config.part is None:
             finish_shards(config, plan)
         else:
-            print(  # noqa: T201
+            say(
                 f"{config.output}: the {len(shards):,} shards of part {config.part} are written; "
                 "after the other parts, run python -m data_prep.finalize with the same config"
             )
@@ -96,7 +97,7 @@ def _is_to_make(shard: ShardTask) -> bool:
 
 def _write_shards(shards: Sequence[ShardTask], *, kept: int, config: MakeShards) -> None:
     if kept:
-        print(f"{config.output}: keeping {kept} finished shards")  # noqa: T201
+        say(f"{config.output}: keeping {kept} finished shards")
     total = sum(shard.num_items for shard in shards)
     with tqdm(total=total, unit="item", desc="writing shards", disable=None) as bar:
         for num_items in run_tasks(write_shard, shards, workers=config.workers):
@@ -133,7 +134,7 @@ def print_plan(config: MakeShards) -> None:
     if found:
         estimate = sum(found) / len(found) * plan.num_items
         lines.append(f"media, estimated from {len(found):,} files: {estimate / 1e6:,.1f} MB")
-    print("\n".join(lines))  # noqa: T201
+    say("\n".join(lines))
 
 
 def _sampled_sizes(config: MakeShards, plan: ItemPlan) -> list[int | None]:

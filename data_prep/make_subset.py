@@ -24,6 +24,7 @@ import numpy as np
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.config import MakeSubset
 from data_prep.config_file import fixed_values
@@ -56,20 +57,20 @@ def make_subset(config: MakeSubset) -> None:
     """
     check_output_folder(config.output.parent, key="output")
     choice = choose_samples(config)
-    print(describe(choice))  # noqa: T201
+    say(describe(choice))
     kept = [[step.name, step.num_kept] for step in choice.steps]
     settings = {key: value for key, value in fixed_values(config).items() if key != "output"}
     preparation = {"command": "make_subset", "config": settings, "kept": kept}
     subset = Subset.from_bitmap(choice.info, choice.bitmap, preparation=preparation)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     subset.write(config.output)
-    print(f"{config.output}: fingerprint {subset.fingerprint}")  # noqa: T201
+    say(f"{config.output}: fingerprint {subset.fingerprint}")
 
 
 def dry_run(config: MakeSubset) -> None:
     """Does everything but write, and prints what each step would keep."""
     check_output_folder(config.output.parent, key="output")
-    print(describe(choose_samples(config)))  # noqa: T201
+    say(describe(choose_samples(config)))
 
 
 def choose_samples(config: MakeSubset) -> Choice:

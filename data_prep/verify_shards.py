@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from data_prep.command import run_command
+from data_prep.command import run_command, say
 from data_prep.config import VerifyShards
 from data_prep.errors import InputError
 from data_prep.shards.manifest import (
@@ -49,7 +49,7 @@ def verify_shards(config: VerifyShards) -> None:
     if findings:
         raise InputError(_problem_list(config, sorted(findings)))
     decoded = ", and all media and captions decode" if config.decode else ""
-    print(  # noqa: T201
+    say(
         f"{config.dataset}: {info.num_samples:,} samples in {len(manifest)} shards, "
         f"{info.tar_bytes / 1e6:,.1f} MB: sizes, checksums, headers and keys are as recorded"
         f"{decoded}"
@@ -142,7 +142,7 @@ def print_plan(config: VerifyShards) -> None:
     """
     info, manifest = read_dataset_files(config.dataset)
     verb = "repair and verify" if config.repair else "verify"
-    print(  # noqa: T201
+    say(
         f"would {verb} {len(manifest)} shards with {info.num_samples:,} samples, "
         f"{info.tar_bytes / 1e6:,.1f} MB"
     )

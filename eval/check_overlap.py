@@ -25,6 +25,7 @@ import pyarrow.parquet
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.config_file import fixed_values
 from data_prep.shards.subset import KeptSamples, Subset
@@ -54,8 +55,8 @@ def run(config: OverlapConfig) -> None:
     if isinstance(dataset, KeptSamples):
         _write_clean_subset(config, dataset, overlap)
     for method in METHODS:
-        print(f"{method}: {record['num_items'][method]:,} of {len(dataset):,} items")  # noqa: T201
-    print(f"any: {record['num_items']['any']:,}; {config.output}/overlap.parquet")  # noqa: T201
+        say(f"{method}: {record['num_items'][method]:,} of {len(dataset):,} items")
+    say(f"any: {record['num_items']['any']:,}; {config.output}/overlap.parquet")
 
 
 def _open(config: OverlapConfig) -> EvaluationSet:
@@ -76,10 +77,10 @@ def dry_run(config: OverlapConfig) -> None:
     """Checks that all datasets are there, and prints their sizes."""
     check_output_folder(config.output, key="output")
     dataset = _open(config)
-    print(f"{dataset.folder}: {len(dataset):,} {dataset.info.media} items")  # noqa: T201
+    say(f"{dataset.folder}: {len(dataset):,} {dataset.info.media} items")
     for folder in config.train:
         samples = KeptSamples(folder, subset=None)
-        print(f"{folder}: {len(samples):,} {samples.info.media} samples")  # noqa: T201
+        say(f"{folder}: {len(samples):,} {samples.info.media} samples")
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.storage.atomic import write_atomically
 from eval.config import CompareConfig
@@ -51,7 +52,7 @@ def run(config: CompareConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / "compare.json", json.dumps(record, indent=2).encode() + b"\n")
     write_atomically(config.output / "compare.md", text.encode())
-    print(text)  # noqa: T201
+    say(text)
 
 
 def comparison_table(baseline: Path, other: Path, differences: list[Difference]) -> str:
@@ -80,7 +81,7 @@ def dry_run(config: CompareConfig) -> None:
     baseline, *others = config.results
     for other in others:
         names = ", ".join(shared_evaluations(baseline, other))
-        print(f"{other} with {baseline}: {names}")  # noqa: T201
+        say(f"{other} with {baseline}: {names}")
 
 
 def main() -> int:

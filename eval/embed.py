@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.errors import RunError
 from data_prep.shards.dataset import Dataset
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from eval.embeddings.files import Origin
     from eval.models.encoder import Encoder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("eval.embed")
 
 
 def run(config: EmbedConfig) -> None:
@@ -61,7 +62,7 @@ def _embed(config: EmbedConfig) -> None:
     if rank() > 0:
         return
     record = write_summary(config.output, dataset=dataset, origin=origin, model=encoder.origin)
-    print(  # noqa: T201
+    say(
         f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
         f"{record['num_shards']} shards; {len(record['bad_samples'])} are bad and left out"
     )
@@ -107,7 +108,7 @@ def dry_run(config: EmbedConfig) -> None:
     dataset = Dataset(config.dataset)
     names = [row.name for row in dataset.manifest]
     num_there = sum((config.output / f"{name}.parquet").exists() for name in names)
-    print(  # noqa: T201
+    say(
         f"would embed {len(dataset):,} {dataset.info.media} samples and their captions in "
         f"{len(names)} shards, of which {num_there} are there already"
     )

@@ -21,6 +21,7 @@ import sys
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from eval.config import EvaluateConfig
 from eval.models.model_source import find_model
@@ -43,9 +44,9 @@ def dry_run(config: EvaluateConfig) -> None:
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
     found = read_tasks(config)
     for task in found.present:
-        print(task.description())  # noqa: T201
+        say(task.description())
     for name, reason in found.skipped.items():
-        print(f"{name}: left out: {reason}")  # noqa: T201
+        say(f"{name}: left out: {reason}")
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.command import check_output_folder
+from data_prep.command import check_output_folder, say
 from data_prep.errors import InputError
 from eval.config import EvaluateConfig
 from eval.datasets.file_dataset import FileDataset
@@ -77,6 +77,6 @@ def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str
     write_predictions(config.output, outcomes)
     report = write_report(config, outcomes, record=record)
     write_results(config.output, record, table=table, rows=scores_csv(outcomes))
-    print(table)  # noqa: T201
-    print(report)  # noqa: T201
+    say(table)
+    say(report)
     refuse_missed_goals(config, outcomes)

@@ -17,6 +17,7 @@ import sys
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from eval.config import SearchConfig
 from eval.datasets.datasets import EvaluationSet, open_dataset
@@ -62,7 +63,7 @@ def dry_run(config: SearchConfig) -> None:
     check_output_folder(config.output, key="output")
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
     dataset = _open(config)
-    print(  # noqa: T201
+    say(
         f"would index {len(dataset):,} {dataset.info.media} items of {dataset.folder}, and serve "
         f"http://{config.host}:{config.port}"
     )

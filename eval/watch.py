@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.errors import (
     InputError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from eval.report.curves import EvaluationCurves
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("eval.watch")
 
 
 def run(config: WatchConfig) -> None:
@@ -101,9 +102,9 @@ def dry_run(config: WatchConfig) -> None:
     """Checks the files of every task, and prints what would be evaluated."""
     check_output_folder(config.output, key="output")
     watched = WatchedRun(config.checkpoint, config.output)
-    print(f"{watched.folder}: {watched.num_missing()} checkpoints to evaluate now")  # noqa: T201
+    say(f"{watched.folder}: {watched.num_missing()} checkpoints to evaluate now")
     for task in read_tasks(config).present:
-        print(task.description())  # noqa: T201
+        say(task.description())
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ and checkpoints must fit on their disk. `preflight` in the config holds the floo
 
 from __future__ import annotations
 
+from data_prep.command import say
 from pretrain.run import signals
 
 if __name__ == "__main__":  # before imports that take seconds, and which signals would end
@@ -133,7 +134,7 @@ def preflight(config: PretrainConfig) -> None:
     bandwidths = measure(meeting, config, hosts)
     if meeting.rank == 0:
         nodes = nodes_of(facts, clocks=clocks, bandwidths=bandwidths)
-        print("\n".join(table(nodes)), flush=True)  # noqa: T201
+        say("\n".join(table(nodes)))
         finish(meeting, config, judge(nodes, config.preflight, checkpoint_bytes=size_of(config)))
     else:
         finish(meeting, config, [])
@@ -162,7 +163,7 @@ def finish(meeting: Meeting, config: PretrainConfig, problems: list[Problem]) ->
         lines = "\n".join(f"  {problem}" for problem in problems)
         advice = f"leave out {', '.join(bad_nodes)}" if bad_nodes else "mend it, and try again"
         raise RunError(f"a run should not begin here:\n{lines}\n{advice}")
-    print("preflight: all is well", flush=True)  # noqa: T201
+    say("preflight: all is well")
 
 
 def verdict_of(problems: list[Problem], bad_nodes: list[str]) -> str:
@@ -291,7 +292,7 @@ def measure(
     if meeting.announce("all exchange", all(own is not None for own, _ in found)):
         together = measure_bandwidth(None, num_bytes=num_bytes, device=device)
         if meeting.rank == 0:
-            print(  # noqa: T201
+            say(
                 f"{len(nodes)} nodes, {meeting.world_size} ranks together: all-reduce "
                 f"{together.all_reduce:.3g} GB/s, all-gather {together.all_gather:.3g} GB/s"
             )

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from data_prep.command import run_command
+from data_prep.command import run_command, say
 from data_prep.errors import RunError
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import PretrainConfig
@@ -43,17 +43,17 @@ def run(config: PretrainConfig) -> None:
     attempts = read_attempts(folder)
     if attempts:
         for cause in causes_of_end(folder, attempts, len(attempts) - 1):
-            print(f"attempt {attempts[-1].attempt}: {cause}")  # noqa: T201
+            say(f"attempt {attempts[-1].attempt}: {cause}")
     try:
         refuse_starts_without_attempt(attempts, os.environ)
         reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
     except RunError as error:
-        print(f"{folder}: not queued again: {error}")  # noqa: T201
+        say(f"{folder}: not queued again: {error}")
         # An earlier job may have finished it: then this one, which came to no attempt, has failed.
         ended_it = bool(attempts) and is_of_this_start(attempts[-1], os.environ)
         is_finished = ended_it and attempts[-1].outcome == "finished"
         sys.exit(STATUS_OF_FINISHED if is_finished else 1)
-    print(f"{folder}: queued again: {reason}")  # noqa: T201
+    say(f"{folder}: queued again: {reason}")
 
 
 def refuse_starts_without_attempt(

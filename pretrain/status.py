@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from data_prep.command import print_error, say
 from data_prep.config_file import read_yaml
 from data_prep.errors import InputError
 from pretrain.checkpoints.store import store_of_run
@@ -201,10 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = read_status(options.run, at=now)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print_error(error)
         return 1
     if not options.dry_run:
-        print("\n".join(status_lines(status, at=now)))  # noqa: T201
+        say("\n".join(status_lines(status, at=now)))
     return 0
 
 

@@ -25,6 +25,7 @@ import torch
 from data_prep.command import (
     check_output_folder,
     run_command,
+    say,
 )
 from data_prep.errors import InputError
 from pretrain.cache.node import check_room
@@ -60,7 +61,7 @@ from pretrain.training.optimizer import build_optimizer
 from pretrain.training.plan import describe_plan
 from pretrain.training.validation import ValidationSet, build_validation_sets
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pretrain.train")
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -277,7 +278,7 @@ def dry_run(config: PretrainConfig) -> None:
         world_size=num_processes,
         num_processes_here=num_processes_here,
     )
-    print("\n".join(lines))  # noqa: T201
+    say("\n".join(lines))
 
 
 def main() -> int:

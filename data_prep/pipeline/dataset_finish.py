@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.command import say
 from data_prep.config import MakeShards
 from data_prep.errors import InputError
 from data_prep.pipeline.plan import ItemPlan
@@ -74,7 +75,7 @@ def finish_shards(config: MakeShards, plan: ItemPlan) -> None:
         shutil.rmtree(config.output / DOWNLOAD_FOLDER, ignore_errors=True)
     notes = f"; {by_reason(rejected)} rejected, see rejected.jsonl" if rejected else ""
     notes += f"; marked: {by_reason(info.marked)}" if info.marked else ""
-    print(  # noqa: T201
+    say(
         f"{config.output}: {info.num_samples:,} samples with {plan.num_pairs - num_bad:,} "
         f"captions in {info.num_shards} shards, {info.tar_bytes / 1e6:,.1f} MB{notes}"
     )

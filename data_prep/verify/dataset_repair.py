@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_prep.command import say
 from data_prep.errors import InputError
 from data_prep.shards.columns import KeptType
 from data_prep.shards.folder import finish_dataset, lock_folder
@@ -48,7 +49,7 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
     with lock_folder(folder):
         report = _repair(folder, workers=workers)
     for line in report.done or ["nothing: all files fit one another"] * (not report.refused):
-        print(f"repaired: {line}")  # noqa: T201
+        say(f"repaired: {line}")
     alternative = ""
     if read_origin(folder).command == "make_shards" and (report.done or report.refused):
         alternative = (
@@ -59,7 +60,7 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
         lines = "\n".join(f"  {line}" for line in report.refused)
         raise InputError(f"{folder}: could not be repaired in full:\n{lines}\n{alternative}")
     if alternative:
-        print(alternative)  # noqa: T201
+        say(alternative)
 
 
 def _repair(folder: Path, *, workers: int) -> RepairReport:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.command import say
 from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.shards.sample import (
@@ -172,5 +173,5 @@ def build_app(engine: SearchEngine) -> Any:
 def serve(engine: SearchEngine, *, host: str, port: int) -> None:
     """Serves the page until it is interrupted."""
     torch.set_grad_enabled(False)
-    print(f"http://{host}:{port}  (Ctrl-C ends)", flush=True)  # noqa: T201
+    say(f"http://{host}:{port}  (Ctrl-C ends)")
     build_app(engine).run(host=host, port=port, threaded=True)
