@@ -1,7 +1,7 @@
-"""Which code computes tiles of logits: chosen from device, type and rule, never by a setting.
+"""Which code computes tiles of logits: chosen from device, type and options, never by a setting.
 
     library  products by the device's library, and their use in a few passes over a tile, which on a
-             GPU are compiled into a kernel each (gpu_compiler): every device, type and rule
+             GPU are compiled into a kernel each (gpu_compiler): every device, type and options
     triton   the products' use inside kernels of our own: bfloat16 on a GPU, where own pairs are the
              only targets
 

@@ -35,9 +35,9 @@ from pretrain.loss.logit_tiles import (
     exact_products,
     own_logits,
 )
-from pretrain.loss.options import LossRule, Teacher, refuse_large_scale, refuse_unfit
+from pretrain.loss.options import LossOptions, Mode, Teacher, refuse_large_scale, refuse_unfit
 from pretrain.loss.softmax import SoftmaxTargets
-from pretrain.loss.two_passes import LossPasses, Mode, Strips
+from pretrain.loss.two_passes import LossPasses, Strips
 
 # On a GPU, rows per rank from which fewer products (strip1) are worth more bytes: between what
 # 450 GB/s (1.6k) and 50 GB/s (14k) between GPUs would ask for.
@@ -64,7 +64,7 @@ def contrastive_loss(
     scale: Tensor,
     bias: Tensor | None = None,
     *,
-    rule: LossRule | None = None,
+    options: LossOptions | None = None,
     keys: Sequence[Tensor] = (),
     teacher: Teacher | None = None,
     counts: Sequence[int] | None = None,
@@ -83,28 +83,28 @@ def contrastive_loss(
         keys: one or two of int64 [B]; pairs with an equal key are duplicates. Without effect where
             duplicates are negatives.
         teacher: adds its softmaxes to the targets of the softmax loss.
-        rule: null for CLIP's softmax loss.
+        options: null for CLIP's softmax loss.
         counts: pairs of each rank, if known; otherwise ranks tell one another.
         media_gather: from `begin_gather` of the same media, in the same type.
 
     Raises:
         ValueError: shapes or settings do not fit together.
     """
-    rule = rule or LossRule()
-    refuse_unfit(media, text, bias, rule, keys, teacher)
+    options = options or LossOptions()
+    refuse_unfit(media, text, bias, options, keys, teacher)
     if counts is None:
         counts = rows_per_rank(len(media), media.device)
     split = RowSplit(tuple(counts))
     if split.total == 0:
         return _loss_of_nothing([media, text, scale, *([] if bias is None else [bias])])
     numbers = _numbers(scale, bias)
-    refuse_large_scale(numbers[0], rule)
-    inputs = _LossInputs(rule, split, tuple(keys), teacher, media_gather, *numbers)
+    refuse_large_scale(numbers[0], options)
+    inputs = _LossInputs(options, split, tuple(keys), teacher, media_gather, *numbers)
     value, figures = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
     return _loss_with_figures(value, figures, num_pairs=split.total)
 
 
-def begin_gather(media: Tensor, *, rule: LossRule, counts: Sequence[int]) -> RowGather | None:
+def begin_gather(media: Tensor, *, options: LossOptions, counts: Sequence[int]) -> RowGather | None:
     """Sends this rank's media to the others while captions are encoded, if they all fit at once.
 
     Every rank must call it. Without a teacher only: its features travel with the media's.
@@ -114,7 +114,7 @@ def begin_gather(media: Tensor, *, rule: LossRule, counts: Sequence[int]) -> Row
         counts: pairs of each rank.
     """
     split = RowSplit(tuple(counts))
-    piece_rows = rule.piece_rows or choose_piece_rows(
+    piece_rows = options.piece_rows or choose_piece_rows(
         split, width=media.shape[1], device_type=media.device.type
     )
     if world_size() == 1 or piece_rows < max(counts) or split.total == 0:
@@ -139,7 +139,12 @@ def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") 
 
 
 def received_bytes(
-    counts: Sequence[int], *, rule: LossRule, width: int, feature_bytes: int, device: torch.device
+    counts: Sequence[int],
+    *,
+    options: LossOptions,
+    width: int,
+    feature_bytes: int,
+    device: torch.device,
 ) -> int:
     """What a rank receives from the others for the loss and its gradients, but for the padding of
     messages.
@@ -151,16 +156,18 @@ def received_bytes(
     """
     split = RowSplit(tuple(counts))
     num_ranks, num_rows = len(counts), len(counts) * max(counts)
-    mode = choose_mode(split, device) if rule.mode == "auto" else rule.mode
-    piece_rows = rule.piece_rows or choose_piece_rows(split, width=width, device_type=device.type)
+    mode = choose_mode(split, device) if options.mode == "auto" else options.mode
+    piece_rows = options.piece_rows or choose_piece_rows(
+        split, width=width, device_type=device.type
+    )
     captions = num_rows * (width * feature_bytes + 4)  # with the logits of own pairs
     # The softmax's first pass is followed by a second, for which pieces travel again.
-    gathered = captions * (2 if rule.kind == "softmax" and piece_rows < max(counts) else 1)
+    gathered = captions * (2 if options.kind == "softmax" and piece_rows < max(counts) else 1)
     gathered += num_rows * width * (4 if mode == "strip1" else feature_bytes)  # sums, or media
-    if rule.duplicates != "negatives":
+    if options.duplicates != "negatives":
         gathered += num_rows * 2 * 8  # keys
     num_sums = num_words(split.total, num_ranks)
-    if rule.kind == "softmax":
+    if options.kind == "softmax":
         num_sums += split.total * (1 if mode == "strip1" else 2)
     return round((gathered + 2 * 8 * num_sums) * (num_ranks - 1) / num_ranks)
 
@@ -170,7 +177,7 @@ def received_bytes(
 
 @dataclass(frozen=True)
 class _LossInputs:
-    rule: LossRule
+    options: LossOptions
     split: RowSplit
     keys: tuple[Tensor, ...]
     teacher: Teacher | None
@@ -179,7 +186,7 @@ class _LossInputs:
     bias: float
 
     def passes(self, media: Tensor, text: Tensor) -> LossPasses:
-        rule, split, teacher = self.rule, self.split, self.teacher
+        options, split, teacher = self.options, self.split, self.teacher
         scale, bias = self.scale, self.bias
         positives = media.new_zeros(split.total, dtype=accumulation_type(media))
         positives[split.own] = own_logits(media, text, scale=scale, bias=bias)
@@ -188,7 +195,7 @@ class _LossInputs:
             media.device,
             media.dtype,
             has_duplicates=duplicates is not None,
-            label_smoothing=rule.label_smoothing,
+            label_smoothing=options.label_smoothing,
             has_teacher=teacher is not None,
         )
         classes = strip_classes(backend)
@@ -198,10 +205,10 @@ class _LossInputs:
             bias=bias,
             teacher_scale=teacher.scale if teacher else 0.0,
             duplicates=duplicates,
-            masks_duplicates=rule.duplicates == "masked",
+            masks_duplicates=options.duplicates == "masked",
         )
-        mode = choose_mode(split, media.device) if rule.mode == "auto" else rule.mode
-        piece_rows = rule.piece_rows or choose_piece_rows(
+        mode = choose_mode(split, media.device) if options.mode == "auto" else options.mode
+        piece_rows = options.piece_rows or choose_piece_rows(
             split, width=media.shape[1], device_type=media.device.type
         )
         sides = [(media, teacher and teacher.media), (text, teacher and teacher.text)]
@@ -218,7 +225,7 @@ class _LossInputs:
         )
 
     def _duplicates(self) -> PairDuplicates | None:
-        if not self.keys or self.rule.duplicates == "negatives":
+        if not self.keys or self.options.duplicates == "negatives":
             return None
         (_, blocks), *_ = RowStream(self.keys, self.split, piece_rows=max(self.split.counts))
         columns = zip(*(block.tensors for block in blocks), strict=True)
@@ -228,13 +235,13 @@ class _LossInputs:
     def _strips(
         self, classes: StripClasses, positives: Tensor, duplicates: PairDuplicates | None
     ) -> Strips:
-        masks = self.rule.duplicates == "masked"
+        masks = self.options.duplicates == "masked"
         hits = InBatchHits(positives, largest_logit=abs(self.scale) + abs(self.bias))
-        if self.rule.kind == "sigmoid":
+        if self.options.kind == "sigmoid":
             return classes.sigmoid(positives, self.split, hits, masks_duplicates=masks)
         targets = SoftmaxTargets(
             positives,
-            label_smoothing=self.rule.label_smoothing,
+            label_smoothing=self.options.label_smoothing,
             duplicates=duplicates,
             masks_duplicates=masks,
             teacher_weight=self.teacher.weight if self.teacher else 0.0,

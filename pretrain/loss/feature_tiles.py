@@ -25,7 +25,7 @@ class Blocks:
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int]:
+    def launch_options(self) -> dict[str, int]:
         """What a launch is given of them."""
         return {
             "BLOCK_ROWS": self.rows,
@@ -73,7 +73,7 @@ class FeatureTile:
     def launch(self, kernel: Any, *arguments: Tensor | float, **settings: bool) -> None:
         """Runs a kernel, a program for each block, on the features and what else it takes."""
         rows, columns = self.num_blocks
-        options = self.blocks.options() | {"WIDTH": self.media.shape[1]}
+        options = self.blocks.launch_options() | {"WIDTH": self.media.shape[1]}
         with torch.cuda.device_of(self.media):
             kernel[(rows * columns,)](self.media, self.text, *arguments, **settings, **options)
 

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from pretrain.config import LARGEST_LOGIT_SCALE, Pairing
-from pretrain.loss.two_passes import Mode
 
+Mode = Literal["strip1", "strip2"]  # see two_passes
 Kind = Literal["softmax", "sigmoid"]
 Duplicates = Literal["negatives", "positives", "masked"]
 
@@ -26,7 +26,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class LossRule:
+class LossOptions:
     """What is computed, and how: all but the features and their temperature and bias."""
 
     kind: Kind = "softmax"
@@ -50,16 +50,16 @@ class LossRule:
             )
 
 
-def rule_of_pairing(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossRule:
-    """The rule that a pairing's config asks for."""
-    return LossRule(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
+def build_loss_options(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossOptions:
+    """The options that a pairing's config asks for."""
+    return LossOptions(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
 
 
 def refuse_unfit(
     media: Tensor,
     text: Tensor,
     bias: Tensor | None,
-    rule: LossRule,
+    options: LossOptions,
     keys: Sequence[Tensor],
     teacher: Teacher | None,
 ) -> None:
@@ -72,31 +72,32 @@ def refuse_unfit(
             f"expected media and text of one shape [B, D], found {tuple(media.shape)} and "
             f"{tuple(text.shape)}"
         )
-    if rule.kind == "softmax" and bias is not None:
+    if options.kind == "softmax" and bias is not None:
         raise ValueError('a bias does not change the softmax loss; leave it out, or kind="sigmoid"')
-    if rule.duplicates != "negatives" and not 1 <= len(keys) <= 2:
+    if options.duplicates != "negatives" and not 1 <= len(keys) <= 2:
         raise ValueError(
-            f'duplicates="{rule.duplicates}": expected one or two keys per pair, found {len(keys)}'
+            f'duplicates="{options.duplicates}": expected one or two keys per pair, '
+            f"found {len(keys)}"
         )
     if teacher is not None:
-        _refuse_unfit_teacher(media, rule, teacher)
+        _refuse_unfit_teacher(media, options, teacher)
 
 
-def refuse_large_scale(scale: float, rule: LossRule) -> None:
+def refuse_large_scale(scale: float, options: LossOptions) -> None:
     """
     Raises:
         ValueError: the softmax loss is not finite for all unit vectors.
     """
-    if rule.kind == "softmax" and abs(scale) > LARGEST_LOGIT_SCALE:
+    if options.kind == "softmax" and abs(scale) > LARGEST_LOGIT_SCALE:
         raise ValueError(
             f"expected a scale of at most {LARGEST_LOGIT_SCALE:g} for the softmax loss, found "
             f"{scale:g}; set a lower logit_scale.maximum"
         )
 
 
-def _refuse_unfit_teacher(media: Tensor, rule: LossRule, teacher: Teacher) -> None:
-    if rule.kind != "softmax":
-        raise ValueError(f'a teacher is for the softmax loss only, found kind="{rule.kind}"')
+def _refuse_unfit_teacher(media: Tensor, options: LossOptions, teacher: Teacher) -> None:
+    if options.kind != "softmax":
+        raise ValueError(f'a teacher is for the softmax loss only, found kind="{options.kind}"')
     if not 0 < teacher.weight <= 1:
         raise ValueError(f"teacher.weight: expected 0 < x <= 1, found {teacher.weight:g}")
     if abs(teacher.scale) > LARGEST_LOGIT_SCALE:

@@ -19,14 +19,13 @@ media.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from pretrain.distributed.collectives import RowBlock, RowGather, RowSplit, RowStream, RowSum
 from pretrain.loss.logit_tiles import Features, LogitTiles, Tile, add_product, as_factor
-
-Mode = Literal["strip1", "strip2"]
+from pretrain.loss.options import Mode
 
 
 class Strips(Protocol):

@@ -12,7 +12,7 @@ from pretrain.data.pair_reader import PairReader
 from pretrain.data.pairing_reader import PairingReader
 from pretrain.data.step_dataset import StepDataset
 from pretrain.loss.contrastive_loss import received_bytes
-from pretrain.loss.options import rule_of_pairing
+from pretrain.loss.options import build_loss_options
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.sampling.order import lanes_of_rank, pairs_of_ranks
 from pretrain.training.micro_batch_size import estimate_for_plan, pieces_of_size
@@ -96,7 +96,7 @@ def _describe_step(
     received = sum(
         received_bytes(
             pairs_of_ranks(config.slots_per_lane(name), world_size=world_size, lanes=config.lanes),
-            rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
+            options=build_loss_options(pairing, mode=config.engine.loss_mode),
             width=config.model.embed_dim,
             feature_bytes=feature_type(config).itemsize,
             device=device,

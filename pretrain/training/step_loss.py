@@ -13,7 +13,7 @@ from pretrain.config import PairingName, PretrainConfig
 from pretrain.data.batch import PairingBatch, StepBatch
 from pretrain.distributed.collectives import RowGather, world_size
 from pretrain.loss.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
-from pretrain.loss.options import LossRule, Teacher, rule_of_pairing
+from pretrain.loss.options import LossOptions, Teacher, build_loss_options
 from pretrain.model.contrastive_model import PairingFeatures
 from pretrain.sampling.order import pairs_of_ranks
 
@@ -23,7 +23,7 @@ class LossTerm:
     """The part of one pairing in what a step minimises."""
 
     weight: float
-    rule: LossRule
+    options: LossOptions
     keys: tuple[Tensor, Tensor]  # of media and captions, each int64 [B]: equal keys, equal content
     counts: Sequence[int]  # [ranks] pairs of each
     feature_type: torch.dtype
@@ -63,7 +63,7 @@ def _term(
     return LossTerm(
         # With one pairing per step, its weight has been used in choosing it.
         weight=pairing.weight if config.pairings_per_step == "all" else 1.0,
-        rule=rule_of_pairing(pairing, mode=config.engine.loss_mode),
+        options=build_loss_options(pairing, mode=config.engine.loss_mode),
         keys=(pairs.media_keys, pairs.caption_keys),
         counts=pairs_of_ranks(
             config.slots_per_lane(name), world_size=world_size(), lanes=config.lanes
@@ -91,7 +91,7 @@ class TravellingMedia:
         term = self.terms.get(name)
         if term is not None and term.teacher is None:
             media = media.to(term.feature_type)
-            self.gathers[name] = begin_gather(media, rule=term.rule, counts=term.counts)
+            self.gathers[name] = begin_gather(media, options=term.options, counts=term.counts)
 
 
 def take_losses(
@@ -128,7 +128,7 @@ def _take_loss(
         features.text.to(term.feature_type),
         features.scale,
         features.bias,
-        rule=term.rule,
+        options=term.options,
         keys=term.keys,
         teacher=term.teacher,
         counts=term.counts,

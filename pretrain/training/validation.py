@@ -19,7 +19,7 @@ from pretrain.data.transforms import build_transforms
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.loss.contrastive_loss import ContrastiveLoss, contrastive_loss
-from pretrain.loss.options import LossRule
+from pretrain.loss.options import LossOptions
 from pretrain.model.contrastive_model import PairInputs
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.training.step_loss import feature_type
@@ -35,7 +35,7 @@ class ValidationSet:
     batch_size: int
     # The plain loss: without label smoothing, and with duplicates as negatives, so that runs that
     # differ in them can be compared.
-    rule: LossRule
+    options: LossOptions
     feature_type: torch.dtype
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,9 +97,9 @@ def build_validation_sets(
         )
         if len(reader.samples) == 0:
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
-        rule = LossRule(config.pairings[name].loss, mode=config.engine.loss_mode)
+        options = LossOptions(config.pairings[name].loss, mode=config.engine.loss_mode)
         sets.append(
-            ValidationSet(name, reader, tokenizer, source.batch_size, rule, feature_type(config))
+            ValidationSet(name, reader, tokenizer, source.batch_size, options, feature_type(config))
         )
     return sets
 
@@ -134,7 +134,7 @@ def validate(
             features.text.to(validation_set.feature_type),
             features.scale,
             features.bias,
-            rule=validation_set.rule,
+            options=validation_set.options,
         )
         for key, value in _figures(loss).items():
             sums[key] = sums.get(key, 0.0) + value * loss.num_pairs

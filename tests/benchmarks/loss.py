@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.loss.contrastive_loss import contrastive_loss
-from pretrain.loss.options import LossRule
+from pretrain.loss.options import LossOptions
 
 WIDTH = 512
 SIZES = [(16384, 2), (32768, 8), (131072, 64)]
@@ -102,8 +102,8 @@ def resident_bytes() -> int:
 def our_loss(mode: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def loss(media, text, scale):
         counts = [len(media)] * world_size()
-        rule = LossRule(mode=mode)
-        return contrastive_loss(media, text, scale, rule=rule, counts=counts).for_backward
+        options = LossOptions(mode=mode)
+        return contrastive_loss(media, text, scale, options=options, counts=counts).for_backward
 
     return loss
 

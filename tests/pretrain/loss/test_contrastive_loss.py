@@ -15,8 +15,8 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 from pretrain.distributed.collectives import RowSplit, rank, world_size
 from pretrain.loss import logit_tiles
 from pretrain.loss.contrastive_loss import begin_gather, contrastive_loss
-from pretrain.loss.options import LossRule, Teacher
-from tests.support.dense_loss import dense_hits, dense_loss
+from pretrain.loss.options import LossOptions, Teacher
+from pretrain.loss.reference import dense_loss, dense_recall
 from tests.support.gloo_processes import run_in_processes
 
 NUM_PAIRS = 13
@@ -54,15 +54,15 @@ def toy_teacher():
     return Teacher(*features(width=5, seed=2), scale=12.0, weight=0.3)
 
 
-def every_rule():
-    """(rule, whether there is a teacher) for each accepted combination of settings."""
+def all_loss_options():
+    """(options, whether there is a teacher) for each accepted combination of settings."""
     for mode, piece_rows, duplicates in itertools.product(
         ("strip1", "strip2"), (None, 3), ("negatives", "positives", "masked")
     ):
-        rule = LossRule("sigmoid", 0.0, duplicates, mode, piece_rows)
-        yield rule, False
+        options = LossOptions("sigmoid", 0.0, duplicates, mode, piece_rows)
+        yield options, False
         for smoothing, has_teacher in ((0.0, False), (0.1, False), (0.2, True)):
-            yield replace(rule, kind="softmax", label_smoothing=smoothing), has_teacher
+            yield replace(options, kind="softmax", label_smoothing=smoothing), has_teacher
 
 
 def leaves_of(kind, scale, *, dtype=torch.float64):
@@ -73,38 +73,43 @@ def leaves_of(kind, scale, *, dtype=torch.float64):
 
 
 @functools.cache
-def truth_of_one_process(rule, has_teacher, scale, dtype):
+def truth_of_one_process(options, has_teacher, scale, dtype):
     """(loss, its leaves with gradients, recalls), in float64; mode and pieces do not matter."""
     leaves = [
-        leaf.detach().double().requires_grad_() for leaf in leaves_of(rule.kind, scale, dtype=dtype)
+        leaf.detach().double().requires_grad_()
+        for leaf in leaves_of(options.kind, scale, dtype=dtype)
     ]
-    options = {"duplicates": rule.duplicates, "keys": duplicate_keys()}
+    settings = {"duplicates": options.duplicates, "keys": duplicate_keys()}
     teacher = toy_teacher() if has_teacher else None
     loss = dense_loss(
-        *leaves, kind=rule.kind, label_smoothing=rule.label_smoothing, teacher=teacher, **options
+        *leaves,
+        kind=options.kind,
+        label_smoothing=options.label_smoothing,
+        teacher=teacher,
+        **settings,
     )
     loss.backward()
-    return loss.item(), leaves, dense_hits(*(leaf.detach() for leaf in leaves[:2]), **options)
+    return loss.item(), leaves, dense_recall(*(leaf.detach() for leaf in leaves[:2]), **settings)
 
 
 def errors_on_this_rank(
-    rule, has_teacher, counts, scale, *, dtype=torch.float64, begins_early=False
+    options, has_teacher, counts, scale, *, dtype=torch.float64, begins_early=False
 ):
     """(worst error of loss and figures, worst error of gradients), against one process."""
     teacher, keys = (toy_teacher() if has_teacher else None), duplicate_keys()
-    any_mode = replace(rule, mode="auto", piece_rows=None)
+    any_mode = replace(options, mode="auto", piece_rows=None)
     truth, leaves, hits = truth_of_one_process(any_mode, has_teacher, scale, dtype)
     own = RowSplit(tuple(counts)).own
-    mine = leaves_of(rule.kind, scale, dtype=dtype)
+    mine = leaves_of(options.kind, scale, dtype=dtype)
     rows = [x.detach()[own].requires_grad_() for x in mine[:2]] + mine[2:]
     if has_teacher:
         teacher = replace(teacher, media=teacher.media[own], text=teacher.text[own])
-    settings = {"rule": rule, "keys": [key[own] for key in keys], "teacher": teacher}
-    begun = begin_gather(rows[0], rule=rule, counts=counts) if begins_early else None
+    settings = {"options": options, "keys": [key[own] for key in keys], "teacher": teacher}
+    begun = begin_gather(rows[0], options=options, counts=counts) if begins_early else None
     loss = contrastive_loss(*rows, **settings, media_gather=begun)
     loss.for_backward.backward()
     losses = [loss]
-    if rule.mode == "strip1":  # without gradients the mode makes no difference
+    if options.mode == "strip1":  # without gradients the mode makes no difference
         with torch.no_grad():
             losses.append(contrastive_loss(*rows, **settings))
 
@@ -146,21 +151,21 @@ def relative_error(found, expected):
 
 
 def worst_errors(num_processes):
-    """[(rule, rows per rank, scale, errors)] of every accepted combination."""
+    """[(options, rows per rank, scale, errors)] of every accepted combination."""
     join_processes()
     logit_tiles.TILE_SHAPES = {"cpu": (5, 6)}  # several in each strip, the last ones smaller
     found = []
-    for number, (rule, has_teacher) in enumerate(every_rule()):
+    for number, (options, has_teacher) in enumerate(all_loss_options()):
         splits = SPLITS[num_processes]
-        if rule.label_smoothing:  # one split for each; for all others every one
+        if options.label_smoothing:  # one split for each; for all others every one
             splits = [splits[number % len(splits)]]
         for counts in splits:
-            scale = SCALES[rule.kind][number // 4 % 2]  # the four losses of each setting alike
-            errors = errors_on_this_rank(rule, has_teacher, counts, scale)
-            found.append((rule, has_teacher, counts, scale, errors))
-            if rule.piece_rows is None and not has_teacher:
-                errors = errors_on_this_rank(rule, False, counts, scale, begins_early=True)
-                found.append((rule, "media begun early", counts, scale, errors))
+            scale = SCALES[options.kind][number // 4 % 2]  # the four losses of each setting alike
+            errors = errors_on_this_rank(options, has_teacher, counts, scale)
+            found.append((options, has_teacher, counts, scale, errors))
+            if options.piece_rows is None and not has_teacher:
+                errors = errors_on_this_rank(options, False, counts, scale, begins_early=True)
+                found.append((options, "media begun early", counts, scale, errors))
     return found
 
 
@@ -173,7 +178,7 @@ def worst_errors(num_processes):
         pytest.param(4, marks=pytest.mark.slow),
     ],
 )
-def test_every_rule_gives_the_loss_and_gradients_of_one_process_with_the_whole_batch(num_processes):
+def test_all_options_give_the_loss_and_gradients_of_one_process_with_the_whole_batch(num_processes):
     for found in run_in_processes(num_processes, worst_errors, num_processes):
         num_begun = 6 + 12 * len(SPLITS[num_processes])
         assert len(found) == 24 + 24 * len(SPLITS[num_processes]) + num_begun
@@ -183,18 +188,18 @@ def test_every_rule_gives_the_loss_and_gradients_of_one_process_with_the_whole_b
 
 
 def test_losses_of_float32_features_are_right_to_five_digits():
-    for rule, has_teacher in every_rule():
-        errors = errors_on_this_rank(rule, has_teacher, [NUM_PAIRS], 30.0, dtype=torch.float32)
-        assert max(errors) < 1e-5, rule
+    for options, has_teacher in all_loss_options():
+        errors = errors_on_this_rank(options, has_teacher, [NUM_PAIRS], 30.0, dtype=torch.float32)
+        assert max(errors) < 1e-5, options
 
 
 @pytest.mark.parametrize("mode", ["strip1", "strip2"])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_gradients_are_those_of_finite_differences(kind, mode):
-    rule = LossRule(kind, mode=mode)
+    options = LossOptions(kind, mode=mode)
 
     def loss_of(*leaves):
-        return contrastive_loss(*leaves, rule=rule).for_backward
+        return contrastive_loss(*leaves, options=options).for_backward
 
     assert torch.autograd.gradcheck(loss_of, leaves_of(kind, 3.0))
 
@@ -219,8 +224,8 @@ def errors_against_open_clip(num_processes):
                 scale = torch.tensor(20.0, dtype=torch.float64)
                 leaves = [media[own], text[own], scale, *([] if bias is None else [bias])]
                 sides.append([leaf.clone().requires_grad_() for leaf in leaves])
-            rule = LossRule("softmax" if bias is None else "sigmoid", mode=mode)
-            loss = contrastive_loss(*sides[0], rule=rule)
+            options = LossOptions("softmax" if bias is None else "sigmoid", mode=mode)
+            loss = contrastive_loss(*sides[0], options=options)
             loss.for_backward.backward()
             their_loss = theirs(*sides[1])
             their_loss.backward()
@@ -269,7 +274,7 @@ def test_sigmoid_loss_equals_hugging_faces():
         theirs.text_embeds,
         model.logit_scale.exp(),
         model.logit_bias,
-        rule=LossRule("sigmoid"),
+        options=LossOptions("sigmoid"),
     )
     assert ours.value == pytest.approx(theirs.loss.item(), rel=1e-5)
 
@@ -324,7 +329,7 @@ def test_loss_and_gradients_are_finite_for_cosines_from_minus_1_to_1(kind, scale
         leaves = [media.clone().requires_grad_(), text.clone().requires_grad_()]
         shared = [torch.tensor([scale], requires_grad=True)]
         shared += [torch.tensor([-10.0], requires_grad=True)] if kind == "sigmoid" else []
-        loss = contrastive_loss(*leaves, *shared, rule=LossRule(kind))
+        loss = contrastive_loss(*leaves, *shared, options=LossOptions(kind))
         loss.for_backward.backward()
         assert math.isfinite(loss.value)
         assert all(leaf.grad.isfinite().all() for leaf in (*leaves, *shared))
@@ -380,7 +385,7 @@ def test_duplicates_that_are_no_negatives_do_not_beat_a_pair():
     scale = torch.tensor([5.0])
     recalls = [
         contrastive_loss(
-            media, text, scale, rule=LossRule(duplicates=duplicates), keys=keys
+            media, text, scale, options=LossOptions(duplicates=duplicates), keys=keys
         ).media_to_text_recall_at_1
         for duplicates in ("negatives", "positives", "masked")
     ]
@@ -394,7 +399,7 @@ def test_duplicates_that_are_no_negatives_do_not_beat_a_pair():
 def test_a_step_without_pairs_has_no_loss_and_gradients_of_zero():
     leaves = [torch.zeros(0, 4, requires_grad=True) for _ in range(2)]
     shared = [torch.tensor([x], requires_grad=True) for x in (10.0, -10.0)]
-    loss = contrastive_loss(*leaves, *shared, rule=LossRule("sigmoid"))
+    loss = contrastive_loss(*leaves, *shared, options=LossOptions("sigmoid"))
     loss.for_backward.backward()
     assert (loss.value, loss.num_pairs) == (0.0, 0)
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in (*leaves, *shared))
@@ -410,9 +415,9 @@ def test_a_step_without_pairs_has_no_loss_and_gradients_of_zero():
         ({"kind": "sigmoid", "label_smoothing": 0.1}, "softmax loss only"),
     ],
 )
-def test_rules_that_mean_nothing_are_refused(settings, words):
+def test_options_that_mean_nothing_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        LossRule(**settings)
+        LossOptions(**settings)
 
 
 @pytest.mark.parametrize(
@@ -421,13 +426,16 @@ def test_rules_that_mean_nothing_are_refused(settings, words):
         ({"text": torch.zeros(3, 4)}, r"found \(2, 4\) and \(3, 4\)"),
         ({"bias": torch.tensor([1.0])}, "a bias does not change the softmax loss"),
         ({"scale": torch.tensor([400.0])}, "a scale of at most 340"),
-        ({"rule": LossRule(duplicates="masked")}, "expected one or two keys per pair, found 0"),
+        (
+            {"options": LossOptions(duplicates="masked")},
+            "expected one or two keys per pair, found 0",
+        ),
         ({"teacher": Teacher(torch.zeros(3, 4), torch.zeros(3, 4), 1.0)}, r"of one shape \[2, D\]"),
         ({"teacher": Teacher(torch.zeros(2, 4), torch.zeros(2, 4), 1.0, 2.0)}, "0 < x <= 1"),
         (
             {
                 "teacher": Teacher(torch.zeros(2, 4), torch.zeros(2, 4), 1.0),
-                "rule": LossRule("sigmoid"),
+                "options": LossOptions("sigmoid"),
             },
             "a teacher is for the softmax loss only",
         ),

@@ -9,8 +9,8 @@ from torch.nn import functional
 from pretrain.distributed.collectives import RowSplit, world_size
 from pretrain.loss import feature_tiles
 from pretrain.loss.contrastive_loss import contrastive_loss
-from pretrain.loss.options import LossRule
-from tests.support.dense_loss import dense_hits, dense_loss
+from pretrain.loss.options import LossOptions
+from pretrain.loss.reference import dense_loss, dense_recall
 from tests.support.gloo_processes import run_in_processes
 
 NUM_PAIRS, WIDTH = 135, 24  # no multiples of a block's sides
@@ -64,15 +64,15 @@ def errors_of(kind, mode, scale, sides, counts):
     truth.backward()
     own = RowSplit(tuple(counts)).own
     leaves = leaves_of(kind, scale, [side[own] for side in sides])
-    loss = contrastive_loss(*leaves, rule=LossRule(kind, mode=mode))
+    loss = contrastive_loss(*leaves, options=LossOptions(kind, mode=mode))
     loss.for_backward.backward()
-    hits = dense_hits(*(leaf.detach() for leaf in exact[:2]))
+    hits = dense_recall(*(leaf.detach() for leaf in exact[:2]))
     recalls = (loss.media_to_text_recall_at_1, loss.text_to_media_recall_at_1)
     recall_error = max(abs(a - b) for a, b in zip(recalls, hits, strict=True))
     values = [loss.value]
     if mode == "strip1":  # without gradients the mode makes no difference
         with torch.no_grad():
-            values.append(contrastive_loss(*leaves, rule=LossRule(kind)).value)
+            values.append(contrastive_loss(*leaves, options=LossOptions(kind)).value)
     loss_error = max(abs(value - truth.item()) / max(1.0, truth.item()) for value in values)
     return loss_error, recall_error, relative_errors(leaves, exact, own)
 

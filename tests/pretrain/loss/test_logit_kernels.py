@@ -62,7 +62,7 @@ def spilled_bytes(kernel, tmp_path):
 
 def block_kernels(width, dtype=torch.bfloat16):
     """(kernel, constants, options) with the most to do of each, at that width of features."""
-    options = BLOCKS[dtype].options()
+    options = BLOCKS[dtype].launch_options()
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     for kernel, settings in (
         (observe_softmax, {"IS_PLAIN": False}),

@@ -15,7 +15,7 @@ from pretrain.loss.contrastive_loss import (
     contrastive_loss,
     received_bytes,
 )
-from pretrain.loss.options import LossRule
+from pretrain.loss.options import LossOptions
 from tests.support.gloo_processes import run_in_processes
 
 
@@ -24,14 +24,14 @@ def features(num_pairs, width, *, dtype=torch.float64):
     return functional.normalize(sides, dim=-1).unbind()
 
 
-def num_products(rule, *, wants_gradients=True):
+def num_products(options, *, wants_gradients=True):
     """Matrix products of this rank's strip, by the multiplications that torch dispatched."""
     media, text = features(64, 32)
     leaves = [media, text, torch.tensor([9.0], dtype=torch.float64)]
-    leaves += [torch.tensor([-3.0], dtype=torch.float64)] if rule.kind == "sigmoid" else []
+    leaves += [torch.tensor([-3.0], dtype=torch.float64)] if options.kind == "sigmoid" else []
     leaves = [leaf.requires_grad_(wants_gradients) for leaf in leaves]
     with FlopCounterMode(display=False) as counter:
-        loss = contrastive_loss(*leaves, rule=rule)
+        loss = contrastive_loss(*leaves, options=options)
         if wants_gradients:
             loss.for_backward.backward()
     return counter.get_total_flops() / (2 * 64 * 64 * 32)
@@ -47,8 +47,8 @@ def num_products(rule, *, wants_gradients=True):
     ],
 )
 def test_products_are_as_few_as_the_mode_promises(kind, mode, products):
-    assert num_products(LossRule(kind, mode=mode)) == products
-    assert num_products(LossRule(kind, mode=mode), wants_gradients=False) == 1
+    assert num_products(LossOptions(kind, mode=mode)) == products
+    assert num_products(LossOptions(kind, mode=mode), wants_gradients=False) == 1
 
 
 def traffic_of_a_step(num_processes):
@@ -63,17 +63,19 @@ def traffic_of_a_step(num_processes):
         leaves = [side[split.own].clone().requires_grad_() for side in (media, text)]
         leaves.append(torch.tensor([9.0]))
         leaves += [torch.tensor([-3.0])] if kind == "sigmoid" else []
-        rule = LossRule(kind, mode=mode, piece_rows=piece)
+        options = LossOptions(kind, mode=mode, piece_rows=piece)
         with counted_traffic() as traffic:
-            loss = contrastive_loss(*leaves, rule=rule, counts=split.counts)
+            loss = contrastive_loss(*leaves, options=options, counts=split.counts)
             before_backward = traffic.calls.total()
             loss.for_backward.backward()
         assert traffic.calls.total() == before_backward
         found[kind, mode, piece] = traffic
         if piece == 64:
             with counted_traffic() as traffic:
-                begun = begin_gather(leaves[0], rule=LossRule(kind, mode=mode), counts=split.counts)
-                contrastive_loss(*leaves, rule=rule, counts=split.counts, media_gather=begun)
+                begun = begin_gather(
+                    leaves[0], options=LossOptions(kind, mode=mode), counts=split.counts
+                )
+                contrastive_loss(*leaves, options=options, counts=split.counts, media_gather=begun)
             found[kind, mode, "begun"] = traffic
     return found
 
@@ -102,7 +104,7 @@ def test_collectives_and_bytes_are_as_few_as_the_modes_promise():
             assert received <= promised * (num_processes - 1) / num_processes + 64
             foretold = received_bytes(
                 (64, 64),
-                rule=LossRule(kind, mode=mode, piece_rows=piece),
+                options=LossOptions(kind, mode=mode, piece_rows=piece),
                 width=width,
                 feature_bytes=4,
                 device=torch.device("cpu"),

@@ -11,13 +11,13 @@ from pretrain.config import media_of_pairing
 from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
+from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.distillation import load_teachers
 from pretrain.training.gradient_cache import backward_of_step, micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import train
-from tests.support.dense_loss import dense_loss
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 

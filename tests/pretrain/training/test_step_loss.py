@@ -13,12 +13,12 @@ from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import RowGather, counted_traffic
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
+from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.gradient_cache import backward_of_step
 from pretrain.training.micro_batch_size import pieces_of_size
 from pretrain.training.optimizer import build_optimizer
-from tests.support.dense_loss import dense_loss
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 
