@@ -5,26 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from data_prep.config import NearMedia
 from data_prep.config_file import Section
-
-# A path or URL of: Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
-# table (.csv, .tsv or .jsonl; see eval.datasets.file_dataset)
-DatasetPlace = Annotated[str, BeforeValidator(str)]
-
-
-class TableColumns(Section):
-    """What the columns of a table of media are called."""
-
-    # Of the media's file, beside the table: any columns in braces, such as "audio/{filename}"
-    media: str = "{file}"
-    key: str | None = None  # rows of one key are one sample; null: rows of one file are
-    captions: list[str] = ["caption"]  # several columns, or several rows of one file, or both
-    class_name: str = "class_name"
-    class_names: str = "class_names"  # several in one cell
-    class_separator: str = ","  # between these
+from eval.datasets.columns import DatasetPlace, TableColumns
+from eval.models.encoding import EncodingConfig
 
 
 class _Evaluation(Section):
@@ -189,22 +175,6 @@ EvaluationSection = Annotated[
     | AssociationSection,
     Field(discriminator="task"),
 ]
-
-
-class EncodingConfig(Section):
-    """Which model encodes, and how."""
-
-    # A run folder (its newest checkpoint), one checkpoint's folder, or another library's model:
-    # see eval.models.model_source
-    checkpoint: Path
-    # open_clip's name of the model, such as ViT-B-32, if checkpoint is a file of its weights
-    open_clip_architecture: str | None = None
-    batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
-    workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
-    # Of the towers; embeddings and scores are float32 always
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Of a clip longer than the model takes: the mean over windows that cover it, or a part of it
-    long_clips: Literal["windows", "first", "centre"] = "windows"
 
 
 class EvaluateConfig(EncodingConfig):

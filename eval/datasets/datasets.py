@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.errors import InputError
 from data_prep.shards.subset import KeptSamples
 from data_prep.storage.remote_file import is_url
-from eval.config import EvaluationSection, TableColumns
+from eval.datasets.columns import TableColumns
 from eval.datasets.download import cached_copy, is_fetched
 from eval.datasets.file_dataset import (
     TABLE_SUFFIXES,
@@ -17,6 +18,9 @@ from eval.datasets.file_dataset import (
     read_table,
 )
 from eval.datasets.tar_dataset import TarDataset, holds_tars
+
+if TYPE_CHECKING:
+    from eval.config import EvaluationSection
 
 EvaluationSet = KeptSamples | TarDataset | FileDataset
 
@@ -42,7 +46,7 @@ class EvaluationSets:
         """The dataset at a path or URL, or what a subset keeps of it.
 
         Args:
-            place: see eval.config.DatasetPlace.
+            place: see eval.datasets.columns.DatasetPlace.
             split: of sets that have several.
             subset: of shards of ours.
             columns: of a table.

@@ -4,7 +4,7 @@ folder/cat/1.jpg  folder/dog/1.jpg      the class is the folder's name; or of a 
 folder/test/cat/1.jpg                   ImageNet's folders, for one, are classes by their order
 
 table.csv, .tsv or .jsonl               a row per file, or several of one file, with captions or
-                                        classes in columns (see eval.config.TableColumns); all
+                                        classes in columns (see eval.datasets.columns); all
                                         columns can be referred to as a sample's .json
 """
 
@@ -24,7 +24,7 @@ from data_prep.shards.sample import (
     Sample,
     media_kind_of,
 )
-from eval.config import TableColumns
+from eval.datasets.columns import TableColumns
 from eval.datasets.tar_dataset import SetInfo
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": None}

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow
@@ -25,9 +25,11 @@ from data_prep.shards.sample import (
     media_extension_of,
 )
 from data_prep.shards.subset import KeptSamples
-from eval.config import OverlapConfig
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.labels import texts_of
+
+if TYPE_CHECKING:
+    from eval.config import OverlapConfig
 
 METHODS = ("key", "content", "near", "caption")
 TRAIN_ROWS_AT_ONCE = 1 << 19

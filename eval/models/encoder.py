@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from eval.config import EncodingConfig
 from eval.metrics.ranking import check_finite
+from eval.models.encoding import EncodingConfig
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import ModelSource, find_model
 from eval.models.preprocessing import FrontEnd
