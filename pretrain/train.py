@@ -51,12 +51,12 @@ from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.run.attempts import machine_name
 from pretrain.run.folder import RunFolder, begin_attempt
-from pretrain.run.fork import FORK_MARK, config_of_fork, origin_of_checkpoints, record_parent
+from pretrain.run.fork import FORK_TAG, config_of_fork, origin_of_checkpoints, record_parent
 from pretrain.run.requests import RunRequests
 from pretrain.training.distillation import PairingTeacher, load_teachers
 from pretrain.training.gradient_cache import backward_of_step
 from pretrain.training.loop import Trainer, last_step_of
-from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from pretrain.training.plan import describe_plan
 from pretrain.training.validation import ValidationSet, build_validation_sets
@@ -94,14 +94,14 @@ def run_attempt(
     dataset = open_dataset(config, tokenizer, hosts=hosts)
     validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
     model = build_training_model(config, tokenizer)
-    num_pieces = choose_num_pieces(
+    num_micro_batches = choose_num_micro_batches(
         config, model, dataset.layouts, device=accelerator.device, hosts=hosts
     )
     if config.engine.compile:  # after its memory was measured, which follows single operators
         compile_towers(model)
     teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
     fingerprints = fingerprints_of(dataset, validation_sets, teachers)
-    run = open_run(config, fingerprints, hosts=hosts, num_pieces=num_pieces)
+    run = open_run(config, fingerprints, hosts=hosts, num_micro_batches=num_micro_batches)
     requests.is_superseded = run.is_superseded
     hang_watch = HangWatch(
         config.run.folder,
@@ -109,7 +109,7 @@ def run_attempt(
         timeout_seconds=config.engine.timeout_seconds,
         start_timeout_seconds=config.engine.start_timeout_seconds,
     )
-    with run.under_way(), hang_watch:
+    with run.recorded(), hang_watch:
         optimizer = build_optimizer(config, model)
         engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
         with closing(engine):
@@ -117,9 +117,13 @@ def run_attempt(
             engine.init_trackers(config, first_step=run.num_steps_done)
             batches = load_batches(load_steps, config, engine, dataset, run)
             take_gradient = partial(
-                backward_of_step, engine, config=config, num_pieces=num_pieces, teachers=teachers
+                backward_of_step,
+                engine,
+                config=config,
+                num_micro_batches=num_micro_batches,
+                teachers=teachers,
             )
-            hang_watch.sign_of_life(is_slow=True)
+            hang_watch.heartbeat(is_slow=True)
             trainer = Trainer(
                 config,
                 engine,
@@ -129,7 +133,7 @@ def run_attempt(
                 open_writer(config, engine, tokenizer, run),
                 hang_watch,
                 take_gradient=take_gradient,
-                num_pieces=num_pieces,
+                num_micro_batches=num_micro_batches,
                 validation_sets=validation_sets,
                 hosts=hosts,
             )
@@ -178,12 +182,16 @@ def fingerprints_of(
 
 
 def open_run(
-    config: PretrainConfig, fingerprints: dict[str, str], *, hosts: list[str], num_pieces: int
+    config: PretrainConfig,
+    fingerprints: dict[str, str],
+    *,
+    hosts: list[str],
+    num_micro_batches: int,
 ) -> RunFolder:
     """This attempt's run folder, refused on every rank if it holds another run."""
     attempt = on_main_process(
         lambda: begin_attempt(
-            config, fingerprints=fingerprints, hosts=hosts, num_micro_batches=num_pieces
+            config, fingerprints=fingerprints, hosts=hosts, num_micro_batches=num_micro_batches
         )
     )
     return RunFolder(config, attempt, is_writer=rank() == 0)
@@ -200,8 +208,8 @@ def resume(config: PretrainConfig, engine: Engine, run: RunFolder) -> None:
     restore(engine, newest)
     state = newest.record.state
     run.skipped_steps = list(state.skipped_steps)
-    for mark in (*state.marks, *([FORK_MARK] if is_fork else [])):
-        run.mark(mark)
+    for tag in (*state.tags, *([FORK_TAG] if is_fork else [])):
+        run.add_tag(tag)
     run.begin_from(state.step, has_checkpoint=not is_fork)
     if rank() == 0:
         is_done = state.step >= config.schedule.num_steps

@@ -161,7 +161,7 @@ def _load_isopair(path: Path) -> LoadedModel:
         kind: transform.config.model_dump(mode="json") for kind, transform in transforms.items()
     }
     origin = ModelOrigin(
-        "isopair", checkpoint, record.model_sha256, record.state.step, tuple(record.state.marks)
+        "isopair", checkpoint, record.model_sha256, record.state.step, tuple(record.state.tags)
     )
     return LoadedModel(model, transforms, settings, tokenizer, origin)
 

@@ -20,7 +20,7 @@ class ModelOrigin:
     folder: Path  # or file
     sha256: str  # of everything that the model is rebuilt from
     step: int | None = None  # of training; known of ours
-    marks: tuple[str, ...] = ()  # why the model is not a function of its run's config alone
+    tags: tuple[str, ...] = ()  # why the model is not a function of its run's config alone
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _model_record(origin: ModelOrigin) -> dict[str, Any]:
         "library": origin.library,
         "folder": str(origin.folder),
         "step": origin.step,
-        "marks": list(origin.marks),
+        "marks": list(origin.tags),
         "model_sha256": origin.sha256,
     }
 

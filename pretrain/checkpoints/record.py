@@ -13,6 +13,7 @@ from data_prep.errors import InputError
 from pretrain.checkpoints.store import RECORD, DamagedCheckpointError, StoredFile, read_file
 
 FORMAT_VERSION = 2
+TAGS_KEY = "marks"  # name of RunState.tags in the file
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RunState:
     step: int  # steps done
     num_updates: int  # of the optimizer: steps without those that were skipped
     skipped_steps: tuple[int, ...] = ()
-    marks: tuple[str, ...] = ()  # why the result is not a function of the config alone
+    tags: tuple[str, ...] = ()  # why the result is not a function of the config alone
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class CheckpointRecord:
 
     def to_json(self) -> bytes:
         """The content of checkpoint.json."""
-        values = {"format_version": FORMAT_VERSION} | asdict(self.state)
+        state = asdict(self.state)
+        state[TAGS_KEY] = state.pop("tags")  # the last field, so the order of the keys is kept
+        values = {"format_version": FORMAT_VERSION} | state
         values |= {"written_by": dict(self.written_by), "shapes": dict(self.shapes)}
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
         return json.dumps(values | {"files": files}, indent=1).encode() + b"\n"
@@ -78,7 +81,7 @@ def read_record(location: str | Path) -> CheckpointRecord:
             step=values["step"],
             num_updates=values["num_updates"],
             skipped_steps=tuple(values["skipped_steps"]),
-            marks=tuple(values["marks"]),
+            tags=tuple(values[TAGS_KEY]),
         ),
         written_by=values["written_by"],
         shapes={name: tuple(shape) for name, shape in values["shapes"].items()},

@@ -89,14 +89,14 @@ class Engine:
         self._wrapped_model.train(is_training)
 
     def forward(
-        self, pieces: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
+        self, micro_batches: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
     ) -> dict[PairingName, PairingFeatures]:
         """Features of this rank's pairs, for training and validation alike (see the model's own).
 
         Always through the wrapper: past it, DistributedDataParallel would leave the gradients of
         the ranks different without a word.
         """
-        return self._wrapped_model(pieces, on_media=on_media)
+        return self._wrapped_model(micro_batches, on_media=on_media)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Surrounds the forward and backward of one micro-batch: gradients only add up on this rank

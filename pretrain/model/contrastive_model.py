@@ -137,20 +137,22 @@ class ContrastiveModel(nn.Module):
         )
 
     def forward(
-        self, pieces: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
+        self, micro_batches: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
     ) -> dict[PairingName, PairingFeatures]:
         """Features of every pairing in the step; B may differ between pairings.
 
         Args:
-            pieces: micro-batches, encoded one after the other; their features are joined.
+            micro_batches: micro-batches, encoded one after the other; their features are joined.
             on_media: told a pairing's media features before its captions are encoded.
         """
-        return {name: self._encode_pairing(name, pieces, on_media) for name in pieces[0]}
+        return {
+            name: self._encode_pairing(name, micro_batches, on_media) for name in micro_batches[0]
+        }
 
     def _encode_pairing(
-        self, name: PairingName, pieces: Sequence[EncoderInputs], on_media: OnMedia | None
+        self, name: PairingName, micro_batches: Sequence[EncoderInputs], on_media: OnMedia | None
     ) -> PairingFeatures:
-        kind, inputs = media_of_pairing(name), [piece[name] for piece in pieces]
+        kind, inputs = media_of_pairing(name), [micro_batch[name] for micro_batch in micro_batches]
         keys = [
             None if each.draws is None else pair_keys(each.draws, seed=self.seed, pairing=name)
             for each in inputs

@@ -15,7 +15,7 @@ from pretrain.distributed.collectives import gather_objects, on_main_process, su
 from pretrain.run.folder import RunFolder
 
 # Of a run whose missing or damaged shards were substituted: its result depends on the storage.
-BAD_SHARD_MARK = "substituted_shards"
+BAD_SHARD_TAG = "substituted_shards"
 
 
 class BadSampleLedger:
@@ -60,7 +60,7 @@ class BadSampleLedger:
             self.num_substituted[pairing, bad.source, bad.epoch] += 1
             self._count(pairing, bad)
             if bad.is_shard_bad:
-                self.run.mark(BAD_SHARD_MARK)
+                self.run.add_tag(BAD_SHARD_TAG)
         for pairing, bad in entries:
             self._check_limits(pairing, bad)
 

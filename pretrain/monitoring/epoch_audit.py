@@ -30,7 +30,7 @@ class EpochReport:
     in_manifest: int
 
 
-class EpochAccount:
+class EpochAudit:
     """Counts what the loaders delivered, against what the manifest says; every rank must call it.
 
     Args:
@@ -44,12 +44,12 @@ class EpochAccount:
         self.ledger = ledger
         self.first_step = first_step
         self._num_read: Counter[tuple[str, str, int]] = Counter()
-        # (pairing, number of the source) -> (epoch under way, step that ends it)
-        self._under_way: dict[tuple[str, int], tuple[int, float]] = {}
+        # (pairing, number of the source) -> (current epoch, step that ends it)
+        self._current: dict[tuple[str, int], tuple[int, float]] = {}
         for name, pairing in dataset.pairings.items():
             for number in range(len(pairing.readers)):
                 epoch = _whole_epochs(pairing, number, first_step)
-                self._under_way[name, number] = (epoch, self._last_step(pairing, number, epoch))
+                self._current[name, number] = (epoch, self._last_step(pairing, number, epoch))
 
     def enter(self, batch: StepBatch, *, device: torch.device) -> list[dict[str, Any]]:
         """Adds a step; returns the reports of the epochs that it ends.
@@ -61,12 +61,12 @@ class EpochAccount:
             for (source, epoch), count in pairing.num_read.items():
                 self._num_read[name, source, epoch] += count
         reports = []
-        for (name, number), (epoch, last_step) in self._under_way.items():
+        for (name, number), (epoch, last_step) in self._current.items():
             while batch.step + 1 >= last_step:
                 reports.append(self._report(name, number, epoch, device))
                 epoch += 1
                 last_step = self._last_step(self.dataset.pairings[name], number, epoch)
-            self._under_way[name, number] = (epoch, last_step)
+            self._current[name, number] = (epoch, last_step)
         return [asdict(report) for report in reports]
 
     def _report(self, name: str, number: int, epoch: int, device: torch.device) -> EpochReport:

@@ -58,7 +58,7 @@ class HangWatch:
         self._file.flush()
         self._was_enabled = faulthandler.is_enabled()
         faulthandler.enable(self._file)
-        self.sign_of_life(is_slow=True)
+        self.heartbeat(is_slow=True)
         self._thread.start()
         return self
 
@@ -84,7 +84,7 @@ class HangWatch:
         is_slow = self._timeout == self._timeouts[True]
         return "engine.start_timeout_seconds" if is_slow else "engine.timeout_seconds"
 
-    def sign_of_life(self, *, is_slow: bool = False) -> None:
+    def heartbeat(self, *, is_slow: bool = False) -> None:
         """To be called when a step, or anything as long, has ended.
 
         Args:

@@ -38,7 +38,7 @@ def dump_step(
     cause: str,
     engine: Engine,
     dataset: StepDataset,
-    pieces: list[EncoderInputs],
+    micro_batches: list[EncoderInputs],
     take_gradient: Callable[[], object] | None,
 ) -> Path:
     """Writes down what is known of a step that was not applied; every rank must call it.
@@ -49,14 +49,14 @@ def dump_step(
         cause: what was not finite.
         engine: in the state before the step.
         dataset: that the step was read from.
-        pieces: the step's micro-batches.
+        micro_batches: the step's micro-batches.
         take_gradient: adds the step's gradient; None if it has none.
 
     Returns:
         The file.
     """
     with torch.no_grad():
-        features = engine.forward(pieces)
+        features = engine.forward(micro_batches)
     samples = _samples_of_step(batch, dataset, features)
     norms = state_norms(engine)
     if take_gradient is not None:

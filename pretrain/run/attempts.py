@@ -27,6 +27,8 @@ from data_prep.storage.atomic import write_atomically
 
 FOLDER = "attempts"
 ATTEMPT_NAME = re.compile(r"\d{4,}")
+# Fields whose names in the file are older than those in the code.
+STORED_NAMES = {"num_micro_batches": "micro_batches", "tags": "marks"}
 
 
 class SupersededError(RunError):
@@ -49,9 +51,9 @@ class Attempt:
     started: str
     world_size: int
     strategy: str
-    micro_batches: int  # of each step
+    num_micro_batches: int  # of each step
     hosts: list[str]
-    marks: list[str] = field(default_factory=list)  # why the result is not the config's alone
+    tags: list[str] = field(default_factory=list)  # why the result is not the config's alone
     from_step: int | None = None  # steps done before
     to_step: int | None = None  # steps done at its end
     ended: str | None = None
@@ -71,7 +73,7 @@ def claim_attempt(
     *,
     world_size: int,
     strategy: str,
-    micro_batches: int,
+    num_micro_batches: int,
     hosts: Sequence[str],
     **others: Any,
 ) -> Attempt:
@@ -81,7 +83,7 @@ def claim_attempt(
         folder: of the run.
         world_size: number of processes.
         strategy: of the engine.
-        micro_batches: of each step.
+        num_micro_batches: of each step.
         hosts: names of the machines.
         **others: of the attempt's fields.
     """
@@ -95,9 +97,9 @@ def claim_attempt(
             started=now(),
             world_size=world_size,
             strategy=strategy,
-            micro_batches=micro_batches,
+            num_micro_batches=num_micro_batches,
             hosts=sorted(set(hosts)),
-            marks=sorted({mark for each in earlier for mark in each.marks}),
+            tags=sorted({tag for each in earlier for tag in each.tags}),
             **others,
         )
         try:
@@ -110,7 +112,8 @@ def claim_attempt(
 
 def write_attempt(folder: Path, attempt: Attempt) -> None:
     """Writes down what is known of an attempt by now."""
-    content = json.dumps(asdict(attempt), indent=2).encode() + b"\n"
+    values = {STORED_NAMES.get(name, name): value for name, value in asdict(attempt).items()}
+    content = json.dumps(values, indent=2).encode() + b"\n"
     write_atomically(_path_of(folder, attempt.attempt), content)
 
 
@@ -125,7 +128,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
         content = path.read_text(encoding="utf-8")
         if not content:  # was claimed a moment ago, or its process died right then
             continue
-        attempt = Attempt(**json.loads(content))
+        attempt = _from_json(content)
         is_over = number < newest and attempt.outcome == "running"
         attempts.append(replace(attempt, outcome="did not end") if is_over else attempt)
     return attempts
@@ -209,6 +212,11 @@ def machine_name() -> str:
 def now() -> str:
     """The time, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _from_json(content: str) -> Attempt:
+    names = {stored: name for name, stored in STORED_NAMES.items()}
+    return Attempt(**{names.get(key, key): value for key, value in json.loads(content).items()})
 
 
 def _path_of(folder: Path, attempt: str) -> Path:

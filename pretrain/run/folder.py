@@ -74,7 +74,7 @@ def begin_attempt(
         folder,
         world_size=len(hosts),
         strategy=config.engine.strategy,
-        micro_batches=num_micro_batches,
+        num_micro_batches=num_micro_batches,
         hosts=hosts,
         job=environ.get("SLURM_JOB_ID"),
         job_restarts=restarts_of_job(environ),
@@ -111,7 +111,7 @@ class RunFolder:
         self._rank = rank()
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
+    def recorded(self) -> Iterator[None]:
         """Records how its block, which is this attempt, ends."""
         try:
             yield
@@ -187,15 +187,15 @@ class RunFolder:
         return entries
 
     @property
-    def marks(self) -> list[str]:
+    def tags(self) -> list[str]:
         """Why the result is not a function of the config alone; also of earlier attempts."""
-        return self.attempt.marks
+        return self.attempt.tags
 
-    def mark(self, reason: str) -> None:
+    def add_tag(self, reason: str) -> None:
         """Notes for good, in the attempt's row and all checkpoints, why the run's result is not a
         function of its config alone."""
-        if reason not in self.marks:
-            self._record(marks=sorted({*self.marks, reason}))
+        if reason not in self.tags:
+            self._record(tags=sorted({*self.tags, reason}))
 
     def write_status(self, state: str) -> None:
         """Says where the run stands; a superseded attempt has no say in it."""

@@ -4,7 +4,7 @@
     newest checkpoint of the parent --> first checkpoint of the fork; steps are counted on
 
 The parent is read, never written to. What a fork came from is in its parent.json, in the record of
-each of its checkpoints, and in its marks: its result is not a function of its config alone.
+each of its checkpoints, and in its tags: its result is not a function of its config alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pretrain.config import PretrainConfig
 from pretrain.run.compatibility import differences_to_run, fingerprints_of_run, holds_run
 
 PARENT_FILE = "parent.json"
-FORK_MARK = "forked"
+FORK_TAG = "forked"
 
 
 def config_of_fork(config: PretrainConfig) -> PretrainConfig:
@@ -74,7 +74,7 @@ def record_parent(config: PretrainConfig, checkpoint: WholeCheckpoint) -> None:
         "checkpoint": checkpoint.location,
         "step": checkpoint.record.state.step,
         "model_sha256": checkpoint.record.model_sha256,
-        "marks": list(checkpoint.record.state.marks),
+        "marks": list(checkpoint.record.state.tags),
         "differs_in": {key: {"parent": a, "fork": b} for key, (a, b) in different.items()},
     }
     write_atomically(folder / PARENT_FILE, json.dumps(values, indent=2).encode() + b"\n")

@@ -6,7 +6,7 @@
     a newer attempt at the run   stop, without saving
 
 One process that hears of it is enough: all agree at the next step's end, and act there. Files are
-taken away once they were heeded.
+taken away once they were acknowledged.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class RunRequests:
             signal.signal(number, handler)
         signals.heard.clear()
 
-    def agreed(self, *, device: torch.device) -> Request:
+    def all_reduce(self, *, device: torch.device) -> Request:
         """What is to be done now; every rank must call it, and gets the same.
 
         Args:
@@ -118,7 +118,7 @@ class RunRequests:
         stops, saves = ((self.folder / name).exists() for name in (STOP_FILE, SAVE_FILE))
         return stops, saves or is_due, self.is_superseded()
 
-    def heeded(self, request: Request) -> None:
+    def acknowledge(self, request: Request) -> None:
         """To be called when a checkpoint was written, for this request or any other reason."""
         self._last_save = self.clock()
         if self.looks_at_files:

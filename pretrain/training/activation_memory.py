@@ -27,7 +27,7 @@ from data_prep.errors import InputError
 from pretrain.config import PairingName
 from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
-from pretrain.training.gradient_cache import micro_batches
+from pretrain.training.gradient_cache import split_into_micro_batches
 
 # Pairs that are encoded to measure. Not one: kernels may treat that otherwise.
 MEASURED_ROWS = (2, 4)
@@ -147,8 +147,8 @@ def _inputs_of(
         first_slot=0, digest=np.zeros(2, np.int64), bad_samples=[], num_read=Counter()
     )
     batch = StepBatch(0, {name: pairs}, [name]).to(device)
-    [piece] = micro_batches(batch, num_pieces=1, trims_captions=False)
-    return piece
+    [micro_batch] = split_into_micro_batches(batch, num_micro_batches=1, trims_captions=False)
+    return micro_batch
 
 
 def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool) -> np.ndarray:

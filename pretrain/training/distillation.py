@@ -35,10 +35,10 @@ class PairingTeacher:
     is_autocast: bool  # computes in bf16, as the model in training does
 
     @torch.no_grad()
-    def encode(self, pieces: Sequence[EncoderInputs]) -> Teacher:
+    def encode(self, micro_batches: Sequence[EncoderInputs]) -> Teacher:
         """Its features of this rank's pairs, without what training hides of clips."""
         name, kind = self.pairing, media_of_pairing(self.pairing)
-        inputs = [piece[name] for piece in pieces]
+        inputs = [micro_batch[name] for micro_batch in micro_batches]
         with torch.autocast(inputs[0].tokens.device.type, torch.bfloat16, enabled=self.is_autocast):
             media = torch.cat([self.model.encode_media(kind, each.media) for each in inputs])
             text = torch.cat([self.model.encode_text(each.tokens) for each in inputs])

@@ -23,8 +23,8 @@ from pretrain.monitoring.timing import PhaseTimer
 from pretrain.training.distillation import PairingTeacher
 from pretrain.training.step_loss import (
     LossTerm,
+    PendingGather,
     StepLosses,
-    TravellingMedia,
     refuse_non_finite,
     take_losses,
     terms_of_step,
@@ -36,7 +36,7 @@ def backward_of_step(
     batch: StepBatch,
     config: PretrainConfig,
     *,
-    num_pieces: int,
+    num_micro_batches: int,
     teachers: Mapping[PairingName, PairingTeacher] | None = None,
     timer: PhaseTimer | None = None,
 ) -> StepLosses:
@@ -46,7 +46,7 @@ def backward_of_step(
         engine: holds the model.
         batch: this rank's share, on the device.
         config: the whole config.
-        num_pieces: micro-batches that each rank's share is encoded in, equal on all ranks.
+        num_micro_batches: micro-batches that each rank's share is encoded in, equal on all ranks.
         teachers: of the pairings that have one.
         timer: is told the phases.
 
@@ -55,18 +55,24 @@ def backward_of_step(
     """
     timer = timer or PhaseTimer(engine.device)
     with timer.phase("forward"):
-        pieces = pieces_of_step(engine, batch, num_pieces=num_pieces)
-        lessons = {name: each.encode(pieces) for name, each in (teachers or {}).items()}
-        terms = terms_of_step(config, batch, teachers=lessons)
-    if len(pieces) == 1:
-        return backward_whole_batch(engine, pieces[0], terms=terms, timer=timer)
-    return backward_in_micro_batches(engine, pieces, terms=terms, timer=timer)
+        micro_batches = micro_batches_of_step(engine, batch, num_micro_batches=num_micro_batches)
+        teacher_features = {
+            name: each.encode(micro_batches) for name, each in (teachers or {}).items()
+        }
+        terms = terms_of_step(config, batch, teachers=teacher_features)
+    if len(micro_batches) == 1:
+        return backward_whole_batch(engine, micro_batches[0], terms=terms, timer=timer)
+    return backward_in_micro_batches(engine, micro_batches, terms=terms, timer=timer)
 
 
-def pieces_of_step(engine: Engine, batch: StepBatch, *, num_pieces: int) -> list[EncoderInputs]:
+def micro_batches_of_step(
+    engine: Engine, batch: StepBatch, *, num_micro_batches: int
+) -> list[EncoderInputs]:
     """The micro-batches of this rank's share of a step."""
     trims_captions = engine.model.takes_trimmed_captions
-    return micro_batches(batch, num_pieces=num_pieces, trims_captions=trims_captions)
+    return split_into_micro_batches(
+        batch, num_micro_batches=num_micro_batches, trims_captions=trims_captions
+    )
 
 
 def backward_whole_batch(
@@ -81,11 +87,11 @@ def backward_whole_batch(
     Raises:
         NonFiniteLossError: the loss is not finite; no gradient was taken.
     """
-    travelling = TravellingMedia(terms)
+    pending = PendingGather(terms)
     with timer.phase("forward"):
-        features = engine.forward([inputs], on_media=travelling.begin)
+        features = engine.forward([inputs], on_media=pending.begin)
     with timer.phase("gather"):
-        losses = take_losses(features, terms=terms, travelling=travelling)
+        losses = take_losses(features, terms=terms, pending=pending)
     refuse_non_finite(losses)
     with timer.phase("backward"):
         engine.backward(losses.for_backward)
@@ -94,7 +100,7 @@ def backward_whole_batch(
 
 def backward_in_micro_batches(
     engine: Engine,
-    pieces: list[EncoderInputs],
+    micro_batches: list[EncoderInputs],
     *,
     terms: Mapping[PairingName, LossTerm],
     timer: PhaseTimer,
@@ -104,61 +110,68 @@ def backward_in_micro_batches(
     Raises:
         NonFiniteLossError: the loss is not finite; no gradient was taken.
     """
-    travelling = TravellingMedia(terms)
+    pending = PendingGather(terms)
     with timer.phase("forward"), torch.no_grad():
-        encoded = engine.forward(pieces, on_media=travelling.begin)
+        encoded = engine.forward(micro_batches, on_media=pending.begin)
     features = {name: _leaves(values) for name, values in encoded.items()}
     with timer.phase("gather"):
-        losses = take_losses(features, terms=terms, travelling=travelling)
+        losses = take_losses(features, terms=terms, pending=pending)
     refuse_non_finite(losses)
     with timer.phase("backward"):
         losses.for_backward.backward()
-        for number, piece in enumerate(pieces):
-            with engine.micro_batch(is_last=number == len(pieces) - 1):
-                engine.backward(_surrogate(engine.forward([piece]), features, number, len(pieces)))
+        for number, micro_batch in enumerate(micro_batches):
+            with engine.micro_batch(is_last=number == len(micro_batches) - 1):
+                engine.backward(
+                    _surrogate(engine.forward([micro_batch]), features, number, len(micro_batches))
+                )
     return losses
 
 
-def micro_batches(
-    batch: StepBatch, *, num_pieces: int, trims_captions: bool
+def split_into_micro_batches(
+    batch: StepBatch, *, num_micro_batches: int, trims_captions: bool
 ) -> list[EncoderInputs]:
-    """What the towers are given of each piece of a step; pieces may hold no pair.
+    """What the towers are given of each micro-batch of a step; some may hold no pair.
 
     Args:
         batch: this rank's share of a step, on the device.
-        num_pieces: equal on all ranks.
-        trims_captions: whether tokens are cut to the longest caption of each piece.
+        num_micro_batches: equal on all ranks.
+        trims_captions: whether tokens are cut to the longest caption of each micro-batch.
     """
-    pieces = {
-        name: _split(pairs, batch.step, num_pieces, trims_captions)
+    micro_batches = {
+        name: _split(pairs, batch.step, num_micro_batches, trims_captions)
         for name, pairs in batch.pairings.items()
     }
-    return [{name: pieces[name][number] for name in pieces} for number in range(num_pieces)]
+    return [
+        {name: micro_batches[name][number] for name in micro_batches}
+        for number in range(num_micro_batches)
+    ]
 
 
 def _split(
-    pairs: PairingBatch, step: int, num_pieces: int, trims_captions: bool
+    pairs: PairingBatch, step: int, num_micro_batches: int, trims_captions: bool
 ) -> list[PairInputs]:
-    tokens = pairs.tokens.tensor_split(num_pieces)
+    tokens = pairs.tokens.tensor_split(num_micro_batches)
     if trims_captions:
-        lengths = pairs.caption_lengths.tensor_split(num_pieces)
+        lengths = pairs.caption_lengths.tensor_split(num_micro_batches)
         tokens = [
-            piece[:, : trimmed_length(longest, context_length=piece.shape[1])]
-            for piece, longest in zip(tokens, lengths, strict=True)
+            micro_batch[:, : trimmed_length(longest, context_length=micro_batch.shape[1])]
+            for micro_batch, longest in zip(tokens, lengths, strict=True)
         ]
     has_stripes = pairs.stripes.shape[1] > 0
-    stripes = pairs.stripes.tensor_split(num_pieces) if has_stripes else [None] * num_pieces
-    media = pairs.media.tensor_split(num_pieces)
-    draws = _draws(pairs, step, num_pieces)
+    stripes = (
+        pairs.stripes.tensor_split(num_micro_batches) if has_stripes else [None] * num_micro_batches
+    )
+    media = pairs.media.tensor_split(num_micro_batches)
+    draws = _draws(pairs, step, num_micro_batches)
     return [PairInputs(*each) for each in zip(media, tokens, stripes, draws, strict=True)]
 
 
-def _draws(pairs: PairingBatch, step: int, num_pieces: int) -> list[Draws]:
-    """The slots of every piece: every pass over a pair, and every split, drops alike."""
+def _draws(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[Draws]:
+    """The slots of every micro-batch: every pass over a pair, and every split, drops alike."""
     device = pairs.tokens.device
     slots = torch.arange(len(pairs.tokens), device=device) + pairs.first_slot
     number = torch.full((), step, dtype=torch.int64, device=device)
-    return [Draws(number, piece) for piece in slots.tensor_split(num_pieces)]
+    return [Draws(number, micro_batch) for micro_batch in slots.tensor_split(num_micro_batches)]
 
 
 def _leaves(features: PairingFeatures) -> PairingFeatures:
@@ -170,16 +183,16 @@ def _surrogate(
     encoded: Mapping[PairingName, PairingFeatures],
     features: Mapping[PairingName, PairingFeatures],
     number: int,
-    num_pieces: int,
+    num_micro_batches: int,
 ) -> Tensor:
     """A scalar whose gradient, at this micro-batch, is that of the loss."""
     products = []
-    for name, piece in encoded.items():
+    for name, micro_batch in encoded.items():
         cached = features[name]
-        for part, whole in ((piece.media, cached.media), (piece.text, cached.text)):
-            products.append(part * whole.grad.tensor_split(num_pieces)[number])
+        for part, whole in ((micro_batch.media, cached.media), (micro_batch.text, cached.text)):
+            products.append(part * whole.grad.tensor_split(num_micro_batches)[number])
         # Each micro-batch carries its share of these gradients, so that none leaves them out.
-        products.append(piece.scale * cached.scale.grad / num_pieces)
-        if piece.bias is not None:
-            products.append(piece.bias * cached.bias.grad / num_pieces)
+        products.append(micro_batch.scale * cached.scale.grad / num_micro_batches)
+        if micro_batch.bias is not None:
+            products.append(micro_batch.bias * cached.bias.grad / num_micro_batches)
     return torch.stack([product.sum() for product in products]).sum()

@@ -16,14 +16,14 @@ from pretrain.distributed.collectives import is_of_lost_peer, on_main_process, s
 from pretrain.distributed.engine import Engine
 from pretrain.monitoring.anomalies import StepWatch, reason_to_stop
 from pretrain.monitoring.bad_samples import BadSampleLedger
-from pretrain.monitoring.epoch_audit import EpochAccount
+from pretrain.monitoring.epoch_audit import EpochAudit
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.monitoring.non_finite import dump_step
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.run.attempts import DivergedError, LostPeerError, read_metrics
 from pretrain.run.folder import RunFolder
 from pretrain.run.requests import Request, RunRequests
-from pretrain.training.gradient_cache import pieces_of_step
+from pretrain.training.gradient_cache import micro_batches_of_step
 from pretrain.training.metrics import SkippedStep, StepOutcome, StepReporter, digest_of_step
 from pretrain.training.optimizer import learning_rate_at
 from pretrain.training.step_loss import NonFiniteLossError, StepLosses
@@ -47,7 +47,7 @@ class Trainer:
         writer: of checkpoints.
         hang_watch: is told of every step's end.
         take_gradient: adds the gradient of a step's loss.
-        num_pieces: micro-batches of a step.
+        num_micro_batches: micro-batches of a step.
         validation_sets: held-out pairs.
         hosts: [ranks] names of their machines.
     """
@@ -63,7 +63,7 @@ class Trainer:
         hang_watch: HangWatch,
         *,
         take_gradient: Callable[..., StepLosses],
-        num_pieces: int,
+        num_micro_batches: int,
         validation_sets: Sequence[ValidationSet],
         hosts: Sequence[str],
     ) -> None:
@@ -75,7 +75,7 @@ class Trainer:
         self.writer = writer
         self.hang_watch = hang_watch
         self.take_gradient = take_gradient
-        self.num_pieces = num_pieces
+        self.num_micro_batches = num_micro_batches
         self.validation_sets = validation_sets
         self.timer = PhaseTimer(engine.device)
         rows = read_metrics(run.folder) if run.is_writer else []
@@ -89,7 +89,7 @@ class Trainer:
             hosts=hosts,
         )
         self.ledger = BadSampleLedger(run, dataset, loading=config.loading)
-        self.account = EpochAccount(dataset, self.ledger, first_step=run.num_steps_done)
+        self.epoch_audit = EpochAudit(dataset, self.ledger, first_step=run.num_steps_done)
         self.lacks_validation = False  # one was due, and given up
 
     def train(self, batches: Iterator[StepBatch]) -> None:
@@ -116,7 +116,7 @@ class Trainer:
     def _train(self, batches: Iterator[StepBatch]) -> None:
         first_step, last_step = self.run.num_steps_done, last_step_of(self.config)
         self.engine.train_mode(True)
-        request = self._agree()  # on what was asked for during the start
+        request = self._poll_requests()  # on what was asked for during the start
         if self._is_validation_missing(first_step):
             request = self._validate(request)
         for step in range(first_step + 1, last_step + 1):
@@ -126,9 +126,9 @@ class Trainer:
             with self.timer.phase("data"):
                 batch = next(batches)
             if step == first_step + 1 and self.engine.changes_sums_after_backward:
-                self._settle_sums(batch)
+                self._warm_up_ddp(batch)
             outcome = self._take_step(batch)
-            request = self._agree()
+            request = self._poll_requests()
             self.reporter.watch_step(outcome, seconds=time.perf_counter() - start)
             if self._is_row_due(step, request) or isinstance(outcome, SkippedStep):
                 digest = digest_of_step(batch, device=self.engine.device)
@@ -138,7 +138,7 @@ class Trainer:
             if self._is_save_due(step, request):
                 self._save(request)
             self._advance_save()
-            self.hang_watch.sign_of_life()
+            self.hang_watch.heartbeat()
             if step == first_step + 1:
                 set_timeout(self.config.engine.timeout_seconds)
         self._finish(request)
@@ -148,7 +148,7 @@ class Trainer:
         self._save(Request())
         self._finish_save()
 
-    def _settle_sums(self, batch: StepBatch) -> None:
+    def _warm_up_ddp(self, batch: StepBatch) -> None:
         """Takes a gradient for nothing, so that the first step of every attempt sums like the steps
         that follow on it, and a resumed run is the undisturbed one bit by bit."""
         with suppress(FloatingPointError):  # the step itself will raise it again
@@ -162,16 +162,16 @@ class Trainer:
             outcome = self._skip(batch, error)
         self.run.num_steps_done = batch.step + 1
         self.ledger.enter(batch, device=self.engine.device)
-        self.reporter.report_epochs(self.account.enter(batch, device=self.engine.device))
+        self.reporter.report_epochs(self.epoch_audit.enter(batch, device=self.engine.device))
         self.reporter.advance()
         return outcome
 
-    def _agree(self) -> Request:
+    def _poll_requests(self) -> Request:
         """
         Raises:
             SupersededError: a newer attempt has begun.
         """
-        request = self.requests.agreed(device=self.engine.device)
+        request = self.requests.all_reduce(device=self.engine.device)
         if request.is_superseded:
             raise self.run.superseded_error()
         return request
@@ -193,7 +193,9 @@ class Trainer:
             cause=cause,
             engine=self.engine,
             dataset=self.dataset,
-            pieces=pieces_of_step(self.engine, batch, num_pieces=self.num_pieces),
+            micro_batches=micro_batches_of_step(
+                self.engine, batch, num_micro_batches=self.num_micro_batches
+            ),
             take_gradient=(lambda: self.take_gradient(batch)) if has_gradient else None,
         )
         skipped = [*self.run.skipped_steps, step]
@@ -235,9 +237,9 @@ class Trainer:
 
         def is_given_up() -> bool:
             nonlocal request
-            self.hang_watch.sign_of_life()
+            self.hang_watch.heartbeat()
             if not request.stops:
-                request = self._agree()
+                request = self._poll_requests()
             return request.stops
 
         figures = {}
@@ -264,11 +266,11 @@ class Trainer:
         return is_planned or is_last or request.saves or request.stops
 
     def _save(self, request: Request) -> None:
-        self.hang_watch.sign_of_life(is_slow=True)
+        self.hang_watch.heartbeat(is_slow=True)
         with self.timer.phase("save"):
             on_main_process(self.run.flush)
             self.writer.save(self._state())
-        self.requests.heeded(request)
+        self.requests.acknowledge(request)
         self.reporter.log.saved()
 
     def _state(self) -> RunState:
@@ -277,7 +279,7 @@ class Trainer:
             self.run.num_steps_done,
             num_updates=self.engine.num_updates,
             skipped_steps=tuple(self.run.skipped_steps),
-            marks=tuple(self.run.marks),
+            tags=tuple(self.run.tags),
         )
 
     def _advance_save(self) -> None:
@@ -286,7 +288,7 @@ class Trainer:
         self.reporter.report_saves(self.writer.take_reports())
 
     def _finish_save(self) -> None:
-        self.hang_watch.sign_of_life(is_slow=True)
+        self.hang_watch.heartbeat(is_slow=True)
         self.writer.finish()
         self.reporter.report_saves(self.writer.take_reports())
         self.writer.refuse_failure()
@@ -294,7 +296,7 @@ class Trainer:
     def _finish(self, request: Request) -> None:
         self._finish_save()
         if request.stops:
-            self.requests.heeded(request)
+            self.requests.acknowledge(request)
             is_whole = self.run.num_steps_done >= self.config.schedule.num_steps
             if self.lacks_validation or not is_whole:
                 self.run.stop_cause = request.stop_cause

@@ -208,8 +208,8 @@ class StepReporter:
             **slowest,
             **self.watch.take_row(),
         }
-        if self.run.marks:
-            row["marks"] = self.run.marks
+        if self.run.tags:
+            row["marks"] = self.run.tags
         self._ended_epochs, self._saves = [], []
         self.run.write_metrics(row)
         self.run.write_status("running")

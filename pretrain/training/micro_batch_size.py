@@ -64,7 +64,7 @@ class MemoryEstimate:
         return self.left * (1 - self.share_kept_free)
 
     @property
-    def num_pieces(self) -> int | None:
+    def num_micro_batches(self) -> int | None:
         """Fewest micro-batches whose graphs find room; None if not even those of one pair do."""
         if self.activations is None:
             return None
@@ -72,17 +72,17 @@ class MemoryEstimate:
         fitting = (n for n in range(1, most + 1) if self.graph_bytes(n) <= self.room)
         return next(fitting, None)
 
-    def graph_bytes(self, num_pieces: int) -> int:
+    def graph_bytes(self, num_micro_batches: int) -> int:
         """Most bytes that the graphs of a micro-batch take."""
-        graphs = {name: self._graph_bytes(name, num_pieces) for name in self.num_pairs}
+        graphs = {name: self._graph_bytes(name, num_micro_batches) for name in self.num_pairs}
         if self.takes_all:
             return sum(graphs.values())
         without_pairs = {name: self._bytes_of_rows(name, 1) for name in self.num_pairs}
         others = sum(without_pairs.values())
         return max(graphs[name] + others - without_pairs[name] for name in graphs)
 
-    def _graph_bytes(self, name: PairingName, num_pieces: int) -> int:
-        return self._bytes_of_rows(name, -(-self.num_pairs[name] // num_pieces))
+    def _graph_bytes(self, name: PairingName, num_micro_batches: int) -> int:
+        return self._bytes_of_rows(name, -(-self.num_pairs[name] // num_micro_batches))
 
     def _bytes_of_rows(self, name: PairingName, num_rows: int) -> int:
         graph = self.activations[name]
@@ -97,14 +97,14 @@ class MemoryEstimate:
         )
         if self.activations is None:
             return f"not even {MEASURED_ROWS[-1]} pairs could be encoded to measure; {memory}"
-        if self.num_pieces is None:
+        if self.num_micro_batches is None:
             return f"not even {self._describe_sizes(max(self.num_pairs.values()))} fit; {memory}"
-        sizes = self._describe_sizes(self.num_pieces)
-        return f"{self.num_pieces} micro-batches a step, of at most {sizes}; {memory}"
+        sizes = self._describe_sizes(self.num_micro_batches)
+        return f"{self.num_micro_batches} micro-batches a step, of at most {sizes}; {memory}"
 
-    def _describe_sizes(self, num_pieces: int) -> str:
+    def _describe_sizes(self, num_micro_batches: int) -> str:
         sizes = [
-            f"{-(-num_pairs // num_pieces)} {name} pairs "
+            f"{-(-num_pairs // num_micro_batches)} {name} pairs "
             f"({_in_units(self.activations[name].per_pair)} each)"
             for name, num_pairs in self.num_pairs.items()
         ]
@@ -115,7 +115,7 @@ def _in_units(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
-def pieces_of_size(config: PretrainConfig, *, num_processes: int) -> int:
+def num_micro_batches_of_size(config: PretrainConfig, *, num_processes: int) -> int:
     """Micro-batches per step, the same on every rank: enough that none encodes more than
     micro_batch_size pairs of a pairing at once."""
     most_lanes = -(-config.lanes // num_processes)
@@ -123,7 +123,7 @@ def pieces_of_size(config: PretrainConfig, *, num_processes: int) -> int:
     return -(-most_pairs // config.micro_batch_size)
 
 
-def choose_num_pieces(
+def choose_num_micro_batches(
     config: PretrainConfig,
     model: ContrastiveModel,
     layouts: Layouts,
@@ -144,7 +144,7 @@ def choose_num_pieces(
         InputError: with `auto`, not even one pair fits on one of the ranks.
     """
     if config.micro_batch_size != "auto":
-        return pieces_of_size(config, num_processes=world_size())
+        return num_micro_batches_of_size(config, num_processes=world_size())
     activations = measure(config, model, layouts, device)
     # Which also waits until every rank has given back what it measured with.
     memories = gather_objects((hosts[rank()], memory_name(device)))
@@ -157,13 +157,15 @@ def choose_num_pieces(
         num_processes=world_size(),
     )
     estimates = gather_objects(estimate)
-    neediest = max(range(world_size()), key=lambda each: estimates[each].num_pieces or float("inf"))
+    neediest = max(
+        range(world_size()), key=lambda each: estimates[each].num_micro_batches or float("inf")
+    )
     text = f"micro_batch_size auto: rank {neediest}: {estimates[neediest].describe()}"
-    if estimates[neediest].num_pieces is None:
+    if estimates[neediest].num_micro_batches is None:
         raise InputError(f"{text}; {WHAT_TO_DO}")
     if rank() == 0:
         logger.info("%s", text)
-    return estimates[neediest].num_pieces
+    return estimates[neediest].num_micro_batches
 
 
 def estimate_for_plan(

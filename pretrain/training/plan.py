@@ -15,7 +15,7 @@ from pretrain.loss.contrastive_loss import received_bytes
 from pretrain.loss.options import build_loss_options
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.sampling.order import lanes_of_rank, pairs_of_ranks
-from pretrain.training.micro_batch_size import estimate_for_plan, pieces_of_size
+from pretrain.training.micro_batch_size import estimate_for_plan, num_micro_batches_of_size
 from pretrain.training.step_loss import feature_type
 
 
@@ -120,8 +120,10 @@ def _describe_micro_batches(
     num_processes_here: int,
 ) -> str:
     if config.micro_batch_size != "auto":
-        num_pieces = pieces_of_size(config, num_processes=world_size)
-        return f"micro_batch_size {config.micro_batch_size}: {num_pieces} micro-batches a step"
+        num_micro_batches = num_micro_batches_of_size(config, num_processes=world_size)
+        return (
+            f"micro_batch_size {config.micro_batch_size}: {num_micro_batches} micro-batches a step"
+        )
     estimate = estimate_for_plan(
         config,
         model,

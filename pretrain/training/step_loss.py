@@ -79,7 +79,7 @@ def feature_type(config: PretrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
 
 
-class TravellingMedia:
+class PendingGather:
     """Media features on their way to the other ranks while captions are encoded."""
 
     def __init__(self, terms: Mapping[PairingName, LossTerm]) -> None:
@@ -98,7 +98,7 @@ def take_losses(
     features: Mapping[PairingName, PairingFeatures],
     *,
     terms: Mapping[PairingName, LossTerm],
-    travelling: TravellingMedia,
+    pending: PendingGather,
 ) -> StepLosses:
     """The loss of every pairing over its global batch; every rank must call it.
 
@@ -106,7 +106,7 @@ def take_losses(
     same, so that every engine does the same with them.
     """
     losses = {
-        name: _take_loss(features[name], term, travelling.gathers.get(name))
+        name: _take_loss(features[name], term, pending.gathers.get(name))
         for name, term in terms.items()
     }
     parts = [terms[name].weight * loss.for_backward for name, loss in losses.items()]

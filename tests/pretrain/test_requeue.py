@@ -17,7 +17,7 @@ def attempt(number, outcome, *, steps=(0, 10), stop_cause=None):
         started="2026-11-27T12:00:00+00:00",
         world_size=2,
         strategy="ddp",
-        micro_batches=1,
+        num_micro_batches=1,
         hosts=["node1", "node2"],
         from_step=steps[0],
         to_step=steps[1],

@@ -279,11 +279,11 @@ def test_substituted_shards_mark_everything_that_comes_of_them(toy_data, tmp_pat
     stopping = config.run.model_copy(update={"stop_after_step": 10})
     run_in_processes(2, train, config.model_copy(update={"run": stopping}))
     run_in_processes(1, train, config)
-    marks = ["substituted_shards"]
-    assert [each.marks for each in read_attempts(tmp_path / "run")] == [marks] * 2
+    tags = ["substituted_shards"]
+    assert [each.tags for each in read_attempts(tmp_path / "run")] == [tags] * 2
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000020" / "checkpoint.json"
-    assert json.loads(checkpoint.read_text())["marks"] == marks
-    assert steps_of(tmp_path / "run")[-1]["marks"] == marks
+    assert json.loads(checkpoint.read_text())["marks"] == tags
+    assert steps_of(tmp_path / "run")[-1]["marks"] == tags
     [report] = [
         report
         for row in steps_of(tmp_path / "run")

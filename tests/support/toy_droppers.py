@@ -74,7 +74,7 @@ class Pairs:
         """In float64 and training, with equal weights each time."""
         return build_model(config, tokenizer=self.tokenizer).double().train()
 
-    def piece(self, rows: slice, *, step: int, num_tokens: int = 24) -> dict[str, PairInputs]:
+    def micro_batch(self, rows: slice, *, step: int, num_tokens: int = 24) -> dict[str, PairInputs]:
         """What a rank or a micro-batch encodes."""
         draws = Draws(torch.tensor(step), torch.arange(NUM_PAIRS)[rows])
         return {
@@ -83,19 +83,21 @@ class Pairs:
         }
 
     def gradients(self, model, sizes=(NUM_PAIRS,), *, step: int = 3, trims: bool = False):
-        """Gradient of every parameter, with the batch encoded in pieces of these sizes."""
-        pieces, start = [], 0
+        """Gradient of every parameter, with the batch encoded in micro-batches of these sizes."""
+        micro_batches, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
             lengths = self.tokenizer.lengths(self.tokens[rows]).tolist()
             longest = max(lengths, default=1) if trims else 24
-            pieces.append(model([self.piece(rows, step=step, num_tokens=longest)]))
+            micro_batches.append(model([self.micro_batch(rows, step=step, num_tokens=longest)]))
             start += size
         assert start == NUM_PAIRS
         loss = torch.zeros((), dtype=torch.float64)
         for name in self.media:
-            media, text = (torch.cat([p[name][n] for p in pieces]).double() for n in range(2))
-            logits = pieces[0][name][2] * media @ text.T
+            media, text = (
+                torch.cat([p[name][n] for p in micro_batches]).double() for n in range(2)
+            )
+            logits = micro_batches[0][name][2] * media @ text.T
             loss = loss + functional.cross_entropy(logits, torch.arange(NUM_PAIRS))
         model.zero_grad()
         loss.backward()

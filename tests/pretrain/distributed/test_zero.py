@@ -21,8 +21,8 @@ from pretrain.distributed.start import (
 )
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.training.gradient_cache import backward_of_step, micro_batches
-from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
+from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import assert_same_run, train
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
@@ -66,14 +66,16 @@ def observe(config):
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     dataset = StepDataset(config, tokenizer=tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
-    num_pieces = choose_num_pieces(
+    num_micro_batches = choose_num_micro_batches(
         config, model, dataset.layouts, device=accelerator.device, hosts=hosts
     )
     optimizer = build_optimizer(config, model)
     engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
 
-    seen["loss"] = backward_of_step(engine, dataset[0], config, num_pieces=num_pieces).total
+    seen["loss"] = backward_of_step(
+        engine, dataset[0], config, num_micro_batches=num_micro_batches
+    ).total
     seen["norm"] = engine.step(learning_rate=1e-3)
     seen["gradient"] = {
         name.partition("/")[2]: 10 * values.numpy()
@@ -81,8 +83,8 @@ def observe(config):
         if name.startswith("exp_avg/")
     }
     before = copies(engine)
-    [piece] = micro_batches(dataset[1], num_pieces=1, trims_captions=False)
-    features = engine.forward([piece])
+    [micro_batch] = split_into_micro_batches(dataset[1], num_micro_batches=1, trims_captions=False)
+    features = engine.forward([micro_batch])
     engine.backward(
         sum(each.sum() for group in features.values() for each in group if each is not None)
         * math.nan
@@ -93,7 +95,7 @@ def observe(config):
     seen["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        backward_of_step(engine, dataset[2], config, num_pieces=num_pieces)
+        backward_of_step(engine, dataset[2], config, num_micro_batches=num_micro_batches)
         seen["last norm"] = engine.step(learning_rate=1e-3)
     seen["collectives"] = Counter(
         event.name for event in profile.events() if event.name.startswith("c10d::")
@@ -241,11 +243,11 @@ def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, 
 @pytest.mark.slow
 def test_micro_batches_are_reduced_once(toy_data, tmp_path):
     """Counted: as many collectives as without micro-batches."""
-    whole, pieces = (
+    whole, in_micro_batches = (
         observed(toy_data, tmp_path / str(size), 2, "zero2", micro_batch_size=size)[0]
         for size in ("auto", 3)
     )
-    assert pieces["collectives"] == whole["collectives"]
+    assert in_micro_batches["collectives"] == whole["collectives"]
 
 
 @pytest.mark.slow

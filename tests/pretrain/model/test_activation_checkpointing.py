@@ -54,7 +54,7 @@ def bytes_kept_for_backward(model, pairs):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        features = model([pairs.piece(slice(0, NUM_PAIRS), step=0)])
+        features = model([pairs.micro_batch(slice(0, NUM_PAIRS), step=0)])
     assert features["image-text"][0].requires_grad
     return sum(kept.values())
 

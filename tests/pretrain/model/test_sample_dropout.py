@@ -205,13 +205,13 @@ def test_another_step_or_seed_drops_otherwise(config, pairs, expected):
 
 
 def test_pairings_draw_differently_from_a_tower_they_share(model, pairs):
-    features = model([pairs.piece(slice(0, NUM_PAIRS), step=3)])
+    features = model([pairs.micro_batch(slice(0, NUM_PAIRS), step=3)])
     texts = [features[name][1] for name in ("image-text", "audio-text")]
     assert not torch.allclose(*texts, atol=1e-2)
 
 
 def test_nothing_is_dropped_in_evaluation(config, pairs):
     model = pairs.build_model(config).eval()
-    one, other = (model([pairs.piece(slice(0, NUM_PAIRS), step=step)]) for step in (3, 4))
+    one, other = (model([pairs.micro_batch(slice(0, NUM_PAIRS), step=step)]) for step in (3, 4))
     for name in one:
         assert all(map(torch.equal, one[name][:3], other[name][:3]))

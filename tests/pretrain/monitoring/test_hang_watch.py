@@ -71,7 +71,7 @@ def test_signs_of_life_keep_it_quiet_and_nothing_is_left_behind(tmp_path):
     with HangWatch(tmp_path, "0001", timeout_seconds=0.5, start_timeout_seconds=0.5) as watch:
         for _ in range(8):
             time.sleep(0.1)
-            watch.sign_of_life()
+            watch.heartbeat()
     assert not list((tmp_path / "stacks" / "0001").iterdir())
 
 
@@ -80,9 +80,9 @@ def test_a_start_may_take_longer_than_a_step(tmp_path):
         time.sleep(0.6)
         assert watch.timeout_key == "engine.start_timeout_seconds"
         assert "no step ended" not in watch.path.read_text()
-        watch.sign_of_life()
+        watch.heartbeat()
         assert watch.timeout_key == "engine.timeout_seconds"
         time.sleep(0.35)
-        watch.sign_of_life(is_slow=True)
+        watch.heartbeat(is_slow=True)
         time.sleep(0.6)
         assert watch.path.read_text().count("no step ended") == 1

@@ -20,7 +20,7 @@ from tests.support.toy_state import ToyEngine, writer_of
 
 def claim(folder, *, from_step=None, outcome="running"):
     attempt = claim_attempt(
-        folder, world_size=1, strategy="ddp", micro_batches=1, hosts=["b", "a", "b"]
+        folder, world_size=1, strategy="ddp", num_micro_batches=1, hosts=["b", "a", "b"]
     )
     attempt.from_step, attempt.outcome = from_step, outcome
     write_attempt(folder, attempt)
@@ -89,14 +89,14 @@ def test_an_older_attempt_says_nothing_more_and_its_late_checkpoint_does_not_cou
 
 def test_how_an_attempt_ended_is_written_down(tmp_path):
     run = run_of(tmp_path, claim(tmp_path))
-    with pytest.raises(ZeroDivisionError), run.under_way():
+    with pytest.raises(ZeroDivisionError), run.recorded():
         run.begin_from(3, has_checkpoint=True)
         raise ZeroDivisionError
     [attempt] = read_attempts(tmp_path)
     assert (attempt.from_step, attempt.to_step) == (3, 3)
     assert attempt.outcome == "failed: ZeroDivisionError()"
     run = run_of(tmp_path, claim(tmp_path))
-    with run.under_way():
+    with run.recorded():
         run.begin_from(3, has_checkpoint=True)
         run.num_steps_done, run.stop_cause = 6, "SIGTERM"  # the last, but not validated
     attempt = read_attempts(tmp_path)[1]

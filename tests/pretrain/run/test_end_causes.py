@@ -61,7 +61,7 @@ def claim(folder, **fields):
         folder,
         world_size=2,
         strategy="ddp",
-        micro_batches=1,
+        num_micro_batches=1,
         hosts=["node2", "node1"],
         **fields,
     )

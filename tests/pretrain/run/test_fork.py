@@ -78,7 +78,7 @@ def test_a_fork_goes_on_from_the_parents_state_and_the_same_command_goes_on_with
     assert folder == config_of_fork(config).run.folder
     attempts = read_attempts(folder)
     assert [(each.from_step, each.to_step) for each in attempts] == [(6, 9), (9, 12)]
-    assert all(each.marks == ["forked"] for each in attempts)
+    assert all(each.tags == ["forked"] for each in attempts)
     assert [row["step"] for row in steps_of(folder)] == list(range(7, 13))
     told = json.loads((folder / "parent.json").read_text())
     assert (told["folder"], told["step"]) == (str(parent), 6)

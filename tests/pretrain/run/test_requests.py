@@ -33,27 +33,27 @@ class Clock:
 def test_a_signal_asks_to_stop_and_former_handlers_come_back(tmp_path, number):
     before = signal.getsignal(number)
     with RunRequests(tmp_path) as requests:
-        assert requests.agreed(device=CPU) == Request()
+        assert requests.all_reduce(device=CPU) == Request()
         os.kill(os.getpid(), number)
-        assert requests.agreed(device=CPU) == Request(stop_cause=number.name)
+        assert requests.all_reduce(device=CPU) == Request(stop_cause=number.name)
     assert signal.getsignal(number) == before
 
 
-def test_files_are_heeded_once_and_only_where_they_are_looked_for(tmp_path):
+def test_files_are_acknowledged_once_and_only_where_they_are_looked_for(tmp_path):
     clock = Clock()
     requests = RunRequests(tmp_path, clock=clock)
     elsewhere = RunRequests(tmp_path, clock=clock, looks_at_files=False)
     (tmp_path / "SAVE").touch()
     (tmp_path / "STOP").touch()
-    assert requests.agreed(device=CPU) == Request()  # no look at every step
+    assert requests.all_reduce(device=CPU) == Request()  # no look at every step
     clock.now = 1.0
-    request = requests.agreed(device=CPU)
+    request = requests.all_reduce(device=CPU)
     assert request == Request(saves=True, stop_cause="file STOP")
-    assert elsewhere.agreed(device=CPU) == Request()
-    requests.heeded(request)
+    assert elsewhere.all_reduce(device=CPU) == Request()
+    requests.acknowledge(request)
     assert not list(tmp_path.iterdir())
     clock.now = 2.0
-    assert requests.agreed(device=CPU) == Request()
+    assert requests.all_reduce(device=CPU) == Request()
 
 
 def test_the_clock_asks_for_a_save_every_so_many_minutes_since_the_last(tmp_path):
@@ -62,9 +62,9 @@ def test_the_clock_asks_for_a_save_every_so_many_minutes_since_the_last(tmp_path
     due = []
     for second in range(0, 421, 30):
         clock.now = float(second)
-        request = requests.agreed(device=CPU)
+        request = requests.all_reduce(device=CPU)
         if request.saves or second == 150:  # then a save for another reason
-            requests.heeded(request)
+            requests.acknowledge(request)
             due.append((second, request.saves))
     assert due == [(120, True), (150, False), (270, True), (390, True)]
 

@@ -15,7 +15,7 @@ from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.distillation import load_teachers
-from pretrain.training.gradient_cache import backward_of_step, micro_batches
+from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import train
 from tests.support.gloo_processes import run_in_processes
@@ -42,7 +42,7 @@ def student_config(toy_data, folder, teacher, *, weight=0.5, **sections):
     return toy_config(toy_data, folder, pairings=pairings, **sections)
 
 
-def errors_of_gradients(config, num_pieces):
+def errors_of_gradients(config, num_micro_batches):
     """(of the loss, worst of a gradient), against the dense loss of one process."""
     accelerator = start_accelerator(config)
     tokenizer = build_tokenizer(config.model.text)
@@ -56,7 +56,9 @@ def errors_of_gradients(config, num_pieces):
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batch = StepDataset(config, tokenizer=tokenizer, **share)[0]
-    losses = backward_of_step(engine, batch, config, num_pieces=num_pieces, teachers=teachers)
+    losses = backward_of_step(
+        engine, batch, config, num_micro_batches=num_micro_batches, teachers=teachers
+    )
     length = torch.cat([value.flatten() for value in expected.values()]).norm()
     worst = max(
         (
@@ -69,7 +71,7 @@ def errors_of_gradients(config, num_pieces):
 
 def true_loss(config, model, tokenizer, teachers):
     batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
-    [whole] = micro_batches(batch, num_pieces=1, trims_captions=False)
+    [whole] = split_into_micro_batches(batch, num_micro_batches=1, trims_captions=False)
     total = 0
     for name, pairs in whole.items():
         media = model.encode_media(media_of_pairing(name), pairs.media)
@@ -102,8 +104,7 @@ def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, tea
     )
     batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
     engine.train_mode(False)
-    lessons = {"teachers": teachers}
-    backward_of_step(engine, batch, config, num_pieces=1, **lessons)
+    backward_of_step(engine, batch, config, num_micro_batches=1, teachers=teachers)
     of_images = model.towers["image"].projection.weight.grad.norm()
     of_sounds = model.towers["audio"].projection.weight.grad.norm()
     assert of_images < 1e-5 * of_sounds

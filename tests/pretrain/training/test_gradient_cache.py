@@ -8,8 +8,8 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.train import build_training_model
-from pretrain.training.gradient_cache import backward_of_step, micro_batches
-from pretrain.training.micro_batch_size import choose_num_pieces
+from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
+from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_droppers import VIT
@@ -50,7 +50,7 @@ def gradients_of(config, trims_captions=True):
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     dataset = StepDataset(config, tokenizer=tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
-    num_pieces = choose_num_pieces(
+    num_micro_batches = choose_num_micro_batches(
         config, model, dataset.layouts, device=accelerator.device, hosts=hosts
     )
     lengths.clear()
@@ -60,7 +60,7 @@ def gradients_of(config, trims_captions=True):
         optimizer=build_optimizer(config, model),
         gradient_clipping=None,
     )
-    losses = backward_of_step(engine, dataset[0], config, num_pieces=num_pieces)
+    losses = backward_of_step(engine, dataset[0], config, num_micro_batches=num_micro_batches)
     gradients = {n: p.grad.clone().tolist() for n, p in small_parameters(model)}
     engine.close()
     return losses.total, gradients, lengths
@@ -95,9 +95,11 @@ def test_stripes_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_d
     striped = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
     whole = gradients_of(striped)
     assert whole[0] != pytest.approx(gradients_of(plain)[0], rel=1e-4)
-    pieces = config_of(toy_data, tmp_path / "run", micro_batch_size=3, spec_augment=SPEC_AUGMENT)
-    assert_same_gradients(gradients_of(pieces), whole)
-    for ranks in run_in_processes(3, gradients_of, pieces):
+    in_micro_batches = config_of(
+        toy_data, tmp_path / "run", micro_batch_size=3, spec_augment=SPEC_AUGMENT
+    )
+    assert_same_gradients(gradients_of(in_micro_batches), whole)
+    for ranks in run_in_processes(3, gradients_of, in_micro_batches):
         assert_same_gradients(ranks, whole)
 
 
@@ -112,36 +114,38 @@ def dropping(config, *, is_recomputed):
 def test_layers_drop_alike_in_micro_batches_on_ranks_and_when_recomputed(toy_data, tmp_path):
     plain = config_of(toy_data, tmp_path / "run")
     whole = gradients_of(dropping(plain, is_recomputed=False))
-    pieces = dropping(config_of(toy_data, tmp_path / "run", micro_batch_size=3), is_recomputed=True)
-    assert_same_gradients(gradients_of(pieces), whole)
-    for ranks in run_in_processes(3, gradients_of, pieces):
+    in_micro_batches = dropping(
+        config_of(toy_data, tmp_path / "run", micro_batch_size=3), is_recomputed=True
+    )
+    assert_same_gradients(gradients_of(in_micro_batches), whole)
+    for ranks in run_in_processes(3, gradients_of, in_micro_batches):
         assert_same_gradients(ranks, whole)
 
 
-def test_pieces_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
+def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
     config = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
     tokenizer = build_tokenizer(config.model.text)
     batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
-    pieces = micro_batches(batch, num_pieces=20, trims_captions=False)
+    micro_batches = split_into_micro_batches(batch, num_micro_batches=20, trims_captions=False)
     for name, pairs in batch.pairings.items():
-        assert [len(piece[name].media) for piece in pieces][-1] == 0
-        assert torch.equal(torch.cat([piece[name].media for piece in pieces]), pairs.media)
-        assert torch.equal(torch.cat([piece[name].tokens for piece in pieces]), pairs.tokens)
-        slots = torch.cat([piece[name].draws.slots for piece in pieces])
+        assert [len(each[name].media) for each in micro_batches][-1] == 0
+        assert torch.equal(torch.cat([each[name].media for each in micro_batches]), pairs.media)
+        assert torch.equal(torch.cat([each[name].tokens for each in micro_batches]), pairs.tokens)
+        slots = torch.cat([each[name].draws.slots for each in micro_batches])
         assert torch.equal(slots, torch.arange(len(pairs.tokens)))
-        assert {int(piece[name].draws.step) for piece in pieces} == {0}
+        assert {int(each[name].draws.step) for each in micro_batches} == {0}
     audio = batch.pairings["audio-text"]
-    assert torch.equal(torch.cat([p["audio-text"].stripes for p in pieces]), audio.stripes)
-    assert {piece["image-text"].stripes for piece in pieces} == {None}
+    assert torch.equal(torch.cat([p["audio-text"].stripes for p in micro_batches]), audio.stripes)
+    assert {each["image-text"].stripes for each in micro_batches} == {None}
 
 
-def test_a_piece_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
+def test_a_micro_batch_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
     config = config_of(toy_data, tmp_path / "run")
     tokenizer = build_tokenizer(config.model.text)
     batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
     pairs = batch.pairings["image-text"]
     lengths = torch.tensor([3] * 8 + [11] + [2] * 7)
     batch = replace(batch, pairings={"image-text": replace(pairs, caption_lengths=lengths)})
-    pieces = micro_batches(batch, num_pieces=2, trims_captions=True)
-    assert [piece["image-text"].tokens.shape for piece in pieces] == [(8, 8), (8, 16)]
-    assert torch.equal(pieces[1]["image-text"].tokens, pairs.tokens[8:, :16])
+    micro_batches = split_into_micro_batches(batch, num_micro_batches=2, trims_captions=True)
+    assert [each["image-text"].tokens.shape for each in micro_batches] == [(8, 8), (8, 16)]
+    assert torch.equal(micro_batches[1]["image-text"].tokens, pairs.tokens[8:, :16])

@@ -9,7 +9,11 @@ from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_attempts
 from pretrain.training.activation_memory import ActivationBytes
 from pretrain.training.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
-from pretrain.training.micro_batch_size import MemoryEstimate, estimate_for_plan, pieces_of_size
+from pretrain.training.micro_batch_size import (
+    MemoryEstimate,
+    estimate_for_plan,
+    num_micro_batches_of_size,
+)
 from tests.pretrain.test_train import assert_same_run, train
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_run import toy_config
@@ -25,7 +29,7 @@ def estimate_of(*, room=10**9, takes_all=True, num_pairs=PAIRS, activations=GRAP
 
 
 @pytest.mark.parametrize(
-    ("room", "takes_all", "num_pieces"),
+    ("room", "takes_all", "num_micro_batches"),
     [
         # 100 pairs of 10 bytes and 5 once, 30 pairs of 20 bytes
         (1605, True, 1),
@@ -42,14 +46,14 @@ def estimate_of(*, room=10**9, takes_all=True, num_pairs=PAIRS, activations=GRAP
         (-10, True, None),
     ],
 )
-def test_as_few_micro_batches_are_taken_as_fit(room, takes_all, num_pieces):
-    assert estimate_of(room=room, takes_all=takes_all).num_pieces == num_pieces
+def test_as_few_micro_batches_are_taken_as_fit(room, takes_all, num_micro_batches):
+    assert estimate_of(room=room, takes_all=takes_all).num_micro_batches == num_micro_batches
 
 
 def test_a_rank_without_pairs_still_encodes_one_row():
     nothing = dict.fromkeys(PAIRS, 0)
-    assert estimate_of(num_pairs=nothing, room=35).num_pieces == 1
-    assert estimate_of(num_pairs=nothing, room=34).num_pieces is None
+    assert estimate_of(num_pairs=nothing, room=35).num_micro_batches == 1
+    assert estimate_of(num_pairs=nothing, room=34).num_micro_batches is None
 
 
 def test_a_decision_is_told_with_its_numbers():
@@ -65,14 +69,14 @@ def test_a_decision_is_told_with_its_numbers():
 
 
 @pytest.mark.parametrize(
-    ("size", "num_processes", "num_pieces"),
+    ("size", "num_processes", "num_micro_batches"),
     [(16, 1, 1), (15, 1, 2), (3, 1, 6), (3, 3, 2), (3, 8, 1)],
 )
 def test_no_rank_encodes_more_pairs_at_once_than_asked(
-    toy_data, tmp_path, size, num_processes, num_pieces
+    toy_data, tmp_path, size, num_processes, num_micro_batches
 ):
     config = toy_config(toy_data, tmp_path, micro_batch_size=size)  # 8 lanes of 2 images
-    assert pieces_of_size(config, num_processes=num_processes) == num_pieces
+    assert num_micro_batches_of_size(config, num_processes=num_processes) == num_micro_batches
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_batches_count_where_they_are(toy_data, tmp_path):
 # ------------------------------------------------------------------------------------------ runs
 
 
-def free_for(config, num_pieces, *, num_processes):
+def free_for(config, num_micro_batches, *, num_processes):
     """Bytes that must be free for a rank of that many to need so many micro-batches."""
     tokenizer = build_tokenizer(config.model.text)
     dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
@@ -139,8 +143,8 @@ def free_for(config, num_pieces, *, num_processes):
     share = {"num_processes": num_processes, "num_processes_here": 1}
     device = torch.device("cpu")
     estimate = estimate_for_plan(config, model, dataset.layouts, device=device, **share)
-    assert estimate.num_pieces == 1
-    graphs = estimate.graph_bytes(num_pieces) / (1 - estimate.share_kept_free)
+    assert estimate.num_micro_batches == 1
+    graphs = estimate.graph_bytes(num_micro_batches) / (1 - estimate.share_kept_free)
     return sum(estimate.besides_graphs.values()) + round(graphs) + 10
 
 
@@ -159,7 +163,7 @@ def undisturbed(toy_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     run_in_processes(1, train, toy_config(toy_data, folder))
     [attempt] = read_attempts(folder)
-    assert attempt.micro_batches == 1
+    assert attempt.num_micro_batches == 1
     return folder
 
 
@@ -168,7 +172,7 @@ def test_a_process_with_little_memory_gives_the_same_run(toy_data, tmp_path, und
     free = free_for(config, 5, num_processes=1)
     run_in_processes(1, train_with, config, [free])
     [attempt] = read_attempts(tmp_path / "run")
-    assert 1 < attempt.micro_batches <= 5
+    assert 1 < attempt.num_micro_batches <= 5
     assert_same_run(tmp_path / "run", undisturbed)
 
 
@@ -177,7 +181,7 @@ def test_ranks_take_what_the_neediest_of_them_needs(toy_data, tmp_path, undistur
     free = free_for(config, 4, num_processes=2)
     run_in_processes(2, train_with, config, [10 * free, free])
     [attempt] = read_attempts(tmp_path / "run")
-    assert attempt.micro_batches == 4
+    assert attempt.num_micro_batches == 4
     assert_same_run(tmp_path / "run", undisturbed)
 
 

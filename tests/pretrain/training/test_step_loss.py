@@ -17,7 +17,7 @@ from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.gradient_cache import backward_of_step
-from pretrain.training.micro_batch_size import pieces_of_size
+from pretrain.training.micro_batch_size import num_micro_batches_of_size
 from pretrain.training.optimizer import build_optimizer
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
@@ -114,9 +114,11 @@ def errors_of_options(toy_data, folder, all_options, precision):
         truth, expected = true_gradients(config, model, tokenizer)
         optimizer = build_optimizer(config, model)
         engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
-        num_pieces = pieces_of_size(config, num_processes=accelerator.num_processes)
+        num_micro_batches = num_micro_batches_of_size(
+            config, num_processes=accelerator.num_processes
+        )
         batch = batch_of(config, tokenizer, **share)
-        losses = backward_of_step(engine, batch, config, num_pieces=num_pieces)
+        losses = backward_of_step(engine, batch, config, num_micro_batches=num_micro_batches)
         gradients = taken_gradients(model)
         length = torch.cat([value.flatten() for value in expected.values()]).norm()
         worst = max(
@@ -193,12 +195,12 @@ def events_of_a_step(toy_data, folder, micro_batch_size):
 
     RowGather._start = noted_start
     batch = batch_of(config, tokenizer, **share)
-    num_pieces = pieces_of_size(config, num_processes=accelerator.num_processes)
+    num_micro_batches = num_micro_batches_of_size(config, num_processes=accelerator.num_processes)
     with (
         counted_traffic() as traffic,
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
     ):
-        backward_of_step(engine, batch, config, num_pieces=num_pieces)
+        backward_of_step(engine, batch, config, num_micro_batches=num_micro_batches)
     all_reduces = sum(event.name == "c10d::allreduce_" for event in profile.events())
     return events, num_encoded, traffic.calls, all_reduces
 
@@ -213,12 +215,12 @@ def test_media_travel_while_captions_are_encoded(toy_data, tmp_path):
 
 
 def test_micro_batches_cost_one_more_forward_pass_and_nothing_else(toy_data, tmp_path):
-    whole, pieces = (
+    whole, in_micro_batches = (
         run_in_processes(2, events_of_a_step, toy_data, tmp_path, size)[0] for size in (24, 3)
     )
     num_pairs = {"image": 8, "audio": 4, "text": 12}
     assert whole[1] == {(kind, True): count for kind, count in num_pairs.items()}
     for has_graph in (False, True):
-        assert {k: n for (k, g), n in pieces[1].items() if g == has_graph} == num_pairs
-    assert pieces[2] == whole[2]  # one loss of each pairing
-    assert pieces[3] == whole[3]  # one reduction of the gradients
+        assert {k: n for (k, g), n in in_micro_batches[1].items() if g == has_graph} == num_pairs
+    assert in_micro_batches[2] == whole[2]  # one loss of each pairing
+    assert in_micro_batches[3] == whole[3]  # one reduction of the gradients
