@@ -12,12 +12,15 @@ from data_prep.report.dataset_figures import DatasetFigures, MemberCount
 from data_prep.report.duplicate_figures import DuplicateFigures
 from data_prep.report.html import (
     Section,
+    code,
     fact_list,
     folded,
+    heading,
     paragraph,
     preformatted,
     render_page,
     table,
+    warning,
 )
 from data_prep.report.numbers import bytes_text, counted, duration_text, number_text, share_text
 from data_prep.report.rejected import Rejection
@@ -135,7 +138,7 @@ def _dropped_text(rejections: list[Rejection]) -> str:
 
 def _missing_note(content: SheetContent) -> Markup:
     missing = content.missing_sidecars
-    return Markup('<p class="warning"><strong>{}</strong> {}</p>').format(
+    return warning(
         f"{len(missing):,} of {content.kept.info.num_shards:,} shards have no Parquet file "
         f"(first: {missing[0].name}).",
         "So this sheet has no figures about captions, sizes, languages, licences and exact "
@@ -160,7 +163,7 @@ def origin_section(kept: KeptSamples) -> Section:
     blocks = [fact_list(facts), folded("All settings", _settings(preparation))]
     if kept.subset is not None:
         blocks += [
-            Markup("<h3>Subset</h3>"),
+            heading("Subset"),
             fact_list(
                 {
                     "keeps": f"{len(kept):,} of {kept.info.num_samples:,} samples",
@@ -197,7 +200,7 @@ def shard_section(kept: KeptSamples) -> Section:
     """Every shard with its sha256."""
     header = ["shard", "samples", "bytes", "sha256 of the tar"]
     rows = [
-        [f"{row.name}.tar", f"{row.num_samples:,}", f"{row.tar_bytes:,}", _code(row.tar_sha256)]
+        [f"{row.name}.tar", f"{row.num_samples:,}", f"{row.tar_bytes:,}", code(row.tar_sha256)]
         for row in kept.dataset.manifest
     ]
     if kept.subset is not None:
@@ -213,7 +216,3 @@ def shard_section(kept: KeptSamples) -> Section:
         [whole, shards],
         note="python -m data_prep.verify_shards checks them all; sha256sum checks a single one.",
     )
-
-
-def _code(text: str) -> Markup:
-    return Markup('<code class="breaks">{}</code>').format(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
@@ -13,13 +14,13 @@ from data_prep.dedup.groups import GroupedSamples
 from data_prep.dedup.joined_datasets import JoinedDatasets
 from data_prep.errors import InputError
 from data_prep.report.html import (
+    OWN_PACKAGE,
     Section,
     badge,
-    columns,
     folded,
-    heading,
     paragraph,
     preformatted,
+    render,
     render_page,
     table,
 )
@@ -107,15 +108,26 @@ def _matches_table(datasets: JoinedDatasets, found: Mapping[str, GroupedSamples]
         for first, second in sorted(set(zip(own.tolist(), other.tolist(), strict=True))):
             is_here = (own == first) & (other == second)
             is_evaluation = second >= datasets.num_datasets
-            name = Markup("{} {}").format(
-                datasets.folders[second], badge("evaluation", kind="bad") if is_evaluation else ""
-            )
+            name = Markup.escape(f"{datasets.folders[second]} ")
+            if is_evaluation:
+                name += badge("evaluation", kind="bad")
             figures = [f"{is_here.sum():,}", f"{similarity[is_here].min():.3f}"]
             rows.append([method, str(datasets.folders[first]), name, *figures])
     if not rows:
         return paragraph("Nothing was found.")
     header = ["method", "samples of", "are like samples of", "dropped", "least similarity"]
     return table(header, rows, numeric=(3, 4))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Values of one sample in duplicate_group.html."""
+
+    view: Markup
+    state: Markup
+    folder: str
+    ordinal: int
+    text: str
 
 
 class _Gallery:
@@ -132,23 +144,27 @@ class _Gallery:
         blocks = [paragraph(f"{counted(len(chosen), 'group')} of {num_groups:,}:")]
         for group in chosen.tolist():
             first, last = np.searchsorted(groups.group, [group, group + 1])
-            places = first + np.argsort(~groups.is_kept[first:last], kind="stable")
-            blocks.append(heading(f"Group of {last - first:,}"))
-            blocks.append(columns([self._card(groups, place) for place in places[:MEMBERS_SHOWN]]))
+            rows = first + np.argsort(~groups.is_kept[first:last], kind="stable")
+            members = [self._member(groups, row) for row in rows[:MEMBERS_SHOWN]]
+            num_members = f"{last - first:,}"
+            blocks.append(
+                render(
+                    OWN_PACKAGE, "duplicate_group.html", num_members=num_members, members=members
+                )
+            )
         return blocks
 
-    def _card(self, groups: GroupedSamples, place: int) -> Markup:
-        number, ordinal = (int(part) for part in self.datasets.locate(groups.sample[place]))
-        if groups.is_kept[place]:
+    def _member(self, groups: GroupedSamples, row: int) -> _Member:
+        number, ordinal = (int(part) for part in self.datasets.locate(groups.sample[row]))
+        if groups.is_kept[row]:
             is_evaluation = number >= self.datasets.num_datasets
             state = badge("evaluation" if is_evaluation else "kept", kind="good")
         else:
-            similarity = number_text(float(groups.similarity[place]))
+            similarity = number_text(float(groups.similarity[row]))
             state = badge(f"dropped, similarity {similarity}", kind="bad")
         view, text = self._sample(number, ordinal)
-        return Markup('{}<p>{}</p><div class="faint">{}, sample {}: {}</div>').format(
-            view, state, self.datasets.folders[number], ordinal, text
-        )
+        folder = str(self.datasets.folders[number])
+        return _Member(view, state, folder=folder, ordinal=ordinal, text=text)
 
     def _sample(self, number: int, ordinal: int) -> tuple[Markup, str]:
         views = self._views_of(number)

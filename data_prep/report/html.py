@@ -1,10 +1,25 @@
-"""Building blocks of a report: one HTML file that needs nothing besides itself.
+"""Self-contained HTML pages: the frame, building blocks, media and charts.
 
-Pictures, sounds and charts stand inside the file as data, so that it opens from a file share or a
-mail without network. Every block is a `Markup`; text given to a block is escaped. Charts follow the
-page's colours, light or dark.
+A page is one file. It holds its images, sounds and charts as data, and opens without a network.
 
-    page = render_page("Title", subtitle="...", sections=[Section("Figures", [table(...)])])
+    page = render_page("Title", subtitle="...", sections=[Section("Counts", [table(...)])])
+
+All HTML stands in Jinja templates, next to the package that uses them (`<package>/templates`):
+
+    base.html     frame of a page: head, title, table of contents, sections
+    blocks.html   macros; the functions below call them, and templates may import them
+    style.css     colours and layout, light and dark, on screen and on paper
+
+Templates of another package extend the frame and import the macros by these names. They fill the
+blocks `head`, `content` and `scripts` as needed. An example, `eval/report/templates/curves.html`:
+
+    {% extends "base.html" %}
+    {% import "blocks.html" as blocks %}
+    {% block content %}{{ blocks.table(header, rows, []) }}{% endblock %}
+
+    render("eval.report", "curves.html", title=..., subtitle=..., header=..., rows=...)
+
+Values are escaped unless they are `Markup`, and a value that a template lacks is an error.
 """
 
 from __future__ import annotations
@@ -15,18 +30,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from PIL import Image
 
-from data_prep.report.style import PAGE_TEMPLATE, STYLE
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
 
-# Drawn by matplotlib, then replaced by the page's text colour.
+OWN_PACKAGE = "data_prep.report"
+# matplotlib draws text in this color; svg_chart replaces it by the page's text color.
 INK = "#010203"
 SERIES_COLORS = ("#4c7fe0", "#e0803a", "#2fa37c", "#b667c9", "#d6596b", "#8a8f3c")
 CHART_STYLE = {
@@ -50,38 +65,97 @@ CHART_STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-# Browsers everywhere play MP3, and it is a tenth of WAV.
+# All browsers play MP3, and it takes a tenth of WAV's bytes.
 SOUND_FORMAT = "MP3"
 WAVEFORM_COLUMNS = 80
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with blocks under it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Markup]
     note: str = ""
 
 
-def render_page(title: str, *, subtitle: str, sections: Sequence[Section]) -> str:
-    """A whole HTML page, with a table of contents where there are several sections."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(PAGE_TEMPLATE)
-    return page.render(title=title, subtitle=subtitle, sections=sections, style=Markup(STYLE))
+def render_page(title: str, *, subtitle: str, sections: Sequence[Section]) -> Markup:
+    """Renders a whole page, with a table of contents if there are several sections."""
+    return render(OWN_PACKAGE, "base.html", title=title, subtitle=subtitle, sections=sections)
+
+
+def render(template_package: str, name: str, **values: Any) -> Markup:
+    """Renders a template with the given values.
+
+    Args:
+        template_package: import name of the package whose folder `templates` holds the template.
+            Names that it lacks are looked up among the templates of this package.
+        name: file name of the template.
+        values: variables of the template.
+
+    Raises:
+        jinja2.UndefinedError: if the template uses a variable that `values` lacks.
+    """
+    return Markup(_environment(template_package).get_template(name).render(values))
+
+
+@cache
+def _environment(template_package: str) -> Environment:
+    # Imported here: most runs of a command never render a page.
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    packages = dict.fromkeys((template_package, OWN_PACKAGE))
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+
+
+def _block(macro: str, *values: Any) -> Markup:
+    module = _environment(OWN_PACKAGE).get_template("blocks.html").module
+    return getattr(module, macro)(*values)
 
 
 # ----------------------------------------------------------------------------- text and tables
 
 
 def paragraph(text: str) -> Markup:
-    """A paragraph of plain text."""
-    return Markup("<p>{}</p>").format(text)
+    """Builds a paragraph of plain text."""
+    return _block("paragraph", text)
 
 
 def heading(text: str) -> Markup:
-    """A heading inside a section."""
-    return Markup("<h3>{}</h3>").format(text)
+    """Builds a heading inside a section."""
+    return _block("heading", text)
+
+
+def line(text: str) -> Markup:
+    """Builds a line of text below or above other blocks."""
+    return _block("line", text)
+
+
+def preformatted(text: str) -> Markup:
+    """Builds a block of text that keeps its line breaks and spaces."""
+    return _block("preformatted", text)
+
+
+def breakable(text: str) -> Markup:
+    """Builds a text of any language and direction that may wrap inside words."""
+    return _block("breakable", text)
+
+
+def code(text: str) -> Markup:
+    """Builds a text in a monospaced font, such as a checksum."""
+    return _block("code", text)
+
+
+def warning(title: str, text: str) -> Markup:
+    """Builds a paragraph that stands out, with its title in bold."""
+    return _block("warning", title, text)
 
 
 def table(
@@ -90,92 +164,91 @@ def table(
     *,
     numeric: Collection[int] = (),
 ) -> Markup:
-    """A table.
+    """Builds a table.
 
     Args:
         header: title of each column.
-        rows: their cells.
-        numeric: places of the columns that are set flush right.
+        rows: cells of each row, one per column.
+        numeric: indices of the right-aligned columns.
     """
-    head = Markup("").join(
-        _cell("th", text, number in numeric) for number, text in enumerate(header)
-    )
-    body = Markup("").join(
-        Markup("<tr>{}</tr>").format(
-            Markup("").join(_cell("td", cell, number in numeric) for number, cell in enumerate(row))
-        )
-        for row in rows
-    )
-    return Markup(
-        '<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    ).format(head, body)
-
-
-def _cell(tag: str, content: str | Markup, is_numeric: bool) -> Markup:
-    kind = Markup(' class="number"') if is_numeric else ""
-    return Markup("<{}{}>{}</{}>").format(Markup(tag), kind, content, Markup(tag))
+    return _block("table", header, rows, numeric)
 
 
 def fact_list(facts: Mapping[str, object]) -> Markup:
-    """Names and values in two columns."""
-    entries = (Markup("<dt>{}</dt><dd>{}</dd>").format(name, facts[name]) for name in facts)
-    return Markup('<dl class="facts">{}</dl>').format(Markup("").join(entries))
+    """Builds a two-column list of names and values."""
+    return _block("fact_list", facts)
 
 
 def badge(text: str, *, kind: str) -> Markup:
-    """A small label: kind "good", "bad" or "plain"."""
-    return Markup('<span class="badge {}">{}</span>').format(kind, text)
-
-
-def interval_bar(value: float, *, low: float, high: float, reference: float) -> Markup:
-    """A bar from 0 to 1: filled to `value`, with its interval, and a mark at `reference`."""
-    numbers = [f"{100 * min(1.0, max(0.0, share)):.2f}%" for share in (value, low, reference)]
-    width = f"{100 * (min(1.0, high) - max(0.0, low)):.2f}%"
-    return Markup(
-        '<div class="bar"><i class="fill" style="width:{}"></i>'
-        '<i class="interval" style="left:{};width:{}"></i>'
-        '<i class="reference" style="left:{}" title="chance"></i></div>'
-    ).format(numbers[0], numbers[1], width, numbers[2])
-
-
-def share_bar(share: float) -> Markup:
-    """A bar from 0 to 1, filled to `share`."""
-    width = f"{100 * min(1.0, max(0.0, share)):.2f}%"
-    return Markup('<div class="bar"><i class="fill" style="width:{}"></i></div>').format(width)
+    """Builds a small label; `kind` is "good", "bad" or "plain"."""
+    return _block("badge", text, kind)
 
 
 def chips(texts: Sequence[str]) -> Markup:
-    """Small labels, one after the other."""
-    labels = (badge(text, kind="plain") for text in texts)
-    return Markup('<div class="chips">{}</div>').format(Markup("").join(labels))
+    """Builds a row of small labels."""
+    return _block("chips", texts)
+
+
+# -------------------------------------------------------------------------------------- layout
 
 
 def folded(summary: str, block: Markup) -> Markup:
-    """A block that is shown when its summary is clicked."""
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, block)
-
-
-def preformatted(text: str) -> Markup:
-    """Text whose lines and spaces stay as they are."""
-    return Markup("<pre>{}</pre>").format(text)
+    """Builds a block that opens when the reader clicks its summary."""
+    return _block("folded", summary, block)
 
 
 def columns(blocks: Sequence[Markup]) -> Markup:
-    """Blocks side by side where the window is wide enough."""
-    cells = (Markup("<div>{}</div>").format(block) for block in blocks)
-    return Markup('<div class="columns">{}</div>').format(Markup("").join(cells))
+    """Builds a row of blocks, which wraps in a narrow window."""
+    return _block("columns", blocks)
 
 
-# --------------------------------------------------------------------------------------- media
+def media_frame(media: Markup) -> Markup:
+    """Centers a picture or player."""
+    return _block("media_frame", media)
+
+
+def narrow(block: Markup) -> Markup:
+    """Limits the width of a block."""
+    return _block("narrow", block)
+
+
+# ------------------------------------------------------------------------------- bars and media
+
+
+def fraction_bar(fraction: float) -> Markup:
+    """Builds a bar from 0 to 1, filled up to `fraction`."""
+    return _block("fraction_bar", _percent(_clamp(fraction)))
+
+
+def interval_bar(value: float, *, low: float, high: float, reference: float) -> Markup:
+    """Builds a bar from 0 to 1, filled up to `value`, with an interval and a reference mark."""
+    value, low, high, reference = map(_clamp, (value, low, high, reference))
+    return _block("interval_bar", *map(_percent, (value, low, high - low, reference)))
+
+
+def _clamp(fraction: float) -> float:
+    return min(1.0, max(0.0, fraction))
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}%"
 
 
 def data_uri(content: bytes, *, media_type: str) -> str:
-    """The bytes of a file as an address that holds them."""
+    """Returns a data URI that holds the bytes of a file."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def picture(image: np.ndarray, *, max_side: int = 128, alt: str = "") -> Markup:
-    """A thumbnail of a uint8 [H, Wd, 3] image; tiny images are shown with larger pixels."""
+    """Builds a thumbnail; images smaller than half of `max_side` are enlarged.
+
+    Args:
+        image: uint8 [H, Wd, 3].
+        max_side: width or height of the thumbnail in pixels, whichever is larger.
+        alt: description for readers who cannot see it.
+    """
+    from PIL import Image
+
     small = Image.fromarray(image)
     small.thumbnail((max_side, max_side))
     enlargement = max_side // max(small.size)
@@ -185,38 +258,34 @@ def picture(image: np.ndarray, *, max_side: int = 128, alt: str = "") -> Markup:
     file = io.BytesIO()
     small.save(file, format="JPEG", quality=82)
     uri = data_uri(file.getvalue(), media_type="image/jpeg")
-    return Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(uri, *small.size, alt)
+    return _block("picture", uri, *small.size, alt)
 
 
 def sound(waveform: np.ndarray, *, sample_rate_hz: int, max_seconds: float = 4.0) -> Markup:
-    """A player and a picture of the first seconds of a float32 [samples] waveform.
+    """Builds a player with the outline of a waveform.
 
     Args:
-        waveform: mono, in [-1, 1].
-        sample_rate_hz: one that MP3 knows, such as 16000.
-        max_seconds: longer clips are cut.
+        waveform: float32 [samples], mono, in [-1, 1].
+        sample_rate_hz: a rate that MP3 supports, such as 16000.
+        max_seconds: length of the excerpt, from the start of the waveform.
     """
     import soundfile
 
     clip = waveform[: round(max_seconds * sample_rate_hz)]
     file = io.BytesIO()
     soundfile.write(file, clip, sample_rate_hz, format=SOUND_FORMAT)
-    return Markup(
-        '<div class="sound">{}<audio controls preload="none" src="{}"></audio></div>'
-    ).format(waveform_picture(clip), data_uri(file.getvalue(), media_type="audio/mpeg"))
+    uri = data_uri(file.getvalue(), media_type="audio/mpeg")
+    return _block("sound", waveform_picture(clip), uri)
 
 
 def waveform_picture(waveform: np.ndarray) -> Markup:
-    """The outline of a float32 [samples] waveform, as wide as its place."""
-    pieces = np.array_split(np.abs(waveform), WAVEFORM_COLUMNS)
-    peaks = np.array([piece.max(initial=0.0) for piece in pieces])
+    """Draws the outline of a float32 [samples] waveform, as wide as its container."""
+    parts = np.array_split(np.abs(waveform), WAVEFORM_COLUMNS)
+    peaks = np.array([part.max(initial=0.0) for part in parts])
     heights = 19 * peaks / max(float(peaks.max()), 1e-6)
-    upper = [f"{place},{20 - height:.1f}" for place, height in enumerate(heights)]
-    lower = [f"{place},{20 + height:.1f}" for place, height in enumerate(heights)]
-    return Markup(
-        '<svg class="waveform" viewBox="0 0 {} 40" preserveAspectRatio="none">'
-        '<polygon points="{}"/></svg>'
-    ).format(WAVEFORM_COLUMNS - 1, " ".join(upper + lower[::-1]))
+    upper = [f"{x},{20 - height:.1f}" for x, height in enumerate(heights)]
+    lower = [f"{x},{20 + height:.1f}" for x, height in enumerate(heights)]
+    return _block("waveform", WAVEFORM_COLUMNS - 1, " ".join(upper + lower[::-1]))
 
 
 # -------------------------------------------------------------------------------------- charts
@@ -224,21 +293,30 @@ def waveform_picture(waveform: np.ndarray) -> Markup:
 
 @contextmanager
 def chart(*, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of `width` x `height` inches in the page's style; give it to `svg_chart`."""
+    """Opens an empty figure in the page's style, to be drawn on and passed to `svg_chart`.
+
+    Args:
+        width: in inches.
+        height: in inches.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(CHART_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
 def svg_chart(figure: Figure, *, alt: str) -> Markup:
-    """A figure as inline SVG, with a transparent background and the page's text colour."""
+    """Builds inline SVG from a figure, with the page's text color and no background."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     file = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context(CHART_STYLE):
-        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
+        FigureCanvasSVG(figure).print_svg(file, metadata=no_metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # HTML needs none, and they look like links
-    svg = svg.replace(INK, "currentColor")
-    return Markup('<figure class="chart" role="img" aria-label="{}">{}</figure>').format(
-        alt, Markup(svg)
-    )
+    # HTML needs no XML namespaces, and they look like links.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    return _block("svg_chart", Markup(svg.replace(INK, "currentColor")), alt)

@@ -11,7 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from data_prep.report.dataset_figures import Histogram, Measure, ValueCounts
-from data_prep.report.html import SERIES_COLORS, chart, paragraph, share_bar, svg_chart, table
+from data_prep.report.html import (
+    SERIES_COLORS,
+    breakable,
+    chart,
+    fraction_bar,
+    heading,
+    narrow,
+    paragraph,
+    svg_chart,
+    table,
+)
 from data_prep.report.numbers import number_text, share_text, value_text
 
 MOST_LISTED = 12
@@ -26,7 +36,7 @@ def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Marku
         counts: of numbers.
         whole: how many there would be if every one were filled.
     """
-    parts = [Markup("<h3>{}</h3>").format(measure.title)]
+    parts = [heading(measure.title)]
     if counts.num_distinct == 1:
         value = value_text(counts.most_frequent[0][0], measure.unit)
         parts.append(paragraph(f"{value}, the same for all"))
@@ -75,7 +85,7 @@ def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
     largest = int(np.argmax(histogram.counts))
     low, high = (value_text(edge, measure.unit) for edge in edges[largest : largest + 2].tolist())
     bars = svg_chart(figure, alt=f"histogram, highest from {low} to {high}")
-    return Markup('<div class="histogram">{}</div>').format(bars)
+    return narrow(bars)
 
 
 def _set_log_ticks(axes: Axes, *, num_decades: float) -> None:
@@ -113,8 +123,8 @@ def count_table(rows: Sequence[tuple[Any, int]], name: str, *, whole: int) -> Ma
     """Names with counts, bars and shares of the whole."""
     cells = [
         (
-            Markup('<span class="breaks" dir="auto">{}</span>').format(label),
-            share_bar(num / whole if whole else 0),
+            breakable(label),
+            fraction_bar(num / whole if whole else 0),
             f"{num:,}",
             share_text(num, whole),
         )

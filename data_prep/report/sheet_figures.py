@@ -14,7 +14,7 @@ from data_prep.report.dataset_figures import (
     MemberCount,
     ValueCounts,
 )
-from data_prep.report.html import Section, chips, columns, heading, paragraph, table
+from data_prep.report.html import Section, breakable, chips, columns, heading, paragraph, table
 from data_prep.report.numbers import bytes_text, share_text, shortened, value_text
 from data_prep.report.sheet_charts import count_table, measure_block, spread_text, value_table
 
@@ -200,4 +200,4 @@ def _column_text(counts: ValueCounts) -> Markup:
         text = f"{counts.num_distinct:,} different: "
         text += "; ".join(f"{value_text(value)} ({num:,})" for value, num in examples)
         text += "; ..." if counts.num_distinct > len(examples) else ""
-    return Markup('<span class="breaks" dir="auto">{}</span>').format(text)
+    return breakable(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from markupsafe import Markup
 
 from data_prep.media.audio_file import audio_seconds
 from data_prep.media.decode import MediaError, decode_audio, decode_image
-from data_prep.report.html import badge, picture, sound
+from data_prep.report.html import OWN_PACKAGE, badge, media_frame, picture, render, sound
 from data_prep.report.numbers import bytes_text, number_text, shortened
 from data_prep.shards.sample import (
     CorruptSampleError,
@@ -51,7 +52,7 @@ class MediaViews:
             view, size = _small_media(sample, self.kept.info.media)
         except (CorruptSampleError, MediaError) as error:
             view, size = badge("damaged", kind="bad"), f"{error}; run data_prep.verify_shards"
-        return Markup('<div class="media">{}</div>').format(view), size
+        return media_frame(view), size
 
 
 def _small_media(sample: Sample, media: str) -> tuple[Markup, str]:
@@ -71,37 +72,40 @@ def _small_media(sample: Sample, media: str) -> tuple[Markup, str]:
     return view, f"{number_text(round(seconds, 2))} s, {rate:,} Hz, {size}"
 
 
+@dataclass(frozen=True)
+class _SampleCard:
+    """Values of one card in sample_cards.html."""
+
+    view: Markup
+    size: str
+    captions: list[str] = field(default_factory=list)
+    num_more: int = 0  # captions that are not shown
+    facts: str = ""
+    error: str | None = None  # of a damaged sample, shown instead of its text
+
+
 def sample_cards(views: MediaViews, ranks: list[int]) -> Markup:
-    """Cards with the samples of these ranks among the kept ones."""
+    """Builds cards of the samples with these ranks among the kept ones."""
     ordinals = views.kept.ordinals_of(ranks).tolist()
-    cards = (_sample_card(views, ordinal) for ordinal in ordinals)
-    return Markup('<div class="cards wide">{}</div>').format(Markup("").join(cards))
+    cards = [_sample_card(views, ordinal) for ordinal in ordinals]
+    return render(OWN_PACKAGE, "sample_cards.html", cards=cards)
 
 
-def _sample_card(views: MediaViews, ordinal: int) -> Markup:
+def _sample_card(views: MediaViews, ordinal: int) -> _SampleCard:
     view, size = views.of(ordinal)
     try:
         sample = views.kept.dataset.read_sample(ordinal, fields=("txt", "json"))
-        text = _sample_text(sample)
+        captions, metadata = captions_of(sample), metadata_of(sample)
     except CorruptSampleError as error:
-        text = Markup("<p>{}</p>").format(error)
-    return Markup('<div class="card">{}{}<div class="faint">{}</div></div>').format(
-        view, text, size
-    )
-
-
-def _sample_text(sample: Sample) -> Markup:
-    captions, metadata = captions_of(sample), metadata_of(sample)
-    lines = [
-        Markup('<li dir="auto">{}</li>').format(shortened(caption))
-        for caption in captions[:MOST_CAPTIONS]
-    ]
-    if len(captions) > MOST_CAPTIONS:
-        lines.append(Markup("<li>and {} more</li>").format(len(captions) - MOST_CAPTIONS))
+        return _SampleCard(view, size, error=str(error))
     facts = [f"key {sample.key}"]
     for name in ("uid", "class_name"):
         if isinstance(metadata.get(name), str):
             facts.append(f"{name.replace('_name', '')} {shortened(metadata[name])}")
-    return Markup('<ul>{}</ul><div class="faint">{}</div>').format(
-        Markup("").join(lines), ", ".join(facts)
+    return _SampleCard(
+        view,
+        size,
+        captions=[shortened(caption) for caption in captions[:MOST_CAPTIONS]],
+        num_more=max(0, len(captions) - MOST_CAPTIONS),
+        facts=", ".join(facts),
     )

@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from data_prep.report.dataset_figures import DatasetFigures
 from data_prep.report.duplicate_figures import DuplicateFigures, Matches
-from data_prep.report.html import Section, folded, heading, paragraph, table
+from data_prep.report.html import Section, breakable, folded, heading, line, paragraph, table
 from data_prep.report.numbers import number_text, share_text, shortened
 from data_prep.report.rejected import Rejection
 from data_prep.report.sheet_charts import count_table
@@ -52,18 +52,14 @@ def _example_table(rejections: list[Rejection]) -> Markup:
         (
             each.reason,
             str(example.get("row", "")),
-            _breaking(str(example.get("media", ""))),
-            _breaking(str(example.get("detail", ""))),
+            breakable(shortened(str(example.get("media", "")))),
+            breakable(shortened(str(example.get("detail", "")))),
         )
         for each in rejections
         for example in each.examples
     ]
     note = paragraph("row is the line or place in the input; rejected.jsonl lists all of them.")
     return note + table(("reason", "row", "media", "detail"), rows, numeric={1})
-
-
-def _breaking(text: str) -> Markup:
-    return Markup('<span class="breaks" dir="auto">{}</span>').format(shortened(text))
 
 
 def duplicate_section(
@@ -122,7 +118,7 @@ def _found(duplicates: DuplicateFigures, views: MediaViews) -> list[Markup]:
 
 def _match_table(matches: list[Matches]) -> Markup:
     rows = [
-        (each.method, _breaking(each.match_dataset), number_text(each.num_samples))
+        (each.method, breakable(shortened(each.match_dataset)), number_text(each.num_samples))
         for each in matches
     ]
     return table(("method", "because of", "samples dropped"), rows, numeric={2})
@@ -132,12 +128,12 @@ def _match_examples(duplicates: DuplicateFigures, views: MediaViews) -> Markup:
     rows = []
     for each in duplicates.matches:
         for example in each.examples:
-            dropped = views.of(example.ordinal)[0] + Markup("<div>{}</div>").format(example.key)
-            match = Markup("<div>{}</div>").format(example.match_key)
+            dropped = views.of(example.ordinal)[0] + line(example.key)
+            match = line(example.match_key)
             if each.is_this_dataset:
                 match = views.of(example.match_ordinal)[0] + match
             else:
-                match += _breaking(each.match_dataset)
+                match += breakable(shortened(each.match_dataset))
             rows.append((each.method, f"{example.similarity:.3f}", dropped, match))
     header = ("method", "similarity", "dropped", "because of")
     return table(header, rows[:MOST_MATCHES_SHOWN], numeric={1})

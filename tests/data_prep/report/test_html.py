@@ -1,15 +1,19 @@
 import re
+from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from markupsafe import Markup
 
+import data_prep.report
 from data_prep.report.html import (
     Section,
     chart,
     fact_list,
     interval_bar,
     picture,
+    render,
     render_page,
     sound,
     svg_chart,
@@ -78,3 +82,25 @@ def test_interval_bar_stays_inside_its_frame(value, low, high, expected):
     assert all(0 <= number <= 100 for number in found)
     for number in expected:
         assert number in html
+
+
+def test_a_package_extends_the_frame_with_templates_of_its_own(tmp_path, monkeypatch):
+    templates = tmp_path / "toy_package/templates"
+    templates.mkdir(parents=True)
+    (tmp_path / "toy_package/__init__.py").touch()
+    (templates / "toy.html").write_text(
+        '{% extends "base.html" %}{% import "blocks.html" as blocks %}'
+        "{% block content %}{{ blocks.paragraph(text) }}{% endblock %}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    page = render("toy_package", "toy.html", title="<t>", subtitle="s", text="<script>")
+    assert page.startswith("<!doctype html>")
+    assert "<h1>&lt;t&gt;</h1>" in page
+    assert "<p>&lt;script&gt;</p>" in page
+    with pytest.raises(jinja2.UndefinedError, match="text"):
+        render("toy_package", "toy.html", title="t", subtitle="s")
+
+
+def test_html_stands_in_templates_only():
+    for path in Path(data_prep.report.__file__).parent.glob("*.py"):
+        assert not re.search(r"</\w+>", path.read_text()), path
