@@ -21,7 +21,7 @@ demo: .venv/ready                ## the whole pipeline, on data it makes: four t
 	@echo "4 of 4  Measuring it on what it has never seen."
 	@$(RUN) -m eval.evaluate configs/eval/demo.yaml
 
-check-demo: demo                 ## fails if the demo's figures are below their goals
+check-demo: demo                 ## fails if the demo's metrics are below their goals
 	$(RUN) -m pytest tests/docs/demo_goals.py
 
 # Two at a time, whole files to each: most tests have seconds in which only one process computes.
@@ -31,7 +31,7 @@ test: .venv/ready                ## the fast tests: under eight minutes on two c
 test-slow: .venv/ready           ## more combinations of strategies, processes and losses
 	$(RUN) -m pytest -m slow -n 2 --dist loadgroup
 
-# The demo is what the jobs train, and its figures are what they must come to.
+# The demo is what the jobs train, and its metrics are what they must come to.
 test-slurm: demo                 ## jobs on a real Slurm, which it installs: root on Debian, half an hour
 	$(RUN) -m pytest tests/slurm -m slurm $(SLURM_TESTS)
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,8 @@ class Section(BaseModel):
     """Base of every config section: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Old key -> new key; a config that uses an old key is refused with the new one.
+    renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -31,19 +33,23 @@ class Section(BaseModel):
         if isinstance(values, dict):
             for key in values:
                 if key not in cls.model_fields:
-                    raise ValueError(_unknown_key_message(str(key), list(cls.model_fields)))
+                    raise ValueError(cls._unknown_key_message(str(key)))
         return values
+
+    @classmethod
+    def _unknown_key_message(cls, key: str) -> str:
+        for base in cls.__mro__:
+            if new_key := vars(base).get("renamed", {}).get(key):
+                return f"{key!r} was renamed {new_key!r}"
+        known = sorted(cls.model_fields)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
 
 
 def free(default: Any = ..., **field_options: Any) -> Any:
     """A config field that may differ when a run is resumed: it cannot change the result."""
     return Field(default, json_schema_extra={"free": True}, **field_options)
-
-
-def _unknown_key_message(key: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key {key!r}; {hint}"
 
 
 class _Yaml12Loader(yaml.SafeLoader):

@@ -26,7 +26,7 @@ from eval.report.markdown_table import markdown_table
 
 COLUMNS = (
     "evaluation",
-    "figure",
+    "metric",
     "first",
     "this",
     "difference",
@@ -60,7 +60,7 @@ def comparison_table(baseline: Path, other: Path, differences: list[Difference])
     rows = [
         (
             each.evaluation,
-            each.figure,
+            each.metric,
             f"{each.baseline:.4g}",
             f"{each.value:.4g}",
             f"{each.difference:+.4g}{' *' if each.is_clear else ''}",
@@ -71,7 +71,7 @@ def comparison_table(baseline: Path, other: Path, differences: list[Difference])
         for each in differences
     ]
     num_clear = sum(each.is_clear for each in differences)
-    title = f"{other} beside {baseline}: {num_clear} of {len(differences)} figures differ (*)\n"
+    title = f"{other} beside {baseline}: {num_clear} of {len(differences)} metrics differ (*)\n"
     return "\n".join([title, markdown_table(COLUMNS, rows)]) + "\n"
 
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from data_prep.config import NearMedia
 from data_prep.config_file import Section
-from eval.datasets.columns import DatasetPlace, TableColumns
+from eval.datasets.columns import DatasetLocation, TableColumns
 from eval.models.encoding import EncodingConfig
 
 
 class _Evaluation(Section):
     """What every evaluation says."""
 
-    dataset: DatasetPlace
+    renamed: ClassVar[dict[str, str]] = {"main_figure": "main_metric"}
+    dataset: DatasetLocation
     split: str = "test"  # of tars or folders of classes that have several
     subset: Path | None = None  # .subset file of shards of ours: measure only what it keeps
     columns: TableColumns = TableColumns()
-    # Figure -> least value (of ranks: largest); the command fails if one is missed
+    # Metric -> least value (of ranks: largest); the command fails if one is missed
     goals: dict[str, float] = {}
     expected_items: PositiveInt | None = None  # the evaluation is refused if there are others
     how_to_get: str | None = None  # said where the dataset is missing
-    main_figure: str | None = None  # that averages take; null: of its task (eval.report.averages)
+    main_metric: str | None = None  # that averages take; null: of its task (eval.report.averages)
     averages: list[str] = []  # those that it counts in, besides that of all evaluations
 
 
@@ -51,7 +52,7 @@ class _TrainedSection(_Evaluation):
 
     class_names: list[str] | str | None = None  # as above
     # Likewise of items to learn from; null: the train_split of `dataset`
-    train: DatasetPlace | None = None
+    train: DatasetLocation | None = None
     train_split: str = "train"
     train_subset: Path | None = None
 
@@ -62,12 +63,13 @@ class LinearProbeSection(_TrainedSection):
     Samples carry "class_name" in .json, or an index in .cls.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"strength": "l2"}
     task: Literal["linear_probe"]
-    # What the strength of the regularisation is chosen on; null: every tenth training item, by a
+    # Items that the weight of the L2 penalty is chosen on; null: every tenth training item, by a
     # hash of its key
-    validation: DatasetPlace | None = None
+    validation: DatasetLocation | None = None
     validation_split: str = "val"
-    strength: PositiveFloat | None = None  # of the regularisation, 1 / C; null: chosen
+    l2: PositiveFloat | None = None  # weight of the L2 penalty, 1 / C; null: chosen
 
 
 class NearestNeighboursSection(_TrainedSection):
@@ -87,10 +89,11 @@ class FewShotSection(_TrainedSection):
     Samples carry "class_name" in .json, or an index in .cls.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"strength": "l2"}
     task: Literal["few_shot"]
     shots: list[PositiveInt] = Field(default=[1, 2, 4, 8, 16], min_length=1)  # items per class
     num_draws: PositiveInt = 3
-    strength: PositiveFloat = 1 / 0.316  # of the regularisation, 1 / C
+    l2: PositiveFloat = 1 / 0.316  # weight of the L2 penalty, 1 / C
 
 
 class MultiLabelSection(_Evaluation):
@@ -134,7 +137,7 @@ class MediaRetrievalSection(_Evaluation):
     """
 
     task: Literal["media_retrieval"]
-    other: DatasetPlace  # as dataset
+    other: DatasetLocation  # as dataset
     other_split: str = "test"
     pair_by: str | None = None  # null: the sample's key
     ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
@@ -208,7 +211,7 @@ class CompareConfig(Section):
 class SearchConfig(EncodingConfig):
     """What `python -m eval.search` reads."""
 
-    dataset: DatasetPlace
+    dataset: DatasetLocation
     split: str = "test"
     subset: Path | None = None
     columns: TableColumns = TableColumns()
@@ -223,7 +226,7 @@ class SearchConfig(EncodingConfig):
 class OverlapConfig(Section):
     """What `python -m eval.check_overlap` reads."""
 
-    dataset: DatasetPlace  # the evaluation set
+    dataset: DatasetLocation  # the evaluation set
     split: str = "test"
     subset: Path | None = None
     columns: TableColumns = TableColumns()

@@ -11,7 +11,7 @@
 5. write results.json, .md and .csv, and per-sample predictions          eval.report.results
 6. write report.html                                                     eval.report.html
 
-Exit status 1 if a figure misses its goal.
+Exit status 1 if a metric misses its goal.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     Raises:
         InputError: the model, a dataset or a label cannot be used; it says which, and why.
-        RunError: a figure misses its goal.
+        RunError: a metric misses its goal.
     """
     start = time.monotonic()
     check_output_folder(config.output, key="output")

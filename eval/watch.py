@@ -3,7 +3,7 @@
     python -m eval.watch configs/eval/watch.yaml
     python -m eval.watch configs/eval/watch.yaml checkpoint=runs/mine output=results/mine
 
-Results of a step go into <output>/step_00001000, and its figures into the run's TensorBoard, beside
+Results of a step go into <output>/step_00001000, and its metrics into the run's TensorBoard, beside
 the curves of training, which never waits. Started again, it goes on with what is not evaluated yet.
 It ends when the run has finished, or, with wait=false, when all that is there is evaluated.
 """

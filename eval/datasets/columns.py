@@ -10,7 +10,7 @@ from data_prep.config_file import Section
 
 # A path or URL of: Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
 # table (.csv, .tsv or .jsonl; see eval.datasets.file_dataset)
-DatasetPlace = Annotated[str, BeforeValidator(str)]
+DatasetLocation = Annotated[str, BeforeValidator(str)]
 
 
 class TableColumns(Section):

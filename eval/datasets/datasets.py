@@ -46,7 +46,7 @@ class EvaluationSets:
         """The dataset at a path or URL, or what a subset keeps of it.
 
         Args:
-            place: see eval.datasets.columns.DatasetPlace.
+            place: see eval.datasets.columns.DatasetLocation.
             split: of sets that have several.
             subset: of shards of ours.
             columns: of a table.
@@ -85,7 +85,7 @@ class EvaluationSets:
         if section.expected_items not in (None, len(dataset)):
             raise InputError(
                 f"{section.dataset}: expected {section.expected_items} items (expected_items), "
-                f"found {len(dataset)}: figures would not be comparable with anybody's; fetch "
+                f"found {len(dataset)}: metrics would not be comparable with anybody's; fetch "
                 "what is missing, or set expected_items to what you have"
             )
         if isinstance(dataset, TarDataset):

@@ -89,8 +89,8 @@ def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, in
             raise InputError(
                 f"{sample}: classes {unknown} are not among the {len(class_names)} class_names"
             )
-        places = {place_of[known] for known in found}
-        return np.array([place in places for place in range(len(class_names))])
+        indices = {place_of[known] for known in found}
+        return np.array([place in indices for place in range(len(class_names))])
     if "npy" not in sample.members:
         raise InputError(
             f'{sample}: expected "class_names" in .json or one number per class in .npy, found '
@@ -145,7 +145,7 @@ def negative_captions_of(sample: Sample) -> list[str]:
 
 
 def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:
-    """Damage stops an evaluation: a figure over the samples that happened to be whole misleads."""
+    """Damage stops an evaluation: a metric over the samples that happened to be whole misleads."""
     try:
         return read(*arguments, **options)
     except CorruptSampleError as error:

@@ -159,8 +159,8 @@ class TarDataset:
 
     def beside(self, name: str) -> Path | None:
         """The text file of a name that comes with the tars, if there is one."""
-        places = (self.folder / name, self.folder.parent / name)
-        return next((path for path in places if path.exists()), None)
+        candidates = (self.folder / name, self.folder.parent / name)
+        return next((path for path in candidates if path.exists()), None)
 
     def refuse_other_task(self, task: str, *, name: str) -> None:
         """

@@ -46,7 +46,7 @@ class BadSample:
 class ShardEmbeddings:
     """The embeddings of one shard; an item is a sample whose bytes are good."""
 
-    places: list[int] = field(default_factory=list)  # of the items in the shard
+    indices: list[int] = field(default_factory=list)  # of the items in the shard
     keys: list[str] = field(default_factory=list)
     num_captions: list[int] = field(default_factory=list)  # of each item
     media: list[np.ndarray] = field(default_factory=list)  # float32 [B, D] of each batch
@@ -99,7 +99,7 @@ def write_shard(
     captions = pyarrow.ListArray.from_arrays(
         pyarrow.array(offsets), _vectors(shard.captions, origin.embed_dim)
     )
-    own_uids = shard.keys if uids is None else [uids[place] for place in shard.places]
+    own_uids = shard.keys if uids is None else [uids[place] for place in shard.indices]
     columns = {
         "uid": pyarrow.array(own_uids, pyarrow.string()),
         "key": pyarrow.array(shard.keys, pyarrow.string()),

@@ -38,7 +38,7 @@ class Item:
 class Batch:
     """Neighbouring samples of one shard."""
 
-    places: list[int]
+    indices: list[int]
     keys: list[str]
     captions: list[list[str]]
     windows: Tensor | None  # [n, ...] of all items; None where all samples are bad
@@ -73,7 +73,7 @@ class _Items(torch.utils.data.Dataset):
 def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
     good = [item for item in items if isinstance(item, Item)]
     return Batch(
-        places=[item.place for item in good],
+        indices=[item.place for item in good],
         keys=[item.key for item in good],
         captions=[item.captions for item in good],
         # One tensor: each that a worker sends costs the main process an open file.
@@ -92,16 +92,16 @@ def embed_shards(
     Raises:
         InputError: a shard cannot be read, or an embedding is not finite.
     """
-    places = [(shard, batch) for shard in shards for batch in _batches(encoder, dataset, shard)]
+    batches = [(shard, batch) for shard in shards for batch in _batches(encoder, dataset, shard)]
     loader = DataLoader(
         _Items(dataset, encoder.front_ends[dataset.info.media]),
-        batch_sampler=[ordinals for _, ordinals in places],
+        batch_sampler=[ordinals for _, ordinals in batches],
         num_workers=encoder.workers,
         collate_fn=_join_items,
     )
     embeddings = ShardEmbeddings()
     bar = tqdm(loader, desc=f"encoding {dataset.folder}", unit="batch", disable=None)
-    for (shard, ordinals), batch in zip(places, bar, strict=True):
+    for (shard, ordinals), batch in zip(batches, bar, strict=True):
         _encode_batch(encoder, dataset, batch, into=embeddings)
         if ordinals.stop == dataset.shard_starts[shard + 1]:
             yield shard, embeddings
@@ -120,7 +120,7 @@ def _encode_batch(
 ) -> None:
     if batch.errors:
         raise batch.errors[0]
-    into.places += batch.places
+    into.indices += batch.indices
     into.keys += batch.keys
     into.num_captions += map(len, batch.captions)
     into.bad_samples += batch.bad_samples

@@ -6,7 +6,7 @@
 
 Parts are dealt to the processes; one that is there is not made again, by whichever job. Items are
 encoded in the order of their keys, and equal texts once: so neither shards, nor their order, nor
-the number of processes or workers, show in the last digit of a figure.
+the number of processes or workers, show in the last digit of a metric.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def sum_of_texts(texts: Iterable[str]) -> str:
 
 
 def _order_of(keys: Sequence[str]) -> np.ndarray:
-    """int64 [Q]: the places of items in the order of their keys."""
+    """int64 [Q]: the indices of items in the order of their keys."""
     return np.argsort(np.array(keys), kind="stable")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.metrics.ranking import cosine_scores
-from eval.metrics.relevance import RightPairs
+from eval.metrics.relevance import Relevance
 
 TILE = 2048  # captions, and media items, scored at once: 50 MB
 
@@ -22,16 +22,16 @@ class PairCounts:
 
     score: np.ndarray  # float32
     media_above: np.ndarray  # of other captions, for its media item as the query: scored higher
-    media_level: np.ndarray  # likewise, scored the same
+    media_tied: np.ndarray  # likewise, scored the same
     text_above: np.ndarray  # of other media items, for its caption as the query
-    text_level: np.ndarray
+    text_tied: np.ndarray
 
 
 def count_wrong_answers(
     media_embeddings: Tensor,
     text_embeddings: Tensor,
     *,
-    pairs: RightPairs,
+    relevance: Relevance,
     distractor_embeddings: Tensor | None = None,
     tile: int = TILE,
 ) -> PairCounts:
@@ -43,15 +43,17 @@ def count_wrong_answers(
     Args:
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
-        pairs: the right ones.
+        relevance: the right ones.
         distractor_embeddings: [X, D], L2-normalised captions that are wrong for every item.
         tile: captions, and media items, scored at once: memory and speed only.
     """
     device = media_embeddings.device
-    media, texts = (torch.as_tensor(each, device=device) for each in (pairs.media, pairs.texts))
+    media, texts = (
+        torch.as_tensor(each, device=device) for each in (relevance.media, relevance.texts)
+    )
     scores_of_pairs = _scores_of_pairs(media_embeddings, text_embeddings, media, texts, tile=tile)
     by_media, by_text = _Sorted(media), _Sorted(texts)
-    names = ("media_above", "media_level", "text_above", "text_level")
+    names = ("media_above", "media_tied", "text_above", "text_tied")
     counts = {name: torch.zeros(len(media), dtype=torch.int64, device=device) for name in names}
     for first_text, text_tile in _tiles(text_embeddings, distractor_embeddings, tile=tile):
         of_texts = by_text.within(first_text, first_text + len(text_tile))
@@ -63,40 +65,42 @@ def count_wrong_answers(
                 (media[of_texts] >= first_media) & (media[of_texts] < first_media + tile)
             ]
             scores[texts[inside] - first_text, media[inside] - first_media] = -torch.inf
-            for name, rows, pairs_of_rows, places in (
+            for name, rows, pairs_of_rows, indices in (
                 ("text", scores, of_texts, texts[of_texts] - first_text),
                 ("media", scores.T.contiguous(), of_media, media[of_media] - first_media),
             ):
-                for some in _rounds(places):
+                for some in _rounds(indices):
                     numbers = pairs_of_rows[some]
-                    above, level = _row_counts(rows, places[some], scores_of_pairs[numbers])
+                    above, level = _row_counts(rows, indices[some], scores_of_pairs[numbers])
                     counts[f"{name}_above"][numbers] += above
-                    counts[f"{name}_level"][numbers] += level
+                    counts[f"{name}_tied"][numbers] += level
     arrays = {name: count.cpu().numpy() for name, count in counts.items()}
     return PairCounts(score=scores_of_pairs.cpu().numpy(), **arrays)
 
 
-def _rounds(places: Tensor) -> Iterator[Tensor]:
+def _rounds(indices: Tensor) -> Iterator[Tensor]:
     """Numbers of pairs, so that no place comes twice in a round.
 
     Args:
-        places: [pairs] rising.
+        indices: [pairs] rising.
     """
-    earlier = torch.arange(len(places), device=places.device) - torch.searchsorted(places, places)
-    for number in range(int(earlier.max()) + 1 if len(places) else 0):
+    earlier = torch.arange(len(indices), device=indices.device) - torch.searchsorted(
+        indices, indices
+    )
+    for number in range(int(earlier.max()) + 1 if len(indices) else 0):
         yield torch.nonzero(earlier == number)[:, 0]
 
 
-def _row_counts(rows: Tensor, places: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
+def _row_counts(rows: Tensor, indices: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
     """([pairs] how much of its row is above the bar of each pair, [pairs] how much is level).
 
     Args:
-        rows: [places, columns] scores.
-        places: [pairs] row of each, rising.
+        rows: [indices, columns] scores.
+        indices: [pairs] row of each, rising.
         bars: [pairs]
     """
-    if len(places) < len(rows):
-        rows = rows[places]
+    if len(indices) < len(rows):
+        rows = rows[indices]
     flags = rows > bars[:, None], rows == bars[:, None]
     # As bytes: truth values take ten times as long to add up.
     above, level = (each.view(torch.uint8).sum(dim=1, dtype=torch.int32) for each in flags)
@@ -115,14 +119,14 @@ def _tiles(texts: Tensor, distractors: Tensor | None, *, tile: int) -> Iterator[
 class _Sorted:
     """Finds the pairs whose place is within a range."""
 
-    def __init__(self, places: Tensor) -> None:
-        self.order = torch.argsort(places, stable=True)
-        self.places = places[self.order].contiguous()
+    def __init__(self, indices: Tensor) -> None:
+        self.order = torch.argsort(indices, stable=True)
+        self.indices = indices[self.order].contiguous()
 
     def within(self, start: int, stop: int) -> Tensor:
         """Numbers of those pairs."""
-        bounds = torch.tensor([start, stop], device=self.places.device)
-        first, last = torch.searchsorted(self.places, bounds).tolist()
+        bounds = torch.tensor([start, stop], device=self.indices.device)
+        first, last = torch.searchsorted(self.indices, bounds).tolist()
         return self.order[first:last]
 
 

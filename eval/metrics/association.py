@@ -16,7 +16,7 @@ from eval.metrics.ranking import check_finite, cosine_scores
 
 @dataclass(frozen=True)
 class AssociationResult:
-    """The figures of one task."""
+    """The metrics of one task."""
 
     scores: dict[str, Score]
     jaccard: np.ndarray  # [cues]
@@ -66,12 +66,12 @@ def expected_jaccard(scores: np.ndarray, is_right: np.ndarray) -> float:
     last = np.sort(scores)[-k]
     is_above, is_level = scores > last, scores == last
     num_hits = int((is_above & is_right).sum())
-    num_drawn, num_level = k - int(is_above.sum()), int(is_level.sum())
-    num_right_level = int((is_level & is_right).sum())
+    num_drawn, num_tied = k - int(is_above.sum()), int(is_level.sum())
+    num_tied_relevant = int((is_level & is_right).sum())
     total = 0.0
-    for drawn_right in range(min(num_drawn, num_right_level) + 1):
-        ways = comb(num_right_level, drawn_right)
-        ways *= comb(num_level - num_right_level, num_drawn - drawn_right)
+    for drawn_right in range(min(num_drawn, num_tied_relevant) + 1):
+        ways = comb(num_tied_relevant, drawn_right)
+        ways *= comb(num_tied - num_tied_relevant, num_drawn - drawn_right)
         hits = num_hits + drawn_right
         total += ways * hits / (2 * k - hits)
-    return total / comb(num_level, num_drawn)
+    return total / comb(num_tied, num_drawn)

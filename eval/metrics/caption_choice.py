@@ -19,15 +19,15 @@ from eval.metrics.intervals import Bootstrap, Score, mean_score
 from eval.metrics.ranking import QueryRanks, check_finite, cosine_scores
 
 NUM_ORDERS = 1000  # of ties in a group, drawn
-FIGURES_OF_GROUPS = ("text_score", "image_score", "group_score")
+GROUP_METRICS = ("text_score", "image_score", "group_score")
 
 
 @dataclass(frozen=True)
 class CaptionChoiceResult:
-    """The figures of one choice."""
+    """The metrics of one choice."""
 
     scores: dict[str, Score]
-    # Figure -> [Q] of each item, or [groups] of each group
+    # Metric -> [Q] of each item, or [groups] of each group
     hits: dict[str, np.ndarray]
 
 
@@ -88,23 +88,23 @@ def choose_in_groups(
     hits = np.array(
         [
             _group_hits(
-                cosine_scores(media_embeddings[places], caption_embeddings[places]).cpu().numpy(),
+                cosine_scores(media_embeddings[indices], caption_embeddings[indices]).cpu().numpy(),
                 seed=bootstrap.seed,
             )
-            for places in map(list, groups)
+            for indices in map(list, groups)
         ]
     )  # [groups, 3]
     at_chance = {
         size: _group_hits(np.zeros((size, size)), seed=0, num_orders=100_000)
         for size in {len(g) for g in groups}
     }
-    chances = np.mean([at_chance[len(places)] for places in groups], axis=0)
+    chances = np.mean([at_chance[len(indices)] for indices in groups], axis=0)
     scores = {
-        figure: mean_score(hits[:, place], chance=float(chances[place]), bootstrap=bootstrap)
-        for place, figure in enumerate(FIGURES_OF_GROUPS)
+        metric: mean_score(hits[:, place], chance=float(chances[place]), bootstrap=bootstrap)
+        for place, metric in enumerate(GROUP_METRICS)
     }
     return CaptionChoiceResult(
-        scores, {figure: hits[:, place] for place, figure in enumerate(FIGURES_OF_GROUPS)}
+        scores, {metric: hits[:, place] for place, metric in enumerate(GROUP_METRICS)}
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.metrics.ranking import cosine_scores
-from eval.metrics.relevance import RightPairs
+from eval.metrics.relevance import Relevance
 
 MAX_QUERIES = 4096  # that hubs are counted by
 MAX_SPREAD = 2048  # items whose pairs the spread is taken of
@@ -50,7 +50,7 @@ class EmbeddingSpace:
     hubness: tuple[Hubness, Hubness]  # of the second as gallery, and of the first
 
     def record(self) -> dict[str, float]:
-        """The figures by name, for results.json."""
+        """The metrics by name, for results.json."""
         record = {"modality_gap": self.modality_gap, "alignment": self.alignment}
         for place, side in enumerate(("media", "other")):
             record[f"{side}_uniformity"] = self.uniformity[place]
@@ -61,15 +61,17 @@ class EmbeddingSpace:
         return record
 
 
-def embedding_space(media: Tensor, other: Tensor, pairs: RightPairs) -> EmbeddingSpace:
-    """The figures of two kinds of embeddings.
+def embedding_space(media: Tensor, other: Tensor, relevance: Relevance) -> EmbeddingSpace:
+    """The metrics of two kinds of embeddings.
 
     Args:
         media: [Q, D], L2-normalised.
         other: [M, D], L2-normalised.
-        pairs: which belong together; "texts" are the other's.
+        relevance: which belong together; "texts" are the other's.
     """
-    first, second = (torch.from_numpy(side).to(media.device) for side in (pairs.media, pairs.texts))
+    first, second = (
+        torch.from_numpy(side).to(media.device) for side in (relevance.media, relevance.texts)
+    )
     gap = (media.double().mean(dim=0) - other.double().mean(dim=0)).norm()
     alignment = (media[first].double() - other[second].double()).square().sum(dim=-1).mean()
     return EmbeddingSpace(

@@ -16,7 +16,7 @@ from eval.metrics.zero_shot import rank_classes
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """The figures of few-shot probes."""
+    """The metrics of few-shot probes."""
 
     scores: dict[str, Score]
     hits: dict[int, np.ndarray]  # shots -> [Q] share of the draws in which the item was right
@@ -30,7 +30,7 @@ def classify_from_few(
     num_classes: int,
     shots: Sequence[int],
     num_draws: int,
-    strength: float,
+    l2: float,
     bootstrap: Bootstrap,
     seed: int,
 ) -> FewShotResult:
@@ -43,7 +43,7 @@ def classify_from_few(
         num_classes: K.
         shots: items per class; of one draw, fewer are part of more.
         num_draws: of the items.
-        strength: of the regularisation (see eval.metrics.linear_probe).
+        l2: of the regularisation (see eval.metrics.linear_probe).
         bootstrap: over test items; what is drawn to learn from stays.
         seed: of the draws.
     """
@@ -57,9 +57,7 @@ def classify_from_few(
         hits = np.zeros(len(targets))
         for order in orders:
             chosen = torch.from_numpy(np.flatnonzero(order < number)).to(classes.device)
-            probe = fit_probe(
-                embeddings[chosen], classes[chosen], num_classes=num_classes, strength=strength
-            )
+            probe = fit_probe(embeddings[chosen], classes[chosen], num_classes=num_classes, l2=l2)
             ranks, _ = rank_classes(
                 with_ones(media_embeddings), probe.as_class_embeddings(), targets=targets
             )
@@ -77,6 +75,6 @@ def _order_within_classes(classes: np.ndarray, generator: np.random.Generator) -
     by_class = order[np.argsort(classes[order], kind="stable")]
     sizes = np.bincount(classes)
     firsts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    places = np.empty(len(classes), dtype=np.int64)
-    places[by_class] = np.arange(len(classes)) - firsts
-    return places
+    indices = np.empty(len(classes), dtype=np.int64)
+    indices[by_class] = np.arange(len(classes)) - firsts
+    return indices

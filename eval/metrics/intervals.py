@@ -20,7 +20,7 @@ Statistic = Callable[[np.ndarray, np.ndarray], float]
 
 @dataclass(frozen=True)
 class Score:
-    """One figure with what is needed to judge it."""
+    """One metric with what is needed to judge it."""
 
     value: float
     low: float  # 95 % interval

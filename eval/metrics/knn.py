@@ -42,10 +42,10 @@ def neighbour_votes(
     num_neighbours = min(num_neighbours, len(train_embeddings))
     for rows in media_embeddings.split(max(1, SCORES_AT_ONCE // len(train_embeddings))):
         scores = cosine_scores(rows, train_embeddings)  # [rows, n]
-        nearest, places = scores.topk(num_neighbours, dim=-1)
+        nearest, indices = scores.topk(num_neighbours, dim=-1)
         weights = (nearest.double() / temperature).exp()
         votes = weights.new_zeros(len(rows), num_classes)
-        votes.scatter_add_(-1, train_targets[places], weights)
+        votes.scatter_add_(-1, train_targets[indices], weights)
         last = nearest[:, -1:]
         is_level = scores == last
         is_cut = is_level.sum(dim=-1) > (nearest == last).sum(dim=-1)

@@ -1,9 +1,9 @@
 """Linear probe: a softmax regression on embeddings that stay as they are, after Radford et al. 2021
 (CLIP), section A.3.
 
-    minimise over W, b:   mean cross-entropy of softmax(X W + b)  +  strength * |W|^2 / (2 n)
+    minimise over W, b:   mean cross-entropy of softmax(X W + b)  +  l2 * |W|^2 / (2 n)
 
-which is scikit-learn's LogisticRegression at C = 1 / strength. The strength is searched on
+which is scikit-learn's LogisticRegression at C = 1 / l2. The l2 is searched on
 validation data, 8 steps to a decade from 1e-6 to 1e6; the regression is then fitted to training and
 validation data together.
 """
@@ -20,17 +20,17 @@ from torch.nn import functional
 
 from eval.metrics.zero_shot import ClassificationResult
 
-STRENGTHS = 10.0 ** (np.arange(97) / 8 - 6)
+L2_GRID = 10.0 ** (np.arange(97) / 8 - 6)
 FIRST_STEP = 16  # of the search: every second decade
 MAX_ITERATIONS = 1000  # as in the paper
 
 
 @dataclass(frozen=True)
 class LinearProbeResult(ClassificationResult):
-    """The figures of a linear probe, and how it was regularised."""
+    """The metrics of a linear probe, and how it was regularised."""
 
-    strength: float
-    validation_accuracies: dict[float, float]  # by strength; of those that were tried
+    l2: float
+    validation_accuracies: dict[float, float]  # by l2; of those that were tried
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Probe:
     weights: Tensor  # float64 [K, D]
     biases: Tensor  # float64 [K]
     objective: float
-    strength: float
+    l2: float
 
     def as_class_embeddings(self) -> Tensor:
         """[K, D + 1] whose products with `with_ones` are the logits."""
@@ -57,31 +57,31 @@ def train_probe(
     validation: tuple[Tensor, Tensor],
     *,
     num_classes: int,
-    strength: float | None = None,
+    l2: float | None = None,
 ) -> tuple[Probe, dict[float, float]]:
-    """The regression over all items, at the strength that is best for the validation items.
+    """The regression over all items, at the l2 that is best for the validation items.
 
     Args:
         train: [n, D] embeddings and [n] classes, from 0 to K - 1.
         validation: likewise.
         num_classes: K.
-        strength: of the regularisation; None: searched.
+        l2: of the regularisation; None: searched.
 
     Returns:
-        The regression, and the accuracy on validation items at every strength that was tried.
+        The regression, and the accuracy on validation items at every l2 that was tried.
     """
     last: Probe | None = None
 
     def accuracy_at(value: float) -> float:
         nonlocal last
-        last = fit_probe(*train, num_classes=num_classes, strength=value, start=last)
+        last = fit_probe(*train, num_classes=num_classes, l2=value, start=last)
         return accuracy_of(last, *validation)
 
     tried: dict[float, float] = {}
-    if strength is None:
-        strength, tried = search_strength(accuracy_at)
+    if l2 is None:
+        l2, tried = search_l2(accuracy_at)
     both = [torch.cat(parts) for parts in zip(train, validation, strict=True)]
-    return fit_probe(*both, num_classes=num_classes, strength=strength, start=last), tried
+    return fit_probe(*both, num_classes=num_classes, l2=l2, start=last), tried
 
 
 def fit_probe(
@@ -89,7 +89,7 @@ def fit_probe(
     targets: Tensor,
     *,
     num_classes: int,
-    strength: float,
+    l2: float,
     start: Probe | None = None,
 ) -> Probe:
     """The regression of least objective, by L-BFGS in float64.
@@ -98,7 +98,7 @@ def fit_probe(
         embeddings: [n, D]
         targets: [n] integers from 0 to K - 1.
         num_classes: K.
-        strength: of the regularisation.
+        l2: of the regularisation.
         start: another regression of the same data, to begin from.
     """
     values = embeddings.double()
@@ -116,7 +116,7 @@ def fit_probe(
 
     def objective() -> Tensor:
         loss = functional.cross_entropy(values @ parameters[0].T + parameters[1], targets)
-        return loss + strength * parameters[0].square().sum() / (2 * len(values))
+        return loss + l2 * parameters[0].square().sum() / (2 * len(values))
 
     def closure() -> Tensor:
         solver.zero_grad()
@@ -127,32 +127,32 @@ def fit_probe(
     solver.step(closure)
     with torch.no_grad():
         least = objective().item()
-    return Probe(parameters[0].detach(), parameters[1].detach(), least, strength)
+    return Probe(parameters[0].detach(), parameters[1].detach(), least, l2)
 
 
-def search_strength(accuracy_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The strength of the highest accuracy, found by halving the steps around the best so far.
+def search_l2(accuracy_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """The l2 of the highest accuracy, found by halving the steps around the best so far.
 
     Of equal accuracies the stronger regularisation is taken: where few validation items tell
     little, the first of many equal ones would lead nowhere.
 
     Args:
-        accuracy_at: strength -> accuracy on validation data.
+        accuracy_at: l2 -> accuracy on validation data.
 
     Returns:
-        The strength, and the accuracy at every strength that was tried.
+        The l2, and the accuracy at every l2 that was tried.
     """
     tried: dict[int, float] = {}
     step = FIRST_STEP
-    wanted = range(0, len(STRENGTHS), step)
+    wanted = range(0, len(L2_GRID), step)
     while True:
         for place in wanted:
-            if place not in tried and 0 <= place < len(STRENGTHS):
-                tried[place] = accuracy_at(float(STRENGTHS[place]))
+            if place not in tried and 0 <= place < len(L2_GRID):
+                tried[place] = accuracy_at(float(L2_GRID[place]))
         best = max(tried, key=lambda place: (tried[place], place))
         if step == 1:
-            found = {float(STRENGTHS[place]): tried[place] for place in sorted(tried)}
-            return float(STRENGTHS[best]), found
+            found = {float(L2_GRID[place]): tried[place] for place in sorted(tried)}
+            return float(L2_GRID[best]), found
         step //= 2
         wanted = (best - step, best + step)
 

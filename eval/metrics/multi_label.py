@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.metrics.intervals import Bootstrap, Score, percentile_interval
-from eval.metrics.ranked_relevance import answers_at_chance, right_answers
+from eval.metrics.ranked_relevance import ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import check_finite, cosine_scores
 
 CLASSES_AT_ONCE = 64
@@ -18,7 +18,7 @@ CLASSES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class MultiLabelResult:
-    """The figures of one classification with several classes per item."""
+    """The metrics of one classification with several classes per item."""
 
     scores: dict[str, Score]
     average_precisions: np.ndarray  # [K]; NaN where the dataset has no item of the class
@@ -55,7 +55,7 @@ def classify_labels(
         resampled.append(resampled_precisions(scores, of_class, bootstrap))
     low, high = percentile_interval(np.nanmean(np.concatenate(resampled), axis=0))
     num_items = is_of_class[:, present].sum(axis=0)
-    chance = answers_at_chance(num_items, gallery_size=len(is_of_class)).average_precision()
+    chance = relevance_at_chance(num_items, gallery_size=len(is_of_class)).average_precision()
     found = np.full(is_of_class.shape[1], np.nan)
     found[present] = np.concatenate(precisions)
     value = float(found[present].mean())
@@ -79,11 +79,11 @@ def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
         above.append(len(wrong) - stop)
         level.append(stop - first)
     query, item = np.nonzero(of_class)
-    answers = right_answers(
+    answers = ranked_relevance(
         query,
         scores[query, item],
-        num_wrong_above=np.concatenate(above),
-        num_wrong_level=np.concatenate(level),
+        num_irrelevant_above=np.concatenate(above),
+        num_irrelevant_tied=np.concatenate(level),
         gallery_size=scores.shape[1],
     )
     return answers.average_precision()
@@ -103,11 +103,11 @@ def resampled_precisions(
         drawn = np.bincount(generator.integers(num_items, size=num_items), minlength=num_items)
         times = drawn[order]  # [classes, Q]
         right = times * is_right
-        num_right = right.sum(axis=1)
+        num_relevant = right.sum(axis=1)
         # Copies of one item are not counted among each other, as the item itself counts once:
         # else resamples would on average be better than what they are drawn from.
         earlier, right_earlier = times.cumsum(axis=1) - times, right.cumsum(axis=1) - right
         precision = (right_earlier + 1) / (earlier + 1)
         with np.errstate(invalid="ignore"):
-            precisions[:, place] = (right * precision).sum(axis=1) / num_right
+            precisions[:, place] = (right * precision).sum(axis=1) / num_relevant
     return precisions

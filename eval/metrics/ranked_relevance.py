@@ -1,6 +1,6 @@
-"""Where all right answers of a query stand in its ranking, and the figures that follow from it.
+"""Where all right answers of a query stand in its ranking, and the metrics that follow from it.
 
-Answers with the same score are in no order: every figure is its mean over all orders of them. So a
+Answers with the same score are in no order: every metric is its mean over all orders of them. So a
 model that gives every pair the same score scores what guessing scores.
 """
 
@@ -15,7 +15,7 @@ from eval.metrics.ranking import QueryRanks
 
 
 @dataclass(frozen=True)
-class RightAnswers:
+class RankedRelevance:
     """The levels of score at which a query has right answers, best first; arrays are int64 [L].
 
     `query` rises; every query has at least one level.
@@ -23,23 +23,23 @@ class RightAnswers:
 
     query: np.ndarray  # whose level it is
     num_above: np.ndarray  # answers that score higher, right and wrong ones
-    num_right_above: np.ndarray  # right ones among them
-    num_level: np.ndarray  # answers of this score
-    num_right: np.ndarray  # right ones among them
+    num_relevant_above: np.ndarray  # right ones among them
+    num_tied: np.ndarray  # answers of this score
+    num_relevant: np.ndarray  # right ones among them
     gallery_size: int
 
     @property
-    def num_right_of_query(self) -> np.ndarray:
+    def num_relevant_of_query(self) -> np.ndarray:
         """[Q] right answers of each query."""
-        return self._sum_of_levels(self.num_right).astype(np.int64)
+        return self._sum_of_levels(self.num_relevant).astype(np.int64)
 
     def query_ranks(self) -> QueryRanks:
         """What stands above and level with each query's best right answer."""
-        best = np.flatnonzero(self.num_right_above == 0)
+        best = np.flatnonzero(self.num_relevant_above == 0)
         return QueryRanks(
             num_above=self.num_above[best],
-            num_level=(self.num_level - self.num_right)[best],
-            num_right_level=self.num_right[best],
+            num_tied=(self.num_tied - self.num_relevant)[best],
+            num_tied_relevant=self.num_relevant[best],
             gallery_size=self.gallery_size,
         )
 
@@ -49,9 +49,9 @@ class RightAnswers:
         Returns:
             [Q] float64.
         """
-        among = np.clip(k - self.num_above, 0, self.num_level)
-        found = self._sum_of_levels(self.num_right * among / self.num_level)
-        return found / self.num_right_of_query
+        among = np.clip(k - self.num_above, 0, self.num_tied)
+        found = self._sum_of_levels(self.num_relevant * among / self.num_tied)
+        return found / self.num_relevant_of_query
 
     def average_precision(self, k: int | None = None) -> np.ndarray:
         """Mean over a query's right answers of the precision at their ranks.
@@ -72,8 +72,8 @@ class RightAnswers:
             return float((right / level * (right_above + 1 + earlier) / (above + places)).sum())
 
         is_among = self.num_above < (k or self.gallery_size)
-        alone = is_among * (self.num_right_above + 1) / (self.num_above + 1)
-        total = self.num_right_of_query
+        alone = is_among * (self.num_relevant_above + 1) / (self.num_above + 1)
+        total = self.num_relevant_of_query
         return self._sum_of_levels(self._at_levels(of_level, alone)) / np.minimum(total, k or total)
 
     def reciprocal_rank(self) -> np.ndarray:
@@ -93,7 +93,7 @@ class RightAnswers:
             shares = is_later * right / (level - places + 1)
             return float((shares / (above + places)).sum())
 
-        alone = (self.num_right_above == 0) / (self.num_above + 1)
+        alone = (self.num_relevant_above == 0) / (self.num_above + 1)
         return self._sum_of_levels(self._at_levels(of_level, alone))
 
     def ndcg_at(self, k: int) -> np.ndarray:
@@ -107,10 +107,10 @@ class RightAnswers:
         sums = np.concatenate([[0.0], np.cumsum(gains[: min(k, self.gallery_size)])])
         first, last = (
             np.minimum(bound, len(sums) - 1)
-            for bound in (self.num_above, self.num_above + self.num_level)
+            for bound in (self.num_above, self.num_above + self.num_tied)
         )
-        gained = self._sum_of_levels(self.num_right / self.num_level * (sums[last] - sums[first]))
-        return gained / sums[np.minimum(self.num_right_of_query, len(sums) - 1)]
+        gained = self._sum_of_levels(self.num_relevant / self.num_tied * (sums[last] - sums[first]))
+        return gained / sums[np.minimum(self.num_relevant_of_query, len(sums) - 1)]
 
     def _sum_of_levels(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.query, weights=values)
@@ -118,15 +118,15 @@ class RightAnswers:
     def _at_levels(
         self, value: Callable[[int, int, int, int], float], alone: np.ndarray
     ) -> np.ndarray:
-        """[L] a value of (num_above, num_right_above, num_level, num_right), taken once for levels
-        that are alike.
+        """Returns [L] values of (num_above, num_relevant_above, num_tied, num_relevant), computed
+        once for all equal levels.
 
         Args:
             value: the function.
             alone: [L] its values at levels of one answer, which most are.
         """
-        columns = (self.num_above, self.num_right_above, self.num_level, self.num_right)
-        is_tied = self.num_level > 1
+        columns = (self.num_above, self.num_relevant_above, self.num_tied, self.num_relevant)
+        is_tied = self.num_tied > 1
         if not is_tied.any():
             return alone
         rows = np.stack(columns, axis=1)[is_tied]
@@ -136,53 +136,53 @@ class RightAnswers:
         return values
 
 
-def right_answers(
+def ranked_relevance(
     query: np.ndarray,
     score: np.ndarray,
     *,
-    num_wrong_above: np.ndarray,
-    num_wrong_level: np.ndarray,
+    num_irrelevant_above: np.ndarray,
+    num_irrelevant_tied: np.ndarray,
     gallery_size: int,
-) -> RightAnswers:
+) -> RankedRelevance:
     """The levels of right pairs of queries and answers.
 
     Args:
         query: [P] integers from 0, each used.
         score: [P] of the pair.
-        num_wrong_above: [P] wrong answers that score higher.
-        num_wrong_level: [P] wrong answers that score the same.
+        num_irrelevant_above: [P] wrong answers that score higher.
+        num_irrelevant_tied: [P] wrong answers that score the same.
         gallery_size: answers to choose from.
     """
     order = np.lexsort((-score, query))
     query, score = query[order], score[order]
     begins = np.flatnonzero(np.diff(query, prepend=-1) | (np.diff(score, prepend=np.nan) != 0))
-    num_right = np.diff(begins, append=len(query))
+    num_relevant = np.diff(begins, append=len(query))
     of_level = query[begins]
     # Right answers above: those of the query's earlier levels.
-    num_right_above = begins - np.searchsorted(query, of_level)
-    return RightAnswers(
+    num_relevant_above = begins - np.searchsorted(query, of_level)
+    return RankedRelevance(
         query=of_level,
-        num_above=num_wrong_above[order][begins] + num_right_above,
-        num_right_above=num_right_above,
-        num_level=num_wrong_level[order][begins] + num_right,
-        num_right=num_right,
+        num_above=num_irrelevant_above[order][begins] + num_relevant_above,
+        num_relevant_above=num_relevant_above,
+        num_tied=num_irrelevant_tied[order][begins] + num_relevant,
+        num_relevant=num_relevant,
         gallery_size=gallery_size,
     )
 
 
-def answers_at_chance(num_right: np.ndarray, *, gallery_size: int) -> RightAnswers:
+def relevance_at_chance(num_relevant: np.ndarray, *, gallery_size: int) -> RankedRelevance:
     """Those of a model that knows nothing: every answer is level with every other.
 
     Args:
-        num_right: [Q] right answers of each query.
+        num_relevant: [Q] right answers of each query.
         gallery_size: answers to choose from.
     """
-    num_right = np.asarray(num_right, dtype=np.int64)
-    return RightAnswers(
-        query=np.arange(len(num_right)),
-        num_above=np.zeros_like(num_right),
-        num_right_above=np.zeros_like(num_right),
-        num_level=np.full_like(num_right, gallery_size),
-        num_right=num_right,
+    num_relevant = np.asarray(num_relevant, dtype=np.int64)
+    return RankedRelevance(
+        query=np.arange(len(num_relevant)),
+        num_above=np.zeros_like(num_relevant),
+        num_relevant_above=np.zeros_like(num_relevant),
+        num_tied=np.full_like(num_relevant, gallery_size),
+        num_relevant=num_relevant,
         gallery_size=gallery_size,
     )

@@ -1,6 +1,6 @@
 """Where the right answer of each query stands in a ranking, with ties broken at chance.
 
-All figures derive from three counts per query (`QueryRanks`). Ties matter: a model that gives every
+All metrics derive from three counts per query (`QueryRanks`). Ties matter: a model that gives every
 pair the same score must score what guessing scores, never 100 %.
 """
 
@@ -18,8 +18,8 @@ class QueryRanks:
     """What stands above and level with each query's best right answer; arrays are int64 [Q]."""
 
     num_above: np.ndarray  # wrong answers that score higher
-    num_level: np.ndarray  # wrong answers that score the same
-    num_right_level: np.ndarray  # right answers that score the same, the best one included
+    num_tied: np.ndarray  # wrong answers that score the same
+    num_tied_relevant: np.ndarray  # right answers that score the same, the best one included
     gallery_size: int
 
     def hits_at(self, k: int) -> np.ndarray:
@@ -30,13 +30,13 @@ class QueryRanks:
         Returns:
             [Q] float64.
         """
-        # Of the k places, those above the tie are taken; the rest are drawn from the tied answers
-        # without replacement, and the query misses if all drawn are wrong (hypergeometric).
+        # Of the first k ranks, those above the tie are taken. The rest are drawn from the tied
+        # answers without replacement; the query misses if all drawn are wrong (hypergeometric).
         num_drawn = np.maximum(min(k, self.gallery_size) - self.num_above, 0)
         misses = np.ones(len(self.num_above))
-        for right in range(1, int(self.num_right_level.max(initial=0)) + 1):
-            left_out = np.maximum(self.num_level - num_drawn + right, 0) / (self.num_level + right)
-            misses = np.where(right <= self.num_right_level, misses * left_out, misses)
+        for right in range(1, int(self.num_tied_relevant.max(initial=0)) + 1):
+            left_out = np.maximum(self.num_tied - num_drawn + right, 0) / (self.num_tied + right)
+            misses = np.where(right <= self.num_tied_relevant, misses * left_out, misses)
         return 1 - misses
 
     def first_ranks(self) -> np.ndarray:
@@ -45,21 +45,21 @@ class QueryRanks:
         Returns:
             [Q] float64.
         """
-        return 1 + self.num_above + self.num_level / (self.num_right_level + 1)
+        return 1 + self.num_above + self.num_tied / (self.num_tied_relevant + 1)
 
 
-def chance_ranks(num_right: np.ndarray, *, gallery_size: int) -> QueryRanks:
+def chance_ranks(num_relevant: np.ndarray, *, gallery_size: int) -> QueryRanks:
     """The ranks of a model that knows nothing: every answer is level with every other.
 
     Args:
-        num_right: [Q] right answers of each query in the gallery.
+        num_relevant: [Q] right answers of each query in the gallery.
         gallery_size: answers to choose from.
     """
-    num_right = np.asarray(num_right, dtype=np.int64)
+    num_relevant = np.asarray(num_relevant, dtype=np.int64)
     return QueryRanks(
-        num_above=np.zeros_like(num_right),
-        num_level=gallery_size - num_right,
-        num_right_level=num_right,
+        num_above=np.zeros_like(num_relevant),
+        num_tied=gallery_size - num_relevant,
+        num_tied_relevant=num_relevant,
         gallery_size=gallery_size,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class RightPairs:
+class Relevance:
     """Pairs of a media item and a caption that is right for it."""
 
     media: np.ndarray  # int64 [P]
@@ -24,17 +24,17 @@ class RightPairs:
         return self.media[self.texts == text]
 
 
-def pairs_of_owners(media_of_text: np.ndarray) -> RightPairs:
+def relevance_of_owners(media_of_text: np.ndarray) -> Relevance:
     """Each caption is right for the item that it belongs to, and for no other.
 
     Args:
         media_of_text: [M] item of each caption.
     """
     owners = np.asarray(media_of_text, dtype=np.int64)
-    return RightPairs(owners, np.arange(len(owners)))
+    return Relevance(owners, np.arange(len(owners)))
 
 
-def pairs_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[str]) -> RightPairs:
+def relevance_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[str]) -> Relevance:
     """Each caption is right for all items that have a caption of the same words, and its own first.
 
     Args:
@@ -49,7 +49,7 @@ def pairs_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[str]) 
     )
 
 
-def pairs_of_equal_values(values: Sequence[str], other_values: Sequence[str]) -> RightPairs:
+def relevance_of_equal_values(values: Sequence[str], other_values: Sequence[str]) -> Relevance:
     """Items of two datasets are right for each other if their values are equal.
 
     Args:
@@ -64,7 +64,7 @@ def pairs_of_equal_values(values: Sequence[str], other_values: Sequence[str]) ->
     )
 
 
-def _sorted_pairs(pairs: Iterable[tuple[int, int]]) -> RightPairs:
+def _sorted_pairs(pairs: Iterable[tuple[int, int]]) -> Relevance:
     """Of (text, item)."""
     texts, media = np.array(sorted(pairs), dtype=np.int64).T
-    return RightPairs(media, texts)
+    return Relevance(media, texts)

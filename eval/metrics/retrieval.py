@@ -23,9 +23,9 @@ from eval.metrics.intervals import (
     weighted_median,
     wilson_interval,
 )
-from eval.metrics.ranked_relevance import RightAnswers, answers_at_chance, right_answers
+from eval.metrics.ranked_relevance import RankedRelevance, ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import QueryRanks, check_finite, median_rank_at_chance
-from eval.metrics.relevance import RightPairs, pairs_of_owners
+from eval.metrics.relevance import Relevance, relevance_of_owners
 
 DIRECTIONS = ("media_to_text", "text_to_media")
 MAP_DEPTH = 10  # of the cut-off mAP and nDCG
@@ -33,7 +33,7 @@ MAP_DEPTH = 10  # of the cut-off mAP and nDCG
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """The figures of one retrieval, and the rank of every query."""
+    """The metrics of one retrieval, and the rank of every query."""
 
     scores: dict[str, Score]
     media_to_text: QueryRanks  # one query per media item; or of the first direction
@@ -45,7 +45,7 @@ def retrieve(
     text_embeddings: Tensor,
     *,
     media_of_text: np.ndarray,
-    pairs: RightPairs | None = None,
+    relevance: Relevance | None = None,
     distractor_embeddings: Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
     bootstrap: Bootstrap,
@@ -59,12 +59,12 @@ def retrieve(
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m]; every item
             owns at least one caption.
-        pairs: which captions are right for which items; None: each for its own item.
+        relevance: which captions are right for which items; None: each for its own item.
         distractor_embeddings: [X, D], L2-normalised captions that describe no item; they join the
             gallery of media to text.
         ks: of recall@k; a k above the gallery's size counts as the gallery's size.
         bootstrap: resampling of media items for the intervals.
-        directions: what figures are called by.
+        directions: what metrics are called by.
 
     Raises:
         ValueError: an embedding is not finite, or a media item has no caption.
@@ -72,13 +72,15 @@ def retrieve(
     both = retrieval_answers(
         media_embeddings,
         text_embeddings,
-        pairs=pairs or pairs_of_owners(media_of_text),
+        relevance=relevance or relevance_of_owners(media_of_text),
         distractor_embeddings=distractor_embeddings,
     )
     scores = {}
     clusters_of = (np.arange(len(media_embeddings)), media_of_text)
     for direction, answers, clusters in zip(directions, both, clusters_of, strict=True):
-        chance = answers_at_chance(answers.num_right_of_query, gallery_size=answers.gallery_size)
+        chance = relevance_at_chance(
+            answers.num_relevant_of_query, gallery_size=answers.gallery_size
+        )
         chances = dict(_shares(chance, ks))
         for name, values in _shares(answers, ks):
             scores[f"{direction}_{name}"] = mean_score(
@@ -140,12 +142,12 @@ def _mean_recalls(
     return scores
 
 
-def _shares(answers: RightAnswers, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """(figure, [Q] its value for each query) of the figures that are shares, best 1."""
+def _shares(answers: RankedRelevance, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """(metric, [Q] its value for each query) of the metrics that are shares, best 1."""
     ranks = answers.query_ranks()
     for k in ks:
         yield f"recall@{k}", ranks.hits_at(k)
-    if answers.num_right_of_query.max() > 1:  # else they are the same
+    if answers.num_relevant_of_query.max() > 1:  # else they are the same
         for k in ks:
             yield f"true_recall@{k}", answers.true_recall_at(k)
     yield "map", answers.average_precision()
@@ -173,7 +175,7 @@ def recall_at_k(
         {"media_to_text_recall@1": ..., "text_to_media_recall@1": ...}, each in [0, 1].
     """
     both = retrieval_answers(
-        media_embeddings, text_embeddings, pairs=pairs_of_owners(media_of_text)
+        media_embeddings, text_embeddings, relevance=relevance_of_owners(media_of_text)
     )
     return {
         f"{direction}_recall@{k}": float(answers.query_ranks().hits_at(k).mean())
@@ -186,10 +188,10 @@ def retrieval_answers(
     media_embeddings: Tensor,
     text_embeddings: Tensor,
     *,
-    pairs: RightPairs,
+    relevance: Relevance,
     distractor_embeddings: Tensor | None = None,
     tile: int = TILE,
-) -> tuple[RightAnswers, RightAnswers]:
+) -> tuple[RankedRelevance, RankedRelevance]:
     """The right answers of media to text and of text to media, holding [tile, tile] scores at a
     time.
 
@@ -201,34 +203,34 @@ def retrieval_answers(
         gallery_size += len(distractor_embeddings)
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(text_embeddings, name="text_embeddings")
-    _refuse_lonely(pairs.media, len(media_embeddings), what="media item", needs="caption")
-    _refuse_lonely(pairs.texts, len(text_embeddings), what="caption", needs="media item")
+    _refuse_lonely(relevance.media, len(media_embeddings), what="media item", needs="caption")
+    _refuse_lonely(relevance.texts, len(text_embeddings), what="caption", needs="media item")
     counts = count_wrong_answers(
         media_embeddings,
         text_embeddings,
-        pairs=pairs,
+        relevance=relevance,
         distractor_embeddings=distractor_embeddings,
         tile=tile,
     )
-    media_to_text = right_answers(
-        pairs.media,
+    media_to_text = ranked_relevance(
+        relevance.media,
         counts.score,
-        num_wrong_above=counts.media_above,
-        num_wrong_level=counts.media_level,
+        num_irrelevant_above=counts.media_above,
+        num_irrelevant_tied=counts.media_tied,
         gallery_size=gallery_size,
     )
-    text_to_media = right_answers(
-        pairs.texts,
+    text_to_media = ranked_relevance(
+        relevance.texts,
         counts.score,
-        num_wrong_above=counts.text_above,
-        num_wrong_level=counts.text_level,
+        num_irrelevant_above=counts.text_above,
+        num_irrelevant_tied=counts.text_tied,
         gallery_size=len(media_embeddings),
     )
     return media_to_text, text_to_media
 
 
-def _refuse_lonely(places: np.ndarray, count: int, *, what: str, needs: str) -> None:
-    missing = np.flatnonzero(np.bincount(places, minlength=count) == 0)
+def _refuse_lonely(indices: np.ndarray, count: int, *, what: str, needs: str) -> None:
+    missing = np.flatnonzero(np.bincount(indices, minlength=count) == 0)
     if len(missing):
         raise ValueError(f"{what} {missing[0]} has no {needs}; every {what} needs at least one")
 

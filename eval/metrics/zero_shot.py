@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """The figures of one classification; classes are in the order of class_names."""
+    """The metrics of one classification; classes are in the order of class_names."""
 
     scores: dict[str, Score]
     confusion: np.ndarray  # [K, K] int64: row true class, column predicted class
@@ -41,14 +41,14 @@ def classify(
     bootstrap: Bootstrap,
     groups: Sequence[str] | None = None,
 ) -> ClassificationResult:
-    """The figures of `classification_result`, each item scored by its cosines with the classes.
+    """The metrics of `classification_result`, each item scored by its cosines with the classes.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         class_embeddings: [K, D], L2-normalised.
         targets: [Q] integers from 0 to K - 1.
         bootstrap: of the intervals.
-        groups: [Q] of each item; the figures of the worst group are added.
+        groups: [Q] of each item; the metrics of the worst group are added.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -149,8 +149,8 @@ def rank_scores(
         level.append((scores == of_target).sum(dim=-1))
     ranks = QueryRanks(
         num_above=torch.cat(above).cpu().numpy(),
-        num_level=torch.cat(level).cpu().numpy(),
-        num_right_level=np.ones(len(targets), dtype=np.int64),
+        num_tied=torch.cat(level).cpu().numpy(),
+        num_tied_relevant=np.ones(len(targets), dtype=np.int64),
         gallery_size=num_classes,
     )
     return ranks, torch.cat(predictions).cpu().numpy()
@@ -223,8 +223,8 @@ def _macro_f1(confusion: np.ndarray, *, bootstrap: Bootstrap) -> Score:
 
 
 def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
-    names, places = np.unique(np.asarray(groups), return_inverse=True)
-    means = np.bincount(places, weights=hits) / np.bincount(places)
+    names, indices = np.unique(np.asarray(groups), return_inverse=True)
+    means = np.bincount(indices, weights=hits) / np.bincount(indices)
     return dict(zip(names.tolist(), means.tolist(), strict=True))
 
 

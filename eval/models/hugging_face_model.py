@@ -137,5 +137,5 @@ def _image_transform(processor: Any) -> PilTransform:
 def _num_tokens(model: torch.nn.Module) -> int:
     text = model.config.text_config
     if model.config.model_type == "clap":
-        return min(CLAP_TOKENS, text.max_position_embeddings - 2)  # RoBERTa's places begin at 2
+        return min(CLAP_TOKENS, text.max_position_embeddings - 2)  # RoBERTa's positions start at 2
     return text.max_position_embeddings

@@ -107,12 +107,12 @@ def _by_pairing(rows: Sequence[Mapping[str, Any]], key: str) -> Series:
 def _validation_recalls(rows: Sequence[Mapping[str, Any]]) -> Series:
     series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for row in rows:
-        for pairing, figures in row.get("validation", {}).items():
+        for pairing, metrics in row.get("validation", {}).items():
             for direction in ("media_to_text", "text_to_media"):
-                if f"{direction}_recall@1" in figures:
+                if f"{direction}_recall@1" in metrics:
                     name = f"{pairing}, {direction.replace('_', ' ')}"
                     series[name][0].append(row["step"])
-                    series[name][1].append(figures[f"{direction}_recall@1"])
+                    series[name][1].append(metrics[f"{direction}_recall@1"])
     return dict(series)
 
 

@@ -1,6 +1,6 @@
 """Two results of the same evaluations, compared sample by sample.
 
-Both saw the same samples, so their differences are resampled, not their figures: that tells models
+Both saw the same samples, so their differences are resampled, not their metrics: that tells models
 apart whose own intervals overlap widely.
 """
 
@@ -25,12 +25,12 @@ from eval.metrics.intervals import (
 from eval.report.predictions import predictions_file
 
 NUM_FLIPPED = 20  # keys of samples that are named
-# What must be equal, besides the samples, for figures to be of the same thing.
+# What must be equal, besides the samples, for metrics to be of the same thing.
 CONDITIONS = {
     "zero_shot_classification": ("class_names",),
     "linear_probe": ("class_names", "train_fingerprint", "validation_fingerprint"),
     "nearest_neighbours": ("class_names", "train_fingerprint", "num_neighbours", "temperature"),
-    "few_shot": ("class_names", "train_fingerprint", "strength", "shots", "num_draws", "seed"),
+    "few_shot": ("class_names", "train_fingerprint", "l2", "shots", "num_draws", "seed"),
     "multi_label_classification": ("class_names",),
     "media_retrieval": ("other_fingerprint", "num_right_pairs"),
     "association": ("cues_sha256",),
@@ -41,10 +41,10 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """How a figure of one result differs from that of another."""
+    """How a metric of one result differs from that of another."""
 
     evaluation: str
-    figure: str
+    metric: str
     baseline: float
     value: float
     difference: float  # value - baseline
@@ -70,11 +70,15 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / "results.json"
     try:
-        return json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: expected the results of python -m eval.evaluate: {error}"
         ) from None
+    for record in results["evaluations"].values():
+        if "strength" in record:  # the key's name in results of older versions
+            record["l2"] = record.pop("strength")
+    return results
 
 
 def shared_evaluations(baseline: Path, other: Path) -> dict[str, dict[str, Any]]:
@@ -112,7 +116,7 @@ def _shortened(value: Any) -> str:
 
 
 def compare(baseline: Path, other: Path, *, bootstrap: Bootstrap) -> list[Difference]:
-    """The differences of all figures that are means over queries.
+    """The differences of all metrics that are means over queries.
 
     Args:
         baseline: folder of results.
@@ -138,22 +142,22 @@ def _differences(
     if record["task"] in ("zero_shot_classification", "linear_probe", "nearest_neighbours"):
         yield from _mean_differences(name, read(), {"hit@1": "top_1_accuracy"}, bootstrap)
     elif record["task"] == "few_shot":
-        figures = {f"hit@1_{k}_shot": f"top_1_accuracy@{k}_shot" for k in record["shots"]}
-        yield from _mean_differences(name, read(), figures, bootstrap)
+        metrics = {f"hit@1_{k}_shot": f"top_1_accuracy@{k}_shot" for k in record["shots"]}
+        yield from _mean_differences(name, read(), metrics, bootstrap)
     elif record["task"] in ("caption_choice", "association"):
-        figures = {figure: figure for figure in record["scores"]}
-        yield from _mean_differences(name, read(), figures, bootstrap)
+        metrics = {metric: metric for metric in record["scores"]}
+        yield from _mean_differences(name, read(), metrics, bootstrap)
     elif record["task"] == "multi_label_classification":
         yield _precision_difference(name, read(), record["class_names"], bootstrap)
     else:
         for direction in record["directions"]:
             tables = read(f".{direction}")
-            figures = {
+            metrics = {
                 column: f"{direction}_{column.replace('hit', 'recall')}"
                 for column in tables[0]
                 if column.startswith("hit@")
             } | {"rank": f"{direction}_mean_rank"}
-            yield from _mean_differences(name, tables, figures, bootstrap)
+            yield from _mean_differences(name, tables, metrics, bootstrap)
 
 
 def _read(folder: Path, name: str, suffix: str) -> dict[str, Any]:
@@ -167,13 +171,13 @@ def _read(folder: Path, name: str, suffix: str) -> dict[str, Any]:
 
 
 def _mean_differences(
-    name: str, tables: list[dict[str, Any]], figures: dict[str, str], bootstrap: Bootstrap
+    name: str, tables: list[dict[str, Any]], metrics: dict[str, str], bootstrap: Bootstrap
 ) -> Iterator[Difference]:
     """Of the means of columns, resampled by media item."""
     first, second = tables
     keys = first["key"]
     _, clusters = np.unique(keys, return_inverse=True)
-    for column, figure in figures.items():
+    for column, metric in metrics.items():
         ours, theirs = (np.array(each[column]) for each in (first, second))
         gains = theirs - ours
         low, high = bootstrap_interval(
@@ -183,7 +187,7 @@ def _mean_differences(
         worse = (gains != 0) & ~better
         yield Difference(
             evaluation=name,
-            figure=figure,
+            metric=metric,
             baseline=float(ours.mean()),
             value=float(theirs.mean()),
             difference=float(gains.mean()),
@@ -222,7 +226,7 @@ def _precision_difference(
     ]
     return Difference(
         evaluation=name,
-        figure="mean_average_precision",
+        metric="mean_average_precision",
         baseline=float(values[0].mean()),
         value=float(values[1].mean()),
         difference=float(gains.mean()),

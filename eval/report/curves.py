@@ -1,4 +1,4 @@
-"""Figures of the checkpoints of a run as curves, in the run's TensorBoard.
+"""Metrics of the checkpoints of a run as curves, in the run's TensorBoard.
 
 They are written anew from the results at every start, so that a watch that was killed between the
 two leaves no step out, and none twice.
@@ -29,12 +29,12 @@ class EvaluationCurves:
             self.add(results.parent)
 
     def add(self, output: Path) -> None:
-        """Adds the figures, with their intervals, of one step's results."""
+        """Adds the metrics, with their intervals, of one step's results."""
         record = json.loads((output / "results.json").read_text())
         scores = {
-            f"{name}/{figure}": score
+            f"{name}/{metric}": score
             for name, each in record["evaluations"].items()
-            for figure, score in each["scores"].items()
+            for metric, score in each["scores"].items()
         }
         scores |= {f"averages/{name}": score for name, score in record["averages"].items()}
         for name, score in scores.items():

@@ -64,12 +64,12 @@ def shown_queries(
     num_queries = min(num_queries, len(by_rank))
     hardest = by_rank[: num_queries // 2]
     rest = np.sort(by_rank[num_queries // 2 :])
-    places = np.linspace(0, len(rest) - 1, num_queries - len(hardest)).round().astype(int)
-    return [*hardest.tolist(), *rest[places].tolist()]
+    indices = np.linspace(0, len(rest) - 1, num_queries - len(hardest)).round().astype(int)
+    return [*hardest.tolist(), *rest[indices].tolist()]
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
-    """The gallery's places nearest to each query, best first.
+    """The gallery's indices nearest to each query, best first.
 
     Args:
         queries: [rows, D], L2-normalised.
@@ -130,7 +130,7 @@ def _media_to_text_rows(outcome: Outcome, views: MediaViews, *, num_queries: int
             _missed_caption(task.captions, right, found),
         )
         for query, found in zip(queries, answers, strict=True)
-        for right in [task.pairs.texts_of(query).tolist()]
+        for right in [task.relevance.texts_of(query).tolist()]
     ]
 
 
@@ -154,7 +154,7 @@ def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int
         Markup('<div class="query"><p>{} {}</p><div class="cards">{}</div></div>').format(
             task.captions[query],
             _rank_badge(ranks, query),
-            _media_answers(views, found, right=task.pairs.media_of(query).tolist()),
+            _media_answers(views, found, right=task.relevance.media_of(query).tolist()),
         )
         for query, found in zip(queries, answers, strict=True)
     ]
@@ -209,7 +209,7 @@ def media_retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Marku
     views = (MediaViews(task.dataset), MediaViews(task.other.dataset))
     embeddings = (outcome.media_embeddings, outcome.other_embeddings)
     ranks_of = (result.media_to_text, result.text_to_media)
-    right_of = (task.pairs.texts_of, task.pairs.media_of)
+    right_of = (task.relevance.texts_of, task.relevance.media_of)
     blocks = []
     for side, direction in enumerate(task.directions):
         queries = shown_queries(ranks_of[side].first_ranks(), num_queries=num_queries)
@@ -243,8 +243,8 @@ def caption_choice_gallery(outcome: Outcome, *, num_items: int) -> Markup:
     if task.groups is None:
         hits = outcome.result.hits["caption_accuracy"]
     else:
-        for places, hit in zip(task.groups, outcome.result.hits["group_score"], strict=True):
-            hits[places] = hit
+        for indices, hit in zip(task.groups, outcome.result.hits["group_score"], strict=True):
+            hits[indices] = hit
     cards = []
     for item in shown_queries(2.0 - hits, num_queries=num_items):
         texts = outcome.other_embeddings[starts[item] : starts[item + 1]]

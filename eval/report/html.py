@@ -1,4 +1,4 @@
-"""Writes report.html: figures against chance, confusions, retrieved items, training, provenance."""
+"""Writes report.html: metrics against chance, confusions, retrieved items, training, provenance."""
 
 from __future__ import annotations
 
@@ -92,27 +92,27 @@ def _subtitle(checkpoint: dict[str, Any]) -> str:
 
 
 def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Section:
-    """All figures and averages with their intervals, against chance."""
+    """All metrics and averages with their intervals, against chance."""
     rows = []
     for name, values in record["averages"].items():
         score = Score(**values)
         bar = interval_bar(score.value, low=score.low, high=score.high, reference=score.chance)
-        rows.append((f"average: {name}", "main figures", bar, *score_cells("", score)))
+        rows.append((f"average: {name}", "main metrics", bar, *score_cells("", score)))
     for outcome in outcomes:
         name = outcome.task.name
-        for figure, score in outcome.result.scores.items():
-            value, interval, chance, num_queries = score_cells(figure, score)
+        for metric, score in outcome.result.scores.items():
+            value, interval, chance, num_queries = score_cells(metric, score)
             bar = Markup("")
-            if not is_rank(figure):
+            if not is_rank(metric):
                 bar = interval_bar(
                     score.value, low=score.low, high=score.high, reference=score.chance
                 )
-            label = figure.replace("_", " ")
+            label = metric.replace("_", " ")
             rows.append((name, label, bar, value, interval, chance, num_queries))
             name = ""
-    header = ("evaluation", "figure", "", "value", "95 % interval", "chance", "n")
+    header = ("evaluation", "metric", "", "value", "95 % interval", "chance", "n")
     return Section(
-        "Figures",
+        "Metrics",
         [table(header, rows, numeric={3, 4, 5, 6})],
         note="Dark line: 95 % interval. Orange mark: what a model that knows nothing scores. "
         "Retrieval recall@k is the share of queries with a right answer among the first k, true "
@@ -167,7 +167,7 @@ def _space_blocks(outcome: Outcome) -> list[Markup]:
     return [
         heading("The shared space"),
         paragraph(note),
-        table(("figure", "value"), rows, numeric={1}),
+        table(("metric", "value"), rows, numeric={1}),
         heading("Found by most queries"),
         hubs_gallery(outcome, num_items=MAX_HUBS),
     ]
@@ -286,7 +286,7 @@ def training_sections(checkpoint: Path) -> list[Section]:
 
 
 def provenance_section(record: dict[str, Any]) -> Section:
-    """Everything that the figures are a function of."""
+    """Everything that the metrics are a function of."""
     environment, method = record["environment"], record["method"]
     facts = {
         "checkpoint": record["checkpoint"]["folder"],

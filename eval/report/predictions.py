@@ -1,11 +1,11 @@
-"""What became of every sample, in Parquet: figures can be taken from it again without the model.
+"""What became of every sample, in Parquet: metrics can be taken from it again without the model.
 
     predictions/<evaluation>.parquet                 a row per media item
       one class per item        key, class_name, predicted, hit@1, rank of the true class
       few-shot probes           key, class_name, hit@1 after each number of shots
       several classes           key, class_names, scores [K] in the order of results.json
       association               name of the group as key, cue, Jaccard index
-      caption choice            key of the item, or keys of the group; its figures
+      caption choice            key of the item, or keys of the group; its metrics
     predictions/<evaluation>.media_to_text.parquet   key, hit@k, rank of the first right caption
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
     predictions/<evaluation>.image_to_audio.parquet  and so on: key, hit@k, rank
@@ -89,7 +89,7 @@ def predictions_of(outcome: Outcome) -> dict[str, Mapping[str, Any]]:
     if isinstance(task, CaptionChoiceTask):
         keys = task.keys
         if task.groups is not None:
-            keys = [" ".join(task.keys[item] for item in places) for places in task.groups]
+            keys = [" ".join(task.keys[item] for item in indices) for indices in task.groups]
         return {"": {"key": keys, **result.hits}}
     if isinstance(task, MediaRetrievalTask):
         ranks = (result.media_to_text, result.text_to_media)

@@ -1,4 +1,4 @@
-"""What results.json holds of an evaluation, besides its figures: how each task was measured."""
+"""What results.json holds of an evaluation, besides its metrics: how each task was measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eval.tasks.task import (
     TrainedTask,
 )
 
-OBJECTIVE = "mean cross-entropy + strength * |W|^2 / (2 n)"
+OBJECTIVE = "mean cross-entropy + l2 * |W|^2 / (2 n)"
 
 
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _prompts_record(task: ClassificationTask | MultiLabelTask) -> dict[str, Any]
 def _train_record(task: TrainedTask) -> dict[str, Any]:
     return {
         "features": "the embeddings, L2-normalised",
-        "num_train": len(task.train.places),
+        "num_train": len(task.train.indices),
         "train_fingerprint": task.train.source.dataset.fingerprint,
     }
 
@@ -97,9 +97,9 @@ def _linear_probe_record(outcome: Outcome) -> dict[str, Any]:
         **_classification_record(outcome),
         **_train_record(task),
         "objective": OBJECTIVE,
-        "strength": result.strength,
+        "l2": result.l2,
         "validation_accuracies": {f"{k:.4g}": v for k, v in result.validation_accuracies.items()},
-        "num_validation": len(task.validation.places),
+        "num_validation": len(task.validation.indices),
         "validation_fingerprint": task.validation.source.dataset.fingerprint,
     }
 
@@ -124,7 +124,7 @@ def _few_shot_record(outcome: Outcome) -> dict[str, Any]:
         "class_names": task.class_names,
         **_train_record(task),
         "objective": OBJECTIVE,
-        "strength": task.strength,
+        "l2": task.l2,
         "shots": task.shots,
         "num_draws": task.num_draws,
         "seed": task.seed,
@@ -171,7 +171,7 @@ def _media_retrieval_record(outcome: Outcome) -> dict[str, Any]:
         "task": "media_retrieval",
         "num_media": len(task.dataset),
         "num_other_media": len(other),
-        "num_right_pairs": len(task.pairs.media),
+        "num_right_pairs": len(task.relevance.media),
         "other_folder": str(other.folder),
         "other_fingerprint": other.fingerprint,
         "directions": list(task.directions),

@@ -30,7 +30,7 @@ from eval.tasks.runner import Outcome
 from eval.tasks.task import RetrievalTask
 from pretrain.run.folder import describe_environment
 
-COLUMNS = ("evaluation", "figure", "value", "95 % interval", "chance", "n")
+COLUMNS = ("evaluation", "metric", "value", "95 % interval", "chance", "n")
 
 
 def results_record(
@@ -41,7 +41,7 @@ def results_record(
     skipped: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    """What results.json holds: the figures, and everything they are a function of.
+    """What results.json holds: the metrics, and everything they are a function of.
 
     Args:
         config: the evaluation's config.
@@ -93,7 +93,7 @@ def _model_record(origin: ModelOrigin) -> dict[str, Any]:
 
 
 def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
-    """The figures and averages of all evaluations as a Markdown table with aligned columns.
+    """The metrics and averages of all evaluations as a Markdown table with aligned columns.
 
     Args:
         outcomes: of the evaluations.
@@ -101,7 +101,7 @@ def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     """
     rows = [(name, *cells) for name, cells in _table_rows(outcomes)]
     for name, values in record["averages"].items():
-        rows.append((f"average: {name}", "main figures", *score_cells("", Score(**values))))
+        rows.append((f"average: {name}", "main metrics", *score_cells("", Score(**values))))
     table = markdown_table(COLUMNS, rows)
     notes = [
         f"\n{outcome.task.name}: {note}"
@@ -121,7 +121,7 @@ def repeated_captions_note(task: RetrievalTask) -> str:
     if task.merges_equal_captions:
         return (
             f"{num_repeated} captions repeat the words of another one: each is right for all items "
-            "with a caption of its words (equal_captions: merged); figures of the literature count "
+            "with a caption of its words (equal_captions: merged); metrics of the literature count "
             "its own item alone."
         )
     return (
@@ -132,20 +132,20 @@ def repeated_captions_note(task: RetrievalTask) -> str:
 
 def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]]:
     return [
-        (outcome.task.name, (figure, *score_cells(figure, score)))
+        (outcome.task.name, (metric, *score_cells(metric, score)))
         for outcome in outcomes
-        for figure, score in outcome.result.scores.items()
+        for metric, score in outcome.result.scores.items()
     ]
 
 
-def is_rank(figure: str) -> bool:
-    """Whether a figure counts places, best 1, rather than being a share of queries."""
-    return figure.endswith("_rank")
+def is_rank(metric: str) -> bool:
+    """Whether a metric counts places, best 1, rather than being a share of queries."""
+    return metric.endswith("_rank")
 
 
-def score_cells(figure: str, score: Score) -> tuple[str, str, str, str]:
+def score_cells(metric: str, score: Score) -> tuple[str, str, str, str]:
     """(value, interval, chance, number of queries) as text."""
-    show = _rank_text if is_rank(figure) else _percent_text
+    show = _rank_text if is_rank(metric) else _percent_text
     interval = f"{show(score.low)} to {show(score.high)}"
     return show(score.value), interval, show(score.chance), str(score.num_queries)
 
@@ -159,34 +159,34 @@ def _rank_text(rank: float) -> str:
 
 
 def scores_csv(outcomes: Sequence[Outcome]) -> str:
-    """The figures of all evaluations, a row each, for programs."""
+    """The metrics of all evaluations, a row each, for programs."""
     text = io.StringIO()
     names = [field.name for field in fields(Score)]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["evaluation", "figure", *names])
+    writer.writerow(["evaluation", "metric", *names])
     for outcome in outcomes:
-        for figure, score in outcome.result.scores.items():
-            writer.writerow([outcome.task.name, figure, *asdict(score).values()])
+        for metric, score in outcome.result.scores.items():
+            writer.writerow([outcome.task.name, metric, *asdict(score).values()])
     return text.getvalue()
 
 
 def refuse_missed_goals(config: EvaluateConfig, outcomes: Sequence[Outcome]) -> None:
     """
     Raises:
-        InputError: a goal is of a figure that there is not.
-        RunError: a figure is below its goal, or a rank above it; all are named.
+        InputError: a goal is of a metric that there is not.
+        RunError: a metric is below its goal, or a rank above it; all are named.
     """
     missed = []
     for outcome in outcomes:
         name, scores = outcome.task.name, outcome.result.scores
-        for figure, goal in config.evaluations[name].goals.items():
-            if figure not in scores:
+        for metric, goal in config.evaluations[name].goals.items():
+            if metric not in scores:
                 raise InputError(
-                    f"evaluations.{name}.goals: expected one of {', '.join(scores)}; found {figure}"
+                    f"evaluations.{name}.goals: expected one of {', '.join(scores)}; found {metric}"
                 )
-            value = scores[figure].value
-            if value > goal if is_rank(figure) else value < goal:
-                missed.append(f"  {name}: {figure} is {value:.4g}, the goal {goal:g}")
+            value = scores[metric].value
+            if value > goal if is_rank(metric) else value < goal:
+                missed.append(f"  {name}: {metric} is {value:.4g}, the goal {goal:g}")
     if missed:
         raise RunError("goals are missed:\n" + "\n".join(missed))
 

@@ -103,12 +103,12 @@ def place_of_classes(class_names: Sequence[str], dataset: EvaluationSet) -> dict
     Raises:
         InputError: there are not as many.
     """
-    places = {known.replace(" ", "_"): place for place, known in enumerate(class_names)}
-    places |= {known: place for place, known in enumerate(class_names)}
+    indices = {known.replace(" ", "_"): place for place, known in enumerate(class_names)}
+    indices |= {known: place for place, known in enumerate(class_names)}
     folders = dataset.class_folders if isinstance(dataset, FileDataset) else []
-    unknown = [folder for folder in folders if folder not in places]
+    unknown = [folder for folder in folders if folder not in indices]
     if not unknown:
-        return places
+        return indices
     if len(folders) != len(class_names):
         raise InputError(
             f"{dataset.folder}: expected folders named as the {len(class_names)} classes, or one "

@@ -120,17 +120,17 @@ def read_linear_probe_task(
         sums = [zlib.crc32(key.encode()) for key in train.source.keys]
         is_held_out = np.array(sums) % 10 == 0
         validation, train = _chosen(train, is_held_out), _chosen(train, ~is_held_out)
-    if not len(train.places) or not len(validation.places):
+    if not len(train.indices) or not len(validation.indices):
         raise InputError(
             f"evaluations.{name}: {train.source.dataset.folder}: expected items to train on and to "
-            f"validate; found {len(train.places)} and {len(validation.places)}"
+            f"validate; found {len(train.indices)} and {len(validation.indices)}"
         )
     parts["train"] = train
-    return LinearProbeTask(**parts, validation=validation, strength=section.strength)
+    return LinearProbeTask(**parts, validation=validation, l2=section.l2)
 
 
 def _chosen(items: LabelledItems, is_chosen: np.ndarray) -> LabelledItems:
-    return LabelledItems(items.source, items.places[is_chosen], items.targets[is_chosen])
+    return LabelledItems(items.source, items.indices[is_chosen], items.targets[is_chosen])
 
 
 def read_nearest_neighbours_task(
@@ -169,7 +169,7 @@ def read_few_shot_task(
         **parts,
         shots=sorted(section.shots),
         num_draws=section.num_draws,
-        strength=section.strength,
+        l2=section.l2,
         seed=config.seed,
     )
 

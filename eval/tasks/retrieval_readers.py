@@ -16,7 +16,7 @@ from eval.config import (
 )
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import negative_captions_of, read_texts, texts_of, value_of
-from eval.metrics.relevance import pairs_of_equal_values
+from eval.metrics.relevance import relevance_of_equal_values
 from eval.tasks.class_texts import read_lines
 from eval.tasks.task import (
     AssociationTask,
@@ -85,9 +85,9 @@ def read_media_retrieval_task(
                 f"evaluations.{name}: {holder.folder}: {section.pair_by or 'key'} {lonely[0]!r} "
                 f"and {len(lonely) - 1} others have no partner in the other dataset"
             )
-    pairs = pairs_of_equal_values(values, other_values)
+    relevance = relevance_of_equal_values(values, other_values)
     partners = MediaSet(other, other_keys)
-    return MediaRetrievalTask(name, dataset, keys, partners, pairs, list(section.ks))
+    return MediaRetrievalTask(name, dataset, keys, partners, relevance, list(section.ks))
 
 
 def _read_values(dataset: EvaluationSet, key: str | None) -> tuple[list[str], list[str]]:
@@ -115,7 +115,7 @@ def read_caption_choice_task(
         else:
             captions.append(right)
             members[value_of(sample, section.group_by)].append(ordinal)
-    lonely = [value for value, places in members.items() if len(places) < 2]
+    lonely = [value for value, indices in members.items() if len(indices) < 2]
     if lonely:
         raise InputError(
             f"evaluations.{name}: {dataset.folder}: {section.group_by} {lonely[0]!r}: expected two "
@@ -151,7 +151,7 @@ def read_association_task(
             )
         groups[group].append(ordinal)
     flags = np.array(is_right)
-    without = [group for group, places in groups.items() if not flags[places].any()]
+    without = [group for group, indices in groups.items() if not flags[indices].any()]
     if without:
         raise InputError(
             f"evaluations.{name}: {dataset.folder}: {section.group_by} {without[0]!r}: expected "

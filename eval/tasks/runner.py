@@ -71,8 +71,8 @@ class Embeddings:
 
     def of_labelled(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
         """([n, D], int64 [n] classes) of some items."""
-        places = torch.from_numpy(items.places).to(self.device)
-        return self.of_set(items.source)[places], torch.from_numpy(items.targets).to(self.device)
+        indices = torch.from_numpy(items.indices).to(self.device)
+        return self.of_set(items.source)[indices], torch.from_numpy(items.targets).to(self.device)
 
     def of_texts(self, task: Task) -> Tensor:
         """[M, D] of its texts, in their order."""
@@ -160,7 +160,7 @@ def _space_of(task: Task, media: Tensor, other: Tensor) -> EmbeddingSpace | None
     if not isinstance(task, (RetrievalTask, MediaRetrievalTask)):
         return None
     num_others = len(task.captions) if isinstance(task, RetrievalTask) else len(other)
-    return embedding_space(media, other[:num_others], task.pairs)
+    return embedding_space(media, other[:num_others], task.relevance)
 
 
 def measure_classification(
@@ -186,13 +186,11 @@ def measure_linear_probe(
         embeddings.of_labelled(task.train),
         embeddings.of_labelled(task.validation),
         num_classes=len(task.class_names),
-        strength=task.strength,
+        l2=task.l2,
     )
     weights = probe.as_class_embeddings()
     classified = classify(with_ones(media), weights, targets=task.targets, bootstrap=bootstrap)
-    result = LinearProbeResult(
-        **vars(classified), strength=probe.strength, validation_accuracies=accuracies
-    )
+    result = LinearProbeResult(**vars(classified), l2=probe.l2, validation_accuracies=accuracies)
     return result, weights
 
 
@@ -226,7 +224,7 @@ def measure_few_shot(
         num_classes=len(task.class_names),
         shots=task.shots,
         num_draws=task.num_draws,
-        strength=task.strength,
+        l2=task.l2,
         bootstrap=bootstrap,
         seed=task.seed,
     )
@@ -264,7 +262,7 @@ def measure_retrieval(
         media,
         texts[:num_captions],
         media_of_text=task.media_of_text,
-        pairs=task.pairs,
+        relevance=task.relevance,
         distractor_embeddings=texts[num_captions:],
         ks=task.ks,
         bootstrap=bootstrap,
@@ -281,7 +279,7 @@ def measure_media_retrieval(
         media,
         other,
         media_of_text=np.arange(len(other)),  # each is drawn by itself
-        pairs=task.pairs,
+        relevance=task.relevance,
         ks=task.ks,
         bootstrap=bootstrap,
         directions=task.directions,

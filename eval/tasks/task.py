@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 
 from eval.datasets.datasets import EvaluationSet
-from eval.metrics.relevance import RightPairs, pairs_of_equal_captions, pairs_of_owners
+from eval.metrics.relevance import Relevance, relevance_of_equal_captions, relevance_of_owners
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LabelledItems:
     """Some items of a dataset, with their classes."""
 
     source: MediaSet
-    places: np.ndarray  # int64 [n] of the items in the source
+    indices: np.ndarray  # int64 [n] of the items in the source
     targets: np.ndarray  # int64 [n], place in class_names
 
 
@@ -125,7 +125,7 @@ class TrainedTask(SingleLabelTask):
         return [*super().media_sets, self.train.source]
 
     def details(self) -> str:
-        return f"{super().details()}, {len(self.train.places)} items to train on"
+        return f"{super().details()}, {len(self.train.indices)} items to train on"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class LinearProbeTask(TrainedTask):
     """By a regression on embeddings."""
 
     validation: LabelledItems
-    strength: float | None  # of the regularisation; None: chosen on validation items
+    l2: float | None  # weight of the L2 penalty; None: chosen on validation items
 
     @property
     def media_sets(self) -> list[MediaSet]:
@@ -143,7 +143,7 @@ class LinearProbeTask(TrainedTask):
         return "linear probe"
 
     def details(self) -> str:
-        return f"{super().details()} and {len(self.validation.places)} to validate"
+        return f"{super().details()} and {len(self.validation.indices)} to validate"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class FewShotTask(TrainedTask):
 
     shots: list[int]
     num_draws: int
-    strength: float  # of the regularisation
+    l2: float  # weight of the L2 penalty
     seed: int
 
     def method(self) -> str:
@@ -214,11 +214,11 @@ class RetrievalTask(_Task):
         return f"captions of {self.name}"
 
     @cached_property
-    def pairs(self) -> RightPairs:
+    def relevance(self) -> Relevance:
         """Which captions are right for which items."""
         if self.merges_equal_captions:
-            return pairs_of_equal_captions(self.media_of_text, self.captions)
-        return pairs_of_owners(self.media_of_text)
+            return relevance_of_equal_captions(self.media_of_text, self.captions)
+        return relevance_of_owners(self.media_of_text)
 
     def method(self) -> str:
         return "retrieval"
@@ -235,7 +235,7 @@ class MediaRetrievalTask(_Task):
     """Retrieval in both directions between the media items of two datasets."""
 
     other: MediaSet  # M items
-    pairs: RightPairs  # "texts" are the other's items
+    relevance: Relevance  # "texts" are the other's items
     ks: list[int]
 
     @property
@@ -244,7 +244,7 @@ class MediaRetrievalTask(_Task):
 
     @property
     def directions(self) -> tuple[str, str]:
-        """What figures are called by."""
+        """What metrics are called by."""
         kind, other = self.dataset.info.media, self.other.dataset.info.media
         return f"{kind}_to_{other}", f"{other}_to_{kind}"
 
@@ -261,7 +261,7 @@ class CaptionChoiceTask(_Task):
     """Choice of the right caption, or media item, among a few that are nearly alike."""
 
     captions: list[list[str]]  # [Q] of each item, the right one first
-    groups: list[list[int]] | None  # places of items that are each other's wrong answers
+    groups: list[list[int]] | None  # indices of items that are each other's wrong answers
 
     @property
     def texts(self) -> list[str]:
@@ -285,7 +285,7 @@ class CaptionChoiceTask(_Task):
 class AssociationTask(_Task):
     """Choice of the media items that belong to a cue, among a few."""
 
-    groups: dict[str, list[int]]  # places of the items to choose from, by the name of the group
+    groups: dict[str, list[int]]  # indices of the items to choose from, by the name of the group
     cues: list[str]  # [groups]
     is_right: np.ndarray  # bool [Q]
 

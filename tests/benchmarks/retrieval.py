@@ -1,4 +1,4 @@
-"""Time and memory of retrieval figures of a COCO-sized set, beside clip_benchmark's own code, and
+"""Time and memory of retrieval metrics of a COCO-sized set, beside clip_benchmark's own code, and
 of queries against a million captions.
 
     python -m tests.benchmarks.retrieval
@@ -38,20 +38,20 @@ def coco_embeddings():
 
 
 def ours():
-    from eval.metrics.relevance import pairs_of_owners
+    from eval.metrics.relevance import relevance_of_owners
     from eval.metrics.retrieval import retrieval_answers
 
     media, texts, owners = coco_embeddings()
     before, start = peak_bytes(), time.perf_counter()
-    figures = {}
-    both = retrieval_answers(media, texts, pairs=pairs_of_owners(owners.numpy()))
+    metrics = {}
+    both = retrieval_answers(media, texts, relevance=relevance_of_owners(owners.numpy()))
     for name, answers in zip(("image to text", "text to image"), both, strict=True):
         for k in (1, 5, 10):
-            figures[f"{name} @{k}"] = float(answers.query_ranks().hits_at(k).mean())
+            metrics[f"{name} @{k}"] = float(answers.query_ranks().hits_at(k).mean())
         answers.average_precision()
         answers.ndcg_at(10)
         answers.reciprocal_rank()
-    return time.perf_counter() - start, peak_bytes() - before, figures
+    return time.perf_counter() - start, peak_bytes() - before, metrics
 
 
 def clip_benchmark():
@@ -63,19 +63,19 @@ def clip_benchmark():
     scores = texts @ media.T
     is_right = torch.zeros_like(scores, dtype=bool)
     is_right[torch.arange(len(owners)), owners] = True
-    figures = {}
+    recalls = {}
     for k in (1, 5, 10):
         for name, (s, p) in {
             "image to text": (scores.T, is_right.T),
             "text to image": (scores, is_right),
         }.items():
             found = metrics.batchify(metrics.recall_at_k, s, p, 64, "cpu", k=k)
-            figures[f"{name} @{k}"] = float((found > 0).float().mean())
-    return time.perf_counter() - start, peak_bytes() - before, figures
+            recalls[f"{name} @{k}"] = float((found > 0).float().mean())
+    return time.perf_counter() - start, peak_bytes() - before, recalls
 
 
 def against_a_million():
-    from eval.metrics.relevance import pairs_of_owners
+    from eval.metrics.relevance import relevance_of_owners
     from eval.metrics.retrieval import retrieval_answers
 
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def against_a_million():
         retrieval_answers(
             media,
             media + 0.1,
-            pairs=pairs_of_owners(np.arange(NUM_QUERIES)),
+            relevance=relevance_of_owners(np.arange(NUM_QUERIES)),
             distractor_embeddings=on_disk,
         )
         seconds = time.perf_counter() - start
@@ -107,11 +107,11 @@ def in_own_process(function):
 
 
 def main():
-    seconds, memory, figures = in_own_process(ours)
+    seconds, memory, metrics = in_own_process(ours)
     print(f"COCO-sized, 5,000 x 25,000 x {WIDTH}: ours {seconds:.1f} s, {memory / 1e9:.2f} GB")
     if importlib.util.find_spec("clip_benchmark"):
-        peer_seconds, peer_memory, peer_figures = in_own_process(clip_benchmark)
-        furthest = max(abs(figures[name] - value) for name, value in peer_figures.items())
+        peer_seconds, peer_memory, peer_metrics = in_own_process(clip_benchmark)
+        furthest = max(abs(metrics[name] - value) for name, value in peer_metrics.items())
         print(
             f"  clip_benchmark {peer_seconds:.1f} s, {peer_memory / 1e9:.2f} GB: "
             f"{peer_seconds / seconds:.1f} times as long; recalls differ by {furthest:.1e}"

@@ -50,6 +50,24 @@ def test_unknown_keys_suggest_the_nearest(tmp_path):
         read(tmp_path, "sources: [{name: a, wieght: 2}]\n")
 
 
+def test_renamed_keys_are_refused_with_their_new_name(tmp_path):
+    class Old(Section):
+        renamed = {"rate": "learning_rate"}
+
+    class New(Old):
+        renamed = {"procs": "workers"}
+        learning_rate: float = 1.0
+        workers: int = 1
+
+    path = tmp_path / "toy.yaml"
+    path.write_text("rate: 1\n")
+    with pytest.raises(ConfigError, match=r"toy\.yaml: 'rate' was renamed 'learning_rate'$"):
+        read_config(New, path)
+    path.write_text("procs: 2\n")
+    with pytest.raises(ConfigError, match=r"toy\.yaml: 'procs' was renamed 'workers'$"):
+        read_config(New, path)
+
+
 def test_overrides_reach_into_lists(tmp_path):
     text = "sources: [{name: a}, {name: b}]\n"
     config = read(tmp_path, text, "sources.1.weight=0.5", "sources.0.name=c")

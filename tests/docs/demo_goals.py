@@ -11,7 +11,7 @@ DEMO = Path(__file__).parents[2] / "demo"
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "figure", "goal"),
+    ("evaluation", "metric", "goal"),
     [
         ("digits", "top_1_accuracy", 0.95),
         ("sounds", "top_1_accuracy", 0.95),
@@ -20,9 +20,9 @@ DEMO = Path(__file__).parents[2] / "demo"
         ("scenes among all", "media_to_text_recall@1", 0.60),
     ],
 )
-def test_the_demo_reaches(evaluation, figure, goal):
+def test_the_demo_reaches(evaluation, metric, goal):
     results = json.loads((DEMO / "results" / "results.json").read_text())
-    score = results["evaluations"][evaluation]["scores"][figure]
+    score = results["evaluations"][evaluation]["scores"][metric]
     assert score["value"] >= goal
     assert score["low"] > 2 * score["chance"]
 

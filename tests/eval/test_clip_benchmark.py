@@ -1,4 +1,4 @@
-"""Figures of a whole evaluation beside those of clip_benchmark 1.6.2, from the same files."""
+"""Metrics of a whole evaluation beside those of clip_benchmark 1.6.2, from the same files."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from eval.config import EvaluateConfig
 from eval.evaluate import run
 from tests.support.clip_benchmark_oracle import SETS, write_model_and_sets
 
-STORED = Path(__file__).parents[1] / "support" / "clip_benchmark_figures.json"
+STORED = Path(__file__).parents[1] / "support" / "clip_benchmark_metrics.json"
 TASKS = {
     "single": "zero_shot_classification",
     "several": "multi_label_classification",
     "captions": "retrieval",
 }
-# Names of the same figures.
+# Names of the same metrics.
 OURS = {
     ("single", "acc1"): "top_1_accuracy",
     ("single", "acc5"): "top_5_accuracy",
@@ -30,7 +30,7 @@ OURS = {
 }
 
 
-def test_figures_are_those_of_clip_benchmark(tmp_path):
+def test_metrics_are_those_of_clip_benchmark(tmp_path):
     write_model_and_sets(tmp_path)
     config = {
         "checkpoint": f"local-dir:{tmp_path / 'tiny'}",
@@ -40,7 +40,7 @@ def test_figures_are_those_of_clip_benchmark(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     run(read_config(EvaluateConfig, tmp_path / "config.yaml"))
     found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
-    for name, figures in json.loads(STORED.read_text()).items():
-        for figure, value in figures.items():
-            ours = found[name]["scores"][OURS[name, figure]]["value"]
-            assert ours == pytest.approx(value, abs=1e-6), (name, figure)
+    for name, metrics in json.loads(STORED.read_text()).items():
+        for metric, value in metrics.items():
+            ours = found[name]["scores"][OURS[name, metric]]["value"]
+            assert ours == pytest.approx(value, abs=1e-6), (name, metric)

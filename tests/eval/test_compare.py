@@ -43,13 +43,13 @@ def results(config_path, monkeypatch):  # noqa: F811
 def scores_of(folder):
     record = json.loads((folder / "results.json").read_text())["evaluations"]
     return {
-        (name, figure): score["value"]
+        (name, metric): score["value"]
         for name, each in record.items()
-        for figure, score in each["scores"].items()
+        for metric, score in each["scores"].items()
     }
 
 
-def test_differences_are_those_of_the_figures_with_paired_intervals(results):
+def test_differences_are_those_of_the_metrics_with_paired_intervals(results):
     good, worse = results
     found = compare(good, worse, bootstrap=Bootstrap(400))
     assert {each.evaluation for each in found} == {
@@ -68,7 +68,7 @@ def test_differences_are_those_of_the_figures_with_paired_intervals(results):
     }
     first, second = scores_of(good), scores_of(worse)
     for each in found:
-        key = (each.evaluation, each.figure)
+        key = (each.evaluation, each.metric)
         assert each.baseline == pytest.approx(first[key])
         assert each.value == pytest.approx(second[key])
         assert each.difference == pytest.approx(second[key] - first[key])
@@ -87,7 +87,7 @@ def test_differences_are_those_of_the_figures_with_paired_intervals(results):
     assert [each.num_better for each in backwards] == [each.num_worse for each in found]
 
 
-def test_pairing_tells_apart_what_the_figures_own_intervals_do_not():
+def test_pairing_tells_apart_what_the_metrics_own_intervals_do_not():
     """Half of the queries fail for both; the rest for one in fifty more."""
     from eval.metrics.intervals import bootstrap_interval, rate_interval, weighted_mean
 
@@ -123,6 +123,9 @@ def test_the_command_writes_a_table_and_refuses_other_samples(results, tmp_path,
     assert len(record["compared"][str(worse)]) == table.count("\n| ") - 1
 
     values = json.loads((worse / "results.json").read_text())
+    values["evaluations"]["few"]["strength"] = values["evaluations"]["few"].pop("l2")
+    (worse / "results.json").write_text(json.dumps(values))  # the key's name in older results
+    assert compare_command(str(path), "--dry-run") == 0
     values["evaluations"]["colors"]["dataset"]["fingerprint"] = "another"
     (worse / "results.json").write_text(json.dumps(values))
     assert compare_command(str(path), "--dry-run") == 1

@@ -160,7 +160,7 @@ def evaluate(path, *overrides):
     )
 
 
-def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
+def test_evaluation_writes_metrics_with_their_provenance(config_path, capsys):
     assert evaluate(config_path) == 0
     out = config_path.parent / "out"
     record = json.loads((out / "results.json").read_text())
@@ -178,10 +178,10 @@ def test_evaluation_writes_figures_with_their_provenance(config_path, capsys):
     assert probed["scores"]["top_1_accuracy"]["value"] == 1
     assert probed["num_train"] + probed["num_validation"] == 60
     assert 0 < probed["num_validation"] < 20
-    best = probed["validation_accuracies"][f"{probed['strength']:.4g}"]
+    best = probed["validation_accuracies"][f"{probed['l2']:.4g}"]
     assert best == max(probed["validation_accuracies"].values()) == 1
-    for name, figure in (("neighbours", "top_1_accuracy"), ("few", "top_1_accuracy@2_shot")):
-        assert record["evaluations"][name]["scores"][figure]["value"] == 1
+    for name, metric in (("neighbours", "top_1_accuracy"), ("few", "top_1_accuracy@2_shot")):
+        assert record["evaluations"][name]["scores"][metric]["value"] == 1
         assert record["evaluations"][name]["num_train"] == 60
     assert record["averages"]["trained"]["value"] == 1
     assert record["averages"]["all"]["num_queries"] == len(record["evaluations"])
@@ -314,7 +314,7 @@ def test_missing_checkpoint_is_named(config_path, capsys, arguments):
     assert "absent: expected a run folder with a checkpoint" in capsys.readouterr().err
 
 
-def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_path):
+def test_what_became_of_every_sample_is_kept_and_gives_the_metrics_again(config_path):
     assert evaluate(config_path) == 0
     out = config_path.parent / "out"
     record = json.loads((out / "results.json").read_text())["evaluations"]
@@ -350,7 +350,7 @@ def test_what_became_of_every_sample_is_kept_and_gives_the_figures_again(config_
     assert scores["text_to_media_mean_rank"]["value"] == pytest.approx(mean_rank)
     assert by_text["caption"][:3] == ["a low tone", "a middle tone", "a high tone"]
     rows = (out / "results.csv").read_text().splitlines()
-    assert rows[0] == "evaluation,figure,value,low,high,chance,num_queries,interval"
+    assert rows[0] == "evaluation,metric,value,low,high,chance,num_queries,interval"
     assert any(row.startswith("colors,top_1_accuracy,1.0,") for row in rows)
     assert len(rows) == 1 + sum(len(each["scores"]) for each in record.values())
 

@@ -61,10 +61,10 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
         json.loads((output / f"step_{step:08d}" / "results.json").read_text()) for step in steps
     ]
     assert [record["checkpoint"]["step"] for record in records] == steps
-    figure = "text_to_media_mrr"
-    values = [record["evaluations"]["colors"]["scores"][figure]["value"] for record in records]
+    metric = "text_to_media_mrr"
+    values = [record["evaluations"]["colors"]["scores"][metric]["value"] for record in records]
     expected = pytest.approx(dict(zip(steps, values, strict=True)))
-    assert curve_of(folder, f"colors/{figure}") == expected
+    assert curve_of(folder, f"colors/{metric}") == expected
     assert not list(output.rglob("*.npy"))
 
     # What was evaluated stays as it is; a step that lost its results is done again.
@@ -72,4 +72,4 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
     shutil.rmtree(output / "step_00000004")
     run(config.model_copy(update={"wait": False}))
     assert (output / "step_00000002" / "results.json").stat().st_mtime_ns == kept
-    assert curve_of(folder, f"colors/{figure}") == expected
+    assert curve_of(folder, f"colors/{metric}") == expected

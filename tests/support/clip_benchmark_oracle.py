@@ -6,7 +6,7 @@ clip_benchmark 1.6.2 needs numpy < 2.3, hence an environment of its own:
     oracle/bin/pip install torch==2.13.0 torchvision==0.28.0 open-clip-torch==3.3.0 \
         clip-benchmark==1.6.2 requests "numpy<2.3"
     oracle/bin/python -m tests.support.clip_benchmark_oracle \
-        > tests/support/clip_benchmark_figures.json
+        > tests/support/clip_benchmark_metrics.json
 """
 
 import io
@@ -73,7 +73,7 @@ def _write_set(folder, samples, *, kind):
 
 
 def main():
-    figures = {}
+    metrics = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model_and_sets(folder)
@@ -84,8 +84,8 @@ def main():
             command += ["--dataset_root", str(folder / dataset), "--task", task, "--no_amp"]
             command += ["--num_workers", "1", "--batch_size", "16", "--output", str(output)]
             subprocess.run([*command, *arguments], check=True, stdout=sys.stderr)
-            figures[dataset] = json.loads(output.read_text())["metrics"]
-    print(json.dumps(figures, indent=1, sort_keys=True))
+            metrics[dataset] = json.loads(output.read_text())["metrics"]
+    print(json.dumps(metrics, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What ranx makes of a matrix of scores, and librosa of a sound; both need packages that the tests
-do without, so their figures are stored:
+do without, so their metrics are stored:
 
     python3.11 -m venv oracle
     oracle/bin/pip install ranx librosa "numpy<2.3"
@@ -33,7 +33,7 @@ def chirp():
     )
 
 
-def ranx_figures():
+def ranx_metrics():
     from ranx import Qrels, Run, evaluate
 
     scores, right = scores_and_right()
@@ -68,4 +68,4 @@ def librosa_decibels():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"ranx": ranx_figures(), "librosa": librosa_decibels()}, indent=None))
+    print(json.dumps({"ranx": ranx_metrics(), "librosa": librosa_decibels()}, indent=None))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.metrics.ranked_relevance import right_answers
+from eval.metrics.ranked_relevance import ranked_relevance
 from pretrain.config import AudioTransform
 from pretrain.model.log_mel import LogMelSpectrogram
 from tests.support.stored_oracles import KS, RATE_HZ, chirp, scores_and_right
@@ -15,16 +15,16 @@ from tests.support.stored_oracles import KS, RATE_HZ, chirp, scores_and_right
 STORED = json.loads((Path(__file__).parent / "stored_oracles.json").read_text())
 
 
-def test_ranking_figures_are_those_of_ranx():
+def test_ranking_metrics_are_those_of_ranx():
     scores, right = scores_and_right()
     query, place = np.nonzero(right)
     wrong = np.where(right, -np.inf, scores)
     above = (wrong[query] > scores[query, place][:, None]).sum(axis=1)
-    answers = right_answers(
+    answers = ranked_relevance(
         query,
         scores[query, place],
-        num_wrong_above=above,
-        num_wrong_level=np.zeros_like(above),
+        num_irrelevant_above=above,
+        num_irrelevant_tied=np.zeros_like(above),
         gallery_size=scores.shape[1],
     )
     found = {

@@ -1,4 +1,4 @@
-"""Figures and stored embeddings by several processes, workers, shards and orders, beside one."""
+"""Metrics and stored embeddings by several processes, workers, shards and orders, beside one."""
 
 import json
 import signal
@@ -71,13 +71,13 @@ def launch(config, *, num_processes):
 
 
 def results_of(config):
-    """Figures, what became of every sample by its key, and the stored embeddings."""
+    """Metrics, what became of every sample by its key, and the stored embeddings."""
     out = config.parent / "out"
     record = json.loads((out / "results.json").read_text())["evaluations"]
     scores = {
-        (name, figure): score["value"]
+        (name, metric): score["value"]
         for name, each in record.items()
-        for figure, score in each["scores"].items()
+        for metric, score in each["scores"].items()
     }
     predictions = {
         path.name: sorted(map(str, pyarrow.parquet.read_table(path).to_pylist()))

@@ -15,7 +15,7 @@ from eval.metrics.caption_choice import choose_captions, choose_in_groups
 from eval.metrics.few_shot import classify_from_few
 from eval.metrics.intervals import Bootstrap
 from eval.metrics.knn import neighbour_votes
-from eval.metrics.relevance import pairs_of_equal_values
+from eval.metrics.relevance import relevance_of_equal_values
 from eval.metrics.retrieval import retrieve
 from eval.metrics.zero_shot import classify, rank_scores
 
@@ -88,7 +88,7 @@ def test_few_shot_probes_learn_from_as_many_items_as_they_say():
         "targets": targets,
         "num_classes": 3,
         "num_draws": 2,
-        "strength": 3.0,
+        "l2": 3.0,
         "bootstrap": BOOTSTRAP,
     }
     labels = torch.from_numpy(train_targets)
@@ -189,12 +189,12 @@ def test_the_worst_group_and_macro_f1_are_those_of_scikit_learn():
 def test_media_find_media_of_another_kind():
     images, sounds = unit_rows(30, seed=1), unit_rows(40, seed=2)
     names, other_names = [str(n % 10) for n in range(30)], [str(n % 10) for n in range(40)]
-    pairs = pairs_of_equal_values(names, other_names)
+    pairs = relevance_of_equal_values(names, other_names)
     result = retrieve(
         images,
         sounds,
         media_of_text=np.arange(40),
-        pairs=pairs,
+        relevance=pairs,
         ks=(1, 5),
         bootstrap=BOOTSTRAP,
         directions=("image_to_audio", "audio_to_image"),

@@ -1,4 +1,4 @@
-"""Figures over all right answers, against the obvious way: sort, look, and average over ties."""
+"""Metrics over all right answers, against the obvious way: sort, look, and average over ties."""
 
 import itertools
 
@@ -8,21 +8,21 @@ import torch
 from sklearn.metrics import average_precision_score, ndcg_score
 from torch.nn.functional import normalize
 
-from eval.metrics.ranked_relevance import answers_at_chance, right_answers
-from eval.metrics.relevance import pairs_of_equal_captions, pairs_of_owners
+from eval.metrics.ranked_relevance import ranked_relevance, relevance_at_chance
+from eval.metrics.relevance import relevance_of_equal_captions, relevance_of_owners
 from eval.metrics.retrieval import retrieval_answers
 
 
 def dense_answers(scores, is_right):
-    """RightAnswers of whole matrices [queries, answers]."""
+    """RankedRelevance of whole matrices [queries, answers]."""
     query, answer = np.nonzero(is_right)
     wrong = np.where(is_right, -np.inf, scores)[query]
     own = scores[query, answer]
-    return right_answers(
+    return ranked_relevance(
         query,
         own,
-        num_wrong_above=(wrong > own[:, None]).sum(axis=1),
-        num_wrong_level=(wrong == own[:, None]).sum(axis=1),
+        num_irrelevant_above=(wrong > own[:, None]).sum(axis=1),
+        num_irrelevant_tied=(wrong == own[:, None]).sum(axis=1),
         gallery_size=scores.shape[1],
     )
 
@@ -42,7 +42,7 @@ def of_order(right, k):
     )
 
 
-def figures_at(answers, k):
+def metrics_at(answers, k):
     return np.stack(
         [
             answers.true_recall_at(k),
@@ -62,7 +62,7 @@ def test_without_ties_they_are_those_of_the_sorted_ranking(k):
     is_right = rng.random((60, 40)) < 0.15
     is_right[:, 0] |= ~is_right.any(axis=1)
     expected = [of_order(is_right[q][np.argsort(-scores[q])], k) for q in range(60)]
-    np.testing.assert_allclose(figures_at(dense_answers(scores, is_right), k), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics_at(dense_answers(scores, is_right), k), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
@@ -79,7 +79,7 @@ def test_ties_count_as_the_mean_over_all_their_orders(k):
             if all(row[a] >= row[b] for a, b in itertools.pairwise(order))
         ]
         expected.append(np.mean([of_order(right[list(order)], k) for order in orders], axis=0))
-    np.testing.assert_allclose(figures_at(dense_answers(scores, is_right), k), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics_at(dense_answers(scores, is_right), k), expected, rtol=1e-12)
 
 
 def test_they_equal_scikit_learns():
@@ -97,7 +97,7 @@ def test_they_equal_scikit_learns():
 
 def test_a_level_of_ten_thousand_is_what_its_formula_says():
     """One right answer of n, all level: it is at every rank equally often."""
-    answers = answers_at_chance([1], gallery_size=10_000)
+    answers = relevance_at_chance([1], gallery_size=10_000)
     harmonic = (1 / np.arange(1, 10_001)).sum() / 10_000
     assert answers.average_precision()[0] == pytest.approx(harmonic, rel=1e-12)
     assert answers.reciprocal_rank()[0] == pytest.approx(harmonic, rel=1e-12)
@@ -113,7 +113,7 @@ def test_tiles_of_any_size_and_equal_captions_give_the_dense_answers(tile):
     media = normalize(torch.randn(20, 6, generator=generator), dim=-1)
     texts = normalize(torch.randn(17, 6, generator=generator), dim=-1)[torch.arange(60) % 17]
     others = normalize(torch.randn(9, 6, generator=generator), dim=-1)
-    pairs = pairs_of_equal_captions(owners, captions)
+    pairs = relevance_of_equal_captions(owners, captions)
     is_right = np.array(
         [
             [any(captions[own] == captions[m] for own in range(60) if owners[own] == item)]
@@ -123,14 +123,16 @@ def test_tiles_of_any_size_and_equal_captions_give_the_dense_answers(tile):
     ).reshape(20, 60)
     scores = (media.double() @ texts.double().T).float().numpy()
     with_others = (media.double() @ torch.cat([texts, others]).double().T).float().numpy()
-    found = retrieval_answers(media, texts, pairs=pairs, distractor_embeddings=others, tile=tile)
+    found = retrieval_answers(
+        media, texts, relevance=pairs, distractor_embeddings=others, tile=tile
+    )
     nothing = np.zeros((20, 9), dtype=bool)
     expected = (
         dense_answers(with_others, np.concatenate([is_right, nothing], axis=1)),
         dense_answers(scores.T, is_right.T),
     )
     for ours, truth in zip(found, expected, strict=True):
-        np.testing.assert_allclose(figures_at(ours, 5), figures_at(truth, 5), rtol=1e-12)
+        np.testing.assert_allclose(metrics_at(ours, 5), metrics_at(truth, 5), rtol=1e-12)
         np.testing.assert_array_equal(
             ours.query_ranks().first_ranks(), truth.query_ranks().first_ranks()
         )
@@ -138,8 +140,11 @@ def test_tiles_of_any_size_and_equal_captions_give_the_dense_answers(tile):
 
 def test_captions_of_their_own_are_pairs_of_equal_ones_where_none_repeats():
     owners = np.array([2, 0, 1, 2])
-    own, equal = pairs_of_owners(owners), pairs_of_equal_captions(owners, ["a", "b", "c", "d"])
+    own, equal = (
+        relevance_of_owners(owners),
+        relevance_of_equal_captions(owners, ["a", "b", "c", "d"]),
+    )
     assert own.media.tolist() == equal.media.tolist()
     assert own.texts.tolist() == equal.texts.tolist()
     assert own.texts_of(2).tolist() == [0, 3]
-    assert pairs_of_equal_captions(owners, ["a", "b", "a", "d"]).media_of(0).tolist() == [1, 2]
+    assert relevance_of_equal_captions(owners, ["a", "b", "a", "d"]).media_of(0).tolist() == [1, 2]

@@ -7,12 +7,12 @@ from eval.metrics.ranking import QueryRanks, chance_ranks, cosine_scores, median
 
 
 def test_hit_probability_equals_random_tie_breaking():
-    num_above, num_level, num_right = 2, 4, 2
+    num_above, num_tied, num_relevant = 2, 4, 2
     generator = np.random.default_rng(0)
     ranks = QueryRanks(
-        np.array([num_above]), np.array([num_level]), np.array([num_right]), gallery_size=20
+        np.array([num_above]), np.array([num_tied]), np.array([num_relevant]), gallery_size=20
     )
-    tied = np.array([1] * num_right + [0] * num_level)
+    tied = np.array([1] * num_relevant + [0] * num_tied)
     shuffled = generator.permuted(np.tile(tied, (40_000, 1)), axis=1)
     first = num_above + shuffled.argmax(axis=1)
     for k in range(1, 10):
@@ -20,11 +20,11 @@ def test_hit_probability_equals_random_tie_breaking():
     assert ranks.first_ranks()[0] == pytest.approx(first.mean() + 1, abs=0.03)
 
 
-@pytest.mark.parametrize("num_right", [1, 3, 5])
-def test_chance_equals_the_hypergeometric_distribution(num_right):
-    ranks = chance_ranks([num_right], gallery_size=40)
+@pytest.mark.parametrize("num_relevant", [1, 3, 5])
+def test_chance_equals_the_hypergeometric_distribution(num_relevant):
+    ranks = chance_ranks([num_relevant], gallery_size=40)
     for k in (1, 5, 10, 39, 40):
-        expected = 1 - hypergeom(40, num_right, k).pmf(0)
+        expected = 1 - hypergeom(40, num_relevant, k).pmf(0)
         assert ranks.hits_at(k)[0] == pytest.approx(expected, abs=1e-12)
     assert ranks.hits_at(1000)[0] == 1
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from eval.metrics.intervals import Bootstrap
-from eval.metrics.relevance import pairs_of_owners
+from eval.metrics.relevance import relevance_of_owners
 from eval.metrics.retrieval import recall_at_k, retrieval_answers, retrieve
 
 FEW_RESAMPLES = Bootstrap(num_samples=100)
@@ -52,7 +52,11 @@ def test_tiled_ranks_equal_a_full_sort_for_any_tile_size(tile, num_distractors):
         50, captions_per_media, num_distractors=num_distractors
     )
     found = retrieval_answers(
-        media, text, pairs=pairs_of_owners(owners), distractor_embeddings=distractors, tile=tile
+        media,
+        text,
+        relevance=relevance_of_owners(owners),
+        distractor_embeddings=distractors,
+        tile=tile,
     )
     for answers, expected in zip(
         found, oracle_ranks(media, text, owners, distractors), strict=True
@@ -71,7 +75,7 @@ def test_near_ties_are_ranked_alike_by_every_tile_size():
         found = [
             answers.query_ranks().first_ranks()
             for answers in retrieval_answers(
-                crowded, text, pairs=pairs_of_owners(owners), tile=tile
+                crowded, text, relevance=relevance_of_owners(owners), tile=tile
             )
         ]
         expected = expected or found
@@ -83,11 +87,13 @@ def test_ranks_do_not_depend_on_the_order_of_items_and_captions():
     media, text, owners, _ = random_pairs(40, 3)
     media_order, text_order = torch.randperm(40), torch.randperm(120)
     place_of = torch.argsort(media_order).numpy()
-    by_media, by_text = retrieval_answers(media, text, pairs=pairs_of_owners(owners), tile=16)
+    by_media, by_text = retrieval_answers(
+        media, text, relevance=relevance_of_owners(owners), tile=16
+    )
     moved_by_media, moved_by_text = retrieval_answers(
         media[media_order],
         text[text_order],
-        pairs=pairs_of_owners(place_of[owners[text_order]]),
+        relevance=relevance_of_owners(place_of[owners[text_order]]),
         tile=16,
     )
     np.testing.assert_array_equal(

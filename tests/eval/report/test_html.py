@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from eval.metrics.embedding_space import embedding_space
-from eval.metrics.relevance import pairs_of_owners
+from eval.metrics.relevance import relevance_of_owners
 from eval.report.charts import confusion_chart, training_charts
 from eval.report.gallery import nearest, shown_queries
 from eval.report.spectrogram import spectrogram_picture
@@ -45,11 +45,11 @@ def test_training_charts_leave_out_what_was_not_logged():
     assert "validation" not in html
 
 
-def test_figures_of_the_shared_space_are_those_of_their_papers():
+def test_metrics_of_the_shared_space_are_those_of_their_papers():
     generator = torch.Generator().manual_seed(0)
     media = normalize(torch.randn(40, 6, generator=generator), dim=-1)
     other = normalize(media.repeat_interleave(2, dim=0) + 0.3, dim=-1)
-    pairs = pairs_of_owners(np.arange(80) // 2)
+    pairs = relevance_of_owners(np.arange(80) // 2)
     space = embedding_space(media, other, pairs)
     rows, columns = media.double().numpy(), other.double().numpy()
     gap = np.linalg.norm(rows.mean(axis=0) - columns.mean(axis=0))

@@ -154,17 +154,17 @@ def test_a_probe_trains_on_other_items_and_validates_on_some_of_them(tmp_path):
     config = config_of(tmp_path / "test", **section, train=tmp_path / "train")
     (task,) = read_tasks(config)
     assert task.targets.tolist() == [1, 0]
-    places = sorted([*task.train.places.tolist(), *task.validation.places.tolist()])
-    assert places == list(range(40))
-    assert 0 < len(task.validation.places) < 10
+    indices = sorted([*task.train.indices.tolist(), *task.validation.indices.tolist()])
+    assert indices == list(range(40))
+    assert 0 < len(task.validation.indices) < 10
     for items in (task.train, task.validation):
-        np.testing.assert_array_equal(items.targets, items.places % 2)
-    assert f"{len(task.train.places)} items to train on" in task.description()
+        np.testing.assert_array_equal(items.targets, items.indices % 2)
+    assert f"{len(task.train.indices)} items to train on" in task.description()
     apart = config_of(
         tmp_path / "test", **section, train=tmp_path / "train", validation=tmp_path / "test"
     )
     (task,) = read_tasks(apart)
-    assert (len(task.train.places), task.validation.targets.tolist()) == (40, [1, 0])
+    assert (len(task.train.indices), task.validation.targets.tolist()) == (40, [1, 0])
     same = config_of(tmp_path / "test", **section, train=tmp_path / "test", train_split="test")
     with pytest.raises(InputError, match="training items are the test's"):
         read_tasks(same)
@@ -207,6 +207,6 @@ def test_equal_captions_are_merged_where_asked(tmp_path):
         read_tasks(config_of(tmp_path / "toy", task="retrieval", equal_captions=each))[0]
         for each in ("own", "merged")
     )
-    assert own.pairs.media_of(0).tolist() == [0]
-    assert merged.pairs.media_of(0).tolist() == [0, 2]
-    assert merged.pairs.texts_of(1).tolist() == [1]
+    assert own.relevance.media_of(0).tolist() == [0]
+    assert merged.relevance.media_of(0).tolist() == [0, 2]
+    assert merged.relevance.texts_of(1).tolist() == [1]
