@@ -1,19 +1,20 @@
-"""Checkpoints: whole or not there, of any number of processes, and enough to rebuild the model.
+"""Checkpoints that any number of processes can write and read, sufficient to rebuild the model.
 
     step_00001000/
-      model-00002-of-00004.safetensors       fp32 parameters: what the second of four processes held
-      optimizer-00002-of-00004.safetensors   likewise, moments of the optimizer
-      buffers.safetensors                    saved buffers of the model, if it has any
-      config.yaml                            the run's resolved config
+      model-00002-of-00004.safetensors       fp32 parameters: the slices of the second of four ranks
+      optimizer-00002-of-00004.safetensors   the same for the optimizer's moments
+      buffers.safetensors                    persistent buffers of the model, if it has any
+      config.yaml                            resolved config of the run
       assets/                                tokenizer and tower configs that libraries do not ship
-      checkpoint.json                        step, shapes, who wrote it; size and sha256 of every
-                                             other file; written last
+      checkpoint.json                        step, shapes, writer; size and sha256 of every other
+                                             file; written last
 
-Tensors are flattened. A file holds fragments, "<key>/<parameter>@<first element>" (see
-fragment_file): keys are "parameter" and the moments' names. Which rank holds which fragment follows
-from strategy and number of processes, and is of no importance to who reads them.
+Tensors are flattened. An entry of a file is a slice, "<key>/<parameter>@<offset>", where the key is
+"parameter" or the name of a moment (see checkpoints/slice_file.py). The strategy and the number of
+processes decide which rank writes which slices; readers need not know.
 
-A folder counts only if checkpoint.json is there and every sum agrees. Nothing in it is a pickle.
+A folder is a valid checkpoint only if checkpoint.json exists and every checksum agrees. No file is
+a pickle.
 """
 
 from __future__ import annotations
@@ -24,24 +25,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from data_prep.config_file import (
-    read_config,
-    to_yaml,
-)
+from data_prep.config_file import read_config, to_yaml
 from data_prep.errors import InputError
 from data_prep.storage.remote_file import join, local_path, open_binary
 from pretrain.checkpoints.download import download_model, verify_model
 from pretrain.checkpoints.record import CheckpointRecord, read_record
-from pretrain.checkpoints.slice_file import PieceIndex, StoredPiece, read_pieces
+from pretrain.checkpoints.slice_file import SliceIndex, StoredSlice, read_slices
 from pretrain.checkpoints.state import (
     BUFFERS_FILE,
     PARAMETER,
-    load_fragments,
+    load_slices,
     read_whole,
     shapes_of,
 )
@@ -50,35 +49,40 @@ from pretrain.checkpoints.store import (
     DamagedCheckpointError,
     find_locations,
     read_file,
-    tried,
+    retry_remote,
     verify_file,
 )
 from pretrain.config import MediaKind, PretrainConfig
 from pretrain.data.transforms import MediaTransform, build_transforms
 from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
-from pretrain.distributed.engine import Engine
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from pretrain.distributed.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WholeCheckpoint:
-    """A checkpoint whose sums agree."""
+    """A checkpoint whose checksums agree."""
 
     location: str
     record: CheckpointRecord
-    index: PieceIndex
+    index: SliceIndex
 
 
-# -------------------------------------------------------------------------------- for training
+# ---------------------------------------------------------------------- used by the training loop
 
 
 def files_to_rebuild(
     config: PretrainConfig, model: ContrastiveModel, tokenizer: Tokenizer
 ) -> dict[str, bytes]:
-    """What the model is rebuilt from besides its tensors, by name; the same for all of a run."""
+    """Returns {name: content} of the files that rebuild the model, in addition to its tensors.
+
+    They are the same for all checkpoints of a run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         assets = Path(folder) / "assets"
         assets.mkdir()
@@ -92,16 +96,16 @@ def files_to_rebuild(
 def newest_checkpoint(
     store: CheckpointStore, *, counts: Callable[[CheckpointRecord], bool] = lambda record: True
 ) -> WholeCheckpoint | None:
-    """The newest checkpoint whose sums agree; damaged ones are named in the log.
+    """Finds the newest valid checkpoint and logs the damaged ones that it skips.
 
-    Every rank must call it: each checks a part of the files.
+    Every rank must call it: each verifies a part of the files.
 
     Args:
-        store: where they are.
-        counts: whether one is taken for the run's own.
+        store: the store to search.
+        counts: returns whether a checkpoint belongs to the run's history; others are skipped.
 
     Raises:
-        RunError: the store cannot be read.
+        RunError: if the store cannot be read.
     """
     found = on_main_process(store.checkpoints)
     for each in found:
@@ -115,31 +119,31 @@ def newest_checkpoint(
             return whole
         if rank() == 0:
             logger.warning(
-                "%s is skipped: attempt %s wrote it after a newer attempt had gone on from an "
+                "%s is skipped: attempt %s wrote it after a newer attempt had resumed from an "
                 "earlier step",
                 each.location,
                 whole.record.written_by["attempt"],
             )
     if found and rank() == 0:
-        logger.warning("%s: none of %d checkpoints is whole", store.folder, len(found))
+        logger.warning("%s: none of %d checkpoints is valid", store.folder, len(found))
     return None
 
 
 def open_whole(location: str) -> WholeCheckpoint:
-    """A checkpoint, after every file was checked; every rank must call it.
+    """Opens a checkpoint after verifying every file; every rank must call it.
 
     Raises:
-        DamagedCheckpointError: on every rank, naming a file that is missing or differs.
+        DamagedCheckpointError: on every rank, if a file is missing or its checksum differs.
     """
     record, error = on_main_process(lambda: _record_or_damage(location))
     if error is not None:
         raise error
-    found: list[StoredPiece] = []
+    found: list[StoredSlice] = []
     try:
         for name in sorted(record.files)[rank() :: world_size()]:
             verify_file(location, name, record.files[name])
             if name.startswith(("model-", "optimizer-")):
-                found += _pieces_in(location, name)
+                found += _slices_in(location, name)
     except (DamagedCheckpointError, OSError) as raised:
         error = raised
     outcomes = gather_objects((found, error))
@@ -147,7 +151,7 @@ def open_whole(location: str) -> WholeCheckpoint:
         if error is not None:
             raise error
     return WholeCheckpoint(
-        location, record, PieceIndex(each for pieces, _ in outcomes for each in pieces)
+        location, record, SliceIndex(each for slices, _ in outcomes for each in slices)
     )
 
 
@@ -160,25 +164,25 @@ def _record_or_damage(
         return None, error
 
 
-def _pieces_in(location: str, name: str) -> list[StoredPiece]:
+def _slices_in(location: str, name: str) -> list[StoredSlice]:
     path = join(location, name)
 
-    def read() -> list[StoredPiece]:
+    def read() -> list[StoredSlice]:
         with open_binary(path) as file:
-            return read_pieces(file, name)
+            return read_slices(file, name)
 
-    return tried(path, read)
+    return retry_remote(path, read)
 
 
 def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:
     """Loads a checkpoint into an engine; every rank must call it.
 
     Raises:
-        InputError: it is of another model.
+        InputError: if the checkpoint belongs to a different model.
     """
     refuse_other_shapes(checkpoint, shapes_of(engine.model))
     _refuse_missing_moments(engine, checkpoint)
-    load_fragments(engine, checkpoint.location, checkpoint.index)
+    load_slices(engine, checkpoint.location, checkpoint.index)
     engine.model.load_state_dict(
         _read_buffers(checkpoint.location, checkpoint.record), strict=False
     )
@@ -186,9 +190,14 @@ def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:
 
 
 def refuse_other_shapes(checkpoint: WholeCheckpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """
+    """Compares the parameters of a checkpoint with those of a model.
+
+    Args:
+        checkpoint: the checkpoint.
+        shapes: parameter name -> shape, of the model.
+
     Raises:
-        InputError: the checkpoint holds other parameters than a model of these shapes.
+        InputError: if names or shapes differ.
     """
     there = checkpoint.record.shapes
     different = [
@@ -199,21 +208,21 @@ def refuse_other_shapes(checkpoint: WholeCheckpoint, shapes: dict[str, tuple[int
     if different:
         more = [f"  and {len(different) - 10} more"] if len(different) > 10 else []
         raise InputError(
-            f"{checkpoint.location}: expected parameters of this model, found others (shapes):\n"
-            + "\n".join(different[:10] + more)
+            f"{checkpoint.location}: expected the parameters of this model, found different ones "
+            "(shapes):\n" + "\n".join(different[:10] + more)
         )
 
 
 def _refuse_missing_moments(engine: Engine, checkpoint: WholeCheckpoint) -> None:
-    own = {f"{each.key}/{each.name}": each.name for each in engine.fragments()}
+    own = {held.slice.tensor: held.slice.parameter for held in engine.slices()}
     names = {name for tensor, name in own.items() if not checkpoint.index.has(tensor)}
     missing = sorted(set().union(*gather_objects(names)))
     if missing:
         raise InputError(
-            f"{checkpoint.location}: expected the optimizer's moments of every parameter that is "
-            f"trained here, found none of {', '.join(missing[:10])}"
+            f"{checkpoint.location}: expected the optimizer's moments of every parameter that this "
+            f"run trains, found none of {', '.join(missing[:10])}"
             f"{f' and {len(missing) - 10} more' if len(missing) > 10 else ''}, which were frozen "
-            "there: train the same parameters as the run it begins from"
+            "in the checkpoint's run: train the same parameters as that run"
         )
 
 
@@ -221,19 +230,20 @@ def _read_buffers(location: str, record: CheckpointRecord) -> dict[str, Tensor]:
     return load(read_file(location, BUFFERS_FILE)) if BUFFERS_FILE in record.files else {}
 
 
-# -------------------------------------------------------------------------------- for whoever uses
+# ------------------------------------------------------------------- used by consumers of a model
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint a person means by a checkpoint, or by a run folder: its newest.
+    """Finds a checkpoint and verifies the files of its model.
 
     Args:
-        folder: path or URL. What is behind a URL is copied to the user's cache, without the
+        folder: path or URL of a checkpoint, or of a run folder, which stands for its newest
+            checkpoint. A remote checkpoint is downloaded to the user's cache, without the
             optimizer's files.
 
     Raises:
-        InputError: there is none, or it is damaged. (What is measured is never silently an older
-            one; the optimizer's state is not looked at.)
+        InputError: if there is no checkpoint, or it is damaged. An older one is never taken
+            silently.
     """
     locations = find_locations(str(folder))
     if not locations:
@@ -255,14 +265,18 @@ def find_checkpoint(folder: str | Path) -> Path:
 def load_model(
     folder: str | Path, *, device: str = "cpu"
 ) -> tuple[ContrastiveModel, dict[MediaKind, MediaTransform], Tokenizer]:
-    """A trained model in evaluation mode, its transforms by kind of media, and its tokenizer.
+    """Loads a trained model in evaluation mode.
 
     Args:
-        folder: a run folder (its newest checkpoint is taken) or one checkpoint; path or URL.
-        device: where the model goes.
+        folder: path or URL of a checkpoint, or of a run folder, which stands for its newest
+            checkpoint.
+        device: device of the model.
+
+    Returns:
+        (model, {media kind: transform}, tokenizer)
 
     Raises:
-        InputError: there is no whole checkpoint.
+        InputError: if there is no checkpoint, or it is damaged.
     """
     checkpoint = find_checkpoint(folder)
     config = read_config(PretrainConfig, checkpoint / "config.yaml")
@@ -275,11 +289,15 @@ def load_model(
 
 
 def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
-    """Parameters and saved buffers of a checkpoint by name, as `load_state_dict` takes them."""
+    """Reads the parameters and persistent buffers of a checkpoint, for `load_state_dict`.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+    """
     record = read_record(checkpoint)
     location = str(checkpoint)
     names = [name for name in record.files if name.startswith("model-")]
-    index = PieceIndex(piece for name in names for piece in _pieces_in(location, name))
+    index = SliceIndex(each for name in names for each in _slices_in(location, name))
     sizes = {f"{PARAMETER}/{name}": prod(shape) for name, shape in record.shapes.items()}
     values = read_whole(location, index, sizes=sizes)
     state = {n: values[f"{PARAMETER}/{n}"].view(shape) for n, shape in record.shapes.items()}

@@ -1,4 +1,4 @@
-"""Copies of checkpoints behind URLs, for whoever uses the model: fetched once, kept in a cache."""
+"""Local copies of remote checkpoints: downloaded once, without optimizer state, and cached."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from pretrain.checkpoints.store import (
 
 
 def download_model(location: str, record: CheckpointRecord) -> Path:
-    """The local copy of a checkpoint behind a URL, without the optimizer's files.
+    """Downloads a checkpoint without the optimizer's files, unless a valid copy is cached.
 
-    It lies in $XDG_CACHE_HOME/isopair (default: ~/.cache/isopair), and is made if it is not there.
+    The cache is $XDG_CACHE_HOME/isopair (default: ~/.cache/isopair).
 
     Args:
-        location: of the checkpoint.
-        record: of the checkpoint.
+        location: URL of the checkpoint.
+        record: record of the checkpoint.
+
+    Returns:
+        Path of the copy.
 
     Raises:
-        DamagedCheckpointError: a file is missing, or differs from what was recorded.
-        InputError: the record names files outside of the checkpoint.
+        DamagedCheckpointError: if a file is missing or differs from the record.
+        InputError: if the record names a file outside the checkpoint.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
     copy = cache / "checkpoints" / record.model_sha256[:32]
@@ -45,7 +48,9 @@ def download_model(location: str, record: CheckpointRecord) -> Path:
     try:
         for name, file in record.model_files.items():
             if leads_outside(name):
-                raise InputError(f"{location}/{RECORD}: {name}: expected a file of the checkpoint")
+                raise InputError(
+                    f"{location}/{RECORD}: expected names of files in the checkpoint, found {name}"
+                )
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             fetch_file(join(location, name), target, retries=RETRIES, sha256=file.sha256)
@@ -62,15 +67,15 @@ def _publish(partial: Path, copy: Path) -> None:
     try:
         partial.replace(copy)
     except OSError:
-        if not copy.exists():  # else another process was faster, with the same files
+        if not copy.exists():  # otherwise another process was faster, with the same files
             raise
 
 
 def verify_model(location: str, record: CheckpointRecord) -> None:
-    """Checks what the model is rebuilt from; the optimizer's files are not looked at.
+    """Verifies the files that the model is rebuilt from, which excludes the optimizer's.
 
     Raises:
-        DamagedCheckpointError: a file is missing, or differs from what was recorded.
+        DamagedCheckpointError: if a file is missing or differs from the record.
     """
     for name, file in record.model_files.items():
         verify_file(location, name, file)

@@ -1,4 +1,4 @@
-"""checkpoint.json: what a checkpoint records of itself, written last. Needs no torch to be read."""
+"""The record of a checkpoint, checkpoint.json, which is written last. Reading it needs no torch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ TAGS_KEY = "marks"  # name of RunState.tags in the file
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, besides its tensors."""
+    """Progress of a run, in addition to its tensors."""
 
-    step: int  # steps done
-    num_updates: int  # of the optimizer: steps without those that were skipped
+    step: int  # steps completed
+    num_updates: int  # optimizer updates: steps without the skipped ones
     skipped_steps: tuple[int, ...] = ()
-    tags: tuple[str, ...] = ()  # why the result is not a function of the config alone
+    tags: tuple[str, ...] = ()  # reasons why the result is not a function of the config alone
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What a checkpoint holds, and how to know that it is whole."""
+    """Content of a checkpoint, with what is needed to verify that it is complete."""
 
     state: RunState
-    written_by: Mapping[str, Any]  # attempt, processes, strategy, parent of the run
-    shapes: Mapping[str, tuple[int, ...]]  # of parameters, by name
-    files: Mapping[str, StoredFile]  # all others in the folder
+    written_by: Mapping[str, Any]  # attempt, number of processes, strategy, parent of the run
+    shapes: Mapping[str, tuple[int, ...]]  # parameter name -> shape
+    files: Mapping[str, StoredFile]  # name -> size and checksum, of all other files in the folder
 
     def to_json(self) -> bytes:
-        """The content of checkpoint.json."""
+        """Returns the content of checkpoint.json."""
         state = asdict(self.state)
         state[TAGS_KEY] = state.pop("tags")  # the last field, so the order of the keys is kept
         values = {"format_version": FORMAT_VERSION} | state
@@ -46,35 +46,38 @@ class CheckpointRecord:
 
     @property
     def model_files(self) -> dict[str, StoredFile]:
-        """All that the model is rebuilt from: without the optimizer's."""
+        """The files needed to rebuild the model: all except the optimizer's."""
         return {n: file for n, file in self.files.items() if not n.startswith("optimizer-")}
 
     @property
     def model_sha256(self) -> str:
-        """One sum over the sums of what the model is rebuilt from."""
+        """A checksum over the checksums of `model_files`."""
         sums = {name: file.sha256 for name, file in self.model_files.items()}
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(location: str | Path) -> CheckpointRecord:
-    """The record of a checkpoint, a path or URL.
+    """Reads the record of a checkpoint.
+
+    Args:
+        location: path or URL of the checkpoint.
 
     Raises:
-        DamagedCheckpointError: there is none, or it is not readable.
-        InputError: it is of another version of the format.
+        DamagedCheckpointError: if the record is missing or not readable.
+        InputError: if the record has a different format version.
     """
     where = f"{location}/{RECORD}"
     try:
         values = json.loads(read_file(str(location), RECORD))
         version = values["format_version"]
     except FileNotFoundError:
-        raise DamagedCheckpointError(f"{where}: missing: it was never finished") from None
+        raise DamagedCheckpointError(f"{where}: missing: it was never committed") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{where}: not readable: {error}") from None
     if version != FORMAT_VERSION:
         raise InputError(
             f"{where}: expected format_version {FORMAT_VERSION}, found {version}: it was written "
-            "by another version of isopair; use that one"
+            "by another version of isopair; use that version"
         )
     return CheckpointRecord(
         state=RunState(

@@ -1,9 +1,11 @@
-"""Files of flat float32 fragments of tensors, in the safetensors format, written and read in parts.
+"""Files of flat float32 tensor slices in the safetensors format, written and read in parts.
 
-A name is "<key>/<tensor>@<place of the fragment's first element in the flattened tensor>", so that
-a file tells by itself what it holds. The safetensors library can read these files; it cannot write
-one while its sum is taken, nor read a part of one behind a URL, which is why this module exists.
-The format: the header's length in 8 bytes, little endian; the header in JSON; then the values.
+Each entry is named "<key>/<parameter>@<offset>", so that a file describes itself. The safetensors
+library can read these files. It can neither hash a file while writing it nor read a part of a file
+behind a URL, so this module does both.
+
+The format is the length of the header in 8 bytes (little endian), the header in JSON, and the
+values.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from torch import Tensor
+from pretrain.distributed.tensor_slice import TensorSlice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIGNMENT = 64  # of the first value, in bytes
 CHUNK_BYTES = 16 << 20
@@ -22,48 +27,34 @@ VALUE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A fragment of a flattened tensor, without its values."""
+class StoredSlice:
+    """A slice and the position of its values in a file of a checkpoint."""
 
-    tensor: str  # "<key>/<name>"
-    offset: int  # of its first element in the tensor
-    length: int  # elements
-
-    @property
-    def stop(self) -> int:
-        """Place behind its last element."""
-        return self.offset + self.length
-
-
-@dataclass(frozen=True)
-class StoredPiece:
-    """A piece and where its values are."""
-
-    piece: Piece
+    slice: TensorSlice
     file: str
     start_byte: int
 
 
-def file_chunks(pieces: Sequence[Piece], values: Tensor) -> Iterator[memoryview]:
-    """The content of a file.
+def file_chunks(slices: Sequence[TensorSlice], values: Tensor) -> Iterator[memoryview]:
+    """Yields the content of a file, chunk by chunk.
 
     Args:
-        pieces: what it holds, in order.
-        values: [elements of all pieces] float32, on the CPU.
+        slices: the slices in the file, in order.
+        values: [elements of all slices] float32, on the CPU.
     """
-    yield memoryview(_header(pieces))
+    yield memoryview(_header(slices))
     content = memoryview(values.numpy()).cast("B")
     for start in range(0, len(content), CHUNK_BYTES):
         yield content[start : start + CHUNK_BYTES]
 
 
-def _header(pieces: Iterable[Piece]) -> bytes:
+def _header(slices: Iterable[TensorSlice]) -> bytes:
     entries, start = {}, 0
-    for piece in pieces:
-        stop = start + piece.length * VALUE_BYTES
-        entries[f"{piece.tensor}@{piece.offset}"] = {
+    for each in slices:
+        stop = start + each.length * VALUE_BYTES
+        entries[f"{each.tensor}@{each.offset}"] = {
             "dtype": "F32",
-            "shape": [piece.length],
+            "shape": [each.length],
             "data_offsets": [start, stop],
         }
         start = stop
@@ -72,15 +63,15 @@ def _header(pieces: Iterable[Piece]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_pieces(file: BinaryIO, name: str) -> list[StoredPiece]:
-    """What a file holds.
+def read_slices(file: BinaryIO, name: str) -> list[StoredSlice]:
+    """Reads from a file's header which slices it holds.
 
     Args:
-        file: opened, at its start.
-        name: of the file, for the result.
+        file: the opened file, at its start.
+        name: name of the file, stored in the result.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: if the file is not a file of float32 slices.
     """
     length = int.from_bytes(file.read(8), "little")
     entries = json.loads(file.read(length))
@@ -90,58 +81,58 @@ def read_pieces(file: BinaryIO, name: str) -> list[StoredPiece]:
         if entry["dtype"] != "F32":
             raise ValueError(f"{name}: {key}: expected values of type F32, found {entry['dtype']}")
         start, stop = entry["data_offsets"]
-        piece = Piece(tensor, int(offset), (stop - start) // VALUE_BYTES)
-        stored.append(StoredPiece(piece, name, 8 + length + start))
+        held = TensorSlice(tensor, int(offset), (stop - start) // VALUE_BYTES)
+        stored.append(StoredSlice(held, name, 8 + length + start))
     return stored
 
 
-class PieceIndex:
-    """Where the elements of tensors are, over all files of a checkpoint."""
+class SliceIndex:
+    """Locates the elements of tensors in the files of a checkpoint."""
 
-    def __init__(self, stored: Iterable[StoredPiece]) -> None:
-        self._of_tensor: dict[str, list[StoredPiece]] = {}
+    def __init__(self, stored: Iterable[StoredSlice]) -> None:
+        self._of_tensor: dict[str, list[StoredSlice]] = {}
         for each in stored:
-            self._of_tensor.setdefault(each.piece.tensor, []).append(each)
-        for pieces in self._of_tensor.values():
-            pieces.sort(key=lambda each: each.piece.offset)
+            self._of_tensor.setdefault(each.slice.tensor, []).append(each)
+        for slices in self._of_tensor.values():
+            slices.sort(key=lambda each: each.slice.offset)
 
     def has(self, tensor: str) -> bool:
-        """Whether anything is stored of a tensor, "<key>/<name>"."""
+        """Returns whether any slice of the tensor "<key>/<parameter>" is stored."""
         return tensor in self._of_tensor
 
-    def parts_of(self, wanted: Piece) -> Iterator[tuple[StoredPiece, Piece]]:
-        """(a stored piece, which of the wanted elements it gives), in order, without gap.
+    def parts_of(self, wanted: TensorSlice) -> Iterator[tuple[StoredSlice, TensorSlice]]:
+        """Yields (stored slice, the part of `wanted` that it provides), in order and without gaps.
 
         Raises:
-            ValueError: elements are nowhere.
+            ValueError: if no file holds some of the elements.
         """
-        pieces = self._of_tensor.get(wanted.tensor, [])
-        number = bisect_right(pieces, wanted.offset, key=lambda each: each.piece.offset) - 1
-        place = wanted.offset
-        while place < wanted.stop:
-            held = pieces[number].piece if 0 <= number < len(pieces) else None
-            if held is None or not held.offset <= place < held.stop:
+        slices = self._of_tensor.get(wanted.tensor, [])
+        number = bisect_right(slices, wanted.offset, key=lambda each: each.slice.offset) - 1
+        start = wanted.offset
+        while start < wanted.stop:
+            held = slices[number].slice if 0 <= number < len(slices) else None
+            if held is None or not held.offset <= start < held.stop:
                 raise ValueError(
-                    f"element {place} of {wanted.tensor} is in no file of the checkpoint"
+                    f"element {start} of {wanted.tensor} is in no file of the checkpoint"
                 )
             stop = min(held.stop, wanted.stop)
-            yield pieces[number], Piece(wanted.tensor, place, stop - place)
-            place, number = stop, number + 1
+            yield slices[number], TensorSlice(wanted.tensor, start, stop - start)
+            start, number = stop, number + 1
 
 
-def read_values(file: BinaryIO, stored: StoredPiece, part: Piece, target: Tensor) -> None:
-    """Reads a part of a stored piece.
+def read_values(file: BinaryIO, stored: StoredSlice, part: TensorSlice, target: Tensor) -> None:
+    """Reads a part of a stored slice.
 
     Args:
         file: the opened file.
-        stored: a piece in it.
-        part: elements of that piece.
-        target: [elements] float32, on the CPU, contiguous: written to.
+        stored: a slice in the file.
+        part: the elements to read; all are in the stored slice.
+        target: [part.length] float32, on the CPU, contiguous; overwritten.
 
     Raises:
-        EOFError: the file is too short.
+        EOFError: if the file is too short.
     """
-    file.seek(stored.start_byte + (part.offset - stored.piece.offset) * VALUE_BYTES)
+    file.seek(stored.start_byte + (part.offset - stored.slice.offset) * VALUE_BYTES)
     left = memoryview(target.numpy()).cast("B")
     while left:
         count = file.readinto(left)

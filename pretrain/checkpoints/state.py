@@ -1,8 +1,8 @@
-"""Between an engine's tensors and the fragments in a checkpoint's files.
+"""Transfer of state between an engine and the files of a checkpoint.
 
-Every rank writes its share: the fragments that it alone holds, and an equal part of those that all
-hold. A rank loads whatever its engine holds now, from whichever files have it: so the number of
-processes and the strategy that saved need not be those that load.
+Each rank writes the slices that it alone holds and an equal part of the replicated ones. When
+loading, a rank reads whatever its engine holds now, from the files that contain it. So the number
+of processes and the strategy may differ between saving and loading.
 """
 
 from __future__ import annotations
@@ -12,91 +12,92 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from data_prep.storage.remote_file import join, open_binary
-from pretrain.checkpoints.slice_file import Piece, PieceIndex, file_chunks, read_values
-from pretrain.checkpoints.store import tried
+from pretrain.checkpoints.slice_file import SliceIndex, file_chunks, read_values
+from pretrain.checkpoints.store import retry_remote
 from pretrain.distributed.collectives import broadcast_from, rank, world_size
-from pretrain.distributed.engine import Engine, Fragment
-from pretrain.model.contrastive_model import ContrastiveModel
+from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 
-PARAMETER = "parameter"  # key of the fragments that are the model
+if TYPE_CHECKING:
+    from pretrain.distributed.engine import Engine
+    from pretrain.model.contrastive_model import ContrastiveModel
+
+PARAMETER = "parameter"  # key of the slices of the model itself
 BUFFERS_FILE = "buffers.safetensors"
 
 
-def piece_of(fragment: Fragment) -> Piece:
-    """A fragment without its values."""
-    return Piece(f"{fragment.key}/{fragment.name}", fragment.offset, len(fragment.values))
+def slices_to_write(
+    held: Iterable[HeldSlice], *, rank: int, world_size: int
+) -> Iterator[HeldSlice]:
+    """Yields the slices that a rank writes, such that exactly one rank writes each element.
 
-
-def share_of_rank(
-    fragments: Iterable[Fragment], *, rank: int, world_size: int
-) -> Iterator[Fragment]:
-    """The fragments that a rank writes: every element is written by exactly one rank.
-
-    What all ranks hold is laid end to end and cut into equally long parts.
+    Replicated slices are concatenated and cut into parts of equal length, one for each rank.
     """
-    fragments = list(fragments)
-    total = sum(len(each.values) for each in fragments if each.is_shared)
+    held = list(held)
+    total = sum(each.slice.length for each in held if each.is_replicated)
     first, stop = (total * number // world_size for number in (rank, rank + 1))
-    place = 0
-    for each in fragments:
-        if not each.is_shared:
+    position = 0
+    for each in held:
+        if not each.is_replicated:
             yield each
             continue
-        start, end = (min(max(bound - place, 0), len(each.values)) for bound in (first, stop))
-        place += len(each.values)
+        length = each.slice.length
+        start, end = (min(max(bound - position, 0), length) for bound in (first, stop))
+        position += length
         if start < end:
-            yield replace(each, values=each.values[start:end], offset=each.offset + start)
+            part = TensorSlice(each.slice.tensor, each.slice.offset + start, end - start)
+            yield replace(each, slice=part, values=each.values[start:end])
 
 
 @dataclass(frozen=True)
 class CopiedFile:
-    """The content of one file of a checkpoint, copied out of the engine."""
+    """The content of one checkpoint file, copied out of the engine."""
 
     name: str
-    pieces: list[Piece]
-    values: Tensor  # [elements of the pieces] float32, on the CPU
+    slices: list[TensorSlice]
+    values: Tensor  # [elements of all slices] float32, on the CPU
 
     def chunks(self) -> Iterator[memoryview]:
-        """What is to be written."""
-        return file_chunks(self.pieces, self.values)
+        """Yields the bytes to write."""
+        return file_chunks(self.slices, self.values)
 
 
 class StateCopy:
-    """Copies a rank's share of an engine's state to the CPU, into memory kept from save to save.
+    """Copies a rank's part of an engine's state into CPU memory that is reused for every save.
 
-    That memory is taken in the background: to be given so much of it takes longer than a copy.
+    A thread touches the memory in advance, because allocating it takes longer than a copy.
 
     Args:
-        engine: whose fragments stay the same from now on, but for their values.
+        engine: the engine; the layout of its slices must not change from now on.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        pieces = {name: [piece_of(e) for e in part] for name, part in self._share().items()}
+        slices = {name: [each.slice for each in held] for name, held in self._by_file().items()}
         self._files = {
-            name: CopiedFile(name, part, self._empty_values(part)) for name, part in pieces.items()
+            name: CopiedFile(name, part, self._empty_values(part)) for name, part in slices.items()
         }
         self._touching = Thread(target=self._touch, name="checkpoint memory", daemon=True)
         self._touching.start()
 
-    def _share(self) -> dict[str, list[Fragment]]:
-        """What this rank writes, by file."""
-        files: dict[str, list[Fragment]] = {}
-        fragments = self._engine.fragments()
-        for each in share_of_rank(fragments, rank=rank(), world_size=world_size()):
-            kind = "model" if each.key == PARAMETER else "optimizer"
+    def _by_file(self) -> dict[str, list[HeldSlice]]:
+        """The slices that this rank writes, by file name."""
+        files: dict[str, list[HeldSlice]] = {}
+        held = self._engine.slices()
+        for each in slices_to_write(held, rank=rank(), world_size=world_size()):
+            kind = "model" if each.slice.key == PARAMETER else "optimizer"
             name = f"{kind}-{rank() + 1:05d}-of-{world_size():05d}.safetensors"
             files.setdefault(name, []).append(each)
         return files
 
-    def _empty_values(self, pieces: Sequence[Piece]) -> Tensor:
-        num_values = sum(piece.length for piece in pieces)
+    def _empty_values(self, slices: Sequence[TensorSlice]) -> Tensor:
+        num_values = sum(each.length for each in slices)
         return torch.empty(num_values, pin_memory=self._engine.device.type == "cuda")
 
     def _touch(self) -> None:
@@ -104,21 +105,21 @@ class StateCopy:
             file.values.zero_()
 
     def take(self) -> list[CopiedFile]:
-        """Copies the state as it is now; what was taken before must not be in use any more."""
+        """Copies the current state; the result of the previous call must no longer be in use."""
         self._touching.join()
-        for name, fragments in self._share().items():
-            place = 0
-            for each in fragments:
-                target = self._files[name].values[place : place + len(each.values)]
-                target.copy_(each.values, non_blocking=True)
-                place += len(each.values)
+        for name, held in self._by_file().items():
+            start = 0
+            for each in held:
+                stop = start + each.slice.length
+                self._files[name].values[start:stop].copy_(each.values, non_blocking=True)
+                start = stop
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
         return list(self._files.values())
 
 
 def shapes_of(model: ContrastiveModel) -> dict[str, tuple[int, ...]]:
-    """Of parameters by name, also where DeepSpeed has taken them apart."""
+    """Returns {parameter name: shape}, also for parameters that DeepSpeed has partitioned."""
     return {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -126,7 +127,10 @@ def shapes_of(model: ContrastiveModel) -> dict[str, tuple[int, ...]]:
 
 
 def buffer_file(model: ContrastiveModel) -> dict[str, bytes]:
-    """The file of the model's saved buffers, which every rank holds; none if it has none."""
+    """Returns {file name: content} of the persistent buffers; empty if the model has none.
+
+    Every rank holds the same buffers.
+    """
     parameters = dict(model.named_parameters())
     buffers = {
         name: values.detach().cpu()
@@ -136,25 +140,25 @@ def buffer_file(model: ContrastiveModel) -> dict[str, bytes]:
     return {BUFFERS_FILE: save(buffers)} if buffers else {}
 
 
-def load_fragments(engine: Engine, location: str, index: PieceIndex) -> None:
-    """Writes a checkpoint's values into an engine; every rank must call it.
+def load_slices(engine: Engine, location: str, index: SliceIndex) -> None:
+    """Loads a checkpoint's values into an engine; every rank must call it.
 
-    What all ranks hold is read once: each reads a part of the tensors, and sends them to the rest.
+    Each replicated slice is read by one rank only, which broadcasts it to the others.
 
     Args:
-        engine: whose fragments are written to.
-        location: of the checkpoint.
-        index: of its files.
+        engine: the engine, whose slices are overwritten.
+        location: path or URL of the checkpoint.
+        index: index of the checkpoint's files.
 
     Raises:
-        ValueError: the files lack elements.
-        OSError: a file cannot be read.
+        ValueError: if the files lack elements.
+        OSError: if a file cannot be read.
     """
-    fragments = list(engine.fragments())
-    shared = [each for each in fragments if each.is_shared and world_size() > 1]
-    reader_of = _divide([len(each.values) for each in shared])
+    held = list(engine.slices())
+    shared = [each for each in held if each.is_replicated and world_size() > 1]
+    reader_of = _divide([each.slice.length for each in shared])
     read_here = [each for each, reader in zip(shared, reader_of, strict=True) if reader == rank()]
-    own = [each for each in fragments if not (each.is_shared and world_size() > 1)]
+    own = [each for each in held if not (each.is_replicated and world_size() > 1)]
     _read_into(own, location, index)
     _read_into(read_here, location, index)
     for each, reader in zip(shared, reader_of, strict=True):
@@ -162,51 +166,51 @@ def load_fragments(engine: Engine, location: str, index: PieceIndex) -> None:
 
 
 def _divide(sizes: Sequence[int]) -> list[int]:
-    """[tensors] which rank reads each, so that all read about as many elements."""
-    total, place, readers = max(1, sum(sizes)), 0, []
+    """[tensors] the rank that reads each tensor; all ranks read about equally many elements."""
+    total, start, readers = max(1, sum(sizes)), 0, []
     for size in sizes:
-        readers.append(min((place + size // 2) * world_size() // total, world_size() - 1))
-        place += size
+        readers.append(min((start + size // 2) * world_size() // total, world_size() - 1))
+        start += size
     return readers
 
 
-def _read_into(fragments: Iterable[Fragment], location: str, index: PieceIndex) -> None:
-    """Fragment by fragment, with each file opened once."""
+def _read_into(held: Iterable[HeldSlice], location: str, index: SliceIndex) -> None:
+    """Fills slice after slice, opening each file once."""
     with ExitStack() as files:
         opened = {}
-        for fragment in fragments:
-            is_here = fragment.values.device.type == "cpu"
-            values = fragment.values if is_here else torch.empty(len(fragment.values))
-            for stored, part in index.parts_of(piece_of(fragment)):
+        for each in held:
+            is_here = each.values.device.type == "cpu"
+            values = each.values if is_here else torch.empty(each.slice.length)
+            for stored, part in index.parts_of(each.slice):
                 if stored.file not in opened:
                     path = join(location, stored.file)
                     opened[stored.file] = files.enter_context(open_binary(path))
-                start = part.offset - fragment.offset
+                start = part.offset - each.slice.offset
                 target = values[start : start + part.length]
                 read = partial(read_values, opened[stored.file], stored, part, target)
-                tried(join(location, stored.file), read)
+                retry_remote(join(location, stored.file), read)
             if not is_here:
-                fragment.values.copy_(values)
+                each.values.copy_(values)
 
 
-def read_whole(location: str, index: PieceIndex, *, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Tensors put together from their pieces.
+def read_whole(location: str, index: SliceIndex, *, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Reads whole tensors, assembled from their slices.
 
     Args:
-        location: of the checkpoint.
-        index: of its files.
-        sizes: "<key>/<name>" -> elements, of the tensors wanted.
+        location: path or URL of the checkpoint.
+        index: index of the checkpoint's files.
+        sizes: "<key>/<parameter>" -> number of elements, for each tensor to read.
 
     Returns:
-        "<key>/<name>" -> flat tensor.
+        "<key>/<parameter>" -> flat tensor.
 
     Raises:
-        ValueError: the files lack elements.
-        OSError: a file cannot be read.
+        ValueError: if the files lack elements.
+        OSError: if a file cannot be read.
     """
-    fragments = []
-    for tensor, size in sizes.items():
-        key, _, name = tensor.partition("/")
-        fragments.append(Fragment(name, key, torch.empty(size), 0, size, is_shared=False))
-    _read_into(fragments, location, index)
-    return {f"{each.key}/{each.name}": each.values for each in fragments}
+    held = [
+        HeldSlice(TensorSlice(tensor, 0, size), torch.empty(size), is_replicated=False)
+        for tensor, size in sizes.items()
+    ]
+    _read_into(held, location, index)
+    return {each.slice.tensor: each.values for each in held}

@@ -1,8 +1,8 @@
-"""Where checkpoints are kept: a folder, or a URL that fsspec can write to (s3://, gs://, ...).
+"""Checkpoint storage: a folder, or a URL that fsspec can write to (s3://, gs://, ...).
 
-What is being written counts only when it is committed. In a folder it is written beside, under the
-attempt's own name, and renamed. Object stores cannot rename, but put a file whole or not at all:
-there every attempt writes into a folder of its own, and its RECORD, written last, makes it count.
+A checkpoint exists once it is committed. In a folder, an attempt writes under a temporary name of
+its own and renames it. Object stores cannot rename, but they write each file atomically. There,
+every attempt writes into a folder of its own, and writing RECORD last commits it.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
-RETRIES = 5  # of what fails behind a URL and may pass
+RETRIES = 5  # of transient failures of remote storage
 FOLDER_NAME = re.compile(r"step_(\d{8,})(?:_attempt_(\w+))?")
 LEFTOVER_NAME = re.compile(r"\.step_\d+\.(\w+)(?:\.former)?\.tmp")
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is incomplete, or a file has another sum than recorded."""
+    """A checkpoint is incomplete, or the checksum of a file differs from the recorded one."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What is recorded of a file."""
+    """Recorded size and checksum of a file."""
 
     num_bytes: int
     sha256: str
@@ -54,24 +54,24 @@ class StoredFile:
 
 @dataclass(frozen=True, order=True)
 class StoredCheckpoint:
-    """A folder that may hold a whole checkpoint."""
+    """A folder that may hold a complete checkpoint."""
 
     step: int
-    attempt: str  # that wrote it; empty where names do not tell
+    attempt: str  # id of the attempt that wrote it; empty if the folder's name does not include it
     location: str  # path or URL
 
 
 def open_store(folder: str | Path) -> CheckpointStore:
-    """The store in a folder, or behind a URL."""
+    """Opens the checkpoint store in a folder or behind a URL."""
     local = local_path(str(folder))
     return ObjectStore(str(folder)) if local is None else CheckpointStore(str(local))
 
 
 def find_locations(folder: str) -> list[str]:
-    """Of what may be checkpoints, the newest first: the folder itself, or those of the run in it.
+    """Finds possible checkpoints, newest first.
 
     Args:
-        folder: path or URL.
+        folder: path or URL of one checkpoint or of a run.
     """
     if exists(join(folder, RECORD)):
         return [folder]
@@ -79,7 +79,11 @@ def find_locations(folder: str) -> list[str]:
 
 
 def store_of_run(folder: str) -> CheckpointStore:
-    """Where a run keeps its checkpoints, by its folder."""
+    """Opens the store in which a run keeps its checkpoints.
+
+    Args:
+        folder: path or URL of the run folder.
+    """
     config = Path(folder) / "config.yaml"
     elsewhere = None
     if not is_url(folder) and config.exists():
@@ -88,17 +92,17 @@ def store_of_run(folder: str) -> CheckpointStore:
 
 
 class CheckpointStore:
-    """Checkpoints in a folder of a file system that renames at once, also on a network.
+    """Checkpoints in a folder of a local or network file system with atomic renames.
 
     Args:
-        folder: made when the first checkpoint is begun.
+        folder: path, created when the first checkpoint is begun.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def checkpoints(self) -> list[StoredCheckpoint]:
-        """All that may be whole, the newest first."""
+        """Lists all checkpoints that may be complete, newest first."""
         found = []
         for name in self._names():
             if match := FOLDER_NAME.fullmatch(name):
@@ -111,44 +115,44 @@ class CheckpointStore:
         return [path.name for path in folder.iterdir()] if folder.exists() else []
 
     def partial(self, step: int, attempt: str) -> str:
-        """Where an attempt's files of a step go until they are committed."""
+        """Returns where an attempt writes the files of a step until it commits them."""
         return join(self.folder, f".step_{step:08d}.{attempt}.tmp")
 
     def begin(self, partial: str) -> None:
-        """To be called by every rank before it writes there.
+        """Creates the temporary folder; every rank calls it before writing there.
 
         Raises:
-            OSError: the folder cannot be made.
+            OSError: if the folder cannot be created.
         """
         Path(partial).mkdir(parents=True, exist_ok=True)
 
     def commit(self, partial: str, step: int) -> None:
-        """Makes a written checkpoint count, at once and for good.
+        """Commits a written checkpoint atomically and durably.
 
         Raises:
-            OSError: it cannot be renamed.
+            OSError: if the folder cannot be renamed.
         """
         for folder in [Path(partial), *(p for p in Path(partial).rglob("*") if p.is_dir())]:
             _flush_folder(folder)
         final = Path(self.folder) / f"step_{step:08d}"
         former = Path(partial).with_name(Path(partial).name.replace(".tmp", ".former.tmp"))
-        if final.exists():  # a damaged one that the run went back behind
+        if final.exists():  # a damaged checkpoint; the run resumed from an earlier one
             final.replace(former)
         Path(partial).replace(final)
         _flush_folder(Path(self.folder))
         shutil.rmtree(former, ignore_errors=True)
 
     def delete(self, location: str) -> None:
-        """Deletes a checkpoint, which counts no more from the first moment on."""
+        """Deletes a checkpoint, its record first, so that a partial deletion leaves none."""
         (Path(location) / RECORD).unlink(missing_ok=True)
         shutil.rmtree(location)
 
     def abandon(self, partial: str) -> None:
-        """Deletes what was begun and will not be committed, as far as that is possible."""
+        """Deletes an uncommitted checkpoint, ignoring failures."""
         shutil.rmtree(partial, ignore_errors=True)
 
     def delete_leftovers(self, attempt: str) -> None:
-        """Deletes what attempts before this one began and never committed."""
+        """Deletes uncommitted checkpoints of earlier attempts."""
         for name in self._names():
             match = LEFTOVER_NAME.fullmatch(name)
             if match and match.group(1) < attempt:
@@ -159,14 +163,14 @@ class ObjectStore(CheckpointStore):
     """Checkpoints behind a URL.
 
     Args:
-        folder: the URL.
+        folder: URL.
     """
 
     def _names(self) -> list[str]:
         files, inner = file_system(self.folder)
         files.invalidate_cache()
         try:
-            listed = tried(self.folder, lambda: files.ls(inner, detail=False))
+            listed = retry_remote(self.folder, lambda: files.ls(inner, detail=False))
         except FileNotFoundError:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in listed]
@@ -175,10 +179,10 @@ class ObjectStore(CheckpointStore):
         return join(self.folder, f"step_{step:08d}_attempt_{attempt}")
 
     def begin(self, partial: str) -> None:
-        pass  # folders are part of names here
+        pass  # object stores have no folders, only names with slashes
 
     def commit(self, partial: str, step: int) -> None:
-        pass  # the record is there
+        pass  # writing the record has committed it
 
     def delete(self, location: str) -> None:
         files, inner = file_system(location)
@@ -189,7 +193,7 @@ class ObjectStore(CheckpointStore):
             if files.exists(inner):
                 files.rm(inner, recursive=True)
 
-        tried(location, delete)
+        retry_remote(location, delete)
 
     def abandon(self, partial: str) -> None:
         try:
@@ -208,11 +212,11 @@ class ObjectStore(CheckpointStore):
 # ---------------------------------------------------------------------------------------- files
 
 
-def tried(path: str, action: Callable[[], Result]) -> Result:
-    """What `action` returns; behind a URL it is tried again while what fails may pass.
+def retry_remote(path: str, action: Callable[[], Result]) -> Result:
+    """Calls `action` and returns its result; retries transient errors if `path` is a URL.
 
     Raises:
-        OSError: it has failed.
+        OSError: if the last try fails.
     """
     if local_path(path) is not None:
         return action()
@@ -222,18 +226,18 @@ def tried(path: str, action: Callable[[], Result]) -> Result:
 def write_file(
     location: str, name: str, chunks: Callable[[], Iterable[bytes | memoryview]]
 ) -> StoredFile:
-    """Writes a file through to the disk and reads it again.
+    """Writes a file durably, then reads it back and compares checksums.
 
     Args:
-        location: of the checkpoint, or where it is until it is committed.
-        name: of the file in it, with / between its parts.
-        chunks: gives its content.
+        location: path or URL of the checkpoint, or its temporary folder.
+        name: file name in the checkpoint; / separates folders.
+        chunks: returns the content; called again for each retry.
 
     Raises:
-        OSError: it cannot be written, or another content is read than was written.
+        OSError: if the file cannot be written, or if it reads back differently.
     """
     path = join(location, name)
-    return tried(path, lambda: _write(path, chunks()))
+    return retry_remote(path, lambda: _write(path, chunks()))
 
 
 def _write(path: str, chunks: Iterable[bytes | memoryview]) -> StoredFile:
@@ -244,10 +248,11 @@ def _write(path: str, chunks: Iterable[bytes | memoryview]) -> StoredFile:
             file.write(chunk)
             written.update(chunk)
             num_bytes += len(chunk)
-    found = sum_of(path)
+    found = checksum_of(path)
     if found != written.hexdigest():
         raise WrongContentError(
-            f"{path}: sha256 of what was written is {written.hexdigest()}, of what is read {found}"
+            f"{path}: expected the sha256 of the written bytes, {written.hexdigest()}; read back "
+            f"{found}"
         )
     return StoredFile(num_bytes, found)
 
@@ -265,52 +270,56 @@ def _opened_for_writing(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            # So that it is the disk that is read afterwards, not what memory keeps of it.
+            # So that reading back reaches the disk instead of the page cache.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None  # a full disk names no file
+        # The error of a full disk names no file.
+        raise OSError(error.errno, error.strerror, path) from None
 
 
-def sum_of(path: str) -> str:
-    """The sha256 of a file, in hexadecimal.
+def checksum_of(path: str) -> str:
+    """Computes the sha256 of a file, in hexadecimal.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: if the file cannot be read.
     """
 
     def read() -> str:
         with open_binary(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    return tried(path, read)
+    return retry_remote(path, read)
 
 
 def verify_file(location: str, name: str, recorded: StoredFile) -> None:
-    """
+    """Compares the checksum of a file with the recorded one.
+
     Raises:
-        DamagedCheckpointError: the file is missing, or differs from what was recorded.
-        OSError: the network or the server have failed.
+        DamagedCheckpointError: if the file is missing, or its checksum differs.
+        OSError: if the network or the server fails.
     """
     path = join(location, name)
     try:
-        found = sum_of(path)
+        found = checksum_of(path)
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         if not is_missing and local_path(path) is None:
             raise
         raise DamagedCheckpointError(f"{path}: {error.strerror or error}") from None
     if found != recorded.sha256:
-        raise DamagedCheckpointError(f"{path}: sha256 is {found}, not {recorded.sha256}")
+        raise DamagedCheckpointError(
+            f"{path}: sha256 is {found}, expected the recorded {recorded.sha256}"
+        )
 
 
 def read_file(location: str, name: str) -> bytes:
-    """A small file of a checkpoint.
+    """Reads a small file of a checkpoint.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: if the file cannot be read.
     """
     path = join(location, name)
-    return tried(path, lambda: read_bytes(path))
+    return retry_remote(path, lambda: read_bytes(path))
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,12 +1,12 @@
-"""Writes checkpoints while training goes on.
+"""Asynchronous checkpoint writing.
 
-    1. save       every rank copies its share of the state out of the engine; training goes on
-    2. write      a thread of each rank writes its files, flushes them and reads them again
+    1. save       every rank copies its slices of the state out of the engine; training continues
+    2. write      a thread of each rank writes its files, flushes them and reads them back
     3. commit     at the end of a later step, when all ranks have written: a thread of the main
-                  process writes the record, which makes the checkpoint count, and deletes old ones
+                  process writes the record, which commits the checkpoint, and deletes old ones
 
-What ranks must know of one another they exchange at steps' ends, in the main thread: no collective
-runs beside those of training.
+Ranks exchange their progress at the end of steps, in the main thread, so that no collective runs
+concurrently with those of training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,26 +32,28 @@ from pretrain.distributed.collectives import (
     sum_over_ranks,
     world_size,
 )
-from pretrain.distributed.engine import Engine
+
+if TYPE_CHECKING:
+    from pretrain.distributed.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_MEETINGS = 5.0  # of ranks that wait for a checkpoint
-SECONDS_TO_TELL_OF = 0.1  # that training waited for the checkpoint before
+SECONDS_BETWEEN_EXCHANGES = 5.0  # between ranks that wait for a checkpoint
+SECONDS_TO_REPORT = 0.1  # a shorter wait for the previous checkpoint is not logged
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How a checkpoint came about."""
+    """Size and durations of a committed checkpoint."""
 
     step: int
     num_bytes: int
-    waited_seconds: float  # by training: for the copy, and for the one before if it was not done
-    written_seconds: float  # from the copy until it counted
+    waited_seconds: float  # training waited: for the copy, and for an unfinished earlier checkpoint
+    written_seconds: float  # from the copy to the commit
 
 
 class _Task:
-    """Work in a thread of its own."""
+    """A function that runs in a thread of its own."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.result: Any = None
@@ -71,13 +73,13 @@ class _Task:
         return not self._thread.is_alive()
 
     def wait(self, *, seconds: float) -> None:
-        """Until it is done, but not longer."""
+        """Waits until the task is done, but at most `seconds`."""
         self._thread.join(seconds)
 
 
 @dataclass
 class _Save:
-    """A checkpoint that does not count yet."""
+    """A checkpoint that is not committed yet."""
 
     state: RunState
     partial: str
@@ -89,18 +91,18 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Writes the state of an engine; every rank must reach every call.
+    """Writes the state of an engine to a store; every rank must reach every call.
 
     Args:
-        run: the config's section.
-        engine: whose state is written.
-        store: where to.
+        run: config section `run`.
+        engine: the engine whose state is written.
+        store: destination.
         attempt: id of this attempt.
-        origin: what else the record says of who wrote it.
-        model_files: what the model is rebuilt from besides its tensors, by name; on the main
-            process.
-        refuse_if_superseded: raises if another attempt has taken the run over; called by the main
-            process, in a thread, before anything counts or is deleted.
+        origin: further entries of the record's `written_by`.
+        model_files: {name: content} of the files that rebuild the model, in addition to its
+            tensors; needed on the main process only.
+        refuse_if_superseded: raises if another attempt has taken over the run. The main process
+            calls it, in a thread, before it commits or deletes anything.
     """
 
     def __init__(
@@ -130,17 +132,17 @@ class CheckpointWriter:
     # ------------------------------------------------------------------------ the main thread
 
     def save(self, state: RunState) -> None:
-        """Begins a checkpoint of the state as it is now.
+        """Starts a checkpoint of the current state.
 
         Raises:
-            RunError: too many in a row could not be written.
+            RunError: if too many checkpoints in a row could not be written.
         """
         start = time.perf_counter()
         if self._save is not None:
             former = self._save.state.step
             self.finish()
             waited = time.perf_counter() - start
-            if rank() == 0 and waited >= SECONDS_TO_TELL_OF:
+            if rank() == 0 and waited >= SECONDS_TO_REPORT:
                 logger.warning(
                     "step %d: training waited %.1f s, because the checkpoint of step %d was still "
                     "being written; raise run.checkpoint_every_steps, or use a faster store",
@@ -156,17 +158,17 @@ class CheckpointWriter:
         self._save = _Save(state, partial, now - start, now, task)
 
     def advance(self) -> None:
-        """To be called at a step's end: goes on with a checkpoint as far as is possible at once.
+        """Advances a pending checkpoint without waiting; called at the end of each step.
 
         Raises:
-            RunError: as `save`.
+            RunError: like `save`.
         """
         save = self._save
         if save is None:
             return
         is_failed = save.task.is_done and save.task.error is not None
-        told = torch.tensor([save.task.is_done, is_failed], dtype=torch.int32)
-        num_done, num_failed = sum_over_ranks(told.to(self.engine.device)).tolist()
+        status = torch.tensor([save.task.is_done, is_failed], dtype=torch.int32)
+        num_done, num_failed = sum_over_ranks(status.to(self.engine.device)).tolist()
         if num_done < world_size():
             return
         if num_failed:
@@ -180,30 +182,31 @@ class CheckpointWriter:
             self._reports.append(report)
 
     def finish(self) -> None:
-        """Waits until what was begun counts, or has failed.
+        """Waits until the pending checkpoint is committed or has failed.
 
         Raises:
-            RunError: as `save`.
+            RunError: like `save`.
         """
         while self._save is not None:
-            # Not longer: ranks meet in `advance`, where none may wait for long.
-            self._save.task.wait(seconds=SECONDS_BETWEEN_MEETINGS)
+            # A short wait: collectives in `advance` time out if a rank arrives much later.
+            self._save.task.wait(seconds=SECONDS_BETWEEN_EXCHANGES)
             self.advance()
 
     def take_reports(self) -> list[SaveReport]:
-        """On the checkpoints that have come to count since the last call."""
+        """Returns reports of the checkpoints committed since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
     def refuse_failure(self) -> None:
-        """
+        """Raises an error if the last checkpoint could not be written.
+
         Raises:
-            RunError: the last checkpoint could not be written.
+            RunError: if the last checkpoint could not be written.
         """
         if self._num_failures:
             raise RunError(
                 f"{self.store.folder}: the last checkpoint could not be written, for the reason "
-                "logged above; those before it are whole: run the same command again"
+                "logged above; earlier checkpoints are complete: run the same command again"
             )
 
     def _fail(self, save: _Save) -> None:
@@ -211,7 +214,7 @@ class CheckpointWriter:
         self._num_failures += 1
         error = save.task.error
         if error is not None and not isinstance(error, RunError):
-            error = f"rank {rank()}: {error}"  # others may not be able to unpickle it
+            error = f"rank {rank()}: {error}"  # text: other ranks may fail to unpickle the error
         errors = [each for each in gather_objects(error) if each is not None]
         for each in errors:
             if isinstance(each, RunError):
@@ -219,16 +222,16 @@ class CheckpointWriter:
         if rank() == 0:
             self.store.abandon(save.partial)
             logger.error(
-                "step %d: the checkpoint could not be written: %s; training goes on, and the "
-                "checkpoints before it are whole",
+                "step %d: the checkpoint could not be written: %s; training continues, and earlier "
+                "checkpoints are complete",
                 save.state.step,
                 "; ".join(errors),
             )
         if self._num_failures >= self.run.max_failed_saves:
             raise RunError(
                 f"{self.store.folder}: {self._num_failures} checkpoints in a row could not be "
-                "written, as many as run.max_failed_saves allows; the last one because of "
-                f"{errors[0]}; make room, and run the same command again"
+                "written, which reaches run.max_failed_saves; the last one because of "
+                f"{errors[0]}; free disk space or repair the store, and run the same command again"
             )
 
     def _commit(self, save: _Save) -> None:
@@ -239,7 +242,7 @@ class CheckpointWriter:
         save.is_committing = True
         save.num_bytes = sum(file.num_bytes for file in files.values())
         is_writer = rank() == 0
-        save.task = _Task(lambda: self._make_count(save, record) if is_writer else None)
+        save.task = _Task(lambda: self._publish(save, record) if is_writer else None)
 
     # ---------------------------------------------------------------------------- the threads
 
@@ -252,7 +255,7 @@ class CheckpointWriter:
             written[name] = write_file(partial, name, lambda content=content: [content])
         return written
 
-    def _make_count(self, save: _Save, record: CheckpointRecord) -> None:
+    def _publish(self, save: _Save, record: CheckpointRecord) -> None:
         self._refuse_if_superseded()
         write_file(save.partial, RECORD, lambda: [record.to_json()])
         self.store.commit(save.partial, save.state.step)
@@ -268,14 +271,16 @@ class CheckpointWriter:
 def delete_other_checkpoints(
     store: CheckpointStore, step: int, *, keep: int, keep_every_steps: int | None = None
 ) -> None:
-    """Deletes what is older than the newest `keep`, but for multiples of `keep_every_steps`, and
-    what is of a later step than the one just written: the run has gone back behind it because it
-    was damaged."""
+    """Deletes outdated checkpoints after that of `step` was committed.
+
+    Those are all but the newest `keep`, except multiples of `keep_every_steps`, and those of later
+    steps: they were damaged, and the run resumed from an earlier one.
+    """
     found = store.checkpoints()
-    older = [each for each in found if each.step < step]
+    earlier = [each for each in found if each.step < step]
     for each in found:
-        is_behind = each.step > step
-        is_old = each in older[keep - 1 :]
-        is_for_ever = keep_every_steps is not None and each.step % keep_every_steps == 0
-        if is_behind or (is_old and not is_for_ever):
+        is_later = each.step > step
+        is_old = each in earlier[keep - 1 :]
+        is_permanent = keep_every_steps is not None and each.step % keep_every_steps == 0
+        if is_later or (is_old and not is_permanent):
             store.delete(each.location)

@@ -7,8 +7,6 @@ import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
 
-import torch
-
 from data_prep.errors import InputError
 
 PLAIN_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # Accelerate's names
@@ -118,6 +116,8 @@ def device_type_of(asked: str) -> str:
     Raises:
         InputError: there is no such device here.
     """
+    import torch
+
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
         raise InputError("engine.device=cuda: torch sees no GPU here; use cpu or auto")

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
 
 from data_prep.errors import InputError
 from pretrain.config import PretrainConfig
 from pretrain.distributed.deepspeed_config import read_deepspeed_file
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.launcher import adopt_environment, device_type_of, refuse_unfit_processes
-from pretrain.model.contrastive_model import (
-    ContrastiveModel,
-)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from pretrain.model.contrastive_model import ContrastiveModel
 
 
 def start_accelerator(config: PretrainConfig) -> Accelerator:
@@ -30,6 +27,9 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     Raises:
         InputError: the device is missing, or launcher and Accelerate disagree on the processes.
     """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
     adopt_environment(os.environ, needs_group=config.engine.strategy != "ddp")
     device = device_type_of(config.engine.device)
     if config.engine.deterministic:
@@ -70,6 +70,8 @@ def _strategy_arguments(
 
         # With cpu=True Accelerate would leave DeepSpeed out.
         return {"deepspeed_plugin": deepspeed_plugin(config), "kwargs_handlers": [process_group]}
+    from accelerate.utils import DistributedDataParallelKwargs
+
     return {
         "cpu": device == "cpu",
         "mixed_precision": "bf16" if config.engine.precision == "bf16" else "no",
@@ -105,9 +107,11 @@ def check_engine(config: PretrainConfig) -> None:
         InputError: engine.deepspeed_config is wrong, or a tracker's package is not installed.
     """
     read_deepspeed_file(config)
-    from accelerate.utils import is_wandb_available
+    if "wandb" not in config.run.trackers:
+        return
+    from accelerate.utils import is_wandb_available  # takes seconds to import
 
-    if "wandb" in config.run.trackers and not is_wandb_available():
+    if not is_wandb_available():
         raise InputError(
             "run.trackers: wandb is not installed; pip install 'isopair[wandb]', or leave it out"
         )

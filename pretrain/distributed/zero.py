@@ -1,11 +1,11 @@
 """DeepSpeed's ZeRO, stages 0 to 3, behind the interface of pretrain.distributed.engine.
 
-Each rank updates its share of flat fp32 tensors, and the model's parameters are copies of them (of
-stage 1 on). So nothing may change the parameters but the optimizer's own step, and what a rank
-holds of a parameter is a fragment of it.
+From stage 1 on, each rank updates its part of flat fp32 tensors, and the model's parameters are
+copies of them. So only the optimizer's own step may change parameters, and a rank holds slices of
+them.
 
-Reads attributes of DeepSpeed 0.19.8 that are no public interface: `_hp_mapping`, the stages' flat
-groups, `persistent_parameters`.
+This module reads private attributes of DeepSpeed 0.19.8: `_hp_mapping`, the flat groups of the
+stages, `persistent_parameters`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from torch import Tensor
 from data_prep.errors import InputError
 from pretrain.config import PretrainConfig
 from pretrain.distributed.deepspeed_config import deepspeed_settings
-from pretrain.distributed.engine import OPTIMIZER_MOMENTS, Engine, Fragment, refuse_non_finite_norm
+from pretrain.distributed.engine import OPTIMIZER_MOMENTS, Engine, refuse_non_finite_norm
+from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 
 
 def deepspeed_plugin(config: PretrainConfig) -> DeepSpeedPlugin:
-    """What makes Accelerate use DeepSpeed.
+    """Builds the plugin with which Accelerate runs DeepSpeed.
 
     Raises:
-        InputError: the launcher's config names a DeepSpeed file of its own.
+        InputError: if the launcher's config names a DeepSpeed file.
     """
     file_of_launcher = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file_of_launcher != "none":
@@ -42,24 +43,24 @@ def deepspeed_plugin(config: PretrainConfig) -> DeepSpeedPlugin:
             "DeepSpeed is configured by engine.strategy and engine.deepspeed_config"
         )
     if os.environ["DS_ACCELERATOR"] == "cpu":
-        # Else DeepSpeed compiles an operator for shared memory, and a compilation that was killed
-        # leaves a lock at which every later process waits for ever.
+        # Otherwise DeepSpeed compiles an operator for shared memory. A killed compilation leaves
+        # a lock file, on which every later process hangs.
         deepspeed.ops.__compatible_ops__ = {}
-    # Of a function of torch that DeepSpeed calls.
+    # DeepSpeed calls a deprecated function of torch.
     warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated")
-    # The model is built whole in every process: a function of the seed alone.
+    # Every process builds the whole model, so that it depends on the seed alone.
     return DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config), zero3_init_flag=False)
 
 
 class ZeroEngine(Engine):
-    """An engine whose model, gradients and optimizer are DeepSpeed's."""
+    """An engine that leaves model, gradients and optimizer to DeepSpeed."""
 
     def _wrap(self) -> None:
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        # Always written: Accelerate's own default is to clip at 1.
+        # Always set, because Accelerate clips at 1 by default.
         clipping = self.gradient_clipping if math.isfinite(self.gradient_clipping) else 0.0
         self.stage = settings["zero_optimization"]["stage"]
-        # At stage 0 DeepSpeed tells nobody the norm that it clips with: there we clip.
+        # At stage 0 DeepSpeed does not expose the norm that it clips with, so `step` clips.
         settings["gradient_clipping"] = clipping if self.stage > 0 else 0.0
         self._wrapped_model, self._wrapped_optimizer = self.accelerator.prepare(
             self.model, self.optimizer
@@ -70,8 +71,11 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Surrounds the forward and backward of one micro-batch: gradients only add up on this rank
-        until after the last one, when their sum is averaged over ranks, once."""
+        """Surrounds the forward and backward of one micro-batch.
+
+        Gradients accumulate on this rank; after the last micro-batch, their sum is averaged over
+        ranks once.
+        """
         if self.stage == 0:
             self._wrapped_model.set_gradient_accumulation_boundary(is_last)
         elif not self._is_reduction_open:
@@ -82,14 +86,15 @@ class ZeroEngine(Engine):
             self._reduction.close()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds a loss's gradients, averaged over ranks unless inside a micro-batch."""
+        """Adds the gradients of a loss, averaged over ranks unless inside a micro-batch."""
         self._wrapped_model.backward(loss)
 
     def step(self, *, learning_rate: float) -> float:
-        """One optimizer step with the gradients so far; returns their global norm before clipping.
+        """Takes an optimizer step and returns the global gradient norm before clipping.
 
         Raises:
-            FloatingPointError: the norm is not finite; nothing was changed, the gradients are gone.
+            FloatingPointError: if the norm is not finite. The gradients are dropped, and
+                parameters and optimizer state are unchanged.
         """
         self._set_learning_rate(learning_rate)
         if self.stage == 0:
@@ -99,7 +104,7 @@ class ZeroEngine(Engine):
                 self._wrapped_model.step()
             self.model.zero_grad()
         else:
-            # If the norm is not finite, DeepSpeed drops the gradients without applying them.
+            # DeepSpeed drops gradients with a non-finite norm without applying them.
             self._wrapped_model.step()
             norm = float(self._wrapped_model.get_global_grad_norm())
         refuse_non_finite_norm(norm)
@@ -108,7 +113,7 @@ class ZeroEngine(Engine):
 
     @property
     def changes_sums_after_backward(self) -> bool:
-        """Never: DeepSpeed's buckets are those of the first step."""
+        """Always False: DeepSpeed keeps the buckets of its first step."""
         return False
 
     def _whole_gradient(self, parameter: Tensor) -> Tensor | None:
@@ -117,54 +122,54 @@ class ZeroEngine(Engine):
         return parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
 
     def drop_gradients(self) -> None:
-        """Forgets the gradients so far, instead of a step."""
+        """Drops the accumulated gradients without taking a step."""
         if self.stage == 0:
             self.model.zero_grad()
             return
-        # DeepSpeed drops by itself, and cleans up after, what has a norm that is not finite.
-        # Padding stays zero: it is never written again.
+        # DeepSpeed's step drops gradients with a non-finite norm and cleans up after them.
+        # Padding must stay zero, because it is never written again.
         for gradients in self._zero.averaged_gradients.values():
             for gradient in gradients or ():
                 gradient.masked_fill_(gradient != 0, math.nan)
         self._wrapped_model.step()
 
-    # ------------------------------------------------------------------------------- fragments
+    # ---------------------------------------------------------------------------------- slices
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Every parameter and the moments of those that are trained, as far as this rank holds
-        them: of stage 1 on, fragments of the flat fp32 tensors that the optimizer updates."""
+    def slices(self) -> Iterator[HeldSlice]:
+        """Yields the slices that this rank holds of all parameters and optimizer moments.
+
+        From stage 1 on, they are views of the flat fp32 tensors that the optimizer updates.
+        """
         if self.stage == 0:
-            yield from super().fragments()
+            yield from super().slices()
             return
-        place_of = self._place_at_stage_3 if self.stage == 3 else self._place_at_stages_1_and_2
+        locate = self._locate_at_stage_3 if self.stage == 3 else self._locate_at_stages_1_and_2
         for name, parameter in self.model.named_parameters():
-            flat, start, offset, length = place_of(parameter)
+            flat, start, offset, length = locate(parameter)
             if length == 0:
                 continue
-            total = getattr(parameter, "ds_numel", parameter.numel())
             whole = {"parameter": flat}
             if parameter.requires_grad:
                 state = self._state_of(flat)
                 whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
-            is_shared = self.stage < 3 and not parameter.requires_grad
+            is_replicated = self.stage < 3 and not parameter.requires_grad
             for key, values in whole.items():
-                held = values.detach().narrow(0, start, length)
-                yield Fragment(name, key, held, offset, total, is_shared)
+                held = TensorSlice(f"{key}/{name}", offset, length)
+                yield HeldSlice(held, values.detach().narrow(0, start, length), is_replicated)
 
-    def _place_at_stages_1_and_2(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
-        """(flat tensor, place of the fragment in it, place of the fragment in the parameter, its
-        length)"""
+    def _locate_at_stages_1_and_2(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
+        """(flat tensor, start of the slice in it, offset in the parameter, length)"""
         if not parameter.requires_grad:
             return parameter.data.view(-1), 0, 0, parameter.numel()
         mapping = parameter._hp_mapping
-        if mapping is None:  # all of it is on other ranks
+        if mapping is None:  # other ranks hold all of the parameter
             return parameter.data, 0, 0, 0
         flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
         in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, in_flat.start, in_parameter.start, in_flat.numel
 
-    def _place_at_stage_3(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
-        """Likewise; every rank has an equally long part, of which the last ones may be padding."""
+    def _locate_at_stage_3(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
+        """The same tuple; ranks have parts of equal length, and the last parts may be padded."""
         part = parameter.partition_numel()
         offset = min(self.accelerator.process_index * part, parameter.ds_numel)
         length = min(part, parameter.ds_numel - offset)
@@ -174,8 +179,10 @@ class ZeroEngine(Engine):
         return self._zero.fp32_partitioned_groups_flat[group], start, offset, length
 
     def after_load(self, *, num_updates: int) -> None:
-        """To be called when `fragments` were written to: sets the optimizer's step count and copies
-        the flat tensors into the model."""
+        """Sets the optimizer's step count and copies the flat tensors into the model.
+
+        Must be called after writing to `slices`.
+        """
         super().after_load(num_updates=num_updates)
         if self.stage in (1, 2):
             self._zero.update_lp_params()
@@ -185,7 +192,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def _refresh_stage_3(self) -> None:
         persistent = self._zero.persistent_parameters
-        if persistent:  # held whole besides their parts
+        if persistent:  # small parameters, which every rank also holds whole
             persistent[0].partition(persistent)
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -194,6 +201,6 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         """Closes the trackers, frees DeepSpeed's buffers and leaves the process group."""
-        self.accelerator.free_memory()  # while there is a group: DeepSpeed asks for its rank
+        self.accelerator.free_memory()  # needs the process group: DeepSpeed asks for the rank
         del self._zero
         super().close()

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -97,6 +96,8 @@ def compile_towers(model: ContrastiveModel, *, backend: str = "inductor") -> Non
         model: with its blocks checkpointed before, if they are to be.
         backend: torch.compile's.
     """
+    import torch._dynamo.config
+
     # In a checkpointed block, layers count their calls. The compiler would refuse that change of
     # state; done in the forward pass alone, it is right.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.audio_utils import mel_filter_bank
 
 from pretrain.config import AudioTransform
 
@@ -19,6 +18,8 @@ class LogMelSpectrogram(nn.Module):
     """
 
     def __init__(self, config: AudioTransform) -> None:
+        from transformers.audio_utils import mel_filter_bank
+
         super().__init__()
         self.settings = config.log_mel
         spec = config.spec_augment

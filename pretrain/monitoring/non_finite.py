@@ -118,12 +118,12 @@ def state_norms(engine: Engine) -> dict[str, dict[str, float]]:
     """Key ("parameter" or a moment) -> parameter's name -> norm; every rank must call it."""
     names = [name for name, _ in engine.model.named_parameters()]
     squares: dict[str, Tensor] = {}
-    for each in engine.fragments():
+    for each in engine.slices():
         sums = squares.setdefault(
-            each.key, torch.zeros(len(names), dtype=torch.float64, device=engine.device)
+            each.slice.key, torch.zeros(len(names), dtype=torch.float64, device=engine.device)
         )
-        if not each.is_shared or engine.is_main_process:
-            sums[names.index(each.name)] += each.values.double().square().sum()
+        if not each.is_replicated or engine.is_main_process:
+            sums[names.index(each.slice.parameter)] += each.values.double().square().sum()
     return {
         key: dict(zip(names, sum_over_ranks(sums).sqrt().tolist(), strict=True))
         for key, sums in squares.items()

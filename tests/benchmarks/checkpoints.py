@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import newest_checkpoint, restore
 from pretrain.checkpoints.record import RunState
+from pretrain.checkpoints.state import shapes_of
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import PretrainConfig
@@ -111,8 +113,9 @@ def engine_of(config: PretrainConfig) -> Engine:
 
 
 def size_of_state(engine: Engine) -> int:
-    sizes = {(each.key, each.name): each.total for each in engine.fragments()}
-    whole: dict[tuple[str, str], int] = {}
+    shapes = shapes_of(engine.model)
+    sizes = {held.slice.tensor: prod(shapes[held.slice.parameter]) for held in engine.slices()}
+    whole: dict[str, int] = {}
     for held in gather_objects(sizes):
         whole |= held
     return 4 * sum(whole.values())

@@ -108,11 +108,12 @@ def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
 
 def test_a_parameter_that_was_frozen_where_the_run_begins_from_is_named(tmp_path):
     class Trained(ToyEngine):
-        def fragments(self):
-            for each in super().fragments():
+        def slices(self):
+            for each in super().slices():
                 yield each
-                if each.name != "w0" and each.key == "exp_avg":
-                    yield replace(each, key="exp_avg_sq")
+                if each.slice.parameter != "w0" and each.slice.key == "exp_avg":
+                    other = replace(each.slice, tensor=f"exp_avg_sq/{each.slice.parameter}")
+                    yield replace(each, slice=other)
 
     writer = writer_of(ToyEngine(), tmp_path)
     writer.save(RunState(1, num_updates=1))

@@ -230,4 +230,4 @@ def test_in_an_object_store_a_checkpoint_counts_when_its_record_is_there(store, 
     store.delete("s3://shards/checkpoints/step_00000003_attempt_0002/checkpoint.json")
     assert newest_checkpoint(checkpoints) is None
     assert f"{model}: sha256 is" in caplog.text
-    assert "none of 2 checkpoints is whole" in caplog.text
+    assert "none of 2 checkpoints is valid" in caplog.text

@@ -1,4 +1,4 @@
-"""Something to make checkpoints of that is ready at once: an engine of a few tensors."""
+"""A toy engine of a few tensors, for fast tests of checkpoints."""
 
 import torch
 
@@ -6,11 +6,11 @@ from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Run
 from pretrain.distributed.collectives import rank, world_size
-from pretrain.distributed.engine import Fragment
+from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 
 
 class ToyEngine:
-    """Parameters that every rank holds, and moments of which each has a part, as at ZeRO stage 1.
+    """Replicated parameters and partitioned moments, as at ZeRO stage 1.
 
     Every value is a function of (name, element, seed).
     """
@@ -26,21 +26,23 @@ class ToyEngine:
             whole = torch.randn(size, generator=generator)
             self.model.register_parameter(f"w{number}", torch.nn.Parameter(whole))
             first, stop = (size * each // world_size() for each in (rank(), rank() + 1))
-            self._moments[f"w{number}"] = (first, size, 10 * whole[first:stop])
+            self._moments[f"w{number}"] = (first, 10 * whole[first:stop])
 
-    def fragments(self):
+    def slices(self):
         for name, parameter in self.model.named_parameters():
             values = parameter.detach().view(-1)
-            yield Fragment(name, "parameter", values, 0, len(values), is_shared=True)
-            first, total, moment = self._moments[name]
+            held = TensorSlice(f"parameter/{name}", 0, len(values))
+            yield HeldSlice(held, values, is_replicated=True)
+            first, moment = self._moments[name]
             if len(moment):
-                yield Fragment(name, "exp_avg", moment, first, total, is_shared=False)
+                held = TensorSlice(f"exp_avg/{name}", first, len(moment))
+                yield HeldSlice(held, moment, is_replicated=False)
 
     def after_load(self, *, num_updates):
         self.num_updates = num_updates
 
     def values(self):
-        return [fragment.values.clone() for fragment in self.fragments()]
+        return [held.values.clone() for held in self.slices()]
 
 
 def writer_of(engine, folder, *, attempt="0001", store=None, fence=lambda: None, **settings):

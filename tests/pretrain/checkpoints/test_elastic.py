@@ -29,14 +29,14 @@ FROZEN = {"image": {"library": "timm", "name": "test_vit", "frozen": True}}
 
 
 def expected(key, name, places):
-    """Values of a tensor at places, which no other tensor has."""
+    """Computes values of a tensor by position, distinct from those of other tensors."""
     generator = zlib.crc32(f"{key}/{name}".encode())
     return torch.sin(places.to(torch.float64) + generator).float()
 
 
-def of_fragment(fragment):
-    places = torch.arange(fragment.offset, fragment.offset + len(fragment.values))
-    return expected(fragment.key, fragment.name, places)
+def expected_slice(held):
+    places = torch.arange(held.offset, held.stop)
+    return expected(held.key, held.parameter, places)
 
 
 def engine_of(toy_data, folder, strategy):
@@ -51,8 +51,8 @@ def engine_of(toy_data, folder, strategy):
 
 def save(toy_data, folder, strategy):
     engine = engine_of(toy_data, folder, strategy)
-    for fragment in engine.fragments():
-        fragment.values.copy_(of_fragment(fragment))
+    for held in engine.slices():
+        held.values.copy_(expected_slice(held.slice))
     engine.after_load(num_updates=7)
     writer = writer_of(engine, folder)
     writer.save(RunState(7, engine.num_updates))
@@ -62,20 +62,20 @@ def save(toy_data, folder, strategy):
 
 
 def load(toy_data, folders, strategy):
-    """[(folder, key, name)] of the tensors that came otherwise than they went"""
+    """Returns [(folder, key, parameter)] of the tensors that differ after loading."""
     engine = engine_of(toy_data, folders[0], strategy)
     different = []
     for folder in folders:
-        for fragment in engine.fragments():
-            fragment.values.fill_(torch.nan)
+        for held in engine.slices():
+            held.values.fill_(torch.nan)
         restore(engine, open_whole(str(folder / "step_00000007")))
         assert engine.num_updates == 7
         steps = {state["step"].item() for state in engine.optimizer.state.values()}
         assert steps == {7.0}
         different += [
-            (folder.name, fragment.key, fragment.name)
-            for fragment in engine.fragments()
-            if not torch.equal(fragment.values, of_fragment(fragment))
+            (folder.name, held.slice.key, held.slice.parameter)
+            for held in engine.slices()
+            if not torch.equal(held.values, expected_slice(held.slice))
         ]
         different += [
             (folder.name, "model", name)

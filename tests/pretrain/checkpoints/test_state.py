@@ -2,16 +2,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoints.state import share_of_rank
-from pretrain.distributed.engine import Fragment
+from pretrain.checkpoints.state import slices_to_write
+from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 
 
 @given(
     sizes=st.lists(st.integers(0, 30), max_size=6),
     world_size=st.integers(1, 5),
-    shared=st.lists(st.booleans(), min_size=6, max_size=6),
+    replicated=st.lists(st.booleans(), min_size=6, max_size=6),
 )
-def test_every_element_is_written_by_exactly_one_rank(sizes, world_size, shared):
+def test_every_element_is_written_by_exactly_one_rank(sizes, world_size, replicated):
     tensors = [torch.arange(size, dtype=torch.float32) for size in sizes]
     written = [torch.zeros(size) for size in sizes]
     shares = []
@@ -19,17 +19,16 @@ def test_every_element_is_written_by_exactly_one_rank(sizes, world_size, shared)
         held = []
         for number, whole in enumerate(tensors):
             first, stop = 0, len(whole)
-            if not shared[number]:
+            if not replicated[number]:
                 first, stop = (len(whole) * each // world_size for each in (rank, rank + 1))
             values = whole[first:stop]
-            held.append(
-                Fragment(str(number), "m", values, first, len(whole), is_shared=shared[number])
-            )
-        share = list(share_of_rank(held, rank=rank, world_size=world_size))
-        shares.append(sum(len(each.values) for each in share if each.is_shared))
+            part = TensorSlice(f"m/{number}", first, len(values))
+            held.append(HeldSlice(part, values, is_replicated=replicated[number]))
+        share = list(slices_to_write(held, rank=rank, world_size=world_size))
+        shares.append(sum(len(each.values) for each in share if each.is_replicated))
         for each in share:
-            number = int(each.name)
-            place = slice(each.offset, each.offset + len(each.values))
+            number = int(each.slice.parameter)
+            place = slice(each.slice.offset, each.slice.stop)
             assert torch.equal(tensors[number][place], each.values)
             written[number][place] += 1
     assert all((count == 1).all() for count in written)

@@ -108,8 +108,8 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
     writer = writer_of(engine, tmp_path, store=store)
     saved = engine.values()
     writer.save(RunState(1, 1))
-    for fragment in engine.fragments():  # training goes on
-        fragment.values.add_(1)
+    for held in engine.slices():  # training goes on
+        held.values.add_(1)
     writer.advance()
     assert steps_in(tmp_path) == []
     threading.Timer(0.2, store.is_let.set).start()
@@ -125,7 +125,7 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
     restore(other, open_whole(str(tmp_path / "step_00000002")))
     assert all(map(torch.equal, other.values(), engine.values()))
     caplog.clear()
-    monkeypatch.setattr(writer_module, "SECONDS_TO_TELL_OF", 60)
+    monkeypatch.setattr(writer_module, "SECONDS_TO_REPORT", 60)
     writer.save(RunState(3, 3))
     writer.save(RunState(4, 4))
     writer.finish()

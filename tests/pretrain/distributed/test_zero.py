@@ -1,4 +1,4 @@
-"""DeepSpeed's stages against one process: gradients, norms, clamps, fragments, whole runs."""
+"""DeepSpeed's stages against one process: gradients, norms, clamps, slices, whole runs."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ import torch
 
 from data_prep.config_file import read_config
 from pretrain.checkpoint import read_model_state
+from pretrain.checkpoints.state import shapes_of
 from pretrain.config import PretrainConfig
 from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import gather_objects
@@ -101,9 +102,8 @@ def observe(config):
         event.name for event in profile.events() if event.name.startswith("c10d::")
     )
     seen["parameters"] = {name: values.numpy() for name, values in copies(engine).items()}
-    seen["fragments"] = [
-        (part.key, part.name, part.offset, len(part.values), part.total)
-        for part in engine.fragments()
+    seen["slices"] = [
+        (held.slice, num_elements(engine)[held.slice.parameter]) for held in engine.slices()
     ]
     engine.close()
     seen["compiled"] = list(config.run.folder.rglob("*.so"))
@@ -111,16 +111,18 @@ def observe(config):
 
 
 def copies(engine):
-    """ "<key>/<parameter>" -> flat tensor, put together from all ranks' fragments"""
-    whole = {}
-    parts = [
-        (part.key, part.name, part.offset, part.total, part.values.clone())
-        for part in engine.fragments()
-    ]
-    for key, name, offset, total, values in itertools.chain(*gather_objects(parts)):
-        tensor = whole.setdefault(f"{key}/{name}", torch.full((total,), math.nan))
-        tensor[offset : offset + len(values)] = values
+    """Assembles {"<key>/<parameter>": flat tensor} from the slices of all ranks."""
+    whole, totals = {}, num_elements(engine)
+    parts = [(held.slice, held.values.clone()) for held in engine.slices()]
+    for part, values in itertools.chain(*gather_objects(parts)):
+        tensor = whole.setdefault(part.tensor, torch.full((totals[part.parameter],), math.nan))
+        tensor[part.offset : part.stop] = values
     return whole
+
+
+def num_elements(engine):
+    """Counts {parameter name: elements}."""
+    return {name: math.prod(shape) for name, shape in shapes_of(engine.model).items()}
 
 
 def config_of(toy_data, folder, strategy, *, precision="fp32", tuning=None, **sections):
@@ -161,18 +163,18 @@ def assert_same_gradient(seen, expected, *, share=1e-5):
         assert error <= share * length, name
 
 
-def assert_fragments_tile(ranks, *, is_replicated):
-    """The fragments of all ranks cover every tensor, once unless each rank holds all of it."""
+def assert_slices_tile(ranks, *, is_replicated):
+    """Asserts that the slices of all ranks cover every tensor, once unless all are replicated."""
     held = defaultdict(list)
     for seen in ranks[:1] if is_replicated else ranks:
-        for key, name, offset, length, total in seen["fragments"]:
-            held[key, name, total].append((offset, length))
+        for part, total in seen["slices"]:
+            held[part.key, part.parameter, total].append((part.offset, part.length))
     assert held.keys() >= {("exp_avg", name, v.size) for name, v in ranks[0]["gradient"].items()}
-    for (_, name, total), pieces in held.items():
+    for (_, name, total), parts in held.items():
         if name.startswith("towers.audio.backbone."):  # frozen: perhaps whole on every rank
-            pieces = sorted(set(pieces))
+            parts = sorted(set(parts))
         end = 0
-        for offset, length in sorted(pieces):
+        for offset, length in sorted(parts):
             assert offset == end, name
             end += length
         assert end == total, name
@@ -220,7 +222,7 @@ STRATEGIES = {
 def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, alone, case):
     num_processes, strategy, changes = STRATEGIES[case]
     ranks = observed(toy_data, tmp_path, num_processes, strategy, **changes)
-    assert_fragments_tile(ranks, is_replicated=strategy in ("ddp", "zero0"))
+    assert_slices_tile(ranks, is_replicated=strategy in ("ddp", "zero0"))
     for other in ranks[1:]:
         assert (other["norm"], other["last norm"]) == (ranks[0]["norm"], ranks[0]["last norm"])
     seen = ranks[0]

@@ -35,7 +35,7 @@ def train_with_bad_steps(*configs):
     take_step, now, before, unchanged = loop.train_step, [0], [], []
 
     def bad_step(config, engine, batch, *others):
-        values = [each.values.clone() for each in engine.fragments()]
+        values = [each.values.clone() for each in engine.slices()]
         if before:
             unchanged.append(all(map(torch.equal, before.pop(), values)))
         now[0] = batch.step + 1
