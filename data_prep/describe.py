@@ -10,14 +10,14 @@ dataset gives the same sheet, byte for byte.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from data_prep.config import Describe
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(Describe, __doc__)
+
 import sys
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from data_prep.config import Describe
 from data_prep.dedup.duplicate_table import name_in_table
 from data_prep.errors import ConfigError
 from data_prep.report.data_sheet import SheetContent, render_sheet

@@ -8,10 +8,14 @@ It takes the config that the parts were given to python -m data_prep.make_shards
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, run_command, say
+from data_prep.config import MakeShards
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(MakeShards, __doc__)
+
 import sys
 
-from data_prep.command import run_command, say
-from data_prep.config import MakeShards
 from data_prep.pipeline.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
 from data_prep.pipeline.plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
 from data_prep.shards.folder import check_plan, lock_folder

@@ -16,6 +16,12 @@ dataset, which training takes as it is, and report.html. The datasets stay as th
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from data_prep.config import FindDuplicates
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(FindDuplicates, __doc__)
+
 import logging
 import sys
 import tempfile
@@ -23,12 +29,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from data_prep.config import FindDuplicates
 from data_prep.config_file import fixed_values
 from data_prep.dedup.duplicate_table import write_table
 from data_prep.dedup.groups import GroupedSamples, group_samples

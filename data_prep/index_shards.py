@@ -10,6 +10,12 @@ or with media that do not decode. With `measure` each tar also gets a Parquet.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from data_prep.config import IndexShards
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(IndexShards, __doc__)
+
 import glob
 import os
 import sys
@@ -20,12 +26,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from data_prep.config import IndexShards
 from data_prep.config_file import fixed_values
 from data_prep.errors import InputError
 from data_prep.shards.columns import (

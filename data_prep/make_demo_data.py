@@ -11,13 +11,17 @@ Each set has train.tsv, validation.tsv and test.tsv, and the same seed gives the
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, run_command, say
+from data_prep.config import DemoData
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(DemoData, __doc__)
+
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.command import run_command, say
-from data_prep.config import DemoData
 from data_prep.demo.images import (
     DIGIT_NAMES,
     DIGIT_PROMPTS,

@@ -12,6 +12,12 @@ every n-th shard and leaves finishing to python -m data_prep.finalize.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from data_prep.config import MakeShards
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(MakeShards, __doc__)
+
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,12 +26,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from data_prep.config import MakeShards
 from data_prep.pipeline.dataset_finish import (
     by_reason,
     finish_shards,

@@ -13,6 +13,12 @@ everything but write it.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from data_prep.config import MakeSubset
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(MakeSubset, __doc__)
+
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -21,12 +27,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from data_prep.config import MakeSubset
 from data_prep.config_file import fixed_values
 from data_prep.errors import InputError
 from data_prep.selection.pool import SamplePool, Step

@@ -9,13 +9,17 @@ crc32; that the Parquet has a row for each. With repair=true, what can be rebuil
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, run_command, say
+from data_prep.config import VerifyShards
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(VerifyShards, __doc__)
+
 import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from data_prep.command import run_command, say
-from data_prep.config import VerifyShards
 from data_prep.errors import InputError
 from data_prep.shards.manifest import (
     DatasetInfo,

@@ -15,6 +15,12 @@ the training data instead, use data_prep.find_duplicates with `against`.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from eval.config import OverlapConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(OverlapConfig, __doc__)
+
 import json
 import sys
 
@@ -22,15 +28,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
 from data_prep.config_file import fixed_values
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.storage.atomic import write_atomically
-from eval.config import OverlapConfig
 from eval.datasets.datasets import EvaluationSet, open_dataset
 from eval.datasets.overlap import METHODS, Overlap, find_overlap
 

@@ -8,18 +8,18 @@ The first results are what the others are compared with. Writes compare.json and
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from eval.config import CompareConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(CompareConfig, __doc__)
+
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
 from data_prep.storage.atomic import write_atomically
-from eval.config import CompareConfig
 from eval.metrics.intervals import Bootstrap
 from eval.report.comparison import Difference, compare, shared_evaluations
 from eval.report.markdown_table import markdown_table

@@ -10,18 +10,18 @@ Stopped and started again, it keeps finished shards. What the files hold: eval.e
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from eval.config import EmbedConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(EmbedConfig, __doc__)
+
 import logging
 import sys
 from typing import TYPE_CHECKING
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
 from data_prep.errors import RunError
 from data_prep.shards.dataset import Dataset
-from eval.config import EmbedConfig
 from eval.models.model_source import find_model
 
 if TYPE_CHECKING:

@@ -16,14 +16,14 @@ Exit status 1 if a metric misses its goal.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from eval.config import EvaluateConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(EvaluateConfig, __doc__)
+
 import sys
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from eval.config import EvaluateConfig
 from eval.models.model_source import find_model
 from eval.tasks.readers import read_tasks
 

@@ -12,14 +12,14 @@ With serve=false it ends after the second. Needs the extra: pip install 'isopair
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from eval.config import SearchConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(SearchConfig, __doc__)
+
 import sys
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
-from eval.config import SearchConfig
 from eval.datasets.datasets import EvaluationSet, open_dataset
 from eval.datasets.download import fetch_dataset
 from eval.models.model_source import find_model

@@ -10,6 +10,12 @@ It ends when the run has finished, or, with wait=false, when all that is there i
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from eval.config import WatchConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(WatchConfig, __doc__)
+
 import json
 import logging
 import shutil
@@ -19,16 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
 from data_prep.errors import (
     InputError,
     RunError,
 )
-from eval.config import EvaluateConfig, WatchConfig
+from eval.config import EvaluateConfig
 from eval.tasks.readers import read_tasks
 from pretrain.checkpoints.store import StoredCheckpoint, store_of_run
 

@@ -10,11 +10,16 @@ and checkpoints must fit on their disk. `preflight` in the config holds the floo
 
 from __future__ import annotations
 
-from data_prep.command import say
 from pretrain.run import signals
 
-if __name__ == "__main__":  # before imports that take seconds, and which signals would end
+if __name__ == "__main__":  # before imports that take seconds, during which a signal would kill
     signals.listen()
+
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from pretrain.config import PretrainConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(PretrainConfig, __doc__)
 
 import json
 import os
@@ -29,12 +34,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-)
 from data_prep.errors import RunError
-from pretrain.config import PretrainConfig
 from pretrain.distributed.launcher import adopt_environment, device_type_of, hosts_of_slurm_ranks
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer

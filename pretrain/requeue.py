@@ -12,14 +12,18 @@ job was started three times without an attempt at the run.
 
 from __future__ import annotations
 
+from data_prep.command import check_command_line, run_command, say
+from pretrain.config import PretrainConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(PretrainConfig, __doc__)
+
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from data_prep.command import run_command, say
 from data_prep.errors import RunError
 from pretrain.checkpoints.store import store_of_run
-from pretrain.config import PretrainConfig
 from pretrain.run.attempts import (
     Attempt,
     DivergedError,

@@ -8,10 +8,16 @@ changes which result comes. Run again, it goes on from the newest checkpoint.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before imports that take seconds, and which signals would end
+if __name__ == "__main__":  # before imports that take seconds, during which a signal would kill
     from pretrain.run import signals
 
     signals.listen()
+
+from data_prep.command import check_command_line, check_output_folder, run_command, say
+from pretrain.config import PretrainConfig
+
+if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+    check_command_line(PretrainConfig, __doc__)
 
 import logging
 import os
@@ -22,17 +28,12 @@ from functools import partial
 
 import torch
 
-from data_prep.command import (
-    check_output_folder,
-    run_command,
-    say,
-)
 from data_prep.errors import InputError
 from pretrain.cache.node import check_room
 from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
 from pretrain.checkpoints.store import open_store, store_of_run
 from pretrain.checkpoints.writer import CheckpointWriter
-from pretrain.config import PairingName, PretrainConfig
+from pretrain.config import PairingName
 from pretrain.data.batch import StepBatch
 from pretrain.data.device_prefetch import copy_ahead
 from pretrain.data.loaders import LoadSteps, start_loader

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("data_prep", "pretrain", "eval")
 MOST_MODULES_IN_A_FOLDER = 15
@@ -24,26 +26,6 @@ ALLOWED_ROOMS = {
         },
         "pretrain": {"config", "checkpoint", "checkpoints", "distributed", "model", "run"},
     },
-}
-ENTRY_POINTS = {
-    "data_prep.make_shards",
-    "data_prep.verify_shards",
-    "data_prep.index_shards",
-    "data_prep.describe",
-    "data_prep.find_duplicates",
-    "data_prep.finalize",
-    "data_prep.make_demo_data",
-    "data_prep.make_subset",
-    "pretrain.train",
-    "pretrain.preflight",
-    "pretrain.status",
-    "pretrain.requeue",
-    "eval.compare",
-    "eval.evaluate",
-    "eval.embed",
-    "eval.watch",
-    "eval.check_overlap",
-    "eval.search",
 }
 
 
@@ -159,9 +141,9 @@ def test_accelerate_and_deepspeed_appear_only_in_the_engine():
             assert path.parts[:2] == ("pretrain", "distributed"), f"{path} imports {name}"
 
 
-def test_nothing_imports_an_entry_point():
+def test_nothing_imports_a_command():
     for path, name in ALL_IMPORTS:
-        assert name not in ENTRY_POINTS, f"{path} imports {name}"
+        assert name not in COMMANDS, f"{path} imports {name}"
 
 
 def test_data_prep_starts_without_torch():
