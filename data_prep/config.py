@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -229,7 +229,7 @@ class MakeShards(Section):
         return names
 
     @model_validator(mode="after")
-    def _check_part(self) -> MakeShards:
+    def _check_part(self) -> Self:
         if self.part is not None:
             number, total = map(int, self.part.split("/"))
             if number >= total:

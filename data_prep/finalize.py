@@ -1,9 +1,9 @@
-"""Closes a dataset whose shards were written in parts: checks that none is missing, and writes the
-manifest.
+"""Finishes a dataset whose shards were written in parts.
 
     python -m data_prep.finalize configs/data_prep/demo_scenes.yaml
 
-It takes the config that the parts were given to python -m data_prep.make_shards with.
+Checks that all shards exist, and writes the manifest. The config must be the one with which
+python -m data_prep.make_shards wrote the parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ if __name__ == "__main__":  # --help and a wrong config end here, before the slo
 import sys
 
 from data_prep.pipeline.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
-from data_prep.pipeline.plan import PLAN_FOLDER, ItemPlan, describe_origin, read_plan
+from data_prep.pipeline.plan import PLAN_FOLDER, describe_origin, read_plan
+from data_prep.pipeline.shard import ShardSettings
 from data_prep.shards.folder import check_plan, lock_folder
 
 
@@ -25,33 +26,34 @@ def finalize(config: MakeShards) -> None:
     """Writes rejected.jsonl, manifest.jsonl and dataset.json.
 
     Raises:
-        InputError: nothing was begun, or from another config; a shard is missing; too many pairs
-            are bad.
+        InputError: if the dataset was not begun, or was created with a different config or input.
+            Also if a shard is missing, or too many pairs are bad.
     """
-    plan = _checked_plan(config)
-    with lock_folder(config.output):
-        finish_shards(config, plan)
-
-
-def _checked_plan(config: MakeShards) -> ItemPlan:
     plan = read_plan(config.output)
     check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
-    return plan
+    with lock_folder(config.output):
+        finish_shards(
+            ShardSettings.from_config(config),
+            plan,
+            max_rejected_fraction=config.max_rejected_fraction,
+        )
 
 
 def print_plan(config: MakeShards) -> None:
-    """Prints how many shards are finished.
+    """Prints the number of finished shards.
 
     Raises:
-        InputError: nothing was begun, or from another config.
+        InputError: if the dataset was not begun, or was created with a different config or input.
     """
-    shards = shards_of_plan(config, _checked_plan(config))
+    plan = read_plan(config.output)
+    check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
+    shards = shards_of_plan(ShardSettings.from_config(config), plan)
     num_finished = sum(map(is_shard_finished, shards))
     say(f"{config.output}: {num_finished:,} of {len(shards):,} shards are finished")
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(MakeShards, run=finalize, dry_run=print_plan, description=__doc__)
 
 

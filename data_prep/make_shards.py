@@ -2,12 +2,14 @@
 
     python -m data_prep.make_shards configs/data_prep/demo_scenes.yaml
 
-1. plan     open_plan: the rows of the input, grouped into items; shard k owns fixed items
-2. write    each unfinished shard, in any order and by any number of processes and jobs
-3. finish   rejected.jsonl, the check of their share, manifest.jsonl, and dataset.json last
+1. plan     groups the rows of the input into items; shard k owns a fixed range of items
+2. write    writes each unfinished shard, in any order, with any number of processes and jobs
+3. finish   writes rejected.jsonl, checks the fraction of bad pairs, writes manifest.jsonl, and
+            dataset.json last
 
-Killed and run again, it keeps finished shards and ends with the same bytes. With part=i/n it writes
-every n-th shard and leaves finishing to python -m data_prep.finalize.
+A killed run that is started again keeps the finished shards and ends with the same bytes. With
+part=i/n the command writes every n-th shard; python -m data_prep.finalize then finishes the
+dataset.
 """
 
 from __future__ import annotations
@@ -35,20 +37,20 @@ from data_prep.pipeline.dataset_finish import (
 from data_prep.pipeline.plan import (
     PLAN_FOLDER,
     ItemPlan,
+    PlanSettings,
     build_plan,
     describe_origin,
     open_plan,
     read_plan,
 )
-from data_prep.pipeline.shard import ShardTask, write_shard
+from data_prep.pipeline.shard import ShardSettings, ShardTask, write_shard
 from data_prep.shards.folder import check_plan, lock_folder, remove_leftovers
 from data_prep.shards.index import ShardIndex
-from data_prep.sources.formats import media_root_of
-from data_prep.sources.input_files import check_output_apart
+from data_prep.sources.input_files import check_output_outside_input, media_root_of
 from data_prep.workers import run_tasks
 
-NUM_SIZES_SAMPLED = 500  # media files looked at by --dry-run
-# What another attempt may mend, with download.retry_failed=true.
+NUM_SIZES_SAMPLED = 500  # media files that --dry-run measures
+# Reasons of failed downloads that download.retry_failed=true retries.
 TRANSIENT_REASONS = ("download_http_error", "download_timeout", "download_unreachable")
 
 
@@ -56,24 +58,31 @@ def make_shards(config: MakeShards) -> None:
     """Makes the dataset, or the part of it that is still missing.
 
     Raises:
-        InputError: the input is unusable, the folder was begun from something else, too many
-            pairs are bad, or no sample is left.
+        InputError: if the input is unusable, or the folder was created with a different config or
+            input. Also if too many pairs are bad, or no sample is left.
     """
     check_output_folder(config.output, key="output")
-    check_output_apart(config)
+    check_output_outside_input(config.output, config.input)
+    settings = ShardSettings.from_config(config)
     with lock_folder(config.output, part=config.part) as is_locked:
-        plan = open_plan(config)
-        shards = _shards_of_part(config, plan)
+        plan = open_plan(
+            config.output,
+            PlanSettings.from_config(config),
+            made_from=describe_origin(config),
+        )
+        shards = _shards_of_part(shards_of_plan(settings, plan), part=config.part)
         if is_locked:
             remove_leftovers(config.output, stems={shard.name for shard in shards})
-        todo = [shard for shard in shards if _is_to_make(shard)]
+        todo = [shard for shard in shards if _needs_writing(shard)]
         if not todo and (config.output / "dataset.json").exists():
             say(f"{config.output}: already finished; nothing to do")
             return
         (config.output / "dataset.json").unlink(missing_ok=True)
-        _write_shards(todo, kept=len(shards) - len(todo), config=config)
+        if len(todo) < len(shards):
+            say(f"{config.output}: keeping {len(shards) - len(todo)} finished shards")
+        _write_shards(todo, workers=config.workers)
         if config.part is None:
-            finish_shards(config, plan)
+            finish_shards(settings, plan, max_rejected_fraction=config.max_rejected_fraction)
         else:
             say(
                 f"{config.output}: the {len(shards):,} shards of part {config.part} are written; "
@@ -81,26 +90,24 @@ def make_shards(config: MakeShards) -> None:
             )
 
 
-def _shards_of_part(config: MakeShards, plan: ItemPlan) -> list[ShardTask]:
-    number, total = map(int, (config.part or "0/1").split("/"))
-    return shards_of_plan(config, plan)[number::total]
+def _shards_of_part(shards: Sequence[ShardTask], *, part: str | None) -> Sequence[ShardTask]:
+    number, total = map(int, (part or "0/1").split("/"))
+    return shards[number::total]
 
 
-def _is_to_make(shard: ShardTask) -> bool:
+def _needs_writing(shard: ShardTask) -> bool:
     if not is_shard_finished(shard):
         return True
-    config = shard.config
-    remade = {*config.remake, *(TRANSIENT_REASONS if config.download.retry_failed else ())}
-    rejected = ShardIndex.read(config.output / f"{shard.name}.idx").rejected if remade else {}
+    settings = shard.settings
+    remade = {*settings.remake, *(TRANSIENT_REASONS if settings.download.retry_failed else ())}
+    rejected = ShardIndex.read(settings.output / f"{shard.name}.idx").rejected if remade else {}
     return not remade.isdisjoint(rejected)
 
 
-def _write_shards(shards: Sequence[ShardTask], *, kept: int, config: MakeShards) -> None:
-    if kept:
-        say(f"{config.output}: keeping {kept} finished shards")
+def _write_shards(shards: Sequence[ShardTask], *, workers: int) -> None:
     total = sum(shard.num_items for shard in shards)
     with tqdm(total=total, unit="item", desc="writing shards", disable=None) as bar:
-        for num_items in run_tasks(write_shard, shards, workers=config.workers):
+        for num_items in run_tasks(write_shard, shards, workers=workers):
             bar.update(num_items)
 
 
@@ -108,19 +115,20 @@ def _write_shards(shards: Sequence[ShardTask], *, kept: int, config: MakeShards)
 
 
 def print_plan(config: MakeShards) -> None:
-    """Prints what would be made; writes nothing into the output folder.
+    """Prints a summary of the dataset to be made; writes nothing into the output folder.
 
     Raises:
-        InputError: as make_shards, as far as the scan can tell.
+        InputError: as `make_shards`, for the errors that the scan finds.
     """
     check_output_folder(config.output, key="output")
-    check_output_apart(config)
+    check_output_outside_input(config.output, config.input)
     made_from = describe_origin(config)
     check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
     with tempfile.TemporaryDirectory() as name:
-        build_plan(config, Path(name) / PLAN_FOLDER, made_from=made_from)
+        settings = PlanSettings.from_config(config)
+        build_plan(Path(name) / PLAN_FOLDER, settings, made_from=made_from)
         plan = read_plan(Path(name))
-        sizes = _sampled_sizes(config, plan)
+        sizes = _sampled_sizes(plan, media_root_of(settings.source))
     found = [size for size in sizes if size is not None]
     lines = [
         f"pairs: {plan.num_pairs:,}",
@@ -137,8 +145,8 @@ def print_plan(config: MakeShards) -> None:
     say("\n".join(lines))
 
 
-def _sampled_sizes(config: MakeShards, plan: ItemPlan) -> list[int | None]:
-    """Sizes of some media files given by local paths; None for one that is missing."""
+def _sampled_sizes(plan: ItemPlan, root: str) -> list[int | None]:
+    """Measures a sample of the media files with local paths; None for a missing file."""
     items = (item for shard in range(plan.num_shards) for item in plan.read_items(shard))
     step = max(1, plan.num_items // NUM_SIZES_SAMPLED)
     media = [
@@ -146,7 +154,6 @@ def _sampled_sizes(config: MakeShards, plan: ItemPlan) -> list[int | None]:
         for item in islice(items, 0, None, step)
         if not item.place and any(pair.reason is None for pair in item.pairs)
     ]
-    root = str(media_root_of(config))
     if "://" in root:
         return []
     paths = [Path(root) / name for name in media if "://" not in name]
@@ -156,12 +163,12 @@ def _sampled_sizes(config: MakeShards, plan: ItemPlan) -> list[int | None]:
 def _size_of(path: Path) -> int | None:
     try:
         return path.stat().st_size if path.is_file() else None
-    except OSError:  # a name that is too long, or a folder that cannot be entered
+    except OSError:  # a name that is too long, or a folder without access
         return None
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(MakeShards, run=make_shards, dry_run=print_plan, description=__doc__)
 
 

@@ -1,7 +1,8 @@
-"""Closes a dataset whose shards are all written: what was rejected, the manifest, dataset.json."""
+"""Closing of a dataset whose shards are all written: rejected pairs, manifest, dataset.json."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -9,33 +10,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.command import say
-from data_prep.config import MakeShards
 from data_prep.errors import InputError
 from data_prep.pipeline.plan import ItemPlan
-from data_prep.pipeline.shard import DOWNLOAD_FOLDER, ShardTask, rejected_path
+from data_prep.pipeline.shard import (
+    DOWNLOAD_FOLDER,
+    ShardSettings,
+    ShardTask,
+    rejected_path,
+)
 from data_prep.shards.folder import finish_dataset, index_if_finished
 from data_prep.shards.index import ShardIndex
-from data_prep.sources.formats import media_root_of
+from data_prep.sources.input_files import media_root_of
 from data_prep.sources.pair import CLIP_PREFIX
 from data_prep.storage.atomic import temporary_name
 
 NUM_SHARDS_NAMED = 10
 
 
-def shards_of_plan(config: MakeShards, plan: ItemPlan) -> list[ShardTask]:
-    """All shards of the dataset, also those of other parts."""
-    # As the scan found it: a large folder is not looked through once more for every shard.
-    config = config.model_copy(update={"format": plan.made_from["input"]["format"]})
-    return [ShardTask(number, config, plan) for number in range(plan.num_shards)]
+def shards_of_plan(settings: ShardSettings, plan: ItemPlan) -> list[ShardTask]:
+    """Lists all shards of the dataset, including those of other parts."""
+    # The format that the scan found: otherwise each shard would search a large folder again.
+    source = dataclasses.replace(settings.source, format=plan.made_from["input"]["format"])
+    settings = dataclasses.replace(settings, source=source)
+    return [ShardTask(number, settings, plan) for number in range(plan.num_shards)]
 
 
 def is_shard_finished(shard: ShardTask) -> bool:
-    """Whether all files of a shard are there."""
+    """Returns True if all files of a shard exist and its index matches its tar."""
     return _index_if_finished(shard) is not None
 
 
 def _index_if_finished(shard: ShardTask) -> ShardIndex | None:
-    folder, name = shard.config.output, shard.name
+    folder, name = shard.settings.output, shard.name
     index = index_if_finished(folder / f"{name}.idx", folder / f"{name}.tar")
     if index is None or not (folder / f"{name}.parquet").exists():
         return None
@@ -47,41 +53,48 @@ def _num_pairs(rejected: dict[str, int]) -> int:
     return sum(count for reason, count in rejected.items() if not reason.startswith(CLIP_PREFIX))
 
 
-def finish_shards(config: MakeShards, plan: ItemPlan) -> None:
-    """Writes rejected.jsonl, manifest.jsonl and dataset.json, and prints what the dataset holds.
+def finish_shards(settings: ShardSettings, plan: ItemPlan, *, max_rejected_fraction: float) -> None:
+    """Writes rejected.jsonl, manifest.jsonl and dataset.json, and prints a summary.
+
+    Args:
+        settings: settings of the shards.
+        plan: plan of the dataset.
+        max_rejected_fraction: largest fraction of bad pairs that is accepted.
 
     Raises:
-        InputError: a shard is missing, too many pairs are bad, or no sample is left.
+        InputError: if a shard is missing, too many pairs are bad, or no sample is left.
     """
-    shards = shards_of_plan(config, plan)
-    rejected = _count_rejected(shards)
-    _join_rejected(config.output, shards)
+    output, source = settings.output, settings.source
+    shards = shards_of_plan(settings, plan)
+    rejected = _count_rejected(shards, output)
+    _join_rejected(output, shards)
     num_bad = _num_pairs(rejected)
-    _check_rejected(rejected, num_bad, plan=plan, config=config)
+    if num_bad / plan.num_pairs > max_rejected_fraction:
+        raise _too_many_rejected(rejected, plan, settings=settings, limit=max_rejected_fraction)
     if num_bad == plan.num_pairs:
         raise InputError(
-            f"{config.input}: no usable pair among {plan.num_pairs} ({by_reason(rejected)}); "
-            f"see {config.output / 'rejected.jsonl'}"
+            f"{source.input}: no usable pair among {plan.num_pairs} ({by_reason(rejected)}); "
+            f"see {output / 'rejected.jsonl'}"
         )
     names = [shard.name for shard in shards]
     info = finish_dataset(
-        config.output,
+        output,
         names,
-        media=config.media,
+        media=source.media,
         preparation=plan.made_from,
         num_pairs=plan.num_pairs,
     )
-    if not config.download.keep:
-        shutil.rmtree(config.output / DOWNLOAD_FOLDER, ignore_errors=True)
+    if not settings.download.keep:
+        shutil.rmtree(output / DOWNLOAD_FOLDER, ignore_errors=True)
     notes = f"; {by_reason(rejected)} rejected, see rejected.jsonl" if rejected else ""
     notes += f"; marked: {by_reason(info.marked)}" if info.marked else ""
     say(
-        f"{config.output}: {info.num_samples:,} samples with {plan.num_pairs - num_bad:,} "
+        f"{output}: {info.num_samples:,} samples with {plan.num_pairs - num_bad:,} "
         f"captions in {info.num_shards} shards, {info.tar_bytes / 1e6:,.1f} MB{notes}"
     )
 
 
-def _count_rejected(shards: Sequence[ShardTask]) -> Counter[str]:
+def _count_rejected(shards: Sequence[ShardTask], output: Path) -> Counter[str]:
     rejected: Counter[str] = Counter()
     missing = []
     for shard in shards:
@@ -94,7 +107,7 @@ def _count_rejected(shards: Sequence[ShardTask]) -> Counter[str]:
         named = ", ".join(missing[:NUM_SHARDS_NAMED])
         more = f" and {len(missing) - NUM_SHARDS_NAMED} more" * (len(missing) > NUM_SHARDS_NAMED)
         raise InputError(
-            f"{shards[0].config.output}: expected {len(shards)} finished shards, {len(missing)} "
+            f"{output}: expected {len(shards)} finished shards, {len(missing)} "
             f"are not: {named}{more}; run python -m data_prep.make_shards with the same settings: "
             "without part=, or once more as each part i/n (shard k belongs to part k mod n)"
         )
@@ -116,26 +129,25 @@ def _join_rejected(folder: Path, shards: Sequence[ShardTask]) -> None:
     temporary.replace(path)
 
 
-def _check_rejected(
-    rejected: Counter[str], num_bad: int, *, plan: ItemPlan, config: MakeShards
-) -> None:
-    fraction = num_bad / plan.num_pairs
-    if fraction <= config.max_rejected_fraction:
-        return
-    path = config.output / "rejected.jsonl"
+def _too_many_rejected(
+    rejected: Counter[str], plan: ItemPlan, *, settings: ShardSettings, limit: float
+) -> InputError:
+    num_bad = _num_pairs(rejected)
+    path = settings.output / "rejected.jsonl"
     with path.open(encoding="utf-8") as file:
         first = json.loads(file.readline())
     example = f"row {first['row']} ({first['media'] or 'no path'}): {first['reason']}"
     example += f": {first['detail']}" if first["detail"] else ""
-    raise InputError(
-        f"{config.input}: {num_bad:,} of {plan.num_pairs:,} pairs are bad ({fraction:.1%}): "
-        f"{by_reason(rejected)}; at most max_rejected_fraction={config.max_rejected_fraction} is "
-        f"accepted; first: {example}; all are listed in {path}; after raising the limit, run again "
-        "(finished shards are kept); after mending media, run again with remake=[reason, ...]; "
-        f"relative paths start at {media_root_of(config)} (media_root)"
+    return InputError(
+        f"{settings.source.input}: {num_bad:,} of {plan.num_pairs:,} pairs are bad "
+        f"({num_bad / plan.num_pairs:.1%}): {by_reason(rejected)}; at most "
+        f"max_rejected_fraction={limit} is accepted; first: {example}; all are listed in {path}; "
+        "after raising the limit, run again (finished shards are kept); after repairing media, run "
+        "again with remake=[reason, ...]; relative paths start at "
+        f"{media_root_of(settings.source)} (media_root)"
     )
 
 
 def by_reason(counts: dict[str, int]) -> str:
-    """The counts as text, largest first."""
+    """Formats counts as text, largest first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(counts).most_common())

@@ -1,7 +1,7 @@
-"""Groups the pairs of an input into items, whatever their number: DuckDB sorts them on disk.
+"""Grouping of pairs into items; DuckDB sorts them on disk, so their number is not limited.
 
-Pairs of one media file become one item, at the place of the first of them. Over all items, class
-names are made to agree and repeated captions are limited.
+The pairs of one media file become one item, in the position of the first pair. Pairs whose class
+name conflicts with their item are rejected, and repeated captions are limited over all items.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 
 import pyarrow
 
-from data_prep.config import MakeShards
 from data_prep.sources.pair import Item, Pair
 
 MEMORY_LIMIT = "300MB"
 ROWS_PER_BATCH = 4096
 
-# Pairs of one media file have the same `item`: the place of the first of them.
+# Pairs of one media file have the same `item`: the number of the first pair.
 ITEM_OF_PAIR = {
     "group": """
         SELECT rows.*, coalesce(firsts.item, rows.n) AS item FROM rows LEFT JOIN
@@ -31,7 +30,7 @@ ITEM_OF_PAIR = {
     """,
     "row": "SELECT *, n AS item FROM rows",
 }
-# How many items with an equal caption, up to case, come before this one.
+# Number of earlier items with an equal caption, ignoring case.
 NUM_EARLIER = """
     SELECT repeated, item, row_number() OVER (PARTITION BY repeated ORDER BY item) - 1 AS earlier
     FROM (SELECT DISTINCT lower(caption) AS repeated, item FROM pairs WHERE reason IS NULL)
@@ -47,7 +46,7 @@ PAIRS_WITH_REPEATS = f"""
 
 @cache
 def pair_schema() -> pyarrow.Schema:
-    """The columns of a pair in a Parquet: its fields."""
+    """Returns the Parquet columns of a pair: its fields."""
     types = {"row": pyarrow.int64(), "marks": pyarrow.list_(pyarrow.string())}
     return pyarrow.schema(
         [
@@ -57,38 +56,51 @@ def pair_schema() -> pyarrow.Schema:
     )
 
 
-def group_pairs(rows_path: Path, *, config: MakeShards, scratch: Path) -> Iterator[Item]:
-    """The items, in order of first appearance.
+def group_pairs(
+    rows_path: Path,
+    *,
+    scratch: Path,
+    captions_per_item: str,
+    max_repeats: int | None,
+    drops_repeated: bool,
+) -> Iterator[Item]:
+    """Yields the items, in order of first appearance.
 
     Args:
-        rows_path: what scan_pairs wrote.
-        config: how to group, and which captions to limit.
-        scratch: folder for what does not fit in memory.
+        rows_path: Parquet file that `scan_pairs` wrote.
+        scratch: folder for data that does not fit in memory.
+        captions_per_item: "group" joins the pairs of one media file; "row" keeps each pair apart.
+        max_repeats: number of items that may share a caption; None for no limit.
+        drops_repeated: reject pairs above the limit; otherwise only mark them.
     """
-    rows = _sorted_rows(rows_path, config=config, scratch=scratch)
+    query = PAIRS if max_repeats is None else PAIRS_WITH_REPEATS
+    rows = _sorted_rows(rows_path, scratch, pairs=ITEM_OF_PAIR[captions_per_item], query=query)
     for number, (_, group) in enumerate(groupby(rows, key=itemgetter("item"))):
-        pairs = [_limit_repeats(_pair_of_row(row), row["earlier"], config) for row in group]
+        pairs = []
+        for row in group:
+            pair = _pair_of_row(row)
+            if max_repeats is not None and pair.reason is None and row["earlier"] >= max_repeats:
+                pair = _repeated(pair, row["earlier"], drops=drops_repeated)
+            pairs.append(pair)
         pairs = [_check_class_name(pair, pairs) for pair in pairs]
         yield Item(number=number, media=pairs[0].media, place=pairs[0].place, pairs=pairs)
 
 
-def _sorted_rows(rows_path: Path, *, config: MakeShards, scratch: Path) -> Iterator[dict[str, Any]]:
+def _sorted_rows(
+    rows_path: Path, scratch: Path, *, pairs: str, query: str
+) -> Iterator[dict[str, Any]]:
     import duckdb
 
     settings = {"memory_limit": MEMORY_LIMIT, "threads": 1, "temp_directory": str(scratch)}
     with duckdb.connect(config=settings) as database:
         database.from_parquet(str(rows_path)).create_view("rows")
-        database.sql(ITEM_OF_PAIR[config.captions_per_item]).create_view("pairs")
-        query = PAIRS if config.captions.max_repeats is None else PAIRS_WITH_REPEATS
+        database.sql(pairs).create_view("pairs")
         for batch in database.sql(query).to_arrow_reader(ROWS_PER_BATCH):
             yield from batch.to_pylist()
 
 
-def _limit_repeats(pair: Pair, num_earlier: int, config: MakeShards) -> Pair:
-    limit = config.captions.max_repeats
-    if limit is None or pair.reason is not None or num_earlier < limit:
-        return pair
-    if "caption_repeated" in config.mark_only:
+def _repeated(pair: Pair, num_earlier: int, *, drops: bool) -> Pair:
+    if not drops:
         return dataclasses.replace(pair, marks=(*pair.marks, "caption_repeated"))
     detail = f"{num_earlier:,} items before have this caption"
     return dataclasses.replace(pair, reason="caption_repeated", detail=detail)
@@ -106,18 +118,18 @@ def _check_class_name(pair: Pair, pairs: Sequence[Pair]) -> Pair:
 
 
 def table_of_pairs(pairs: Sequence[Pair], **further: Sequence[int]) -> pyarrow.Table:
-    """A table with a row per pair, and further columns of integers before its own."""
+    """Builds a table with one row per pair, and further integer columns in front."""
     columns = {name: [getattr(pair, name) for pair in pairs] for name in pair_schema().names}
     return pyarrow.Table.from_pydict({**further, **columns}, schema=schema_with(*further))
 
 
 def schema_with(*names: str) -> pyarrow.Schema:
-    """The columns of a pair, after further columns of integers."""
+    """Returns the columns of a pair, with further integer columns in front."""
     return pyarrow.schema([*((name, pyarrow.int64()) for name in names), *pair_schema()])
 
 
 def items_of_table(table: pyarrow.Table) -> list[Item]:
-    """The items of a table of pairs with a column `item`, in order."""
+    """Returns the items of a table of pairs that has a column `item`, in order."""
     items = []
     for number, rows in groupby(table.to_pylist(), key=itemgetter("item")):
         pairs = [_pair_of_row(row) for row in rows]

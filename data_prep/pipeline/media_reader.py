@@ -1,7 +1,7 @@
-"""Reads the media of items, wherever they are: files, URLs, or inside Parquet, Arrow and tar files.
+"""Reader of the media of items: files, URLs, and the contents of Parquet, Arrow and tar files.
 
-Items come and go in order. What is far away is fetched ahead; containers are read front to back, so
-that little of them is in memory at any time.
+Items are read in order. Remote files are prefetched. Containers are read from front to back, so
+that only a small part is in memory at any time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config import MakeShards
+from data_prep.config import DownloadOptions
 from data_prep.sources.arrow import ArrowMedia
-from data_prep.sources.input_files import format_of, input_folder_of, media_root_of
+from data_prep.sources.input_files import PairSource, format_of, input_folder_of, media_root_of
 from data_prep.sources.item_file import read_item_file
 from data_prep.sources.pair import BadItemError, Item
 from data_prep.sources.parquet import ParquetMedia
@@ -24,27 +24,44 @@ from data_prep.workers import map_ahead
 if TYPE_CHECKING:
     from data_prep.download.downloader import Downloader
 
-REMOTE_FILES_AHEAD = 16  # of fsspec URLs; downloads from the web have their own settings
+REMOTE_FILES_AHEAD = 16  # for fsspec URLs; downloads from the web have their own settings
 CONTAINERS = {"parquet": ParquetMedia, "huggingface": ArrowMedia}
 
 
 class MediaReader:
-    """The bytes of items; a context manager.
+    """Reads the bytes of items; a context manager.
 
     Args:
-        config: input, media_root, max_media_bytes, download and remake.
-        downloads: folder for what is fetched from the web.
+        source: input of the items.
+        downloads: folder for files fetched from the web.
+        download: settings for fetching from the web.
+        max_bytes: limit above which media are rejected unread.
+        retried: reasons for which media that failed in an earlier attempt are fetched again.
+        urls_may_repeat: True if several shards may hold the same URL, so that none may delete it.
     """
 
-    def __init__(self, config: MakeShards, downloads: Path):
-        self.config = config
+    def __init__(
+        self,
+        source: PairSource,
+        *,
+        downloads: Path,
+        download: DownloadOptions,
+        max_bytes: int,
+        retried: tuple[str, ...] = (),
+        urls_may_repeat: bool = False,
+    ):
+        self.source = source
         self.downloads = downloads
-        self._folder = input_folder_of(config)
-        self._root = media_root_of(config)
+        self.download = download
+        self.max_bytes = max_bytes
+        self.retried = retried
+        self.urls_may_repeat = urls_may_repeat
+        self._folder = input_folder_of(source.input)
+        self._root = media_root_of(source)
         self._exits = ExitStack()
         self._downloader: Downloader | None = None
         self._urls: list[str] = []  # fetched so far
-        self._container: Any = None  # the open one
+        self._container: Any = None  # currently open
         self._container_path = ""
 
     def __enter__(self) -> MediaReader:
@@ -55,10 +72,10 @@ class MediaReader:
         self._exits.__exit__(*error)
 
     def read_all(self, items: Sequence[Item]) -> Iterator[tuple[Item, bytes | BadItemError]]:
-        """Each item with its bytes, or with what is wrong with it.
+        """Yields each item with its bytes, or with the error that rejects it.
 
         Raises:
-            InputError, RunError: a disk, a server or a container cannot be read now.
+            InputError, RunError: if a disk, a server or a container cannot be read now.
         """
         paths = [None if item.place is not None else self._path_of(item) for item in items]
         web = self._fetch([path for path in paths if path and remote_file.is_web_url(path)])
@@ -74,13 +91,13 @@ class MediaReader:
                 yield item, _not_empty(content, item)
 
     def forget_downloads(self) -> None:
-        """Deletes what was fetched from the web so far, when its shard is finished.
+        """Deletes the files fetched from the web so far; called when their shard is finished.
 
-        Nothing is deleted where another shard may hold the same URL; the whole folder goes when the
-        dataset is finished.
+        Nothing is deleted if another shard may hold the same URL. The whole folder is deleted when
+        the dataset is finished.
         """
-        may_share = self.config.captions_per_item == "row"
-        if self._downloader is not None and not self.config.download.keep and not may_share:
+        is_kept = self.download.keep or self.urls_may_repeat
+        if self._downloader is not None and not is_kept:
             self._downloader.forget(self._urls)
         self._urls = []
 
@@ -95,10 +112,10 @@ class MediaReader:
 
             self._downloader = self._exits.enter_context(
                 Downloader(
-                    self.config.download,
+                    self.download,
                     cache=self.downloads,
-                    max_bytes=self.config.max_media_bytes,
-                    retried=self.config.remake,
+                    max_bytes=self.max_bytes,
+                    retried=self.retried,
                 )
             )
         self._urls += urls
@@ -106,7 +123,7 @@ class MediaReader:
 
     def _read_file(self, path: str) -> bytes | BadItemError:
         try:
-            return read_item_file(path, max_bytes=self.config.max_media_bytes)
+            return read_item_file(path, max_bytes=self.max_bytes)
         except BadItemError as error:
             return error
 
@@ -122,12 +139,11 @@ class MediaReader:
             return error
 
     def _open_container(self, path: str) -> Any:
-        max_bytes = self.config.max_media_bytes
-        file_format = format_of(self.config)
+        file_format = format_of(self.source)
         if file_format == "webdataset":
-            return TarMedia(path, max_bytes=max_bytes)
-        column = self.config.columns.media
-        return CONTAINERS[file_format](path, column=column, max_bytes=max_bytes)
+            return TarMedia(path, max_bytes=self.max_bytes)
+        column = self.source.columns.media
+        return CONTAINERS[file_format](path, column=column, max_bytes=self.max_bytes)
 
     def _close_container(self) -> None:
         if self._container is not None:

@@ -1,11 +1,12 @@
-"""The plan of a dataset in the making: which input rows each shard owns.
+"""The plan of an unfinished dataset: the assignment of input rows to shards.
 
-1. scan    the pairs of the input, their captions cleaned, go to one Parquet as they are read
-2. group   pair_grouping: pairs of one media file become one item, in order of first appearance
-3. plan    items go to plan/items-00000.parquet, one row group per shard
+1. scan    the pairs of the input, with cleaned captions, go to one Parquet in input order
+2. group   the pairs of one media file become one item, in order of first appearance
+3. plan    the items go to plan/items-00000.parquet and so on, one row group per shard
 
-Nothing of this is held in memory. The folder `plan/` is renamed into place when it is whole, so
-that several jobs may make it at the same time: all make the same one, and the first is taken.
+The stages stream through files, so that the input may be larger than memory. The folder `plan/` is
+renamed into place when it is complete. Several jobs may build it at the same time: all build the
+same plan, and the first to finish publishes it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import MakeShards
+from data_prep.config import CaptionOptions, MakeShards
 from data_prep.config_file import fixed_values
 from data_prep.errors import (
     InputError,
@@ -29,6 +30,7 @@ from data_prep.pipeline.scan import scan_pairs
 from data_prep.shards.columns import KeptType
 from data_prep.shards.folder import PLAN_FILE, check_plan
 from data_prep.sources.formats import input_state
+from data_prep.sources.input_files import PairSource
 from data_prep.sources.pair import Item
 from data_prep.storage.atomic import (
     name_file,
@@ -41,16 +43,41 @@ SHARDS_PER_FILE = 256
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """The settings for building a plan, named as in `MakeShards`."""
+
+    source: PairSource
+    captions: CaptionOptions
+    captions_per_item: str
+    mark_only: tuple[str, ...]
+    samples_per_shard: int
+    workers: int
+
+    @classmethod
+    def from_config(cls, config: MakeShards) -> PlanSettings:
+        """Copies the fields from a config."""
+        return cls(
+            source=PairSource.from_config(config),
+            captions=config.captions,
+            captions_per_item=config.captions_per_item,
+            mark_only=config.mark_only,
+            samples_per_shard=config.samples_per_shard,
+            workers=config.workers,
+        )
+
+
+@dataclass(frozen=True)
 class ItemPlan:
     """A finished plan.
 
     Args:
         folder: the folder `plan/`.
-        made_from: command, settings and state of the input, as dataset.json also records them.
-        num_pairs: captions in the input, usable or not.
-        num_items: samples to be, before bad ones are dropped.
-        num_shards: shard k owns items [k * samples_per_shard, (k + 1) * samples_per_shard).
-        rejected: pairs that the scan found unusable, by reason.
+        made_from: command, settings and state of the input, as recorded in dataset.json.
+        num_pairs: number of captions in the input, usable or not.
+        num_items: number of samples, before bad ones are dropped.
+        num_shards: number of shards. Shard k owns the items
+            [k * samples_per_shard, (k + 1) * samples_per_shard).
+        rejected: number of pairs that the scan rejected, by reason.
         kept: type of each column kept for the user.
     """
 
@@ -63,7 +90,7 @@ class ItemPlan:
     kept: dict[str, KeptType]
 
     def read_items(self, shard: int) -> list[Item]:
-        """The items of one shard, in order."""
+        """Reads the items of one shard, in order."""
         import pyarrow.parquet
 
         number, row_group = divmod(shard, SHARDS_PER_FILE)
@@ -75,33 +102,37 @@ def _items_path(folder: Path, number: int) -> Path:
     return folder / f"items-{number:05d}.parquet"
 
 
-def open_plan(config: MakeShards) -> ItemPlan:
-    """The plan in the output folder; made now if there is none.
+def open_plan(output: Path, settings: PlanSettings, *, made_from: dict[str, Any]) -> ItemPlan:
+    """Returns the plan in the output folder, and builds it first if there is none.
+
+    Args:
+        output: the dataset folder.
+        settings: settings for building the plan.
+        made_from: what `describe_origin` returned.
 
     Raises:
-        InputError: the input is unusable or holds no pair, or the folder was begun from something
-            else.
+        InputError: if the input is unusable or holds no pair, or the folder was created with a
+            different config or input.
     """
-    folder = config.output / PLAN_FOLDER
-    made_from = describe_origin(config)
-    check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
+    folder = output / PLAN_FOLDER
+    check_plan(output, made_from, plan_folder=PLAN_FOLDER)
     if not folder.exists():
-        temporary = config.output / temporary_name(PLAN_FOLDER)
+        temporary = output / temporary_name(PLAN_FOLDER)
         try:
-            build_plan(config, temporary, made_from=made_from)
+            build_plan(temporary, settings, made_from=made_from)
             _publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
-    return read_plan(config.output)
+        check_plan(output, made_from, plan_folder=PLAN_FOLDER)
+    return read_plan(output)
 
 
 def describe_origin(config: MakeShards) -> dict[str, Any]:
-    """What a dataset is made from: equal for two attempts that may share an output folder."""
+    """Describes the origin of a dataset; equal for attempts that may share an output folder."""
     return {
         "command": "make_shards",
         "config": fixed_values(config),
-        "input": input_state(config),
+        "input": input_state(PairSource.from_config(config)),
     }
 
 
@@ -109,15 +140,15 @@ def _publish(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError:
-        if not (folder / PLAN_FILE).exists():  # otherwise another job was faster
+        if not (folder / PLAN_FILE).exists():  # otherwise another job published it first
             raise
 
 
 def read_plan(output: Path) -> ItemPlan:
-    """The plan of a dataset folder that make_shards began.
+    """Reads the plan of a dataset folder that `make_shards` began.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: if there is no plan, or it is damaged.
     """
     folder = output / PLAN_FOLDER
     try:
@@ -130,53 +161,67 @@ def read_plan(output: Path) -> ItemPlan:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder / PLAN_FILE}: damaged ({error}); delete {folder} to have it made again"
+            f"{folder / PLAN_FILE}: damaged ({error}); delete {folder} to rebuild it"
         ) from None
 
 
-def build_plan(config: MakeShards, folder: Path, *, made_from: dict[str, Any]) -> None:
+def build_plan(folder: Path, settings: PlanSettings, *, made_from: dict[str, Any]) -> None:
     """Reads the whole input and writes its plan into a new folder.
 
     Raises:
-        InputError: the input is unusable or holds no pair.
-        OSError: naming the folder: its disk is full, or the like.
+        InputError: if the input is unusable or holds no pair.
+        OSError: if the folder cannot be written (a full disk); the error names the folder.
     """
     import duckdb
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        _build_plan(config, folder, made_from=made_from)
+        _write_plan(folder, settings, made_from=made_from)
     except duckdb.IOException as error:
         raise RunError(f"{folder}: the pairs cannot be sorted here: {error}") from None
     except OSError as error:
         raise name_file(error, folder) from None
 
 
-def _build_plan(config: MakeShards, folder: Path, *, made_from: dict[str, Any]) -> None:
-    scan = scan_pairs(config, folder / "rows.parquet")
+def _write_plan(folder: Path, settings: PlanSettings, *, made_from: dict[str, Any]) -> None:
+    rows_path, source, mark_only = folder / "rows.parquet", settings.source, settings.mark_only
+    scan = scan_pairs(
+        source,
+        rows_path,
+        captions=settings.captions,
+        mark_only=mark_only,
+        workers=settings.workers,
+    )
     if not scan.num_pairs:
-        raise InputError(f"{config.input}: expected pairs of media and caption, found none")
+        raise InputError(f"{source.input}: expected pairs of media and caption, found none")
+    items = group_pairs(
+        rows_path,
+        scratch=folder / "spill",
+        captions_per_item=settings.captions_per_item,
+        max_repeats=settings.captions.max_repeats,
+        drops_repeated="caption_repeated" not in mark_only,
+    )
     rejected: Counter[str] = Counter()
-    with _ItemWriter(folder, items_per_shard=config.samples_per_shard) as writer:
-        for item in group_pairs(folder / "rows.parquet", config=config, scratch=folder / "spill"):
+    with _ItemWriter(folder, items_per_shard=settings.samples_per_shard) as writer:
+        for item in items:
             rejected.update(pair.reason for pair in item.pairs if pair.reason)
             writer.add(item)
-    (folder / "rows.parquet").unlink()
+    rows_path.unlink()
     shutil.rmtree(folder / "spill", ignore_errors=True)
-    items = {
+    summary = {
         "num_pairs": scan.num_pairs,
         "num_items": writer.num_items,
         "num_shards": writer.num_shards,
         "rejected": dict(sorted(rejected.items())),
         "kept": scan.kept,
     }
-    content = json.dumps({"made_from": made_from, "items": items}, indent=2) + "\n"
+    content = json.dumps({"made_from": made_from, "items": summary}, indent=2) + "\n"
     write_atomically(folder / PLAN_FILE, content.encode())
 
 
 class _ItemWriter:
-    """Writes items in order: a row group per shard, SHARDS_PER_FILE of them per file."""
+    """Writes items in order: one row group per shard, `SHARDS_PER_FILE` row groups per file."""
 
     def __init__(self, folder: Path, *, items_per_shard: int):
         self.folder = folder

@@ -1,6 +1,6 @@
-"""Reads all pairs of an input, cleans their captions, and writes them to one Parquet.
+"""Scan of an input: reads all pairs, cleans their captions, and writes them to one Parquet.
 
-The captions are cleaned in worker processes, chunk by chunk; the rows keep the input's order.
+Worker processes clean the captions in chunks; the rows keep the input's order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.captions.cleaning import CaptionCleaner
-from data_prep.config import CaptionOptions, MakeShards
+from data_prep.config import CaptionOptions
 from data_prep.pipeline.grouping import schema_with, table_of_pairs
 from data_prep.shards.columns import (
     KeptType,
@@ -22,40 +22,55 @@ from data_prep.shards.columns import (
     check_kept_names,
 )
 from data_prep.sources.formats import read_pairs
+from data_prep.sources.input_files import PairSource
 from data_prep.sources.pair import Pair
 from data_prep.workers import run_in_order
 
 PAIRS_PER_CHUNK = 4096
-CAPTION_SHOWN = 80  # characters of a dropped caption in its detail
+CAPTION_SHOWN = 80  # characters of a dropped caption quoted in its detail
 
 
 @dataclass(frozen=True)
 class PairScan:
-    """What a scan found."""
+    """The number of scanned pairs, and the types of the columns to keep."""
 
     num_pairs: int
     kept: dict[str, KeptType]
 
 
-def scan_pairs(config: MakeShards, path: Path) -> PairScan:
-    """Writes the pairs with columns of `pair_schema`, and `n`, their place from 0.
+def scan_pairs(
+    source: PairSource,
+    path: Path,
+    *,
+    captions: CaptionOptions,
+    mark_only: tuple[str, ...],
+    workers: int,
+) -> PairScan:
+    """Writes all pairs to a Parquet, with the columns of `pair_schema` and `n`, a number from 0.
+
+    Args:
+        source: input of the pairs.
+        path: Parquet file to write.
+        captions: cleaning and filters of captions.
+        mark_only: filters that mark a pair instead of rejecting it.
+        workers: number of processes that clean captions.
 
     Raises:
-        InputError: the input is unusable, or a column to keep is not there.
+        InputError: if the input is unusable, or a column to keep is missing.
     """
     import pyarrow.parquet
 
-    check_kept_names(config.keep_columns, media_kind=config.media)
-    clean = partial(clean_pairs, options=config.captions, mark_only=config.mark_only)
-    num_pairs, kept = 0, KeptTypes(config.keep_columns)
+    check_kept_names(source.keep_columns, media_kind=source.media)
+    clean = partial(clean_pairs, options=captions, mark_only=mark_only)
+    num_pairs, kept = 0, KeptTypes(source.keep_columns)
     with pyarrow.parquet.ParquetWriter(path, schema_with("n"), compression="zstd") as writer:
-        for pairs in run_in_order(clean, _chunks(read_pairs(config)), workers=config.workers):
-            for pair in pairs if config.keep_columns else ():
+        for pairs in run_in_order(clean, _chunks(read_pairs(source)), workers=workers):
+            for pair in pairs if source.keep_columns else ():
                 kept.add(json.loads(pair.kept or "{}"))
-            places = range(num_pairs, num_pairs + len(pairs))
-            writer.write_table(table_of_pairs(pairs, n=places))
+            numbers = range(num_pairs, num_pairs + len(pairs))
+            writer.write_table(table_of_pairs(pairs, n=numbers))
             num_pairs += len(pairs)
-    return PairScan(num_pairs, kept.types(found_in=config.input))
+    return PairScan(num_pairs, kept.types(found_in=source.input))
 
 
 def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
@@ -69,7 +84,7 @@ def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
 def clean_pairs(
     pairs: list[Pair], *, options: CaptionOptions, mark_only: tuple[str, ...]
 ) -> list[Pair]:
-    """The pairs with clean captions; those that a filter drops carry its name as their reason."""
+    """Cleans the captions; a pair that a filter drops gets the filter's name as its reason."""
     cleaner = CaptionCleaner(options)
     return [
         _clean_pair(pair, cleaner, mark_only) if pair.reason is None else _printable(pair)
@@ -99,7 +114,7 @@ def _shown(caption: str) -> str:
 
 
 def _printable(pair: Pair) -> Pair:
-    """A rejected pair whose texts may be no UTF-8, as it can be listed."""
+    """Returns a rejected pair with texts that can be listed: it escapes what is not UTF-8."""
     listed = {
         name: getattr(pair, name).encode("utf-8", errors="backslashreplace").decode()
         for name in ("media", "detail")

@@ -1,10 +1,9 @@
 """Writes one shard from the items that it owns.
 
-    item -> media bytes, decoded once as a check and re-encoded where asked -> sample and row
-         -> or its pairs go to rejected/<shard>.jsonl, each with its reason
+    item -> media bytes, decoded once as a check, re-encoded if configured -> sample and Parquet row
+         -> or, if unusable, its pairs go to rejected/<shard>.jsonl, each with its reason
 
-The Parquet and the rejected pairs are on disk before the index, whose presence says that the shard
-is done.
+The index is written last: its presence means that the shard is finished.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
-from data_prep.config import MakeShards
+from data_prep.config import AudioOptions, DownloadOptions, ImageOptions, MakeShards
 from data_prep.media.decode import MediaError
 from data_prep.media.preparation import PreparedMedia, prepare_media
 from data_prep.pipeline.media_reader import MediaReader
@@ -28,6 +27,7 @@ from data_prep.pipeline.plan import ItemPlan
 from data_prep.shards.columns import kept_value, shard_schema
 from data_prep.shards.parquet import write_shard_parquet
 from data_prep.shards.writer import ShardWriter
+from data_prep.sources.input_files import PairSource
 from data_prep.sources.pair import CLIP_PREFIX, BadItemError, Item, Pair
 from data_prep.storage.atomic import write_atomically
 
@@ -35,28 +35,51 @@ DOWNLOAD_FOLDER = "downloads"
 
 
 @dataclass(frozen=True)
+class ShardSettings:
+    """The settings for writing the shards of a dataset, named as in `MakeShards`."""
+
+    source: PairSource
+    output: Path
+    samples_per_shard: int
+    captions_per_item: str
+    max_media_bytes: int
+    image: ImageOptions
+    audio: AudioOptions
+    mark_only: tuple[str, ...]
+    download: DownloadOptions
+    remake: tuple[str, ...]
+
+    @classmethod
+    def from_config(cls, config: MakeShards) -> ShardSettings:
+        """Copies the fields from a config."""
+        names = [field.name for field in fields(cls) if field.name != "source"]
+        values = {name: getattr(config, name) for name in names}
+        return cls(source=PairSource.from_config(config), **values)
+
+
+@dataclass(frozen=True)
 class ShardTask:
-    """What a worker needs to write one shard."""
+    """The data that a worker needs to write one shard."""
 
     number: int
-    config: MakeShards
+    settings: ShardSettings
     plan: ItemPlan
 
     @property
     def name(self) -> str:
-        """Stem of the shard's files."""
+        """Stem of the shard's file names."""
         return f"{self.number:08d}"
 
     @property
     def num_items(self) -> int:
-        """How many items the shard owns, whether or not these turn out good."""
-        size = self.config.samples_per_shard
+        """Number of items that the shard owns, including unusable ones."""
+        size = self.settings.samples_per_shard
         return min(size, self.plan.num_items - self.number * size)
 
 
 @dataclass
 class ShardContent:
-    """What has become of a shard's items so far."""
+    """The samples and rejected pairs of a shard so far."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[Pair] = field(default_factory=list)
@@ -64,26 +87,26 @@ class ShardContent:
 
 
 def rejected_path(folder: Path, name: str) -> Path:
-    """Where the rejected pairs of one shard are listed; there is no file when there are none."""
+    """Returns the path of a shard's list of rejected pairs, which is absent if there are none."""
     return folder / "rejected" / f"{name}.jsonl"
 
 
 def write_shard(task: ShardTask) -> int:
-    """Writes the shard's Parquet, rejected pairs, tar and index; returns how many items it owned.
+    """Writes the Parquet, rejected pairs, tar and index of a shard; returns its number of items.
 
     Raises:
-        InputError: a media file is there but cannot be read.
+        InputError, RunError: if a disk, a server or a container cannot be read now.
     """
-    config = task.config
-    # Of an earlier attempt: it must not stand beside the new tar, not even for a moment.
-    (config.output / f"{task.name}.idx").unlink(missing_ok=True)
-    writer = ShardWriter(config.output, task.name)
+    folder = task.settings.output
+    # The index of an earlier attempt must never coexist with the new tar.
+    (folder / f"{task.name}.idx").unlink(missing_ok=True)
+    writer = ShardWriter(folder, task.name)
     try:
-        with MediaReader(config, config.output / DOWNLOAD_FOLDER) as reader:
+        with _media_reader(task.settings) as reader:
             items = task.plan.read_items(task.number)
             content = _write_items(items, writer, task=task, reader=reader)
-            _write_rejected(rejected_path(config.output, task.name), content.rejected)
-            write_shard_parquet(config.output / f"{task.name}.parquet", _table(content.rows, task))
+            _write_rejected(rejected_path(folder, task.name), content.rejected)
+            write_shard_parquet(folder / f"{task.name}.parquet", _table(content.rows, task))
             rejected = Counter(pair.reason for pair in content.rejected) + content.dropped_clips
             marked = Counter(mark for row in content.rows for mark in row["marks"])
             writer.finish(rejected=dict(rejected), marked=dict(marked))
@@ -92,6 +115,17 @@ def write_shard(task: ShardTask) -> int:
         writer.discard()
         raise
     return len(items)
+
+
+def _media_reader(settings: ShardSettings) -> MediaReader:
+    return MediaReader(
+        settings.source,
+        downloads=settings.output / DOWNLOAD_FOLDER,
+        download=settings.download,
+        max_bytes=settings.max_media_bytes,
+        retried=settings.remake,
+        urls_may_repeat=settings.captions_per_item == "row",
+    )
 
 
 def _write_items(
@@ -124,21 +158,23 @@ def _write_items(
 def _prepare(
     media: bytes, pairs: Sequence[Pair], *, task: ShardTask, content: ShardContent
 ) -> dict[str, PreparedMedia]:
-    """Suffix of the key -> picture or clip, without those that a filter drops.
+    """Returns key suffix -> image or clip, without the clips that a filter drops.
 
     Raises:
-        BadItemError: the media is bad, or nothing of it is left.
+        BadItemError: if the media is bad, or the filters drop all clips.
     """
-    config = task.config
+    settings = task.settings
     try:
-        clips = prepare_media(media, kind=config.media, image=config.image, audio=config.audio)
+        clips = prepare_media(
+            media, kind=settings.source.media, image=settings.image, audio=settings.audio
+        )
     except MediaError as error:
         raise BadItemError(error.reason, str(error)) from None
     suffixes = [f"_{n:04d}" for n in range(len(clips))] if len(clips) > 1 else [""]
     good: dict[str, PreparedMedia] = {}
     dropped: Counter[str] = Counter()
     for suffix, clip in zip(suffixes, clips, strict=True):
-        dropping = next((name for name in clip.found if name not in config.mark_only), None)
+        dropping = next((name for name in clip.found if name not in settings.mark_only), None)
         if dropping is None:
             good[suffix] = clip
         else:
@@ -154,7 +190,7 @@ def _prepare(
 
 
 def _members(clip: PreparedMedia, pairs: Sequence[Pair], *, suffix: str) -> dict[str, bytes]:
-    """A .json stands beside the .txt where one caption does not say everything."""
+    # One caption fits in the .txt; several captions, a class name or a uid need a .json as well.
     first = pairs[0]
     members = {clip.extension: clip.content, "txt": first.caption.encode("utf-8")}
     if len(pairs) > 1 or first.class_name or first.uid:
@@ -188,7 +224,7 @@ def _row(
 
 
 def _table(rows: Sequence[dict[str, Any]], task: ShardTask) -> pyarrow.Table:
-    schema = shard_schema(task.config.media, kept=task.plan.kept)
+    schema = shard_schema(task.settings.source.media, kept=task.plan.kept)
     return pyarrow.Table.from_pylist(list(rows), schema=schema)
 
 

@@ -1,8 +1,8 @@
-"""Reads pairs, and the bytes of media, from what Hugging Face's `Dataset.save_to_disk` wrote.
+"""Pairs and media from a folder written by Hugging Face's `Dataset.save_to_disk`.
 
-The folder holds Arrow files (IPC streams) in the order of its state.json. They are mapped into
-memory, so that bytes are read only where they are looked at. The place of a pair's bytes is
-"<where its record batch starts in the file>:<row in the batch>".
+The folder holds Arrow files (IPC streams), ordered by its state.json. Local files are
+memory-mapped, so only the bytes that are accessed are read. The place of a pair's bytes is
+"<offset of its record batch in the file>:<row in the batch>".
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config import MakeShards
 from data_prep.errors import InputError
 from data_prep.sources.columns import (
     ROWS_AT_ONCE,
     TableColumns,
     media_bytes,
 )
-from data_prep.sources.input_files import InputFiles, readable_input
+from data_prep.sources.input_files import InputFiles, PairSource, readable_input
 from data_prep.sources.pair import Pair
 from data_prep.storage import remote_file
 
@@ -29,60 +28,62 @@ if TYPE_CHECKING:
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_huggingface(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of a dataset that Hugging Face's save_to_disk wrote.
+def read_huggingface(source: PairSource) -> Iterator[Pair]:
+    """Yields the pairs of a dataset written by Hugging Face's `save_to_disk`.
 
     Raises:
-        InputError: the folder holds several splits or an indices mapping, or a file is damaged.
+        InputError: if the folder holds several splits or an indices mapping, or a file is damaged.
     """
-    files = arrow_files(config)
+    files = arrow_files(source.input)
     first_row = 1
     for name in files.names:
         for offset, batch in _record_batches(files.path_of(name)):
-            columns = TableColumns(config, batch.schema, path=files.path_of(name))
+            columns = TableColumns(
+                source.columns, source.keep_columns, batch.schema, path=files.path_of(name)
+            )
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                 part = batch.slice(start, ROWS_AT_ONCE)
                 rows = [f"{offset}:{start + i}" for i in range(part.num_rows)]
-                column = part.column(config.columns.media)
+                column = part.column(source.columns.media)
                 media, places = columns.media_of_rows(column, container=name, places=rows)
                 yield from columns.pairs(part, first_row=first_row, media=media, places=places)
                 first_row += part.num_rows
 
 
-def arrow_files(config: MakeShards) -> InputFiles:
-    """The files of the dataset, in its order.
+def arrow_files(folder: str) -> InputFiles:
+    """Lists the Arrow files of a dataset folder, in the dataset's order.
 
     Raises:
-        InputError: as read_huggingface.
+        InputError: as `read_huggingface`.
     """
-    splits = _read_json(config, "dataset_dict.json")
+    splits = _read_json(folder, "dataset_dict.json")
     if splits is not None:
         found = ", ".join(map(str, splits.get("splits", [])))
         raise InputError(
-            f"{config.input}: expected one split of a Hugging Face dataset, found a folder of "
-            f"several: {found}; add the name of one to input"
+            f"{folder}: expected one split of a Hugging Face dataset, found a folder of several "
+            f"splits: {found}; append the name of one split to input"
         )
-    state = _read_json(config, "state.json")
+    state = _read_json(folder, "state.json")
     if state is None:
         raise InputError(
-            f"{config.input}: expected a folder that Hugging Face's save_to_disk wrote, found no "
+            f"{folder}: expected a folder written by Hugging Face's save_to_disk, found no "
             "state.json"
         )
     if any(state.get(key) for key in ("_indices_data_files", "_indices_files")):
         raise InputError(
-            f"{config.input}: its state.json has an indices mapping, as old versions of datasets "
-            "wrote after select or shuffle; load it and save it again: "
+            f"{folder}: state.json has an indices mapping, which old versions of the datasets "
+            "library wrote after select or shuffle; load the dataset and save it again: "
             "datasets.load_from_disk(old).flatten_indices().save_to_disk(new)"
         )
     try:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{config.input}: damaged state.json: {error!r}") from None
-    return InputFiles(config.input, names)
+        raise InputError(f"{folder}: damaged state.json: {error!r}") from None
+    return InputFiles(folder, names)
 
 
-def _read_json(config: MakeShards, name: str) -> dict[str, Any] | None:
-    path = remote_file.join(config.input, name)
+def _read_json(folder: str, name: str) -> dict[str, Any] | None:
+    path = remote_file.join(folder, name)
     with readable_input(path):
         if not remote_file.exists(path):
             return None
@@ -90,7 +91,7 @@ def _read_json(config: MakeShards, name: str) -> dict[str, Any] | None:
     try:
         values = json.loads(content)
         if not isinstance(values, dict):
-            raise ValueError(f"an object was expected, not {type(values).__name__}")
+            raise ValueError(f"expected an object, found {type(values).__name__}")
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}") from None
     return values
@@ -116,7 +117,7 @@ def _open_arrow(path: str) -> Iterator[Any]:
 
 
 def _record_batches(path: str) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-    """(where it starts, the batch) of a stream that must be whole."""
+    """Yields (offset, batch) of a stream, and fails if the stream is cut short."""
     import pyarrow
 
     with _open_arrow(path) as file:
@@ -141,12 +142,12 @@ def _read_batch(file: Any, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
 
 
 class ArrowMedia:
-    """The bytes of media in one Arrow file.
+    """The media in one Arrow file.
 
     Args:
         path: path or URL of the file.
-        column: that holds the media.
-        max_bytes: larger media are not read.
+        column: name of the media column.
+        max_bytes: limit above which media are rejected unread.
     """
 
     def __init__(self, path: str, *, column: str, max_bytes: int):
@@ -162,11 +163,11 @@ class ArrowMedia:
         self._batch: pyarrow.RecordBatch | None = None
 
     def read(self, place: str) -> bytes:
-        """The bytes at a place.
+        """Reads the bytes at a place.
 
         Raises:
-            BadItemError: there are none, or too many.
-            InputError: the file is not readable, or has changed.
+            BadItemError: if there are no bytes, or more than `max_bytes`.
+            InputError: if the file is unreadable, or has changed.
         """
         import pyarrow
 
@@ -178,7 +179,7 @@ class ArrowMedia:
             column = self._batch.column(self.column)
             return media_bytes(column, row, max_bytes=self.max_bytes)
         except (pyarrow.ArrowException, EOFError, OSError, IndexError) as error:
-            raise InputError(f"{self.path}: not readable at {place}: {error}") from None
+            raise InputError(f"{self.path}: unreadable at {place}: {error}") from None
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,4 +1,4 @@
-"""Reads pairs from COCO captions: one JSON with a list of images and a list of annotations."""
+"""Pairs from COCO captions: one JSON with a list of images and a list of annotations."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.config import Columns, MakeShards
+from data_prep.config import Columns
 from data_prep.errors import InputError
-from data_prep.sources.input_files import files_of_input, readable_input
+from data_prep.sources.input_files import PairSource, files_of_input, readable_input
 from data_prep.sources.pair import Pair, unreadable_row
 from data_prep.sources.rows import kept_json, pairs_of_row, rejected_media
 from data_prep.storage import remote_file
@@ -17,21 +17,26 @@ from data_prep.storage import remote_file
 FILE_NAME = "file_name"
 
 
-def read_coco(config: MakeShards) -> Iterator[Pair]:
-    """The captions of every image, in the file's order of images; the row is the image's place.
+def read_coco(source: PairSource) -> Iterator[Pair]:
+    """Yields the captions of every image, in the file's order of images.
 
-    Args:
-        config: columns.media, class_name and uid, where set, name keys of the images, such as
-            coco_url and id; columns.caption one of the annotations.
+    The row of a pair is the number of its image. In `source.columns`, media, class_name and uid
+    name keys of an image, such as coco_url and id; caption names a key of an annotation.
 
     Raises:
-        InputError: the file is not readable, or is no COCO captions.
+        InputError: if a file is unreadable, or does not hold COCO captions.
     """
-    files = files_of_input(config, "coco")
+    files = files_of_input(source.input, "coco")
     first_row = 0
     for name in files.names:
         images, annotations = _read_lists(files.path_of(name))
-        yield from _pairs(config, images, annotations, first_row=first_row)
+        yield from _pairs(
+            images,
+            annotations,
+            columns=source.columns,
+            keep_columns=source.keep_columns,
+            first_row=first_row,
+        )
         first_row += len(images)
 
 
@@ -49,15 +54,19 @@ def _read_lists(path: str) -> tuple[list[Any], list[Any]]:
         found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
         raise InputError(
             f"{path}: expected COCO captions, an object with lists `images` and `annotations`, "
-            f"found {found[:200] or 'an empty one'}"
+            f"found {found[:200] or 'an empty object'}"
         )
     return lists[0], lists[1]
 
 
 def _pairs(
-    config: MakeShards, images: list[Any], annotations: list[Any], *, first_row: int
+    images: list[Any],
+    annotations: list[Any],
+    *,
+    columns: Columns,
+    keep_columns: tuple[str, ...],
+    first_row: int,
 ) -> Iterator[Pair]:
-    columns = config.columns
     media_key = FILE_NAME if columns.media == Columns().media else columns.media
     captions: dict[Any, list[Any]] = defaultdict(list)
     for annotation in annotations:
@@ -80,7 +89,7 @@ def _pairs(
             captions=found,
             class_name=image.get(columns.class_name) if columns.class_name else None,
             uid=image.get(columns.uid) if columns.uid else None,
-            kept=kept_json(image, config.keep_columns),
+            kept=kept_json(image, keep_columns),
         )
     for image_id, orphans in captions.items():
         for _ in orphans:

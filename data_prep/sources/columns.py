@@ -1,7 +1,7 @@
-"""What the columns of an Arrow table mean: pairs, or the bytes of media.
+"""Pairs and media bytes from the columns of an Arrow table.
 
-Parquet files and Hugging Face's Arrow files share this. Media stand in a column of text (paths or
-URLs), of bytes, or in a struct {bytes, path}, which is how Hugging Face stores images and audio.
+Parquet files and Hugging Face's Arrow files share this code. The media column holds text (paths or
+URLs), bytes, or a struct {bytes, path}, as Hugging Face stores images and audio.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config import MakeShards
+from data_prep.config import Columns
 from data_prep.errors import InputError
 from data_prep.sources.pair import BadItemError, Pair
 from data_prep.sources.rows import check_columns, kept_json, pairs_of_row, wanted_columns
@@ -22,30 +22,41 @@ ROWS_AT_ONCE = 1024
 
 
 class TableColumns:
-    """The columns of one table that the config names.
+    """The configured columns of one table.
 
     Args:
-        config: columns and keep_columns.
-        schema: of the table.
-        path: where it is, for messages.
+        columns: column name of each role.
+        keep_columns: names of further columns to keep.
+        schema: schema of the table.
+        path: path of the table, for messages.
 
     Raises:
-        InputError: a column is missing, or is of a type that cannot be used.
+        InputError: if a column is missing, or has an unsupported type.
     """
 
-    def __init__(self, config: MakeShards, schema: pyarrow.Schema, *, path: str):
-        self.config = config
+    def __init__(
+        self,
+        columns: Columns,
+        keep_columns: tuple[str, ...],
+        schema: pyarrow.Schema,
+        *,
+        path: str,
+    ):
+        self.columns = columns
+        self.keep_columns = keep_columns
+        self.media_name = columns.media
         self.path = path
-        check_columns(path, schema.names, wanted=wanted_columns(config, with_kept=True))
-        self.media_type = schema.field(config.columns.media).type
+        self._wanted = wanted_columns(columns, keep_columns)
+        check_columns(path, schema.names, wanted=self._wanted)
+        self.media_type = schema.field(columns.media).type
         self.holds_paths = _is_text(self.media_type)
         self.is_struct = _is_media_struct(self.media_type)
         if not (self.holds_paths or self.is_struct or _is_bytes(self.media_type)):
             raise InputError(
-                f"{path}: column {config.columns.media!r} (columns.media): expected text (paths or "
+                f"{path}: column {columns.media!r} (columns.media): expected text (paths or "
                 f"URLs), bytes, or a struct of bytes and path; found {self.media_type}"
             )
-        for name in config.keep_columns:
+        for name in keep_columns:
             kind = schema.field(name).type
             if _is_bytes(kind) or _is_media_struct(kind):
                 raise InputError(f"{path}: keep_columns: {name!r} holds bytes; leave it out")
@@ -53,20 +64,16 @@ class TableColumns:
 
     @property
     def others(self) -> list[str]:
-        """The columns besides the media's that pairs are made of."""
-        return [
-            name
-            for name in wanted_columns(self.config, with_kept=True)
-            if name != self.config.columns.media
-        ]
+        """The columns that pairs are made of, without the media column."""
+        return [name for name in self._wanted if name != self.media_name]
 
     @property
     def has_path(self) -> bool:
-        """Whether the struct of the media has a path."""
+        """Whether the media column is a struct that has a path."""
         return self.is_struct and self.media_type.get_field_index("path") >= 0
 
     def values(self, batch: pyarrow.RecordBatch, name: str) -> list[Any]:
-        """The values of one column; numbers that stand for classes become their names."""
+        """Returns the values of one column, with class numbers replaced by class names."""
         found = text_values(batch.column(name), name=name, path=self.path)
         names = self._class_names.get(name)
         if names is None:
@@ -76,23 +83,27 @@ class TableColumns:
     def media_of_rows(
         self, column: pyarrow.Array | None, *, container: str, places: list[str]
     ) -> tuple[list[Any], list[str | None]]:
-        """(path, URL or container; place in the container) of each row.
+        """Locates the media of each row.
 
         Args:
-            column: what was read of the media; None: nothing, as every row has its bytes inline;
-                a struct may have come without its bytes, where no row has any.
+            column: media column as read. None if it was not read because every row has its bytes
+                inline; a struct without its bytes if no row has any.
             container: name of the file that holds the table.
-            places: place in the container of each row.
+            places: place of each row in the container.
+
+        Returns:
+            Per row, the path, URL or container, and the place in the container (None for a path
+            or URL).
         """
-        name = self.config.columns.media
+        name = self.media_name
         if self.holds_paths:
             return text_values(column, name=name, path=self.path), [None] * len(places)
         if column is None or not self.has_path:
             return [container] * len(places), list(places)
-        paths = text_values(part_of_struct(column, "path"), name=name, path=self.path)
+        paths = text_values(struct_field(column, "path"), name=name, path=self.path)
         if column.type.get_field_index("bytes") < 0:
             return paths, [None] * len(places)
-        is_inline = part_of_struct(column, "bytes").is_valid().to_pylist()
+        is_inline = struct_field(column, "bytes").is_valid().to_pylist()
         choices = zip(is_inline, paths, places, strict=True)
         found = [(container, place) if inline else (path, None) for inline, path, place in choices]
         return [media for media, _ in found], [place for _, place in found]
@@ -105,15 +116,15 @@ class TableColumns:
         media: list[Any],
         places: list[str | None],
     ) -> Iterator[Pair]:
-        """The pairs of a batch.
+        """Yields the pairs of a batch.
 
         Args:
-            batch: with the columns `others`.
-            first_row: number of its first row in the input.
+            batch: rows with the columns `others`.
+            first_row: number of the first row in the input.
             media: path, URL or container of each row.
-            places: place in the container of each row.
+            places: place of each row in the container.
         """
-        columns, keep = self.config.columns, self.config.keep_columns
+        columns, keep = self.columns, self.keep_columns
         values = {name: self.values(batch, name) for name in self.others}
         nothing = [None] * len(media)
         for i in range(len(media)):
@@ -129,13 +140,13 @@ class TableColumns:
 
 
 def media_bytes(column: pyarrow.Array, row: int, *, max_bytes: int) -> bytes:
-    """The bytes in one row of a column of media.
+    """Returns the bytes in one row of a media column.
 
     Raises:
-        BadItemError: there are none, or too many.
+        BadItemError: if there are no bytes, or more than `max_bytes`.
     """
     if _is_media_struct(column.type):
-        column = part_of_struct(column, "bytes")
+        column = struct_field(column, "bytes")
     buffer = column[row].as_buffer()
     if buffer is None:
         raise BadItemError("missing_media_path", "neither bytes nor a path")
@@ -145,18 +156,18 @@ def media_bytes(column: pyarrow.Array, row: int, *, max_bytes: int) -> bytes:
     return buffer.to_pybytes()
 
 
-def part_of_struct(column: pyarrow.StructArray, name: str) -> pyarrow.Array:
-    """One part of a struct; null where the whole struct is null."""
+def struct_field(column: pyarrow.StructArray, name: str) -> pyarrow.Array:
+    """Extracts one field of a struct; null where the whole struct is null."""
     import pyarrow.compute
 
     return pyarrow.compute.struct_field(column, name)
 
 
 def text_values(column: pyarrow.Array, *, name: str, path: str) -> list[Any]:
-    """The values of a column; bytes that are not UTF-8 become lone surrogates.
+    """Returns the values of a column; bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-        InputError: such bytes stand in lists.
+        InputError: if such bytes are in lists.
     """
     import pyarrow
 
@@ -171,7 +182,7 @@ def text_values(column: pyarrow.Array, *, name: str, path: str) -> list[Any]:
 
 
 def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """Column -> names of its classes, of Hugging Face's ClassLabel features."""
+    """Returns column -> class names, from Hugging Face's ClassLabel features."""
     content = (schema.metadata or {}).get(b"huggingface")
     try:
         features = json.loads(content)["info"]["features"] if content else {}

@@ -1,4 +1,4 @@
-"""Reads pairs from folders: media with captions in files beside them, or one folder per class."""
+"""Pairs from folders: media with caption files next to them, or one folder per class."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from data_prep.config import MakeShards
 from data_prep.errors import InputError
-from data_prep.sources.input_files import MEDIA_SUFFIXES, readable_input
+from data_prep.sources.input_files import MEDIA_SUFFIXES, PairSource, readable_input
 from data_prep.sources.item_file import read_item_file
 from data_prep.sources.pair import BadItemError, Pair
 from data_prep.sources.rows import (
@@ -24,29 +23,30 @@ SIDECAR_SUFFIXES = (".json", ".txt")
 REMOTE_SIDECARS_AHEAD = 32
 
 
-def read_folder(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of all media in a folder, each with a .json or .txt of the same name beside it.
+def read_folder(source: PairSource) -> Iterator[Pair]:
+    """Yields the pairs of all media in a folder, each with a .json or .txt of the same name.
 
-    Media of other kinds, and other files, are left out unless a caption stands beside them.
+    Media of the other kind, and other files, are skipped unless they have such a sidecar.
 
     Raises:
-        InputError: the input is no folder, or a sidecar cannot be read.
+        InputError: if the input is not a folder, or a sidecar cannot be read.
     """
-    names = _sorted_names(config)
+    names = _sorted_names(source)
     found = ((name, _sidecars_of(name, names)) for name in names if not _is_sidecar(name))
     media = (
         (name, sidecars)
         for name, sidecars in found
-        if sidecars or remote_file.suffix_of(name) in MEDIA_SUFFIXES[config.media]
+        if sidecars or remote_file.suffix_of(name) in MEDIA_SUFFIXES[source.media]
     )
-    read = partial(_read_sidecars, config.input)
-    ahead = REMOTE_SIDECARS_AHEAD if remote_file.local_path(config.input) is None else 1
+    read = partial(_read_sidecars, source.input)
+    ahead = REMOTE_SIDECARS_AHEAD if remote_file.local_path(source.input) is None else 1
     for row, (name, contents) in enumerate(map_ahead(read, media, ahead=ahead), 1):
         if isinstance(contents, BadItemError):
             yield rejected_media(row, name, "unreadable_caption", contents.detail)
             continue
         yield from pairs_of_sidecar(
-            config,
+            source.columns,
+            source.keep_columns,
             row=row,
             media=name,
             place=None,
@@ -55,13 +55,13 @@ def read_folder(config: MakeShards) -> Iterator[Pair]:
         )
 
 
-def _sorted_names(config: MakeShards) -> list[str]:
-    with readable_input(config.input):
-        if not remote_file.is_folder(config.input):
+def _sorted_names(source: PairSource) -> list[str]:
+    with readable_input(source.input):
+        if not remote_file.is_folder(source.input):
             raise InputError(
-                f"{config.input}: format={config.format}: expected a folder (input), found none"
+                f"{source.input}: format={source.format}: expected a folder (input), found none"
             )
-        return sorted(file.name for file in remote_file.list_files(config.input))
+        return sorted(file.name for file in remote_file.list_files(source.input))
 
 
 def _is_sidecar(name: str) -> bool:
@@ -74,8 +74,8 @@ def _sidecars_of(name: str, names: Sequence[str]) -> list[str]:
 
 
 def _holds(names: Sequence[str], name: str) -> bool:
-    place = bisect_left(names, name)
-    return place < len(names) and names[place] == name
+    index = bisect_left(names, name)
+    return index < len(names) and names[index] == name
 
 
 def _read_sidecars(
@@ -96,31 +96,30 @@ def _read_sidecars(
 # ------------------------------------------------------------------------------- class folders
 
 
-def read_class_folders(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of a folder that holds one folder of media per class.
+def read_class_folders(source: PairSource) -> Iterator[Pair]:
+    """Yields the pairs of a folder that holds one folder of media per class.
 
-    The class is the name of the first folder below the input; its caption comes from
-    caption_template.
+    The class is the name of the first folder below the input; `caption_template` gives the caption.
 
     Raises:
-        InputError: the input is no folder, or the template has no place for the class.
+        InputError: if the input is not a folder, or the template has no {} for the class name.
     """
-    if "{}" not in config.caption_template:
+    if "{}" not in source.caption_template:
         raise InputError(
-            f"caption_template: expected a text with {{}} where the class's name belongs, found "
-            f"{config.caption_template!r}"
+            "caption_template: expected a text with {} in place of the class name, found "
+            f"{source.caption_template!r}"
         )
     row = 0
-    for name in _sorted_names(config):
-        if remote_file.suffix_of(name) not in MEDIA_SUFFIXES[config.media]:
+    for name in _sorted_names(source):
+        if remote_file.suffix_of(name) not in MEDIA_SUFFIXES[source.media]:
             continue
         row += 1
         class_name, slash, _ = name.partition("/")
         if not slash:
-            detail = "expected it in the folder of a class"
+            detail = "expected the file in the folder of a class"
             yield rejected_media(row, name, "no_class_folder", detail)
             continue
-        caption = config.caption_template.replace("{}", class_name)
+        caption = source.caption_template.replace("{}", class_name)
         yield from pairs_of_row(
             row=row, media=name, captions=caption, class_name=class_name, is_file_name=True
         )

@@ -1,6 +1,6 @@
-"""Reads the pairs of an input, whatever its format.
+"""Readers of pairs by input format.
 
-config.input -> format_of -> read_pairs: one Pair per caption, streamed in a fixed order
+PairSource -> format_of -> read_pairs: one Pair per caption, streamed in a fixed order
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from data_prep.sources.coco import read_coco
 from data_prep.sources.folders import read_class_folders, read_folder
 from data_prep.sources.input_files import (
     InputFiles,
+    PairSource,
     files_of_input,
     format_of,
     media_root_of,
@@ -27,12 +28,12 @@ from data_prep.sources.input_files import (
 from data_prep.sources.pair import Pair
 from data_prep.sources.parquet import read_parquet
 from data_prep.sources.tables import read_jsonl, read_table
-from data_prep.sources.tars import dataset_folder_of, read_webdataset, subset_of
+from data_prep.sources.tars import dataset_folder_of, read_subset, read_webdataset
 from data_prep.storage import remote_file
 
 __all__ = ["format_of", "input_state", "media_root_of", "read_pairs"]
 
-READERS: dict[str, Callable[[MakeShards], Iterator[Pair]]] = {
+READERS: dict[str, Callable[[PairSource], Iterator[Pair]]] = {
     "csv": partial(read_table, file_format="csv"),
     "tsv": partial(read_table, file_format="tsv"),
     "jsonl": read_jsonl,
@@ -44,7 +45,7 @@ READERS: dict[str, Callable[[MakeShards], Iterator[Pair]]] = {
     "webdataset": read_webdataset,
 }
 MANIFESTS = ("csv", "tsv", "jsonl", "coco")
-# Settings that only some formats can honour.
+# Settings that only some formats use.
 FORMATS_OF_SETTING = {
     "quotes": ("csv", "tsv"),
     "caption_template": ("class_folders",),
@@ -53,62 +54,66 @@ FORMATS_OF_SETTING = {
 }
 
 
-def read_pairs(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of the input, streamed; unusable ones carry their reason.
+def read_pairs(source: PairSource) -> Iterator[Pair]:
+    """Streams the pairs of an input; each unusable pair carries its reason.
 
     Raises:
-        InputError: the input is missing, is not readable, has not the configured columns, or is of
-            a format that cannot honour a setting.
+        InputError: if the input is missing or unreadable, lacks a configured column, or has a
+            format that a setting does not apply to.
     """
-    file_format = format_of(config)
-    _check_settings(config, file_format)
-    return READERS[file_format](config)
+    file_format = format_of(source)
+    _check_settings(source, file_format)
+    return READERS[file_format](source)
 
 
-def _check_settings(config: MakeShards, file_format: str) -> None:
+def _check_settings(source: PairSource, file_format: str) -> None:
     for name, formats in FORMATS_OF_SETTING.items():
-        value = getattr(config, name)
+        value = getattr(source, name)
         if value != MakeShards.model_fields[name].default and file_format not in formats:
             raise InputError(
-                f"{config.input}: {name}={value} has no meaning for format={file_format}, only "
+                f"{source.input}: {name}={value} has no meaning for format={file_format}, only "
                 f"for {', '.join(formats)}; leave it out"
             )
     without_columns = {"folder": ("media",), "webdataset": ("media",)}
     without_columns["class_folders"] = tuple(Columns.model_fields)
     for name in without_columns.get(file_format, ()):
-        value = getattr(config.columns, name)
+        value = getattr(source.columns, name)
         if value != Columns.model_fields[name].default:
             raise InputError(
-                f"{config.input}: columns.{name}={value} has no meaning for "
+                f"{source.input}: columns.{name}={value} has no meaning for "
                 f"format={file_format}; leave it out"
             )
 
 
-def input_state(config: MakeShards) -> dict[str, Any]:
-    """What identifies the input: its format, names and sizes of its files, and of manifests sha256.
+def input_state(source: PairSource) -> dict[str, Any]:
+    """Describes an input so that a change is noticed.
+
+    Returns:
+        The format; the fingerprint of a dataset and subset, or else a digest of the names and
+        sizes of all files. Local manifests add a sha256 of their content.
 
     Raises:
-        InputError: as read_pairs.
+        InputError: as `read_pairs`.
     """
-    file_format = format_of(config)
+    file_format = format_of(source)
     state: dict[str, Any] = {"format": file_format}
-    if file_format == "webdataset" and (folder := dataset_folder_of(config)) is not None:
+    if file_format == "webdataset" and (folder := dataset_folder_of(source)) is not None:
         dataset = Dataset(folder)
         state["dataset_fingerprint"] = dataset.info.fingerprint
-        subset = subset_of(config, dataset)
+        subset = read_subset(source.subset, dataset)
         return state | ({"subset_fingerprint": subset.fingerprint} if subset else {})
     if file_format in ("folder", "class_folders"):
-        with readable_input(config.input):
-            return state | state_of_files(remote_file.list_files(config.input, with_sizes=True))
+        with readable_input(source.input):
+            return state | state_of_files(remote_file.list_files(source.input, with_sizes=True))
     if file_format == "huggingface":
-        return state | state_of_files(_with_sizes(arrow_files(config)))
-    files = files_of_input(config, file_format)
+        return state | state_of_files(_with_sizes(arrow_files(source.input)))
+    files = files_of_input(source.input, file_format)
     state |= state_of_files(_with_sizes(files))
     return state | (_content_of(files) if file_format in MANIFESTS else {})
 
 
 def _content_of(files: InputFiles) -> dict[str, str]:
-    """sha256 over local manifests: a caption may change while the size stays."""
+    # A caption may change without a change of the file's size.
     digest = hashlib.sha256()
     for path in map(files.path_of, files.names):
         if (local := remote_file.local_path(path)) is not None:

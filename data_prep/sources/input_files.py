@@ -1,6 +1,7 @@
-"""Finds the files that an input stands for, and their format.
+"""Resolution of an input to its format and its files.
 
-input: file, folder, glob or URL -> format_of -> files_of_input: a folder and sorted names in it
+1. `format_of`       file, folder, glob or URL -> format
+2. `files_of_input`  format -> a folder and the sorted names of files in it
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from data_prep.config import MakeShards
+from data_prep.config import Columns, MakeShards, MediaKind
 from data_prep.errors import InputError
 from data_prep.storage import remote_file
 
@@ -25,10 +27,8 @@ FORMAT_OF_SUFFIX = {
     ".json": "coco",
     ".tar": "webdataset",
 }
-MAX_ENTRIES_LOOKED_AT = 10_000  # of a folder whose format is to be found
-
-
-# Which files and members may be media; what they really hold is decided by their content.
+MAX_ENTRIES_LOOKED_AT = 10_000  # when the format of a folder is detected
+# Extensions of files and members that may be media; the content decides what they really hold.
 MEDIA_SUFFIXES = {
     "image": (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
@@ -42,23 +42,43 @@ MEDIA_SUFFIXES = {
 
 
 @dataclass(frozen=True)
+class PairSource:
+    """An input and the settings for reading its pairs, named as in `MakeShards`."""
+
+    input: str
+    format: str
+    media: MediaKind
+    media_root: str | None
+    columns: Columns
+    keep_columns: tuple[str, ...]
+    caption_template: str
+    subset: Path | None
+    quotes: bool | None
+
+    @classmethod
+    def from_config(cls, config: MakeShards) -> PairSource:
+        """Copies the fields from a config."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
 class InputFiles:
-    """The files of an input, in the order in which they are read."""
+    """The files of an input, in reading order."""
 
     folder: str  # path or URL
-    names: list[str]  # from the folder
+    names: list[str]  # relative to the folder
 
     def path_of(self, name: str) -> str:
-        """Path or URL of one of them."""
+        """Returns the path or URL of one of the files."""
         return remote_file.join(self.folder, name)
 
 
 @contextlib.contextmanager
 def readable_input(path: str) -> Iterator[None]:
-    """Turns what can be wrong with a file that the user names into an InputError.
+    """Converts an OSError about a file that the user named into an InputError.
 
     Raises:
-        InputError: naming the file.
+        InputError: if the block raises an OSError; the message names the file.
     """
     try:
         yield
@@ -66,21 +86,21 @@ def readable_input(path: str) -> Iterator[None]:
         raise InputError(f"{path}: not readable: {error.strerror or error}") from None
 
 
-def format_of(config: MakeShards) -> str:
-    """The input's format: as configured, else found from its name and content.
+def format_of(source: PairSource) -> str:
+    """Returns the input's format: the configured one, or the one its name and content show.
 
     Raises:
-        InputError: there is no input, or its format cannot be told.
+        InputError: if the input does not exist, or its format cannot be detected.
     """
-    if config.format != "auto":
-        return config.format
-    path = config.input
+    if source.format != "auto":
+        return source.format
+    path = source.input
     with readable_input(path):
         if remote_file.is_pattern(path):
             folder, names = remote_file.glob_files(path)
             return _format_of_names([remote_file.join(folder, name) for name in names], path)
         if remote_file.is_folder(path):
-            return _format_of_folder(config)
+            return _format_of_folder(path, caption_template=source.caption_template)
         if not remote_file.is_web_url(path) and not remote_file.exists(path):
             raise _no_input(path)
     return _format_of_names([path], path)
@@ -103,32 +123,31 @@ def _format_of_names(paths: list[str], given: str) -> str:
     return FORMAT_OF_SUFFIX[suffixes[0]]
 
 
-def _format_of_folder(config: MakeShards) -> str:
-    """A folder of tars may hold Parquets and statistics beside them, as img2dataset writes."""
-    if remote_file.exists(remote_file.join(config.input, "dataset.json")):
+def _format_of_folder(folder: str, *, caption_template: str) -> str:
+    # Tars come first: img2dataset writes Parquets and statistics next to them.
+    if remote_file.exists(remote_file.join(folder, "dataset.json")):
         return "webdataset"
     for name in ("dataset_dict.json", "state.json"):
-        if remote_file.exists(remote_file.join(config.input, name)):
+        if remote_file.exists(remote_file.join(folder, name)):
             return "huggingface"
-    entries = islice(remote_file.list_files(config.input), MAX_ENTRIES_LOOKED_AT)
+    entries = islice(remote_file.list_files(folder), MAX_ENTRIES_LOOKED_AT)
     suffixes = {remote_file.suffix_of(entry.name) for entry in entries}
     for suffix in (".tar", ".parquet"):
         if suffix in suffixes:
             return FORMAT_OF_SUFFIX[suffix]
-    return "folder" if config.caption_template == "{}" else "class_folders"
+    return "folder" if caption_template == "{}" else "class_folders"
 
 
-def files_of_input(config: MakeShards, file_format: str) -> InputFiles:
-    """The files of an input that is one file, a glob, or a folder to look through.
+def files_of_input(path: str, file_format: str) -> InputFiles:
+    """Lists the files of an input that is a file, a glob, or a folder to search.
 
     Args:
-        config: whose input is looked for.
-        file_format: which tells what files in a folder must end with.
+        path: the input; a path, glob or URL.
+        file_format: format that selects the files in a folder, by extension.
 
     Raises:
-        InputError: there is none.
+        InputError: if there is no such file.
     """
-    path = config.input
     suffixes = [s for s, of_suffix in FORMAT_OF_SUFFIX.items() if of_suffix == file_format]
     with readable_input(path):
         if remote_file.is_pattern(path):
@@ -145,28 +164,32 @@ def files_of_input(config: MakeShards, file_format: str) -> InputFiles:
     return files
 
 
-def check_output_apart(config: MakeShards) -> None:
-    """Checks that what is written into the output is not taken for input by a later attempt.
+def check_output_outside_input(output: Path, path: str) -> None:
+    """Checks that a later attempt cannot mistake files in the output folder for input.
+
+    Args:
+        output: the output folder.
+        path: the input; a path, glob or URL.
 
     Raises:
-        InputError: the output is the folder that is looked through, or below it.
+        InputError: if the output is the searched input folder, or below it.
     """
-    folder, is_deep = config.input, True
-    if remote_file.is_pattern(config.input):
-        folder = remote_file.folder_of_pattern(config.input)
-        is_deep = "/" in config.input[len(folder) :].lstrip("/")
-    local, output = remote_file.local_path(folder), config.output.resolve()
+    folder, is_deep = path, True
+    if remote_file.is_pattern(path):
+        folder = remote_file.folder_of_pattern(path)
+        is_deep = "/" in path[len(folder) :].lstrip("/")
+    local, resolved = remote_file.local_path(folder), output.resolve()
     if local is None or not local.is_dir():
         return
-    if output == local.resolve() or (is_deep and local.resolve() in output.parents):
+    if resolved == local.resolve() or (is_deep and local.resolve() in resolved.parents):
         raise InputError(
-            f"output={config.output}: expected a folder outside of {config.input} (input), where "
-            "the files that are written would be taken for input; choose another output"
+            f"output={output}: expected a folder outside of {path} (input), because a later "
+            "attempt would take the written files for input; choose another output"
         )
 
 
 def state_of_files(files: Iterable[remote_file.FoundFile]) -> dict[str, Any]:
-    """How many files there are, and of which names and sizes, in few words."""
+    """Summarises files: their number, their total size, and a digest of names and sizes."""
     files = list(files)
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
@@ -179,15 +202,15 @@ def state_of_files(files: Iterable[remote_file.FoundFile]) -> dict[str, Any]:
     }
 
 
-def media_root_of(config: MakeShards) -> str:
-    """The folder or URL from which relative media paths start."""
-    return input_folder_of(config) if config.media_root is None else config.media_root
+def media_root_of(source: PairSource) -> str:
+    """Returns the folder or URL from which relative media paths start."""
+    return input_folder_of(source.input) if source.media_root is None else source.media_root
 
 
-def input_folder_of(config: MakeShards) -> str:
-    """The folder or URL from which the names of the input's files start."""
-    if remote_file.is_pattern(config.input):
-        return remote_file.folder_of_pattern(config.input)
-    if remote_file.is_folder(config.input):
-        return config.input
-    return remote_file.split_path(config.input)[0]
+def input_folder_of(path: str) -> str:
+    """Returns the folder or URL from which the names of an input's files start."""
+    if remote_file.is_pattern(path):
+        return remote_file.folder_of_pattern(path)
+    if remote_file.is_folder(path):
+        return path
+    return remote_file.split_path(path)[0]

@@ -1,7 +1,7 @@
-"""Reads the file of one item: what is wrong with the file is told apart from what may pass.
+"""Reads the media file of one item and separates permanent faults from transient ones.
 
-A file that is missing, unreadable or too large is the item's own fault, and stays so; a disk or a
-server that fails is tried again, and then stops the run, so that no fault changes the dataset.
+A missing, unreadable or oversized file is a fault of the item and rejects it. A transient failure
+of a disk or server is retried, and then stops the run, so that it never changes the dataset.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ SECONDS_BETWEEN_ATTEMPTS = (0.5, 2.0, 5.0)
 
 
 def read_item_file(path: str, *, max_bytes: int) -> bytes:
-    """The content of a file given by a local path or an fsspec URL.
+    """Reads a file given by a local path or an fsspec URL.
 
     Args:
-        path: whose file is to be read.
-        max_bytes: larger files are not read.
+        path: path or URL of the file.
+        max_bytes: limit above which a file is rejected unread.
 
     Raises:
-        BadItemError: missing_file, not_a_file, unreadable_file, too_large or unknown_scheme.
-        RunError: reading failed again and again.
+        BadItemError: with the reason missing_file, not_a_file, unreadable_file, too_large or
+            unknown_scheme.
+        RunError: if every attempt failed for a transient reason.
     """
     is_local = remote_file.local_path(path) is not None
     passing = OSError if is_local else Exception  # fsspec's file systems raise all kinds

@@ -1,7 +1,7 @@
-"""One pair of media and caption, as it stands in the input, and what can be wrong with it.
+"""The pair of media and caption as read from an input, and the reasons that reject it.
 
-A pair that cannot be used is not dropped where it is read: it carries a short, stable reason, so
-that it is counted and listed. What a filter finds is either such a reason or only a mark.
+An unusable pair is not dropped where it is read. It carries a short, stable reason, so that it is
+counted and listed. A filter either sets such a reason or only adds a mark.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# A clip that a filter drops while other clips of the same sound stay is no rejected pair: it is
-# counted under the filter's name after this.
+# Prefix under which dropped clips are counted by filter. A clip dropped while other clips of the
+# same recording stay is not a rejected pair.
 CLIP_PREFIX = "clip_"
 
 
@@ -19,24 +19,24 @@ CLIP_PREFIX = "clip_"
 class Pair:
     """One caption of one media file, or the reason why it cannot be used."""
 
-    row: int  # line of the manifest, or place in the input, from 1
+    row: int  # line of the manifest, or number in the input, from 1
     media: str  # path or URL as given, or the file that holds the bytes
     caption: str
-    place: str | None = None  # where the bytes are inside `media`, in words of the source's format
+    place: str | None = None  # where the bytes are inside `media`; the format defines the notation
     class_name: str | None = None
     uid: str | None = None
     kept: str | None = None  # values of keep_columns, as a JSON object
     language: str | None = None
     marks: tuple[str, ...] = ()  # filters that would have dropped it
-    reason: str | None = None  # why the pair is rejected; None: it is good so far
+    reason: str | None = None  # why the pair is rejected; None: not rejected so far
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What becomes one sample (or several clips): one media file and its captions."""
+    """One media file and its captions: the origin of one sample, or of several clips."""
 
-    number: int  # from 0, over the whole input; the sample's key
+    number: int  # from 0, over the whole input; gives the sample's key
     media: str
     place: str | None
     pairs: list[Pair]
@@ -62,11 +62,11 @@ def checked_pair(
     kept: str | None = None,
     is_file_name: bool = False,
 ) -> Pair:
-    """The pair, with the reason of the first thing that is wrong with it.
+    """Validates the values of a row and returns the pair, with a reason if it is unusable.
 
     Args:
-        row: and all others: as in Pair.
-        is_file_name: `media` is the name of a file that was found, whose spaces belong to it.
+        row, media, caption, place, class_name, uid, kept: values of the fields of `Pair`.
+        is_file_name: True if `media` is the name of an existing file, whose spaces are kept.
     """
     values = {"media": media, "caption": caption, "class_name": class_name, "uid": uid}
     texts = {name: _text_of(value).strip() for name, value in values.items()}
@@ -87,7 +87,7 @@ def checked_pair(
 
 
 def _text_of(value: Any) -> str:
-    """As text; nothing where nothing is given, which tables also write as NaN."""
+    # Tables write NaN for a missing value.
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
@@ -113,5 +113,5 @@ def _rejection(texts: dict[str, str], values: dict[str, Any]) -> tuple[str | Non
 
 
 def unreadable_row(row: int, reason: str, detail: str) -> Pair:
-    """The pair that stands for a row from which no media path could be read."""
+    """Returns the rejected pair of a row without a readable media path."""
     return Pair(row=row, media="", caption="", reason=reason, detail=detail)

@@ -1,7 +1,7 @@
-"""Reads pairs, and the bytes of media, from Parquet files.
+"""Pairs and media from Parquet files.
 
-The scan never reads inline bytes: whether a row group holds any is told by its statistics. The
-place of a pair's bytes is the number of its row in the file.
+The scan never reads inline bytes: the statistics of a row group tell whether it holds any. The
+place of a pair's bytes is its row number in the file.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config import MakeShards
 from data_prep.errors import InputError
 from data_prep.sources.columns import (
     ROWS_AT_ONCE,
     TableColumns,
     media_bytes,
 )
-from data_prep.sources.input_files import InputFiles, files_of_input
+from data_prep.sources.input_files import PairSource, files_of_input
 from data_prep.sources.pair import Pair
 from data_prep.sources.rows import start_at_manifest
 from data_prep.storage import remote_file
@@ -28,31 +27,35 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-BUFFER_BYTES = 1 << 20  # read ahead of each column
-BATCH_BYTES = 1 << 23  # of media decoded at a time
+BUFFER_BYTES = 1 << 20  # read-ahead per column
+BATCH_BYTES = 1 << 23  # media decoded at a time
 
 
-def read_parquet(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of Parquet files, in order.
+def read_parquet(source: PairSource) -> Iterator[Pair]:
+    """Yields the pairs of Parquet files, in order.
 
     Raises:
-        InputError: a file is not readable, or lacks a column.
+        InputError: if a file is unreadable, or lacks a column.
     """
-    files = files_of_input(config, "parquet")
+    files = files_of_input(source.input, "parquet")
     first_row = 0
     for name in files.names:
-        with open_parquet(files.path_of(name)) as file:
-            pairs = _pairs_of_file(config, file, files=files, name=name, first_row=first_row)
-            yield from start_at_manifest(pairs, name, config)
+        path = files.path_of(name)
+        with open_parquet(path) as file:
+            columns = TableColumns(
+                source.columns, source.keep_columns, file.schema_arrow, path=path
+            )
+            pairs = _pairs_of_file(file, columns, container=name, first_row=first_row)
+            yield from start_at_manifest(pairs, name, media_root=source.media_root)
             first_row += file.metadata.num_rows
 
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """The opened file; nothing of it is read before it is needed.
+    """Opens a Parquet file without prefetching any data.
 
     Raises:
-        InputError: it is not readable, or no Parquet.
+        InputError: if the file is unreadable, or not Parquet.
     """
     import pyarrow
     import pyarrow.parquet
@@ -69,14 +72,8 @@ def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
 
 
 def _pairs_of_file(
-    config: MakeShards,
-    file: pyarrow.parquet.ParquetFile,
-    *,
-    files: InputFiles,
-    name: str,
-    first_row: int,
+    file: pyarrow.parquet.ParquetFile, columns: TableColumns, *, container: str, first_row: int
 ) -> Iterator[Pair]:
-    columns = TableColumns(config, file.schema_arrow, path=files.path_of(name))
     start = 0
     for group in range(file.num_row_groups):
         media_column = _media_column(columns, file.metadata.row_group(group))
@@ -84,9 +81,9 @@ def _pairs_of_file(
         for batch in file.iter_batches(
             ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
         ):
-            column = batch.column(config.columns.media) if media_column else None
+            column = batch.column(columns.media_name) if media_column else None
             rows = [str(start + i) for i in range(batch.num_rows)]
-            media, places = columns.media_of_rows(column, container=name, places=rows)
+            media, places = columns.media_of_rows(column, container=container, places=rows)
             yield from columns.pairs(
                 batch, first_row=first_row + start + 1, media=media, places=places
             )
@@ -94,8 +91,11 @@ def _pairs_of_file(
 
 
 def _media_column(columns: TableColumns, group: Any) -> str | None:
-    """What to read of the media column in one row group; None: every row has its bytes inline."""
-    column = columns.config.columns.media
+    """Returns the part of the media column to read in one row group.
+
+    None if every row has its bytes inline.
+    """
+    column = columns.media_name
     if columns.holds_paths:
         return column
     if not columns.has_path:
@@ -110,12 +110,12 @@ def _media_column(columns: TableColumns, group: Any) -> str | None:
 
 
 class ParquetMedia:
-    """The bytes of media in one Parquet file, read in the order of its rows.
+    """The media in one Parquet file, read in row order.
 
     Args:
         path: path or URL of the file.
-        column: that holds the media.
-        max_bytes: larger media are not read.
+        column: name of the media column.
+        max_bytes: limit above which media are rejected unread.
     """
 
     def __init__(self, path: str, *, column: str, max_bytes: int):
@@ -125,17 +125,19 @@ class ParquetMedia:
         self._opened = open_parquet(path)
         self._file = self._opened.__enter__()
         groups = (self._file.metadata.row_group(n) for n in range(self._file.num_row_groups))
-        self._ends = list(accumulate(group.num_rows for group in groups))  # of the row groups
+        self._ends = list(
+            accumulate(group.num_rows for group in groups)
+        )  # last row + 1 of each row group
         self._batches: Iterator[pyarrow.RecordBatch] = iter(())
         self._batch: pyarrow.RecordBatch | None = None
-        self._start = 0  # row in the file of the batch's first
+        self._start = 0  # first row of the batch in the file
 
     def read(self, place: str) -> bytes:
-        """The bytes in a row.
+        """Reads the bytes in a row.
 
         Raises:
-            BadItemError: there are none, or too many.
-            InputError: the file is not readable, or has changed.
+            BadItemError: if there are no bytes, or more than `max_bytes`.
+            InputError: if the file is unreadable, or has changed.
         """
         import pyarrow
 
@@ -143,7 +145,7 @@ class ParquetMedia:
         try:
             self._go_to(row)
         except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{self.path}: row {row}: not readable: {error}") from None
+            raise InputError(f"{self.path}: row {row}: unreadable: {error}") from None
         column = self._batch.column(self.column)
         return media_bytes(column, row - self._start, max_bytes=self.max_bytes)
 

@@ -1,4 +1,4 @@
-"""Turns what one row, sidecar or sample says into pairs: what all sources share."""
+"""Conversion of one row, sidecar or sample to pairs, shared by all formats."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from data_prep.config import Columns, MakeShards
+from data_prep.config import Columns
 from data_prep.errors import InputError
 from data_prep.sources.pair import Pair, checked_pair
 from data_prep.storage import remote_file
 
-CAPTION_KEYS = ("captions", "caption", "text")  # the first that a sidecar holds
+CAPTION_KEYS = ("captions", "caption", "text")  # in order of preference
 MAX_SIDECAR_BYTES = 1 << 24
 
 
 def pairs_of_row(
     *, row: int, media: Any, captions: Any, place: str | None = None, **fields: Any
 ) -> Iterator[Pair]:
-    """One pair per caption.
+    """Yields one pair per caption.
 
     Args:
-        row: line or place in the input, from 1.
+        row: line or number in the input, from 1.
         media: path or URL, or the file that holds the bytes.
         captions: a text or a list of texts.
         place: where the bytes are inside `media`.
-        fields: class_name, uid, kept and is_file_name of checked_pair.
+        fields: class_name, uid, kept and is_file_name, as in `checked_pair`.
     """
     if not isinstance(captions, list):
         captions = [captions]
@@ -44,7 +44,7 @@ def pairs_of_row(
 
 
 def _rejection(pair: Pair) -> tuple[str | None, str]:
-    """A relative path may not lead out of the folder that it starts in."""
+    # A relative path must stay inside media_root.
     is_relative = pair.place is None and not remote_file.is_absolute(pair.media)
     if is_relative and ".." in pair.media and remote_file.leads_outside(pair.media):
         return "path_outside_root", f"{pair.media}: leads out of media_root"
@@ -55,16 +55,18 @@ def _rejection(pair: Pair) -> tuple[str | None, str]:
     return None, ""
 
 
-def start_at_manifest(pairs: Iterator[Pair], name: str, config: MakeShards) -> Iterator[Pair]:
-    """Relative paths start at their manifest's folder, which may be below the input's.
+def start_at_manifest(
+    pairs: Iterator[Pair], name: str, *, media_root: str | None
+) -> Iterator[Pair]:
+    """Resolves relative media paths against the folder of their manifest.
 
     Args:
-        pairs: of one manifest.
-        name: of the manifest, from the input's folder.
-        config: whose media_root, where set, is where they start instead.
+        pairs: pairs of one manifest.
+        name: name of the manifest, relative to the input's folder.
+        media_root: configured folder or URL that replaces the manifest's folder, or None.
     """
     folder = posixpath.dirname(name)
-    if not folder or config.media_root is not None:
+    if not folder or media_root is not None:
         return pairs
     return (_below(pair, folder) for pair in pairs)
 
@@ -76,14 +78,14 @@ def _below(pair: Pair, folder: str) -> Pair:
 
 
 def rejected_media(row: int, media: str, reason: str, detail: str) -> Pair:
-    """The pair that stands for a media file whose captions cannot be used."""
+    """Returns the rejected pair of a media file without usable captions."""
     return Pair(row=row, media=media, caption="", reason=reason, detail=detail)
 
 
 def kept_json(values: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """The values of the columns to keep that are present, as a JSON object; None: there are none.
+    """Serializes the columns to keep that are present as a JSON object; None if there are none.
 
-    What JSON has no type for, such as a date, becomes text.
+    A value without a JSON type, such as a date, becomes text.
     """
     kept = {name: values[name] for name in names if not _is_absent(values.get(name))}
     return json.dumps(kept, ensure_ascii=False, default=str) if kept else None
@@ -93,21 +95,22 @@ def _is_absent(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
 
 
-def wanted_columns(config: MakeShards, *, with_kept: bool = False) -> dict[str, str]:
-    """Every column that must be there -> the config's key that names it."""
-    kept = dict.fromkeys(config.keep_columns, "keep_columns") if with_kept else {}
-    return kept | {column: f"columns.{role}" for role, column in config.columns if column}
+def wanted_columns(columns: Columns, keep_columns: Collection[str] = ()) -> dict[str, str]:
+    """Returns required column -> config key that names it."""
+    kept = dict.fromkeys(keep_columns, "keep_columns")
+    return kept | {column: f"columns.{role}" for role, column in columns if column}
 
 
 def check_columns(path: str, found: Collection[str], *, wanted: Mapping[str, str]) -> None:
-    """
+    """Checks that a table has all wanted columns.
+
     Raises:
-        InputError: a column is missing, or stands twice.
+        InputError: if a column is missing or duplicate.
     """
     found = list(found)
     if len(set(found)) != len(found):
         repeated = sorted({name for name in found if found.count(name) > 1})
-        raise InputError(f"{path}: these columns stand twice: {', '.join(repeated)}")
+        raise InputError(f"{path}: duplicate columns: {', '.join(repeated)}")
     for column, key in wanted.items():
         if column not in found:
             nearest = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
@@ -122,7 +125,8 @@ def check_columns(path: str, found: Collection[str], *, wanted: Mapping[str, str
 
 
 def pairs_of_sidecar(
-    config: MakeShards,
+    columns: Columns,
+    keep_columns: Collection[str],
     *,
     row: int,
     media: str,
@@ -131,16 +135,17 @@ def pairs_of_sidecar(
     txt_bytes: bytes | None,
     further: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Pair]:
-    """The pairs of one media file whose captions stand in a .json, else in a .txt.
+    """Yields the pairs of one media file with captions in a .json, or else in a .txt.
 
     Args:
-        config: columns.caption, class_name and uid, where set, name keys of the .json.
-        row: place in the input, from 1.
+        columns: caption, class_name and uid name keys of the .json where they are set.
+        keep_columns: further keys to keep.
+        row: number in the input, from 1.
         media: path, or the file that holds the bytes.
         place: where the bytes are inside `media`.
-        json_bytes: content of the .json; None: there is none.
-        txt_bytes: content of the .txt; None: there is none.
-        further: values beside those of the .json, which come first.
+        json_bytes: content of the .json, or None without one.
+        txt_bytes: content of the .txt, or None without one.
+        further: values for keys that the .json does not have.
     """
     try:
         found = _json_object(json_bytes) if json_bytes is not None else {}
@@ -149,13 +154,13 @@ def pairs_of_sidecar(
         return
     values = {**further, **found}
     keys = CAPTION_KEYS
-    if config.columns.caption != Columns().caption:
-        keys = (config.columns.caption,)
+    if columns.caption != Columns().caption:
+        keys = (columns.caption,)
     captions = next((values[key] for key in keys if values.get(key)), None)
     if captions is None and txt_bytes is not None:
         captions = txt_bytes.decode("utf-8-sig", errors="surrogateescape")
     if captions is None:
-        detail = f"expected {' or '.join(keys)} in a .json, or a .txt beside it"
+        detail = f"expected {' or '.join(keys)} in a .json, or a .txt next to the media"
         yield rejected_media(row, media, "missing_caption", detail)
         return
     yield from pairs_of_row(
@@ -163,9 +168,9 @@ def pairs_of_sidecar(
         media=media,
         place=place,
         captions=captions,
-        class_name=values.get(config.columns.class_name or "class_name"),
-        uid=values.get(config.columns.uid or "uid"),
-        kept=kept_json(values, config.keep_columns),
+        class_name=values.get(columns.class_name or "class_name"),
+        uid=values.get(columns.uid or "uid"),
+        kept=kept_json(values, keep_columns),
         is_file_name=True,
     )
 

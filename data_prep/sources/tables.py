@@ -1,6 +1,6 @@
-"""Reads pairs from manifests of text: CSV, TSV and JSONL, line by line.
+"""Pairs from text manifests (CSV, TSV and JSONL), read line by line.
 
-Bytes that are not UTF-8 come through as lone surrogates, so that only their row is rejected.
+Bytes that are not UTF-8 become lone surrogates, so that only their own row is rejected.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from data_prep.config import MakeShards
+from data_prep.config import Columns
 from data_prep.errors import InputError
-from data_prep.sources.input_files import files_of_input, readable_input
+from data_prep.sources.input_files import PairSource, files_of_input, readable_input
 from data_prep.sources.pair import Pair, unreadable_row
 from data_prep.sources.rows import (
     check_columns,
@@ -31,74 +31,89 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 MAX_KEYS_LISTED = 1000
 
 
-def read_table(config: MakeShards, *, file_format: str) -> Iterator[Pair]:
-    """The pairs of CSV or TSV files, each with a header.
+def read_table(source: PairSource, *, file_format: str) -> Iterator[Pair]:
+    """Yields the pairs of CSV or TSV files, each with a header.
 
     Args:
-        config: input, columns, quotes, keep_columns.
+        source: the input and its settings.
         file_format: "csv" or "tsv".
 
     Raises:
-        InputError: a file is not readable, lacks a column, or its quotation marks do not close.
+        InputError: if a file is unreadable, lacks a column, or has unbalanced quotation marks.
     """
-    files = files_of_input(config, file_format)
+    has_quotes = source.quotes if source.quotes is not None else file_format == "csv"
+    files = files_of_input(source.input, file_format)
     first_row = 0
     for name in files.names:
-        path = files.path_of(name)
-        reader = _Rows(config, path, file_format=file_format)
-        yield from start_at_manifest(reader.pairs(first_row), name, config)
+        reader = _TableReader(
+            files.path_of(name),
+            columns=source.columns,
+            keep_columns=source.keep_columns,
+            delimiter=DELIMITERS[file_format],
+            has_quotes=has_quotes,
+        )
+        yield from start_at_manifest(reader.pairs(first_row), name, media_root=source.media_root)
         first_row += reader.num_lines
 
 
-def read_jsonl(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of JSONL files: an object per line, captions a text or a list of texts.
+def read_jsonl(source: PairSource) -> Iterator[Pair]:
+    """Yields the pairs of JSONL files: one object per line, with one caption or a list of captions.
 
     Raises:
-        InputError: a file is not readable, or no line has one of the columns.
+        InputError: if a file is unreadable, or no line has one of the columns.
     """
-    files = files_of_input(config, "jsonl")
+    files = files_of_input(source.input, "jsonl")
     first_row = 0
     for name in files.names:
-        path = files.path_of(name)
-        reader = _Objects(config, path)
-        yield from start_at_manifest(reader.pairs(first_row), name, config)
+        reader = _JsonlReader(
+            files.path_of(name), columns=source.columns, keep_columns=source.keep_columns
+        )
+        yield from start_at_manifest(reader.pairs(first_row), name, media_root=source.media_root)
         first_row += reader.num_lines
 
 
 # --------------------------------------------------------------------------------- CSV and TSV
 
 
-class _Rows:
-    """The rows of one CSV or TSV file."""
+class _TableReader:
+    """Reader of one CSV or TSV file."""
 
-    def __init__(self, config: MakeShards, path: str, *, file_format: str):
-        self.config = config
+    def __init__(
+        self,
+        path: str,
+        *,
+        columns: Columns,
+        keep_columns: tuple[str, ...],
+        delimiter: str,
+        has_quotes: bool,
+    ):
         self.path = path
-        self.delimiter = DELIMITERS[file_format]
-        self.has_quotes = config.quotes if config.quotes is not None else file_format == "csv"
+        self.columns = columns
+        self.keep_columns = keep_columns
+        self.delimiter = delimiter
+        self.has_quotes = has_quotes
         self.num_lines = 0  # read so far
 
     def pairs(self, first_row: int) -> Iterator[Pair]:
-        """The pairs; their rows are lines, counted from `first_row` + 1."""
+        """Yields the pairs; their rows are lines, counted from `first_row` + 1."""
         rows = self._quoted_rows() if self.has_quotes else self._plain_rows()
         header = [name.strip() for name in next(rows, [])]
-        wanted = wanted_columns(self.config, with_kept=True)
-        check_columns(self.path, header, wanted=wanted)
-        place = {name: header.index(name) for name in header}
-        columns = self.config.columns
+        check_columns(self.path, header, wanted=wanted_columns(self.columns, self.keep_columns))
+        index_of = {name: header.index(name) for name in header}
+        columns = self.columns
         for fields in rows:
             row = first_row + self.num_lines
             if len(fields) != len(header):
                 detail = f"expected {len(header)} columns, found {len(fields)}"
                 yield unreadable_row(row, "wrong_column_count", detail)
                 continue
-            kept = {name: fields[place[name]].strip() for name in self.config.keep_columns}
+            kept = {name: fields[index_of[name]].strip() for name in self.keep_columns}
             yield from pairs_of_row(
                 row=row,
-                media=fields[place[columns.media]],
-                captions=fields[place[columns.caption]],
-                class_name=fields[place[columns.class_name]] if columns.class_name else None,
-                uid=fields[place[columns.uid]] if columns.uid else None,
+                media=fields[index_of[columns.media]],
+                captions=fields[index_of[columns.caption]],
+                class_name=fields[index_of[columns.class_name]] if columns.class_name else None,
+                uid=fields[index_of[columns.uid]] if columns.uid else None,
                 kept=kept_json(kept, kept),
             )
 
@@ -109,7 +124,7 @@ class _Rows:
                 yield line.rstrip("\r\n").split(self.delimiter)
 
     def _quoted_rows(self) -> Iterator[list[str]]:
-        csv.field_size_limit(MAX_LINE_CHARACTERS)  # the module's own is 131,072
+        csv.field_size_limit(MAX_LINE_CHARACTERS)  # the csv module's default is 131,072
         lines = read_lines(self.path, newline="")
         reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
         try:
@@ -120,25 +135,27 @@ class _Rows:
         except csv.Error as error:
             raise InputError(
                 f"{self.path}: line {reader.line_num}: {error}; if quotation marks in the "
-                "captions are just text, set quotes=false"
+                "captions are plain text, set quotes=false"
             ) from None
 
 
 # --------------------------------------------------------------------------------------- JSONL
 
 
-class _Objects:
-    """The objects of one JSONL file."""
+class _JsonlReader:
+    """Reader of one JSONL file."""
 
-    def __init__(self, config: MakeShards, path: str):
-        self.config = config
+    def __init__(self, path: str, *, columns: Columns, keep_columns: tuple[str, ...]):
         self.path = path
+        self.columns = columns
+        self.keep_columns = keep_columns
         self.num_lines = 0  # read so far
-        self._found: dict[str, None] = {}  # keys, until all that are wanted were seen
+        self._wanted = wanted_columns(columns)
+        self._found: dict[str, None] = {}  # keys seen until none of the wanted ones is missing
 
     def pairs(self, first_row: int) -> Iterator[Pair]:
-        """The pairs; their rows are lines, counted from `first_row` + 1."""
-        missing = set(wanted_columns(self.config))
+        """Yields the pairs; their rows are lines, counted from `first_row` + 1."""
+        missing = set(self._wanted)
         for line in read_lines(self.path, newline="\n"):
             self.num_lines += 1
             if not line.strip():
@@ -157,23 +174,22 @@ class _Objects:
                 self._list_keys(values)
             yield from self._pairs_of_object(row, values)
         if missing and self._found:
-            check_columns(self.path, self._found, wanted=wanted_columns(self.config))
+            check_columns(self.path, self._found, wanted=self._wanted)
 
     def _list_keys(self, values: dict[str, Any]) -> None:
-        wanted = wanted_columns(self.config)
         for key in values:
-            if key in wanted or len(self._found) < MAX_KEYS_LISTED:
+            if key in self._wanted or len(self._found) < MAX_KEYS_LISTED:
                 self._found[key] = None
 
     def _pairs_of_object(self, row: int, values: dict[str, Any]) -> Iterator[Pair]:
-        columns = self.config.columns
+        columns = self.columns
         yield from pairs_of_row(
             row=row,
             media=values.get(columns.media),
             captions=values.get(columns.caption),
             class_name=values.get(columns.class_name) if columns.class_name else None,
             uid=values.get(columns.uid) if columns.uid else None,
-            kept=kept_json(values, self.config.keep_columns),
+            kept=kept_json(values, self.keep_columns),
         )
 
 
@@ -181,14 +197,15 @@ class _Objects:
 
 
 def read_lines(path: str, *, newline: str) -> Iterator[str]:
-    """The lines of a file, with their ends.
+    """Yields the lines of a file, with their line ends.
 
     Args:
         path: path or URL.
-        newline: as of open.
+        newline: as in `open`.
 
     Raises:
-        InputError: the file is not readable, is no text, or has a line of absurd length.
+        InputError: if the file is unreadable, is UTF-16, or has a line of
+            `MAX_LINE_CHARACTERS` or more.
     """
     with readable_input(path), remote_file.open_binary(path) as file:
         if file.peek(2)[:2] in UTF16_MARKS:
@@ -200,6 +217,6 @@ def read_lines(path: str, *, newline: str) -> Iterator[str]:
             if len(line) == MAX_LINE_CHARACTERS:
                 raise InputError(
                     f"{path}: line {number} has {MAX_LINE_CHARACTERS:,} characters or more; "
-                    "expected a manifest with a pair per line"
+                    "expected a manifest with one pair per line"
                 )
             yield line

@@ -1,22 +1,21 @@
-"""Reads pairs from WebDataset tars, and from dataset folders of ours.
+"""Pairs and media from WebDataset tars and from dataset folders written by this package.
 
-Captions stand in the .json (captions, caption or text), else in the .txt of a sample, as
-img2dataset and LAION write them. The place of a pair's media is "<offset>:<bytes>" in the tar, and
-":<crc32>" behind where an index knows it.
+The captions of a sample are in its .json (captions, caption or text), or else in its .txt, as
+img2dataset and LAION write them. The place of a pair's media is "<offset>:<bytes>" in the tar,
+followed by ":<crc32>" if an index records it.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.config import MakeShards
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.index import (
@@ -26,7 +25,7 @@ from data_prep.shards.index import (
 )
 from data_prep.shards.subset import Subset
 from data_prep.shards.tar_members import BadTarError, read_members
-from data_prep.sources.input_files import MEDIA_SUFFIXES, files_of_input, readable_input
+from data_prep.sources.input_files import MEDIA_SUFFIXES, PairSource, files_of_input, readable_input
 from data_prep.sources.pair import BadItemError, Pair
 from data_prep.sources.rows import MAX_SIDECAR_BYTES, pairs_of_sidecar, rejected_media
 from data_prep.storage import remote_file
@@ -36,7 +35,7 @@ SIDECARS = ("json", "txt")
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A member of a sample: where its bytes are in the tar."""
+    """The location of one member of a sample in a tar."""
 
     extension: str
     offset: int
@@ -45,60 +44,63 @@ class TarMember:
 
     @property
     def place(self) -> str:
-        """As a pair holds it."""
+        """The location in the notation of `Pair.place`."""
         crc32 = "" if self.crc32 is None else f":{self.crc32}"
         return f"{self.offset}:{self.num_bytes}{crc32}"
 
 
-def read_webdataset(config: MakeShards) -> Iterator[Pair]:
-    """The pairs of tars, or of a dataset folder and what `subset` keeps of it.
+def read_webdataset(source: PairSource) -> Iterator[Pair]:
+    """Yields the pairs of tars, or of a dataset folder (only those in `subset`, if set).
 
     Raises:
-        InputError: a tar is damaged, holds what no dataset may hold, or is not readable; or the
-            subset belongs to another dataset.
+        InputError: if a tar is damaged, unreadable, or has members that a dataset may not have;
+            or if the subset belongs to another dataset.
     """
-    folder = dataset_folder_of(config)
-    samples = _samples_of_tars(config) if folder is None else _samples_of_dataset(config, folder)
-    for row, (name, file, members, columns) in enumerate(samples, 1):
-        yield from _pairs_of_sample(
-            config, row=row, name=name, file=file, members=members, columns=columns
-        )
+    folder = dataset_folder_of(source)
+    samples = (
+        _samples_of_tars(source.input) if folder is None else _samples_of_dataset(source, folder)
+    )
+    for row, sample in enumerate(samples, 1):
+        yield from _pairs_of_sample(sample, source, row=row)
 
 
-def dataset_folder_of(config: MakeShards) -> Path | None:
-    """The input, where it is a dataset folder on this machine.
+def dataset_folder_of(source: PairSource) -> Path | None:
+    """Returns the input if it is a local dataset folder, or else None.
 
     Raises:
-        InputError: there is a subset, but no dataset that it could be of.
+        InputError: if a subset is set, but the input is not such a folder.
     """
-    folder = remote_file.local_path(config.input)
+    folder = remote_file.local_path(source.input)
     if folder is not None and (folder / "dataset.json").is_file():
         return folder
-    if config.subset is not None:
+    if source.subset is not None:
         raise InputError(
-            f"{config.input}: subset={config.subset} needs a local folder with a dataset.json "
-            "(input); make one for tars with python -m data_prep.index_shards"
+            f"{source.input}: subset={source.subset} needs a local folder with a dataset.json "
+            "(input); create one for tars with python -m data_prep.index_shards"
         )
     return None
 
 
-def _pairs_of_sample(
-    config: MakeShards,
-    *,
-    row: int,
-    name: str,
-    file: BinaryIO,
-    members: Sequence[TarMember],
-    columns: dict[str, Any],
-) -> Iterator[Pair]:
+@dataclass(frozen=True, slots=True)
+class _TarSample:
+    """A sample found in an opened tar."""
+
+    tar: str  # name of the tar, relative to the input's folder
+    file: BinaryIO
+    members: list[TarMember]
+    columns: dict[str, Any]  # values from the shard's Parquet
+
+
+def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Iterator[Pair]:
+    name, members = sample.tar, sample.members
     found = [member.extension for member in members]
     if len(set(found)) != len(found):
         repeated = next(extension for extension in found if found.count(extension) > 1)
         yield rejected_media(row, name, "duplicate_member", f"two members .{repeated} of one key")
         return
-    media = next((m for m in members if f".{m.extension}" in MEDIA_SUFFIXES[config.media]), None)
+    media = next((m for m in members if f".{m.extension}" in MEDIA_SUFFIXES[source.media]), None)
     if media is None:
-        detail = f"expected a member that is {config.media}, found .{' .'.join(found)}"
+        detail = f"expected a member that is {source.media}, found .{' .'.join(found)}"
         yield rejected_media(row, name, "no_media_member", detail)
         return
     sidecars = {member.extension: member for member in members if member.extension in SIDECARS}
@@ -107,28 +109,26 @@ def _pairs_of_sample(
         yield rejected_media(row, name, "unreadable_caption", detail)
         return
     contents = {
-        extension: read_member(file, member.place, path=name)
+        extension: read_member(sample.file, member.place, path=name)
         for extension, member in sidecars.items()
     }
     yield from pairs_of_sidecar(
-        config,
+        source.columns,
+        source.keep_columns,
         row=row,
         media=name,
         place=media.place,
         json_bytes=contents.get("json"),
         txt_bytes=contents.get("txt"),
-        further=columns,
+        further=sample.columns,
     )
 
 
-# ---------------------------------------------------------------------------------- other's tars
-
-
-Found = tuple[str, BinaryIO, list[TarMember], dict[str, Any]]  # tar, opened, a sample, its columns
+# ---------------------------------------------------------------------------- tars without index
 
 
 class _RemoteTar:
-    """A tar behind a URL, which opens as a path does."""
+    """A tar at a URL, with the `open` of a path."""
 
     def __init__(self, url: str):
         self.url = url
@@ -140,8 +140,8 @@ class _RemoteTar:
         return self.url
 
 
-def _samples_of_tars(config: MakeShards) -> Iterator[Found]:
-    files = files_of_input(config, "webdataset")
+def _samples_of_tars(path_of_tars: str) -> Iterator[_TarSample]:
+    files = files_of_input(path_of_tars, "webdataset")
     for name in files.names:
         path = files.path_of(name)
         local = remote_file.local_path(path)
@@ -154,21 +154,22 @@ def _samples_of_tars(config: MakeShards) -> Iterator[Found]:
                         TarMember(m.extension, m.data_block * BLOCK_BYTES, m.num_bytes)
                         for m in sample
                     ]
-                    yield name, file, found, {}
+                    yield _TarSample(name, file, found, {})
         except BadTarError as error:
             raise InputError(f"{error}; restore this tar, or leave it out of the input") from None
 
 
-# ------------------------------------------------------------------------------- our own datasets
+# -------------------------------------------------------------------------------- dataset folders
 
 
-def _samples_of_dataset(config: MakeShards, folder: Path) -> Iterator[Found]:
+def _samples_of_dataset(source: PairSource, folder: Path) -> Iterator[_TarSample]:
     dataset = Dataset(folder)
-    if dataset.info.media != config.media:
+    if dataset.info.media != source.media:
         raise InputError(
-            f"{folder}: expected a dataset of media={config.media}, found {dataset.info.media}"
+            f"{folder}: expected a dataset of media={source.media}, found {dataset.info.media}"
         )
-    kept = subset_of(config, dataset)
+    kept = read_subset(source.subset, dataset)
+    wanted = {*source.keep_columns, source.columns.class_name, source.columns.uid} - {None}
     for number, manifest_row in enumerate(dataset.manifest):
         start, end = dataset.shard_starts[number : number + 2].tolist()
         bitmap = None if kept is None else kept.bitmap[start:end]
@@ -177,28 +178,29 @@ def _samples_of_dataset(config: MakeShards, folder: Path) -> Iterator[Found]:
         index = ShardIndex.read(folder / f"{manifest_row.name}.idx")
         name = f"{dataset.info.tar_folder}/{manifest_row.name}.tar".removeprefix("./")
         path = str(dataset.tar_path(number))
-        rows = _column_rows(config, folder / f"{manifest_row.name}.parquet", index.num_samples)
+        parquet_path = folder / f"{manifest_row.name}.parquet"
+        rows = _column_rows(parquet_path, wanted, num_samples=index.num_samples)
         with readable_input(path), remote_file.open_binary(path) as file, closing(rows):
-            for place, columns in enumerate(rows):
-                if bitmap is None or bitmap[place]:
-                    yield name, file, _members_of(index, place), columns
+            for sample, columns in enumerate(rows):
+                if bitmap is None or bitmap[sample]:
+                    yield _TarSample(name, file, _members_of(index, sample), columns)
 
 
-def subset_of(config: MakeShards, dataset: Dataset) -> Subset | None:
-    """The configured subset of a dataset.
+def read_subset(path: Path | None, dataset: Dataset) -> Subset | None:
+    """Reads a subset of a dataset; None without a path.
 
     Raises:
-        InputError: it belongs to another dataset.
+        InputError: if the subset belongs to another dataset.
     """
-    if config.subset is None:
+    if path is None:
         return None
-    subset = Subset.read(config.subset)
+    subset = Subset.read(path)
     subset.check_belongs_to(dataset.info)
     return subset
 
 
-def _members_of(index: ShardIndex, place: int) -> list[TarMember]:
-    values = zip(index.fields, index.table[place].tolist(), strict=True)
+def _members_of(index: ShardIndex, sample: int) -> list[TarMember]:
+    values = zip(index.fields, index.table[sample].tolist(), strict=True)
     return [
         TarMember(extension, block * BLOCK_BYTES, size, crc32)
         for extension, (block, size, crc32) in values
@@ -206,12 +208,10 @@ def _members_of(index: ShardIndex, place: int) -> list[TarMember]:
     ]
 
 
-def _column_rows(config: MakeShards, path: Path, num_samples: int) -> Iterator[dict[str, Any]]:
-    """What the shard's Parquet knows of each sample, of the columns that the config names."""
+def _column_rows(path: Path, wanted: set[str], *, num_samples: int) -> Iterator[dict[str, Any]]:
+    """Yields the wanted columns of each sample that the shard's Parquet has."""
     from data_prep.sources.parquet import open_parquet
 
-    columns = config.columns
-    wanted = {*config.keep_columns, columns.class_name, columns.uid} - {None}
     if not wanted or not path.exists():
         yield from ({} for _ in range(num_samples))
         return
@@ -234,11 +234,11 @@ def _column_rows(config: MakeShards, path: Path, num_samples: int) -> Iterator[d
 
 
 class TarMedia:
-    """The bytes of media in one tar.
+    """The media in one tar.
 
     Args:
         path: path or URL of the tar.
-        max_bytes: larger media are not read.
+        max_bytes: limit above which media are rejected unread.
     """
 
     def __init__(self, path: str, *, max_bytes: int):
@@ -248,11 +248,11 @@ class TarMedia:
             self._file = remote_file.open_binary(path)
 
     def read(self, place: str) -> bytes:
-        """The bytes at a place.
+        """Reads the bytes at a place.
 
         Raises:
-            BadItemError: they are too many.
-            InputError: the tar is not readable, or has changed.
+            BadItemError: if there are more than `max_bytes`.
+            InputError: if the tar is unreadable, or has changed.
         """
         num_bytes = int(place.split(":")[1])
         if num_bytes > self.max_bytes:
@@ -266,10 +266,10 @@ class TarMedia:
 
 
 def read_member(file: BinaryIO, place: str, *, path: str) -> bytes:
-    """The bytes at a place of an opened tar.
+    """Reads the bytes at a place of an opened tar.
 
     Raises:
-        InputError: they are cut short, or have not the recorded crc32.
+        InputError: if the bytes are cut short, or their CRC32 differs from the recorded one.
     """
     offset, num_bytes, *crc32 = map(int, place.split(":"))
     with readable_input(path):
@@ -277,12 +277,12 @@ def read_member(file: BinaryIO, place: str, *, path: str) -> bytes:
         content = file.read(num_bytes)
     if len(content) != num_bytes:
         raise InputError(
-            f"{path}: expected {num_bytes} bytes at {offset}, found {len(content)}; the tar is cut "
-            "short, or has changed since the plan was made"
+            f"{path}: expected {num_bytes} bytes at {offset}, found {len(content)}; the tar is "
+            "truncated, or has changed since the plan was made"
         )
     if crc32 and zlib.crc32(content) != crc32[0]:
         raise InputError(
-            f"{path}: the member at byte {offset} has not the crc32 of its index; check the "
+            f"{path}: CRC32 mismatch with the index in the member at byte {offset}; check the "
             "dataset with python -m data_prep.verify_shards"
         )
     return content

@@ -5,7 +5,8 @@ import pytest
 from data_prep.config import MakeShards
 from data_prep.errors import InputError
 from data_prep.finalize import finalize
-from data_prep.pipeline.plan import open_plan
+from data_prep.pipeline import plan
+from data_prep.pipeline.plan import PlanSettings, describe_origin, open_plan
 from data_prep.shards.folder import lock_folder
 from tests.support.toy_pairs import contents, shard, write_pictures
 
@@ -74,18 +75,16 @@ def test_jobs_exclude_only_those_that_would_write_the_same_files(tmp_path):
 def test_a_job_that_is_second_with_the_plan_takes_the_first_ones(tmp_path, monkeypatch):
     manifest = write_pictures(tmp_path / "media", 4)
     config = config_of(manifest, tmp_path / "dataset", part="0/2")
-    build, calls = (
-        __import__("data_prep.pipeline.plan", fromlist=["plan"]).build_plan,
-        itertools.count(),
-    )
+    settings, made_from = PlanSettings.from_config(config), describe_origin(config)
+    build, calls = plan.build_plan, itertools.count()
 
-    def build_while_another_does(config, folder, *, made_from):
+    def build_while_another_does(folder, settings, *, made_from):
         if next(calls) == 0:
-            open_plan(config)
-        build(config, folder, made_from=made_from)
+            open_plan(config.output, settings, made_from=made_from)
+        build(folder, settings, made_from=made_from)
 
-    monkeypatch.setattr("data_prep.pipeline.plan.build_plan", build_while_another_does)
-    assert open_plan(config).num_items == 4
+    monkeypatch.setattr(plan, "build_plan", build_while_another_does)
+    assert open_plan(config.output, settings, made_from=made_from).num_items == 4
     assert next(calls) == 2
     assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["plan"]
 

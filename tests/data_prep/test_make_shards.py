@@ -58,7 +58,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
 def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path):
     manifest = write_pictures(tmp_path / "media", 400)
     output = tmp_path / "dataset"
-    script = [sys.executable, str(REPOSITORY / "tests" / "killed_at_random.py")]
+    script = [sys.executable, str(REPOSITORY / "tests" / "support" / "killed_at_random.py")]
     result = subprocess.run(
         [*script, str(manifest), str(output), "20", "0"],
         cwd=REPOSITORY,

@@ -1,6 +1,6 @@
-"""Kills make_shards with SIGKILL at random moments and runs it again, until it ends by itself.
+"""Kills make_shards with SIGKILL at random moments and restarts it until it ends by itself.
 
-    python tests/killed_at_random.py MANIFEST OUTPUT NUM_KILLS SEED
+    python -m tests.support.killed_at_random MANIFEST OUTPUT NUM_KILLS SEED
 
 One process imports everything and forks an attempt at a time: an attempt starts at once, so that
 moments anywhere in its work are hit. Prints how many attempts were killed while they worked.
@@ -38,7 +38,7 @@ def main(manifest: str, output: str, num_kills: str, seed: str) -> None:
 
 
 def attempt(config: MakeShards, *, seconds: float | None) -> bool:
-    """Whether the attempt was killed before its end."""
+    """Runs one attempt; returns True if it was killed before its end."""
     process = os.fork()
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,4 @@
-"""Short ways to read the pairs and the media of an input, and a web server, for its tests."""
+"""Shortcuts that read the pairs and media of an input, and a web server, for tests of sources."""
 
 import threading
 from contextlib import contextmanager
@@ -8,39 +8,57 @@ from pathlib import Path
 from data_prep.config import MakeShards
 from data_prep.pipeline.media_reader import MediaReader
 from data_prep.sources.formats import read_pairs
+from data_prep.sources.input_files import PairSource
 from data_prep.sources.pair import BadItemError, Item, Pair
 
 
-def config_for(source: Path | str, **fields) -> MakeShards:
-    """A config that reads pictures from `source`."""
+def config_of(path: Path | str, **fields) -> MakeShards:
+    """Returns a config that reads pictures from `path`."""
     fields = {"media": "image", "output": Path("unused")} | fields
-    return MakeShards(input=str(source), **fields)
+    return MakeShards(input=str(path), **fields)
+
+
+def source_of(path: Path | str, **fields) -> PairSource:
+    """Returns the source of pictures at `path`."""
+    return PairSource.from_config(config_of(path, **fields))
 
 
 def pairs_of(source: Path | str, **fields) -> list[Pair]:
-    return list(read_pairs(config_for(source, **fields)))
+    """Reads the pairs of an input."""
+    return list(read_pairs(source_of(source, **fields)))
 
 
 def reasons_of(source: Path | str, **fields) -> dict[int, str | None]:
-    """Row -> reason, of an input with one pair per row."""
+    """Returns row -> reason for an input with one pair per row."""
     return {pair.row: pair.reason for pair in pairs_of(source, **fields)}
 
 
 def contents_of(
-    source: Path | str, pairs: list[Pair] | None = None, *, downloads: Path = Path(), **fields
+    path: Path | str,
+    pairs: list[Pair] | None = None,
+    *,
+    downloads: Path = Path(),
+    **fields,
 ) -> list[bytes | str]:
-    """The media of every pair: its bytes, or the reason why there are none."""
-    config = config_for(source, **fields)
-    pairs = list(read_pairs(config)) if pairs is None else pairs
+    """Returns the media of every pair: its bytes, or the reason why there are none."""
+    config = config_of(path, **fields)
+    source = PairSource.from_config(config)
+    pairs = list(read_pairs(source)) if pairs is None else pairs
     items = [Item(number, p.media, p.place, [p]) for number, p in enumerate(pairs)]
-    with MediaReader(config, downloads) as reader:
+    reader = MediaReader(
+        source,
+        downloads=downloads,
+        download=config.download,
+        max_bytes=config.max_media_bytes,
+    )
+    with reader:
         found = list(reader.read_all(items))
     assert [item for item, _ in found] == items
     return [c.reason if isinstance(c, BadItemError) else c for _, c in found]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `files`, in parts where asked to; breaks off after `most_bytes`."""
+    """Serves `files`, with range requests; closes the connection after `most_bytes`."""
 
     files: dict[str, bytes] = {}
     knows_ranges = True
@@ -66,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def served(files: dict[str, bytes], **attributes):
-    """Root of a web server on this machine with these files: path -> content."""
+    """Yields the root URL of a local web server with the given files: path -> content."""
     handler = type("TestHandler", (Handler,), {"files": files, **attributes})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

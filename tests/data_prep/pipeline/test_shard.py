@@ -1,4 +1,4 @@
-"""What becomes of captions, filters, columns to keep and clips on the way into a shard."""
+"""Tests of captions, filters, columns to keep and clips on their way into a shard."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.support.toy_pairs import picture_bytes, rejected_rows, shard, verify
 
 
 def write_pairs(folder, captions, **further):
-    """A JSONL of one picture per caption, with further columns."""
+    """Writes a JSONL of one picture per caption, with further columns."""
     folder.mkdir(exist_ok=True)
     lines = []
     for number, caption in enumerate(captions):

@@ -9,7 +9,7 @@ import pytest
 from data_prep.config import Columns
 from data_prep.errors import InputError
 from data_prep.sources.formats import input_state
-from tests.support.toy_sources import config_for, contents_of, pairs_of
+from tests.support.toy_sources import contents_of, pairs_of, source_of
 
 IMAGE = Columns(media="image", class_name="label")
 
@@ -84,13 +84,13 @@ def test_a_saved_dataset_behind_a_url_reads_the_same(tmp_path):
     url = "memory://saved"
     assert pairs_of(url, columns=IMAGE) == pairs_of(tmp_path / "d", columns=IMAGE)
     assert contents_of(url, columns=IMAGE) == contents_of(tmp_path / "d", columns=IMAGE)
-    assert input_state(config_for(url)) == input_state(config_for(tmp_path / "d"))
+    assert input_state(source_of(url)) == input_state(source_of(tmp_path / "d"))
 
 
 def test_a_folder_of_several_splits_is_refused_with_their_names(tmp_path):
     splits = datasets.DatasetDict(train=pictures(2), test=pictures(1))
     splits.save_to_disk(tmp_path / "d")
-    with pytest.raises(InputError, match="several: train, test; add the name of one"):
+    with pytest.raises(InputError, match="several splits: train, test; append the name of one"):
         pairs_of(tmp_path / "d", columns=IMAGE)
     assert len(pairs_of(tmp_path / "d" / "test", columns=IMAGE)) == 2
 

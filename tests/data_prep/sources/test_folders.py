@@ -13,7 +13,7 @@ from data_prep.sources import item_file
 from data_prep.sources.formats import input_state
 from data_prep.storage import remote_file
 from tests.support.toy_pairs import picture_bytes, rejected_rows, shard, write_pictures
-from tests.support.toy_sources import config_for, contents_of, pairs_of, reasons_of
+from tests.support.toy_sources import contents_of, pairs_of, reasons_of, source_of
 
 
 def write(folder, files):
@@ -121,7 +121,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_the_state_of_a_folder_tells_names_and_sizes(tmp_path):
-    config = config_for(write(tmp_path, FILES))
+    config = source_of(write(tmp_path, FILES))
     before = input_state(config)
     assert before == input_state(config)
     (tmp_path / "a.txt").write_bytes(b"from text\n")
@@ -144,7 +144,7 @@ def test_class_folders_take_captions_from_the_template(tmp_path):
         ("loose.jpg", "", None, "no_class_folder"),
     ]
     assert reasons_of(tmp_path, format="class_folders")[1] is None
-    with pytest.raises(InputError, match=r"expected a text with \{\} where"):
+    with pytest.raises(InputError, match=r"expected a text with \{\} in place of the class name"):
         pairs_of(tmp_path, caption_template="a photo", format="class_folders")
 
 

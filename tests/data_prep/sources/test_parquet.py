@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.config import Columns, MakeShards
+from data_prep.config import Columns
 from data_prep.errors import InputError
 from data_prep.sources.formats import input_state, read_pairs
-from tests.support.toy_sources import config_for, contents_of, pairs_of
+from tests.support.toy_sources import contents_of, pairs_of, source_of
 
 IMAGE = Columns(media="image")
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
@@ -132,7 +132,7 @@ def test_a_scan_does_not_hold_or_read_inline_bytes(tmp_path):
     write(path, rows | {"caption": ["x"] * 64}, compression="none", use_dictionary=False)
     before = pyarrow.total_allocated_bytes()
     peak = 0
-    for _ in read_pairs(config_for(path, columns=IMAGE)):
+    for _ in read_pairs(source_of(path, columns=IMAGE)):
         peak = max(peak, pyarrow.total_allocated_bytes() - before)
     assert peak < 4e6
 
@@ -198,15 +198,15 @@ def test_a_file_behind_a_url_reads_the_same(tmp_path):
     url = "memory://hf/data/*.parquet"
     assert pairs_of(url, columns=IMAGE) == pairs_of(path, columns=IMAGE)
     assert contents_of(url, columns=IMAGE) == [b"A", b"B"]
-    state = input_state(config_for(url, columns=IMAGE))
-    assert state == input_state(config_for(path, columns=IMAGE))
+    state = input_state(source_of(url, columns=IMAGE))
+    assert state == input_state(source_of(path, columns=IMAGE))
 
 
 def test_captions_stored_as_bytes_are_text(tmp_path):
     captions = [[b"a dog", "\u00e9".encode()], [b"\xff"]]
     table = pyarrow.table({"path": ["a.jpg", "b.jpg"], "caption": captions})
     pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
-    config = MakeShards(input=str(tmp_path / "pairs.parquet"), output=tmp_path / "x", media="image")
-    pairs = list(read_pairs(config))
+    source = source_of(tmp_path / "pairs.parquet")
+    pairs = list(read_pairs(source))
     assert [pair.caption for pair in pairs[:2]] == ["a dog", "\u00e9"]
     assert pairs[2].reason == "not_utf8"

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.config import Columns, MakeShards
+from data_prep.config import Columns
 from data_prep.errors import InputError
 from data_prep.sources import tables
 from data_prep.sources.formats import read_pairs
-from tests.support.toy_sources import config_for, contents_of, pairs_of, reasons_of
+from tests.support.toy_sources import contents_of, pairs_of, reasons_of, source_of
 
 # Texts that a manifest can hold, without what strips away or is rejected.
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
@@ -150,7 +150,7 @@ def test_a_wrong_column_lists_those_found_and_suggests_the_nearest(tmp_path, suf
     ("content", "message"),
     [
         (b"", "found no columns"),
-        (b"path,caption,path\n", "these columns stand twice: path"),
+        (b"path,caption,path\n", "duplicate columns: path"),
         ("path,caption\n".encode("utf-16"), "found UTF-16"),
         (b"path,caption\n" + b"x" * 1000, "line 2 has 1,000 characters or more"),
     ],
@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     with path.open("w") as file:
         file.write("path\tcaption\n")
         file.writelines(f"folder/{n:09}.jpg\tcaption number {n}\n" for n in range(200_000))
-    rows = read_pairs(config_for(path))
+    rows = read_pairs(source_of(path))
     for _ in islice(rows, 180_000):
         pass
     tracemalloc.start()  # slow, and so not for all rows: 20,000 kept pairs would have 5 MB
@@ -223,8 +223,8 @@ def test_a_caption_that_is_no_text_is_rejected_and_nan_is_none(tmp_path):
     captions = ["good", {"en": "a dog"}, ["also good", ["nested"]], float("nan")]
     lines = [json.dumps({"path": "a.jpg", "caption": caption}) for caption in captions]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    config = MakeShards(input=str(tmp_path / "pairs.jsonl"), output=tmp_path / "x", media="image")
-    found = [(pair.caption, pair.reason) for pair in read_pairs(config) if pair.reason is None]
-    reasons = [pair.reason for pair in read_pairs(config)]
+    source = source_of(tmp_path / "pairs.jsonl")
+    found = [(pair.caption, pair.reason) for pair in read_pairs(source) if pair.reason is None]
+    reasons = [pair.reason for pair in read_pairs(source)]
     assert found == [("good", None), ("also good", None)]
     assert reasons == [None, "not_text", None, "not_text", "empty_caption"]

@@ -16,11 +16,11 @@ from data_prep.shards.folder import finish_dataset
 from data_prep.shards.subset import Subset
 from data_prep.shards.writer import ShardWriter
 from data_prep.sources.formats import input_state
-from tests.support.toy_sources import config_for, contents_of, pairs_of
+from tests.support.toy_sources import contents_of, pairs_of, source_of
 
 
 def write_tar(path, members):
-    """A tar of (name, content), in this order."""
+    """Writes a tar of (name, content), in this order."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -33,11 +33,11 @@ def captions(pairs):
     return [(pair.row, pair.media, pair.caption) for pair in pairs]
 
 
-# ------------------------------------------------------------------------------ others' tars
+# ------------------------------------------------------------------------ tars without index
 
 
 def write_img2dataset(folder):
-    """As img2dataset lays it out: jpg, txt and json per sample; Parquet and statistics beside."""
+    """Writes tars with jpg, txt and json per sample, and statistics, as img2dataset does."""
     folder.mkdir()
     for shard in range(2):
         with webdataset.ShardWriter(str(folder / f"{shard:05d}-%d.tar"), verbose=0) as writer:
@@ -159,14 +159,14 @@ def test_tars_behind_a_url_read_the_same(tmp_path):
         assert pairs_of(url) == pairs_of(folder)
         assert contents_of(url) == contents_of(folder)
     pattern = str(folder / "*.tar")
-    assert input_state(config_for("memory://tars")) == input_state(config_for(pattern))
+    assert input_state(source_of("memory://tars")) == input_state(source_of(pattern))
 
 
-# ----------------------------------------------------------------------------- our own datasets
+# -------------------------------------------------------------------------- dataset folders
 
 
 def write_dataset(folder, *, licences=True):
-    """Two shards of five samples, with their index; the Parquet knows a licence of each."""
+    """Writes two indexed shards of five samples; their Parquets have a column licence."""
     folder.mkdir()
     for shard in range(2):
         writer = ShardWriter(folder, f"{shard:08d}")
@@ -217,8 +217,8 @@ def test_a_subset_keeps_what_it_names(tmp_path):
         ("00000001.tar", "two 13"),
     ]
     assert contents_of(folder, found) == [b"media 10", b"media 13", b"media 13"]
-    whole = input_state(config_for(folder))
-    part = input_state(config_for(folder, subset=tmp_path / "s.subset"))
+    whole = input_state(source_of(folder))
+    part = input_state(source_of(folder, subset=tmp_path / "s.subset"))
     assert part == whole | {"subset_fingerprint": Subset.read(tmp_path / "s.subset").fingerprint}
 
 
@@ -239,7 +239,7 @@ def test_a_flipped_bit_in_a_dataset_stops_the_run(tmp_path):
     pairs = pairs_of(folder)
     path = folder / "00000000.tar"
     path.write_bytes(path.read_bytes().replace(b"media 02", b"media 03"))
-    with pytest.raises(InputError, match=r"00000000\.tar: .* not the crc32 .*verify_shards"):
+    with pytest.raises(InputError, match=r"00000000\.tar: .* CRC32 mismatch .*verify_shards"):
         contents_of(folder, pairs)
 
 

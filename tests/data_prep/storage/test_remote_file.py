@@ -11,7 +11,7 @@ from data_prep.errors import InputError
 from data_prep.sources.formats import input_state
 from data_prep.sources.input_files import format_of, media_root_of
 from data_prep.storage import remote_file, web_file
-from tests.support.toy_sources import config_for, contents_of, pairs_of, served
+from tests.support.toy_sources import contents_of, pairs_of, served, source_of
 
 # ---------------------------------------------------------------------------------- web files
 
@@ -57,8 +57,8 @@ def test_a_manifest_on_a_web_server_is_read_and_what_is_wrong_with_it_told(monke
     with served(files) as root:
         (pair,) = pairs_of(f"{root}/pairs.csv?a=1")
         assert (pair.media, pair.caption) == ("a b.jpg", "one")
-        assert media_root_of(config_for(f"{root}/pairs.csv?a=1")) == root
-        assert input_state(config_for(f"{root}/pairs.csv?a=1"))["bytes"] == len(manifest)
+        assert media_root_of(source_of(f"{root}/pairs.csv?a=1")) == root
+        assert input_state(source_of(f"{root}/pairs.csv?a=1"))["bytes"] == len(manifest)
         found = contents_of(f"{root}/p.parquet", columns=Columns(media="image"))
         assert found == [b"A", b"B"]
         for name, status in (("none.csv", 404), ("secret.csv", 403)):
@@ -121,21 +121,21 @@ def test_the_format_is_found_from_name_and_content(tmp_path):
     found = {}
     for name in ("a.csv", "a.tsv", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.tar"):
         (tmp_path / name).touch()
-        found[name] = format_of(config_for(tmp_path / name))
+        found[name] = format_of(source_of(tmp_path / name))
     assert list(found.values()) == [
         *("csv", "tsv", "jsonl", "jsonl", "coco", "parquet", "webdataset")
     ]
-    assert format_of(config_for(tmp_path)) == "webdataset"  # tars, whatever lies beside them
+    assert format_of(source_of(tmp_path)) == "webdataset"  # tars, whatever lies beside them
     (tmp_path / "a.tar").unlink()
-    assert format_of(config_for(tmp_path)) == "parquet"
-    assert format_of(config_for(tmp_path / "a.csv", format="jsonl")) == "jsonl"
+    assert format_of(source_of(tmp_path)) == "parquet"
+    assert format_of(source_of(tmp_path / "a.csv", format="jsonl")) == "jsonl"
     (tmp_path / "state.json").write_text(json.dumps({}))
-    assert format_of(config_for(tmp_path)) == "huggingface"
+    assert format_of(source_of(tmp_path)) == "huggingface"
     (tmp_path / "dataset.json").touch()
-    assert format_of(config_for(tmp_path)) == "webdataset"
+    assert format_of(source_of(tmp_path)) == "webdataset"
     (tmp_path / "media").mkdir()
-    assert format_of(config_for(tmp_path / "media")) == "folder"
-    config = config_for(tmp_path / "media", caption_template="a {}")
+    assert format_of(source_of(tmp_path / "media")) == "folder"
+    config = source_of(tmp_path / "media", caption_template="a {}")
     assert format_of(config) == "class_folders"
 
 
@@ -151,7 +151,7 @@ def test_the_format_is_found_from_name_and_content(tmp_path):
 def test_an_input_that_is_none_is_refused(tmp_path, name, message):
     (tmp_path / "a.xlsx").touch()
     with pytest.raises(InputError, match=message):
-        format_of(config_for(name if "://" in name else tmp_path / name))
+        format_of(source_of(name if "://" in name else tmp_path / name))
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
