@@ -239,7 +239,7 @@ def test_a_flipped_bit_in_a_dataset_stops_the_run(tmp_path):
     pairs = pairs_of(folder)
     path = folder / "00000000.tar"
     path.write_bytes(path.read_bytes().replace(b"media 02", b"media 03"))
-    with pytest.raises(InputError, match=r"00000000\.tar: .* CRC32 mismatch .*verify_shards"):
+    with pytest.raises(InputError, match=r"00000000\.tar: CRC32 mismatch .*verify_shards"):
         contents_of(folder, pairs)
 
 
