@@ -1,11 +1,11 @@
-"""From pairs of samples that are alike to groups, of which one sample is kept.
+"""Groups of similar samples, built from pairs, and the choice of the sample that each group keeps.
 
-Likeness is chained: where a is like b, and b like c, all three are one group, however little a and
-c are alike. Thresholds should be strict enough for that.
+Similarity is chained: if a is similar to b, and b to c, all three form one group, however little a
+and c resemble each other. Thresholds should be strict enough for that.
 
-Samples to choose from come first, samples to decontaminate against (evaluation samples) after them.
-A group that holds an evaluation sample keeps nothing else; the evaluation sample itself is never
-dropped. In other groups the sample of the least rank is kept; of equal ranks, the first.
+Query samples (those to choose from) come first, evaluation samples (those to decontaminate
+against) after them. A group with evaluation samples keeps these and nothing else. Any other group
+keeps its sample of least rank, and of equal ranks the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of samples that are alike."""
+    """Pairs of similar samples."""
 
     first: np.ndarray  # int64 [m]
     second: np.ndarray  # int64 [m]
@@ -26,62 +26,32 @@ class Pairs:
 
 @dataclass(frozen=True)
 class GroupedSamples:
-    """The samples that are in groups; sorted by group, which is in the order of first samples."""
+    """The samples that belong to groups, sorted by group; groups are in order of first samples."""
 
     sample: np.ndarray  # int64 [n]
     group: np.ndarray  # int64 [n], from 0
     is_kept: np.ndarray  # bool [n]
-    match: np.ndarray  # int64 [n]: the sample it is like; -1 where it is kept
-    similarity: np.ndarray  # float32 [n]: to that one; NaN where it is kept
-
-
-def connected_components(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The least number that each of `num` numbers is connected with, over any number of pairs.
-
-    Args:
-        num: of the numbers from 0 on.
-        first: int64 [m], of each pair.
-        second: int64 [m].
-
-    Returns:
-        int64 [num]
-    """
-    label = np.arange(num)
-    while len(first):
-        low = np.minimum(label[first], label[second])
-        np.minimum.at(label, label[first], low)  # roots hook onto lower roots
-        np.minimum.at(label, label[second], low)
-        label = _roots(label)
-        is_apart = label[first] != label[second]
-        first, second = first[is_apart], second[is_apart]
-    return label
-
-
-def _roots(label: np.ndarray) -> np.ndarray:
-    while True:
-        higher = label[label]
-        if np.array_equal(higher, label):
-            return label
-        label = higher
+    match: np.ndarray  # int64 [n]: similar sample because of which it is dropped; -1 if kept
+    similarity: np.ndarray  # float32 [n]: to the match; NaN if kept
 
 
 def group_samples(pairs: Pairs, *, rank: np.ndarray, num_queries: int) -> GroupedSamples:
-    """The groups that pairs make, and what is kept of each.
+    """Joins pairs to groups and chooses the samples to keep.
 
-    A dropped sample's match is one that a pair connects it with: an evaluation sample before the
-    kept one, and that before others; then the most similar one, and then the first.
+    A dropped sample's match is a sample that it forms a pair with. Evaluation samples take
+    precedence, then the kept sample, then the most similar sample, and then the first.
 
     Args:
-        pairs: in any order; repeated ones do not matter.
-        rank: float64 [samples], which to keep: the least.
-        num_queries: samples from this one on are evaluation samples.
+        pairs: in any order; repeated pairs have no effect.
+        rank: float64 [samples]; a group keeps the sample with the least rank.
+        num_queries: number of query samples; all samples after them are evaluation samples.
     """
     ends = np.concatenate([pairs.first, pairs.second])
-    sample, place = np.unique(ends, return_inverse=True)
-    first, second = place.reshape(2, -1)
-    label = connected_components(len(sample), first, second)
+    sample, index = np.unique(ends, return_inverse=True)
+    first, second = index.reshape(2, -1)
+    group = np.unique(first_connected(len(sample), first, second), return_inverse=True)[1]
     is_evaluation = sample >= num_queries
-    is_kept = _kept(label, rank=rank[sample], is_evaluation=is_evaluation)
+    is_kept = _kept(group, rank=rank[sample], is_evaluation=is_evaluation)
     match, similarity = _matches(
         np.concatenate([first, second]),
         np.concatenate([second, first]),
@@ -89,7 +59,6 @@ def group_samples(pairs: Pairs, *, rank: np.ndarray, num_queries: int) -> Groupe
         is_kept=is_kept,
         is_evaluation=is_evaluation,
     )
-    group = np.unique(label, return_inverse=True)[1]
     order = np.argsort(group, kind="stable")
     return GroupedSamples(
         sample=sample[order],
@@ -100,16 +69,35 @@ def group_samples(pairs: Pairs, *, rank: np.ndarray, num_queries: int) -> Groupe
     )
 
 
-def _kept(label: np.ndarray, *, rank: np.ndarray, is_evaluation: np.ndarray) -> np.ndarray:
-    """Bool [n]: the first of each group by rank and place, or the evaluation samples in it."""
-    order = np.lexsort((np.arange(len(label)), rank, label))
-    leads = np.ones(len(label), dtype=bool)
-    leads[1:] = label[order][1:] != label[order][:-1]
-    is_best = np.zeros(len(label), dtype=bool)
+def first_connected(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Returns the least number in the connected component of every number, int64 [num].
+
+    Args:
+        num: numbers are 0 to num - 1.
+        first: int64 [m], first number of each pair.
+        second: int64 [m], second number of each pair.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not num:
+        return np.zeros(0, dtype=np.int64)
+    is_pair = np.ones(len(first), dtype=bool)
+    graph = coo_array((is_pair, (first, second)), shape=(num, num))
+    _, component = connected_components(graph, directed=False)
+    return np.unique(component, return_index=True)[1][component]
+
+
+def _kept(group: np.ndarray, *, rank: np.ndarray, is_evaluation: np.ndarray) -> np.ndarray:
+    """Returns bool [n]: evaluation samples of a group, or else its first sample by rank."""
+    order = np.lexsort((np.arange(len(group)), rank, group))
+    leads = np.ones(len(group), dtype=bool)
+    leads[1:] = group[order][1:] != group[order][:-1]
+    is_best = np.zeros(len(group), dtype=bool)
     is_best[order[leads]] = True
-    has_evaluation = np.zeros(len(label), dtype=bool)
-    has_evaluation[label[is_evaluation]] = True
-    return np.where(has_evaluation[label], is_evaluation, is_best)
+    has_evaluation = np.zeros(len(group), dtype=bool)
+    has_evaluation[group[is_evaluation]] = True
+    return np.where(has_evaluation[group], is_evaluation, is_best)
 
 
 def _matches(
@@ -120,7 +108,7 @@ def _matches(
     is_kept: np.ndarray,
     is_evaluation: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best of the others of each sample, int64 [n], and its similarity."""
+    """Returns the best partner of each sample, int64 [n], and the similarity to it."""
     order = np.lexsort((other, -similarity, ~is_kept[other], ~is_evaluation[other], sample))
     best = order[np.searchsorted(sample[order], np.arange(len(is_kept)))]
     return other[best], similarity[best]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.dedup.groups import Pairs, connected_components
+from data_prep.dedup.groups import Pairs, first_connected
 
 ROWS_AT_ONCE = 512  # of a cluster compared with all its others
 ITERATIONS = 10
@@ -91,7 +91,7 @@ def _alike(vectors: np.ndarray, is_query: np.ndarray, min_cosine: float) -> np.n
         is_alike &= is_query[rows, None] | is_query[None, start:]
         first, second = np.nonzero(is_alike)
         so_far = np.flatnonzero(label != np.arange(len(label)))
-        label = connected_components(
+        label = first_connected(
             len(vectors),
             np.concatenate([so_far, first + start]),
             np.concatenate([label[so_far], second + start]),

@@ -7,15 +7,20 @@ to the last digit: no sum of rounded numbers and no sketch is among them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.report.described_samples import column_types
-from data_prep.report.histogram_bins import histogram_edges
-from data_prep.selection.sample_table import ORDINAL, name_literal
+from data_prep.report.value_counts import (
+    Measure,
+    ValueCounts,
+    count_column,
+    count_values,
+    one_row,
+)
+from data_prep.selection.sample_table import ORDINAL
 from data_prep.shards.columns import own_columns
 from data_prep.shards.index import (
     ABSENT,
@@ -27,14 +32,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 
-QUANTILES = (0.05, 0.5, 0.95)
-# Values of fewer kinds are listed with their counts; more get a histogram.
-MOST_LISTED_VALUES = 12
-TOO_LARGE = 1e100  # no axis can show it
-NUM_MOST_FREQUENT = 40
 NUM_DUPLICATES_SHOWN = 5
-WHOLE_TYPES = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
-NUMBER_TYPES = WHOLE_TYPES | {"FLOAT", "DOUBLE"}
 # As Unicode names them: letters that captions are written in.
 SCRIPTS = (
     *("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil"),
@@ -45,19 +43,6 @@ _WORDS = r"""(SELECT unnest(regexp_extract_all(lower(caption), '[\p{L}\p{M}\p{N}
               FROM captions)"""
 _MARKS = "(SELECT unnest(marks) AS mark FROM kept_samples)"
 _NUM_REENCODED = "SELECT sum(is_reencoded::INT) FROM kept_samples"
-
-
-WHOLE_TYPES |= {f"U{name}" for name in WHOLE_TYPES}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Something that is counted: an expression over one of the views."""
-
-    title: str
-    expression: str
-    unit: str = ""
-    view: str = "kept_samples"
 
 
 CAPTION_MEASURES = (
@@ -87,37 +72,6 @@ MEDIA_MEASURES = {
         Measure("Size of a clip", "bytes", "bytes"),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of numbers; the bins hold their lower edge and not their upper one."""
-
-    edges: list[float]  # [bins + 1]
-    counts: list[int]  # [bins]
-    is_in_ratios: bool
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Where numbers lie."""
-
-    least: float
-    quantiles: tuple[float, ...]  # at QUANTILES: the least value that has this share at or below
-    largest: float
-    histogram: Histogram | None  # None: there are at most MOST_LISTED_VALUES different ones
-
-
-@dataclass(frozen=True)
-class ValueCounts:
-    """How often each value of a measure occurs."""
-
-    num_filled: int = 0  # neither NULL nor NaN nor of TOO_LARGE size
-    num_distinct: int = 0
-    num_repeated: int = 0  # values that occur more than once
-    most_frequent: list[tuple[Any, int]] = field(default_factory=list)
-    least_count: int = 0  # of the rarest value
-    spread: Spread | None = None  # of numbers
 
 
 @dataclass(frozen=True)
@@ -160,90 +114,12 @@ def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetFigure
         languages=count_column(connection, "language"),
         class_names=count_column(connection, "class_name"),
         marks=count_values(connection, Measure("marks", "mark", view=_MARKS)),
-        num_reencoded=_one_row(connection, _NUM_REENCODED)[0],
+        num_reencoded=one_row(connection, _NUM_REENCODED)[0],
         total_seconds=_total_seconds(connection) if media == "audio" else None,
         hashes=hashes,
         duplicate_keys=duplicate_keys(connection, hashes),
         kept={name: (types[name], count_column(connection, name)) for name in kept},
     )
-
-
-def _one_row(connection: DuckDBPyConnection, query: str, values: Sequence[Any] = ()) -> tuple:
-    (row,) = connection.execute(query, values).fetchall()
-    return row
-
-
-def count_column(connection: DuckDBPyConnection, column: str) -> ValueCounts:
-    """The values of one column."""
-    return count_values(connection, Measure(column, name_literal(column)))
-
-
-def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCounts:
-    """The values of a measure, from one pass over the samples.
-
-    What follows works on `value_counts`: one row per different value, which duckdb puts on disk
-    where it is long.
-    """
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE value_counts AS "
-        f"SELECT {measure.expression} AS value, count(*) AS num FROM {measure.view} GROUP BY value"
-    )
-    kind = _one_row(connection, "SELECT any_value(typeof(value)) FROM value_counts")[0]
-    # Only now, so that the expression is computed once for each row.
-    is_left_out = f" OR NOT abs(value) < {TOO_LARGE}" if kind in ("FLOAT", "DOUBLE") else ""
-    connection.execute(f"DELETE FROM value_counts WHERE value IS NULL{is_left_out}")
-    num_filled, num_distinct, num_repeated, least_count = _one_row(
-        connection,
-        "SELECT sum(num)::BIGINT, count(*), count(*) FILTER (num > 1), min(num) FROM value_counts",
-    )
-    if not num_distinct:
-        return ValueCounts()
-    frequent = "SELECT value, num FROM value_counts ORDER BY num DESC, value LIMIT ?"
-    is_whole = kind in WHOLE_TYPES
-    return ValueCounts(
-        num_filled=num_filled,
-        num_distinct=num_distinct,
-        num_repeated=num_repeated,
-        most_frequent=connection.execute(frequent, [NUM_MOST_FREQUENT]).fetchall(),
-        least_count=least_count,
-        spread=_spread(connection, num_filled, num_distinct, is_whole=is_whole)
-        if kind in NUMBER_TYPES
-        else None,
-    )
-
-
-def _spread(
-    connection: DuckDBPyConnection, num_filled: int, num_distinct: int, *, is_whole: bool
-) -> Spread:
-    quantiles = ", ".join(
-        f"min(value) FILTER (up_to >= {share} * {num_filled})" for share in QUANTILES
-    )
-    least, *found, largest = _one_row(
-        connection,
-        f"WITH running AS (SELECT value, sum(num) OVER (ORDER BY value) AS up_to FROM value_counts)"
-        f" SELECT min(value), {quantiles}, max(value) FROM running",
-    )
-    histogram = None
-    if num_distinct > MOST_LISTED_VALUES:
-        median = found[QUANTILES.index(0.5)]
-        edges, is_in_ratios = histogram_edges(least, median, largest, is_whole=is_whole)
-        counts = _bin_counts(connection, edges, is_whole=is_whole)
-        histogram = Histogram(edges, counts, is_in_ratios)
-    return Spread(least, tuple(found), largest, histogram)
-
-
-def _bin_counts(
-    connection: DuckDBPyConnection, edges: Sequence[float], *, is_whole: bool
-) -> list[int]:
-    kind = "HUGEINT" if is_whole else "DOUBLE"
-    rows = connection.execute(
-        "SELECT place, sum(num)::BIGINT FROM value_counts ASOF JOIN "
-        f"(SELECT unnest(?::{kind}[]) AS edge, unnest(range(?)) AS place) ON value >= edge "
-        "GROUP BY place",
-        [list(edges), len(edges)],
-    ).fetchall()
-    by_place = dict(rows)
-    return [by_place.get(place, 0) for place in range(len(edges) - 1)]
 
 
 def count_scripts(connection: DuckDBPyConnection) -> dict[str, int]:
@@ -253,8 +129,8 @@ def count_scripts(connection: DuckDBPyConnection) -> dict[str, int]:
     )
     # Captions in ASCII have as many bytes as characters, and need one expression instead of all.
     is_ascii = "strlen(caption) = length(caption)"
-    counts = _one_row(connection, f"SELECT {others} FROM captions WHERE NOT ({is_ascii})")
-    in_ascii = _one_row(
+    counts = one_row(connection, f"SELECT {others} FROM captions WHERE NOT ({is_ascii})")
+    in_ascii = one_row(
         connection,
         f"SELECT count(*) FROM captions WHERE {is_ascii} AND regexp_matches(caption, '[A-Za-z]')",
     )[0]
@@ -266,7 +142,7 @@ def count_scripts(connection: DuckDBPyConnection) -> dict[str, int]:
 
 def _total_seconds(connection: DuckDBPyConnection) -> float | None:
     query = "SELECT sum(round(seconds * 1000)::HUGEINT) FROM kept_samples"
-    milliseconds = _one_row(connection, query)
+    milliseconds = one_row(connection, query)
     return None if milliseconds[0] is None else int(milliseconds[0]) / 1000
 
 

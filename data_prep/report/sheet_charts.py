@@ -10,7 +10,6 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from data_prep.report.dataset_figures import Histogram, Measure, ValueCounts
 from data_prep.report.html import (
     SERIES_COLORS,
     breakable,
@@ -23,6 +22,7 @@ from data_prep.report.html import (
     table,
 )
 from data_prep.report.numbers import number_text, share_text, value_text
+from data_prep.report.value_counts import Histogram, Measure, ValueCounts
 
 MOST_LISTED = 12
 MOST_DECADES_WITH_FRACTIONS = 2.5

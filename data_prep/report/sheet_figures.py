@@ -10,13 +10,12 @@ from data_prep.report.dataset_figures import (
     CAPTION_MEASURES,
     MEDIA_MEASURES,
     DatasetFigures,
-    Measure,
     MemberCount,
-    ValueCounts,
 )
 from data_prep.report.html import Section, breakable, chips, columns, heading, paragraph, table
 from data_prep.report.numbers import bytes_text, share_text, shortened, value_text
 from data_prep.report.sheet_charts import count_table, measure_block, spread_text, value_table
+from data_prep.report.value_counts import Measure, ValueCounts
 
 MOST_CAPTIONS = 15
 MOST_CLASSES = 30

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import soundfile
 from PIL import Image
 
-from data_prep.report.dataset_figures import QUANTILES
+from data_prep.report.value_counts import QUANTILES
 from data_prep.shards.columns import shard_schema
 from data_prep.shards.manifest import (
     DatasetInfo,

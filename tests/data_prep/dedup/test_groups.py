@@ -2,14 +2,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.dedup.groups import Pairs, connected_components, group_samples
+from data_prep.dedup.groups import Pairs, first_connected, group_samples
 
 NUM = 12
 PAIRS = st.lists(st.tuples(st.integers(0, NUM - 1), st.integers(0, NUM - 1)), max_size=20)
 
 
 def components(num, pairs):
-    """The obvious way: join sets until nothing changes."""
+    """Returns the least member of each number's set, joining sets until nothing changes."""
     label = list(range(num))
     for _ in range(num):
         for first, second in pairs:
@@ -32,12 +32,12 @@ def grouped(pairs, *, rank=None, num_queries=NUM, similarity=None):
 @given(PAIRS)
 def test_components_are_those_of_joining_sets(pairs):
     first, second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    assert connected_components(NUM, first, second).tolist() == components(NUM, pairs)
+    assert first_connected(NUM, first, second).tolist() == components(NUM, pairs)
 
 
 def test_a_long_chain_is_one_component():
     order = np.random.default_rng(0).permutation(100_000)
-    label = connected_components(len(order), order[:-1], order[1:])
+    label = first_connected(len(order), order[:-1], order[1:])
     assert not label.any()
 
 

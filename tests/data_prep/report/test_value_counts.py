@@ -1,4 +1,4 @@
-"""Counts of numbers beside numpy, and the bins and charts of their histograms."""
+"""Counts of numbers compared with numpy, and the bins and charts of their histograms."""
 
 import duckdb
 import numpy as np
@@ -8,11 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.report.dataset_figures import Measure, count_values
-from data_prep.report.histogram_bins import histogram_edges
-from data_prep.report.numbers import bytes_text, duration_text, number_text, share_text, value_text
 from data_prep.report.sheet_charts import histogram_chart, measure_block
-from data_prep.report.sheet_gallery import spread_ranks
+from data_prep.report.value_counts import Measure, count_values, histogram_edges
 from tests.support.toy_sheets import assert_counts
 
 numbers = st.one_of(
@@ -63,6 +60,7 @@ def test_bins_are_few_and_hold_every_value(values):
 def test_bins_have_round_edges():
     assert histogram_edges(1, 9, 21, is_whole=True) == (list(range(1, 23)), False)
     assert histogram_edges(0.1, 0.5, 0.9, is_whole=False)[0][:3] == [0.1, 0.15, 0.2]
+    assert histogram_edges(0.1, 0.5, 0.6, is_whole=False)[0][-2:] == [0.6, 0.62]
     edges, is_in_ratios = histogram_edges(5, 50, 890, is_whole=True)
     assert is_in_ratios
     assert edges == [5, 6, 7, *(2**power * part for power in range(1, 8) for part in (4, 5, 6, 7))]
@@ -80,29 +78,3 @@ def test_a_chart_can_be_drawn_of_any_range(values):
     assert (
         "median" in measure_block(Measure("x", "x"), counts, whole=30) or counts.num_distinct < 13
     )
-
-
-def test_shown_samples_come_from_all_parts():
-    assert spread_ranks(0, num_shown=5, seed=0) == []
-    assert spread_ranks(9, num_shown=0, seed=0) == []
-    assert spread_ranks(3, num_shown=5, seed=0) == [0, 1, 2]
-    ranks = spread_ranks(1000, num_shown=10, seed=4)
-    assert [rank // 100 for rank in ranks] == list(range(10))
-    assert ranks != spread_ranks(1000, num_shown=10, seed=5)
-
-
-def test_figures_read_well():
-    numbers = (0, 1234, 0.5, 1234.5, 123.456, 1e-7, 2**70)
-    expected = ["0", "1,234", "0.5", "1,234", "123.5", "1e-07", f"{2**70:,}"]
-    assert [number_text(number) for number in numbers] == expected
-    assert [share_text(part, 1000) for part in (0, 0.1, 1, 500, 999.9, 1000)] == [
-        *("0 %", "< 0.1 %", "0.1 %", "50 %", "> 99.9 %", "100 %")
-    ]
-    assert [bytes_text(size) for size in (1, 1500, 2e9, 5e15)] == [
-        *("1 bytes", "1.5 kB", "2 GB", "5,000.0 TB")
-    ]
-    assert [duration_text(each) for each in (1.5, 600, 36000)] == [
-        *("1.5 seconds", "10 minutes", "10.0 hours")
-    ]
-    assert value_text("x" * 400) == "x" * 300 + " ..."
-    assert value_text(True) == "True"

@@ -1,0 +1,199 @@
+"""Counts, quantiles and histograms of one measure of a dataset's samples, computed by duckdb."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.selection.sample_table import name_literal
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+QUANTILES = (0.05, 0.5, 0.95)
+# Measures with at most this many different values are listed; others get a histogram.
+MOST_LISTED_VALUES = 12
+TOO_LARGE = 1e100  # no axis can show it
+NUM_MOST_FREQUENT = 40
+_SIGNED_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+WHOLE_TYPES = {*_SIGNED_TYPES, *(f"U{name}" for name in _SIGNED_TYPES)}
+NUMBER_TYPES = WHOLE_TYPES | {"FLOAT", "DOUBLE"}
+MOST_BINS = 32
+# Bins of even width would put half of the values into one bin from this ratio to the median on.
+LONG_TAIL = 8
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is counted: an expression over one of the views."""
+
+    title: str
+    expression: str
+    unit: str = ""
+    view: str = "kept_samples"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of numbers; the bins hold their lower edge and not their upper one."""
+
+    edges: list[float]  # [bins + 1]
+    counts: list[int]  # [bins]
+    is_in_ratios: bool
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where numbers lie."""
+
+    least: float
+    quantiles: tuple[float, ...]  # at QUANTILES: the least value that has this share at or below
+    largest: float
+    histogram: Histogram | None  # None: there are at most MOST_LISTED_VALUES different ones
+
+
+@dataclass(frozen=True)
+class ValueCounts:
+    """How often each value of a measure occurs."""
+
+    num_filled: int = 0  # neither NULL nor NaN nor of TOO_LARGE size
+    num_distinct: int = 0
+    num_repeated: int = 0  # values that occur more than once
+    most_frequent: list[tuple[Any, int]] = field(default_factory=list)
+    least_count: int = 0  # of the rarest value
+    spread: Spread | None = None  # of numbers
+
+
+def one_row(connection: DuckDBPyConnection, query: str, values: Sequence[Any] = ()) -> tuple:
+    """Returns the only row that a query yields."""
+    (row,) = connection.execute(query, values).fetchall()
+    return row
+
+
+def count_column(connection: DuckDBPyConnection, column: str) -> ValueCounts:
+    """The values of one column."""
+    return count_values(connection, Measure(column, name_literal(column)))
+
+
+def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCounts:
+    """The values of a measure, from one pass over the samples.
+
+    What follows works on `value_counts`: one row per different value, which duckdb puts on disk
+    where it is long.
+    """
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE value_counts AS "
+        f"SELECT {measure.expression} AS value, count(*) AS num FROM {measure.view} GROUP BY value"
+    )
+    kind = one_row(connection, "SELECT any_value(typeof(value)) FROM value_counts")[0]
+    # Only now, so that the expression is computed once for each row.
+    is_left_out = f" OR NOT abs(value) < {TOO_LARGE}" if kind in ("FLOAT", "DOUBLE") else ""
+    connection.execute(f"DELETE FROM value_counts WHERE value IS NULL{is_left_out}")
+    num_filled, num_distinct, num_repeated, least_count = one_row(
+        connection,
+        "SELECT sum(num)::BIGINT, count(*), count(*) FILTER (num > 1), min(num) FROM value_counts",
+    )
+    if not num_distinct:
+        return ValueCounts()
+    frequent = "SELECT value, num FROM value_counts ORDER BY num DESC, value LIMIT ?"
+    is_whole = kind in WHOLE_TYPES
+    return ValueCounts(
+        num_filled=num_filled,
+        num_distinct=num_distinct,
+        num_repeated=num_repeated,
+        most_frequent=connection.execute(frequent, [NUM_MOST_FREQUENT]).fetchall(),
+        least_count=least_count,
+        spread=_spread(connection, num_filled, num_distinct, is_whole=is_whole)
+        if kind in NUMBER_TYPES
+        else None,
+    )
+
+
+def _spread(
+    connection: DuckDBPyConnection, num_filled: int, num_distinct: int, *, is_whole: bool
+) -> Spread:
+    quantiles = ", ".join(
+        f"min(value) FILTER (up_to >= {share} * {num_filled})" for share in QUANTILES
+    )
+    least, *found, largest = one_row(
+        connection,
+        f"WITH running AS (SELECT value, sum(num) OVER (ORDER BY value) AS up_to FROM value_counts)"
+        f" SELECT min(value), {quantiles}, max(value) FROM running",
+    )
+    histogram = None
+    if num_distinct > MOST_LISTED_VALUES:
+        median = found[QUANTILES.index(0.5)]
+        edges, is_in_ratios = histogram_edges(least, median, largest, is_whole=is_whole)
+        counts = _bin_counts(connection, edges, is_whole=is_whole)
+        histogram = Histogram(edges, counts, is_in_ratios)
+    return Spread(least, tuple(found), largest, histogram)
+
+
+def _bin_counts(
+    connection: DuckDBPyConnection, edges: Sequence[float], *, is_whole: bool
+) -> list[int]:
+    kind = "HUGEINT" if is_whole else "DOUBLE"
+    rows = connection.execute(
+        "SELECT place, sum(num)::BIGINT FROM value_counts ASOF JOIN "
+        f"(SELECT unnest(?::{kind}[]) AS edge, unnest(range(?)) AS place) ON value >= edge "
+        "GROUP BY place",
+        [list(edges), len(edges)],
+    ).fetchall()
+    by_place = dict(rows)
+    return [by_place.get(place, 0) for place in range(len(edges) - 1)]
+
+
+def histogram_edges(
+    least: float, median: float, largest: float, *, is_whole: bool
+) -> tuple[list[float], bool]:
+    """Chooses the bins of a histogram with round edges, in even steps or, for long tails, ratios.
+
+    Args:
+        least: least value.
+        median: median of the values.
+        largest: largest value, above `least`.
+        is_whole: whether all values are integers. The edges then are integers, too.
+
+    Returns:
+        (edges, are_ratios); the first edge is at most `least`, the last one is above `largest`.
+    """
+    if least > 0 and largest > LONG_TAIL * median:
+        return _ratio_edges(least, largest, is_whole=is_whole), True
+    return _step_edges(least, largest, is_whole=is_whole), False
+
+
+def _ratio_edges(least: float, largest: float, *, is_whole: bool) -> list[float]:
+    """Chooses up to four bins per doubling; edges are exact in binary: 1, 1.25, 1.5, 1.75, 2."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = math.frexp(least)[1] - 1, math.frexp(largest)[1]
+    parts = next((parts for parts in (4, 2) if parts * (high - low) <= MOST_BINS), 1)
+    locator = LogLocator(base=2, subs=1 + np.arange(parts) / parts, numticks=MOST_BINS + 1)
+    edges = locator.tick_values(math.ldexp(1, low), math.ldexp(1, high)).tolist()
+    if is_whole:
+        edges = [int(edge) for edge in edges if edge == int(edge)]
+    start = max(index for index, edge in enumerate(edges) if edge <= least)
+    end = min(index for index, edge in enumerate(edges) if edge > largest)
+    return edges[start : end + 1]
+
+
+def _step_edges(least: float, largest: float, *, is_whole: bool) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = Decimal(least), Decimal(largest)
+    locator = MaxNLocator(MOST_BINS, steps=(1, 2, 5, 10), integer=is_whole)
+    ticks = locator.tick_values(0, float(high - low))
+    # Decimal, because multiples of a step such as 0.05 are not round in binary.
+    step = Decimal(f"{ticks[1] - ticks[0]:.0e}")
+    index = (low / step).to_integral_value("ROUND_FLOOR")
+    number = int if is_whole else float
+    edges = [number(index * step)]
+    while edges[-1] <= largest:
+        index += 1
+        edges.append(number(index * step))
+    return edges
