@@ -22,7 +22,7 @@ if __name__ == "__main__":  # --help and a wrong config end here, before the slo
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -35,9 +35,12 @@ from pretrain.checkpoints.store import open_store, store_of_run
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import PairingName
 from pretrain.data.batch import StepBatch
+from pretrain.data.datasets import build_cache
 from pretrain.data.device_prefetch import copy_ahead
 from pretrain.data.loaders import LoadSteps, start_loader
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.pairing_reader import open_readers
+from pretrain.data.step_loader import StepLoader
+from pretrain.data.transforms import build_transforms
 from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.launcher import device_type_of
@@ -54,6 +57,8 @@ from pretrain.run.attempts import machine_name
 from pretrain.run.folder import RunFolder, begin_attempt
 from pretrain.run.fork import FORK_TAG, config_of_fork, origin_of_checkpoints, record_parent
 from pretrain.run.requests import RunRequests
+from pretrain.sampling.order import lanes_of_rank
+from pretrain.sampling.schedule import build_schedule
 from pretrain.training.distillation import PairingTeacher, load_teachers
 from pretrain.training.gradient_cache import backward_of_step
 from pretrain.training.loop import Trainer, last_step_of
@@ -92,16 +97,20 @@ def run_attempt(
     accelerator = start_accelerator(config)
     requests.looks_at_files = rank() == 0
     hosts = gather_objects(machine_name())
-    dataset = open_dataset(config, tokenizer, hosts=hosts)
-    validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
+    node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
+    loader = open_step_loader(
+        config, tokenizer, rank=rank(), world_size=world_size(), node_ranks=node_ranks
+    )
+    check_room(loader.node)
+    validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=loader.cache)
     model = build_training_model(config, tokenizer)
     num_micro_batches = choose_num_micro_batches(
-        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+        config, model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     if config.engine.compile:  # after its memory was measured, which follows single operators
         compile_towers(model)
     teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
-    fingerprints = fingerprints_of(dataset, validation_sets, teachers)
+    fingerprints = fingerprints_of(loader, validation_sets, teachers)
     run = open_run(config, fingerprints, hosts=hosts, num_micro_batches=num_micro_batches)
     requests.is_superseded = run.is_superseded
     hang_watch = HangWatch(
@@ -116,7 +125,7 @@ def run_attempt(
         with closing(engine):
             resume(config, engine, run)
             engine.init_trackers(config, first_step=run.num_steps_done)
-            batches = load_batches(load_steps, config, engine, dataset, run)
+            batches = load_batches(load_steps, config, engine, loader, run)
             take_gradient = partial(
                 backward_of_step,
                 engine,
@@ -128,7 +137,7 @@ def run_attempt(
             trainer = Trainer(
                 config,
                 engine,
-                dataset,
+                loader,
                 run,
                 requests,
                 open_writer(config, engine, tokenizer, run),
@@ -155,22 +164,58 @@ def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> Contra
     return model
 
 
-def open_dataset(config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[str]) -> StepDataset:
-    """What this rank reads, with the machine of every rank."""
-    node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
-    dataset = StepDataset(
-        config,
+def open_step_loader(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    *,
+    rank: int,
+    world_size: int,
+    node_ranks: Sequence[int] | None = None,
+) -> StepLoader:
+    """Opens the datasets of a run, and puts their samples in order.
+
+    Args:
+        config: the whole config.
+        tokenizer: tokenizer of captions.
+        rank: number of the process that reads.
+        world_size: number of processes.
+        node_ranks: ranks of its machine; None for this one alone.
+
+    Raises:
+        InputError: if a dataset cannot be used, or there are more processes than lanes.
+        RunError: if a dataset behind a URL cannot be reached now.
+    """
+    lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)  # before anything is opened
+    cache = build_cache(config.loading)
+    readers = open_readers(
+        config.pairings,
+        config.loading,
+        transforms=build_transforms(config),
         tokenizer=tokenizer,
-        rank=rank(),
-        world_size=world_size(),
+        seed=config.seed,
+        cache=cache,
+    )
+    schedule = build_schedule(
+        config.pairings,
+        {name: [each.samples for each in reader.sources] for name, reader in readers.items()},
+        pairings_per_step=config.pairings_per_step,
+        lanes=config.lanes,
+        window=config.loading.window,
+        seed=config.seed,
+        num_steps=config.schedule.num_steps,
+    )
+    return StepLoader(
+        schedule,
+        readers,
+        cache=cache,
+        rank=rank,
+        world_size=world_size,
         node_ranks=node_ranks,
     )
-    check_room(dataset)
-    return dataset
 
 
 def fingerprints_of(
-    dataset: StepDataset,
+    loader: StepLoader,
     validation_sets: list[ValidationSet],
     teachers: Mapping[PairingName, PairingTeacher],
 ) -> dict[str, str]:
@@ -179,7 +224,7 @@ def fingerprints_of(
         f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
     }
     of_teachers = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
-    return dataset.fingerprints() | held_out | of_teachers
+    return loader.fingerprints() | held_out | of_teachers
 
 
 def open_run(
@@ -239,12 +284,12 @@ def load_batches(
     load_steps: LoadSteps,
     config: PretrainConfig,
     engine: Engine,
-    dataset: StepDataset,
+    loader: StepLoader,
     run: RunFolder,
 ) -> Iterator[StepBatch]:
     """This rank's share of every step to come, on the device."""
     batches = load_steps(
-        dataset,
+        loader,
         first_step=run.num_steps_done,
         last_step=last_step_of(config),
         is_pinned=engine.device.type == "cuda",
@@ -276,12 +321,12 @@ def dry_run(config: PretrainConfig) -> None:
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
     tokenizer = build_tokenizer(config.model.text)
-    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
-    build_validation_sets(config, tokenizer=tokenizer, cache=dataset.cache)
+    loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
+    build_validation_sets(config, tokenizer=tokenizer, cache=loader.cache)
     model = build_training_model(config, tokenizer)
     lines = describe_plan(
         config,
-        dataset=dataset,
+        loader=loader,
         model=model,
         device=torch.device(device_type_of(config.engine.device)),
         world_size=num_processes,

@@ -1,10 +1,9 @@
-"""Keeps a node's shard cache ahead of its ranks: one of them fetches, all say how far they are."""
+"""Fetching ahead for one machine: one of its ranks fetches shards, all publish their progress."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 
@@ -13,26 +12,51 @@ from data_prep.shards.subset import KeptSamples
 from pretrain.cache.prefetch import ShardPrefetcher, check_cache, remote_sources
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.sampling.order import SourceOrder, lanes_of_rank
+from pretrain.sampling.schedule import RunSchedule
 
 
 class NodeShare:
-    """What the ranks of one machine carry together.
+    """The shards that the ranks of one machine read, and the cache that they share.
 
     Args:
         rank: this process's number.
-        ranks: of this machine, with this one.
+        ranks: ranks of this machine, this one among them.
         world_size: number of processes.
-        lanes: number of lanes.
+        cache: this machine's cache; None if no dataset is behind a URL.
+        schedule: samples of every step.
+        samples: samples of all sources, in the schedule's order.
     """
 
-    def __init__(self, rank: int, *, ranks: Sequence[int], world_size: int, lanes: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        *,
+        ranks: Sequence[int],
+        world_size: int,
+        cache: ShardCache | None,
+        schedule: RunSchedule,
+        samples: Sequence[KeptSamples],
+    ) -> None:
         self.rank = rank
         self.ranks = sorted(ranks)
         first, last = (
-            lanes_of_rank(each, world_size=world_size, lanes=lanes)
+            lanes_of_rank(each, world_size=world_size, lanes=schedule.lanes)
             for each in (self.ranks[0], self.ranks[-1])
         )
         self.lanes = range(first.start, last.stop)
+        self.cache = cache
+        self.schedule = schedule
+        orders = [source for order in schedule.orders.values() for source in order.sources]
+        self.sources: list[tuple[SourceOrder, KeptSamples]] = list(
+            zip(orders, samples, strict=True)
+        )
+
+    def lane_positions(self, step: int) -> list[np.ndarray]:
+        """Returns [sources] int64 [lanes], the samples that this machine's lanes drew before."""
+        return [
+            column[self.lanes.start : self.lanes.stop]
+            for column in self.schedule.lane_positions(step)
+        ]
 
     @property
     def is_fetching(self) -> bool:
@@ -51,46 +75,34 @@ class NodeShare:
             )
 
 
-class ReadsSteps(Protocol):
-    """What is read ahead of: a StepDataset."""
-
-    cache: ShardCache | None
-    node: NodeShare
-
-    @property
-    def sources(self) -> list[tuple[SourceOrder, KeptSamples]]: ...
-
-    def lane_positions(self, step: int) -> list[np.ndarray]: ...
-
-
-def check_room(dataset: ReadsSteps) -> None:
-    """Checks, before a run, that its node's cache can hold what is read at a time.
+def check_room(node: NodeShare) -> None:
+    """Checks, before a run, that the machine's cache can hold what is read at a time.
 
     Raises:
-        InputError: two windows of every lane do not fit, or ranks do not lie side by side.
+        InputError: if two windows of every lane do not fit, or ranks do not lie side by side.
     """
-    if dataset.cache is not None and remote_sources(dataset.sources):
-        dataset.node.check_neighbours()
-        check_cache(dataset.cache, dataset.sources, lanes=dataset.node.lanes)
+    if node.cache is not None and remote_sources(node.sources):
+        node.check_neighbours()
+        check_cache(node.cache, node.sources, lanes=node.lanes)
 
 
 class Progress:
-    """How far a rank has read, for whoever fetches for its machine.
+    """Published progress of a rank, which the prefetcher of its machine follows.
 
     Args:
-        dataset: what is read.
-        prefetcher: of this process, if it is the one that fetches.
+        node: shards and cache of this machine.
+        prefetcher: prefetcher of this process, if it is the one that fetches.
     """
 
-    def __init__(self, dataset: ReadsSteps, prefetcher: ShardPrefetcher | None) -> None:
-        self._cache, self._rank = dataset.cache, dataset.node.rank
+    def __init__(self, node: NodeShare, prefetcher: ShardPrefetcher | None) -> None:
+        self._cache, self._rank = node.cache, node.rank
         self._prefetcher = prefetcher
 
     def publish(self, step: int) -> None:
-        """Says that everything before a step has been read.
+        """Publishes that this rank has read everything before a step.
 
         Raises:
-            OSError: shards cannot be fetched ahead any more.
+            OSError: if shards cannot be fetched ahead any more.
         """
         if self._cache is not None:
             self._cache.publish_progress(self._rank, step)
@@ -99,27 +111,24 @@ class Progress:
 
 
 @contextmanager
-def fetching_ahead(dataset: ReadsSteps, *, first_step: int) -> Iterator[Progress]:
-    """Fetches shards before they are read, in the one process of each machine that is to do it.
+def fetching_ahead(node: NodeShare, *, first_step: int) -> Iterator[Progress]:
+    """Fetches shards before they are read, in one process of each machine.
 
-    To be entered by the process that reads, or by the parent of those that do: the libraries of
-    remote file systems do not survive a fork.
+    The process that reads must enter it, or the parent of those that read: libraries of remote
+    file systems do not survive a fork.
     """
-    if dataset.cache is None or not dataset.node.is_fetching:
-        yield Progress(dataset, None)
+    if node.cache is None or not node.is_fetching:
+        yield Progress(node, None)
         return
-    lanes = dataset.node.lanes
     prefetcher = ShardPrefetcher(
-        dataset.cache,
-        sources=dataset.sources,
-        lanes=lanes,
-        ranks=dataset.node.ranks,
-        positions_at=lambda step: [
-            column[lanes.start : lanes.stop] for column in dataset.lane_positions(step)
-        ],
+        node.cache,
+        sources=node.sources,
+        lanes=node.lanes,
+        ranks=node.ranks,
+        positions_at=node.lane_positions,
     )
     prefetcher.start(first_step)
     try:
-        yield Progress(dataset, prefetcher)
+        yield Progress(node, prefetcher)
     finally:
         prefetcher.close()

@@ -1,7 +1,7 @@
 """One process beside each rank, in which threads fill a ring of buffers that both can see.
 
     training process                        loader process
-    load(dataset, steps)  -- dataset, memory -->   cuts each step into chunks of rows
+    load(loader, steps)   -- loader, memory --->   cuts each step into chunks of rows
                           <-- step, slot ----      threads read, decode and tokenise a chunk each
     uses the slot         ---- slot is free -->    which is then filled with a later step
 
@@ -25,7 +25,7 @@ from data_prep.errors import RunError
 from pretrain.config import Loading, PairingName
 from pretrain.data.batch import PairBuffers, StepBatch
 from pretrain.data.loader_threads import LoadRequest, StepMessage, serve
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 
 
 class LoaderProcess:
@@ -47,23 +47,23 @@ class LoaderProcess:
         other_end.close()
 
     def load(
-        self, dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
+        self, loader: StepLoader, *, first_step: int, last_step: int, is_pinned: bool
     ) -> Iterator[StepBatch]:
         """The steps in order; each one's tensors hold until the next is asked for.
 
         To be called once.
 
         Args:
-            dataset: of this rank.
+            loader: reader of this rank's rows.
             first_step: the first that is wanted.
             last_step: the first that is not.
             is_pinned: let a GPU copy from the buffers by itself.
 
         Raises:
-            InputError, OSError: as StepDataset.load.
+            InputError, OSError: as StepLoader.load.
             RunError: the process died.
         """
-        request = LoadRequest(dataset, first_step, last_step, self.num_threads, self.num_slots)
+        request = LoadRequest(loader, first_step, last_step, self.num_threads, self.num_slots)
         descriptor = os.memfd_create("isopair-batches")
         os.ftruncate(descriptor, request.slot_bytes * request.num_slots)
         self._send(request)
@@ -79,7 +79,7 @@ class LoaderProcess:
             message = arrived.pop(step)
             if message.error is not None:
                 raise message.error
-            yield _batch(dataset, message, slots[message.slot])
+            yield _batch(loader, message, slots[message.slot])
             self._send(message.slot)
 
     def _send(self, value: Any) -> None:
@@ -111,17 +111,17 @@ class LoaderProcess:
 
 
 def _batch(
-    dataset: StepDataset, message: StepMessage, buffers: dict[PairingName, PairBuffers]
+    loader: StepLoader, message: StepMessage, buffers: dict[PairingName, PairBuffers]
 ) -> StepBatch:
     return StepBatch(
         message.step,
         {
             name: buffers[name]
             .first(message.num_rows[name])
-            .to_batch(first_slot=dataset.first_slot(name), **vars(rows))
+            .to_batch(first_slot=loader.first_slot(name), **vars(rows))
             for name, rows in message.rows.items()
         },
-        dataset.choice.pairings_of_step(message.step),
+        loader.schedule.pairings_of_step(message.step),
     )
 
 

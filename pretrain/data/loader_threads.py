@@ -34,7 +34,7 @@ from pretrain.cache.node import Progress, fetching_ahead
 from pretrain.config import PairingName
 from pretrain.data.batch import PairBuffers, step_buffers, step_bytes
 from pretrain.data.pair_reader import BadSample
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 from pretrain.sampling.order import StepSamples
 
 LARGEST_CHUNK = 32  # rows that a thread fills, and captions that are tokenised together
@@ -66,7 +66,7 @@ class StepMessage:
 class LoadRequest:
     """What the training process asks for."""
 
-    dataset: StepDataset
+    loader: StepLoader
     first_step: int
     last_step: int
     num_threads: int
@@ -74,7 +74,7 @@ class LoadRequest:
 
     @property
     def slot_bytes(self) -> int:
-        return max(1, step_bytes(self.dataset.layouts))
+        return max(1, step_bytes(self.loader.layouts))
 
     def map_slots(self, descriptor: int) -> tuple[Tensor, list[dict[PairingName, PairBuffers]]]:
         """(uint8 [bytes] of shared memory, [slots] its buffers); closes the descriptor."""
@@ -82,7 +82,7 @@ class LoadRequest:
         memory = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
         os.close(descriptor)
         parts = memory.view(self.num_slots, self.slot_bytes)
-        return memory, [step_buffers(part, self.dataset.layouts) for part in parts]
+        return memory, [step_buffers(part, self.loader.layouts) for part in parts]
 
 
 def serve(pipe: Connection, parent: int) -> None:
@@ -93,7 +93,7 @@ def serve(pipe: Connection, parent: int) -> None:
         request: LoadRequest = pipe.recv()
         _, slots = request.map_slots(recv_handle(pipe))
         try:
-            with fetching_ahead(request.dataset, first_step=request.first_step) as progress:
+            with fetching_ahead(request.loader.node, first_step=request.first_step) as progress:
                 _LoaderThreads(request, pipe, slots, progress).run()
         except (InputError, OSError) as error:
             message = _for_another_process(error)
@@ -147,7 +147,7 @@ class _LoaderThreads:
         progress: Progress,
     ) -> None:
         self.request = request
-        self.dataset = request.dataset
+        self.loader = request.loader
         self.num_threads = request.num_threads
         self.pipe = pipe
         self.slots = slots
@@ -176,9 +176,10 @@ class _LoaderThreads:
 
     def _begin(self, step: int, slot: int) -> None:
         samples, rows = {}, {}
-        for name, reader in self.dataset.pairings.items():
-            samples[name] = reader.samples_of_step(step, lanes=self.dataset.lanes)
-            rows[name] = PairingRows(reader.digest(samples[name]))
+        schedule = self.loader.schedule
+        for name in self.loader.readers:
+            samples[name] = schedule.samples_of_step(name, step, lanes=self.loader.lanes)
+            rows[name] = PairingRows(schedule.digest(name, samples[name]))
         task = _StepTask(step, slot, samples, self.slots[slot], rows)
         chunks = [
             (task, name, chunk)
@@ -199,7 +200,7 @@ class _LoaderThreads:
             error = None
             if task.error is None:
                 try:
-                    reader = self.dataset.pairings[name]
+                    reader = self.loader.readers[name]
                     filled = reader.fill(task.buffers[name], task.samples[name], chunk)
                     bad_samples, num_read = filled
                 except Exception as raised:

@@ -15,24 +15,24 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from data_prep.errors import RunError
+from data_prep.errors import InputError, RunError
 from pretrain.cache.node import fetching_ahead
 from pretrain.config import Loading
 from pretrain.data.batch import StepBatch
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.loader_threads import ignore_signals
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 
 
 class LoadSteps(Protocol):
-    """Gives the steps first_step to last_step - 1 of a dataset, in order."""
+    """Gives the steps first_step to last_step - 1 of a loader, in order."""
 
     def __call__(
-        self, dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool = False
+        self, loader: StepLoader, *, first_step: int, last_step: int, is_pinned: bool = False
     ) -> Iterator[StepBatch]:
         """
         Args:
-            dataset: of this rank.
+            loader: reader of this rank's rows.
             first_step: the first that is wanted.
             last_step: the first that is not.
             is_pinned: let a GPU copy the batches by itself.
@@ -62,10 +62,10 @@ def start_loader(loading: Loading) -> Iterator[LoadSteps]:
             process.close()
 
 
-def _load(load: LoadSteps, dataset: StepDataset, **steps: Any) -> Iterator[StepBatch]:
+def _load(load: LoadSteps, loader: StepLoader, **steps: Any) -> Iterator[StepBatch]:
     """Says what to do when a shard cannot be read."""
     try:
-        yield from load(dataset, **({"is_pinned": False} | steps))
+        yield from load(loader, **({"is_pinned": False} | steps))
     except OSError as error:
         raise RunError(
             f"cannot read a shard: {error}; nothing was skipped: start again when it can be "
@@ -74,30 +74,30 @@ def _load(load: LoadSteps, dataset: StepDataset, **steps: Any) -> Iterator[StepB
 
 
 def _in_this_process(
-    dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
+    loader: StepLoader, *, first_step: int, last_step: int, is_pinned: bool
 ) -> Iterator[StepBatch]:
-    with fetching_ahead(dataset, first_step=first_step) as progress:
+    with fetching_ahead(loader.node, first_step=first_step) as progress:
         for step in range(first_step, last_step):
-            batch = _load_in_one_thread(dataset, step)
+            batch = _load_in_one_thread(loader, step)
             progress.publish(step + 1)
             yield batch.pin_memory() if is_pinned else batch
 
 
-def _load_in_one_thread(dataset: StepDataset, step: int) -> StepBatch:
+def _load_in_one_thread(loader: StepLoader, step: int) -> StepBatch:
     """Resizing small pictures in several threads wastes all but one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return dataset.load(step)
+        return loader.load(step)
     finally:
         torch.set_num_threads(num_threads)
 
 
 def _in_worker_processes(
-    loading: Loading, dataset: StepDataset, *, first_step: int, last_step: int, is_pinned: bool
+    loading: Loading, loader: StepLoader, *, first_step: int, last_step: int, is_pinned: bool
 ) -> Iterator[StepBatch]:
-    loader = DataLoader(
-        dataset,
+    batches = DataLoader(
+        _Steps(loader),
         batch_size=None,
         sampler=range(first_step, last_step),
         num_workers=loading.num_workers,
@@ -106,14 +106,34 @@ def _in_worker_processes(
         worker_init_fn=_start_worker,
         pin_memory=is_pinned,
         # Libraries of remote file systems, which this process has used, do not survive a fork.
-        multiprocessing_context="fork" if dataset.cache is None else "spawn",
+        multiprocessing_context="fork" if loader.cache is None else "spawn",
     )
-    with fetching_ahead(dataset, first_step=first_step) as progress:
-        for batch in loader:
+    with fetching_ahead(loader.node, first_step=first_step) as progress:
+        for batch in batches:
             if isinstance(batch, Exception):
                 raise batch
             progress.publish(batch.step + 1)
             yield batch
+
+
+class _Steps:
+    """A dataset for torch's DataLoader, whose item t is step t.
+
+    An item may be the error that prevents it: raised in a worker process, its message would be
+    wrapped in a traceback.
+    """
+
+    def __init__(self, loader: StepLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return self.loader.schedule.num_steps
+
+    def __getitem__(self, step: int) -> StepBatch | InputError | OSError:
+        try:
+            return self.loader.load(step)
+        except (InputError, OSError) as error:
+            return error
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,9 +1,9 @@
-"""All pairs of one pairing: which are in a step, and how they become rows of its buffers."""
+"""Reader of one pairing: samples of a step -> rows of its buffers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,10 +11,10 @@ import torch
 
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import (
+    Loading,
     MediaKind,
     Pairing,
     PairingName,
-    PretrainConfig,
     Source,
     media_of_pairing,
 )
@@ -23,58 +23,41 @@ from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import BadSample, DecodedPair, PairReader
 from pretrain.data.transforms import MediaTransform
 from pretrain.model.tokenizer import Tokenizer, token_keys
-from pretrain.sampling.keyed_random import key_of, scramble
-from pretrain.sampling.mixing import PairingChoice
-from pretrain.sampling.order import (
-    PairingOrder,
-    Segment,
-    SourceOrder,
-    StepSamples,
-    digest_halves,
-)
+from pretrain.sampling.keyed_random import scramble
+from pretrain.sampling.order import StepSamples, source_key
+from pretrain.sampling.schedule import distinct_sources
 
-# Pairs are read, decoded and resized a few at a time: so the processor does the same for a while,
-# which is a tenth faster than each pair from its bytes to its row.
+# Pairs are read, decoded and resized in small groups: one kind of work at a time keeps the
+# processor's caches warm, a tenth faster than taking each pair from its bytes to its row.
 GROUP_PAIRS = 16
 GROUP_BYTES = 4 << 20
 T = TypeVar("T")
 
 
 class PairingReader:
-    """All sources of one pairing, in their order.
+    """Reader of all sources of one pairing.
 
     Args:
-        name: the pairing's.
-        config: the whole config.
-        transform: of its kind of media.
-        tokenizer: of captions.
-        choice: which steps take the pairing.
-        cache: of this node, for datasets behind URLs.
+        name: the pairing's name.
+        sources: readers of its sources, as samples of a step number them.
+        transform: transform of the pairing's kind of media.
+        tokenizer: tokenizer of captions.
     """
 
     def __init__(
         self,
         name: PairingName,
         *,
-        config: PretrainConfig,
+        sources: Sequence[PairReader],
         transform: MediaTransform,
         tokenizer: Tokenizer,
-        choice: PairingChoice,
-        cache: ShardCache | None,
     ) -> None:
         self.name = name
+        self.sources = list(sources)
         self.transform = transform
         self.tokenizer = tokenizer
-        self.choice = choice
-        sources = _distinct_sources(config.pairings[name])
-        kind = media_of_pairing(name)
-        self.readers = [
-            _open_source(source, kind, config=config, transform=transform, cache=cache)
-            for source in sources
-        ]
-        self.order = _build_order(name, config, readers=self.readers, choice=choice)
-        self.source_keys = [key_of("source", name, source.name) for source in sources]
-        self._key_of_source = np.array(self.source_keys, dtype=np.uint64)
+        keys = [source_key(name, each.source) for each in sources]
+        self._source_keys = np.array(keys, dtype=np.uint64)
         self.layout = PairLayout(
             media_shape=transform.row_shape,
             media_dtype=transform.row_dtype,
@@ -82,26 +65,12 @@ class PairingReader:
             context_length=tokenizer.context_length,
         )
 
-    def num_steps_taken(self, num_steps: int) -> int:
-        """Of the run's first steps, how many take this pairing."""
-        return self.choice.num_taken(num_steps)[self.name]
-
-    def samples_of_step(self, step: int, *, lanes: range) -> StepSamples:
-        """What the given lanes hold in one of the run's steps; nothing if it takes others."""
-        if self.name not in self.choice.pairings_of_step(step):
-            return self.order.samples_of_step(0, lanes=lanes[:0])
-        return self.order.samples_of_step(self.num_steps_taken(step), lanes=lanes)
-
-    def digest(self, samples: StepSamples) -> np.ndarray:
-        """int64 [2]: see sample_order.digest_halves."""
-        return digest_halves(samples, source_keys=self.source_keys)
-
     def fill(
         self, buffers: PairBuffers, samples: StepSamples, rows: range
     ) -> tuple[list[BadSample], Counter[tuple[str, int]]]:
-        """Reads the samples of some rows into their places; returns (substitutions, num_read).
+        """Reads the samples of some rows into these rows; returns (substitutions, num_read).
 
-        May be called by several threads for rows that are not the same.
+        Several threads may call it at once, each for other rows.
         """
         part = slice(rows.start, rows.stop)
         media = buffers.media[part].unbind()
@@ -120,7 +89,7 @@ class PairingReader:
         buffers.caption_lengths[part] = self.tokenizer.lengths(tokens)
         buffers.caption_keys[part] = token_keys(tokens)
         media_keys = scramble(
-            self._key_of_source[samples.sources[part]] ^ np.array(ordinals, dtype=np.uint64)
+            self._source_keys[samples.sources[part]] ^ np.array(ordinals, dtype=np.uint64)
         )
         buffers.media_keys[part] = torch.from_numpy(media_keys.view(np.int64))
         return bad_samples, num_read
@@ -131,7 +100,7 @@ class PairingReader:
         """(reader, epoch, pair) of each row; read and decoded in groups."""
         part = slice(rows.start, rows.stop)
         wanted = zip(
-            [self.readers[source] for source in samples.sources[part].tolist()],
+            [self.sources[number] for number in samples.sources[part].tolist()],
             samples.epochs[part].tolist(),
             samples.ordinals[part].tolist(),
             strict=True,
@@ -150,7 +119,7 @@ class PairingReader:
 
 
 def _groups(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """Neighbours, GROUP_PAIRS or somewhat more than GROUP_BYTES of them at the most."""
+    """Runs of items: at most GROUP_PAIRS, ended by the one that reaches GROUP_BYTES."""
     group, size = [], 0
     for item in items:
         group.append(item)
@@ -161,23 +130,62 @@ def _groups(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[
     yield group
 
 
-def _distinct_sources(pairing: Pairing) -> list[Source]:
-    """Each source once: those of the beginning, then those that segments add, in their order."""
-    sources: dict[str, Source] = {}
-    for source in pairing.all_sources:
-        sources.setdefault(source.name, source)
-    return list(sources.values())
+# ------------------------------------------------------------------------------------- building
+
+
+def open_readers(
+    pairings: Mapping[PairingName, Pairing],
+    loading: Loading,
+    *,
+    transforms: Mapping[MediaKind, MediaTransform],
+    tokenizer: Tokenizer,
+    seed: int,
+    cache: ShardCache | None,
+) -> dict[PairingName, PairingReader]:
+    """Opens the datasets of all pairings.
+
+    Args:
+        pairings: sections of the config, by name.
+        loading: section `loading`.
+        transforms: transform of each kind of media.
+        tokenizer: tokenizer of captions.
+        seed: the run's seed.
+        cache: this machine's cache, for datasets behind URLs.
+
+    Raises:
+        InputError: if a dataset cannot be used.
+        RunError: if a dataset behind a URL cannot be reached now.
+    """
+    readers = {}
+    for name, pairing in pairings.items():
+        kind = media_of_pairing(name)
+        sources = [
+            _open_source(
+                source,
+                loading,
+                kind=kind,
+                transform=transforms[kind],
+                seed=seed,
+                cache=cache,
+            )
+            for source in distinct_sources(pairing)
+        ]
+        readers[name] = PairingReader(
+            name, sources=sources, transform=transforms[kind], tokenizer=tokenizer
+        )
+    return readers
 
 
 def _open_source(
     source: Source,
-    kind: MediaKind,
+    loading: Loading,
     *,
-    config: PretrainConfig,
+    kind: MediaKind,
     transform: MediaTransform,
+    seed: int,
     cache: ShardCache | None,
 ) -> PairReader:
-    takes_bad_shards = config.loading.on_bad_shard == "substitute"
+    takes_bad_shards = loading.on_bad_shard == "substitute"
     samples = open_samples(
         source.dataset, subset=source.subset, cache=cache, takes_bad_shards=takes_bad_shards
     )
@@ -186,47 +194,7 @@ def _open_source(
         samples=samples,
         kind=kind,
         transform=transform,
-        seed=config.seed,
-        retries=config.loading.retries,
+        seed=seed,
+        retries=loading.retries,
         takes_bad_shards=takes_bad_shards,
-    )
-
-
-def _build_order(
-    name: PairingName,
-    config: PretrainConfig,
-    *,
-    readers: Sequence[PairReader],
-    choice: PairingChoice,
-) -> PairingOrder:
-    """The order of a pairing's samples, over the steps that take it."""
-    pairing = config.pairings[name]
-    by_step = [(0, pairing.sources)]
-    by_step += [(segment.from_step, segment.sources) for segment in pairing.segments]
-    segments = []
-    for from_step, used in by_step:
-        weights = {source.name: source.weight for source in used}
-        segments.append(
-            Segment(
-                choice.num_taken(from_step)[name],
-                [weights.get(reader.source, 0.0) for reader in readers],
-            )
-        )
-    sources = [
-        SourceOrder(
-            reader.source,
-            shard_sizes=reader.samples.shard_sizes,
-            lanes=config.lanes,
-            window=config.loading.window,
-            seed=config.seed,
-            samples=reader.samples,
-        )
-        for reader in readers
-    ]
-    return PairingOrder(
-        name,
-        sources=sources,
-        segments=segments,
-        global_batch_size=pairing.global_batch_size,
-        seed=config.seed,
     )

@@ -10,7 +10,7 @@ from data_prep.errors import RunError
 from pretrain.config import Loading
 from pretrain.data.batch import StepBatch
 from pretrain.data.pair_reader import BadSample
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.run.folder import RunFolder
 
@@ -23,18 +23,18 @@ class BadSampleLedger:
 
     Args:
         run: the run folder, whose earlier attempts' entries count too.
-        dataset: what the run reads.
+        loader: reader of the run's sources.
         loading: limits. A single bad sample never stops a run.
     """
 
-    def __init__(self, run: RunFolder, dataset: StepDataset, *, loading: Loading) -> None:
+    def __init__(self, run: RunFolder, loader: StepLoader, *, loading: Loading) -> None:
         self.run = run
         self.loading = loading
-        self.num_samples = dataset.num_samples
+        self.num_samples = loader.schedule.num_samples
         self.readers = {
             f"{name}/{reader.source}": reader
-            for name, pairing in dataset.pairings.items()
-            for reader in pairing.readers
+            for name, pairing in loader.readers.items()
+            for reader in pairing.sources
         }
         self._known: set[tuple[str, int]] = set()
         self._per_shard: Counter[tuple[str, str]] = Counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 
 from data_prep.errors import RunError
 from pretrain.data.batch import StepBatch
-from pretrain.data.pairing_reader import PairingReader
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import sum_over_ranks
 from pretrain.monitoring.bad_samples import BadSampleLedger
+from pretrain.sampling.schedule import RunSchedule
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,23 @@ class EpochAudit:
     """Counts what the loaders delivered, against what the manifest says; every rank must call it.
 
     Args:
-        dataset: what the run reads.
+        schedule: samples of every step.
         ledger: of substitutions.
         first_step: steps done before this attempt.
     """
 
-    def __init__(self, dataset: StepDataset, ledger: BadSampleLedger, *, first_step: int) -> None:
-        self.dataset = dataset
+    def __init__(self, schedule: RunSchedule, ledger: BadSampleLedger, *, first_step: int) -> None:
+        self.schedule = schedule
         self.ledger = ledger
         self.first_step = first_step
         self._num_read: Counter[tuple[str, str, int]] = Counter()
         # (pairing, number of the source) -> (current epoch, step that ends it)
         self._current: dict[tuple[str, int], tuple[int, float]] = {}
-        for name, pairing in dataset.pairings.items():
-            for number in range(len(pairing.readers)):
-                epoch = _whole_epochs(pairing, number, first_step)
-                self._current[name, number] = (epoch, self._last_step(pairing, number, epoch))
+        for name, order in schedule.orders.items():
+            for number in range(len(order.sources)):
+                epoch = schedule.whole_epochs(name, first_step, source=number)
+                last_step = schedule.steps_to_end_of(name, source=number, epoch=epoch)
+                self._current[name, number] = (epoch, last_step)
 
     def enter(self, batch: StepBatch, *, device: torch.device) -> list[dict[str, Any]]:
         """Adds a step; returns the reports of the epochs that it ends.
@@ -65,13 +64,12 @@ class EpochAudit:
             while batch.step + 1 >= last_step:
                 reports.append(self._report(name, number, epoch, device))
                 epoch += 1
-                last_step = self._last_step(self.dataset.pairings[name], number, epoch)
+                last_step = self.schedule.steps_to_end_of(name, source=number, epoch=epoch)
             self._current[name, number] = (epoch, last_step)
         return [asdict(report) for report in reports]
 
     def _report(self, name: str, number: int, epoch: int, device: torch.device) -> EpochReport:
-        pairing = self.dataset.pairings[name]
-        order, source = pairing.order, pairing.order.sources[number]
+        source = self.schedule.orders[name].sources[number]
         key = (name, source.name, epoch)
         own = torch.tensor([self._num_read.pop(key, 0)], device=device)
         delivered = int(sum_over_ranks(own).item())
@@ -81,8 +79,8 @@ class EpochAudit:
             epoch=epoch,
             read=delivered - substituted,
             substituted=substituted,
-            read_before=order.samples_drawn_of_epoch(
-                pairing.num_steps_taken(self.first_step), source=number, epoch=epoch
+            read_before=self.schedule.samples_drawn_of_epoch(
+                name, self.first_step, source=number, epoch=epoch
             ),
             left_over=source.num_samples - source.lane_length * source.lanes,
             in_manifest=source.num_samples,
@@ -95,17 +93,3 @@ class EpochAudit:
                 "loader: keep the run folder and report it"
             )
         return report
-
-    @staticmethod
-    def _last_step(pairing: PairingReader, number: int, epoch: int) -> float:
-        """Steps of the run after which every lane has left an epoch of a source."""
-        own_steps = pairing.order.steps_to_end_of(source=number, epoch=epoch)
-        if own_steps is None:  # no segment uses the source any more
-            return math.inf
-        return pairing.choice.steps_until(pairing.name, own_steps)
-
-
-def _whole_epochs(pairing: PairingReader, number: int, num_steps: int) -> int:
-    """Epochs of a source that every lane has left after the run's first steps."""
-    positions = pairing.order.lane_positions(pairing.num_steps_taken(num_steps))[:, number]
-    return int(positions.min()) // pairing.order.sources[number].lane_length

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data_prep.storage.atomic import write_atomically
 from pretrain.data.batch import StepBatch
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.distributed.engine import Engine
 from pretrain.model.contrastive_model import EncoderInputs, PairingFeatures
@@ -37,7 +37,7 @@ def dump_step(
     *,
     cause: str,
     engine: Engine,
-    dataset: StepDataset,
+    loader: StepLoader,
     micro_batches: list[EncoderInputs],
     take_gradient: Callable[[], object] | None,
 ) -> Path:
@@ -48,7 +48,7 @@ def dump_step(
         batch: this rank's share of the step.
         cause: what was not finite.
         engine: in the state before the step.
-        dataset: that the step was read from.
+        loader: reader of the step.
         micro_batches: the step's micro-batches.
         take_gradient: adds the step's gradient; None if it has none.
 
@@ -57,7 +57,7 @@ def dump_step(
     """
     with torch.no_grad():
         features = engine.forward(micro_batches)
-    samples = _samples_of_step(batch, dataset, features)
+    samples = _samples_of_step(batch, loader, features)
     norms = state_norms(engine)
     if take_gradient is not None:
         take_gradient()
@@ -77,13 +77,12 @@ def dump_step(
 
 
 def _samples_of_step(
-    batch: StepBatch, dataset: StepDataset, features: dict[str, PairingFeatures]
+    batch: StepBatch, loader: StepLoader, features: dict[str, PairingFeatures]
 ) -> dict[str, list[dict[str, Any]]]:
     """This rank's samples, by pairing."""
     described = {}
     for name, pairs in batch.pairings.items():
-        reader = dataset.pairings[name]
-        samples = reader.samples_of_step(batch.step, lanes=dataset.lanes)
+        samples = loader.schedule.samples_of_step(name, batch.step, lanes=loader.lanes)
         parts = {
             "media": pairs.media,
             "media_embedding": features[name].media,
@@ -92,7 +91,7 @@ def _samples_of_step(
         bad = {part: _bad_rows(values) for part, values in parts.items()}
         described[name] = []
         for row in range(len(samples)):
-            source = reader.readers[samples.sources[row]]
+            source = loader.readers[name].sources[samples.sources[row]]
             ordinal = int(samples.ordinals[row])
             described[name].append(
                 {

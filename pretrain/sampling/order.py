@@ -18,11 +18,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.shards.subset import KeptSamples
 from pretrain.sampling.keyed_random import key_of, newest, permute, scramble
 from pretrain.sampling.mixing import SourceMixture
 
@@ -30,6 +30,13 @@ MAX_SOURCES = 64
 
 
 # ------------------------------------------------------------------------------------ a source
+
+
+class KeptOrdinals(Protocol):
+    """The kept samples of a dataset, such as `data_prep.shards.subset.KeptSamples`."""
+
+    def ordinals_of(self, ranks: np.ndarray) -> np.ndarray:
+        """Returns int64 [n], the ordinals in the dataset of kept samples numbered from 0."""
 
 
 class SourceOrder:
@@ -57,7 +64,7 @@ class SourceOrder:
         lanes: int,
         window: int,
         seed: int,
-        samples: KeptSamples | None = None,
+        samples: KeptOrdinals | None = None,
     ) -> None:
         self.name = name
         self.samples = samples
@@ -285,6 +292,11 @@ def pairs_of_ranks(slots_per_lane: int, *, world_size: int, lanes: int) -> tuple
         lanes_of_rank(rank, world_size=world_size, lanes=lanes) for rank in range(world_size)
     )
     return tuple(len(own) * slots_per_lane for own in carried)
+
+
+def source_key(pairing: str, source: str) -> int:
+    """Returns the 64-bit key that stands for a source in digests and media keys."""
+    return key_of("source", pairing, source)
 
 
 def digest_halves(samples: StepSamples, *, source_keys: Sequence[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from pretrain.checkpoints.record import RunState
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import PretrainConfig
 from pretrain.data.batch import StepBatch
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import is_of_lost_peer, on_main_process, set_timeout
 from pretrain.distributed.engine import Engine
 from pretrain.monitoring.anomalies import StepWatch, reason_to_stop
@@ -41,7 +41,7 @@ class Trainer:
     Args:
         config: the whole config.
         engine: holds the model, as the run's newest checkpoint left it.
-        dataset: what the run reads.
+        loader: reader of this rank's rows.
         run: the run folder, which knows how many steps are done.
         requests: what the run is asked to do meanwhile.
         writer: of checkpoints.
@@ -56,7 +56,7 @@ class Trainer:
         self,
         config: PretrainConfig,
         engine: Engine,
-        dataset: StepDataset,
+        loader: StepLoader,
         run: RunFolder,
         requests: RunRequests,
         writer: CheckpointWriter,
@@ -69,7 +69,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.engine = engine
-        self.dataset = dataset
+        self.loader = loader
         self.run = run
         self.requests = requests
         self.writer = writer
@@ -83,13 +83,13 @@ class Trainer:
             run,
             config.run,
             engine,
-            dataset,
+            loader.schedule,
             timer=self.timer,
             watch=StepWatch(config.watch, rows=rows[-config.watch.window_steps :]),
             hosts=hosts,
         )
-        self.ledger = BadSampleLedger(run, dataset, loading=config.loading)
-        self.epoch_audit = EpochAudit(dataset, self.ledger, first_step=run.num_steps_done)
+        self.ledger = BadSampleLedger(run, loader, loading=config.loading)
+        self.epoch_audit = EpochAudit(loader.schedule, self.ledger, first_step=run.num_steps_done)
         self.lacks_validation = False  # one was due, and given up
 
     def train(self, batches: Iterator[StepBatch]) -> None:
@@ -192,7 +192,7 @@ class Trainer:
             batch,
             cause=cause,
             engine=self.engine,
-            dataset=self.dataset,
+            loader=self.loader,
             micro_batches=micro_batches_of_step(
                 self.engine, batch, num_micro_batches=self.num_micro_batches
             ),

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from pretrain.checkpoints.writer import SaveReport
 from pretrain.config import Run
 from pretrain.data.batch import StepBatch
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import sum_over_ranks
 from pretrain.distributed.engine import Engine
 from pretrain.monitoring.anomalies import StepWatch
@@ -29,6 +28,7 @@ from pretrain.monitoring.timing import (
 )
 from pretrain.run.folder import RunFolder
 from pretrain.sampling.order import format_digest
+from pretrain.sampling.schedule import RunSchedule
 from pretrain.training.step_loss import StepLosses
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class StepReporter:
         run: the run folder.
         config: section `run`.
         engine: for its trackers.
-        dataset: what the run reads.
+        schedule: samples of every step.
         timer: of the training loop.
         watch: of the steps.
         hosts: [ranks] names of their machines.
@@ -110,7 +110,7 @@ class StepReporter:
         run: RunFolder,
         config: Run,
         engine: Engine,
-        dataset: StepDataset,
+        schedule: RunSchedule,
         *,
         timer: PhaseTimer,
         watch: StepWatch,
@@ -121,8 +121,8 @@ class StepReporter:
         self.timer = timer
         self.watch = watch
         self.hosts = hosts
-        self.num_steps = dataset.num_steps
-        self.dataset = dataset
+        self.num_steps = schedule.num_steps
+        self.schedule = schedule
         self.last_logged_step = run.num_steps_done
         self._ended_epochs: list[dict[str, Any]] = []
         self._saves: list[dict[str, Any]] = []
@@ -157,7 +157,7 @@ class StepReporter:
 
     def _progress(self) -> Progress:
         step = self.run.num_steps_done
-        return Progress(step, self.dataset.samples_seen(step), self.timer.data_seconds)
+        return Progress(step, self.schedule.samples_seen(step), self.timer.data_seconds)
 
     def report_epochs(self, ended: list[dict[str, Any]]) -> None:
         """Says which epochs of which sources ended; the next row of metrics has them."""
@@ -187,8 +187,8 @@ class StepReporter:
         num_steps = step - self.last_logged_step
         per_step = {name: value / num_steps for name, value in own.items()}
         of_ranks = exchange_seconds(per_step, device=self.engine.device)
-        samples_seen = self.dataset.samples_seen(step)
-        samples = samples_seen - self.dataset.samples_seen(self.last_logged_step)
+        samples_seen = self.schedule.samples_seen(step)
+        samples = samples_seen - self.schedule.samples_seen(self.last_logged_step)
         self.last_logged_step = step
         if not self.run.is_writer:
             return
@@ -199,7 +199,7 @@ class StepReporter:
             "samples_seen": samples_seen,
             **outcome.row(),
             "data_digest": digest,
-            "epochs_seen": self.dataset.epochs_seen(step),
+            "epochs_seen": self.schedule.epochs_seen(step),
             "ended_epochs": self._ended_epochs,
             "saves": self._saves,
             "samples_per_second": samples / seconds,

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from pretrain.config import PretrainConfig
+from pretrain.config import PairingName, PretrainConfig
 from pretrain.data.batch import step_bytes
 from pretrain.data.pair_reader import PairReader
-from pretrain.data.pairing_reader import PairingReader
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 from pretrain.loss.contrastive_loss import received_bytes
 from pretrain.loss.options import build_loss_options
 from pretrain.model.contrastive_model import ContrastiveModel
@@ -22,7 +21,7 @@ from pretrain.training.step_loss import feature_type
 def describe_plan(
     config: PretrainConfig,
     *,
-    dataset: StepDataset,
+    loader: StepLoader,
     model: ContrastiveModel,
     device: torch.device,
     world_size: int,
@@ -32,7 +31,7 @@ def describe_plan(
 
     Args:
         config: the whole config.
-        dataset: the share of rank 0.
+        loader: reader of the rows of rank 0.
         model: not yet wrapped by an engine.
         device: where it would be trained.
         world_size: number of processes.
@@ -40,9 +39,9 @@ def describe_plan(
     """
     return [
         *_describe_model(model),
-        *(line for reader in dataset.pairings.values() for line in _describe(config, reader)),
-        *_describe_step(config, dataset, device, world_size),
-        _describe_micro_batches(config, dataset, model, device, world_size, num_processes_here),
+        *(line for name in loader.readers for line in _describe(loader, name)),
+        *_describe_step(config, loader, device, world_size),
+        _describe_micro_batches(config, loader, model, device, world_size, num_processes_here),
     ]
 
 
@@ -53,17 +52,18 @@ def _describe_model(model: ContrastiveModel) -> Iterator[str]:
         yield f"{kind} tower: {total:,} parameters, {trained:,} trained"
 
 
-def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
-    order = reader.order
+def _describe(loader: StepLoader, pairing: PairingName) -> Iterator[str]:
+    schedule, order = loader.schedule, loader.schedule.orders[pairing]
     yield (
         f"{order.name}: {order.slots_per_lane * order.lanes} pairs a step, "
         f"{order.slots_per_lane} from each of {order.lanes} lanes"
     )
-    num_steps = reader.num_steps_taken(config.schedule.num_steps)
-    drawn = order.samples_drawn(num_steps)
-    if num_steps < config.schedule.num_steps:
-        yield f"  taken by {num_steps:,} of {config.schedule.num_steps:,} steps"
-    for pair_reader, source, samples in zip(reader.readers, order.sources, drawn, strict=True):
+    num_steps = schedule.num_steps_taken(pairing, schedule.num_steps)
+    drawn = schedule.samples_drawn(pairing, schedule.num_steps)
+    if num_steps < schedule.num_steps:
+        yield f"  taken by {num_steps:,} of {schedule.num_steps:,} steps"
+    readers = loader.readers[pairing].sources
+    for reader, source, samples in zip(readers, order.sources, drawn, strict=True):
         per_step = samples / max(1, num_steps)
         steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "more than all"
         yield (
@@ -71,7 +71,7 @@ def _describe(config: PretrainConfig, reader: PairingReader) -> Iterator[str]:
             f"{source.lane_length:,} per lane; {per_step:.1f} a step, "
             f"{steps_per_epoch} steps per epoch, "
             f"{samples / source.num_samples:.2f} epochs in {num_steps:,} steps; "
-            f"{_describe_fingerprint(pair_reader)}"
+            f"{_describe_fingerprint(reader)}"
         )
 
 
@@ -84,15 +84,14 @@ def _describe_fingerprint(reader: PairReader) -> str:
 
 
 def _describe_step(
-    config: PretrainConfig, dataset: StepDataset, device: torch.device, world_size: int
+    config: PretrainConfig, loader: StepLoader, device: torch.device, world_size: int
 ) -> Iterator[str]:
     lane_counts = [
         len(lanes_of_rank(rank, world_size=world_size, lanes=config.lanes))
         for rank in range(world_size)
     ]
-    steps = config.schedule.num_steps
-    read = sum(_bytes_read(reader, steps) for reader in dataset.pairings.values()) / steps
-    ahead_bytes = step_bytes(dataset.layouts) * (config.loading.batches_ahead + 1)
+    read = sum(_bytes_read(loader, name) for name in loader.readers) / loader.schedule.num_steps
+    ahead_bytes = step_bytes(loader.layouts) * (config.loading.batches_ahead + 1)
     received = sum(
         received_bytes(
             pairs_of_ranks(config.slots_per_lane(name), world_size=world_size, lanes=config.lanes),
@@ -113,7 +112,7 @@ def _describe_step(
 
 def _describe_micro_batches(
     config: PretrainConfig,
-    dataset: StepDataset,
+    loader: StepLoader,
     model: ContrastiveModel,
     device: torch.device,
     world_size: int,
@@ -127,7 +126,7 @@ def _describe_micro_batches(
     estimate = estimate_for_plan(
         config,
         model,
-        dataset.layouts,
+        loader.layouts,
         device=device,
         num_processes=world_size,
         num_processes_here=num_processes_here,
@@ -135,8 +134,9 @@ def _describe_micro_batches(
     return f"micro_batch_size auto, on this machine's {device.type}: {estimate.describe()}"
 
 
-def _bytes_read(reader: PairingReader, num_steps: int) -> float:
+def _bytes_read(loader: StepLoader, pairing: PairingName) -> float:
     """Bytes of shards that a pairing reads in a run."""
-    drawn = reader.order.samples_drawn(reader.num_steps_taken(num_steps))
-    mean_bytes = [r.dataset.info.tar_bytes / len(r.dataset) for r in reader.readers]
+    drawn = loader.schedule.samples_drawn(pairing, loader.schedule.num_steps)
+    datasets = [reader.dataset for reader in loader.readers[pairing].sources]
+    mean_bytes = [dataset.info.tar_bytes / len(dataset) for dataset in datasets]
     return sum(n * size for n, size in zip(drawn, mean_bytes, strict=True))

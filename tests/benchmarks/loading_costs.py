@@ -25,11 +25,12 @@ from PIL import Image
 
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.index import BLOCK_BYTES
-from pretrain.data.step_dataset import StepDataset
+from pretrain.data.step_loader import StepLoader
 from pretrain.data.transforms import ImageToPixels
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.keyed_random import sample_random
 from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
+from pretrain.train import open_step_loader
 from tests.benchmarks.loading.photo_shards import photo_dataset
 from tests.benchmarks.loading.process_tree import batches_of, memory
 from tests.benchmarks.loading.run_config import image_run
@@ -56,10 +57,10 @@ def main() -> None:
         show_memory(small, runtime)
 
 
-def step_dataset(dataset: Path) -> StepDataset:
+def step_loader_of(dataset: Path) -> StepLoader:
     config = image_run(dataset, global_batch_size=BATCH_SIZE)
     tokenizer = build_tokenizer(config.model.text)
-    return StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    return open_step_loader(config, tokenizer, rank=0, world_size=1)
 
 
 # --------------------------------------------------------------------------------------- order
@@ -143,13 +144,13 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 
 def show_reads(dataset: Path, long_side: int) -> None:
     """Bytes read in the second epoch; in the first, files are opened."""
-    steps = step_dataset(dataset)
-    num_steps = steps.num_samples // BATCH_SIZE
+    loader = step_loader_of(dataset)
+    num_steps = loader.schedule.num_samples // BATCH_SIZE
     for step in range(num_steps):
-        steps.load(step)
+        loader.load(step)
     before = psutil.Process().io_counters().read_chars
     for step in range(num_steps, 2 * num_steps):
-        steps.load(step)
+        loader.load(step)
     num_read = psutil.Process().io_counters().read_chars - before
     samples = Dataset(dataset)
     members = [samples.read_sample(ordinal).members for ordinal in range(len(samples))]
@@ -167,7 +168,7 @@ def show_reads(dataset: Path, long_side: int) -> None:
 def show_resuming(dataset: Path) -> None:
     for first_step in (0, 1_000_000):
         start = time.monotonic()
-        step_dataset(dataset).load(first_step)
+        step_loader_of(dataset).load(first_step)
         seconds = time.monotonic() - start
         print(f"dataset opened and step {first_step:,} loaded: {seconds:.2f} s")
 

@@ -15,8 +15,8 @@ from data_prep.shards.index import (
 from data_prep.shards.writer import ShardWriter
 from pretrain.config import Loading, PretrainConfig
 from pretrain.data.loaders import start_loader
-from pretrain.data.step_dataset import StepDataset
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.train import open_step_loader
 from tests.support.bad_media import BAD_MEDIA, picture, sound
 from tests.support.toy_run import toy_config, write_toy_dataset
 
@@ -47,14 +47,12 @@ def config_of(folder, kind, run, **loading):
 
 def load_an_epoch(config):
     """(the batches of one epoch, all substitutions in them)"""
-    dataset = StepDataset(
-        config, tokenizer=build_tokenizer(config.model.text), rank=0, world_size=1
-    )
-    num_steps = dataset.num_samples // 8
-    [name] = dataset.pairings
+    loader = open_step_loader(config, build_tokenizer(config.model.text), rank=0, world_size=1)
+    num_steps = loader.schedule.num_samples // 8
+    [name] = loader.readers
     bad_samples, num_read = [], Counter()
     with start_loader(THREADS) as load:
-        for batch in load(dataset, first_step=0, last_step=num_steps):
+        for batch in load(loader, first_step=0, last_step=num_steps):
             pairs = batch.pairings[name]
             assert len(pairs.media) == len(pairs.tokens) == 8
             bad_samples += pairs.bad_samples
@@ -213,11 +211,9 @@ def test_by_setting_a_damaged_shard_is_substituted_and_said_to_be_bad(whole, tmp
 
 def test_a_shard_that_goes_bad_during_the_run_is_bad_from_then_on(whole, tmp_path):
     config = config_of(whole, "image", tmp_path / "run", on_bad_shard="substitute")
-    dataset = StepDataset(
-        config, tokenizer=build_tokenizer(config.model.text), rank=0, world_size=1
-    )
+    loader = open_step_loader(config, build_tokenizer(config.model.text), rank=0, world_size=1)
     shutil.move(tar_of(whole), whole / "elsewhere")
     bad_samples = [
-        bad for step in range(9) for bad in dataset.load(step).pairings["image-text"].bad_samples
+        bad for step in range(9) for bad in loader.load(step).pairings["image-text"].bad_samples
     ]
     assert sorted(bad.ordinal for bad in bad_samples) == list(range(24, 48))

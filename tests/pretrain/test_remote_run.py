@@ -18,9 +18,9 @@ from pretrain.checkpoints.record import RunState
 from pretrain.checkpoints.store import open_store
 from pretrain.config import Loading, PretrainConfig
 from pretrain.data.loaders import start_loader
-from pretrain.data.step_dataset import StepDataset
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
+from pretrain.train import open_step_loader
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_object_store import CREDENTIALS, toy_object_store
 from tests.support.toy_run import toy_config
@@ -56,10 +56,10 @@ def remote_config(config, tmp_path, **loading):
     return PretrainConfig.model_validate(values)
 
 
-def dataset_of(config, *, rank=0, world_size=1):
-    return StepDataset(
+def loader_of(config, *, rank=0, world_size=1):
+    return open_step_loader(
         config,
-        tokenizer=build_tokenizer(config.model.text),
+        build_tokenizer(config.model.text),
         rank=rank,
         world_size=world_size,
         node_ranks=range(world_size),
@@ -87,13 +87,13 @@ def test_batches_are_those_from_disk_through_every_fault_that_passes(
     toy_data, store, tmp_path, loading
 ):
     config = toy_config(toy_data, tmp_path / "run")
-    local = [dataset_of(config, rank=1, world_size=2).load(step) for step in range(8)]
+    local = [loader_of(config, rank=1, world_size=2).load(step) for step in range(8)]
     store.faults["colors/00000000.tar"] = [503, "cut", "drip"]
     store.faults["tones/00000001.tar"] = ["reset", "flip"]
     store.faults["more_colors/00000000.idx"] = [500]
     with start_loader(Loading(**loading)) as load:
-        dataset = dataset_of(remote_config(config, tmp_path, **loading), rank=1, world_size=2)
-        batches = list(map(copy.deepcopy, load(dataset, first_step=0, last_step=8)))
+        loader = loader_of(remote_config(config, tmp_path, **loading), rank=1, world_size=2)
+        batches = list(map(copy.deepcopy, load(loader, first_step=0, last_step=8)))
     assert_same_batches(batches, local)
 
 
@@ -104,14 +104,14 @@ def test_the_ranks_of_a_node_fetch_each_shard_once_and_say_how_far_they_are(
     with ExitStack() as stack:  # before this process uses the store: forks do not survive that
         loads = [stack.enter_context(start_loader(Loading(num_workers=2))) for _ in range(2)]
         for rank, load in enumerate(loads):
-            local = dataset_of(config, rank=rank, world_size=2)
-            dataset = dataset_of(remote_config(config, tmp_path), rank=rank, world_size=2)
-            batches = list(map(copy.deepcopy, load(dataset, first_step=0, last_step=12)))
+            local = loader_of(config, rank=rank, world_size=2)
+            loader = loader_of(remote_config(config, tmp_path), rank=rank, world_size=2)
+            batches = list(map(copy.deepcopy, load(loader, first_step=0, last_step=12)))
             assert_same_batches(batches, [local.load(step) for step in range(12)])
     tars = {name: count for name, count in store.gets.items() if name.endswith(".tar")}
     # Shards of the three sources share their names: 00000000 to 00000002.
     assert sum(tars.values()) == NUM_SHARDS
-    assert 9 <= dataset.cache.least_progress([0, 1]) <= 12  # the last steps need no word
+    assert 9 <= loader.cache.least_progress([0, 1]) <= 12  # the last steps need no word
 
 
 def test_a_shard_that_is_not_in_the_store_stops_the_run_with_its_name(toy_data, store, tmp_path):
@@ -124,8 +124,8 @@ def test_a_shard_that_is_not_in_the_store_stops_the_run_with_its_name(toy_data, 
     tones["dataset"] = "s3://shards/incomplete/tones"
     expected = r"s3://shards/incomplete/tones/00000001\.tar"
     with start_loader(Loading(num_workers=2)) as load, pytest.raises(InputError, match=expected):
-        dataset = dataset_of(PretrainConfig.model_validate(values))
-        list(load(dataset, first_step=0, last_step=6))
+        loader = loader_of(PretrainConfig.model_validate(values))
+        list(load(loader, first_step=0, last_step=6))
 
 
 def test_a_store_that_stays_away_stops_the_run_and_nothing_is_substituted(
@@ -139,8 +139,8 @@ def test_a_store_that_stays_away_stops_the_run_and_nothing_is_substituted(
         start_loader(Loading(num_workers=2)) as load,
         pytest.raises(RunError, match=r"cannot read a shard: .*00000000\.tar.*nothing was skipped"),
     ):
-        dataset = dataset_of(remote_config(config, tmp_path, retries=1))
-        list(load(dataset, first_step=0, last_step=6))
+        loader = loader_of(remote_config(config, tmp_path, retries=1))
+        list(load(loader, first_step=0, last_step=6))
 
 
 def test_a_dataset_that_cannot_be_reached_at_the_start_is_told_as_such(toy_data, tmp_path):
@@ -149,7 +149,7 @@ def test_a_dataset_that_cannot_be_reached_at_the_start_is_told_as_such(toy_data,
     [tones] = values["pairings"]["audio-text"]["sources"]
     tones["dataset"] = "http://127.0.0.1:9/tones"
     with pytest.raises(RunError, match=r"cannot open a dataset now: http://127\.0\.0\.1:9/tones/d"):
-        dataset_of(PretrainConfig.model_validate(values))
+        loader_of(PretrainConfig.model_validate(values))
 
 
 def test_a_cache_that_cannot_hold_two_windows_is_refused_with_the_numbers(
@@ -157,10 +157,10 @@ def test_a_cache_that_cannot_hold_two_windows_is_refused_with_the_numbers(
 ):
     config = toy_config(toy_data, tmp_path / "run")
     cache = {"folder": tmp_path / "cache", "max_gigabytes": 1e-5}
-    dataset = dataset_of(remote_config(config, tmp_path, cache=cache))
+    loader = loader_of(remote_config(config, tmp_path, cache=cache))
     expected = "two windows of loading.window=16 samples in each of the 8 lanes of this node: 0.00"
     with pytest.raises(InputError, match=expected):
-        check_room(dataset)
+        check_room(loader.node)
 
 
 def train_from_store(config, environment):

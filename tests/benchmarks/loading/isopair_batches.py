@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from pretrain.data.loaders import start_loader
-from pretrain.data.step_dataset import StepDataset
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.train import open_step_loader
 from tests.benchmarks.loading.run_config import image_run
 
 
@@ -27,7 +27,7 @@ def main(dataset: str, *settings: str) -> None:
     tokenizer = build_tokenizer(config.model.text)
     with start_loader(config.loading) as load_steps:
         steps = load_steps(
-            StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1),
+            open_step_loader(config, tokenizer, rank=0, world_size=1),
             first_step=first_step,
             last_step=config.schedule.num_steps,
         )

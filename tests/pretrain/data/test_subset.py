@@ -27,11 +27,10 @@ from data_prep.shards.manifest import (
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.shards.writer import ShardWriter
 from pretrain.data.batch import PairBuffers
-from pretrain.data.step_dataset import StepDataset
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
 from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
-from pretrain.train import pretrain
+from pretrain.train import open_step_loader, pretrain
 from pretrain.training.validation import build_validation_sets
 from tests.support.toy_run import toy_config, toy_members
 
@@ -118,9 +117,9 @@ def config_with_subset(toy_data, folder, subset, **sections):
     return type(config).model_validate(values)
 
 
-def step_dataset(config):
+def step_loader(config):
     tokenizer = build_tokenizer(config.model.text)
-    return StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    return open_step_loader(config, tokenizer, rank=0, world_size=1)
 
 
 def test_a_sample_is_augmented_as_without_the_subset(toy_data, tmp_path):
@@ -129,13 +128,13 @@ def test_a_sample_is_augmented_as_without_the_subset(toy_data, tmp_path):
     bitmap[-9:] = True
     subset = write_subset(tmp_path / "last.subset", toy_data / "colors", bitmap)
     config = config_with_subset(toy_data, tmp_path / "run", subset)
-    dataset = pickle.loads(pickle.dumps(step_dataset(config)))
-    reader = dataset.pairings["image-text"]
-    samples = reader.order.samples_of_step(1, lanes=range(8))
+    loader = pickle.loads(pickle.dumps(step_loader(config)))
+    reader = loader.readers["image-text"]
+    samples = loader.schedule.orders["image-text"].samples_of_step(1, lanes=range(8))
     assert {o for s, o in zip(samples.sources, samples.ordinals, strict=True) if s == 0} <= set(
         range(74, 83)
     )
-    whole = step_dataset(toy_config(toy_data, tmp_path / "run")).pairings["image-text"]
+    whole = step_loader(toy_config(toy_data, tmp_path / "run")).readers["image-text"]
     batches = []
     for each in (reader, whole):
         buffers = PairBuffers.new(each.layout, num_rows=len(samples))
@@ -143,7 +142,7 @@ def test_a_sample_is_augmented_as_without_the_subset(toy_data, tmp_path):
         batches.append(buffers)
     assert torch.equal(batches[0].media, batches[1].media)
     assert torch.equal(batches[0].tokens, batches[1].tokens)
-    assert dataset.num_samples == 9 + 25 + 50
+    assert loader.schedule.num_samples == 9 + 25 + 50
 
 
 def test_substitutes_are_kept_samples(toy_data, tmp_path):
@@ -160,7 +159,7 @@ def test_substitutes_are_kept_samples(toy_data, tmp_path):
     for name in ("more_colors", "tones"):
         shutil.copytree(toy_data / name, tmp_path / name)
     config = config_with_subset(tmp_path, tmp_path / "run", subset)
-    reader = step_dataset(config).pairings["image-text"].readers[0]
+    reader = step_loader(config).readers["image-text"].sources[0]
     for place in (0, 8, 20):
         pair = reader.read_training(place, epoch=0)
         bad = pair.bad_sample
@@ -221,7 +220,7 @@ def test_validation_reads_what_the_subset_keeps(toy_data, tmp_path):
 def test_a_subset_of_another_dataset_and_one_smaller_than_the_lanes_are_refused(toy_data, tmp_path):
     other = write_subset(tmp_path / "x.subset", toy_data / "more_colors", np.ones(25))
     with pytest.raises(InputError, match=r"x\.subset: belongs to a dataset of 25 samples"):
-        step_dataset(config_with_subset(toy_data, tmp_path / "run", other))
+        step_loader(config_with_subset(toy_data, tmp_path / "run", other))
     few = write_subset(tmp_path / "few.subset", toy_data / "colors", np.arange(83) < 5)
     with pytest.raises(InputError, match="'colors' has 5 samples, fewer than lanes=8"):
-        step_dataset(config_with_subset(toy_data, tmp_path / "run", few))
+        step_loader(config_with_subset(toy_data, tmp_path / "run", few))

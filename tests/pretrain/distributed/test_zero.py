@@ -14,7 +14,6 @@ from data_prep.config_file import read_config
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoints.state import shapes_of
 from pretrain.config import PretrainConfig
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import gather_objects
 from pretrain.distributed.start import (
     build_engine,
@@ -22,6 +21,7 @@ from pretrain.distributed.start import (
 )
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.train import open_step_loader
 from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
 from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
@@ -65,17 +65,17 @@ def observe(config):
     tokenizer = build_tokenizer(config.model.text)
     model = build_model(config, tokenizer=tokenizer)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    loader = open_step_loader(config, tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
     num_micro_batches = choose_num_micro_batches(
-        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+        config, model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     optimizer = build_optimizer(config, model)
     engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
 
     seen["loss"] = backward_of_step(
-        engine, dataset[0], config, num_micro_batches=num_micro_batches
+        engine, loader.load(0), config, num_micro_batches=num_micro_batches
     ).total
     seen["norm"] = engine.step(learning_rate=1e-3)
     seen["gradient"] = {
@@ -84,7 +84,9 @@ def observe(config):
         if name.startswith("exp_avg/")
     }
     before = copies(engine)
-    [micro_batch] = split_into_micro_batches(dataset[1], num_micro_batches=1, trims_captions=False)
+    [micro_batch] = split_into_micro_batches(
+        loader.load(1), num_micro_batches=1, trims_captions=False
+    )
     features = engine.forward([micro_batch])
     engine.backward(
         sum(each.sum() for group in features.values() for each in group if each is not None)
@@ -96,7 +98,7 @@ def observe(config):
     seen["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        backward_of_step(engine, dataset[2], config, num_micro_batches=num_micro_batches)
+        backward_of_step(engine, loader.load(2), config, num_micro_batches=num_micro_batches)
         seen["last norm"] = engine.step(learning_rate=1e-3)
     seen["collectives"] = Counter(
         event.name for event in profile.events() if event.name.startswith("c10d::")

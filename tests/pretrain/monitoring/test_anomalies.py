@@ -74,24 +74,24 @@ def train_with_a_late_rank(config):
     """Rank 2 reads slowly at first, then rank 1 computes slowly."""
     import time
 
-    from pretrain.data.step_dataset import StepDataset
+    from pretrain.data.step_loader import StepLoader
     from pretrain.distributed.collectives import rank
     from pretrain.distributed.engine import Engine
 
-    load, forward, step = StepDataset.load, Engine.forward, [0]
+    load, forward, step = StepLoader.load, Engine.forward, [0]
 
-    def slow_load(dataset, number):
+    def slow_load(loader, number):
         step[0] = number + 1
         if rank() == 2 and number < 4:
             time.sleep(0.4)
-        return load(dataset, number)
+        return load(loader, number)
 
     def slow_forward(engine, *arguments, **options):
         if rank() == 1 and step[0] > 4:
             time.sleep(0.4)
         return forward(engine, *arguments, **options)
 
-    StepDataset.load, Engine.forward = slow_load, slow_forward
+    StepLoader.load, Engine.forward = slow_load, slow_forward
     train(config)
 
 

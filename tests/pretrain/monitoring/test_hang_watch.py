@@ -20,17 +20,17 @@ TIMEOUT_SECONDS = 8
 
 def train_and_sleep(config):
     """Rank 1 waits for its data for ever, from the third step on."""
-    from pretrain.data.step_dataset import StepDataset
+    from pretrain.data.step_loader import StepLoader
     from pretrain.distributed.collectives import rank
 
-    load = StepDataset.load
+    load = StepLoader.load
 
-    def sleepless_load(dataset, number):
+    def sleepless_load(loader, number):
         if rank() == 1 and number == 2:
             time.sleep(1000)
-        return load(dataset, number)
+        return load(loader, number)
 
-    StepDataset.load = sleepless_load
+    StepLoader.load = sleepless_load
     train(config)
 
 

@@ -8,12 +8,12 @@ from data_prep.errors import (
     InputError,
 )
 from pretrain.config import media_of_pairing
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.train import open_step_loader
 from pretrain.training.distillation import load_teachers
 from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
 from pretrain.training.optimizer import build_optimizer
@@ -55,7 +55,7 @@ def errors_of_gradients(config, num_micro_batches):
     optimizer = build_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batch = StepDataset(config, tokenizer=tokenizer, **share)[0]
+    batch = open_step_loader(config, tokenizer, **share).load(0)
     losses = backward_of_step(
         engine, batch, config, num_micro_batches=num_micro_batches, teachers=teachers
     )
@@ -70,7 +70,7 @@ def errors_of_gradients(config, num_micro_batches):
 
 
 def true_loss(config, model, tokenizer, teachers):
-    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     [whole] = split_into_micro_batches(batch, num_micro_batches=1, trims_captions=False)
     total = 0
     for name, pairs in whole.items():
@@ -102,7 +102,7 @@ def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, tea
         optimizer=build_optimizer(config, model),
         gradient_clipping=None,
     )
-    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     engine.train_mode(False)
     backward_of_step(engine, batch, config, num_micro_batches=1, teachers=teachers)
     of_images = model.towers["image"].projection.weight.grad.norm()

@@ -3,11 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import build_training_model
+from pretrain.train import build_training_model, open_step_loader
 from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
 from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
@@ -48,10 +47,10 @@ def gradients_of(config, trims_captions=True):
         lambda tower, inputs: lengths.append(inputs[0].shape[1])
     )
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    dataset = StepDataset(config, tokenizer=tokenizer, **share)
+    loader = open_step_loader(config, tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
     num_micro_batches = choose_num_micro_batches(
-        config, model, dataset.layouts, device=accelerator.device, hosts=hosts
+        config, model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     lengths.clear()
     engine = Engine(
@@ -60,7 +59,7 @@ def gradients_of(config, trims_captions=True):
         optimizer=build_optimizer(config, model),
         gradient_clipping=None,
     )
-    losses = backward_of_step(engine, dataset[0], config, num_micro_batches=num_micro_batches)
+    losses = backward_of_step(engine, loader.load(0), config, num_micro_batches=num_micro_batches)
     gradients = {n: p.grad.clone().tolist() for n, p in small_parameters(model)}
     engine.close()
     return losses.total, gradients, lengths
@@ -125,7 +124,7 @@ def test_layers_drop_alike_in_micro_batches_on_ranks_and_when_recomputed(toy_dat
 def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path):
     config = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
     tokenizer = build_tokenizer(config.model.text)
-    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     micro_batches = split_into_micro_batches(batch, num_micro_batches=20, trims_captions=False)
     for name, pairs in batch.pairings.items():
         assert [len(each[name].media) for each in micro_batches][-1] == 0
@@ -142,7 +141,7 @@ def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path)
 def test_a_micro_batch_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
     config = config_of(toy_data, tmp_path / "run")
     tokenizer = build_tokenizer(config.model.text)
-    batch = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)[0]
+    batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     pairs = batch.pairings["image-text"]
     lengths = torch.tensor([3] * 8 + [11] + [2] * 7)
     batch = replace(batch, pairings={"image-text": replace(pairs, caption_lengths=lengths)})

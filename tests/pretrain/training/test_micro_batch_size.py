@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from pretrain.data.batch import PairLayout, step_bytes
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import rank
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_attempts
+from pretrain.train import open_step_loader
 from pretrain.training.activation_memory import ActivationBytes
 from pretrain.training.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
 from pretrain.training.micro_batch_size import (
@@ -138,11 +138,11 @@ def test_batches_count_where_they_are(toy_data, tmp_path):
 def free_for(config, num_micro_batches, *, num_processes):
     """Bytes that must be free for a rank of that many to need so many micro-batches."""
     tokenizer = build_tokenizer(config.model.text)
-    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=num_processes)
+    loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
     model = build_model(config, tokenizer=tokenizer)
     share = {"num_processes": num_processes, "num_processes_here": 1}
     device = torch.device("cpu")
-    estimate = estimate_for_plan(config, model, dataset.layouts, device=device, **share)
+    estimate = estimate_for_plan(config, model, loader.layouts, device=device, **share)
     assert estimate.num_micro_batches == 1
     graphs = estimate.graph_bytes(num_micro_batches) / (1 - estimate.share_kept_free)
     return sum(estimate.besides_graphs.values()) + round(graphs) + 10

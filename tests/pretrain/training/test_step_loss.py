@@ -9,13 +9,13 @@ import torch
 from pydantic import ValidationError
 
 from pretrain.config import media_of_pairing
-from pretrain.data.step_dataset import StepDataset
 from pretrain.distributed.collectives import RowGather, counted_traffic
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.train import open_step_loader
 from pretrain.training.gradient_cache import backward_of_step
 from pretrain.training.micro_batch_size import num_micro_batches_of_size
 from pretrain.training.optimizer import build_optimizer
@@ -59,7 +59,7 @@ def config_of(toy_data, folder, options, *, precision="fp32"):
 
 def batch_of(config, tokenizer, **share):
     """A step in which many pairs are duplicates of one another."""
-    batch = StepDataset(config, tokenizer=tokenizer, **share)[0]
+    batch = open_step_loader(config, tokenizer, **share).load(0)
     return replace(batch, pairings={n: with_duplicates(p) for n, p in batch.pairings.items()})
 
 

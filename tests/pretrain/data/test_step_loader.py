@@ -21,9 +21,9 @@ from data_prep.shards.dataset import Dataset
 from pretrain.config import Loading
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.loaders import start_loader
-from pretrain.data.step_dataset import StepDataset
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.order import format_digest
+from pretrain.train import open_step_loader
 from tests.support.toy_run import COLORS, toy_config
 
 TENSORS = ("media", "stripes", "tokens", "caption_lengths", "media_keys", "caption_keys")
@@ -49,17 +49,17 @@ def tokenizer(config):
 
 
 @pytest.fixture
-def dataset(config, tokenizer):
-    return StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+def loader(config, tokenizer):
+    return open_step_loader(config, tokenizer, rank=0, world_size=1)
 
 
 def load_steps(config, tokenizer, loading, *, world_size, first_step, last_step):
     """[steps] {pairing: {tensor: of the global batch}} as that many ranks load them."""
     of_ranks = []
     for rank in range(world_size):
-        dataset = StepDataset(config, tokenizer=tokenizer, rank=rank, world_size=world_size)
+        loader = open_step_loader(config, tokenizer, rank=rank, world_size=world_size)
         with start_loader(loading) as load:
-            steps = load(dataset, first_step=first_step, last_step=last_step)
+            steps = load(loader, first_step=first_step, last_step=last_step)
             of_ranks.append([copy.deepcopy(batch) for batch in steps])
     return [joined([steps[number] for steps in of_ranks]) for number in range(len(of_ranks[0]))]
 
@@ -113,30 +113,30 @@ def test_order_pixels_sounds_and_tokens_do_not_depend_on_ranks_and_workers(
 
 def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, monkeypatch):
     """Resuming is calling a function: what is read for step ten million is that step alone."""
-    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    loader = open_step_loader(config, tokenizer, rank=0, world_size=1)
     reads = []
-    for pairing in dataset.pairings.values():
-        for reader in pairing.readers:
+    for pairing in loader.readers.values():
+        for reader in pairing.sources:
             read = reader.dataset.read_sample
             monkeypatch.setattr(
                 reader.dataset, "read_sample", lambda n, read=read: (reads.append(n), read(n))[1]
             )
-    batch = dataset.load(10_000_000)
+    batch = loader.load(10_000_000)
     assert len(reads) == sum(len(pairs.tokens) for pairs in batch.pairings.values()) == 24
 
 
-def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(dataset, monkeypatch):
-    expected = joined([dataset.load(5)])
+def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(loader, monkeypatch):
+    expected = joined([loader.load(5)])
     for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
         monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_PAIRS", pairs)
         monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_BYTES", num_bytes)
-        assert_same_steps([joined([dataset.load(5)])], [expected])
+        assert_same_steps([joined([loader.load(5)])], [expected])
 
 
-def test_a_batch_knows_which_of_its_captions_and_media_are_equal(config, dataset):
-    more = dataset.pairings["image-text"].readers[1]
+def test_a_batch_knows_which_of_its_captions_and_media_are_equal(config, loader):
+    more = loader.readers["image-text"].sources[1]
     assert len(more.samples) == 25
-    rows = [dataset.load(step).pairings["image-text"] for step in range(30)]
+    rows = [loader.load(step).pairings["image-text"] for step in range(30)]
     tokens = torch.cat([each.tokens for each in rows])
     caption_keys = torch.cat([each.caption_keys for each in rows])
     media_keys = torch.cat([each.media_keys for each in rows])
@@ -154,10 +154,10 @@ def test_one_pairing_per_step_leaves_the_others_empty_and_orders_each_as_if_alon
     values["pairings"]["image-text"]["weight"] = 3.0
     chosen = type(config).model_validate(values | {"pairings_per_step": "one"})
     steps = [
-        StepDataset(chosen, tokenizer=tokenizer, rank=0, world_size=1).load(step).pairings
+        open_step_loader(chosen, tokenizer, rank=0, world_size=1).load(step).pairings
         for step in range(8)
     ]
-    everything = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    everything = open_step_loader(config, tokenizer, rank=0, world_size=1)
     for name, count in (("image-text", 6), ("audio-text", 2)):
         taken = [step[name] for step in steps if len(step[name].tokens)]
         assert len(taken) == count
@@ -185,21 +185,21 @@ def test_a_segment_brings_a_new_source_and_leaves_earlier_steps_alone(
     assert {source for source, _ in later} == {"colors", "again"}
 
 
-def test_readers_survive_pickling_after_use(dataset):
-    before = dataset.load(1)
-    after = pickle.loads(pickle.dumps(dataset)).load(1)
+def test_readers_survive_pickling_after_use(loader):
+    before = loader.load(1)
+    after = pickle.loads(pickle.dumps(loader)).load(1)
     assert torch.equal(after.pairings["image-text"].media, before.pairings["image-text"].media)
 
 
-def test_every_picture_comes_with_one_of_its_own_captions(dataset, tokenizer):
-    reader = dataset.pairings["image-text"].readers[0]
+def test_every_picture_comes_with_one_of_its_own_captions(loader, tokenizer):
+    reader = loader.readers["image-text"].sources[0]
     assert reader.read_exactly(3).captions == [f"picture 3 is {COLORS[3]}"]
     captions = {reader.read_training(4, epoch=epoch).caption for epoch in range(20)}
     assert captions == {f"picture 4 is {COLORS[0]}", "also number 4"}
-    drawn = dataset.load(0).pairings["image-text"].tokens
+    drawn = loader.load(0).pairings["image-text"].tokens
     own = {
         tuple(tokenizer([caption])[0].tolist())
-        for each in dataset.pairings["image-text"].readers
+        for each in loader.readers["image-text"].sources
         for ordinal in range(len(each.samples))
         for caption in each.read_exactly(ordinal).captions
     }
@@ -215,14 +215,14 @@ def test_a_shard_that_disappears_stops_the_run_with_its_name(
 ):
     shutil.copytree(toy_data, tmp_path / "data")
     config = toy_config(tmp_path / "data", tmp_path / "run")
-    dataset = StepDataset(config, tokenizer=tokenizer, rank=0, world_size=1)
+    loader = open_step_loader(config, tokenizer, rank=0, world_size=1)
     (tmp_path / "data" / "tones" / "00000000.tar").unlink()
     with start_loader(loading) as load, pytest.raises(InputError, match=r"tones/00000000\.tar"):
-        list(load(dataset, first_step=0, last_step=6))
+        list(load(loader, first_step=0, last_step=6))
 
 
 @pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
-def test_a_fault_that_may_pass_is_told_as_such(dataset, monkeypatch, loading):
+def test_a_fault_that_may_pass_is_told_as_such(loader, monkeypatch, loading):
     def fails(*_):
         raise OSError(110, "Connection timed out", "tones/00000001.tar")
 
@@ -230,13 +230,13 @@ def test_a_fault_that_may_pass_is_told_as_such(dataset, monkeypatch, loading):
     monkeypatch.setattr(Dataset, "read_sample", fails)
     expected = r"cannot read a shard: .*timed out.*tones/00000001\.tar.*nothing was skipped"
     with start_loader(loading) as load, pytest.raises(RunError, match=expected):
-        list(load(dataset, first_step=0, last_step=6))
+        list(load(loader, first_step=0, last_step=6))
 
 
-def test_a_loader_process_that_is_killed_ends_the_run_with_the_cause(dataset):
+def test_a_loader_process_that_is_killed_ends_the_run_with_the_cause(loader):
     process = LoaderProcess(Loading(num_workers=2))
     try:
-        steps = process.load(dataset, first_step=0, last_step=10**6, is_pinned=False)
+        steps = process.load(loader, first_step=0, last_step=10**6, is_pinned=False)
         next(steps)
         os.kill(process._process.pid, signal.SIGKILL)
         with pytest.raises(RunError, match="ended with SIGKILL"):
@@ -246,9 +246,9 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_the_cause(dataset):
         process.close()
 
 
-def test_a_loader_process_ignores_the_schedulers_signals_and_ends_with_its_parent(dataset):
+def test_a_loader_process_ignores_the_schedulers_signals_and_ends_with_its_parent(loader):
     process = LoaderProcess(Loading(num_workers=1))
-    steps = process.load(dataset, first_step=0, last_step=10**6, is_pinned=False)
+    steps = process.load(loader, first_step=0, last_step=10**6, is_pinned=False)
     next(steps)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(process._process.pid, number)
