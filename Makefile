@@ -26,7 +26,7 @@ check-demo: demo                 ## fails if the demo's metrics are below their 
 
 # Two at a time, whole files to each: most tests have seconds in which only one process computes.
 test: .venv/ready                ## the fast tests: under eight minutes on two cores
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(RUN) -m pytest -n 2 --dist loadgroup --durations=25
 
 test-slow: .venv/ready           ## more combinations of strategies, processes and losses
 	$(RUN) -m pytest -m slow -n 2 --dist loadgroup
