@@ -1,15 +1,14 @@
-"""Fetches one URL into a file: redirects, limits, retries.
+"""Downloads one URL into a file, with redirects, limits and retries.
 
-1. an attempt follows redirects; every hop is asked for permission, takes a place of its host, and
-   is held to the time limit
-2. the body is written as it comes, never more than max_bytes of it
-3. what may end otherwise another time is tried again, after a wait that doubles each time
+1. an attempt follows redirects; each hop is checked for permission, occupies one of the host's
+   connections, and must end within the time limit
+2. the body is written as it arrives, up to max_bytes
+3. transient errors are retried, after a delay that doubles each time, or that the server asks for
 """
 
 from __future__ import annotations
 
 import email.utils
-import random
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,12 @@ from data_prep.download.address import DownloadError, WebAddress, parse_address,
 from data_prep.download.body import PIECE_BYTES, ResponseBody
 from data_prep.download.cache import DownloadCache, DownloadsEnded, FetchRecord
 from data_prep.download.connection import ConnectionWatch, Exchange, build_connection_pools
+from data_prep.storage.retry import RetryPolicy
 
-FIRST_WAIT_SECONDS = 0.5  # before the first retry
-LONGEST_WAIT_SECONDS = 60.0  # also where a server asks for more
+MAX_DELAY_SECONDS = 60.0  # also if a server asks for more
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NOT_FOUND, REFUSED = frozenset({404, 410}), frozenset({401, 403, 451})
-TRANSIENT_STATUSES = frozenset({408, 425, 429})  # besides 5xx
+TRANSIENT_STATUSES = frozenset({408, 425, 429})  # in addition to 5xx
 
 CheckAddress = Callable[[WebAddress], None]
 CheckResponse = Callable[[BaseHTTPResponse], None]
@@ -39,15 +38,16 @@ class WebFetcher:
     """Fetches URLs; may be used by many threads at a time.
 
     Args:
-        options: limits and manners.
-        cache: whose host places are taken.
-        watch: ends exchanges in time, and all of them when it is closed.
+        options: limits and crawling policy.
+        cache: cache that limits the connections per host.
+        watch: watch that ends overdue exchanges, and all exchanges when it is closed.
     """
 
     def __init__(self, options: DownloadOptions, *, cache: DownloadCache, watch: ConnectionWatch):
         self._options = options
         self._cache = cache
         self._watch = watch
+        self._policy = RetryPolicy(options.retries, max_delay_seconds=MAX_DELAY_SECONDS)
         self._pools = build_connection_pools(
             watch,
             private_hosts=options.private_hosts,
@@ -56,6 +56,7 @@ class WebFetcher:
         )
 
     def close(self) -> None:
+        """Closes all connections."""
         self._pools.clear()
 
     def fetch(
@@ -68,50 +69,53 @@ class WebFetcher:
         check_address: CheckAddress,
         check_response: CheckResponse,
     ) -> FetchRecord:
-        """What became of the URL; its body, if it has one, is then in the file.
+        """Downloads a URL into a file, and records the outcome.
 
         Args:
-            url: as a person gave it.
-            path: file to write, which nobody else writes.
-            max_bytes: longest body.
-            cut: end a longer body there, instead of refusing it.
+            url: URL as given in the input.
+            path: file to write, exclusive to this call.
+            max_bytes: maximum length of the body.
+            cut: truncate a longer body, instead of rejecting it.
             check_address: called with the address of every hop; raises DownloadError.
-            check_response: called with every redirect, and the response whose body will be read;
-                likewise.
+            check_response: called with every redirect, and with the response whose body will be
+                read; raises DownloadError.
 
         Raises:
-            DownloadsEnded: the downloader was closed.
-            RunError: the disk is full, or broken.
+            DownloadsEnded: if the downloader was closed.
+            RunError: if the disk is full or fails.
         """
-        for attempt in range(self._options.retries + 1):
-            try:
-                address = parse_address(url)
-                body = ResponseBody(path, max_bytes=max_bytes, cut=cut, cache=self._cache)
-                self._follow(address, body, check_address, check_response)
-                return FetchRecord(
-                    num_bytes=body.num_bytes,
-                    sha256=body.sha256.hexdigest(),
-                    max_bytes=max_bytes,
-                    time=time.time(),
-                )
-            except DownloadError as error:
-                if self._watch.closed.is_set():
-                    raise DownloadsEnded from None
-                if not error.is_transient or attempt == self._options.retries:
-                    return FetchRecord(
-                        reason=error.reason,
-                        detail=error.detail,
-                        is_transient=error.is_transient,
-                        status=error.status,
-                        max_bytes=max_bytes,
-                        time=time.time(),
-                    )
-                self._wait(attempt, error.retry_after_seconds)
-        raise AssertionError("the last attempt returns")
 
-    def _wait(self, attempt: int, asked_seconds: float | None) -> None:
-        seconds = FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.0)
-        seconds = min(max(seconds, asked_seconds or 0.0), LONGEST_WAIT_SECONDS)
+        def attempt() -> FetchRecord:
+            address = parse_address(url)
+            body = ResponseBody(path, max_bytes=max_bytes, cut=cut, cache=self._cache)
+            self._follow(address, body, check_address, check_response)
+            return FetchRecord(
+                num_bytes=body.num_bytes,
+                sha256=body.sha256.hexdigest(),
+                max_bytes=max_bytes,
+                time=time.time(),
+            )
+
+        try:
+            return self._policy.call(attempt, is_transient=self._is_transient, wait=self._wait)
+        except DownloadError as error:
+            if self._watch.closed.is_set():
+                raise DownloadsEnded from None
+            return FetchRecord(
+                reason=error.reason,
+                detail=error.detail,
+                is_transient=error.is_transient,
+                status=error.status,
+                max_bytes=max_bytes,
+                time=time.time(),
+            )
+
+    def _is_transient(self, error: Exception) -> bool:
+        is_closed = self._watch.closed.is_set()
+        return isinstance(error, DownloadError) and error.is_transient and not is_closed
+
+    def _wait(self, error: DownloadError, delay: float) -> None:
+        seconds = min(max(delay, error.retry_after_seconds or 0.0), MAX_DELAY_SECONDS)
         if self._watch.closed.wait(seconds):
             raise DownloadsEnded
 
@@ -145,7 +149,7 @@ class WebFetcher:
         )
 
     def _check_end(self, exchange: Exchange) -> None:
-        """A body of unknown length that the watch ended looks whole."""
+        """Raises an error if the watch ended a body of unknown length, which looks complete."""
         if exchange.is_overdue:
             raise DownloadError("download_timeout", "", is_transient=True)
         if self._watch.closed.is_set():
@@ -180,7 +184,7 @@ class WebFetcher:
 
 
 def _finish(response: BaseHTTPResponse) -> None:
-    """Gives the connection back for the next request, or closes it if a body is still to come."""
+    """Returns the connection to its pool, or closes it if much of the body is unread."""
     if 0 < (response.length_remaining or 0) <= PIECE_BYTES:
         response.drain_conn()
     if not response.closed:
@@ -206,7 +210,7 @@ def _check_status(response: BaseHTTPResponse) -> None:
 
 
 def _retry_after_seconds(header: str | None) -> float | None:
-    """Seconds that a Retry-After asks for, which gives their number or a date."""
+    """Parses a Retry-After header, which holds seconds or a date, to seconds."""
     if header is None:
         return None
     if header.strip().isdecimal():
@@ -221,11 +225,11 @@ def _retry_after_seconds(header: str | None) -> float | None:
 def _urllib3_errors(
     address: WebAddress, exchange: Exchange, options: DownloadOptions
 ) -> Iterator[None]:
-    """Raises a DownloadError for every error of urllib3, http.client and the sockets below."""
+    """Converts errors of urllib3, http.client and sockets to DownloadErrors."""
     try:
         yield
     except DownloadError:
-        if exchange.is_overdue:  # a body that ends early because the watch ended it
+        if exchange.is_overdue:  # the watch ended the body early
             raise _overdue(address, options) from None
         raise
     except (urllib3_errors.HTTPError, OSError) as error:
@@ -237,7 +241,7 @@ def _urllib3_errors(
 def _overdue(address: WebAddress, options: DownloadOptions) -> DownloadError:
     return DownloadError(
         "download_timeout",
-        f"{address.host}: no whole response in {options.total_timeout_seconds} s",
+        f"{address.host}: no complete response in {options.total_timeout_seconds} s",
         is_transient=True,
     )
 
@@ -246,7 +250,7 @@ def _download_error(
     address: WebAddress, error: Exception, options: DownloadOptions
 ) -> DownloadError:
     if isinstance(error, urllib3_errors.TimeoutError):
-        message = f"{address.host}: nothing in {options.read_timeout_seconds} s"
+        message = f"{address.host}: no data for {options.read_timeout_seconds} s"
         return DownloadError("download_timeout", message, is_transient=True)
     if isinstance(error, urllib3_errors.SSLError | ssl.SSLError):
         is_certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)

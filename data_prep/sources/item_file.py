@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 
 from data_prep.errors import (
     InputError,
@@ -16,9 +15,10 @@ from data_prep.errors import (
 )
 from data_prep.sources.pair import BadItemError
 from data_prep.storage import remote_file
+from data_prep.storage.retry import RetryPolicy
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-SECONDS_BETWEEN_ATTEMPTS = (0.5, 2.0, 5.0)
+POLICY = RetryPolicy(3, factor=4.0, max_delay_seconds=5.0, min_jitter=1.0)  # 0.5, 2 and 5 s
 
 
 def read_item_file(path: str, *, max_bytes: int) -> bytes:
@@ -34,36 +34,46 @@ def read_item_file(path: str, *, max_bytes: int) -> bytes:
         RunError: if every attempt failed for a transient reason.
     """
     is_local = remote_file.local_path(path) is not None
-    passing = OSError if is_local else Exception  # fsspec's file systems raise all kinds
-    for pause in (*SECONDS_BETWEEN_ATTEMPTS, None):
+    transient = OSError if is_local else Exception  # fsspec's file systems raise all kinds
+
+    def read() -> bytes:
         try:
             return _read(path, max_bytes)
-        except remote_file.UnknownSchemeError as error:
-            raise BadItemError("unknown_scheme", str(error)) from None
-        except (BadItemError, InputError):
+        except Exception as error:
+            rejection = _permanent_error(path, error)
+            if rejection is not None:
+                raise rejection from None
             raise
-        except ValueError as error:  # a name that no file can have
-            raise BadItemError("missing_file", f"{path!r}: {error}") from None
-        except passing as error:
-            _raise_lasting(path, error)
-            if pause is None:
-                raise RunError(
-                    f"{path}: not readable after {len(SECONDS_BETWEEN_ATTEMPTS) + 1} attempts: "
-                    f"{error}; run the same command again when the disk or server answers: "
-                    "finished shards are kept"
-                ) from error
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
+
+    def is_transient(error: Exception) -> bool:
+        return isinstance(error, transient) and not isinstance(error, (BadItemError, InputError))
+
+    try:
+        return POLICY.call(read, is_transient=is_transient)
+    except transient as error:
+        if not is_transient(error):
+            raise
+        raise RunError(
+            f"{path}: unreadable after {POLICY.num_attempts} attempts: {error}; run the same "
+            "command again when the disk or server answers: finished shards are kept"
+        ) from error
 
 
-def _raise_lasting(path: str, error: Exception) -> None:
-    number = getattr(error, "errno", None)
-    if isinstance(error, FileNotFoundError) or number in MISSING:
-        raise BadItemError("missing_file", path) from None
+def _permanent_error(path: str, error: Exception) -> BadItemError | None:
+    """Returns the rejection of the item if the error is a fault of its file, or else None."""
+    if isinstance(error, remote_file.UnknownSchemeError):
+        return BadItemError("unknown_scheme", str(error))
+    if isinstance(error, (BadItemError, InputError)):
+        return None
+    if isinstance(error, ValueError):  # a name that no file can have
+        return BadItemError("missing_file", f"{path!r}: {error}")
+    if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in MISSING:
+        return BadItemError("missing_file", path)
     if isinstance(error, PermissionError):
-        raise BadItemError("unreadable_file", f"{path}: {error.strerror or error}") from None
+        return BadItemError("unreadable_file", f"{path}: {error.strerror or error}")
     if isinstance(error, (remote_file.NotAFileError, IsADirectoryError)):
-        raise BadItemError("not_a_file", f"{path}: expected an ordinary file") from None
+        return BadItemError("not_a_file", f"{path}: expected an ordinary file")
+    return None
 
 
 def _read(path: str, max_bytes: int) -> bytes:

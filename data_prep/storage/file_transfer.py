@@ -1,12 +1,12 @@
-"""Whole files from a URL to the disk, tried again while what fails may pass.
+"""Transfers of whole files from a URL to the disk, retried on transient errors.
 
-http and https come in one streamed request; file:// is copied; every other scheme (s3, gs, hf, ...)
-is left to fsspec's `get_file`. A failure is one of four:
+An http or https URL is read in one streamed request, and a file:// URL is copied. Every other
+scheme (s3, gs, hf, ...) goes through fsspec's `get_file`. A failure has one of four types:
 
-    FileNotFoundError     the file, its bucket or its repository is not there: never tried again
-    PermissionError       it is not given to us: never tried again
-    WrongContentError     it came whole, and is not what was expected, at every try
-    other OSErrors        the network or server failed at every try, or the disk cannot take it
+    FileNotFoundError     the file, bucket or repository does not exist; not retried
+    PermissionError       access denied; not retried
+    WrongContentError     the file was complete, but its content was wrong in every attempt
+    other OSErrors        the network or server failed in every attempt, or the disk is full
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import random
+import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,26 +25,24 @@ import urllib3
 from data_prep.errors import InputError
 from data_prep.storage.atomic import sha256_of
 from data_prep.storage.remote_file import file_system, is_web_url, local_path
+from data_prep.storage.retry import RetryPolicy
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
-FIRST_DELAY_SECONDS = 0.5  # doubled at each further try
-LONGEST_DELAY_SECONDS = 30.0
 TIMEOUT_SECONDS = 30.0  # without a byte
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 MAX_REDIRECTS = 10
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 MISSING_STATUSES = (404, 410)
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-# Of the refusals, those that say: later.
-PASSING_STATUSES = (408, 425, 429)
-# Classes of libraries that are no OSErrors and carry no status.
+TRANSIENT_STATUSES = (408, 425, 429)  # of the 4xx; all 5xx are transient
+# Error classes of libraries that are not OSErrors and carry no status.
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError")
 
 
 class WrongContentError(OSError):
-    """A file that came to its end has not the expected length or sha256."""
+    """A complete file does not have the expected length or sha256."""
 
 
 def fetch_file(
@@ -56,61 +53,79 @@ def fetch_file(
     num_bytes: int | None = None,
     sha256: str | None = None,
 ) -> None:
-    """Writes the file at `url` to `path`, in place: whoever needs it whole renames it.
+    """Downloads a file in place; a caller that needs it complete renames it afterwards.
 
     Args:
-        url: of any scheme that remote_file knows.
-        path: file that is made, or overwritten; its folder is there.
-        retries: further tries after a failure that may pass.
-        num_bytes, sha256: what it must have; checked where given.
+        url: URL of any scheme that `remote_file` supports.
+        path: file to create or overwrite, in an existing folder.
+        retries: number of retries after transient failures.
+        num_bytes: expected length, or None if unknown.
+        sha256: expected checksum, or None if unknown.
 
     Raises:
-        FileNotFoundError, PermissionError, WrongContentError, OSError: see this module's head.
-        InputError: no library opens this URL.
+        FileNotFoundError, PermissionError, WrongContentError, OSError: as listed in the module's
+            docstring.
+        InputError: if no library opens this URL.
     """
 
     def fetch() -> None:
         _transfer(url, path)
         _check_content(url, path, num_bytes=num_bytes, sha256=sha256)
 
-    with_tries(url, fetch, retries=retries)
+    with_retries(url, fetch, retries=retries)
 
 
-def with_tries(url: str, action: Callable[[], Result], *, retries: int) -> Result:
-    """What `action` returns, tried again while what fails may pass.
+def with_retries(url: str, action: Callable[[], Result], *, retries: int) -> Result:
+    """Calls a function that accesses a URL, and retries it on transient errors.
 
     Args:
-        url: of the file that it is about.
-        action: reads or writes through any library.
-        retries: further tries.
+        url: URL of the file, for messages.
+        action: reads or writes through any library; safe to repeat.
+        retries: number of retries after transient failures.
+
+    Returns:
+        The result of `action`.
 
     Raises:
-        FileNotFoundError, PermissionError, WrongContentError, OSError: see this module's head.
-        InputError: no library opens this URL.
+        FileNotFoundError, PermissionError, WrongContentError, OSError: as listed in the module's
+            docstring.
+        InputError: if no library opens this URL.
     """
-    for nth in range(retries + 1):
+    policy = RetryPolicy(retries)
+
+    def attempt() -> Result:
         try:
             return action()
         except Exception as error:
             failure = _classify(url, error)
-            if _is_final(failure):
-                raise failure from error
-            if nth == retries:
-                raise _after_tries(failure, retries + 1) from error
-            delay = min(FIRST_DELAY_SECONDS * 2**nth, LONGEST_DELAY_SECONDS)
-            delay *= random.uniform(0.5, 1)  # so that a cluster does not ask in step
-            log.warning("%s; trying again in %.1f s", failure, delay)
-            time.sleep(delay)
-    raise AssertionError("the last try returns or raises")
+            if failure is error:
+                raise
+            raise failure from error
+
+    def report(failure: Exception, delay: float) -> None:
+        log.warning("%s; retrying in %.1f s", failure, delay)
+
+    try:
+        return policy.call(attempt, is_transient=_is_transient, on_retry=report)
+    except Exception as failure:
+        if retries and _is_transient(failure):
+            message = f"{failure} (tried {policy.num_attempts} times)"
+            raise type(failure)(message) from failure.__cause__
+        raise
 
 
 def fetch_bytes(url: str, folder: Path, *, retries: int) -> bytes:
-    """The content of a small file, by way of a temporary one in `folder`.
+    """Downloads a small file through a temporary file, and returns its content.
+
+    Args:
+        url: URL of any scheme that `remote_file` supports.
+        folder: existing folder for the temporary file.
+        retries: number of retries after transient failures.
 
     Raises:
-        OSError, InputError: as fetch_file.
+        OSError, InputError: as `fetch_file`.
     """
-    path = folder / f".{hashlib.sha256(url.encode()).hexdigest()[:16]}.{random.getrandbits(64):x}"
+    path = folder / f".{hashlib.sha256(url.encode()).hexdigest()[:16]}.{secrets.token_hex(8)}"
     try:
         fetch_file(url, path, retries=retries)
         return path.read_bytes()
@@ -143,8 +158,8 @@ def _transfer_from_web(url: str, path: Path) -> None:
     ):
         if response.status != 200:
             raise _StatusError(response.status)
-        for piece in response.stream(PIECE_BYTES):
-            file.write(piece)
+        for chunk in response.stream(CHUNK_BYTES):
+            file.write(chunk)
 
 
 class _StatusError(Exception):
@@ -165,38 +180,31 @@ def _check_content(url: str, path: Path, *, num_bytes: int | None, sha256: str |
 
 
 def _classify(url: str, error: Exception) -> Exception:
-    """What a library raised, as one of the classes that this module's head lists."""
+    """Converts an error of any library to one of the types in the module's docstring."""
     if isinstance(error, (InputError, WrongContentError)):
         return error
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return error
     status = next((s for e in _causes(error) if (s := _status_of(e)) is not None), None)
     if isinstance(error, NO_FILE) or status in MISSING_STATUSES:
-        return FileNotFoundError(errno.ENOENT, f"not there ({_in_words(error)})", url)
-    is_refused = status is not None and 400 <= status < 500 and status not in PASSING_STATUSES
+        return FileNotFoundError(errno.ENOENT, f"not found ({_describe(error)})", url)
+    is_refused = status is not None and 400 <= status < 500 and status not in TRANSIENT_STATUSES
     names = {type(e).__name__ for e in _causes(error)}
     if isinstance(error, PermissionError) or is_refused or names.intersection(NO_CREDENTIALS):
-        return PermissionError(errno.EACCES, f"not given ({_in_words(error)})", url)
+        return PermissionError(errno.EACCES, f"access denied ({_describe(error)})", url)
     if isinstance(error, (ValueError, TypeError, AttributeError, LookupError, AssertionError)):
-        return error  # a wrong argument or a fault of a program, which stays
-    return OSError(f"{url}: {_in_words(error)}")
+        return error  # a wrong argument or a bug: permanent
+    return OSError(f"{url}: {_describe(error)}")
 
 
-def _is_final(failure: Exception) -> bool:
-    if isinstance(failure, OSError):
-        is_of_disk = failure.errno in DISK_ERRORS
-        return is_of_disk or isinstance(failure, (FileNotFoundError, PermissionError))
-    return True
-
-
-def _after_tries(failure: Exception, num_tries: int) -> Exception:
-    if num_tries == 1:
-        return failure
-    return type(failure)(f"{failure} (tried {num_tries} times)")
+def _is_transient(failure: Exception) -> bool:
+    if not isinstance(failure, OSError) or failure.errno in DISK_ERRORS:
+        return False
+    return not isinstance(failure, (FileNotFoundError, PermissionError))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from."""
+    """Yields the error and the chain of its causes."""
     for _ in range(5):
         if error is None:
             return
@@ -206,8 +214,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status_of(error: BaseException) -> int | None:
-    """The status of the response that an error of urllib3, botocore, aiohttp, httpx or gcsfs is
-    about."""
+    """Returns the HTTP status in an error of urllib3, botocore, aiohttp, httpx or gcsfs."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore's
         status: Any = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -217,8 +224,8 @@ def _status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) and 100 <= status < 600 else None
 
 
-def _in_words(error: Exception) -> str:
-    """The message, or the name of a class that comes without one."""
+def _describe(error: Exception) -> str:
+    """Returns the message of an error, or the name of its class if the message is empty."""
     name = type(error).__name__
     words = str(error)
     if not words:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data_prep.config_file import read_yaml
-from data_prep.storage.file_transfer import WrongContentError, with_tries
+from data_prep.storage.file_transfer import WrongContentError, with_retries
 from data_prep.storage.remote_file import (
     exists,
     file_system,
@@ -220,7 +220,7 @@ def retry_remote(path: str, action: Callable[[], Result]) -> Result:
     """
     if local_path(path) is not None:
         return action()
-    return with_tries(path, action, retries=RETRIES)
+    return with_retries(path, action, retries=RETRIES)
 
 
 def write_file(

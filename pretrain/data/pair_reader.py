@@ -7,7 +7,6 @@ replacement is recorded. What fails for the moment is tried again, and then stop
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -26,11 +25,11 @@ from data_prep.shards.sample import (
     media_extension_of,
 )
 from data_prep.shards.subset import KeptSamples
+from data_prep.storage.retry import RetryPolicy
 from pretrain.data.transforms import MediaTransform
 from pretrain.sampling.keyed_random import SampleRandom, key_of, permute, sample_random
 
 MAX_SUBSTITUTES = 16
-FIRST_WAIT_SECONDS = 0.5  # before the first retry of a read; doubles each time
 # What another sample can stand in for.
 BAD_BYTES = (CorruptSampleError, MediaError, BadShardError)
 Result = TypeVar("Result")
@@ -127,7 +126,7 @@ class PairReader:
         self.dataset = samples.dataset
         self.transform = transform
         self.seed = seed
-        self.retries = retries if samples.dataset.fetch_shard is None else 0
+        self.retry_policy = RetryPolicy(retries if samples.dataset.fetch_shard is None else 0)
         self.takes_bad_shards = takes_bad_shards
         self._ranks_before = np.cumsum(samples.shard_sizes) - samples.shard_sizes
         if self.dataset.info.media != kind:
@@ -160,13 +159,7 @@ class PairReader:
             raise MediaError(f"{sample}: .{extension}: {error}", reason=error.reason) from None
 
     def _retry(self, read: Callable[[], Result]) -> Result:
-        """What `read` returns, tried again while it fails for the moment."""
-        for attempt in range(self.retries):
-            try:
-                return read()
-            except OSError:
-                time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-        return read()
+        return self.retry_policy.call(read, is_transient=_is_os_error)
 
     # ------------------------------------------------------------------------------ for training
 
@@ -266,3 +259,7 @@ class PairReader:
 
     def _is_bad(self, shard: int) -> bool:
         return self.takes_bad_shards and shard in self.dataset.bad_shards
+
+
+def _is_os_error(error: Exception) -> bool:
+    return isinstance(error, OSError)

@@ -13,6 +13,7 @@ from data_prep.config import AudioOptions, ImageOptions
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import captions_of
+from data_prep.storage import retry
 from tests.support.bad_media import AUDIO_FILTERS, BAD_MEDIA, IMAGE_FILTERS, picture, sound
 from tests.support.toy_pairs import contents, rejected_rows, shard, verify, write_pictures
 
@@ -143,7 +144,7 @@ def test_a_disk_that_fails_stops_the_run_instead_of_dropping_pairs(tmp_path, mon
         return opened(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", fail)
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
     with pytest.raises((InputError, RuntimeError, OSError), match=r"picture_2\.jpg"):
         shard(manifest, tmp_path / "dataset")
     monkeypatch.undo()

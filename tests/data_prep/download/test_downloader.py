@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from data_prep.download.downloader import Downloader
 from data_prep.download.robots import check_opt_out
 from data_prep.errors import RunError
 from data_prep.sources.pair import BadItemError
+from data_prep.storage.retry import RetryPolicy
 from tests.support.toy_web_server import BODY, toy_web_server
 
 MAX_BYTES = 1_000_000
@@ -40,7 +42,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(fetch, "FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(fetch, "RetryPolicy", partial(RetryPolicy, first_delay_seconds=0.02))
 
 
 def options(**changes):

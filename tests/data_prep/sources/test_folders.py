@@ -12,6 +12,7 @@ from data_prep.shards.sample import captions_of
 from data_prep.sources import item_file
 from data_prep.sources.formats import input_state
 from data_prep.storage import remote_file
+from data_prep.storage.retry import RetryPolicy
 from tests.support.toy_pairs import picture_bytes, rejected_rows, shard, write_pictures
 from tests.support.toy_sources import contents_of, pairs_of, reasons_of, source_of
 
@@ -179,7 +180,7 @@ def test_what_is_wrong_with_a_media_file_has_a_reason_and_never_hangs(tmp_path):
 def test_an_unreadable_file_is_rejected_but_a_failing_disk_stops_the_run(tmp_path, monkeypatch):
     write(tmp_path, {"a.jpg": b"A", "a.txt": b"a"})
     pairs = pairs_of(tmp_path)
-    monkeypatch.setattr(item_file, "SECONDS_BETWEEN_ATTEMPTS", (0, 0))
+    monkeypatch.setattr(item_file, "POLICY", RetryPolicy(2, first_delay_seconds=0))
     failures = []
     real = remote_file.open_binary
 
@@ -197,7 +198,7 @@ def test_an_unreadable_file_is_rejected_but_a_failing_disk_stops_the_run(tmp_pat
     failing(errno.EIO, 3)
     assert contents_of(tmp_path, pairs) == [b"A"]  # the third attempt
     failures.clear()
-    with pytest.raises(RuntimeError, match=r"not readable after 3 attempts: .*finished shards"):
+    with pytest.raises(RuntimeError, match=r"unreadable after 3 attempts: .*finished shards"):
         contents_of(tmp_path, pairs)
 
 

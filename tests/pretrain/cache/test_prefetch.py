@@ -7,7 +7,7 @@ import pytest
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import BadShardError
-from data_prep.storage import file_transfer
+from data_prep.storage import retry
 from pretrain.cache import prefetch
 from pretrain.cache.eviction import CacheRoom
 from pretrain.cache.prefetch import ShardPrefetcher, check_cache
@@ -45,7 +45,7 @@ def store(running_store):
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(prefetch, "SECONDS_BETWEEN_LOOKS", 0.002)
-    monkeypatch.setattr(file_transfer, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
 
 
 class Node:

@@ -10,6 +10,7 @@ from data_prep.shards.index import (
     ShardIndex,
 )
 from data_prep.shards.sample import BadShardError
+from data_prep.storage import retry
 from pretrain.config import ImageTransform
 from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import PairReader
@@ -182,7 +183,7 @@ class Flaky:
 
 
 def test_a_read_that_fails_for_the_moment_is_tried_again_and_changes_nothing(toy_data, monkeypatch):
-    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
     reader = reader_of(toy_data / "colors", retries=3)
     expected = reader.read_training(7, epoch=0)
     flaky = Flaky(reader.dataset.read_sample, failures=3)
@@ -194,7 +195,7 @@ def test_a_read_that_fails_for_the_moment_is_tried_again_and_changes_nothing(toy
 
 
 def test_a_read_that_keeps_failing_stops_and_is_never_substituted(toy_data, monkeypatch):
-    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
     reader = reader_of(toy_data / "colors", retries=2, takes_bad_shards=True)
     flaky = Flaky(reader.dataset.read_sample, failures=99)
     monkeypatch.setattr(reader.dataset, "read_sample", flaky)

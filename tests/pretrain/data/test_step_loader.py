@@ -18,6 +18,7 @@ from data_prep.errors import (
 )
 from data_prep.media.decode import decode_image
 from data_prep.shards.dataset import Dataset
+from data_prep.storage import retry
 from pretrain.config import Loading
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.loaders import start_loader
@@ -226,7 +227,7 @@ def test_a_fault_that_may_pass_is_told_as_such(loader, monkeypatch, loading):
     def fails(*_):
         raise OSError(110, "Connection timed out", "tones/00000001.tar")
 
-    monkeypatch.setattr("pretrain.data.pair_reader.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
     monkeypatch.setattr(Dataset, "read_sample", fails)
     expected = r"cannot read a shard: .*timed out.*tones/00000001\.tar.*nothing was skipped"
     with start_loader(loading) as load, pytest.raises(RunError, match=expected):
