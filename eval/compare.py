@@ -20,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.storage.atomic import write_atomically
+from eval.comparison import compare, shared_evaluations
 from eval.metrics.intervals import Bootstrap
-from eval.report.comparison import Difference, compare, shared_evaluations
+from eval.report.differences import Difference
 from eval.report.markdown_table import markdown_table
 
 COLUMNS = (

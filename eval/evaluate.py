@@ -42,7 +42,7 @@ def dry_run(config: EvaluateConfig) -> None:
     """Checks the files of every task, and prints what would be measured."""
     check_output_folder(config.output, key="output")
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
-    found = read_tasks(config)
+    found = read_tasks(config.evaluations, skip_missing=config.skip_missing, seed=config.seed)
     for task in found.present:
         say(task.description())
     for name, reason in found.skipped.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from eval.embeddings.store import EmbeddingStore
 from eval.metrics.intervals import Bootstrap
 from eval.models.encoder import load_encoder
 from eval.processes import wait_for_all
+from eval.report.averages import averages_of
 from eval.report.html import write_report
 from eval.report.predictions import write_predictions
 from eval.report.results import (
@@ -25,8 +27,8 @@ from eval.report.results import (
     write_results,
 )
 from eval.tasks.readers import fetch_datasets, read_tasks
-from eval.tasks.runner import Embeddings, Outcome, check_towers, encode_tasks, measure_tasks
-from eval.tasks.task import Task
+from eval.tasks.runner import Embeddings, check_towers, encode_tasks, measure_tasks
+from eval.tasks.task import Outcome, Task
 from pretrain.distributed.collectives import on_main_process, rank
 
 
@@ -40,8 +42,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     start = time.monotonic()
     check_output_folder(config.output, key="output")
-    on_main_process(lambda: fetch_datasets(config))
-    found = read_tasks(config)
+    on_main_process(lambda: fetch_datasets(config.evaluations))
+    found = read_tasks(config.evaluations, skip_missing=config.skip_missing, seed=config.seed)
     if not found.present:
         raise InputError("none of the datasets is there:\n" + "\n".join(found.skipped.values()))
     _share_fingerprints(found.present)
@@ -57,7 +59,14 @@ def evaluate(config: EvaluateConfig) -> None:
     outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap)
     seconds = time.monotonic() - start
     record = results_record(
-        config, outcomes, encoder=encoder, skipped=found.skipped, seconds=seconds
+        outcomes,
+        averages=averages_of(outcomes, config.evaluations),
+        encoder=encoder,
+        long_clips=config.long_clips,
+        bootstrap=bootstrap,
+        skipped=found.skipped,
+        seconds=seconds,
+        config=json.loads(config.model_dump_json()),
     )
     _write(config, outcomes, record)
 
@@ -75,8 +84,8 @@ def _share_fingerprints(tasks: Sequence[Task]) -> None:
 def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str, Any]) -> None:
     table = scores_table(outcomes, record)
     write_predictions(config.output, outcomes)
-    report = write_report(config, outcomes, record=record)
+    report = write_report(config.output, outcomes, record=record)
     write_results(config.output, record, table=table, rows=scores_csv(outcomes))
     say(table)
     say(report)
-    refuse_missed_goals(config, outcomes)
+    refuse_missed_goals(config.evaluations, outcomes)

@@ -104,7 +104,8 @@ def dry_run(config: WatchConfig) -> None:
     check_output_folder(config.output, key="output")
     watched = WatchedRun(config.checkpoint, config.output)
     say(f"{watched.folder}: {watched.num_missing()} checkpoints to evaluate now")
-    for task in read_tasks(config).present:
+    found = read_tasks(config.evaluations, skip_missing=config.skip_missing, seed=config.seed)
+    for task in found.present:
         say(task.description())
 
 

@@ -20,7 +20,7 @@ from eval.datasets.file_dataset import (
 from eval.datasets.tar_dataset import TarDataset, holds_tars
 
 if TYPE_CHECKING:
-    from eval.config import EvaluationSection
+    from eval.tasks.task import EvaluationSection
 
 EvaluationSet = KeptSamples | TarDataset | FileDataset
 
@@ -69,8 +69,7 @@ class EvaluationSets:
             section: of the config.
 
         Raises:
-            InputError: as `open`; or there are more or fewer than expected, or they are for another
-                task.
+            InputError: as `open`; or there are more or fewer than expected.
         """
         try:
             dataset = self.open(
@@ -88,8 +87,6 @@ class EvaluationSets:
                 f"found {len(dataset)}: metrics would not be comparable with anybody's; fetch "
                 "what is missing, or set expected_items to what you have"
             )
-        if isinstance(dataset, TarDataset):
-            dataset.refuse_other_task(section.task, name=name)
         return dataset
 
 

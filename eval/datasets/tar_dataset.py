@@ -34,16 +34,6 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
 NUM_TARS = "nshards.txt"
-TASKS_OF_TYPE = {
-    "classification": (
-        "zero_shot_classification",
-        "linear_probe",
-        "nearest_neighbours",
-        "few_shot",
-    ),
-    "multilabel": ("multi_label_classification",),
-    "retrieval": ("retrieval", "caption_choice", "media_retrieval", "association"),
-}
 
 
 @dataclass(frozen=True)
@@ -161,19 +151,6 @@ class TarDataset:
         """The text file of a name that comes with the tars, if there is one."""
         candidates = (self.folder / name, self.folder.parent / name)
         return next((path for path in candidates if path.exists()), None)
-
-    def refuse_other_task(self, task: str, *, name: str) -> None:
-        """
-        Raises:
-            InputError: dataset_type.txt says that the set is for another task.
-        """
-        path = self.beside(TYPE)
-        kind = path.read_text().strip() if path is not None else None
-        if kind in TASKS_OF_TYPE and task not in TASKS_OF_TYPE[kind]:
-            expected = " or ".join(TASKS_OF_TYPE[kind])
-            raise InputError(
-                f"evaluations.{name}: {path} says {kind}: set task: {expected}, found {task}"
-            )
 
 
 def holds_tars(folder: Path, *, split: str) -> bool:

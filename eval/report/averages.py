@@ -1,38 +1,30 @@
-"""Averages over the evaluations of a suite: of each, one metric."""
+"""Averages over the evaluations of a suite, of one metric each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.errors import InputError
-from eval.config import EvaluationSection
 from eval.metrics.intervals import Score
-from eval.tasks.runner import Outcome
 
-# Of a task, where the evaluation names none; the first that the result has.
-MAIN_METRICS = (
-    "top_1_accuracy",
-    "mean_average_precision",
-    "mean_recall@1",
-    "caption_accuracy",
-    "group_score",
-    "jaccard",
-)
+if TYPE_CHECKING:
+    from eval.tasks.task import EvaluationSection, Outcome
+
 ALL = "all"
 
 
 def main_metric_of(outcome: Outcome, section: EvaluationSection) -> str | None:
-    """The metric of an evaluation that averages take; None if it has none that is a share.
+    """Returns the metric of an evaluation that averages take; None if it has none.
 
     Raises:
-        InputError: the evaluation has no metric of the name that its config gives.
+        InputError: if the evaluation lacks the metric that its config names.
     """
     scores = outcome.result.scores
     if section.main_metric is None:
-        few_shot = [name for name in scores if name.endswith("_shot")]
-        return next((name for name in MAIN_METRICS if name in scores), (few_shot or [None])[-1])
+        return outcome.task.main_metric(scores)
     if section.main_metric not in scores:
         raise InputError(
             f"evaluations.{outcome.task.name}.main_metric: expected one of {', '.join(scores)}; "
@@ -42,23 +34,22 @@ def main_metric_of(outcome: Outcome, section: EvaluationSection) -> str | None:
 
 
 def averages_of(
-    outcomes: Sequence[Outcome], sections: Mapping[str, EvaluationSection]
+    outcomes: Sequence[Outcome], evaluations: Mapping[str, EvaluationSection]
 ) -> dict[str, Score]:
-    """The mean of the main metrics of all evaluations, and of those of each average they name.
+    """Computes the mean of the main metrics of all evaluations, and of each average they name.
 
-    The interval takes the evaluations for independent of one another: their half-widths add up as
-    squares.
+    The intervals treat the evaluations as independent: their half-widths add up as squares.
 
     Args:
-        outcomes: of the evaluations.
-        sections: of their config, by name.
+        outcomes: outcomes of the evaluations.
+        evaluations: sections of their config, by name.
 
     Raises:
         InputError: see `main_metric_of`.
     """
     members: dict[str, list[Score]] = {ALL: []}
     for outcome in outcomes:
-        section = sections[outcome.task.name]
+        section = evaluations[outcome.task.name]
         metric = main_metric_of(outcome, section)
         if metric is None:
             continue

@@ -1,28 +1,48 @@
-"""Galleries: classified items, and retrieval queries with their five nearest answers.
+"""Building blocks of galleries: media items, queries and their nearest answers.
 
-Half of what is shown is what the model did worst; the rest is spread evenly over the dataset.
+Half of the queries shown are those with the worst result; the rest are spread evenly over the
+dataset. The HTML is in templates/gallery.html.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from data_prep.media.decode import decode_audio, decode_image
-from data_prep.report.html import badge, heading, picture, sound
+from data_prep.report.html import badge, heading, paragraph, picture, sound, table
 from data_prep.shards.sample import media_extension_of
 from eval.datasets.datasets import EvaluationSet
 from eval.metrics.ranking import QueryRanks, cosine_scores
 from eval.report.spectrogram import spectrogram_picture
-from eval.tasks.runner import Outcome
 
+if TYPE_CHECKING:
+    from eval.metrics.embedding_space import EmbeddingSpace
+
+TEMPLATES = Path(__file__).parent / "templates"
 NUM_ANSWERS = 5
+MAX_HUBS = 5
 SOUND_RATE_HZ = 16_000
+
+
+@cache
+def _macros() -> Any:
+    """The macros of templates/gallery.html, each of which returns a Markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template("gallery.html").module
 
 
 class MediaViews:
@@ -36,30 +56,28 @@ class MediaViews:
         sample = self.dataset.read_sample(ordinal)
         extension = media_extension_of(sample.members, self.dataset.info.media)
         content = sample.members[extension]
-        if self.dataset.info.media == "audio":
-            waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
-            view = Markup('<div class="sound">{}{}</div>').format(
-                picture(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
-                sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
-            )
-        else:
-            view = picture(decode_image(content, extension), alt=sample.key)
-        return Markup('<div class="media">{}</div>').format(view)
+        if self.dataset.info.media != "audio":
+            return _macros().image(picture(decode_image(content, extension), alt=sample.key))
+        waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
+        return _macros().sound(
+            picture(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
+            sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
+        )
 
 
 def shown_queries(
     first_ranks: np.ndarray, *, num_queries: int, labels: Sequence[str] | None = None
 ) -> list[int]:
-    """Places of the queries to show: the hardest half first, then some spread over the rest.
+    """Chooses the queries to show: the hardest half first, then some spread over the rest.
 
     Args:
         first_ranks: [queries] rank of the first right answer.
-        num_queries: how many to show.
-        labels: of queries with equal labels only the hardest is shown.
+        num_queries: number of queries to show.
+        labels: [queries] labels; of queries with equal labels only the hardest is shown.
     """
     by_rank = np.argsort(-first_ranks, kind="stable")
     if labels is not None:
-        _, firsts = np.unique([labels[place] for place in by_rank], return_index=True)
+        _, firsts = np.unique([labels[query] for query in by_rank], return_index=True)
         by_rank = by_rank[np.sort(firsts)]
     num_queries = min(num_queries, len(by_rank))
     hardest = by_rank[: num_queries // 2]
@@ -69,7 +87,7 @@ def shown_queries(
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
-    """The gallery's indices nearest to each query, best first.
+    """Finds the gallery's indices nearest to each query, best first.
 
     Args:
         queries: [rows, D], L2-normalised.
@@ -79,100 +97,34 @@ def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
     return torch.topk(cosine_scores(queries, gallery), num_answers, dim=-1).indices.tolist()
 
 
-def classification_gallery(outcome: Outcome, *, num_items: int) -> Markup:
-    """Cards of items with their true class, and the class they were taken for where that differs.
+# ------------------------------------------------------------------------------------ blocks
+
+
+def card(view: Markup, label: str | Markup, *, kind: str = "") -> Markup:
+    """Builds a media item with a label; kind "good", "missed" or none."""
+    return _macros().card(view, label, kind)
+
+
+def cards(blocks: Sequence[Markup]) -> Markup:
+    """Places cards in a row that wraps."""
+    return _macros().cards(blocks)
+
+
+def media_query(view: Markup, ranks: QueryRanks, query: int, *, answers: Markup) -> Markup:
+    """Builds a media item as a query, with its rank and answers.
 
     Args:
-        outcome: of a classification task.
-        num_items: shown.
+        view: view of the media item.
+        ranks: ranks of all queries.
+        query: index of this one.
+        answers: see `text_answers` and `media_answers`.
     """
-    task, predictions = outcome.task, outcome.result.predictions
-    views = MediaViews(task.dataset)
-    is_wrong = predictions != task.targets
-    cards = []
-    for item in shown_queries(1.0 + is_wrong, num_queries=num_items):
-        true, predicted = (task.class_labels[k] for k in (task.targets[item], predictions[item]))
-        label = f"{true}, taken for {predicted}" if is_wrong[item] else true
-        cards.append(_card(views.of(item), label, kind="missed" if is_wrong[item] else "good"))
-    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
+    return _macros().media_query(view, _rank_badge(ranks, query), answers)
 
 
-def retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Markup]:
-    """Blocks that show both directions of a retrieval.
-
-    Args:
-        outcome: of a retrieval task.
-        num_queries: shown per direction.
-    """
-    views = MediaViews(outcome.task.dataset)
-    kind = outcome.task.dataset.info.media
-    return [
-        heading(f"{kind} to text"),
-        *_media_to_text_rows(outcome, views, num_queries=num_queries),
-        heading(f"text to {kind}"),
-        *_text_to_media_rows(outcome, views, num_queries=num_queries),
-    ]
-
-
-def _media_to_text_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
-    task, ranks = outcome.task, outcome.result.media_to_text
-    texts = task.captions + task.distractor_captions
-    queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
-    answers = nearest(outcome.media_embeddings[queries], outcome.other_embeddings)
-    return [
-        Markup(
-            '<div class="query beside"><div>{}</div><div><p>{}</p>'
-            '<ol class="answers">{}</ol>{}</div></div>'
-        ).format(
-            views.of(query),
-            _rank_badge(ranks, query),
-            Markup("").join(_text_answer(texts[text], text in right) for text in found),
-            _missed_caption(task.captions, right, found),
-        )
-        for query, found in zip(queries, answers, strict=True)
-        for right in [task.relevance.texts_of(query).tolist()]
-    ]
-
-
-def _text_answer(text: str, is_right: bool) -> Markup:
-    if is_right:
-        return Markup('<li class="good">{} &#10003;</li>').format(text)
-    return Markup("<li>{}</li>").format(text)
-
-
-def _missed_caption(captions: Sequence[str], right: Sequence[int], found: Sequence[int]) -> Markup:
-    if set(right) & set(found):
-        return Markup("")
-    return Markup('<p class="missed">missed: {}</p>').format(captions[right[0]])
-
-
-def _text_to_media_rows(outcome: Outcome, views: MediaViews, *, num_queries: int) -> list[Markup]:
-    task, ranks = outcome.task, outcome.result.text_to_media
-    queries = shown_queries(ranks.first_ranks(), num_queries=num_queries, labels=task.captions)
-    answers = nearest(outcome.other_embeddings[queries], outcome.media_embeddings)
-    return [
-        Markup('<div class="query"><p>{} {}</p><div class="cards">{}</div></div>').format(
-            task.captions[query],
-            _rank_badge(ranks, query),
-            _media_answers(views, found, right=task.relevance.media_of(query).tolist()),
-        )
-        for query, found in zip(queries, answers, strict=True)
-    ]
-
-
-def _media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[int]) -> Markup:
-    cards = [
-        _card(views.of(media), str(place), kind="good" if media in right else "")
-        for place, media in enumerate(found, start=1)
-    ]
-    if not set(right) & set(found):
-        cards.append(_card(views.of(right[0]), "missed", kind="missed"))
-    return Markup("").join(cards)
-
-
-def _card(view: Markup, label: str | Markup, *, kind: str) -> Markup:
-    mark = Markup(" &#10003;") if kind == "good" else ""
-    return Markup('<div class="card {}">{}{}{}</div>').format(kind, view, label, mark)
+def text_query(text: str, ranks: QueryRanks, query: int, *, answers: Markup) -> Markup:
+    """Builds a text as a query, with its rank and answers; arguments as for `media_query`."""
+    return _macros().text_query(text, _rank_badge(ranks, query), answers)
 
 
 def _rank_badge(ranks: QueryRanks, query: int) -> Markup:
@@ -181,80 +133,72 @@ def _rank_badge(ranks: QueryRanks, query: int) -> Markup:
     return badge(text, kind="good" if rank <= NUM_ANSWERS else "bad")
 
 
-def hubs_gallery(outcome: Outcome, *, num_items: int) -> Markup:
-    """Cards of the media items that most queries find, with how many of them.
+def text_answers(texts: Sequence[str], found: Sequence[int], *, right: Sequence[int]) -> Markup:
+    """Lists the texts found by a query, and one that it missed if none is right.
 
     Args:
-        outcome: of a retrieval task.
-        num_items: shown.
+        texts: texts of the gallery.
+        found: indices of the answers, best first.
+        right: indices of the right answers.
     """
-    hubness = outcome.space.hubness[1]  # of the media as the gallery
-    views = MediaViews(outcome.task.dataset)
-    order = np.argsort(-hubness.occurrences, kind="stable")[:num_items].tolist()
-    cards = [
-        _card(views.of(item), f"{hubness.occurrences[item] / hubness.num_queries:.1%}", kind="")
-        for item in order
+    missed = None if set(right) & set(found) else texts[right[0]]
+    return _macros().text_answers([(texts[text], text in right) for text in found], missed)
+
+
+def media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[int]) -> Markup:
+    """Shows the media items found by a query, and one that it missed if none is right.
+
+    Args:
+        views: views of the gallery.
+        found: indices of the answers, best first.
+        right: indices of the right answers.
+    """
+    shown = [
+        card(views.of(media), str(rank), kind="good" if media in right else "")
+        for rank, media in enumerate(found, start=1)
     ]
-    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
+    if not set(right) & set(found):
+        shown.append(card(views.of(right[0]), "missed", kind="missed"))
+    return cards(shown)
 
 
-def media_retrieval_gallery(outcome: Outcome, *, num_queries: int) -> list[Markup]:
-    """Queries of one dataset with the nearest items of the other, in both directions.
-
-    Args:
-        outcome: of a media retrieval task.
-        num_queries: shown per direction.
-    """
-    task, result = outcome.task, outcome.result
-    views = (MediaViews(task.dataset), MediaViews(task.other.dataset))
-    embeddings = (outcome.media_embeddings, outcome.other_embeddings)
-    ranks_of = (result.media_to_text, result.text_to_media)
-    right_of = (task.relevance.texts_of, task.relevance.media_of)
-    blocks = []
-    for side, direction in enumerate(task.directions):
-        queries = shown_queries(ranks_of[side].first_ranks(), num_queries=num_queries)
-        answers = nearest(embeddings[side][queries], embeddings[1 - side])
-        blocks.append(heading(direction.replace("_", " ")))
-        blocks += [
-            Markup(
-                '<div class="query beside"><div>{}</div><div><p>{}</p>'
-                '<div class="cards">{}</div></div></div>'
-            ).format(
-                views[side].of(query),
-                _rank_badge(ranks_of[side], query),
-                _media_answers(views[1 - side], found, right=right_of[side](query).tolist()),
-            )
-            for query, found in zip(queries, answers, strict=True)
-        ]
-    return blocks
+def scored_captions(captions: Sequence[str], scores: Sequence[float]) -> Markup:
+    """Lists captions with their scores; the first is marked as the right one."""
+    return _macros().scored_captions(
+        [(text, f"{score:.3f}") for text, score in zip(captions, scores, strict=True)]
+    )
 
 
-def caption_choice_gallery(outcome: Outcome, *, num_items: int) -> Markup:
-    """Cards of items with the captions to choose from, mistakes first.
+def space_blocks(space: EmbeddingSpace, dataset: EvaluationSet) -> list[Markup]:
+    """Describes the shared space of a retrieval, and the media items that most queries find.
 
     Args:
-        outcome: of a caption choice task.
-        num_items: shown.
+        space: measures of the space.
+        dataset: dataset of the media items.
     """
-    task = outcome.task
-    views = MediaViews(task.dataset)
-    starts = np.cumsum([0, *map(len, task.captions)])
-    hits = np.ones(len(task.captions))
-    if task.groups is None:
-        hits = outcome.result.hits["caption_accuracy"]
-    else:
-        for indices, hit in zip(task.groups, outcome.result.hits["group_score"], strict=True):
-            hits[indices] = hit
-    cards = []
-    for item in shown_queries(2.0 - hits, num_queries=num_items):
-        texts = outcome.other_embeddings[starts[item] : starts[item + 1]]
-        scores = cosine_scores(outcome.media_embeddings[item : item + 1], texts)[0].tolist()
-        rows = [
-            Markup('<li class="{}">{} <small>{}</small></li>').format(
-                "good" if place == 0 else "", caption, f"{score:.3f}"
-            )
-            for place, (caption, score) in enumerate(zip(task.captions[item], scores, strict=True))
+    rows = [(name.replace("_", " "), f"{value:.3f}") for name, value in space.record().items()]
+    note = (
+        "Modality gap: distance between the means of both kinds. Alignment: mean squared distance "
+        "of right pairs. Uniformity: lower is more evenly spread. Hubness: skewness of how often "
+        "an item is among the ten nearest of a query; above about 1, a few are found by everything."
+    )
+    return [
+        heading("The shared space"),
+        paragraph(note),
+        table(("metric", "value"), rows, numeric={1}),
+        heading("Found by most queries"),
+        _hubs(space, dataset),
+    ]
+
+
+def _hubs(space: EmbeddingSpace, dataset: EvaluationSet) -> Markup:
+    """Cards of the media items that most queries find, with the fraction of queries."""
+    hubness = space.hubness[1]  # with the media as the gallery
+    views = MediaViews(dataset)
+    order = np.argsort(-hubness.occurrences, kind="stable")[:MAX_HUBS].tolist()
+    return cards(
+        [
+            card(views.of(item), f"{hubness.occurrences[item] / hubness.num_queries:.1%}")
+            for item in order
         ]
-        label = Markup('<ol class="answers">{}</ol>').format(Markup("").join(rows))
-        cards.append(_card(views.of(item), label, kind="good" if hits[item] > 0.5 else "missed"))
-    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
+    )

@@ -10,68 +10,85 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data_prep.errors import (
-    InputError,
-    RunError,
-)
+from data_prep.errors import InputError, RunError
 from data_prep.storage.atomic import write_atomically
-from eval.config import EvaluateConfig
-from eval.metrics.intervals import CONFIDENCE, Score
+from eval.metrics.intervals import CONFIDENCE, Bootstrap, Score
 from eval.models.encoder import Encoder
 from eval.models.loaded_model import ModelOrigin
-from eval.report.averages import averages_of
 from eval.report.markdown_table import markdown_table
-from eval.report.records import outcome_record
-from eval.tasks.runner import Outcome
-from eval.tasks.task import RetrievalTask
 from pretrain.run.folder import describe_environment
+
+if TYPE_CHECKING:
+    from eval.tasks.task import EvaluationSection, Outcome
 
 COLUMNS = ("evaluation", "metric", "value", "95 % interval", "chance", "n")
 
 
 def results_record(
-    config: EvaluateConfig,
     outcomes: Sequence[Outcome],
     *,
+    averages: Mapping[str, Score],
     encoder: Encoder,
+    long_clips: str,
+    bootstrap: Bootstrap,
     skipped: Mapping[str, str],
     seconds: float,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What results.json holds: the metrics, and everything they are a function of.
+    """Returns the content of results.json: the metrics, and everything they are a function of.
 
     Args:
-        config: the evaluation's config.
-        outcomes: of its tasks.
-        encoder: that made the embeddings.
-        skipped: evaluation -> why it was left out.
-        seconds: of the whole evaluation.
+        outcomes: outcomes of all evaluations.
+        averages: averages over them, by name.
+        encoder: encoder of the embeddings.
+        long_clips: see `EncodingConfig.long_clips`.
+        bootstrap: settings of the intervals.
+        skipped: {evaluation: reason for leaving it out}.
+        seconds: duration of the whole evaluation.
+        config: resolved config, as plain values.
     """
     return {
         "checkpoint": _model_record(encoder.origin),
         "evaluations": {each.task.name: outcome_record(each) for each in outcomes},
-        "averages": {
-            name: asdict(score) for name, score in averages_of(outcomes, config.evaluations).items()
-        },
+        "averages": {name: asdict(score) for name, score in averages.items()},
         "skipped": dict(skipped),
         "method": {
             "tower_dtype": str(encoder.dtype).removeprefix("torch."),
-            "long_clips": config.long_clips,
+            "long_clips": long_clips,
             "embedding_dtype": "float32",
             "score_dtype": "float64 products rounded to float32",
             "tf32": False,
             "ties": "broken at chance",
             "confidence": CONFIDENCE,
-            "bootstrap_samples": config.bootstrap_samples,
-            "seed": config.seed,
+            "bootstrap_samples": bootstrap.num_samples,
+            "seed": bootstrap.seed,
         },
         "environment": {"device": device_name(encoder)} | describe_environment(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),
-        "config": json.loads(config.model_dump_json()),
+        "config": dict(config),
+    }
+
+
+def outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """Returns what results.json holds about one evaluation."""
+    task = outcome.task
+    return {
+        "dataset": {
+            "folder": str(task.dataset.folder),
+            "media": task.dataset.info.media,
+            "num_samples": len(task.dataset),
+            "fingerprint": task.dataset.fingerprint,
+        },
+        "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
+        "task": task.task_name,
+        **task.record(outcome),
+        **({} if outcome.space is None else {"embedding_space": outcome.space.record()}),
+        "seconds": round(outcome.seconds, 2),
     }
 
 
@@ -103,31 +120,9 @@ def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     for name, values in record["averages"].items():
         rows.append((f"average: {name}", "main metrics", *score_cells("", Score(**values))))
     table = markdown_table(COLUMNS, rows)
-    notes = [
-        f"\n{outcome.task.name}: {note}"
-        for outcome in outcomes
-        if isinstance(outcome.task, RetrievalTask)
-        and (note := repeated_captions_note(outcome.task))
-    ]
+    notes = [f"\n{each.task.name}: {note}" for each in outcomes for note in each.task.notes()]
     notes += [f"\n{name} left out: {reason}" for name, reason in record["skipped"].items()]
     return "\n".join([table, *notes]) + "\n"
-
-
-def repeated_captions_note(task: RetrievalTask) -> str:
-    """What a reader must know of captions that stand at several items; empty if none does."""
-    num_repeated = len(task.captions) - len(set(task.captions))
-    if not num_repeated:
-        return ""
-    if task.merges_equal_captions:
-        return (
-            f"{num_repeated} captions repeat the words of another one: each is right for all items "
-            "with a caption of its words (equal_captions: merged); metrics of the literature count "
-            "its own item alone."
-        )
-    return (
-        f"{num_repeated} captions repeat the words of another one: each is right only for its own "
-        "item, which bounds the recall that any model can reach."
-    )
 
 
 def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]]:
@@ -170,7 +165,9 @@ def scores_csv(outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def refuse_missed_goals(config: EvaluateConfig, outcomes: Sequence[Outcome]) -> None:
+def refuse_missed_goals(
+    evaluations: Mapping[str, EvaluationSection], outcomes: Sequence[Outcome]
+) -> None:
     """
     Raises:
         InputError: a goal is of a metric that there is not.
@@ -179,7 +176,7 @@ def refuse_missed_goals(config: EvaluateConfig, outcomes: Sequence[Outcome]) -> 
     missed = []
     for outcome in outcomes:
         name, scores = outcome.task.name, outcome.result.scores
-        for metric, goal in config.evaluations[name].goals.items():
+        for metric, goal in evaluations[name].goals.items():
             if metric not in scores:
                 raise InputError(
                     f"evaluations.{name}.goals: expected one of {', '.join(scores)}; found {metric}"

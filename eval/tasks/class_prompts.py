@@ -1,24 +1,72 @@
-"""Class names and prompt templates to class embeddings, as in CLIP's prompt ensembles."""
+"""Class names and prompts, and class embeddings as in CLIP's prompt ensembles.
+
+Names and prompts come from the config, a file, the dataset's own text files, or open_clip.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import InputError
+from eval.datasets.datasets import EvaluationSet
+from eval.datasets.file_dataset import FileDataset
+from eval.datasets.tar_dataset import CLASS_NAMES, TEMPLATES, TarDataset
+from eval.tasks.task import EvaluationSection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PLACEHOLDER = re.compile(r"\{c?\}")
+FILE_OF_KEY = {"class_names": CLASS_NAMES, "prompt_templates": TEMPLATES}
+OPEN_CLIP = "open_clip:"
+# (config key, name after "open_clip:") -> name in open_clip
+NAMES_OF_OPEN_CLIP = {
+    ("class_names", "imagenet"): "IMAGENET_CLASSNAMES",
+    ("prompt_templates", "imagenet"): "OPENAI_IMAGENET_TEMPLATES",
+    ("prompt_templates", "simple"): "SIMPLE_IMAGENET_TEMPLATES",
+}
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """The prompts of K classes."""
+
+    templates: list[str]  # empty where each class has its own prompts
+    of_class: list[list[str]]  # [K]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts of the first class, then of the second, and so on."""
+        return list(chain.from_iterable(self.of_class))
+
+    def class_embeddings(self, prompt_embeddings: Tensor) -> Tensor:
+        """Averages the embeddings of `texts` [prompts, D] to class embeddings [K, D]."""
+        return average_prompts(
+            prompt_embeddings, num_prompts=[len(prompts) for prompts in self.of_class]
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Returns what results.json holds about the prompts."""
+        from eval.embeddings.store import sum_of_texts
+
+        return {
+            "num_prompts": len(self.texts),
+            "prompts_sha256": sum_of_texts(self.texts),
+            "prompt_templates": self.templates,
+        }
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:
-    """The templates themselves.
+    """Returns the templates after checking them.
 
     Raises:
-        InputError: one has no place for the class name.
+        InputError: if a template has no placeholder for the class name.
     """
     for template in templates:
         if not PLACEHOLDER.search(template):
@@ -27,7 +75,7 @@ def check_templates(templates: Sequence[str]) -> list[str]:
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """[K] of each class, every template filled with its name."""
+    """Returns [K] prompts of each class: every template filled with its name."""
     return [
         [PLACEHOLDER.sub(lambda _, name=name: name, template) for template in templates]
         for name in class_names
@@ -35,19 +83,18 @@ def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[
 
 
 def average_prompts(prompt_embeddings: Tensor, *, num_prompts: Sequence[int]) -> Tensor:
-    """Class embeddings: the normalised mean of the normalised prompts of each class.
+    """Computes class embeddings: the normalised mean of the normalised prompts of each class.
 
-    Normalising before averaging gives each prompt the same say (Radford et al. 2021, section
+    Normalising before averaging gives each prompt the same weight (Radford et al. 2021, section
     3.1.4, and its code).
 
     Args:
         prompt_embeddings: [all prompts, D], those of the first class, then of the second, ...
-        num_prompts: [K] of each class.
+        num_prompts: [K] number of prompts of each class.
 
     Returns:
         [K, D], L2-normalised float32.
     """
-    # Slow, and the prompts alone do without.
     import torch
 
     from eval.models.loaded_model import normalized
@@ -55,3 +102,120 @@ def average_prompts(prompt_embeddings: Tensor, *, num_prompts: Sequence[int]) ->
     prompts = normalized(prompt_embeddings).split(list(num_prompts))
     means = [of_class.mean(dim=0, keepdim=True) for of_class in prompts]
     return normalized(torch.cat(means))  # -> [K, D]
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def read_class_names(name: str, section: EvaluationSection, dataset: EvaluationSet) -> list[str]:
+    """Reads the class names of an evaluation; two classes may share a name, as in ImageNet.
+
+    Raises:
+        InputError: see `read_lines`; or if there are none.
+    """
+    return _configured_or_shipped("class_names", name, section, dataset)
+
+
+def read_prompts(
+    name: str, section: EvaluationSection, dataset: EvaluationSet, class_names: Sequence[str]
+) -> ClassPrompts:
+    """Reads the prompts of an evaluation's classes.
+
+    Raises:
+        InputError: see `read_lines`; or if there are none, a template has no placeholder, or a
+            class has no prompts.
+    """
+    if section.class_prompts is None:
+        templates = check_templates(
+            _configured_or_shipped("prompt_templates", name, section, dataset)
+        )
+        return ClassPrompts(templates, class_prompts(class_names, templates))
+    path = section.class_prompts
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a .json of class -> prompts: {error}") from None
+    return ClassPrompts([], [_prompts_of(found, known, path) for known in class_names])
+
+
+def _prompts_of(found: Any, class_name: str, path: Path) -> list[str]:
+    prompts = found.get(class_name) if isinstance(found, dict) else None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"{path}: expected a list of prompts for the class {class_name!r}")
+    return prompts
+
+
+def _configured_or_shipped(
+    key: str, name: str, section: EvaluationSection, dataset: EvaluationSet
+) -> list[str]:
+    """Returns the texts of a key of the config, or else those that come with the dataset."""
+    found = getattr(section, key)
+    if isinstance(found, str) and found.startswith(OPEN_CLIP):
+        return _texts_of_open_clip(key, name, found.removeprefix(OPEN_CLIP))
+    if found is None and isinstance(dataset, TarDataset):
+        found = dataset.beside(FILE_OF_KEY[key])
+    if found is None and key == "class_names" and isinstance(dataset, FileDataset):
+        found = [known.replace("_", " ") for known in dataset.class_folders] or None
+    if found is None:
+        raise InputError(
+            f"evaluations.{name}.{key}: expected a list, or a text file with one per line; found "
+            f"none, and no {FILE_OF_KEY[key]} in {dataset.folder}"
+        )
+    return read_lines(found if isinstance(found, list) else Path(found))
+
+
+def _texts_of_open_clip(key: str, name: str, wanted: str) -> list[str]:
+    if (key, wanted) not in NAMES_OF_OPEN_CLIP:
+        known = [f"{OPEN_CLIP}{each}" for of_key, each in NAMES_OF_OPEN_CLIP if of_key == key]
+        raise InputError(
+            f"evaluations.{name}.{key}: expected {' or '.join(known)}, found {OPEN_CLIP}{wanted}"
+        )
+    from open_clip import zero_shot_metadata  # imports torch
+
+    texts = getattr(zero_shot_metadata, NAMES_OF_OPEN_CLIP[key, wanted])
+    return [text("{}") if callable(text) else text for text in texts]
+
+
+def index_of_classes(class_names: Sequence[str], dataset: EvaluationSet) -> dict[str, int]:
+    """Returns {class as samples name it: index into class_names}.
+
+    Names with underscores in place of spaces count as well. If some class folders have unknown
+    names, as in ImageNet, and there is one per class, the sorted folders are the classes in order.
+
+    Raises:
+        InputError: if folders have unknown names, and there is not one per class.
+    """
+    index_of = {known.replace(" ", "_"): index for index, known in enumerate(class_names)}
+    index_of |= {known: index for index, known in enumerate(class_names)}
+    folders = dataset.class_folders if isinstance(dataset, FileDataset) else []
+    unknown = [folder for folder in folders if folder not in index_of]
+    if not unknown:
+        return index_of
+    if len(folders) != len(class_names):
+        raise InputError(
+            f"{dataset.folder}: expected folders named as the {len(class_names)} classes, or one "
+            f"for each of them in their order; found {len(folders)} folders, and the class "
+            f"{unknown[0]!r} is unknown"
+        )
+    return {folder: index for index, folder in enumerate(folders)}
+
+
+def read_lines(source: list[str] | Path) -> list[str]:
+    """Reads the texts of a list, or of a text file with one per line, without blank lines.
+
+    Raises:
+        InputError: if the file is missing or not UTF-8, or there are no texts.
+    """
+    lines, where = source, "the list"
+    if isinstance(source, Path):
+        where = str(source)
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{source}: expected a text file with one entry per line: {error}"
+            ) from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"{where}: expected at least one entry, found none")
+    return texts

@@ -1,80 +1,86 @@
 """Reads everything an evaluation needs besides the model: samples, labels, class names, captions.
 
-Needs no torch, so that `--dry-run` is quick; and it runs before the model is loaded, so that a
-missing label is found before hours of encoding.
+Needs no torch, so that `--dry-run` is quick. It runs before the model is loaded, so that a missing
+label is found before hours of encoding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data_prep.errors import InputError
-from eval.config import EvaluateConfig
-from eval.datasets.datasets import EvaluationSets, MissingDatasetError
+from eval.datasets.datasets import EvaluationSet, EvaluationSets, MissingDatasetError
 from eval.datasets.download import fetch_dataset
-from eval.tasks.classification_readers import (
-    read_classification_task,
-    read_few_shot_task,
-    read_linear_probe_task,
-    read_multi_label_task,
-    read_nearest_neighbours_task,
-)
-from eval.tasks.retrieval_readers import (
-    read_association_task,
-    read_caption_choice_task,
-    read_media_retrieval_task,
-    read_retrieval_task,
-)
-from eval.tasks.task import Task
+from eval.datasets.tar_dataset import TYPE, TarDataset
+from eval.tasks.task import EvaluationSection, Task, task_types
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a config asks for."""
+    """The tasks of a config."""
 
     present: list[Task]
-    skipped: dict[str, str]  # evaluation -> why; only where the config lets them be
+    skipped: dict[str, str]  # evaluation -> reason; only if the config says skip_missing
 
 
-def fetch_datasets(config: EvaluateConfig) -> None:
-    """Fetches what evaluations name by URL and is not there yet.
+def fetch_datasets(evaluations: Mapping[str, EvaluationSection]) -> None:
+    """Downloads all datasets that are named by URL and not downloaded yet.
 
-    Raises:
-        InputError: there is nothing at a URL.
-        RunError: it cannot be fetched now.
-    """
-    for section in config.evaluations.values():
-        fetch_dataset(section.dataset, split=section.split)
-        for key in ("train", "validation", "other"):
-            place = getattr(section, key, None)
-            if place is not None:
-                fetch_dataset(place, split=getattr(section, f"{key}_split"))
-
-
-def read_tasks(config: EvaluateConfig) -> Tasks:
-    """The tasks of a config, in its order, with every label and caption read and checked.
+    Args:
+        evaluations: sections of the config, by name.
 
     Raises:
-        InputError: a file is missing, or a sample lacks its label or caption, naming it.
+        InputError: if there is nothing at a URL.
+        RunError: if a download fails for now.
     """
-    readers = {
-        "zero_shot_classification": read_classification_task,
-        "linear_probe": read_linear_probe_task,
-        "nearest_neighbours": read_nearest_neighbours_task,
-        "few_shot": read_few_shot_task,
-        "multi_label_classification": read_multi_label_task,
-        "retrieval": read_retrieval_task,
-        "media_retrieval": read_media_retrieval_task,
-        "caption_choice": read_caption_choice_task,
-        "association": read_association_task,
-    }
+    for section in evaluations.values():
+        for location, split in section.locations():
+            fetch_dataset(location, split=split)
+
+
+def read_tasks(
+    evaluations: Mapping[str, EvaluationSection], *, skip_missing: bool = False, seed: int = 0
+) -> Tasks:
+    """Reads and checks every label and caption of all tasks.
+
+    Args:
+        evaluations: sections of the config, by name.
+        skip_missing: leave out evaluations whose dataset is missing.
+        seed: seed of whatever the tasks draw.
+
+    Raises:
+        InputError: if a file is missing, or a sample lacks its label or caption.
+    """
+    types = {each.section_type: each for each in task_types().values()}
     sets = EvaluationSets()
     present, skipped = [], {}
-    for name, section in config.evaluations.items():
+    for name, section in evaluations.items():
         try:
-            present.append(readers[section.task](name, section, sets, config))
+            dataset = sets.of_section(name, section)
+            _check_dataset_type(name, types[type(section)], dataset)
+            task = types[type(section)].read(name, section, dataset, sets=sets, seed=seed)
+            present.append(task)
         except MissingDatasetError as error:
-            if not config.skip_missing:
+            if not skip_missing:
                 raise InputError(f"evaluations.{name}: {error}") from None
             skipped[name] = str(error)
     return Tasks(present, skipped)
+
+
+def _check_dataset_type(name: str, task: type[Task], dataset: EvaluationSet) -> None:
+    """Checks that tars were not published for another kind of task.
+
+    Raises:
+        InputError: if dataset_type.txt names a type that other tasks are made for.
+    """
+    if not isinstance(dataset, TarDataset) or not task.dataset_types:
+        return
+    path = dataset.beside(TYPE)
+    found = path.read_text().strip() if path is not None else None
+    suited = [each.task_name for each in task_types().values() if found in each.dataset_types]
+    if suited and task.task_name not in suited:
+        raise InputError(
+            f"evaluations.{name}: {path} says {found}: set task: {' or '.join(suited)}, found "
+            f"{task.task_name}"
+        )

@@ -1,17 +1,62 @@
-"""What an evaluation measures: samples, labels, class names, captions, all read and checked by
-eval.tasks.readers. Needs no torch."""
+"""The interface of an evaluation task, and the registry of all tasks.
+
+A task is one module of this folder. It holds the section of its config (`EvaluationSection`) and a
+class (`Task`) that reads the samples, measures, and describes its result in results.json, in the
+predictions, in comparisons and in the report. Everything else in eval calls the methods below and
+knows no task by name: a new benchmark is a new module.
+
+Modules of tasks import torch, pyarrow and the report inside their methods, because a dry run or a
+config error needs none of them.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import importlib
+import pkgutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args
 
-import numpy as np
+from pydantic import PositiveInt
 
-from eval.datasets.datasets import EvaluationSet
-from eval.metrics.relevance import Relevance, relevance_of_equal_captions, relevance_of_owners
+from data_prep.config_file import Section
+from eval.datasets.columns import DatasetLocation, TableColumns
+from eval.datasets.datasets import EvaluationSet, EvaluationSets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_prep.report import html
+    from eval.metrics.embedding_space import EmbeddingSpace
+    from eval.metrics.intervals import Bootstrap, Score
+    from eval.report.differences import Difference, ResultPair
+    from eval.tasks.runner import Embeddings
+
+_TASKS: dict[str, type[Task]] = {}  # by the `task` of the config
+
+
+class EvaluationSection(Section):
+    """The settings that all evaluations share; each task adds `task: Literal["its_name"]`."""
+
+    renamed: ClassVar[dict[str, str]] = {"main_figure": "main_metric"}
+
+    dataset: DatasetLocation
+    split: str = "test"  # of tars or class folders that have several
+    subset: Path | None = None  # .subset file of Isopair shards: measure only the samples it keeps
+    columns: TableColumns = TableColumns()
+    # Metric -> least value (of ranks: largest); the command fails if one is missed
+    goals: dict[str, float] = {}
+    expected_items: PositiveInt | None = None  # a dataset of another size is refused
+    how_to_get: str | None = None  # advice in the message for a missing dataset
+    main_metric: str | None = None  # metric that averages take; null: the main one of its task
+    averages: list[str] = []  # averages that include this evaluation, in addition to "all"
+
+    def locations(self) -> list[tuple[str, str]]:
+        """Returns (location, split) of every dataset that the evaluation reads."""
+        return [(self.dataset, self.split)]
 
 
 @dataclass(frozen=True)
@@ -19,300 +64,190 @@ class MediaSet:
     """Media items that a task needs the embeddings of."""
 
     dataset: EvaluationSet
-    keys: list[str]  # [Q] of its samples
+    keys: list[str]  # [Q] keys of the samples
+
+
+class Result(Protocol):
+    """The least that the result of a measurement holds."""
+
+    scores: dict[str, Score]
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What all tasks have."""
+class Task(ABC):
+    """One evaluation of a config, with everything read that it needs besides the model.
 
-    name: str
+    A subclass names its config section, `class ToyTask(Task, section=ToySection)`, and is thereby
+    registered under the section's `task`.
+    """
+
+    name: str  # of the evaluation
     dataset: EvaluationSet
-    keys: list[str]  # [Q] of the samples
+    keys: list[str]  # [Q] keys of the samples
+
+    section_type: ClassVar[type[EvaluationSection]]
+    task_name: ClassVar[str]  # the `task` of the config
+    # Values of dataset_type.txt next to published tars that suit the task; empty: any
+    dataset_types: ClassVar[tuple[str, ...]] = ()
+    # Metrics that averages take: the first that the result has
+    main_metrics: ClassVar[tuple[str, ...]] = ()
+    # Keys of the record that must be equal for two results to be comparable
+    conditions: ClassVar[tuple[str, ...]] = ()
+    # Whether the report shows queries of it, which share the space of a page
+    shows_queries: ClassVar[bool] = True
+
+    def __init_subclass__(
+        cls, *, section: type[EvaluationSection] | None = None, **options: Any
+    ) -> None:
+        super().__init_subclass__(**options)
+        if section is not None:
+            (cls.task_name,) = get_args(section.model_fields["task"].annotation)
+            cls.section_type = section
+            _TASKS[cls.task_name] = cls
+
+    # ------------------------------------------------------------------------------ reading
+
+    @classmethod
+    @abstractmethod
+    def read(
+        cls, name: str, section: Any, dataset: EvaluationSet, *, sets: EvaluationSets, seed: int
+    ) -> Self:
+        """Reads and checks samples, labels and texts.
+
+        Args:
+            name: name of the evaluation.
+            section: its config, of the type `section_type`.
+            dataset: the dataset that the config names.
+            sets: opens further datasets, each once.
+            seed: seed of whatever the task draws.
+
+        Raises:
+            InputError: if a sample lacks what the task needs.
+        """
 
     @property
     def media_sets(self) -> list[MediaSet]:
-        """Everything to encode, besides texts."""
+        """All media to encode; the first set is the one that is measured."""
         return [MediaSet(self.dataset, self.keys)]
 
     @property
     def texts(self) -> list[str]:
-        """Every text to encode."""
+        """All texts to encode."""
         return []
 
     @property
     def text_name(self) -> str:
-        """What the texts are, for messages."""
+        """A name for the texts, for messages."""
         return f"prompts of {self.name}"
 
     def description(self) -> str:
-        """What is measured, in a line."""
+        """Describes in one line what is measured."""
         return (
             f"{self.name}: {self.method()}, {len(self.dataset)} {self.dataset.info.media} items, "
             f"{self.details()} ({self.dataset.folder})"
         )
 
+    @abstractmethod
     def method(self) -> str:
-        """The task in words."""
-        raise NotImplementedError
+        """Returns the task in words."""
 
+    @abstractmethod
     def details(self) -> str:
-        """Its counts in words."""
-        raise NotImplementedError
+        """Returns the counts of classes, captions and the like in words."""
+
+    # ---------------------------------------------------------------------------- measuring
+
+    @abstractmethod
+    def measure(
+        self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
+    ) -> tuple[Result, Tensor]:
+        """Measures the task.
+
+        Args:
+            media: [Q, D] embeddings of the first media set, L2-normalised.
+            embeddings: source of all other embeddings.
+            bootstrap: settings of the intervals.
+
+        Returns:
+            The result, and the embeddings that media are compared with, which the predictions and
+            the report use.
+        """
+
+    def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace | None:
+        """Describes the space that both kinds of embeddings share; None for most tasks.
+
+        Args:
+            media: [Q, D] as for `measure`, on the CPU.
+            other: the embeddings that `measure` returned, on the CPU.
+        """
+        return None
+
+    # ---------------------------------------------------------------------------- reporting
+
+    def main_metric(self, scores: Mapping[str, Score]) -> str | None:
+        """Returns the metric that averages take; None if there is none."""
+        return next((name for name in self.main_metrics if name in scores), None)
+
+    def notes(self) -> list[str]:
+        """Returns remarks that belong under a table of the metrics."""
+        return []
+
+    def record(self, outcome: Outcome) -> dict[str, Any]:
+        """Returns what results.json holds in addition to dataset and scores."""
+        return {}
+
+    def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:
+        """Returns {suffix of the file's name: {column: values}}, a row per sample or query."""
+        return {}
+
+    @classmethod
+    def differences(cls, pair: ResultPair) -> Iterator[Difference]:
+        """Compares two results sample by sample, from their records and predictions alone."""
+        yield from ()
+
+    def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
+        """Builds the task's part of the report.
+
+        Args:
+            outcome: outcome of this task.
+            num_queries: number of queries that the report may show.
+        """
+        from data_prep.report import html
+
+        return html.Section(self.name, [], note=self.description())
 
 
 @dataclass(frozen=True)
-class SingleLabelTask(_Task):
-    """Classification of the media items of a dataset, each of one class."""
-
-    class_names: list[str]  # [K]
-    targets: np.ndarray  # int64 [Q], place in class_names
-
-    @cached_property
-    def class_labels(self) -> list[str]:
-        """[K] the names, with the place of those that stand twice."""
-        counts = Counter(self.class_names)
-        return [
-            f"{name} ({place})" if counts[name] > 1 else name
-            for place, name in enumerate(self.class_names)
-        ]
-
-    def details(self) -> str:
-        return f"{len(self.class_names)} classes"
-
-
-@dataclass(frozen=True)
-class ClassificationTask(SingleLabelTask):
-    """Zero-shot classification."""
-
-    prompt_templates: list[str]  # none where the classes have prompts of their own
-    prompts: list[list[str]]  # [K] of each class
-    groups: list[str] | None = None  # [Q] of which the worst one's accuracy is measured as well
-
-    @property
-    def texts(self) -> list[str]:
-        """The prompts: all of the first class, then all of the second, and so on."""
-        return list(chain.from_iterable(self.prompts))
-
-    def method(self) -> str:
-        return "zero-shot classification"
-
-    def details(self) -> str:
-        groups = "" if self.groups is None else f", {len(set(self.groups))} groups"
-        return (
-            f"{super().details()}, {len(self.prompt_templates) or 'no'} templates, "
-            f"{len(self.texts)} prompts{groups}"
-        )
-
-
-@dataclass(frozen=True)
-class LabelledItems:
-    """Some items of a dataset, with their classes."""
-
-    source: MediaSet
-    indices: np.ndarray  # int64 [n] of the items in the source
-    targets: np.ndarray  # int64 [n], place in class_names
-
-
-@dataclass(frozen=True)
-class TrainedTask(SingleLabelTask):
-    """Classification that learns from labelled items."""
-
-    train: LabelledItems
-
-    @property
-    def media_sets(self) -> list[MediaSet]:
-        return [*super().media_sets, self.train.source]
-
-    def details(self) -> str:
-        return f"{super().details()}, {len(self.train.indices)} items to train on"
-
-
-@dataclass(frozen=True)
-class LinearProbeTask(TrainedTask):
-    """By a regression on embeddings."""
-
-    validation: LabelledItems
-    l2: float | None  # weight of the L2 penalty; None: chosen on validation items
-
-    @property
-    def media_sets(self) -> list[MediaSet]:
-        return [*super().media_sets, self.validation.source]
-
-    def method(self) -> str:
-        return "linear probe"
-
-    def details(self) -> str:
-        return f"{super().details()} and {len(self.validation.indices)} to validate"
-
-
-@dataclass(frozen=True)
-class NearestNeighboursTask(TrainedTask):
-    """By the votes of the nearest training items."""
-
-    num_neighbours: int
-    temperature: float
-
-    def method(self) -> str:
-        return f"{self.num_neighbours} nearest neighbours"
-
-
-@dataclass(frozen=True)
-class FewShotTask(TrainedTask):
-    """By regressions on a few training items of each class."""
-
-    shots: list[int]
-    num_draws: int
-    l2: float  # weight of the L2 penalty
-    seed: int
-
-    def method(self) -> str:
-        return f"few-shot probes, {self.shots} shots, {self.num_draws} draws"
-
-
-@dataclass(frozen=True)
-class MultiLabelTask(_Task):
-    """Zero-shot classification of media items that may be of several classes."""
-
-    class_names: list[str]  # [K]
-    prompt_templates: list[str]  # as of ClassificationTask
-    prompts: list[list[str]]
-    is_of_class: np.ndarray  # bool [Q, K]
-
-    @property
-    def texts(self) -> list[str]:
-        """The prompts, class by class."""
-        return list(chain.from_iterable(self.prompts))
-
-    def method(self) -> str:
-        return "multi-label classification"
-
-    def details(self) -> str:
-        return (
-            f"{len(self.class_names)} classes, {self.is_of_class.sum(axis=1).mean():.2f} of them "
-            f"per item, {len(self.prompt_templates) or 'no'} templates"
-        )
-
-
-@dataclass(frozen=True)
-class RetrievalTask(_Task):
-    """Retrieval in both directions between the media items and the captions of a dataset."""
-
-    captions: list[str]  # [M]
-    media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
-    distractor_captions: list[str]  # describe no item; in the gallery of media to text only
-    ks: list[int]
-    merges_equal_captions: bool = False  # each is right for all items that have its words
-
-    @property
-    def texts(self) -> list[str]:
-        """The captions, then the distractors."""
-        return self.captions + self.distractor_captions
-
-    @property
-    def text_name(self) -> str:
-        return f"captions of {self.name}"
-
-    @cached_property
-    def relevance(self) -> Relevance:
-        """Which captions are right for which items."""
-        if self.merges_equal_captions:
-            return relevance_of_equal_captions(self.media_of_text, self.captions)
-        return relevance_of_owners(self.media_of_text)
-
-    def method(self) -> str:
-        return "retrieval"
-
-    def details(self) -> str:
-        return (
-            f"{len(self.captions)} captions, {len(self.distractor_captions)} distractor captions, "
-            f"k {self.ks}{', equal captions merged' if self.merges_equal_captions else ''}"
-        )
-
-
-@dataclass(frozen=True)
-class MediaRetrievalTask(_Task):
-    """Retrieval in both directions between the media items of two datasets."""
-
-    other: MediaSet  # M items
-    relevance: Relevance  # "texts" are the other's items
-    ks: list[int]
-
-    @property
-    def media_sets(self) -> list[MediaSet]:
-        return [*super().media_sets, self.other]
-
-    @property
-    def directions(self) -> tuple[str, str]:
-        """What metrics are called by."""
-        kind, other = self.dataset.info.media, self.other.dataset.info.media
-        return f"{kind}_to_{other}", f"{other}_to_{kind}"
-
-    def method(self) -> str:
-        return "media retrieval"
-
-    def details(self) -> str:
-        other = self.other.dataset
-        return f"{len(other)} {other.info.media} items of {other.folder}, k {self.ks}"
-
-
-@dataclass(frozen=True)
-class CaptionChoiceTask(_Task):
-    """Choice of the right caption, or media item, among a few that are nearly alike."""
-
-    captions: list[list[str]]  # [Q] of each item, the right one first
-    groups: list[list[int]] | None  # indices of items that are each other's wrong answers
-
-    @property
-    def texts(self) -> list[str]:
-        """The captions of the first item, then of the second, and so on."""
-        return list(chain.from_iterable(self.captions))
-
-    @property
-    def text_name(self) -> str:
-        return f"captions of {self.name}"
-
-    def method(self) -> str:
-        return "caption choice"
-
-    def details(self) -> str:
-        if self.groups is not None:
-            return f"{len(self.groups)} groups"
-        return f"{len(self.texts) - len(self.captions)} wrong captions"
-
-
-@dataclass(frozen=True)
-class AssociationTask(_Task):
-    """Choice of the media items that belong to a cue, among a few."""
-
-    groups: dict[str, list[int]]  # indices of the items to choose from, by the name of the group
-    cues: list[str]  # [groups]
-    is_right: np.ndarray  # bool [Q]
-
-    @property
-    def texts(self) -> list[str]:
-        """The cues."""
-        return self.cues
-
-    @property
-    def text_name(self) -> str:
-        return f"cues of {self.name}"
-
-    def method(self) -> str:
-        return "association"
-
-    def details(self) -> str:
-        return f"{len(self.groups)} cues, {int(self.is_right.sum())} items that belong to theirs"
-
-
-Task = (
-    ClassificationTask
-    | LinearProbeTask
-    | NearestNeighboursTask
-    | FewShotTask
-    | MultiLabelTask
-    | RetrievalTask
-    | MediaRetrievalTask
-    | CaptionChoiceTask
-    | AssociationTask
-)
+class Outcome:
+    """A task, its result, and the embeddings that the report shows neighbours from."""
+
+    task: Task
+    result: Result
+    media_embeddings: Tensor  # [Q, D], L2-normalised
+    other_embeddings: Tensor  # [..., D], what `Task.measure` returned
+    space: EmbeddingSpace | None
+    seconds: float  # without encoding
+
+
+# ----------------------------------------------------------------------------------- registry
+
+
+def task_types() -> dict[str, type[Task]]:
+    """Returns all tasks by name, after importing every module of this folder."""
+    for module in pkgutil.iter_modules(sys.modules[__package__].__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return dict(_TASKS)
+
+
+def validate_section(values: Any) -> Any:
+    """Validates the config of one evaluation by the section of its task.
+
+    Raises:
+        ValueError: if `task` names no known task.
+    """
+    if not isinstance(values, dict):
+        return values  # pydantic accepts a section, and describes what else it found
+    known, name = task_types(), values.get("task")
+    if name not in list(known):
+        raise ValueError(f"task: expected one of {', '.join(sorted(known))}; found {name!r}")
+    return known[name].section_type.model_validate(values)

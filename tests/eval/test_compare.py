@@ -9,9 +9,9 @@ from torch.nn.functional import normalize
 from data_prep.command import run_command
 from data_prep.errors import InputError
 from eval.compare import dry_run, run
+from eval.comparison import compare
 from eval.config import CompareConfig
 from eval.metrics.intervals import Bootstrap
-from eval.report.comparison import compare
 from tests.eval.test_evaluate import config_path, evaluate  # noqa: F401  a fixture
 from tests.support.toy_evaluation import ToyModel, load_toy_model
 

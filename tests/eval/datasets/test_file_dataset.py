@@ -24,7 +24,7 @@ def config_of(task, dataset, **section):
 
 
 def task_of(task, dataset, **section):
-    (task,) = read_tasks(config_of(task, dataset, **section)).present
+    (task,) = read_tasks(config_of(task, dataset, **section).evaluations).present
     return task
 
 
@@ -179,11 +179,11 @@ def test_what_is_missing_says_how_to_get_it_or_is_left_out(tmp_path):
     with pytest.raises(InputError, match=r"set: .*/none: expected .*; download it from"):
         task_of("retrieval", tmp_path / "none", **section)
     config = config_of("retrieval", tmp_path / "none", skip_missing=True, **section)
-    assert not read_tasks(config).present
+    assert not read_tasks(config.evaluations, skip_missing=True).present
     folder = write_dataset(tmp_path / "toy", [picture_sample("red", seed=0)])
     there = config_of("retrieval", folder).evaluations["set"]
     both = config.model_copy(update={"evaluations": config.evaluations | {"there": there}})
-    found = read_tasks(both)
+    found = read_tasks(both.evaluations, skip_missing=both.skip_missing)
     assert [task.name for task in found.present] == ["there"]
     assert "download it from nowhere" in found.skipped["set"]
     with pytest.raises(InputError, match=r"expected 3 items \(expected_items\), found 1"):
@@ -221,26 +221,26 @@ def test_sets_behind_urls_are_fetched_once(tmp_path, web, monkeypatch):
     published = config_of("zero_shot_classification", f"{url}/tars")
     own = config_of("retrieval", f"{url}/shards")
     with pytest.raises(InputError, match="not fetched yet"):
-        read_tasks(published)
+        read_tasks(published.evaluations)
     for config, num_items in ((published, 5), (own, 2)):
-        fetch_datasets(config)
-        (task,) = read_tasks(config).present
+        fetch_datasets(config.evaluations)
+        (task,) = read_tasks(config.evaluations).present
         assert len(task.dataset) == num_items
     assert not list((tmp_path / "cache").rglob("*.tmp"))
     num_requests = len(requests)
-    fetch_datasets(published)
-    fetch_datasets(own)
+    fetch_datasets(published.evaluations)
+    fetch_datasets(own.evaluations)
     assert len(requests) == num_requests
     with pytest.raises(InputError, match=r"absent: expected a dataset: .*nshards\.txt"):
-        fetch_datasets(config_of("retrieval", f"{url}/absent"))
+        fetch_datasets(config_of("retrieval", f"{url}/absent").evaluations)
     # What came before a failure is kept.
     shutil.rmtree(tmp_path / "cache")
     tar = tmp_path / "web/tars/test/2.tar"
     tar.rename(tmp_path / "2.tar")
     with pytest.raises(InputError, match=r"test/2\.tar"):
-        fetch_datasets(published)
+        fetch_datasets(published.evaluations)
     (tmp_path / "2.tar").rename(tar)
     requests.clear()
-    fetch_datasets(published)
+    fetch_datasets(published.evaluations)
     assert set(requests) == {"/tars/dataset.json", "/tars/dataset_type.txt", "/tars/test/2.tar"}
-    assert len(read_tasks(published).present[0].dataset) == 5
+    assert len(read_tasks(published.evaluations).present[0].dataset) == 5

@@ -38,7 +38,7 @@ def write_set(folder, samples, *, kind=None, classes=None, samples_per_tar=2, **
 def tasks_of(folder, task, **section):
     values = {"task": task, "dataset": folder, **section}
     config = {"checkpoint": "run", "output": "out", "evaluations": {"set": values}}
-    return read_tasks(EvaluateConfig.model_validate(config)).present
+    return read_tasks(EvaluateConfig.model_validate(config).evaluations).present
 
 
 def test_a_classification_set_needs_nothing_but_its_folder(tmp_path):

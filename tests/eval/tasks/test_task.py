@@ -12,13 +12,13 @@ from data_prep.errors import (
 from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.subset import Subset
 from eval.config import EvaluateConfig
-from eval.tasks.class_texts import read_lines
+from eval.tasks.class_prompts import read_lines
 from eval.tasks.readers import read_tasks as read_all_tasks
 from tests.support.toy_evaluation import write_dataset
 
 
 def read_tasks(config):
-    return read_all_tasks(config).present
+    return read_all_tasks(config.evaluations).present
 
 
 def config_of(folder, **section):

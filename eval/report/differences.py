@@ -1,0 +1,167 @@
+"""Differences between two results of one evaluation, sample by sample, with paired intervals.
+
+Both results saw the same samples, so their differences are resampled, not their metrics. That
+separates models whose own intervals overlap widely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+from data_prep.errors import InputError
+from eval.metrics.intervals import Bootstrap, bootstrap_interval, weighted_mean
+from eval.report.predictions import predictions_file
+
+NUM_FLIPPED = 20  # keys of samples that are named
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of one metric between two results."""
+
+    evaluation: str
+    metric: str
+    baseline: float
+    value: float
+    difference: float  # value - baseline
+    low: float  # 95 % interval of the difference
+    high: float
+    num_queries: int
+    num_better: int  # queries
+    num_worse: int
+    better: list[str]  # keys of the first samples with a query that is better
+    worse: list[str]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class ResultPair:
+    """One evaluation in two folders of results.
+
+    Args:
+        evaluation: name of the evaluation.
+        record: what the first results.json holds about it.
+        folders: both folders of results.
+        bootstrap: settings of the intervals.
+    """
+
+    evaluation: str
+    record: dict[str, Any]
+    folders: tuple[Path, Path]
+    bootstrap: Bootstrap
+
+    def tables(self, suffix: str = "") -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """Reads the predictions of both: {column: values}.
+
+        Raises:
+            InputError: if predictions are missing.
+        """
+        first, second = (
+            _read_predictions(predictions_file(folder, self.evaluation, suffix))
+            for folder in self.folders
+        )
+        return first, second
+
+    def mean_differences(
+        self, metric_of_column: Mapping[str, str], suffix: str = ""
+    ) -> Iterator[Difference]:
+        """Yields the differences of the means of columns, resampled by media item.
+
+        Args:
+            metric_of_column: {column of the predictions: metric that is its mean}.
+            suffix: suffix of the predictions' file.
+
+        Raises:
+            InputError: if predictions are missing.
+        """
+        first, second = self.tables(suffix)
+        keys = first["key"]
+        _, clusters = np.unique(keys, return_inverse=True)
+        for column, metric in metric_of_column.items():
+            values = (np.array(first[column]), np.array(second[column]))
+            interval = bootstrap_interval(
+                values[1] - values[0],
+                clusters=clusters,
+                statistic=weighted_mean,
+                bootstrap=self.bootstrap,
+            )
+            yield self.difference(
+                metric, values=values, interval=interval, keys=keys, is_rank=column == "rank"
+            )
+
+    def rank_differences(self, direction: str) -> Iterator[Difference]:
+        """Yields the differences of recall@k and mean rank in one direction of a retrieval.
+
+        Args:
+            direction: prefix of the metrics, and suffix of the predictions' file.
+
+        Raises:
+            InputError: if predictions are missing.
+        """
+        suffix = f".{direction}"
+        metric_of_column = {
+            column: f"{direction}_{column.replace('hit', 'recall')}"
+            for column in self.tables(suffix)[0]
+            if column.startswith("hit@")
+        }
+        metric_of_column["rank"] = f"{direction}_mean_rank"
+        yield from self.mean_differences(metric_of_column, suffix)
+
+    def difference(
+        self,
+        metric: str,
+        *,
+        values: tuple[np.ndarray, np.ndarray],
+        interval: tuple[float, float],
+        keys: Sequence[str],
+        is_rank: bool = False,
+    ) -> Difference:
+        """Returns the difference of a metric that is the mean of values.
+
+        Args:
+            metric: name of the metric.
+            values: [queries] values of the first and of the second result.
+            interval: 95 % interval of the difference.
+            keys: [queries] names of the queries.
+            is_rank: whether lower values are better.
+        """
+        gains = values[1] - values[0]
+        better = gains < 0 if is_rank else gains > 0
+        worse = (gains != 0) & ~better
+        return Difference(
+            evaluation=self.evaluation,
+            metric=metric,
+            baseline=float(values[0].mean()),
+            value=float(values[1].mean()),
+            difference=float(gains.mean()),
+            low=interval[0],
+            high=interval[1],
+            num_queries=len(gains),
+            num_better=int(better.sum()),
+            num_worse=int(worse.sum()),
+            better=_first_keys(keys, better),
+            worse=_first_keys(keys, worse),
+        )
+
+
+def _read_predictions(path: Path) -> dict[str, list[Any]]:
+    if not path.exists():
+        raise InputError(
+            f"{path}: expected predictions; evaluate again with python -m eval.evaluate"
+        )
+    table = pyarrow.parquet.read_table(path)
+    return {column: table[column].to_pylist() for column in table.column_names}
+
+
+def _first_keys(keys: Sequence[str], wanted: np.ndarray) -> list[str]:
+    return list(dict.fromkeys(keys[index] for index in np.flatnonzero(wanted)))[:NUM_FLIPPED]

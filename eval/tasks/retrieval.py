@@ -1,0 +1,251 @@
+"""Retrieval in both directions between media items and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt, field_validator
+
+from eval.datasets.datasets import EvaluationSet, EvaluationSets
+from eval.datasets.labels import read_texts, texts_of
+from eval.metrics.relevance import (
+    Relevance,
+    relevance_of_equal_captions,
+    relevance_of_owners,
+)
+from eval.tasks.class_prompts import read_lines
+from eval.tasks.task import EvaluationSection, Outcome, Task
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from torch import Tensor
+
+    from data_prep.report import html
+    from eval.metrics.embedding_space import EmbeddingSpace
+    from eval.metrics.intervals import Bootstrap
+    from eval.metrics.retrieval import RetrievalResult
+    from eval.report.differences import Difference, ResultPair
+    from eval.report.gallery import MediaViews
+    from eval.tasks.runner import Embeddings
+
+
+class RetrievalSection(EvaluationSection):
+    """Finds the captions of each media item, and the media item of each caption.
+
+    Samples carry captions in .json or .txt.
+    """
+
+    task: Literal["retrieval"]
+    # Text file with one caption per line: wrong captions that join the gallery of media to text.
+    distractor_captions: Path | None = None
+    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
+    # A caption with the words of another item's is right for its own item alone, as in the
+    # literature, or for all of them
+    equal_captions: Literal["own", "merged"] = "own"
+
+    @field_validator("ks")
+    @classmethod
+    def _check_ks(cls, ks: list[int]) -> list[int]:
+        if sorted(set(ks)) != ks:
+            raise ValueError(f"expected rising numbers without repeats, found {ks}")
+        return ks
+
+
+@dataclass(frozen=True)
+class RetrievalTask(Task, section=RetrievalSection):
+    """Retrieval between the media items and the captions of a dataset."""
+
+    captions: list[str]  # [M]
+    media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
+    distractor_captions: list[str]  # describe no item; in the gallery of media to text only
+    ks: list[int]
+    merges_equal_captions: bool = False  # each is right for all items that have its words
+
+    dataset_types = ("retrieval",)
+    main_metrics = ("mean_recall@1",)
+    conditions = ("equal_captions", "num_captions", "num_distractor_captions")
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        section: RetrievalSection,
+        dataset: EvaluationSet,
+        *,
+        sets: EvaluationSets,
+        seed: int,
+    ) -> RetrievalTask:
+        keys: list[str] = []
+        captions: list[str] = []
+        media_of_text: list[int] = []
+        for ordinal, sample in enumerate(read_texts(dataset)):
+            of_sample = texts_of(sample, dataset)
+            keys.append(sample.key)
+            captions += of_sample
+            media_of_text += [ordinal] * len(of_sample)
+        distractors = []
+        if section.distractor_captions is not None:
+            distractors = read_lines(section.distractor_captions)
+        return cls(
+            name,
+            dataset,
+            keys,
+            captions,
+            np.array(media_of_text),
+            distractors,
+            list(section.ks),
+            merges_equal_captions=section.equal_captions == "merged",
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions, then the distractors."""
+        return self.captions + self.distractor_captions
+
+    @property
+    def text_name(self) -> str:
+        return f"captions of {self.name}"
+
+    @cached_property
+    def relevance(self) -> Relevance:
+        """Which captions are right for which items."""
+        if self.merges_equal_captions:
+            return relevance_of_equal_captions(self.media_of_text, self.captions)
+        return relevance_of_owners(self.media_of_text)
+
+    def method(self) -> str:
+        return "retrieval"
+
+    def details(self) -> str:
+        return (
+            f"{len(self.captions)} captions, {len(self.distractor_captions)} distractor captions, "
+            f"k {self.ks}{', equal captions merged' if self.merges_equal_captions else ''}"
+        )
+
+    def notes(self) -> list[str]:
+        num_repeated = len(self.captions) - len(set(self.captions))
+        if not num_repeated:
+            return []
+        if self.merges_equal_captions:
+            return [
+                f"{num_repeated} captions repeat the words of another one: each is right for all "
+                "items with a caption of its words (equal_captions: merged); metrics of the "
+                "literature count its own item alone."
+            ]
+        return [
+            f"{num_repeated} captions repeat the words of another one: each is right only for its "
+            "own item, which bounds the recall that any model can reach."
+        ]
+
+    def measure(
+        self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
+    ) -> tuple[RetrievalResult, Tensor]:
+        """Returns the result, and the embeddings [M + X, D] of captions and distractors."""
+        from eval.metrics.retrieval import retrieve
+
+        num_captions = len(self.captions)
+        texts = embeddings.of_texts(self)
+        result = retrieve(
+            media,
+            texts[:num_captions],
+            media_of_text=self.media_of_text,
+            relevance=self.relevance,
+            distractor_embeddings=texts[num_captions:],
+            ks=self.ks,
+            bootstrap=bootstrap,
+        )
+        return result, texts
+
+    def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace:
+        from eval.metrics.embedding_space import embedding_space
+
+        return embedding_space(media, other[: len(self.captions)], self.relevance)
+
+    def record(self, outcome: Outcome) -> dict[str, Any]:
+        from eval.embeddings.store import sum_of_texts
+        from eval.metrics.retrieval import DIRECTIONS
+
+        return {
+            "num_media": len(self.dataset),
+            "num_captions": len(self.captions),
+            "captions_sha256": sum_of_texts(self.captions),
+            "num_repeated_captions": len(self.captions) - len(set(self.captions)),
+            "num_distractor_captions": len(self.distractor_captions),
+            "media_to_text_gallery": outcome.result.media_to_text.gallery_size,
+            "text_to_media_gallery": outcome.result.text_to_media.gallery_size,
+            "recall": "hit rate: a query succeeds if any right answer is among the first k",
+            "true_recall": "share of a query's right answers that are among the first k",
+            "equal_captions": "merged" if self.merges_equal_captions else "own",
+            "directions": list(DIRECTIONS),
+        }
+
+    def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:
+        from eval.report.predictions import rank_columns
+
+        result = outcome.result
+        return {
+            ".media_to_text": {"key": self.keys, **rank_columns(result.media_to_text, self.ks)},
+            ".text_to_media": {
+                "key": [self.keys[item] for item in self.media_of_text],
+                "caption": self.captions,
+                **rank_columns(result.text_to_media, self.ks),
+            },
+        }
+
+    @classmethod
+    def differences(cls, pair: ResultPair) -> Iterator[Difference]:
+        for direction in pair.record["directions"]:
+            yield from pair.rank_differences(direction)
+
+    def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
+        """Shows queries of both directions with their nearest answers, and the shared space."""
+        from data_prep.report import html
+        from eval.report.gallery import MediaViews, space_blocks
+
+        views, kind = MediaViews(self.dataset), self.dataset.info.media
+        blocks = [
+            html.heading(f"{kind} to text"),
+            *self._media_queries(outcome, views, num_queries=num_queries),
+            html.heading(f"text to {kind}"),
+            *self._text_queries(outcome, views, num_queries=num_queries),
+            *space_blocks(outcome.space, self.dataset),
+        ]
+        note = [
+            f"{self.description()}.",
+            "In each direction the hardest queries come first, then some from all over the set.",
+            *self.notes(),
+        ]
+        return html.Section(self.name, blocks, note=" ".join(note))
+
+    def _media_queries(
+        self, outcome: Outcome, views: MediaViews, *, num_queries: int
+    ) -> Iterator[Markup]:
+        from eval.report.gallery import media_query, nearest, shown_queries, text_answers
+
+        ranks, texts = outcome.result.media_to_text, self.texts
+        queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
+        answers = nearest(outcome.media_embeddings[queries], outcome.other_embeddings)
+        for query, found in zip(queries, answers, strict=True):
+            right = self.relevance.texts_of(query).tolist()
+            yield media_query(
+                views.of(query), ranks, query, answers=text_answers(texts, found, right=right)
+            )
+
+    def _text_queries(
+        self, outcome: Outcome, views: MediaViews, *, num_queries: int
+    ) -> Iterator[Markup]:
+        from eval.report.gallery import media_answers, nearest, shown_queries, text_query
+
+        ranks = outcome.result.text_to_media
+        queries = shown_queries(ranks.first_ranks(), num_queries=num_queries, labels=self.captions)
+        answers = nearest(outcome.other_embeddings[queries], outcome.media_embeddings)
+        for query, found in zip(queries, answers, strict=True):
+            right = self.relevance.media_of(query).tolist()
+            yield text_query(
+                self.captions[query], ranks, query, answers=media_answers(views, found, right=right)
+            )

@@ -1,0 +1,205 @@
+"""Classification of media items that belong to one class each: shared by several tasks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.errors import InputError
+from data_prep.shards.sample import Sample
+from eval.datasets.columns import DatasetLocation
+from eval.datasets.datasets import EvaluationSet, EvaluationSets
+from eval.datasets.labels import class_index_of, read_texts
+from eval.tasks.class_prompts import index_of_classes, read_class_names
+from eval.tasks.task import EvaluationSection, MediaSet, Outcome, Task
+
+if TYPE_CHECKING:
+    from data_prep.report import html
+    from eval.report.differences import Difference, ResultPair
+
+OBJECTIVE = "mean cross-entropy + l2 * |W|^2 / (2 n)"  # of linear probes
+
+
+@dataclass(frozen=True)
+class SingleLabelTask(Task):
+    """Classification of the media items of a dataset, each of one class."""
+
+    class_names: list[str]  # [K]
+    targets: np.ndarray  # int64 [Q], index into class_names
+
+    main_metrics = ("top_1_accuracy",)
+    dataset_types = ("classification",)
+    conditions = ("class_names",)
+    shows_queries = False
+
+    @cached_property
+    def class_labels(self) -> list[str]:
+        """[K] names, with the index added to names that occur twice."""
+        counts = Counter(self.class_names)
+        return [
+            f"{name} ({index})" if counts[name] > 1 else name
+            for index, name in enumerate(self.class_names)
+        ]
+
+    def target_labels(self) -> list[str]:
+        """Returns [Q] the label of each item's class."""
+        return [self.class_labels[index] for index in self.targets]
+
+    def details(self) -> str:
+        return f"{len(self.class_names)} classes"
+
+    def record(self, outcome: Outcome) -> dict[str, Any]:
+        result = outcome.result
+        recalls = zip(self.class_labels, result.class_recalls.tolist(), strict=True)
+        return {
+            "num_queries": len(self.targets),
+            "num_classes": len(self.class_names),
+            "num_classes_without_items": int(sum(math.isnan(r) for r in result.class_recalls)),
+            "class_names": self.class_names,
+            "class_recalls": {name: None if math.isnan(r) else r for name, r in recalls},
+            "confusion_matrix": result.confusion.tolist(),
+        }
+
+    def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:
+        result = outcome.result
+        return {
+            "": {
+                "key": self.keys,
+                "class_name": self.target_labels(),
+                "predicted": [self.class_labels[index] for index in result.predictions],
+                "hit@1": result.ranks.hits_at(1),
+                "rank": result.ranks.first_ranks(),
+            }
+        }
+
+    @classmethod
+    def differences(cls, pair: ResultPair) -> Iterator[Difference]:
+        yield from pair.mean_differences({"hit@1": "top_1_accuracy"})
+
+    def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
+        from data_prep.report import html
+        from eval.report.classes import class_blocks
+
+        blocks = class_blocks(
+            self.dataset, outcome.result, class_labels=self.class_labels, targets=self.targets
+        )
+        return html.Section(self.name, blocks, note=self.description())
+
+
+def read_targets(
+    samples: Iterable[Sample], dataset: EvaluationSet, class_names: list[str]
+) -> tuple[list[str], np.ndarray]:
+    """Reads the class of every sample.
+
+    Returns:
+        [Q] keys, and int64 [Q] index of each sample's class in class_names.
+
+    Raises:
+        InputError: see `class_index_of`.
+    """
+    index_of = index_of_classes(class_names, dataset)
+    keys, targets = [], []
+    for sample in samples:
+        keys.append(sample.key)
+        targets.append(class_index_of(sample, class_names=class_names, place_of=index_of))
+    return keys, np.array(targets)
+
+
+# ------------------------------------------------------------------- learning from labelled items
+
+
+class TrainedSection(EvaluationSection):
+    """The settings that all evaluations share that learn from labelled items."""
+
+    # A list, or a text file with one name per line, or "open_clip:imagenet"; null: the file that
+    # comes with the tars, or the names of the folders
+    class_names: list[str] | str | None = None
+    # Dataset of the items to learn from; null: the train_split of `dataset`
+    train: DatasetLocation | None = None
+    train_split: str = "train"
+    train_subset: Path | None = None
+
+    def locations(self) -> list[tuple[str, str]]:
+        train = [] if self.train is None else [(self.train, self.train_split)]
+        return super().locations() + train
+
+
+@dataclass(frozen=True)
+class LabelledItems:
+    """Some items of a dataset, with their classes."""
+
+    source: MediaSet
+    indices: np.ndarray  # int64 [n] items of the source
+    targets: np.ndarray  # int64 [n], index into class_names
+
+
+@dataclass(frozen=True)
+class TrainedTask(SingleLabelTask):
+    """Classification that learns from labelled items."""
+
+    train: LabelledItems
+
+    conditions = ("class_names", "train_fingerprint")
+
+    @property
+    def media_sets(self) -> list[MediaSet]:
+        return [*super().media_sets, self.train.source]
+
+    def details(self) -> str:
+        return f"{super().details()}, {len(self.train.indices)} items to train on"
+
+    def train_record(self) -> dict[str, Any]:
+        """Returns what results.json holds about the training items."""
+        return {
+            "features": "the embeddings, L2-normalised",
+            "num_train": len(self.train.indices),
+            "train_fingerprint": self.train.source.dataset.fingerprint,
+        }
+
+
+def read_trained(
+    name: str, section: TrainedSection, dataset: EvaluationSet, sets: EvaluationSets
+) -> dict[str, Any]:
+    """Reads the fields of a `TrainedTask`: the classes of its items and of the training items.
+
+    Raises:
+        InputError: if a sample has no known class, or the training items are the test's.
+    """
+    class_names = read_class_names(name, section, dataset)
+    keys, targets = read_targets(read_texts(dataset), dataset, class_names)
+    source = sets.open(
+        section.train or section.dataset,
+        split=section.train_split,
+        subset=section.train_subset,
+        columns=section.columns,
+    )
+    if source is dataset:
+        raise InputError(
+            f"evaluations.{name}: {source.folder}: training items are the test's; set train, or "
+            "train_split, to others"
+        )
+    return {
+        "name": name,
+        "dataset": dataset,
+        "keys": keys,
+        "class_names": class_names,
+        "targets": targets,
+        "train": read_labelled_items(source, class_names),
+    }
+
+
+def read_labelled_items(source: EvaluationSet, class_names: list[str]) -> LabelledItems:
+    """Reads the classes of all items of a dataset.
+
+    Raises:
+        InputError: see `class_index_of`.
+    """
+    keys, targets = read_targets(read_texts(source), source, class_names)
+    return LabelledItems(MediaSet(source, keys), np.arange(len(keys)), targets)
