@@ -1,9 +1,9 @@
-"""Compares results of the same evaluations: differences with paired intervals, and what flipped.
+"""Compares results of the same evaluations: differences with paired intervals, and flipped samples.
 
     python -m eval.compare configs/eval/compare.yaml
     python -m eval.compare configs/eval/compare.yaml results='[results/a, results/b]'
 
-The first results are what the others are compared with. Writes compare.json and compare.md.
+The first results are the baseline of all others. Writes compare.json and compare.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def run(config: CompareConfig) -> None:
-    """Compares all results with the first, and writes what was found."""
+    """Compares all results with the first, and writes the differences."""
     check_output_folder(config.output, key="output")
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
     baseline, *others = config.results
@@ -57,7 +57,7 @@ def run(config: CompareConfig) -> None:
 
 
 def comparison_table(baseline: Path, other: Path, differences: list[Difference]) -> str:
-    """One result beside the first, as a Markdown table; a difference that is clear is marked."""
+    """Formats the differences between two results as a Markdown table; clear ones are marked."""
     rows = [
         (
             each.evaluation,
@@ -72,12 +72,14 @@ def comparison_table(baseline: Path, other: Path, differences: list[Difference])
         for each in differences
     ]
     num_clear = sum(each.is_clear for each in differences)
-    title = f"{other} beside {baseline}: {num_clear} of {len(differences)} metrics differ (*)\n"
+    title = (
+        f"{other} compared with {baseline}: {num_clear} of {len(differences)} metrics differ (*)\n"
+    )
     return "\n".join([title, markdown_table(COLUMNS, rows)]) + "\n"
 
 
 def dry_run(config: CompareConfig) -> None:
-    """Checks that the results are of the same evaluations, and names these."""
+    """Checks that the results share evaluations, and prints their names."""
     check_output_folder(config.output, key="output")
     baseline, *others = config.results
     for other in others:
@@ -86,7 +88,7 @@ def dry_run(config: CompareConfig) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(CompareConfig, run=run, dry_run=dry_run, description=__doc__)
 
 

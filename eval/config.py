@@ -1,4 +1,4 @@
-"""The configs of `python -m eval.evaluate`, `eval.compare`, `eval.embed`, and the others."""
+"""The configs of eval's commands; the tasks of eval.evaluate hold their own sections."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ AnyEvaluation = Annotated[SerializeAsAny[EvaluationSection], BeforeValidator(val
 
 
 class EvaluateConfig(EncodingConfig):
-    """What `python -m eval.evaluate` reads."""
+    """The config of `python -m eval.evaluate`."""
 
     output: Path  # folder for results.json, .md and .csv, report.html and predictions/
-    embeddings: Path | None = None  # folder where they are kept and found; null: in the output
+    # Folder of embeddings, which other evaluations reuse; null: in the output folder
+    embeddings: Path | None = None
     evaluations: dict[str, AnyEvaluation] = Field(min_length=1)  # by a name of your choice
-    skip_missing: bool = False  # leave out, and name, evaluations whose dataset is not there
-    seed: int = Field(0, ge=0)  # of the bootstrap, and of what few-shot probes learn from
+    skip_missing: bool = False  # leave out, and report, evaluations whose dataset is missing
+    seed: int = Field(0, ge=0)  # of the bootstrap, and of the training items of few-shot probes
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 
 class WatchConfig(EvaluateConfig):
-    """What `python -m eval.watch` reads; `checkpoint` is the run's folder."""
+    """The config of `python -m eval.watch`; `checkpoint` is the run folder."""
 
-    wait: bool = True  # for checkpoints to come, until the run has finished
-    poll_seconds: PositiveFloat = 60  # between looks for a new one
+    wait: bool = True  # wait for further checkpoints until the run has finished
+    poll_seconds: PositiveFloat = 60  # seconds between checks for a new checkpoint
 
 
 class CompareConfig(Section):
-    """What `python -m eval.compare` reads."""
+    """The config of `python -m eval.compare`."""
 
-    # Folders that eval.evaluate wrote; all others are compared with the first
+    # Folders that eval.evaluate wrote; the first is the baseline of all others
     results: list[Path] = Field(min_length=2)
     output: Path  # folder for compare.json and compare.md
     seed: int = Field(0, ge=0)  # of the bootstrap
@@ -46,37 +47,39 @@ class CompareConfig(Section):
 
 
 class SearchConfig(EncodingConfig):
-    """What `python -m eval.search` reads."""
+    """The config of `python -m eval.search`."""
 
     dataset: DatasetLocation
     split: str = "test"
     subset: Path | None = None
     columns: TableColumns = TableColumns()
     output: Path  # folder for embeddings and the index
-    exact_up_to: int = Field(500_000, ge=0)  # items; above, nearly all of the nearest are found
+    # Items; an index of more is approximate and finds nearly all of the nearest
+    exact_up_to: int = Field(500_000, ge=0)
     num_results: PositiveInt = 24
     serve: bool = True  # false: only build the index
-    host: str = "127.0.0.1"  # only this machine; 0.0.0.0: whoever reaches it, without a password
+    # 127.0.0.1: this machine only; 0.0.0.0: everyone who can reach it, without a password
+    host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
 
 
 class OverlapConfig(Section):
-    """What `python -m eval.check_overlap` reads."""
+    """The config of `python -m eval.check_overlap`."""
 
     dataset: DatasetLocation  # the evaluation set
     split: str = "test"
     subset: Path | None = None
     columns: TableColumns = TableColumns()
-    train: list[Path] = Field(min_length=1)  # folders of shards of ours
+    train: list[Path] = Field(min_length=1)  # folders of Isopair shards
     output: Path  # folder for overlap.parquet, overlap.json and clean.subset
-    keys: bool = True  # names of files, and uids; false where both are mere numbers
-    near_media: NearMedia | None = NearMedia()  # null: not looked for
-    captions: bool = True
-    workers: PositiveInt = 1  # threads that compare pictures
+    keys: bool = True  # match file names and uids; false where both are mere numbers
+    near_media: NearMedia | None = NearMedia()  # match similar media; null: do not
+    captions: bool = True  # match equal captions
+    workers: PositiveInt = 1  # threads that compare images
 
 
 class EmbedConfig(EncodingConfig):
-    """What `python -m eval.embed` reads."""
+    """The config of `python -m eval.embed`."""
 
     dataset: Path  # folder of shards
     output: Path  # folder for one Parquet per shard, and embeddings.json

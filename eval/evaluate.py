@@ -4,14 +4,14 @@
     python -m eval.evaluate configs/eval/demo.yaml checkpoint=runs/mine output=results/mine
     torchrun --nproc-per-node 8 -m eval.evaluate configs/eval/demo.yaml
 
-1. read the tasks: labels, captions, class names, prompts, all checked   eval.tasks.readers
-2. load the model, of ours or another library's                          eval.models.encoder
-3. encode media and texts: each process its share, each item once        eval.embeddings.store
-4. score them                                                            eval.tasks.runner
-5. write results.json, .md and .csv, and per-sample predictions          eval.report.results
-6. write report.html                                                     eval.report.html
+1. read and check the tasks: labels, captions, class names, prompts   eval.tasks.readers
+2. load the model: a checkpoint, or another library's model           eval.models.encoder
+3. encode media and texts, split among the processes                  eval.embeddings.store
+4. measure the tasks                                                  eval.tasks.runner
+5. write results.json, .md and .csv, and per-sample predictions       eval.report.results
+6. write report.html                                                  eval.report.html
 
-Exit status 1 if a metric misses its goal.
+The exit status is 1 if a metric misses its goal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from eval.tasks.readers import read_tasks
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluates a model and writes what was found into the output folder."""
+    """Evaluates a model and writes the results into the output folder."""
     # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
     from eval.evaluation import evaluate
     from eval.processes import joined_processes
@@ -50,7 +50,7 @@ def dry_run(config: EvaluateConfig) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(EvaluateConfig, run=run, dry_run=dry_run, description=__doc__)
 
 

@@ -33,25 +33,27 @@ from pretrain.distributed.collectives import on_main_process, rank
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Evaluates a model and writes what was found into the output folder. Every process of the
-    group must come here; the main one measures and writes.
+    """Evaluates a model and writes the results into the output folder.
+
+    Every process of the group must call this; the main process measures and writes.
 
     Raises:
-        InputError: the model, a dataset or a label cannot be used; it says which, and why.
-        RunError: a metric misses its goal.
+        InputError: if the model, a dataset or a label cannot be used.
+        RunError: if a metric misses its goal.
     """
     start = time.monotonic()
     check_output_folder(config.output, key="output")
     on_main_process(lambda: fetch_datasets(config.evaluations))
     found = read_tasks(config.evaluations, skip_missing=config.skip_missing, seed=config.seed)
     if not found.present:
-        raise InputError("none of the datasets is there:\n" + "\n".join(found.skipped.values()))
+        reasons = "\n".join(found.skipped.values())
+        raise InputError(f"expected at least one dataset, found none:\n{reasons}")
     _share_fingerprints(found.present)
     encoder = load_encoder(config)
     check_towers(found.present, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
     encode_tasks(found.present, store)
-    wait_for_all()  # every process has made its share
+    wait_for_all()  # until every process has encoded its part
     if rank() > 0:
         return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
@@ -72,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _share_fingerprints(tasks: Sequence[Task]) -> None:
-    """Has one process read whole datasets for their sums, instead of each."""
+    """Computes the fingerprint of each dataset in one process, since it reads the whole dataset."""
     for task in tasks:
         for source in task.media_sets:
             dataset = source.dataset

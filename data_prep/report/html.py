@@ -115,9 +115,18 @@ def _environment(template_package: str) -> Environment:
     )
 
 
+def macros(template_package: str, name: str) -> Any:
+    """Returns the macros of a template as methods that take values and return `Markup`.
+
+    Args:
+        template_package: as for `render`.
+        name: file name of the template.
+    """
+    return _environment(template_package).get_template(name).module
+
+
 def _block(macro: str, *values: Any) -> Markup:
-    module = _environment(OWN_PACKAGE).get_template("blocks.html").module
-    return getattr(module, macro)(*values)
+    return getattr(macros(OWN_PACKAGE, "blocks.html"), macro)(*values)
 
 
 # ----------------------------------------------------------------------------- text and tables

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from data_prep.report.html import INK, SERIES_COLORS, chart, svg_chart
 
-MAX_CLASSES_WITH_COUNTS = 25  # above this, counts would not be readable
+MAX_CLASSES_WITH_COUNTS = 25  # counts in more cells would be unreadable
 CELL_COLOR = (0.2, 0.42, 0.82)
 
 # Series name -> (steps, values)
@@ -20,12 +20,17 @@ Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
 def confusion_chart(confusion: np.ndarray, class_names: Sequence[str]) -> Markup:
-    """A [K, K] confusion matrix, shaded by the share of its row; with counts if K is small."""
+    """Draws a [K, K] confusion matrix, shaded by fractions of its rows, with counts if K is small.
+
+    Args:
+        confusion: [K, K] counts; row true class, column predicted class.
+        class_names: [K] labels of the axes.
+    """
     num_classes = len(class_names)
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    fractions = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     cells = np.empty((num_classes, num_classes, 4))
     cells[..., :3] = CELL_COLOR
-    cells[..., 3] = shares
+    cells[..., 3] = fractions
     side = 1.6 + 0.38 * min(num_classes, MAX_CLASSES_WITH_COUNTS)
     with chart(width=side, height=side) as figure:
         axes = figure.subplots()
@@ -34,17 +39,17 @@ def confusion_chart(confusion: np.ndarray, class_names: Sequence[str]) -> Markup
         if num_classes <= MAX_CLASSES_WITH_COUNTS:
             axes.pcolormesh(cells, edgecolors="#88888833", linewidth=0.5)
             axes.invert_yaxis()
-            _write_counts(axes, confusion, shares)
-            places = np.arange(num_classes) + 0.5
-            axes.set_xticks(places, class_names, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(places, class_names)
+            _write_counts(axes, confusion, fractions)
+            centers = np.arange(num_classes) + 0.5
+            axes.set_xticks(centers, class_names, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(centers, class_names)
             axes.tick_params(length=0)
         else:
             axes.imshow(cells, interpolation="nearest")
     return svg_chart(figure, alt="confusion matrix")
 
 
-def _write_counts(axes: Axes, confusion: np.ndarray, shares: np.ndarray) -> None:
+def _write_counts(axes: Axes, confusion: np.ndarray, fractions: np.ndarray) -> None:
     for true, predicted in zip(*np.nonzero(confusion), strict=True):
         axes.text(
             predicted + 0.5,
@@ -53,15 +58,15 @@ def _write_counts(axes: Axes, confusion: np.ndarray, shares: np.ndarray) -> None
             ha="center",
             va="center",
             fontsize=8,
-            color="white" if shares[true, predicted] > 0.7 else INK,
+            color="white" if fractions[true, predicted] > 0.7 else INK,
         )
 
 
 def training_charts(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """Loss, validation recall, learning rate and temperature over the steps of a run.
+    """Draws loss, validation recall, learning rate and temperature over the steps of a run.
 
     Args:
-        rows: of `pretrain.run.folder.read_metrics`.
+        rows: rows of `pretrain.run.attempts.read_metrics`.
     """
     panels = {
         "loss": _by_pairing(rows, "loss"),
@@ -81,8 +86,8 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _draw_series(axes: Axes, title: str, series: Series) -> None:
-    for place, (name, (steps, values)) in enumerate(series.items()):
-        color = SERIES_COLORS[place % len(SERIES_COLORS)]
+    for index, (name, (steps, values)) in enumerate(series.items()):
+        color = SERIES_COLORS[index % len(SERIES_COLORS)]
         marker = "o" if len(steps) < 20 else None
         axes.plot(
             steps, values, label=name, color=color, linewidth=1.4, marker=marker, markersize=3

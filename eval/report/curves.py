@@ -1,7 +1,7 @@
-"""Metrics of the checkpoints of a run as curves, in the run's TensorBoard.
+"""Curves of evaluation metrics over the checkpoints of a run, in its TensorBoard.
 
-They are written anew from the results at every start, so that a watch that was killed between the
-two leaves no step out, and none twice.
+Every start rewrites all curves from the results. A watch that was killed between writing results
+and curves therefore neither skips a step nor repeats one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class EvaluationCurves:
     """Curves in <run>/tensorboard/evaluation.
 
     Args:
-        run_folder: of the run.
-        output: that holds a folder of results for each step.
+        run_folder: run folder.
+        output: folder that holds a folder of results for each step.
     """
 
     def __init__(self, run_folder: Path, output: Path) -> None:
@@ -29,7 +29,7 @@ class EvaluationCurves:
             self.add(results.parent)
 
     def add(self, output: Path) -> None:
-        """Adds the metrics, with their intervals, of one step's results."""
+        """Adds the metrics of one step's results."""
         record = json.loads((output / "results.json").read_text())
         scores = {
             f"{name}/{metric}": score

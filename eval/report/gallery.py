@@ -7,18 +7,16 @@ dataset. The HTML is in templates/gallery.html.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from data_prep.media.decode import decode_audio, decode_image
-from data_prep.report.html import badge, heading, paragraph, picture, sound, table
+from data_prep.report.html import badge, heading, macros, paragraph, picture, sound, table
 from data_prep.shards.sample import media_extension_of
 from eval.datasets.datasets import EvaluationSet
 from eval.metrics.ranking import QueryRanks, cosine_scores
@@ -27,22 +25,13 @@ from eval.report.spectrogram import spectrogram_picture
 if TYPE_CHECKING:
     from eval.metrics.embedding_space import EmbeddingSpace
 
-TEMPLATES = Path(__file__).parent / "templates"
 NUM_ANSWERS = 5
 MAX_HUBS = 5
 SOUND_RATE_HZ = 16_000
 
 
-@cache
 def _macros() -> Any:
-    """The macros of templates/gallery.html, each of which returns a Markup."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    return environment.get_template("gallery.html").module
+    return macros("eval.report", "gallery.html")
 
 
 class MediaViews:
@@ -106,7 +95,7 @@ def card(view: Markup, label: str | Markup, *, kind: str = "") -> Markup:
 
 
 def cards(blocks: Sequence[Markup]) -> Markup:
-    """Places cards in a row that wraps."""
+    """Joins cards to a grid."""
     return _macros().cards(blocks)
 
 

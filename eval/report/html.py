@@ -1,4 +1,4 @@
-"""Writes report.html: metrics against chance, confusions, retrieved items, training, provenance."""
+"""The report of an evaluation: metrics against chance, a section per task, training, provenance."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pretrain.run.attempts import read_metrics
 if TYPE_CHECKING:
     from eval.tasks.task import Outcome, Task
 
-# Bounds on what is shown keep the page below about 5 MB.
+# These limits keep the page below about 5 MB.
 # Browsers refuse to play more than 75 sounds of a page; a query shows up to seven.
 MAX_QUERIES_IN_ALL = {"image": 24, "audio": 8}
 MAX_QUERIES_PER_DIRECTION = 8
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], *, record: dict[str, Any]) -> Path:
-    """Writes report.html into the output folder and returns its path.
+    """Writes report.html and returns its path.
 
     Args:
-        config: the evaluation's config.
-        outcomes: of its tasks.
-        record: what results.json holds.
+        folder: output folder.
+        outcomes: outcomes of all tasks.
+        record: content of results.json.
     """
     sections = [
         headline_section(outcomes, record),
@@ -61,7 +61,7 @@ def _subtitle(checkpoint: dict[str, Any]) -> str:
 
 
 def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Section:
-    """All metrics and averages with their intervals, against chance."""
+    """Lists all metrics and averages with their intervals, against chance."""
     rows = []
     for name, values in record["averages"].items():
         score = Score(**values)
@@ -103,7 +103,7 @@ def _kind_shown(task: Task) -> str:
 
 
 def training_sections(checkpoint: Path) -> list[Section]:
-    """The curves of the run that the checkpoint lies in; nothing if it lies elsewhere."""
+    """Draws the curves of the run that holds the checkpoint; returns no section if none does."""
     if checkpoint.parent.name != "checkpoints":
         return []
     rows = read_metrics(checkpoint.parent.parent)
@@ -113,7 +113,7 @@ def training_sections(checkpoint: Path) -> list[Section]:
 
 
 def provenance_section(record: dict[str, Any]) -> Section:
-    """Everything that the metrics are a function of."""
+    """Lists everything that the metrics are a function of."""
     environment, method = record["environment"], record["method"]
     facts = {
         "checkpoint": record["checkpoint"]["folder"],

@@ -1,4 +1,4 @@
-"""Tables for people, in Markdown that is aligned as plain text too."""
+"""Markdown tables with aligned columns, readable as plain text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table, without a line break at its end.
+    """Formats a table, without a final line break.
 
     Args:
         header: names of the columns.
-        rows: each with a cell for every column.
+        rows: rows, each with a cell for every column.
     """
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

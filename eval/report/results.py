@@ -1,5 +1,4 @@
-"""Outcomes to files: results.json with full provenance, a table for people in results.md, and one
-for programs in results.csv."""
+"""Results as files: results.json with full provenance, results.md for people, results.csv."""
 
 from __future__ import annotations
 
@@ -93,7 +92,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
 
 
 def device_name(encoder: Encoder) -> str:
-    """What encoded: "cpu", or the name of the GPU."""
+    """Returns "cpu", or the name of the encoder's GPU."""
     if encoder.device.type == "cuda":
         return torch.cuda.get_device_name(encoder.device)
     return encoder.device.type
@@ -110,10 +109,10 @@ def _model_record(origin: ModelOrigin) -> dict[str, Any]:
 
 
 def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
-    """The metrics and averages of all evaluations as a Markdown table with aligned columns.
+    """Formats the metrics and averages of all evaluations as a Markdown table.
 
     Args:
-        outcomes: of the evaluations.
+        outcomes: outcomes of all evaluations.
         record: see `results_record`.
     """
     rows = [(name, *cells) for name, cells in _table_rows(outcomes)]
@@ -134,19 +133,20 @@ def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]
 
 
 def is_rank(metric: str) -> bool:
-    """Whether a metric counts places, best 1, rather than being a share of queries."""
+    """Returns whether a metric is a rank, best 1, rather than a fraction of queries."""
     return metric.endswith("_rank")
 
 
 def score_cells(metric: str, score: Score) -> tuple[str, str, str, str]:
-    """(value, interval, chance, number of queries) as text."""
+    """Formats (value, interval, chance, number of queries) of a metric."""
     show = _rank_text if is_rank(metric) else _percent_text
     interval = f"{show(score.low)} to {show(score.high)}"
     return show(score.value), interval, show(score.chance), str(score.num_queries)
 
 
-def _percent_text(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 or share == 0 else f"{100 * share:.2g} %"
+def _percent_text(fraction: float) -> str:
+    digits = ".1f" if fraction >= 0.001 or fraction == 0 else ".2g"
+    return f"{100 * fraction:{digits}} %"
 
 
 def _rank_text(rank: float) -> str:
@@ -154,7 +154,7 @@ def _rank_text(rank: float) -> str:
 
 
 def scores_csv(outcomes: Sequence[Outcome]) -> str:
-    """The metrics of all evaluations, a row each, for programs."""
+    """Formats the metrics of all evaluations as CSV, a row each."""
     text = io.StringIO()
     names = [field.name for field in fields(Score)]
     writer = csv.writer(text, lineterminator="\n")
@@ -168,10 +168,11 @@ def scores_csv(outcomes: Sequence[Outcome]) -> str:
 def refuse_missed_goals(
     evaluations: Mapping[str, EvaluationSection], outcomes: Sequence[Outcome]
 ) -> None:
-    """
+    """Checks the metrics against the goals of the config.
+
     Raises:
-        InputError: a goal is of a metric that there is not.
-        RunError: a metric is below its goal, or a rank above it; all are named.
+        InputError: if a goal names a metric that the evaluation lacks.
+        RunError: if a metric is below its goal, or a rank above it; names all of them.
     """
     missed = []
     for outcome in outcomes:

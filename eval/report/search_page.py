@@ -1,5 +1,7 @@
-"""The page of eval.search: type words, or drop a picture or a sound, and see and hear what is
-nearest. Only this machine is served, unless the config names another host."""
+"""The web page of eval.search, which finds media items by text, image or sound.
+
+Only this machine is served, unless the config names another host.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,13 @@ PAGE = Path(__file__).parent / "templates" / "search.html"
 
 
 class SearchEngine:
-    """A dataset, its index, and the model that both were made with.
+    """A dataset, the index of its embeddings, and the model that computed them.
 
     Args:
         dataset: Q media items.
-        encoder: the model.
-        index: faiss's, of the items in their order.
-        num_results: of a search.
+        encoder: model of the index.
+        index: faiss index of the items, in their order.
+        num_results: number of results of a search.
     """
 
     def __init__(
@@ -48,16 +50,20 @@ class SearchEngine:
         self._turn = Lock()  # one request is encoded at a time
 
     def by_text(self, text: str) -> list[dict[str, Any]]:
-        """The items nearest to words."""
+        """Finds the items nearest to a text."""
         with self._turn:
             query = self.encoder.encode_texts([text])
         return self._nearest(query.numpy())
 
     def by_media(self, content: bytes, name: str) -> list[dict[str, Any]]:
-        """The items nearest to a picture or a sound, of the name of its file.
+        """Finds the items nearest to an image or a sound.
+
+        Args:
+            content: bytes of the file.
+            name: name of the file; its extension selects the decoder.
 
         Raises:
-            InputError: it cannot be decoded, or the model has no tower for it.
+            InputError: if it cannot be decoded, or the model has no tower for it.
         """
         extension = PurePosixPath(name).suffix[1:].lower()
         kind = media_kind_of(extension)
@@ -73,11 +79,11 @@ class SearchEngine:
         return self._nearest(query.numpy())
 
     def like(self, ordinal: int) -> list[dict[str, Any]]:
-        """The items nearest to one of the dataset, itself first."""
+        """Finds the items nearest to an item of the dataset, which comes first."""
         return self._nearest(self.index.reconstruct(ordinal)[None])
 
     def media(self, ordinal: int) -> tuple[bytes, str]:
-        """(content, MIME type) of an item."""
+        """Reads (content, MIME type) of an item."""
         sample = self.dataset.read_sample(ordinal)
         extension = media_extension_of(sample.members, self.dataset.info.media)
         kind = mimetypes.types_map.get(f".{extension}", f"{self.dataset.info.media}/{extension}")
@@ -107,10 +113,10 @@ class SearchEngine:
 
 
 def build_app(engine: SearchEngine) -> Any:
-    """The Flask application.
+    """Builds the Flask application.
 
     Raises:
-        InputError: Flask is not installed.
+        InputError: if Flask is not installed.
     """
     try:
         from flask import Flask, abort, jsonify, request, send_file

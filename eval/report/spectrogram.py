@@ -1,4 +1,4 @@
-"""The spectrogram of a clip as a picture, for reports."""
+"""Spectrograms of audio clips as images, for reports."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 WINDOW = 512
 NUM_BANDS = 48
 NUM_COLUMNS = 160
-RANGE_DB = 70.0  # below the loudest, shown as nothing
-# Dark to light, of equal steps to the eye.
+RANGE_DB = 70.0  # levels further below the loudest are shown in the darkest color
+# From dark to light, in perceptually equal steps.
 COLORS = np.array([[12, 8, 38], [84, 15, 109], [187, 55, 84], [249, 142, 8], [252, 255, 164]])
 
 
 def spectrogram_picture(waveform: np.ndarray) -> np.ndarray:
-    """uint8 [NUM_BANDS, NUM_COLUMNS, 3]: frequency upwards on a logarithmic scale, time rightwards.
+    """Draws a spectrogram: frequency upwards on a logarithmic scale, time rightwards.
 
     Args:
         waveform: float32 [samples], mono, of any sample rate.
+
+    Returns:
+        uint8 [NUM_BANDS, NUM_COLUMNS, 3].
     """
     padded = np.pad(waveform, (0, max(0, WINDOW - len(waveform))))
     hop = max(1, (len(padded) - WINDOW) // NUM_COLUMNS)
@@ -33,6 +36,6 @@ def spectrogram_picture(waveform: np.ndarray) -> np.ndarray:
     decibels = 10 * np.log10(np.maximum(np.stack(bands[::-1]), 1e-12))  # [bands, frames]
     shades = np.clip((decibels - decibels.max()) / RANGE_DB + 1, 0, 1)
     stretched = shades[:, np.linspace(0, shades.shape[1] - 1, NUM_COLUMNS).round().astype(int)]
-    places = np.linspace(0, 1, len(COLORS))
-    channels = [np.interp(stretched, places, COLORS[:, channel]) for channel in range(3)]
+    levels = np.linspace(0, 1, len(COLORS))
+    channels = [np.interp(stretched, levels, COLORS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

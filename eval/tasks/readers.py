@@ -1,7 +1,7 @@
-"""Reads everything an evaluation needs besides the model: samples, labels, class names, captions.
+"""Reads the inputs of all tasks: samples, labels, class names, captions.
 
-Needs no torch, so that `--dry-run` is quick. It runs before the model is loaded, so that a missing
-label is found before hours of encoding.
+Needs no torch, so that `--dry-run` is quick. Tasks are read before the model is loaded, so that a
+missing label is found before hours of encoding.
 """
 
 from __future__ import annotations

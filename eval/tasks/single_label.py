@@ -1,4 +1,4 @@
-"""Classification of media items that belong to one class each: shared by several tasks."""
+"""Base classes of the tasks that classify media items of one class each."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def read_targets(
 
 
 class TrainedSection(EvaluationSection):
-    """The settings that all evaluations share that learn from labelled items."""
+    """The settings that all tasks share that learn from labelled items."""
 
     # A list, or a text file with one name per line, or "open_clip:imagenet"; null: the file that
     # comes with the tars, or the names of the folders
@@ -170,7 +170,7 @@ def read_trained(
     """Reads the fields of a `TrainedTask`: the classes of its items and of the training items.
 
     Raises:
-        InputError: if a sample has no known class, or the training items are the test's.
+        InputError: if a sample has no known class, or the items to train on are those to test on.
     """
     class_names = read_class_names(name, section, dataset)
     keys, targets = read_targets(read_texts(dataset), dataset, class_names)

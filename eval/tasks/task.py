@@ -1,12 +1,13 @@
 """The interface of an evaluation task, and the registry of all tasks.
 
-A task is one module of this folder. It holds the section of its config (`EvaluationSection`) and a
-class (`Task`) that reads the samples, measures, and describes its result in results.json, in the
-predictions, in comparisons and in the report. Everything else in eval calls the methods below and
-knows no task by name: a new benchmark is a new module.
+A task is one module of this folder with two classes: the section of its config, and the task.
 
-Modules of tasks import torch, pyarrow and the report inside their methods, because a dry run or a
-config error needs none of them.
+    EvaluationSection    settings, under `evaluations` in the config
+    Task                 read -> measure -> record, predictions, differences, report_section
+
+Everything else in eval calls these methods and knows no task by name, so a new benchmark is a new
+module and nothing else. Modules of tasks import torch, pyarrow and the report inside their methods:
+a dry run or a config error needs none of them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from pydantic import PositiveInt
 
 from data_prep.config_file import Section
 from eval.datasets.columns import DatasetLocation, TableColumns
-from eval.datasets.datasets import EvaluationSet, EvaluationSets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from data_prep.report import html
+    from eval.datasets.datasets import EvaluationSet, EvaluationSets
     from eval.metrics.embedding_space import EmbeddingSpace
     from eval.metrics.intervals import Bootstrap, Score
     from eval.report.differences import Difference, ResultPair
@@ -68,14 +69,14 @@ class MediaSet:
 
 
 class Result(Protocol):
-    """The least that the result of a measurement holds."""
+    """The result of a measurement; most tasks add fields of their own."""
 
     scores: dict[str, Score]
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """One evaluation of a config, with everything read that it needs besides the model.
+    """One evaluation of a config, with all its inputs except the embeddings.
 
     A subclass names its config section, `class ToyTask(Task, section=ToySection)`, and is thereby
     registered under the section's `task`.
@@ -93,7 +94,7 @@ class Task(ABC):
     main_metrics: ClassVar[tuple[str, ...]] = ()
     # Keys of the record that must be equal for two results to be comparable
     conditions: ClassVar[tuple[str, ...]] = ()
-    # Whether the report shows queries of it, which share the space of a page
+    # Whether the report shows queries of the task: the tasks that do share the space of a page
     shows_queries: ClassVar[bool] = True
 
     def __init_subclass__(
@@ -165,7 +166,7 @@ class Task(ABC):
 
         Args:
             media: [Q, D] embeddings of the first media set, L2-normalised.
-            embeddings: source of all other embeddings.
+            embeddings: gives all other embeddings.
             bootstrap: settings of the intervals.
 
         Returns:
@@ -189,7 +190,7 @@ class Task(ABC):
         return next((name for name in self.main_metrics if name in scores), None)
 
     def notes(self) -> list[str]:
-        """Returns remarks that belong under a table of the metrics."""
+        """Returns remarks for the foot of a table of the metrics."""
         return []
 
     def record(self, outcome: Outcome) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_the_command_writes_a_table_and_refuses_other_samples(results, tmp_path,
     path = tmp_path / "compare.yaml"
     path.write_text(f"results: [{good}, {worse}]\noutput: {tmp_path / 'compared'}\n")
     assert compare_command(str(path)) == 0
-    assert capsys.readouterr().out.startswith(f"{worse} beside {good}: ")
+    assert capsys.readouterr().out.startswith(f"{worse} compared with {good}: ")
     table = (tmp_path / "compared" / "compare.md").read_text()
     assert "| colors     | top_1_accuracy " in table
     record = json.loads((tmp_path / "compared" / "compare.json").read_text())
