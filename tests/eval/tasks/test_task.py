@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -210,3 +212,18 @@ def test_equal_captions_are_merged_where_asked(tmp_path):
     assert own.relevance.media_of(0).tolist() == [0]
     assert merged.relevance.media_of(0).tolist() == [0, 2]
     assert merged.relevance.texts_of(1).tolist() == [1]
+
+
+def test_a_config_is_checked_without_heavy_libraries(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("checkpoint: c\noutput: o\nevaluations: {toy: {task: retrieval, other: d}}\n")
+    code = (
+        "import sys; from eval.evaluate import *\n"
+        "status = run_command(EvaluateConfig, run=run, dry_run=dry_run, description='')\n"
+        "heavy = {'torch', 'transformers', 'timm', 'open_clip', 'matplotlib', 'pyarrow'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2, finished.stderr
+    assert "evaluations.toy: unknown key 'other'" in finished.stderr
