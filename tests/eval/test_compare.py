@@ -1,4 +1,4 @@
-"""Results of two models that differ in pictures alone."""
+"""Comparison of two models that embed pictures differently and sounds alike."""
 
 import json
 
@@ -17,7 +17,7 @@ from tests.support.toy_evaluation import ToyModel, load_toy_model
 
 
 class WorseModel(ToyModel):
-    """Takes some pictures that are not red for red ones."""
+    """Embeds some pictures as if they were red."""
 
     def encode_media(self, kind, batch):
         embeddings = super().encode_media(kind, batch)
@@ -32,7 +32,7 @@ def load_worse_model(folder, *, device="cpu"):
 
 @pytest.fixture
 def results(config_path, monkeypatch):  # noqa: F811
-    """Folders of the results of a good model and of a worse one."""
+    """Folders of results of a good model and of a worse one."""
     good, worse = (config_path.parent / name for name in ("good", "worse"))
     assert evaluate(config_path, f"output={good}") == 0
     monkeypatch.setattr("eval.models.encoder.load_model", load_worse_model)
@@ -73,11 +73,11 @@ def test_differences_are_those_of_the_metrics_with_paired_intervals(results):
         assert each.value == pytest.approx(second[key])
         assert each.difference == pytest.approx(second[key] - first[key])
         assert each.low <= each.difference <= each.high
-        if each.evaluation == "tones":  # to which both listen alike
+        if each.evaluation == "tones":  # the models hear alike
             assert (each.low, each.high, each.num_better, each.num_worse) == (0, 0, 0, 0)
             assert not each.is_clear
     [colors] = [each for each in found if each.evaluation == "colors"]
-    # Batches of five: the first, third and fifth of each; of those, the green and blue ones.
+    # The first, third and fifth of each batch of five, unless they are red.
     wrong = [n for n in range(12) if n % 5 % 2 == 0 and n % 3]
     assert colors.num_worse == len(wrong)
     assert colors.worse == [f"{n:04d}" for n in wrong]
@@ -87,8 +87,8 @@ def test_differences_are_those_of_the_metrics_with_paired_intervals(results):
     assert [each.num_better for each in backwards] == [each.num_worse for each in found]
 
 
-def test_pairing_tells_apart_what_the_metrics_own_intervals_do_not():
-    """Half of the queries fail for both; the rest for one in fifty more."""
+def test_paired_intervals_separate_models_whose_own_intervals_overlap():
+    # Half of the queries fail for both models; one in fifty of all fail for the second one as well.
     from eval.metrics.intervals import bootstrap_interval, rate_interval, weighted_mean
 
     rng = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def test_pairing_tells_apart_what_the_metrics_own_intervals_do_not():
     intervals = [
         rate_interval(hits, clusters=clusters, bootstrap=settings)[:2] for hits in (first, second)
     ]
-    assert intervals[0][0] < intervals[1][1]  # they overlap
+    assert intervals[0][0] < intervals[1][1]
     _, high = bootstrap_interval(
         second - first, clusters=clusters, statistic=weighted_mean, bootstrap=settings
     )
@@ -129,9 +129,9 @@ def test_the_command_writes_a_table_and_refuses_other_samples(results, tmp_path,
     values["evaluations"]["colors"]["dataset"]["fingerprint"] = "another"
     (worse / "results.json").write_text(json.dumps(values))
     assert compare_command(str(path), "--dry-run") == 1
-    told = capsys.readouterr().err
-    assert "evaluation colors: fingerprint is" in told
-    assert "and 'another' in" in told
+    error = capsys.readouterr().err
+    assert "evaluation colors: fingerprint is" in error
+    assert "and 'another' in" in error
     values["evaluations"] = {"else": values["evaluations"]["colors"]}
     (worse / "results.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"expected evaluations named as in .*; found else"):

@@ -27,7 +27,7 @@ from tests.support.toy_evaluation import (
 
 
 def flags(*colors):
-    """Of four classes, the first of which is none."""
+    """Returns the .npy of an item: flags of four classes; no item belongs to the first."""
     file = io.BytesIO()
     np.save(file, np.array([0, *(int(n in colors) for n in range(3))], dtype=np.int64))
     return file.getvalue()
@@ -39,10 +39,10 @@ def with_metadata(sample, **values):
 
 @pytest.fixture
 def config_path(tmp_path, monkeypatch):
-    """A config over pictures and sounds, for a model that load_model is made to return."""
+    """A config over images and sounds, evaluated with the toy model."""
     monkeypatch.setattr("eval.models.encoder.load_model", load_toy_model)
     pictures = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
-    # Said to be of its colour, and every third of another one as well, which it is not.
+    # Each is labelled with its colour, and every third, wrongly, with a second one as well.
     tints = [
         sample | {"npy": flags(*{n % 3, 0 if n % 3 == 2 else n % 3})}
         for n, sample in enumerate(pictures)
@@ -185,7 +185,7 @@ def test_evaluation_writes_metrics_with_their_provenance(config_path, capsys):
         assert record["evaluations"][name]["num_train"] == 60
     assert record["averages"]["trained"]["value"] == 1
     assert record["averages"]["all"]["num_queries"] == len(record["evaluations"])
-    # Of the pictures, those that are red are level with "a red picture".
+    # Only red pictures tie with the wrong caption "a red picture".
     choice = record["evaluations"]["choice"]["scores"]["caption_accuracy"]
     assert choice["value"] == pytest.approx(5 / 6)
     assert choice["chance"] == pytest.approx(1 / 3)
@@ -196,7 +196,7 @@ def test_evaluation_writes_metrics_with_their_provenance(config_path, capsys):
     assert associated["num_queries"] == 3
     matched = record["evaluations"]["matched"]
     assert matched["num_right_pairs"] == 18
-    # All pictures are level with all sounds: what chance gives.
+    # All pictures tie with all sounds, which gives the value of chance.
     recall = matched["scores"]["image_to_audio_recall@1"]
     assert recall["value"] == pytest.approx(recall["chance"]) == pytest.approx(0.5)
     tints = record["evaluations"]["tints"]
@@ -205,11 +205,11 @@ def test_evaluation_writes_metrics_with_their_provenance(config_path, capsys):
     precisions = tints["average_precisions"]
     assert precisions["unused"] is None
     assert precisions["green"] == precisions["blue"] == 1
-    # The four that are red come first; the blue ones that are said to be red as well do not.
+    # The four red ones come first; the blue ones that are labelled red as well do not.
     assert 0.5 < precisions["red"] < 1
     mean = (precisions["red"] + 2) / 3
     assert tints["scores"]["mean_average_precision"]["value"] == pytest.approx(mean)
-    # Each caption stands at its own picture; 3 others of its colour are level with it or above.
+    # Each caption belongs to one picture; the 3 others of its colour tie with it or beat it.
     assert 0 < pictures["scores"]["text_to_media_recall@1"]["value"] < 1
     assert pictures["scores"]["text_to_media_recall@5"]["value"] == 1
     assert pictures["media_to_text_gallery"] == 26
@@ -314,7 +314,7 @@ def test_missing_checkpoint_is_named(config_path, capsys, arguments):
     assert "absent: expected a run folder with a checkpoint" in capsys.readouterr().err
 
 
-def test_what_became_of_every_sample_is_kept_and_gives_the_metrics_again(config_path):
+def test_per_sample_predictions_are_written_and_give_the_metrics_again(config_path):
     assert evaluate(config_path) == 0
     out = config_path.parent / "out"
     record = json.loads((out / "results.json").read_text())["evaluations"]
@@ -355,16 +355,16 @@ def test_what_became_of_every_sample_is_kept_and_gives_the_metrics_again(config_
     assert len(rows) == 1 + sum(len(each["scores"]) for each in record.values())
 
 
-def test_a_missed_goal_fails_the_command_after_all_is_written(config_path, capsys):
+def test_a_missed_goal_fails_the_command_after_everything_is_written(config_path, capsys):
     reached = "evaluations.colors.goals={top_1_accuracy: 1.0}"
     assert evaluate(config_path, reached, "evaluations.tones.goals={text_to_media_mrr: 0.1}") == 0
     (config_path.parent / "out" / "report.html").unlink()
     missed = "evaluations.tones.goals={text_to_media_recall@1: 0.6, text_to_media_mean_rank: 1.2}"
     assert evaluate(config_path, reached, missed) == 1
-    told = capsys.readouterr().err
-    assert "goals are missed:" in told
-    assert "tones: text_to_media_recall@1 is 0.5, the goal 0.6" in told
-    assert "tones: text_to_media_mean_rank is 1.5, the goal 1.2" in told
+    error = capsys.readouterr().err
+    assert "goals are missed:" in error
+    assert "tones: text_to_media_recall@1 is 0.5, the goal 0.6" in error
+    assert "tones: text_to_media_mean_rank is 1.5, the goal 1.2" in error
     assert (config_path.parent / "out" / "report.html").exists()
     assert evaluate(config_path, "evaluations.colors.goals={accuracy: 1}") == 1
     assert "expected one of top_1_accuracy, top_5_accuracy" in capsys.readouterr().err

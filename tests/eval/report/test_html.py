@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from markupsafe import Markup
 from torch.nn.functional import normalize
 
 from eval.metrics.embedding_space import embedding_space
 from eval.metrics.relevance import relevance_of_owners
 from eval.report.charts import confusion_chart, training_charts
-from eval.report.gallery import nearest, shown_queries
+from eval.report.gallery import card, cards, nearest, scored_captions, shown_queries, text_answers
 from eval.report.spectrogram import spectrogram_picture
 
 
@@ -28,6 +29,27 @@ def test_nearest_lists_at_most_five_best_first():
     gallery = normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), dim=-1)
     assert nearest(gallery[:1], gallery) == [[0, 1, 2]]
     assert len(nearest(gallery[:1], gallery.repeat(4, 1))[0]) == 5
+
+
+def test_answers_mark_the_right_ones_and_escape_their_texts():
+    texts = ["a <cat>", "a dog", "two dogs"]
+    assert text_answers(texts, [0, 1], right=[1]) == (
+        '<ol class="answers"><li>a &lt;cat&gt;</li><li class="good">a dog &#10003;</li></ol>'
+    )
+    missed = text_answers(texts, [1], right=[0, 2])
+    assert missed.endswith('</ol><p class="missed">missed: a &lt;cat&gt;</p>')
+    assert scored_captions(texts[:2], [0.25, 0.5]) == (
+        '<ol class="answers"><li class="good">a &lt;cat&gt; <small>0.250</small></li>'
+        '<li class="">a dog <small>0.500</small></li></ol>'
+    )
+
+
+def test_cards_escape_labels_but_not_views():
+    shown = [card(Markup("<img>"), "<b>", kind="good"), card(Markup("<hr>"), "b")]
+    assert cards(shown) == (
+        '<div class="cards"><div class="card good"><img>&lt;b&gt; &#10003;</div>'
+        '<div class="card "><hr>b</div></div>'
+    )
 
 
 def test_confusion_chart_shows_counts_while_they_are_readable():

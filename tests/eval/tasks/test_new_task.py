@@ -1,5 +1,4 @@
-"""A new benchmark is one new file: evaluate, compare and report run with a task that they know
-nothing about."""
+"""A new benchmark is one new file: evaluate, compare and the report run with a toy task."""
 
 import json
 import sys
@@ -104,7 +103,7 @@ class OddOneOutTask(Task, section=OddOneOutSection):
 
 @pytest.fixture
 def new_task(tmp_path, monkeypatch):
-    """One new file in a folder that belongs to eval.tasks, as if it were in eval/tasks itself."""
+    """The name of a task whose file is in a folder that is added to eval/tasks for the test."""
     monkeypatch.setattr(task, "_TASKS", dict(task.task_types()))
     (tmp_path / "more_tasks").mkdir()
     (tmp_path / "more_tasks" / "odd_one_out.py").write_text(NEW_TASK)
@@ -117,9 +116,9 @@ def new_task(tmp_path, monkeypatch):
 
 @pytest.fixture
 def config_path(tmp_path, new_task):
-    """A config with the new task, and an old one next to it."""
+    """A config with the new task and an existing one."""
     samples = []
-    for number in range(16):  # the odd one of four is blue, at a place that moves
+    for number in range(16):  # of each four, one is blue, at another index each time
         is_odd = number % 4 == number // 4
         sample = picture_sample("blue" if is_odd else "red", seed=number)
         metadata = json.loads(sample["json"]) | {"is_odd": is_odd}
@@ -232,7 +231,7 @@ def test_results_of_an_unknown_task_are_refused_with_the_names_of_all(tmp_path):
         shared_evaluations(tmp_path / "first", tmp_path / "second")
 
 
-def test_every_task_stands_in_a_module_of_its_name():
+def test_every_task_is_in_a_module_of_its_name():
     for name, each in task.task_types().items():
         assert each.__module__ == f"eval.tasks.{name}"
         assert each.section_type.__module__ == each.__module__

@@ -68,7 +68,7 @@ def test_sample_without_a_known_class_is_named(tmp_path, members, message):
         read_tasks(classification(tmp_path / "toy"))
 
 
-def test_classes_of_one_name_are_told_apart_by_their_places(tmp_path):
+def test_classes_of_one_name_are_distinguished_by_their_index(tmp_path):
     names = ["dog", "cat", "dog"]
     write_dataset(tmp_path / "toy", [{"cls": b"2"}, {"cls": b"0"}])
     (task,) = read_tasks(classification(tmp_path / "toy", class_names=names))
@@ -78,7 +78,7 @@ def test_classes_of_one_name_are_told_apart_by_their_places(tmp_path):
         read_tasks(classification(tmp_path / "named", class_names=names))
 
 
-def test_every_caption_knows_its_item(tmp_path):
+def test_every_caption_belongs_to_its_item(tmp_path):
     two = {"json": json.dumps({"captions": ["a", "b"]}).encode()}
     write_dataset(tmp_path / "toy", [two, {"txt": b"c"}])
     distractors = tmp_path / "others.txt"
@@ -162,10 +162,10 @@ def test_a_probe_trains_on_other_items_and_validates_on_some_of_them(tmp_path):
     for items in (task.train, task.validation):
         np.testing.assert_array_equal(items.targets, items.indices % 2)
     assert f"{len(task.train.indices)} items to train on" in task.description()
-    apart = config_of(
+    separate = config_of(
         tmp_path / "test", **section, train=tmp_path / "train", validation=tmp_path / "test"
     )
-    (task,) = read_tasks(apart)
+    (task,) = read_tasks(separate)
     assert (len(task.train.indices), task.validation.targets.tolist()) == (40, [1, 0])
     same = config_of(tmp_path / "test", **section, train=tmp_path / "test", train_split="test")
     with pytest.raises(InputError, match="training items are the test's"):
