@@ -89,7 +89,10 @@ def test_classes_may_have_prompts_of_their_own(tmp_path):
     (tmp_path / "cupl.json").write_text(json.dumps(prompts))
     section = {"class_prompts": str(tmp_path / "cupl.json")}
     task = task_of("zero_shot_classification", folder, **section)
-    assert (task.prompt_templates, task.prompts) == ([], [["it purrs", "it sits"], ["it barks"]])
+    assert (task.prompts.templates, task.prompts.of_class) == (
+        [],
+        [["it purrs", "it sits"], ["it barks"]],
+    )
     with pytest.raises(InputError, match="expected a list of prompts for the class 'sea lion'"):
         task_of(
             "zero_shot_classification", folder, class_names=["cat", "dog", "sea lion"], **section

@@ -46,7 +46,7 @@ def test_a_classification_set_needs_nothing_but_its_folder(tmp_path):
     write_set(tmp_path / "set", samples, classes=COLORS, kind="classification\n")
     (task,) = tasks_of(tmp_path / "set", "zero_shot_classification")
     assert task.class_names == list(COLORS)
-    assert task.prompt_templates == ["a {c} picture", "in {c}"]
+    assert task.prompts.templates == ["a {c} picture", "in {c}"]
     # In the order of their numbers: 9.tar is before 10.tar.
     assert task.targets.tolist() == [n % 3 for n in range(23)]
     dataset = task.dataset
