@@ -52,6 +52,7 @@ from pretrain.distributed.start import (
 from pretrain.model.activation_checkpointing import checkpoint_blocks, compile_towers
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.moments import moment
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.run.attempts import machine_name
 from pretrain.run.folder import RunFolder, begin_attempt
@@ -94,6 +95,7 @@ def run_attempt(
     config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSteps, requests: RunRequests
 ) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
+    moment("start")
     accelerator = start_accelerator(config)
     requests.looks_at_files = rank() == 0
     hosts = gather_objects(machine_name())
@@ -134,6 +136,7 @@ def run_attempt(
                 teachers=teachers,
             )
             hang_watch.heartbeat(is_slow=True)
+            moment("loaded")
             trainer = Trainer(
                 config,
                 engine,

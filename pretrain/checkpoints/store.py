@@ -30,6 +30,7 @@ from data_prep.storage.remote_file import (
     open_binary,
     read_bytes,
 )
+from pretrain.moments import moment
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -246,6 +247,8 @@ def _write(path: str, chunks: Iterable[bytes | memoryview]) -> StoredFile:
     with _opened_for_writing(path) as file:
         for chunk in chunks:
             file.write(chunk)
+            if not num_bytes:
+                moment("writing")
             written.update(chunk)
             num_bytes += len(chunk)
     found = checksum_of(path)

@@ -32,6 +32,7 @@ from pretrain.distributed.collectives import (
     sum_over_ranks,
     world_size,
 )
+from pretrain.moments import moment
 
 if TYPE_CHECKING:
     from pretrain.distributed.engine import Engine
@@ -258,8 +259,10 @@ class CheckpointWriter:
     def _publish(self, save: _Save, record: CheckpointRecord) -> None:
         self._refuse_if_superseded()
         write_file(save.partial, RECORD, lambda: [record.to_json()])
+        moment("commit")
         self.store.commit(save.partial, save.state.step)
         self._refuse_if_superseded()
+        moment("committed")
         delete_other_checkpoints(
             self.store,
             save.state.step,

@@ -14,6 +14,7 @@ from pretrain.data.batch import StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import is_of_lost_peer, on_main_process, set_timeout
 from pretrain.distributed.engine import Engine
+from pretrain.moments import moment
 from pretrain.monitoring.anomalies import StepWatch, reason_to_stop
 from pretrain.monitoring.bad_samples import BadSampleLedger
 from pretrain.monitoring.epoch_audit import EpochAudit
@@ -315,10 +316,12 @@ def train_step(
     Raises:
         FloatingPointError: loss or gradient is not finite; the step was not applied.
     """
+    moment("step")
     learning_rate = learning_rate_at(
         batch.step, peak=config.optimizer.learning_rate, schedule=config.schedule
     )
     losses = take_gradient(batch, timer=timer)
+    moment("update")
     with timer.phase("optimizer"):
         grad_norm = engine.step(learning_rate=learning_rate)
     return StepOutcome(losses, learning_rate, grad_norm)

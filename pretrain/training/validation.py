@@ -22,6 +22,7 @@ from pretrain.loss.contrastive_loss import ContrastiveLoss, contrastive_loss
 from pretrain.loss.options import LossOptions
 from pretrain.model.contrastive_model import PairInputs
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.moments import moment
 from pretrain.training.step_loss import feature_type
 
 
@@ -129,6 +130,7 @@ def validate(
     for media, tokens in validation_set.batches():
         inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
         features = engine.forward([{name: inputs}])[name]
+        moment("validation")
         loss = contrastive_loss(
             features.media.to(validation_set.feature_type),
             features.text.to(validation_set.feature_type),

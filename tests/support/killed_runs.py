@@ -25,6 +25,7 @@ from pretrain.checkpoints.state import PARAMETER, read_whole
 from pretrain.config import PretrainConfig
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.moments import EVENT
 from pretrain.run.attempts import read_attempts, read_metrics
 from tests.support.gloo_processes import ProcessGroup
 from tests.support.toy_run import toy_config, write_toy_data
@@ -46,12 +47,15 @@ MOMENTS = (
     "step",  # some later one
     "update",  # the gradient was taken
     "validation",
-    "writing",  # a file of a checkpoint is written in half
+    "writing",  # a file of a checkpoint is written in part
     "commit",  # all are written, and do not count yet
     "committed",  # they count; old ones are not deleted yet
     "any",  # some time
 )
 OF_MAIN_PROCESS = ("commit", "committed")
+# Moment of pretrain.moments -> names here
+NAMES_OF_MOMENT = {name: (name,) for name in MOMENTS if name not in ("first step", "any")}
+NAMES_OF_MOMENT["step"] = ("first step", "step")
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,10 @@ def train_until(config, kill, sign):
     """Trains, and at the moment of its kill asks for it: by touching the file `sign`."""
     met = Counter()
 
+    def meet_all(moment):
+        for name in NAMES_OF_MOMENT[moment]:
+            meet(name)
+
     def meet(moment):
         met[moment] += 1
         if moment != kill.moment or met[moment] != kill.count:
@@ -142,48 +150,8 @@ def train_until(config, kill, sign):
             time.sleep(60)
         os.kill(os.getpid(), getattr(signal, kill.how))
 
-    _install_moments(meet)
+    sys.addaudithook(lambda event, values: meet_all(*values) if event == EVENT else None)
     train(config)
-
-
-def _install_moments(meet):
-    from pretrain import train as training
-    from pretrain.checkpoints import store, writer
-    from pretrain.distributed.engine import Engine
-    from pretrain.distributed.zero import ZeroEngine
-    from pretrain.training import loop, validation
-
-    def before(owner, name, *moments):
-        function = getattr(owner, name)
-
-        def met(*arguments, **options):
-            for moment in moments:
-                meet(moment)
-            return function(*arguments, **options)
-
-        setattr(owner, name, met)
-
-    before(training, "start_accelerator", "start")
-    before(training, "open_writer", "loaded")
-    before(loop, "train_step", "first step", "step")
-    before(Engine, "step", "update")
-    before(ZeroEngine, "step", "update")
-    before(validation, "contrastive_loss", "validation")
-    before(store.CheckpointStore, "commit", "commit")
-    before(writer, "delete_other_checkpoints", "committed")
-
-    write = writer.write_file
-
-    def write_in_half(folder, name, chunks):
-        def half():
-            whole = b"".join(bytes(chunk) for chunk in chunks())
-            yield whole[: len(whole) // 2]
-            meet("writing")
-            yield whole[len(whole) // 2 :]
-
-        return write(folder, name, half)
-
-    writer.write_file = write_in_half
 
 
 # ---------------------------------------------------------------------------- beside them
