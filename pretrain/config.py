@@ -25,6 +25,7 @@ from pretrain.preflight_config import Preflight
 
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
+Precision = Literal["fp32", "bf16"]
 Location = Annotated[
     str, BeforeValidator(lambda place: str(place) if isinstance(place, Path) else place)
 ]  # folder, file or URL
@@ -380,7 +381,7 @@ class Engine(Section):
     # processes 1: the optimizer's state, 2: gradients too, 3: parameters too, 0: nothing.
     strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = free("ddp")
     deepspeed_config: Path | None = free(None)  # a file like those in configs/deepspeed/
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters stay fp32
+    precision: Precision = "bf16"  # bf16: autocast, parameters stay fp32
     # How the loss is shared among processes: strip1 computes least, strip2 sends least.
     loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
     # Of a collective, before the run fails: until the first step of an attempt is done, and after.

@@ -24,7 +24,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 
 import torch
 
@@ -33,6 +32,7 @@ from pretrain.cache.node import check_room
 from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
 from pretrain.checkpoints.store import open_store, store_of_run
 from pretrain.checkpoints.writer import CheckpointWriter
+from pretrain.config import Engine as EngineSection
 from pretrain.config import PairingName
 from pretrain.data.batch import StepBatch
 from pretrain.data.datasets import build_cache
@@ -60,12 +60,14 @@ from pretrain.run.fork import FORK_TAG, config_of_fork, origin_of_checkpoints, r
 from pretrain.run.requests import RunRequests
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.schedule import build_schedule
+from pretrain.training.contrastive_step import ContrastiveStep
 from pretrain.training.distillation import PairingTeacher, load_teachers
-from pretrain.training.gradient_cache import backward_of_step
-from pretrain.training.loop import Trainer, last_step_of
+from pretrain.training.loop import Trainer, TrainerSettings
 from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from pretrain.training.plan import describe_plan
+from pretrain.training.session import RunSession
+from pretrain.training.step_loss import build_pairing_losses
 from pretrain.training.validation import ValidationSet, build_validation_sets
 
 logger = logging.getLogger("pretrain.train")
@@ -114,45 +116,24 @@ def run_attempt(
     teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
     fingerprints = fingerprints_of(loader, validation_sets, teachers)
     run = open_run(config, fingerprints, hosts=hosts, num_micro_batches=num_micro_batches)
-    requests.is_superseded = run.is_superseded
-    hang_watch = HangWatch(
-        config.run.folder,
-        run.attempt.attempt,
-        timeout_seconds=config.engine.timeout_seconds,
-        start_timeout_seconds=config.engine.start_timeout_seconds,
-    )
-    with run.recorded(), hang_watch:
+    with RunSession(run, requests, build_hang_watch(config.engine, run), hosts=hosts) as session:
         optimizer = build_optimizer(config, model)
         engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
         with closing(engine):
             resume(config, engine, run)
             engine.init_trackers(config, first_step=run.num_steps_done)
-            batches = load_batches(load_steps, config, engine, loader, run)
-            take_gradient = partial(
-                backward_of_step,
-                engine,
-                config=config,
-                num_micro_batches=num_micro_batches,
-                teachers=teachers,
+            settings = build_settings(config)
+            batches = load_batches(load_steps, loader, engine, run, last_step=settings.last_step)
+            step = build_step(
+                config, engine, num_micro_batches=num_micro_batches, teachers=teachers
             )
-            hang_watch.heartbeat(is_slow=True)
+            session.heartbeat(is_slow=True)
             moment("loaded")
-            trainer = Trainer(
-                config,
-                engine,
-                loader,
-                run,
-                requests,
-                open_writer(config, engine, tokenizer, run),
-                hang_watch,
-                take_gradient=take_gradient,
-                num_micro_batches=num_micro_batches,
-                validation_sets=validation_sets,
-                hosts=hosts,
-            )
+            session.writer = open_writer(config, engine, tokenizer, run)
+            trainer = Trainer(engine, step, loader, session, settings)
             if run.num_steps_done and run.last_checkpoint is None:
-                trainer.save_first()  # of a fork, which needs its parent no more
-            trainer.train(batches)
+                trainer.save_first()  # of a fork, which no longer needs its parent then
+            trainer.train(batches, validation_sets)
 
 
 def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
@@ -283,21 +264,58 @@ def newest_checkpoint_of_parent(config: PretrainConfig) -> WholeCheckpoint:
     return newest
 
 
+def build_hang_watch(config: EngineSection, run: RunFolder) -> HangWatch:
+    """Builds the hang watch of this rank, not yet running."""
+    return HangWatch(
+        run.folder,
+        run.attempt.attempt,
+        timeout_seconds=config.timeout_seconds,
+        start_timeout_seconds=config.start_timeout_seconds,
+    )
+
+
+def build_settings(config: PretrainConfig) -> TrainerSettings:
+    """Collects the config sections that the training loop reads."""
+    return TrainerSettings(
+        config.run,
+        config.schedule,
+        config.optimizer,
+        config.watch,
+        config.loading,
+        config.validation,
+        timeout_seconds=config.engine.timeout_seconds,
+    )
+
+
 def load_batches(
-    load_steps: LoadSteps,
-    config: PretrainConfig,
-    engine: Engine,
-    loader: StepLoader,
-    run: RunFolder,
+    load_steps: LoadSteps, loader: StepLoader, engine: Engine, run: RunFolder, *, last_step: int
 ) -> Iterator[StepBatch]:
-    """This rank's share of every step to come, on the device."""
+    """Yields this rank's part of every remaining step, on the device."""
     batches = load_steps(
         loader,
         first_step=run.num_steps_done,
-        last_step=last_step_of(config),
+        last_step=last_step,
         is_pinned=engine.device.type == "cuda",
     )
     return copy_ahead(batches, device=engine.device)
+
+
+def build_step(
+    config: PretrainConfig,
+    engine: Engine,
+    *,
+    num_micro_batches: int,
+    teachers: Mapping[PairingName, PairingTeacher] | None = None,
+) -> ContrastiveStep:
+    """Builds the gradient of a step's contrastive losses."""
+    losses = build_pairing_losses(
+        config.pairings,
+        lanes=config.lanes,
+        takes_all=config.pairings_per_step == "all",
+        mode=config.engine.loss_mode,
+        precision=config.engine.precision,
+    )
+    return ContrastiveStep(engine, losses, num_micro_batches=num_micro_batches, teachers=teachers)
 
 
 def open_writer(

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,11 @@ from pretrain.data.batch import StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.distributed.engine import Engine
-from pretrain.model.contrastive_model import EncoderInputs, PairingFeatures
+from pretrain.model.contrastive_model import PairingFeatures
+from pretrain.monitoring.timing import PhaseTimer
+
+if TYPE_CHECKING:
+    from pretrain.training.step import TrainingStep
 
 FOLDER = "non_finite"
 
@@ -38,8 +41,8 @@ def dump_step(
     cause: str,
     engine: Engine,
     loader: StepLoader,
-    micro_batches: list[EncoderInputs],
-    take_gradient: Callable[[], object] | None,
+    step: TrainingStep,
+    has_gradient: bool,
 ) -> Path:
     """Writes down what is known of a step that was not applied; every rank must call it.
 
@@ -49,18 +52,18 @@ def dump_step(
         cause: what was not finite.
         engine: in the state before the step.
         loader: reader of the step.
-        micro_batches: the step's micro-batches.
-        take_gradient: adds the step's gradient; None if it has none.
+        step: gives the micro-batches and the gradient.
+        has_gradient: whether the gradient can be taken: not if the loss itself is not finite.
 
     Returns:
         The file.
     """
     with torch.no_grad():
-        features = engine.forward(micro_batches)
+        features = engine.forward(step.micro_batches(batch))
     samples = _samples_of_step(batch, loader, features)
     norms = state_norms(engine)
-    if take_gradient is not None:
-        take_gradient()
+    if has_gradient:
+        step.backward(batch, PhaseTimer(engine.device))
         norms["gradient"] = engine.gradient_norms()
         engine.drop_gradients()
     everyones = gather_objects(samples)

@@ -13,66 +13,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pretrain.config import PairingName, PretrainConfig
+from pretrain.config import PairingName
 from pretrain.data.batch import PairingBatch, StepBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.caption_trimming import trimmed_length
 from pretrain.model.contrastive_model import EncoderInputs, PairingFeatures, PairInputs
 from pretrain.model.sample_dropout import Draws
 from pretrain.monitoring.timing import PhaseTimer
-from pretrain.training.distillation import PairingTeacher
 from pretrain.training.step_loss import (
+    ContrastiveLosses,
     LossTerm,
     PendingGather,
-    StepLosses,
     refuse_non_finite,
     take_losses,
-    terms_of_step,
 )
-
-
-def backward_of_step(
-    engine: Engine,
-    batch: StepBatch,
-    config: PretrainConfig,
-    *,
-    num_micro_batches: int,
-    teachers: Mapping[PairingName, PairingTeacher] | None = None,
-    timer: PhaseTimer | None = None,
-) -> StepLosses:
-    """Adds the gradient of a step's loss.
-
-    Args:
-        engine: holds the model.
-        batch: this rank's share, on the device.
-        config: the whole config.
-        num_micro_batches: micro-batches that each rank's share is encoded in, equal on all ranks.
-        teachers: of the pairings that have one.
-        timer: is told the phases.
-
-    Raises:
-        NonFiniteLossError: the loss is not finite; no gradient was taken.
-    """
-    timer = timer or PhaseTimer(engine.device)
-    with timer.phase("forward"):
-        micro_batches = micro_batches_of_step(engine, batch, num_micro_batches=num_micro_batches)
-        teacher_features = {
-            name: each.encode(micro_batches) for name, each in (teachers or {}).items()
-        }
-        terms = terms_of_step(config, batch, teachers=teacher_features)
-    if len(micro_batches) == 1:
-        return backward_whole_batch(engine, micro_batches[0], terms=terms, timer=timer)
-    return backward_in_micro_batches(engine, micro_batches, terms=terms, timer=timer)
-
-
-def micro_batches_of_step(
-    engine: Engine, batch: StepBatch, *, num_micro_batches: int
-) -> list[EncoderInputs]:
-    """The micro-batches of this rank's share of a step."""
-    trims_captions = engine.model.takes_trimmed_captions
-    return split_into_micro_batches(
-        batch, num_micro_batches=num_micro_batches, trims_captions=trims_captions
-    )
 
 
 def backward_whole_batch(
@@ -81,7 +35,7 @@ def backward_whole_batch(
     *,
     terms: Mapping[PairingName, LossTerm],
     timer: PhaseTimer,
-) -> StepLosses:
+) -> ContrastiveLosses:
     """Encodes this rank's pairs at once and back-propagates the global loss.
 
     Raises:
@@ -104,7 +58,7 @@ def backward_in_micro_batches(
     *,
     terms: Mapping[PairingName, LossTerm],
     timer: PhaseTimer,
-) -> StepLosses:
+) -> ContrastiveLosses:
     """The same gradient from micro-batches; all ranks have equally many.
 
     Raises:

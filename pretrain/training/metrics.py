@@ -29,7 +29,7 @@ from pretrain.monitoring.timing import (
 from pretrain.run.folder import RunFolder
 from pretrain.sampling.order import format_digest
 from pretrain.sampling.schedule import RunSchedule
-from pretrain.training.step_loss import StepLosses
+from pretrain.training.step import StepLosses
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +51,16 @@ class StepOutcome:
 
     def row(self) -> dict[str, Any]:
         """Its part in a row of metrics."""
-        losses = self.losses.by_pairing
         return {
-            "total_loss": self.losses.total,
-            "loss": {name: loss.value for name, loss in losses.items()},
-            "media_to_text_recall@1": {
-                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
-            },
-            "text_to_media_recall@1": {
-                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
-            },
-            "logit_scale": self.losses.scales,
-            "logit_bias": self.losses.biases,
+            **self.losses.row(),
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
         }
 
     def shown(self) -> str:
         """Its part in a line for people."""
-        scales = "/".join(f"{scale:.1f}" for scale in self.losses.scales.values())
         return (
-            f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} scale {scales} "
+            f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} {self.losses.shown()} "
             f"norm {self.grad_norm:.2f}"
         )
 

@@ -97,7 +97,7 @@ def _describe_step(
             pairs_of_ranks(config.slots_per_lane(name), world_size=world_size, lanes=config.lanes),
             options=build_loss_options(pairing, mode=config.engine.loss_mode),
             width=config.model.embed_dim,
-            feature_bytes=feature_type(config).itemsize,
+            feature_bytes=feature_type(config.engine.precision).itemsize,
             device=device,
         )
         for name, pairing in config.pairings.items()

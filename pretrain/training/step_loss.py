@@ -5,78 +5,129 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pretrain.config import PairingName, PretrainConfig
-from pretrain.data.batch import PairingBatch, StepBatch
+from pretrain.config import Pairing, PairingName, Precision
+from pretrain.data.batch import StepBatch
 from pretrain.distributed.collectives import RowGather, world_size
 from pretrain.loss.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
-from pretrain.loss.options import LossOptions, Teacher, build_loss_options
+from pretrain.loss.options import LossOptions, Mode, Teacher, build_loss_options
 from pretrain.model.contrastive_model import PairingFeatures
 from pretrain.sampling.order import pairs_of_ranks
+from pretrain.training.step import NonFiniteLossError
+
+
+@dataclass(frozen=True)
+class PairingLoss:
+    """The loss of one pairing, as far as it is the same in every step."""
+
+    weight: float
+    options: LossOptions
+    counts: Sequence[int]  # [ranks] pairs of each rank in a step
+    feature_type: torch.dtype
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """The part of one pairing in what a step minimises."""
+    """The loss of one pairing in one step."""
 
-    weight: float
-    options: LossOptions
+    loss: PairingLoss
     keys: tuple[Tensor, Tensor]  # of media and captions, each int64 [B]: equal keys, equal content
-    counts: Sequence[int]  # [ranks] pairs of each
-    feature_type: torch.dtype
     teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
-class StepLosses:
-    """The losses of a step, and the temperatures and biases they were taken at."""
+class ContrastiveLosses:
+    """Losses of a step by pairing, with the temperatures and biases that they were computed at."""
 
     by_pairing: dict[PairingName, ContrastiveLoss]
     scales: dict[PairingName, float]
     biases: dict[PairingName, float]  # of sigmoid losses
-    total: float  # sum of weight * loss: what is minimised
+    total: float  # sum of weight * loss: the minimised value
     for_backward: Tensor
 
+    def row(self) -> dict[str, Any]:
+        """Returns the columns of a metrics row."""
+        losses = self.by_pairing
+        return {
+            "total_loss": self.total,
+            "loss": {name: loss.value for name, loss in losses.items()},
+            "media_to_text_recall@1": {
+                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
+            },
+            "text_to_media_recall@1": {
+                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
+            },
+            "logit_scale": self.scales,
+            "logit_bias": self.biases,
+        }
 
-def terms_of_step(
-    config: PretrainConfig, batch: StepBatch, *, teachers: Mapping[PairingName, Teacher]
-) -> dict[PairingName, LossTerm]:
-    """The terms of the pairings that a step takes.
+    def shown(self) -> str:
+        """Returns the temperatures for a progress line."""
+        return "scale " + "/".join(f"{scale:.1f}" for scale in self.scales.values())
+
+
+def build_pairing_losses(
+    pairings: Mapping[PairingName, Pairing],
+    *,
+    lanes: int,
+    takes_all: bool,
+    mode: Mode | Literal["auto"],
+    precision: Precision,
+) -> dict[PairingName, PairingLoss]:
+    """Builds the loss of every pairing; to be called when the processes have met.
 
     Args:
-        config: the whole config.
-        batch: this rank's share, on the device.
-        teachers: features of the pairings that have one.
+        pairings: section of each pairing.
+        lanes: number of lanes of the sample order.
+        takes_all: whether a step takes all pairings; otherwise the weight of a pairing is its
+            fraction of the steps, and its loss counts once.
+        mode: how the loss is divided among processes.
+        precision: precision of the towers.
     """
     return {
-        name: _term(config, name, batch.pairings[name], teachers.get(name)) for name in batch.taken
+        name: PairingLoss(
+            weight=pairing.weight if takes_all else 1.0,
+            options=build_loss_options(pairing, mode=mode),
+            counts=pairs_of_ranks(
+                pairing.global_batch_size // lanes, world_size=world_size(), lanes=lanes
+            ),
+            feature_type=feature_type(precision),
+        )
+        for name, pairing in pairings.items()
     }
 
 
-def _term(
-    config: PretrainConfig, name: PairingName, pairs: PairingBatch, teacher: Teacher | None
-) -> LossTerm:
-    pairing = config.pairings[name]
-    return LossTerm(
-        # With one pairing per step, its weight has been used in choosing it.
-        weight=pairing.weight if config.pairings_per_step == "all" else 1.0,
-        options=build_loss_options(pairing, mode=config.engine.loss_mode),
-        keys=(pairs.media_keys, pairs.caption_keys),
-        counts=pairs_of_ranks(
-            config.slots_per_lane(name), world_size=world_size(), lanes=config.lanes
-        ),
-        feature_type=feature_type(config),
-        teacher=teacher,
-    )
+def terms_of_step(
+    losses: Mapping[PairingName, PairingLoss],
+    batch: StepBatch,
+    *,
+    teacher_features: Mapping[PairingName, Teacher],
+) -> dict[PairingName, LossTerm]:
+    """Returns the terms of the pairings that a step takes.
+
+    Args:
+        losses: loss of every pairing.
+        batch: this rank's part of the step, on the device.
+        teacher_features: teacher features of the pairings with distillation.
+    """
+    terms = {}
+    for name in batch.taken:
+        pairs = batch.pairings[name]
+        keys = (pairs.media_keys, pairs.caption_keys)
+        terms[name] = LossTerm(losses[name], keys, teacher_features.get(name))
+    return terms
 
 
-def feature_type(config: PretrainConfig) -> torch.dtype:
-    """Of the features that are contrasted: rounded to what the towers computed in, so that they
-    travel and are multiplied as such. The loss itself is taken in float32."""
-    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+def feature_type(precision: Precision) -> torch.dtype:
+    """Returns the type of the contrasted features: the one that the towers computed in.
+
+    Features are exchanged and multiplied in this type. The loss itself is computed in float32.
+    """
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class PendingGather:
@@ -90,8 +141,10 @@ class PendingGather:
         """Sends this rank's [B, D] of a pairing that has a term; every rank must call it."""
         term = self.terms.get(name)
         if term is not None and term.teacher is None:
-            media = media.to(term.feature_type)
-            self.gathers[name] = begin_gather(media, options=term.options, counts=term.counts)
+            media = media.to(term.loss.feature_type)
+            self.gathers[name] = begin_gather(
+                media, options=term.loss.options, counts=term.loss.counts
+            )
 
 
 def take_losses(
@@ -99,7 +152,7 @@ def take_losses(
     *,
     terms: Mapping[PairingName, LossTerm],
     pending: PendingGather,
-) -> StepLosses:
+) -> ContrastiveLosses:
     """The loss of every pairing over its global batch; every rank must call it.
 
     Pairings without a term have no part in the step. Their towers get a gradient of zero all the
@@ -109,13 +162,13 @@ def take_losses(
         name: _take_loss(features[name], term, pending.gathers.get(name))
         for name, term in terms.items()
     }
-    parts = [terms[name].weight * loss.for_backward for name, loss in losses.items()]
+    parts = [terms[name].loss.weight * loss.for_backward for name, loss in losses.items()]
     parts += [_zero_of(features[name]) for name in features if name not in terms]
-    return StepLosses(
+    return ContrastiveLosses(
         by_pairing=losses,
         scales={name: each.scale.item() for name, each in features.items()},
         biases={name: each.bias.item() for name, each in features.items() if each.bias is not None},
-        total=sum(terms[name].weight * loss.value for name, loss in losses.items()),
+        total=sum(terms[name].loss.weight * loss.value for name, loss in losses.items()),
         for_backward=torch.stack([part.sum() for part in parts]).sum(),
     )
 
@@ -124,14 +177,14 @@ def _take_loss(
     features: PairingFeatures, term: LossTerm, media_gather: RowGather | None
 ) -> ContrastiveLoss:
     return contrastive_loss(
-        features.media.to(term.feature_type),
-        features.text.to(term.feature_type),
+        features.media.to(term.loss.feature_type),
+        features.text.to(term.loss.feature_type),
         features.scale,
         features.bias,
-        options=term.options,
+        options=term.loss.options,
         keys=term.keys,
         teacher=term.teacher,
-        counts=term.counts,
+        counts=term.loss.counts,
         media_gather=media_gather,
     )
 
@@ -140,11 +193,7 @@ def _zero_of(features: PairingFeatures) -> Tensor:
     return sum(part.sum() for part in features if part is not None) * 0.0
 
 
-class NonFiniteLossError(FloatingPointError):
-    """A loss is not finite; no gradient was taken."""
-
-
-def refuse_non_finite(losses: StepLosses) -> None:
+def refuse_non_finite(losses: ContrastiveLosses) -> None:
     """
     Raises:
         NonFiniteLossError: a loss is not finite; the same on every rank.

@@ -100,7 +100,14 @@ def build_validation_sets(
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
         options = LossOptions(config.pairings[name].loss, mode=config.engine.loss_mode)
         sets.append(
-            ValidationSet(name, reader, tokenizer, source.batch_size, options, feature_type(config))
+            ValidationSet(
+                name,
+                reader,
+                tokenizer,
+                source.batch_size,
+                options,
+                feature_type(config.engine.precision),
+            )
         )
     return sets
 

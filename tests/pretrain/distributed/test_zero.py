@@ -21,8 +21,9 @@ from pretrain.distributed.start import (
 )
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import open_step_loader
-from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
+from pretrain.monitoring.timing import PhaseTimer
+from pretrain.train import build_step, open_step_loader
+from pretrain.training.gradient_cache import split_into_micro_batches
 from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import assert_same_run, train
@@ -74,9 +75,8 @@ def observe(config):
     engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
     seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
 
-    seen["loss"] = backward_of_step(
-        engine, loader.load(0), config, num_micro_batches=num_micro_batches
-    ).total
+    step = build_step(config, engine, num_micro_batches=num_micro_batches)
+    seen["loss"] = step.backward(loader.load(0), PhaseTimer(engine.device)).total
     seen["norm"] = engine.step(learning_rate=1e-3)
     seen["gradient"] = {
         name.partition("/")[2]: 10 * values.numpy()
@@ -98,7 +98,7 @@ def observe(config):
     seen["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        backward_of_step(engine, loader.load(2), config, num_micro_batches=num_micro_batches)
+        step.backward(loader.load(2), PhaseTimer(engine.device))
         seen["last norm"] = engine.step(learning_rate=1e-3)
     seen["collectives"] = Counter(
         event.name for event in profile.events() if event.name.startswith("c10d::")

@@ -34,7 +34,7 @@ def train_with_bad_steps(*configs):
 
     take_step, now, before, unchanged = loop.train_step, [0], [], []
 
-    def bad_step(config, engine, batch, *others):
+    def bad_step(engine, objective, batch, **others):
         values = [each.values.clone() for each in engine.slices()]
         if before:
             unchanged.append(all(map(torch.equal, before.pop(), values)))
@@ -42,7 +42,7 @@ def train_with_bad_steps(*configs):
         if now[0] == BAD_LOSS and rank() == 1:
             batch.pairings["audio-text"].media[2] = math.nan
         try:
-            return take_step(config, engine, batch, *others)
+            return take_step(engine, objective, batch, **others)
         except FloatingPointError:
             before.append(values)
             raise

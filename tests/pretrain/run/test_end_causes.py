@@ -22,12 +22,12 @@ def train_and_end(config, how):
 
     take_step = loop.train_step
 
-    def last_step(config, engine, batch, *others):
+    def last_step(engine, objective, batch, **others):
         if rank() == 1 and batch.step == 2:
             if how == "raise":
                 raise ValueError("no such picture")
             os.kill(os.getpid(), getattr(signal, how))
-        return take_step(config, engine, batch, *others)
+        return take_step(engine, objective, batch, **others)
 
     loop.train_step = last_step
     train(config)

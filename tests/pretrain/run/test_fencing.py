@@ -22,10 +22,10 @@ def train_and_freeze(config, step):
 
     take_step, begin_save = loop.train_step, CheckpointWriter.save
 
-    def freezing_step(config, engine, batch, *others):
+    def freezing_step(engine, objective, batch, **others):
         if batch.step + 1 == step and engine.is_main_process:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return take_step(config, engine, batch, *others)
+        return take_step(engine, objective, batch, **others)
 
     def save(writer, state):
         begin_save(writer, state)

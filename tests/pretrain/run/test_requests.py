@@ -92,10 +92,10 @@ def train_and_hear(config, step, number):
 
     take_step, start = loop.train_step, starting.start_accelerator
 
-    def hearing_step(config, engine, batch, *others):
+    def hearing_step(engine, objective, batch, **others):
         if batch.step + 1 == step and engine.accelerator.process_index == 1:
             os.kill(os.getpid(), number)
-        return take_step(config, engine, batch, *others)
+        return take_step(engine, objective, batch, **others)
 
     def hearing_start(config):
         if step == 0 and os.environ["RANK"] == "1":

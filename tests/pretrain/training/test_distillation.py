@@ -13,9 +13,10 @@ from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import open_step_loader
+from pretrain.monitoring.timing import PhaseTimer
+from pretrain.train import build_step, open_step_loader
 from pretrain.training.distillation import load_teachers
-from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
+from pretrain.training.gradient_cache import split_into_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import train
 from tests.support.gloo_processes import run_in_processes
@@ -56,9 +57,8 @@ def errors_of_gradients(config, num_micro_batches):
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batch = open_step_loader(config, tokenizer, **share).load(0)
-    losses = backward_of_step(
-        engine, batch, config, num_micro_batches=num_micro_batches, teachers=teachers
-    )
+    step = build_step(config, engine, num_micro_batches=num_micro_batches, teachers=teachers)
+    losses = step.backward(batch, PhaseTimer(engine.device))
     length = torch.cat([value.flatten() for value in expected.values()]).norm()
     worst = max(
         (
@@ -104,7 +104,8 @@ def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, tea
     )
     batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     engine.train_mode(False)
-    backward_of_step(engine, batch, config, num_micro_batches=1, teachers=teachers)
+    step = build_step(config, engine, num_micro_batches=1, teachers=teachers)
+    step.backward(batch, PhaseTimer(engine.device))
     of_images = model.towers["image"].projection.weight.grad.norm()
     of_sounds = model.towers["audio"].projection.weight.grad.norm()
     assert of_images < 1e-5 * of_sounds

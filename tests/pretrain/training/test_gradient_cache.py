@@ -6,8 +6,9 @@ import torch
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import build_training_model, open_step_loader
-from pretrain.training.gradient_cache import backward_of_step, split_into_micro_batches
+from pretrain.monitoring.timing import PhaseTimer
+from pretrain.train import build_step, build_training_model, open_step_loader
+from pretrain.training.gradient_cache import split_into_micro_batches
 from pretrain.training.micro_batch_size import choose_num_micro_batches
 from pretrain.training.optimizer import build_optimizer
 from tests.support.gloo_processes import run_in_processes
@@ -59,7 +60,8 @@ def gradients_of(config, trims_captions=True):
         optimizer=build_optimizer(config, model),
         gradient_clipping=None,
     )
-    losses = backward_of_step(engine, loader.load(0), config, num_micro_batches=num_micro_batches)
+    step = build_step(config, engine, num_micro_batches=num_micro_batches)
+    losses = step.backward(loader.load(0), PhaseTimer(engine.device))
     gradients = {n: p.grad.clone().tolist() for n, p in small_parameters(model)}
     engine.close()
     return losses.total, gradients, lengths

@@ -15,8 +15,8 @@ from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
 from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import open_step_loader
-from pretrain.training.gradient_cache import backward_of_step
+from pretrain.monitoring.timing import PhaseTimer
+from pretrain.train import build_step, open_step_loader
 from pretrain.training.micro_batch_size import num_micro_batches_of_size
 from pretrain.training.optimizer import build_optimizer
 from tests.support.gloo_processes import run_in_processes
@@ -118,7 +118,8 @@ def errors_of_options(toy_data, folder, all_options, precision):
             config, num_processes=accelerator.num_processes
         )
         batch = batch_of(config, tokenizer, **share)
-        losses = backward_of_step(engine, batch, config, num_micro_batches=num_micro_batches)
+        step = build_step(config, engine, num_micro_batches=num_micro_batches)
+        losses = step.backward(batch, PhaseTimer(engine.device))
         gradients = taken_gradients(model)
         length = torch.cat([value.flatten() for value in expected.values()]).norm()
         worst = max(
@@ -196,11 +197,12 @@ def events_of_a_step(toy_data, folder, micro_batch_size):
     RowGather._start = noted_start
     batch = batch_of(config, tokenizer, **share)
     num_micro_batches = num_micro_batches_of_size(config, num_processes=accelerator.num_processes)
+    step = build_step(config, engine, num_micro_batches=num_micro_batches)
     with (
         counted_traffic() as traffic,
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
     ):
-        backward_of_step(engine, batch, config, num_micro_batches=num_micro_batches)
+        step.backward(batch, PhaseTimer(engine.device))
     all_reduces = sum(event.name == "c10d::allreduce_" for event in profile.events())
     return events, num_encoded, traffic.calls, all_reduces
 

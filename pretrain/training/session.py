@@ -1,0 +1,147 @@
+"""One attempt at a run, as its training loop sees it: folder, requests, checkpoints, hang watch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+
+from pretrain.checkpoints.record import RunState
+from pretrain.checkpoints.writer import CheckpointWriter, SaveReport
+from pretrain.distributed.collectives import on_main_process
+from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.run.attempts import LostPeerError
+from pretrain.run.folder import RunFolder
+from pretrain.run.requests import Request, RunRequests
+
+
+class RunSession:
+    """An attempt that records its end and is watched for hangs while its `with` block lasts.
+
+    Every rank must make every call, except `heartbeat`.
+
+    Args:
+        run: run folder.
+        requests: signals and files that ask the run to save or stop.
+        hang_watch: watch of this rank, not yet entered.
+        hosts: [ranks] machine names.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        requests: RunRequests,
+        hang_watch: HangWatch,
+        *,
+        hosts: Sequence[str],
+    ) -> None:
+        self.run = run
+        self.requests = requests
+        self.hang_watch = hang_watch
+        self.hosts = hosts
+        self.writer: CheckpointWriter | None = None  # it needs the engine, which is built later
+        self._block = ExitStack()
+        requests.is_superseded = run.is_superseded
+
+    def __enter__(self) -> RunSession:
+        with ExitStack() as entered:
+            entered.enter_context(self.run.recorded())
+            entered.enter_context(self.hang_watch)
+            self._block = entered.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._block.__exit__(kind, error, traceback)
+
+    def heartbeat(self, *, is_slow: bool = False) -> None:
+        """Tells the hang watch that a step, or work of that length, has ended.
+
+        Args:
+            is_slow: whether the next one may take as long as a start.
+        """
+        self.hang_watch.heartbeat(is_slow=is_slow)
+
+    def poll_requests(self, *, device: torch.device) -> Request:
+        """Returns what any rank was asked to do.
+
+        Args:
+            device: device of the exchange among ranks.
+
+        Raises:
+            SupersededError: if a newer attempt has begun.
+        """
+        request = self.requests.all_reduce(device=device)
+        if request.is_superseded:
+            raise self.run.superseded_error()
+        return request
+
+    def lost_peer_error(self, error: RuntimeError) -> LostPeerError:
+        """Returns the error to raise when a collective failed because another process is gone."""
+        return LostPeerError(
+            f"step {self.run.num_steps_done + 1}: another process died, or did not come within "
+            f"{self.hang_watch.timeout_key}: {error}; python -m pretrain.status says why, as "
+            f"far as it is known, and {self.hang_watch.path.parent} where it hung; run the "
+            "same command again to go on from the newest checkpoint"
+        )
+
+    # --------------------------------------------------------------------------- checkpoints
+
+    def save(self, request: Request, *, num_updates: int) -> None:
+        """Begins a checkpoint of the run as it is now.
+
+        Args:
+            request: request that this checkpoint answers.
+            num_updates: updates that the optimizer has applied.
+
+        Raises:
+            RunError: if too many checkpoints in a row could not be written.
+        """
+        on_main_process(self.run.flush)
+        self.writer.save(
+            RunState(
+                self.run.num_steps_done,
+                num_updates=num_updates,
+                skipped_steps=tuple(self.run.skipped_steps),
+                tags=tuple(self.run.tags),
+            )
+        )
+        self.requests.acknowledge(request)
+
+    def advance_save(self) -> list[SaveReport]:
+        """Advances a checkpoint as far as possible without waiting.
+
+        Returns:
+            Reports on the checkpoints committed since the last call.
+        """
+        self.writer.advance()
+        return self.writer.take_reports()
+
+    def finish_save(self) -> list[SaveReport]:
+        """Waits until the checkpoint that was begun is committed or has failed.
+
+        Returns:
+            Reports on the checkpoints committed since the last call.
+        """
+        self.writer.finish()
+        return self.writer.take_reports()
+
+    def refuse_failed_save(self) -> None:
+        """Raises if the last checkpoint could not be written.
+
+        Raises:
+            RunError: if it could not.
+        """
+        self.writer.refuse_failure()
+
+    def stop(self, request: Request, *, is_whole: bool) -> None:
+        """Acknowledges a request to stop, and records it as the end's cause unless all was done."""
+        self.requests.acknowledge(request)
+        if not is_whole:
+            self.run.stop_cause = request.stop_cause
