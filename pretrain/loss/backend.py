@@ -1,12 +1,13 @@
-"""Which code computes tiles of logits: chosen from device, type and options, never by a setting.
+"""Backends that compute logit tiles, chosen by device, type and loss options.
 
-    library  products by the device's library, and their use in a few passes over a tile, which on a
-             GPU are compiled into a kernel each (gpu_compiler): every device, type and options
-    triton   the products' use inside kernels of our own: bfloat16 on a GPU, where own pairs are the
-             only targets
+    library  The device's library multiplies matrices, and a few passes use each tile. On a GPU each
+             pass is compiled into one kernel (gpu_compiler.py). Every device, type and option.
+    triton   Kernels of this project use each tile as they compute it (kernels.py). bfloat16 on a
+             GPU, if own pairs are the only targets.
 
-Both give the same numbers, up to the order of sums. Triton multiplies float32 without the tensor
-cores and slower than the library does; duplicates, smoothing and teachers are too rare for kernels.
+Both give the same numbers up to the order of summation, and no setting chooses one. In float32
+Triton cannot use the tensor cores and is slower than the library. Duplicates, label smoothing and
+teachers are too rare to be worth kernels.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import torch
 
 from pretrain.loss.gpu_compiler import runs_triton
 from pretrain.loss.logit_tiles import LogitTiles
-from pretrain.loss.sigmoid import SigmoidStrips
-from pretrain.loss.softmax import SoftmaxStrips
+from pretrain.loss.sigmoid import TiledSigmoidLoss
+from pretrain.loss.softmax import TiledSoftmaxLoss
 
 Backend = Literal["library", "triton"]
 
 
 @dataclass(frozen=True)
-class StripClasses:
-    """The parts of a backend: tiles, and the losses that use them."""
+class BackendClasses:
+    """The classes of a backend: its tiles, and the losses that use them."""
 
     tiles: type[Any]
     softmax: type[Any]
@@ -41,10 +42,11 @@ def choose_backend(
     label_smoothing: float = 0.0,
     has_teacher: bool = False,
 ) -> Backend:
-    """The fastest that computes this loss on this device.
+    """Returns the fastest backend that computes a loss on a device.
 
     Args:
-        has_duplicates: some pairs of this batch are set apart from the negatives.
+        dtype: type of the features.
+        has_duplicates: some pairs of this batch are excluded from the negatives.
     """
     if has_duplicates or label_smoothing or has_teacher:
         return "library"
@@ -53,11 +55,11 @@ def choose_backend(
     return "triton" if runs_triton(device) else "library"
 
 
-def strip_classes(backend: Backend) -> StripClasses:
-    """The parts of a backend; Triton is imported here, where it is needed."""
+def backend_classes(backend: Backend) -> BackendClasses:
+    """Returns the classes of a backend; imports Triton only if it is used."""
     if backend == "library":
-        return StripClasses(LogitTiles, SoftmaxStrips, SigmoidStrips)
+        return BackendClasses(LogitTiles, TiledSoftmaxLoss, TiledSigmoidLoss)
     from pretrain.loss.feature_tiles import FeatureTiles
-    from pretrain.loss.fused import FusedSigmoidStrips, FusedSoftmaxStrips
+    from pretrain.loss.fused import FusedSigmoidLoss, FusedSoftmaxLoss
 
-    return StripClasses(FeatureTiles, FusedSoftmaxStrips, FusedSigmoidStrips)
+    return BackendClasses(FeatureTiles, FusedSoftmaxLoss, FusedSigmoidLoss)

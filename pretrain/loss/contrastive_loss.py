@@ -1,12 +1,13 @@
 """The contrastive loss over all pairs of the global batch, exact for any number of ranks.
 
-    1. every rank compares its rows with those of all ranks     loss_passes, gather
-    2. tile by tile of its strip of the logits                  logit_strips
-    3. which gives the loss, hits and gradients                 softmax_strips, sigmoid_strips
-       or both in kernels of a GPU                              fused_strips, chosen by loss_backend
+    1. own features and those of all ranks     two_passes: gathers rows, whole or in pieces
+    2. tiles of this rank's row block          logit_tiles: [rows, columns] of the N x N logits
+    3. loss, in-batch recall and gradients     softmax, sigmoid, in_batch_recall
+       or 2 and 3 in GPU kernels               feature_tiles, fused, kernels; chosen by backend
 
-Gradients are taken inside the forward pass, without a graph over logits or collectives: the
-backward pass only multiplies them. What is kept for it is of the size of the features.
+The formulas stand in reference.py, which computes the same loss from all logits in one process.
+Gradients are computed in the forward pass, without an autograd graph over logits or collectives:
+the backward pass only scales them. The tensors kept for it have the size of the features.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from pretrain.distributed.collectives import (
     rows_per_rank,
     world_size,
 )
-from pretrain.loss.backend import StripClasses, choose_backend, strip_classes
-from pretrain.loss.in_batch_recall import InBatchHits, num_words
+from pretrain.loss.backend import BackendClasses, backend_classes, choose_backend
+from pretrain.loss.in_batch_recall import InBatchRecall
 from pretrain.loss.logit_tiles import (
     Features,
     PairDuplicates,
@@ -35,16 +36,9 @@ from pretrain.loss.logit_tiles import (
     exact_products,
     own_logits,
 )
-from pretrain.loss.options import LossOptions, Mode, Teacher, refuse_large_scale, refuse_unfit
+from pretrain.loss.options import LossOptions, Teacher, refuse_large_scale, refuse_unfit
 from pretrain.loss.softmax import SoftmaxTargets
-from pretrain.loss.two_passes import LossPasses, Strips
-
-# On a GPU, rows per rank from which fewer products (strip1) are worth more bytes: between what
-# 450 GB/s (1.6k) and 50 GB/s (14k) between GPUs would ask for.
-STRIP1_ROWS = 4096
-GATHERED_BYTES = 256 * 2**20  # what may be held of all ranks' rows before they are streamed
-# Of float32, all ranks together, in one piece of a stream. A GPU is kept busy by larger pieces.
-PIECE_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
+from pretrain.loss.two_passes import LossPasses, TiledLoss, choose_mode, choose_piece_rows
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,8 @@ class ContrastiveLoss:
     """The loss of one pairing in one step."""
 
     for_backward: Tensor  # scalar; its gradients, averaged over ranks, are those of the global loss
-    value: float  # of the global batch, the same on every rank
-    media_to_text_recall_at_1: float  # share of the N media whose own caption is the nearest
+    value: float  # loss of the global batch, equal on all ranks
+    media_to_text_recall_at_1: float  # fraction of the N media whose own caption is the nearest
     text_to_media_recall_at_1: float
     num_pairs: int  # N
 
@@ -70,25 +64,34 @@ def contrastive_loss(
     counts: Sequence[int] | None = None,
     media_gather: RowGather | None = None,
 ) -> ContrastiveLoss:
-    """The loss of a pairing over the global batch, with exact gradients for all that need one.
+    """Computes the loss of a pairing over the global batch, with exact gradients.
 
-    Every rank must call it; ranks may hold different numbers of pairs, also none. Without
-    gradients (in evaluation) only the first pass is made.
+    With the logits l_ij = scale * <media_i, text_j> + bias over all N pairs, the loss is
+
+        softmax  -1/2N * sum_i [ log_softmax_j(l_ij) at j = i  +  log_softmax_j(l_ji) at j = i ]
+        sigmoid   1/N * sum_ij [ softplus(l_ij) - (1 if i = j else 0) * l_ij ]
+
+    Label smoothing, duplicates and a teacher change the targets; see `reference.dense_loss`.
+    Every rank must call it. Ranks may hold different numbers of pairs, including none. Without
+    gradients (in evaluation) only the first pass is run.
 
     Args:
-        media: [B, D] L2-normalised.
-        text: [B, D] L2-normalised; row i describes row i of media.
+        media: [B, D], L2-normalised.
+        text: [B, D], L2-normalised; row i describes row i of media.
         scale: scalar or [1], inverse temperature.
-        bias: scalar or [1], of the sigmoid loss alone.
-        keys: one or two of int64 [B]; pairs with an equal key are duplicates. Without effect where
-            duplicates are negatives.
-        teacher: adds its softmaxes to the targets of the softmax loss.
-        options: null for CLIP's softmax loss.
-        counts: pairs of each rank, if known; otherwise ranks tell one another.
-        media_gather: from `begin_gather` of the same media, in the same type.
+        bias: scalar or [1], for the sigmoid loss only.
+        options: None for CLIP's softmax loss.
+        keys: one or two int64 [B]; pairs with an equal key are duplicates. Ignored if duplicates
+            are negatives.
+        teacher: mixes its softmaxes into the targets of the softmax loss.
+        counts: pairs of each rank, if known; otherwise they are gathered first.
+        media_gather: result of `begin_gather` for the same media in the same type.
+
+    Returns:
+        The loss and the in-batch recall at 1, equal on all ranks.
 
     Raises:
-        ValueError: shapes or settings do not fit together.
+        ValueError: if shapes or settings do not fit together.
     """
     options = options or LossOptions()
     refuse_unfit(media, text, bias, options, keys, teacher)
@@ -96,22 +99,26 @@ def contrastive_loss(
         counts = rows_per_rank(len(media), media.device)
     split = RowSplit(tuple(counts))
     if split.total == 0:
-        return _loss_of_nothing([media, text, scale, *([] if bias is None else [bias])])
-    numbers = _numbers(scale, bias)
+        return _loss_of_empty_batch([media, text, scale, *([] if bias is None else [bias])])
+    numbers = _read_scale_and_bias(scale, bias)
     refuse_large_scale(numbers[0], options)
     inputs = _LossInputs(options, split, tuple(keys), teacher, media_gather, *numbers)
-    value, figures = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
-    return _loss_with_figures(value, figures, num_pairs=split.total)
+    value, metrics = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
+    return _loss_with_metrics(value, metrics, num_pairs=split.total)
 
 
 def begin_gather(media: Tensor, *, options: LossOptions, counts: Sequence[int]) -> RowGather | None:
-    """Sends this rank's media to the others while captions are encoded, if they all fit at once.
+    """Starts to gather the media of all ranks, which then overlaps with encoding the captions.
 
-    Every rank must call it. Without a teacher only: its features travel with the media's.
+    Every rank must call it. Not for losses with a teacher, whose features are gathered together
+    with the media.
 
     Args:
-        media: [B, D], as `contrastive_loss` will be given them.
+        media: [B, D], the tensor that `contrastive_loss` will receive.
         counts: pairs of each rank.
+
+    Returns:
+        None with a single rank, or if the media of all ranks are too large to be gathered at once.
     """
     split = RowSplit(tuple(counts))
     piece_rows = options.piece_rows or choose_piece_rows(
@@ -122,57 +129,7 @@ def begin_gather(media: Tensor, *, options: LossOptions, counts: Sequence[int]) 
     return RowGather([media], split, range(max(counts)))
 
 
-def choose_mode(split: RowSplit, device: torch.device) -> Mode:
-    """The faster mode: on CPUs always the one with fewer products."""
-    rows = split.total / len(split.counts)
-    is_bound_by_products = device.type == "cpu" or len(split.counts) == 1 or rows >= STRIP1_ROWS
-    return "strip1" if is_bound_by_products else "strip2"
-
-
-def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") -> int:
-    """Rows of each rank that travel at once: all, unless they would fill too much memory."""
-    num_ranks, most = len(split.counts), max(split.counts)
-    # Captions, and their gradients or media, in float32 at most.
-    if num_ranks == 1 or 2 * 4 * num_ranks * most * width <= GATHERED_BYTES:
-        return most
-    return max(1, min(most, PIECE_BYTES[device_type] // (4 * num_ranks * width)))
-
-
-def received_bytes(
-    counts: Sequence[int],
-    *,
-    options: LossOptions,
-    width: int,
-    feature_bytes: int,
-    device: torch.device,
-) -> int:
-    """What a rank receives from the others for the loss and its gradients, but for the padding of
-    messages.
-
-    Args:
-        counts: pairs of each rank.
-        width: D.
-        feature_bytes: of one number of a feature.
-    """
-    split = RowSplit(tuple(counts))
-    num_ranks, num_rows = len(counts), len(counts) * max(counts)
-    mode = choose_mode(split, device) if options.mode == "auto" else options.mode
-    piece_rows = options.piece_rows or choose_piece_rows(
-        split, width=width, device_type=device.type
-    )
-    captions = num_rows * (width * feature_bytes + 4)  # with the logits of own pairs
-    # The softmax's first pass is followed by a second, for which pieces travel again.
-    gathered = captions * (2 if options.kind == "softmax" and piece_rows < max(counts) else 1)
-    gathered += num_rows * width * (4 if mode == "strip1" else feature_bytes)  # sums, or media
-    if options.duplicates != "negatives":
-        gathered += num_rows * 2 * 8  # keys
-    num_sums = num_words(split.total, num_ranks)
-    if options.kind == "softmax":
-        num_sums += split.total * (1 if mode == "strip1" else 2)
-    return round((gathered + 2 * 8 * num_sums) * (num_ranks - 1) / num_ranks)
-
-
-# --------------------------------------------------------------------------------- the function
+# --------------------------------------------------------------------- the autograd function
 
 
 @dataclass(frozen=True)
@@ -198,7 +155,7 @@ class _LossInputs:
             label_smoothing=options.label_smoothing,
             has_teacher=teacher is not None,
         )
-        classes = strip_classes(backend)
+        classes = backend_classes(backend)
         tiles = classes.tiles(
             media,
             scale=scale,
@@ -213,15 +170,15 @@ class _LossInputs:
         )
         sides = [(media, teacher and teacher.media), (text, teacher and teacher.text)]
         if self.media_gather is not None:
-            sides.reverse()  # see loss_passes
+            sides.reverse()  # see two_passes
         return LossPasses(
             *(Features(split.own.start, own, of_teacher) for own, of_teacher in sides),
-            strips=self._strips(classes, positives, duplicates),
+            loss=self._build_loss(classes, positives, duplicates),
             tiles=tiles,
             split=split,
             mode=mode,
             piece_rows=piece_rows,
-            begun=self.media_gather,
+            media_gather=self.media_gather,
         )
 
     def _duplicates(self) -> PairDuplicates | None:
@@ -232,13 +189,13 @@ class _LossInputs:
         found = PairDuplicates([torch.cat(parts) for parts in columns])  # each [N]
         return found if found.exist else None
 
-    def _strips(
-        self, classes: StripClasses, positives: Tensor, duplicates: PairDuplicates | None
-    ) -> Strips:
+    def _build_loss(
+        self, classes: BackendClasses, positives: Tensor, duplicates: PairDuplicates | None
+    ) -> TiledLoss:
         masks = self.options.duplicates == "masked"
-        hits = InBatchHits(positives, largest_logit=abs(self.scale) + abs(self.bias))
+        recall = InBatchRecall(positives, largest_logit=abs(self.scale) + abs(self.bias))
         if self.options.kind == "sigmoid":
-            return classes.sigmoid(positives, self.split, hits, masks_duplicates=masks)
+            return classes.sigmoid(positives, self.split, recall, masks_duplicates=masks)
         targets = SoftmaxTargets(
             positives,
             label_smoothing=self.options.label_smoothing,
@@ -247,11 +204,11 @@ class _LossInputs:
             teacher_weight=self.teacher.weight if self.teacher else 0.0,
             teacher_scale=self.teacher.scale if self.teacher else 0.0,
         )
-        return classes.softmax(positives, self.split, hits, targets, scale=self.scale)
+        return classes.softmax(positives, self.split, recall, targets, scale=self.scale)
 
 
 class _ExactLoss(torch.autograd.Function):
-    """(loss, figures [3]: loss, hits of media, hits of captions); the figures have no gradient."""
+    """Returns the loss and [3] metrics without gradient: loss, media hits and caption hits."""
 
     @staticmethod
     def forward(
@@ -267,39 +224,39 @@ class _ExactLoss(torch.autograd.Function):
         rows, columns = (side.to(dtype).contiguous() for side in (media, text))
         with exact_products(media.device):
             passes = inputs.passes(rows, columns)
-            strips = passes.strips
+            loss = passes.loss
             if is_training and any(ctx.needs_input_grad):
-                sums = passes.take_value_and_gradients()
-                of_media, of_text = sums.media, sums.text
+                sums = passes.compute_value_and_gradients()
+                media_sum, text_sum = sums.media, sums.text
                 if inputs.media_gather is not None:
-                    of_media, of_text = of_text, of_media
-                # The engine takes the mean over ranks of what each returns.
-                factor = world_size() * strips.gradient_factor
-                scale_sum = strips.scale_sum
-                of_scale = (_dot(of_media, rows) if scale_sum is None else scale_sum) * factor
-                of_bias = strips.bias_sum * factor if bias is not None else None
+                    media_sum, text_sum = text_sum, media_sum
+                # The engine averages over ranks the gradients that each returns.
+                factor = world_size() * loss.gradient_factor
+                scale_sum = loss.scale_sum
+                scale_sum = (_dot(media_sum, rows) if scale_sum is None else scale_sum) * factor
+                bias_sum = loss.bias_sum * factor if bias is not None else None
                 gradients = (
-                    of_media.mul_(factor * inputs.scale).to(media.dtype),
-                    of_text.mul_(factor * inputs.scale).to(text.dtype),
-                    of_scale.to(scale.dtype).reshape(scale.shape),
-                    of_bias if bias is None else of_bias.to(bias.dtype).reshape(bias.shape),
+                    media_sum.mul_(factor * inputs.scale).to(media.dtype),
+                    text_sum.mul_(factor * inputs.scale).to(text.dtype),
+                    scale_sum.to(scale.dtype).reshape(scale.shape),
+                    bias_sum if bias is None else bias_sum.to(bias.dtype).reshape(bias.shape),
                 )
                 ctx.save_for_backward(*gradients)
             else:
-                passes.take_value()
-        hits = [strips.media_hits, strips.text_hits]
+                passes.compute_value()
+        hits = [loss.media_hits, loss.text_hits]
         if inputs.media_gather is not None:
             hits.reverse()
-        figures = torch.stack([strips.value, *hits])
-        ctx.mark_non_differentiable(figures)
-        return strips.value.to(accumulation_type(rows)), figures
+        metrics = torch.stack([loss.value, *hits])
+        ctx.mark_non_differentiable(metrics)
+        return loss.value.to(accumulation_type(rows)), metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_value: Tensor, of_figures: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_value: Tensor, grad_metrics: Tensor) -> tuple[Tensor | None, ...]:
         return (
             *(
-                None if gradient is None else gradient * of_value.to(gradient.dtype)
+                None if gradient is None else gradient * grad_value.to(gradient.dtype)
                 for gradient in ctx.saved_tensors
             ),
             None,
@@ -307,8 +264,8 @@ class _ExactLoss(torch.autograd.Function):
         )
 
 
-def _numbers(scale: Tensor, bias: Tensor | None) -> tuple[float, float]:
-    """Scale and bias (0 without one): waits for the GPU, as reading the loss does."""
+def _read_scale_and_bias(scale: Tensor, bias: Tensor | None) -> tuple[float, float]:
+    """Scale and bias (0 without one); waits for the GPU, as does reading the loss."""
     values = [scale, torch.zeros_like(scale) if bias is None else bias]
     scale_number, bias_number = torch.stack(
         [x.detach().double().squeeze() for x in values]
@@ -321,12 +278,12 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return (left * right.to(left.dtype)).sum(dim=-1).double().sum()
 
 
-def _loss_with_figures(value: Tensor, figures: Tensor, *, num_pairs: int) -> ContrastiveLoss:
-    loss, media_hits, text_hits = figures.tolist()
+def _loss_with_metrics(value: Tensor, metrics: Tensor, *, num_pairs: int) -> ContrastiveLoss:
+    loss, media_hits, text_hits = metrics.tolist()
     return ContrastiveLoss(value, loss, media_hits / num_pairs, text_hits / num_pairs, num_pairs)
 
 
-def _loss_of_nothing(inputs: Sequence[Tensor]) -> ContrastiveLoss:
-    """Of a step that takes no pair: 0, with gradients of 0 for all."""
+def _loss_of_empty_batch(inputs: Sequence[Tensor]) -> ContrastiveLoss:
+    """The loss 0, with gradients of 0 for all inputs."""
     zero = sum((values.float().sum() * 0.0 for values in inputs[1:]), inputs[0].float().sum() * 0.0)
     return ContrastiveLoss(zero, 0.0, 0.0, 0.0, num_pairs=0)

@@ -1,4 +1,4 @@
-"""Parts of the N x N logits for the kernels of fused_strips, which compute them block by block."""
+"""Tiles of features, whose logits the kernels of fused.py compute block by block."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.loss.logit_tiles import Features, PairDuplicates, accumulation_type, parts_of
+from pretrain.loss.logit_tiles import (
+    Features,
+    PairDuplicates,
+    accumulation_type,
+    consecutive_slices,
+)
 
 TILE_COLUMNS = 4096
-TILE_PLACES = 4096 * 4096  # 32 MiB of G in bfloat16
+TILE_ENTRIES = 4096 * 4096  # 32 MiB of G in bfloat16
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The part of a tile that one program computes, and its warps and stages of loading."""
+    """Size of the block of a tile that one program computes, and its launch options."""
 
     rows: int
     columns: int
-    width: int  # features multiplied at once
+    width: int  # elements of a feature vector that are loaded at once
     num_warps: int
     num_stages: int
 
     def launch_options(self) -> dict[str, int]:
-        """What a launch is given of them."""
+        """Returns the keyword arguments of a kernel launch."""
         return {
             "BLOCK_ROWS": self.rows,
             "BLOCK_COLUMNS": self.columns,
@@ -36,7 +41,8 @@ class Blocks:
         }
 
 
-# Chosen by what the compiler for an H100 reports (registers, no spills); not measured on one yet.
+# Chosen from the registers and spills that the compiler reports for an H100; bfloat16's are within
+# 2 % of the fastest on an H200 (tests/benchmarks/RESULTS.md).
 BLOCKS = {
     torch.bfloat16: Blocks(128, 128, 64, num_warps=8, num_stages=3),
     torch.float32: Blocks(64, 64, 32, num_warps=4, num_stages=3),
@@ -45,7 +51,7 @@ BLOCKS = {
 
 @dataclass(frozen=True)
 class FeatureTile:
-    """Media `rows` and captions `columns`, numbered in the global batch, and how they compare."""
+    """Features of media `rows` and captions `columns`, as indices in the global batch."""
 
     rows: slice
     columns: slice
@@ -61,35 +67,39 @@ class FeatureTile:
 
     @property
     def blocks(self) -> Blocks:
-        """How the tile is cut up."""
+        """Size of the blocks for the type of the features."""
         return BLOCKS[self.media.dtype]
 
     @property
     def num_blocks(self) -> tuple[int, int]:
         """(blocks of rows, blocks of columns)"""
         rows, columns = self.shape
-        return num_parts(rows, self.blocks.rows), num_parts(columns, self.blocks.columns)
+        return ceil_div(rows, self.blocks.rows), ceil_div(columns, self.blocks.columns)
 
     def launch(self, kernel: Any, *arguments: Tensor | float, **settings: bool) -> None:
-        """Runs a kernel, a program for each block, on the features and what else it takes."""
+        """Launches a kernel with one program per block.
+
+        Args:
+            kernel: takes the media, the text, `arguments`, and `settings` as constants.
+        """
         rows, columns = self.num_blocks
         options = self.blocks.launch_options() | {"WIDTH": self.media.shape[1]}
         with torch.cuda.device_of(self.media):
             kernel[(rows * columns,)](self.media, self.text, *arguments, **settings, **options)
 
-    def new_totals(self, num_figures: int) -> Tensor:
-        """[figures, blocks] to be written."""
+    def new_totals(self, num_totals: int) -> Tensor:
+        """Allocates [totals, blocks] for a kernel to write."""
         num_blocks = self.num_blocks[0] * self.num_blocks[1]
-        return self.media.new_empty((num_figures, num_blocks), dtype=torch.float32)
+        return self.media.new_empty((num_totals, num_blocks), dtype=torch.float32)
 
     @property
     def own_shift(self) -> int:
-        """Row + own_shift is the column of a pair's own place."""
+        """Offset of own pairs: row r of the tile has its own pair in column r + own_shift."""
         return self.rows.start - self.columns.start
 
 
 class FeatureTiles:
-    """Parts of the matrix, as LogitTiles gives them, but without logits."""
+    """Yields tiles like LogitTiles, but with features in place of logits."""
 
     def __init__(
         self,
@@ -103,23 +113,27 @@ class FeatureTiles:
     ) -> None:
         """
         Args:
-            like: features, of whose type and device the tiles are.
+            like: features that have the type and device of the tiles' inputs.
         """
-        assert duplicates is None and not teacher_scale, "loss_backend chooses LogitTiles for them"
+        assert duplicates is None and not teacher_scale, "backend.py chooses LogitTiles for them"
         self.scale, self.bias = scale, bias
         self.dtype = accumulation_type(like)
 
     def of(self, media: Features, text: Features) -> Iterator[tuple[FeatureTile, slice, slice]]:
-        """(tile, its rows among the media, its columns among the captions), over all pairs."""
-        for columns in parts_of(len(text), TILE_COLUMNS):
+        """Yields the tiles of all media with all captions.
+
+        Yields:
+            (tile, its rows among the media, its columns among the captions)
+        """
+        for columns in consecutive_slices(len(text), TILE_COLUMNS):
             num_columns = columns.stop - columns.start
-            for rows in parts_of(len(media), TILE_PLACES // num_columns // 128 * 128):
-                some, others = media.part(rows), text.part(columns)
-                places = some.places, others.places
-                features = some.features, others.features
-                yield FeatureTile(*places, *features, self.scale, self.bias), rows, columns
+            for rows in consecutive_slices(len(media), TILE_ENTRIES // num_columns // 128 * 128):
+                of_rows, of_columns = media.select(rows), text.select(columns)
+                indices = of_rows.indices, of_columns.indices
+                features = of_rows.features, of_columns.features
+                yield FeatureTile(*indices, *features, self.scale, self.bias), rows, columns
 
 
-def num_parts(length: int, size: int) -> int:
-    """Parts of that size that cover a length."""
+def ceil_div(length: int, size: int) -> int:
+    """Computes length / size, rounded up."""
     return -(-length // size)

@@ -1,4 +1,4 @@
-"""Functions that Inductor fuses into few kernels on a GPU, and that run as they are elsewhere."""
+"""Functions that Inductor fuses into few kernels on a GPU and that run eagerly elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_CAPABILITY = (8, 0)  # multiplies bfloat16
+LEAST_CAPABILITY = (8, 0)  # first compute capability that multiplies bfloat16
 
 
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed, which compiles for this NVIDIA GPU, and the GPU knows bfloat16.
+    """Returns whether Triton is installed and a GPU can run its bfloat16 kernels.
 
     Args:
         device: of type "cuda".
@@ -26,17 +26,17 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def compiled_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of a tensor and more, compiled at its first call with a tensor on a GPU.
+    """Compiles a function at its first call whose first argument is a tensor on a GPU.
 
-    One compilation serves all sizes. Numbers that change from step to step must be given as
-    tensors: others are compiled in.
+    One compilation serves all sizes. Numbers that change from step to step must be passed as
+    tensors, because Python numbers are compiled in as constants.
     """
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)
-    def fitting(first: Tensor, *rest: Any, **settings: Any) -> Any:
+    def dispatch(first: Tensor, *rest: Any, **settings: Any) -> Any:
         on_gpu = first.is_cuda and runs_triton(first.device)
         return (compiled() if on_gpu else function)(first, *rest, **settings)
 
-    fitting.compiled = compiled
-    return fitting
+    dispatch.compiled = compiled
+    return dispatch

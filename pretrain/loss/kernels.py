@@ -1,7 +1,8 @@
-"""Triton kernels of the softmax loss over a tile of logits: see logit_kernels, softmax_sums.
+"""Triton kernels of the losses over a tile: see logit_kernels, softmax_sums and sigmoid.
 
 observe_softmax     partial sums of exponentials of rows and columns, and nearness codes
-write_coefficients  G
+write_coefficients  G of the softmax loss
+compute_sigmoid     loss, nearness codes and G of the sigmoid loss
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pretrain.loss.logit_kernels import (
     write_nearness,
 )
 
-LOWEST = tl.constexpr(-1e30)  # in place of the maximum of a row without entries
+LOWEST = tl.constexpr(-1e30)  # replaces the maximum of a row without entries
 
 
 @triton.jit
@@ -28,24 +29,24 @@ def _write_sums(
     logits,
     exponentials,
     largest,
-    places,
-    num_places,
+    indices,
+    num_indices,
     block,
     num_blocks,
     AXIS: tl.constexpr,
     IS_PLAIN: tl.constexpr,
 ):
-    """Writes sums of exponentials, and after those of all blocks the maxima taken off before."""
-    place = block.to(tl.int64) * num_places + places
+    """Writes sums of exponentials and, in a second [blocks, rows], the maxima subtracted before."""
+    offset = block.to(tl.int64) * num_indices + indices
     if not IS_PLAIN:
         largest = tl.maximum(largest, LOWEST)
         exponentials = tl.exp(logits - tl.expand_dims(largest, AXIS))
-        after_sums = tl.cast(num_blocks, tl.int64) * num_places
-        tl.store(sums + after_sums + place, largest, mask=places < num_places)
-    tl.store(sums + place, tl.sum(exponentials, AXIS), mask=places < num_places)
+        after_sums = tl.cast(num_blocks, tl.int64) * num_indices
+        tl.store(sums + after_sums + offset, largest, mask=indices < num_indices)
+    tl.store(sums + offset, tl.sum(exponentials, AXIS), mask=indices < num_indices)
 
 
-# Vectors per row or column begin anywhere; kernels are not compiled anew for each alignment.
+# Slices of vectors start at any address; kernels are not recompiled for each alignment.
 @triton.jit(
     do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
 )
@@ -96,12 +97,12 @@ def write_coefficients(
     column_weights,
     own_gradient,  # [num_rows] G at own pairs
     gradient,  # [num_rows, num_columns]
-    totals,  # [blocks] of G * logit
+    totals,  # [blocks] sums of G * logit
     num_rows,
     num_columns,
     own_shift,
     scale,
-    COUNTS: tl.constexpr,  # totals are wanted
+    COUNTS: tl.constexpr,  # totals are written
     IS_PLAIN: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -130,7 +131,7 @@ def write_coefficients(
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x from 0 to 1, to float32's precision also where x is tiny."""
+    """Computes log(1 + x) for 0 <= x <= 1 to float32 precision, also for tiny x."""
     z = x / (2.0 + x)  # log(1 + x) = 2 artanh(z), and z <= 1/3
     square = z * z
     series = 1 / 13 * square + 1 / 11
@@ -144,13 +145,13 @@ def _log1p(x):
 @triton.jit(
     do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
 )
-def take_sigmoid(
+def compute_sigmoid(
     media,
     text,
     row_own,  # [num_rows] logits of the own pairs
     column_own,
     gradient,  # [num_rows, num_columns]
-    totals,  # [3, blocks] of negatives' losses; if G is written, also of G and G * scale * cosine
+    totals,  # [3, blocks] sums of negatives' losses and, if G is written, G and G * scale * cosine
     row_codes,  # [column blocks, num_rows]
     column_codes,
     num_rows,
@@ -159,8 +160,8 @@ def take_sigmoid(
     scale,
     bias,
     tolerance,
-    WRITES: tl.constexpr,  # G is wanted
-    COUNTS: tl.constexpr,  # totals and codes are wanted
+    WRITES: tl.constexpr,  # G is written
+    COUNTS: tl.constexpr,  # totals and codes are written
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -177,7 +178,7 @@ def take_sigmoid(
         losses = tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
         tl.store(totals + tl.program_id(0), tl.sum(losses))
     if WRITES:
-        # Of numbers up to 0 alone, whose exponentials are never too large.
+        # Exponentials of numbers up to 0 do not overflow.
         e = tl.exp(-tl.abs(x))
         g = tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
         if may_hold_own(rows, columns, own_shift):
@@ -187,8 +188,8 @@ def take_sigmoid(
             g = tl.where(is_own, (-1.0 / (1.0 + tl.exp(own)))[:, None], g)
             x = tl.where(is_own, own[:, None], x)
         if COUNTS:
-            place = tl.num_programs(0) + tl.program_id(0)
-            tl.store(totals + place, tl.sum(g))
+            offset = tl.num_programs(0) + tl.program_id(0)
+            tl.store(totals + offset, tl.sum(g))
             cosines = tl.where(x == float("-inf"), 0.0, x - bias)
-            tl.store(totals + tl.num_programs(0) + place, tl.sum(g * cosines))
+            tl.store(totals + tl.num_programs(0) + offset, tl.sum(g * cosines))
         write_block(gradient, g, rows, columns, num_rows, num_columns)

@@ -1,11 +1,13 @@
-"""Triton over tiles of logits that are never written: what the kernels of both losses share.
+"""Parts of Triton kernels that are common to both losses; logits are never written to memory.
 
-A program computes a block of the tile from the features. Partial figures of blocks have places of
-their own and are added in one order by `fold`: no result depends on which program ends first.
-Logits and sums are float32, float32 features are multiplied in full precision. A nearness code of
-a row or column is -1 where the block holds a nearer counterpart, else how many are as near.
+One program computes one block of a tile from the features. Each block writes its partial results
+to its own slot. `fold` adds them in a fixed order, so that results do not depend on which program
+ends first. Logits and sums are float32; float32 features are multiplied in full precision.
 
-Only imported where the kernels are used: see loss_backend.
+In a block, each row and column has a nearness code. It is -1 if a counterpart is nearer than the
+own one, else the number of counterparts that tie with the own one.
+
+Imported only if the kernels are used; see backend.py.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import triton.language as tl
 
 @triton.jit
 def block_of_program(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """(row block, its rows, column block, its columns) of this program: groups of 8 row blocks
-    share what L2 holds."""
+    """Returns (row block, its rows, column block, its columns) of this program.
+
+    Programs are ordered in groups of 8 row blocks, which share the features in the L2 cache.
+    """
     program = tl.program_id(0)
     num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     per_group = 8 * tl.cdiv(num_columns, BLOCK_COLUMNS)
@@ -43,7 +47,10 @@ def block_logits(
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """[rows, columns]; beyond the tile's edges those of its last row or column."""
+    """Computes the logits of a block, [rows, columns].
+
+    Beyond the tile's edges they repeat its last row or column.
+    """
     k = tl.arange(0, BLOCK_WIDTH)
     row = tl.minimum(rows, num_rows - 1).to(tl.int64)
     column = tl.minimum(columns, num_columns - 1).to(tl.int64)
@@ -64,20 +71,20 @@ def block_logits(
 
 @triton.jit
 def may_hold_own(rows, columns, own_shift):
-    """Whether the block meets the diagonal of own pairs: those with row + own_shift = column."""
+    """Returns whether the block may hold own pairs, for which row + own_shift = column."""
     first, stop = tl.min(rows, 0) + own_shift, tl.max(rows, 0) + own_shift
     return (first <= tl.max(columns, 0)) & (stop >= tl.min(columns, 0))
 
 
 @triton.jit
 def inside(rows, columns, num_rows, num_columns):
-    """[rows, columns] whether a place of the block is one of the tile."""
+    """Returns whether each entry of the block lies in the tile, [rows, columns]."""
     return (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
 
 
 @triton.jit
 def negatives(logits, rows, columns, num_rows, num_columns, own_shift):
-    """The logits, minus infinity at own pairs and beyond the tile's edges."""
+    """Sets logits to minus infinity for own pairs and beyond the tile's edges."""
     is_cut = (tl.max(rows, 0) >= num_rows) | (tl.max(columns, 0) >= num_columns)
     if is_cut | may_hold_own(rows, columns, own_shift):
         is_other = (rows + own_shift)[:, None] != columns[None, :]
@@ -87,26 +94,26 @@ def negatives(logits, rows, columns, num_rows, num_columns, own_shift):
 
 
 @triton.jit
-def write_nearness(codes, logits, own, places, num_places, block, tolerance, AXIS: tl.constexpr):
-    """Writes the block's nearness codes, and returns the largest logit, of each row or column."""
-    near = tl.load(own + places, mask=places < num_places, other=float("inf"))
+def write_nearness(codes, logits, own, indices, num_indices, block, tolerance, AXIS: tl.constexpr):
+    """Writes the block's nearness code of each row or column; returns the largest logits."""
+    near = tl.load(own + indices, mask=indices < num_indices, other=float("inf"))
     largest = tl.max(logits, AXIS)
     code = tl.where(largest > near + tolerance, -1, 0)
     may_tie = (largest >= near - tolerance) & (largest <= near + tolerance)
     if tl.max(may_tie.to(tl.int32), 0) > 0:
         is_as_near = logits >= tl.expand_dims(near - tolerance, AXIS)
         code = tl.where(may_tie, tl.sum(is_as_near.to(tl.int32), AXIS), code)
-    place = block.to(tl.int64) * num_places + places
-    tl.store(codes + place, code, mask=places < num_places)
+    offset = block.to(tl.int64) * num_indices + indices
+    tl.store(codes + offset, code, mask=indices < num_indices)
     return largest
 
 
 @triton.jit
 def write_block(gradient, values, rows, columns, num_rows, num_columns):
-    """Writes values [rows, columns] to their places in a tile, in its type."""
-    place = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    """Writes a block's values [rows, columns] to a tile, in the type of the tile."""
+    offset = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
     mask = inside(rows, columns, num_rows, num_columns)
-    tl.store(gradient + place, values.to(gradient.dtype.element_ty), mask=mask)
+    tl.store(gradient + offset, values.to(gradient.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -119,33 +126,33 @@ def _fold_axis(
     shift,
     block,
     num_blocks,
-    num_places,
+    num_indices,
     HAS_SUMS: tl.constexpr,
     IS_PLAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    mask = places < num_places
+    indices = block * BLOCK + tl.arange(0, BLOCK)
+    mask = indices < num_indices
     total = tl.zeros((BLOCK,), tl.float64)
     beaten = tl.zeros((BLOCK,), tl.int32)
     ties = tl.zeros((BLOCK,), tl.int32)
-    after_sums = tl.cast(num_blocks, tl.int64) * num_places
+    after_sums = tl.cast(num_blocks, tl.int64) * num_indices
     for number in range(num_blocks):
-        place = tl.cast(number, tl.int64) * num_places + places
-        code = tl.load(codes + place, mask=mask, other=0)
+        offset = tl.cast(number, tl.int64) * num_indices + indices
+        code = tl.load(codes + offset, mask=mask, other=0)
         beaten = tl.where(code < 0, 1, beaten)
         ties += tl.maximum(code, 0)
         if HAS_SUMS:
-            addend = tl.load(sums + place, mask=mask, other=0.0).to(tl.float64)
+            addend = tl.load(sums + offset, mask=mask, other=0.0).to(tl.float64)
             if not IS_PLAIN:
-                largest = tl.load(sums + after_sums + place, mask=mask, other=0.0).to(tl.float64)
+                largest = tl.load(sums + after_sums + offset, mask=mask, other=0.0).to(tl.float64)
                 addend *= tl.exp(largest - tl.load(shift))
             total += addend
-    beaten = tl.maximum(beaten, tl.load(is_beaten + places, mask=mask, other=0).to(tl.int32))
-    tl.store(is_beaten + places, beaten.to(tl.uint8), mask=mask)
-    tl.store(num_ties + places, tl.load(num_ties + places, mask=mask) + ties, mask=mask)
+    beaten = tl.maximum(beaten, tl.load(is_beaten + indices, mask=mask, other=0).to(tl.int32))
+    tl.store(is_beaten + indices, beaten.to(tl.uint8), mask=mask)
+    tl.store(num_ties + indices, tl.load(num_ties + indices, mask=mask) + ties, mask=mask)
     if HAS_SUMS:
-        tl.store(totals + places, tl.load(totals + places, mask=mask) + total, mask=mask)
+        tl.store(totals + indices, tl.load(totals + indices, mask=mask) + total, mask=mask)
 
 
 KEPT = ["totals", "beaten", "ties"]

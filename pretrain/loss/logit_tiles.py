@@ -1,8 +1,8 @@
-"""Strips of the N x N logits, a tile at a time: what is computed of them is never kept.
+"""Tiles of the N x N logits, computed one at a time so that the matrix is never held.
 
-A tile is the logits of some media with some captions. The pairs themselves (its part of the main
-diagonal) and duplicates that are no negatives are set apart, as minus infinity: formulas treat them
-by themselves, which keeps a nearly perfect match from being lost in the rounding of large sums.
+A tile holds the logits of some media with some captions. Own pairs (entries of the main diagonal)
+and duplicates that are not negatives are excluded: their entries are minus infinity, and formulas
+add them separately. So a nearly perfect match is not lost in the rounding of large sums.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows and columns of a tile, by device: two tiles are held, of at most 32 MiB each.
+# Rows and columns of a tile by device; two tiles of at most 32 MiB each are held.
 TILE_SHAPES = {"cpu": (512, 2048), "cuda": (2048, 4096)}
 
 
 def accumulation_type(features: Tensor) -> torch.dtype:
-    """The type of logits and sums: float64 for float64 features, float32 for all others."""
+    """Returns the type of logits and sums: float64 for float64 features, else float32."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Logits of media `rows` with captions `columns`, numbered in the global batch."""
+    """Logits of media `rows` with captions `columns`, as indices in the global batch."""
 
     rows: slice
     columns: slice
-    logits: Tensor  # [rows, columns] of pairs that are negatives, minus infinity elsewhere
-    spare: Tensor  # same shape, to be overwritten
-    # Duplicates that are set apart: row and column in the tile, and their logits, each [duplicates]
-    apart: tuple[Tensor, Tensor, Tensor] | None
-    teacher_logits: Tensor | None  # [rows, columns]; minus infinity at masked duplicates
+    logits: Tensor  # [rows, columns], minus infinity for pairs that are not negatives
+    scratch: Tensor  # [rows, columns], may be overwritten
+    # Excluded duplicates: row and column in the tile, and logits, each [duplicates]
+    excluded: tuple[Tensor, Tensor, Tensor] | None
+    teacher_logits: Tensor | None  # [rows, columns], minus infinity for masked duplicates
 
-    def own_places(self) -> tuple[slice, slice] | None:
-        """Which pairs have their own place in the tile, and where in its diagonal they lie.
+    def own_pairs(self) -> tuple[slice, slice] | None:
+        """Locates the own pairs in the tile.
 
         Returns:
-            (pairs of the global batch, rows of the tile), or None.
+            (indices in the global batch, rows of the tile), or None if the tile has no own pair.
         """
         first = max(self.rows.start, self.columns.start)
         stop = min(self.rows.stop, self.columns.stop)
@@ -48,40 +48,44 @@ class Tile:
         return slice(first, stop), slice(first - self.rows.start, stop - self.rows.start)
 
     def diagonal(self, values: Tensor) -> Tensor:
-        """The own places of a tensor of the tile's shape: a view of [pairs]."""
+        """Returns a view of the own pairs' entries, [pairs].
+
+        Args:
+            values: [rows, columns].
+        """
         first = max(self.rows.start, self.columns.start)
         stop = min(self.rows.stop, self.columns.stop)
-        part = values[
+        block = values[
             first - self.rows.start : stop - self.rows.start,
             first - self.columns.start : stop - self.columns.start,
         ]
-        return part.diagonal()
+        return block.diagonal()
 
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of one side, with their teacher's, and where they begin in the global batch."""
+    """Consecutive rows of the media or captions of the global batch."""
 
-    first: int
+    first: int  # index of the first row in the global batch
     features: Tensor  # [rows, D], L2-normalised
     teacher: Tensor | None = None  # [rows, teacher's D], L2-normalised
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def part(self, places: slice) -> Features:
-        """Some of the rows."""
-        teacher = None if self.teacher is None else self.teacher[places]
-        return Features(self.first + places.start, self.features[places], teacher)
+    def select(self, rows: slice) -> Features:
+        """Returns some of the rows."""
+        teacher = None if self.teacher is None else self.teacher[rows]
+        return Features(self.first + rows.start, self.features[rows], teacher)
 
     @property
-    def places(self) -> slice:
-        """The rows' numbers in the global batch."""
+    def indices(self) -> slice:
+        """Indices of the rows in the global batch."""
         return slice(self.first, self.first + len(self))
 
 
 class LogitTiles:
-    """Computes tiles, each in the memory of the one before."""
+    """Computes tiles; each overwrites the one before."""
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class LogitTiles:
     ) -> None:
         """
         Args:
-            like: features, of whose type and device the tiles are made.
+            like: features that have the type and device of the tiles' inputs.
         """
         self.scale, self.bias, self.teacher_scale = scale, bias, teacher_scale
         self.duplicates, self.masks_duplicates = duplicates, masks_duplicates
@@ -105,14 +109,18 @@ class LogitTiles:
         self.memory = [torch.empty(size, dtype=self.dtype, device=like.device) for _ in range(2)]
 
     def of(self, media: Features, text: Features) -> Iterator[tuple[Tile, slice, slice]]:
-        """(tile, its rows among the media, its columns among the captions), over all pairs."""
-        for columns in parts_of(len(text), self.shape[1]):
-            for rows in parts_of(len(media), self.shape[0]):
-                yield self._tile(media.part(rows), text.part(columns)), rows, columns
+        """Yields the tiles of all media with all captions.
+
+        Yields:
+            (tile, its rows among the media, its columns among the captions)
+        """
+        for columns in consecutive_slices(len(text), self.shape[1]):
+            for rows in consecutive_slices(len(media), self.shape[0]):
+                yield self._tile(media.select(rows), text.select(columns)), rows, columns
 
     def _tile(self, media: Features, text: Features) -> Tile:
         size = len(media) * len(text)
-        logits, spare = (memory[:size].view(len(media), len(text)) for memory in self.memory)
+        logits, scratch = (memory[:size].view(len(media), len(text)) for memory in self.memory)
         product(media.features, text.features.T, out=logits, factor=self.scale)
         if self.bias:
             logits.add_(self.bias)
@@ -120,14 +128,14 @@ class LogitTiles:
         if media.teacher is not None:
             teacher = torch.empty_like(logits)
             product(media.teacher, text.teacher.T, out=teacher, factor=self.teacher_scale)
-        rows, columns = media.places, text.places
-        apart = self._set_apart(logits, teacher, rows, columns)
-        tile = Tile(rows, columns, logits, spare, apart, teacher)
-        if tile.own_places():
+        rows, columns = media.indices, text.indices
+        excluded = self._exclude_duplicates(logits, teacher, rows, columns)
+        tile = Tile(rows, columns, logits, scratch, excluded, teacher)
+        if tile.own_pairs():
             tile.diagonal(logits).fill_(-torch.inf)
         return tile
 
-    def _set_apart(
+    def _exclude_duplicates(
         self, logits: Tensor, teacher: Tensor | None, rows: slice, columns: slice
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         found = self.duplicates.within(rows, columns) if self.duplicates else None
@@ -141,14 +149,19 @@ class LogitTiles:
 
 
 def own_logits(media: Tensor, text: Tensor, *, scale: float, bias: float = 0.0) -> Tensor:
-    """[B] of each row of media with the same row of text."""
+    """Computes the logits of own pairs, [B].
+
+    Args:
+        media: [B, D], L2-normalised.
+        text: [B, D], L2-normalised.
+    """
     dtype = accumulation_type(media)
     return (media.to(dtype) * text.to(dtype)).sum(dim=-1) * scale + bias
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 in the block are taken in float32, whatever autocast and flags allow."""
+    """Disables autocast and TF32 in the block, so that float32 is multiplied as float32."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     found = [backend.fp32_precision for backend in backends]
     legacy = _legacy_precision()
@@ -167,8 +180,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _legacy_precision() -> str:
-    """What torch's older flag says; it must not contradict the newer ones, and is refused a look
-    at where only those were set: then it is at its default."""
+    """Value of torch's older precision flag, which must not contradict the newer ones.
+
+    torch refuses to read it if only the newer ones were set; it then has its default.
+    """
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -176,16 +191,21 @@ def _legacy_precision() -> str:
 
 
 def is_multiplied_as_is(features: Tensor) -> bool:
-    """Whether the device's library multiplies features of this type into float32.
+    """Returns whether the device's library multiplies features of this type into float32.
 
-    It would do so with float16 too, but in float16 the small entries of G vanish.
+    float16 is converted although the library supports it, because small entries of G underflow.
     """
     return features.is_cuda and features.dtype == torch.bfloat16
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor, factor: float) -> None:
-    """Writes factor * left @ right to `out`, accumulated in its type; factors are converted to it
-    where the device cannot multiply them as they are."""
+    """Writes factor * left @ right to `out`, accumulated in the type of `out`.
+
+    Args:
+        left: [rows, D]; converted to the type of `out` if the device cannot multiply it as it is.
+        right: [D, columns]; converted in the same way.
+        out: [rows, columns].
+    """
     if is_multiplied_as_is(left):
         torch.addmm(out, left, right, out_dtype=out.dtype, beta=0, alpha=factor, out=out)
     else:
@@ -194,7 +214,7 @@ def product(left: Tensor, right: Tensor, *, out: Tensor, factor: float) -> None:
 
 
 def as_factor(gradient: Tensor, features: Tensor) -> Tensor:
-    """G in the type in which the device multiplies it with the features."""
+    """Casts G to the type in which the device multiplies it with the features."""
     is_rounded = is_multiplied_as_is(features)
     return gradient.to(features.dtype if is_rounded else accumulation_type(features))
 
@@ -203,8 +223,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left @ right to `total`.
 
     Args:
-        left: as `as_factor` gives it, or its transpose.
-        right: features.
+        total: [rows, D].
+        left: [rows, columns], result of `as_factor` or its transpose.
+        right: [columns, D] features.
     """
     if is_multiplied_as_is(right):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
@@ -212,27 +233,28 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right.to(total.dtype), out=total)
 
 
-def parts_of(length: int, size: int) -> list[slice]:
-    """Consecutive parts of a length, each of that size but the last."""
+def consecutive_slices(length: int, size: int) -> list[slice]:
+    """Splits range(length) into consecutive slices of a size; the last may be shorter."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 class PairDuplicates:
-    """Which of N pairs are duplicates of one another."""
+    """Duplicates among the N pairs of the global batch: pairs that share a key."""
 
     def __init__(self, keys: Sequence[Tensor]) -> None:
         """
         Args:
-            keys: each int64 [N]; equal keys, equal content.
+            keys: one or two int64 [N]; equal keys mean equal content.
         """
         self.keys = list(keys)
-        self.num_alike = num_sharing_a_key(self.keys)  # int64 [N], itself counted
+        self.num_alike = num_sharing_a_key(self.keys)  # int64 [N], counts the pair itself
         self.exist = bool((self.num_alike > 1).any())
 
     def within(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
-        """(row, column) of duplicates in a part of the [N, N] matrix, counted from its corner.
+        """Locates the duplicates in a block of the [N, N] matrix; a pair is not its own duplicate.
 
-        A pair is no duplicate of itself. None where there are none.
+        Returns:
+            (row, column) within the block, each int64 [duplicates]; None if there are none.
         """
         if not self.exist:
             return None
@@ -247,7 +269,11 @@ class PairDuplicates:
 
 
 def num_sharing_a_key(keys: Sequence[Tensor]) -> Tensor:
-    """int64 [N] how many pairs share at least one of one or two keys with each, itself counted."""
+    """Counts for each pair how many pairs share a key with it, itself included; int64 [N].
+
+    Args:
+        keys: one or two int64 [N].
+    """
     if len(keys) == 1:
         return _num_equal(keys[0])
     first, second = keys

@@ -1,4 +1,4 @@
-"""What a contrastive loss may be told beside the features, and what is refused."""
+"""Loss options and their validation."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ Duplicates = Literal["negatives", "positives", "masked"]
 
 @dataclass(frozen=True)
 class Teacher:
-    """Features of another model for the same pairs; their softmaxes become part of the targets."""
+    """Features of another model for the same pairs, whose softmaxes are mixed into the targets."""
 
     media: Tensor  # [B, teacher's D], L2-normalised
     text: Tensor  # [B, teacher's D], L2-normalised
     scale: float  # the teacher's inverse temperature
-    weight: float = 0.5  # of its softmaxes in the targets, in (0, 1]
+    weight: float = 0.5  # weight of the teacher's softmaxes in the targets, in (0, 1]
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is computed, and how: all but the features and their temperature and bias."""
+    """Settings of a contrastive loss; see reference.py for the formulas.
+
+    Raises:
+        ValueError: if a value is unknown or out of range, or two settings exclude each other.
+    """
 
     kind: Kind = "softmax"
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # in [0, 1), softmax only
     duplicates: Duplicates = "negatives"
-    mode: Mode | Literal["auto"] = "auto"  # see loss_passes; changes speed only
-    piece_rows: int | None = None  # rows of each rank that travel at once; null: by size
+    mode: Mode | Literal["auto"] = "auto"  # see two_passes; affects speed only
+    piece_rows: int | None = None  # rows of each rank that are gathered at once; None: by size
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", Kind), ("duplicates", Duplicates)):
@@ -46,12 +50,12 @@ class LossOptions:
         if self.kind == "sigmoid" and self.label_smoothing:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing:g} is defined for the softmax loss only, "
-                'found kind="sigmoid"; set it to 0'
+                'found kind="sigmoid"; set label_smoothing to 0'
             )
 
 
 def build_loss_options(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossOptions:
-    """The options that a pairing's config asks for."""
+    """Builds the loss options of a pairing from its config section."""
     return LossOptions(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
 
 
@@ -63,9 +67,10 @@ def refuse_unfit(
     keys: Sequence[Tensor],
     teacher: Teacher | None,
 ) -> None:
-    """
+    """Validates the arguments of `contrastive_loss` against one another.
+
     Raises:
-        ValueError: shapes or settings do not fit together.
+        ValueError: if shapes or settings do not fit together.
     """
     if media.ndim != 2 or media.shape != text.shape:
         raise ValueError(
@@ -73,7 +78,9 @@ def refuse_unfit(
             f"{tuple(text.shape)}"
         )
     if options.kind == "softmax" and bias is not None:
-        raise ValueError('a bias does not change the softmax loss; leave it out, or kind="sigmoid"')
+        raise ValueError(
+            'a bias does not change the softmax loss; omit the bias or set kind="sigmoid"'
+        )
     if options.duplicates != "negatives" and not 1 <= len(keys) <= 2:
         raise ValueError(
             f'duplicates="{options.duplicates}": expected one or two keys per pair, '
@@ -84,9 +91,10 @@ def refuse_unfit(
 
 
 def refuse_large_scale(scale: float, options: LossOptions) -> None:
-    """
+    """Validates the scale of the softmax loss.
+
     Raises:
-        ValueError: the softmax loss is not finite for all unit vectors.
+        ValueError: if the loss would overflow for some unit vectors.
     """
     if options.kind == "softmax" and abs(scale) > LARGEST_LOGIT_SCALE:
         raise ValueError(

@@ -1,8 +1,8 @@
 """The contrastive losses in their dense form: start here to read the loss.
 
-`dense_loss` holds all N x N logits in one process and leaves gradients to autograd. The exact
-loss (contrastive_loss.py) gives the same numbers for any number of ranks, in memory that does not
-grow with N^2, and its tests compare it with this module.
+`dense_loss` holds all N x N logits in one process and leaves the gradients to autograd. The exact
+loss in contrastive_loss.py gives the same numbers for any number of ranks, without ever holding
+that matrix. Its tests compare it with this module.
 
 With I_i and T_j the L2-normalised embeddings of media i and caption j, the logits are
 
@@ -27,29 +27,30 @@ kind="sigmoid", SigLIP (Zhai et al. 2023, equation 1), with y_ij = 1 for positiv
 
     L = 1/N * sum_ij [ softplus(l_ij) - y_ij l_ij ]
 
-Both losses divide by the number of pairs N, and masked duplicates have no part in either sum.
+Masked duplicates are left out of both sums.
 
-How the exact loss splits this over ranks (two ranks here). Rank a holds the media I_a and the
-captions T_a of its own pairs, each [B, D], and computes the row block of its media, tile by tile:
+The exact loss distributes this over ranks, here two. Rank a holds the media I_a and captions T_a
+of its own pairs, each [B, D]. It computes the row block of its media, tile by tile:
 
                  T_0      T_1
         I_0  |  l_00  |  l_01  |   row block of rank 0
         I_1  |  l_10  |  l_11  |   row block of rank 1
 
     pass 1   all-gather      T_a and the logits of own pairs       every rank -> all ranks
-             locally         sums of exp(l) over the rows of the block, which are complete, and
-                             over its columns, of which every rank has a part
-             all-reduce      [N] column sums, with the loss and recall of the rows
-                             -> log-sum-exps r_i and c_j, the loss, and the recalls on all ranks
-    pass 2   locally         the tiles again, and with them G_ij = 2N dL/dl_ij
-                             = exp(l_ij - r_i) + exp(l_ij - c_j) - t_ij - u_ij
-                             -> gradient of own media: G_a0 T_0 + G_a1 T_1
+             locally         sums of exp(l): complete for the rows of the block, partial for its
+                             columns
+             all-reduce      partial column sums [N], loss and recall of the rows
+                             -> all ranks know the log-sum-exps c_j, the loss and the recalls
+    pass 2   locally         the tiles again, and from them G_ij = 2N dL/dl_ij
+                             = exp(l_ij - r_i) + exp(l_ij - c_j) - t_ij - u_ij,
+                             where r_i and c_j are the log-sum-exps of row i and column j
+                             -> gradient of I_a: G_a0 T_0 + G_a1 T_1
              reduce-scatter  G_ab^T I_a, summed over a             every rank -> rank b
-                             -> gradient of own captions: G_0b^T I_0 + G_1b^T I_1
+                             -> gradient of T_b: G_0b^T I_0 + G_1b^T I_1
 
-That is mode "strip1". In mode "strip2" the media travel with the captions in pass 1, and [N] row
-sums join the all-reduce: each rank also computes the column block of its captions, so that nothing
-is sent back in pass 2. The sigmoid loss needs no log-sum-exps and takes a single pass.
+This is mode "strip1". In mode "strip2", pass 1 gathers the media as well, and the all-reduce
+includes [N] row sums. Each rank then also computes the column block of its captions, so that
+nothing is sent in pass 2. The sigmoid loss needs no log-sum-exps and takes a single pass.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Sums of exponentials of rows and columns of the N x N logits, from tiles, and softmaxes by them.
+"""Sums of exponentials of rows and columns of the N x N logits, and softmaxes computed from them.
 
-Logits of unit vectors lie in [-s, s] with s the scale. Sums are kept in float64 as
-sum exp(l - shift), where all of them fit for s up to 340: they add up over tiles and ranks without
-a maximum. Inside a float32 tile one exponential serves rows and columns alike while exp(s) fits;
-beyond, each direction subtracts its own maximum first.
+Logits of unit vectors lie in [-s, s], with s the scale. Sums are kept in float64 as
+sum exp(l - shift), which all fit for s up to 340. They add up over tiles and ranks without a
+running maximum. Inside a float32 tile one exponential serves both rows and columns while exp(s)
+fits; for larger scales each direction subtracts its own maximum first.
 """
 
 from __future__ import annotations
@@ -16,33 +16,39 @@ from torch import Tensor
 
 from pretrain.loss.gpu_compiler import compiled_on_gpu
 
-# Largest |logit| whose exponential, its inverse, and sums of millions of them fit the type well.
+# Largest |logit| for which exp(l), exp(-l) and sums of millions of them fit the type.
 PLAIN_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
-LOWEST = -1e30  # in place of the maximum of a row without entries
+LOWEST = -1e30  # replaces the maximum of a row without entries
 
 
-def spare_memory(*memory: Tensor) -> list[Tensor | None]:
-    """Where intermediate results may be written; a fused kernel writes none."""
+def scratch_unless_fused(*memory: Tensor) -> list[Tensor | None]:
+    """Returns the tensors to overwrite, or None for each on a GPU, where kernels are fused."""
     return [None if tensor.is_cuda else tensor for tensor in memory]
 
 
 @compiled_on_gpu
 def sums_of_exponentials(
-    logits: Tensor, values: Tensor | None, spare: Tensor | None, *, is_plain: bool
+    logits: Tensor, values: Tensor | None, scratch: Tensor | None, *, is_plain: bool
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """(sums of exp(l - largest), the same weighted by values, largest) of rows, then of columns.
+    """Sums exp(l - largest) over rows, then over columns.
 
     Args:
-        spare: of the logits' shape, to be overwritten; null: new memory is taken.
-        is_plain: nothing is subtracted, and there is no largest.
+        logits: [rows, columns].
+        values: [rows, columns] weights of a second sum, or None.
+        scratch: [rows, columns] to overwrite; None allocates memory.
+        is_plain: nothing is subtracted.
+
+    Returns:
+        For rows and for columns: the sums, the sums weighted by values or None, and the largest
+        logits, or None if `is_plain`.
     """
     found = []
-    exponentials = torch.exp(logits, out=spare) if is_plain else None
+    exponentials = torch.exp(logits, out=scratch) if is_plain else None
     for dim in (1, 0):
         largest = None
         if not is_plain:
             largest = logits.amax(dim=dim, keepdim=True).clamp(min=LOWEST)
-            exponentials = torch.sub(logits, largest, out=spare).exp_()
+            exponentials = torch.sub(logits, largest, out=scratch).exp_()
             largest = largest.squeeze(dim)
         of_values = None if values is None else (exponentials * values).sum(dim=dim)
         found.append((exponentials.sum(dim=dim), of_values, largest))
@@ -54,41 +60,48 @@ def sum_of_probabilities(
     logits: Tensor,
     row: Tensor,
     column: Tensor,
-    spare: Tensor | None,
+    scratch: Tensor | None,
     out: Tensor | None,
     *,
     is_plain: bool,
 ) -> Tensor:
-    """exp(l - r) + exp(l - c): [rows, columns].
+    """Computes exp(l - r) + exp(l - c), [rows, columns].
 
     Args:
-        row: [rows, 1] exp(-r) if `is_plain`, else r.
-        column: [columns], alike.
-        spare: of the logits' shape, or they themselves, to be overwritten; null: new memory.
-        out: another such tensor, for the result.
+        logits: [rows, columns].
+        row: [rows, 1], exp(-r) if `is_plain`, else r.
+        column: [columns], exp(-c) if `is_plain`, else c.
+        scratch: [rows, columns] to overwrite, possibly the logits; None allocates memory.
+        out: [rows, columns] for the result; None allocates memory.
     """
     if is_plain:
-        return torch.add(row, column, out=out).mul_(torch.exp(logits, out=spare))
+        return torch.add(row, column, out=out).mul_(torch.exp(logits, out=scratch))
     of_row = torch.sub(logits, row, out=out).exp_()
-    return of_row.add_(torch.sub(logits, column, out=spare).exp_())
+    return of_row.add_(torch.sub(logits, column, out=scratch).exp_())
 
 
 @dataclass(frozen=True)
 class SoftmaxWeights:
-    """exp(l - r) + exp(l - c) for any part of the matrix."""
+    """Computes exp(l - r) + exp(l - c) for any part of the N x N matrix."""
 
-    row_log_sums: Tensor  # [N], in the type of the tiles
-    column_log_sums: Tensor
-    is_plain: bool  # the log-sum-exps are given as exp(-r), exp(-c)
+    row_log_sums: Tensor  # [N] r, in the type of the tiles
+    column_log_sums: Tensor  # [N] c
+    is_plain: bool  # the log-sum-exps are stored as exp(-r) and exp(-c)
 
     def probabilities(self, logits: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """[rows, columns]; the logits and `out` may be overwritten."""
+        """Returns [rows, columns] for a tile; the logits and `out` may be overwritten."""
         row, column = self.row_log_sums[rows, None], self.column_log_sums[columns]
-        memory = spare_memory(logits, out)
+        memory = scratch_unless_fused(logits, out)
         return sum_of_probabilities(logits, row, column, *memory, is_plain=self.is_plain)
 
     def probabilities_at(self, logits: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """[places] at single places of the matrix."""
+        """Returns [entries] for single entries of the matrix.
+
+        Args:
+            logits: [entries].
+            row: [entries] indices among the N rows.
+            column: [entries] indices among the N columns.
+        """
         row, column = self.row_log_sums[row], self.column_log_sums[column]
         if self.is_plain:
             return logits.exp() * (row + column)
@@ -96,13 +109,16 @@ class SoftmaxWeights:
 
 
 class SoftmaxSums:
-    """sum_j exp(l_ij - shift) of rows and sum_i of columns, plain or weighted by further values."""
+    """Running sums sum_j exp(l_ij - shift) of rows and sum_i exp(l_ij - shift) of columns.
+
+    Optionally also the same sums weighted by a value per entry.
+    """
 
     def __init__(self, like: Tensor, *, largest_logit: float, has_values: bool = False) -> None:
         """
         Args:
             like: [N] in the type of the tiles.
-            has_values: sums of exp(l_ij - shift) * value_ij are kept as well.
+            has_values: also sum exp(l_ij - shift) * value_ij.
         """
         self.dtype = like.dtype
         self.is_plain = largest_logit <= PLAIN_EXPONENT[like.dtype]
@@ -118,39 +134,50 @@ class SoftmaxSums:
         rows: slice,
         columns: slice,
         *,
-        spare: Tensor,
+        scratch: Tensor,
         values: Tensor | None = None,
     ) -> None:
-        """Adds a tile: [rows, columns], minus infinity where nothing counts; kept as it is.
+        """Adds a tile, which is not modified.
 
         Args:
-            spare: [rows, columns] to be overwritten.
+            logits: [rows, columns], minus infinity for entries that do not count.
+            scratch: [rows, columns] to overwrite.
             values: [rows, columns], finite.
         """
         sides = (
             (rows, self.rows, self.value_rows),
             (columns, self.columns, self.value_columns),
         )
-        found = sums_of_exponentials(logits, values, *spare_memory(spare), is_plain=self.is_plain)
-        for (places, sums, value_sums), (total, of_values, largest) in zip(
+        found = sums_of_exponentials(
+            logits, values, *scratch_unless_fused(scratch), is_plain=self.is_plain
+        )
+        for (indices, sums, value_sums), (total, of_values, largest) in zip(
             sides, found, strict=True
         ):
             factor = 1.0 if self.is_plain else (largest.double() - self.shift).exp()
-            sums[places] += total * factor
+            sums[indices] += total * factor
             if values is not None:
-                value_sums[places] += of_values * factor
+                value_sums[indices] += of_values * factor
 
-    def add_places(self, logits: Tensor, row: Tensor, column: Tensor) -> None:
-        """Adds single places of the matrix: logits, row and column, each [places]."""
+    def add_entries(self, logits: Tensor, row: Tensor, column: Tensor) -> None:
+        """Adds single entries of the matrix.
+
+        Args:
+            logits: [entries].
+            row: [entries] indices among the N rows.
+            column: [entries] indices among the N columns.
+        """
         exponentials = (logits.double() - self.shift).exp()
         self.rows.index_add_(0, row, exponentials)
         self.columns.index_add_(0, column, exponentials)
 
-    def to_merge(self, *, for_all_rows: bool) -> list[Tensor]:
-        """Vectors [N] of which every rank holds a part; rows are complete on the rank they are of.
+    def partial_sums(self, *, for_all_rows: bool) -> list[Tensor]:
+        """Returns the [N] sums that must be summed over ranks.
+
+        A rank's own rows are complete; the sums of its columns are not.
 
         Args:
-            for_all_rows: rows of other ranks are needed too.
+            for_all_rows: sums of other ranks' rows are needed as well.
         """
         names = ["columns", *(["rows"] if for_all_rows else [])]
         if self.value_columns is not None:
@@ -158,21 +185,21 @@ class SoftmaxSums:
         self.merged_names = names
         return [getattr(self, name) for name in names]
 
-    def take_merged(self, sums: Sequence[Tensor]) -> None:
-        """Replaces what `to_merge` gave by its sums over ranks."""
+    def set_merged_sums(self, sums: Sequence[Tensor]) -> None:
+        """Replaces the result of `partial_sums` by its sums over ranks."""
         for name, value in zip(self.merged_names, sums, strict=True):
             setattr(self, name, value)
 
     def log_of_rows(self) -> Tensor:
-        """float64 [N] log-sum-exps of the rows."""
+        """Returns the log-sum-exps of the rows, float64 [N]."""
         return self.rows.log() + self.shift
 
     def log_of_columns(self) -> Tensor:
-        """float64 [N] log-sum-exps of the columns."""
+        """Returns the log-sum-exps of the columns, float64 [N]."""
         return self.columns.log() + self.shift
 
     def weights(self, row_log_sums: Tensor, column_log_sums: Tensor) -> SoftmaxWeights:
-        """What turns logits into probabilities under these float64 [N] log-sum-exps."""
+        """Builds the map from logits to probabilities for float64 [N] log-sum-exps."""
         if self.is_plain:
             row_log_sums, column_log_sums = (-row_log_sums).exp(), (-column_log_sums).exp()
         return SoftmaxWeights(

@@ -1,40 +1,51 @@
-"""The passes over the strips of the N x N logits that give the loss and its gradients, exactly.
+"""The two passes over the N x N logits that give the loss and its gradients exactly.
 
-Each rank compares its own B media with all N captions, tile by tile (its strip). Two modes give the
-same numbers:
+Each rank compares its own B media with all N captions (its row block of the logits), tile by tile.
+See reference.py for a drawing of the messages. Two modes give the same numbers:
 
-    strip1  captions travel. A tile's G gives this rank's media their gradient, G T, and all
-            captions a part of theirs, G^T I, which is summed over ranks at the end.
-    strip2  captions and media travel. The strip gives the media's gradient; the strip of all media
-            with the own captions gives the captions'. Nothing travels back.
+    strip1  Captions are gathered. A tile's G gives this rank's media their gradient, G T, and adds
+            G^T I to the gradients of the captions, which are summed over ranks at the end.
+    strip2  Captions and media are gathered. The row block gives the gradient of the media, and the
+            column block of the own captions gives the gradient of the captions. Nothing is sent
+            back.
 
-strip1 multiplies less, strip2 sends less. Either holds what was gathered until the end, or streams
-it in pieces, once per pass, so that memory does not grow with N.
+strip1 multiplies less, strip2 sends less. Both either keep the gathered rows until the end or
+stream them in pieces, once per pass, so that memory does not grow with N.
 
-The loss is the same with media and captions exchanged. Where the media are on their way before the
-captions are encoded, it is they that travel: then "media" below are the captions, and "text" the
-media.
+The loss is symmetric in media and captions. If the gather of the media was started while the
+captions were still being encoded, the sides are exchanged: "media" below are then the captions,
+and "text" the media.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pretrain.distributed.collectives import RowBlock, RowGather, RowSplit, RowStream, RowSum
+from pretrain.loss.in_batch_recall import num_packed_codes
 from pretrain.loss.logit_tiles import Features, LogitTiles, Tile, add_product, as_factor
-from pretrain.loss.options import Mode
+from pretrain.loss.options import LossOptions, Mode
+
+# On a GPU, rows per rank from which fewer products (strip1) are worth sending more bytes. The
+# break-even lies at 1.6k rows with 450 GB/s between GPUs, and at 14k rows with 50 GB/s.
+MIN_ROWS_OF_STRIP1 = 4096
+GATHERED_BYTES = 256 * 2**20  # if the rows of all ranks take more, they are streamed
+# float32 bytes of all ranks together in one piece of a stream. GPUs need larger pieces to be busy.
+PIECE_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 
 
-class Strips(Protocol):
-    """A loss, as its tiles see it: SoftmaxStrips or SigmoidStrips, or their fused_strips."""
+class TiledLoss(Protocol):
+    """A loss as a function of logit tiles; implemented in softmax.py, sigmoid.py and fused.py."""
 
-    needs_all_tiles_first: bool  # G is known only when all tiles of all ranks were observed
+    needs_all_tiles_first: bool  # G depends on all tiles of all ranks, as in the softmax loss
     positives: Tensor  # [N] logits of the own pairs
     value: Tensor  # float64 scalar, the global loss, after `merge`
-    scale_sum: Tensor | None  # float64 scalar, sum of G_ij <I_i, T_j> over own rows, if taken apart
+    scale_sum: Tensor | None  # float64 scalar, sum of G_ij <I_i, T_j> over own rows, if computed
 
     def observe(self, tile: Tile) -> None: ...
 
@@ -47,7 +58,7 @@ class Strips(Protocol):
 
 @dataclass(frozen=True)
 class GradientSums:
-    """Sums over G, before the factors that all of them share."""
+    """Products with G, before their common factors."""
 
     media: Tensor  # [B, D] sum_j G_ij T_j
     text: Tensor  # [B, D] sum_i G_ij I_i
@@ -57,50 +68,50 @@ class GradientSums:
 class LossPasses:
     """One evaluation of a loss over the global batch."""
 
-    media: Features  # this rank's
-    text: Features
-    strips: Strips
+    media: Features  # [B, D], this rank's
+    text: Features  # [B, D], this rank's
+    loss: TiledLoss
     tiles: LogitTiles
     split: RowSplit
     mode: Mode
-    piece_rows: int  # rows of each rank that travel at once
-    begun: RowGather | None = None  # of the captions' features, on their way since earlier
+    piece_rows: int  # rows of each rank that are gathered at once
+    media_gather: RowGather | None = None  # of `text.features`, if it was started earlier
 
-    def take_value(self) -> None:
-        """The loss and hits alone: one product of the strip. Every rank must reach it."""
+    def compute_value(self) -> None:
+        """Computes the loss and recall only, with one matrix product; every rank must call it."""
         self._observe_all(self._stream(with_media=False))
-        self.strips.merge(for_all_rows=False)
+        self.loss.merge(for_all_rows=False)
 
-    def take_value_and_gradients(self) -> GradientSums:
-        """The loss and hits, and sums for the gradients. Every rank must reach it."""
+    def compute_value_and_gradients(self) -> GradientSums:
+        """Computes the loss, recall and products with G; every rank must call it."""
         sends_media = self.mode == "strip2"
         stream = self._stream(with_media=sends_media)
-        if self.strips.needs_all_tiles_first:
+        if self.loss.needs_all_tiles_first:
             is_kept = stream.kept is not None
             self._observe_all(stream if is_kept else self._stream(with_media=False))
-            self.strips.merge(for_all_rows=sends_media)
-        take = self._gradients_by_strip2 if sends_media else self._gradients_by_strip1
-        sums = take(stream)
-        if not self.strips.needs_all_tiles_first:
-            self.strips.merge(for_all_rows=sends_media)
+            self.loss.merge(for_all_rows=sends_media)
+        compute = self._gradients_in_strip2 if sends_media else self._gradients_in_strip1
+        sums = compute(stream)
+        if not self.loss.needs_all_tiles_first:
+            self.loss.merge(for_all_rows=sends_media)
         return sums
 
     def _stream(self, *, with_media: bool) -> RowStream:
-        own = self.strips.positives[self.split.own]
+        own = self.loss.positives[self.split.own]
         tensors = [own]
-        if self.begun is None:
+        if self.media_gather is None:
             tensors += [self.text.features, self.text.teacher]
         if with_media:
             tensors += [self.media.features, self.media.teacher]
         present = [tensor for tensor in tensors if tensor is not None]
-        return RowStream(present, self.split, piece_rows=self.piece_rows, begun=self.begun)
+        return RowStream(present, self.split, piece_rows=self.piece_rows, begun=self.media_gather)
 
     def _read(self, block: RowBlock) -> list[Features]:
-        """Captions, and media if they travelled, of a block; its positives are noted."""
+        """Captions of a block, then its media if they were gathered; stores its positives."""
         positives, *features = block.tensors
-        if self.begun is not None:  # they follow what else travels
+        if self.media_gather is not None:  # RowStream appends the rows that were gathered earlier
             features = [features[-1], *features[:-1]]
-        self.strips.positives[block.first : block.first + len(positives)] = positives
+        self.loss.positives[block.first : block.first + len(positives)] = positives
         per_side = 1 if self.text.teacher is None else 2
         return [
             Features(block.first, *features[start : start + per_side])
@@ -112,51 +123,107 @@ class LossPasses:
             for block in blocks:
                 text = self._read(block)[0]
                 for tile, _, _ in self.tiles.of(self.media, text):
-                    self.strips.observe(tile)
+                    self.loss.observe(tile)
 
-    def _own_strip(self, text: Features, media_sum: Tensor, text_sum: Tensor | None) -> None:
-        """Adds what the own media and some captions give each other."""
+    def _add_row_block_gradients(
+        self, text: Features, media_sum: Tensor, text_sum: Tensor | None
+    ) -> None:
+        """Adds G T to the own media and, in strip1, G^T I to some captions."""
         for tile, rows, columns in self.tiles.of(self.media, text):
-            gradient = as_factor(self.strips.own_coefficients(tile), text.features)
+            gradient = as_factor(self.loss.own_coefficients(tile), text.features)
             add_product(media_sum[rows], gradient, text.features[columns])
             if text_sum is not None:
                 add_product(text_sum[columns], gradient.T, self.media.features[rows])
 
-    def _gradients_by_strip1(self, stream: RowStream) -> GradientSums:
+    def _gradients_in_strip1(self, stream: RowStream) -> GradientSums:
         media_sum, text_sum = self._zeros(len(self.media)), self._zeros(len(self.text))
-        waiting = None
+        pending = None
         for piece, blocks in stream:
             parts = self._zeros(len(blocks), len(piece))  # [ranks, rows, D]
             for block in blocks:
-                self._own_strip(self._read(block)[0], media_sum, parts[block.holder])
-            waiting = self._receive(waiting, text_sum, (RowSum(parts), piece))
-        self._receive(waiting, text_sum, None)
+                self._add_row_block_gradients(self._read(block)[0], media_sum, parts[block.holder])
+            pending = self._receive(pending, text_sum, (RowSum(parts), piece))
+        self._receive(pending, text_sum, None)
         return GradientSums(media_sum, text_sum)
 
     def _receive(
         self,
-        waiting: tuple[RowSum, range] | None,
+        pending: tuple[RowSum, range] | None,
         text_sum: Tensor,
         following: tuple[RowSum, range] | None,
     ) -> tuple[RowSum, range] | None:
-        """Keeps what ranks added to the captions of a piece, while the following one travels."""
-        if waiting is not None:
-            total, piece = waiting
+        """Stores the sum over ranks of one piece while that of the following piece is in flight."""
+        if pending is not None:
+            total, piece = pending
             rows = text_sum[piece.start : piece.stop]
             rows.copy_(total.wait()[: len(rows)])
         return following
 
-    def _gradients_by_strip2(self, stream: RowStream) -> GradientSums:
+    def _gradients_in_strip2(self, stream: RowStream) -> GradientSums:
         media_sum, text_sum = self._zeros(len(self.media)), self._zeros(len(self.text))
         for _, blocks in stream:
             for block in blocks:
                 text, media = self._read(block)
-                self._own_strip(text, media_sum, None)
+                self._add_row_block_gradients(text, media_sum, None)
                 for tile, rows, columns in self.tiles.of(media, self.text):
-                    gradient = as_factor(self.strips.coefficients(tile), media.features)
+                    gradient = as_factor(self.loss.coefficients(tile), media.features)
                     add_product(text_sum[columns], gradient.T, media.features[rows])
         return GradientSums(media_sum, text_sum)
 
     def _zeros(self, *size: int) -> Tensor:
         features = self.media.features
         return features.new_zeros(*size, features.shape[1], dtype=self.tiles.dtype)
+
+
+# ------------------------------------------------------------------------------------- traffic
+
+
+def choose_mode(split: RowSplit, device: torch.device) -> Mode:
+    """Returns the faster mode: on CPUs always strip1, which multiplies less."""
+    rows = split.total / len(split.counts)
+    is_bound_by_products = (
+        device.type == "cpu" or len(split.counts) == 1 or rows >= MIN_ROWS_OF_STRIP1
+    )
+    return "strip1" if is_bound_by_products else "strip2"
+
+
+def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") -> int:
+    """Chooses how many rows of each rank are gathered at once: all that fit in GATHERED_BYTES."""
+    num_ranks, most = len(split.counts), max(split.counts)
+    # Captions, and either their gradients or the media, in float32 at most.
+    if num_ranks == 1 or 2 * 4 * num_ranks * most * width <= GATHERED_BYTES:
+        return most
+    return max(1, min(most, PIECE_BYTES[device_type] // (4 * num_ranks * width)))
+
+
+def received_bytes(
+    counts: Sequence[int],
+    *,
+    options: LossOptions,
+    width: int,
+    feature_bytes: int,
+    device: torch.device,
+) -> int:
+    """Computes how many bytes a rank receives for the loss and its gradients, without padding.
+
+    Args:
+        counts: pairs of each rank.
+        width: D.
+        feature_bytes: bytes of one element of the features.
+    """
+    split = RowSplit(tuple(counts))
+    num_ranks, num_rows = len(counts), len(counts) * max(counts)
+    mode = choose_mode(split, device) if options.mode == "auto" else options.mode
+    piece_rows = options.piece_rows or choose_piece_rows(
+        split, width=width, device_type=device.type
+    )
+    captions = num_rows * (width * feature_bytes + 4)  # with the logits of own pairs
+    # The softmax loss takes a second pass, for which streamed pieces are gathered again.
+    gathered = captions * (2 if options.kind == "softmax" and piece_rows < max(counts) else 1)
+    gathered += num_rows * width * (4 if mode == "strip1" else feature_bytes)  # sums or media
+    if options.duplicates != "negatives":
+        gathered += num_rows * 2 * 8  # keys
+    num_sums = num_packed_codes(split.total, num_ranks)
+    if options.kind == "softmax":
+        num_sums += split.total * (1 if mode == "strip1" else 2)
+    return round((gathered + 2 * 8 * num_sums) * (num_ranks - 1) / num_ranks)

@@ -11,8 +11,8 @@ import torch
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.data.batch import PairLayout, step_bytes
 from pretrain.distributed.deepspeed_config import read_deepspeed_file
-from pretrain.loss.contrastive_loss import GATHERED_BYTES
 from pretrain.loss.logit_tiles import TILE_SHAPES
+from pretrain.loss.two_passes import GATHERED_BYTES
 
 FLOAT_BYTES = 4  # parameters, gradients, moments and features are fp32
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's default

@@ -10,8 +10,8 @@ from pretrain.config import PairingName, PretrainConfig
 from pretrain.data.batch import step_bytes
 from pretrain.data.pair_reader import PairReader
 from pretrain.data.step_loader import StepLoader
-from pretrain.loss.contrastive_loss import received_bytes
 from pretrain.loss.options import build_loss_options
+from pretrain.loss.two_passes import received_bytes
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.sampling.order import lanes_of_rank, pairs_of_ranks
 from pretrain.training.micro_batch_size import estimate_for_plan, num_micro_batches_of_size

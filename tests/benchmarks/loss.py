@@ -1,12 +1,12 @@
-"""The exact loss beside open_clip's and torch's, in CPU time and extra peak memory.
+"""CPU time and extra peak memory of the exact loss, open_clip's and torch's.
 
     python -m tests.benchmarks.loss [--threads 1]
 
-Forward and backward pass of one rank's share, float32, D = 512. Ranks are played by one process:
-torch's "fake" process group answers each collective at once, with this rank's own rows in place of
-the others'. So no time is spent in communication, and memory is that of a real rank. Each figure is
-from a process of its own, forked before the features exist: its peak is above what was resident.
-The figures of a GPU: loss_gpu.py.
+Forward and backward pass of one rank, float32, D = 512. One process simulates all ranks: torch's
+"fake" process group answers each collective at once with this rank's own rows. So no time is spent
+on communication, and memory is that of a real rank. Each measurement runs in its own process,
+forked before the features exist, and counts memory above what was resident. For GPUs see
+loss_gpu.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pretrain.loss.options import LossOptions
 WIDTH = 512
 SIZES = [(16384, 2), (32768, 8), (131072, 64)]
 NUM_RUNS = 2
-LONG_SECONDS = 20  # a run that took longer is not repeated
+LONG_SECONDS = 20  # longer runs are not repeated
 SCALE = 1 / 0.07
 
 
@@ -46,8 +46,8 @@ def main() -> None:
         figures = {
             name: measured(loss, num_pairs, num_ranks, threads) for name, loss in LOSSES.items()
         }
-        for name, figures_of_loss in figures.items():
-            print(f"  {name:16}", shown(figures_of_loss, figures["open_clip"], figures["torch"]))
+        for name, measured_loss in figures.items():
+            print(f"  {name:16}", shown(measured_loss, figures["open_clip"], figures["torch"]))
 
 
 def shown(figures: tuple[float, float], of_open_clip: tuple, of_torch: tuple) -> str:
@@ -62,7 +62,7 @@ def shown(figures: tuple[float, float], of_open_clip: tuple, of_torch: tuple) ->
 def measured(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor], num_pairs: int, num_ranks: int, threads: int
 ) -> tuple[float, float]:
-    """(CPU seconds of the best run, extra peak in MB of the first)"""
+    """Returns (CPU seconds of the best run, extra peak memory of the first run in MB)."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=run, args=(sender, loss, num_pairs, num_ranks, threads))
     process.start()
@@ -74,7 +74,7 @@ def measured(
 
 def run(sender, loss, num_pairs, num_ranks, threads):
     torch.set_num_threads(threads)
-    warnings.simplefilter("ignore", FutureWarning)  # of the collectives that open_clip uses
+    warnings.simplefilter("ignore", FutureWarning)  # from collectives that open_clip uses
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     generator = torch.Generator().manual_seed(0)
     sides = torch.randn(2, num_pairs // num_ranks, WIDTH, generator=generator)
@@ -87,7 +87,7 @@ def run(sender, loss, num_pairs, num_ranks, threads):
         start = time.process_time()
         loss(*leaves).backward()
         seconds.append(time.process_time() - start)
-        # The kernel counts the highest mark since the process began: that of the first run.
+        # ru_maxrss is the peak since the process began, so only the first run counts.
         peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if seconds[0] > LONG_SECONDS:
             break
@@ -109,7 +109,7 @@ def our_loss(mode: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def open_clip_loss(media, text, scale):
-    """Their only exact way for many ranks."""
+    """Computes open_clip's loss with the only options that are exact for several ranks."""
     exact = open_clip.ClipLoss(
         local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size()
     )
@@ -117,7 +117,7 @@ def open_clip_loss(media, text, scale):
 
 
 def torch_loss(media, text, scale):
-    """Two calls of torch's loss that never holds all logits, with gathers that have a gradient."""
+    """Computes the loss with torch's chunked linear_cross_entropy and differentiable gathers."""
     all_media, all_text = (
         torch.cat(torch.distributed.nn.all_gather(side)) for side in (media, text)
     )

@@ -1,13 +1,14 @@
-"""The exact loss on one GPU that plays rank 0 of W, beside bare products, open_clip's and torch's.
+"""Time and memory of the exact loss on one GPU, compared with open_clip's and torch's.
 
     python -m tests.benchmarks.loss_gpu [--blocks] [--tiny]
 
-Forward and backward pass, bfloat16 features, D = 768. As in loss.py, torch's "fake" process group
-answers each collective at once: no time is spent in communication, and memory is a real rank's.
-Time: CUDA events, median of 50 runs. Memory: the peak above what is allocated before.
+Forward and backward pass of rank 0 of W, bfloat16 features, D = 768. As in loss.py, torch's "fake"
+process group answers each collective at once. So no time is spent on communication, and memory is
+that of a real rank. Time: CUDA events, median of 50 runs. Memory: the peak above what was allocated
+before. The four matrix products that the softmax loss needs are timed for comparison.
 
-    --blocks    also times other blocks for the kernels than those of feature_tiles
-    --tiny      tries this script itself, in small sizes, where there is no GPU too
+    --blocks    also times other block sizes than those of feature_tiles
+    --tiny      runs small sizes to test this script, also without a GPU
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from loss import SCALE, open_clip_loss, our_loss, torch_loss
 from torch import Tensor
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,6 +30,7 @@ from pretrain.loss import contrastive_loss as loss_module
 from pretrain.loss import feature_tiles
 from pretrain.loss.backend import Backend
 from pretrain.loss.feature_tiles import Blocks
+from tests.benchmarks.loss import SCALE, open_clip_loss, our_loss, torch_loss
 
 WIDTH = 768
 TIMED = [(4096, 8), (16384, 8), (32768, 8), (131072, 8)]  # N, W
@@ -54,9 +55,9 @@ def main() -> None:
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore", FutureWarning)  # of the collectives that open_clip uses
+    warnings.simplefilter("ignore", FutureWarning)  # from collectives that open_clip uses
     if not torch.cuda.is_available() and not arguments.tiny:
-        print("No GPU: nothing is measured; --tiny tries the script.")
+        print("No GPU: nothing is measured; --tiny tests the script.")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def in_autocast(loss: Loss) -> Loss:
-    """As open_clip's training calls its loss."""
+    """Wraps a loss in autocast, as open_clip's training does."""
 
     def autocast_loss(media: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         with torch.autocast(media.device.type, dtype=torch.bfloat16):
@@ -86,7 +87,7 @@ def in_autocast(loss: Loss) -> Loss:
 
 
 def by_backend(mode: str, backend: Backend) -> Loss:
-    """Ours, by the named backend whatever would be chosen."""
+    """Returns this project's loss with a fixed backend."""
     loss = our_loss(mode)
 
     def forced_loss(media: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def playing_rank_0(num_ranks: int) -> Iterator[None]:
 
 
 def leaves(num_rows: int, device: torch.device) -> list[Tensor]:
-    """media, text and scale; each wants a gradient."""
+    """Returns media, text and scale; each requires a gradient."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (num_rows, WIDTH)
     sides = [torch.randn(shape, generator=generator, device=device) for _ in range(2)]
@@ -133,7 +134,7 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
 
 def products(num_rows: int, num_pairs: int, device: torch.device) -> Callable[[], None]:
-    """The four products that the softmax loss cannot do without, and nothing else."""
+    """Returns a function that computes only the four products that the softmax loss needs."""
     media, text, gradient = (
         torch.randn(*shape, device=device, dtype=torch.bfloat16)
         for shape in ((num_rows, WIDTH), (num_pairs, WIDTH), (num_rows, num_pairs))
@@ -183,7 +184,7 @@ def step_of(loss: Loss, inputs: list[Tensor]) -> Callable[[], None]:
 
 
 def peak_gigabytes(run: Callable[[], None], device: torch.device) -> float:
-    """Above what is allocated before; with the gradients of the features."""
+    """Measures the peak above what was allocated before, gradients included."""
     if device.type != "cuda":
         run()
         return float("nan")
@@ -199,7 +200,7 @@ def peak_gigabytes(run: Callable[[], None], device: torch.device) -> float:
 
 
 def print_times(num_pairs: int, num_ranks: int, device: torch.device, num_runs: int) -> None:
-    """Goals at N = 32,768: open_clip / 2 by the library, / 2.5 by Triton, products / 0.75."""
+    """Prints times; goals at N = 32,768: open_clip / 2 (library) or 2.5 (Triton)."""
     num_rows = num_pairs // num_ranks
     print(f"N = {num_pairs:,}, rank 0 of {num_ranks}")
     bare = median_ms(products(num_rows, num_pairs, device), device, num_runs)

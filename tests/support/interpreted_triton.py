@@ -1,7 +1,7 @@
-"""Triton's interpreter, for tests on the CPU: kernels run in numpy, one program after the other.
+"""Triton's interpreter for tests on the CPU: kernels run in numpy, one program after the other.
 
-Importing this module turns it on for the whole process: only processes that a test starts may do so
-(see in_processes of their tests), before Triton is imported.
+Importing this module enables the interpreter for the whole process. It must be imported before
+Triton, and only in processes that a test starts (run_in_processes with without_imports).
 """
 
 import os
@@ -18,7 +18,7 @@ _dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _in_float32(handle):
-    """bfloat16, which the interpreter keeps as uint16 and would multiply as such; others as is."""
+    """Converts bfloat16, which the interpreter stores and would multiply as uint16."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     bits = handle.data.astype(np.uint32) << 16
@@ -26,7 +26,7 @@ def _in_float32(handle):
 
 
 def create_dot(self, left, right, total, *rest):
-    """As a tensor core does it: exact products, summed in the total's type."""
+    """Multiplies as a tensor core does: exact products, summed in the type of the total."""
     return _dot(self, _in_float32(left), _in_float32(right), total, *rest)
 
 

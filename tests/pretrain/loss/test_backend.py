@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pretrain.loss import backend
-from pretrain.loss.backend import choose_backend, strip_classes
+from pretrain.loss.backend import backend_classes, choose_backend
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -27,5 +27,5 @@ def test_a_gpu_without_triton_is_given_the_library(monkeypatch):
 
 
 def test_kernels_are_the_parts_of_one_backend_alone():
-    assert strip_classes("library").tiles.__name__ == "LogitTiles"
-    assert strip_classes("triton").tiles.__name__ == "FeatureTiles"
+    assert backend_classes("library").tiles.__name__ == "LogitTiles"
+    assert backend_classes("triton").tiles.__name__ == "FeatureTiles"

@@ -28,7 +28,7 @@ SPLITS = {
     3: [[5, 4, 4], [1, 9, 3], [6, 0, 7]],
     4: [[4, 3, 3, 3], [1, 6, 2, 4], [8, 0, 5, 0]],
 }
-# Exponentials of the first fit a tile's type as they are, those of the second do not.
+# Plain exponentials of the first scale fit the type of a tile, those of the second do not.
 SCALES = {"softmax": (9.0, 320.0), "sigmoid": (9.0, 90.0)}
 
 
@@ -38,7 +38,7 @@ def join_processes():
 
 
 def features(num_pairs=NUM_PAIRS, width=WIDTH, *, dtype=torch.float64, seed=0):
-    """media and text, L2-normalised to the type's precision."""
+    """Returns media and text, L2-normalised to the precision of the type."""
     generator = torch.Generator().manual_seed(seed)
     media, text = torch.randn(2, num_pairs, width, generator=generator, dtype=torch.float64)
     text = text + media
@@ -55,7 +55,7 @@ def toy_teacher():
 
 
 def all_loss_options():
-    """(options, whether there is a teacher) for each accepted combination of settings."""
+    """Yields (options, has_teacher) for each accepted combination of settings."""
     for mode, piece_rows, duplicates in itertools.product(
         ("strip1", "strip2"), (None, 3), ("negatives", "positives", "masked")
     ):
@@ -66,7 +66,7 @@ def all_loss_options():
 
 
 def leaves_of(kind, scale, *, dtype=torch.float64):
-    """media, text, scale and, for the sigmoid loss, bias; each wants a gradient."""
+    """Returns media, text, scale and, for the sigmoid loss, bias; each requires a gradient."""
     bias = [torch.tensor([-2.5], dtype=dtype)] if kind == "sigmoid" else []
     values = [*features(dtype=dtype), torch.tensor([scale], dtype=dtype), *bias]
     return [value.requires_grad_() for value in values]
@@ -74,7 +74,7 @@ def leaves_of(kind, scale, *, dtype=torch.float64):
 
 @functools.cache
 def truth_of_one_process(options, has_teacher, scale, dtype):
-    """(loss, its leaves with gradients, recalls), in float64; mode and pieces do not matter."""
+    """Computes (loss, leaves with gradients, recalls) in float64 from the dense loss."""
     leaves = [
         leaf.detach().double().requires_grad_()
         for leaf in leaves_of(options.kind, scale, dtype=dtype)
@@ -95,7 +95,7 @@ def truth_of_one_process(options, has_teacher, scale, dtype):
 def errors_on_this_rank(
     options, has_teacher, counts, scale, *, dtype=torch.float64, begins_early=False
 ):
-    """(worst error of loss and figures, worst error of gradients), against one process."""
+    """Returns the worst errors of (loss and recalls, gradients) against one process."""
     teacher, keys = (toy_teacher() if has_teacher else None), duplicate_keys()
     any_mode = replace(options, mode="auto", piece_rows=None)
     truth, leaves, hits = truth_of_one_process(any_mode, has_teacher, scale, dtype)
@@ -109,7 +109,7 @@ def errors_on_this_rank(
     loss = contrastive_loss(*rows, **settings, media_gather=begun)
     loss.for_backward.backward()
     losses = [loss]
-    if options.mode == "strip1":  # without gradients the mode makes no difference
+    if options.mode == "strip1":  # without gradients the modes do not differ
         with torch.no_grad():
             losses.append(contrastive_loss(*rows, **settings))
 
@@ -126,7 +126,7 @@ def errors_on_this_rank(
 
 
 def gradients(rows):
-    """What an engine that averages over ranks makes of them."""
+    """Averages gradients over ranks as an engine does."""
     found = [row.grad / world_size() for row in rows]
     for shared in found[2:]:
         if world_size() > 1:
@@ -135,7 +135,7 @@ def gradients(rows):
 
 
 def true_gradients(leaves, own):
-    """(of this rank's rows or of a shared number, largest entry over all ranks)"""
+    """Returns (gradient of this rank's rows or of a shared number, its largest entry) per leaf."""
     return [
         (leaf.grad[own] if number < 2 else leaf.grad, leaf.grad.abs().max())
         for number, leaf in enumerate(leaves)
@@ -143,7 +143,7 @@ def true_gradients(leaves, own):
 
 
 def relative_error(found, expected):
-    """Of the largest entry; the gradient of a saturated loss may be all but 0."""
+    """Computes the error relative to the largest entry, or to 1e-3 for a saturated loss."""
     values, largest = expected
     if not len(values):
         return 0.0
@@ -151,16 +151,18 @@ def relative_error(found, expected):
 
 
 def worst_errors(num_processes):
-    """[(options, rows per rank, scale, errors)] of every accepted combination."""
+    """Returns [(options, has_teacher, rows per rank, scale, errors)] of every combination."""
     join_processes()
-    logit_tiles.TILE_SHAPES = {"cpu": (5, 6)}  # several in each strip, the last ones smaller
+    logit_tiles.TILE_SHAPES = {"cpu": (5, 6)}  # several in each row block, the last ones smaller
     found = []
     for number, (options, has_teacher) in enumerate(all_loss_options()):
         splits = SPLITS[num_processes]
-        if options.label_smoothing:  # one split for each; for all others every one
+        if options.label_smoothing:  # one split for each; all others take every split
             splits = [splits[number % len(splits)]]
         for counts in splits:
-            scale = SCALES[options.kind][number // 4 % 2]  # the four losses of each setting alike
+            scale = SCALES[options.kind][
+                number // 4 % 2
+            ]  # the same for the four losses of a setting
             errors = errors_on_this_rank(options, has_teacher, counts, scale)
             found.append((options, has_teacher, counts, scale, errors))
             if options.piece_rows is None and not has_teacher:
@@ -208,7 +210,7 @@ def test_gradients_are_those_of_finite_differences(kind, mode):
 
 
 def errors_against_open_clip(num_processes):
-    """Largest difference of loss and gradients, for CLIP's and SigLIP's loss."""
+    """Returns the largest differences of loss and gradients, for CLIP's and SigLIP's loss."""
     join_processes()
     media, text = features(12)
     own = RowSplit((12 // num_processes,) * num_processes).own
@@ -229,7 +231,7 @@ def errors_against_open_clip(num_processes):
             loss.for_backward.backward()
             their_loss = theirs(*sides[1])
             their_loss.backward()
-            # Theirs is a part that the mean over ranks makes whole: of each shared number too.
+            # Theirs is a part of the loss; the mean over ranks completes it and shared gradients.
             pairs = list(zip(*[[side.grad for side in leaves] for leaves in sides], strict=True))
             mean = torch.stack([their_loss.detach(), *(b for _, b in pairs[2:])])
             ours = torch.stack([a for a, _ in pairs[2:]])
@@ -345,7 +347,7 @@ def test_autocast_around_the_loss_changes_nothing():
 
 
 def flags_around_exact_products(way):
-    """(flags before, inside, after) of a process that allowed less than float32 in some way"""
+    """Returns (flags before, inside, after) of a process that allowed less than float32."""
     matmul, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     if way == "legacy":
         torch.set_float32_matmul_precision("medium")
@@ -389,7 +391,7 @@ def test_duplicates_that_are_no_negatives_do_not_beat_a_pair():
         ).media_to_text_recall_at_1
         for duplicates in ("negatives", "positives", "masked")
     ]
-    # Media 0 ties with its duplicate; media 1 fits captions 0, 1 and 2 equally badly.
+    # Media 0 ties with its duplicate; media 1 is equally far from captions 0, 1 and 2.
     assert recalls == pytest.approx([(1 / 2 + 1 / 3 + 1) / 3, (1 + 1 / 2 + 1) / 3, *recalls[1:2]])
 
 

@@ -13,26 +13,25 @@ from pretrain.loss.options import LossOptions
 from pretrain.loss.reference import dense_loss, dense_recall
 from tests.support.gloo_processes import run_in_processes
 
-NUM_PAIRS, WIDTH = 135, 24  # no multiples of a block's sides
-# Noise between media and text that keeps the loss from vanishing, for each scale: exponentials of
-# the first fit a tile's type as they are, others do not.
+NUM_PAIRS, WIDTH = 135, 24  # not multiples of the block size
+# Noise between media and text for each scale, so that the loss does not vanish. Plain exponentials
+# of the first scale fit the type of a tile, those of the others do not.
 NOISE = {14.3: 1.0, 100.0: 3.0, 300.0: 5.0}
 
 
 def use_interpreted_kernels():
-    """Makes this process take every loss by the Triton kernels, in several tiles of some blocks."""
-    import interpreted_triton  # noqa: F401
-
+    """Makes this process compute every loss with Triton kernels, in tiles of several blocks."""
+    import tests.support.interpreted_triton  # noqa: F401
     from pretrain.loss import contrastive_loss as module
 
     module.choose_backend = lambda *arguments, **settings: "triton"
     small = feature_tiles.Blocks(64, 64, 16, num_warps=4, num_stages=3)
     feature_tiles.BLOCKS = {torch.bfloat16: small, torch.float32: small}
-    feature_tiles.TILE_COLUMNS, feature_tiles.TILE_PLACES = 70, 70 * 128
+    feature_tiles.TILE_COLUMNS, feature_tiles.TILE_ENTRIES = 70, 70 * 128
 
 
 def features(num_pairs, width, dtype, *, noise=1.0):
-    """media and text, L2-normalised to the type's precision."""
+    """Returns media and text, L2-normalised to the precision of the type."""
     generator = torch.Generator().manual_seed(0)
     media, text = torch.randn(2, num_pairs, width, generator=generator, dtype=torch.float64)
     text = media + noise * text
@@ -45,7 +44,7 @@ def leaves_of(kind, scale, sides):
 
 
 def relative_errors(leaves, exact, own):
-    """Of each gradient, summed over ranks where all share it: by norm of what it should be."""
+    """Computes the error of each gradient, divided by the norm of the true gradient."""
     found = []
     for number, (leaf, truth) in enumerate(zip(leaves, exact, strict=True)):
         gradient = leaf.grad.double() / world_size()
@@ -58,7 +57,7 @@ def relative_errors(leaves, exact, own):
 
 
 def errors_of(kind, mode, scale, sides, counts):
-    """(of the loss, of both recalls, of each gradient) against float64, dense and in one process"""
+    """Returns the errors of (loss, recalls, each gradient) against the dense loss in float64."""
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves_of(kind, scale, sides)]
     truth = dense_loss(*exact, kind=kind)
     truth.backward()
@@ -70,7 +69,7 @@ def errors_of(kind, mode, scale, sides, counts):
     recalls = (loss.media_to_text_recall_at_1, loss.text_to_media_recall_at_1)
     recall_error = max(abs(a - b) for a, b in zip(recalls, hits, strict=True))
     values = [loss.value]
-    if mode == "strip1":  # without gradients the mode makes no difference
+    if mode == "strip1":  # without gradients the modes do not differ
         with torch.no_grad():
             values.append(contrastive_loss(*leaves, options=LossOptions(kind)).value)
     loss_error = max(abs(value - truth.item()) / max(1.0, truth.item()) for value in values)
@@ -78,7 +77,7 @@ def errors_of(kind, mode, scale, sides, counts):
 
 
 def figures_of_one_process():
-    """({(kind, scale, dtype): errors}, a collapsed model's recalls, modules of Triton before)"""
+    """Returns ({(kind, scale, dtype): errors}, recalls of a collapsed model, Triton's modules)."""
     media, text = features(20, 8, torch.bfloat16)
     contrastive_loss(media, text, torch.tensor([10.0]))
     imported_before = [name for name in sys.modules if name.startswith("triton")]
@@ -99,7 +98,7 @@ def figures_of_one_process():
 
 @pytest.fixture(scope="module")
 def of_one_process():
-    # Triton's interpreter is chosen when Triton is imported: it runs in processes of its own.
+    # Triton chooses its interpreter when it is imported, so that needs a process of its own.
     return run_in_processes(1, figures_of_one_process, without_imports=True)[0]
 
 
@@ -107,7 +106,7 @@ def check(errors, settings):
     loss_error, recall_error, of_gradients = errors
     assert loss_error < 1e-6, settings
     assert recall_error < 1e-12, settings
-    # G and the result are rounded to the features' type; what all ranks share is not.
+    # G and the result are rounded to the type of the features; shared gradients are not.
     of_features = 5e-3 if torch.bfloat16 in settings else 1e-5
     assert max(of_gradients[:2]) < of_features, settings
     assert max(of_gradients[2:]) < 2e-6, settings

@@ -9,7 +9,7 @@ from pretrain.loss.softmax_sums import sum_of_probabilities, sums_of_exponential
 
 
 def tile(rows, columns):
-    """Logits with some places set apart, and a row that holds nothing else."""
+    """Returns logits with excluded entries, and one row in which all are excluded."""
     logits = 20 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     logits[2] = -torch.inf
     logits.fill_diagonal_(-torch.inf)
@@ -17,15 +17,15 @@ def tile(rows, columns):
 
 
 def arguments_of(function, logits):
-    """(arguments of a GPU, the same with the CPU's memory, settings)"""
+    """Returns (arguments on a GPU, arguments on a CPU with scratch memory, settings)."""
     row, column = logits.clamp(min=-50).mean(dim=1), logits.clamp(min=-50).mean(dim=0)
-    spare, out = logits.clone(), torch.empty_like(logits)
+    scratch, out = logits.clone(), torch.empty_like(logits)
     if function is sums_of_exponentials:
         values = torch.ones_like(logits)
-        return (values, None), (values, spare), {"is_plain": False}
+        return (values, None), (values, scratch), {"is_plain": False}
     if function is sum_of_probabilities:
         weights = row[:, None].exp(), column.exp()
-        return (*weights, None, None), (*weights, spare, out), {"is_plain": True}
+        return (*weights, None, None), (*weights, scratch, out), {"is_plain": True}
     if function is nearness:
         return (row, column), (row, column), {}
     return (), (), {}
@@ -51,7 +51,7 @@ def test_a_compiled_function_gives_what_it_gives_as_it_is(function):
         kept = logits.clone()
         with torch.no_grad():
             found = function.compiled()(logits, *for_gpu, **settings)
-        assert logits.equal(kept)  # a fused kernel writes its result alone
+        assert logits.equal(kept)  # a fused kernel writes only its result
         expected = function(logits, *for_cpu, **settings)
         for ours, theirs in zip(flat(found), flat(expected), strict=True):
             assert ours.dtype == theirs.dtype

@@ -9,13 +9,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pretrain.loss.feature_tiles import BLOCKS
-from pretrain.loss.kernels import observe_softmax, take_sigmoid, write_coefficients
+from pretrain.loss.kernels import compute_sigmoid, observe_softmax, write_coefficients
 from pretrain.loss.logit_kernels import fold
 
-# What an H100 or H200 would be given is made here without one, and read: never run.
+# Kernels are compiled for an H100 or H200 without one and inspected, but not run.
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LARGEST_SHARED_BYTES = 99 * 1024  # what a program of any GPU from compute capability 8.6 may take
+LARGEST_SHARED_BYTES = 99 * 1024  # limit of a program on compute capability 8.6 and above
 INTEGERS = ("num_rows", "num_columns", "own_shift", "num_row_blocks", "num_column_blocks")
 NUMBERS = ("scale", "bias", "tolerance")
 FLOAT64 = ("own_gradient", "row_totals", "column_totals", "shift")
@@ -27,7 +27,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def type_of(name, features):
-    """Triton's name of the type that fused_strips gives for an argument."""
+    """Returns Triton's name of the type that fused.py passes for an argument."""
     if name in ("media", "text", "gradient"):
         return features
     if name in INTEGERS:
@@ -52,7 +52,7 @@ def compiled(kernel, constants, *, features="*bf16", is_aligned=True, **options)
 
 
 def spilled_bytes(kernel, tmp_path):
-    """Stack and local memory of a program's thread."""
+    """Returns the stack and local memory that a kernel uses per thread."""
     path = tmp_path / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", path]
@@ -61,13 +61,13 @@ def spilled_bytes(kernel, tmp_path):
 
 
 def block_kernels(width, dtype=torch.bfloat16):
-    """(kernel, constants, options) with the most to do of each, at that width of features."""
+    """Yields (kernel, constants, options) of each kernel with all of its outputs enabled."""
     options = BLOCKS[dtype].launch_options()
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     for kernel, settings in (
         (observe_softmax, {"IS_PLAIN": False}),
         (write_coefficients, {"IS_PLAIN": False, "COUNTS": True}),
-        (take_sigmoid, {"WRITES": True, "COUNTS": True}),
+        (compute_sigmoid, {"WRITES": True, "COUNTS": True}),
     ):
         yield kernel, {"WIDTH": width, **options, **settings}, launch
 
@@ -89,18 +89,21 @@ def test_float32_is_not_multiplied_by_tensor_cores():
     assert "mma" not in made.asm["ptx"]
 
 
-# What is not wanted of a kernel is given as None.
-NOT_WANTED = {
+# Outputs that are not written are passed as None.
+NOT_WRITTEN = {
     "observe_softmax": {"IS_PLAIN": True},
     "write_coefficients": {"COUNTS": False, "totals": None},
-    "take_sigmoid": {"WRITES": False, "gradient": None},
+    "compute_sigmoid": {"WRITES": False, "gradient": None},
 }
 
 
 def test_kernels_compile_for_a_single_pair_of_odd_width():
     for kernel, constants, options in block_kernels(101):
-        constants = constants | {"num_rows": 1, "num_columns": 1}  # as a launch would give 1
-        constants |= NOT_WANTED[kernel.__name__]
+        constants = constants | {
+            "num_rows": 1,
+            "num_columns": 1,
+        }  # a launch makes the number 1 a constant
+        constants |= NOT_WRITTEN[kernel.__name__]
         compiled(kernel, constants, is_aligned=False, **options)
 
 

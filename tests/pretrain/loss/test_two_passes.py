@@ -8,14 +8,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.distributed.collectives import RowSplit, counted_traffic
-from pretrain.loss.contrastive_loss import (
-    begin_gather,
-    choose_mode,
-    choose_piece_rows,
-    contrastive_loss,
-    received_bytes,
-)
+from pretrain.loss.contrastive_loss import begin_gather, contrastive_loss
 from pretrain.loss.options import LossOptions
+from pretrain.loss.two_passes import choose_mode, choose_piece_rows, received_bytes
 from tests.support.gloo_processes import run_in_processes
 
 
@@ -25,7 +20,7 @@ def features(num_pairs, width, *, dtype=torch.float64):
 
 
 def num_products(options, *, wants_gradients=True):
-    """Matrix products of this rank's strip, by the multiplications that torch dispatched."""
+    """Counts matrix products of the size of this rank's row block, by torch's FLOP counter."""
     media, text = features(64, 32)
     leaves = [media, text, torch.tensor([9.0], dtype=torch.float64)]
     leaves += [torch.tensor([-3.0], dtype=torch.float64)] if options.kind == "sigmoid" else []
@@ -52,7 +47,7 @@ def test_products_are_as_few_as_the_mode_promises(kind, mode, products):
 
 
 def traffic_of_a_step(num_processes):
-    """{(kind, mode, piece rows): traffic}, at 64 pairs per rank of width 32 in float32."""
+    """Returns {(kind, mode, piece rows): traffic} for 64 float32 pairs of width 32 per rank."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     split = RowSplit((64,) * num_processes)
     media, text = features(split.total, 32, dtype=torch.float32)
@@ -85,31 +80,31 @@ def test_collectives_and_bytes_are_as_few_as_the_modes_promise():
     of_features = 4 * num_pairs * width
     for found in run_in_processes(num_processes, traffic_of_a_step, num_processes):
         for (kind, mode, piece), traffic in found.items():
-            if piece == "begun":  # the positives follow on their own
+            if piece == "begun":  # the positives take a gather of their own
                 kept = found[kind, mode, 64]
                 assert traffic.calls == kept.calls + Counter(all_gather=1)
                 received = [each.received_bytes.total() for each in (traffic, kept)]
                 assert received[0] == received[1]
                 continue
             num_pieces = 64 // piece
-            # What is not kept from the softmax loss's first pass is gathered again.
-            travels_again = kind == "softmax" and num_pieces > 1
-            assert traffic.calls["all_gather"] == num_pieces * (2 if travels_again else 1)
+            # Rows that the first pass of the softmax loss does not keep are gathered again.
+            is_gathered_again = kind == "softmax" and num_pieces > 1
+            assert traffic.calls["all_gather"] == num_pieces * (2 if is_gathered_again else 1)
             assert traffic.calls["all_reduce"] == 1
             assert traffic.calls["reduce_scatter"] == (num_pieces if mode == "strip1" else 0)
-            promised = of_features * (2 if travels_again else 1)  # captions
-            promised += of_features  # their gradients, or media
+            promised = of_features * (2 if is_gathered_again else 1)  # captions
+            promised += of_features  # gradients of the captions, or media
             promised += (32 if mode == "strip1" else 48) * num_pairs
             received = traffic.received_bytes.total()
             assert received <= promised * (num_processes - 1) / num_processes + 64
-            foretold = received_bytes(
+            predicted = received_bytes(
                 (64, 64),
                 options=LossOptions(kind, mode=mode, piece_rows=piece),
                 width=width,
                 feature_bytes=4,
                 device=torch.device("cpu"),
             )
-            assert foretold == pytest.approx(received, abs=64 * num_pieces)
+            assert predicted == pytest.approx(received, abs=64 * num_pieces)
 
 
 def test_large_batches_are_streamed_and_small_ones_kept():
