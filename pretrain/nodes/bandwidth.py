@@ -1,12 +1,14 @@
-"""How fast ranks exchange numbers: within a node, between neighbouring nodes, and all together.
+"""Bandwidth between ranks: within a node, between neighbouring nodes, and of all together.
 
-A slow node slows every collective that it takes part in, and cannot be told from the others by one
-that all take part in. So nodes are measured in pairs, each with both of its neighbours: a node is
-as fast as the faster of its pairs, for the other may be slow because of the neighbour.
+A slow node slows every collective it takes part in, and a collective of all ranks cannot tell which
+node is slow. So nodes are measured in pairs, each with both of its neighbours. A node counts as
+fast as the faster of its two pairs, since a slow pair may be the neighbour's fault.
 
-Figures are bus bandwidths, which do not depend on the number of ranks (nccl-tests, PERFORMANCE.md):
-of an all-reduce among n ranks 2 (n - 1) / n * bytes / time, and of an all-gather whose result has
-so many bytes (n - 1) / n * bytes / time.
+Numbers are bus bandwidths, which do not depend on the number of ranks n (nccl-tests,
+PERFORMANCE.md):
+
+    all-reduce   2 (n - 1) / n * bytes / time
+    all-gather   (n - 1) / n * bytes of the result / time
 """
 
 from __future__ import annotations
@@ -23,21 +25,24 @@ NUM_TIMED = 3
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Of one group of ranks, in gigabytes a second."""
+    """Bandwidths of one group of ranks, in gigabytes per second."""
 
     all_reduce: float
     all_gather: float
 
 
 def node_pairs(num_nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs of neighbours, in which each node meets both of its neighbours; the
-    last one's next neighbour is the first."""
+    """Returns rounds of disjoint pairs, in which each node meets both of its neighbours in a ring.
+
+    Returns:
+        [rounds][pairs] of (node, next node).
+    """
     if num_nodes < 2:
         return []
     ring = [(node, (node + 1) % num_nodes) for node in range(num_nodes)]
     if num_nodes == 2:
         return [ring[:1]]
-    last = ring[num_nodes - 1 :] if num_nodes % 2 else []  # of an odd ring: alone in its round
+    last = ring[num_nodes - 1 :] if num_nodes % 2 else []  # an odd ring needs a third round
     even = num_nodes - num_nodes % 2
     return [rounds for rounds in (ring[0:even:2], ring[1:even:2], last) if rounds]
 
@@ -45,20 +50,20 @@ def node_pairs(num_nodes: int) -> list[list[tuple[int, int]]]:
 def measure_bandwidth(
     group: dist.ProcessGroup | None, *, num_bytes: int, device: torch.device
 ) -> Bandwidth:
-    """The best of several exchanges; every rank of the group must call it.
+    """Measures the bandwidth of the best of several exchanges; all ranks of the group must call it.
 
     Args:
         group: None for all ranks.
-        num_bytes: of the tensor that is reduced, and of the one that is gathered.
-        device: of the tensors.
+        num_bytes: size of the reduced tensor, and of the result of the all-gather.
+        device: device of the tensors.
 
     Raises:
-        RuntimeError: a rank did not take part in time.
+        RuntimeError: if a rank does not take part in time.
     """
     num_ranks = dist.get_world_size(group)
-    share = max(1, num_bytes // 4 // num_ranks)
-    whole = torch.zeros(share * num_ranks, device=device)
-    part = torch.zeros(share, device=device)
+    part_size = max(1, num_bytes // 4 // num_ranks)
+    whole = torch.zeros(part_size * num_ranks, device=device)
+    part = torch.zeros(part_size, device=device)
     sent = whole.numel() * 4 * (num_ranks - 1) / num_ranks
     reduce_seconds, gather_seconds = [], []
     for _ in range(NUM_TIMED + 1):
@@ -66,7 +71,7 @@ def measure_bandwidth(
         gather_seconds.append(
             _seconds(lambda: dist.all_gather_single(whole, part, group=group), device)
         )
-    # The first one joins the ranks.
+    # The first exchange connects the ranks.
     best_reduce, best_gather = min(reduce_seconds[1:]), min(gather_seconds[1:])
     return Bandwidth(2 * sent / best_reduce / 1e9, sent / best_gather / 1e9)
 
@@ -84,16 +89,18 @@ def _seconds(exchange: Callable[[], object], device: torch.device) -> float:
 def measure_nodes(
     ranks_of_nodes: Sequence[Sequence[int]], *, num_bytes: int, device: torch.device
 ) -> tuple[Bandwidth | None, list[str]]:
-    """This node's bandwidth: the better of its two pairs, or among its own ranks if it is the only
-    node; every rank must call it.
+    """Measures this node's bandwidth in the better of its two pairs; every rank must call it.
+
+    A single node is measured among its own ranks.
 
     Args:
-        ranks_of_nodes: [nodes] ranks of each.
+        ranks_of_nodes: [nodes] lists of ranks.
         num_bytes: see `measure_bandwidth`.
-        device: of the tensors.
+        device: device of the tensors.
 
     Returns:
-        None where no exchange succeeded, or there is only one rank; and what the failed ones said.
+        (bandwidth, messages of failed exchanges). The bandwidth is None if no exchange succeeded
+        or there is only one rank.
     """
     num_nodes = len(ranks_of_nodes)
     groups = [pair for pairs in node_pairs(num_nodes) for pair in pairs] or [(0,)]
@@ -103,8 +110,8 @@ def measure_nodes(
         if len(ranks) == 1:
             continue
         try:
-            # All ranks make all groups: members alone hang, if they were in others before (torch
-            # 2.13, gloo, use_local_synchronization).
+            # All ranks create all groups. If only members did (use_local_synchronization), those
+            # that were in other groups before would hang (torch 2.13, gloo).
             group = dist.new_group(sorted(ranks))
             if dist.get_rank() in ranks:
                 found.append(measure_bandwidth(group, num_bytes=num_bytes, device=device))

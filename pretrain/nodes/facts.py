@@ -1,6 +1,6 @@
-"""What a rank finds out about its machine by itself: versions, memory, shards, disks, one clock.
+"""Facts that a rank finds out about its machine: versions, memory, shards and disks.
 
-Nothing here talks to other ranks, so a machine that is not well can still say so.
+Nothing here communicates with other ranks, so that a bad machine can still report its problems.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config_file import to_yaml
+from data_prep.config_file import Section, to_yaml
 from data_prep.errors import InputError
 from data_prep.shards.manifest import (
     ManifestRow,
@@ -24,30 +24,30 @@ from data_prep.shards.manifest import (
     parse_manifest,
 )
 from data_prep.storage.remote_file import join, local_path, open_binary, read_bytes, size_of
-from pretrain.config import PretrainConfig
+from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import machine_name
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "open_clip_torch", "numpy")
-PIECE_BYTES = 1 << 20
-SECONDS_TO_BE_SEEN = 10.0  # a network file system may keep old listings for a while
+READ_BYTES = 1 << 20  # bytes of each read
+SECONDS_TO_BE_SEEN = 10.0  # network file systems cache listings
 
 
 @dataclass
 class MachineFacts:
-    """Of one rank."""
+    """Facts of one rank's machine."""
 
     rank: int
     host: str
     versions: dict[str, str] = field(default_factory=dict)
     config_sum: str = ""
-    gpu_free_share: float | None = None  # None without a GPU
-    shard_megabytes_per_second: float | None = None  # None where another rank of the node reads
-    free_bytes: dict[str, int] = field(default_factory=dict)  # by folder
+    gpu_free_fraction: float | None = None  # None without a GPU
+    shard_megabytes_per_second: float | None = None  # None if another rank of the node reads
+    free_bytes: dict[str, int] = field(default_factory=dict)  # folder -> free bytes of its disk
     problems: list[str] = field(default_factory=list)
 
 
 def versions_here(device: torch.device) -> dict[str, str]:
-    """Of everything that computes, with a sum of this project's own sources."""
+    """Returns the versions of everything that computes, and a checksum of this project's code."""
     found = {name: version(name) for name in LIBRARIES}
     found |= {"python": platform.python_version(), "processor": platform.machine()}
     found["isopair's sources"] = sum_of_sources()
@@ -59,7 +59,7 @@ def versions_here(device: torch.device) -> dict[str, str]:
 
 
 def sum_of_sources() -> str:
-    """Equal wherever the same code runs."""
+    """Computes a checksum of this project's code."""
     root = Path(__file__).parents[2]
     total = hashlib.sha256()
     for package in ("data_prep", "pretrain"):
@@ -68,13 +68,13 @@ def sum_of_sources() -> str:
     return total.hexdigest()[:12]
 
 
-def sum_of_config(config: PretrainConfig) -> str:
-    """Of all settings, also of those that may differ between attempts."""
+def sum_of_config(config: Section) -> str:
+    """Computes a checksum of all settings, including those that may differ between attempts."""
     return hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
 
 
-def gpu_free_share(device: torch.device) -> float | None:
-    """Of a GPU's memory; None without one."""
+def gpu_free_fraction(device: torch.device) -> float | None:
+    """Returns the free fraction of a GPU's memory; None for a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -91,13 +91,13 @@ def read_shards(
 
     Args:
         datasets: folders or URLs.
-        first: which shards: nodes that give different numbers read different ones, as far as there
-            are so many.
-        num_shards: of each dataset.
-        max_bytes: in all.
+        first: index of the first shard, modulo the number of shards. Nodes pass different indices,
+            so that they read different shards.
+        num_shards: shards of each dataset.
+        max_bytes: limit for all shards together.
 
     Returns:
-        Megabytes per second, and what could not be read, or was not as large as it should be.
+        Megabytes per second, and messages for shards that are unreadable or have a wrong size.
     """
     num_bytes, problems = 0, []
     start = time.perf_counter()
@@ -106,8 +106,8 @@ def read_shards(
             tars = _tars_of(dataset)
             chosen = [tars[(first + n) % len(tars)] for n in range(min(num_shards, len(tars)))]
             for tar, expected in chosen:
-                share = max_bytes // (len(datasets) * len(chosen))
-                num_bytes += _read_tar(tar, expected_bytes=expected, max_bytes=share)
+                limit = max_bytes // (len(datasets) * len(chosen))
+                num_bytes += _read_tar(tar, expected_bytes=expected, max_bytes=limit)
         except InputError as error:
             problems.append(str(error))
         except OSError as error:
@@ -129,7 +129,7 @@ def _read_tar(tar: str, *, expected_bytes: int, max_bytes: int) -> int:
         raise InputError(f"{tar}: expected {expected_bytes:,} bytes, found {found:,}")
     num_bytes = 0
     with open_binary(tar) as stream:
-        while num_bytes < max_bytes and (piece := stream.read(PIECE_BYTES)):
+        while num_bytes < max_bytes and (piece := stream.read(READ_BYTES)):
             num_bytes += len(piece)
     return num_bytes
 
@@ -138,7 +138,7 @@ def _read_tar(tar: str, *, expected_bytes: int, max_bytes: int) -> int:
 
 
 def free_bytes_of(folders: Sequence[Path | str]) -> dict[str, int]:
-    """Free bytes where each folder is, or would be made; URLs are left out."""
+    """Returns the free bytes of each folder's disk; the folder need not exist. Skips URLs."""
     found = {}
     for folder in folders:
         path = local_path(str(folder))
@@ -152,7 +152,7 @@ def free_bytes_of(folders: Sequence[Path | str]) -> dict[str, int]:
 
 
 def sees_file(path: Path, content: str) -> bool:
-    """Whether a file that another machine wrote is here, within a while."""
+    """Returns whether a file that another machine wrote appears here within a few seconds."""
     end = time.monotonic() + SECONDS_TO_BE_SEEN
     while True:
         try:
@@ -166,38 +166,43 @@ def sees_file(path: Path, content: str) -> bool:
 
 
 def gather_facts(
-    config: PretrainConfig,
+    settings: Preflight,
     *,
     rank: int,
     local_rank: int,
     node: int,
     device: torch.device,
-    says: Callable[[str], None],
+    config_sum: str,
+    datasets: Sequence[str],
+    folders: Sequence[Path | str],
+    report: Callable[[str], None],
 ) -> MachineFacts:
-    """What a rank finds out by itself.
+    """Gathers the facts that a rank finds out without others.
 
     Args:
-        config: of the run.
-        rank: of this process.
-        local_rank: its number on its machine: the first one reads shards and looks at disks.
-        node: number of its machine.
-        device: that it trains on.
-        says: is told what is looked at now, for whoever waits.
+        settings: how much is read from shards.
+        rank: this process's rank.
+        local_rank: rank on its machine; local rank 0 reads shards and checks disks.
+        node: index of its machine.
+        device: device that it trains on.
+        config_sum: checksum of the whole config.
+        datasets: folders or URLs of the training data.
+        folders: where the run writes.
+        report: called with the current activity, for the log of a rank that is late.
     """
     facts = MachineFacts(rank, machine_name())
-    says("reading versions")
+    report("reading versions")
     facts.versions = versions_here(device)
-    facts.config_sum = sum_of_config(config)
-    facts.gpu_free_share = gpu_free_share(device)
+    facts.config_sum = config_sum
+    facts.gpu_free_fraction = gpu_free_fraction(device)
     if local_rank == 0:
-        says("reading shards")
-        sources = {s.dataset for p in config.pairings.values() for s in p.all_sources}
+        report("reading shards")
         facts.shard_megabytes_per_second, facts.problems = read_shards(
-            sorted(sources),
-            first=node * config.preflight.shards_read,
-            num_shards=config.preflight.shards_read,
-            max_bytes=round(1e6 * config.preflight.megabytes_read),
+            datasets,
+            first=node * settings.shards_read,
+            num_shards=settings.shards_read,
+            max_bytes=round(1e6 * settings.megabytes_read),
         )
-        says("looking at disks")
-        facts.free_bytes = free_bytes_of([config.run.folder, config.run.checkpoints])
+        report("checking disks")
+        facts.free_bytes = free_bytes_of(folders)
     return facts

@@ -1,4 +1,4 @@
-"""Judges what ranks have found out about their machines: which node is bad, and why.
+"""Verdict on the nodes: which are bad and why, and how srun leaves them out.
 
 Pure functions of what was measured.
 """
@@ -7,44 +7,47 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pretrain.nodes.bandwidth import Bandwidth
 from pretrain.nodes.facts import MachineFacts
 from pretrain.preflight_config import Preflight
+from pretrain.run.attempts import restarts_of_job
 
-NODES_FOR_A_MEDIAN = 3
+NODES_FOR_A_MEDIAN = 3  # with fewer, a median does not tell the slow node from the fast one
+REQUEUE = "requeue"  # answer to the batch script in place of srun's options
+MOST_RESTARTS = 3  # of a job that is requeued because a signal interrupted the checks
 
 
 @dataclass
 class NodeFacts:
-    """Of one machine."""
+    """Facts of one machine."""
 
     name: str
     ranks: list[MachineFacts]
-    clock_seconds: float | None = None  # from rank 0's
+    clock_seconds: float | None = None  # difference to rank 0's clock
     bandwidth: Bandwidth | None = None
     bandwidth_errors: list[str] = field(default_factory=list)
 
     @property
     def shard_speed(self) -> float | None:
-        """Megabytes a second."""
+        """Speed of reading shards, in megabytes per second."""
         speeds = [r.shard_megabytes_per_second for r in self.ranks]
         return next((speed for speed in speeds if speed is not None), None)
 
     @property
-    def gpu_free_share(self) -> float | None:
-        """Of the fullest GPU."""
-        shares = [r.gpu_free_share for r in self.ranks if r.gpu_free_share is not None]
-        return min(shares, default=None)
+    def gpu_free_fraction(self) -> float | None:
+        """Free fraction of the fullest GPU's memory."""
+        fractions = [r.gpu_free_fraction for r in self.ranks if r.gpu_free_fraction is not None]
+        return min(fractions, default=None)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a run should not begin."""
+    """A reason why a run should not start."""
 
-    node: str | None  # to leave out; None where no node is to blame
+    node: str | None  # bad node; None if no node is to blame
     text: str
 
     def __str__(self) -> str:
@@ -54,12 +57,12 @@ class Problem:
 def judge(
     nodes: Sequence[NodeFacts], settings: Preflight, *, checkpoint_bytes: int
 ) -> list[Problem]:
-    """All problems, those of the first nodes first.
+    """Returns all problems, in the order of the nodes.
 
     Args:
-        nodes: as their first ranks are numbered.
-        settings: the floors.
-        checkpoint_bytes: of one checkpoint.
+        nodes: in the order of their first ranks.
+        settings: limits that nodes must meet.
+        checkpoint_bytes: size of one checkpoint.
     """
     return [
         *_different(nodes),
@@ -71,12 +74,12 @@ def judge(
 
 
 def _different(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
-    """Ranks whose config or versions are not those of most."""
+    """Ranks whose config or versions differ from those of the majority."""
     ranks = [(node.name, rank) for node in nodes for rank in node.ranks]
-    told = {"config": [rank.config_sum for _, rank in ranks]}
+    found = {"config": [rank.config_sum for _, rank in ranks]}
     for name in sorted({name for _, rank in ranks for name in rank.versions}):
-        told[name] = [rank.versions.get(name, "missing") for _, rank in ranks]
-    for name, values in told.items():
+        found[name] = [rank.versions.get(name, "missing") for _, rank in ranks]
+    for name, values in found.items():
         [(usual, count), *_] = Counter(values).most_common(1)
         others = {}
         for (node, _), value in zip(ranks, values, strict=True):
@@ -87,7 +90,7 @@ def _different(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
             yield Problem(
                 node if is_majority else None,
                 f"{name} is {value}, elsewhere {usual}"
-                + ("" if is_majority else f" ({node}; no majority says which is right)"),
+                + ("" if is_majority else f" ({node}; no majority decides which is right)"),
             )
 
 
@@ -101,7 +104,7 @@ def _clocks(nodes: Sequence[NodeFacts], settings: Preflight) -> Iterator[Problem
         if abs(off) > settings.max_clock_difference_seconds:
             yield Problem(
                 node.name,
-                f"its clock is {off:+.1f} s off the others', more than "
+                f"its clock differs by {off:+.1f} s from the others, more than "
                 f"preflight.max_clock_difference_seconds="
                 f"{settings.max_clock_difference_seconds:g}",
             )
@@ -111,11 +114,11 @@ def _of_node(node: NodeFacts, settings: Preflight) -> Iterator[Problem]:
     for rank in node.ranks:
         for text in rank.problems:
             yield Problem(node.name, text)
-        share = rank.gpu_free_share
-        if share is not None and share < settings.min_free_gpu_share:
+        fraction = rank.gpu_free_fraction
+        if fraction is not None and fraction < settings.min_free_gpu_share:
             yield Problem(
                 node.name,
-                f"rank {rank.rank}'s GPU has {share:.0%} of its memory free, less than "
+                f"rank {rank.rank}'s GPU has {fraction:.0%} of its memory free, less than "
                 f"preflight.min_free_gpu_share={settings.min_free_gpu_share:.0%}; another process "
                 "uses it",
             )
@@ -153,7 +156,7 @@ def _speed(node: NodeFacts, name: str) -> float | None:
 
 
 def _full(nodes: Sequence[NodeFacts], needed: int) -> Iterator[Problem]:
-    """The checkpoints' disk is shared, so no node is to blame."""
+    """Folders without room for checkpoints; their disk is shared, so no node is to blame."""
     folders: Mapping[str, int] = nodes[0].ranks[0].free_bytes
     for folder, free in folders.items():
         if free < needed:
@@ -164,8 +167,42 @@ def _full(nodes: Sequence[NodeFacts], needed: int) -> Iterator[Problem]:
             )
 
 
+def bad_nodes(problems: Collection[Problem]) -> list[str]:
+    """Returns the nodes without which a run can start.
+
+    Returns:
+        Names in alphabetical order; none if there is a problem that no node is to blame for.
+    """
+    if any(problem.node is None for problem in problems):
+        return []
+    return sorted({problem.node for problem in problems})
+
+
+def answer_to_script(
+    problems: Collection[Problem], *, was_stopped: bool, environment: Mapping[str, str]
+) -> str:
+    """Returns the line that tells slurm/pretrain.sbatch what to do instead of starting the run.
+
+    Args:
+        was_stopped: a signal asked rank 0 to stop.
+        environment: of a job step; SRUN_OPTIONS holds the answer that the step was started with.
+
+    Returns:
+        srun's options without the bad nodes ("--nodes=2 --exclude=node2,node5"); "requeue"; or ""
+        if the job is to end.
+    """
+    if was_stopped:
+        return REQUEUE if restarts_of_job(environment) < MOST_RESTARTS else ""
+    bad, num_nodes = bad_nodes(problems), int(environment.get("SLURM_STEP_NUM_NODES", 0))
+    if not 0 < len(bad) < num_nodes:
+        return ""
+    excluded = environment.get("SRUN_OPTIONS", "").partition("--exclude=")[2]
+    names = [*filter(None, excluded.split(",")), *bad]
+    return f"--nodes={num_nodes - len(bad)} --exclude={','.join(names)}"
+
+
 def table(nodes: Sequence[NodeFacts]) -> list[str]:
-    """Lines with every node's figures."""
+    """Formats the measurements of every node; one line each, after a header."""
     rows = [("node", "ranks", "all-reduce", "all-gather", "shards", "clock", "GPU memory free")]
     for node in nodes:
         band = node.bandwidth
@@ -177,7 +214,7 @@ def table(nodes: Sequence[NodeFacts]) -> list[str]:
                 _shown(band and band.all_gather, "{:.3g} GB/s"),
                 _shown(node.shard_speed, "{:,.0f} MB/s"),
                 _shown(node.clock_seconds, "{:+.2f} s"),
-                _shown(node.gpu_free_share, "{:.0%}"),
+                _shown(node.gpu_free_fraction, "{:.0%}"),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

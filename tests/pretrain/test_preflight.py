@@ -1,4 +1,4 @@
-"""The checks before a run begins: what is found out, what is made of it, and who is named."""
+"""Checks of nodes before a run starts: facts, verdict, and the nodes that are reported."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from data_prep.errors import RunError
 from pretrain.distributed.launcher import hosts_of_slurm_ranks
 from pretrain.nodes.bandwidth import Bandwidth, node_pairs
 from pretrain.nodes.facts import MachineFacts, free_bytes_of, read_shards, sees_file
-from pretrain.nodes.verdict import NodeFacts, judge, table
+from pretrain.nodes.verdict import NodeFacts, Problem, answer_to_script, judge, table
 from pretrain.preflight_config import Preflight
 from tests.support.gloo_processes import ProcessGroup, run_in_processes
 from tests.support.toy_run import toy_config
@@ -18,7 +18,7 @@ GIGABYTE = 10**9
 
 
 def nodes_of(count, **changes):
-    """Nodes that are well, but for what is changed of the second: of the node, or of its ranks."""
+    """Builds healthy nodes with changes to the second node or its ranks."""
     nodes = []
     for number in range(count):
         ranks = [
@@ -27,7 +27,7 @@ def nodes_of(count, **changes):
                 host=f"node{number + 1}",
                 versions={"torch": "2.13", "NCCL": "2.28"},
                 config_sum="abc",
-                gpu_free_share=0.99,
+                gpu_free_fraction=0.99,
                 shard_megabytes_per_second=500.0 if n == 0 else None,
                 free_bytes={"runs/x": 100 * GIGABYTE},
             )
@@ -39,7 +39,7 @@ def nodes_of(count, **changes):
             try:
                 setattr(changed, name, value)
             except AttributeError:
-                changed.ranks[1].gpu_free_share = value
+                changed.ranks[1].gpu_free_fraction = value
     return nodes
 
 
@@ -78,8 +78,8 @@ def test_nodes_that_are_well_have_no_problem():
             {"min_all_reduce_gigabytes_per_second": 15},
             "all-reduce: 9 GB/s, less than 15 GB/s",
         ),
-        (3, {"clock_seconds": 60.0}, {}, "its clock is +60.0 s off the others'"),
-        (3, {"gpu_free_share": 0.4}, {}, "GPU has 40% of its memory free, less than"),
+        (3, {"clock_seconds": 60.0}, {}, "its clock differs by +60.0 s from the others"),
+        (3, {"gpu_free_fraction": 0.4}, {}, "GPU has 40% of its memory free, less than"),
         (3, {"problems": ["x.tar: No such file"]}, {}, "x.tar: No such file"),
         (3, {"versions": {"torch": "2.12", "NCCL": "2.28"}}, {}, "torch is 2.12, elsewhere 2.13"),
         (3, {"config_sum": "xyz"}, {}, "config is xyz, elsewhere abc"),
@@ -109,7 +109,38 @@ def test_no_node_is_blamed_for_what_all_share():
     assert text.startswith("runs/x: 100.00 GB are free, and 120.00 GB needed")
     [(node, text)] = problems_of(nodes_of(2, config_sum="xyz"))
     assert node is None
-    assert "config is xyz, elsewhere abc (node2; no majority says which is right)" in text
+    assert "config is xyz, elsewhere abc (node2; no majority decides which is right)" in text
+
+
+@pytest.mark.parametrize(
+    ("problems", "options", "expected"),
+    [
+        ([Problem("b", "slow"), Problem("b", "clock"), Problem("c", "slow")], "", ("2", "b,c")),
+        ([Problem("c", "slow")], "--nodes=4 --exclude=a,b", ("3", "a,b,c")),
+        ([Problem("b", "slow"), Problem(None, "disk")], "", None),  # no node is to blame
+        ([Problem(name, "slow") for name in "abcd"], "", None),  # no node would be left
+        ([], "", None),
+    ],
+)
+def test_srun_leaves_out_nodes_that_are_bad_now_or_were_before(problems, options, expected):
+    step = {"SLURM_STEP_NUM_NODES": "4", "SRUN_OPTIONS": options}
+    answer = answer_to_script(problems, was_stopped=False, environment=step)
+    assert answer == ("" if expected is None else "--nodes={} --exclude={}".format(*expected))
+    assert answer_to_script(problems, was_stopped=False, environment={}) == ""  # not under Slurm
+
+
+@pytest.mark.parametrize(("restarts", "is_requeued"), [(0, True), (3, False)])
+def test_a_signal_while_nodes_are_checked_is_answered(restarts, is_requeued):
+    job = {"SLURM_STEP_NUM_NODES": "4", "SLURM_RESTART_COUNT": str(restarts)}
+    for problems in ([], [Problem("b", "slow")]):
+        answer = answer_to_script(problems, was_stopped=True, environment=job)
+        assert answer == ("requeue" if is_requeued else "")
+
+
+def test_a_config_of_an_earlier_version_is_read():
+    assert Preflight.model_validate({"verdict": None, "shards_read": 3}).shards_read == 3
+    with pytest.raises(ValueError, match="unknown key 'verdict'"):
+        Preflight.model_validate({"verdict": "file"})
 
 
 def test_two_nodes_of_which_one_is_slow_cannot_be_told_apart():
@@ -171,8 +202,8 @@ def test_slurm_says_where_every_rank_starts(monkeypatch):
 # --------------------------------------------------------------------------- several processes
 
 
-def check_as_nodes(config, hosts, changes_of_last):
-    """The preflight of ranks that take themselves for machines of these names; what it printed."""
+def check_as_nodes(config, hosts, changes_of_last, answer_file=None):
+    """Runs the preflight of ranks on machines of these names; returns what it printed."""
     import contextlib
     import io
 
@@ -185,8 +216,12 @@ def check_as_nodes(config, hosts, changes_of_last):
         for name, value in changes_of_last.items():
             setattr(facts, name, value)
     printed = io.StringIO()
+    answer = None
+    if rank == 0 and answer_file is not None:
+        answer = answer_file.open("w")
+        os.environ["SLURM_STEP_NUM_NODES"] = str(len(hosts))
     with contextlib.redirect_stdout(printed):
-        preflight.preflight(config)
+        preflight.preflight(config, answer=answer)
     return printed.getvalue()
 
 
@@ -205,18 +240,19 @@ def test_all_ranks_of_two_nodes_are_well(toy_data, tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_the_bad_one_of_three_nodes_is_written_down(toy_data, tmp_path):
-    settings = {"exchanged_megabytes": 1, "verdict": tmp_path / "verdict"}
-    settings |= {"min_share_of_median": 0}  # how fast three busy processes are is left to chance
+def test_srun_is_given_options_without_the_bad_one_of_three_nodes(toy_data, tmp_path):
+    settings = {"exchanged_megabytes": 1}
+    settings |= {"min_share_of_median": 0}  # the speed of three busy processes is left to chance
     config = toy_config(toy_data, tmp_path / "run", preflight=settings)
     changes = {"versions_here": broken_versions}
-    group = ProcessGroup(3, check_as_nodes, config, ["a", "b", "c"], changes)
+    hosts, answer = ["a", "b", "c"], tmp_path / "answer"
+    group = ProcessGroup(3, check_as_nodes, config, hosts, changes, answer)
     outcomes = group.outcomes()
     assert not any(is_done for is_done, _ in outcomes)
     assert "c: torch is 0.1, elsewhere" in outcomes[0][1]
     assert "leave out c" in outcomes[0][1]
-    assert "rank 0 says why" in outcomes[1][1]
-    assert (tmp_path / "verdict").read_text() == "leave_out c\n"
+    assert "see the error of rank 0" in outcomes[1][1]
+    assert answer.read_text() == "--nodes=2 --exclude=c\n"
 
 
 def check_unless_last(config, hosts):
@@ -228,8 +264,8 @@ def test_a_rank_that_does_not_come_is_named(toy_data, tmp_path):
     config = toy_config(toy_data, tmp_path / "run", preflight={"timeout_seconds": 3})
     first, second, third = ProcessGroup(3, check_unless_last, config, ["a", "b", "c"]).outcomes()
     assert third[0]
-    assert "rank 2 did not come within preflight.timeout_seconds=3" in first[1]
-    assert "rank 0 says why" in second[1]
+    assert "rank 2 did not join within preflight.timeout_seconds=3" in first[1]
+    assert "see the error of rank 0" in second[1]
 
 
 def test_alone_it_checks_what_needs_no_other(toy_data, tmp_path, monkeypatch, capsys):

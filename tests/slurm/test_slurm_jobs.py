@@ -297,7 +297,7 @@ def test_preflight_leaves_out_a_node_that_does_not_see_the_data(run_of, cluster,
     finally:
         cluster.run_on("node2", "umount", hidden)
     assert f"node2: {hidden.relative_to(ROOT)}/dataset.json: No such file" in run.log
-    assert "going on with 2 nodes, --exclude=node2" in run.log
+    assert "continuing with srun --nodes=2 --exclude=node2" in run.log
     [attempt] = run.attempts
     assert attempt.hosts == ["node1", "node3"]
     run.check(whole)

@@ -1,4 +1,4 @@
-"""The batch scripts, as far as they go without Slurm: stand-ins say what they were told."""
+"""Batch scripts without Slurm: stand-ins for its commands record their arguments."""
 
 import subprocess
 import sys
@@ -14,13 +14,13 @@ SAYS = '#!/bin/bash\necho "$(basename "$0") $*" >> "$SAID"\n'
 def test_every_script_is_sound():
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", script], check=True)
-    # Together: what one reads of another is known then.
+    # All at once, so that shellcheck knows the files that others source.
     subprocess.run([Path(sys.executable).parent / "shellcheck", "-x", *SCRIPTS], check=True)
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Runs a script among stand-ins: (exit status, what they were told)."""
+    """Runs a script with stand-ins; returns (finished process, the commands that they recorded)."""
     tools = tmp_path / "tools"
     tools.mkdir()
     said = tmp_path / "said"
@@ -70,7 +70,7 @@ def test_training_takes_its_counts_from_slurm(slurm, counts, expected):
     assert f"srun --ntasks-per-node={expected} --kill-on-bad-exit=1" in said[0]
     assert said[0].endswith("-m pretrain.train x.yaml seed=1")
     assert said[1] == "scontrol show job 7"
-    assert len(said) == 2  # the stand-in does not say that the job runs
+    assert len(said) == 2  # the stand-in does not report a running job
 
 
 @pytest.mark.parametrize(
@@ -84,29 +84,33 @@ def test_a_job_that_still_runs_is_queued_again_if_the_run_may_go_on(
     slurm.write("srun", SAYS + "exit 9\n")
     slurm.write("python", SAYS + f"exit {asked}\n")
     finished, said = slurm("pretrain.sbatch", "x.yaml", "seed=1")
-    assert finished.returncode == (0 if asked == 3 else 9)  # 3: the run has finished all the same
+    assert finished.returncode == (0 if asked == 3 else 9)  # 3: the run has finished nevertheless
     assert ("python -m pretrain.requeue x.yaml seed=1" in said) == (state == "RUNNING")
     assert ("scontrol requeue 7" in said) == is_requeued
 
 
-VERDICT = """\
+# srun as it is with a preflight that prints an answer; only "well" is a success.
+ANSWER = """\
 case "$*" in *pretrain.preflight*) ;; *) exit 0 ;; esac
-for word; do :; done  # the last word's file
 case "$*" in
-    *--exclude*) echo "$AGAIN" > "${word#*=}" ;;
-    *) echo "$FIRST" > "${word#*=}" ;;
+    *--exclude*) answer=$AGAIN ;;
+    *) answer=$FIRST ;;
 esac
+[ "$answer" != well ] || exit 0
+echo "0: $answer"
+exit 1
 """
+LEAVE_OUT = "--nodes=2 --exclude=node2"
 
 
-@pytest.mark.parametrize(("again", "is_trained"), [("well", True), ("refuse", False)])
+@pytest.mark.parametrize(("again", "is_trained"), [("well", True), ("", False)])
 def test_training_goes_on_without_the_nodes_that_preflight_finds_bad(slurm, again, is_trained):
-    slurm.write("srun", SAYS + VERDICT)
-    environment = {"PREFLIGHT": 1, "FIRST": "leave_out node2", "AGAIN": again}
+    slurm.write("srun", SAYS + ANSWER)
+    environment = {"PREFLIGHT": 1, "FIRST": LEAVE_OUT, "AGAIN": again}
     finished, said = slurm("pretrain.sbatch", "x.yaml", **environment)
-    assert "going on with 2 nodes, --exclude=node2" in finished.stdout
+    assert "continuing with srun --nodes=2 --exclude=node2" in finished.stdout
     first, second, *others = said
-    assert "-m pretrain.preflight x.yaml preflight.verdict=" in first
+    assert "-m pretrain.preflight x.yaml" in first
     assert "--exclude" not in first
     assert "--nodes=2 --exclude=node2" in second
     assert finished.returncode == (0 if is_trained else 1)
@@ -116,19 +120,32 @@ def test_training_goes_on_without_the_nodes_that_preflight_finds_bad(slurm, agai
         assert "--nodes=2 --exclude=node2" in trained[0]
 
 
+def test_preflight_is_given_the_options_that_it_printed(slurm):
+    tells = 'echo "told: $SRUN_OPTIONS" >> "$SAID"\n'
+    slurm.write("srun", SAYS + tells + ANSWER)
+    environment = {"PREFLIGHT": 1, "FIRST": LEAVE_OUT, "AGAIN": "well"}
+    _, said = slurm("pretrain.sbatch", "x.yaml", **environment)
+    assert [line for line in said if line.startswith("told")] == [
+        "told: ",
+        f"told: {LEAVE_OUT}",
+        f"told: {LEAVE_OUT}",
+    ]
+
+
 def test_training_does_not_begin_where_preflight_finds_no_node_to_blame(slurm):
-    for behaviour in ("exit 1\n", VERDICT):
+    for behaviour in ("exit 1\n", ANSWER):
         slurm.write("srun", SAYS + behaviour)
-        finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1, FIRST="refuse")
+        finished, said = slurm("pretrain.sbatch", "x.yaml", PREFLIGHT=1, FIRST="")
         assert finished.returncode == 1
         assert finished.stdout.endswith("not started: see above\n")
         assert len(said) == 1
 
 
-@pytest.mark.parametrize(("restarts", "is_requeued"), [(0, True), (3, False)])
-def test_a_signal_while_nodes_are_checked_queues_the_job_again(slurm, restarts, is_requeued):
-    slurm.write("srun", SAYS + VERDICT)
-    environment = {"PREFLIGHT": 1, "FIRST": "stop", "SLURM_RESTART_COUNT": restarts}
+# Preflight decides by the job's restarts: test_a_signal_while_nodes_are_checked_is_answered.
+@pytest.mark.parametrize(("answer", "is_requeued"), [("requeue", True), ("", False)])
+def test_a_signal_while_nodes_are_checked_queues_the_job_again(slurm, answer, is_requeued):
+    slurm.write("srun", SAYS + ANSWER)
+    environment = {"PREFLIGHT": 1, "FIRST": answer}
     finished, said = slurm("pretrain.sbatch", "x.yaml", **environment)
     assert finished.returncode == 1  # a stand-in does not end the script
     assert ("scontrol requeue 7" in said) == is_requeued
