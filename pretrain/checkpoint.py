@@ -282,7 +282,15 @@ def load_model(
     config = read_config(PretrainConfig, checkpoint / "config.yaml")
     assets = checkpoint / "assets"
     tokenizer = build_tokenizer(config.model.text, assets=assets)
-    model = build_model(config, tokenizer=tokenizer, assets=assets)
+    model = build_model(
+        config.model,
+        image=config.image,
+        audio=config.audio,
+        pairings=config.pairings,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        assets=assets,
+    )
     model.load_state_dict(read_model_state(checkpoint))
     model = model.to(torch.device(device)).eval().requires_grad_(False)
     return model, build_transforms(config), tokenizer

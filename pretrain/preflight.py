@@ -136,7 +136,14 @@ def reason_to_refuse(problems: Sequence[Problem]) -> str:
 
 def checkpoint_bytes(config: PretrainConfig) -> int:
     """Computes the size of a checkpoint."""
-    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    model = build_model(
+        config.model,
+        image=config.image,
+        audio=config.audio,
+        pairings=config.pairings,
+        seed=config.seed,
+        tokenizer=build_tokenizer(config.model.text),
+    )
     return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
 
 

@@ -82,7 +82,7 @@ def pretrain(config: PretrainConfig) -> None:
     """
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
-    check_engine(config)
+    check_engine(config.engine, trackers=config.run.trackers)
     requests = RunRequests(
         config.run.folder, save_every_minutes=config.run.checkpoint_every_minutes
     )
@@ -98,7 +98,7 @@ def run_attempt(
 ) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
     moment("start")
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.engine, run=config.run)
     requests.looks_at_files = rank() == 0
     hosts = gather_objects(machine_name())
     node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
@@ -118,10 +118,18 @@ def run_attempt(
     run = open_run(config, fingerprints, hosts=hosts, num_micro_batches=num_micro_batches)
     with RunSession(run, requests, build_hang_watch(config.engine, run), hosts=hosts) as session:
         optimizer = build_optimizer(config, model)
-        engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
+        engine = build_engine(
+            accelerator,
+            strategy=config.engine.strategy,
+            model=model,
+            optimizer=optimizer,
+            gradient_clipping=config.optimizer.gradient_clipping,
+        )
         with closing(engine):
             resume(config, engine, run)
-            engine.init_trackers(config, first_step=run.num_steps_done)
+            engine.init_trackers(
+                config.model_dump(), run_folder=config.run.folder, num_steps_done=run.num_steps_done
+            )
             settings = build_settings(config)
             batches = load_batches(load_steps, loader, engine, run, last_step=settings.last_step)
             step = build_step(
@@ -142,7 +150,14 @@ def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> Contra
     Raises:
         InputError: a tower cannot be built, or has nothing that could be computed again.
     """
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_model(
+        config.model,
+        image=config.image,
+        audio=config.audio,
+        pairings=config.pairings,
+        seed=config.seed,
+        tokenizer=tokenizer,
+    )
     if config.engine.activation_checkpointing:
         checkpoint_blocks(model)
     return model
@@ -337,7 +352,7 @@ def dry_run(config: PretrainConfig) -> None:
     """Builds everything but the process group, and prints the derived numbers."""
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
-    check_engine(config)
+    check_engine(config.engine, trackers=config.run.trackers)
     num_processes, num_processes_here = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pretrain.config import PairingName, PretrainConfig
+    from pretrain.config import PairingName
     from pretrain.model.contrastive_model import (
         ContrastiveModel,
         EncoderInputs,
@@ -183,22 +184,24 @@ class Engine:
         for state in self.optimizer.state.values():
             state["step"].fill_(float(num_updates))
 
-    def init_trackers(self, config: PretrainConfig, *, first_step: int) -> None:
+    def init_trackers(
+        self, config: Mapping[str, Any], *, run_folder: Path, num_steps_done: int
+    ) -> None:
         """Opens the configured trackers and logs the config to them.
 
         Args:
-            config: the whole config.
-            first_step: steps completed; entries that an earlier attempt logged for later steps
+            config: the run's config, section by section.
+            run_folder: run folder; its name and path identify the run.
+            num_steps_done: steps completed; entries that an earlier attempt logged for later steps
                 are discarded.
         """
-        values = {section: str(value) for section, value in config.model_dump().items()}
-        folder = config.run.folder
-        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        wandb = {"dir": str(folder), "name": folder.name, "id": identity, "resume": "allow"}
+        values = {section: str(value) for section, value in config.items()}
+        identity = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16]
+        wandb = {"dir": str(run_folder), "name": run_folder.name, "id": identity, "resume": "allow"}
         self.accelerator.init_trackers(
             "isopair",
             config=values,
-            init_kwargs={"wandb": wandb, "tensorboard": {"purge_step": first_step + 1}},
+            init_kwargs={"wandb": wandb, "tensorboard": {"purge_step": num_steps_done + 1}},
         )
 
     def log(self, values: dict[str, float], *, step: int) -> None:

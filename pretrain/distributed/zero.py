@@ -24,13 +24,13 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import PretrainConfig
+from pretrain.config import Engine as EngineConfig
 from pretrain.distributed.deepspeed_config import deepspeed_settings
 from pretrain.distributed.engine import OPTIMIZER_MOMENTS, Engine, refuse_non_finite_norm
 from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 
 
-def deepspeed_plugin(config: PretrainConfig) -> DeepSpeedPlugin:
+def deepspeed_plugin(config: EngineConfig) -> DeepSpeedPlugin:
     """Builds the plugin with which Accelerate runs DeepSpeed.
 
     Raises:

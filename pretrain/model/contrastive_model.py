@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_prep.errors import InputError
-from pretrain.config import ImageTransform, MediaKind, PairingName, PretrainConfig, media_of_pairing
+from pretrain.config import (
+    AudioTransform,
+    ImageTransform,
+    MediaKind,
+    Model,
+    Pairing,
+    PairingName,
+    media_of_pairing,
+)
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.log_mel import LogMelSpectrogram
 from pretrain.model.sample_dropout import Draws, TowerDraws, pair_keys
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import (
+    TowerConfig,
     build_media_backbone,
     build_text_backbone,
     ends_in_joint_space,
@@ -207,74 +217,79 @@ def _encode(tower: Tower, *inputs: Tensor, keys: Tensor | None) -> Tensor:
 
 
 def build_model(
-    config: PretrainConfig, *, tokenizer: Tokenizer, assets: Path | None = None
+    config: Model,
+    *,
+    image: ImageTransform,
+    audio: AudioTransform,
+    pairings: Mapping[PairingName, Pairing],
+    seed: int,
+    tokenizer: Tokenizer,
+    assets: Path | None = None,
 ) -> ContrastiveModel:
-    """The model a config describes, initialised from its seed or its pretrained towers.
+    """Builds a model whose weights are initialised from a seed or from pretrained towers.
 
     Args:
-        config: the whole config.
-        tokenizer: of the text tower.
-        assets: a checkpoint's folder of files; pretrained weights are then left to the checkpoint.
+        config: config section `model`.
+        image: config section `image`, which gives the size and normalisation of images.
+        audio: config section `audio`, which gives the length and spectrogram of clips.
+        pairings: config sections `pairings`; each has a logit scale, and a bias if its loss is
+            sigmoid.
+        seed: seed of the weights and of what layers drop in training.
+        tokenizer: tokenizer of the text tower.
+        assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
-        InputError: a tower cannot be built or breaks a law (see pretrain.model.towers).
+        InputError: if a tower cannot be built or breaks a law (see pretrain.model.towers).
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
+    build = partial(_build_tower, embed_dim=config.embed_dim)
     towers: dict[str, Tower] = {}
-    if config.model.image is not None:
-        pixels = _two_examples(3, config.image.size, config.image.size).to(torch.uint8)
-        normalize = NormalizedPixels(config.image)
-        towers["image"] = _media_tower(config, "image", normalize, pixels, assets)
-    if config.model.audio is not None:
-        num_samples = round(config.audio.clip_seconds * config.audio.sample_rate_hz)
-        waveforms = _two_examples(num_samples) / 256
-        log_mel = LogMelSpectrogram(config.audio)
-        towers["audio"] = _media_tower(config, "audio", log_mel, waveforms, assets)
-    towers["text"] = _text_tower(config, tokenizer, assets)
+    if config.image is not None:
+        pixels = _two_examples(3, image.size, image.size).to(torch.uint8)
+        normalize = NormalizedPixels(image)
+        backbone = build_media_backbone(config.image, kind="image", assets=assets)
+        towers["image"] = build(config.image, "image", normalize, backbone, normalize(pixels))
+    if config.audio is not None:
+        waveforms = _two_examples(round(audio.clip_seconds * audio.sample_rate_hz)) / 256
+        log_mel = LogMelSpectrogram(audio)
+        backbone = build_media_backbone(config.audio, kind="audio", assets=assets)
+        towers["audio"] = build(config.audio, "audio", log_mel, backbone, log_mel(waveforms))
+    backbone = build_text_backbone(config.text, tokenizer=tokenizer, assets=assets)
+    tokens = tokenizer(["a caption", "one more"])
+    towers["text"] = build(config.text, "text", nn.Identity(), backbone, tokens)
     takes_trimmed = takes_trimmed_captions(towers["text"].backbone, tokenizer)
     if takes_trimmed:
         accept_trimmed_captions(towers["text"].backbone)
     return ContrastiveModel(
         towers,
-        pairings=list(config.pairings),
-        initial_scale=config.model.logit_scale.initial,
-        seed=config.seed,
+        pairings=list(pairings),
+        initial_scale=config.logit_scale.initial,
+        seed=seed,
         initial_biases={
-            name: config.model.initial_logit_bias
-            for name, pairing in config.pairings.items()
+            name: config.initial_logit_bias
+            for name, pairing in pairings.items()
             if pairing.loss == "sigmoid"
         },
         takes_trimmed_captions=takes_trimmed,
     )
 
 
-def _media_tower(
-    config: PretrainConfig,
-    kind: MediaKind,
+def _build_tower(
+    config: TowerConfig,
+    kind: str,
     input_stage: nn.Module,
+    backbone: nn.Module,
     examples: Tensor,
-    assets: Path | None,
+    *,
+    embed_dim: int,
 ) -> Tower:
-    backbone = build_media_backbone(getattr(config.model, kind), kind=kind, assets=assets)
-    return _probed_tower(config, kind, input_stage, backbone, input_stage(examples))
-
-
-def _text_tower(config: PretrainConfig, tokenizer: Tokenizer, assets: Path | None) -> Tower:
-    backbone = build_text_backbone(config.model.text, tokenizer=tokenizer, assets=assets)
-    examples = tokenizer(["a caption", "one more"])
-    return _probed_tower(config, "text", nn.Identity(), backbone, examples)
-
-
-def _probed_tower(
-    config: PretrainConfig, kind: str, input_stage: nn.Module, backbone: nn.Module, inputs: Tensor
-) -> Tower:
-    """The tower of a backbone that was shown two inputs."""
-    is_frozen = getattr(config.model, kind).frozen
-    draws = TowerDraws() if is_frozen else replace_drop_layers(backbone, kind=kind)
+    """Completes a tower around a backbone, which is probed with two inputs."""
+    draws = TowerDraws() if config.frozen else replace_drop_layers(backbone, kind=kind)
     width = probe_backbone(
-        backbone, inputs, where=f"model.{kind}", draws=None if is_frozen else draws
+        backbone, examples, where=f"model.{kind}", draws=None if config.frozen else draws
     )
-    return Tower(input_stage, backbone, _projection(config, kind, width), draws=draws)
+    projection = _projection(config, kind, width, embed_dim)
+    return Tower(input_stage, backbone, projection, draws=draws)
 
 
 def _two_examples(*shape: int) -> Tensor:
@@ -283,14 +298,13 @@ def _two_examples(*shape: int) -> Tensor:
     return torch.stack([places * 7 % 251, places * 11 % 256]).view(2, *shape)
 
 
-def _projection(config: PretrainConfig, kind: str, width: int) -> nn.Module:
-    """The way from W to D; towers that end in their own joint space keep it."""
-    tower, embed_dim = getattr(config.model, kind), config.model.embed_dim
-    if ends_in_joint_space(tower):
+def _projection(config: TowerConfig, kind: str, width: int, embed_dim: int) -> nn.Module:
+    """The projection from W to D; backbones with a projection of their own need none."""
+    if ends_in_joint_space(config):
         if width != embed_dim:
             raise InputError(
-                f"model.embed_dim={embed_dim}: {tower.library}'s {tower.name} (model.{kind}) ends "
-                f"in a joint space of {width}; set embed_dim to {width}"
+                f"model.embed_dim={embed_dim}: {config.library}'s {config.name} (model.{kind}) "
+                f"ends in a joint space of {width}; set embed_dim to {width}"
             )
         return nn.Identity()
     projection = nn.Linear(width, embed_dim, bias=False)

@@ -74,7 +74,7 @@ def optimizer_bytes(
     """
     strategy = config.engine.strategy
     of_all = FLOAT_BYTES * num_trained
-    tuning = read_deepspeed_file(config)
+    tuning = read_deepspeed_file(config.engine)
     gradients = of_all  # whole on every rank until the last micro-batch, whatever is shared later
     moments = 2 * of_all
     if strategy in ("ddp", "zero0"):

@@ -38,9 +38,9 @@ from pretrain.distributed.start import (
     build_engine,
     start_accelerator,
 )
-from pretrain.model.contrastive_model import PairInputs, build_model
-from pretrain.model.tokenizer import build_tokenizer
+from pretrain.model.contrastive_model import PairInputs
 from pretrain.training.optimizer import build_optimizer
+from tests.support.toy_towers import build_toy_model
 
 NUM_PROCESSES = 2
 NUM_SAVES = 4
@@ -103,10 +103,14 @@ def config_of(folder: Path, strategy: str) -> PretrainConfig:
 
 def engine_of(config: PretrainConfig) -> Engine:
     """An engine that has done a step: the first of a process takes longer, whatever was loaded."""
-    accelerator = start_accelerator(config)
-    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    accelerator = start_accelerator(config.engine, run=config.run)
+    model = build_toy_model(config)
     engine = build_engine(
-        config, accelerator, model=model, optimizer=build_optimizer(config, model)
+        accelerator,
+        strategy=config.engine.strategy,
+        model=model,
+        optimizer=build_optimizer(config, model),
+        gradient_clipping=config.optimizer.gradient_clipping,
     )
     take_step(engine)
     return engine

@@ -23,12 +23,11 @@ import torch
 from pretrain.checkpoint import open_whole
 from pretrain.checkpoints.state import PARAMETER, read_whole
 from pretrain.config import PretrainConfig
-from pretrain.model.contrastive_model import build_model
-from pretrain.model.tokenizer import build_tokenizer
 from pretrain.moments import EVENT
 from pretrain.run.attempts import read_attempts, read_metrics
 from tests.support.gloo_processes import ProcessGroup
 from tests.support.toy_run import toy_config, write_toy_data
+from tests.support.toy_towers import build_toy_model
 
 NUM_STEPS = 6
 SECONDS_TO_END = 40  # of an attempt, or of processes whose peer was killed
@@ -234,7 +233,7 @@ class Undisturbed:
 
 def first_state(config):
     """ "<key>/<name>" -> values of all parameters before the first step."""
-    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    model = build_toy_model(config)
     return {f"{PARAMETER}/{name}": p.detach().flatten() for name, p in model.named_parameters()}
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from pretrain.model.contrastive_model import ContrastiveModel, PairInputs, build_model
+from pretrain.model.contrastive_model import ContrastiveModel, PairInputs
 from pretrain.model.sample_dropout import Draws
 from pretrain.model.tokenizer import build_tokenizer
 from tests.support.toy_run import toy_config
-from tests.support.toy_towers import TINY_BERT, write_clip_tokenizer
+from tests.support.toy_towers import TINY_BERT, build_toy_model, write_clip_tokenizer
 
 NUM_PAIRS = 8
 VIT = {
@@ -72,7 +72,7 @@ class Pairs:
 
     def build_model(self, config) -> ContrastiveModel:
         """In float64 and training, with equal weights each time."""
-        return build_model(config, tokenizer=self.tokenizer).double().train()
+        return build_toy_model(config, self.tokenizer).double().train()
 
     def micro_batch(self, rows: slice, *, step: int, num_tokens: int = 24) -> dict[str, PairInputs]:
         """What a rank or a micro-batch encodes."""

@@ -7,6 +7,10 @@ import open_clip
 import torch
 from open_clip.tokenizer import default_bpe
 
+from pretrain.config import PretrainConfig
+from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+
 TINY_BERT = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -16,6 +20,18 @@ TINY_BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+def build_toy_model(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> ContrastiveModel:
+    """Builds the model of a whole config."""
+    return build_model(
+        config.model,
+        image=config.image,
+        audio=config.audio,
+        pairings=config.pairings,
+        seed=config.seed,
+        tokenizer=tokenizer or build_tokenizer(config.model.text),
+    )
 
 
 def write_clip_tokenizer(folder: Path) -> Path:

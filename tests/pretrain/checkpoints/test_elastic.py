@@ -11,12 +11,11 @@ from pretrain.distributed.start import (
     build_engine,
     start_accelerator,
 )
-from pretrain.model.contrastive_model import build_model
-from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.optimizer import build_optimizer
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 from tests.support.toy_state import writer_of
+from tests.support.toy_towers import build_toy_model
 
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 ENGINES = [(strategy, count) for strategy in STRATEGIES for count in (1, 2, 4)]
@@ -43,10 +42,16 @@ def engine_of(toy_data, folder, strategy):
     config = toy_config(
         toy_data, folder, engine={"strategy": strategy}, image={"size": 160}, model=FROZEN
     )
-    accelerator = start_accelerator(config)
-    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    accelerator = start_accelerator(config.engine, run=config.run)
+    model = build_toy_model(config)
     optimizer = build_optimizer(config, model)
-    return build_engine(config, accelerator, model=model, optimizer=optimizer)
+    return build_engine(
+        accelerator,
+        strategy=config.engine.strategy,
+        model=model,
+        optimizer=optimizer,
+        gradient_clipping=config.optimizer.gradient_clipping,
+    )
 
 
 def save(toy_data, folder, strategy):

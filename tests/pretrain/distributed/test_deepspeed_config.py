@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[3]
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization: stage=3: .* engine\.strategy"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "unknown key 'zero_quantized"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device: .*'nvme'"),
-        ({"zero_optimization": {"stage3_prefetch_bucket_size": 1}}, "zero3 alone, found zero2"),
+        ({"zero_optimization": {"stage3_prefetch_bucket_size": 1}}, "zero3 only, found zero2"),
     ],
 )
 def test_a_deepspeed_file_tunes_and_nothing_else(toy_data, tmp_path, content, expected):
     (tmp_path / "deepspeed.json").write_text(json.dumps(content))
     engine = {"strategy": "zero2", "deepspeed_config": tmp_path / "deepspeed.json"}
     with pytest.raises(ConfigError, match=expected):
-        check_engine(toy_config(toy_data, tmp_path / "run", engine=engine))
+        check_engine(toy_config(toy_data, tmp_path / "run", engine=engine).engine, trackers=[])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero0"])
@@ -36,13 +36,13 @@ def test_a_deepspeed_file_without_effect_is_refused(toy_data, tmp_path, strategy
     (tmp_path / "deepspeed.json").write_text("{}")
     engine = {"strategy": strategy, "deepspeed_config": tmp_path / "deepspeed.json"}
     with pytest.raises(ConfigError, match=f"nothing in it has an effect .*{strategy}"):
-        check_engine(toy_config(toy_data, tmp_path / "run", engine=engine))
+        check_engine(toy_config(toy_data, tmp_path / "run", engine=engine).engine, trackers=[])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=str)
 def test_every_deepspeed_file_that_comes_along_is_accepted(toy_data, tmp_path, path):
     strategy = path.stem.partition("_")[0]
     engine = {"strategy": strategy, "deepspeed_config": path, "precision": "bf16"}
-    settings = deepspeed_settings(toy_config(toy_data, tmp_path / "run", engine=engine))
+    settings = deepspeed_settings(toy_config(toy_data, tmp_path / "run", engine=engine).engine)
     assert settings["zero_optimization"]["stage"] == int(strategy[-1])
     assert settings["torch_autocast"]["lower_precision_safe_modules"] == []

@@ -15,7 +15,7 @@ from tests.support.toy_run import toy_config
 def test_a_gpu_that_is_not_there_is_named(tmp_path):
     config = toy_config(tmp_path, tmp_path, engine={"device": "cuda"})
     with pytest.raises(InputError, match=r"engine\.device=cuda: torch sees no GPU"):
-        start_accelerator(config)
+        start_accelerator(config.engine, run=config.run)
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
@@ -24,7 +24,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     run = config.run.model_copy(update={"trackers": ["wandb"]})
     config = config.model_copy(update={"run": run})
     with pytest.raises(InputError, match="wandb is not installed; pip install"):
-        check_engine(config)
+        check_engine(config.engine, trackers=config.run.trackers)
 
 
 def deterministic_step(config):

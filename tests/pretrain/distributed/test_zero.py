@@ -19,7 +19,6 @@ from pretrain.distributed.start import (
     build_engine,
     start_accelerator,
 )
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.train import build_step, open_step_loader
@@ -29,6 +28,7 @@ from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import assert_same_run, train
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_run import toy_config
+from tests.support.toy_towers import build_toy_model
 
 HIGHEST_SCALE = 1.0001
 # Towers of which every kind of layer drops, and which one pairing trains with a bias.
@@ -62,9 +62,9 @@ def observe(config):
     No clipping, so that the first moments are a tenth of the first gradient.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(config.run.folder)  # where DeepSpeed would compile
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_toy_model(config, tokenizer)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loader = open_step_loader(config, tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
@@ -72,7 +72,13 @@ def observe(config):
         config, model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     optimizer = build_optimizer(config, model)
-    engine = build_engine(config, accelerator, model=model, optimizer=optimizer)
+    engine = build_engine(
+        accelerator,
+        strategy=config.engine.strategy,
+        model=model,
+        optimizer=optimizer,
+        gradient_clipping=config.optimizer.gradient_clipping,
+    )
     seen = {"dtypes": {str(each.dtype) for each in model.parameters()}}
 
     step = build_step(config, engine, num_micro_batches=num_micro_batches)
@@ -295,7 +301,7 @@ def assert_same_end(toy_data, folder, expected):
     """The metrics of every step, and parameters within 1 % of the way they went."""
     assert_same_run(folder, expected)
     config = read_config(PretrainConfig, folder / "config.yaml")
-    model = build_model(config, tokenizer=build_tokenizer(config.model.text))
+    model = build_toy_model(config)
     beginning = dict(model.named_parameters())
     final = "checkpoints/step_00000020"
     ours, theirs = (read_model_state(each / final) for each in (folder, expected))
@@ -360,4 +366,4 @@ def test_a_deepspeed_file_of_the_launcher_is_refused(toy_data, tmp_path):
 
 def start_with_file_of_launcher(config):
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "ds.json"
-    start_accelerator(config)
+    start_accelerator(config.engine, run=config.run)

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 from data_prep.errors import InputError
 from pretrain.model.activation_checkpointing import blocks_of, checkpoint_blocks, compile_towers
-from pretrain.model.contrastive_model import Tower, build_model
+from pretrain.model.contrastive_model import Tower
 from pretrain.model.sample_dropout import (
     Draws,
     SampleDropout,
@@ -16,17 +16,17 @@ from pretrain.model.sample_dropout import (
     TowerDraws,
     pair_keys,
 )
-from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_droppers import NUM_PAIRS, VIT, Pairs, dropping_config, largest_difference
 from tests.support.toy_run import toy_config
+from tests.support.toy_towers import build_toy_model
 
 
 def toy_model(folder):
     """Towers that drop nothing: ConvNeXt twice, and open_clip's text transformer."""
     config = toy_config(folder, folder / "run")
-    return build_model(config, tokenizer=build_tokenizer(config.model.text))
+    return build_toy_model(config)
 
 
 def class_names(backbone):

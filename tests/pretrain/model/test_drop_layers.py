@@ -7,14 +7,18 @@ from timm.layers import DropPath, set_fused_attn
 from torch import nn
 
 from data_prep.errors import InputError
-from pretrain.model.contrastive_model import PairInputs, build_model
+from pretrain.model.contrastive_model import PairInputs
 from pretrain.model.drop_layers import replace_drop_layers, sample_drops
 from pretrain.model.sample_dropout import Draws, SampleDropPath, SamplePatchDropout
-from pretrain.model.tokenizer import build_tokenizer
 from pretrain.model.towers import probe_backbone
 from tests.support.toy_droppers import VIT
 from tests.support.toy_run import toy_config
-from tests.support.toy_towers import TINY_BERT, write_clip_tokenizer, write_tiny_open_clip
+from tests.support.toy_towers import (
+    TINY_BERT,
+    build_toy_model,
+    write_clip_tokenizer,
+    write_tiny_open_clip,
+)
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def build_image_model(tmp_path):
     def build(**tower):
         model = toy_config(tmp_path, tmp_path / "run").model.model_dump(mode="json")
         config = toy_config(tmp_path, tmp_path / "run", model=model | {"image": tower})
-        return build_model(config, tokenizer=build_tokenizer(config.model.text)).train()
+        return build_toy_model(config).train()
 
     return build
 
@@ -160,7 +164,7 @@ def test_attention_dropout_of_a_text_tower_is_refused(tmp_path):
     model = toy_config(tmp_path, tmp_path / "run").model.model_dump(mode="json")
     config = toy_config(tmp_path, tmp_path / "run", model=model | {"text": text})
     with pytest.raises(InputError, match=r"\(BertSelfAttention; rates: dropout\.p=0\.2\)"):
-        build_model(config, tokenizer=build_tokenizer(config.model.text))
+        build_toy_model(config)
 
 
 class Layered(nn.Module):

@@ -2,10 +2,14 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from tests.support.toy_run import toy_config
-from tests.support.toy_towers import TINY_BERT, write_clip_tokenizer, write_tiny_open_clip
+from tests.support.toy_towers import (
+    TINY_BERT,
+    build_toy_model,
+    write_clip_tokenizer,
+    write_tiny_open_clip,
+)
 
 TINY_VIT = {
     "image_size": 16,
@@ -43,7 +47,7 @@ def config_with(tmp_path):
 
 
 def build(config):
-    return build_model(config, tokenizer=build_tokenizer(config.model.text))
+    return build_toy_model(config)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_a_transformers_text_tower_ignores_padding(config_with, tmp_path):
         }
     )
     tokenizer = build_tokenizer(config.model.text)
-    model = build_model(config, tokenizer=tokenizer).eval()
+    model = build_toy_model(config, tokenizer).eval()
     tokens = tokenizer(["a red circle", "a dog"])
     assert tokens.shape == (2, 12)
     longer = torch.cat([tokens, torch.full((2, 5), tokenizer.pad_id)], dim=1)

@@ -11,7 +11,6 @@ from pretrain.config import media_of_pairing
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.train import build_step, open_step_loader
@@ -21,6 +20,7 @@ from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import train
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
+from tests.support.toy_towers import build_toy_model
 
 CPU = torch.device("cpu")
 
@@ -45,9 +45,9 @@ def student_config(toy_data, folder, teacher, *, weight=0.5, **sections):
 
 def errors_of_gradients(config, num_micro_batches):
     """(of the loss, worst of a gradient), against the dense loss of one process."""
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_toy_model(config, tokenizer)
     teachers = load_teachers(config, tokenizer=tokenizer, device=CPU)
     truth = true_loss(config, model, tokenizer, teachers)
     truth.backward()
@@ -97,7 +97,7 @@ def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, tea
     teachers = load_teachers(config, tokenizer=tokenizer, device=CPU)
     model = teachers["image-text"].model.requires_grad_(True)
     engine = Engine(
-        start_accelerator(config),
+        start_accelerator(config.engine, run=config.run),
         model=model,
         optimizer=build_optimizer(config, model),
         gradient_clipping=None,

@@ -38,7 +38,7 @@ def audio_section(changes):
 
 def gradients_of(config, trims_captions=True):
     """(losses, gradients, lengths of the token batches that the text tower was given)."""
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_training_model(config, tokenizer)
     assert model.takes_trimmed_captions

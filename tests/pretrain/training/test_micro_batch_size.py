@@ -3,7 +3,6 @@ import torch
 
 from pretrain.data.batch import PairLayout, step_bytes
 from pretrain.distributed.collectives import rank
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_attempts
 from pretrain.train import open_step_loader
@@ -17,6 +16,7 @@ from pretrain.training.micro_batch_size import (
 from tests.pretrain.test_train import assert_same_run, train
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_run import toy_config
+from tests.support.toy_towers import build_toy_model
 
 GRAPHS = {"image-text": ActivationBytes(5, 10), "audio-text": ActivationBytes(0, 20)}
 PAIRS = {"image-text": 100, "audio-text": 30}
@@ -139,7 +139,7 @@ def free_for(config, num_micro_batches, *, num_processes):
     """Bytes that must be free for a rank of that many to need so many micro-batches."""
     tokenizer = build_tokenizer(config.model.text)
     loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_toy_model(config, tokenizer)
     share = {"num_processes": num_processes, "num_processes_here": 1}
     device = torch.device("cpu")
     estimate = estimate_for_plan(config, model, loader.layouts, device=device, **share)

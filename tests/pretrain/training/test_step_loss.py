@@ -13,7 +13,6 @@ from pretrain.distributed.collectives import RowGather, counted_traffic
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.train import build_step, open_step_loader
@@ -21,6 +20,7 @@ from pretrain.training.micro_batch_size import num_micro_batches_of_size
 from pretrain.training.optimizer import build_optimizer
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
+from tests.support.toy_towers import build_toy_model
 
 CHOICES = {
     "loss": ["softmax", "sigmoid"],
@@ -105,12 +105,12 @@ def taken_gradients(model):
 def errors_of_options(toy_data, folder, all_options, precision):
     """[(options, error of the loss, worst error of a gradient)] on this rank."""
     configs = [config_of(toy_data, folder, each, precision=precision) for each in all_options]
-    accelerator = start_accelerator(configs[0])
+    accelerator = start_accelerator(configs[0].engine, run=configs[0].run)
     tokenizer = build_tokenizer(configs[0].model.text)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     found = []
     for options, config in zip(all_options, configs, strict=True):
-        model = build_model(config, tokenizer=tokenizer)
+        model = build_toy_model(config, tokenizer)
         truth, expected = true_gradients(config, model, tokenizer)
         optimizer = build_optimizer(config, model)
         engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
@@ -174,9 +174,9 @@ def events_of_a_step(toy_data, folder, micro_batch_size):
     """(order of what happened, pairs encoded by each tower, collectives) of a step."""
     options = ACCEPTED[0] | {"micro_batch_size": micro_batch_size}
     config = config_of(toy_data, folder, options)
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_toy_model(config, tokenizer)
     optimizer = build_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

@@ -5,19 +5,19 @@ from torch.nn import functional
 from data_prep.errors import InputError
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.training.optimizer import build_optimizer
 from pretrain.training.validation import build_validation_sets, validate
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config, toy_members, write_toy_dataset
+from tests.support.toy_towers import build_toy_model
 
 
 def validated(config):
     """The figures, and the untrained model's features of all pairs."""
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
-    model = build_model(config, tokenizer=tokenizer)
+    model = build_toy_model(config, tokenizer)
     optimizer = build_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     [held_out] = build_validation_sets(config, tokenizer=tokenizer)
@@ -58,7 +58,7 @@ def test_a_held_out_pair_that_does_not_decode_is_named(toy_data, tmp_path, monke
     def with_one_bad(media, number):
         return toy_members(media, number) | ({"png": b"GIF89a"} if number == 3 else {})
 
-    monkeypatch.setattr("toy_run.toy_members", with_one_bad)
+    monkeypatch.setattr("tests.support.toy_run.toy_members", with_one_bad)
     bad = write_toy_dataset(tmp_path / "bad", "image", shard_sizes=(8,))
     config = validating(toy_data, tmp_path, bad, 4)
     tokenizer = build_tokenizer(config.model.text)
