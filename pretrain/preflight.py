@@ -46,7 +46,7 @@ from pretrain.nodes.checks import (
     measure_exchanges,
     meet,
 )
-from pretrain.nodes.facts import sum_of_config
+from pretrain.nodes.facts import checksum_of_config
 from pretrain.nodes.meeting import Meeting
 from pretrain.nodes.verdict import Problem, answer_to_script, bad_nodes, judge, table
 from pretrain.run.fork import config_of_fork
@@ -88,7 +88,7 @@ def find_problems(meeting: Meeting, config: PretrainConfig) -> list[Problem]:
         settings,
         hosts=hosts,
         device=device,
-        config_sum=sum_of_config(config),
+        config_checksum=checksum_of_config(config),
         datasets=sorted({s.dataset for p in config.pairings.values() for s in p.all_sources}),
         folder=config.run.folder,
         checkpoints=config.run.checkpoints,

@@ -1,13 +1,15 @@
-"""Decides whether the Slurm job of a run is to be queued again; slurm/pretrain.sbatch asks it.
+"""Decides whether the Slurm job of a run is requeued, for slurm/pretrain.sbatch.
 
     python -m pretrain.requeue configs/pretrain/demo.yaml [section.key=value ...]
 
-Takes the arguments of pretrain.train. Exit status 0: queue the job again; 1: do not, and why;
-3: this start has finished the run, whatever status its processes ended with.
+Takes the arguments of pretrain.train. Exit status 0: the job is requeued. 1: it is not, for the
+printed reason. 3: this start has finished the run, whatever status its processes ended with.
 
-A run that heard a signal goes on. One that failed goes on too, for a node may be to blame, unless
-its loss is not finite; and none goes on whose last three attempts saved no step further, or whose
-job was started three times without an attempt at the run.
+A run that a signal stopped continues. A run that failed continues too, since a node may be the
+cause, unless its loss is not finite. A run does not continue if
+
+    - its last three attempts saved no checkpoint at a later step, or
+    - its job was started three times without an attempt at the run.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ STATUS_OF_FINISHED = 3
 
 
 def run(config: PretrainConfig) -> None:
-    """Says whether the job is to be queued again; ends with another status than 0 if not."""
+    """Prints whether the job is requeued; exits with status 1 or 3 if not."""
     folder = config_of_fork(config).run.folder
     checkpoints = store_of_run(str(folder)).checkpoints()
     last_checkpoint = checkpoints[0].step if checkpoints else 0
@@ -50,71 +52,72 @@ def run(config: PretrainConfig) -> None:
             say(f"attempt {attempts[-1].attempt}: {cause}")
     try:
         refuse_starts_without_attempt(attempts, os.environ)
-        reason = reason_to_go_on(attempts, last_checkpoint=last_checkpoint)
+        reason = reason_to_continue(attempts, last_checkpoint=last_checkpoint)
     except RunError as error:
-        say(f"{folder}: not queued again: {error}")
-        # An earlier job may have finished it: then this one, which came to no attempt, has failed.
+        say(f"{folder}: not requeued: {error}")
+        # If an earlier job finished the run, this one, which made no attempt, has failed.
         ended_it = bool(attempts) and is_of_this_start(attempts[-1], os.environ)
         is_finished = ended_it and attempts[-1].outcome == "finished"
         sys.exit(STATUS_OF_FINISHED if is_finished else 1)
-    say(f"{folder}: queued again: {reason}")
+    say(f"{folder}: requeued: {reason}")
 
 
 def refuse_starts_without_attempt(
     attempts: Sequence[Attempt], environment: Mapping[str, str]
 ) -> None:
-    """
+    """Refuses a job whose newest starts ended before they claimed an attempt.
+
     Args:
-        attempts: all at the run, oldest first.
+        attempts: all attempts at the run, oldest first.
         environment: of the job.
 
     Raises:
-        RunError: as many starts of the job as `ATTEMPTS_WITHOUT_A_STEP` ended before they claimed
-            an attempt.
+        RunError: if there are `ATTEMPTS_WITHOUT_A_STEP` such starts or more.
     """
     job = environment.get("SLURM_JOB_ID")
     if job is None or not attempts:
         return
     started = restarts_of_job(environment) + 1
     of_job = [attempt.job_restarts + 1 for attempt in attempts if attempt.job == job]
-    in_vain = started - max(of_job, default=0)
-    if in_vain >= ATTEMPTS_WITHOUT_A_STEP:
+    without_attempt = started - max(of_job, default=0)
+    if without_attempt >= ATTEMPTS_WITHOUT_A_STEP:
         raise RunError(
-            f"the last {in_vain} starts of job {job} ended before the run began; its log says why"
+            f"the last {without_attempt} starts of job {job} ended before the run started; see "
+            "the job's log"
         )
 
 
-def reason_to_go_on(attempts: Sequence[Attempt], *, last_checkpoint: int) -> str:
-    """Why a run is to be started again.
+def reason_to_continue(attempts: Sequence[Attempt], *, last_checkpoint: int) -> str:
+    """Returns why a run is started again.
 
     Args:
-        attempts: all at the run, oldest first.
-        last_checkpoint: step that the next one would begin from.
+        attempts: all attempts at the run, oldest first.
+        last_checkpoint: step that the next attempt would resume from.
 
     Raises:
-        RunError: it is not to be; it says why.
+        RunError: if the run is not started again, with the reason.
     """
     if not attempts:
-        raise RunError("no attempt has claimed the run: see what it said when it started")
+        raise RunError("no attempt has claimed the run; see the job's log")
     newest = attempts[-1]
     if newest.outcome == "finished":
         raise RunError("the run has finished")
     if newest.outcome == "superseded":
-        raise RunError("a newer attempt is at work")
+        raise RunError("a newer attempt is running")
     signals = [number.name for number in STOP_SIGNALS]
     if newest.outcome == "stopped" and newest.stop_cause not in signals:
-        raise RunError(f"the run was told to stop by {newest.stop_cause or 'its config'}")
+        raise RunError(f"the run was stopped by {newest.stop_cause or 'its config'}")
     if newest.outcome.startswith(f"failed: {DivergedError.__name__}"):
-        raise RunError(f"the run cannot go on by itself: {newest.outcome}")
+        raise RunError(f"the run cannot continue by itself: {newest.outcome}")
     last = attempts[-ATTEMPTS_WITHOUT_A_STEP:]
     starts = [each.from_step for each in last if each.from_step is not None]
-    # By what is saved: steps that the next attempt takes again are no progress, and one that was
-    # killed could not say how far it came.
+    # Progress is what was saved: the next attempt repeats all later steps, and an attempt that was
+    # killed could not record its last step.
     has_saved = last_checkpoint > min(starts, default=last_checkpoint)
     if len(last) == ATTEMPTS_WITHOUT_A_STEP and not has_saved:
         raise RunError(
-            f"none of the last {len(last)} attempts came a step further; the newest: "
-            f"{newest.outcome} (python -m pretrain.status tells more)"
+            f"none of the last {len(last)} attempts saved a later step; the newest: "
+            f"{newest.outcome} (for details: python -m pretrain.status)"
         )
     if newest.outcome == "stopped":
         return f"stopped by {newest.stop_cause} at step {newest.to_step}"
@@ -122,7 +125,7 @@ def reason_to_go_on(attempts: Sequence[Attempt], *, last_checkpoint: int) -> str
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command and returns its exit status."""
     return run_command(PretrainConfig, run=run, dry_run=lambda _: None, description=__doc__)
 
 

@@ -1,9 +1,9 @@
-"""Says where a run stands, from any machine that sees its folder: a login node, for one.
+"""Prints the status of a run on any machine that sees its folder, such as a login node.
 
     python -m pretrain.status runs/mine
 
-Progress with its projected end, the newest figures, the newest checkpoint, every attempt with how
-it ended, and whether the run lives. It reads files alone, and needs no GPU and no torch.
+Prints the state of the run, its progress with the projected end, the newest metrics, the
+checkpoints, and how every attempt ended. Reads files only; needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from pretrain.monitoring.progress_log import in_words
 from pretrain.run.attempts import Attempt, read_attempts, read_metrics
 from pretrain.run.end_causes import causes_of_end
 
-NUM_ROWS = 20  # of metrics that the pace is taken from
+NUM_ROWS = 20  # rows of metrics that the pace is computed from
 LONGEST_OUTCOME = 160  # characters
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What is known of a run."""
+    """Status of a run, as far as its files show it."""
 
     folder: Path
     state: str
-    detail: str  # why the state is what it is; may be empty
+    detail: str  # reason for the state; may be empty
     step: int
     num_steps: int | None
     attempts: list[Attempt]
-    rows: list[dict[str, Any]]  # of metrics
-    checkpoints: list[int]  # steps, the newest first
+    rows: list[dict[str, Any]]  # metrics
+    checkpoints: list[int]  # steps, newest first
     updated: datetime | None
 
     def seconds_left(self) -> float | None:
-        """To the last step, at the pace of the newest rows; None where there is none."""
+        """Estimates the time to the last step from the newest metrics; None without metrics."""
         rows = [row for row in self.rows if "samples_per_second" in row][-NUM_ROWS:]
         if self.num_steps is None or len(rows) < 2:
             return None
@@ -59,26 +59,26 @@ class RunStatus:
 
 
 def read_status(folder: Path, *, at: datetime) -> RunStatus:
-    """What the files of a run say.
+    """Reads the status of a run from its files.
 
     Args:
-        folder: of the run.
-        at: the time now.
+        folder: run folder.
+        at: current time.
 
     Raises:
-        InputError: it is no run's.
+        InputError: if the folder is not a run folder.
     """
     if not (folder / "config.yaml").exists():
         raise InputError(
             f"{folder}: expected the folder of a run, found no config.yaml in it; "
-            "python -m pretrain.train makes one as it starts"
+            "python -m pretrain.train creates it when a run starts"
         )
     config = read_yaml(folder / "config.yaml")
     attempts = read_attempts(folder)
     written = _read_json(folder / "status.json")
     rows = read_metrics(folder)
     updated = datetime.fromisoformat(written["updated"]) if written else None
-    state, detail = _state_of(attempts, written, at=at, engine=config.get("engine", {}))
+    state, detail = _state(attempts, written, at=at, engine=config.get("engine", {}))
     return RunStatus(
         folder=folder,
         state=state,
@@ -96,34 +96,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _state_of(
+def _state(
     attempts: Sequence[Attempt], written: dict[str, Any], *, at: datetime, engine: dict[str, Any]
 ) -> tuple[str, str]:
     if not attempts:
-        return "not begun", "no attempt has claimed the run"
+        return "not started", "no attempt has claimed the run"
     newest = attempts[-1]
     if newest.outcome != "running":
         return newest.outcome, f"by {newest.stop_cause}" if newest.stop_cause else ""
     is_own = written.get("attempt") == newest.attempt
-    heard = datetime.fromisoformat(written["updated"] if is_own else newest.started)
+    last_sign = datetime.fromisoformat(written["updated"] if is_own else newest.started)
     key = "timeout_seconds" if is_own else "start_timeout_seconds"
     timeout = float(engine.get(key, Engine.model_fields[key].default))
-    # After so long no process of a run that hangs is left.
-    if at - heard > timedelta(seconds=END_SHARE * timeout):
+    # By then, the hang watch has ended all processes of a run that hangs.
+    if at - last_sign > timedelta(seconds=END_SHARE * timeout):
         return "silent", (
-            f"attempt {newest.attempt} has not been heard of for {in_words(at - heard)}: its nodes "
-            "were lost, or it was killed; start it again and it goes on from its checkpoint"
+            f"attempt {newest.attempt} has written nothing for {in_words(at - last_sign)}: its "
+            "nodes were lost or it was killed; start the run again to resume from its checkpoint"
         )
     if not is_own:
-        return "starting", f"attempt {newest.attempt} has done no step yet"
+        return "starting", f"attempt {newest.attempt} has not finished a step yet"
     return "running", ""
 
 
 def status_lines(status: RunStatus, *, at: datetime) -> list[str]:
-    """What a person is told."""
+    """Formats a status as lines of text."""
     state = f"{status.state}: {status.detail}" if status.detail else status.state
     lines = [f"{status.folder}: {state}", f"  {_progress(status, at=at)}"]
-    lines += [f"  {line}" for line in _newest_figures(status.rows)]
+    lines += [f"  {line}" for line in _newest_metrics(status.rows)]
     if status.checkpoints:
         lines.append("  checkpoints: step " + ", ".join(f"{step:,}" for step in status.checkpoints))
     else:
@@ -149,7 +149,7 @@ def _progress(status: RunStatus, *, at: datetime) -> str:
     return " ".join(words).replace(" ;", ";")
 
 
-def _newest_figures(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _newest_metrics(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     steps = [row for row in rows if "samples_per_second" in row]
     if steps:
@@ -163,10 +163,10 @@ def _newest_figures(rows: Sequence[dict[str, Any]]) -> list[str]:
     validations = [row for row in rows if "validation" in row]
     if validations:
         row = validations[-1]
-        figures = "; ".join(
+        losses = "; ".join(
             f"{name} loss {values['loss']:.4g}" for name, values in row["validation"].items()
         )
-        lines.append(f"validation at step {row['step']:,}: {figures}")
+        lines.append(f"validation at step {row['step']:,}: {losses}")
     return lines
 
 
@@ -181,7 +181,7 @@ def _attempt_line(attempt: Attempt) -> str:
     job = "" if attempt.job is None else f", job {attempt.job}"
     if attempt.job_restarts:
         job += f" restarted {attempt.job_restarts} times"
-    outcome = attempt.outcome  # a failure's whole message is in the attempt's file
+    outcome = attempt.outcome  # the attempt's file holds the whole message of a failure
     if len(outcome) > LONGEST_OUTCOME:
         outcome = f"{outcome[:LONGEST_OUTCOME]} ..."
     return (
@@ -191,12 +191,12 @@ def _attempt_line(attempt: Attempt) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--dry-run", action="store_true", help="only check that it is a run's")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--dry-run", action="store_true", help="only check that it is a run folder")
     options = parser.parse_args(arguments)
     now = datetime.now(UTC)
     try:

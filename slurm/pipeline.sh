@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submits everything, each step after the one before: shards, training, evaluation.
+# Submits shards, training and evaluation; each step starts after the one before has succeeded.
 #
 #   PARTS=16 slurm/pipeline.sh --nodes 4 --gpus-per-node 8 -- \
 #       configs/data_prep/images.yaml configs/pretrain/images.yaml configs/eval/images.yaml
 #
-# What stands before -- goes to sbatch for training and evaluation. Several datasets: their configs
-# joined by commas. PARTS jobs, of CPUS cores each, make the shards of each.
+# Options before -- go to sbatch for training and evaluation. Separate the configs of several
+# datasets by commas. PARTS jobs with CPUS cores each write the shards of each dataset.
 set -euo pipefail
 
 options=()

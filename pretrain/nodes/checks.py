@@ -74,7 +74,7 @@ def find_facts(
     *,
     hosts: Sequence[str],
     device: torch.device,
-    config_sum: str,
+    config_checksum: str,
     datasets: Sequence[str],
     folder: Path,
     checkpoints: str,
@@ -85,7 +85,7 @@ def find_facts(
         settings: config section `preflight`.
         hosts: [ranks] names of their machines.
         device: device of this rank.
-        config_sum: checksum of the whole config.
+        config_checksum: checksum of the whole config.
         datasets: folders or URLs of the training data.
         folder: run folder, created if missing.
         checkpoints: folder or URL of the checkpoints.
@@ -109,7 +109,7 @@ def find_facts(
         local_rank=local_rank,
         node=names_of_nodes(hosts).index(host),
         device=device,
-        config_sum=config_sum,
+        config_checksum=config_checksum,
         datasets=datasets,
         folders=[folder, checkpoints],
         report=lambda activity: meeting.send("activity", activity),

@@ -39,7 +39,7 @@ class MachineFacts:
     rank: int
     host: str
     versions: dict[str, str] = field(default_factory=dict)
-    config_sum: str = ""
+    config_checksum: str = ""
     gpu_free_fraction: float | None = None  # None without a GPU
     shard_megabytes_per_second: float | None = None  # None if another rank of the node reads
     free_bytes: dict[str, int] = field(default_factory=dict)  # folder -> free bytes of its disk
@@ -50,7 +50,7 @@ def versions_here(device: torch.device) -> dict[str, str]:
     """Returns the versions of everything that computes, and a checksum of this project's code."""
     found = {name: version(name) for name in LIBRARIES}
     found |= {"python": platform.python_version(), "processor": platform.machine()}
-    found["isopair's sources"] = sum_of_sources()
+    found["isopair's sources"] = checksum_of_sources()
     if device.type == "cuda":
         found["GPU"] = torch.cuda.get_device_name(device)
         found["CUDA"] = str(torch.version.cuda)
@@ -58,7 +58,7 @@ def versions_here(device: torch.device) -> dict[str, str]:
     return found
 
 
-def sum_of_sources() -> str:
+def checksum_of_sources() -> str:
     """Computes a checksum of this project's code."""
     root = Path(__file__).parents[2]
     total = hashlib.sha256()
@@ -68,7 +68,7 @@ def sum_of_sources() -> str:
     return total.hexdigest()[:12]
 
 
-def sum_of_config(config: Section) -> str:
+def checksum_of_config(config: Section) -> str:
     """Computes a checksum of all settings, including those that may differ between attempts."""
     return hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
 
@@ -172,7 +172,7 @@ def gather_facts(
     local_rank: int,
     node: int,
     device: torch.device,
-    config_sum: str,
+    config_checksum: str,
     datasets: Sequence[str],
     folders: Sequence[Path | str],
     report: Callable[[str], None],
@@ -185,7 +185,7 @@ def gather_facts(
         local_rank: rank on its machine; local rank 0 reads shards and checks disks.
         node: index of its machine.
         device: device that it trains on.
-        config_sum: checksum of the whole config.
+        config_checksum: checksum of the whole config.
         datasets: folders or URLs of the training data.
         folders: where the run writes.
         report: called with the current activity, for the log of a rank that is late.
@@ -193,7 +193,7 @@ def gather_facts(
     facts = MachineFacts(rank, machine_name())
     report("reading versions")
     facts.versions = versions_here(device)
-    facts.config_sum = config_sum
+    facts.config_checksum = config_checksum
     facts.gpu_free_fraction = gpu_free_fraction(device)
     if local_rank == 0:
         report("reading shards")

@@ -76,7 +76,7 @@ def judge(
 def _different(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
     """Ranks whose config or versions differ from those of the majority."""
     ranks = [(node.name, rank) for node in nodes for rank in node.ranks]
-    found = {"config": [rank.config_sum for _, rank in ranks]}
+    found = {"config": [rank.config_checksum for _, rank in ranks]}
     for name in sorted({name for _, rank in ranks for name in rank.versions}):
         found[name] = [rank.versions.get(name, "missing") for _, rank in ranks]
     for name, values in found.items():

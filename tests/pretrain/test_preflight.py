@@ -2,9 +2,12 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
+from data_prep.config_file import to_yaml
 from data_prep.errors import RunError
 from pretrain.distributed.launcher import hosts_of_slurm_ranks
 from pretrain.nodes.bandwidth import Bandwidth, node_pairs
@@ -26,7 +29,7 @@ def nodes_of(count, **changes):
                 rank=2 * number + n,
                 host=f"node{number + 1}",
                 versions={"torch": "2.13", "NCCL": "2.28"},
-                config_sum="abc",
+                config_checksum="abc",
                 gpu_free_fraction=0.99,
                 shard_megabytes_per_second=500.0 if n == 0 else None,
                 free_bytes={"runs/x": 100 * GIGABYTE},
@@ -82,7 +85,7 @@ def test_nodes_that_are_well_have_no_problem():
         (3, {"gpu_free_fraction": 0.4}, {}, "GPU has 40% of its memory free, less than"),
         (3, {"problems": ["x.tar: No such file"]}, {}, "x.tar: No such file"),
         (3, {"versions": {"torch": "2.12", "NCCL": "2.28"}}, {}, "torch is 2.12, elsewhere 2.13"),
-        (3, {"config_sum": "xyz"}, {}, "config is xyz, elsewhere abc"),
+        (3, {"config_checksum": "xyz"}, {}, "config is xyz, elsewhere abc"),
         (
             3,
             {"shard_megabytes_per_second": 5.0},
@@ -107,7 +110,7 @@ def test_no_node_is_blamed_for_what_all_share():
     [(node, text)] = problems_of(nodes_of(2), checkpoint_bytes=60 * GIGABYTE)
     assert node is None
     assert text.startswith("runs/x: 100.00 GB are free, and 120.00 GB needed")
-    [(node, text)] = problems_of(nodes_of(2, config_sum="xyz"))
+    [(node, text)] = problems_of(nodes_of(2, config_checksum="xyz"))
     assert node is None
     assert "config is xyz, elsewhere abc (node2; no majority decides which is right)" in text
 
@@ -281,3 +284,24 @@ def test_alone_it_checks_what_needs_no_other(toy_data, tmp_path, monkeypatch, ca
         preflight(lacking)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         os.environ.pop(name, None)
+
+
+def test_the_command_keeps_standard_output_for_the_batch_script(toy_data, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(toy_config(toy_data, tmp_path / "run")))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    for override, status, words in (
+        ("preflight.checkpoints_to_fit=1", 0, "preflight: all is well"),
+        (f"preflight.checkpoints_to_fit={10**9}", 1, "a run should not start here"),
+    ):
+        finished = subprocess.run(
+            [sys.executable, "-m", "pretrain.preflight", config, override],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == status, finished.stderr
+        assert finished.stdout == ""
+        assert words in finished.stderr

@@ -1,4 +1,4 @@
-"""When the job of a run is queued again, and when not."""
+"""Requeueing: which runs continue and which do not."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.config_file import to_yaml
 from data_prep.errors import RunError
-from pretrain.requeue import main, reason_to_go_on
+from pretrain.requeue import main, reason_to_continue
 from pretrain.run.attempts import Attempt, write_attempt
 from tests.support.toy_run import toy_config
 
@@ -31,8 +31,8 @@ DIED_EARLY = attempt(1, "did not end", steps=(None, None))
 
 
 def reason_of(attempts):
-    """With a checkpoint at the last step that any attempt says it came to."""
-    return reason_to_go_on(
+    """Returns the reason, with a checkpoint at the last step of all attempts."""
+    return reason_to_continue(
         attempts, last_checkpoint=max((a.to_step or 0 for a in attempts), default=0)
     )
 
@@ -57,14 +57,14 @@ def test_a_run_that_may_come_further_goes_on(attempts, reason):
     [
         ([], "no attempt has claimed the run"),
         ([attempt(1, "finished")], "has finished"),
-        ([attempt(1, "superseded")], "a newer attempt is at work"),
-        ([attempt(1, "stopped", stop_cause="file STOP")], "told to stop by file STOP"),
-        ([attempt(1, "stopped")], "told to stop by its config"),
+        ([attempt(1, "superseded")], "a newer attempt is running"),
+        ([attempt(1, "stopped", stop_cause="file STOP")], "was stopped by file STOP"),
+        ([attempt(1, "stopped")], "was stopped by its config"),
         (
             [attempt(1, "failed: DivergedError('step 5: loss of image-text is nan')")],
-            "cannot go on by itself",
+            "cannot continue by itself",
         ),
-        ([STUCK, DIED_EARLY, STUCK], "none of the last 3 attempts came a step further"),
+        ([STUCK, DIED_EARLY, STUCK], "none of the last 3 attempts saved a later step"),
         ([attempt(n, "stopped", stop_cause="SIGTERM", steps=(5, 5)) for n in range(4)], "none of"),
     ],
 )
@@ -76,10 +76,10 @@ def test_a_run_that_cannot_or_shall_not_go_on_does_not(attempts, reason):
 @pytest.mark.parametrize(
     ("outcomes", "status", "told"),
     [
-        (("failed: OSError()",), 0, "queued again: attempt 0001: failed: OSError()"),
-        (("stopped", "finished"), 3, "not queued again: the run has finished"),
-        (("superseded",), 1, "not queued again: a newer attempt is at work"),
-        ((), 1, "not queued again: no attempt has claimed the run"),
+        (("failed: OSError()",), 0, "requeued: attempt 0001: failed: OSError()"),
+        (("stopped", "finished"), 3, "not requeued: the run has finished"),
+        (("superseded",), 1, "not requeued: a newer attempt is running"),
+        ((), 1, "not requeued: no attempt has claimed the run"),
     ],
 )
 def test_the_command_answers_by_its_exit_status(
@@ -114,7 +114,7 @@ def test_a_job_that_came_to_no_attempt_has_not_finished_the_run(
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code == status
-    assert "not queued again: the run has finished" in capsys.readouterr().out
+    assert "not requeued: the run has finished" in capsys.readouterr().out
 
 
 def test_a_fork_is_asked_for_itself(toy_data, tmp_path, monkeypatch, capsys):
@@ -131,7 +131,7 @@ def test_a_fork_is_asked_for_itself(toy_data, tmp_path, monkeypatch, capsys):
 
 def test_progress_is_what_was_saved():
     killed = [attempt(n, "did not end", steps=(100 * n, None)) for n in range(1, 4)]
-    assert "did not end" in reason_to_go_on(killed, last_checkpoint=400)
+    assert "did not end" in reason_to_continue(killed, last_checkpoint=400)
     again = [attempt(n, "failed: OSError()", steps=(100, 150)) for n in range(3)]
-    with pytest.raises(RunError, match="none of the last 3 attempts came a step further"):
-        reason_to_go_on(again, last_checkpoint=100)
+    with pytest.raises(RunError, match="none of the last 3 attempts saved a later step"):
+        reason_to_continue(again, last_checkpoint=100)

@@ -1,4 +1,4 @@
-"""What pretrain.status says of runs that live, stopped, finished or fell silent."""
+"""Status of runs that are running, stopped, finished or silent."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ NOW = datetime(2026, 11, 27, 12, 0, tzinfo=UTC)
 
 
 def write_run(folder, *, state, seconds_ago, attempts=({},)):
-    """A run of 1,000 steps of 64 samples, of which 400 are done at 3,200 samples a second."""
+    """Writes a run of 1,000 steps of 64 samples, at step 400, with 3,200 samples per second."""
     (folder / "attempts").mkdir(parents=True)
     (folder / "metrics").mkdir()
     (folder / "config.yaml").write_text("engine: {timeout_seconds: 600}\nrun: {}\n")
@@ -69,10 +69,10 @@ def test_a_run_that_lives_has_a_projected_end(tmp_path):
     ("seconds_ago", "attempts", "expected"),
     [
         (890, ({},), "running"),
-        (910, ({},), "silent: attempt 0001 has not been heard of for 15 min 10 s: its nodes"),
+        (910, ({},), "silent: attempt 0001 has written nothing for 15 min 10 s: its nodes"),
         (10, ({"outcome": "failed: ValueError('x')"},), "failed: ValueError('x')"),
         (10, ({"outcome": "stopped", "stop_cause": "STOP"},), "stopped: by STOP"),
-        (10, (), "not begun: no attempt has claimed the run"),
+        (10, (), "not started: no attempt has claimed the run"),
     ],
 )
 def test_the_state_is_that_of_the_newest_attempt(tmp_path, seconds_ago, attempts, expected):
@@ -88,7 +88,7 @@ def test_an_attempt_that_has_done_no_step_is_starting(tmp_path):
     status = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps(status | {"attempt": "0001"}))
     lines = lines_of(folder)
-    assert lines[0] == f"{folder}: starting: attempt 0002 has done no step yet"
+    assert lines[0] == f"{folder}: starting: attempt 0002 has not finished a step yet"
     assert "; ends" not in lines[1]
     assert lines[-1].endswith("node2: no step, running")
 

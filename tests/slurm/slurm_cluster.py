@@ -1,15 +1,15 @@
-"""A real Slurm on one Debian machine, with nodes that can be made to fail; for root.
+"""Real Slurm cluster on one Debian machine, whose nodes can be made to fail; needs root.
 
     python tests/slurm/slurm_cluster.py start 3
     export SLURM_CONF=/run/isopair-slurm/slurm.conf
     python tests/slurm/slurm_cluster.py crash node2    boot, unplug, plug, freeze, thaw, ...
     python tests/slurm/slurm_cluster.py stop
 
-A node is a set of Linux namespaces (network, processes, mounts, host name, IPC) with a slurmd of
-its own. Nodes reach one another and this machine by veth pairs, and nothing else: they have no
-default route. The file system is shared, as by NFS; /dev/shm is each node's own. Partitions: main,
-and low, which main preempts. Times are shortened: a node that is silent for 10 s is down, a killed
-job has 5 s, a preempted one 15 s, and a requeued one waits for 15 s.
+A node is a set of Linux namespaces (network, processes, mounts, host name, IPC) with its own
+slurmd. Nodes reach one another and this machine through veth pairs; they have no default route. The
+file system is shared, as with NFS, but each node has its own /dev/shm. There are two partitions,
+main and low; main preempts low. Times are shortened: a node that is silent for 10 s is down. A
+killed job gets 5 s to end, a preempted one 15 s, and a requeued one waits for 15 s.
 """
 
 import os
@@ -71,7 +71,7 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF Default
 PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=15 DefaultTime=30 State=UP
 """
 
-# Process 1 of a node. Its own number as the host sees it is read before /proc becomes the node's.
+# Process 1 of a node. It reads its pid on the host before it mounts the node's own /proc.
 NODE = """\
 set -e
 read -r pid _ < /proc/self/stat
@@ -96,7 +96,7 @@ while :; do sleep 3600 & wait; done
 
 
 class SlurmCluster:
-    """Starts, breaks and asks a cluster; all that is known of it is in FOLDER."""
+    """Starts, breaks and queries a cluster, whose whole state is in FOLDER."""
 
     def __init__(self):
         self.environment = os.environ | {"SLURM_CONF": str(FOLDER / "slurm.conf")}
@@ -106,7 +106,7 @@ class SlurmCluster:
     # ------------------------------------------------------------------------- start and stop
 
     def start(self, num_nodes, *, cpus=4):
-        """Installs what is missing, ends what an earlier start left, and waits for all nodes."""
+        """Installs missing packages, ends an earlier cluster, and waits for all nodes."""
         if os.geteuid() != 0:
             raise SystemExit("only root can make nodes (network namespaces, mounts, daemons)")
         _install()
@@ -141,7 +141,7 @@ class SlurmCluster:
         (FOLDER / "node.sh").write_text(NODE.format(**values))
         addresses = "".join(f"{net}.{10 + n} node{n}\n" for n in numbers)
         (FOLDER / "hosts").write_text(f"127.0.0.1 localhost\n{net}.1 {host}\n{addresses}")
-        # Names come from that file alone.
+        # Host names are resolved from that file only.
         switch = Path("/etc/nsswitch.conf").read_text()
         (FOLDER / "nsswitch.conf").write_text(re.sub("(?m)^hosts:.*", "hosts: files", switch))
 
@@ -153,7 +153,7 @@ class SlurmCluster:
         files |= {"pid-file": FOLDER / "munged.pid", "seed-file": FOLDER / "munge" / "seed"}
         files |= {"log-file": FOLDER / "log" / "munged.log"}
         _run("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
-        # It binds to the address of this machine's name, which the cluster's own file tells.
+        # slurmctld binds to the address of this machine's name in the cluster's hosts file.
         with_hosts = f"mount --bind {FOLDER}/hosts /etc/hosts && exec slurmctld"
         _run(
             "unshare",
@@ -168,7 +168,7 @@ class SlurmCluster:
         self.wait_until(lambda: "is UP" in self.ask("scontrol", "ping", check=False), seconds=20)
 
     def stop(self):
-        """Ends everything and removes what was made; also what a killed test has left."""
+        """Ends all processes and removes all files, also those of a killed test."""
         _kill(FOLDER / "slurmctld.pid", "slurmctld")
         for node in self.nodes():
             self._halt(node)
@@ -186,23 +186,23 @@ class SlurmCluster:
     # --------------------------------------------------------------------------------- nodes
 
     def nodes(self):
-        """Names of all."""
+        """Returns the names of all nodes."""
         config = FOLDER / "slurm.conf"
         return re.findall(r"^NodeName=(\S+)", config.read_text(), re.M) if config.exists() else []
 
     def nodes_up(self):
-        """Names of those that Slurm hears of."""
+        """Returns the names of the nodes that Slurm can reach."""
         told = self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False)
         states = [line.split() for line in told.splitlines()]
         return [node for node, state in states if UP.fullmatch(state)]
 
     def crash(self, node):
-        """Power loss: no packet says so to the others."""
+        """Simulates a power loss: no packet announces it to the other nodes."""
         self.unplug(node)
         self._halt(node)
 
     def boot(self, node):
-        """Switches a node on."""
+        """Starts a node."""
         self.plug(node)
         pid = FOLDER / f"{node}.pid"
         if pid.exists():
@@ -213,39 +213,39 @@ class SlurmCluster:
         spaces = "unshare --mount --uts --ipc --pid --cgroup --fork --propagation private"
         start = f"exec nsenter --net=/run/netns/{NAME}-{node} {spaces} bash {FOLDER}/node.sh {node}"
         log = (FOLDER / "log" / f"{node}.log").open("a")
-        # A fork of its own, so that the node is no child of this process.
+        # A separate fork, so that the node is not a child of this process.
         command = ["setsid", "--fork", "bash", "-c", into + start]
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
         self.wait_until(pid.exists, seconds=10)
 
     def unplug(self, node):
-        """The network is lost; its processes run on."""
+        """Turns a node's network off; its processes keep running."""
         _run("ip", "link", "set", _interface(node), "down")
 
     def plug(self, node):
-        """The network is back."""
+        """Turns a node's network on."""
         device, net = _interface(node), (FOLDER / "net").read_text()
         _run("ip", "link", "set", device, "up")
         _run("ip", "route", "replace", f"{_address(node)}/32", "dev", device, "src", f"{net}.1")
 
     def freeze(self, node):
-        """All its processes stop, slurmd among them."""
+        """Stops all processes of a node, including slurmd (SIGSTOP)."""
         self.run_on(node, "bash", "-c", "kill -STOP -1")
 
     def thaw(self, node):
-        """They go on."""
+        """Restarts the stopped processes of a node."""
         self.run_on(node, "bash", "-c", "kill -CONT -1")
 
     def kill_slurmd(self, node):
-        """Its slurmd dies; the job's processes run on."""
+        """Kills the slurmd of a node; the job's processes keep running."""
         self.run_on(node, "bash", "-c", f"kill -KILL $(cat {FOLDER}/slurmd-{node}.pid)")
 
     def start_slurmd(self, node):
-        """It is started again."""
+        """Starts the slurmd of a node again."""
         self.run_on(node, "slurmd", "-N", node)
 
     def run_on(self, node, *command):
-        """Runs a command in a node; returns what it printed."""
+        """Runs a command in a node and returns its output."""
         pid = (FOLDER / f"{node}.pid").read_text().strip()
         spaces = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
         return _run("nsenter", "--target", pid, *spaces, "--", *command, env=self.environment)
@@ -253,7 +253,7 @@ class SlurmCluster:
     def _halt(self, node):
         _kill(FOLDER / f"{node}.pid", "bash")
         cgroup, end = _cgroup(node), time.monotonic() + 2
-        while cgroup.exists() and time.monotonic() < end:  # busy for a moment yet
+        while cgroup.exists() and time.monotonic() < end:  # it stays busy for a moment
             for folder in sorted(cgroup.rglob("*/"), reverse=True):
                 _run("rmdir", folder, check=False)
             _run("rmdir", cgroup, check=False)
@@ -280,24 +280,24 @@ class SlurmCluster:
     # ---------------------------------------------------------------------------------- jobs
 
     def ask(self, *command, check=True, cwd=None):
-        """Runs one of Slurm's commands; returns what it printed."""
+        """Runs one of Slurm's commands and returns its output."""
         return _run(*command, check=check, env=self.environment, cwd=cwd)
 
     def job(self, number):
-        """What Slurm knows of a job, by its names of fields."""
+        """Returns the fields of a job as Slurm shows them."""
         told = self.ask("scontrol", "show", "job", "-o", str(number))
         return dict(re.findall(r"(\w+)=(\S*)", told.splitlines()[0]))
 
     def nodes_of(self, number):
-        """Names of the nodes that a job has; the batch script runs on the first."""
+        """Returns the names of a job's nodes; the batch script runs on the first."""
         return self.ask("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
 
     @staticmethod
     def wait_until(is_met, *, seconds):
-        """Until a condition holds.
+        """Waits until a condition holds.
 
         Raises:
-            TimeoutError: it did not within so many seconds.
+            TimeoutError: if it does not hold within a number of seconds.
         """
         end = time.monotonic() + seconds
         while not is_met():
@@ -310,7 +310,7 @@ def _install():
     missing = [command for command in COMMANDS if shutil.which(command) is None]
     if not missing:
         return
-    # RUNLEVEL: the packages are not to start services of their own.
+    # RUNLEVEL keeps the packages from starting services.
     environment = os.environ | {"RUNLEVEL": "1", "DEBIAN_FRONTEND": "noninteractive"}
     install = ["install", "-y", "--no-install-recommends", *PACKAGES]
     for arguments in (["update"], install):
@@ -359,7 +359,7 @@ def _cgroup(node):
 
 
 def _kill(file, command):
-    """Ends the process whose number is in a file, if it still is that command."""
+    """Kills the process whose pid is in a file, if it still runs that command."""
     if not file.exists():
         return
     pid = int(file.read_text())

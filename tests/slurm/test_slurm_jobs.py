@@ -1,7 +1,7 @@
-"""The batch scripts on a real Slurm, while nodes and jobs are made to fail.
+"""Batch scripts on a real Slurm while nodes and jobs fail.
 
-Whatever happens to a job, its run ends with the sample ids of every step, and the parameters, of a
-run that nobody disturbed.
+Whatever happens to a job, its run ends with the same sample ids of every step, and the same
+parameters, as an undisturbed run.
 """
 
 import json
@@ -33,14 +33,14 @@ SETTINGS = {
     "validation.every_steps": 30,
     "engine.timeout_seconds": 40,
 }
-SECONDS_TO_START = 180  # until a step is done, also after a requeue
+SECONDS_TO_START = 180  # until a step has finished, also after a requeue
 SECONDS_TO_END = 600
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Four nodes of four CPUs."""
+    """Starts four nodes of four CPUs."""
     cluster = SlurmCluster()
     cluster.start(4)
     yield cluster
@@ -49,13 +49,13 @@ def cluster():
 
 @pytest.fixture
 def run_of(cluster, tmp_path):
-    """Starts runs of the demo's model by slurm/pretrain.sbatch."""
+    """Starts runs of the demo's model with slurm/pretrain.sbatch."""
     return lambda name="run", **changes: Run(cluster, tmp_path / name, changes)
 
 
 @pytest.fixture(scope="session")
 def whole(cluster, tmp_path_factory):
-    """The run on two nodes that nobody disturbs."""
+    """Runs an undisturbed run on two nodes."""
     run = Run(cluster, tmp_path_factory.mktemp("whole") / "run", {})
     run.submit(nodes=2)
     run.wait_for_end()
@@ -64,7 +64,7 @@ def whole(cluster, tmp_path_factory):
 
 
 class Run:
-    """A run, and the job that works at it now."""
+    """A run and its current job."""
 
     def __init__(self, cluster, folder, changes):
         self.cluster, self.folder, self.job = cluster, folder, None
@@ -89,7 +89,7 @@ class Run:
         return (self.folder.parent / f"{self.job}.log").read_text(errors="replace")
 
     def wait_for_step(self, step, *, attempt=1):
-        """Until an attempt has done a step."""
+        """Waits until an attempt has finished a step."""
         path = self.folder / "status.json"
 
         def is_done():
@@ -99,7 +99,7 @@ class Run:
         self.cluster.wait_until(is_done, seconds=SECONDS_TO_START)
 
     def wait_for_end(self, state="COMPLETED"):
-        """Until the job is over, which it may seem to be for a moment before it is queued again."""
+        """Waits until the job is over; just before a requeue it seems to be for a moment."""
         end = time.monotonic() + SECONDS_TO_END
         times_seen = 0
         while times_seen < 5:
@@ -113,17 +113,17 @@ class Run:
         return int(self.cluster.job(self.job)["Restarts"])
 
     def status(self):
-        """What pretrain.status prints."""
+        """Returns the output of pretrain.status."""
         command = [sys.executable, "-m", "pretrain.status", self.folder]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def digests(self):
-        """Of the sample ids, by step."""
+        """Returns the digest of the sample ids of every step."""
         rows = [row for row in read_metrics(self.folder) if "validation" not in row]
         return {row["step"]: row["data_digest"] for row in rows}
 
     def check(self, whole, *, same_bits=True):
-        """That it is over, and the run that nobody disturbed."""
+        """Checks that the run has finished with the results of the undisturbed run."""
         assert self.attempts[-1].outcome == "finished"
         assert sorted(self.digests()) == list(range(1, NUM_STEPS + 1))
         assert self.digests() == whole.digests()
@@ -136,7 +136,7 @@ class Run:
 
 
 def a_step(name):
-    """Some step, another for each test."""
+    """Chooses a step for a test by its name."""
     return random.Random(name).randint(6, 40)
 
 
@@ -178,7 +178,7 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(run_of, cluster, whole):
     run = run_of(**{"engine.timeout_seconds": 200})
     run.submit("--time=2", "--signal=USR2@30", nodes=2)
     run.wait_for_step(a_step("time limit"))
-    # A limit is of whole minutes: the run pauses until the signal comes, which wakes it.
+    # Time limits are whole minutes: the run is paused until the signal, which wakes it.
     _, other = cluster.nodes_of(run.job)
     cluster.run_on(other, "pkill", "-STOP", "^python")
     cluster.wait_until(lambda: run.attempts[0].outcome == "stopped", seconds=120)
@@ -239,19 +239,19 @@ def test_a_job_that_loses_a_node_goes_on_on_another(
     run.wait_for_step(a_step(fault))
     lost = cluster.nodes_of(run.job)[0 if is_batch_host else 1]
     getattr(cluster, fault)(lost)
-    if fault == "kill_slurmd":  # its ranks work on: the run is not to end before Slurm notices
+    if fault == "kill_slurmd":  # its ranks keep running: the run must not end before Slurm notices
         cluster.run_on(cluster.nodes_of(run.job)[0], "pkill", "-STOP", "^python")
     try:
         run.wait_for_step(1, attempt=2)
         assert lost not in run.attempts[1].hosts
     finally:
-        getattr(cluster, repair)(lost)  # while the new attempt runs: a stray rank wakes up
+        getattr(cluster, repair)(lost)  # while the new attempt runs, a stray rank wakes up
     run.wait_for_end()
     cluster.wait_until(lambda: lost in cluster.nodes_up(), seconds=60)
     run.check(whole)
     assert run.restarts() == 1
     assert len(run.attempts) == 2
-    assert f"{lost} is " in run.status()  # DOWN, or whatever Slurm says of it
+    assert f"{lost} is " in run.status()  # DOWN or another state
 
 
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_room(run_of, whole):
@@ -284,7 +284,7 @@ def test_a_run_that_diverges_is_not_queued_again(run_of):
     [attempt] = run.attempts
     assert "DivergedError" in attempt.outcome
     assert run.restarts() == 0
-    assert "not queued again: the run cannot go on by itself" in run.log
+    assert "not requeued: the run cannot continue by itself" in run.log
 
 
 def test_preflight_leaves_out_a_node_that_does_not_see_the_data(run_of, cluster, whole):

@@ -9,7 +9,7 @@ import torch
 from data_prep.errors import RunError
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoints.record import read_record
-from pretrain.requeue import reason_to_go_on
+from pretrain.requeue import reason_to_continue
 from pretrain.run.attempts import read_attempts
 from tests.pretrain.test_train import steps_of
 from tests.support.gloo_processes import run_in_processes
@@ -112,8 +112,8 @@ def test_a_run_stops_or_skips_and_goes_on_as_if_it_had_never_stopped(toy_data, t
     [(error, _)] = run_in_processes(2, train_with_bad_steps, config_of(toy_data, folder))[0]
     assert error.startswith(f"step 4: {NOT_FINITE}; the step was not applied, and the run stops")
     assert "because watch.on_non_finite=stop" in error
-    with pytest.raises(RunError, match="cannot go on by itself"):
-        reason_to_go_on(read_attempts(folder), last_checkpoint=3)
+    with pytest.raises(RunError, match="cannot continue by itself"):
+        reason_to_continue(read_attempts(folder), last_checkpoint=3)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
     config = config_of(toy_data, folder, **skip, max_skipped_steps=1)
     [(error, unchanged)] = run_in_processes(2, train_with_bad_steps, config)[1]
