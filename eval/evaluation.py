@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from data_prep.command import check_output_folder, say
@@ -70,7 +71,8 @@ def evaluate(config: EvaluateConfig) -> None:
         seconds=seconds,
         config=json.loads(config.model_dump_json()),
     )
-    _write(config, outcomes, record)
+    _write(config.output, outcomes, record)
+    refuse_missed_goals(config.evaluations, outcomes)
 
 
 def _share_fingerprints(tasks: Sequence[Task]) -> None:
@@ -83,11 +85,10 @@ def _share_fingerprints(tasks: Sequence[Task]) -> None:
                 dataset.fingerprint = fingerprint
 
 
-def _write(config: EvaluateConfig, outcomes: Sequence[Outcome], record: dict[str, Any]) -> None:
+def _write(output: Path, outcomes: Sequence[Outcome], record: dict[str, Any]) -> None:
     table = scores_table(outcomes, record)
-    write_predictions(config.output, outcomes)
-    report = write_report(config.output, outcomes, record=record)
-    write_results(config.output, record, table=table, rows=scores_csv(outcomes))
+    write_predictions(output, outcomes)
+    report = write_report(output, outcomes, record=record)
+    write_results(output, record, table=table, rows=scores_csv(outcomes))
     say(table)
     say(report)
-    refuse_missed_goals(config.evaluations, outcomes)

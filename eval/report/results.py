@@ -55,17 +55,7 @@ def results_record(
         "evaluations": {each.task.name: outcome_record(each) for each in outcomes},
         "averages": {name: asdict(score) for name, score in averages.items()},
         "skipped": dict(skipped),
-        "method": {
-            "tower_dtype": str(encoder.dtype).removeprefix("torch."),
-            "long_clips": long_clips,
-            "embedding_dtype": "float32",
-            "score_dtype": "float64 products rounded to float32",
-            "tf32": False,
-            "ties": "broken at chance",
-            "confidence": CONFIDENCE,
-            "bootstrap_samples": bootstrap.num_samples,
-            "seed": bootstrap.seed,
-        },
+        "method": _method_record(encoder, long_clips, bootstrap),
         "environment": {"device": device_name(encoder)} | describe_environment(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),
@@ -88,6 +78,20 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         **task.record(outcome),
         **({} if outcome.space is None else {"embedding_space": outcome.space.record()}),
         "seconds": round(outcome.seconds, 2),
+    }
+
+
+def _method_record(encoder: Encoder, long_clips: str, bootstrap: Bootstrap) -> dict[str, Any]:
+    return {
+        "tower_dtype": str(encoder.dtype).removeprefix("torch."),
+        "long_clips": long_clips,
+        "embedding_dtype": "float32",
+        "score_dtype": "float64 products rounded to float32",
+        "tf32": False,
+        "ties": "broken at chance",
+        "confidence": CONFIDENCE,
+        "bootstrap_samples": bootstrap.num_samples,
+        "seed": bootstrap.seed,
     }
 
 

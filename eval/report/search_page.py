@@ -9,7 +9,7 @@ import io
 import mimetypes
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from data_prep.shards.sample import (
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.labels import texts_of
 from eval.models.encoder import Encoder
+
+if TYPE_CHECKING:
+    from flask import Flask
 
 MAX_UPLOAD_BYTES = 1 << 26
 PAGE = Path(__file__).parent / "templates" / "search.html"
@@ -119,7 +122,7 @@ def build_app(engine: SearchEngine) -> Any:
         InputError: if Flask is not installed.
     """
     try:
-        from flask import Flask, abort, jsonify, request, send_file
+        from flask import Flask, jsonify, send_file
     except ImportError:
         raise InputError(
             "flask is not installed: pip install 'isopair[search]' (eval.search needs it)"
@@ -141,6 +144,14 @@ def build_app(engine: SearchEngine) -> Any:
             accepts=sorted(engine.encoder.front_ends),
         )
 
+    _add_searches(app, engine)
+    _add_items(app, engine)
+    return app
+
+
+def _add_searches(app: Flask, engine: SearchEngine) -> None:
+    from flask import abort, jsonify, request
+
     @app.get("/search")
     def search() -> Any:
         text = request.args.get("text", "").strip()
@@ -156,24 +167,26 @@ def build_app(engine: SearchEngine) -> Any:
         except InputError as error:
             return jsonify(error=str(error)), 422
 
-    @app.get("/like/<int:ordinal>")
-    def like(ordinal: int) -> Any:
-        return jsonify(engine.like(_known(ordinal)))
 
-    @app.get("/media/<int:ordinal>")
-    def media(ordinal: int) -> Any:
-        try:
-            content, kind = engine.media(_known(ordinal))
-        except CorruptSampleError as error:
-            return str(error), 500
-        return send_file(io.BytesIO(content), mimetype=kind)
+def _add_items(app: Flask, engine: SearchEngine) -> None:
+    from flask import abort, jsonify, send_file
 
-    def _known(ordinal: int) -> int:
+    def checked(ordinal: int) -> int:
         if ordinal >= len(engine.dataset):
             abort(404, f"expected an item below {len(engine.dataset)}, found {ordinal}")
         return ordinal
 
-    return app
+    @app.get("/like/<int:ordinal>")
+    def like(ordinal: int) -> Any:
+        return jsonify(engine.like(checked(ordinal)))
+
+    @app.get("/media/<int:ordinal>")
+    def media(ordinal: int) -> Any:
+        try:
+            content, kind = engine.media(checked(ordinal))
+        except CorruptSampleError as error:
+            return str(error), 500
+        return send_file(io.BytesIO(content), mimetype=kind)
 
 
 def serve(engine: SearchEngine, *, host: str, port: int) -> None:
