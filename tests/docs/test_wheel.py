@@ -1,6 +1,7 @@
 """The wheel holds everything: installed in an empty environment, it works from any folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,11 @@ print(tuple(model.encode_text(tokenizer(["a red picture"])).shape), sorted(trans
 def installed(tmp_path_factory):
     """The interpreter of an environment that holds the wheel and what it depends on."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(UV, "build", "--wheel", "--out-dir", folder, ROOT)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    for package in ("data_prep", "pretrain", "eval"):
+        shutil.copytree(ROOT / package, folder / package)
+    run(UV, "build", "--wheel", "--out-dir", folder, folder)  # leaves files where it builds
     [wheel] = folder.glob("*.whl")
     run(UV, "venv", "--python", sys.executable, folder / "environment")
     python = folder / "environment/bin/python"
