@@ -6,27 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import COMMANDS
+from tests.support.room_tables import ALLOWED_ROOMS, PACKAGES, PAGE, arrow_table, room_table
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("data_prep", "pretrain", "eval")
 MOST_MODULES_IN_A_FOLDER = 15
-# Package -> another package -> its rooms and modules that it may import.
-ALLOWED_ROOMS = {
-    "data_prep": {},
-    "pretrain": {
-        "data_prep": {
-            *("errors", "config_file", "command"),
-            *("storage", "shards", "media", "report"),
-        },
-    },
-    "eval": {
-        "data_prep": {
-            *("errors", "config_file", "command", "config"),
-            *("storage", "shards", "media", "report", "dedup", "sources"),
-        },
-        "pretrain": {"config", "checkpoint", "checkpoints", "distributed", "model", "run"},
-    },
-}
 
 
 def modules_of(package):
@@ -62,6 +45,12 @@ def test_packages_import_only_the_rooms_that_they_may():
         if package in PACKAGES and package != path.parts[0]:
             allowed = ALLOWED_ROOMS[path.parts[0]].get(package, ())
             assert room_of(name).partition(".")[2] in allowed, f"{path} imports {name}"
+
+
+def test_the_tour_of_the_code_has_the_tables_of_rooms_and_arrows():
+    page = PAGE.read_text()  # python -m tests.support.room_tables writes them
+    assert room_table() in page
+    assert arrow_table() in page
 
 
 def first_circle(graph):
