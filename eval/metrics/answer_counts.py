@@ -1,5 +1,7 @@
-"""Counts, for every right pair of media item and caption, the wrong answers that beat it: exact, a
-tile of scores at a time, and the same for any tile, order of items and order of captions."""
+"""Counts of the irrelevant candidates that beat or tie each relevant pair, in bounded memory.
+
+The counts are exact. They do not depend on the tile size or on the order of items and captions.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,16 @@ TILE = 2048  # captions, and media items, scored at once: 50 MB
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What competes with each right pair; arrays are [P]."""
+    """Scores and competitors of each relevant pair; arrays are [P]."""
 
     score: np.ndarray  # float32
-    media_above: np.ndarray  # of other captions, for its media item as the query: scored higher
-    media_tied: np.ndarray  # likewise, scored the same
-    text_above: np.ndarray  # of other media items, for its caption as the query
-    text_tied: np.ndarray
+    media_above: np.ndarray  # captions that score higher for the pair's media item
+    media_tied: np.ndarray  # captions that score the same for the pair's media item
+    text_above: np.ndarray  # media items that score higher for the pair's caption
+    text_tied: np.ndarray  # media items that score the same for the pair's caption
 
 
-def count_wrong_answers(
+def count_irrelevant(
     media_embeddings: Tensor,
     text_embeddings: Tensor,
     *,
@@ -35,24 +37,24 @@ def count_wrong_answers(
     distractor_embeddings: Tensor | None = None,
     tile: int = TILE,
 ) -> PairCounts:
-    """Wrong answers above and level with every right pair, in both directions.
+    """Counts the irrelevant candidates above and tied with every relevant pair, in both directions.
 
-    Right pairs are taken out before anything is counted, so that none meets itself or another right
-    answer of its query.
+    Relevant pairs are masked before counting, so that no pair competes with itself or with another
+    relevant candidate of its query.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
-        relevance: the right ones.
-        distractor_embeddings: [X, D], L2-normalised captions that are wrong for every item.
-        tile: captions, and media items, scored at once: memory and speed only.
+        relevance: pairs of media item and caption that match.
+        distractor_embeddings: [X, D], L2-normalised captions that match no item.
+        tile: number of captions, and of media items, scored at once; memory and speed only.
     """
     device = media_embeddings.device
     media, texts = (
         torch.as_tensor(each, device=device) for each in (relevance.media, relevance.texts)
     )
-    scores_of_pairs = _scores_of_pairs(media_embeddings, text_embeddings, media, texts, tile=tile)
-    by_media, by_text = _Sorted(media), _Sorted(texts)
+    pair_scores = _pair_scores(media_embeddings, text_embeddings, media, texts, tile=tile)
+    by_media, by_text = _SortedPairs(media), _SortedPairs(texts)
     names = ("media_above", "media_tied", "text_above", "text_tied")
     counts = {name: torch.zeros(len(media), dtype=torch.int64, device=device) for name in names}
     for first_text, text_tile in _tiles(text_embeddings, distractor_embeddings, tile=tile):
@@ -65,50 +67,51 @@ def count_wrong_answers(
                 (media[of_texts] >= first_media) & (media[of_texts] < first_media + tile)
             ]
             scores[texts[inside] - first_text, media[inside] - first_media] = -torch.inf
-            for name, rows, pairs_of_rows, indices in (
+            for name, rows, pairs, row_of_pair in (
                 ("text", scores, of_texts, texts[of_texts] - first_text),
                 ("media", scores.T.contiguous(), of_media, media[of_media] - first_media),
             ):
-                for some in _rounds(indices):
-                    numbers = pairs_of_rows[some]
-                    above, level = _row_counts(rows, indices[some], scores_of_pairs[numbers])
-                    counts[f"{name}_above"][numbers] += above
-                    counts[f"{name}_tied"][numbers] += level
+                for chosen in _rounds(row_of_pair):
+                    above, tied = _row_counts(rows, row_of_pair[chosen], pair_scores[pairs[chosen]])
+                    counts[f"{name}_above"][pairs[chosen]] += above
+                    counts[f"{name}_tied"][pairs[chosen]] += tied
     arrays = {name: count.cpu().numpy() for name, count in counts.items()}
-    return PairCounts(score=scores_of_pairs.cpu().numpy(), **arrays)
+    return PairCounts(score=pair_scores.cpu().numpy(), **arrays)
 
 
-def _rounds(indices: Tensor) -> Iterator[Tensor]:
-    """Numbers of pairs, so that no place comes twice in a round.
+def _rounds(row_of_pair: Tensor) -> Iterator[Tensor]:
+    """Yields positions in `row_of_pair` such that no row repeats within a round.
 
     Args:
-        indices: [pairs] rising.
+        row_of_pair: [pairs] rows in ascending order.
     """
-    earlier = torch.arange(len(indices), device=indices.device) - torch.searchsorted(
-        indices, indices
-    )
-    for number in range(int(earlier.max()) + 1 if len(indices) else 0):
+    earlier = torch.arange(len(row_of_pair), device=row_of_pair.device)
+    earlier = earlier - torch.searchsorted(row_of_pair, row_of_pair)
+    for number in range(int(earlier.max()) + 1 if len(row_of_pair) else 0):
         yield torch.nonzero(earlier == number)[:, 0]
 
 
-def _row_counts(rows: Tensor, indices: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
-    """([pairs] how much of its row is above the bar of each pair, [pairs] how much is level).
+def _row_counts(rows: Tensor, row_of_pair: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts the scores of each pair's row that are above, and equal to, the pair's threshold.
 
     Args:
-        rows: [indices, columns] scores.
-        indices: [pairs] row of each, rising.
-        bars: [pairs]
+        rows: [rows, columns] scores.
+        row_of_pair: [pairs] distinct rows in ascending order.
+        thresholds: [pairs] score of each pair.
+
+    Returns:
+        ([pairs] number above, [pairs] number tied).
     """
-    if len(indices) < len(rows):
-        rows = rows[indices]
-    flags = rows > bars[:, None], rows == bars[:, None]
-    # As bytes: truth values take ten times as long to add up.
-    above, level = (each.view(torch.uint8).sum(dim=1, dtype=torch.int32) for each in flags)
-    return above, level
+    if len(row_of_pair) < len(rows):
+        rows = rows[row_of_pair]
+    flags = rows > thresholds[:, None], rows == thresholds[:, None]
+    # Summed as bytes: summing booleans takes ten times as long.
+    above, tied = (each.view(torch.uint8).sum(dim=1, dtype=torch.int32) for each in flags)
+    return above, tied
 
 
 def _tiles(texts: Tensor, distractors: Tensor | None, *, tile: int) -> Iterator[tuple[int, Tensor]]:
-    """(place of the first, [tile, D] embeddings) of captions, then of distractors."""
+    """Yields (index of the first, [tile, D] embeddings) of captions, then of distractors."""
     first = 0
     for part in (texts, *([] if distractors is None else [distractors])):
         for block in part.split(tile):
@@ -116,39 +119,43 @@ def _tiles(texts: Tensor, distractors: Tensor | None, *, tile: int) -> Iterator[
             first += len(block)
 
 
-class _Sorted:
-    """Finds the pairs whose place is within a range."""
+class _SortedPairs:
+    """Lookup of the pairs whose item, or caption, is within a range of indices."""
 
     def __init__(self, indices: Tensor) -> None:
         self.order = torch.argsort(indices, stable=True)
         self.indices = indices[self.order].contiguous()
 
     def within(self, start: int, stop: int) -> Tensor:
-        """Numbers of those pairs."""
+        """Returns the numbers of the pairs whose index is in [start, stop)."""
         bounds = torch.tensor([start, stop], device=self.indices.device)
         first, last = torch.searchsorted(self.indices, bounds).tolist()
         return self.order[first:last]
 
 
-def _scores_of_pairs(
+def _pair_scores(
     media_embeddings: Tensor, text_embeddings: Tensor, media: Tensor, texts: Tensor, *, tile: int
 ) -> Tensor:
-    """[P] score of each right pair, by the product that all pairs go through: another operation
-    differs in the last bit, and a pair would be above or below its equals."""
+    """Computes the score of each relevant pair, [P], by the same product as all other pairs.
+
+    Another operation would differ in the last bit and break ties with equal pairs.
+    """
     scores = torch.empty(len(media), device=media.device)
-    for some, start in _neighbours(media, tile):
+    for pairs, start in _media_blocks(media, tile):
         columns = media_embeddings[start : start + tile]
-        tile_scores = cosine_scores(text_embeddings[texts[some]], columns)  # [pairs, tile]
-        scores[some] = tile_scores.gather(1, (media[some] - start)[:, None])[:, 0]
+        tile_scores = cosine_scores(text_embeddings[texts[pairs]], columns)  # [pairs, tile]
+        scores[pairs] = tile_scores.gather(1, (media[pairs] - start)[:, None])[:, 0]
     return scores
 
 
-def _neighbours(media: Tensor, tile: int) -> Iterator[tuple[Tensor, int]]:
-    """(numbers of up to `tile` pairs, first media item), so that all their items are among the
-    `tile` items from there on."""
+def _media_blocks(media: Tensor, tile: int) -> Iterator[tuple[Tensor, int]]:
+    """Yields (numbers of up to `tile` pairs, first media item).
+
+    All media items of these pairs are among the `tile` items from the first on.
+    """
     for pairs in torch.argsort(media, stable=True).split(tile):
         first, last = int(media[pairs[0]]), int(media[pairs[-1]])
         for start in range(first, last + 1, tile):
-            some = pairs[(media[pairs] >= start) & (media[pairs] < start + tile)]
-            if len(some):
-                yield some, start
+            within = pairs[(media[pairs] >= start) & (media[pairs] < start + tile)]
+            if len(within):
+                yield within, start

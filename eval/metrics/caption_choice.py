@@ -1,10 +1,12 @@
-"""Choice among a few captions, or media items, that are nearly alike: does a model read the order
-of words, and what belongs to what?
+"""Choice among a few nearly identical captions or media items.
 
-SugarCrepe (Hsieh et al. 2023): an item, its caption, and wrong ones. Winoground (Thrush et al.
-2022, section 3): a group of items whose captions share their words; its text score counts if every
-item is nearest to its own caption, its image score if every caption is nearest to its own item, its
-group score if both hold. Ties are broken at chance.
+These benchmarks test compositional understanding: word order, and which attribute belongs to which
+object. Ties are broken at random.
+
+1. SugarCrepe (Hsieh et al. 2023): an item must be nearer to its own caption than to wrong ones.
+2. Winoground (Thrush et al. 2022, section 3): the captions of a group of items share their words.
+   The text score counts if every item is nearest to its own caption. The image score counts if
+   every caption is nearest to its own item. The group score counts if both hold.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from torch import Tensor
 from eval.metrics.intervals import Bootstrap, Score, mean_score
 from eval.metrics.ranking import QueryRanks, check_finite, cosine_scores
 
-NUM_ORDERS = 1000  # of ties in a group, drawn
+NUM_ORDERS = 1000  # random orders drawn to break the ties of a group
 GROUP_METRICS = ("text_score", "image_score", "group_score")
 
 
 @dataclass(frozen=True)
 class CaptionChoiceResult:
-    """The metrics of one choice."""
+    """Metrics of one caption choice task."""
 
     scores: dict[str, Score]
-    # Metric -> [Q] of each item, or [groups] of each group
+    # Metric -> [Q] hit of each item, or [groups] hit of each group
     hits: dict[str, np.ndarray]
 
 
@@ -38,14 +40,13 @@ def choose_captions(
     num_captions: Sequence[int],
     bootstrap: Bootstrap,
 ) -> CaptionChoiceResult:
-    """Share of items nearer to their own caption than to every wrong one.
+    """Computes the fraction of items nearer to their own caption than to every wrong one.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
-        caption_embeddings: [M, D], L2-normalised; those of the first item, its own first, then
-            those of the second, and so on.
-        num_captions: [Q] of each item; M together.
-        bootstrap: over items.
+        caption_embeddings: [M, D], L2-normalised, item by item; each item's own caption is first.
+        num_captions: [Q] number of captions of each item; they sum to M.
+        bootstrap: resampling of items.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -57,8 +58,8 @@ def choose_captions(
     for media, captions in zip(media_embeddings.split(1), of_items, strict=True):
         own, *wrong = cosine_scores(media, captions)[0].tolist()
         counts.append((sum(w > own for w in wrong), sum(w == own for w in wrong)))
-    above, level = np.array(counts, dtype=np.int64).T
-    ranks = QueryRanks(above, level, np.ones_like(above), gallery_size=max(num_captions))
+    above, tied = np.array(counts, dtype=np.int64).T
+    ranks = QueryRanks(above, tied, np.ones_like(above), gallery_size=max(num_captions))
     hits = ranks.hits_at(1)
     chance = float(np.mean(1 / np.asarray(num_captions)))
     score = mean_score(hits, chance=chance, bootstrap=bootstrap)
@@ -72,13 +73,13 @@ def choose_in_groups(
     groups: Sequence[Sequence[int]],
     bootstrap: Bootstrap,
 ) -> CaptionChoiceResult:
-    """Text, image and group score.
+    """Computes Winoground's text, image and group score.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
-        caption_embeddings: [Q, D], L2-normalised; of each item its own.
-        groups: places of the items of each group.
-        bootstrap: over groups.
+        caption_embeddings: [Q, D], L2-normalised; one caption per item.
+        groups: indices of the items of each group.
+        bootstrap: resampling of groups.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -100,22 +101,25 @@ def choose_in_groups(
     }
     chances = np.mean([at_chance[len(indices)] for indices in groups], axis=0)
     scores = {
-        metric: mean_score(hits[:, place], chance=float(chances[place]), bootstrap=bootstrap)
-        for place, metric in enumerate(GROUP_METRICS)
+        metric: mean_score(hits[:, column], chance=float(chances[column]), bootstrap=bootstrap)
+        for column, metric in enumerate(GROUP_METRICS)
     }
     return CaptionChoiceResult(
-        scores, {metric: hits[:, place] for place, metric in enumerate(GROUP_METRICS)}
+        scores, {metric: hits[:, column] for column, metric in enumerate(GROUP_METRICS)}
     )
 
 
 def _group_hits(
     scores: np.ndarray, *, seed: int, num_orders: int = NUM_ORDERS
 ) -> tuple[float, float, float]:
-    """(text, image, group score) of one group, [items, captions]; shares where ties are broken."""
+    """Computes (text, image, group score) of one group from its scores [items, captions].
+
+    They are 0 or 1, or a fraction of random orders where scores tie.
+    """
     levels = np.unique(scores, return_inverse=True)[1].reshape(1, *scores.shape).astype(float)
     if len(np.unique(scores)) < scores.size:
         noise = np.random.default_rng(seed).random((num_orders, *scores.shape))
-        levels = levels + noise  # below 1: reorders equal scores alone
+        levels = levels + noise  # below 1, so that only equal scores change their order
     own = np.diagonal(levels, axis1=1, axis2=2)  # [orders, items]
     is_text_right = (own == levels.max(axis=2)).all(axis=1)
     is_image_right = (own == levels.max(axis=1)).all(axis=1)

@@ -1,5 +1,8 @@
-"""How two kinds of embeddings lie in their shared space: the gap between them, how near right pairs
-are, how evenly each kind is spread, and whether a few items are found by everything."""
+"""Geometry of two kinds of embeddings in their shared space.
+
+Metrics are the modality gap between the two kinds, the alignment of matching pairs, the uniformity
+of each kind, and hubness: whether a few items are nearest to many queries.
+"""
 
 from __future__ import annotations
 
@@ -12,62 +15,63 @@ from torch import Tensor
 from eval.metrics.ranking import cosine_scores
 from eval.metrics.relevance import Relevance
 
-MAX_QUERIES = 4096  # that hubs are counted by
-MAX_SPREAD = 2048  # items whose pairs the spread is taken of
+MAX_QUERIES = 4096  # queries used to count hubs
+MAX_SPREAD = 2048  # items whose pairwise distances give the uniformity
 NEIGHBOURS = 10  # k of the k-occurrences
 QUERIES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
 class Hubness:
-    """How often the items of a gallery are among the nearest of queries (Radovanovic et al. 2010).
+    """k-occurrences of the items of a gallery (Radovanovic et al. 2010).
 
-    Without hubs all are about equally often: a skewness near 0.
+    The k-occurrence of an item is the number of queries that have it among their k nearest. Without
+    hubs all items occur about equally often, and the skewness is near 0.
     """
 
-    occurrences: np.ndarray  # int64 [gallery] among the NEIGHBOURS nearest of a query
+    occurrences: np.ndarray  # int64 [gallery] queries that have the item among their NEIGHBOURS
     num_queries: int
-    skewness: float  # of the occurrences
+    skewness: float  # third standardised moment of the occurrences
 
     @property
-    def share_never_found(self) -> float:
-        """Of the gallery."""
+    def fraction_never_found(self) -> float:
+        """Fraction of the gallery that is near no query."""
         return float((self.occurrences == 0).mean())
 
     @property
     def most_found(self) -> float:
-        """Share of the queries that the most frequent item is among the nearest of."""
+        """Fraction of the queries that have the most frequent item among their nearest."""
         return float(self.occurrences.max() / self.num_queries)
 
 
 @dataclass(frozen=True)
 class EmbeddingSpace:
-    """Of the media of a retrieval, and its texts or other media."""
+    """Geometry of the media embeddings and the text (or other media) embeddings of a retrieval."""
 
-    modality_gap: float  # distance between the means of both (Liang et al. 2022)
-    alignment: float  # mean squared distance of right pairs (Wang and Isola 2020)
-    uniformity: tuple[float, float]  # of both: log of the mean of exp(-2 squared distance)
-    hubness: tuple[Hubness, Hubness]  # of the second as gallery, and of the first
+    modality_gap: float  # distance between the two means (Liang et al. 2022)
+    alignment: float  # mean squared distance of matching pairs (Wang and Isola 2020)
+    uniformity: tuple[float, float]  # log of the mean of exp(-2 squared distance), of each kind
+    hubness: tuple[Hubness, Hubness]  # second kind as the gallery, then first kind
 
     def record(self) -> dict[str, float]:
-        """The metrics by name, for results.json."""
+        """Returns the metrics by name, for results.json."""
         record = {"modality_gap": self.modality_gap, "alignment": self.alignment}
-        for place, side in enumerate(("media", "other")):
-            record[f"{side}_uniformity"] = self.uniformity[place]
-            hubness = self.hubness[1 - place]  # of this side as the gallery
+        for index, side in enumerate(("media", "other")):
+            record[f"{side}_uniformity"] = self.uniformity[index]
+            hubness = self.hubness[1 - index]  # with this side as the gallery
             record[f"{side}_hubness_skewness"] = hubness.skewness
-            record[f"{side}_share_never_found"] = hubness.share_never_found
+            record[f"{side}_share_never_found"] = hubness.fraction_never_found
             record[f"{side}_most_found"] = hubness.most_found
         return record
 
 
 def embedding_space(media: Tensor, other: Tensor, relevance: Relevance) -> EmbeddingSpace:
-    """The metrics of two kinds of embeddings.
+    """Computes the geometry of two kinds of embeddings.
 
     Args:
         media: [Q, D], L2-normalised.
         other: [M, D], L2-normalised.
-        relevance: which belong together; "texts" are the other's.
+        relevance: matching pairs; its `texts` are indices into `other`.
     """
     first, second = (
         torch.from_numpy(side).to(media.device) for side in (relevance.media, relevance.texts)
@@ -91,10 +95,10 @@ def _uniformity(embeddings: Tensor) -> float:
 
 
 def hubness_of(queries: Tensor, gallery: Tensor) -> Hubness:
-    """How often each item of a gallery is near a query.
+    """Counts how often each item of a gallery is among the nearest of a query.
 
     Args:
-        queries: [n, D], L2-normalised; of more than MAX_QUERIES, some spread over all.
+        queries: [n, D], L2-normalised; at most MAX_QUERIES of them, evenly spaced, are used.
         gallery: [m, D], L2-normalised.
     """
     chosen = queries[_spread(len(queries), MAX_QUERIES)]
@@ -111,5 +115,5 @@ def hubness_of(queries: Tensor, gallery: Tensor) -> Hubness:
 
 
 def _spread(count: int, at_most: int) -> Tensor:
-    """Places spread evenly over `count`."""
+    """Returns at most `at_most` indices, evenly spaced over `count`."""
     return torch.linspace(0, count - 1, min(count, at_most)).round().long()

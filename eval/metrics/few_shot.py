@@ -1,4 +1,4 @@
-"""Linear probes on a few items of each class: how well a model is learnt from, item by item."""
+"""Few-shot classification: linear probes fitted to a few items of each class."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from eval.metrics.zero_shot import rank_classes
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """The metrics of few-shot probes."""
+    """Metrics of few-shot probes."""
 
     scores: dict[str, Score]
-    hits: dict[int, np.ndarray]  # shots -> [Q] share of the draws in which the item was right
+    hits: dict[int, np.ndarray]  # shots -> [Q] fraction of draws that classify the item correctly
 
 
 def classify_from_few(
@@ -34,18 +34,19 @@ def classify_from_few(
     bootstrap: Bootstrap,
     seed: int,
 ) -> FewShotResult:
-    """Top-1 accuracy after each number of shots, the mean over several draws.
+    """Computes top-1 accuracy for each number of shots, averaged over several draws.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         train: [n, D] embeddings and [n] classes; at least max(shots) of each class.
         targets: [Q] integers from 0 to K - 1.
         num_classes: K.
-        shots: items per class; of one draw, fewer are part of more.
-        num_draws: of the items.
-        l2: of the regularisation (see eval.metrics.linear_probe).
-        bootstrap: over test items; what is drawn to learn from stays.
-        seed: of the draws.
+        shots: numbers of training items per class; within a draw, a smaller set is contained in a
+            larger one.
+        num_draws: number of random draws of the training items.
+        l2: weight of the penalty (see eval.metrics.linear_probe).
+        bootstrap: resampling of test items; the drawn training items stay fixed.
+        seed: seed of the draws.
     """
     embeddings, classes = train
     orders = [
@@ -70,7 +71,7 @@ def classify_from_few(
 
 
 def _order_within_classes(classes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """int64 [n]: each item's place among those of its class, in a random order."""
+    """Draws a random order and returns each item's index within its class, int64 [n]."""
     order = generator.permutation(len(classes))
     by_class = order[np.argsort(classes[order], kind="stable")]
     sizes = np.bincount(classes)

@@ -14,51 +14,53 @@ import numpy as np
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # 97.5 % quantile of the standard normal
 
-# (values [n], how often each was drawn [n] int64) -> statistic
+# (values [n], number of times each was drawn [n] int64) -> statistic
 Statistic = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric with what is needed to judge it."""
+    """Value of one metric, with its uncertainty and chance level."""
 
     value: float
     low: float  # 95 % interval
     high: float
-    chance: float  # what a model that knows nothing scores
+    chance: float  # expected value of an uninformed model
     num_queries: int
-    interval: str  # how low and high were found
+    interval: str  # method of the interval
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Settings of the resampling."""
+    """Bootstrap settings."""
 
     num_samples: int = 1000
     seed: int = 0
 
 
 def wilson_interval(num_hits: float, num_trials: int) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927); it does not collapse at 0 and 1.
+    """Computes Wilson's score interval of a proportion (Wilson 1927).
+
+    Unlike the normal approximation, it has a positive width at 0 and 1.
 
     Args:
-        num_hits: 0 to num_trials; may be fractional where ties count in part.
+        num_hits: from 0 to num_trials; fractional where ties count in part.
         num_trials: at least 1.
     """
-    share, z2 = num_hits / num_trials, NORMAL_QUANTILE**2
-    center = share + z2 / (2 * num_trials)
-    spread = NORMAL_QUANTILE * np.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
+    rate, z2 = num_hits / num_trials, NORMAL_QUANTILE**2
+    center = rate + z2 / (2 * num_trials)
+    spread = NORMAL_QUANTILE * np.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
     scale = 1 + z2 / num_trials
     return max(0.0, float((center - spread) / scale)), min(1.0, float((center + spread) / scale))
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Mean of the values drawn."""
+    """Computes the mean of the drawn values."""
     return float(values @ weights / weights.sum())
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """Median of the values drawn, in the whole ranks that papers print: floor of the middle."""
+    """Computes the median of the drawn values, rounded down to a whole rank as in papers."""
     order = np.argsort(values, kind="stable")
     ends = np.cumsum(weights[order])
     low, high = np.searchsorted(ends, [(ends[-1] - 1) // 2, ends[-1] // 2], side="right")
@@ -68,36 +70,39 @@ def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
 def bootstrap_interval(
     values: np.ndarray, *, clusters: np.ndarray, statistic: Statistic, bootstrap: Bootstrap
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic when whole clusters are drawn with replacement.
+    """Computes the percentile interval of a statistic, drawing whole clusters with replacement.
 
     Args:
         values: [n], one per query.
-        clusters: [n] integers from 0, each used: the media item that the query belongs to.
+        clusters: [n] media item of each query, integers from 0 without gaps.
         statistic: see `Statistic`.
         bootstrap: number of resamples and seed.
     """
     generator = np.random.default_rng(bootstrap.seed)
     num_clusters = int(clusters.max()) + 1
     statistics = np.empty(bootstrap.num_samples)
-    for place in range(bootstrap.num_samples):
+    for sample in range(bootstrap.num_samples):
         drawn = generator.integers(num_clusters, size=num_clusters)
         times_drawn = np.bincount(drawn, minlength=num_clusters)
-        statistics[place] = statistic(values, times_drawn[clusters])
+        statistics[sample] = statistic(values, times_drawn[clusters])
     return percentile_interval(statistics)
 
 
 def rate_interval(
     hits: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[float, float, str]:
-    """(low, high, method) of a mean of hits, bootstrapped over clusters.
+    """Computes the interval of a mean of hits, bootstrapped over clusters.
 
-    Where all hits are alike, mostly 0 or 1, every resample is the same; the interval is then
-    Wilson's with one trial per cluster.
+    Where all hits are equal (mostly all 0 or all 1), all resamples are equal too. The interval is
+    then Wilson's, with one trial per cluster.
 
     Args:
         hits: [n] in [0, 1].
-        clusters: [n] integers from 0, each used.
+        clusters: [n] cluster of each hit, integers from 0 without gaps.
         bootstrap: number of resamples and seed.
+
+    Returns:
+        (low, high, method).
     """
     if hits.min() == hits.max():
         num_clusters = int(clusters.max()) + 1
@@ -115,13 +120,14 @@ def mean_score(
     bootstrap: Bootstrap,
     clusters: np.ndarray | None = None,
 ) -> Score:
-    """The mean of values in [0, 1], with the interval of `rate_interval`.
+    """Computes the mean of values in [0, 1], with the interval of `rate_interval`.
 
     Args:
         values: [n], one per query.
-        chance: what a model that knows nothing scores.
+        chance: expected value of an uninformed model.
         bootstrap: number of resamples and seed.
-        clusters: [n] integers from 0, each used; None: each query is one.
+        clusters: [n] cluster of each query, integers from 0 without gaps; None: each query is its
+            own cluster.
     """
     if clusters is None:
         clusters = np.arange(len(values))
@@ -132,12 +138,15 @@ def mean_score(
 def class_mean_interval(
     recalls: np.ndarray, *, class_sizes: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[float, float, str]:
-    """(low, high, method) of the mean of class recalls, resampling the items of each class.
+    """Computes the interval of the mean of class recalls, resampling the items of each class.
 
     Args:
-        recalls: [classes present], each the mean of hits.
-        class_sizes: [classes present], at least 1.
+        recalls: [classes present] mean of the hits of each class.
+        class_sizes: [classes present] number of items of each class, at least 1.
         bootstrap: number of resamples and seed.
+
+    Returns:
+        (low, high, method).
     """
     num_items = int(class_sizes.sum())
     if recalls.min() == recalls.max() and recalls[0] in (0.0, 1.0):
@@ -150,7 +159,7 @@ def class_mean_interval(
 
 
 def percentile_interval(statistics: np.ndarray) -> tuple[float, float]:
-    """(low, high) of a statistic by its values in resamples, [resamples]."""
+    """Computes (low, high) of a statistic from its values on resamples, [resamples]."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(statistics, [tail, 100 - tail])
     return float(low), float(high)

@@ -1,5 +1,7 @@
-"""Classification by the votes of the nearest training items, as DINO measures features (Caron et
-al. 2021, after Wu et al. 2018): a vote weighs exp(cosine / temperature)."""
+"""k-nearest-neighbour classification as in DINO (Caron et al. 2021, after Wu et al. 2018).
+
+The nearest training items vote for their classes; a vote has the weight exp(cosine / temperature).
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,18 @@ def neighbour_votes(
     num_neighbours: int,
     temperature: float,
 ) -> Iterator[Tensor]:
-    """The votes for each class, tile by tile: float32 [rows, K].
+    """Yields the votes for each class, tile by tile: float32 [rows, K].
 
-    Training items that are equally near share what is left of the votes, so that their order does
-    not matter.
+    Training items tied for the last place split the remaining votes evenly, so that the order of
+    training items does not matter.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         train_embeddings: [n, D], L2-normalised.
         train_targets: int64 [n] from 0 to K - 1.
         num_classes: K.
-        num_neighbours: above n it counts as n.
-        temperature: of the votes.
+        num_neighbours: number of voting items; above n it counts as n.
+        temperature: divisor of the cosine in a vote's weight.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -47,12 +49,12 @@ def neighbour_votes(
         votes = weights.new_zeros(len(rows), num_classes)
         votes.scatter_add_(-1, train_targets[indices], weights)
         last = nearest[:, -1:]
-        is_level = scores == last
-        is_cut = is_level.sum(dim=-1) > (nearest == last).sum(dim=-1)
+        is_tied = scores == last
+        is_cut = is_tied.sum(dim=-1) > (nearest == last).sum(dim=-1)
         for row in is_cut.nonzero().flatten().tolist():
             above = scores[row] > last[row]
-            share = (num_neighbours - above.sum()) / is_level[row].sum()
-            counts = above.double() + share * is_level[row].double()
+            fraction = (num_neighbours - above.sum()) / is_tied[row].sum()
+            counts = above.double() + fraction * is_tied[row].double()
             weights = counts * (scores[row].double() / temperature).exp()
             votes[row] = votes.new_zeros(num_classes).scatter_add_(-1, train_targets, weights)
         yield votes.float()

@@ -1,11 +1,10 @@
-"""Linear probe: a softmax regression on embeddings that stay as they are, after Radford et al. 2021
-(CLIP), section A.3.
+"""Linear probe: softmax regression on frozen embeddings (CLIP, Radford et al. 2021, section A.3).
 
     minimise over W, b:   mean cross-entropy of softmax(X W + b)  +  l2 * |W|^2 / (2 n)
 
-which is scikit-learn's LogisticRegression at C = 1 / l2. The l2 is searched on
-validation data, 8 steps to a decade from 1e-6 to 1e6; the regression is then fitted to training and
-validation data together.
+which is scikit-learn's LogisticRegression with C = 1 / l2. The weight l2 of the penalty is chosen
+on validation data from a grid with 8 steps per decade, from 1e-6 to 1e6. The regression is then
+fitted to training and validation data together.
 """
 
 from __future__ import annotations
@@ -21,34 +20,34 @@ from torch.nn import functional
 from eval.metrics.zero_shot import ClassificationResult
 
 L2_GRID = 10.0 ** (np.arange(97) / 8 - 6)
-FIRST_STEP = 16  # of the search: every second decade
+FIRST_STEP = 16  # grid steps between the first candidates: two decades
 MAX_ITERATIONS = 1000  # as in the paper
 
 
 @dataclass(frozen=True)
 class LinearProbeResult(ClassificationResult):
-    """The metrics of a linear probe, and how it was regularised."""
+    """Metrics of a linear probe, and the choice of its penalty."""
 
     l2: float
-    validation_accuracies: dict[float, float]  # by l2; of those that were tried
+    validation_accuracies: dict[float, float]  # accuracy at each l2 that was tried
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted regression."""
+    """Fitted softmax regression."""
 
     weights: Tensor  # float64 [K, D]
     biases: Tensor  # float64 [K]
-    objective: float
+    objective: float  # minimum that was reached
     l2: float
 
     def as_class_embeddings(self) -> Tensor:
-        """[K, D + 1] whose products with `with_ones` are the logits."""
+        """Returns [K, D + 1] whose products with `with_ones` embeddings are the logits."""
         return torch.cat([self.weights, self.biases[:, None]], dim=1)
 
 
 def with_ones(embeddings: Tensor) -> Tensor:
-    """[n, D] -> [n, D + 1] with a one at the end of each row, for the biases."""
+    """Appends a one to each row for the biases: [n, D] -> [n, D + 1]."""
     return functional.pad(embeddings, (0, 1), value=1.0)
 
 
@@ -59,16 +58,16 @@ def train_probe(
     num_classes: int,
     l2: float | None = None,
 ) -> tuple[Probe, dict[float, float]]:
-    """The regression over all items, at the l2 that is best for the validation items.
+    """Fits the regression to all items, with the l2 that is best for the validation items.
 
     Args:
         train: [n, D] embeddings and [n] classes, from 0 to K - 1.
-        validation: likewise.
+        validation: embeddings and classes of the validation items, in the same form.
         num_classes: K.
-        l2: of the regularisation; None: searched.
+        l2: weight of the penalty; None: chosen on the validation items.
 
     Returns:
-        The regression, and the accuracy on validation items at every l2 that was tried.
+        The regression, and the validation accuracy at every l2 that was tried.
     """
     last: Probe | None = None
 
@@ -92,14 +91,14 @@ def fit_probe(
     l2: float,
     start: Probe | None = None,
 ) -> Probe:
-    """The regression of least objective, by L-BFGS in float64.
+    """Minimises the objective by L-BFGS in float64.
 
     Args:
         embeddings: [n, D]
         targets: [n] integers from 0 to K - 1.
         num_classes: K.
-        l2: of the regularisation.
-        start: another regression of the same data, to begin from.
+        l2: weight of the penalty.
+        start: another regression on the same data, used as the starting point; None: zeros.
     """
     values = embeddings.double()
     weights = values.new_zeros(num_classes, values.shape[1]) if start is None else start.weights
@@ -131,10 +130,10 @@ def fit_probe(
 
 
 def search_l2(accuracy_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The l2 of the highest accuracy, found by halving the steps around the best so far.
+    """Searches the grid for the l2 of highest accuracy, halving the step around the best so far.
 
-    Of equal accuracies the stronger regularisation is taken: where few validation items tell
-    little, the first of many equal ones would lead nowhere.
+    Among equal accuracies the largest l2 wins. With few validation items many values of l2 reach
+    the same accuracy, and the smallest would be a poor starting point for the next step.
 
     Args:
         accuracy_at: l2 -> accuracy on validation data.
@@ -146,18 +145,18 @@ def search_l2(accuracy_at: Callable[[float], float]) -> tuple[float, dict[float,
     step = FIRST_STEP
     wanted = range(0, len(L2_GRID), step)
     while True:
-        for place in wanted:
-            if place not in tried and 0 <= place < len(L2_GRID):
-                tried[place] = accuracy_at(float(L2_GRID[place]))
-        best = max(tried, key=lambda place: (tried[place], place))
+        for index in wanted:
+            if index not in tried and 0 <= index < len(L2_GRID):
+                tried[index] = accuracy_at(float(L2_GRID[index]))
+        best = max(tried, key=lambda index: (tried[index], index))
         if step == 1:
-            found = {float(L2_GRID[place]): tried[place] for place in sorted(tried)}
+            found = {float(L2_GRID[index]): tried[index] for index in sorted(tried)}
             return float(L2_GRID[best]), found
         step //= 2
         wanted = (best - step, best + step)
 
 
 def accuracy_of(probe: Probe, embeddings: Tensor, targets: Tensor) -> float:
-    """Share of items whose class has the highest logit."""
+    """Computes the fraction of items whose class has the highest logit."""
     logits = embeddings.double() @ probe.weights.T + probe.biases
     return (logits.argmax(dim=1) == targets).double().mean().item()

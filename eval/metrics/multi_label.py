@@ -1,5 +1,7 @@
-"""Zero-shot classification where an item may be of several classes, or of none: how well each class
-embedding ranks the items of its class before the others."""
+"""Zero-shot multi-label classification, where an item may have several classes or none.
+
+Each class embedding is a query that should rank the items of its class before all others.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ CLASSES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class MultiLabelResult:
-    """The metrics of one classification with several classes per item."""
+    """Metrics of one multi-label classification."""
 
     scores: dict[str, Score]
     average_precisions: np.ndarray  # [K]; NaN where the dataset has no item of the class
@@ -31,14 +33,15 @@ def classify_labels(
     is_of_class: np.ndarray,
     bootstrap: Bootstrap,
 ) -> MultiLabelResult:
-    """Mean average precision over the classes that have items (clip_benchmark counts the others as
-    0), with an interval by resampling items.
+    """Computes mean average precision over the classes that have items.
+
+    Its interval resamples items. clip_benchmark counts classes without items as 0 instead.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         class_embeddings: [K, D], L2-normalised.
-        is_of_class: bool [Q, K]; some class has an item.
-        bootstrap: of the interval.
+        is_of_class: bool [Q, K]; at least one class has an item.
+        bootstrap: resampling of items for the interval.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -66,48 +69,62 @@ def classify_labels(
 
 
 def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
-    """[classes] of each class as a query for its items, among all.
+    """Computes the average precision of each class as a query for its items.
 
     Args:
-        scores: [classes, Q] of every item for every class.
+        scores: [classes, Q] score of every item for every class.
         of_class: bool [classes, Q]; every class has an item.
+
+    Returns:
+        [classes] float64.
     """
-    above, level = [], []
-    for row, is_right in zip(scores, of_class, strict=True):
-        wrong, own = np.sort(row[~is_right]), row[is_right]
-        first, stop = (np.searchsorted(wrong, own, side=side) for side in ("left", "right"))
-        above.append(len(wrong) - stop)
-        level.append(stop - first)
+    above, tied = [], []
+    for row, is_relevant in zip(scores, of_class, strict=True):
+        irrelevant, own = np.sort(row[~is_relevant]), row[is_relevant]
+        first, stop = (np.searchsorted(irrelevant, own, side=side) for side in ("left", "right"))
+        above.append(len(irrelevant) - stop)
+        tied.append(stop - first)
     query, item = np.nonzero(of_class)
-    answers = ranked_relevance(
+    ranked = ranked_relevance(
         query,
         scores[query, item],
         num_irrelevant_above=np.concatenate(above),
-        num_irrelevant_tied=np.concatenate(level),
+        num_irrelevant_tied=np.concatenate(tied),
         gallery_size=scores.shape[1],
     )
-    return answers.average_precision()
+    return ranked.average_precision()
 
 
 def resampled_precisions(
     scores: np.ndarray, of_class: np.ndarray, bootstrap: Bootstrap
 ) -> np.ndarray:
-    """[classes, resamples] average precision with items drawn anew; NaN where none of the class
-    was drawn. Every class sees the same draws."""
+    """Computes average precisions on bootstrap resamples of the items.
+
+    All classes use the same draws.
+
+    Args:
+        scores: [classes, Q] score of every item for every class.
+        of_class: bool [classes, Q]; every class has an item.
+        bootstrap: number of resamples and seed.
+
+    Returns:
+        [classes, resamples] float64; NaN where no item of the class was drawn.
+    """
     generator = np.random.default_rng(bootstrap.seed)
     num_items = scores.shape[1]
     order = np.argsort(-scores, axis=1, kind="stable")
-    is_right = np.take_along_axis(of_class, order, axis=1)
+    is_relevant = np.take_along_axis(of_class, order, axis=1)
     precisions = np.empty((len(scores), bootstrap.num_samples))
-    for place in range(bootstrap.num_samples):
+    for sample in range(bootstrap.num_samples):
         drawn = np.bincount(generator.integers(num_items, size=num_items), minlength=num_items)
         times = drawn[order]  # [classes, Q]
-        right = times * is_right
-        num_relevant = right.sum(axis=1)
-        # Copies of one item are not counted among each other, as the item itself counts once:
-        # else resamples would on average be better than what they are drawn from.
-        earlier, right_earlier = times.cumsum(axis=1) - times, right.cumsum(axis=1) - right
-        precision = (right_earlier + 1) / (earlier + 1)
+        relevant = times * is_relevant
+        num_relevant = relevant.sum(axis=1)
+        # Copies of an item do not count for one another: otherwise resamples would on average score
+        # better than the items they are drawn from.
+        earlier = times.cumsum(axis=1) - times
+        relevant_earlier = relevant.cumsum(axis=1) - relevant
+        precision = (relevant_earlier + 1) / (earlier + 1)
         with np.errstate(invalid="ignore"):
-            precisions[:, place] = (right * precision).sum(axis=1) / num_relevant
+            precisions[:, sample] = (relevant * precision).sum(axis=1) / num_relevant
     return precisions

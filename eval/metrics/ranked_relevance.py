@@ -1,7 +1,7 @@
-"""Where all right answers of a query stand in its ranking, and the metrics that follow from it.
+"""Ranks of all relevant candidates of each query, and the metrics computed from them.
 
-Answers with the same score are in no order: every metric is its mean over all orders of them. So a
-model that gives every pair the same score scores what guessing scores.
+Candidates with equal scores have no order, so every metric is its mean over all orders of the tied
+candidates. A model that gives every pair the same score therefore scores exactly chance.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from eval.metrics.ranking import QueryRanks
 
 @dataclass(frozen=True)
 class RankedRelevance:
-    """The levels of score at which a query has right answers, best first; arrays are int64 [L].
+    """Distinct scores ("levels") that relevant candidates have, best first within each query.
 
-    `query` rises; every query has at least one level.
+    Arrays are int64 [L], one entry per level. `query` never decreases; every query has at least one
+    level.
     """
 
-    query: np.ndarray  # whose level it is
-    num_above: np.ndarray  # answers that score higher, right and wrong ones
-    num_relevant_above: np.ndarray  # right ones among them
-    num_tied: np.ndarray  # answers of this score
-    num_relevant: np.ndarray  # right ones among them
+    query: np.ndarray  # query that the level belongs to
+    num_above: np.ndarray  # candidates that score higher, relevant or not
+    num_relevant_above: np.ndarray  # relevant ones among num_above
+    num_tied: np.ndarray  # candidates with this score, relevant or not
+    num_relevant: np.ndarray  # relevant ones among num_tied
     gallery_size: int
 
     @property
     def num_relevant_of_query(self) -> np.ndarray:
-        """[Q] right answers of each query."""
+        """Number of relevant candidates of each query, [Q]."""
         return self._sum_of_levels(self.num_relevant).astype(np.int64)
 
     def query_ranks(self) -> QueryRanks:
-        """What stands above and level with each query's best right answer."""
+        """Returns the competitors of each query's best relevant candidate."""
         best = np.flatnonzero(self.num_relevant_above == 0)
         return QueryRanks(
             num_above=self.num_above[best],
@@ -44,7 +45,7 @@ class RankedRelevance:
         )
 
     def true_recall_at(self, k: int) -> np.ndarray:
-        """Share of a query's right answers that are among the first k.
+        """Computes the fraction of each query's relevant candidates that rank among the first k.
 
         Returns:
             [Q] float64.
@@ -54,51 +55,53 @@ class RankedRelevance:
         return found / self.num_relevant_of_query
 
     def average_precision(self, k: int | None = None) -> np.ndarray:
-        """Mean over a query's right answers of the precision at their ranks.
+        """Computes the mean, over a query's relevant candidates, of the precision at their ranks.
 
-        With k it is trec_eval's and ranx's AP@k: right answers after the first k count nothing, and
-        the sum is divided by k if there are more right answers than that. With ties it is the mean
-        over all orders (McSherry and Najork 2008, "Computing information retrieval performance
-        measures efficiently in the presence of tied scores", section 2.4).
+        With k it is AP@k as in trec_eval and ranx. Relevant candidates after the first k count as
+        0, and the sum is divided by min(k, number of relevant candidates).
+        Ties are averaged over all orders: McSherry and Najork 2008, "Computing information
+        retrieval performance measures efficiently in the presence of tied scores", section 2.4.
 
         Returns:
             [Q] float64.
         """
 
-        def of_level(above: int, right_above: int, level: int, right: int) -> float:
-            places = np.arange(1, level + 1)
-            places = places[above + places <= (k or self.gallery_size)]
-            earlier = (places - 1) * (right - 1) / max(1, level - 1)
-            return float((right / level * (right_above + 1 + earlier) / (above + places)).sum())
+        def at_level(above: int, relevant_above: int, tied: int, relevant: int) -> float:
+            offsets = np.arange(1, tied + 1)
+            offsets = offsets[above + offsets <= (k or self.gallery_size)]
+            earlier = (offsets - 1) * (relevant - 1) / max(1, tied - 1)
+            found = relevant_above + 1 + earlier
+            return float((relevant / tied * found / (above + offsets)).sum())
 
         is_among = self.num_above < (k or self.gallery_size)
         alone = is_among * (self.num_relevant_above + 1) / (self.num_above + 1)
         total = self.num_relevant_of_query
-        return self._sum_of_levels(self._at_levels(of_level, alone)) / np.minimum(total, k or total)
+        return self._sum_of_levels(self._at_levels(at_level, alone)) / np.minimum(total, k or total)
 
     def reciprocal_rank(self) -> np.ndarray:
-        """One over the rank of the first right answer.
+        """Computes one over the rank of each query's first relevant candidate.
 
         Returns:
             [Q] float64.
         """
 
-        def of_level(above: int, right_above: int, level: int, right: int) -> float:
-            if right_above:
+        def at_level(above: int, relevant_above: int, tied: int, relevant: int) -> float:
+            if relevant_above:
                 return 0.0
-            places = np.arange(1, level - right + 2)
-            # The first right answer is not at an earlier place of the level, then it is at this.
-            left = level - places[:-1] + 1
-            is_later = np.cumprod(np.concatenate([[1.0], (left - right) / left]))
-            shares = is_later * right / (level - places + 1)
-            return float((shares / (above + places)).sum())
+            offsets = np.arange(1, tied - relevant + 2)
+            # Probability that the first relevant candidate is at each offset within the tie.
+            left = tied - offsets[:-1] + 1
+            is_later = np.cumprod(np.concatenate([[1.0], (left - relevant) / left]))
+            probabilities = is_later * relevant / (tied - offsets + 1)
+            return float((probabilities / (above + offsets)).sum())
 
         alone = (self.num_relevant_above == 0) / (self.num_above + 1)
-        return self._sum_of_levels(self._at_levels(of_level, alone))
+        return self._sum_of_levels(self._at_levels(at_level, alone))
 
     def ndcg_at(self, k: int) -> np.ndarray:
-        """Discounted gain of the right answers among the first k, over the largest that there is
-        (Jarvelin and Kekalainen 2002, with a gain of 1 and log2(1 + rank)).
+        """Computes the discounted cumulative gain of the first k, divided by its maximum.
+
+        Gains are binary and discounted by log2(1 + rank) (Jarvelin and Kekalainen 2002).
 
         Returns:
             [Q] float64.
@@ -118,21 +121,20 @@ class RankedRelevance:
     def _at_levels(
         self, value: Callable[[int, int, int, int], float], alone: np.ndarray
     ) -> np.ndarray:
-        """Returns [L] values of (num_above, num_relevant_above, num_tied, num_relevant), computed
-        once for all equal levels.
+        """Evaluates a function once for each distinct level.
 
         Args:
-            value: the function.
-            alone: [L] its values at levels of one answer, which most are.
+            value: function of (num_above, num_relevant_above, num_tied, num_relevant).
+            alone: [L] values of the function at levels with a single candidate, the usual case.
         """
         columns = (self.num_above, self.num_relevant_above, self.num_tied, self.num_relevant)
         is_tied = self.num_tied > 1
         if not is_tied.any():
             return alone
         rows = np.stack(columns, axis=1)[is_tied]
-        distinct, which = np.unique(rows, axis=0, return_inverse=True)
+        distinct, inverse = np.unique(rows, axis=0, return_inverse=True)
         values = alone.astype(np.float64)
-        values[is_tied] = np.array([value(*row) for row in distinct.tolist()])[which.reshape(-1)]
+        values[is_tied] = np.array([value(*row) for row in distinct.tolist()])[inverse.reshape(-1)]
         return values
 
 
@@ -144,38 +146,38 @@ def ranked_relevance(
     num_irrelevant_tied: np.ndarray,
     gallery_size: int,
 ) -> RankedRelevance:
-    """The levels of right pairs of queries and answers.
+    """Groups relevant pairs of query and candidate into levels of equal score.
 
     Args:
-        query: [P] integers from 0, each used.
-        score: [P] of the pair.
-        num_irrelevant_above: [P] wrong answers that score higher.
-        num_irrelevant_tied: [P] wrong answers that score the same.
-        gallery_size: answers to choose from.
+        query: [P] query of each pair, integers from 0 without gaps.
+        score: [P] score of each pair.
+        num_irrelevant_above: [P] irrelevant candidates that score higher.
+        num_irrelevant_tied: [P] irrelevant candidates that score the same.
+        gallery_size: number of candidates.
     """
     order = np.lexsort((-score, query))
     query, score = query[order], score[order]
-    begins = np.flatnonzero(np.diff(query, prepend=-1) | (np.diff(score, prepend=np.nan) != 0))
-    num_relevant = np.diff(begins, append=len(query))
-    of_level = query[begins]
-    # Right answers above: those of the query's earlier levels.
-    num_relevant_above = begins - np.searchsorted(query, of_level)
+    starts = np.flatnonzero(np.diff(query, prepend=-1) | (np.diff(score, prepend=np.nan) != 0))
+    num_relevant = np.diff(starts, append=len(query))
+    level_query = query[starts]
+    # Relevant candidates above a level are those of the query's earlier levels.
+    num_relevant_above = starts - np.searchsorted(query, level_query)
     return RankedRelevance(
-        query=of_level,
-        num_above=num_irrelevant_above[order][begins] + num_relevant_above,
+        query=level_query,
+        num_above=num_irrelevant_above[order][starts] + num_relevant_above,
         num_relevant_above=num_relevant_above,
-        num_tied=num_irrelevant_tied[order][begins] + num_relevant,
+        num_tied=num_irrelevant_tied[order][starts] + num_relevant,
         num_relevant=num_relevant,
         gallery_size=gallery_size,
     )
 
 
 def relevance_at_chance(num_relevant: np.ndarray, *, gallery_size: int) -> RankedRelevance:
-    """Those of a model that knows nothing: every answer is level with every other.
+    """Returns the ranked relevance of an uninformed model, which scores all candidates alike.
 
     Args:
-        num_relevant: [Q] right answers of each query.
-        gallery_size: answers to choose from.
+        num_relevant: [Q] relevant candidates of each query.
+        gallery_size: number of candidates.
     """
     num_relevant = np.asarray(num_relevant, dtype=np.int64)
     return RankedRelevance(

@@ -1,7 +1,7 @@
-"""Where the right answer of each query stands in a ranking, with ties broken at chance.
+"""Rank of the first relevant candidate of each query, with ties broken at random.
 
 All metrics derive from three counts per query (`QueryRanks`). Ties matter: a model that gives every
-pair the same score must score what guessing scores, never 100 %.
+pair the same score must score exactly chance, never 100 %.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """What stands above and level with each query's best right answer; arrays are int64 [Q]."""
+    """Competitors of each query's best relevant candidate; arrays are int64 [Q]."""
 
-    num_above: np.ndarray  # wrong answers that score higher
-    num_tied: np.ndarray  # wrong answers that score the same
-    num_tied_relevant: np.ndarray  # right answers that score the same, the best one included
+    num_above: np.ndarray  # irrelevant candidates that score higher
+    num_tied: np.ndarray  # irrelevant candidates that score the same
+    num_tied_relevant: np.ndarray  # relevant candidates that score the same, including the best
     gallery_size: int
 
     def hits_at(self, k: int) -> np.ndarray:
-        """Probability that a right answer is among the first k when ties are broken at random.
+        """Computes the probability that a relevant candidate is among the first k.
 
-        0 or 1 where there is no tie. A k above the gallery's size counts as the gallery's size.
+        It is 0 or 1 where there is no tie. A k above the gallery's size counts as the gallery's
+        size.
 
         Returns:
             [Q] float64.
         """
         # Of the first k ranks, those above the tie are taken. The rest are drawn from the tied
-        # answers without replacement; the query misses if all drawn are wrong (hypergeometric).
+        # candidates without replacement; the query misses if all drawn are irrelevant
+        # (hypergeometric).
         num_drawn = np.maximum(min(k, self.gallery_size) - self.num_above, 0)
         misses = np.ones(len(self.num_above))
-        for right in range(1, int(self.num_tied_relevant.max(initial=0)) + 1):
-            left_out = np.maximum(self.num_tied - num_drawn + right, 0) / (self.num_tied + right)
-            misses = np.where(right <= self.num_tied_relevant, misses * left_out, misses)
+        for relevant in range(1, int(self.num_tied_relevant.max(initial=0)) + 1):
+            num_left = self.num_tied + relevant
+            left_out = np.maximum(num_left - num_drawn, 0) / num_left
+            misses = np.where(relevant <= self.num_tied_relevant, misses * left_out, misses)
         return 1 - misses
 
     def first_ranks(self) -> np.ndarray:
-        """Expected rank of the first right answer, counted from 1, ties broken at random.
+        """Computes the expected rank, from 1, of the first relevant candidate.
 
         Returns:
             [Q] float64.
@@ -49,11 +52,11 @@ class QueryRanks:
 
 
 def chance_ranks(num_relevant: np.ndarray, *, gallery_size: int) -> QueryRanks:
-    """The ranks of a model that knows nothing: every answer is level with every other.
+    """Returns the ranks of an uninformed model, which scores all candidates alike.
 
     Args:
-        num_relevant: [Q] right answers of each query in the gallery.
-        gallery_size: answers to choose from.
+        num_relevant: [Q] relevant candidates of each query.
+        gallery_size: number of candidates.
     """
     num_relevant = np.asarray(num_relevant, dtype=np.int64)
     return QueryRanks(
@@ -65,7 +68,7 @@ def chance_ranks(num_relevant: np.ndarray, *, gallery_size: int) -> QueryRanks:
 
 
 def median_rank_at_chance(ranks: QueryRanks) -> int:
-    """Smallest k at which a random ranking (see `chance_ranks`) finds half of the queries."""
+    """Finds the smallest k at which a random ranking (see `chance_ranks`) hits half the queries."""
     low, high = 1, ranks.gallery_size
     while low < high:
         middle = (low + high) // 2
@@ -78,10 +81,11 @@ def median_rank_at_chance(ranks: QueryRanks) -> int:
 
 
 def cosine_scores(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Cosine similarities of all pairs, equal for equal pairs whatever the shape of the tile.
+    """Computes the cosine similarities of all pairs.
 
-    A float32 product of the same two vectors differs in its last bit between tiles of different
-    shapes, which would break ties by place. The products are taken in float64 and then rounded.
+    Equal pairs get bitwise equal scores, whatever the shape of the tile. A float32 product of the
+    same two vectors differs in its last bit between tiles of different shapes, which would break
+    ties by position. The products are therefore computed in float64 and then rounded.
 
     Args:
         queries: [rows, D], L2-normalised.
@@ -94,9 +98,10 @@ def cosine_scores(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 def check_finite(embeddings: Tensor, *, name: str) -> None:
-    """
+    """Refuses embeddings with NaN or infinity, which every comparison would count as a loss.
+
     Raises:
-        ValueError: a value is NaN or infinite, which every comparison would count as a loss.
+        ValueError: a value is not finite.
     """
     is_finite = torch.cat([torch.isfinite(rows).all(dim=-1) for rows in embeddings.split(4096)])
     if not bool(is_finite.all()):

@@ -1,4 +1,4 @@
-"""Which captions are right for which media items."""
+"""Relevance judgements: pairs of a media item and a caption that match."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Relevance:
-    """Pairs of a media item and a caption that is right for it."""
+    """Matching pairs of a media item and a caption, as parallel arrays."""
 
     media: np.ndarray  # int64 [P]
     texts: np.ndarray  # int64 [P]
 
     def texts_of(self, item: int) -> np.ndarray:
-        """Captions that are right for a media item."""
+        """Returns the captions that are relevant to a media item."""
         return self.texts[self.media == item]
 
     def media_of(self, text: int) -> np.ndarray:
-        """Media items that a caption is right for."""
+        """Returns the media items that are relevant to a caption."""
         return self.media[self.texts == text]
 
 
 def relevance_of_owners(media_of_text: np.ndarray) -> Relevance:
-    """Each caption is right for the item that it belongs to, and for no other.
+    """Pairs each caption with the item that owns it, and with no other.
 
     Args:
         media_of_text: [M] item of each caption.
@@ -35,7 +35,7 @@ def relevance_of_owners(media_of_text: np.ndarray) -> Relevance:
 
 
 def relevance_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[str]) -> Relevance:
-    """Each caption is right for all items that have a caption of the same words, and its own first.
+    """Pairs each caption with every item that has an identical caption.
 
     Args:
         media_of_text: [M] item of each caption.
@@ -44,27 +44,27 @@ def relevance_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[st
     items_of: dict[str, set[int]] = {}
     for item, caption in zip(media_of_text, captions, strict=True):
         items_of.setdefault(caption, set()).add(int(item))
-    return _sorted_pairs(
+    return _sorted_relevance(
         (text, item) for text, caption in enumerate(captions) for item in items_of[caption]
     )
 
 
 def relevance_of_equal_values(values: Sequence[str], other_values: Sequence[str]) -> Relevance:
-    """Items of two datasets are right for each other if their values are equal.
+    """Pairs the items of two datasets that have equal values.
 
     Args:
-        values: [Q] of the items of the one.
-        other_values: [M] of those of the other, which take the place of captions.
+        values: [Q] value of each item of the first dataset.
+        other_values: [M] value of each item of the second dataset, whose items act as captions.
     """
     items_of: dict[str, list[int]] = {}
     for item, value in enumerate(values):
         items_of.setdefault(value, []).append(item)
-    return _sorted_pairs(
+    return _sorted_relevance(
         (other, item) for other, value in enumerate(other_values) for item in items_of[value]
     )
 
 
-def _sorted_pairs(pairs: Iterable[tuple[int, int]]) -> Relevance:
-    """Of (text, item)."""
+def _sorted_relevance(pairs: Iterable[tuple[int, int]]) -> Relevance:
+    """Sorts (text, item) pairs by text."""
     texts, media = np.array(sorted(pairs), dtype=np.int64).T
     return Relevance(media, texts)

@@ -1,7 +1,8 @@
 """Retrieval between media items and captions, in both directions, exact and in bounded memory.
 
-"recall@k" is what CLIP papers call so: the share of queries that find at least one right answer
-among their k nearest (a hit rate). "true_recall@k" is the share of right answers found.
+"recall@k" has the meaning of CLIP papers: the fraction of queries with at least one relevant
+candidate among their k nearest (a hit rate). "true_recall@k" is the fraction of relevant candidates
+that are found.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from eval.metrics.answer_counts import TILE, count_wrong_answers
+from eval.metrics.answer_counts import TILE, count_irrelevant
 from eval.metrics.intervals import (
     Bootstrap,
     Score,
@@ -28,16 +29,16 @@ from eval.metrics.ranking import QueryRanks, check_finite, median_rank_at_chance
 from eval.metrics.relevance import Relevance, relevance_of_owners
 
 DIRECTIONS = ("media_to_text", "text_to_media")
-MAP_DEPTH = 10  # of the cut-off mAP and nDCG
+MAP_DEPTH = 10  # rank at which mAP@k and nDCG@k are cut off
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """The metrics of one retrieval, and the rank of every query."""
+    """Metrics of one retrieval, and the rank of every query."""
 
     scores: dict[str, Score]
-    media_to_text: QueryRanks  # one query per media item; or of the first direction
-    text_to_media: QueryRanks  # one query per caption; or of the second
+    media_to_text: QueryRanks  # first direction: one query per media item
+    text_to_media: QueryRanks  # second direction: one query per caption
 
 
 def retrieve(
@@ -51,25 +52,27 @@ def retrieve(
     bootstrap: Bootstrap,
     directions: tuple[str, str] = DIRECTIONS,
 ) -> RetrievalResult:
-    """Recalls, mean precision and reciprocal rank, nDCG, median and mean rank in both directions,
-    with intervals and chance levels.
+    """Computes all retrieval metrics in both directions, with intervals and chance levels.
+
+    These are recall@k, mean average precision, mean reciprocal rank, nDCG, and median and mean
+    rank.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m]; every item
             owns at least one caption.
-        relevance: which captions are right for which items; None: each for its own item.
+        relevance: matching pairs of item and caption; None: each caption matches its own item.
         distractor_embeddings: [X, D], L2-normalised captions that describe no item; they join the
             gallery of media to text.
-        ks: of recall@k; a k above the gallery's size counts as the gallery's size.
+        ks: depths of recall@k; a k above the gallery's size counts as the gallery's size.
         bootstrap: resampling of media items for the intervals.
-        directions: what metrics are called by.
+        directions: prefixes of the metrics' names.
 
     Raises:
         ValueError: an embedding is not finite, or a media item has no caption.
     """
-    both = retrieval_answers(
+    both = retrieval_relevance(
         media_embeddings,
         text_embeddings,
         relevance=relevance or relevance_of_owners(media_of_text),
@@ -77,12 +80,10 @@ def retrieve(
     )
     scores = {}
     clusters_of = (np.arange(len(media_embeddings)), media_of_text)
-    for direction, answers, clusters in zip(directions, both, clusters_of, strict=True):
-        chance = relevance_at_chance(
-            answers.num_relevant_of_query, gallery_size=answers.gallery_size
-        )
-        chances = dict(_shares(chance, ks))
-        for name, values in _shares(answers, ks):
+    for direction, ranked, clusters in zip(directions, both, clusters_of, strict=True):
+        chance = relevance_at_chance(ranked.num_relevant_of_query, gallery_size=ranked.gallery_size)
+        chances = dict(_query_metrics(chance, ks))
+        for name, values in _query_metrics(ranked, ks):
             scores[f"{direction}_{name}"] = mean_score(
                 values,
                 chance=float(chances[name].mean()),
@@ -90,13 +91,13 @@ def retrieve(
                 bootstrap=bootstrap,
             )
         scores |= _rank_scores(
-            answers.query_ranks(),
+            ranked.query_ranks(),
             chance.query_ranks(),
             direction=direction,
             clusters=clusters,
             bootstrap=bootstrap,
         )
-    ranks = [answers.query_ranks() for answers in both]
+    ranks = [ranked.query_ranks() for ranked in both]
     scores |= _mean_recalls(
         [np.stack([each.hits_at(k) for k in ks], axis=1) for each in ranks],
         ks=ks,
@@ -118,42 +119,51 @@ def _mean_recalls(
     clusters_of: Sequence[np.ndarray],
     bootstrap: Bootstrap,
 ) -> dict[str, Score]:
-    """The means of both directions' recalls, by hits [queries, ks] of each. Where the clusters of
-    both are the same media items, both see the same draws."""
+    """Averages the recalls of both directions.
+
+    Where the clusters of both directions are the same media items, both use the same draws.
+
+    Args:
+        hits: [queries, ks] in [0, 1] of each direction.
+        ks: depths of recall@k.
+        chances: [ks] chance level of each mean.
+        clusters_of: [queries] media item of each query, for each direction.
+        bootstrap: resampling of media items.
+    """
     values = np.mean([each.mean(axis=0) for each in hits], axis=0)  # [ks]
     resampled = np.zeros((bootstrap.num_samples, len(ks)))
     for each, clusters in zip(hits, clusters_of, strict=True):
         generator, num_clusters = np.random.default_rng(bootstrap.seed), int(clusters.max()) + 1
-        for place in range(bootstrap.num_samples):
+        for sample in range(bootstrap.num_samples):
             drawn = generator.integers(num_clusters, size=num_clusters)
             weights = np.bincount(drawn, minlength=num_clusters)[clusters]
-            resampled[place] += weights @ each / weights.sum() / len(hits)
+            resampled[sample] += weights @ each / weights.sum() / len(hits)
     num_items = int(clusters_of[0].max()) + 1
     scores = {}
-    for place, k in enumerate(ks):
-        low, high = percentile_interval(resampled[:, place])
+    for column, k in enumerate(ks):
+        low, high = percentile_interval(resampled[:, column])
         method = "bootstrap over media items"
-        if all(each[:, place].min() == each[:, place].max() for each in hits):
-            low, high = wilson_interval(values[place] * num_items, num_items)
+        if all(each[:, column].min() == each[:, column].max() for each in hits):
+            low, high = wilson_interval(values[column] * num_items, num_items)
             method = "Wilson over media items"
         scores[f"mean_recall@{k}"] = Score(
-            float(values[place]), low, high, float(chances[place]), sum(map(len, hits)), method
+            float(values[column]), low, high, float(chances[column]), sum(map(len, hits)), method
         )
     return scores
 
 
-def _shares(answers: RankedRelevance, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """(metric, [Q] its value for each query) of the metrics that are shares, best 1."""
-    ranks = answers.query_ranks()
+def _query_metrics(ranked: RankedRelevance, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (metric, [Q] its value for each query) for the metrics in [0, 1], best 1."""
+    ranks = ranked.query_ranks()
     for k in ks:
         yield f"recall@{k}", ranks.hits_at(k)
-    if answers.num_relevant_of_query.max() > 1:  # else they are the same
+    if ranked.num_relevant_of_query.max() > 1:  # otherwise equal to recall@k
         for k in ks:
-            yield f"true_recall@{k}", answers.true_recall_at(k)
-    yield "map", answers.average_precision()
-    yield f"map@{MAP_DEPTH}", answers.average_precision(MAP_DEPTH)
-    yield f"ndcg@{MAP_DEPTH}", answers.ndcg_at(MAP_DEPTH)
-    yield "mrr", answers.reciprocal_rank()
+            yield f"true_recall@{k}", ranked.true_recall_at(k)
+    yield "map", ranked.average_precision()
+    yield f"map@{MAP_DEPTH}", ranked.average_precision(MAP_DEPTH)
+    yield f"ndcg@{MAP_DEPTH}", ranked.ndcg_at(MAP_DEPTH)
+    yield "mrr", ranked.reciprocal_rank()
 
 
 def recall_at_k(
@@ -163,28 +173,30 @@ def recall_at_k(
     media_of_text: np.ndarray,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Share of queries whose true match is among the k nearest, in both directions.
+    """Computes recall at k in both directions: the fraction of queries with a match in the top k.
+
+    An item may have several captions; retrieving any one of them counts.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m].
-        ks: see `retrieve`.
+        ks: depths; a k above the gallery's size counts as the gallery's size.
 
     Returns:
         {"media_to_text_recall@1": ..., "text_to_media_recall@1": ...}, each in [0, 1].
     """
-    both = retrieval_answers(
+    both = retrieval_relevance(
         media_embeddings, text_embeddings, relevance=relevance_of_owners(media_of_text)
     )
     return {
-        f"{direction}_recall@{k}": float(answers.query_ranks().hits_at(k).mean())
-        for direction, answers in zip(DIRECTIONS, both, strict=True)
+        f"{direction}_recall@{k}": float(ranked.query_ranks().hits_at(k).mean())
+        for direction, ranked in zip(DIRECTIONS, both, strict=True)
         for k in ks
     }
 
 
-def retrieval_answers(
+def retrieval_relevance(
     media_embeddings: Tensor,
     text_embeddings: Tensor,
     *,
@@ -192,10 +204,22 @@ def retrieval_answers(
     distractor_embeddings: Tensor | None = None,
     tile: int = TILE,
 ) -> tuple[RankedRelevance, RankedRelevance]:
-    """The right answers of media to text and of text to media, holding [tile, tile] scores at a
-    time.
+    """Ranks the relevant candidates of every query, in both directions.
 
-    Arguments as in `retrieve`; `tile` changes memory and speed, never the result.
+    At most [tile, tile] scores are in memory at once.
+
+    Args:
+        media_embeddings: [Q, D], L2-normalised.
+        text_embeddings: [M, D], L2-normalised.
+        relevance: matching pairs of item and caption; every item and caption has at least one.
+        distractor_embeddings: [X, D], L2-normalised captions that describe no item.
+        tile: number of captions, and of media items, scored at once; memory and speed only.
+
+    Returns:
+        (media to text, text to media).
+
+    Raises:
+        ValueError: an embedding is not finite, or an item or caption has no match.
     """
     gallery_size = len(text_embeddings)
     if distractor_embeddings is not None:
@@ -203,9 +227,9 @@ def retrieval_answers(
         gallery_size += len(distractor_embeddings)
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(text_embeddings, name="text_embeddings")
-    _refuse_lonely(relevance.media, len(media_embeddings), what="media item", needs="caption")
-    _refuse_lonely(relevance.texts, len(text_embeddings), what="caption", needs="media item")
-    counts = count_wrong_answers(
+    _refuse_unmatched(relevance.media, len(media_embeddings), what="media item", needs="caption")
+    _refuse_unmatched(relevance.texts, len(text_embeddings), what="caption", needs="media item")
+    counts = count_irrelevant(
         media_embeddings,
         text_embeddings,
         relevance=relevance,
@@ -229,7 +253,7 @@ def retrieval_answers(
     return media_to_text, text_to_media
 
 
-def _refuse_lonely(indices: np.ndarray, count: int, *, what: str, needs: str) -> None:
+def _refuse_unmatched(indices: np.ndarray, count: int, *, what: str, needs: str) -> None:
     missing = np.flatnonzero(np.bincount(indices, minlength=count) == 0)
     if len(missing):
         raise ValueError(f"{what} {missing[0]} has no {needs}; every {what} needs at least one")

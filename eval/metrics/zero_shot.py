@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class of a media item is the class embedding nearest to it."""
+"""Zero-shot classification: an item is assigned the class with the nearest class embedding."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """The metrics of one classification; classes are in the order of class_names."""
+    """Metrics of one classification; classes are in the order of class_names."""
 
     scores: dict[str, Score]
-    confusion: np.ndarray  # [K, K] int64: row true class, column predicted class
+    confusion: np.ndarray  # [K, K] int64; row: true class, column: predicted class
     class_recalls: np.ndarray  # [K]; NaN where the dataset has no item of the class
-    predictions: np.ndarray  # [Q]
-    ranks: QueryRanks  # of the true class of each item
-    group_accuracies: dict[str, float]  # top-1, by group; empty where there are none
+    predictions: np.ndarray  # [Q] predicted class of each item
+    ranks: QueryRanks  # rank of the true class of each item
+    group_accuracies: dict[str, float]  # group -> top-1 accuracy; empty without groups
 
 
 def classify(
@@ -41,14 +41,14 @@ def classify(
     bootstrap: Bootstrap,
     groups: Sequence[str] | None = None,
 ) -> ClassificationResult:
-    """The metrics of `classification_result`, each item scored by its cosines with the classes.
+    """Classifies items by cosine similarity and computes the metrics of `classification_result`.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         class_embeddings: [K, D], L2-normalised.
         targets: [Q] integers from 0 to K - 1.
-        bootstrap: of the intervals.
-        groups: [Q] of each item; the metrics of the worst group are added.
+        bootstrap: resampling for the intervals.
+        groups: [Q] group of each item; adds the metrics of the worst group.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -67,15 +67,17 @@ def classification_result(
     bootstrap: Bootstrap,
     groups: Sequence[str] | None = None,
 ) -> ClassificationResult:
-    """Top-1 and top-5 accuracy, mean per class recall, macro F1 and confusion matrix.
+    """Computes top-1 and top-5 accuracy, mean per class recall, macro F1 and confusion matrix.
 
     With fewer than 5 classes, top-5 counts as top-K. Recall and F1 are means over the classes that
-    the dataset holds, as scikit-learn's balanced accuracy, and WILDS' F1.
+    the dataset contains, as in scikit-learn's balanced accuracy and WILDS' F1.
 
     Args:
-        ranks: of the true class of each item among all.
-        predictions: [Q] classes.
-        targets, bootstrap, groups: see `classify`.
+        ranks: rank of the true class of each item among all classes.
+        predictions: [Q] predicted classes.
+        targets: [Q] integers from 0 to K - 1.
+        bootstrap: resampling for the intervals.
+        groups: [Q] group of each item; adds the metrics of the worst group.
     """
     num_classes = ranks.gallery_size
     chance = chance_ranks(np.ones_like(targets), gallery_size=num_classes)
@@ -109,7 +111,7 @@ def classification_result(
 def rank_classes(
     media_embeddings: Tensor, class_embeddings: Tensor, *, targets: np.ndarray
 ) -> tuple[QueryRanks, np.ndarray]:
-    """Where the true class of each item stands among all classes, and the class predicted.
+    """Ranks the true class of each item among all classes, and predicts its class.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
@@ -117,7 +119,7 @@ def rank_classes(
         targets: [Q] integers from 0 to K - 1.
 
     Returns:
-        The ranks, and [Q] int64 predictions (of classes that tie, the first).
+        The ranks, and [Q] int64 predictions (the first of tied classes).
 
     Raises:
         ValueError: an embedding is not finite.
@@ -131,25 +133,25 @@ def rank_classes(
 def rank_scores(
     score_rows: Iterable[Tensor], *, targets: np.ndarray
 ) -> tuple[QueryRanks, np.ndarray]:
-    """As `rank_classes`, by scores.
+    """Ranks the true class of each item by given scores; otherwise as `rank_classes`.
 
     Args:
-        score_rows: of the items, tile by tile: [rows, K]; they are overwritten.
+        score_rows: scores of the items, tile by tile: [rows, K]; they are overwritten.
         targets: [Q] integers from 0 to K - 1.
     """
-    above, level, predictions, start, num_classes = [], [], [], 0, 0
+    above, tied, predictions, start, num_classes = [], [], [], 0, 0
     for scores in score_rows:
         num_rows, num_classes = scores.shape
         own = torch.as_tensor(targets[start : start + num_rows], device=scores.device)[:, None]
         start += num_rows
         predictions.append(scores.argmax(dim=-1))
         of_target = scores.gather(-1, own)  # [rows, 1]
-        scores.scatter_(-1, own, -torch.inf)  # the true class does not meet itself
+        scores.scatter_(-1, own, -torch.inf)  # the true class does not compete with itself
         above.append((scores > of_target).sum(dim=-1))
-        level.append((scores == of_target).sum(dim=-1))
+        tied.append((scores == of_target).sum(dim=-1))
     ranks = QueryRanks(
         num_above=torch.cat(above).cpu().numpy(),
-        num_tied=torch.cat(level).cpu().numpy(),
+        num_tied=torch.cat(tied).cpu().numpy(),
         num_tied_relevant=np.ones(len(targets), dtype=np.int64),
         gallery_size=num_classes,
     )
@@ -159,13 +161,13 @@ def rank_scores(
 def confusion_matrix(
     targets: np.ndarray, predictions: np.ndarray, *, num_classes: int
 ) -> np.ndarray:
-    """[K, K] counts: row true class, column predicted class."""
+    """Counts items by true class (row) and predicted class (column): int64 [K, K]."""
     cells = np.bincount(targets * num_classes + predictions, minlength=num_classes**2)
     return cells.reshape(num_classes, num_classes)
 
 
 def class_recalls(hits: np.ndarray, targets: np.ndarray, *, num_classes: int) -> np.ndarray:
-    """[K] share of each class's items that are hits; NaN for a class without items."""
+    """Computes the mean hit of each class's items, [K]; NaN for a class without items."""
     sizes = np.bincount(targets, minlength=num_classes)
     num_hits = np.bincount(targets, weights=hits, minlength=num_classes)
     return np.divide(num_hits, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
@@ -179,7 +181,7 @@ def _accuracy(hits: np.ndarray, chance_hits: np.ndarray) -> Score:
 def _mean_per_class_recall(
     hits: np.ndarray, targets: np.ndarray, *, chance: float, bootstrap: Bootstrap
 ) -> Score:
-    """Over the classes that the dataset holds, as scikit-learn's balanced accuracy."""
+    """Averages over the classes that the dataset contains (scikit-learn's balanced accuracy)."""
     present, positions = np.unique(targets, return_inverse=True)
     sizes = np.bincount(positions)
     recalls = class_recalls(hits, positions, num_classes=len(present))
@@ -188,10 +190,13 @@ def _mean_per_class_recall(
 
 
 def macro_f1(confusion: np.ndarray) -> np.ndarray:
-    """[...] mean over the classes with items of 2 TP / (2 TP + FP + FN).
+    """Computes the mean of 2 TP / (2 TP + FP + FN) over the classes with items.
 
     Args:
-        confusion: [..., K, K] counts; row true class, column predicted class.
+        confusion: [..., K, K] counts; row: true class, column: predicted class.
+
+    Returns:
+        [...] float64.
     """
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
@@ -200,22 +205,22 @@ def macro_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 def _macro_f1(confusion: np.ndarray, *, bootstrap: Bootstrap) -> Score:
-    """Its interval draws the items anew: their cells of the matrix are a multinomial draw."""
+    """Bootstraps macro F1: resampling items is a multinomial draw of the matrix's cells."""
     num_items, num_classes = int(confusion.sum()), len(confusion)
     cells = np.flatnonzero(confusion)
-    shares = confusion.reshape(-1)[cells] / num_items
+    frequencies = confusion.reshape(-1)[cells] / num_items
     generator = np.random.default_rng(bootstrap.seed)
     resampled = np.empty(bootstrap.num_samples)
-    for place in range(bootstrap.num_samples):
+    for sample in range(bootstrap.num_samples):
         drawn = np.zeros(num_classes**2, dtype=np.int64)
-        drawn[cells] = generator.multinomial(num_items, shares)
-        resampled[place] = macro_f1(drawn.reshape(num_classes, num_classes))
-    # Guessing finds 1 / K of each class among 1 / K of all items.
+        drawn[cells] = generator.multinomial(num_items, frequencies)
+        resampled[sample] = macro_f1(drawn.reshape(num_classes, num_classes))
+    # A random guess assigns 1 / K of all items, and 1 / K of each class, to every class.
     sizes = confusion.sum(axis=1)
     precisions = sizes[sizes > 0] / num_items
     chance = (2 * precisions / (1 + precisions * num_classes)).mean()
     value = float(macro_f1(confusion))
-    if resampled.min() == resampled.max():  # mostly 0 or 1
+    if resampled.min() == resampled.max():  # usually because the value is 0 or 1
         low, high = wilson_interval(value * num_items, num_items)
         return Score(value, low, high, float(chance), num_items, "Wilson")
     low, high = percentile_interval(resampled)
@@ -231,7 +236,7 @@ def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, floa
 def _worst_group_accuracy(
     hits: np.ndarray, chance_hits: np.ndarray, groups: Sequence[str]
 ) -> Score:
-    """The accuracy of the group that has the least, with Wilson's interval of that group."""
+    """Computes the lowest accuracy of any group, with Wilson's interval."""
     by_group = _group_accuracies(hits, groups)
     worst = min(by_group, key=by_group.get)
     of_worst = np.asarray(groups) == worst

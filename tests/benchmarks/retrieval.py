@@ -39,12 +39,12 @@ def coco_embeddings():
 
 def ours():
     from eval.metrics.relevance import relevance_of_owners
-    from eval.metrics.retrieval import retrieval_answers
+    from eval.metrics.retrieval import retrieval_relevance
 
     media, texts, owners = coco_embeddings()
     before, start = peak_bytes(), time.perf_counter()
     metrics = {}
-    both = retrieval_answers(media, texts, relevance=relevance_of_owners(owners.numpy()))
+    both = retrieval_relevance(media, texts, relevance=relevance_of_owners(owners.numpy()))
     for name, answers in zip(("image to text", "text to image"), both, strict=True):
         for k in (1, 5, 10):
             metrics[f"{name} @{k}"] = float(answers.query_ranks().hits_at(k).mean())
@@ -76,7 +76,7 @@ def clip_benchmark():
 
 def against_a_million():
     from eval.metrics.relevance import relevance_of_owners
-    from eval.metrics.retrieval import retrieval_answers
+    from eval.metrics.retrieval import retrieval_relevance
 
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def against_a_million():
         on_disk = torch.from_numpy(np.memmap(path, np.float32, "c", shape=(MILLION, WIDTH)))
         media = normalize(torch.randn(NUM_QUERIES, WIDTH, generator=generator), dim=-1)
         start = time.perf_counter()
-        retrieval_answers(
+        retrieval_relevance(
             media,
             media + 0.1,
             relevance=relevance_of_owners(np.arange(NUM_QUERIES)),

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from eval.metrics.ranked_relevance import ranked_relevance, relevance_at_chance
 from eval.metrics.relevance import relevance_of_equal_captions, relevance_of_owners
-from eval.metrics.retrieval import retrieval_answers
+from eval.metrics.retrieval import retrieval_relevance
 
 
 def dense_answers(scores, is_right):
@@ -123,7 +123,7 @@ def test_tiles_of_any_size_and_equal_captions_give_the_dense_answers(tile):
     ).reshape(20, 60)
     scores = (media.double() @ texts.double().T).float().numpy()
     with_others = (media.double() @ torch.cat([texts, others]).double().T).float().numpy()
-    found = retrieval_answers(
+    found = retrieval_relevance(
         media, texts, relevance=pairs, distractor_embeddings=others, tile=tile
     )
     nothing = np.zeros((20, 9), dtype=bool)

@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 
 from eval.metrics.intervals import Bootstrap
 from eval.metrics.relevance import relevance_of_owners
-from eval.metrics.retrieval import recall_at_k, retrieval_answers, retrieve
+from eval.metrics.retrieval import recall_at_k, retrieval_relevance, retrieve
 
 FEW_RESAMPLES = Bootstrap(num_samples=100)
 
@@ -51,7 +51,7 @@ def test_tiled_ranks_equal_a_full_sort_for_any_tile_size(tile, num_distractors):
     media, text, owners, distractors = random_pairs(
         50, captions_per_media, num_distractors=num_distractors
     )
-    found = retrieval_answers(
+    found = retrieval_relevance(
         media,
         text,
         relevance=relevance_of_owners(owners),
@@ -74,7 +74,7 @@ def test_near_ties_are_ranked_alike_by_every_tile_size():
     for tile in (13, 256, 4096):
         found = [
             answers.query_ranks().first_ranks()
-            for answers in retrieval_answers(
+            for answers in retrieval_relevance(
                 crowded, text, relevance=relevance_of_owners(owners), tile=tile
             )
         ]
@@ -87,10 +87,10 @@ def test_ranks_do_not_depend_on_the_order_of_items_and_captions():
     media, text, owners, _ = random_pairs(40, 3)
     media_order, text_order = torch.randperm(40), torch.randperm(120)
     place_of = torch.argsort(media_order).numpy()
-    by_media, by_text = retrieval_answers(
+    by_media, by_text = retrieval_relevance(
         media, text, relevance=relevance_of_owners(owners), tile=16
     )
-    moved_by_media, moved_by_text = retrieval_answers(
+    moved_by_media, moved_by_text = retrieval_relevance(
         media[media_order],
         text[text_order],
         relevance=relevance_of_owners(place_of[owners[text_order]]),
