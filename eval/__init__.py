@@ -1,1 +1,1 @@
-"""Checkpoint to numbers: zero-shot classification and retrieval, with intervals and a report."""
+"""Evaluation of contrastive models: metrics with intervals, reports, embeddings and search."""

@@ -1,16 +1,16 @@
-"""Finds items of an evaluation set that a model may have seen in training.
+"""Finds the items of an evaluation set that a model may have seen in training.
 
     python -m eval.check_overlap configs/eval/overlap.yaml
     python -m eval.check_overlap configs/eval/overlap.yaml 'train=[datasets/a, datasets/b]'
 
-1. key       the same identifier: sources name the same item, however its bytes have changed
-2. content   equal bytes of the media
+1. key       same file name or uid, even if the bytes differ
+2. content   same bytes of the media file
 3. near      re-encoded, rescaled, mirrored, cropped or trimmed media, by their fingerprints
-4. caption   the same words
+4. caption   same words, ignoring case and spacing
 
-Writes overlap.parquet, a row per match, and overlap.json, the counts; of an evaluation set made of
-shards of ours also clean.subset, which eval.evaluate takes as `subset`. To take such items out of
-the training data instead, use data_prep.find_duplicates with `against`.
+Writes overlap.parquet with one row per match, and overlap.json with the counts. If the evaluation
+set consists of Isopair shards, also writes clean.subset, which eval.evaluate takes as `subset`. To
+remove such items from the training data instead, use data_prep.find_duplicates with `against`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if __name__ == "__main__":  # --help and a wrong config end here, before the slo
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -36,10 +37,17 @@ from eval.datasets.overlap import METHODS, Overlap, find_overlap
 
 
 def run(config: OverlapConfig) -> None:
-    """Looks for the evaluation set's items in all training datasets, and writes what was found."""
+    """Searches training datasets for the items of the evaluation set, and writes the matches."""
     check_output_folder(config.output, key="output")
     dataset = _open(config)
-    overlap = find_overlap(dataset, config)
+    overlap = find_overlap(
+        dataset,
+        config.train,
+        near_media=config.near_media,
+        keys=config.keys,
+        captions=config.captions,
+        workers=config.workers,
+    )
     config.output.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(overlap.rows(), schema=Overlap.SCHEMA),
@@ -53,7 +61,9 @@ def run(config: OverlapConfig) -> None:
     content = json.dumps(record, indent=2).encode() + b"\n"
     write_atomically(config.output / "overlap.json", content)
     if isinstance(dataset, KeptSamples):
-        _write_clean_subset(config, dataset, overlap)
+        preparation = {"command": "check_overlap", "config": fixed_values(config)}
+        subset = _clean_subset(dataset, overlap, preparation=preparation)
+        subset.write(config.output / "clean.subset")
     for method in METHODS:
         say(f"{method}: {record['num_items'][method]:,} of {len(dataset):,} items")
     say(f"any: {record['num_items']['any']:,}; {config.output}/overlap.parquet")
@@ -65,16 +75,14 @@ def _open(config: OverlapConfig) -> EvaluationSet:
     )
 
 
-def _write_clean_subset(config: OverlapConfig, dataset: KeptSamples, overlap: Overlap) -> None:
+def _clean_subset(dataset: KeptSamples, overlap: Overlap, *, preparation: dict[str, Any]) -> Subset:
     kept = np.zeros(len(dataset.dataset), dtype=bool)
     kept[dataset.ordinals_of(np.flatnonzero(~overlap.is_seen()))] = True
-    preparation = {"command": "check_overlap", "config": fixed_values(config)}
-    subset = Subset.from_bitmap(dataset.info, kept, preparation=preparation)
-    subset.write(config.output / "clean.subset")
+    return Subset.from_bitmap(dataset.info, kept, preparation=preparation)
 
 
 def dry_run(config: OverlapConfig) -> None:
-    """Checks that all datasets are there, and prints their sizes."""
+    """Checks that all datasets can be read, and prints their sizes."""
     check_output_folder(config.output, key="output")
     dataset = _open(config)
     say(f"{dataset.folder}: {len(dataset):,} {dataset.info.media} items")
@@ -84,7 +92,7 @@ def dry_run(config: OverlapConfig) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(OverlapConfig, run=run, dry_run=dry_run, description=__doc__)
 
 

@@ -1,11 +1,12 @@
-"""Writes the embeddings of a dataset's media and captions, by a checkpoint, as Parquet files.
+"""Embeds a dataset's media and captions with a checkpoint, and writes them as Parquet files.
 
     python -m eval.embed configs/eval/embed.yaml
     python -m eval.embed configs/eval/embed.yaml checkpoint=runs/mine dataset=datasets/mine
     torchrun --nproc-per-node 8 -m eval.embed configs/eval/embed.yaml
 
-data_prep.make_subset scores samples with them; data_prep.find_duplicates looks for equal meanings.
-Stopped and started again, it keeps finished shards. What the files hold: eval.embeddings.files.
+data_prep.make_subset scores samples with the embeddings, and data_prep.find_duplicates finds
+semantic duplicates with them. A restarted command keeps finished shards. eval.embeddings.files
+describes the files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if __name__ == "__main__":  # --help and a wrong config end here, before the slo
 
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import RunError
@@ -32,13 +34,14 @@ logger = logging.getLogger("eval.embed")
 
 
 def run(config: EmbedConfig) -> None:
-    """Embeds every shard that is not finished yet, and writes embeddings.json last.
+    """Embeds every unfinished shard, and writes embeddings.json last.
 
     Raises:
-        InputError: the checkpoint or dataset cannot be used, or the output holds other embeddings.
-        RunError: too many samples are bad.
+        InputError: the checkpoint or dataset cannot be used, or the output holds embeddings of a
+            different origin.
+        RunError: too many samples are corrupt.
     """
-    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    # Imported here, because torch and the model libraries are slow, and a dry run needs none.
     from eval.processes import joined_processes
 
     with joined_processes():
@@ -57,52 +60,61 @@ def _embed(config: EmbedConfig) -> None:
     check_tower(encoder, dataset.info.media, folder=dataset.folder)
     origin = origin_of(dataset, encoder)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_missing_shards(config, encoder, dataset, origin)
-    wait_for_all()  # every process has made its share
+    write_missing_shards(
+        config.output, encoder, dataset, origin, max_bad_fraction=config.max_bad_fraction
+    )
+    wait_for_all()  # for the shards of the other processes
     if rank() > 0:
         return
     record = write_summary(config.output, dataset=dataset, origin=origin, model=encoder.origin)
     say(
         f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
-        f"{record['num_shards']} shards; {len(record['bad_samples'])} are bad and left out"
+        f"{record['num_shards']} shards; {len(record['bad_samples'])} are corrupt and left out"
     )
 
 
 def write_missing_shards(
-    config: EmbedConfig, encoder: Encoder, dataset: Dataset, origin: Origin
+    output: Path, encoder: Encoder, dataset: Dataset, origin: Origin, *, max_bad_fraction: float
 ) -> None:
-    """Embeds this process's share of what is not finished yet, shard by shard.
+    """Embeds this process's part of the unfinished shards, and writes one file per shard.
+
+    Args:
+        output: folder of the Parquet files.
+        encoder: encoder of the model.
+        dataset: dataset to embed.
+        origin: origin of the embeddings.
+        max_bad_fraction: fraction of corrupt samples above which the command fails.
 
     Raises:
-        InputError: the output holds other embeddings.
-        RunError: too many samples are bad.
+        InputError: the output holds embeddings of a different origin.
+        RunError: too many samples are corrupt.
     """
     from eval.embeddings.files import bad_samples_of, is_finished, uids_of_shard, write_shard
     from eval.embeddings.shards import embed_shards
     from pretrain.distributed.collectives import rank, world_size
 
-    paths = [config.output / f"{row.name}.parquet" for row in dataset.manifest]
+    paths = [output / f"{row.name}.parquet" for row in dataset.manifest]
     finished = {path for path in paths if is_finished(path, origin)}
     own = range(rank(), len(paths), world_size())
     missing = [shard for shard in own if paths[shard] not in finished]
     bad_samples = [bad for path in sorted(finished) for bad in bad_samples_of(path)]
     for shard, embeddings in embed_shards(encoder, dataset, missing):
         uids = uids_of_shard(dataset, shard)
-        paths[shard].parent.mkdir(parents=True, exist_ok=True)  # a shard's name may hold folders
+        paths[shard].parent.mkdir(parents=True, exist_ok=True)  # a shard's name may contain folders
         write_shard(paths[shard], embeddings, uids=uids, origin=origin)
         for bad in embeddings.bad_samples:
             logger.warning("left out: %s", bad.reason)
         bad_samples += embeddings.bad_samples
-        if len(bad_samples) > max(1.0, config.max_bad_fraction * len(dataset)):
+        if len(bad_samples) > max(1.0, max_bad_fraction * len(dataset)):
             raise RunError(
-                f"{len(bad_samples)} of {len(dataset)} samples are bad, above max_bad_fraction="
-                f"{config.max_bad_fraction:g}; the last: {bad_samples[-1].reason}; check the "
-                "dataset with python -m data_prep.verify_shards"
+                f"{len(bad_samples)} of {len(dataset)} samples are corrupt, above max_bad_fraction="
+                f"{max_bad_fraction:g}; the last: {bad_samples[-1].reason}; check the dataset with "
+                "python -m data_prep.verify_shards"
             )
 
 
 def dry_run(config: EmbedConfig) -> None:
-    """Checks what can be checked without the model, and prints what would be embedded."""
+    """Checks the paths without loading the model, and prints what would be embedded."""
     check_output_folder(config.output, key="output")
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
     dataset = Dataset(config.dataset)
@@ -110,12 +122,12 @@ def dry_run(config: EmbedConfig) -> None:
     num_there = sum((config.output / f"{name}.parquet").exists() for name in names)
     say(
         f"would embed {len(dataset):,} {dataset.info.media} samples and their captions in "
-        f"{len(names)} shards, of which {num_there} are there already"
+        f"{len(names)} shards; {num_there} are finished already"
     )
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(EmbedConfig, run=run, dry_run=dry_run, description=__doc__)
 
 

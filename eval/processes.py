@@ -1,4 +1,4 @@
-"""Joins the processes that a launcher started for one evaluation: torchrun, accelerate or srun."""
+"""Process group of an evaluation started by torchrun, accelerate or srun."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from data_prep.errors import RunError
 from pretrain.distributed.collectives import gather_objects, is_of_lost_peer
 from pretrain.distributed.launcher import adopt_environment
 
-LONGEST_WAIT = timedelta(days=7)  # one may read a slow disk for hours; one that dies is noticed
+# A process may read a slow disk for hours; one that ends is noticed without a timeout.
+LONGEST_WAIT = timedelta(days=7)
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """A process group over what the launcher started; none for one process, and if there is one
-    already, that.
+    """Joins the launcher's processes into a process group for the duration of a `with` block.
+
+    A single process needs no group, and an existing group is kept.
 
     Raises:
-        InputError: the launcher's word is not enough.
+        InputError: the launcher's environment variables are incomplete.
         RunError: another process ended.
     """
     adopt_environment(os.environ, needs_group=False)
@@ -32,7 +34,7 @@ def joined_processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Gloo: no tensor is sent, the processes only wait for one another.
+    # Gloo suffices: no tensor is sent, the processes only wait for one another.
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield
@@ -45,5 +47,5 @@ def joined_processes() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has reached this call."""
     gather_objects(None)

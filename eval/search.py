@@ -1,13 +1,13 @@
-"""Searches a dataset by words, by a picture or by a sound, on a page in your browser.
+"""Searches a dataset by text, image or sound, on a page in your browser.
 
     python -m eval.search configs/eval/search.yaml
     python -m eval.search configs/eval/search.yaml checkpoint=runs/mine dataset=datasets/mine
 
-1. encode the media of the dataset: what is there already is used     eval.embeddings.store
-2. build an index of the embeddings, and keep it                      eval.embeddings.index
-3. serve the page, until Ctrl-C                                       eval.report.search_page
+1. encode the media of the dataset, reusing stored embeddings         eval.embeddings.store
+2. build an index of the embeddings, and store it                     eval.embeddings.index
+3. serve the page until Ctrl-C                                        eval.report.search_page
 
-With serve=false it ends after the second. Needs the extra: pip install 'isopair[search]'
+With serve=false the command ends after stage 2. It needs the extra: pip install 'isopair[search]'
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eval.models.model_source import find_model
 
 def run(config: SearchConfig) -> None:
     """Builds the index and serves the page."""
-    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    # Imported here, because torch and the model libraries are slow, and a dry run needs none.
     from eval.datasets.labels import read_texts
     from eval.embeddings.index import open_index
     from eval.embeddings.store import EmbeddingStore
@@ -59,7 +59,7 @@ def _open(config: SearchConfig) -> EvaluationSet:
 
 
 def dry_run(config: SearchConfig) -> None:
-    """Checks model and dataset, and prints what would be searched."""
+    """Checks the model and the dataset, and prints what would be indexed and served."""
     check_output_folder(config.output, key="output")
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
     dataset = _open(config)
@@ -70,7 +70,7 @@ def dry_run(config: SearchConfig) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(SearchConfig, run=run, dry_run=dry_run, description=__doc__)
 
 

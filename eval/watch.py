@@ -3,9 +3,10 @@
     python -m eval.watch configs/eval/watch.yaml
     python -m eval.watch configs/eval/watch.yaml checkpoint=runs/mine output=results/mine
 
-Results of a step go into <output>/step_00001000, and its metrics into the run's TensorBoard, beside
-the curves of training, which never waits. Started again, it goes on with what is not evaluated yet.
-It ends when the run has finished, or, with wait=false, when all that is there is evaluated.
+The results of a step are written to <output>/step_00001000, and its metrics to the run's
+TensorBoard, next to the training curves. Training never waits for an evaluation. A restarted
+command continues with the checkpoints that are not evaluated yet. It ends when the run has
+finished, or, with wait=false, when all present checkpoints are evaluated.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ logger = logging.getLogger("eval.watch")
 
 
 def run(config: WatchConfig) -> None:
-    """Evaluates every checkpoint that comes, until the run has finished."""
-    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    """Evaluates every new checkpoint until the run has finished."""
+    # Imported here, because torch and the model libraries are slow, and a dry run needs none.
     from eval.processes import joined_processes
     from eval.report.curves import EvaluationCurves
     from pretrain.distributed.collectives import rank
@@ -51,23 +52,31 @@ def run(config: WatchConfig) -> None:
     watched = WatchedRun(config.checkpoint, config.output)
     with joined_processes():
         curves = EvaluationCurves(watched.folder, config.output) if rank() == 0 else None
-        for checkpoint in _new_checkpoints(watched, config):
+        poll_seconds = config.poll_seconds if config.wait else None
+        for checkpoint in _new_checkpoints(watched, poll_seconds=poll_seconds):
             _evaluate(checkpoint, watched, config, curves)
 
 
-def _new_checkpoints(watched: WatchedRun, config: WatchConfig) -> Iterator[StoredCheckpoint]:
-    """The same ones, in the same order, in every process."""
+def _new_checkpoints(
+    watched: WatchedRun, *, poll_seconds: float | None
+) -> Iterator[StoredCheckpoint]:
+    """Yields checkpoints to evaluate, the same ones in the same order in every process.
+
+    Args:
+        watched: run and results.
+        poll_seconds: time between two looks for a new checkpoint; None: do not wait for new ones.
+    """
     from pretrain.distributed.collectives import on_main_process
 
     while True:
-        # Asked before the checkpoints are: what the run saved last is then among them.
+        # is_over is read first, so that the last checkpoint of a finished run is found.
         is_over, found = on_main_process(lambda: (watched.is_over(), watched.next_checkpoint()))
         if found is not None:
             yield found
-        elif is_over or not config.wait:
+        elif is_over or poll_seconds is None:
             return
         else:
-            time.sleep(config.poll_seconds)
+            time.sleep(poll_seconds)
 
 
 def _evaluate(
@@ -88,14 +97,15 @@ def _evaluate(
         if watched.is_there(checkpoint):
             raise
         logger.warning("step %d was deleted before it was evaluated: %s", checkpoint.step, error)
-        watched.pass_over(checkpoint)
+        watched.skip(checkpoint)
         return
     except RunError as error:
-        logger.warning("step %d: %s", checkpoint.step, error)  # a goal; what comes may reach it
+        # A missed goal, which a later checkpoint may reach.
+        logger.warning("step %d: %s", checkpoint.step, error)
     wait_for_all()
     if curves is not None:
         curves.add(output)
-        if config.embeddings is None:  # of this checkpoint alone
+        if config.embeddings is None:  # then they serve this checkpoint only
             shutil.rmtree(output / "embeddings", ignore_errors=True)
 
 
@@ -110,62 +120,62 @@ def dry_run(config: WatchConfig) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(WatchConfig, run=run, dry_run=dry_run, description=__doc__)
 
 
 class WatchedRun:
-    """A run folder, and the folder of its evaluations.
+    """A run folder, and the folder with the results of its checkpoints.
 
     Args:
-        folder: of the run.
-        output: that holds a folder for each step.
+        folder: run folder.
+        output: results folder, which holds one folder per step.
 
     Raises:
-        InputError: there is no run.
+        InputError: there is no run in the folder.
     """
 
     def __init__(self, folder: Path, output: Path) -> None:
         if not (folder / "config.yaml").exists():
             raise InputError(
-                f"{folder}: expected the folder of a run (key: checkpoint), found no config.yaml; "
-                "python -m pretrain.train makes one as it starts"
+                f"{folder}: expected a run folder (key: checkpoint), found no config.yaml; "
+                "python -m pretrain.train writes it when it starts"
             )
         self.folder = folder
         self.output = output
-        self._passed_over: set[str] = set()
+        self._skipped: set[str] = set()
 
     def output_of(self, step: int) -> Path:
-        """Where the results of a step go."""
+        """Returns the folder for the results of a step."""
         return self.output / f"step_{step:08d}"
 
     def next_checkpoint(self) -> StoredCheckpoint | None:
-        """The oldest that is not evaluated; of one step, what the newest attempt saved."""
+        """Finds the oldest step without results; returns the checkpoint of its newest attempt."""
         newest_of = {each.step: each for each in reversed(self._missing())}
         return newest_of[min(newest_of)] if newest_of else None
 
     def num_missing(self) -> int:
-        """How many steps are not evaluated."""
+        """Counts the steps without results."""
         return len({each.step for each in self._missing()})
 
     def _missing(self) -> list[StoredCheckpoint]:
         return [
             each
             for each in store_of_run(str(self.folder)).checkpoints()
-            if each.location not in self._passed_over
+            if each.location not in self._skipped
             and not (self.output_of(each.step) / "results.json").exists()
         ]
 
     def is_there(self, checkpoint: StoredCheckpoint) -> bool:
-        """Whether a checkpoint has not been deleted."""
+        """Checks that a checkpoint has not been deleted."""
         return checkpoint in store_of_run(str(self.folder)).checkpoints()
 
-    def pass_over(self, checkpoint: StoredCheckpoint) -> None:
-        """Never returns it again."""
-        self._passed_over.add(checkpoint.location)
+    def skip(self, checkpoint: StoredCheckpoint) -> None:
+        """Excludes a checkpoint from `next_checkpoint`."""
+        self._skipped.add(checkpoint.location)
 
     def is_over(self) -> bool:
-        """Whether the run has done all its steps."""
+        """Checks whether the run has finished all its steps."""
         try:
             return json.loads((self.folder / "status.json").read_text())["state"] == "finished"
         except (OSError, ValueError, KeyError):  # not written yet

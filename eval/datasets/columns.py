@@ -1,4 +1,4 @@
-"""Config values that name a dataset, and the columns of a table of media files."""
+"""Config values that locate a dataset and name the columns of a table of media files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pydantic import BeforeValidator
 
 from data_prep.config_file import Section
 
-# A path or URL of: Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
+# Path or URL of Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
 # table (.csv, .tsv or .jsonl; see eval.datasets.file_dataset)
 DatasetLocation = Annotated[str, BeforeValidator(str)]
 
 
 class TableColumns(Section):
-    """What the columns of a table of media are called."""
+    """Names of the columns of a table of media files."""
 
-    # Of the media's file, beside the table: any columns in braces, such as "audio/{filename}"
+    # Path of the file relative to the table; columns in braces, such as "audio/{filename}"
     media: str = "{file}"
-    key: str | None = None  # rows of one key are one sample; null: rows of one file are
-    captions: list[str] = ["caption"]  # several columns, or several rows of one file, or both
+    key: str | None = None  # rows with the same key are one sample; null: rows with the same file
+    captions: list[str] = ["caption"]  # several columns, several rows of one file, or both
     class_name: str = "class_name"
-    class_names: str = "class_names"  # several in one cell
-    class_separator: str = ","  # between these
+    class_names: str = "class_names"  # several classes in one cell
+    class_separator: str = ","  # between the classes of a cell

@@ -1,4 +1,4 @@
-"""Opens the dataset of an evaluation, whichever form it has. Needs no torch."""
+"""Opens the dataset of an evaluation, in any supported form. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ EvaluationSet = KeptSamples | TarDataset | FileDataset
 
 
 class MissingDatasetError(InputError):
-    """There is nothing at an evaluation's path."""
+    """The location of an evaluation's dataset is empty."""
 
 
 class EvaluationSets:
-    """The datasets of a config: each is opened, and later encoded, once for all evaluations."""
+    """Datasets of a config; each is opened, and later encoded, once for all evaluations."""
 
     def __init__(self) -> None:
         self._opened: dict[tuple[str, ...], EvaluationSet] = {}
 
     def open(
         self,
-        place: str,
+        location: str,
         *,
         split: str,
         subset: Path | None = None,
         columns: TableColumns | None = None,
     ) -> EvaluationSet:
-        """The dataset at a path or URL, or what a subset keeps of it.
+        """Opens the dataset at a path or URL, or a subset of it.
 
         Args:
-            place: see eval.datasets.columns.DatasetLocation.
-            split: of sets that have several.
-            subset: of shards of ours.
-            columns: of a table.
+            location: see eval.datasets.columns.DatasetLocation.
+            split: split to open, if the dataset has several.
+            subset: `.subset` file that selects samples of Isopair shards.
+            columns: names of the columns of a table.
 
         Raises:
-            MissingDatasetError: nothing is there.
-            InputError: it is unfinished or empty, or the subset is of another dataset.
+            MissingDatasetError: there is no dataset.
+            InputError: the dataset is unfinished or empty, or the subset belongs to another one.
         """
         columns = columns or TableColumns()
-        key = (place, split, str(subset), columns.model_dump_json())
+        key = (location, split, str(subset), columns.model_dump_json())
         if key not in self._opened:
-            self._opened[key] = open_dataset(place, split=split, subset=subset, columns=columns)
+            self._opened[key] = open_dataset(location, split=split, subset=subset, columns=columns)
         return self._opened[key]
 
     def of_section(self, name: str, section: EvaluationSection) -> EvaluationSet:
-        """The samples that an evaluation measures.
+        """Opens the dataset of an evaluation.
 
         Args:
-            name: of the evaluation.
-            section: of the config.
+            name: name of the evaluation.
+            section: its config section.
 
         Raises:
-            InputError: as `open`; or there are more or fewer than expected.
+            InputError: for the reasons of `open`, or if the number of samples is unexpected.
         """
         try:
             dataset = self.open(
@@ -84,24 +84,24 @@ class EvaluationSets:
         if section.expected_items not in (None, len(dataset)):
             raise InputError(
                 f"{section.dataset}: expected {section.expected_items} items (expected_items), "
-                f"found {len(dataset)}: metrics would not be comparable with anybody's; fetch "
-                "what is missing, or set expected_items to what you have"
+                f"found {len(dataset)}: metrics would not be comparable with published ones; "
+                "fetch what is missing, or set expected_items to what you have"
             )
         return dataset
 
 
 def open_dataset(
-    place: str, *, split: str, subset: Path | None, columns: TableColumns
+    location: str, *, split: str, subset: Path | None, columns: TableColumns
 ) -> EvaluationSet:
-    """See `EvaluationSets.open`."""
-    if is_url(place) and not is_fetched(place, split=split):
-        raise MissingDatasetError(f"{place}: not fetched yet")
-    folder = cached_copy(place)
+    """Opens a dataset without keeping it; arguments and errors as in `EvaluationSets.open`."""
+    if is_url(location) and not is_fetched(location, split=split):
+        raise MissingDatasetError(f"{location}: not fetched yet")
+    folder = cached_copy(location)
     if (folder / "dataset.json").exists():
         return _kept_samples(folder, subset)
     if subset is not None:
         raise InputError(
-            f"{subset}: a subset is of shards with an index, and {folder} holds none; "
+            f"{subset}: expected a subset of shards with an index, but {folder} has no index; "
             "make one with python -m data_prep.index_shards"
         )
     if folder.suffix in TABLE_SUFFIXES and folder.is_file():
@@ -111,8 +111,8 @@ def open_dataset(
     if class_folders_in(folder / split) or class_folders_in(folder):
         return read_class_folders(folder, split=split)
     if not folder.exists():
-        raise MissingDatasetError(f"{place}: expected a dataset, found nothing there")
-    return _kept_samples(folder, subset)  # says what it misses
+        raise MissingDatasetError(f"{location}: expected a dataset, found nothing there")
+    return _kept_samples(folder, subset)  # raises an error that names the missing file
 
 
 def _kept_samples(folder: Path, subset: Path | None) -> KeptSamples:

@@ -1,8 +1,8 @@
-"""Evaluation sets behind URLs: fetched once, file by file, kept in the user's cache.
+"""Downloads evaluation sets from URLs, once and file by file, into the user's cache.
 
-They lie in $XDG_CACHE_HOME/isopair/evaluation_sets (default: ~/.cache/isopair). A set is what
-data_prep wrote, or tars of clip_benchmark's layout; a page of Hugging Face's datasets will do, such
-as https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10.
+The cache is $XDG_CACHE_HOME/isopair/evaluation_sets (default: ~/.cache/isopair). A set is an output
+of data_prep, or tars in clip_benchmark's layout. The page of a Hugging Face dataset works as well,
+such as https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10.
 """
 
 from __future__ import annotations
@@ -27,49 +27,51 @@ RETRIES = 5
 HUGGING_FACE_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(/tree/([^/]+))?/?$")
 
 
-def cached_copy(place: str) -> Path:
-    """Where the dataset of a path or URL is read from, whether it has been fetched or not."""
-    if not is_url(place):
-        return Path(place)
+def cached_copy(location: str) -> Path:
+    """Returns the folder from which a dataset is read, even if it has not been fetched yet."""
+    if not is_url(location):
+        return Path(location)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
-    name = re.sub(r"[^\w.-]", "_", place.rstrip("/").rpartition("/")[2])[:60]
-    return cache / "evaluation_sets" / f"{name}_{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+    name = re.sub(r"[^\w.-]", "_", location.rstrip("/").rpartition("/")[2])[:60]
+    return (
+        cache / "evaluation_sets" / f"{name}_{hashlib.sha256(location.encode()).hexdigest()[:16]}"
+    )
 
 
-def is_fetched(place: str, *, split: str) -> bool:
-    """Whether a dataset is on this machine."""
-    copy = cached_copy(place)
-    return not is_url(place) or (copy / f".{split}.complete").exists()
+def is_fetched(location: str, *, split: str) -> bool:
+    """Checks whether a dataset is on this machine."""
+    copy = cached_copy(location)
+    return not is_url(location) or (copy / f".{split}.complete").exists()
 
 
-def fetch_dataset(place: str, *, split: str) -> None:
-    """Fetches what is missing of the dataset at a path or URL; nothing of a path.
+def fetch_dataset(location: str, *, split: str) -> None:
+    """Fetches the missing files of the dataset at a URL; does nothing for a path.
 
     Raises:
-        InputError: there is no dataset.
-        RunError: the network or the server failed at every try; what came is kept.
+        InputError: there is no dataset at the URL.
+        RunError: the network or the server failed at every attempt; fetched files are kept.
     """
-    if is_fetched(place, split=split):
+    if is_fetched(location, split=split):
         return
-    url, copy = _folder_url(place), cached_copy(place)
+    url, copy = _folder_url(location), cached_copy(location)
     try:
         names = _names_of_shards(url, copy) or _names_of_tars(url, copy, split)
-        for name in tqdm(names, desc=f"fetching {place}", unit="file", disable=None):
+        for name in tqdm(names, desc=f"fetching {location}", unit="file", disable=None):
             _fetch(url, copy, name)
     except FileNotFoundError as error:
-        raise InputError(f"{place}: expected a dataset: {error}") from None
+        raise InputError(f"{location}: expected a dataset: {error}") from None
     except OSError as error:
-        raise RunError(f"{place}: {error}; start again to fetch the rest") from None
+        raise RunError(f"{location}: {error}; run the command again to fetch the rest") from None
     (copy / f".{split}.complete").touch()
 
 
-def _folder_url(place: str) -> str:
-    page = HUGGING_FACE_PAGE.match(place)
-    return f"{page[1]}/resolve/{page[3] or 'main'}" if page else place
+def _folder_url(location: str) -> str:
+    page = HUGGING_FACE_PAGE.match(location)
+    return f"{page[1]}/resolve/{page[3] or 'main'}" if page else location
 
 
 def _names_of_shards(url: str, copy: Path) -> list[str]:
-    """Of what data_prep wrote; none if the URL holds something else."""
+    """Lists the files of Isopair shards; empty if the URL holds another kind of dataset."""
     if not _fetch_if_there(url, copy, "dataset.json"):
         return []
     _fetch(url, copy, "manifest.jsonl")

@@ -1,11 +1,11 @@
-"""Evaluation sets of files: one folder per class, or a table of files and what is said of them.
+"""Evaluation sets of media files: one folder per class, or a table of files and their labels.
 
-folder/cat/1.jpg  folder/dog/1.jpg      the class is the folder's name; or of a split in between:
-folder/test/cat/1.jpg                   ImageNet's folders, for one, are classes by their order
+folder/cat/1.jpg  folder/dog/1.jpg      the class is the folder's name
+folder/test/cat/1.jpg                   the same, with a folder for each split
 
-table.csv, .tsv or .jsonl               a row per file, or several of one file, with captions or
-                                        classes in columns (see eval.datasets.columns); all
-                                        columns can be referred to as a sample's .json
+table.csv, .tsv or .jsonl               one or more rows per file, with captions or classes in
+                                        columns (see eval.datasets.columns); all columns are
+                                        available as the sample's .json
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ CSV_FIELD_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A sample: a file, and what is said of it."""
+    """A sample: a media file and its metadata."""
 
     key: str
-    path: str  # below the set's folder
+    path: str  # relative to the set's root
     metadata: dict[str, Any]
 
 
 class FileDataset:
-    """Files below a folder.
+    """Evaluation set of media files below one folder.
 
     Args:
-        folder: of the keys.
-        files: in the set's order.
-        place: of the set, for messages and reports.
-        class_folders: names of the folders that stand for classes, in their order.
+        root: folder that the files' paths are relative to.
+        files: samples in the set's order.
+        location: path of the set, for messages and reports.
+        class_folders: names of the folders that are classes, in the order of class indices.
 
     Raises:
-        InputError: there are none, or of several kinds of media, or one is missing.
+        InputError: there are no files, or they are of several kinds of media.
     """
 
     def __init__(
         self,
-        folder: Path,
+        root: Path,
         files: Sequence[MediaFile],
         *,
-        place: Path,
+        location: Path,
         class_folders: Sequence[str] = (),
     ) -> None:
-        self.folder = place
-        self.root = folder
+        self.folder = location
+        self.root = root
         self.files = files
         self.class_folders = list(class_folders)
         kinds = {media_kind_of(_extension(file.path)) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise InputError(
-                f"{place}: expected pictures, or sounds, and no others; found "
+                f"{location}: expected only images or only audio clips; found "
                 f"{sorted({_extension(file.path) for file in files})[:10] or 'no files'}"
             )
         self.info = SetInfo(
@@ -80,7 +80,7 @@ class FileDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the names, contents and metadata of all files, in their order."""
+        """SHA-256 of the names, contents and metadata of all files, in order."""
         total = hashlib.sha256()
         for file in self.files:
             with self._path(file).open("rb") as content:
@@ -89,7 +89,11 @@ class FileDataset:
         return total.hexdigest()
 
     def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
-        """The members of a sample: its file, and .json; with `fields`, those of these extensions.
+        """Reads a sample's media file and its `.json`.
+
+        Args:
+            ordinal: index of the sample.
+            fields: extensions of the members to read; None: all.
 
         Raises:
             OSError: the file cannot be read.
@@ -112,10 +116,10 @@ def _extension(key: str) -> str:
 
 
 def read_class_folders(folder: Path, *, split: str) -> FileDataset:
-    """The media below the folders of classes in a folder, or in its folder of a split.
+    """Reads the class folders of a folder, or of its subfolder for a split.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no media files.
     """
     root = folder / split if class_folders_in(folder / split) else folder
     names = class_folders_in(root)
@@ -125,11 +129,11 @@ def read_class_folders(folder: Path, *, split: str) -> FileDataset:
         for path in sorted((root / name).rglob("*"))
         if media_kind_of(_extension(path.name)) is not None
     ]
-    return FileDataset(root, files, place=folder, class_folders=names)
+    return FileDataset(root, files, location=folder, class_folders=names)
 
 
 def class_folders_in(folder: Path) -> list[str]:
-    """The names, sorted, of the folders with media in a folder; none if it is no such folder."""
+    """Lists the sorted names of subfolders with media files; empty if there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -140,10 +144,10 @@ def class_folders_in(folder: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: TableColumns) -> FileDataset:
-    """The files that a table names, in the order of their first rows.
+    """Reads a table of media files, in the order of each file's first row.
 
     Raises:
-        InputError: the table is not readable or lacks a column, or a file is missing.
+        InputError: the table cannot be read or lacks a column, or a file is missing.
     """
     files: dict[str, MediaFile] = {}
     for number, row in enumerate(_rows_of(path), start=1):
@@ -160,17 +164,17 @@ def read_table(path: Path, columns: TableColumns) -> FileDataset:
         if columns.class_name in row:
             known["class_name"] = row[columns.class_name]
         if columns.class_names in row:
-            known["class_names"] = _several(row[columns.class_names], columns.class_separator)
+            known["class_names"] = _split_cell(row[columns.class_names], columns.class_separator)
     missing = [file.path for file in files.values() if not (path.parent / file.path).is_file()]
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(files)} files are missing, the first: "
-            f"{path.parent / missing[0]}; fetch them, or take their rows out"
+            f"{path.parent / missing[0]}; fetch them, or remove their rows"
         )
-    return FileDataset(path.parent, list(files.values()), place=path)
+    return FileDataset(path.parent, list(files.values()), location=path)
 
 
-def _several(cell: str | list[str], separator: str) -> list[str]:
+def _split_cell(cell: str | list[str], separator: str) -> list[str]:
     if isinstance(cell, list):
         return cell
     return [name.strip() for name in cell.split(separator) if name.strip()]

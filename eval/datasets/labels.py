@@ -1,4 +1,4 @@
-"""What samples say of themselves: their texts, their class, or their classes. Needs no torch."""
+"""Captions and class labels of samples. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,37 +24,42 @@ TEXT_FIELDS = ("json", "txt", "cls", "npy")
 
 
 def read_texts(dataset: EvaluationSet) -> Iterator[Sample]:
-    """The samples of a dataset in order, without their media.
+    """Yields the samples of a dataset in order, without their media.
 
     Raises:
-        InputError: a member is damaged, naming shard and key.
+        InputError: a member is damaged; the message names shard and key.
     """
     for ordinal in range(len(dataset)):
         yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
 
 
 def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
-    """The captions of a sample.
+    """Returns the captions of a sample.
 
     Raises:
-        InputError: it has none.
+        InputError: the sample has no caption.
     """
     read = dataset.captions_of if isinstance(dataset, TarDataset) else captions_of
     return _or_input_error(read, sample)
 
 
 def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> int:
-    """The place of a sample's class in `class_names`: from "class_name" in `.json`, else `.cls`.
+    """Returns the index of a sample's class, from "class_name" in `.json`, else from `.cls`.
+
+    Args:
+        sample: sample without its media.
+        class_names: [K]
+        place_of: class name -> index in `class_names`.
 
     Raises:
-        InputError: there is no class, or `class_names` does not hold it.
+        InputError: the sample has no class, or it is not in `class_names`.
     """
     found = _or_input_error(metadata_of, sample).get("class_name")
     if found is not None:
         if class_names.count(found) > 1:
             raise InputError(
-                f"{sample}: class {found!r} stands twice among the class_names: name the class by "
-                "its place in .cls"
+                f"{sample}: class {found!r} is a duplicate in class_names; store the class index "
+                "in .cls instead"
             )
         if found not in place_of:
             nearest = difflib.get_close_matches(str(found), class_names, n=1, cutoff=0.0)
@@ -77,10 +82,18 @@ def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str
 
 
 def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> np.ndarray:
-    """Bool [K]: which classes a sample is of: from "class_names" in `.json`, else `.npy`.
+    """Returns the classes of a sample, from "class_names" in `.json`, else from `.npy`.
+
+    Args:
+        sample: sample without its media.
+        class_names: [K]
+        place_of: class name -> index in `class_names`.
+
+    Returns:
+        Bool [K].
 
     Raises:
-        InputError: there are none, or they do not fit `class_names`.
+        InputError: the sample has neither member, or a class is not in `class_names`.
     """
     found = _or_input_error(metadata_of, sample).get("class_names")
     if found is not None:
@@ -90,7 +103,7 @@ def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, in
                 f"{sample}: classes {unknown} are not among the {len(class_names)} class_names"
             )
         indices = {place_of[known] for known in found}
-        return np.array([place in indices for place in range(len(class_names))])
+        return np.array([index in indices for index in range(len(class_names))])
     if "npy" not in sample.members:
         raise InputError(
             f'{sample}: expected "class_names" in .json or one number per class in .npy, found '
@@ -109,10 +122,10 @@ def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, in
 
 
 def value_of(sample: Sample, key: str) -> str:
-    """A sample's value of a key of `.json`, or, by "npy[i]", number i of `.npy`.
+    """Returns a sample's value of a key in `.json`, or, for "npy[i]", element i of `.npy`.
 
     Raises:
-        InputError: it has none.
+        InputError: the sample has no such value.
     """
     in_array = NUMBER_OF_ARRAY.fullmatch(key)
     if in_array is None:
@@ -128,10 +141,10 @@ def value_of(sample: Sample, key: str) -> str:
 
 
 def negative_captions_of(sample: Sample) -> list[str]:
-    """The wrong captions of a sample: "negative_captions" or "negative_caption" of `.json`.
+    """Returns a sample's wrong captions, from "negative_captions" or "negative_caption" in `.json`.
 
     Raises:
-        InputError: it has none.
+        InputError: the sample has no wrong caption.
     """
     metadata = _or_input_error(metadata_of, sample)
     found = metadata.get("negative_captions") or metadata.get("negative_caption") or []
@@ -139,13 +152,13 @@ def negative_captions_of(sample: Sample) -> list[str]:
     if not captions:
         raise InputError(
             f'{sample}: expected "negative_captions" in .json, found {sorted(metadata)}; for '
-            "groups of samples that are each other's wrong answers set group_by"
+            "groups of samples that are each other's wrong answers, set group_by"
         )
     return captions
 
 
 def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:
-    """Damage stops an evaluation: a metric over the samples that happened to be whole misleads."""
+    """Turns a corrupt sample into an error: a metric over only the intact samples would mislead."""
     try:
         return read(*arguments, **options)
     except CorruptSampleError as error:

@@ -1,4 +1,4 @@
-"""Which items of an evaluation set stand in training datasets too, by four methods."""
+"""Overlap between an evaluation set and training datasets, found by four methods."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from data_prep.config import NearMedia
 from data_prep.dedup.near_audio import ClipWords, near_audio_pairs
 from data_prep.dedup.near_images import ImageHashes, near_images
 from data_prep.errors import InputError
@@ -28,9 +29,6 @@ from data_prep.shards.subset import KeptSamples
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.labels import texts_of
 
-if TYPE_CHECKING:
-    from eval.config import OverlapConfig
-
 METHODS = ("key", "content", "near", "caption")
 TRAIN_ROWS_AT_ONCE = 1 << 19
 FINGERPRINT_RATE_HZ = 16_000
@@ -43,23 +41,24 @@ COLUMNS_OF_MEDIA = {
 
 @dataclass
 class Overlap:
-    """The matches found so far."""
+    """Items of an evaluation set, and their matches in training datasets."""
 
-    keys: list[str]  # [Q] of the evaluation set
+    keys: list[str]  # [Q] key of each item
+    # (item, method, training dataset, training key, similarity)
     matches: list[tuple[int, str, str, str, float]] = field(default_factory=list)
 
     SCHEMA: ClassVar[pyarrow.Schema] = pyarrow.schema(
         [
-            ("key", pyarrow.string()),  # of the evaluation's item
+            ("key", pyarrow.string()),  # key of the item in the evaluation set
             ("method", pyarrow.string()),
             ("train_dataset", pyarrow.string()),
             ("train_key", pyarrow.string()),
-            ("similarity", pyarrow.float32()),  # 1 but for "near"
+            ("similarity", pyarrow.float32()),  # 1 except for "near"
         ]
     )
 
     def rows(self) -> list[dict[str, Any]]:
-        """The matches, by item."""
+        """Lists the matches, sorted by item."""
         names = self.SCHEMA.names
         return [
             dict(zip(names, (self.keys[item], *match), strict=True))
@@ -67,7 +66,7 @@ class Overlap:
         ]
 
     def counts(self) -> dict[str, Any]:
-        """How many items have a match, by method and by any."""
+        """Counts the items with a match, for each method and for any method."""
         items = {
             method: len({item for item, found, *_ in self.matches if found == method})
             for method in METHODS
@@ -75,37 +74,57 @@ class Overlap:
         return {"num_items": items | {"any": int(self.is_seen().sum()), "all": len(self.keys)}}
 
     def is_seen(self) -> np.ndarray:
-        """Bool [Q]: whether an item has a match."""
+        """Returns bool [Q]: whether each item has a match."""
         is_seen = np.zeros(len(self.keys), dtype=bool)
         is_seen[[item for item, *_ in self.matches]] = True
         return is_seen
 
 
 @dataclass(frozen=True)
-class _Marks:
-    """What the items of the evaluation set are known by; texts -> places of the items."""
+class _ItemIdentities:
+    """Lookup tables that identify the items of the evaluation set; values are item indices."""
 
-    names: list[str]  # [Q] the keys of their samples
-    keys: dict[str, list[int]]
-    contents: dict[str, list[int]]
-    captions: dict[str, list[int]]
-    fingerprints: list[dict[str, Any]]
+    names: list[str]  # [Q] sample key of each item
+    keys: dict[str, list[int]]  # stem of the sample key -> items
+    contents: dict[str, list[int]]  # SHA-256 of the media -> items
+    captions: dict[str, list[int]]  # normalised caption -> items
+    fingerprints: list[dict[str, Any]]  # [Q], or empty if near media are not compared
 
 
-def find_overlap(dataset: EvaluationSet, config: OverlapConfig) -> Overlap:
-    """The items of an evaluation set that the config's training datasets hold.
+def find_overlap(
+    dataset: EvaluationSet,
+    train: Sequence[Path],
+    *,
+    near_media: NearMedia | None,
+    keys: bool = True,
+    captions: bool = True,
+    workers: int = 1,
+) -> Overlap:
+    """Finds the items of an evaluation set that are also in training datasets.
+
+    Args:
+        dataset: evaluation set.
+        train: folders of Isopair shards.
+        near_media: limits of near-duplicate media; None: not compared.
+        keys: whether equal file names and uids are a match.
+        captions: whether equal captions are a match.
+        workers: threads that compare images.
 
     Raises:
         InputError: an item cannot be decoded, or a training dataset has no columns.
     """
-    marks = _read_marks(dataset, config)
-    overlap = Overlap(marks.names)
-    for folder in config.train:
+    identities = _read_identities(
+        dataset, with_captions=captions, with_fingerprints=near_media is not None
+    )
+    overlap = Overlap(identities.names)
+    for folder in train:
         for table in _tables_of(folder, media=dataset.info.media):
-            _match_texts(marks, table, folder, config, into=overlap)
-            if config.near_media is not None:
+            _match_texts(identities, table, folder, keys=keys, into=overlap)
+            if near_media is not None:
                 near = {"image": _near_images, "audio": _near_clips}[dataset.info.media]
-                items, rows, similarity = near(marks.fingerprints, table, config)
+                items, rows, similarity = near(
+                    identities.fingerprints, table, near_media, workers=workers
+                )
                 train_keys = table["key"].take(rows).to_pylist() if len(rows) else []
                 overlap.matches += [
                     (int(item), "near", str(folder), key, float(value))
@@ -114,8 +133,10 @@ def find_overlap(dataset: EvaluationSet, config: OverlapConfig) -> Overlap:
     return overlap
 
 
-def _read_marks(dataset: EvaluationSet, config: OverlapConfig) -> _Marks:
-    marks = _Marks([], defaultdict(list), defaultdict(list), defaultdict(list), [])
+def _read_identities(
+    dataset: EvaluationSet, *, with_captions: bool, with_fingerprints: bool
+) -> _ItemIdentities:
+    found = _ItemIdentities([], defaultdict(list), defaultdict(list), defaultdict(list), [])
     kind = dataset.info.media
     for item in tqdm(range(len(dataset)), desc=f"reading {dataset.folder}", disable=None):
         try:
@@ -126,21 +147,21 @@ def _read_marks(dataset: EvaluationSet, config: OverlapConfig) -> _Marks:
         if extension is None:
             raise InputError(f"{sample}: holds no {kind}")
         content = sample.members[extension]
-        marks.names.append(sample.key)
-        marks.keys[PurePosixPath(sample.key).stem].append(item)
-        marks.contents[hashlib.sha256(content).hexdigest()].append(item)
-        if config.captions and {"txt", "json"} & set(sample.members):
+        found.names.append(sample.key)
+        found.keys[PurePosixPath(sample.key).stem].append(item)
+        found.contents[hashlib.sha256(content).hexdigest()].append(item)
+        if with_captions and {"txt", "json"} & set(sample.members):
             for caption in _captions_or_none(sample, dataset):
-                marks.captions[_normalized(caption)].append(item)
-        if config.near_media is not None:
-            marks.fingerprints.append(_fingerprint(content, extension, kind))
-    return marks
+                found.captions[_normalized(caption)].append(item)
+        if with_fingerprints:
+            found.fingerprints.append(_fingerprint(content, extension, kind))
+    return found
 
 
 def _captions_or_none(sample: Any, dataset: EvaluationSet) -> list[str]:
     try:
         return texts_of(sample, dataset)
-    except InputError:  # a set of classes
+    except InputError:  # a classification set has no captions
         return []
 
 
@@ -156,15 +177,15 @@ def _fingerprint(content: bytes, extension: str, kind: str) -> dict[str, Any]:
 
 
 def _tables_of(folder: Path, *, media: str) -> Iterator[pyarrow.Table]:
-    """What is known of the samples of a training dataset, many at a time.
+    """Yields the columns of a training dataset, at least TRAIN_ROWS_AT_ONCE rows at a time.
 
     Raises:
-        InputError: it is of another kind of media, or has no columns.
+        InputError: the dataset holds another kind of media, or a shard has no columns.
     """
     samples = KeptSamples(folder, subset=None)
     if samples.info.media != media:
         raise InputError(
-            f"{folder}: expected {media}, as the evaluation set holds, found {samples.info.media}"
+            f"{folder}: expected {media}, as in the evaluation set, found {samples.info.media}"
         )
     wanted = [*COLUMNS, *COLUMNS_OF_MEDIA[media]]
     waiting: list[pyarrow.Table] = []
@@ -172,8 +193,8 @@ def _tables_of(folder: Path, *, media: str) -> Iterator[pyarrow.Table]:
         path = folder / f"{row.name}.parquet"
         if not path.exists():
             raise InputError(
-                f"{path}: expected the columns of the shard; python -m data_prep.index_shards "
-                "measures tars that have none"
+                f"{path}: expected the columns of the shard, found no file; create it with "
+                "python -m data_prep.index_shards"
             )
         waiting.append(pyarrow.parquet.read_table(path, columns=wanted))
         if sum(map(len, waiting)) >= TRAIN_ROWS_AT_ONCE:
@@ -184,27 +205,34 @@ def _tables_of(folder: Path, *, media: str) -> Iterator[pyarrow.Table]:
 
 
 def _match_texts(
-    marks: _Marks, table: pyarrow.Table, folder: Path, config: OverlapConfig, *, into: Overlap
+    identities: _ItemIdentities, table: pyarrow.Table, folder: Path, *, keys: bool, into: Overlap
 ) -> None:
     columns = {name: table[name].to_pylist() for name in COLUMNS}
     for row, key in enumerate(columns["key"]):
         names = set()
-        if config.keys:
+        if keys:
             source = columns["source"][row]
             names = {columns["uid"][row], PurePosixPath(source).stem if source else None} - {None}
+        sha256 = columns["sha256"][row]
         captions = map(_normalized, columns["captions"][row] or [])
-        found = [("key", item) for name in names for item in marks.keys.get(name, ())]
-        found += [("content", item) for item in marks.contents.get(columns["sha256"][row], ())]
-        found += [("caption", item) for text in captions for item in marks.captions.get(text, ())]
+        found = [("key", item) for name in names for item in identities.keys.get(name, ())]
+        found += [("content", item) for item in identities.contents.get(sha256, ())]
+        found += [
+            ("caption", item) for text in captions for item in identities.captions.get(text, ())
+        ]
         into.matches += [
             (item, method, str(folder), key, 1.0) for method, item in dict.fromkeys(found)
         ]
 
 
 def _near_images(
-    fingerprints: Sequence[dict[str, Any]], table: pyarrow.Table, config: OverlapConfig
+    fingerprints: Sequence[dict[str, Any]],
+    table: pyarrow.Table,
+    near_media: NearMedia,
+    *,
+    workers: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(items, rows of the table, similarity) of pictures that are alike."""
+    """Returns (items, rows of the table, similarity) of near-duplicate images."""
     train_rows = np.flatnonzero(table["phash"].is_valid().to_numpy())
     train = table.take(train_rows)
     own = {
@@ -220,9 +248,9 @@ def _near_images(
     matches = near_images(
         hashes,
         is_reference=is_reference,
-        max_distance=config.near_media.image_max_distance,
-        min_similarity=config.near_media.image_min_similarity,
-        workers=config.workers,
+        max_distance=near_media.image_max_distance,
+        min_similarity=near_media.image_min_similarity,
+        workers=workers,
     )
     first = np.concatenate([matches.left, matches.member_firsts])
     second = np.concatenate([matches.right, matches.members])
@@ -233,9 +261,16 @@ def _near_images(
 
 
 def _near_clips(
-    fingerprints: Sequence[dict[str, Any]], table: pyarrow.Table, config: OverlapConfig
+    fingerprints: Sequence[dict[str, Any]],
+    table: pyarrow.Table,
+    near_media: NearMedia,
+    *,
+    workers: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(items, rows of the table, similarity) of clips that are alike."""
+    """Returns (items, rows of the table, similarity) of near-duplicate audio clips.
+
+    `workers` is unused: the comparison runs in one thread.
+    """
     num_items = len(fingerprints)
     contents = [each["fingerprint"] for each in fingerprints]
     contents += [each or b"" for each in table["fingerprint"].to_pylist()]
@@ -243,7 +278,7 @@ def _near_clips(
     starts = np.cumsum([0, *map(len, words)])
     first, second, similarity = near_audio_pairs(
         ClipWords(np.concatenate(words), starts),
-        min_similarity=config.near_media.audio_min_similarity,
+        min_similarity=near_media.audio_min_similarity,
         num_queries=num_items,
     )
     is_pair = (first < num_items) & (second >= num_items)

@@ -1,14 +1,14 @@
-"""Evaluation sets as others publish them, read as they are: tars, and text files beside them.
+"""Published evaluation sets in clip_benchmark's WebDataset layout: tars and text files.
 
     classnames.txt                            one class per line
     zeroshot_classification_templates.txt     one prompt per line, {c} for the class
     dataset_type.txt                          classification | multilabel | retrieval
-    test/0.tar 1.tar ...                      another split in another folder
-    test/nshards.txt                          how many tars there are
+    test/0.tar 1.tar ...                      one folder for each split
+    test/nshards.txt                          number of tars
 
-That is clip_benchmark's WebDataset layout; any of the text files may be missing. Members of a
-sample are media, `.cls` (number of the class), `.npy` (one number per class), `.txt` (a caption per
-line) or `.json`. A folder of tars alone is read as well, such as LAION's of sounds and `.json`.
+Any of the text files may be missing. Members of a sample are media, `.cls` (class index), `.npy`
+(one number per class), `.txt` (one caption per line) or `.json`. A folder that holds only tars is
+read as well, such as LAION's audio sets.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ NUM_TARS = "nshards.txt"
 
 @dataclass(frozen=True)
 class SetInfo:
-    """What the samples hold."""
+    """Contents of the samples of a set."""
 
-    media: str  # kind
+    media: str  # kind of media
     fields: list[str]  # extensions of all members
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """Where the members of a sample are."""
+    """Location of a sample's members."""
 
-    tar: int  # place among the tars
+    tar: int  # index of the tar
     key: str
-    members: dict[str, tuple[int, int]]  # extension -> (first byte, bytes)
+    members: dict[str, tuple[int, int]]  # extension -> (offset, size) in bytes
 
 
 class TarDataset:
-    """The samples of a folder of tars, in the order of the tars' numbers.
+    """Samples of a folder of tars, in the order of the tars' numbers.
 
     Args:
-        folder: that holds the tars, or a folder for each split and the text files.
-        split: of the latter.
+        folder: folder of the tars, or of the text files and one folder of tars per split.
+        split: split to read, if there is a folder per split.
 
     Raises:
         InputError: tars are missing or damaged, or hold no media.
@@ -90,7 +90,7 @@ class TarDataset:
         media = {media_kind_of(extension) for extension in fields} - {None}
         if len(media) != 1:
             raise InputError(
-                f"{self.tar_folder}: expected pictures, or sounds, and no other media; found "
+                f"{self.tar_folder}: expected only images or only audio clips; found "
                 f"members {fields}"
             )
         return SetInfo(media.pop(), fields)
@@ -100,7 +100,7 @@ class TarDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the sums of all tars, in their order."""
+        """SHA-256 of the SHA-256 of each tar, in order."""
         total = hashlib.sha256()
         for tar in self.tars:
             with tar.open("rb") as file:
@@ -108,16 +108,20 @@ class TarDataset:
         return total.hexdigest()
 
     def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
-        """The members of a sample; with `fields`, those of these extensions.
+        """Reads the members of a sample.
+
+        Args:
+            ordinal: index of the sample.
+            fields: extensions of the members to read; None: all.
 
         Raises:
-            CorruptSampleError: the tar is cut.
+            CorruptSampleError: the tar is truncated.
         """
         found = self.samples[ordinal]
         tar = self.tars[found.tar]
         wanted = {
-            extension: place
-            for extension, place in found.members.items()
+            extension: location
+            for extension, location in found.members.items()
             if fields is None or extension in fields
         }
         sample = Sample(str(tar), found.key, {})
@@ -125,16 +129,19 @@ class TarDataset:
             for extension, (start, num_bytes) in wanted.items():
                 content = os.pread(file.fileno(), num_bytes, start)
                 if len(content) != num_bytes:
-                    raise CorruptSampleError(f"{sample}: .{extension} is cut; fetch the tar again")
+                    raise CorruptSampleError(
+                        f"{sample}: .{extension} is truncated; fetch the tar again"
+                    )
                 sample.members[extension] = content
         return sample
 
     def captions_of(self, sample: Sample) -> list[str]:
-        """The captions of a sample: of `.json`, else each line of `.txt`, in which a line break
-        within a caption is written as a backslash and an n.
+        """Returns the captions in `.json`, else the lines of `.txt`.
+
+        In `.txt` a line break within a caption is written as a backslash and an n.
 
         Raises:
-            CorruptSampleError: it has none.
+            CorruptSampleError: the sample has no caption.
         """
         if "json" in sample.members or "txt" not in sample.members:
             return captions_of(sample)
@@ -148,18 +155,18 @@ class TarDataset:
         return captions
 
     def beside(self, name: str) -> Path | None:
-        """The text file of a name that comes with the tars, if there is one."""
+        """Finds a text file of the set, in its folder or the folder above."""
         candidates = (self.folder / name, self.folder.parent / name)
         return next((path for path in candidates if path.exists()), None)
 
 
 def holds_tars(folder: Path, *, split: str) -> bool:
-    """Whether a folder is to be read by TarDataset."""
-    return any(any(place.glob("*.tar")) for place in (folder, folder / split))
+    """Checks whether a folder, or its subfolder for a split, holds tars."""
+    return any(any(each.glob("*.tar")) for each in (folder, folder / split))
 
 
 def _number_first(path: Path) -> tuple[int, str]:
-    """9.tar before 10.tar, and names that are no numbers after them."""
+    """Sort key that puts 9.tar before 10.tar, and other names after numbers."""
     return (int(path.stem), "") if path.stem.isdecimal() else (1 << 62, path.name)
 
 

@@ -1,4 +1,4 @@
-"""Reads and prepares the media of an evaluation set, in worker processes if there are any."""
+"""Reads and prepares batches of media of an evaluation set, optionally in worker processes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from eval.models.preprocessing import FrontEnd
 
 
 class MediaBatch(NamedTuple):
-    """Some items, ready to be encoded."""
+    """Prepared windows of a batch of items."""
 
-    windows: Tensor  # [n, ...]
-    num_windows: list[int]  # of each item; n together
+    windows: Tensor  # [n, ...] windows of the first item, then of the second, and so on
+    num_windows: list[int]  # number of windows of each item; they sum to n
 
 
 class _PreparedMedia(torch.utils.data.Dataset):
-    """Ordinal -> prepared media, or the error to raise: one raised in a worker process would
-    come with the worker's traceback as its message."""
+    """Map from ordinal to prepared media, or to the error that the main process shall raise.
+
+    An error raised in a worker process would have the worker's traceback as its message.
+    """
 
     def __init__(self, dataset: EvaluationSet, front_end: FrontEnd) -> None:
         self.dataset = dataset
@@ -45,7 +47,7 @@ class _PreparedMedia(torch.utils.data.Dataset):
             return self.front_end.prepare(sample)
         except CorruptSampleError as error:
             return InputError(
-                f"{error}; evaluation skips nothing: repair the sample, or evaluate a subset "
+                f"{error}; evaluation never skips samples: repair this one, or evaluate a subset "
                 "without it"
             )
         except OSError as error:
@@ -56,17 +58,17 @@ def _joined(items: list[Tensor | InputError]) -> MediaBatch | InputError:
     error = next((item for item in items if isinstance(item, InputError)), None)
     if error is not None:
         return error
-    # One tensor: each that a worker sends costs the main process an open file.
+    # One tensor, because each tensor sent by a worker costs the main process an open file.
     return MediaBatch(torch.cat(items), [len(windows) for windows in items])
 
 
 def media_batches(
     dataset: EvaluationSet, front_end: FrontEnd, batches: Sequence[Sequence[int]], *, workers: int
 ) -> Iterator[MediaBatch]:
-    """The media of each batch of ordinals, in order.
+    """Yields the prepared media of each batch of ordinals, in order.
 
     Raises:
-        InputError: a sample cannot be read or decoded; names shard and key.
+        InputError: a sample cannot be read or decoded; the message names shard and key.
     """
     loader = DataLoader(
         _PreparedMedia(dataset, front_end),

@@ -1,11 +1,11 @@
-"""The files that `python -m eval.embed` writes, one for each shard, and what they are made from.
+"""Output files of `python -m eval.embed`: one Parquet file per shard, and a summary.
 
     00000000.parquet   rows in the shard's order: uid, key, media_embedding [D], caption_embeddings
-                       [captions, D]; L2-normalised float32. Its metadata say what it was made from,
-                       and which samples are left out because their bytes are bad.
+                       [captions, D]; L2-normalised float32. The metadata record the origin of the
+                       embeddings, and the corrupt samples that were left out.
     embeddings.json    written last: a folder without it is unfinished
 
-A row is found by its uid or key: where a sample is left out, its row is missing.
+Find rows by uid or key, not by position: corrupt samples have no row.
 """
 
 from __future__ import annotations
@@ -35,42 +35,43 @@ BAD_SAMPLES = "isopair.bad_samples"
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that has no row."""
+    """Corrupt sample, which has no row."""
 
     shard: str
-    ordinal: int  # its place in the dataset
-    reason: str  # names its key
+    ordinal: int  # index in the dataset
+    reason: str  # names the sample's key
 
 
 @dataclass
 class ShardEmbeddings:
-    """The embeddings of one shard; an item is a sample whose bytes are good."""
+    """Embeddings of one shard. Items are the samples that are not corrupt."""
 
-    indices: list[int] = field(default_factory=list)  # of the items in the shard
+    indices: list[int] = field(default_factory=list)  # index of each item in the shard
     keys: list[str] = field(default_factory=list)
-    num_captions: list[int] = field(default_factory=list)  # of each item
-    media: list[np.ndarray] = field(default_factory=list)  # float32 [B, D] of each batch
-    captions: list[np.ndarray] = field(default_factory=list)  # float32 [M, D] of each batch
+    num_captions: list[int] = field(default_factory=list)  # number of captions of each item
+    media: list[np.ndarray] = field(default_factory=list)  # float32 [B, D], one array per batch
+    captions: list[np.ndarray] = field(default_factory=list)  # float32 [M, D], one array per batch
     bad_samples: list[BadSample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What embeddings are a function of. Files of another origin are never mixed with these."""
+    """Everything that embeddings are a function of. Files of different origins are never mixed."""
 
     dataset_fingerprint: str
-    checkpoint: str  # sha256 of what the model is rebuilt from
-    transform: dict[str, Any]  # of the media
-    dtype: str  # of the towers
+    checkpoint: str  # SHA-256 of the files that the model is rebuilt from
+    transform: dict[str, Any]  # settings of the media transform
+    dtype: str  # precision of the towers
     embed_dim: int  # D
 
     def as_metadata(self) -> dict[str, str]:
+        """Returns the metadata of a Parquet file of this origin."""
         values = {"transform": json.dumps(self.transform, sort_keys=True)}
         return {f"isopair.{key}": str(value) for key, value in (asdict(self) | values).items()}
 
 
 def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
-    """What the embeddings of a dataset by a model are made from."""
+    """Returns the origin of the embeddings of a dataset by a model."""
     front_end = encoder.front_ends[dataset.info.media]
     return Origin(
         dataset_fingerprint=dataset.info.fingerprint,
@@ -87,19 +88,19 @@ def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
 def write_shard(
     path: Path, shard: ShardEmbeddings, *, uids: Sequence[str] | None, origin: Origin
 ) -> None:
-    """Writes the embeddings of one shard, whole or not at all.
+    """Writes the embeddings of one shard atomically.
 
     Args:
-        path: of the Parquet.
-        shard: its embeddings.
-        uids: of all samples of the shard; None: the keys serve.
-        origin: what they were made from.
+        path: Parquet file to write.
+        shard: embeddings of the shard.
+        uids: uids of all samples of the shard; None: the keys are used as uids.
+        origin: origin of the embeddings.
     """
     offsets = np.concatenate([[0], np.cumsum(shard.num_captions)]).astype(np.int32)
     captions = pyarrow.ListArray.from_arrays(
         pyarrow.array(offsets), _vectors(shard.captions, origin.embed_dim)
     )
-    own_uids = shard.keys if uids is None else [uids[place] for place in shard.indices]
+    own_uids = shard.keys if uids is None else [uids[index] for index in shard.indices]
     columns = {
         "uid": pyarrow.array(own_uids, pyarrow.string()),
         "key": pyarrow.array(shard.keys, pyarrow.string()),
@@ -120,10 +121,10 @@ def _vectors(batches: Sequence[np.ndarray], embed_dim: int) -> pyarrow.FixedSize
 
 
 def is_finished(path: Path, origin: Origin) -> bool:
-    """Whether a shard's file is there.
+    """Checks whether a shard's file exists.
 
     Raises:
-        InputError: it is damaged, or was made from something else.
+        InputError: the file is damaged or has a different origin.
     """
     if not path.exists():
         return False
@@ -132,7 +133,7 @@ def is_finished(path: Path, origin: Origin) -> bool:
     if different:
         lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in different.items()]
         raise InputError(
-            f"{path}: embeddings made from something else:\n" + "\n".join(lines) + "\n"
+            f"{path}: the embeddings have a different origin:\n" + "\n".join(lines) + "\n"
             "choose another output, or delete this folder"
         )
     return True
@@ -147,15 +148,18 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def bad_samples_of(path: Path) -> list[BadSample]:
-    """The samples that have no row in a shard's file."""
+    """Reads the corrupt samples that have no row in a shard's file."""
     return [BadSample(**bad) for bad in json.loads(_read_metadata(path)[BAD_SAMPLES])]
 
 
 def uids_of_shard(dataset: Dataset, shard: int) -> list[str] | None:
-    """The uids of all samples of a shard, from its Parquet; None where it has none.
+    """Reads the uids of all samples of a shard from its Parquet file.
+
+    Returns:
+        The uids, or None if the shard has no Parquet file.
 
     Raises:
-        InputError: the Parquet has other rows than the shard.
+        InputError: the number of rows differs from the shard's number of samples.
     """
     path = dataset.folder / f"{dataset.manifest[shard].name}.parquet"
     if not path.exists():
@@ -175,7 +179,7 @@ def uids_of_shard(dataset: Dataset, shard: int) -> list[str] | None:
 def write_summary(
     folder: Path, *, dataset: Dataset, origin: Origin, model: ModelOrigin
 ) -> dict[str, Any]:
-    """Writes embeddings.json, which says that every shard is there, and returns what it holds."""
+    """Writes embeddings.json, which marks the folder as complete, and returns its content."""
     paths = [folder / f"{row.name}.parquet" for row in dataset.manifest]
     bad_samples = [asdict(bad) for path in paths for bad in bad_samples_of(path)]
     record = {
@@ -190,6 +194,6 @@ def write_summary(
     }
     content = json.dumps(record, indent=2).encode() + b"\n"
     write_atomically(folder / "embeddings.json", content)
-    for leftover in folder.rglob(".*.tmp"):  # of attempts that were killed
+    for leftover in folder.rglob(".*.tmp"):  # from attempts that were killed
         leftover.unlink()
     return record

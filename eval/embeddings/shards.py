@@ -1,6 +1,6 @@
 """Encodes media and captions of a dataset shard by shard; each sample is read and encoded once.
 
-A sample whose bytes are bad is left out and named; a file that cannot be read stops everything.
+Corrupt samples are left out and reported. A file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ from eval.models.preprocessing import FrontEnd
 
 @dataclass(frozen=True)
 class Item:
-    """A sample ready to be encoded."""
+    """Prepared sample."""
 
-    place: int  # in its shard
+    index: int  # position in its shard
     key: str
-    windows: Tensor  # [n, ...], as eval.models.preprocessing prepares them
+    windows: Tensor  # [n, ...], prepared by eval.models.preprocessing
     captions: list[str]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Neighbouring samples of one shard."""
+    """Consecutive samples of one shard."""
 
-    indices: list[int]
+    indices: list[int]  # index of each item in the shard
     keys: list[str]
     captions: list[list[str]]
-    windows: Tensor | None  # [n, ...] of all items; None where all samples are bad
-    num_windows: list[int]  # of each item
+    windows: Tensor | None  # [n, ...] of all items; None if all samples are corrupt
+    num_windows: list[int]  # number of windows of each item
     bad_samples: list[BadSample]
-    errors: list[InputError]  # that stop everything
+    errors: list[InputError]  # errors that end the command
 
 
 class _Items(torch.utils.data.Dataset):
-    """Ordinal -> item, or why the sample is left out, or the error to raise: one raised in a worker
-    process would come with the worker's traceback as its message."""
+    """Map from ordinal to an item, a corrupt sample, or an error for the main process to raise.
+
+    An error raised in a worker process would have the worker's traceback as its message.
+    """
 
     def __init__(self, dataset: Dataset, front_end: FrontEnd) -> None:
         self.dataset = dataset
@@ -59,24 +61,26 @@ class _Items(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, ordinal: int) -> Item | BadSample | InputError:
-        shard, place = self.dataset.locate(ordinal)
+        shard, index = self.dataset.locate(ordinal)
         try:
             sample = self.dataset.read_sample(ordinal)
             windows = self.front_end.prepare(sample)
-            return Item(place, sample.key, windows, captions_of(sample))
+            return Item(index, sample.key, windows, captions_of(sample))
         except CorruptSampleError as error:
             return BadSample(self.dataset.manifest[shard].name, ordinal, str(error))
         except OSError as error:
-            return InputError(f"cannot read a shard: {error}; start again when it can be read")
+            return InputError(
+                f"cannot read a shard: {error}; run the command again once it is readable"
+            )
 
 
 def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
     good = [item for item in items if isinstance(item, Item)]
     return Batch(
-        indices=[item.place for item in good],
+        indices=[item.index for item in good],
         keys=[item.key for item in good],
         captions=[item.captions for item in good],
-        # One tensor: each that a worker sends costs the main process an open file.
+        # One tensor, because each tensor sent by a worker costs the main process an open file.
         windows=torch.cat([item.windows for item in good]) if good else None,
         num_windows=[len(item.windows) for item in good],
         bad_samples=[item for item in items if isinstance(item, BadSample)],
@@ -87,7 +91,7 @@ def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
 def embed_shards(
     encoder: Encoder, dataset: Dataset, shards: Sequence[int]
 ) -> Iterator[tuple[int, ShardEmbeddings]]:
-    """(number, embeddings) of each shard, in order.
+    """Yields (number, embeddings) of each shard, in order.
 
     Raises:
         InputError: a shard cannot be read, or an embedding is not finite.
@@ -109,7 +113,7 @@ def embed_shards(
 
 
 def _batches(encoder: Encoder, dataset: Dataset, shard: int) -> Iterator[range]:
-    """Ordinals of each batch of a shard; of an empty shard, one empty batch."""
+    """Yields the ordinals of each batch of a shard; an empty shard has one empty batch."""
     first, end = dataset.shard_starts[shard : shard + 2].tolist()
     for start in range(first, max(end, first + 1), encoder.batch_size):
         yield range(start, min(start + encoder.batch_size, end))

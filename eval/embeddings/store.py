@@ -1,12 +1,12 @@
-"""Embeddings of evaluation sets on disk, made once, by all processes, kept as they come.
+"""On-disk cache of the embeddings of evaluation sets and texts, filled by all processes.
 
     <folder>/<name>_<hash>/origin.json    everything that the embeddings are a function of
     <folder>/<name>_<hash>/00000003.npy   float32 [items of the part, D], L2-normalised: the fourth
                                           part of the items in the order of their keys
 
-Parts are dealt to the processes; one that is there is not made again, by whichever job. Items are
-encoded in the order of their keys, and equal texts once: so neither shards, nor their order, nor
-the number of processes or workers, show in the last digit of a metric.
+Parts are distributed over the processes. A finished part is reused by every later job. Items are
+encoded in the order of their keys, and equal texts only once. Metrics are therefore identical to
+the last digit for any shards, order of shards, and number of processes or workers.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from pretrain.distributed.collectives import rank, world_size
 
 logger = logging.getLogger(__name__)
 
-MAX_PARTS = 1024  # of a set: a part is what a failure may cost, and what a process takes at once
+MAX_PARTS = 1024  # parts of a set; a failure loses one part, and a process takes one at a time
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Where the embeddings of a set are, and how its items are cut into parts."""
+    """Files with the embeddings of a set, and the split of its items into parts."""
 
     folder: Path
     num_items: int
@@ -58,28 +58,29 @@ class _Parts:
         return range(part * self.part_size, min((part + 1) * self.part_size, self.num_items))
 
     def is_there(self, part: int) -> bool:
-        """Whether a part is finished; a damaged one is made again."""
+        """Checks whether a part is finished; a damaged part is not."""
         path = self.path(part)
         if not path.exists():
             return False
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False).shape
         except (ValueError, OSError) as error:
-            logger.warning("%s: damaged (%s): made again", path, error)
+            logger.warning("%s: damaged (%s): encoded again", path, error)
             return False
         return found == (len(self.items(part)), self.embed_dim)
 
     def own_missing(self) -> list[int]:
-        """The parts that this process is to make."""
+        """Lists the missing parts that this process encodes."""
         return [part for part in range(rank(), len(self), world_size()) if not self.is_there(part)]
 
     def write(self, part: int, embeddings: Tensor) -> None:
+        """Writes a part atomically."""
         content = io.BytesIO()
         np.save(content, embeddings.numpy())
         write_atomically(self.path(part), content.getvalue())
 
     def read(self) -> Tensor:
-        """[items, D]
+        """Reads all parts: [items, D].
 
         Raises:
             InputError: a part is missing or damaged.
@@ -89,15 +90,15 @@ class _Parts:
                 np.concatenate([np.load(self.path(part)) for part in range(len(self))])
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}: damaged: {error}; delete it") from None
+            raise InputError(f"{self.folder}: damaged: {error}; delete this folder") from None
 
 
 class EmbeddingStore:
-    """What an encoder makes of evaluation sets and texts, in a folder.
+    """Cached embeddings of evaluation sets and texts by one encoder.
 
     Args:
-        folder: of any number of sets, encoders and jobs.
-        encoder: that makes what is missing.
+        folder: cache folder; several sets, encoders and jobs may share it.
+        encoder: encoder of the missing embeddings.
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
@@ -105,15 +106,15 @@ class EmbeddingStore:
         self.encoder = encoder
 
     def encode_media(self, dataset: EvaluationSet, keys: Sequence[str]) -> None:
-        """Makes this process's share of what is missing.
+        """Encodes this process's part of the missing media embeddings.
 
         Args:
-            dataset: Q media items.
-            keys: [Q] of its samples.
+            dataset: evaluation set of Q media items.
+            keys: [Q] sample keys.
 
         Raises:
             InputError: the model has no tower for this kind of media, a sample cannot be decoded,
-                or an embedding is not finite; names what it is of.
+                or an embedding is not finite.
         """
         kind = dataset.info.media
         check_tower(self.encoder, kind, folder=dataset.folder)
@@ -141,15 +142,26 @@ class EmbeddingStore:
             parts.write(part, embeddings)
 
     def media(self, dataset: EvaluationSet, keys: Sequence[str]) -> Tensor:
-        """[Q, D] L2-normalised float32 embeddings, on the CPU, in the order of the dataset.
+        """Reads the media embeddings of a dataset, in its order.
+
+        Args:
+            dataset: evaluation set of Q media items.
+            keys: [Q] sample keys.
+
+        Returns:
+            [Q, D] L2-normalised float32, on the CPU.
 
         Raises:
-            InputError: they were not all made, or are damaged.
+            InputError: a part is missing or damaged.
         """
         return _in_order(self._media_parts(dataset).read(), _order_of(keys))
 
     def encode_texts(self, texts: Sequence[str], *, name: str) -> None:
-        """Makes this process's share of what is missing of M texts; `name` says what they are.
+        """Encodes this process's part of the missing text embeddings.
+
+        Args:
+            texts: M texts.
+            name: description of the texts, for messages.
 
         Raises:
             InputError: an embedding is not finite.
@@ -163,14 +175,14 @@ class EmbeddingStore:
             parts.write(part, embeddings)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """[M, D] L2-normalised float32 embeddings, on the CPU.
+        """Reads the embeddings of M texts: [M, D] L2-normalised float32, on the CPU.
 
         Raises:
-            InputError: they were not all made, or are damaged.
+            InputError: a part is missing or damaged.
         """
         distinct = sorted(set(texts))
-        place_of = {text: place for place, text in enumerate(distinct)}
-        return self._text_parts(distinct).read()[[place_of[text] for text in texts]]
+        index_of = {text: index for index, text in enumerate(distinct)}
+        return self._text_parts(distinct).read()[[index_of[text] for text in texts]]
 
     def _media_parts(self, dataset: EvaluationSet) -> _Parts:
         front_end = self.encoder.front_ends[dataset.info.media]
@@ -205,17 +217,17 @@ class EmbeddingStore:
 
 
 def sum_of_texts(texts: Iterable[str]) -> str:
-    """sha256 of texts, in their order."""
+    """Computes the SHA-256 of texts, in order."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def _order_of(keys: Sequence[str]) -> np.ndarray:
-    """int64 [Q]: the indices of items in the order of their keys."""
+    """Returns the indices that sort items by key: int64 [Q]."""
     return np.argsort(np.array(keys), kind="stable")
 
 
 def _in_order(values: Tensor, order: np.ndarray) -> Tensor:
-    """[Q, D] whose rows stood in `order`, each in its own place."""
+    """Undoes a sort: row i of the values becomes row order[i] of the result."""
     found = torch.empty_like(values)
     found[torch.from_numpy(order)] = values
     return found

@@ -1,7 +1,7 @@
-"""Encodes media and texts with a trained model, whichever library built it.
+"""Encodes media and texts with a trained model of any supported library.
 
-Every batch has the same number of rows, the last one filled up: on the same device the embedding of
-an item is then the same to the last digit, however many are encoded with it.
+Every batch has the same number of rows; the last one is padded. On the same device the embedding of
+an item is therefore bitwise the same, no matter how many items are encoded with it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pretrain.checkpoints.record import read_record
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model with what prepares its inputs, and how to feed it."""
+    """A model with the preparation of its inputs, its device, precision and batch size."""
 
     model: Any  # encode_media(kind, batch) and encode_text(tokens), each to [B, D]
-    front_ends: dict[str, FrontEnd]  # by kind of media
-    tokenizer: Callable[[list[str]], Any]  # M texts -> what encode_text takes
+    front_ends: dict[str, FrontEnd]  # kind of media -> its preparation
+    tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
     origin: ModelOrigin
     device: torch.device
     dtype: torch.dtype
@@ -41,27 +41,33 @@ class Encoder:
 
     @cached_property
     def embed_dim(self) -> int:
-        """D"""
+        """Joint embedding width D."""
         return self.encode_texts([""]).shape[1]
 
     def encode_windows(self, kind: str, windows: Tensor) -> Tensor:
-        """[n, D] L2-normalised float32 embeddings, on the CPU, of prepared windows.
+        """Encodes prepared windows.
 
         Args:
-            kind: of media.
-            windows: [n, ...], as the front end of this kind prepares them.
+            kind: kind of media.
+            windows: [n, ...], prepared by the front end of this kind.
+
+        Returns:
+            [n, D] L2-normalised float32, on the CPU.
         """
         return self._in_batches(
             windows, lambda batch: self.model.encode_media(kind, batch.to(self.device))
         )
 
     def encode_items(self, kind: str, windows: Tensor, num_windows: Sequence[int]) -> Tensor:
-        """[B, D] L2-normalised float32 embeddings, on the CPU, of items of one or more windows.
+        """Encodes items of one or more windows; an item is the normalised mean of its windows.
 
         Args:
-            kind: of media.
-            windows: [n, ...], those of the first item before those of the second, and so on.
-            num_windows: [B] of each item; n together.
+            kind: kind of media.
+            windows: [n, ...] windows of the first item, then of the second, and so on.
+            num_windows: [B] number of windows of each item; they sum to n.
+
+        Returns:
+            [B, D] L2-normalised float32, on the CPU.
         """
         embeddings = self.encode_windows(kind, windows)
         if max(num_windows) == 1:
@@ -74,7 +80,7 @@ class Encoder:
         )
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """[M, D] L2-normalised float32 embeddings, on the CPU, of M texts."""
+        """Encodes M texts: [M, D] L2-normalised float32, on the CPU."""
         return self._in_batches(
             list(texts),
             lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)),
@@ -86,7 +92,7 @@ class Encoder:
             batch = rows[start : start + self.batch_size]
             num_rows = len(batch)
             with torch.inference_mode(), self._precision():
-                found = encode(_filled(batch, self.batch_size))
+                found = encode(_padded(batch, self.batch_size))
             embeddings.append(found.float().cpu()[:num_rows])
         return torch.cat(embeddings)
 
@@ -96,8 +102,8 @@ class Encoder:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def _filled(batch: Any, num_rows: int) -> Any:
-    """A batch with copies of its last row at its end, so that it has `num_rows`."""
+def _padded(batch: Any, num_rows: int) -> Any:
+    """Pads a batch to `num_rows` with copies of its last row."""
     missing = num_rows - len(batch)
     if not missing:
         return batch
@@ -107,14 +113,14 @@ def _filled(batch: Any, num_rows: int) -> Any:
 
 
 def load_encoder(config: EncodingConfig) -> Encoder:
-    """The encoder of a model, on the GPU if there is one.
+    """Loads the encoder of a model, on the GPU if there is one.
 
     Raises:
         InputError: there is no model, or it is damaged.
     """
-    # The current one: each process of several has its own.
+    # The current GPU, because each process has its own.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # TF32 rounds inputs to 10 bits, which reorders near ties.
+    # TF32 rounds inputs to 10 bits of mantissa, which reorders near ties.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     source = find_model(config.checkpoint, architecture=config.open_clip_architecture)
@@ -136,12 +142,12 @@ def load_encoder(config: EncodingConfig) -> Encoder:
 
 
 def load_any_model(source: ModelSource) -> LoadedModel:
-    """A model by the library that it is of.
+    """Loads a model with its library.
 
     Raises:
-        InputError: it is damaged, or the library cannot load it.
+        InputError: the model is damaged, or the library cannot load it.
     """
-    # Imported here: each of the libraries takes seconds to load.
+    # Imported here, because each library takes seconds to load.
     if source.library == "open_clip":
         from eval.models.open_clip_model import load_open_clip
 
@@ -167,9 +173,10 @@ def _load_isopair(path: Path) -> LoadedModel:
 
 
 def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:
-    """
+    """Checks that a model can encode a dataset's kind of media.
+
     Raises:
-        InputError: the model has no tower for the kind of media that a dataset's folder holds.
+        InputError: the model has no tower for this kind.
     """
     if kind not in encoder.front_ends:
         raise InputError(
@@ -178,9 +185,10 @@ def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:
 
 
 def check_embeddings(embeddings: Tensor, *, name: str) -> None:
-    """
+    """Checks that all embeddings are finite.
+
     Raises:
-        InputError: an embedding is not finite, naming what was embedded and the first bad row.
+        InputError: an embedding is not finite; the message gives `name` and the first bad row.
     """
     try:
         check_finite(embeddings, name=name)

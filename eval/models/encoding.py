@@ -11,16 +11,16 @@ from data_prep.config_file import Section
 
 
 class EncodingConfig(Section):
-    """Which model encodes, and how."""
+    """Model and encoding options."""
 
-    # A run folder (its newest checkpoint), one checkpoint's folder, or another library's model:
-    # see eval.models.model_source
+    # Run folder (its newest checkpoint), checkpoint folder, or model of another library: see
+    # eval.models.model_source
     checkpoint: Path
-    # open_clip's name of the model, such as ViT-B-32, if checkpoint is a file of its weights
+    # open_clip's name of the architecture, such as ViT-B-32, if checkpoint is a file of weights
     open_clip_architecture: str | None = None
     batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
-    workers: int = Field(0, ge=0)  # processes that read and decode; 0: none besides the main one
-    # Of the towers; embeddings and scores are float32 always
+    workers: int = Field(0, ge=0)  # processes that read and decode; 0: the main process does
+    # Precision of the towers; embeddings and scores are always float32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Of a clip longer than the model takes: the mean over windows that cover it, or a part of it
+    # Clips longer than the model's input: mean over windows that cover the clip, or one part of it
     long_clips: Literal["windows", "first", "centre"] = "windows"

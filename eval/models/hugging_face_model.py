@@ -1,8 +1,8 @@
-"""Hugging Face's CLIP, SigLIP and CLAP, from a folder that `save_pretrained` wrote.
+"""Hugging Face's CLIP, SigLIP and CLAP, from a folder written by `save_pretrained`.
 
-CLAP's feature extractor cuts long clips at random, and its fused form marks a clip of each batch as
-long at random: a clip and itself then differ. Here windows of the tower's own length are cut before
-(see eval.models.preprocessing), none of which is long, so that nothing is left to chance.
+CLAP's feature extractor crops long clips at random, and its fused variant marks a random clip of
+each batch as long. The embedding of a clip would not be reproducible. Here clips are first cut into
+windows of the tower's own length (see eval.models.preprocessing), which are never long.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import ModelSource, sum_of_files
 from eval.models.open_clip_model import PilTransform
 
-CLAP_TOKENS = 77  # as LAION trained it; its tokenizer alone would allow 512
+CLAP_TOKENS = 77  # length in LAION's training; the tokenizer alone would allow 512
 
 
 class HuggingFaceModel(torch.nn.Module):
-    """encode_media and encode_text of a model of Hugging Face's."""
+    """Adapts a Hugging Face model to encode_media and encode_text."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def encode_media(self, kind: str, inputs: Tensor) -> Tensor:
-        """[B, D] L2-normalised embeddings of images [B, 3, H, Wd] or log-mels [B, 1 or 4, S, F]."""
+        """Encodes images [B, 3, H, Wd] or log-mels [B, 1 or 4, S, F] to L2-normalised [B, D]."""
         if kind == "image":
             return normalized(_pooled(self.model.get_image_features(pixel_values=inputs)))
         is_longer = torch.zeros(len(inputs), 1, dtype=torch.bool, device=inputs.device)
         return normalized(_pooled(self.model.get_audio_features(inputs, is_longer=is_longer)))
 
     def encode_text(self, tokens: Any) -> Tensor:
-        """[B, D] L2-normalised embeddings of what the tokenizer returned."""
+        """Encodes the tokenizer's output to L2-normalised [B, D]."""
         return normalized(_pooled(self.model.get_text_features(**tokens)))
 
 
@@ -49,12 +49,12 @@ def _pooled(output: Any) -> Tensor:
 
 
 class TextPreparation:
-    """The tokenizer of a folder; every text is padded to one length."""
+    """Tokenizer that pads every text to the same length."""
 
     def __init__(self, tokenizer: Any, *, num_tokens: int, with_mask: bool) -> None:
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
-        self.with_mask = with_mask  # SigLIP was trained to look at padding
+        self.with_mask = with_mask  # SigLIP was trained to attend to padding
 
     def __call__(self, texts: list[str]) -> Any:
         tokens = self.tokenizer(
@@ -69,22 +69,22 @@ class TextPreparation:
 
 
 class ClapTransform:
-    """Clips to log-mels by CLAP's own feature extractor."""
+    """Transform of clips to log-mels by CLAP's own feature extractor."""
 
     def __init__(self, extractor: Any) -> None:
         self.extractor = extractor
         self.clip_samples = extractor.nb_max_samples
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
-        """float32 [samples], mono, at the tower's sample rate.
+        """Decodes a clip to float32 [samples], mono, at the tower's sample rate.
 
         Raises:
-            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
+            data_prep.media.decode.MediaError: the bytes are damaged, or the clip is too long.
         """
         return decode_audio(content, sample_rate_hz=self.extractor.sampling_rate)
 
     def __call__(self, window: np.ndarray) -> Tensor:
-        """float32 [at most clip_samples] -> float32 [1 or 4, S, F]; a short one is repeated."""
+        """float32 [at most clip_samples] -> float32 [1 or 4, S, F]; a short clip is repeated."""
         found = self.extractor(
             window, sampling_rate=self.extractor.sampling_rate, return_tensors="pt"
         )
@@ -92,7 +92,7 @@ class ClapTransform:
 
 
 def load_hugging_face(source: ModelSource) -> LoadedModel:
-    """The model, its preparation of media, and its tokenizer.
+    """Loads the model, its media transform and its tokenizer.
 
     Raises:
         InputError: a file is missing, or transformers cannot read it.
@@ -111,7 +111,7 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
             prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
-    if unused["missing_keys"]:  # transformers would leave them at random
+    if unused["missing_keys"]:  # transformers would initialise them at random
         raise InputError(
             f"{folder}: the weights lack {sorted(unused['missing_keys'])[:5]} and others; copy all "
             "files of the model"

@@ -1,4 +1,4 @@
-"""A model of any library, as evaluation uses it."""
+"""Common form of the models of all libraries."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from eval.models.model_source import Library
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """What results say of a model."""
+    """Identity of a model, recorded in results."""
 
     library: Library
-    folder: Path  # or file
-    sha256: str  # of everything that the model is rebuilt from
-    step: int | None = None  # of training; known of ours
-    tags: tuple[str, ...] = ()  # why the model is not a function of its run's config alone
+    folder: Path  # folder, or file of weights
+    sha256: str  # SHA-256 of all files that the model is rebuilt from
+    step: int | None = None  # training step; only known for Isopair's checkpoints
+    tags: tuple[str, ...] = ()  # reasons why the model is not a function of its run's config alone
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class LoadedModel:
     """A model with its transforms and tokenizer."""
 
     model: Any  # encode_media(kind, batch) and encode_text(tokens), each to [B, D], L2-normalised
-    transforms: dict[str, Any]  # by kind of media: decode(content, extension), transform(decoded)
-    settings: dict[str, Any]  # of each transform, as JSON can say them
-    tokenizer: Callable[[list[str]], Any]  # M texts -> what encode_text takes
+    # Kind of media -> object with decode(content, extension) and __call__(decoded)
+    transforms: dict[str, Any]
+    settings: dict[str, Any]  # kind of media -> settings of its transform, in JSON types
+    tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
     origin: ModelOrigin
 
 
 def normalized(embeddings: Tensor) -> Tensor:
-    """[B, D] with rows of length one, in float32."""
+    """Normalises the rows of [B, D] to unit length, in float32."""
     embeddings = embeddings.float()
     return embeddings / embeddings.norm(dim=-1, keepdim=True)

@@ -1,11 +1,12 @@
-"""Finds out what a path holds: a checkpoint of ours, or a model of open_clip's or Hugging Face's.
+"""Detects the library of a model from its path.
 
-    runs/mine, runs/mine/checkpoints/step_00001000      ours: a run (its newest), or one checkpoint
-    a folder with open_clip_config.json                 open_clip's "local-dir:", with or without it
-    a file of weights, with open_clip_architecture      open_clip's, by the name of its architecture
-    a folder with config.json                           Hugging Face's CLIP, SigLIP or CLAP
+    runs/mine                                           Isopair: newest checkpoint of a run
+    runs/mine/checkpoints/step_00001000                 Isopair: one checkpoint
+    folder with open_clip_config.json                   open_clip; may have the prefix "local-dir:"
+    file of weights, with open_clip_architecture        open_clip, by the name of the architecture
+    folder with config.json                             Hugging Face's CLIP, SigLIP or CLAP
 
-Needs no torch, so that a wrong path is told of before anything is loaded.
+Needs no torch, so that a wrong path is reported before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is, and which library built it."""
+    """Path and library of a model."""
 
     library: Library
     path: Path
-    architecture: str | None = None  # open_clip's name of it, where the path is a file of weights
+    architecture: str | None = None  # open_clip's name, if the path is a file of weights
 
 
 def find_model(checkpoint: Path, *, architecture: str | None = None) -> ModelSource:
-    """What is at the path of a config's key checkpoint.
+    """Detects the model at a path.
 
     Args:
-        checkpoint: see the module.
-        architecture: the config's open_clip_architecture.
+        checkpoint: path in one of the forms listed in the module's docstring.
+        architecture: open_clip's name of the architecture, for a file of weights.
 
     Raises:
-        InputError: there is no model, or not one that can be evaluated.
+        InputError: there is no model, or its type is not supported.
     """
     path = Path(str(checkpoint).removeprefix(LOCAL_DIR))
     if architecture is not None:
@@ -67,9 +68,9 @@ def find_model(checkpoint: Path, *, architecture: str | None = None) -> ModelSou
     if find_locations(str(checkpoint)):
         return ModelSource("isopair", checkpoint)
     raise InputError(
-        f"{checkpoint}: expected a run folder with a checkpoint, or a checkpoint (key: "
-        f"checkpoint), or a folder with {OPEN_CLIP_CONFIG} or a model of Hugging Face's; found "
-        "none; python -m pretrain.train makes one"
+        f"{checkpoint}: expected a run folder with a checkpoint, a checkpoint, a folder with "
+        f"{OPEN_CLIP_CONFIG}, or a Hugging Face model (key: checkpoint); found none of them; "
+        "python -m pretrain.train creates a run"
     )
 
 
@@ -78,7 +79,7 @@ def _of_known_type(folder: Path) -> Path:
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: expected Hugging Face's config of a model: {error}") from None
+        raise InputError(f"{path}: expected the config of a Hugging Face model: {error}") from None
     if found not in HUGGING_FACE_TYPES:
         raise InputError(
             f"{path}: expected model_type {', '.join(HUGGING_FACE_TYPES)}; found {found!r}"
@@ -87,7 +88,9 @@ def _of_known_type(folder: Path) -> Path:
 
 
 def sum_of_files(path: Path) -> str:
-    """sha256 over the names and sums of a folder's weights and settings, or of one file.
+    """Computes the SHA-256 of the weights and settings in a folder, or of one file.
+
+    It covers the files' names and contents.
 
     Raises:
         InputError: the folder holds no weights.

@@ -1,4 +1,4 @@
-"""open_clip's models: a folder that its `local-dir:` reads, or a file of weights and a name."""
+"""open_clip models, from a `local-dir:` folder or from a file of weights and an architecture."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from eval.models.model_source import LOCAL_DIR, ModelSource, sum_of_files
 
 
 class OpenClipModel(torch.nn.Module):
-    """encode_media and encode_text of a model of open_clip's."""
+    """Adapts an open_clip model to encode_media and encode_text."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def encode_media(self, kind: str, pixels: Tensor) -> Tensor:
-        """[B, D] L2-normalised embeddings of images [B, 3, H, Wd]."""
+        """Encodes images [B, 3, H, Wd] to L2-normalised [B, D]."""
         return normalized(self.model.encode_image(pixels))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """[B, D] L2-normalised embeddings of int64 [B, L] tokens."""
+        """Encodes int64 tokens [B, L] to L2-normalised [B, D]."""
         return normalized(self.model.encode_text(tokens))
 
 
 class PilTransform:
-    """A library's own preparation of PIL images."""
+    """Another library's transform of PIL images."""
 
     def __init__(self, prepare: Any) -> None:
         self.prepare = prepare  # PIL image -> float32 [3, H, Wd]
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
-        """uint8 [H, Wd, 3].
+        """Decodes an image to uint8 [H, Wd, 3].
 
         Raises:
-            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
+            data_prep.media.decode.MediaError: the bytes are damaged, or there are too many pixels.
         """
         return decode_image(content, extension)
 
@@ -53,10 +53,10 @@ class PilTransform:
 
 
 def load_open_clip(source: ModelSource) -> LoadedModel:
-    """The model, its preparation of images for evaluation, and its tokenizer.
+    """Loads the model, its evaluation transform and its tokenizer.
 
     Raises:
-        InputError: open_clip does not know the architecture, or the weights do not fit it.
+        InputError: the architecture is unknown to open_clip, or the weights do not fit it.
     """
     if source.architecture is None:
         name, weights = f"{LOCAL_DIR}{source.path}", None
@@ -64,8 +64,8 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
         name, weights = source.architecture, str(source.path)
         if name not in open_clip.list_models():
             raise InputError(
-                f"open_clip_architecture: open_clip knows no {name!r}; it knows "
-                f"{', '.join(open_clip.list_models())}"
+                f"open_clip_architecture: expected one of {', '.join(open_clip.list_models())}; "
+                f"found {name!r}"
             )
     sha256 = sum_of_files(source.path)
     try:

@@ -1,8 +1,8 @@
-"""From the bytes of media to what a tower is given, without chance.
+"""Deterministic preparation of media: from the bytes of a file to a tower's input.
 
-A clip longer than the tower's is taken whole: windows of the tower's length, evenly spaced from its
-first sample to its last, are encoded each by itself, and their normalised mean is the clip's
-embedding. Or only its first part, or its centre, is taken.
+A clip longer than the tower's input is cut into windows of the input's length, evenly spaced from
+the first sample to the last. Each window is encoded by itself; their normalised mean is the clip's
+embedding. Alternatively, only the first part or the centre is encoded.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ LongClips = Literal["windows", "first", "centre"]
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """How media of one kind are prepared."""
+    """Preparation of media of one kind."""
 
     kind: str
-    transform: Any  # decode(content, extension) and transform(decoded)
-    settings: dict[str, Any]  # everything that what it gives is a function of
+    transform: Any  # object with decode(content, extension) and __call__(decoded)
+    settings: dict[str, Any]  # everything that the transform's output depends on
     long_clips: LongClips
 
     def prepare(self, sample: Sample) -> Tensor:
-        """[n, ...]: the windows of a sample's clip, or its one image, as the tower expects them.
+        """Prepares a sample's image or clip.
+
+        Returns:
+            [n, ...]: one image, or n windows of a clip, as the tower expects them.
 
         Raises:
-            CorruptSampleError: it has no media of this kind, or they cannot be decoded.
+            CorruptSampleError: there are no media of this kind, or they cannot be decoded.
         """
         extension = media_extension_of(sample.members, self.kind)
         if extension is None:
@@ -49,10 +52,10 @@ class FrontEnd:
             raise CorruptSampleError(f"{sample}: .{extension} cannot be decoded: {error}") from None
 
     def prepare_media(self, content: bytes, extension: str) -> Tensor:
-        """As `prepare`, of the bytes of a file.
+        """Prepares the bytes of a media file; returns the same as `prepare`.
 
         Raises:
-            data_prep.media.decode.MediaError: they cannot be decoded.
+            data_prep.media.decode.MediaError: the bytes cannot be decoded.
         """
         decoded = self.transform.decode(content, extension)
         parts = [decoded]
@@ -64,12 +67,13 @@ class FrontEnd:
 def windows_of(
     waveform: np.ndarray, clip_samples: int, *, long_clips: LongClips
 ) -> list[np.ndarray]:
-    """The parts of a waveform that are encoded; itself where it is no longer than one of them.
+    """Cuts a waveform into the windows to encode; a short waveform is its own only window.
 
     Args:
         waveform: float32 [samples]
-        clip_samples: of the tower's input.
-        long_clips: "windows": as few as cover the waveform, evenly spaced.
+        clip_samples: length of the tower's input.
+        long_clips: "windows" (the fewest that cover the waveform, evenly spaced), "first" or
+            "centre".
     """
     surplus = len(waveform) - clip_samples
     if surplus <= 0:

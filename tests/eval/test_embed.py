@@ -143,14 +143,14 @@ def test_finished_shards_are_kept_and_those_of_another_origin_refused(
     (out / "embeddings.json").unlink()
     (out / ".00000001.parquet.host.1.tmp").write_bytes(b"of an attempt that was killed")
     kept_file = (out / "00000000.parquet").stat().st_ino
-    assert "of which 2 are there already" in embed(toy_data / "colors", "--dry-run")[1]
+    assert "; 2 are finished already" in embed(toy_data / "colors", "--dry-run")[1]
     assert embed(toy_data / "colors")[0] == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == contents
     assert (out / "00000000.parquet").stat().st_ino == kept_file
 
     status, printed = embed(toy_data / "more_colors")
     assert status == 1
-    assert "00000000.parquet: embeddings made from something else:" in printed
+    assert "00000000.parquet: the embeddings have a different origin:" in printed
     assert "isopair.dataset_fingerprint: " in printed
     origin = origin_of(Dataset(toy_data / "colors"), encoder_of(checkpoint))
     for other in (replace(origin, checkpoint="other"), replace(origin, transform={"size": 224})):
@@ -190,13 +190,13 @@ def test_bad_samples_are_left_out_and_named_and_the_rest_scores_a_subset(
     damage(folder, [2, 39])
     status, printed = embed(folder)
     assert status == 1
-    assert "2 of 83 samples are bad, above max_bad_fraction=0.001" in printed
+    assert "2 of 83 samples are corrupt, above max_bad_fraction=0.001" in printed
     assert "sample 000039: .png has not the crc32 of its index" in printed
     assert not (tmp_path / "out/embeddings.json").exists()
 
     status, printed = embed(folder, max_bad_fraction=0.03)
     assert status == 0
-    assert "81 of 83 samples in 3 shards; 2 are bad and left out" in printed
+    assert "81 of 83 samples in 3 shards; 2 are corrupt and left out" in printed
     record = json.loads((tmp_path / "out/embeddings.json").read_text())
     bad = [(each["shard"], each["ordinal"]) for each in record["bad_samples"]]
     assert bad == [("00000000", 2), ("00000000", 39)]

@@ -35,7 +35,7 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
             "poll_seconds": 0.1,
         }
     )
-    with pytest.raises(InputError, match=r"run: expected the folder of a run .* no config.yaml"):
+    with pytest.raises(InputError, match=r"run: expected a run folder .* no config.yaml"):
         run(config)
     settings = {"schedule": {"num_steps": 6, "warmup_steps": 0}}
     settings["run"] = {"checkpoint_every_steps": 2, "keep_checkpoints": 9}

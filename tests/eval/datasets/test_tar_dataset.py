@@ -132,7 +132,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         InputError, match=r"evaluations\.set\.class_names: .* no classnames\.txt in"
     ):
         tasks_of(folder, "zero_shot_classification")
-    with pytest.raises(InputError, match="a subset is of shards with an index"):
+    with pytest.raises(InputError, match="expected a subset of shards with an index"):
         tasks_of(folder, "retrieval", subset=tmp_path / "x.subset")
     tar = folder / "test" / "0.tar"
     with tarfile.open(tar, "w") as twice:

@@ -74,7 +74,7 @@ def test_classes_of_one_name_are_distinguished_by_their_index(tmp_path):
     (task,) = read_tasks(classification(tmp_path / "toy", class_names=names))
     assert (task.targets.tolist(), task.class_labels) == ([2, 0], ["dog (0)", "cat", "dog (2)"])
     write_dataset(tmp_path / "named", [labelled("dog")])
-    with pytest.raises(InputError, match=r"sample 0000: class 'dog' stands twice"):
+    with pytest.raises(InputError, match=r"sample 0000: class 'dog' is a duplicate"):
         read_tasks(classification(tmp_path / "named", class_names=names))
 
 
