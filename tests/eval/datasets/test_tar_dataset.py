@@ -115,7 +115,7 @@ def test_tars_of_sounds_alone_are_read_as_laion_makes_them(tmp_path):
             {"test/nshards.txt": "4"},
             r"expected 4 tars, found 1; fetch",
         ),
-        ([{"cls": b"0"}], {}, r"expected pictures, or sounds, .* members \['cls'\]"),
+        ([{"cls": b"0"}], {}, r"expected only images or only audio clips; .* members \['cls'\]"),
         ([{"jpg": b"", "wav": b"", "cls": b"0"}], {}, r"members \['cls', 'jpg', 'wav'\]"),
         ([{"jpg": b"", "txt": b"a"}], {}, r"sample s0000000: expected \"class_name\" in .json or"),
     ],
