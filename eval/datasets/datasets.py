@@ -61,12 +61,11 @@ class EvaluationSets:
             self._opened[key] = open_dataset(location, split=split, subset=subset, columns=columns)
         return self._opened[key]
 
-    def of_section(self, name: str, section: EvaluationSection) -> EvaluationSet:
+    def of_section(self, section: EvaluationSection) -> EvaluationSet:
         """Opens the dataset of an evaluation.
 
         Args:
-            name: name of the evaluation.
-            section: its config section.
+            section: config section of the evaluation.
 
         Raises:
             InputError: for the reasons of `open`, or if the number of samples is unexpected.

@@ -43,13 +43,13 @@ def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
     return _or_input_error(read, sample)
 
 
-def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> int:
+def class_index_of(sample: Sample, *, class_names: list[str], index_of: dict[str, int]) -> int:
     """Returns the index of a sample's class, from "class_name" in `.json`, else from `.cls`.
 
     Args:
         sample: sample without its media.
         class_names: [K]
-        place_of: class name -> index in `class_names`.
+        index_of: class name -> index in `class_names`.
 
     Raises:
         InputError: the sample has no class, or it is not in `class_names`.
@@ -61,13 +61,13 @@ def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str
                 f"{sample}: class {found!r} is a duplicate in class_names; store the class index "
                 "in .cls instead"
             )
-        if found not in place_of:
+        if found not in index_of:
             nearest = difflib.get_close_matches(str(found), class_names, n=1, cutoff=0.0)
             raise InputError(
                 f"{sample}: class {found!r} is not one of the {len(class_names)} class_names; "
                 f"the nearest is {nearest[0]!r}"
             )
-        return place_of[found]
+        return index_of[found]
     if "cls" not in sample.members:
         raise InputError(
             f'{sample}: expected "class_name" in .json or an index in .cls, found neither; '
@@ -81,13 +81,13 @@ def class_index_of(sample: Sample, *, class_names: list[str], place_of: dict[str
     return int(text)
 
 
-def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, int]) -> np.ndarray:
+def classes_of(sample: Sample, *, class_names: list[str], index_of: dict[str, int]) -> np.ndarray:
     """Returns the classes of a sample, from "class_names" in `.json`, else from `.npy`.
 
     Args:
         sample: sample without its media.
         class_names: [K]
-        place_of: class name -> index in `class_names`.
+        index_of: class name -> index in `class_names`.
 
     Returns:
         Bool [K].
@@ -97,12 +97,12 @@ def classes_of(sample: Sample, *, class_names: list[str], place_of: dict[str, in
     """
     found = _or_input_error(metadata_of, sample).get("class_names")
     if found is not None:
-        unknown = sorted(set(map(str, found)) - set(place_of))
+        unknown = sorted(set(map(str, found)) - set(index_of))
         if unknown:
             raise InputError(
                 f"{sample}: classes {unknown} are not among the {len(class_names)} class_names"
             )
-        indices = {place_of[known] for known in found}
+        indices = {index_of[known] for known in found}
         return np.array([index in indices for index in range(len(class_names))])
     if "npy" not in sample.members:
         raise InputError(

@@ -154,7 +154,7 @@ class TarDataset:
             raise CorruptSampleError(f"{sample}: .txt: expected a caption per line, found none")
         return captions
 
-    def beside(self, name: str) -> Path | None:
+    def find_text_file(self, name: str) -> Path | None:
         """Finds a text file of the set, in its folder or the folder above."""
         candidates = (self.folder / name, self.folder.parent / name)
         return next((path for path in candidates if path.exists()), None)

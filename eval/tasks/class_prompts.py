@@ -153,7 +153,7 @@ def _configured_or_shipped(
     if isinstance(found, str) and found.startswith(OPEN_CLIP):
         return _texts_of_open_clip(key, name, found.removeprefix(OPEN_CLIP))
     if found is None and isinstance(dataset, TarDataset):
-        found = dataset.beside(FILE_OF_KEY[key])
+        found = dataset.find_text_file(FILE_OF_KEY[key])
     if found is None and key == "class_names" and isinstance(dataset, FileDataset):
         found = [known.replace("_", " ") for known in dataset.class_folders] or None
     if found is None:

@@ -72,7 +72,7 @@ class MultiLabelTask(Task, section=MultiLabelSection):
         keys, rows = [], []
         for sample in read_texts(dataset):
             keys.append(sample.key)
-            rows.append(classes_of(sample, class_names=class_names, place_of=index_of))
+            rows.append(classes_of(sample, class_names=class_names, index_of=index_of))
         is_of_class = np.stack(rows)
         if not is_of_class.any():
             raise InputError(

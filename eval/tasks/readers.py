@@ -57,7 +57,7 @@ def read_tasks(
     present, skipped = [], {}
     for name, section in evaluations.items():
         try:
-            dataset = sets.of_section(name, section)
+            dataset = sets.of_section(section)
             _check_dataset_type(name, types[type(section)], dataset)
             task = types[type(section)].read(name, section, dataset, sets=sets, seed=seed)
             present.append(task)
@@ -76,7 +76,7 @@ def _check_dataset_type(name: str, task: type[Task], dataset: EvaluationSet) -> 
     """
     if not isinstance(dataset, TarDataset) or not task.dataset_types:
         return
-    path = dataset.beside(TYPE)
+    path = dataset.find_text_file(TYPE)
     found = path.read_text().strip() if path is not None else None
     suited = [each.task_name for each in task_types().values() if found in each.dataset_types]
     if suited and task.task_name not in suited:

@@ -108,7 +108,7 @@ def read_targets(
     keys, targets = [], []
     for sample in samples:
         keys.append(sample.key)
-        targets.append(class_index_of(sample, class_names=class_names, place_of=index_of))
+        targets.append(class_index_of(sample, class_names=class_names, index_of=index_of))
     return keys, np.array(targets)
 
 

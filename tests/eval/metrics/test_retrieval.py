@@ -86,14 +86,14 @@ def test_near_ties_are_ranked_alike_by_every_tile_size():
 def test_ranks_do_not_depend_on_the_order_of_items_and_captions():
     media, text, owners, _ = random_pairs(40, 3)
     media_order, text_order = torch.randperm(40), torch.randperm(120)
-    place_of = torch.argsort(media_order).numpy()
+    index_of = torch.argsort(media_order).numpy()
     by_media, by_text = retrieval_relevance(
         media, text, relevance=relevance_of_owners(owners), tile=16
     )
     moved_by_media, moved_by_text = retrieval_relevance(
         media[media_order],
         text[text_order],
-        relevance=relevance_of_owners(place_of[owners[text_order]]),
+        relevance=relevance_of_owners(index_of[owners[text_order]]),
         tile=16,
     )
     np.testing.assert_array_equal(
