@@ -26,6 +26,7 @@ from pretrain.preflight_config import Preflight
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
 Precision = Literal["fp32", "bf16"]
+LossKind = Literal["softmax", "sigmoid"]
 Location = Annotated[
     str, BeforeValidator(lambda place: str(place) if isinstance(place, Path) else place)
 ]  # folder, file or URL
@@ -257,7 +258,7 @@ class Pairing(Section):
     global_batch_size: PositiveInt  # pairs contrasted with one another in a step
     # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
     # with model.logit_scale.initial: 10
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss: LossKind = "softmax"
     label_smoothing: Decay = 0.0  # of the softmaxes' targets, spread over the batch
     # What pairs of a batch with the same caption or the same media are to one another: negatives,
     # as in CLIP; positives, as they are to themselves; masked: neither.

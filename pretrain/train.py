@@ -19,58 +19,47 @@ from pretrain.config import PretrainConfig
 if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
     check_command_line(PretrainConfig, __doc__)
 
-import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 
 import torch
 
-from data_prep.errors import InputError
 from pretrain.cache.node import check_room
-from pretrain.checkpoint import WholeCheckpoint, files_to_rebuild, newest_checkpoint, restore
-from pretrain.checkpoints.store import open_store, store_of_run
-from pretrain.checkpoints.writer import CheckpointWriter
-from pretrain.config import Engine as EngineSection
-from pretrain.config import PairingName
 from pretrain.data.batch import StepBatch
-from pretrain.data.datasets import build_cache
 from pretrain.data.device_prefetch import copy_ahead
 from pretrain.data.loaders import LoadSteps, start_loader
-from pretrain.data.pairing_reader import open_readers
 from pretrain.data.step_loader import StepLoader
-from pretrain.data.transforms import build_transforms
-from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
+from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.launcher import device_type_of
-from pretrain.distributed.start import (
-    build_engine,
-    check_engine,
-    start_accelerator,
-)
-from pretrain.model.activation_checkpointing import checkpoint_blocks, compile_towers
-from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.distributed.start import build_engine, check_engine, start_accelerator
+from pretrain.model.activation_checkpointing import compile_towers
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 from pretrain.moments import moment
-from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.run.attempts import machine_name
-from pretrain.run.folder import RunFolder, begin_attempt
-from pretrain.run.fork import FORK_TAG, config_of_fork, origin_of_checkpoints, record_parent
+from pretrain.run.compatibility import RunIdentity
+from pretrain.run.folder import RunFolder
+from pretrain.run.fork import config_of_fork
 from pretrain.run.requests import RunRequests
-from pretrain.sampling.order import lanes_of_rank
-from pretrain.sampling.schedule import build_schedule
-from pretrain.training.contrastive_step import ContrastiveStep
-from pretrain.training.distillation import PairingTeacher, load_teachers
-from pretrain.training.loop import Trainer, TrainerSettings
-from pretrain.training.micro_batch_size import choose_num_micro_batches
-from pretrain.training.optimizer import build_optimizer
+from pretrain.run.resume import open_run, resume
+from pretrain.training.assembly import (
+    build_losses,
+    build_session,
+    build_settings,
+    build_step,
+    build_training_model,
+    build_training_optimizer,
+    fingerprints_of,
+    open_step_loader,
+    open_teachers,
+    open_validation_sets,
+    open_writer,
+)
+from pretrain.training.loop import Trainer
+from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
 from pretrain.training.plan import describe_plan
-from pretrain.training.session import RunSession
-from pretrain.training.step_loss import build_pairing_losses
-from pretrain.training.validation import ValidationSet, build_validation_sets
-
-logger = logging.getLogger("pretrain.train")
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -101,23 +90,19 @@ def run_attempt(
     accelerator = start_accelerator(config.engine, run=config.run)
     requests.looks_at_files = rank() == 0
     hosts = gather_objects(machine_name())
-    node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
-    loader = open_step_loader(
-        config, tokenizer, rank=rank(), world_size=world_size(), node_ranks=node_ranks
-    )
-    check_room(loader.node)
-    validation_sets = build_validation_sets(config, tokenizer=tokenizer, cache=loader.cache)
+    loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
+    validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(config, tokenizer)
     num_micro_batches = choose_num_micro_batches(
-        config, model, loader.layouts, device=accelerator.device, hosts=hosts
+        StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     if config.engine.compile:  # after its memory was measured, which follows single operators
         compile_towers(model)
-    teachers = load_teachers(config, tokenizer=tokenizer, device=accelerator.device)
-    fingerprints = fingerprints_of(loader, validation_sets, teachers)
-    run = open_run(config, fingerprints, hosts=hosts, num_micro_batches=num_micro_batches)
-    with RunSession(run, requests, build_hang_watch(config.engine, run), hosts=hosts) as session:
-        optimizer = build_optimizer(config, model)
+    teachers = open_teachers(config, tokenizer, device=accelerator.device)
+    identity = RunIdentity(config, fingerprints_of(loader, validation_sets, teachers))
+    run = open_run(identity, hosts=hosts, num_micro_batches=num_micro_batches)
+    with build_session(config, run, requests, hosts=hosts) as session:
+        optimizer = build_training_optimizer(config, model)
         engine = build_engine(
             accelerator,
             strategy=config.engine.strategy,
@@ -126,15 +111,15 @@ def run_attempt(
             gradient_clipping=config.optimizer.gradient_clipping,
         )
         with closing(engine):
-            resume(config, engine, run)
+            resume(identity, engine, run)
             engine.init_trackers(
-                config.model_dump(), run_folder=config.run.folder, num_steps_done=run.num_steps_done
+                config.model_dump(), run_folder=run.folder, num_steps_done=run.num_steps_done
             )
-            settings = build_settings(config)
-            batches = load_batches(load_steps, loader, engine, run, last_step=settings.last_step)
             step = build_step(
                 config, engine, num_micro_batches=num_micro_batches, teachers=teachers
             )
+            settings = build_settings(config)
+            batches = load_batches(load_steps, loader, engine, run, last_step=settings.last_step)
             session.heartbeat(is_slow=True)
             moment("loaded")
             session.writer = open_writer(config, engine, tokenizer, run)
@@ -144,162 +129,22 @@ def run_attempt(
             trainer.train(batches, validation_sets)
 
 
-def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
-    """The model, which keeps as few activations as the engine's section says.
-
-    Raises:
-        InputError: a tower cannot be built, or has nothing that could be computed again.
-    """
-    model = build_model(
-        config.model,
-        image=config.image,
-        audio=config.audio,
-        pairings=config.pairings,
-        seed=config.seed,
-        tokenizer=tokenizer,
-    )
-    if config.engine.activation_checkpointing:
-        checkpoint_blocks(model)
-    return model
-
-
-def open_step_loader(
-    config: PretrainConfig,
-    tokenizer: Tokenizer,
-    *,
-    rank: int,
-    world_size: int,
-    node_ranks: Sequence[int] | None = None,
+def open_loader_of_rank(
+    config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[str]
 ) -> StepLoader:
-    """Opens the datasets of a run, and puts their samples in order.
+    """Opens the datasets on this rank; every rank must call it.
 
     Args:
         config: the whole config.
         tokenizer: tokenizer of captions.
-        rank: number of the process that reads.
-        world_size: number of processes.
-        node_ranks: ranks of its machine; None for this one alone.
-
-    Raises:
-        InputError: if a dataset cannot be used, or there are more processes than lanes.
-        RunError: if a dataset behind a URL cannot be reached now.
+        hosts: [ranks] machine names.
     """
-    lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)  # before anything is opened
-    cache = build_cache(config.loading)
-    readers = open_readers(
-        config.pairings,
-        config.loading,
-        transforms=build_transforms(config),
-        tokenizer=tokenizer,
-        seed=config.seed,
-        cache=cache,
+    node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
+    loader = open_step_loader(
+        config, tokenizer, rank=rank(), world_size=world_size(), node_ranks=node_ranks
     )
-    schedule = build_schedule(
-        config.pairings,
-        {name: [each.samples for each in reader.sources] for name, reader in readers.items()},
-        pairings_per_step=config.pairings_per_step,
-        lanes=config.lanes,
-        window=config.loading.window,
-        seed=config.seed,
-        num_steps=config.schedule.num_steps,
-    )
-    return StepLoader(
-        schedule,
-        readers,
-        cache=cache,
-        rank=rank,
-        world_size=world_size,
-        node_ranks=node_ranks,
-    )
-
-
-def fingerprints_of(
-    loader: StepLoader,
-    validation_sets: list[ValidationSet],
-    teachers: Mapping[PairingName, PairingTeacher],
-) -> dict[str, str]:
-    """Of everything a run reads: what must be the same when it is resumed."""
-    held_out = {
-        f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
-    }
-    of_teachers = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
-    return loader.fingerprints() | held_out | of_teachers
-
-
-def open_run(
-    config: PretrainConfig,
-    fingerprints: dict[str, str],
-    *,
-    hosts: list[str],
-    num_micro_batches: int,
-) -> RunFolder:
-    """This attempt's run folder, refused on every rank if it holds another run."""
-    attempt = on_main_process(
-        lambda: begin_attempt(
-            config, fingerprints=fingerprints, hosts=hosts, num_micro_batches=num_micro_batches
-        )
-    )
-    return RunFolder(config, attempt, is_writer=rank() == 0)
-
-
-def resume(config: PretrainConfig, engine: Engine, run: RunFolder) -> None:
-    """Loads the newest whole checkpoint, of this run or of the one that it is forked from."""
-    own = newest_checkpoint(open_store(config.run.checkpoints), counts=run.counts_checkpoint)
-    is_fork = own is None and config.run.parent is not None
-    newest = newest_checkpoint_of_parent(config) if is_fork else own
-    if newest is None:
-        run.begin_from(0, has_checkpoint=False)
-        return
-    restore(engine, newest)
-    state = newest.record.state
-    run.skipped_steps = list(state.skipped_steps)
-    for tag in (*state.tags, *([FORK_TAG] if is_fork else [])):
-        run.add_tag(tag)
-    run.begin_from(state.step, has_checkpoint=not is_fork)
-    if rank() == 0:
-        is_done = state.step >= config.schedule.num_steps
-        how = "nothing is left to do" if is_done else "going on"
-        logger.info("%s: %s from %s", config.run.folder, how, newest.location)
-
-
-def newest_checkpoint_of_parent(config: PretrainConfig) -> WholeCheckpoint:
-    """What a fork begins from, which is written down in its folder.
-
-    Raises:
-        InputError: the parent has no whole checkpoint.
-    """
-    parent = config.run.parent
-    newest = newest_checkpoint(store_of_run(str(parent)))
-    if newest is None:
-        raise InputError(
-            f"{parent}: expected a run with a whole checkpoint to begin from (run.fork, "
-            "run.parent), found none; train it further first"
-        )
-    on_main_process(lambda: record_parent(config, newest))
-    return newest
-
-
-def build_hang_watch(config: EngineSection, run: RunFolder) -> HangWatch:
-    """Builds the hang watch of this rank, not yet running."""
-    return HangWatch(
-        run.folder,
-        run.attempt.attempt,
-        timeout_seconds=config.timeout_seconds,
-        start_timeout_seconds=config.start_timeout_seconds,
-    )
-
-
-def build_settings(config: PretrainConfig) -> TrainerSettings:
-    """Collects the config sections that the training loop reads."""
-    return TrainerSettings(
-        config.run,
-        config.schedule,
-        config.optimizer,
-        config.watch,
-        config.loading,
-        config.validation,
-        timeout_seconds=config.engine.timeout_seconds,
-    )
+    check_room(loader.node)
+    return loader
 
 
 def load_batches(
@@ -315,41 +160,8 @@ def load_batches(
     return copy_ahead(batches, device=engine.device)
 
 
-def build_step(
-    config: PretrainConfig,
-    engine: Engine,
-    *,
-    num_micro_batches: int,
-    teachers: Mapping[PairingName, PairingTeacher] | None = None,
-) -> ContrastiveStep:
-    """Builds the gradient of a step's contrastive losses."""
-    losses = build_pairing_losses(
-        config.pairings,
-        lanes=config.lanes,
-        takes_all=config.pairings_per_step == "all",
-        mode=config.engine.loss_mode,
-        precision=config.engine.precision,
-    )
-    return ContrastiveStep(engine, losses, num_micro_batches=num_micro_batches, teachers=teachers)
-
-
-def open_writer(
-    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
-) -> CheckpointWriter:
-    """What writes this attempt's checkpoints."""
-    return CheckpointWriter(
-        config.run,
-        engine,
-        store=open_store(config.run.checkpoints),
-        attempt=run.attempt.attempt,
-        origin=on_main_process(lambda: origin_of_checkpoints(config)),
-        model_files=files_to_rebuild(config, engine.model, tokenizer),
-        refuse_if_superseded=run.refuse_if_superseded,
-    )
-
-
 def dry_run(config: PretrainConfig) -> None:
-    """Builds everything but the process group, and prints the derived numbers."""
+    """Builds everything except the process group, and prints the derived numbers."""
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
     check_engine(config.engine, trackers=config.run.trackers)
@@ -358,21 +170,21 @@ def dry_run(config: PretrainConfig) -> None:
     )
     tokenizer = build_tokenizer(config.model.text)
     loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
-    build_validation_sets(config, tokenizer=tokenizer, cache=loader.cache)
+    open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(config, tokenizer)
     lines = describe_plan(
-        config,
+        StepSizes.of_config(config),
+        build_losses(config, world_size=num_processes),
         loader=loader,
         model=model,
         device=torch.device(device_type_of(config.engine.device)),
-        world_size=num_processes,
         num_processes_here=num_processes_here,
     )
     say("\n".join(lines))
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(PretrainConfig, run=pretrain, dry_run=dry_run, description=__doc__)
 
 

@@ -26,7 +26,6 @@ from typing import Any
 from data_prep.config_file import to_yaml
 from data_prep.storage.atomic import write_atomically
 from pretrain.checkpoints.record import CheckpointRecord
-from pretrain.config import PretrainConfig
 from pretrain.data.pair_reader import BadSample
 from pretrain.distributed.collectives import rank
 from pretrain.run.attempts import (
@@ -43,33 +42,29 @@ from pretrain.run.attempts import (
     superseded_error,
     write_attempt,
 )
-from pretrain.run.compatibility import refuse_other_run
+from pretrain.run.compatibility import RunIdentity
 from pretrain.run.end_causes import lost_nodes, write_failure
 from pretrain.run.fork import check_parent
 
 
 def begin_attempt(
-    config: PretrainConfig,
-    *,
-    fingerprints: dict[str, str],
-    hosts: Sequence[str],
-    num_micro_batches: int,
+    identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: int
 ) -> Attempt:
-    """Claims the next attempt at a run, and writes down what the run is; for the main process.
+    """Claims the next attempt at a run, and writes the run's config; for the main process.
 
     Args:
-        config: the resolved config.
-        fingerprints: of each dataset, by source.
-        hosts: name of each process's machine.
-        num_micro_batches: of each step.
+        identity: resolved config, and fingerprints of everything that the run reads.
+        hosts: [ranks] machine names.
+        num_micro_batches: micro-batches per step.
 
     Raises:
-        InputError: the run folder holds a run whose config or data differ (the keys are named), or
-            the run's parent cannot be used.
+        InputError: if the run folder holds a run whose config or data differ (the keys are named),
+            or the run's parent cannot be used.
     """
-    folder, environ = config.run.folder, os.environ
-    refuse_other_run(config, fingerprints=fingerprints)
-    check_parent(config, fingerprints=fingerprints)
+    config, environ = identity.config, os.environ
+    folder = config.run.folder
+    identity.refuse_other_run()
+    check_parent(identity)
     attempt = claim_attempt(
         folder,
         world_size=len(hosts),
@@ -82,30 +77,31 @@ def begin_attempt(
     )
     for name in ("metrics", "bad_samples"):
         (folder / name).mkdir(exist_ok=True)
-    environment = {"dataset_fingerprints": fingerprints} | describe_environment()
-    _write_json(folder / "environment.json", environment)
+    fingerprints = {"dataset_fingerprints": dict(identity.fingerprints)}
+    _write_json(folder / "environment.json", fingerprints | describe_environment())
     # Last, because its presence says that the folder holds a run.
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     return attempt
 
 
 class RunFolder:
-    """What one attempt writes into the run folder.
+    """One attempt's part of the run folder.
 
     Args:
-        config: the resolved config.
-        attempt: this one, as the main process claimed it.
-        is_writer: whether this is the main process; elsewhere nothing is written.
+        folder: run folder.
+        attempt: this attempt, as the main process claimed it.
+        num_steps: steps of the whole run.
+        is_writer: whether this is the main process; other processes write nothing.
     """
 
-    def __init__(self, config: PretrainConfig, attempt: Attempt, *, is_writer: bool) -> None:
-        self.folder = config.run.folder
+    def __init__(self, folder: Path, attempt: Attempt, *, num_steps: int, is_writer: bool) -> None:
+        self.folder = folder
         self.attempt = attempt
-        self.num_steps = config.schedule.num_steps
+        self.num_steps = num_steps
         self.num_steps_done = 0
-        self.skipped_steps: list[int] = []  # that were not applied, also in earlier attempts
-        self.last_checkpoint: int | None = None  # step of the newest that counts
-        # What asked the attempt to end before all was done; set before its block ends
+        self.skipped_steps: list[int] = []  # steps not applied, also in earlier attempts
+        self.last_checkpoint: int | None = None  # step of the newest committed checkpoint
+        # Request that ended the attempt before all was done; set before its block ends
         self.stop_cause: str | None = None
         self.is_writer = is_writer
         self._rank = rank()

@@ -1,16 +1,17 @@
-"""Runs that begin from another run's state: forks, by run.fork or run.parent.
+"""Forks: runs that begin from the state of another run, by run.fork or run.parent.
 
     config of the parent + changes --> a folder of its own, whose name is a function of both
-    newest checkpoint of the parent --> first checkpoint of the fork; steps are counted on
+    newest checkpoint of the parent --> first checkpoint of the fork; its step count continues
 
-The parent is read, never written to. What a fork came from is in its parent.json, in the record of
-each of its checkpoints, and in its tags: its result is not a function of its config alone.
+The parent is only read. The origin of a fork is in its parent.json, in the record of each of its
+checkpoints, and in its tags: its result is not a function of its config alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import fixed_values
@@ -19,16 +20,16 @@ from data_prep.storage.atomic import write_atomically
 from pretrain.checkpoint import WholeCheckpoint
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import PretrainConfig
-from pretrain.run.compatibility import differences_to_run, fingerprints_of_run, holds_run
+from pretrain.run.compatibility import RunIdentity, holds_run
 
 PARENT_FILE = "parent.json"
 FORK_TAG = "forked"
 
 
 def config_of_fork(config: PretrainConfig) -> PretrainConfig:
-    """The config of the run that `run.fork` asks for; the config itself where it does not.
+    """Returns the config of the run that `run.fork` asks for; without it, the config itself.
 
-    The same command finds the same fork again, and goes on with it.
+    The same command finds the same fork again, and resumes it.
     """
     if not config.run.fork:
         return config
@@ -45,52 +46,58 @@ def config_of_fork(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"run": config.run.model_copy(update=place)})
 
 
-def check_parent(config: PretrainConfig, *, fingerprints: dict[str, str]) -> None:
-    """
+def check_parent(identity: RunIdentity) -> None:
+    """Checks the parent of a run that is about to be created.
+
     Raises:
-        InputError: the run that a new one is to begin from is not there, or is the same run.
+        InputError: if there is no run in the parent's folder, or it is this very run.
     """
-    parent, folder = config.run.parent, config.run.folder
-    if parent is None or holds_run(folder):
+    run = identity.config.run
+    if run.parent is None or holds_run(run.folder):
         return
-    if not holds_run(parent):
+    if not holds_run(run.parent):
         raise InputError(
-            f"{parent}: expected the run to begin from (run.fork, run.parent), found no "
+            f"{run.parent}: expected the run to begin from (run.fork, run.parent), found no "
             "config.yaml there; name the folder of a run, or leave these keys out"
         )
-    if not _differences(config, fingerprints):
+    if not _differences_to_parent(identity):
         raise InputError(
-            f"{parent} holds this very run: a fork of it would come to the same result; leave out "
-            "run.fork and run.parent to go on with it"
+            f"{run.parent} holds this very run: a fork of it would give the same result; leave "
+            "out run.fork and run.parent to resume it"
         )
 
 
-def record_parent(config: PretrainConfig, checkpoint: WholeCheckpoint) -> None:
-    """Writes down what a run began from; for the main process."""
-    folder = config.run.folder
-    different = _differences(config, fingerprints_of_run(folder))
+def record_parent(identity: RunIdentity, checkpoint: WholeCheckpoint) -> None:
+    """Records the checkpoint that a run begins from; for the main process."""
+    run = identity.config.run
     values = {
-        "folder": str(config.run.parent.resolve()),
+        "folder": str(run.parent.resolve()),
         "checkpoint": checkpoint.location,
         "step": checkpoint.record.state.step,
         "model_sha256": checkpoint.record.model_sha256,
         "marks": list(checkpoint.record.state.tags),
-        "differs_in": {key: {"parent": a, "fork": b} for key, (a, b) in different.items()},
+        "differs_in": {
+            key: {"parent": there, "fork": here}
+            for key, (there, here) in _differences_to_parent(identity).items()
+        },
     }
-    write_atomically(folder / PARENT_FILE, json.dumps(values, indent=2).encode() + b"\n")
+    write_atomically(run.folder / PARENT_FILE, json.dumps(values, indent=2).encode() + b"\n")
 
 
-def _differences(
-    config: PretrainConfig, fingerprints: dict[str, str]
-) -> dict[str, tuple[Any, Any]]:
-    parent = config.run.parent
-    store = store_of_run(str(parent))
-    return differences_to_run(config, fingerprints=fingerprints, folder=parent, store=store)
+def _differences_to_parent(identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
+    parent = identity.config.run.parent
+    return identity.differences_to(parent, store=store_of_run(str(parent)))
 
 
-def origin_of_checkpoints(config: PretrainConfig) -> dict[str, Any]:
-    """What the record of every checkpoint says of where it comes from: the engine's strategy, and
-    what `record_parent` wrote if the run is a fork."""
-    path = config.run.folder / PARENT_FILE
+def origin_of_checkpoints(folder: Path, *, strategy: str) -> dict[str, Any]:
+    """Returns what the record of every checkpoint says of its origin.
+
+    These are the engine's strategy and, if the run is a fork, what `record_parent` wrote.
+
+    Args:
+        folder: run folder.
+        strategy: strategy of the engine.
+    """
+    path = folder / PARENT_FILE
     parent = {"parent": json.loads(path.read_text())} if path.exists() else {}
-    return {"strategy": config.engine.strategy} | parent
+    return {"strategy": strategy} | parent

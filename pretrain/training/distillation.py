@@ -6,7 +6,7 @@ It sees the same pictures, clips and tokens as the model in training, and never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,37 @@ from data_prep.config_file import read_config
 from data_prep.errors import InputError
 from pretrain.checkpoint import find_checkpoint, load_model
 from pretrain.checkpoints.record import read_record
-from pretrain.config import MediaKind, PairingName, PretrainConfig, media_of_pairing
+from pretrain.config import (
+    AudioTransform,
+    ImageTransform,
+    MediaKind,
+    Pairing,
+    PairingName,
+    PretrainConfig,
+    media_of_pairing,
+)
 from pretrain.loss.options import Teacher
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.model.tokenizer import Tokenizer
 
 SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Config sections `image` and `audio`: the inputs of a model."""
+
+    image: ImageTransform
+    audio: AudioTransform
+
+    def sizes(self, kind: MediaKind) -> dict[str, float]:
+        """Returns {key: value} of the settings that the shape of an input depends on."""
+        if kind == "image":
+            return {"size": self.image.size}
+        return {
+            "sample_rate_hz": self.audio.sample_rate_hz,
+            "clip_seconds": self.audio.clip_seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -47,23 +72,30 @@ class PairingTeacher:
 
 
 def load_teachers(
-    config: PretrainConfig, *, tokenizer: Tokenizer, device: torch.device
+    pairings: Mapping[PairingName, Pairing],
+    *,
+    inputs: ModelInputs,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    is_autocast: bool,
 ) -> dict[PairingName, PairingTeacher]:
-    """The teachers that pairings name.
+    """Loads the teachers that pairings name.
 
     Args:
-        config: the whole config.
-        tokenizer: of the model in training.
-        device: where they compute.
+        pairings: section of each pairing.
+        inputs: inputs of the model in training.
+        tokenizer: tokenizer of the model in training.
+        device: device that the teachers compute on.
+        is_autocast: whether they compute in bf16.
 
     Raises:
-        InputError: a checkpoint is missing, or its model takes other inputs.
+        InputError: if a checkpoint is missing, or its model takes other inputs.
     """
     teachers = {}
-    for name, pairing in config.pairings.items():
+    for name, pairing in pairings.items():
         if pairing.teacher is not None:
             folder = find_checkpoint(pairing.teacher.checkpoint)
-            _refuse_other_inputs(config, name, folder)
+            _refuse_other_inputs(inputs, name, folder)
             model, _, its_tokenizer = load_model(folder, device=str(device))
             _refuse_other_tokens(name, folder, tokenizer, its_tokenizer)
             teachers[name] = PairingTeacher(
@@ -71,12 +103,12 @@ def load_teachers(
                 model=model,
                 weight=pairing.teacher.weight,
                 fingerprint=read_record(folder).model_sha256,
-                is_autocast=config.engine.precision == "bf16",
+                is_autocast=is_autocast,
             )
     return teachers
 
 
-def _refuse_other_inputs(config: PretrainConfig, name: PairingName, folder: Path) -> None:
+def _refuse_other_inputs(inputs: ModelInputs, name: PairingName, folder: Path) -> None:
     theirs = read_config(PretrainConfig, folder / "config.yaml")
     where = f"pairings.{name}.teacher.checkpoint={folder}"
     if name not in theirs.pairings:
@@ -84,22 +116,13 @@ def _refuse_other_inputs(config: PretrainConfig, name: PairingName, folder: Path
             f"{where}: expected a model trained on {name}, found {', '.join(theirs.pairings)}"
         )
     kind = media_of_pairing(name)
-    expected, found = (_input_of(each, kind) for each in (config, theirs))
-    for key, value in expected.items():
+    found = ModelInputs(theirs.image, theirs.audio).sizes(kind)
+    for key, value in inputs.sizes(kind).items():
         if found[key] != value:
             raise InputError(
                 f"{where}: it was trained with {kind}.{key}={found[key]}, this run has {value}; "
                 "teacher and model see the same inputs: use the same value"
             )
-
-
-def _input_of(config: PretrainConfig, kind: MediaKind) -> dict[str, float]:
-    if kind == "image":
-        return {"size": config.image.size}
-    return {
-        "sample_rate_hz": config.audio.sample_rate_hz,
-        "clip_seconds": config.audio.clip_seconds,
-    }
 
 
 def _refuse_other_tokens(

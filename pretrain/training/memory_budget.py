@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pretrain.config import PairingName, PretrainConfig
+from pretrain.config import Engine, PairingName
 from pretrain.data.batch import PairLayout, step_bytes
 from pretrain.distributed.deepspeed_config import read_deepspeed_file
 from pretrain.loss.logit_tiles import TILE_SHAPES
@@ -30,21 +30,27 @@ CGROUP_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
 def bytes_besides_graphs(
-    config: PretrainConfig,
+    config: Engine,
     layouts: Mapping[PairingName, tuple[PairLayout, int]],
     *,
+    global_num_pairs: int,
+    width: int,
+    batches_ahead: int,
     num_trained: int,
     num_processes: int,
     device_type: str,
 ) -> dict[str, int]:
-    """What will need memory -> bytes of it, beyond the model itself.
+    """Returns {purpose: bytes} of the memory needed in addition to the model and its graphs.
 
     Args:
-        config: the whole config.
-        layouts: (layout, most rows of a step) of each pairing on this rank.
-        num_trained: parameters that are trained.
+        config: config section `engine`.
+        layouts: (layout, largest number of rows in a step) of each pairing on this rank.
+        global_num_pairs: largest global batch size of a pairing.
+        width: D.
+        batches_ahead: steps loaded ahead.
+        num_trained: number of trained parameters.
         num_processes: number of ranks.
-        device_type: of the memory that is meant.
+        device_type: type of the device whose memory is counted.
     """
     return {
         "gradients and optimizer": optimizer_bytes(
@@ -52,29 +58,29 @@ def bytes_besides_graphs(
         ),
         "features and loss": loss_bytes(
             num_pairs=sum(num_rows for _, num_rows in layouts.values()),
-            global_num_pairs=max(each.global_batch_size for each in config.pairings.values()),
-            width=config.model.embed_dim,
+            global_num_pairs=global_num_pairs,
+            width=width,
             num_processes=num_processes,
             device_type=device_type,
         ),
-        "batches": num_batches_held(config, device_type=device_type) * step_bytes(layouts),
+        "batches": num_batches_held(batches_ahead, device_type=device_type) * step_bytes(layouts),
     }
 
 
 def optimizer_bytes(
-    config: PretrainConfig, *, num_trained: int, num_processes: int, device_type: str
+    config: Engine, *, num_trained: int, num_processes: int, device_type: str
 ) -> int:
-    """Gradients, their copies on the way to other ranks, moments, and what ZeRO keeps in fp32.
+    """Returns the bytes of gradients, their copies for other ranks, moments and ZeRO's fp32 copies.
 
     Args:
-        config: the whole config.
-        num_trained: parameters that are trained.
-        num_processes: that share what the strategy shares.
-        device_type: of the memory that is meant.
+        config: config section `engine`.
+        num_trained: number of trained parameters.
+        num_processes: number of processes that the strategy divides these among.
+        device_type: type of the device whose memory is counted.
     """
-    strategy = config.engine.strategy
+    strategy = config.strategy
     of_all = FLOAT_BYTES * num_trained
-    tuning = read_deepspeed_file(config.engine)
+    tuning = read_deepspeed_file(config)
     gradients = of_all  # whole on every rank until the last micro-batch, whatever is shared later
     moments = 2 * of_all
     if strategy in ("ddp", "zero0"):
@@ -113,10 +119,12 @@ def loss_bytes(
     return features + gathered + TILES_AT_ONCE * tile + BYTES_PER_PAIR_OF_SUMS * global_num_pairs
 
 
-def num_batches_held(config: PretrainConfig, *, device_type: str) -> int:
-    """Batches in the memory of the device: on a GPU the one in use and the next; else all that are
-    loaded ahead, too."""
-    return 2 if device_type == "cuda" else config.loading.batches_ahead + 2
+def num_batches_held(batches_ahead: int, *, device_type: str) -> int:
+    """Returns the number of batches in the device's memory.
+
+    On a GPU these are the batch in use and the next one; on a CPU also those loaded ahead.
+    """
+    return 2 if device_type == "cuda" else batches_ahead + 2
 
 
 def free_bytes(device: torch.device) -> int:

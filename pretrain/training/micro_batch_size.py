@@ -13,13 +13,15 @@ The result of a step is the same for any number (see pretrain.training.gradient_
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from data_prep.errors import InputError
-from pretrain.config import PairingName, PretrainConfig
+from pretrain.config import Engine, PairingName, PretrainConfig
 from pretrain.data.batch import PairLayout
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
@@ -115,41 +117,70 @@ def _in_units(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
-def num_micro_batches_of_size(config: PretrainConfig, *, num_processes: int) -> int:
-    """Micro-batches per step, the same on every rank: enough that none encodes more than
-    micro_batch_size pairs of a pairing at once."""
-    most_lanes = -(-config.lanes // num_processes)
-    most_pairs = most_lanes * max(config.slots_per_lane(name) for name in config.pairings)
-    return -(-most_pairs // config.micro_batch_size)
+@dataclass(frozen=True)
+class StepSizes:
+    """What the config says of the sizes of a step, and of how it is computed."""
+
+    micro_batch_size: int | Literal["auto"]
+    lanes: int
+    global_batch_sizes: Mapping[PairingName, int]
+    takes_all: bool  # whether a step takes all pairings, or one
+    embed_dim: int
+    batches_ahead: int  # steps loaded ahead
+    engine: Engine  # config section
+
+    @classmethod
+    def of_config(cls, config: PretrainConfig) -> StepSizes:
+        """Collects them from a config."""
+        sizes = {name: pairing.global_batch_size for name, pairing in config.pairings.items()}
+        return cls(
+            config.micro_batch_size,
+            config.lanes,
+            sizes,
+            takes_all=config.pairings_per_step == "all",
+            embed_dim=config.model.embed_dim,
+            batches_ahead=config.loading.batches_ahead,
+            engine=config.engine,
+        )
+
+
+def num_micro_batches_of_size(sizes: StepSizes, *, num_processes: int) -> int:
+    """Returns the micro-batches per step for a fixed micro_batch_size, the same on every rank.
+
+    None of them holds more than micro_batch_size pairs of a pairing.
+    """
+    most_lanes = -(-sizes.lanes // num_processes)
+    most_pairs = most_lanes * (max(sizes.global_batch_sizes.values()) // sizes.lanes)
+    return -(-most_pairs // sizes.micro_batch_size)
 
 
 def choose_num_micro_batches(
-    config: PretrainConfig,
+    sizes: StepSizes,
     model: ContrastiveModel,
     layouts: Layouts,
     *,
     device: torch.device,
     hosts: list[str],
 ) -> int:
-    """Micro-batches per step, the same on every rank; every rank must call it.
+    """Returns the micro-batches per step, the same on every rank; every rank must call it.
 
     Args:
-        config: the whole config.
-        model: not yet wrapped by an engine.
-        layouts: of this rank's share.
-        device: of this rank.
-        hosts: machine of every rank.
+        sizes: sizes of a step.
+        model: model that no engine has wrapped yet.
+        layouts: layout and number of rows of this rank's part of a step.
+        device: device of this rank.
+        hosts: [ranks] machine names.
 
     Raises:
-        InputError: with `auto`, not even one pair fits on one of the ranks.
+        InputError: with `auto`, if not even one pair fits on one of the ranks.
     """
-    if config.micro_batch_size != "auto":
-        return num_micro_batches_of_size(config, num_processes=world_size())
-    activations = measure(config, model, layouts, device)
-    # Which also waits until every rank has given back what it measured with.
+    if sizes.micro_batch_size != "auto":
+        return num_micro_batches_of_size(sizes, num_processes=world_size())
+    activations = measure(sizes.engine, model, layouts, device)
+    # Also a barrier: every rank has released the memory that it measured with.
     memories = gather_objects((hosts[rank()], memory_name(device)))
     estimate = estimate_memory(
-        config,
+        sizes,
         model,
         layouts,
         activations=activations,
@@ -157,9 +188,8 @@ def choose_num_micro_batches(
         num_processes=world_size(),
     )
     estimates = gather_objects(estimate)
-    neediest = max(
-        range(world_size()), key=lambda each: estimates[each].num_micro_batches or float("inf")
-    )
+    counts = [each.num_micro_batches or math.inf for each in estimates]
+    neediest = counts.index(max(counts))
     text = f"micro_batch_size auto: rank {neediest}: {estimates[neediest].describe()}"
     if estimates[neediest].num_micro_batches is None:
         raise InputError(f"{text}; {WHAT_TO_DO}")
@@ -169,7 +199,7 @@ def choose_num_micro_batches(
 
 
 def estimate_for_plan(
-    config: PretrainConfig,
+    sizes: StepSizes,
     model: ContrastiveModel,
     layouts: Layouts,
     *,
@@ -177,11 +207,20 @@ def estimate_for_plan(
     num_processes: int,
     num_processes_here: int,
 ) -> MemoryEstimate:
-    """What the first of some processes would find on this machine, without starting them."""
-    activations = measure(config, model, layouts, device)
+    """Returns the estimate that rank 0 would make on this machine, without starting the others.
+
+    Args:
+        sizes: sizes of a step.
+        model: model that no engine has wrapped yet.
+        layouts: layout and number of rows of rank 0's part of a step.
+        device: device to train on.
+        num_processes: number of processes.
+        num_processes_here: number of processes on this machine.
+    """
+    activations = measure(sizes.engine, model, layouts, device)
     num_sharing = num_processes_here if device.type == "cpu" else 1
     return estimate_memory(
-        config,
+        sizes,
         model,
         layouts,
         activations=activations,
@@ -191,22 +230,22 @@ def estimate_for_plan(
 
 
 def measure(
-    config: PretrainConfig, model: ContrastiveModel, layouts: Layouts, device: torch.device
+    config: Engine, model: ContrastiveModel, layouts: Layouts, device: torch.device
 ) -> dict[PairingName, ActivationBytes] | None:
-    """As measure_activations; None if the device has no memory for it."""
+    """Measures as `measure_activations` does; returns None if the device lacks the memory."""
     try:
         return measure_activations(
             model,
             {name: layout for name, (layout, _) in layouts.items()},
             device=device,
-            is_bf16=config.engine.precision == "bf16",
+            is_bf16=config.precision == "bf16",
         )
     except torch.OutOfMemoryError:
         return None
 
 
 def estimate_memory(
-    config: PretrainConfig,
+    sizes: StepSizes,
     model: ContrastiveModel,
     layouts: Layouts,
     *,
@@ -214,11 +253,23 @@ def estimate_memory(
     free: int,
     num_processes: int,
 ) -> MemoryEstimate:
-    """What fits into the bytes that are left to a rank which carries that share."""
+    """Estimates what fits into the memory left to a rank.
+
+    Args:
+        sizes: sizes of a step.
+        model: model on the device.
+        layouts: layout and number of rows of the rank's part of a step.
+        activations: measured activations; None if there was no memory to measure them.
+        free: bytes left to the rank.
+        num_processes: number of processes.
+    """
     device_type = next(model.parameters()).device.type
     besides = bytes_besides_graphs(
-        config,
+        sizes.engine,
         layouts,
+        global_num_pairs=max(sizes.global_batch_sizes.values()),
+        width=sizes.embed_dim,
+        batches_ahead=sizes.batches_ahead,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_processes=num_processes,
         device_type=device_type,
@@ -228,6 +279,6 @@ def estimate_memory(
         besides_graphs=besides,
         num_pairs={name: num_rows for name, (_, num_rows) in layouts.items()},
         activations=activations,
-        takes_all=config.pairings_per_step == "all",
+        takes_all=sizes.takes_all,
         share_kept_free=SHARE_KEPT_FREE[device_type],
     )

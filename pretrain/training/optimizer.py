@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config import PretrainConfig, Schedule
+from pretrain.config import Optimizer, Schedule
 
 
 class ClampedAdamW(torch.optim.AdamW):
@@ -49,13 +49,18 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, max_scale: float)
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: PretrainConfig, model: nn.Module) -> ClampedAdamW:
-    """The optimizer over all trained parameters; its learning rate is set before each step."""
-    settings = config.optimizer
+def build_optimizer(config: Optimizer, model: nn.Module, *, max_scale: float) -> ClampedAdamW:
+    """Builds the optimizer of all trained parameters; its learning rate is set before each step.
+
+    Args:
+        config: config section `optimizer`.
+        model: model to train.
+        max_scale: largest logit scale.
+    """
     groups: list[dict[str, Any]] = parameter_groups(
-        model, weight_decay=settings.weight_decay, max_scale=config.model.logit_scale.maximum
+        model, weight_decay=config.weight_decay, max_scale=max_scale
     )
-    return ClampedAdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+    return ClampedAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: Schedule) -> float:

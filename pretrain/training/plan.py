@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from pretrain.config import PairingName, PretrainConfig
+from pretrain.config import PairingName
 from pretrain.data.batch import step_bytes
 from pretrain.data.pair_reader import PairReader
 from pretrain.data.step_loader import StepLoader
-from pretrain.loss.options import build_loss_options
 from pretrain.loss.two_passes import received_bytes
 from pretrain.model.contrastive_model import ContrastiveModel
-from pretrain.sampling.order import lanes_of_rank, pairs_of_ranks
-from pretrain.training.micro_batch_size import estimate_for_plan, num_micro_batches_of_size
-from pretrain.training.step_loss import feature_type
+from pretrain.sampling.order import lanes_of_rank
+from pretrain.training.micro_batch_size import (
+    StepSizes,
+    estimate_for_plan,
+    num_micro_batches_of_size,
+)
+from pretrain.training.step_loss import PairingLoss
 
 
 def describe_plan(
-    config: PretrainConfig,
+    sizes: StepSizes,
+    losses: Mapping[PairingName, PairingLoss],
     *,
     loader: StepLoader,
     model: ContrastiveModel,
     device: torch.device,
-    world_size: int,
     num_processes_here: int,
 ) -> list[str]:
-    """Lines that say how long, how large and how much per step.
+    """Returns lines on the size of the model, the length of the run and the cost of a step.
 
     Args:
-        config: the whole config.
+        sizes: sizes of a step.
+        losses: loss of every pairing, for all ranks of the run.
         loader: reader of the rows of rank 0.
-        model: not yet wrapped by an engine.
-        device: where it would be trained.
-        world_size: number of processes.
-        num_processes_here: those of them on this machine.
+        model: model that no engine has wrapped yet.
+        device: device to train on.
+        num_processes_here: number of processes on this machine.
     """
     return [
         *_describe_model(model),
         *(line for name in loader.readers for line in _describe(loader, name)),
-        *_describe_step(config, loader, device, world_size),
-        _describe_micro_batches(config, loader, model, device, world_size, num_processes_here),
+        *_describe_step(sizes, losses, loader, device),
+        _describe_micro_batches(sizes, losses, loader, model, device, num_processes_here),
     ]
 
 
@@ -83,24 +86,32 @@ def _describe_fingerprint(reader: PairReader) -> str:
     return f"{fingerprint}, subset {subset.fingerprint[:12]} of {len(whole):,} samples"
 
 
+def _num_processes(losses: Mapping[PairingName, PairingLoss]) -> int:
+    return len(next(iter(losses.values())).counts)
+
+
 def _describe_step(
-    config: PretrainConfig, loader: StepLoader, device: torch.device, world_size: int
+    sizes: StepSizes,
+    losses: Mapping[PairingName, PairingLoss],
+    loader: StepLoader,
+    device: torch.device,
 ) -> Iterator[str]:
+    world_size = _num_processes(losses)
     lane_counts = [
-        len(lanes_of_rank(rank, world_size=world_size, lanes=config.lanes))
+        len(lanes_of_rank(rank, world_size=world_size, lanes=sizes.lanes))
         for rank in range(world_size)
     ]
     read = sum(_bytes_read(loader, name) for name in loader.readers) / loader.schedule.num_steps
-    ahead_bytes = step_bytes(loader.layouts) * (config.loading.batches_ahead + 1)
+    ahead_bytes = step_bytes(loader.layouts) * (sizes.batches_ahead + 1)
     received = sum(
         received_bytes(
-            pairs_of_ranks(config.slots_per_lane(name), world_size=world_size, lanes=config.lanes),
-            options=build_loss_options(pairing, mode=config.engine.loss_mode),
-            width=config.model.embed_dim,
-            feature_bytes=feature_type(config.engine.precision).itemsize,
+            loss.counts,
+            options=loss.options,
+            width=sizes.embed_dim,
+            feature_bytes=loss.feature_type.itemsize,
             device=device,
         )
-        for name, pairing in config.pairings.items()
+        for loss in losses.values()
     )
     yield f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each"
     yield (
@@ -111,24 +122,22 @@ def _describe_step(
 
 
 def _describe_micro_batches(
-    config: PretrainConfig,
+    sizes: StepSizes,
+    losses: Mapping[PairingName, PairingLoss],
     loader: StepLoader,
     model: ContrastiveModel,
     device: torch.device,
-    world_size: int,
     num_processes_here: int,
 ) -> str:
-    if config.micro_batch_size != "auto":
-        num_micro_batches = num_micro_batches_of_size(config, num_processes=world_size)
-        return (
-            f"micro_batch_size {config.micro_batch_size}: {num_micro_batches} micro-batches a step"
-        )
+    if sizes.micro_batch_size != "auto":
+        number = num_micro_batches_of_size(sizes, num_processes=_num_processes(losses))
+        return f"micro_batch_size {sizes.micro_batch_size}: {number} micro-batches a step"
     estimate = estimate_for_plan(
-        config,
+        sizes,
         model,
         loader.layouts,
         device=device,
-        num_processes=world_size,
+        num_processes=_num_processes(losses),
         num_processes_here=num_processes_here,
     )
     return f"micro_batch_size auto, on this machine's {device.type}: {estimate.describe()}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain.config import Pairing, PairingName, Precision
 from pretrain.data.batch import StepBatch
-from pretrain.distributed.collectives import RowGather, world_size
+from pretrain.distributed.collectives import RowGather
 from pretrain.loss.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
 from pretrain.loss.options import LossOptions, Mode, Teacher, build_loss_options
 from pretrain.model.contrastive_model import PairingFeatures
@@ -77,8 +77,9 @@ def build_pairing_losses(
     takes_all: bool,
     mode: Mode | Literal["auto"],
     precision: Precision,
+    world_size: int,
 ) -> dict[PairingName, PairingLoss]:
-    """Builds the loss of every pairing; to be called when the processes have met.
+    """Builds the loss of every pairing.
 
     Args:
         pairings: section of each pairing.
@@ -87,13 +88,14 @@ def build_pairing_losses(
             fraction of the steps, and its loss counts once.
         mode: how the loss is divided among processes.
         precision: precision of the towers.
+        world_size: number of processes.
     """
     return {
         name: PairingLoss(
             weight=pairing.weight if takes_all else 1.0,
             options=build_loss_options(pairing, mode=mode),
             counts=pairs_of_ranks(
-                pairing.global_batch_size // lanes, world_size=world_size(), lanes=lanes
+                pairing.global_batch_size // lanes, world_size=world_size, lanes=lanes
             ),
             feature_type=feature_type(precision),
         )

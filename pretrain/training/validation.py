@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,11 @@ from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.shards.sample import CorruptSampleError
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import PairingName, PretrainConfig, media_of_pairing
+from pretrain.config import Engine as EngineSection
+from pretrain.config import LossKind, MediaKind, PairingName, Validation, media_of_pairing
 from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import Pair, PairReader
-from pretrain.data.transforms import build_transforms
+from pretrain.data.transforms import MediaTransform
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.loss.contrastive_loss import ContrastiveLoss, contrastive_loss
@@ -73,40 +74,49 @@ class ValidationSet:
 
 
 def build_validation_sets(
-    config: PretrainConfig, *, tokenizer: Tokenizer, cache: ShardCache | None = None
+    config: Validation,
+    *,
+    losses: Mapping[PairingName, LossKind],
+    engine: EngineSection,
+    transforms: Mapping[MediaKind, MediaTransform],
+    tokenizer: Tokenizer,
+    retries: int,
+    cache: ShardCache | None = None,
 ) -> list[ValidationSet]:
-    """The validation sets a config names.
+    """Opens the held-out pairs of a config.
 
     Args:
-        config: the whole config.
-        tokenizer: of captions.
-        cache: of this node, for datasets behind URLs.
+        config: config section `validation`.
+        losses: kind of each pairing's loss.
+        engine: config section `engine`.
+        transforms: transform of each kind of media.
+        tokenizer: tokenizer of captions.
+        retries: retries of a read after a transient error.
+        cache: this machine's cache, for datasets behind URLs.
 
     Raises:
-        InputError: a dataset is missing, empty, or of the wrong kind.
+        InputError: if a dataset is missing, empty, or of the wrong kind.
     """
-    transforms = build_transforms(config)
     sets = []
-    for name, source in config.validation.pairings.items():
+    for name, source in config.pairings.items():
         kind = media_of_pairing(name)
         reader = PairReader(
             f"validation.{name}",
             samples=open_samples(source.dataset, subset=source.subset, cache=cache),
             kind=kind,
             transform=transforms[kind],
-            retries=config.loading.retries,
+            retries=retries,
         )
         if len(reader.samples) == 0:
             raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
-        options = LossOptions(config.pairings[name].loss, mode=config.engine.loss_mode)
         sets.append(
             ValidationSet(
                 name,
                 reader,
                 tokenizer,
                 source.batch_size,
-                options,
-                feature_type(config.engine.precision),
+                LossOptions(losses[name], mode=engine.loss_mode),
+                feature_type(engine.precision),
             )
         )
     return sets

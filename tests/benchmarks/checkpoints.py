@@ -39,7 +39,7 @@ from pretrain.distributed.start import (
     start_accelerator,
 )
 from pretrain.model.contrastive_model import PairInputs
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.assembly import build_training_optimizer
 from tests.support.toy_towers import build_toy_model
 
 NUM_PROCESSES = 2
@@ -109,7 +109,7 @@ def engine_of(config: PretrainConfig) -> Engine:
         accelerator,
         strategy=config.engine.strategy,
         model=model,
-        optimizer=build_optimizer(config, model),
+        optimizer=build_training_optimizer(config, model),
         gradient_clipping=config.optimizer.gradient_clipping,
     )
     take_step(engine)

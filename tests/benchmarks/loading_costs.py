@@ -30,7 +30,7 @@ from pretrain.data.transforms import ImageToPixels
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.keyed_random import sample_random
 from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
-from pretrain.train import open_step_loader
+from pretrain.training.assembly import open_step_loader
 from tests.benchmarks.loading.photo_shards import photo_dataset
 from tests.benchmarks.loading.process_tree import batches_of, memory
 from tests.benchmarks.loading.run_config import image_run

@@ -20,7 +20,7 @@ from pretrain.config import Loading, PretrainConfig
 from pretrain.data.loaders import start_loader
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
-from pretrain.train import open_step_loader
+from pretrain.training.assembly import open_step_loader
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_object_store import CREDENTIALS, toy_object_store
 from tests.support.toy_run import toy_config

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pretrain.data.loaders import start_loader
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import open_step_loader
+from pretrain.training.assembly import open_step_loader
 from tests.benchmarks.loading.run_config import image_run
 
 

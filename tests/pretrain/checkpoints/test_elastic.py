@@ -11,7 +11,7 @@ from pretrain.distributed.start import (
     build_engine,
     start_accelerator,
 )
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.assembly import build_training_optimizer
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 from tests.support.toy_state import writer_of
@@ -44,7 +44,7 @@ def engine_of(toy_data, folder, strategy):
     )
     accelerator = start_accelerator(config.engine, run=config.run)
     model = build_toy_model(config)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_training_optimizer(config, model)
     return build_engine(
         accelerator,
         strategy=config.engine.strategy,

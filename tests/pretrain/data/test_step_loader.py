@@ -24,7 +24,7 @@ from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.loaders import start_loader
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.order import format_digest
-from pretrain.train import open_step_loader
+from pretrain.training.assembly import open_step_loader
 from tests.support.toy_run import COLORS, toy_config
 
 TENSORS = ("media", "stripes", "tokens", "caption_lengths", "media_keys", "caption_keys")

@@ -30,8 +30,8 @@ from pretrain.data.batch import PairBuffers
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
 from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
-from pretrain.train import open_step_loader, pretrain
-from pretrain.training.validation import build_validation_sets
+from pretrain.train import pretrain
+from pretrain.training.assembly import open_step_loader, open_validation_sets
 from tests.support.toy_run import toy_config, toy_members
 
 SIZES = (40, 13, 30)  # of toy_data / "colors"
@@ -210,7 +210,7 @@ def test_validation_reads_what_the_subset_keeps(toy_data, tmp_path):
     source = {"dataset": toy_data / "more_colors", "subset": subset, "batch_size": 5}
     config = toy_config(toy_data, tmp_path / "run", validation={"pairings": {"image-text": source}})
     tokenizer = build_tokenizer(config.model.text)
-    [held_out] = build_validation_sets(config, tokenizer=tokenizer)
+    [held_out] = open_validation_sets(config, tokenizer)
     [(media, tokens)] = held_out.batches()
     pairs = [held_out.reader.read_exactly(ordinal) for ordinal in kept]
     assert torch.equal(media, torch.stack([held_out.reader.transform(p.media) for p in pairs]))

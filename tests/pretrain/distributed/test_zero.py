@@ -21,10 +21,9 @@ from pretrain.distributed.start import (
 )
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
-from pretrain.train import build_step, open_step_loader
+from pretrain.training.assembly import build_step, build_training_optimizer, open_step_loader
 from pretrain.training.gradient_cache import split_into_micro_batches
-from pretrain.training.micro_batch_size import choose_num_micro_batches
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
 from tests.pretrain.test_train import assert_same_run, train
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_run import toy_config
@@ -69,9 +68,9 @@ def observe(config):
     loader = open_step_loader(config, tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
     num_micro_batches = choose_num_micro_batches(
-        config, model, loader.layouts, device=accelerator.device, hosts=hosts
+        StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
-    optimizer = build_optimizer(config, model)
+    optimizer = build_training_optimizer(config, model)
     engine = build_engine(
         accelerator,
         strategy=config.engine.strategy,

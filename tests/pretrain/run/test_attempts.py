@@ -14,7 +14,6 @@ from pretrain.run.attempts import (
     write_attempt,
 )
 from pretrain.run.folder import RunFolder
-from tests.support.toy_run import toy_config
 from tests.support.toy_state import ToyEngine, writer_of
 
 
@@ -34,7 +33,7 @@ def write_rows(folder, attempt, rows):
 
 
 def run_of(folder, attempt):
-    return RunFolder(toy_config(folder, folder), attempt, is_writer=True)
+    return RunFolder(folder, attempt, num_steps=6, is_writer=True)
 
 
 def test_attempts_that_start_at_once_never_share_a_number(tmp_path):

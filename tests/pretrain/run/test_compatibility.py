@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 from data_prep.config_file import to_yaml
 from data_prep.errors import ConfigError
-from pretrain.run.compatibility import refuse_other_run
+from pretrain.run.compatibility import RunIdentity
 from tests.support.toy_run import toy_config
 
 FREE = {
@@ -79,7 +79,7 @@ def run(tmp_path):
 
 def test_every_field_is_refused_with_both_values_unless_it_is_free(run):
     config, fingerprints = run
-    refuse_other_run(config, fingerprints=fingerprints)
+    RunIdentity(config, fingerprints).refuse_other_run()
     # Segments may be added to: test_pretrain_train.py has them.
     known = {key: is_free for key, is_free in leaves(config) if not key.endswith(".segments")}
     assert {key for key in FREE | FIXED if known[key] == (key in FIXED)} == set()
@@ -89,10 +89,10 @@ def test_every_field_is_refused_with_both_values_unless_it_is_free(run):
         place = {"folder": config.run.folder, "checkpoint_folder": None}
         other = other.model_copy(update={"run": other.run.model_copy(update=place)})
         if is_free:
-            refuse_other_run(other, fingerprints=fingerprints)
+            RunIdentity(other, fingerprints).refuse_other_run()
             continue
         with pytest.raises(ConfigError) as raised:
-            refuse_other_run(other, fingerprints=fingerprints)
+            RunIdentity(other, fingerprints).refuse_other_run()
         told = [line for line in str(raised.value).splitlines() if line.startswith("  ")]
         assert told[0].startswith(f"  {key}: "), told
         assert all(line.startswith("  fingerprint.") for line in told[1:]), told
@@ -104,4 +104,4 @@ def test_every_fingerprint_is_compared(run):
     config, fingerprints = run
     for key in fingerprints:
         with pytest.raises(ConfigError, match=f"fingerprint.{key}: .* there, 'other' here"):
-            refuse_other_run(config, fingerprints=fingerprints | {key: "other"})
+            RunIdentity(config, fingerprints | {key: "other"}).refuse_other_run()

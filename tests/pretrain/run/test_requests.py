@@ -97,10 +97,10 @@ def train_and_hear(config, step, number):
             os.kill(os.getpid(), number)
         return take_step(engine, objective, batch, **others)
 
-    def hearing_start(config):
+    def hearing_start(*arguments, **others):
         if step == 0 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), number)
-        return start(config)
+        return start(*arguments, **others)
 
     loop.train_step, starting.start_accelerator = hearing_step, hearing_start
     train(config)

@@ -13,10 +13,13 @@ from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
-from pretrain.train import build_step, open_step_loader
-from pretrain.training.distillation import load_teachers
+from pretrain.training.assembly import (
+    build_step,
+    build_training_optimizer,
+    open_step_loader,
+    open_teachers,
+)
 from pretrain.training.gradient_cache import split_into_micro_batches
-from pretrain.training.optimizer import build_optimizer
 from tests.pretrain.test_train import train
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
@@ -48,12 +51,12 @@ def errors_of_gradients(config, num_micro_batches):
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_toy_model(config, tokenizer)
-    teachers = load_teachers(config, tokenizer=tokenizer, device=CPU)
+    teachers = open_teachers(config, tokenizer, device=CPU)
     truth = true_loss(config, model, tokenizer, teachers)
     truth.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    optimizer = build_optimizer(config, model)
+    optimizer = build_training_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batch = open_step_loader(config, tokenizer, **share).load(0)
@@ -94,12 +97,12 @@ def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, tea
     """With weight 1 the targets are the teacher's softmaxes: its own weights are a minimum."""
     config = student_config(toy_data, tmp_path / "run", teacher_run, weight=1.0)
     tokenizer = build_tokenizer(config.model.text)
-    teachers = load_teachers(config, tokenizer=tokenizer, device=CPU)
+    teachers = open_teachers(config, tokenizer, device=CPU)
     model = teachers["image-text"].model.requires_grad_(True)
     engine = Engine(
         start_accelerator(config.engine, run=config.run),
         model=model,
-        optimizer=build_optimizer(config, model),
+        optimizer=build_training_optimizer(config, model),
         gradient_clipping=None,
     )
     batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
@@ -136,14 +139,14 @@ def test_a_teacher_of_other_inputs_is_refused(toy_data, tmp_path, teacher_run, s
     config = student_config(toy_data, tmp_path / "run", teacher_run, **sections)
     tokenizer = build_tokenizer(config.model.text)
     with pytest.raises(InputError, match=message):
-        load_teachers(config, tokenizer=tokenizer, device=CPU)
+        open_teachers(config, tokenizer, device=CPU)
 
 
 def test_a_missing_teacher_and_a_sigmoid_loss_are_refused(toy_data, tmp_path):
     config = student_config(toy_data, tmp_path / "run", tmp_path / "nothing")
     tokenizer = build_tokenizer(config.model.text)
     with pytest.raises(InputError, match=r"nothing: expected a run folder with a checkpoint"):
-        load_teachers(config, tokenizer=tokenizer, device=CPU)
+        open_teachers(config, tokenizer, device=CPU)
     pairings = config.model_dump(mode="json")["pairings"]
     pairings["image-text"]["loss"] = "sigmoid"
     with pytest.raises((ConfigError, ValueError), match="distillation is for loss=softmax alone"):

@@ -7,10 +7,14 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
-from pretrain.train import build_step, build_training_model, open_step_loader
+from pretrain.training.assembly import (
+    build_step,
+    build_training_model,
+    build_training_optimizer,
+    open_step_loader,
+)
 from pretrain.training.gradient_cache import split_into_micro_batches
-from pretrain.training.micro_batch_size import choose_num_micro_batches
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_droppers import VIT
 from tests.support.toy_run import toy_config
@@ -51,13 +55,13 @@ def gradients_of(config, trims_captions=True):
     loader = open_step_loader(config, tokenizer, **share)
     hosts = ["here"] * accelerator.num_processes
     num_micro_batches = choose_num_micro_batches(
-        config, model, loader.layouts, device=accelerator.device, hosts=hosts
+        StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     lengths.clear()
     engine = Engine(
         accelerator,
         model=model,
-        optimizer=build_optimizer(config, model),
+        optimizer=build_training_optimizer(config, model),
         gradient_clipping=None,
     )
     step = build_step(config, engine, num_micro_batches=num_micro_batches)

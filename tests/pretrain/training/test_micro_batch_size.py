@@ -5,11 +5,12 @@ from pretrain.data.batch import PairLayout, step_bytes
 from pretrain.distributed.collectives import rank
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_attempts
-from pretrain.train import open_step_loader
 from pretrain.training.activation_memory import ActivationBytes
+from pretrain.training.assembly import open_step_loader
 from pretrain.training.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
 from pretrain.training.micro_batch_size import (
     MemoryEstimate,
+    StepSizes,
     estimate_for_plan,
     num_micro_batches_of_size,
 )
@@ -76,7 +77,10 @@ def test_no_rank_encodes_more_pairs_at_once_than_asked(
     toy_data, tmp_path, size, num_processes, num_micro_batches
 ):
     config = toy_config(toy_data, tmp_path, micro_batch_size=size)  # 8 lanes of 2 images
-    assert num_micro_batches_of_size(config, num_processes=num_processes) == num_micro_batches
+    assert (
+        num_micro_batches_of_size(StepSizes.of_config(config), num_processes=num_processes)
+        == num_micro_batches
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_strategies_share_what_they_share(
 ):
     config = toy_config(toy_data, tmp_path, engine={"strategy": strategy})
     counted = optimizer_bytes(
-        config, num_trained=1000, num_processes=num_processes, device_type="cpu"
+        config.engine, num_trained=1000, num_processes=num_processes, device_type="cpu"
     )
     assert counted == 1000 * bytes_per_parameter
 
@@ -109,8 +113,8 @@ def test_a_gpu_holds_deepspeeds_buckets_whole_and_what_is_offloaded_not(toy_data
     engine = {"strategy": "zero2", "deepspeed_config": tuning}
     config = toy_config(toy_data, tmp_path / "run", engine=engine)
     share = {"num_trained": 1000, "num_processes": 4}
-    assert optimizer_bytes(config, device_type="cuda", **share) == 4000 + 2 * 5000 * 4
-    assert optimizer_bytes(config, device_type="cpu", **share) == 4000 + 2 * 4000 + 4000
+    assert optimizer_bytes(config.engine, device_type="cuda", **share) == 4000 + 2 * 5000 * 4
+    assert optimizer_bytes(config.engine, device_type="cpu", **share) == 4000 + 2 * 4000 + 4000
 
 
 def test_the_loss_takes_features_and_tiles_but_never_all_logits():
@@ -124,11 +128,12 @@ def test_the_loss_takes_features_and_tiles_but_never_all_logits():
 
 
 def test_batches_count_where_they_are(toy_data, tmp_path):
-    config = toy_config(toy_data, tmp_path, loading={"batches_ahead": 3})
+    config = toy_config(toy_data, tmp_path)
     layouts = {"image-text": (PairLayout((16, 16, 3), torch.uint8, 0, 12), 16)}
     share = {"num_trained": 1, "num_processes": 1}
-    on_cpu = bytes_besides_graphs(config, layouts, device_type="cpu", **share)["batches"]
-    on_gpu = bytes_besides_graphs(config, layouts, device_type="cuda", **share)["batches"]
+    share |= {"global_num_pairs": 16, "width": 8, "batches_ahead": 3}
+    on_cpu = bytes_besides_graphs(config.engine, layouts, device_type="cpu", **share)["batches"]
+    on_gpu = bytes_besides_graphs(config.engine, layouts, device_type="cuda", **share)["batches"]
     assert (on_cpu, on_gpu) == (5 * step_bytes(layouts), 2 * step_bytes(layouts))
 
 
@@ -142,7 +147,9 @@ def free_for(config, num_micro_batches, *, num_processes):
     model = build_toy_model(config, tokenizer)
     share = {"num_processes": num_processes, "num_processes_here": 1}
     device = torch.device("cpu")
-    estimate = estimate_for_plan(config, model, loader.layouts, device=device, **share)
+    estimate = estimate_for_plan(
+        StepSizes.of_config(config), model, loader.layouts, device=device, **share
+    )
     assert estimate.num_micro_batches == 1
     graphs = estimate.graph_bytes(num_micro_batches) / (1 - estimate.share_kept_free)
     return sum(estimate.besides_graphs.values()) + round(graphs) + 10

@@ -15,9 +15,8 @@ from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
-from pretrain.train import build_step, open_step_loader
-from pretrain.training.micro_batch_size import num_micro_batches_of_size
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.assembly import build_step, build_training_optimizer, open_step_loader
+from pretrain.training.micro_batch_size import StepSizes, num_micro_batches_of_size
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import build_toy_model
@@ -112,10 +111,10 @@ def errors_of_options(toy_data, folder, all_options, precision):
     for options, config in zip(all_options, configs, strict=True):
         model = build_toy_model(config, tokenizer)
         truth, expected = true_gradients(config, model, tokenizer)
-        optimizer = build_optimizer(config, model)
+        optimizer = build_training_optimizer(config, model)
         engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
         num_micro_batches = num_micro_batches_of_size(
-            config, num_processes=accelerator.num_processes
+            StepSizes.of_config(config), num_processes=accelerator.num_processes
         )
         batch = batch_of(config, tokenizer, **share)
         step = build_step(config, engine, num_micro_batches=num_micro_batches)
@@ -177,7 +176,7 @@ def events_of_a_step(toy_data, folder, micro_batch_size):
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_toy_model(config, tokenizer)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_training_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     events, num_encoded = [], Counter()
@@ -196,7 +195,9 @@ def events_of_a_step(toy_data, folder, micro_batch_size):
 
     RowGather._start = noted_start
     batch = batch_of(config, tokenizer, **share)
-    num_micro_batches = num_micro_batches_of_size(config, num_processes=accelerator.num_processes)
+    num_micro_batches = num_micro_batches_of_size(
+        StepSizes.of_config(config), num_processes=accelerator.num_processes
+    )
     step = build_step(config, engine, num_micro_batches=num_micro_batches)
     with (
         counted_traffic() as traffic,

@@ -6,8 +6,8 @@ from data_prep.errors import InputError
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.training.optimizer import build_optimizer
-from pretrain.training.validation import build_validation_sets, validate
+from pretrain.training.assembly import build_training_optimizer, open_validation_sets
+from pretrain.training.validation import validate
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config, toy_members, write_toy_dataset
 from tests.support.toy_towers import build_toy_model
@@ -18,9 +18,9 @@ def validated(config):
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_toy_model(config, tokenizer)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_training_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
-    [held_out] = build_validation_sets(config, tokenizer=tokenizer)
+    [held_out] = open_validation_sets(config, tokenizer)
     figures = validate(engine, held_out)
     assert engine.model.training
     reader = held_out.reader
@@ -62,6 +62,6 @@ def test_a_held_out_pair_that_does_not_decode_is_named(toy_data, tmp_path, monke
     bad = write_toy_dataset(tmp_path / "bad", "image", shard_sizes=(8,))
     config = validating(toy_data, tmp_path, bad, 4)
     tokenizer = build_tokenizer(config.model.text)
-    [held_out] = build_validation_sets(config, tokenizer=tokenizer)
+    [held_out] = open_validation_sets(config, tokenizer)
     with pytest.raises(InputError, match=r"validation\.pairings\.image-text: .*sample 000003"):
         list(held_out.batches())

@@ -1,0 +1,80 @@
+"""Opens the run folder for one attempt, and loads the checkpoint that it continues from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from data_prep.errors import InputError
+from pretrain.checkpoint import WholeCheckpoint, newest_checkpoint, restore
+from pretrain.checkpoints.store import open_store, store_of_run
+from pretrain.distributed.collectives import on_main_process, rank
+from pretrain.distributed.engine import Engine
+from pretrain.run.compatibility import RunIdentity
+from pretrain.run.folder import RunFolder, begin_attempt
+from pretrain.run.fork import FORK_TAG, record_parent
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: int) -> RunFolder:
+    """Opens the run folder for this attempt; every rank must call it.
+
+    Args:
+        identity: config, and fingerprints of everything that the run reads.
+        hosts: [ranks] machine names.
+        num_micro_batches: micro-batches per step.
+
+    Raises:
+        InputError: on every rank, if the folder holds another run.
+    """
+    attempt = on_main_process(
+        lambda: begin_attempt(identity, hosts=hosts, num_micro_batches=num_micro_batches)
+    )
+    config = identity.config
+    return RunFolder(
+        config.run.folder, attempt, num_steps=config.schedule.num_steps, is_writer=rank() == 0
+    )
+
+
+def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
+    """Loads the newest whole checkpoint of this run, or of the run that it is forked from.
+
+    Every rank must call it.
+
+    Raises:
+        InputError: if the run is a fork, and its parent has no whole checkpoint.
+    """
+    config = identity.config.run
+    own = newest_checkpoint(open_store(config.checkpoints), counts=run.counts_checkpoint)
+    is_fork = own is None and config.parent is not None
+    newest = newest_checkpoint_of_parent(identity) if is_fork else own
+    if newest is None:
+        run.begin_from(0, has_checkpoint=False)
+        return
+    restore(engine, newest)
+    state = newest.record.state
+    run.skipped_steps = list(state.skipped_steps)
+    for tag in (*state.tags, *([FORK_TAG] if is_fork else [])):
+        run.add_tag(tag)
+    run.begin_from(state.step, has_checkpoint=not is_fork)
+    if rank() == 0:
+        how = "nothing is left to do" if state.step >= run.num_steps else "going on"
+        logger.info("%s: %s from %s", config.folder, how, newest.location)
+
+
+def newest_checkpoint_of_parent(identity: RunIdentity) -> WholeCheckpoint:
+    """Returns the checkpoint that a fork begins from, and records it in the fork's folder.
+
+    Raises:
+        InputError: if the parent has no whole checkpoint.
+    """
+    parent = identity.config.run.parent
+    newest = newest_checkpoint(store_of_run(str(parent)))
+    if newest is None:
+        raise InputError(
+            f"{parent}: expected a run with a whole checkpoint to begin from (run.fork, "
+            "run.parent), found none; train it further first"
+        )
+    on_main_process(lambda: record_parent(identity, newest))
+    return newest

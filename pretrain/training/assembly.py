@@ -1,0 +1,239 @@
+"""The parts of a training run, each built from the config sections that it needs.
+
+Only these functions and the command itself take the whole config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pretrain.cache.shard_cache import ShardCache
+from pretrain.checkpoint import files_to_rebuild
+from pretrain.checkpoints.store import open_store
+from pretrain.checkpoints.writer import CheckpointWriter
+from pretrain.config import PairingName, PretrainConfig
+from pretrain.data.datasets import build_cache
+from pretrain.data.pairing_reader import open_readers
+from pretrain.data.step_loader import StepLoader
+from pretrain.data.transforms import build_transforms
+from pretrain.distributed.collectives import on_main_process, world_size
+from pretrain.distributed.engine import Engine
+from pretrain.model.activation_checkpointing import checkpoint_blocks
+from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.model.tokenizer import Tokenizer
+from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.run.folder import RunFolder
+from pretrain.run.fork import origin_of_checkpoints
+from pretrain.run.requests import RunRequests
+from pretrain.sampling.order import lanes_of_rank
+from pretrain.sampling.schedule import build_schedule
+from pretrain.training.contrastive_step import ContrastiveStep
+from pretrain.training.distillation import ModelInputs, PairingTeacher, load_teachers
+from pretrain.training.loop import TrainerSettings
+from pretrain.training.optimizer import ClampedAdamW, build_optimizer
+from pretrain.training.session import RunSession
+from pretrain.training.step_loss import PairingLoss, build_pairing_losses
+from pretrain.training.validation import ValidationSet, build_validation_sets
+
+
+def open_step_loader(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    *,
+    rank: int,
+    world_size: int,
+    node_ranks: Sequence[int] | None = None,
+) -> StepLoader:
+    """Opens the datasets of a run, and puts their samples in order.
+
+    Args:
+        config: the whole config.
+        tokenizer: tokenizer of captions.
+        rank: number of the process that reads.
+        world_size: number of processes.
+        node_ranks: ranks of its machine; None for this one alone.
+
+    Raises:
+        InputError: if a dataset cannot be used, or there are more processes than lanes.
+        RunError: if a dataset behind a URL cannot be reached now.
+    """
+    lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)  # before anything is opened
+    cache = build_cache(config.loading)
+    readers = open_readers(
+        config.pairings,
+        config.loading,
+        transforms=build_transforms(config),
+        tokenizer=tokenizer,
+        seed=config.seed,
+        cache=cache,
+    )
+    schedule = build_schedule(
+        config.pairings,
+        {name: [each.samples for each in reader.sources] for name, reader in readers.items()},
+        pairings_per_step=config.pairings_per_step,
+        lanes=config.lanes,
+        window=config.loading.window,
+        seed=config.seed,
+        num_steps=config.schedule.num_steps,
+    )
+    return StepLoader(
+        schedule,
+        readers,
+        cache=cache,
+        rank=rank,
+        world_size=world_size,
+        node_ranks=node_ranks,
+    )
+
+
+def open_validation_sets(
+    config: PretrainConfig, tokenizer: Tokenizer, *, cache: ShardCache | None = None
+) -> list[ValidationSet]:
+    """Opens the held-out pairs of a run.
+
+    Args:
+        config: the whole config.
+        tokenizer: tokenizer of captions.
+        cache: this machine's cache, for datasets behind URLs.
+
+    Raises:
+        InputError: if a dataset is missing, empty, or of the wrong kind.
+    """
+    return build_validation_sets(
+        config.validation,
+        losses={name: pairing.loss for name, pairing in config.pairings.items()},
+        engine=config.engine,
+        transforms=build_transforms(config),
+        tokenizer=tokenizer,
+        retries=config.loading.retries,
+        cache=cache,
+    )
+
+
+def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
+    """Builds the model, with activation checkpointing if the config asks for it.
+
+    Raises:
+        InputError: if a tower cannot be built, or has no blocks to compute again.
+    """
+    model = build_model(
+        config.model,
+        image=config.image,
+        audio=config.audio,
+        pairings=config.pairings,
+        seed=config.seed,
+        tokenizer=tokenizer,
+    )
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(model)
+    return model
+
+
+def open_teachers(
+    config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device
+) -> dict[PairingName, PairingTeacher]:
+    """Loads the teachers of the pairings with distillation.
+
+    Raises:
+        InputError: if a checkpoint is missing, or its model takes other inputs.
+    """
+    return load_teachers(
+        config.pairings,
+        inputs=ModelInputs(config.image, config.audio),
+        tokenizer=tokenizer,
+        device=device,
+        is_autocast=config.engine.precision == "bf16",
+    )
+
+
+def fingerprints_of(
+    loader: StepLoader,
+    validation_sets: Sequence[ValidationSet],
+    teachers: Mapping[PairingName, PairingTeacher],
+) -> dict[str, str]:
+    """Returns the fingerprints of everything that a run reads: a resumed run must have the same."""
+    held_out = {
+        f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
+    }
+    of_teachers = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
+    return loader.fingerprints() | held_out | of_teachers
+
+
+def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:
+    """Builds the optimizer of all trained parameters."""
+    return build_optimizer(config.optimizer, model, max_scale=config.model.logit_scale.maximum)
+
+
+def build_losses(config: PretrainConfig, *, world_size: int) -> dict[PairingName, PairingLoss]:
+    """Builds the loss of every pairing, for a number of processes."""
+    return build_pairing_losses(
+        config.pairings,
+        lanes=config.lanes,
+        takes_all=config.pairings_per_step == "all",
+        mode=config.engine.loss_mode,
+        precision=config.engine.precision,
+        world_size=world_size,
+    )
+
+
+def build_step(
+    config: PretrainConfig,
+    engine: Engine,
+    *,
+    num_micro_batches: int,
+    teachers: Mapping[PairingName, PairingTeacher] | None = None,
+) -> ContrastiveStep:
+    """Builds the training step, on the processes that have met."""
+    losses = build_losses(config, world_size=world_size())
+    return ContrastiveStep(engine, losses, num_micro_batches=num_micro_batches, teachers=teachers)
+
+
+def build_settings(config: PretrainConfig) -> TrainerSettings:
+    """Collects the config sections that the training loop reads."""
+    return TrainerSettings(
+        config.run,
+        config.schedule,
+        config.optimizer,
+        config.watch,
+        config.loading,
+        config.validation,
+        timeout_seconds=config.engine.timeout_seconds,
+    )
+
+
+def build_session(
+    config: PretrainConfig, run: RunFolder, requests: RunRequests, *, hosts: Sequence[str]
+) -> RunSession:
+    """Builds the session of this attempt, with the hang watch of this rank.
+
+    Args:
+        config: the whole config.
+        run: run folder.
+        requests: signals and files that ask the run to save or stop.
+        hosts: [ranks] machine names.
+    """
+    hang_watch = HangWatch(
+        run.folder,
+        run.attempt.attempt,
+        timeout_seconds=config.engine.timeout_seconds,
+        start_timeout_seconds=config.engine.start_timeout_seconds,
+    )
+    return RunSession(run, requests, hang_watch, hosts=hosts)
+
+
+def open_writer(
+    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
+) -> CheckpointWriter:
+    """Opens the writer of this attempt's checkpoints; every rank must call it."""
+    strategy = config.engine.strategy
+    return CheckpointWriter(
+        config.run,
+        engine,
+        store=open_store(config.run.checkpoints),
+        attempt=run.attempt.attempt,
+        origin=on_main_process(lambda: origin_of_checkpoints(run.folder, strategy=strategy)),
+        model_files=files_to_rebuild(config, engine.model, tokenizer),
+        refuse_if_superseded=run.refuse_if_superseded,
+    )
