@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def temporary_name(name: str) -> str:
-    """A name beside `name` that no other process, also on another machine, uses."""
+    """Returns a temporary name in the same folder, unique among processes and machines."""
     host = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
     return f".{name}.{host}.{os.getpid()}.tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or absent, also after a power cut.
+    """Writes a file that is either complete or absent, even after a power cut.
 
     Raises:
-        OSError: naming the file: the disk is full, or the like.
+        OSError: if the file cannot be written (a full disk); the error names the file.
     """
     temporary = path.with_name(temporary_name(path.name))
     try:
@@ -34,13 +34,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Computes the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_file(error: OSError, path: Path) -> OSError:
-    """The error with the file's name, which a full disk's error comes without."""
+    """Adds the file's name to an error that lacks it, such as that of a full disk."""
     if error.filename is None:
         error.filename = str(path)
     return error

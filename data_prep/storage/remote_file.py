@@ -1,7 +1,7 @@
-"""Files by path or by URL: one way to open, list and join them.
+"""Functions that open, list and join files by local path or by URL.
 
-Local paths, and file:// URLs, go straight to the operating system; http and https go through
-web_file; every other scheme (s3://, gs://, hf://, memory://, ...) goes through fsspec.
+Local paths and file:// URLs go to the operating system. Every other scheme (https://, s3://,
+gs://, hf://, memory://, ...) goes through fsspec; `web_file` adds resumption to http and https.
 """
 
 from __future__ import annotations
@@ -16,45 +16,50 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from data_prep.errors import InputError
 
+if TYPE_CHECKING:
+    from data_prep.storage.web_file import WebFile
+
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WILDCARD = re.compile(r"[*?\[]")
 BUFFER_BYTES = 1 << 20
+TIMEOUT_SECONDS = 30.0  # without a byte from a web server
+URL_CHARACTERS = "/%?&=#+,;@~!$'()*"  # that are not percent-encoded
 
 
 class NotAFileError(OSError):
-    """A folder, a pipe or a device stands where a file was expected."""
+    """A folder, a pipe or a device was found instead of a file."""
 
 
 class UnknownSchemeError(InputError):
-    """A URL of a scheme that no library opens."""
+    """A URL has a scheme that no library opens."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
     """A file in a folder."""
 
-    name: str  # from the folder, with / between its parts
-    num_bytes: int | None  # None: not asked for, or not told
+    name: str  # relative to the folder, with / between its parts
+    num_bytes: int | None  # None if not requested, or not reported
 
 
 def is_url(path: str) -> bool:
-    """Whether it starts with a scheme, such as s3://."""
+    """Returns True if a path starts with a scheme, such as s3://."""
     return URL.match(path) is not None
 
 
 def is_web_url(path: str) -> bool:
-    """Whether its scheme is http or https."""
+    """Returns True if the scheme is http or https."""
     return path[:8].lower().startswith(("http://", "https://"))
 
 
 def local_path(path: str) -> Path | None:
-    """The path on this machine; None for URLs of other schemes than file://."""
-    if _is_file_url(path):  # then a host, which is this one, and the path
+    """Returns the path on this machine, or None for a URL other than file://."""
+    if _is_file_url(path):  # the scheme is followed by a host, which is this one, and the path
         return Path("/" + unquote(path[7:].partition("/")[2]))
     return None if is_url(path) else Path(path)
 
@@ -64,23 +69,23 @@ def _is_file_url(path: str) -> bool:
 
 
 def is_absolute(path: str) -> bool:
-    """Whether it is a URL or starts at the root."""
+    """Returns True for a URL or a path that starts at the root."""
     return is_url(path) or path.startswith("/")
 
 
 def join(folder: str, name: str) -> str:
-    """The path or URL of a file in a folder; an absolute path or a URL stays as it is."""
+    """Joins a folder and a file name; an absolute path or a URL is returned unchanged."""
     if is_absolute(name):
         return name
     if is_web_url(folder):
-        return urljoin(folder.rstrip("/") + "/", quote(name, safe="/%?&=#+,;@~!$'()*"))
+        return urljoin(folder.rstrip("/") + "/", quote(name, safe=URL_CHARACTERS))
     if _is_file_url(folder):
         name = name.replace("%", "%25")  # local_path decodes it
     return f"{folder.rstrip('/')}/{name}" if folder.strip("/") else folder + name
 
 
 def split_path(path: str) -> tuple[str, str]:
-    """(folder, name) of a file, which `join` joins; the name of a web address keeps its query."""
+    """Splits a path into (folder, name) for `join`; the name in a web URL keeps its query."""
     end = len(path) if not is_web_url(path) else len(path.partition("?")[0])
     folder, _, _ = path[:end].rpartition("/")
     if not folder and not path.startswith("/"):
@@ -90,13 +95,13 @@ def split_path(path: str) -> tuple[str, str]:
 
 
 def suffix_of(path: str) -> str:
-    """The extension in lower case, with its dot."""
+    """Returns the extension in lower case, with its dot."""
     name = urlsplit(path).path if is_web_url(path) else path
     return posixpath.splitext(name)[1].lower()
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a relative path leads out of the folder that it starts in."""
+    """Returns True if a relative path leads out of its starting folder."""
     return posixpath.normpath(name).split("/")[0] == ".."
 
 
@@ -104,27 +109,25 @@ def leads_outside(name: str) -> bool:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """The opened file, buffered, which can seek.
+    """Opens a file for buffered, seekable reading.
 
     Raises:
-        OSError: it is missing, or cannot be read now.
-        InputError: no library for this scheme is installed.
+        OSError: if the file is missing, or cannot be read now.
+        InputError: if no library for this scheme is installed.
     """
     local = local_path(path)
     if local is not None:
         return _open_regular(local)
     if is_web_url(path):
-        from data_prep.storage.web_file import WebFile
-
-        return io.BufferedReader(WebFile(path), BUFFER_BYTES)
+        return io.BufferedReader(_open_web(path), BUFFER_BYTES)
     files, inner = file_system(path)
     return io.BufferedReader(files.open(inner, "rb"), BUFFER_BYTES)
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Never waits for the other end of a pipe, and opens no device."""
+    # Opening a pipe could block, and a device must not be read.
     if not stat.S_ISREG(path.stat().st_mode):
-        raise NotAFileError(errno.EINVAL, "no ordinary file", str(path))
+        raise NotAFileError(errno.EINVAL, "not a regular file", str(path))
     return open(path, "rb", opener=_open_at_once)
 
 
@@ -133,43 +136,43 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def read_bytes(path: str, *, max_bytes: int | None = None) -> bytes:
-    """The whole content; with `max_bytes`, never more than one byte beyond it.
+    """Reads a whole file, or at most `max_bytes` + 1 bytes.
 
     Raises:
-        OSError, InputError: as open_binary.
+        OSError, InputError: as `open_binary`.
     """
     with open_binary(path) as file:
         return file.read(-1 if max_bytes is None else max_bytes + 1)
 
 
 def size_of(path: str) -> int | None:
-    """Bytes of a file; None where a server does not tell.
+    """Returns the size of a file in bytes, or None if a server does not report it.
 
     Raises:
-        OSError, InputError: as open_binary.
+        OSError, InputError: as `open_binary`.
     """
     local = local_path(path)
     if local is not None:
         return local.stat().st_size
     if is_web_url(path):
-        from data_prep.storage.web_file import WebFile
-
-        with WebFile(path) as file:
+        with _open_web(path) as file:
             return file.num_bytes
     files, inner = file_system(path)
     return files.info(inner).get("size")
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """(fsspec's file system of a URL, path in it).
+    """Returns fsspec's file system for a URL, and the path in it.
 
     Raises:
-        UnknownSchemeError: no library opens such URLs.
-        InputError: the library that opens them is not installed.
+        UnknownSchemeError: if no library opens such URLs.
+        InputError: if the library that opens them is not installed.
     """
     import fsspec
 
     try:
+        if is_web_url(url):
+            return _web_file_system(), _percent_encoded(url)
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise InputError(f"{url}: {error}; or copy the files to a local folder") from None
@@ -179,11 +182,36 @@ def file_system(url: str) -> tuple[Any, str]:
         ) from None
 
 
+def _web_file_system() -> Any:
+    """Returns fsspec's file system of http and https URLs."""
+    import aiohttp
+    import fsspec
+
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS
+    )
+    # Compression would make the length of a file differ from its Content-Length.
+    options = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+    return fsspec.filesystem("http", client_kwargs=options)
+
+
+def _percent_encoded(url: str) -> str:
+    """Percent-encodes the characters of path and query that a request may not contain."""
+    start = url.find("/", len("https://"))
+    return url if start < 0 else url[:start] + quote(url[start:], safe=URL_CHARACTERS + ":")
+
+
+def _open_web(url: str) -> WebFile:
+    from data_prep.storage.web_file import WebFile
+
+    return WebFile(url, *file_system(url))
+
+
 # ----------------------------------------------------------------------------------- many files
 
 
 def is_folder(path: str) -> bool:
-    """Whether there is a folder of this name; never for web addresses."""
+    """Returns True if a folder of this name exists; always False for web URLs."""
     local = local_path(path)
     if local is not None:
         return local.is_dir()
@@ -194,7 +222,7 @@ def is_folder(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or folder of this name."""
+    """Returns True if a file or folder of this name exists."""
     local = local_path(path)
     if local is not None:
         return local.exists()
@@ -209,13 +237,13 @@ def exists(path: str) -> bool:
 
 
 def list_files(folder: str, *, with_sizes: bool = False) -> Iterator[FoundFile]:
-    """All files below a folder, in no order, but hidden ones and those in hidden folders.
+    """Yields all files below a folder, in any order, except hidden files and folders.
 
-    Whatever is no folder counts as a file, also a link that leads nowhere. Links to folders are
-    followed, except back to a folder they are in.
+    Everything except a folder counts as a file, including a broken link. Links to folders are
+    followed, except back to a folder that contains them.
 
     Raises:
-        OSError: a folder cannot be read.
+        OSError: if a folder cannot be read.
     """
     local = local_path(folder)
     if local is not None:
@@ -257,27 +285,28 @@ def _walk(
 def _entry_size(entry: os.DirEntry[str]) -> int | None:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:  # a link that leads nowhere
+    except FileNotFoundError:  # a broken link
         return None
 
 
 def is_pattern(path: str) -> bool:
-    """Whether it holds wildcards and no file of just this name is there."""
+    """Returns True if a path has wildcards and no file has exactly this name."""
     if is_web_url(path) or not WILDCARD.search(path):
         return False
     return not exists(path)
 
 
 def folder_of_pattern(pattern: str) -> str:
-    """The path before the first part that holds a wildcard."""
+    """Returns the path before the first component with a wildcard."""
     start = WILDCARD.search(pattern).start()
     return pattern[:start].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
 
 
 def glob_files(pattern: str) -> tuple[str, list[str]]:
-    """(folder before the first wildcard, sorted names from it) of the files that match.
+    """Finds the files that match a pattern, in which `**` matches any number of folders.
 
-    `**` stands for any number of folders.
+    Returns:
+        The folder before the first wildcard, and the sorted names relative to it.
     """
     folder = folder_of_pattern(pattern)
     local = local_path(folder)

@@ -1,117 +1,122 @@
-"""A file on a web server that the user names as input: read in one stream, or piece by piece.
+"""A seekable file on a web server, streamed through fsspec.
 
-Media that a manifest names are fetched by media_download instead, which asks for permission.
+fsspec's own seekable file does not suffice for large inputs. It neither retries nor resumes a
+broken response, and it does not notice a file that changes between two ranges. This class adds
+both to fsspec's streaming file.
+
+`data_prep.download` fetches the media that a manifest names, and checks permissions first.
 """
 
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
-SKIPPED_BYTES = 1 << 18  # shorter ways forward are read over instead of asking anew
-TIMEOUT_SECONDS = 30.0
-ATTEMPTS = 5
+from data_prep.storage.failures import PermanentError, with_retries
+
+SKIPPED_BYTES = 1 << 18  # a shorter seek forward reads over the gap instead of a new request
+RETRIES = 4
 
 
 class WebFile(io.RawIOBase):
-    """The body of one http or https address, which can seek where the server knows ranges.
+    """The body of an http or https URL; seekable if the server supports range requests.
 
     Args:
-        url: where it is; redirects are followed.
+        url: URL of the file; redirects are followed.
+        file_system: fsspec's file system for the URL.
+        path: path of the file in the file system.
 
     Raises:
-        FileNotFoundError: the server has no such file.
-        PermissionError: the server does not give it.
-        OSError: the server cannot be reached, or answers with another error.
+        FileNotFoundError: if the server has no such file.
+        PermissionError: if the server denies access.
+        OSError: if the server cannot be reached, or answers with another error in every attempt.
     """
 
-    def __init__(self, url: str):
-        import urllib3
-
+    def __init__(self, url: str, file_system: Any, path: str):
         super().__init__()
         self.url = url
-        self._pool = urllib3.PoolManager(
-            retries=urllib3.Retry(ATTEMPTS, status_forcelist=(429, 500, 502, 503, 504)),
-            timeout=TIMEOUT_SECONDS,
-        )
+        self._files = file_system
+        self._path = path
         self._position = 0
-        self._response = self._request()
-        length = self._response.headers.get("Content-Length")
+        self._stream: Any = with_retries(url, self._request, retries=RETRIES)
+        headers = self._stream.r.headers
+        length = headers.get("Content-Length")
         self.num_bytes = int(length) if length is not None else None
-        self._tag = self._response.headers.get("ETag")
+        self._tag = headers.get("ETag", "")
 
     def _request(self) -> Any:
-        import urllib3
-
-        headers = {"Accept-Encoding": "identity"}
+        """Opens a stream at the current position."""
+        headers = {}
         if self._position:
             headers["Range"] = f"bytes={self._position}-"
             if self._tag and not self._tag.startswith("W/"):
                 headers["If-Range"] = self._tag
-        try:
-            response = self._pool.request("GET", self.url, headers=headers, preload_content=False)
-        except urllib3.exceptions.HTTPError as error:
-            raise OSError(f"{self.url}: {error}") from None
-        if response.status in (404, 410):
-            raise FileNotFoundError(f"{self.url}: the server answers {response.status}")
-        if response.status in (401, 403, 451):
-            raise PermissionError(f"{self.url}: the server answers {response.status}")
-        if response.status != (206 if self._position else 200):
-            wanted = f"the bytes from {self._position}" if self._position else "the file"
-            raise OSError(
-                f"{self.url}: expected {wanted}, the server answers {response.status}; it gives no "
-                "parts of files, or the file has changed: download it and give its local path"
+        # Any size keeps fsspec from sending a separate request for it.
+        stream = self._files.open(self._path, block_size=0, size=1, headers=headers)
+        if self._position and stream.r.status != 206:
+            stream.close()
+            raise PermanentError(
+                f"{self.url}: expected the bytes from {self._position}, the server answers "
+                f"{stream.r.status}; it does not support range requests, or the file has changed: "
+                "download it and give its local path"
             )
-        return response
+        return stream
 
     def readable(self) -> bool:
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
+        """Returns True if the server reported the length."""
         return self.num_bytes is not None
 
     def tell(self) -> int:
+        """Returns the current position."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to a position, without a request until the next read."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.num_bytes}[whence]
         if start is None:
-            raise io.UnsupportedOperation(f"{self.url}: the server does not tell its size")
+            raise io.UnsupportedOperation(f"{self.url}: the server does not report the length")
         target = start + offset
-        if self._response is not None and 0 <= target - self._position <= SKIPPED_BYTES:
+        if self._stream is not None and 0 <= target - self._position <= SKIPPED_BYTES:
             while self._position < target and self.read(target - self._position):
                 pass
         if target != self._position:
-            self._let_go()
+            self._close_stream()
             self._position = target
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        import urllib3
+        """Reads into a buffer, and resumes after a broken connection."""
+        if self.num_bytes is not None and self._position >= self.num_bytes:
+            return 0
+        content = with_retries(self.url, partial(self._read, len(buffer)), retries=RETRIES)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
 
-        for _ in range(ATTEMPTS):
-            if self.num_bytes is not None and self._position >= self.num_bytes:
-                return 0
-            try:
-                if self._response is None:
-                    self._response = self._request()
-                content = self._response.read(len(buffer))
-            except (urllib3.exceptions.HTTPError, ConnectionError) as error:
-                self._let_go()
-                cause = error
-                continue
-            buffer[: len(content)] = content
-            self._position += len(content)
-            return len(content)
-        raise OSError(f"{self.url}: broke off {ATTEMPTS} times at byte {self._position}: {cause}")
+    def _read(self, num_bytes: int) -> bytes:
+        try:
+            if self._stream is None:
+                self._stream = self._request()
+            content = self._stream.read(num_bytes)
+            if not content and self.num_bytes is not None:
+                raise ConnectionError(f"the response ends early, at byte {self._position}")
+            return content
+        except BaseException:
+            self._close_stream()
+            raise
 
-    def _let_go(self) -> None:
-        if self._response is not None:
-            self._response.close()
-            self._response = None
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def close(self) -> None:
-        if not self.closed and hasattr(self, "_response"):
-            self._let_go()
-            self._pool.clear()
+        """Closes the connection."""
+        if not self.closed and hasattr(self, "_stream"):
+            self._close_stream()
         super().close()

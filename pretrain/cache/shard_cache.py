@@ -32,7 +32,8 @@ from data_prep.shards.manifest import (
 )
 from data_prep.shards.sample import BadShardError
 from data_prep.storage.atomic import write_atomically
-from data_prep.storage.file_transfer import DISK_ERRORS, WrongContentError, fetch_bytes, fetch_file
+from data_prep.storage.failures import DISK_ERRORS, WrongContentError
+from data_prep.storage.file_transfer import fetch_bytes, fetch_file
 from data_prep.storage.remote_file import join
 from pretrain.cache.eviction import NUM_BYTES_PER_GIGABYTE, CacheRoom, lock_path, locked, part_name
 from pretrain.config import Cache

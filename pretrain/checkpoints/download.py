@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.storage.file_transfer import WrongContentError, fetch_file
+from data_prep.storage.failures import WrongContentError
+from data_prep.storage.file_transfer import fetch_file
 from data_prep.storage.remote_file import join, leads_outside
 from pretrain.checkpoints.record import CheckpointRecord
 from pretrain.checkpoints.store import (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data_prep.config_file import read_yaml
-from data_prep.storage.file_transfer import WrongContentError, with_retries
+from data_prep.storage.failures import WrongContentError, with_retries
 from data_prep.storage.remote_file import (
     exists,
     file_system,

@@ -1,6 +1,7 @@
 """Shortcuts that read the pairs and media of an input, and a web server, for tests of sources."""
 
 import threading
+import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,20 +62,26 @@ class Handler(BaseHTTPRequestHandler):
     """Serves `files`, with range requests; closes the connection after `most_bytes`."""
 
     files: dict[str, bytes] = {}
+    failures: list[int] = []  # statuses of the next answers, from the last to the first
     knows_ranges = True
     most_bytes = 1 << 30
 
     def do_GET(self):
+        if self.failures:
+            self.send_error(self.failures.pop())
+            return
         content = self.files.get(self.path)
         if content is None:
             self.send_error(403 if "secret" in self.path else 404)
             return
         start = 0
-        if self.knows_ranges and (asked := self.headers.get("Range")):
+        tag = f'"{zlib.crc32(content)}"'
+        asked = self.headers.get("Range")
+        if self.knows_ranges and asked and self.headers.get("If-Range", tag) == tag:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", '"1"')
+        self.send_header("ETag", tag)
         self.end_headers()
         self.wfile.write(content[start : start + self.most_bytes])
 

@@ -1,4 +1,5 @@
 import json
+from urllib.parse import quote
 
 import fsspec
 import numpy as np
@@ -10,7 +11,7 @@ from data_prep.config import Columns
 from data_prep.errors import InputError
 from data_prep.sources.formats import input_state
 from data_prep.sources.input_files import format_of, media_root_of
-from data_prep.storage import remote_file, web_file
+from data_prep.storage import remote_file, retry, web_file
 from tests.support.toy_sources import contents_of, pairs_of, served, source_of
 
 # ---------------------------------------------------------------------------------- web files
@@ -46,9 +47,45 @@ def test_a_server_that_gives_no_parts_is_refused_when_they_are_needed():
             file.read(1)
 
 
+def test_a_web_server_that_fails_for_a_moment_is_asked_again(monkeypatch):
+    delays = []
+    monkeypatch.setattr(retry, "pause", delays.append)
+    failures = [429, 500, 502, 503]
+    with served({"/x": b"content"}, failures=failures) as root:
+        assert remote_file.read_bytes(f"{root}/x") == b"content"
+    assert (failures, len(delays)) == ([], 4)
+
+
+def test_a_web_server_that_keeps_failing_is_named_with_its_status(monkeypatch):
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
+    failures = [503] * (web_file.RETRIES + 1)
+    with (
+        served({"/x": b"content"}, failures=failures) as root,
+        pytest.raises(OSError, match=r"/x: the server answers 503 \(tried 5 times\)"),
+    ):
+        remote_file.read_bytes(f"{root}/x")
+    assert failures == []
+
+
+def test_a_web_file_that_changes_while_it_is_read_is_refused():
+    files = {"/x": b"a" * 3_000_000}
+    with served(files) as root, remote_file.open_binary(f"{root}/x") as file:
+        assert file.read(10) == b"a" * 10
+        files["/x"] = b"b" * 3_000_000
+        file.seek(2_000_000)
+        with pytest.raises(OSError, match="the file has changed: download it"):
+            file.read(1)
+
+
+@pytest.mark.parametrize("name", ["a b.csv", "\u00e9::[1].csv?x=1:2", "a%20b.csv"])
+def test_addresses_are_percent_encoded_where_they_need_it(name):
+    encoded = quote(name, safe="/%?&=+:")
+    with served({f"/{encoded}": b"content"}) as root:
+        assert remote_file.read_bytes(f"{root}/{name}") == b"content"
+
+
 def test_a_manifest_on_a_web_server_is_read_and_what_is_wrong_with_it_told(monkeypatch):
-    monkeypatch.setattr(web_file, "TIMEOUT_SECONDS", 1)
-    monkeypatch.setattr(web_file, "ATTEMPTS", 1)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
     sink = pyarrow.BufferOutputStream()
     table = {"image": pyarrow.array([b"A", b"B"]), "caption": ["x", "y"]}
     pyarrow.parquet.write_table(pyarrow.table(table), sink)
@@ -125,7 +162,7 @@ def test_the_format_is_found_from_name_and_content(tmp_path):
     assert list(found.values()) == [
         *("csv", "tsv", "jsonl", "jsonl", "coco", "parquet", "webdataset")
     ]
-    assert format_of(source_of(tmp_path)) == "webdataset"  # tars, whatever lies beside them
+    assert format_of(source_of(tmp_path)) == "webdataset"  # tars, whatever else is in the folder
     (tmp_path / "a.tar").unlink()
     assert format_of(source_of(tmp_path)) == "parquet"
     assert format_of(source_of(tmp_path / "a.csv", format="jsonl")) == "jsonl"

@@ -16,7 +16,8 @@ from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import BadShardError
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.storage import file_transfer, retry
-from data_prep.storage.file_transfer import WrongContentError, fetch_file
+from data_prep.storage.failures import WrongContentError
+from data_prep.storage.file_transfer import fetch_file
 from pretrain.cache.eviction import NoRoomError, lock_path, locked
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Cache
