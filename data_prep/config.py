@@ -1,4 +1,4 @@
-"""The config of every command of this package: one frozen section each."""
+"""Configs of this package's commands: one frozen section each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SourceFormat = Literal[
     "tsv",
     "jsonl",
     "parquet",  # paths, URLs or inline bytes; also Hugging Face's image and audio features
-    "folder",  # media with .json or .txt of the same name beside
+    "folder",  # media with a .json or .txt of the same name
     "class_folders",  # one folder of media per class; captions from caption_template
     "coco",  # COCO captions: images and annotations in one JSON
-    "huggingface",  # what datasets' save_to_disk wrote
-    "webdataset",  # tars; or a dataset folder of ours
+    "huggingface",  # folder written by datasets' save_to_disk
+    "webdataset",  # tars; or a dataset folder of this package
 ]
-# What filters find. Named in `mark_only`, they mark a pair instead of dropping it.
+# All filters. Those named in `mark_only` mark a pair instead of dropping it.
 FILTER_REASONS = frozenset(
     {
         "audio_silent",
@@ -42,26 +42,26 @@ FILTER_REASONS = frozenset(
 
 
 class Columns(Section):
-    """Which column (of a table), key (of a JSONL) or feature holds what."""
+    """Names of the columns (tables), keys (JSONL) or features (Hugging Face) by role."""
 
-    media: str = "path"  # path or URL of the picture or clip, or its bytes (Parquet)
+    media: str = "path"  # path or URL of the image or clip, or its bytes (Parquet)
     caption: str = "caption"  # text; in JSONL, Parquet and Hugging Face also a list of texts
-    class_name: str | None = None  # label for zero-shot evaluation; null: there is none
-    uid: str | None = None  # identifier for people; null: the sample's key serves
+    class_name: str | None = None  # label for zero-shot evaluation; null for none
+    uid: str | None = None  # identifier for people; null for the sample's key
 
 
 class ImageOptions(Section):
-    """How pictures are checked and stored."""
+    """Checks and storage of images."""
 
-    # if_needed: only what is not stored well: other formats than jpg, png, webp; a shorter side
-    # above shorter_side; an EXIF orientation; colours other than sRGB (ICC, CMYK, 16 bits); alpha
+    # if_needed: formats other than jpg, png, webp; a shorter side above shorter_side; an EXIF
+    # orientation; colours other than sRGB (ICC, CMYK, 16 bits); alpha
     reencode: Literal["if_needed", "always", "never"] = "if_needed"
-    shorter_side: int | None = Field(None, ge=16)  # pixels; larger pictures are scaled down to it
-    format: Literal["jpg", "png", "webp"] = "jpg"  # of re-encoded pictures
+    shorter_side: int | None = Field(None, ge=16)  # pixels; larger images are scaled down to it
+    format: Literal["jpg", "png", "webp"] = "jpg"  # of re-encoded images
     quality: int = Field(95, ge=1, le=100)  # of re-encoded jpg and webp
-    # larger ones are rejected before they are decoded; what is stored has at most 50 million
+    # larger images are rejected before they are decoded; stored images have at most 50 million
     max_pixels: int = Field(50_000_000, ge=1, le=150_000_000)
-    first_frame: bool = False  # keep the first frame of an animation, instead of rejecting it
+    first_frame: bool = False  # keep the first frame of an animation instead of rejecting it
     min_side: int = Field(1, ge=1)  # filter image_too_small: pixels of the shorter side
     max_aspect_ratio: float | None = Field(None, ge=1)  # filter image_aspect_ratio: long by short
 
@@ -69,25 +69,25 @@ class ImageOptions(Section):
     def _check_reencode(self) -> ImageOptions:
         if self.reencode == "never" and (self.shorter_side is not None or self.first_frame):
             raise ValueError(
-                "reencode=never keeps every picture as it is; leave shorter_side null and "
+                "reencode=never keeps every image unchanged; leave shorter_side null and "
                 "first_frame false, or set reencode to if_needed"
             )
         return self
 
 
 class AudioOptions(Section):
-    """How audio clips are checked and stored."""
+    """Checks and storage of audio clips."""
 
-    # if_needed: only clips whose format, rate, channels or length are not those asked for
-    reencode: Literal["if_needed", "always", "never"] = "if_needed"  # to FLAC of 16 bits
-    sample_rate_hz: int | None = Field(None, ge=1000)  # null: the clip's own
+    # if_needed: only clips whose format, rate, channels or length differ from the settings
+    reencode: Literal["if_needed", "always", "never"] = "if_needed"  # to 16-bit FLAC
+    sample_rate_hz: int | None = Field(None, ge=1000)  # null for the clip's own
     mono: bool = False  # average the channels
-    clip_seconds: float | None = Field(None, gt=0)  # longest clip stored; null: any length
-    long_clips: Literal["cut", "trim", "reject"] = "cut"  # into several samples; to the first part
-    trim_silence_dbfs: float | None = Field(None, lt=0)  # cut quieter ends off; null: keep them
-    peak_dbfs: float | None = Field(None, le=0)  # scale the loudest value to it; null: untouched
-    max_seconds: float = Field(3600.0, gt=0)  # longer ones are rejected before they are decoded
-    max_channels: int = Field(2, ge=1, le=8)  # more are rejected; 8 is the most that FLAC holds
+    clip_seconds: float | None = Field(None, gt=0)  # longest stored clip; null for any length
+    long_clips: Literal["cut", "trim", "reject"] = "cut"  # trim: keep the first part
+    trim_silence_dbfs: float | None = Field(None, lt=0)  # trim quieter ends; null: keep them
+    peak_dbfs: float | None = Field(None, le=0)  # scale the loudest value to it; null: unchanged
+    max_seconds: float = Field(3600.0, gt=0)  # longer clips are rejected before they are decoded
+    max_channels: int = Field(2, ge=1, le=8)  # more are rejected; 8 is FLAC's maximum
     min_seconds: float = Field(0.0, ge=0)  # filter audio_too_short
     min_peak_dbfs: float | None = Field(None, lt=0)  # filter audio_silent
 
@@ -108,33 +108,33 @@ class AudioOptions(Section):
         asked = [name for name, is_asked in changes.items() if is_asked]
         if self.reencode == "never" and asked:
             raise ValueError(
-                f"reencode=never keeps every clip as it is, so that {', '.join(asked)} cannot be "
-                "honoured; set reencode to if_needed (clip_seconds goes with long_clips=reject)"
+                f"reencode=never keeps every clip unchanged, so that {', '.join(asked)} cannot be "
+                "applied; set reencode to if_needed (clip_seconds works with long_clips=reject)"
             )
         return self
 
 
 class CaptionOptions(Section):
-    """How captions are cleaned, and which are dropped."""
+    """Cleaning and filters of captions."""
 
-    unicode: Literal["nfc", "nfkc"] | None = "nfc"  # normal form; null: as they are
+    unicode: Literal["nfc", "nfkc"] | None = "nfc"  # normal form; null: unchanged
     collapse_spaces: bool = True  # runs of white space and control characters become one space
-    strip_html: bool = False  # tags away, &amp; and the like resolved
-    strip_urls: bool = False  # web and mail addresses away
-    fix_encoding: bool = False  # repair text that was decoded wrongly (ftfy)
+    strip_html: bool = False  # remove tags, resolve &amp; and the like
+    strip_urls: bool = False  # remove web and mail addresses
+    fix_encoding: bool = False  # repair wrongly decoded text (ftfy)
     min_characters: int = Field(1, ge=1)  # filter caption_too_short; code points
     max_characters: int | None = Field(None, ge=1)  # filter caption_too_long
-    # runs of letters and digits; in scripts written without spaces, such as Han, single letters
+    # words: runs of letters and digits; single letters in scripts without spaces, such as Han
     min_words: int = Field(1, ge=1)  # filter caption_too_short
     max_words: int | None = Field(None, ge=1)  # filter caption_too_long
     scripts: tuple[str, ...] = ()  # filter caption_script: Unicode names, such as Latin; (): any
-    min_script_fraction: float = Field(0.8, gt=0, le=1)  # of the letters that are of these scripts
-    detect_language: bool = False  # fills the column language; so does `languages`
+    min_script_fraction: float = Field(0.8, gt=0, le=1)  # fraction of the letters
+    detect_language: bool = False  # fill the column language, as `languages` does
     languages: tuple[str, ...] = ()  # filter caption_language: codes such as en; (): any
-    # a less probable language is unknown, and passes no filter of languages
+    # a less probable language counts as unknown, and fails the filter of languages
     min_language_probability: float = Field(0.5, ge=0, le=1)
-    boilerplate: tuple[str, ...] = ()  # filter caption_boilerplate: regular expressions found in it
-    max_repeats: int | None = Field(None, ge=1)  # filter caption_repeated: items of one caption
+    boilerplate: tuple[str, ...] = ()  # filter caption_boilerplate: regular expressions
+    max_repeats: int | None = Field(None, ge=1)  # filter caption_repeated: items per caption
 
     @field_validator("boilerplate")
     @classmethod
@@ -143,7 +143,7 @@ class CaptionOptions(Section):
             try:
                 re.compile(expression)
             except re.error as error:
-                raise ValueError(f"{expression!r} is no regular expression: {error}") from None
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
         return expressions
 
     @field_validator("scripts")
@@ -170,53 +170,55 @@ class CaptionOptions(Section):
 
 
 class DownloadOptions(Section):
-    """How media given by http and https URLs are fetched."""
+    """Downloads of media given by http and https URLs."""
 
-    threads: int = free(32, ge=1)  # downloads at a time in each worker process
-    connections_per_host: int = free(4, ge=1)  # requests at a time, of all worker processes
+    threads: int = free(32, ge=1)  # simultaneous downloads per worker process
+    connections_per_host: int = free(4, ge=1)  # simultaneous requests of all worker processes
     connect_timeout_seconds: float = free(10.0, gt=0)
-    read_timeout_seconds: float = free(20.0, gt=0)  # between two pieces of a response
+    read_timeout_seconds: float = free(20.0, gt=0)  # without data
     total_timeout_seconds: float = free(120.0, gt=0)  # for one response
     retries: int = free(3, ge=0)  # after time-outs, broken connections, 429 and 5xx
     max_redirects: int = free(5, ge=0)
     user_agent: str = "isopair/0.1 (+https://pypi.org/project/isopair)"
     obey_robots_txt: bool = True
     obey_opt_out_headers: bool = True  # X-Robots-Tag noai, noimageai, ...; TDM-Reservation
-    private_hosts: bool = False  # may URLs lead to this machine or the local network?
-    # fetch again what timed out, was unreachable, or ended in 429 or 5xx in an earlier attempt
+    private_hosts: bool = False  # allow URLs of this machine and the local network
+    # retry URLs that timed out, were unreachable, or ended in 429 or 5xx in an earlier attempt
     retry_failed: bool = free(False)
-    keep: bool = free(False)  # keep what was fetched after the dataset is finished
+    keep: bool = free(False)  # keep downloads after the dataset is finished
 
 
 class MakeShards(Section):
-    """`python -m data_prep.make_shards` and `finalize`: pairs to a dataset of shards."""
+    """Config of `python -m data_prep.make_shards` and `finalize`: pairs to a dataset of shards."""
 
     input: str  # file, folder, glob or URL (s3://, gs://, hf://, https://) of the pairs
     format: SourceFormat = "auto"
-    media_root: str | None = None  # where relative media paths start; null: the input's folder
-    output: Path = free()  # dataset folder to make
+    media_root: str | None = None  # start of relative media paths; null: the input's folder
+    output: Path = free()  # dataset folder to create
     media: MediaKind  # image | audio
     columns: Columns = Columns()
-    keep_columns: tuple[str, ...] = ()  # more columns for the Parquet: licence, similarity, ...
-    caption_template: str = "{}"  # class_folders: {} is the class's name
-    subset: Path | None = None  # input is a dataset of ours: only what this .subset file keeps
-    quotes: bool | None = None  # may fields stand in "quotes"? null: in a .csv yes, a .tsv no
-    captions_per_item: Literal["group", "row"] = (
-        "group"  # rows of one media path: one item, or each
+    keep_columns: tuple[str, ...] = ()  # further columns for the Parquet: licence, similarity, ...
+    caption_template: str = "{}"  # class_folders: {} is the class name
+    subset: Path | None = (
+        None  # of a dataset folder as input: only the samples in this .subset file
     )
-    samples_per_shard: int = Field(10_000, ge=1)  # items a shard owns before bad pairs are dropped
+    quotes: bool | None = None  # fields may be in "quotes"; null: yes in .csv, no in .tsv
+    captions_per_item: Literal["group", "row"] = (
+        "group"  # group: the rows of one media path make one item; row: each row is an item
+    )
+    samples_per_shard: int = Field(10_000, ge=1)  # items per shard, before bad pairs are dropped
     max_media_bytes: int = Field(2**28, ge=1, le=2**30)  # larger files are rejected unread
     image: ImageOptions = ImageOptions()
     audio: AudioOptions = AudioOptions()
     captions: CaptionOptions = CaptionOptions()
-    mark_only: tuple[str, ...] = ()  # filters that mark what they find instead of dropping it
+    mark_only: tuple[str, ...] = ()  # filters that mark pairs instead of dropping them
     download: DownloadOptions = DownloadOptions()
-    part: str | None = free(None, pattern=r"^\d+/[1-9]\d*$")  # i/n, i from 0: one job of n
-    remake: tuple[str, ...] = free(
-        ()
-    )  # make shards again that have pairs rejected for these reasons
+    part: str | None = free(None, pattern=r"^\d+/[1-9]\d*$")  # i/n, i from 0: one of n jobs
+    remake: tuple[str, ...] = free(())  # rewrite shards that have pairs rejected for these reasons
     workers: int = free(1, ge=1)  # processes; never changes a byte of the result
-    max_rejected_fraction: float = free(0.01, ge=0, le=1)  # share of bad pairs that fails the job
+    max_rejected_fraction: float = free(
+        0.01, ge=0, le=1
+    )  # fraction of bad pairs above which the job fails
 
     @field_validator("mark_only")
     @classmethod
@@ -224,7 +226,7 @@ class MakeShards(Section):
         for name in names:
             if name not in FILTER_REASONS:
                 raise ValueError(
-                    f"{name!r} is no filter; filters: {', '.join(sorted(FILTER_REASONS))}"
+                    f"{name!r} is not a filter; filters: {', '.join(sorted(FILTER_REASONS))}"
                 )
         return names
 
@@ -240,40 +242,40 @@ class MakeShards(Section):
 
 
 class VerifyShards(Section):
-    """`python -m data_prep.verify_shards`: a dataset against its manifest and index."""
+    """Config of `python -m data_prep.verify_shards`: checks of a dataset against its index."""
 
-    dataset: Path  # folder that holds dataset.json
-    decode: bool = False  # also decode every picture or clip, and read every caption
-    repair: bool = False  # rebuild what can be rebuilt
+    dataset: Path  # folder with dataset.json
+    decode: bool = False  # also decode all media and read all captions
+    repair: bool = False  # rebuild damaged files where possible
     workers: int = Field(1, ge=1)  # processes
 
 
 class IndexShards(Section):
-    """`python -m data_prep.index_shards`: sidecars for tars that others made."""
+    """Config of `python -m data_prep.index_shards`: sidecars for existing tars."""
 
     input: str  # folder of .tar files, or a glob of them
     output: Path = free()  # folder for the sidecars; may be the tars' own
     media: MediaKind  # image | audio
-    skip_incomplete: bool = False  # leave out samples without media or caption, instead of failing
+    skip_incomplete: bool = False  # skip samples without media or caption instead of failing
     measure: bool = True  # decode every sample for the Parquet: sizes, hashes; false: index only
     keep_columns: tuple[str, ...] = ()  # keys of the .json members for the Parquet
     workers: int = free(1, ge=1)  # processes
 
 
 class NearMedia(Section):
-    """Near-duplicate pictures or clips, by their fingerprints."""
+    """Search for near-duplicate images or clips by their fingerprints."""
 
-    # bits of 64 in which the hashes of whole pictures may differ; those of crops in 4 more
+    # bits of 64 in which the hashes of whole images may differ; 4 more for crops
     image_max_distance: int = Field(6, ge=0, le=12)
     image_min_similarity: float = Field(0.94, gt=0, le=1)  # of the thumbnails
-    # share of the fingerprint's bits that agree: 0.5 by chance; clips of few seconds need more
+    # fraction of equal fingerprint bits: 0.5 by chance; clips of few seconds need more
     audio_min_similarity: float = Field(0.7, gt=0.5, le=1)
 
 
 class NearCaptions(Section):
-    """Near-duplicate captions, by MinHash over their words (Broder 1997).
+    """Search for near-duplicate captions by MinHash over their words (Broder 1997).
 
-    Of samples with nearly the same caption one is kept, however different the media are.
+    One of the samples with nearly the same caption is kept, however different their media are.
     """
 
     min_jaccard: float = Field(0.8, gt=0, le=1)  # of the sets of shingles
@@ -282,45 +284,47 @@ class NearCaptions(Section):
 
 
 class Semantic(Section):
-    """Duplicates by meaning (SemDeDup, Abbas et al. 2023): k-means, cosine inside a cluster."""
+    """Search for semantic duplicates (SemDeDup, Abbas et al. 2023): cosine within clusters."""
 
     embeddings: tuple[Path, ...]  # folders that python -m eval.embed wrote, one per dataset
-    against_embeddings: tuple[Path, ...] = ()  # and one per evaluation dataset, in their order
+    against_embeddings: tuple[Path, ...] = ()  # one per evaluation dataset, in the same order
     min_cosine: float = Field(0.95, gt=0, le=1)
     samples_per_cluster: int = Field(1000, ge=2)  # on average
 
 
 class FindDuplicates(Section):
-    """`python -m data_prep.find_duplicates`: within and between datasets, and against tests."""
+    """Config of `python -m data_prep.find_duplicates`: within, between and against datasets."""
 
-    datasets: tuple[Path, ...] = Field(min_length=1)  # of one group, one sample in these is kept
-    against: tuple[Path, ...] = ()  # evaluation datasets: what matches one of theirs is dropped
+    datasets: tuple[Path, ...] = Field(min_length=1)  # of a group of duplicates one sample is kept
+    against: tuple[
+        Path, ...
+    ] = ()  # evaluation datasets: samples that match one of theirs are dropped
     output: Path  # folder for duplicates.parquet, report.html, and a .subset file per dataset
     exact: bool = True  # equal media bytes
-    near_media: NearMedia | None = NearMedia()  # null: not looked for
+    near_media: NearMedia | None = NearMedia()  # null: no search
     near_captions: NearCaptions | None = None
     semantic: Semantic | None = None
-    keep: Literal["first", "largest"] = "first"  # largest: of most pixels or seconds
+    keep: Literal["first", "largest"] = "first"  # largest: most pixels or seconds
     seed: int = Field(0, ge=0)  # of k-means
     memory_gb: float = free(2.0, gt=0)  # for keys of audio clips; more goes to the disk (TMPDIR)
-    workers: int = free(1, ge=1)  # threads that compare pictures
+    workers: int = free(1, ge=1)  # threads that compare images
 
 
 class TopFraction(Section):
-    """The best part of a dataset by one column."""
+    """Selection of the samples with the highest values of a column."""
 
     column: str
     fraction: float = Field(gt=0, le=1)
 
 
 class MakeSubset(Section):
-    """`python -m data_prep.make_subset`: which samples of a dataset to use, without a copy."""
+    """Config of `python -m data_prep.make_subset`: a selection of samples, without a copy."""
 
     dataset: Path
     output: Path  # .subset file to write
     where: str | None = None  # SQL condition: "height >= 256 and language = 'en'"
-    scores: tuple[str, ...] = ()  # Parquet with a column uid, whose other columns are joined
-    embeddings: Path | None = None  # folder that python -m eval.embed wrote: column clip_score
+    scores: tuple[str, ...] = ()  # Parquet files with a column uid; their other columns are joined
+    embeddings: Path | None = None  # folder that python -m eval.embed wrote: adds clip_score
     top: TopFraction | None = None  # after `where`
     drop: tuple[Path, ...] = ()  # after `top`: duplicates.parquet files of find_duplicates
     memory_gb: float = free(2.0, gt=0)
@@ -328,13 +332,13 @@ class MakeSubset(Section):
 
 
 class Describe(Section):
-    """`python -m data_prep.describe`: a data sheet of a dataset, as one HTML file."""
+    """Config of `python -m data_prep.describe`: a data sheet of a dataset, as one HTML file."""
 
     dataset: Path
     output: Path  # .html file to write
-    subset: Path | None = None  # describe what this .subset file keeps
+    subset: Path | None = None  # describe only the samples in this .subset file
     duplicates: Path | None = None  # folder that find_duplicates wrote
-    num_samples_shown: int = Field(24, ge=0)  # browsers play at most about 75 sounds of a page
+    num_samples_shown: int = Field(24, ge=0)  # browsers play at most about 75 sounds per page
     seed: int = Field(0, ge=0)  # chooses the samples shown
     memory_gb: float = free(2.0, gt=0)
     workers: int = free(1, ge=1)  # threads
@@ -348,10 +352,10 @@ class Describe(Section):
 
 
 class DemoData(Section):
-    """`python -m data_prep.make_demo_data`: three small sets of pairs to try everything on."""
+    """Config of `python -m data_prep.make_demo_data`: three small sets of pairs for trials."""
 
     output: Path = Path("demo/data")  # folder to write into
     seed: int = Field(0, ge=0)
-    scenes_per_combination: int = Field(9, ge=1)  # training pictures of each kind of scene
-    clips_per_sound: int = Field(160, ge=1)  # training clips of each kind of sound
+    scenes_per_combination: int = Field(9, ge=1)  # training images per kind of scene
+    clips_per_sound: int = Field(160, ge=1)  # training clips per kind of sound
     workers: int = free(2, ge=1)  # processes; never changes a byte of the result

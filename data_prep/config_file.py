@@ -48,7 +48,7 @@ class Section(BaseModel):
 
 
 def free(default: Any = ..., **field_options: Any) -> Any:
-    """A config field that may differ when a run is resumed: it cannot change the result."""
+    """Defines a config field that may differ when a run resumes: it cannot change the result."""
     return Field(default, json_schema_extra={"free": True}, **field_options)
 
 
@@ -81,7 +81,7 @@ _Yaml12Loader.add_implicit_resolver(
 
 
 class _Yaml12Dumper(yaml.SafeDumper):
-    """Quotes the texts that the loader would take for something else."""
+    """Safe dumper that quotes texts which the loader would not read as text."""
 
     yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
 
@@ -97,7 +97,7 @@ def _refuse_duplicate_keys(
         key = loader.construct_object(key_node, deep=deep)
         if key in mapping:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} stands twice", key_node.start_mark
+                None, None, f"duplicate key {key!r}", key_node.start_mark
             )
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
@@ -107,10 +107,10 @@ _Yaml12Loader.add_constructor("tag:yaml.org,2002:map", _refuse_duplicate_keys)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds.
+    """Reads a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or holds something else than a mapping.
+        ConfigError: if the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
@@ -158,8 +158,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which no part stands at two places, as YAML's anchors make them: an override of one
-    must not reach the other."""
+    """Copies nested values so that no part is shared, as YAML's anchors do.
+
+    Otherwise an override of one part would also change the other.
+    """
     if isinstance(value, dict):
         return {key: _unshared(part) for key, part in value.items()}
     return [_unshared(part) for part in value] if isinstance(value, list) else value
@@ -174,10 +176,10 @@ def _list_index(items: list, key: str, override: str) -> int:
 
 
 def read_config(section: type[SectionT], path: Path, *, overrides: Sequence[str] = ()) -> SectionT:
-    """A checked config section from a YAML file and `section.key=value` overrides.
+    """Reads and validates a config from a YAML file and `section.key=value` overrides.
 
     Raises:
-        ConfigError: naming the file, the key and the value of everything that is wrong.
+        ConfigError: if any value is invalid; the message lists file, key and value of each fault.
     """
     values = _unshared(read_yaml(path))
     for override in overrides:
@@ -203,14 +205,16 @@ def _validation_message(path: Path, error: ValidationError) -> str:
 
 
 def to_yaml(config: Section) -> str:
-    """The resolved config as YAML, in the order of its definition."""
+    """Formats a resolved config as YAML, in the order of its definition."""
     values = json.loads(config.model_dump_json())
     return yaml.dump(values, Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
 
 
 def fixed_values(section: Any) -> Any:
-    """The config as nested plain values without the fields marked `free`: what a run's result is a
-    function of. Two attempts at one run must agree on it."""
+    """Returns a config as nested plain values, without the fields marked `free`.
+
+    The result of a run is a function of these values. All attempts at a run must agree on them.
+    """
     if isinstance(section, Section):
         return {
             name: fixed_values(getattr(section, name))
@@ -225,7 +229,7 @@ def fixed_values(section: Any) -> Any:
 
 
 def differing_keys(old: Any, new: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old value, new value), wherever two nested values of `fixed_values` differ."""
+    """Returns dotted key -> (old, new) for each difference between two `fixed_values`."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something a person gave cannot be used: a value, a file, a dataset.
+    """A value, file or dataset given by the user cannot be used.
 
-    The message says what was expected, what was found, where, and what to do; commands print it
-    alone, without a traceback.
+    The message says what was expected, what was found, where, and what to do. Commands print only
+    the message, without a traceback.
     """
 
 
 class ConfigError(InputError):
-    """A config or command line that is wrong before anything was run (exit status 2)."""
+    """A config or command line is wrong, found before anything ran (exit status 2)."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on. The message says why and what to do; commands print it alone."""
+    """A run cannot continue. Commands print only the message, with the reason and the remedy."""

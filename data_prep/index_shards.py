@@ -1,11 +1,15 @@
-"""Makes the index, the manifest and dataset.json for tars that others made, without touching them.
+"""Writes index, manifest and dataset.json for existing tars, without changing the tars.
 
     python -m data_prep.index_shards configs/data_prep/index.yaml input=/data/tars output=/data/x
 
-Reads tars of WebDataset's ShardWriter, of img2dataset, or of plain `tar`, uncompressed, and refuses
-what could be misread later: cut or damaged tars, links, names that lead out of a folder, samples
-whose members are not side by side, and (unless skip_incomplete) samples without media or caption,
-or with media that do not decode. With `measure` each tar also gets a Parquet.
+Reads uncompressed tars of WebDataset's ShardWriter, of img2dataset, or of plain `tar`. Refuses
+tars that could be misread later:
+
+- truncated or damaged tars, links, names that lead out of a folder
+- samples whose members are not adjacent
+- unless skip_incomplete: samples without media or caption, or with media that do not decode
+
+With `measure` each tar also gets a Parquet.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ def index_shards(config: IndexShards) -> None:
     """Writes the sidecars of all tars.
 
     Raises:
-        InputError: there are no tars, or listing what is wrong with them, by shard and key.
+        InputError: if there are no tars, or they have problems, listed by shard and key.
     """
     check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
@@ -96,10 +100,13 @@ def _refuse_empty(config: IndexShards, tasks: list[IndexTask]) -> None:
 
 
 def find_tars(pattern: str) -> tuple[Path, list[str]]:
-    """(folder that holds all tars, their paths from there without .tar, sorted)
+    """Finds the tars of an input.
+
+    Returns:
+        Folder that contains all tars, and their sorted paths relative to it, without .tar.
 
     Raises:
-        InputError: nothing was found, or a file that is not called .tar.
+        InputError: if nothing was found, or a file without the extension .tar.
     """
     if Path(pattern).is_dir():
         pattern = str(Path(pattern) / "*.tar")
@@ -113,7 +120,7 @@ def find_tars(pattern: str) -> tuple[Path, list[str]]:
 
 
 def _kept_types(config: IndexShards, folder: Path, names: list[str]) -> dict[str, KeptType]:
-    """The types that hold the values of all tars: their Parquets have equal columns."""
+    """Returns column types that fit the values of all tars, so that all Parquets are equal."""
     if not config.keep_columns:
         return {}
     paths = [folder / f"{name}.tar" for name in names]
@@ -157,8 +164,8 @@ def _problem_list(config: IndexShards, problems: list[str]) -> str:
     shown = "\n".join(f"  {problem}" for problem in problems[:NUM_PROBLEMS_SHOWN])
     more = len(problems) - NUM_PROBLEMS_SHOWN
     advice = (
-        "make these tars again (tar --sort=name keeps the members of a sample side by side); "
-        "samples that are only incomplete, or whose media do not decode, can be left out with "
+        "rebuild these tars (tar --sort=name keeps the members of a sample adjacent); samples "
+        "that are only incomplete, or whose media do not decode, can be skipped with "
         "skip_incomplete=true"
     )
     return (
@@ -172,10 +179,10 @@ def _problem_list(config: IndexShards, problems: list[str]) -> str:
 
 
 def print_plan(config: IndexShards) -> None:
-    """Prints how many tars would be read.
+    """Prints the number of tars to be read.
 
     Raises:
-        InputError: there are none, or the output was begun with another config.
+        InputError: if there are no tars, or the output was created with a different config.
     """
     check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
@@ -186,7 +193,7 @@ def print_plan(config: IndexShards) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(IndexShards, run=index_shards, dry_run=print_plan, description=__doc__)
 
 

@@ -1,4 +1,4 @@
-"""The language of a text, by the model that comes with py3langid (Lui and Baldwin 2012)."""
+"""Language detection with py3langid's model (Lui and Baldwin 2012), and script fractions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
 
-# Suggested where a name is misspelt; any script of Unicode can be asked for.
+# Suggested for a misspelt name; any script of Unicode is accepted.
 COMMON_SCRIPTS = (
     *("Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek"),
     *("Gujarati", "Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana"),
@@ -22,20 +22,22 @@ COMMON_SCRIPTS = (
 
 
 def language_of(text: str, *, min_probability: float) -> str | None:
-    """ISO 639 code of the likeliest language; None if it is less probable than asked."""
+    """Returns the ISO 639 code of the likeliest language; None below the minimum probability."""
     language, probability = _language_identifier().classify(text)
     return language if probability >= min_probability else None
 
 
 def check_language(code: str) -> None:
-    """Checks that this is a code which language_of can give.
+    """Checks that `language_of` can return a code.
 
     Raises:
-        ValueError: it is none; names all codes.
+        ValueError: if it cannot; the message lists all codes.
     """
     known = _language_identifier().labels
     if code not in known:
-        raise ValueError(f"{code!r} is no language that can be told; known: {', '.join(known)}")
+        raise ValueError(
+            f"{code!r} is not a language that can be detected; known: {', '.join(known)}"
+        )
 
 
 @lru_cache
@@ -49,7 +51,7 @@ def check_script(name: str) -> None:
     """Checks that Unicode has a script of this name.
 
     Raises:
-        ValueError: it has none; suggests the nearest name.
+        ValueError: if it has none; the message suggests the nearest name.
     """
     try:
         is_known = regex.compile(rf"\p{{Script={name}}}") and regex.fullmatch("[A-Za-z_ ]+", name)
@@ -59,13 +61,13 @@ def check_script(name: str) -> None:
         nearest = difflib.get_close_matches(name.title(), COMMON_SCRIPTS, n=1, cutoff=0.5)
         known = ", ".join(COMMON_SCRIPTS)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"names are {known}, ..."
-        raise ValueError(f"{name!r} is no script of Unicode; {hint}")
+        raise ValueError(f"{name!r} is not a script of Unicode; {hint}")
 
 
 def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
-    """Share of the text's letters that are of these scripts; 1 if there are no letters.
+    """Computes the fraction of a text's letters that belong to scripts; 1 without letters.
 
-    Letters that all scripts share, such as the Japanese mark of long vowels, do not count.
+    Letters common to several scripts, such as the Japanese mark of long vowels, do not count.
     """
     letters, letters_of_scripts = _letter_expressions(scripts)
     if text.isascii() and letters_of_scripts.match("a"):

@@ -1,4 +1,4 @@
-"""Writes the demo's pairs: real files with manifests, to try the whole pipeline on.
+"""Writes the demo's pairs: real files with manifests for trying the whole pipeline.
 
     python -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
 
@@ -35,17 +35,17 @@ from data_prep.demo.item import write_lines, write_split
 from data_prep.demo.sounds import SOUND_PROMPTS, SOUNDS, sound_items
 from data_prep.workers import run_tasks
 
-# Several, of which each epoch draws one: a single caption would be learnt by heart with its clip.
+# Each epoch draws one of several captions; a single one would be memorised with its clip.
 NUM_TRAINING_CAPTIONS = 4
-NUM_TEST_CLIPS = 25  # of each kind of sound
+NUM_TEST_CLIPS = 25  # per kind of sound
 NUM_VALIDATION_CLIPS = 10
 
 
 def make_demo_data(config: DemoData) -> None:
-    """Writes the three sets and says what they are.
+    """Writes the three sets and prints a summary of each.
 
     Raises:
-        InputError: scikit-learn, which brings the digits, is not installed.
+        InputError: if scikit-learn, which provides the digits, is not installed.
     """
     tasks = [(name, config) for name in WRITERS]
     for sentence in run_tasks(_write_set, tasks, workers=config.workers):
@@ -70,7 +70,7 @@ def _write_digits(folder: Path, config: DemoData) -> str:
 def _write_scenes(folder: Path, config: DemoData) -> str:
     known, held_out = scene_combinations(config.seed)
     rng = np.random.default_rng([config.seed, 20])
-    chosen = [known[place] for place in rng.permutation(len(known))[:NUM_VALIDATION_SCENES]]
+    chosen = [known[index] for index in rng.permutation(len(known))[:NUM_VALIDATION_SCENES]]
     splits = {
         "train": (known, config.scenes_per_combination, NUM_TRAINING_CAPTIONS),
         "validation": (chosen, 1, 1),
@@ -81,17 +81,17 @@ def _write_scenes(folder: Path, config: DemoData) -> str:
             folder,
             split,
             scene_items(
-                combinations, copies=copies, num_captions=num, seed=[config.seed, 21 + place]
+                combinations, copies=copies, num_captions=num, seed=[config.seed, 21 + number]
             ),
         )
-        for place, (split, (combinations, copies, num)) in enumerate(splits.items())
+        for number, (split, (combinations, copies, num)) in enumerate(splits.items())
     }
     write_lines(folder / "other_captions.txt", [scene_caption(each, rng) for each in known])
     return _sentence(
         folder,
         counts,
         f"drawn scenes; the test shows {len(held_out)} of {len(known) + len(held_out)} "
-        "combinations of attributes, none of which is in training",
+        "combinations of attributes, and training shows none of these",
     )
 
 
@@ -105,16 +105,16 @@ def _write_sounds(folder: Path, config: DemoData) -> str:
         split: write_split(
             folder,
             split,
-            sound_items(clips_per_sound=clips, num_captions=num, seed=[config.seed, 30 + place]),
+            sound_items(clips_per_sound=clips, num_captions=num, seed=[config.seed, 30 + number]),
         )
-        for place, (split, (clips, num)) in enumerate(splits.items())
+        for number, (split, (clips, num)) in enumerate(splits.items())
     }
     write_lines(folder / "class_names.txt", SOUNDS)
     write_lines(folder / "prompt_templates.txt", SOUND_PROMPTS)
     return _sentence(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
 
 
-# Longest first, so that two processes end together.
+# The longest first, so that two processes finish together.
 WRITERS = {"sounds": _write_sounds, "scenes": _write_scenes, "digits": _write_digits}
 
 
@@ -124,7 +124,7 @@ def _sentence(folder: Path, counts: dict[str, int], what: str) -> str:
 
 
 def print_plan(config: DemoData) -> None:
-    """Prints what would be written."""
+    """Prints the sizes of the sets to be written."""
     known, held_out = scene_combinations(config.seed)
     say(
         f"would write into {config.output}: digits (1,797 pictures), scenes "
@@ -134,7 +134,7 @@ def print_plan(config: DemoData) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(DemoData, run=make_demo_data, dry_run=print_plan, description=__doc__)
 
 

@@ -1,7 +1,7 @@
-"""Runs one task per shard, here or in worker processes, and yields the results as they come.
+"""Runs tasks in this process, in worker processes or in threads, and yields their results.
 
-Processes are started afresh (never forked), and end when the one that started them is killed, so
-that no orphan writes into a folder that another attempt has taken over.
+Worker processes are spawned, never forked. They end when their parent is killed, so that no orphan
+writes into a folder that another attempt has taken over.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from data_prep.errors import RunError
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
-TASKS_AHEAD = 2  # per worker: enough that none waits
+TASKS_AHEAD = 2  # per worker: enough to keep all busy
 ValueT = TypeVar("ValueT")
 
 
 def run_tasks(
     function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT], *, workers: int
 ) -> Iterator[ResultT]:
-    """The result of every task, in any order.
+    """Yields the result of every task, in any order.
 
     Args:
-        function: defined at the top of a module, so that another process can import it.
-        tasks: what it is called with.
-        workers: number of processes; 1 runs everything in this one.
+        function: function defined at the top of a module, so that other processes can import it.
+        tasks: arguments of the calls.
+        workers: number of processes; 1 runs everything in this process.
 
     Raises:
-        RunError: a worker process was killed, most often for want of memory.
+        RunError: if a worker process was killed, most often because memory ran out.
     """
     if workers == 1 or len(tasks) < 2:
         yield from map(function, tasks)
@@ -60,9 +60,9 @@ def run_tasks(
 def run_in_order(
     function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], *, workers: int
 ) -> Iterator[ResultT]:
-    """The result of every task, in the order of the tasks, which are taken as they are needed.
+    """Yields the result of every task, in order; tasks are taken from the iterable as needed.
 
-    Args and errors as run_tasks.
+    Arguments and errors are those of `run_tasks`.
     """
     if workers == 1:
         yield from map(function, tasks)
@@ -111,12 +111,12 @@ def _end_with_parent() -> None:
 def map_ahead(
     function: Callable[[ValueT], ResultT], values: Iterable[ValueT], *, ahead: int
 ) -> Iterator[ResultT]:
-    """The results in order; at most `ahead` are computed or wait at any time.
+    """Yields the results in order; at most `ahead` are computed or waiting at any time.
 
     Args:
-        function: called from threads when `ahead` is above 1.
-        values: taken as they are needed.
-        ahead: number of threads; 1 calls the function here.
+        function: function called from threads if `ahead` is above 1.
+        values: arguments, taken from the iterable as needed.
+        ahead: number of threads; 1 calls the function in this thread.
     """
     if ahead == 1:
         yield from map(function, values)

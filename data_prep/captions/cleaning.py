@@ -1,17 +1,17 @@
-"""Cleans captions, and says which filters would drop them.
+"""Caption cleaning, and the filters of captions.
 
-A caption goes through the steps that its options ask for, in this order, again and again until
-nothing changes any more (so that cleaning a clean caption changes nothing):
+The configured steps run in this order, and are repeated until nothing changes, so that cleaning a
+clean caption changes nothing:
 
-1. wrong encoding repaired (ftfy)
-2. HTML away
-3. web and mail addresses away
-4. Unicode normal form
-5. invisible characters away; white space and control characters to one space
-6. white space of the ends away, always
+1. repair wrong encoding (ftfy)
+2. remove HTML
+3. remove web and mail addresses
+4. convert to a Unicode normal form
+5. remove invisible characters; collapse white space and control characters to one space
+6. strip white space at the ends (always)
 
-Then the filters look at the result. Lengths are in code points; a word is a run of letters and
-digits or, in scripts that are written without spaces (Chinese, Japanese, Thai, ...), one letter.
+The filters then check the result. Lengths are in code points. A word is a run of letters and
+digits or, in scripts written without spaces (Chinese, Japanese, Thai, ...), one letter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_prep.captions.markup import without_addresses, without_html, without_i
 from data_prep.config import CaptionOptions
 from data_prep.languages import language_of, script_fraction
 
-# A caption that is still not clean after so many rounds is mark-up nested on purpose.
+# A caption that still changes after so many rounds is maliciously nested markup.
 MAX_ROUNDS = 50
 _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _ASCII_WORD = re.compile(r"[A-Za-z0-9][\w']*")
@@ -36,19 +36,18 @@ _ASCII_WORD = re.compile(r"[A-Za-z0-9][\w']*")
 
 @dataclass(frozen=True, slots=True)
 class CleanedCaption:
-    """A caption as it is stored, and what filters found in it."""
+    """A caption as stored, and the filters that match it."""
 
     text: str
-    language: str | None  # ISO 639 code; None: not asked for, or too uncertain
-    found: tuple[str, ...]  # filters of pair.FILTER_REASONS that would drop it, in a fixed order
+    language: str | None  # ISO 639 code; None if not requested, or too uncertain
+    found: tuple[str, ...]  # filters (config.FILTER_REASONS) that would drop it, in fixed order
 
 
 class CaptionCleaner:
-    """Cleans captions by fixed options; can be pickled.
+    """Cleans captions with fixed options; can be pickled.
 
-    A caption of nothing but what is cleaned away is empty, and found `caption_too_short`. Without
-    letters, it passes the filter of scripts. One whose language is uncertain does not pass the
-    filter of languages.
+    A caption that cleaning empties is `caption_too_short`. A caption without letters passes the
+    filter of scripts. A caption of uncertain language fails the filter of languages.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -58,7 +57,7 @@ class CaptionCleaner:
         self._boilerplate = tuple(re.compile(expression) for expression in options.boilerplate)
 
     def clean(self, text: str) -> CleanedCaption:
-        """The cleaned caption and what is wrong with it. Never raises."""
+        """Returns the cleaned caption, its language and the matching filters; never raises."""
         text = self._cleaned(text)
         language = None
         if text and (self.options.detect_language or self.options.languages):
@@ -97,7 +96,7 @@ class CaptionCleaner:
         return found
 
     def _num_words(self, text: str) -> int:
-        """Number of words; 1 stands for any number where only blank captions are too short."""
+        """Counts words, only up to 1 if the limits require no more."""
         expression = _ASCII_WORD if text.isascii() else _word_expression()
         if self.options.min_words == 1 and self.options.max_words is None:
             return int(expression.search(text) is not None)
@@ -127,7 +126,7 @@ def _cleaning_steps(options: CaptionOptions) -> tuple[Callable[[str], str], ...]
 
 
 def _untidy_expression(options: CaptionOptions) -> re.Pattern[str]:
-    """What an ASCII caption holds if there may be anything to clean in it: most hold nothing."""
+    """Builds an expression that finds ASCII captions that may need cleaning; most do not."""
     signs = []
     if options.strip_html:
         signs.append("[<&]")
@@ -135,7 +134,7 @@ def _untidy_expression(options: CaptionOptions) -> re.Pattern[str]:
         signs.append(r"\.\w|://")
     if options.collapse_spaces:
         signs.append(r"[\x00-\x1f\x7f]|  ")
-    return re.compile("|".join(signs) or r"(?!)")  # (?!) is found nowhere
+    return re.compile("|".join(signs) or r"(?!)")  # (?!) never matches
 
 
 def _with_right_encoding(text: str) -> str:

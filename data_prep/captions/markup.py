@@ -1,7 +1,7 @@
-"""What does not belong into a caption: HTML, web and mail addresses, invisible characters.
+"""Removal of HTML, web and mail addresses, and invisible characters from captions.
 
-Each function is one step of caption_cleaning, which repeats them until none finds anything more:
-what one step removes may have hidden something from another.
+Each function is one step of `captions.cleaning`, which repeats the steps until nothing changes:
+text that one step removes may have hidden something from another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html.entities import html5
 
 import regex
 
-# Only elements that HTML has or had: <3, <PERSON> of CC12M and <unk> are no mark-up.
+# Only elements that HTML has or had: <3, <PERSON> of CC12M and <unk> are not markup.
 _INLINE_ELEMENTS = (
     "a|abbr|acronym|b|bdi|bdo|big|blink|cite|code|data|del|dfn|em|font|i|ins|kbd|label|mark"
     "|nobr|q|rb|rp|rt|rtc|ruby|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr"
@@ -28,7 +28,7 @@ _BLOCK_ELEMENTS = (
     "|textarea|tfoot|th|thead|title|tr|track|ul|video|xmp"
 )
 
-# Quantifiers are possessive and quoted values bounded, so that no caption takes quadratic time.
+# Possessive quantifiers and bounded quoted values keep every caption from quadratic time.
 _ATTRIBUTES = r"""(?:\s(?:[^<>"'=]++|=\s*+"[^"]{0,2000}+"|=\s*+'[^']{0,2000}+'|["'=])*+)?/?"""
 _HIDDEN = re.compile(
     rf"<!--.*?(?:-->|\Z)|<[!?][a-zA-Z\[][^<>]*+>"
@@ -37,16 +37,16 @@ _HIDDEN = re.compile(
 )
 _INLINE_TAG = re.compile(rf"</?(?:{_INLINE_ELEMENTS}){_ATTRIBUTES}>", re.IGNORECASE)
 _BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK_ELEMENTS}){_ATTRIBUTES}>", re.IGNORECASE)
-# Without a semicolon only the commonest, because of texts such as "black&white".
+# Only the most common ones may lack the semicolon, because of texts such as "black&white".
 _CHARACTER_REFERENCE = re.compile(
     r"&(?:#(?:\d{1,8}|[xX][0-9a-fA-F]{1,8});|[a-zA-Z][a-zA-Z0-9]{1,31};|(?:amp|gt|lt|nbsp|quot)\b)"
 )
 
 
 def without_html(text: str) -> str:
-    """The text without tags, comments, scripts and styles, and with &amp; and the like resolved.
+    """Removes tags, comments, scripts and styles, and resolves references such as &amp;.
 
-    What is no mark-up stays: `a < b`, `<3`, `<PERSON>`.
+    Text that is not markup stays: `a < b`, `<3`, `<PERSON>`.
     """
     if "<" in text:
         text = _HIDDEN.sub(" ", text)
@@ -65,19 +65,21 @@ def _referenced_character(match: re.Match[str]) -> str:
     return html5.get(name, reference)
 
 
-# A run without white space in which an address may be: most captions are spared the slow search.
+# A run without white space that may contain an address; it spares most captions the slow search.
 _MAY_HOLD_ADDRESS = re.compile(r"(?<!\S)\S*?(?:\.\w|://)\S*")
 
 
 @lru_cache
 def _address_expression() -> regex.Pattern[str]:
-    # Letters of scripts that are written without spaces end an address: the sentence goes on.
+    # Letters of scripts written without spaces end an address, because the sentence continues.
     character = (
         r"[[\w\-.~:/?\#@!$&'*+,;=%\[\]]"
         r"--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]"
     )
-    in_brackets = rf"\({character}*\)"  # as Wikipedia has them
-    last = rf"[{character}--[.,;:!?'\[\]]]"  # what else follows an address is the sentence's
+    in_brackets = rf"\({character}*\)"  # as in Wikipedia's addresses
+    last = (
+        rf"[{character}--[.,;:!?'\[\]]]"  # other characters after an address belong to the sentence
+    )
     rest = rf"(?:{character}|{in_brackets})*(?:{last}|{in_brackets})"
     label = r"[\p{L}\p{N}][\p{L}\p{N}\-]{0,62}"
     return regex.compile(
@@ -95,21 +97,21 @@ def _address_expression() -> regex.Pattern[str]:
 
 
 def without_addresses(text: str) -> str:
-    """The text without web addresses (http://..., www..., example.com/...) and mail addresses."""
+    """Removes web addresses (http://..., www..., example.com/...) and mail addresses."""
     return _MAY_HOLD_ADDRESS.sub(lambda run: _address_expression().sub(" ", run[0]), text)
 
 
 _SPACES = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
-# A flag that is written with tags, such as England's; then what is looked at one by one: soft
-# hyphen, zero-width spaces, joiners, direction marks, byte order mark, deprecated format
-# characters, annotation anchors, other tags, and halves of surrogate pairs.
+# First flags written with tags, such as England's. Then single characters: soft hyphen, zero-width
+# spaces, joiners, direction marks, byte order mark, deprecated format characters, annotation
+# anchors, other tags, and halves of surrogate pairs.
 _INVISIBLE = re.compile(
     "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]+\U000e007f"
     "|[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0001\U000e0020-\U000e007f]"
 )
 _ZERO_WIDTH_NON_JOINER, _ZERO_WIDTH_JOINER = "\u200c\u200d"
-# Where joiners tell words apart. A mark may belong to several scripts: Script_Extensions.
+# Scripts in which joiners distinguish words. A mark may belong to several (Script_Extensions).
 _JOINING_SCRIPTS = (
     "Arabic Bengali Devanagari Gujarati Gurmukhi Kannada Khmer Malayalam Mandaic Manichaean"
     " Mongolian Myanmar Nko Oriya Sinhala Syriac Tamil Telugu Tibetan"
@@ -117,10 +119,10 @@ _JOINING_SCRIPTS = (
 
 
 def without_invisible(text: str) -> str:
-    """The text without what is not seen; white space and control characters become one space.
+    """Removes invisible characters; collapses white space and control characters to one space.
 
-    Joiners stay where they change what is seen: inside an emoji, and in scripts such as Arabic and
-    Devanagari.
+    Joiners stay where they change the visible text: inside an emoji, and in scripts such as Arabic
+    and Devanagari.
     """
     if not text.isascii():
         text = _INVISIBLE.sub(_visible_part, text)
@@ -143,7 +145,10 @@ def _visible_part(match: re.Match[str]) -> str:
 
 @lru_cache
 def _joiner_expressions() -> tuple[regex.Pattern[str], ...]:
-    """What joiners may follow in a script, what they may follow and precede in an emoji."""
+    """Builds expressions for the characters next to a joiner.
+
+    In order: before it in a script, before it in an emoji, after it in an emoji.
+    """
     scripts = "".join(rf"\p{{scx={script}}}" for script in _JOINING_SCRIPTS.split())
     pictograph = r"\p{Extended_Pictographic}"
     expressions = (

@@ -1,8 +1,8 @@
-"""The pictures of the demo: handwritten digits, and drawn scenes that test composition.
+"""Images of the demo: handwritten digits, and drawn scenes that test composition.
 
-A scene is one shape with a colour, a size, a place and a texture. Some combinations of the five are
-held out of training entirely, while every pair of values (a red star, something small and striped)
-still occurs there: who retrieves a held-out scene has put known parts together in a new way.
+A scene is one shape with a colour, a size, a position and a texture. Some combinations of the five
+are held out of training, while every pair of values (a red star, something small and striped)
+occurs there. Retrieving a held-out scene therefore requires a new combination of known parts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from data_prep.demo.item import DemoItem
 from data_prep.errors import InputError
 
 PICTURE_PIXELS = 32  # height and width
-OVERSAMPLING = 4  # shapes are drawn this much larger, and reduced
+OVERSAMPLING = 4  # factor by which shapes are drawn larger and then reduced
 
-# Every attribute: value -> the words that captions use for it.
+# Each attribute: value -> its words in captions.
 SHAPES = {
     "circle": ("circle", "disc"),
     "square": ("square",),
@@ -94,20 +94,20 @@ NUM_VALIDATION_DIGITS = 100
 
 
 def scene_combinations(seed: int) -> tuple[list[Combination], list[Combination]]:
-    """(combinations for training, held-out combinations); every pair of values is in the first."""
+    """Returns training and held-out combinations; training has every pair of values."""
     combinations = list(itertools.product(*ATTRIBUTES))
     order = np.random.default_rng([seed, 0]).permutation(len(combinations))
     num_left = Counter(pair for combination in combinations for pair in _value_pairs(combination))
     num_total = dict(num_left)
     held_out: set[Combination] = set()
-    for place in order:
-        pairs = _value_pairs(combinations[place])
+    for index in order:
+        pairs = _value_pairs(combinations[index])
         # At least three quarters of the scenes that show a pair of values stay in training.
         if len(held_out) < NUM_HELD_OUT and all(
             4 * (num_left[pair] - 1) >= 3 * num_total[pair] for pair in pairs
         ):
             num_left.subtract(pairs)
-            held_out.add(combinations[place])
+            held_out.add(combinations[index])
     kept = [combination for combination in combinations if combination not in held_out]
     return kept, [combination for combination in combinations if combination in held_out]
 
@@ -119,18 +119,18 @@ def _value_pairs(combination: Combination) -> list[tuple[str, str]]:
 def scene_items(
     combinations: Sequence[Combination], *, copies: int, num_captions: int, seed: Sequence[int]
 ) -> Iterator[DemoItem]:
-    """New pictures of the given combinations, `copies` of each, in mixed order."""
+    """Yields new images of the combinations, `copies` of each, in mixed order."""
     every = [combination for combination in combinations for _ in range(copies)]
     order = np.random.default_rng(seed).permutation(len(every))
-    for number, place in enumerate(order):
+    for number, index in enumerate(order):
         rng = np.random.default_rng([*seed, number])
-        picture = draw_scene(every[place], rng)
-        captions = [scene_caption(every[place], rng) for _ in range(num_captions)]
+        picture = draw_scene(every[index], rng)
+        captions = [scene_caption(every[index], rng) for _ in range(num_captions)]
         yield DemoItem(f"{number:05d}.png", _png(picture), tuple(dict.fromkeys(captions)))
 
 
 def scene_caption(combination: Combination, rng: np.random.Generator) -> str:
-    """One of many sentences that name all five attributes."""
+    """Returns one of many sentences that name all five attributes."""
     names = ("shape", "colour", "size", "position", "texture")
     words = {
         name: _choose(known[value], rng)
@@ -141,7 +141,7 @@ def scene_caption(combination: Combination, rng: np.random.Generator) -> str:
 
 
 def draw_scene(combination: Combination, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [PICTURE_PIXELS, PICTURE_PIXELS, 3]: the scene with jittered place, size and colour."""
+    """Draws a scene with jittered position, size and colour: uint8 [H, Wd, 3]."""
     shape, colour, size, position, texture = combination
     radius = rng.uniform(*RADII[size])
     centre = np.add(CENTRES[position], rng.uniform(-1.5, 1.5, 2))
@@ -155,7 +155,7 @@ def draw_scene(combination: Combination, rng: np.random.Generator) -> np.ndarray
 
 
 def _corners(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """[corners, 2] of a shape of radius about 1 around the origin, slightly turned."""
+    """Returns [corners, 2] of a slightly rotated shape of radius about 1 around the origin."""
     if shape == "cross":
         arm, tip = 0.34, 1.0
         quarter = [(arm, -tip), (arm, -arm), (tip, -arm)]
@@ -183,7 +183,7 @@ def _turned(point: tuple[float, float], degrees: float) -> tuple[float, float]:
 def _coverage(
     corners: np.ndarray, texture: str, radius: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """[H, Wd] in [0, 1]: how much of each pixel is painted."""
+    """Returns the painted fraction of each pixel: [H, Wd] in [0, 1]."""
     canvas = Image.new("L", (PICTURE_PIXELS * OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     points = [tuple(point) for point in corners * OVERSAMPLING]
@@ -203,11 +203,11 @@ def _stripes(radius: float, rng: np.random.Generator) -> np.ndarray:
     down, right = np.mgrid[: PICTURE_PIXELS * OVERSAMPLING, : PICTURE_PIXELS * OVERSAMPLING]
     angle = np.radians(rng.choice([0, 45, 90, 135]) + rng.uniform(-5, 5))
     phase = (down * np.cos(angle) + right * np.sin(angle)) / period + rng.uniform()
-    return np.where(phase % 1 < 0.55, 1.0, 0.3)  # gaps let some paint through: the shape stays
+    return np.where(phase % 1 < 0.55, 1.0, 0.3)  # some paint in the gaps keeps the shape visible
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """[H, Wd, 3]: a dull colour with a gradient, blotches and grain."""
+    """Returns [H, Wd, 3]: a dull colour with a gradient, blotches and grain."""
     base = rng.uniform(0.1, 0.42) + rng.uniform(-0.06, 0.06, 3)
     down, right = np.mgrid[-1 : 1 : PICTURE_PIXELS * 1j, -1 : 1 : PICTURE_PIXELS * 1j]
     slope = rng.uniform(-0.1, 0.1, 2)
@@ -220,42 +220,42 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def digit_splits(seed: int) -> dict[str, list[DemoItem]]:
-    """{"train", "validation", "test"}: scikit-learn's digits, equally many of each in each split.
+    """Splits scikit-learn's digits into train, validation and test, balanced by class.
 
     Raises:
-        InputError: scikit-learn is not installed.
+        InputError: if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise InputError(
-            "the handwritten digits come with scikit-learn: pip install 'isopair[demo]'"
+            "the handwritten digits require scikit-learn: pip install 'isopair[demo]'"
         ) from None
     digits = load_digits()
     rng = np.random.default_rng([seed, 1])
     order = _alternate_classes(rng.permutation(len(digits.target)), digits.target)
     validation_end = NUM_TEST_DIGITS + NUM_VALIDATION_DIGITS
-    places = {
+    indices = {
         "train": order[validation_end:],
         "validation": order[NUM_TEST_DIGITS:validation_end],
         "test": order[:NUM_TEST_DIGITS],
     }
     return {
         split: [
-            _digit_item(number, digits.images[place], int(digits.target[place]), rng)
-            for number, place in enumerate(chosen)
+            _digit_item(number, digits.images[index], int(digits.target[index]), rng)
+            for number, index in enumerate(chosen)
         ]
-        for split, chosen in places.items()
+        for split, chosen in indices.items()
     }
 
 
 def _alternate_classes(order: np.ndarray, targets: np.ndarray) -> list[int]:
-    """The same places, the first of every class, then the second of every class, and so on."""
+    """Reorders indices: the first of every class, then the second of every class, and so on."""
     num_seen: Counter[int] = Counter()
     ranks = {}
-    for place in order:
-        ranks[int(place)] = num_seen[targets[place]]
-        num_seen[targets[place]] += 1
+    for index in order:
+        ranks[int(index)] = num_seen[targets[index]]
+        num_seen[targets[index]] += 1
     return sorted(ranks, key=ranks.__getitem__)
 
 

@@ -1,6 +1,6 @@
-"""The sounds of the demo: twelve kinds, synthesised with varied parameters over background noise.
+"""Sounds of the demo: twelve kinds, synthesised with varied parameters over background noise.
 
-Some are easy to mix up on purpose: rain and wind, ticking and knocking, siren, whistle and birds.
+Some are easy to confuse on purpose: rain and wind, ticking and knocking, siren, whistle and birds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _time(num_samples: int) -> np.ndarray:
 
 
 def _tone(frequency_hz: np.ndarray | float, num_samples: int) -> np.ndarray:
-    """A sine whose frequency may change from sample to sample."""
+    """Returns a sine whose frequency may change from sample to sample."""
     return np.sin(
         2 * np.pi * np.cumsum(np.broadcast_to(frequency_hz, num_samples)) / SAMPLE_RATE_HZ
     )
@@ -43,8 +43,8 @@ def _tone(frequency_hz: np.ndarray | float, num_samples: int) -> np.ndarray:
 def _noise(
     num_samples: int, rng: np.random.Generator, *, low_hz: float, high_hz: float, tilt: float = 0
 ) -> np.ndarray:
-    """Noise of unit power between two frequencies; its amplitude falls as frequency ** -tilt."""
-    padded = 1 << (num_samples - 1).bit_length()  # a power of two transforms many times faster
+    """Returns noise of unit power in a band; its amplitude falls as frequency ** -tilt."""
+    padded = 1 << (num_samples - 1).bit_length()  # the transform of a power of two is much faster
     frequency = np.fft.rfftfreq(padded, 1 / SAMPLE_RATE_HZ) + 1e-9
     shape = (frequency / 1000) ** -tilt / (1 + (low_hz / frequency) ** 4)
     spectrum = (
@@ -55,7 +55,7 @@ def _noise(
 
 
 def _place(clip: np.ndarray, event: np.ndarray, start_seconds: float) -> None:
-    """Adds an event to a clip; what does not fit is cut."""
+    """Adds an event to a clip, and truncates it at the clip's end."""
     start = int(start_seconds * SAMPLE_RATE_HZ)
     room = max(len(clip) - start, 0)
     clip[start : start + len(event)] += event[:room]
@@ -189,8 +189,8 @@ def _engine(num_samples: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _alarm(num_samples: int, rng: np.random.Generator) -> np.ndarray:
-    period, share = rng.uniform(0.15, 0.6), rng.uniform(0.4, 0.7)
-    is_on = (_time(num_samples) / period + rng.random()) % 1 < share
+    period, fraction = rng.uniform(0.15, 0.6), rng.uniform(0.4, 0.7)
+    is_on = (_time(num_samples) / period + rng.random()) % 1 < fraction
     pitch = rng.uniform(900, 2600)
     beep = _tone(pitch, num_samples) + rng.uniform(0, 0.5) * _tone(3 * pitch % 7500, num_samples)
     return beep * np.convolve(is_on, np.ones(80) / 80, mode="same")
@@ -210,7 +210,7 @@ def _barking(num_samples: int, rng: np.random.Generator) -> np.ndarray:
     return clip
 
 
-# Class name -> (synthesis, what captions call it).
+# Class name -> (synthesis, phrases in captions).
 SOUNDS = {
     "rain": (_rain, ("rain", "rain falling", "a rain shower", "raindrops")),
     "wind": (_wind, ("wind", "wind blowing", "a gust of wind", "stormy wind")),
@@ -236,11 +236,11 @@ SOUNDS = {
 def sound_items(
     *, clips_per_sound: int, num_captions: int, seed: Sequence[int]
 ) -> Iterator[DemoItem]:
-    """New clips of every kind, in mixed order, as WAV and FLAC by turns."""
+    """Yields new clips of every kind, in mixed order, alternating WAV and FLAC."""
     kinds = [kind for kind in SOUNDS for _ in range(clips_per_sound)]
     order = np.random.default_rng(seed).permutation(len(kinds))
-    for number, place in enumerate(order):
-        kind, rng = kinds[place], np.random.default_rng([*seed, number])
+    for number, index in enumerate(order):
+        kind, rng = kinds[index], np.random.default_rng([*seed, number])
         captions = [sound_caption(kind, rng) for _ in range(num_captions)]
         extension = ("wav", "flac")[number % 2]
         content = encode_sound(synthesise(kind, rng), extension)
@@ -248,14 +248,14 @@ def sound_items(
 
 
 def sound_caption(kind: str, rng: np.random.Generator) -> str:
-    """One of the many ways to say what is heard."""
+    """Returns one of many captions for a kind of sound."""
     phrases = SOUNDS[kind][1]
     template = SOUND_TEMPLATES[rng.integers(len(SOUND_TEMPLATES))]
     return template.format(phrases[rng.integers(len(phrases))])
 
 
 def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """float64 [samples] in [-1, 1]: one clip of a kind, over noise, at some level."""
+    """Synthesizes a clip of a kind over noise, at a random level: float64 [samples] in [-1, 1]."""
     num_samples = int(rng.uniform(*CLIP_SECONDS) * SAMPLE_RATE_HZ)
     clip = SOUNDS[kind][0](num_samples, rng)
     clip = clip / np.sqrt(np.mean(clip**2))
@@ -265,7 +265,7 @@ def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def encode_sound(clip: np.ndarray, extension: str) -> bytes:
-    """A 16-bit file of the clip."""
+    """Encodes a clip as a 16-bit file."""
     import soundfile
 
     sink = io.BytesIO()

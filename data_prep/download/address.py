@@ -1,4 +1,4 @@
-"""Web addresses: their parts, fit for requests, and which hosts are on the public internet."""
+"""Web addresses: parsing for requests, and the test for hosts on the public internet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses written as IPv6 (
 
 
 class DownloadError(BadItemError):
-    """A URL gives no media.
+    """A URL cannot be downloaded.
 
     Args:
-        reason: stable word for counting.
-        detail: what happened. Holds no URL: it may hold a password.
-        is_transient: may it end otherwise at another time?
-        status: of the response, if there was one.
-        retry_after_seconds: wait that the server asks for.
+        reason: stable word under which the failure is counted.
+        detail: description of the failure, without the URL, which may contain a password.
+        is_transient: True if another attempt may succeed.
+        status: HTTP status of the response, if there was one.
+        retry_after_seconds: delay that the server asks for.
     """
 
     def __init__(
@@ -44,30 +44,31 @@ class DownloadError(BadItemError):
 
 @dataclass(frozen=True, slots=True)
 class WebAddress:
-    """An http or https URL, percent-encoded, its password kept apart."""
+    """A percent-encoded http or https URL, with its password in a separate field."""
 
     scheme: str
     host: str
     port: int
     target: str  # path and query
-    authorization: str | None  # value of the header
+    authorization: str | None  # value of the header Authorization
 
     @property
     def origin(self) -> str:
+        """Scheme, host and port."""
         port = "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
         return f"{self.scheme}://{self.host}{port}"
 
     @property
     def url(self) -> str:
-        """Without user name and password."""
+        """The URL without user name and password."""
         return self.origin + self.target
 
 
 def parse_address(url: str) -> WebAddress:
-    """The parts of an absolute http or https URL; characters that need it are percent-encoded.
+    """Parses an absolute http or https URL, and percent-encodes characters where necessary.
 
     Raises:
-        DownloadError: it is something else (download_bad_url).
+        DownloadError: if the text is not such a URL (download_bad_url).
     """
     if len(url) > MAX_URL_CHARACTERS:
         raise DownloadError(
@@ -76,7 +77,7 @@ def parse_address(url: str) -> WebAddress:
     try:
         parts = parse_url(url.strip())
     except (LocationParseError, UnicodeError, ValueError):
-        raise DownloadError("download_bad_url", "not readable as a URL") from None
+        raise DownloadError("download_bad_url", "not a valid URL") from None
     if parts.scheme not in DEFAULT_PORTS:
         raise DownloadError(
             "download_bad_url", f"expected http:// or https://, found {parts.scheme}"
@@ -100,13 +101,14 @@ def _basic_authorization(user_and_password: str) -> str:
 
 
 def redirected_address(address: WebAddress, location: str) -> WebAddress:
-    """Where a redirect leads. A password goes on only to the host that it was given for.
+    """Resolves the target of a redirect; a password is sent only to its own host.
 
     Args:
-        location: value of the header Location, as http.client gives it: bytes taken as Latin-1.
+        address: address that redirects.
+        location: value of the header Location, with bytes decoded as Latin-1 by http.client.
 
     Raises:
-        DownloadError: it leads to no http or https URL (download_bad_url).
+        DownloadError: if the target is not an http or https URL (download_bad_url).
     """
     text = location.encode("latin-1", "replace").decode("utf-8", "replace")
     try:
@@ -121,7 +123,7 @@ def redirected_address(address: WebAddress, location: str) -> WebAddress:
 
 
 def is_public(ip_address: str) -> bool:
-    """Whether an IP address is on the public internet, also where one is wrapped in another."""
+    """Returns True for an IP address on the public internet, also if IPv6 wraps an IPv4 one."""
     address = ipaddress.ip_address(ip_address.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         wrapped = address.ipv4_mapped or address.sixtofour

@@ -1,4 +1,4 @@
-"""The body of a web response on its way into a file, never longer than allowed."""
+"""Writes the body of a web response into a file, up to a maximum length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib3 import BaseHTTPResponse
 from data_prep.download.address import DownloadError
 from data_prep.download.cache import DownloadCache
 
-PIECE_BYTES = 65_536
+CHUNK_BYTES = 65_536
 
 
 class ResponseBody:
@@ -20,9 +20,9 @@ class ResponseBody:
 
     Args:
         path: file to write.
-        max_bytes: longest body, after decompression.
-        cut: end a longer body there, instead of refusing it.
-        cache: folder of the file, for what is said when its disk is full.
+        max_bytes: maximum length of the body, after decompression.
+        cut: truncate a longer body, instead of rejecting it.
+        cache: cache that contains the file, for messages about its disk.
     """
 
     def __init__(self, path: str, *, max_bytes: int, cut: bool, cache: DownloadCache):
@@ -34,35 +34,37 @@ class ResponseBody:
         self.sha256 = hashlib.sha256()
 
     def read(self, response: BaseHTTPResponse) -> None:
-        """
+        """Reads the whole body.
+
         Raises:
-            DownloadError: it is too large, ends early, or is encoded otherwise than gzip.
-            RunError: the disk is full, or broken.
+            DownloadError: if the body is too large, ends early, or has an encoding other than
+                gzip or deflate.
+            RunError: if the disk is full or fails.
         """
         length = response.length_remaining
         if length is not None and length > self._max_bytes and not self._cut:
             raise self._too_large(f"{length} bytes announced")
-        pieces = _pieces(response)
+        chunks = _chunks(response)
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
-            pieces = _decoded(pieces, encoding)
+            chunks = _decoded(chunks, encoding)
         with self._cache.disk_errors():
             file = open(self._path, "wb", buffering=0)  # noqa: PTH123, SIM115
         with file:
-            for piece in pieces:
-                if not self._write(piece, file):
+            for chunk in chunks:
+                if not self._write(chunk, file):
                     return
 
-    def _write(self, piece: bytes, file: FileIO) -> bool:
-        """Whether more is wanted."""
+    def _write(self, chunk: bytes, file: FileIO) -> bool:
+        """Writes a chunk; returns True if more may follow."""
         room = self._max_bytes - self.num_bytes
-        if len(piece) > room and not self._cut:
-            raise self._too_large("more came")
-        piece = piece[:room]
-        self.sha256.update(piece)
-        self.num_bytes += len(piece)
+        if len(chunk) > room and not self._cut:
+            raise self._too_large("more received")
+        chunk = chunk[:room]
+        self.sha256.update(chunk)
+        self.num_bytes += len(chunk)
         with self._cache.disk_errors():
-            unwritten = memoryview(piece)
+            unwritten = memoryview(chunk)
             while unwritten:
                 unwritten = unwritten[file.write(unwritten) :]
         return self.num_bytes < self._max_bytes or not self._cut
@@ -71,22 +73,22 @@ class ResponseBody:
         return DownloadError("download_too_large", f"at most {self._max_bytes} bytes; {found}")
 
 
-def _pieces(response: BaseHTTPResponse) -> Iterator[bytes]:
-    """The body as it comes: read1 gives what is there, so that slow servers are noticed."""
-    while piece := response.read1(PIECE_BYTES):
-        yield piece
+def _chunks(response: BaseHTTPResponse) -> Iterator[bytes]:
+    """Yields the body as it arrives: read1 returns what is there, so slow servers are noticed."""
+    while chunk := response.read1(CHUNK_BYTES):
+        yield chunk
 
 
-def _decoded(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """The decompressed body in small pieces: a bomb does not come to fill the memory."""
+def _decoded(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """Yields the decompressed body in small chunks, so that a bomb cannot fill the memory."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise DownloadError("download_http_error", f"Content-Encoding {encoding}: not asked for")
+        raise DownloadError("download_http_error", f"Content-Encoding {encoding}: not requested")
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip's header or zlib's
     try:
-        for piece in pieces:
-            while piece:
-                yield decompressor.decompress(piece, PIECE_BYTES)
-                piece = decompressor.unconsumed_tail
+        for chunk in chunks:
+            while chunk:
+                yield decompressor.decompress(chunk, CHUNK_BYTES)
+                chunk = decompressor.unconsumed_tail
     except zlib.error as error:
         raise DownloadError(
             "download_http_error", f"Content-Encoding {encoding}: {error}"

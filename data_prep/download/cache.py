@@ -1,17 +1,17 @@
-"""The folder in which downloads are kept, so that no URL is fetched twice.
+"""Cache folder of downloads, which keeps a URL from being fetched twice.
 
-    ab/ab12...          body of the URL with this sha256, if there was one and it was not forgotten
-    ab/ab12...json      what became of the URL: written last
+    ab/ab12...          body of the URL with this sha256, if it has one and was not forgotten
+    ab/ab12...json      record of the outcome: written last
     urls.lock           one byte is locked for each URL that is being fetched
-    hosts.lock          and for each place of a host that is taken
+    hosts.lock          one byte is locked for each connection in use, by host
 
-Neither file needs a temporary name or a flush to disk: what a killed process or a power cut leaves
-of a record is no JSON, and what is left of a body has not the sha256 of its record. Either way the
-URL counts as not fetched.
+Neither file needs a temporary name or a flush to disk. After a kill or a power cut, a partial
+record is not valid JSON, and a partial body does not match its sha256. Either way, the URL counts
+as not fetched.
 
-Locks are POSIX ones of single bytes: the system lets go of them when a process dies, and no file is
-made for each. Where the file system locks nothing, processes that share the folder may fetch a URL
-twice, and do not share a host's places.
+The locks are POSIX locks of single bytes. The system releases them when a process dies, and they
+need no file each. On a file system without locks, processes may fetch a URL twice, and each of them
+counts its connections to a host separately.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from data_prep.errors import RunError
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_TRIES = 0.02  # for a lock that another process holds
+SECONDS_BETWEEN_TRIES = 0.02  # to take a lock that another process holds
 
 
 class DownloadsEnded(Exception):
-    """The downloader was closed while this was under way."""
+    """The downloader was closed during an operation."""
 
 
 @dataclass(frozen=True)
 class FetchRecord:
-    """What became of a URL."""
+    """The outcome of fetching a URL."""
 
-    reason: str | None = None  # why there is no body
+    reason: str | None = None  # why there is no body; None if there is one
     detail: str = ""
     is_transient: bool = False
     status: int | None = None
     num_bytes: int = 0
     sha256: str = ""
-    max_bytes: int = 0  # the limit that counted
-    time: float = 0.0  # seconds since 1970, of the end
+    max_bytes: int = 0  # limit that applied
+    time: float = 0.0  # end of the download, in seconds since 1970
 
 
 class DownloadCache:
-    """Records, bodies and locks of one folder; one of them in a process.
+    """Records, bodies and locks of one folder; at most one instance per process.
 
     Args:
-        folder: is made.
-        closed: whoever waits for a lock stops when it is set.
+        folder: folder of the cache, created if it is missing.
+        closed: event that ends all waiting for locks.
     """
 
     def __init__(self, folder: Path, *, closed: threading.Event):
@@ -71,15 +71,16 @@ class DownloadCache:
             self._host_locks = ByteLocks(folder / "hosts.lock", closed=closed)
 
     def close(self) -> None:
+        """Closes the lock files."""
         self._url_locks.close()
         self._host_locks.close()
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
-        """Errors of the folder's disk end the run; that a file is not there is none.
+        """Converts errors of the folder's disk to a RunError; a missing file passes through.
 
         Raises:
-            RunError: naming the folder and what to do.
+            RunError: if the disk fails; the message names the folder and a remedy.
         """
         try:
             yield
@@ -87,12 +88,13 @@ class DownloadCache:
             raise
         except OSError as error:
             raise RunError(
-                f"{self.folder}: downloads cannot be kept here: {error.strerror or error}; make "
-                "room or mend the disk, and run the same command again: what was fetched is kept"
+                f"{self.folder}: downloads cannot be kept here: {error.strerror or error}; free "
+                "space or repair the disk, and run the same command again: finished downloads are "
+                "kept"
             ) from error
 
     def body_path(self, url: str) -> str:
-        """Where the body is, or is to be written by the holder of the URL's lock."""
+        """Returns the path of a URL's body; only the holder of the URL's lock writes it."""
         name = _digest(url).hex()
         folder = f"{self.folder}/{name[:2]}"
         if name[:2] not in self._made_folders:
@@ -102,10 +104,11 @@ class DownloadCache:
         return f"{folder}/{name}"
 
     def has_body(self, url: str) -> bool:
+        """Returns True if the body of a URL exists."""
         return os.path.exists(self.body_path(url))  # noqa: PTH110 - in a hot path
 
     def read_record(self, url: str) -> FetchRecord | None:
-        """What became of the URL; None: nothing yet, or the record is damaged."""
+        """Reads the record of a URL; None if there is none, or it is damaged."""
         content = self._read(f"{self.body_path(url)}.json")
         try:
             return None if content is None else FetchRecord(**json.loads(content))
@@ -113,7 +116,7 @@ class DownloadCache:
             return None
 
     def read_body(self, url: str, record: FetchRecord) -> bytes | None:
-        """The body; None: it is gone, or is not the one that was recorded."""
+        """Reads the body of a URL; None if it is missing, or differs from its record."""
         content = self._read(self.body_path(url))
         if content is None or hashlib.sha256(content).hexdigest() != record.sha256:
             return None
@@ -127,7 +130,7 @@ class DownloadCache:
             return None
 
     def write_record(self, url: str, record: FetchRecord) -> None:
-        """Keeps what became of a URL, whose body, if it has one, is written."""
+        """Writes the record of a URL, after its body."""
         if record.reason is not None:
             self.forget_body(url)
         content = json.dumps(vars(record))
@@ -135,15 +138,16 @@ class DownloadCache:
             file.write(content)
 
     def forget_body(self, url: str) -> None:
+        """Deletes the body of a URL, if it exists."""
         with contextlib.suppress(FileNotFoundError), self.disk_errors():
             os.unlink(self.body_path(url))  # noqa: PTH108
 
     def url_lock(self, url: str) -> AbstractContextManager[None]:
-        """Held by one thread of all processes at a time."""
+        """Returns the lock of a URL, which one thread of all processes can hold at a time."""
         return self._url_locks.hold([_place(url)])
 
     def host_place(self, host: str, *, num_places: int) -> AbstractContextManager[None]:
-        """One of the places of a host, of which no more are taken at a time by all processes."""
+        """Returns the lock of a connection to a host; all processes share `num_places` of them."""
         first = _place(host)
         return self._host_locks.hold(range(first, first + num_places))
 
@@ -152,27 +156,28 @@ class ByteLocks:
     """Locks of single bytes of a file, between threads and between processes.
 
     Args:
-        path: is made; never holds anything.
-        closed: whoever waits for a lock stops when it is set.
+        path: lock file, created if it is missing; always empty.
+        closed: event that ends all waiting for locks.
     """
 
     def __init__(self, path: Path, *, closed: threading.Event):
         self._path = path
         self._closed = closed
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._held: set[int] = set()  # by threads of this process, which the file knows as one
+        self._held: set[int] = set()  # by threads of this process, which the system treats as one
         self._changed = threading.Condition()
         self._has_warned = False
 
     def close(self) -> None:
+        """Closes the lock file, which releases its locks."""
         os.close(self._descriptor)
 
     @contextmanager
     def hold(self, places: Sequence[int]) -> Iterator[None]:
-        """Waits until the byte at one of these places is free, and holds its lock.
+        """Waits until one of these bytes is free, and holds its lock.
 
         Raises:
-            DownloadsEnded: in the meantime the downloader was closed.
+            DownloadsEnded: if the downloader was closed in the meantime.
         """
         with self._changed:
             while (held := self._try(places)) is None:
@@ -199,7 +204,7 @@ class ByteLocks:
             fcntl.lockf(self._descriptor, kind, 1, place)
         except (BlockingIOError, PermissionError):  # another process holds it
             return False
-        except OSError as error:  # some network file systems lock nothing
+        except OSError as error:  # some network file systems do not support locks
             if not self._has_warned:
                 message = "%s: cannot be locked (%s); run one process at a time"
                 log.warning(message, self._path, error)

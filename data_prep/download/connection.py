@@ -1,11 +1,11 @@
-"""Connections to web servers that end in time, and that do not reach into the local network.
+"""Connections to web servers with a total time limit, and without access to the local network.
 
-A time-out of a socket starts anew with every byte. So a watch ends each exchange (a request and
-its response) that is not over at its deadline, by shutting its socket down; and all of them, at
-once, when it is closed.
+The timeout of a socket restarts with every byte. Therefore a watch shuts down the socket of each
+exchange (a request and its response) that misses its deadline. When the watch is closed, it ends
+all exchanges at once.
 
-Where a host's name leads is looked up once per connection, and the very addresses that were
-checked are connected to: a name that leads elsewhere a moment later gains nothing.
+A host name is resolved once per connection, and the connection uses the very addresses that were
+checked. A name that resolves differently a moment later (DNS rebinding) has no effect.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SECONDS_BETWEEN_LOOKS = 0.1
 class Exchange:
     """A request and its response, on one thread."""
 
-    deadline: float  # of time.monotonic
-    socket: socket.socket | None = None  # of its own, of the connection it goes over
+    deadline: float  # in the time of time.monotonic
+    socket: socket.socket | None = None  # duplicate of the connection's socket
     is_overdue: bool = False
 
 
 class ConnectionWatch:
-    """Ends exchanges at their deadline, from a thread of its own."""
+    """Ends overdue exchanges, from its own thread."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
@@ -52,7 +52,7 @@ class ConnectionWatch:
 
     @contextmanager
     def exchange(self, seconds: float) -> Iterator[Exchange]:
-        """Within it, this thread's sockets end after so many seconds."""
+        """Limits the time of this thread's exchange to a number of seconds."""
         exchange = Exchange(time.monotonic() + seconds)
         with self._lock:
             self._exchanges[threading.get_ident()] = exchange
@@ -65,9 +65,9 @@ class ConnectionWatch:
                     exchange.socket.close()
 
     def begin(self, connection: socket.socket) -> None:
-        """This thread's exchange goes over this connection.
+        """Registers the connection that this thread's exchange uses.
 
-        It is duplicated, because TLS replaces the socket, and urllib3 closes it, on the way.
+        The socket is duplicated, because TLS replaces it and urllib3 closes it in between.
         """
         duplicate = socket.socket(fileno=os.dup(connection.fileno()))
         with self._lock:
@@ -79,7 +79,7 @@ class ConnectionWatch:
                 _shut_down(duplicate)
 
     def close(self) -> None:
-        """Ends every exchange, and those that begin later."""
+        """Ends all current and later exchanges."""
         with self._lock:
             self.closed.set()
             for exchange in self._exchanges.values():
@@ -97,12 +97,12 @@ class ConnectionWatch:
 
 def _shut_down(connection: socket.socket | None) -> None:
     if connection is not None:
-        with contextlib.suppress(OSError):  # it has ended by itself
+        with contextlib.suppress(OSError):  # already ended
             connection.shutdown(socket.SHUT_RDWR)
 
 
 class _WatchedConnection:
-    """What the connection classes of urllib3 are extended by."""
+    """The extension of urllib3's connection classes."""
 
     watch: ConnectionWatch
     private_hosts: bool
@@ -125,8 +125,8 @@ def _connect(host: str, port: int, timeout: float, private_hosts: bool) -> socke
     if not allowed:
         raise DownloadError(
             "download_private_host",
-            f"{host} is at {addresses[0]}, which is not on the public internet; where URLs may "
-            "lead there, set download.private_hosts=true",
+            f"{host} is at {addresses[0]}, which is not on the public internet; to allow such "
+            "URLs, set download.private_hosts=true",
         )
     for address in allowed:
         try:
@@ -142,7 +142,7 @@ def _connect(host: str, port: int, timeout: float, private_hosts: bool) -> socke
 
 
 def _resolve(host: str, port: int) -> list[str]:
-    """The host's IP addresses, in the order in which to try them."""
+    """Returns the host's IP addresses, in order of preference."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -153,12 +153,13 @@ def _resolve(host: str, port: int) -> list[str]:
 def build_connection_pools(
     watch: ConnectionWatch, *, private_hosts: bool, connections_per_host: int, num_hosts: int
 ) -> PoolManager:
-    """Pools of connections that the watch ends; redirects and retries are left to the caller.
+    """Builds pools of watched connections; redirects and retries are up to the caller.
 
     Args:
-        private_hosts: connect to addresses off the public internet as well.
-        connections_per_host: kept open between requests.
-        num_hosts: with connections kept open.
+        watch: watch that ends overdue exchanges.
+        private_hosts: allow connections to addresses outside the public internet.
+        connections_per_host: number of connections to a host kept open between requests.
+        num_hosts: number of hosts with connections kept open.
     """
     options = {"watch": watch, "private_hosts": private_hosts}
     http = type("WatchedHTTPConnection", (_WatchedConnection, HTTPConnection), options)
@@ -173,7 +174,7 @@ def build_connection_pools(
 
 @lru_cache
 def _tls_context() -> ssl.SSLContext:
-    """One for the process: reading the system's certificates takes longer than many requests."""
+    """Builds the context once: reading the system's certificates outlasts many requests."""
     context = create_urllib3_context()
     context.load_default_certs()
     return context

@@ -1,18 +1,18 @@
-"""Media by their URLs: fetched ahead by threads, given out in order, never fetched twice.
+"""Downloads of media by URL: prefetched by threads, returned in order, never repeated.
 
     with Downloader(options, cache=folder, max_bytes=2**28) as downloader:
         for media in downloader.fetch_all(urls):
-            ...                                 # bytes, or a BadItemError that says why not
+            ...                                 # bytes, or a BadItemError with the reason
         downloader.forget(urls)
 
-What became of a URL is recorded in the cache, by the process that fetched it and for all others,
-now and after a restart. A URL is fetched again only
-- if its body was forgotten, or lost: the record of a success alone gives no bytes
-- if it failed in an earlier attempt, for want of a server that answers, with retry_failed=true,
-  or for a reason that is named to be tried again
+The cache records the outcome for each URL, for all processes and later attempts. A URL is fetched
+again only
+- if its body was forgotten or lost
+- if it failed in an earlier attempt: with retry_failed=true for a transient reason, or for a
+  reason listed in `retried`
 - if it was too large for a smaller max_bytes.
 
-A cache belongs to one choice of the other options; whoever changes them takes a new folder.
+Changing any other option requires a new cache folder.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from data_prep.download.robots import ROBOTS_TXT_BYTES, RobotsTxt, check_opt_out
 from data_prep.errors import RunError
 from data_prep.sources.pair import BadItemError
 
-URLS_AHEAD = 4  # per thread: enough that a slow host holds up nobody
-SECONDS_TO_END = 1.0  # that closing waits for threads
+URLS_AHEAD = 4  # per thread: enough that a slow host does not delay others
+SECONDS_TO_END = 1.0  # that closing waits for the threads
 
 
 @dataclass(eq=False)
@@ -54,10 +54,10 @@ class Downloader:
     """Fetches media; one per process, used by one thread. A context manager.
 
     Args:
-        options: limits and manners.
-        cache: folder for what is fetched; shared by all processes of a run.
-        max_bytes: longest body.
-        retried: what failed for these reasons in an earlier attempt is fetched again.
+        options: limits and crawling policy.
+        cache: folder of the cache, shared by all processes of a run.
+        max_bytes: maximum length of a body.
+        retried: reasons for which URLs that failed in an earlier attempt are fetched again.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Downloader:
         self.close()
 
     def close(self) -> None:
-        """Ends at once: connections are broken off, and nothing of them is kept."""
+        """Aborts all connections at once, without keeping partial bodies."""
         self._watch.close()
         with self._changed:
             self._changed.notify_all()
@@ -104,17 +104,17 @@ class Downloader:
             self._cache.close()
 
     def fetch_all(self, urls: Sequence[str]) -> Iterator[bytes | BadItemError]:
-        """The body of each URL, or why there is none, in their order; later ones are fetched ahead.
+        """Yields the body of each URL, or its error, in order, and prefetches later ones.
 
-        In memory is one body at a time; the others are on disk.
+        One body is in memory at a time; the others are on disk.
 
         Raises:
-            RunError: the disk is full, or broken.
+            RunError: if the disk is full or fails.
         """
         self._start_threads(len(urls))
         remaining = iter(urls)
         ahead: deque[_Job] = deque()
-        jobs: dict[str, _Job] = {}  # of URLs ahead, so that equal ones are fetched together
+        jobs: dict[str, _Job] = {}  # by URL, so that duplicates share a download
         try:
             while True:
                 while len(ahead) < URLS_AHEAD * self._options.threads:
@@ -134,7 +134,7 @@ class Downloader:
             self._withdraw(jobs.values())
 
     def forget(self, urls: Iterable[str]) -> None:
-        """Deletes bodies. Records stay: what failed is not fetched again; see the module."""
+        """Deletes bodies but keeps their records, so that failed URLs are not fetched again."""
         for url in urls:
             self._cache.forget_body(url)
 
@@ -182,7 +182,7 @@ class Downloader:
                 self._changed.notify()
 
     def _take(self) -> _Job | None:
-        """The first job whose host has a place to spare; None when the downloader is closed."""
+        """Takes the first job whose host has a free connection; None after closing."""
         with self._changed:
             while not self._watch.closed.is_set():
                 for job in self._jobs:
@@ -196,7 +196,7 @@ class Downloader:
     # ---------------------------------------------------------------------------------- one URL
 
     def _obtain(self, url: str, *, is_robots_txt: bool = False) -> FetchRecord:
-        """The record of a URL, which is fetched if nobody has done so."""
+        """Returns the record of a URL, and fetches the URL first if necessary."""
         with self._cache.url_lock(url):
             record = self._cache.read_record(url)
             retried = () if is_robots_txt else self._retried  # many sites have no robots.txt
@@ -214,7 +214,7 @@ class Downloader:
             return record
 
     def _content(self, url: str, record: FetchRecord, *, is_robots_txt: bool = False) -> bytes:
-        """The body of a URL; raises its DownloadError if it has none."""
+        """Returns the body of a URL, or raises its DownloadError."""
         for _ in range(2):
             if record.reason is not None:
                 raise DownloadError(
@@ -226,11 +226,11 @@ class Downloader:
             content = self._cache.read_body(url, record)
             if content is not None:
                 return content
-            self._cache.forget_body(url)  # a power cut left a part of it
+            self._cache.forget_body(url)  # a power cut truncated it
             record = self._obtain(url, is_robots_txt=is_robots_txt)
         raise RunError(
-            f"{self._cache.folder}: what was fetched is gone at once; let nothing delete files "
-            "here, and run the same command again"
+            f"{self._cache.folder}: a finished download disappeared at once; let nothing "
+            "delete files here, and run the same command again"
         )
 
     def _is_final(self, url: str, record: FetchRecord, *, retried: Collection[str]) -> bool:
@@ -255,4 +255,4 @@ class Downloader:
 
 
 def _allow(_: object) -> None:
-    """Asks nothing: robots.txt may always be read."""
+    """Allows everything: reading robots.txt needs no permission."""

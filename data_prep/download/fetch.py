@@ -20,7 +20,7 @@ from urllib3 import exceptions as urllib3_errors
 
 from data_prep.config import DownloadOptions
 from data_prep.download.address import DownloadError, WebAddress, parse_address, redirected_address
-from data_prep.download.body import PIECE_BYTES, ResponseBody
+from data_prep.download.body import CHUNK_BYTES, ResponseBody
 from data_prep.download.cache import DownloadCache, DownloadsEnded, FetchRecord
 from data_prep.download.connection import ConnectionWatch, Exchange, build_connection_pools
 from data_prep.storage.retry import RetryPolicy
@@ -185,7 +185,7 @@ class WebFetcher:
 
 def _finish(response: BaseHTTPResponse) -> None:
     """Returns the connection to its pool, or closes it if much of the body is unread."""
-    if 0 < (response.length_remaining or 0) <= PIECE_BYTES:
+    if 0 < (response.length_remaining or 0) <= CHUNK_BYTES:
         response.drain_conn()
     if not response.closed:
         response.close()

@@ -1,7 +1,7 @@
-"""What web servers say about who may use their files: robots.txt, and headers that opt out.
+"""Permissions of web servers: robots.txt, and opt-out headers.
 
-robots.txt is read by RFC 9309: a site that answers 4xx, or without end, has no rules; one that
-cannot answer (5xx, also 429) allows nothing. It is fetched once for a whole run.
+robots.txt follows RFC 9309. A site that answers 4xx, or redirects endlessly, has no rules. A site
+that cannot answer (5xx or 429) allows nothing. The file is fetched once per run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from protego import Protego
 
 ROBOTS_TXT = "/robots.txt"
-ROBOTS_TXT_BYTES = 512_000  # what stands behind is not read (RFC 9309 asks for 500 KiB at least)
-OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # of X-Robots-Tag
+ROBOTS_TXT_BYTES = 512_000  # the rest is ignored (RFC 9309 requires at least 500 KiB)
+# Rules of X-Robots-Tag that opt out.
+OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 # Rules with a value after a colon; any other word before a colon names a crawler.
 RULES_WITH_VALUES = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
@@ -27,11 +28,11 @@ RULES_WITH_VALUES = frozenset(
 
 
 class RobotsTxt:
-    """Whether robots.txt lets us fetch a URL.
+    """Checks of URLs against the robots.txt of their site.
 
     Args:
-        user_agent: header of that name; its first word, up to a slash, is what sites call us.
-        read: the content of a robots.txt; raises DownloadError.
+        user_agent: header User-Agent; its first word, up to a slash, is the crawler's name.
+        read: returns the content of a robots.txt, or raises DownloadError.
     """
 
     def __init__(self, user_agent: str, *, read: Callable[[str], bytes]):
@@ -40,10 +41,11 @@ class RobotsTxt:
         self._rules_of = lru_cache(maxsize=1024)(self._read_rules)
 
     def check(self, address: WebAddress) -> None:
-        """
+        """Checks that robots.txt allows a URL.
+
         Raises:
-            DownloadError: we may not fetch it (download_robots_txt), or the host that should tell
-                is not there.
+            DownloadError: if robots.txt disallows the URL (download_robots_txt), or its host
+                cannot be reached.
         """
         if address.target == ROBOTS_TXT:
             return
@@ -52,7 +54,7 @@ class RobotsTxt:
             raise rules.with_traceback(None)
         if rules is not None and not rules.can_fetch(address.url, self._name):
             raise DownloadError(
-                "download_robots_txt", f"{address.origin}{ROBOTS_TXT} disallows it to {self._name}"
+                "download_robots_txt", f"{address.origin}{ROBOTS_TXT} disallows it for {self._name}"
             )
 
     def _read_rules(self, origin: str) -> Protego | DownloadError | None:
@@ -72,18 +74,18 @@ class RobotsTxt:
 
 
 def crawler_name(user_agent: str) -> str:
-    """The product's name in a User-Agent header: "isopair/0.1 (+https://...)" -> "isopair"."""
+    """Returns the product name of a User-Agent: "isopair/0.1 (+https://...)" -> "isopair"."""
     return user_agent.partition("/")[0].split(" ")[0].lower()
 
 
 def check_opt_out(headers: HTTPHeaderDict, *, user_agent: str) -> None:
-    """Checks that a response's headers do not keep its content from us.
+    """Checks that the headers of a response do not opt out.
 
-    X-Robots-Tag counts where it is for everybody or for us; TDM-Reservation is that of W3C's TDM
-    Reservation Protocol.
+    X-Robots-Tag counts if it addresses all crawlers or this one. TDM-Reservation belongs to the
+    W3C's TDM Reservation Protocol.
 
     Raises:
-        DownloadError: they do (download_opt_out).
+        DownloadError: if they opt out (download_opt_out).
     """
     for line in headers.getlist("X-Robots-Tag"):
         found = OPT_OUTS.intersection(_rules_for(crawler_name(user_agent), line))
@@ -94,9 +96,9 @@ def check_opt_out(headers: HTTPHeaderDict, *, user_agent: str) -> None:
 
 
 def _rules_for(name: str, line: str) -> set[str]:
-    """The rules of one X-Robots-Tag that are for this crawler.
+    """Returns the rules of one X-Robots-Tag that address this crawler.
 
-    "noai, otherbot: noindex, nofollow": a name holds until the next one.
+    "noai, otherbot: noindex, nofollow": a name applies until the next one.
     """
     rules, is_for_us = set(), True
     for part in line.lower().split(","):

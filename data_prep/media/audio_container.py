@@ -1,5 +1,6 @@
-"""Whether the bytes of a clip are whole, by its container: libsndfile reads a file that was cut
-short as far as it goes, without an error.
+"""Checks that an audio file is complete, by its container.
+
+libsndfile reads a truncated file up to its end without an error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import zlib
 from data_prep.media.formats import MediaError, audio_format, id3_bytes, is_mp3_frame
 
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-UNKNOWN_LENGTH = 0xFFFFFFFF  # what programs that write WAV into a pipe put as its length
+UNKNOWN_LENGTH = 0xFFFFFFFF  # length that programs write when they send WAV into a pipe
 # kbit/s of MPEG layer III, by the upper four bits of a header's third byte.
 MP3_BIT_RATES = {
     "version 1": (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -20,13 +21,13 @@ MP3_SAMPLE_RATES = (44_100, 48_000, 32_000)  # Hz of version 1
 
 
 def check_is_whole(content: bytes) -> None:
-    """Checks that the sound of a WAV, AIFF, Ogg or MP3 file runs to its end.
+    """Checks that a WAV, AIFF, Ogg or MP3 file is complete.
 
-    FLAC needs no such check: its decoder finds what is missing.
+    FLAC needs no such check, because its decoder detects missing parts.
 
     Raises:
-        MediaError: truncated, bad_sample_rate, chained (an Ogg of several recordings in a row), or
-            undecodable: a page of Ogg is damaged.
+        MediaError: with the reason truncated, bad_sample_rate, chained (an Ogg of several
+            recordings in a row), or undecodable (a damaged page of an Ogg).
     """
     check = CHECKS.get(audio_format(content))
     if check is not None:
@@ -34,7 +35,7 @@ def check_is_whole(content: bytes) -> None:
 
 
 def _check_wav(content: bytes) -> None:
-    """RIFF, and RF64, which holds its sizes of 64 bits in a chunk of its own."""
+    """Checks RIFF, and RF64, which stores its 64-bit sizes in a separate chunk."""
     long_size = None
     for name, size, start in _chunks(content, byte_order="<"):
         if name == b"ds64" and size >= 16:
@@ -45,7 +46,7 @@ def _check_wav(content: bytes) -> None:
             if size == UNKNOWN_LENGTH:
                 size = long_size
             _check_sound_bytes(content, start, size, container="WAV")
-            return  # what follows the sound is no matter
+            return  # chunks after the sound do not matter
 
 
 def _check_aiff(content: bytes) -> None:
@@ -55,7 +56,7 @@ def _check_aiff(content: bytes) -> None:
 
 
 def _chunks(content: bytes, *, byte_order: str):
-    """(name, size, first byte) of every chunk of a RIFF or an AIFF file."""
+    """Yields (name, size, first byte) of every chunk of a RIFF or AIFF file."""
     place = 12
     while place + 8 <= len(content):
         name, size = struct.unpack_from(byte_order + "4sI", content, place)
@@ -72,7 +73,7 @@ def _check_sound_bytes(content: bytes, start: int, size: int | None, *, containe
 
 
 def _check_mp3(content: bytes) -> None:
-    """Walks from frame to frame; what follows the last one (tags, padding) is no matter."""
+    """Walks from frame to frame; tags and padding after the last frame do not matter."""
     place = id3_bytes(content)
     while is_mp3_frame(content[place : place + 4]):
         size = _mp3_frame_bytes(content[place : place + 4])
@@ -86,7 +87,7 @@ def _check_mp3(content: bytes) -> None:
 
 
 def _mp3_frame_bytes(header: bytes) -> int:
-    """ISO 11172-3, 2.4.3.1: 144 bit rate / sample rate, and one byte if padded."""
+    """Computes 144 * bit rate / sample rate, plus one byte if padded (ISO 11172-3, 2.4.3.1)."""
     version = header[1] >> 3 & 3  # 3: MPEG 1; 2: MPEG 2; 0: MPEG 2.5
     rates = MP3_BIT_RATES["version 1" if version == 3 else "version 2"]
     bits_per_second = 1000 * rates[header[2] >> 4]
@@ -96,7 +97,7 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def _check_ogg(content: bytes) -> None:
-    """An Ogg file that lost pages or its end is decoded by libsndfile to a shorter clip."""
+    """Checks every page: libsndfile decodes an Ogg without some pages to a shorter clip."""
     place, next_page, is_ended = id3_bytes(content), {}, {}
     is_beginning = True  # the first pages of all streams come before any other (RFC 3533, 4)
     while place < len(content):
@@ -110,7 +111,7 @@ def _check_ogg(content: bytes) -> None:
         if _ogg_crc32(content[place:page_end]) != int.from_bytes(header[22:26], "little"):
             raise MediaError(f"Ogg: the page at byte {place} is damaged")
         flags, stream, page = struct.unpack_from("<5xB8xII", header)
-        if flags & 2 and not is_beginning:  # libsndfile reads the first recording alone
+        if flags & 2 and not is_beginning:  # libsndfile reads only the first recording
             raise MediaError(
                 f"Ogg of several recordings in a row: at byte {place}", reason="chained"
             )
@@ -124,7 +125,7 @@ def _check_ogg(content: bytes) -> None:
 
 
 def _ogg_crc32(page: bytes) -> int:
-    """Ogg's checksum is zlib's polynomial with the bits the other way round and no inversion."""
+    """Computes Ogg's checksum: zlib's polynomial with reversed bits and without inversion."""
     blanked = page[:22] + bytes(4) + page[26:]
     crc = zlib.crc32(blanked.translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(crc.to_bytes(4, "little").translate(REVERSED_BITS), "big")

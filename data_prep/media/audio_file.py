@@ -1,5 +1,6 @@
-"""Opens the bytes of an audio file and reads frames, strictly: what a header claims is bounded, and
-what is missing or not finite raises.
+"""Strict reader of audio files.
+
+The sizes that a header claims are bounded. Missing frames and values that are not finite raise.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     import soundfile
 
 MAX_AUDIO_SECONDS = 3600.0
-# Of all channels; a clip of 6 MB can claim billions, at rates that no ear needs.
+# Over all channels; a clip of 6 MB can claim billions, at absurd sample rates.
 MAX_AUDIO_VALUES = 400_000_000
-MIN_SAMPLE_RATE_HZ, MAX_SAMPLE_RATE_HZ = 1000, 655_350  # the second is the most that FLAC holds
+MIN_SAMPLE_RATE_HZ, MAX_SAMPLE_RATE_HZ = 1000, 655_350  # FLAC's maximum
 SOUNDFILE_FORMATS = {
     "wav": ("WAV", "WAVEX", "RF64"),
     "flac": ("FLAC",),
@@ -32,9 +33,13 @@ SOUNDFILE_FORMATS = {
 
 
 class _SoundBytes(io.BytesIO):
-    """libsndfile seeks before the start of damaged files: an error there is printed, not raised."""
+    """Bytes that clamp a seek to the start.
+
+    libsndfile seeks before the start of damaged files, and prints the error instead of raising it.
+    """
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to a position, or to the start if it is negative."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}
         return super().seek(max(0, start[whence] + offset))
 
@@ -46,17 +51,21 @@ def read_waveform(
     max_seconds: float = MAX_AUDIO_SECONDS,
     max_channels: int | None = None,
 ) -> tuple[np.ndarray, int]:
-    """(float32 [samples, channels], sample rate in Hz) of an encoded clip.
+    """Decodes a clip to its waveform.
 
     Args:
-        content: the bytes of a file.
-        extension: the format that the bytes must have; None for any.
-        max_seconds: longest clip that is decoded.
-        max_channels: most channels that are decoded; None for any number.
+        content: bytes of a file.
+        extension: required format; None for any.
+        max_seconds: maximum length of a clip.
+        max_channels: maximum number of channels; None for any number.
+
+    Returns:
+        float32 [samples, channels], and the sample rate in Hz.
 
     Raises:
-        FormatMismatchError: of another format than `extension`.
-        MediaError: damaged, empty, shorter than its header says, not finite, or too large.
+        FormatMismatchError: if the format is not `extension`.
+        MediaError: if the clip is damaged, empty, shorter than its header says, not finite, or too
+            large.
     """
     with open_audio(
         content, extension=extension, max_seconds=max_seconds, max_channels=max_channels
@@ -72,7 +81,7 @@ def open_audio(
     max_seconds: float = MAX_AUDIO_SECONDS,
     max_channels: int | None = None,
 ) -> Iterator[soundfile.SoundFile]:
-    """A clip at its first frame, its header checked. Arguments and errors as of read_waveform."""
+    """Opens a clip and checks its header; arguments and errors are those of `read_waveform`."""
     import soundfile
 
     check_is_whole(content)
@@ -90,12 +99,15 @@ def open_audio(
 
 
 def read_frames(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
-    """float32 [num_frames, channels] from where the clip stands.
+    """Reads frames from the current position of a clip.
+
+    Returns:
+        float32 [num_frames, channels].
 
     Raises:
-        MediaError: it ends before, or holds values that are not finite.
+        MediaError: if the clip ends early, or has values that are not finite.
     """
-    # The number, because GSM in WAV cannot seek to find it.
+    # The explicit number, because libsndfile cannot seek in GSM to find it.
     waveform = file.read(num_frames, dtype="float32", always_2d=True)
     if len(waveform) != num_frames:
         raise MediaError(
@@ -106,10 +118,10 @@ def read_frames(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
 
 
 def can_seek(file: soundfile.SoundFile) -> bool:
-    """Whether a seek leads to the very frames that reading from the beginning leads to.
+    """Returns True if a seek gives the same frames as reading from the beginning.
 
-    Not in MP3: a frame may need the bytes of many before it, and at low bit rates libsndfile goes
-    back by too few of them, and sometimes to a wrong place.
+    False for MP3. A frame may need the bytes of many earlier frames. At low bit rates libsndfile
+    goes back too few of them, and sometimes to a wrong position.
     """
     return file.seekable() and file.format not in SOUNDFILE_FORMATS["mp3"]
 
@@ -117,7 +129,7 @@ def can_seek(file: soundfile.SoundFile) -> bool:
 def _check_channels(channels: int, max_channels: int | None) -> None:
     if max_channels is not None and channels > max_channels:
         raise MediaError(
-            f"audio of {channels} channels; at most {max_channels} are taken",
+            f"audio of {channels} channels; at most {max_channels} are accepted",
             reason="too_many_channels",
         )
 
@@ -140,20 +152,20 @@ def _check_length(num_frames: int, rate: int, *, channels: int, max_seconds: flo
 
 
 def check_is_finite(waveform: np.ndarray) -> None:
-    """Checks that float32 [...] holds no NaN and no infinity.
+    """Checks that float32 [...] has no NaN and no infinity.
 
     Raises:
-        MediaError: not_finite.
+        MediaError: with the reason not_finite.
     """
     if not np.isfinite(waveform).all():
         raise MediaError("audio holds values that are not finite", reason="not_finite")
 
 
 def audio_seconds(content: bytes) -> tuple[float, int]:
-    """(length in seconds, sample rate in Hz), from the header alone.
+    """Reads the length in seconds and the sample rate in Hz from the header.
 
     Raises:
-        MediaError: the header is not an audio file's.
+        MediaError: if the bytes do not have the header of an audio file.
     """
     import soundfile
 

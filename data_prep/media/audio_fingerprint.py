@@ -1,9 +1,9 @@
-"""What near-duplicate clips are found by: whether neighbouring bands draw apart or together.
+"""Fingerprint of a clip for the search of near duplicates.
 
-After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (2002): bit b of word t is
-the sign of the change over time of the difference between two neighbouring bands' loudness. Gain
-and equalisation leave it as it is, and so, mostly, do codecs, other sample rates and faint noise.
-Frames are shorter than theirs (clips of half a second count here) and loudness is in decibels.
+The method follows Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (2002). Bit b
+of word t is the sign of the change over time of the loudness difference of two neighbouring bands.
+Gain and equalisation do not change it; codecs, other sample rates and faint noise rarely do.
+Unlike the paper, frames are shorter (for clips of half a second), and loudness is logarithmic.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ RATE_HZ = 8000  # all clips are compared at this rate
 FRAME_SAMPLES = 1024  # 128 ms, weighted by a Hann window
 HOP_SAMPLES = 128
 WORD_SECONDS = HOP_SAMPLES / RATE_HZ
-LAG_FRAMES = 4  # over which a difference changes
-NUM_BITS = 32  # of a word
-LOWEST_HZ, HIGHEST_HZ = 200.0, 3400.0  # of NUM_BITS + 1 bands, equally wide in octaves
-FLOOR = 1e-4  # of the clip's mean: what is fainter counts as silence
+LAG_FRAMES = 4  # between the two differences that a bit compares
+NUM_BITS = 32  # per word
+LOWEST_HZ, HIGHEST_HZ = 200.0, 3400.0  # range of NUM_BITS + 1 bands, equally wide in octaves
+FLOOR = 1e-4  # fraction of the clip's mean energy below which a frame counts as silent
 FRAMES_AT_ONCE = 4096  # bounds the memory
 
 
 def audio_fingerprint(waveform: np.ndarray, sample_rate_hz: int) -> dict[str, bytes]:
-    """The column fingerprint of a clip.
+    """Computes the column `fingerprint` of a clip.
 
     Args:
         waveform: float32 [samples], mono, finite.
-        sample_rate_hz: of the waveform.
+        sample_rate_hz: sample rate of the waveform.
 
     Returns:
-        fingerprint: a word of NUM_BITS bits, little-endian, for every WORD_SECONDS, but for the
-        first LAG_FRAMES; a silent word is 0.
+        {"fingerprint": ...}: a little-endian word of NUM_BITS bits per WORD_SECONDS, except for
+        the first LAG_FRAMES; a silent word is 0.
     """
     energies = _band_energies(_resampled(waveform, sample_rate_hz))  # [frames, bands]
     if len(energies) <= LAG_FRAMES or not energies.any():
@@ -45,7 +45,7 @@ def audio_fingerprint(waveform: np.ndarray, sample_rate_hz: int) -> dict[str, by
 
 
 def words_of(fingerprint: bytes) -> np.ndarray:
-    """uint32 [words]: what a fingerprint holds."""
+    """Returns the words of a fingerprint: uint32 [words]."""
     return np.frombuffer(fingerprint, "<u4")
 
 
@@ -59,8 +59,8 @@ def _resampled(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
 
 
 def _band_energies(waveform: np.ndarray) -> np.ndarray:
-    """float64 [frames, NUM_BITS + 1]: the mean power of each band around each frame's middle."""
-    samples = np.pad(waveform, FRAME_SAMPLES // 2)  # short clips have frames, too
+    """Computes the mean power of each band in each frame: float64 [frames, NUM_BITS + 1]."""
+    samples = np.pad(waveform, FRAME_SAMPLES // 2)  # so that short clips have frames
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES]
     window = np.hanning(FRAME_SAMPLES).astype(np.float32)
     bands = _bands()
@@ -72,7 +72,7 @@ def _band_energies(waveform: np.ndarray) -> np.ndarray:
 
 
 def _bands() -> np.ndarray:
-    """float64 [bins, NUM_BITS + 1]: the share of each bin in each band's mean."""
+    """Returns the weight of each bin in each band's mean: float64 [bins, NUM_BITS + 1]."""
     bin_hz = RATE_HZ / FRAME_SAMPLES
     edges = np.geomspace(LOWEST_HZ, HIGHEST_HZ, NUM_BITS + 2)
     low = (np.arange(FRAME_SAMPLES // 2 + 1) - 0.5)[:, None] * bin_hz

@@ -1,11 +1,11 @@
-"""One audio file: checked within limits, decoded once, and kept as it is, re-encoded or cut.
+"""Preparation of one audio file: checked, decoded once, and kept, re-encoded or cut into clips.
 
-    waveform -> channels averaged -> silent ends off -> resampled -> clips -> FLAC of 16 bits
+    waveform -> average channels -> trim silent ends -> resample -> cut into clips -> 16-bit FLAC
 
-Loudness stays as it is, but for two cases: `peak_dbfs` asks for another, or averaging, resampling
-or the source's own floats exceed full scale. Then the whole recording is scaled by one factor, so
-that its loudest value is at full scale: nothing is clipped, and its clips keep their proportions.
-Samples of 16 bits that are only cut are stored bit by bit as they were.
+Loudness changes in two cases only: if `peak_dbfs` is set, or if averaging, resampling or the
+source's own floats exceed full scale. In the second case one factor scales the whole recording to
+full scale, so that nothing is clipped and its clips keep their proportions. Samples of 16 bits that
+are only cut are stored unchanged.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from data_prep.media.formats import (
     check_stored,
 )
 
-FULL_SCALE = 32_768  # of 16 bits
+FULL_SCALE = 32_768  # of 16-bit samples
 MAX_PEAK_DIFFERENCE_DB = 0.01
-# A last piece that is shorter than this share of clip_seconds is left out: its caption, which
-# is that of the whole recording, would describe it too seldom.
-MIN_LAST_PIECE = 0.5
+# A last clip shorter than this fraction of clip_seconds is dropped: the caption of the whole
+# recording would rarely describe it.
+MIN_LAST_FRACTION = 0.5
 
 
 def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
-    """The clips that are stored of a recording, in their order: one, unless it is cut.
+    """Returns the clips to store for a recording, in order: one, unless it is cut.
 
     Raises:
-        MediaError: damaged, of an unknown format, not finite, or above a limit.
+        MediaError: if the file is damaged, of an unknown format, not finite, or above a limit.
     """
     source_format = check_kind(content, "audio")
     check_stored(source_format, "audio", options.reencode)
@@ -49,12 +49,12 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
         max_channels=options.max_channels,
     )
     waveform, rate, start_seconds = _as_asked(source, source_rate, options)
-    pieces = _pieces(len(waveform), rate, options)
+    ranges = _clip_ranges(len(waveform), rate, options)
     gain = _gain(_peak(waveform), options)
     is_as_asked = (
         source_format in STORED_FORMATS["audio"]
         and waveform is source
-        and pieces == [(0, len(source))]
+        and ranges == [(0, len(source))]
         and (gain == 1 or options.peak_dbfs is None)
     )
     if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
@@ -68,7 +68,7 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
             start_seconds=start_seconds + start / rate,
             source_seconds=len(source) / source_rate,
         )
-        for start, end in pieces
+        for start, end in ranges
     ]
 
 
@@ -81,9 +81,11 @@ def _max_seconds(options: AudioOptions) -> float:
 def _as_asked(
     waveform: np.ndarray, rate: int, options: AudioOptions
 ) -> tuple[np.ndarray, int, float]:
-    """(float32 [samples, channels], its rate in Hz, seconds that were cut off its start)
+    """Averages channels, trims and resamples a waveform as configured.
 
-    The waveform is the very same array where nothing had to be done.
+    Returns:
+        float32 [samples, channels] (the same array if nothing changed), its rate in Hz, and the
+        seconds trimmed from its start.
     """
     if options.mono and waveform.shape[1] > 1:
         waveform = waveform.mean(axis=1, keepdims=True)
@@ -93,12 +95,12 @@ def _as_asked(
     new_rate = options.sample_rate_hz or rate
     if new_rate != rate:
         waveform = resample(waveform, rate, new_rate)
-    check_is_finite(waveform)  # sums of huge floats are not
+    check_is_finite(waveform)  # sums of huge floats may overflow
     return waveform, new_rate, start / rate
 
 
 def _loud_part(waveform: np.ndarray, threshold_dbfs: float | None) -> tuple[int, int]:
-    """(first, one past the last) sample above the threshold; all where none is."""
+    """Returns (first, last + 1) sample above the threshold; all samples if none is above."""
     if threshold_dbfs is None:
         return 0, len(waveform)
     is_loud = (np.abs(waveform) > _from_dbfs(threshold_dbfs)).any(axis=1)
@@ -107,15 +109,15 @@ def _loud_part(waveform: np.ndarray, threshold_dbfs: float | None) -> tuple[int,
     return int(is_loud.argmax()), len(is_loud) - int(is_loud[::-1].argmax())
 
 
-def _pieces(num_samples: int, rate: int, options: AudioOptions) -> list[tuple[int, int]]:
-    """(first, one past the last) sample of each clip that is stored.
+def _clip_ranges(num_samples: int, rate: int, options: AudioOptions) -> list[tuple[int, int]]:
+    """Returns (first, last + 1) sample of each clip to store.
 
-    A last piece shorter than min_seconds, or than MIN_LAST_PIECE of clip_seconds, is left out.
+    A last clip shorter than min_seconds, or MIN_LAST_FRACTION of clip_seconds, is dropped.
     """
     longest = MAX_AUDIO_SECONDS if options.clip_seconds is None else options.clip_seconds
     if num_samples <= longest * rate:
         return [(0, num_samples)]
-    if options.clip_seconds is None:  # no more is decoded by training
+    if options.clip_seconds is None:  # training decodes no more
         raise MediaError(
             f"clip of {num_samples / rate:.0f} s; at most {MAX_AUDIO_SECONDS:.0f} s are stored, "
             "unless audio.clip_seconds cuts it",
@@ -124,14 +126,14 @@ def _pieces(num_samples: int, rate: int, options: AudioOptions) -> list[tuple[in
     length = max(1, round(longest * rate))
     if options.long_clips != "cut":
         return [(0, length)]
-    shortest = max(MIN_LAST_PIECE * length, options.min_seconds * rate)
+    shortest = max(MIN_LAST_FRACTION * length, options.min_seconds * rate)
     starts = range(0, num_samples, length)
-    pieces = [(start, min(start + length, num_samples)) for start in starts]
-    return pieces[:1] + [piece for piece in pieces[1:] if piece[1] - piece[0] >= shortest]
+    ranges = [(start, min(start + length, num_samples)) for start in starts]
+    return ranges[:1] + [part for part in ranges[1:] if part[1] - part[0] >= shortest]
 
 
 def _gain(peak: float, options: AudioOptions) -> float:
-    """What a recording is multiplied with before it is re-encoded."""
+    """Returns the factor that scales a recording before it is re-encoded."""
     if options.peak_dbfs is None or peak == 0:
         return 1 / max(1.0, peak)
     gain = _from_dbfs(options.peak_dbfs) / peak
@@ -139,7 +141,7 @@ def _gain(peak: float, options: AudioOptions) -> float:
 
 
 def _peak(waveform: np.ndarray) -> float:
-    """The largest magnitude of float32 [samples, channels]; full scale is 1."""
+    """Returns the largest magnitude of float32 [samples, channels]; full scale is 1."""
     return max(float(waveform.max()), -float(waveform.min()))
 
 
@@ -172,7 +174,7 @@ def _reencoded(
     start_seconds: float,
     source_seconds: float,
 ) -> PreparedMedia:
-    """The filters see the loudness of the source; the fingerprint, what is stored."""
+    """Encodes a clip; filters use the source's loudness, the fingerprint the stored samples."""
     seconds = len(waveform) / rate
     scaled = np.rint(waveform * np.float32(gain * FULL_SCALE))
     samples = np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
@@ -190,7 +192,7 @@ def _reencoded(
 
 
 def _mono(waveform: np.ndarray) -> np.ndarray:
-    """float32 [samples], contiguous."""
+    """Averages the channels to float32 [samples], contiguous."""
     return waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform.reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""Decodes the bytes of an image or an audio clip, strictly: damaged bytes raise, sizes are bounded.
+"""Strict decoders of images and audio clips: damaged bytes raise, and sizes are bounded.
 
 Decoded images are uint8 [H, Wd, 3], RGB; decoded audio is float32 [samples], mono, in [-1, 1].
 """
@@ -24,14 +24,14 @@ from data_prep.media.audio_file import (
 )
 from data_prep.media.formats import FormatMismatchError, MediaError, image_format
 
-# Refused before decoding: a 0.5 MB PNG can claim any size.
+# Larger images are rejected before decoding: a 0.5 MB PNG can claim any size.
 MAX_PIXELS = 50_000_000
-# Of the lower rate's periods around a part that is resampled: more than soxr's filter reaches.
+# Margin around a part to resample, in periods of the lower rate: more than soxr's filter needs.
 RESAMPLING_MARGIN = 256
 JPEG_EXTENSIONS = ("jpg", "jpeg")
-# The only decoders of Pillow that bytes from elsewhere may reach.
+# The only decoders of Pillow that untrusted bytes may reach.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
-# What Pillow's decoders raise on damaged bytes.
+# Errors that Pillow's decoders raise on damaged bytes.
 PILLOW_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -48,15 +48,17 @@ PILLOW_ERRORS = (
 
 
 class PixelMemory:
-    """Memory that one decoded picture after the other is put into, so that the system need not find
-    new pages for each: a tenth of the time of a JPEG. A picture holds until the next one of the
-    same thread is decoded."""
+    """Reusable memory for decoded images.
+
+    New pages for each image would cost a tenth of the time of decoding a JPEG. An image is valid
+    until the same thread decodes the next one.
+    """
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
 
     def room(self, num_bytes: int) -> np.ndarray:
-        """uint8 [at least num_bytes] of this thread."""
+        """Returns this thread's memory: uint8 [at least num_bytes]."""
         found = getattr(self._of_thread, "pixels", None)
         if found is None or found.nbytes < num_bytes:
             found = self._of_thread.pixels = np.empty(num_bytes, dtype=np.uint8)
@@ -69,18 +71,18 @@ class PixelMemory:
 def decode_image(
     content: bytes, extension: str, *, denominator: int = 1, memory: PixelMemory | None = None
 ) -> np.ndarray:
-    """uint8 [H, Wd, 3] of an encoded image; transparency is laid on white.
+    """Decodes an image to uint8 [H, Wd, 3], with transparency on white.
 
     Args:
-        content: the bytes of a file.
-        extension: the format that the bytes must have.
-        denominator: 1, 2, 4 or 8; a JPEG is decoded at this part of its height and width, rounded
-            up, but at its full size if it is one of CMYK, like all other formats.
-        memory: where a JPEG's pixels may be put.
+        content: bytes of a file.
+        extension: required format.
+        denominator: 1, 2, 4 or 8. Divides the height and width of a decoded JPEG, rounded up;
+            other formats and CMYK JPEGs are decoded at full size.
+        memory: memory that a JPEG's pixels may use.
 
     Raises:
-        FormatMismatchError: of another format than `extension`.
-        MediaError: damaged, or above MAX_PIXELS.
+        FormatMismatchError: if the format is not `extension`.
+        MediaError: if the image is damaged, or above MAX_PIXELS.
     """
     _check_image_format(content, extension)
     if extension in JPEG_EXTENSIONS:
@@ -95,11 +97,11 @@ def _check_image_format(content: bytes, extension: str) -> None:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int]:
-    """(height, width) in pixels of a JPEG, from the header alone: image_size, but 30 times faster.
+    """Reads (height, width) in pixels from a JPEG's header, 30 times faster than `image_size`.
 
     Raises:
-        FormatMismatchError: of another format.
-        MediaError: the header is not a JPEG's, or claims more than MAX_PIXELS.
+        FormatMismatchError: if the format is not JPEG.
+        MediaError: if the header is damaged, or claims more than MAX_PIXELS.
     """
     _check_image_format(content, "jpg")
     try:
@@ -111,16 +113,16 @@ def jpeg_size(content: bytes) -> tuple[int, int]:
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """(height, width) in pixels, from the header alone.
+    """Reads (height, width) in pixels from an image's header.
 
     Raises:
-        MediaError: the header is not an image's, or claims more than MAX_PIXELS.
+        MediaError: if the bytes have no image header, or it claims more than MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
             width, height = image.size
     except UnidentifiedImageError:
-        raise MediaError("not a readable image: its header is none of an image's") from None
+        raise MediaError("not a readable image: no known image header") from None
     except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
         raise MediaError(f"not a readable image: {error}") from None
     check_pixels(height, width, max_pixels=MAX_PIXELS)
@@ -128,10 +130,10 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 
 def check_pixels(height: int, width: int, *, max_pixels: int) -> None:
-    """Checks the size that a picture's header claims.
+    """Checks the size that an image's header claims.
 
     Raises:
-        MediaError: too_many_pixels or no_pixels.
+        MediaError: with the reason too_many_pixels or no_pixels.
     """
     claim = f"image of {width} x {height} pixels; at most {max_pixels} are decoded"
     if height * width > max_pixels:
@@ -177,16 +179,17 @@ def _decode_with_pillow(content: bytes) -> np.ndarray:
 def decode_audio(
     content: bytes, *, sample_rate_hz: int | None, extension: str | None = None
 ) -> np.ndarray:
-    """float32 [samples] of an encoded clip: channels averaged, resampled to `sample_rate_hz`.
+    """Decodes a clip to float32 [samples], with averaged channels, at a sample rate.
 
     Args:
-        content: the bytes of a file.
-        sample_rate_hz: None for the clip's own.
-        extension: the format that the bytes must have; None for any.
+        content: bytes of a file.
+        sample_rate_hz: sample rate of the result; None for the clip's own.
+        extension: required format; None for any.
 
     Raises:
-        FormatMismatchError: of another format than `extension`.
-        MediaError: damaged, empty, shorter than its header says, not finite, or too long.
+        FormatMismatchError: if the format is not `extension`.
+        MediaError: if the clip is damaged, empty, shorter than its header says, not finite, or too
+            long.
     """
     waveform, rate = read_waveform(content, extension=extension)
     mono = mean_of_channels(waveform)
@@ -198,19 +201,19 @@ def decode_audio(
 def decode_audio_part(
     content: bytes, *, sample_rate_hz: int, num_samples: int, place: float
 ) -> np.ndarray:
-    """float32 [num_samples] out of what decode_audio gives, or all of a shorter clip; little more
-    than that part is decoded.
+    """Decodes a part of a clip, float32 [num_samples], or all of a shorter clip.
 
-    The same to the last bit, unless it is resampled or Opus: then to better than 100 dB.
+    Little more than the part is decoded. The samples equal those of `decode_audio` to the bit; if
+    the clip is resampled or Opus, they differ by less than -100 dB.
 
     Args:
-        content: the bytes of a file.
-        sample_rate_hz: as for decode_audio.
-        num_samples: at that rate.
-        place: which of the possible parts, from 0 (the first) to below 1 (the last).
+        content: bytes of a file.
+        sample_rate_hz: sample rate of the result.
+        num_samples: length of the part, at that rate.
+        place: position among the possible parts, from 0 (the first) to below 1 (the last).
 
     Raises:
-        MediaError: as of decode_audio; but damage elsewhere in the clip may be overlooked.
+        MediaError: as `decode_audio`, but damage elsewhere in the clip may be missed.
     """
     with open_audio(content) as file:
         rate, num_frames = file.samplerate, file.frames
@@ -229,10 +232,10 @@ def decode_audio_part(
 
 
 def _frames_of_part(start: int, stop: int, rate: int, sample_rate_hz: int) -> tuple[int, int]:
-    """The frames [first, last) at `rate` that samples [start, stop) at sample_rate_hz come from.
+    """Returns the frames [first, last) at `rate` needed for samples [start, stop) of the result.
 
-    The first is at a time when both rates have a sample: so the part's samples are at the times of
-    the whole clip's.
+    Both rates have a sample at the time of the first frame. Thus the part's samples have the same
+    times as those of the whole clip.
     """
     if rate == sample_rate_hz:
         return start, stop
@@ -243,8 +246,10 @@ def _frames_of_part(start: int, stop: int, rate: int, sample_rate_hz: int) -> tu
 
 
 def mean_of_channels(waveform: np.ndarray) -> np.ndarray:
-    """float32 [samples, channels] -> [samples]; sums columns, which is 19 times faster than
-    numpy's mean along so short an axis, and the same to the last bit."""
+    """Averages channels: float32 [samples, channels] -> [samples].
+
+    Summing columns is 19 times faster than numpy's mean along so short an axis, with equal bits.
+    """
     total = waveform[:, 0]
     for channel in range(1, waveform.shape[1]):
         total = total + waveform[:, channel]
@@ -252,10 +257,10 @@ def mean_of_channels(waveform: np.ndarray) -> np.ndarray:
 
 
 def resample(waveform: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray:
-    """float32 [samples] or [samples, channels] at another rate; the same where rates are equal.
+    """Resamples float32 [samples] or [samples, channels]; returns it unchanged at an equal rate.
 
     Raises:
-        MediaError: too short for a single sample, or too long at the new rate.
+        MediaError: if the clip is too short for one sample, or too long at the new rate.
     """
     import soxr
 

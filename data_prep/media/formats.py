@@ -1,6 +1,6 @@
-"""Which format bytes are of, by their content: a file's name proves nothing.
+"""Detection of media formats by content, because a file's name proves nothing.
 
-Only the formats named here reach a decoder.
+Only the formats listed here reach a decoder.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Formats that are stored as they are; others are re-encoded.
+# Formats that are stored unchanged; others are re-encoded.
 STORED_FORMATS = {"image": ("jpg", "png", "webp"), "audio": ("flac", "wav", "mp3", "ogg", "opus")}
-# What is most often found in the place of a picture or clip, for messages: prefix -> name.
+# Common content of files that should be media, for messages: prefix -> name.
 OTHER_PREFIXES = {
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a zip archive",
@@ -38,7 +38,7 @@ BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
 
 
 class MediaError(ValueError):
-    """The bytes are not what was expected, are damaged, or claim too large a size.
+    """Media is of an unexpected kind, damaged, or too large.
 
     Attributes:
         reason: stable word under which the item is counted.
@@ -50,14 +50,14 @@ class MediaError(ValueError):
 
 
 class FormatMismatchError(MediaError):
-    """The bytes are of another format than their extension says."""
+    """The format of the bytes does not match their extension."""
 
     def __init__(self, detail: str):
         super().__init__(detail, reason="wrong_extension")
 
 
 def image_format(content: bytes) -> str | None:
-    """jpg, png, webp, gif, bmp, tiff or avif; None for all others."""
+    """Returns jpg, png, webp, gif, bmp, tiff or avif; None for any other format."""
     if content.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -76,7 +76,7 @@ def image_format(content: bytes) -> str | None:
 
 
 def audio_format(content: bytes) -> str | None:
-    """wav, flac, mp3, ogg, opus or aiff; None for all others."""
+    """Returns wav, flac, mp3, ogg, opus or aiff; None for any other format."""
     start = id3_bytes(content)
     head = content[start : start + 64]
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
@@ -93,7 +93,7 @@ def audio_format(content: bytes) -> str | None:
 
 
 def is_mp3_frame(header: bytes) -> bool:
-    """Whether 4 bytes are the header of a frame of MPEG layer III."""
+    """Returns True if 4 bytes are a frame header of MPEG layer III."""
     return (
         len(header) >= 4
         and header[0] == 0xFF
@@ -105,7 +105,7 @@ def is_mp3_frame(header: bytes) -> bool:
 
 
 def id3_bytes(content: bytes) -> int:
-    """Length of the ID3v2 tag that the file starts with; 0: there is none."""
+    """Returns the length of the ID3v2 tag at the start of a file; 0 without one."""
     if content[:3] != b"ID3" or len(content) < 10:
         return 0
     size = 0
@@ -115,10 +115,17 @@ def id3_bytes(content: bytes) -> int:
 
 
 def check_kind(content: bytes, kind: str) -> str:
-    """The format of the bytes, which is one of `kind`'s ("image" or "audio").
+    """Detects the format, and checks that it belongs to a kind of media.
+
+    Args:
+        content: bytes of a file.
+        kind: "image" or "audio".
+
+    Returns:
+        The name of the format.
 
     Raises:
-        MediaError: empty_file, wrong_media_kind or unknown_format.
+        MediaError: with the reason empty_file, wrong_media_kind or unknown_format.
     """
     if not content:
         raise MediaError(f"expected {kind}, found 0 bytes", reason="empty_file")
@@ -133,10 +140,10 @@ def check_kind(content: bytes, kind: str) -> str:
 
 
 def check_stored(format_name: str, kind: str, reencode: str) -> None:
-    """Checks that a format can be stored: as it is, unless it may be re-encoded.
+    """Checks that a format can be stored, unchanged or re-encoded.
 
     Raises:
-        MediaError: format_not_stored.
+        MediaError: with the reason format_not_stored.
     """
     if reencode == "never" and format_name not in STORED_FORMATS[kind]:
         raise MediaError(
@@ -146,7 +153,7 @@ def check_stored(format_name: str, kind: str, reencode: str) -> None:
 
 
 def describe(content: bytes) -> str:
-    """What bytes of no known media format most likely are, for a message."""
+    """Describes bytes of an unknown media format, for a message."""
     for prefix, name in OTHER_PREFIXES.items():
         if content.startswith(prefix):
             return name
@@ -165,7 +172,7 @@ def describe(content: bytes) -> str:
 
 
 def _has_brand(content: bytes, brands: tuple[bytes, ...]) -> bool:
-    """Whether an ISO media file names one of the brands, as its own or as compatible."""
+    """Returns True if an ISO media file names one of the brands, as its own or as compatible."""
     length = min(int.from_bytes(content[:4], "big"), 256)
     names = [content[8:12]] + [content[at : at + 4] for at in range(16, length, 4)]
     return any(name in brands for name in names)
@@ -173,9 +180,9 @@ def _has_brand(content: bytes, brands: tuple[bytes, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PreparedMedia:
-    """What is stored of one media file, or of one clip that was cut out of it."""
+    """The stored form of one media file, or of one clip cut from it."""
 
     content: bytes
     extension: str
-    measures: dict[str, Any]  # the columns of shard_columns.MEASURES
+    measures: dict[str, Any]  # columns of shards.columns.MEASURES
     found: tuple[str, ...]  # filters that would drop it, in a fixed order

@@ -1,4 +1,4 @@
-"""Colours of decoded pictures: transparency on white, and any colours to sRGB."""
+"""Colour conversion of decoded images: transparency to white, and any colours to sRGB."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from PIL import Image, ImageCms
 
 from data_prep.media.formats import MediaError
 
-# A profile that moves no colour by more is sRGB itself, in one of its many spellings.
+# A profile that changes no colour by more is a variant of sRGB.
 MAX_SRGB_DIFFERENCE = 2
 PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 PLAIN_MODES = tuple(PROFILE_SPACES)
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether a picture has transparency: a channel of it, or a colour that stands for it."""
+    """Returns True if an image has transparency: an alpha channel or a transparent colour."""
     return image.has_transparency_data
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """The picture in mode L, RGB or CMYK, with 8 bits a channel and transparency on white.
+    """Converts an image to mode L, RGB or CMYK with 8 bits per channel, transparency on white.
 
     Raises:
-        MediaError: unsupported_colors, such as those of float or Lab pictures.
+        MediaError: with the reason unsupported_colors, for example for float or Lab images.
     """
     if image.mode.startswith("I;16"):
         return _upper_bits(image)
@@ -45,7 +45,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def _upper_bits(image: Image.Image) -> Image.Image:
-    """Pillow would clip the values of 16 bits to 255."""
+    # Pillow would clip values of 16 bits to 255.
     values = np.asarray(image)
     gray = (values >> 8).astype(np.uint8)
     if "transparency" in image.info:
@@ -54,7 +54,7 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
-    """The picture in RGB, by its profile; one that is damaged or of other channels is left out."""
+    """Converts an image to sRGB by its profile; ignores a damaged or mismatched profile."""
     transform = color_transform(icc_profile, image.mode)
     if transform is not None:
         return transform.apply(image)
@@ -63,7 +63,7 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def color_transform(icc_profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What brings pixels of this mode and profile to sRGB; None: they are it as they are."""
+    """Builds the transform from a mode and profile to sRGB; None if none is needed."""
     if not icc_profile:
         return None
     try:
@@ -84,7 +84,7 @@ def color_transform(icc_profile: bytes | None, mode: str) -> ImageCms.ImageCmsTr
 
 
 def _color_samples(mode: str) -> Image.Image:
-    """A picture of many colours, evenly over all that the mode has."""
+    """Returns an image of colours evenly spread over the mode."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     levels = np.arange(0, 256, 15, dtype=np.uint8)

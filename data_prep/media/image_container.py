@@ -1,6 +1,6 @@
-"""Opens a picture without decoding it, within limits: what its header claims is checked first.
+"""Opens an image without decoding it, and checks the claims of its header.
 
-Pillow guards much of this already; here is what it lets through.
+Pillow has many such checks; this module adds those that it lacks.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.media.decode import PILLOW_ERRORS, check_pixels
 from data_prep.media.formats import MediaError
 
-PILLOW_NAMES = {"jpg": "JPEG", "tiff": "TIFF"}  # of the others, the name in capitals
-MAX_METADATA_BYTES = 2**20  # of one compressed text or profile in a PNG, unpacked
-MAX_JPEG_SCANS = 100  # each may repaint the whole picture; cameras and browsers write about 10
+PILLOW_NAMES = {"jpg": "JPEG", "tiff": "TIFF"}  # other names are the format in capitals
+MAX_METADATA_BYTES = 2**20  # of one compressed text or profile in a PNG, after decompression
+MAX_JPEG_SCANS = 100  # each may cover the whole image; common programs write about 10
 START_OF_SCAN = b"\xff\xda"
 TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
 
 
 def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Image:
-    """Pillow's picture, not decoded yet.
+    """Opens an image in Pillow, without decoding it.
 
     Args:
-        content: the bytes of a file.
-        format_name: as image_format says.
-        max_pixels: most that its header may claim, in height x width.
+        content: bytes of a file.
+        format_name: format found by `image_format`.
+        max_pixels: maximum of height x width in the header.
 
     Raises:
-        MediaError: too_many_pixels, no_pixels, truncated, metadata_too_large, too_many_scans or
-            undecodable.
+        MediaError: with the reason too_many_pixels, no_pixels, truncated, metadata_too_large,
+            too_many_scans or undecodable.
     """
     if format_name == "png":
         _check_png(content, max_pixels=max_pixels)
@@ -62,7 +62,7 @@ def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Im
 
 
 def _check_png(content: bytes, *, max_pixels: int) -> None:
-    """Its size, the checksum of every chunk, and what its compressed texts unpack to."""
+    """Checks the size, the checksum of every chunk, and the length of unpacked texts."""
     width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
     check_pixels(height, width, max_pixels=max_pixels)
     for name, start, size in _png_chunks(content):
@@ -74,7 +74,7 @@ def _check_png(content: bytes, *, max_pixels: int) -> None:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte, size) of every chunk up to the last."""
+    """Yields (name, first byte, size) of every chunk up to the last."""
     place = 8
     while place + 12 <= len(content):
         size, name = struct.unpack_from(">I4s", content, place)
@@ -88,7 +88,7 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _check_unpacked(name: bytes, chunk: bytes) -> None:
-    """The keyword ends with NUL; how much precedes the compressed bytes depends on the chunk."""
+    # The keyword ends with NUL; the fields before the compressed bytes depend on the chunk.
     _, _, rest = chunk.partition(b"\0")
     if name == b"iTXt":
         if rest[:1] != b"\1":  # not compressed
@@ -102,7 +102,7 @@ def _check_unpacked(name: bytes, chunk: bytes) -> None:
         unpacked.decompress(rest, MAX_METADATA_BYTES)
         is_larger = bool(unpacked.unconsumed_tail)
     except zlib.error:
-        return  # Pillow leaves it out, and so do browsers
+        return  # Pillow and browsers ignore such a chunk
     if is_larger:
         raise MediaError(
             f"PNG: the {name.decode()} chunk unpacks to more than {MAX_METADATA_BYTES} bytes",
@@ -111,7 +111,7 @@ def _check_unpacked(name: bytes, chunk: bytes) -> None:
 
 
 def _check_webp(content: bytes, *, max_pixels: int) -> None:
-    """Pillow makes room for the canvas of a WebP before it tells its size."""
+    # Pillow allocates the canvas of a WebP before it reports the size.
     size = int.from_bytes(content[4:8], "little")
     if size + 8 > len(content):
         raise MediaError(
@@ -130,6 +130,6 @@ def _check_webp(content: bytes, *, max_pixels: int) -> None:
 
 
 def _tile_pixels(image: Image.Image) -> int:
-    """Pixels of one tile of a TIFF, for which room is made whatever the picture's size."""
+    """Returns the pixels of one TIFF tile, which Pillow allocates for an image of any size."""
     width, length = (image.tag_v2.get(tag, 0) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
     return width * length

@@ -1,12 +1,12 @@
-"""What near-duplicate pictures are found by: a perceptual hash, and a thumbnail that confirms.
+"""Fingerprint of an image for the search of near duplicates: a perceptual hash and a thumbnail.
 
-The hash says of each low frequency of the picture's brightness whether it is positive, so that it
-hardly changes with size, compression, brightness and contrast. Pictures that are not alike share it
-now and then; the thumbnail tells them apart (data_prep.dedup.image_similarity), and shows the hash
-of a cropped copy (data_prep.dedup.crop_windows).
+A bit of the hash is the sign of a low frequency of the brightness, so that size, compression,
+brightness and contrast rarely change it. Different images sometimes share a hash. The thumbnail
+tells them apart (data_prep.dedup.image_similarity), and gives the hashes of cropped copies
+(data_prep.dedup.crop_windows).
 
-Both come from the same reduced picture of 32 x 32 pixels, in whole numbers: equal pixels give equal
-fingerprints on every machine.
+Both come from the same reduced image of 32 x 32 pixels, in whole numbers, so that equal pixels
+give equal fingerprints on every machine.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-GRID = 32  # pixels on a side of the reduced picture
-MAX_SIDE = 256  # of larger pictures, rows in between are left out
+GRID = 32  # pixels per side of the reduced image
+MAX_SIDE = 256  # rows; intermediate rows of larger images are skipped
 LUMA_WEIGHTS = np.array([77.0, 150.0, 29.0]) / 256  # of red, green and blue
 LUMA_SIDE = 16  # pixels of the thumbnail's brightness
 CHROMA_SIDE = 8  # and of its two colour differences
 SIGNATURE_BYTES = LUMA_SIDE**2 + 2 * CHROMA_SIDE**2
-NUM_FREQUENCIES = 9  # in each direction; of these 80, the 64 lowest make the hash
-# A flat picture has no frequencies: what is below this, in levels of 255, is noise.
+NUM_FREQUENCIES = 9  # in each direction; the 64 lowest of these 80 make the hash
+# Smaller amplitudes, in levels of 255, are noise of a flat image.
 MIN_AMPLITUDE = 0.05
 COSINE_SCALE = 4096
 
 
 def _lowest_frequencies() -> np.ndarray:
-    """Int [2, 64]: (vertical, horizontal) of each bit, from the lowest frequency on."""
+    """Returns int [2, 64]: (vertical, horizontal) frequency of each bit, lowest first."""
     every = [(i, j) for i in range(NUM_FREQUENCIES) for j in range(NUM_FREQUENCIES) if i or j]
     return np.array(sorted(every, key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))[:64]).T
 
 
 def _cosines() -> np.ndarray:
-    """float64 [9, 32] holding whole numbers: the DCT-II's basis, times COSINE_SCALE.
+    """Returns the DCT-II's basis times COSINE_SCALE: float64 [9, 32] of whole numbers.
 
     Sums of whole numbers are exact in float64, in any order.
     """
@@ -44,27 +44,28 @@ def _cosines() -> np.ndarray:
 
 
 def _blocks(side: int) -> np.ndarray:
-    """float64 [side, 32]: the sum over each of `side` equal parts."""
+    """Returns float64 [side, 32], which sums each of `side` equal parts."""
     return np.kron(np.eye(side), np.ones(GRID // side))
 
 
 FREQUENCIES = _lowest_frequencies()
 COSINES = _cosines()
 LUMA_BLOCKS, CHROMA_BLOCKS = _blocks(LUMA_SIDE), _blocks(CHROMA_SIDE)
-# Mirrored left to right, every odd horizontal frequency changes its sign.
+# Mirroring left to right changes the sign of every odd horizontal frequency.
 MIRRORING = np.where(FREQUENCIES[1] % 2, -1.0, 1.0)
 THRESHOLD = MIN_AMPLITUDE * 256 * (GRID * COSINE_SCALE) ** 2
 
 
 def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
-    """The columns phash, phash_mirrored and signature of a picture.
+    """Computes the columns phash, phash_mirrored and signature of an image.
 
     Args:
         pixels: uint8 [H, Wd, 3] of any size from 1 x 1, RGB.
 
     Returns:
-        phash: 64 bits, as a whole number; phash_mirrored: of the picture mirrored left to right;
-        signature: SIGNATURE_BYTES bytes: brightness [16, 16], then blue and red difference [8, 8].
+        phash: 64 bits, as a whole number.
+        phash_mirrored: phash of the image mirrored left to right.
+        signature: SIGNATURE_BYTES bytes: brightness [16, 16], blue and red difference [8, 8] each.
     """
     reduced = _reduced(pixels)  # [32, 32, 3]
     luma = reduced @ (LUMA_WEIGHTS * 256)  # [32, 32], in 1/256
@@ -77,7 +78,7 @@ def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:
-    """float64 [32, 32, 3] holding whole numbers: the whole picture, whatever its shape."""
+    """Reduces an image of any shape to float64 [32, 32, 3] of whole numbers."""
     pixels = pixels[:: max(1, len(pixels) // MAX_SIDE)]
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     size = (GRID, GRID)
@@ -90,7 +91,8 @@ def _packed(bits: np.ndarray) -> int:
 
 
 def _signature(reduced: np.ndarray, luma: np.ndarray) -> bytes:
-    """
+    """Computes the thumbnail in whole numbers.
+
     Args:
         reduced: float64 [32, 32, 3].
         luma: float64 [32, 32], in 1/256.

@@ -1,10 +1,11 @@
-"""One picture: checked within limits, decoded once, and kept as it is or re-encoded.
+"""Preparation of one image: checked, decoded once, and kept or re-encoded.
 
-The one decoding serves as check, as source of the re-encoding, and for the fingerprint. JPEGs are
-decoded by simplejpeg, which finds damage that Pillow paints over; a large one is decoded at an
-eighth, a quarter, three eighths or half its size (by the library's scaled DCT), if that is not
-below the size asked for, and then resampled. One that is kept is decoded as small as its
-fingerprint allows.
+One decoding serves as check, as source of the re-encoding, and for the fingerprint. simplejpeg
+decodes JPEGs, because it finds damage that Pillow hides.
+
+A large JPEG is decoded at one to four eighths of its size (the library's scaled DCT), but not below
+the requested size, and then resampled. A JPEG that is kept is decoded as small as its fingerprint
+allows.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from data_prep.media.image_color import color_transform, flatten, has_alpha, to_
 from data_prep.media.image_container import open_image
 from data_prep.media.image_fingerprint import image_fingerprint
 
-# Five to seven eighths take the library longer than the whole.
+# Five to seven eighths take the library longer than the full size.
 DCT_EIGHTHS = (1, 2, 3, 4)
-FINGERPRINT_SIDE = 128  # pixels of the shorter side that a fingerprint needs
+FINGERPRINT_SIDE = 128  # pixels of the shorter side required for a fingerprint
 JPEG_MODES = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}  # all others are decoded to RGB
-TRANSPOSITIONS = {  # EXIF orientation -> what sets the picture upright
+TRANSPOSITIONS = {  # EXIF orientation -> operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,19 +44,19 @@ TRANSPOSITIONS = {  # EXIF orientation -> what sets the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 LONGEST_SIDES = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}  # pixels that a format can hold
-PNG_BIT_DEPTH = 24  # place of the byte in the file
+PNG_BIT_DEPTH = 24  # offset of the byte in the file
 
 
 def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
-    """The picture as it is stored, with the columns of shard_columns.MEASURES["image"].
+    """Returns the stored form of an image, with the columns of shards.columns.MEASURES["image"].
 
     Raises:
-        MediaError: damaged, of an unknown format, animated, or above a limit.
+        MediaError: if the image is damaged, of an unknown format, animated, or above a limit.
     """
     source_format = check_kind(content, "image")
     check_stored(source_format, "image", options.reencode)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on odd metadata: no matter of the pixels
+        warnings.simplefilter("ignore")  # Pillow's, about odd metadata that does not affect pixels
         with open_image(content, source_format, max_pixels=options.max_pixels) as image:
             width, height = image.size
             try:
@@ -77,7 +78,7 @@ def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
 
 
 def _filters(height: int, width: int, options: ImageOptions) -> tuple[str, ...]:
-    """By the size before re-encoding."""
+    # The filters use the size before re-encoding.
     short, long = sorted((height, width))
     found = ["image_too_small"] if short < options.min_side else []
     if options.max_aspect_ratio is not None and long > options.max_aspect_ratio * short:
@@ -88,7 +89,7 @@ def _filters(height: int, width: int, options: ImageOptions) -> tuple[str, ...]:
 def _stored(
     content: bytes, source_format: str, image: Image.Image, options: ImageOptions
 ) -> tuple[bytes, str, np.ndarray]:
-    """(bytes, extension, the pixels that were stored: uint8 [H, Wd, 3])"""
+    """Returns the bytes to store, their extension, and their pixels: uint8 [H, Wd, 3]."""
     is_animated = source_format != "jpg" and getattr(image, "is_animated", False)
     if is_animated and not options.first_frame:
         raise MediaError(
@@ -97,10 +98,10 @@ def _stored(
         )
     bit_depth = content[PNG_BIT_DEPTH] if source_format == "png" else 8
     if source_format != "jpg":
-        image.load()  # before its EXIF is read, which in a PNG may follow the pixels
+        image.load()  # before EXIF is read, which may follow the pixels in a PNG
     transposition = TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation))
     size = scaled_size(image.height, image.width, options.shorter_side)
-    check_pixels(*size, max_pixels=MAX_PIXELS)  # the most that training decodes
+    check_pixels(*size, max_pixels=MAX_PIXELS)  # training decodes no more
     is_as_asked = (
         source_format in STORED_FORMATS["image"]
         and not is_animated
@@ -120,7 +121,7 @@ def _stored(
 
 
 def scaled_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
-    """(height, width) in pixels with the shorter side brought down to `shorter_side`, never up."""
+    """Computes (height, width) with the shorter side reduced to `shorter_side`, never enlarged."""
     shorter = min(height, width)
     if shorter_side is None or shorter <= shorter_side:
         return height, width
@@ -128,7 +129,7 @@ def scaled_size(height: int, width: int, shorter_side: int | None) -> tuple[int,
 
 
 def _is_plain_color(image: Image.Image) -> bool:
-    """Whether every decoder shows the picture in the same colours: sRGB or grey, opaque."""
+    """Returns True for opaque sRGB or grey, which every decoder shows in the same colours."""
     if image.mode not in ("1", "L", "P", "RGB") or has_alpha(image):
         return False
     return color_transform(image.info.get("icc_profile"), _profile_mode(image)) is None
@@ -139,9 +140,9 @@ def _profile_mode(image: Image.Image) -> str:
 
 
 def _checked_pixels(content: bytes, source_format: str, image: Image.Image) -> np.ndarray:
-    """uint8 [H, Wd, 3] of a picture that is kept as it is: enough of it for the fingerprint.
+    """Decodes an image that is kept, large enough for its fingerprint: uint8 [H, Wd, 3].
 
-    A JPEG's scan is read to its end, and damage is found, at any reduction.
+    At any reduction a JPEG's scan is read to its end, so that damage is found.
     """
     if source_format == "jpg" and image.mode != "CMYK":
         eighths = _smallest_eighths(image.height, image.width, (FINGERPRINT_SIDE, FINGERPRINT_SIDE))
@@ -157,7 +158,7 @@ def _checked_pixels(content: bytes, source_format: str, image: Image.Image) -> n
 
 
 def _smallest_eighths(height: int, width: int, size: tuple[int, int]) -> int:
-    """How many eighths of a JPEG's size are to be decoded, to be not below `size`."""
+    """Returns the smallest number of eighths of a JPEG's size that is not below `size`."""
     return next(
         (n for n in DCT_EIGHTHS if height * n >= 8 * size[0] and width * n >= 8 * size[1]), 8
     )
@@ -166,7 +167,7 @@ def _smallest_eighths(height: int, width: int, size: tuple[int, int]) -> int:
 def _decode(
     content: bytes, source_format: str, image: Image.Image, *, size: tuple[int, int]
 ) -> Image.Image:
-    """The picture of `size` (height, width), in mode L, RGB or CMYK."""
+    """Decodes an image at `size` (height, width), in mode L, RGB or CMYK."""
     if source_format == "jpg":
         picture, box = _decode_jpeg(content, size)
     else:
@@ -180,10 +181,13 @@ def _decode(
 def _decode_jpeg(
     content: bytes, size: tuple[int, int]
 ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """(the picture, not below `size`, and what part of it the source covers)
+    """Decodes a JPEG at the smallest reduction that is not below `size`.
 
-    Sides that are no multiple of 8 are rounded up in the reduced picture: a last row or column
-    then lies partly outside the source.
+    A reduced side is rounded up unless its full length is a multiple of 8. Then the last row or
+    column lies partly outside the source.
+
+    Returns:
+        The image, and the box of it that the source covers.
     """
     height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
     mode = JPEG_MODES.get(color_space, "RGB")
@@ -196,7 +200,7 @@ def _decode_jpeg(
         strict=True,
     )
     if mode == "CMYK":
-        pixels = 255 - pixels  # Adobe's convention, which all programs follow: 255 is no ink
+        pixels = 255 - pixels  # Adobe's convention, common to all programs: 255 is no ink
     if mode == "L":
         pixels = pixels[:, :, 0]
     picture = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
@@ -204,10 +208,10 @@ def _decode_jpeg(
 
 
 def encode_image(pixels: np.ndarray, options: ImageOptions) -> bytes:
-    """The bytes of uint8 [H, Wd, 3] in the format and quality asked for, without metadata.
+    """Encodes uint8 [H, Wd, 3] in the configured format and quality, without metadata.
 
     Raises:
-        MediaError: too_long_side.
+        MediaError: with the reason too_long_side.
     """
     height, width, _ = pixels.shape
     longest = LONGEST_SIDES[options.format]

@@ -1,7 +1,7 @@
-"""From the bytes of a media file, as found, to the bytes and measures of one or more samples.
+"""Preparation of a media file as one or more samples.
 
 bytes -> format, by content -> limits, by header -> decoded once, strictly
-      -> kept as they are, or re-encoded -> measures, fingerprint, filters
+      -> kept or re-encoded -> measures, fingerprint, filters
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from data_prep.media.image_preparation import prepare_image
 def prepare_media(
     content: bytes, *, kind: str, image: ImageOptions, audio: AudioOptions
 ) -> list[PreparedMedia]:
-    """What is stored of a media file: one sample, or the clips that a long recording is cut into.
+    """Returns the stored form of a media file: one sample, or the clips of a long recording.
 
     The same bytes and options always give the same result.
 
     Args:
-        content: the bytes of the file.
+        content: bytes of the file.
         kind: "image" or "audio".
-        image: how pictures are prepared.
-        audio: how clips are prepared.
+        image: options for images.
+        audio: options for audio clips.
 
     Raises:
-        MediaError: it cannot be used; its `reason` is a stable word.
+        MediaError: if the file cannot be used; its `reason` is a stable word.
     """
     if kind == "image":
         return [prepare_image(content, image)]

@@ -1,4 +1,4 @@
-"""Cleaning captions, in microseconds of CPU time each, beside ftfy's fix_text (best of three).
+"""Caption cleaning in microseconds of CPU time each, compared with ftfy's fix_text (best of three).
 
 python -m tests.benchmarks.captions
 """
@@ -17,7 +17,7 @@ from data_prep.config import CaptionOptions
 NUM_CAPTIONS = 2000
 NUM_RUNS = 3
 WORDS = (
-    "a the two brown dog cat man woman running sitting standing on under beside green grass table "
+    "a the two brown dog cat man woman running sitting standing on under near green grass table "
     "kitchen street with red ball in large small photo of an old wooden boat near mountains"
 )
 EVERYTHING = {
@@ -58,7 +58,7 @@ def captions() -> list[str]:
 
 
 def microseconds(clean: Callable[[str], object], texts: list[str]) -> float:
-    clean(texts[0])  # loads what is loaded once
+    clean(texts[0])  # triggers lazy loading
     seconds = []
     for _ in range(NUM_RUNS):
         start = time.process_time()

@@ -1,10 +1,10 @@
-"""Downloads from a server on this machine, beside plain urllib3 in a pool of threads.
+"""Downloads from a server on this machine, compared with plain urllib3 in a pool of threads.
 
     python -m tests.benchmarks.downloads
 
 1,000 bodies of 30 kB, 16 threads, best of three, in URLs per second and per CPU second of the
-client. Plain urllib3 keeps the bodies as files; it asks for no permission, records nothing, shares
-no limit with other processes, and takes any address, time and size.
+client. Plain urllib3 keeps the bodies as files. It checks no permission, records nothing, shares no
+limit with other processes, and accepts any address, time and size.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 def best(
     fetch: Callable[[list[str], Path], None], urls: list[str], folder: Path
 ) -> tuple[float, float]:
-    """The highest rates of several runs, each into an empty folder."""
+    """Returns the highest rates of several runs, each into an empty folder."""
     runs = []
     for _ in range(NUM_RUNS):
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -85,7 +85,7 @@ def best(
 def rates(
     fetch: Callable[[list[str], Path], None], urls: list[str], folder: Path
 ) -> tuple[float, float]:
-    """URLs per second, and per CPU second."""
+    """Measures URLs per second, and per CPU second."""
     start, start_cpu = time.perf_counter(), time.process_time()
     fetch(urls, folder)
     return (

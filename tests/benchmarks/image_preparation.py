@@ -1,12 +1,12 @@
-"""Pictures checked, scaled down and re-encoded, beside img2dataset's Resizer, per CPU second.
+"""Images checked, scaled down and re-encoded per CPU second, compared with img2dataset's Resizer.
 
     pip install --target PEER img2dataset==1.47.0
     python -m tests.benchmarks.image_preparation PEER
 
-Without the folder, ours alone is measured. Both get the same JPEGs, in turns; the best of several
-rounds counts. Ours does more: it finds damage within the scan, applies EXIF orientation and colour
-profiles, and takes the perceptual hashes. Pictures whose shorter side is 256 already are checked
-and kept as they are by both. PSNR is against Pillow's LANCZOS of the whole picture.
+Without the folder, only data_prep is measured. Both process the same JPEGs alternately; the best of
+several rounds counts. data_prep does more: it finds damage within the scan, applies EXIF
+orientation and colour profiles, and computes the perceptual hashes. Both check and keep images
+whose shorter side is already 256. PSNR is relative to Pillow's LANCZOS of the whole image.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def main(peer_folder: str | None) -> None:
 
 
 def build_resizer(peer_folder: str) -> Callable[[bytes], bytes]:
-    """img2dataset's, to the same size and quality; it keeps JPEGs that need no scaling, too."""
+    """Builds img2dataset's resizer for the same size and quality; it also keeps small JPEGs."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    sys.path.append(peer_folder)  # last: what both use is ours
+    sys.path.append(peer_folder)  # last: shared packages are data_prep's
     from img2dataset.resizer import Resizer
 
     resizer = Resizer(SHORTER_SIDE, "keep_ratio", True, encode_quality=QUALITY, skip_reencode=True)
@@ -59,20 +59,20 @@ def build_resizer(peer_folder: str) -> Callable[[bytes], bytes]:
 
 
 def prepare_unhashed(jpeg: bytes, options: ImageOptions) -> bytes:
-    """What img2dataset does and no more."""
+    """Prepares an image without fingerprint, as img2dataset does."""
     with patch.object(image_preparation, "image_fingerprint", lambda pixels: {}):
         return prepare_image(jpeg, options).content
 
 
 def photographs() -> list[Image.Image]:
-    """Two, and two parts of each."""
+    """Returns two photographs, and two parts of each."""
     whole = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     parts = [each.crop((x, 60, x + 400, 360)) for each in whole for x in (0, 240)]
     return whole + parts
 
 
 def drawn(seed: int) -> Image.Image:
-    """Forty discs of random colours on a gradient."""
+    """Draws forty discs of random colours on a gradient."""
     rng = np.random.default_rng(seed)
     picture = Image.linear_gradient("L").convert("RGB").resize((1024, 768))
     draw = ImageDraw.Draw(picture)
@@ -106,7 +106,7 @@ def show(what: str, jpegs: Sequence[bytes], actions: dict[str, Callable[[bytes],
 
 
 def fidelity(jpegs: Sequence[bytes], action: Callable[[bytes], bytes]) -> float:
-    """Mean PSNR in dB; infinite where nothing is re-encoded."""
+    """Computes the mean PSNR in dB; infinite if nothing is re-encoded."""
     ratios = []
     for jpeg in jpegs:
         found = np.asarray(Image.open(io.BytesIO(action(jpeg))).convert("RGB"), np.float64)

@@ -1,9 +1,9 @@
-"""make_shards over a manifest of 1,000,000 rows: seconds, and the most memory it held.
+"""Time and peak memory of make_shards on a manifest of 1,000,000 rows.
 
     python -m tests.benchmarks.million_rows [ROWS]
 
-The rows name 1,000 tiny JPEGs over and over, each row a sample of its own; memory is the most that
-the command and its two workers held together (VmRSS, looked at five times a second).
+The rows name 1,000 tiny JPEGs repeatedly, and each row becomes a sample. Memory is the peak total
+of the command and its two workers (VmRSS, sampled five times a second).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def write_manifest(folder: Path, num_rows: int) -> None:
 
 
 def watch(process: subprocess.Popen, held: list[int]) -> None:
-    """Notes the memory of the process and its children as long as it runs."""
+    """Records the memory of a process and its children while it runs."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""Writing and reading shards, beside webdataset, in samples per CPU second (best of three).
+"""Shards written and read per CPU second, compared with webdataset (best of three).
 
     python -m tests.benchmarks.shards
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def rate(action: Callable[[], None]) -> float:
-    """Samples per CPU second, in the best of NUM_RUNS."""
+    """Measures samples per CPU second, in the best of NUM_RUNS."""
     seconds = []
     for _ in range(NUM_RUNS):
         start = time.process_time()

@@ -79,7 +79,7 @@ def test_overrides_reach_into_lists(tmp_path):
 
 
 def test_duplicate_keys_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="key 'mode' stands twice"):
+    with pytest.raises(ConfigError, match="duplicate key 'mode'"):
         read(tmp_path, "mode: a\nmode: b\n")
 
 

@@ -33,7 +33,7 @@ def verify(dataset, **fields):
 
 
 def write_tar(path, members, *, tar_format=tarfile.PAX_FORMAT):
-    """A tar of (name or TarInfo, content) by Python's own writer."""
+    """Writes a tar of (name or TarInfo, content) with Python's own writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:
         for name, content in members:
@@ -87,7 +87,7 @@ def test_long_names_of_plain_tars_are_read(tmp_path, tar_format):
         keys.append("k\u00e9y")
     tar = write_tar(tmp_path / "tars" / "a.b.tar", pairs(*keys), tar_format=tar_format)
     before = tar.read_bytes()
-    dataset = index(tmp_path / "tars", tmp_path / "tars")  # sidecars beside the tars
+    dataset = index(tmp_path / "tars", tmp_path / "tars")  # sidecars next to the tars
     assert [dataset.read_sample(number).key for number in range(len(keys))] == keys
     assert tar.read_bytes() == before
     verify(tmp_path / "tars")
@@ -178,7 +178,7 @@ def rows_of(path):
 
 
 def test_shards_of_img2dataset_are_measured(tmp_path):
-    """Layout of img2dataset's webdataset output: nine digits, .jpg, .txt, .json."""
+    # The layout of img2dataset's webdataset output: nine digits, .jpg, .txt, .json.
     members = []
     for number in range(3):
         key, jpg = f"{number:09d}", jpeg(number)
@@ -208,7 +208,7 @@ def test_shards_of_img2dataset_are_measured(tmp_path):
 
 
 def test_shards_of_laion_audio_are_measured(tmp_path):
-    """Layout of LAION's audio-dataset: number, .flac, .json with a list under text."""
+    # The layout of LAION's audio-dataset: number, .flac, .json with a list under text.
     members = []
     for number in range(2):
         about = {"text": [f"a tone {number}", "a sound"], "tag": ["tone"], "original_data": {}}

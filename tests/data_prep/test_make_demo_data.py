@@ -26,7 +26,7 @@ def rows_of(manifest):
 
 
 def attributes_of(caption):
-    """What a person would read out of a caption: the value of every attribute it names."""
+    """Reads the value of every attribute that a caption names."""
     return tuple(
         next(value for value, words in known.items() if any(word in caption for word in words))
         for known in ATTRIBUTES

@@ -173,7 +173,7 @@ def test_class_names_and_uids_are_kept_in_json_and_parquet(tmp_path):
 
 
 def write_bad_pairs(folder):
-    """A manifest with one pair for every reason, and one good pair."""
+    """Writes a manifest with one pair for every reason, and one good pair."""
     folder.mkdir()
     ogg = sound_bytes(0, "OGG", "VORBIS")
     files = {

@@ -1,7 +1,7 @@
-"""Kinds of bad media, made afresh: name -> (function making the bytes, media kind, reason).
+"""Kinds of bad media: name -> (function that makes the bytes, media kind, reason).
 
-The last ones are good files that the filters of IMAGE_FILTERS and AUDIO_FILTERS drop; with those
-options set, every entry is rejected for its reason.
+The last entries are good files that the filters in IMAGE_FILTERS and AUDIO_FILTERS drop. With
+these options every entry is rejected for its reason.
 """
 
 import io
@@ -23,7 +23,7 @@ SAMPLE_RATE_HZ = 8000
 
 
 def picture(image_format: str = "JPEG", *, size: tuple[int, int] = (48, 40), **options) -> bytes:
-    """A picture of `size` (width, height), smooth enough for every format."""
+    """Encodes an image of `size` (width, height), smooth enough for every format."""
     rows, columns = np.mgrid[: size[1], : size[0]]
     pixels = np.stack([rows * 5, columns * 5, (rows + columns) * 3], axis=-1) % 256
     return saved(Image.fromarray(pixels.astype(np.uint8)), image_format, **options)
@@ -42,7 +42,7 @@ def sound(
     sample_rate_hz: int = SAMPLE_RATE_HZ,
     subtype: str | None = None,
 ) -> bytes:
-    """Half a second of a tone, or what `samples` holds."""
+    """Encodes half a second of a tone, or `samples`."""
     if samples is None:
         samples = 0.5 * np.sin(np.arange(SAMPLE_RATE_HZ // 2) * 0.2)
     sink = io.BytesIO()
@@ -55,14 +55,14 @@ def png_chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes, *, bit_depth: int = 8, extra: bytes = b"") -> bytes:
-    """A grey PNG whose header may claim anything.
+    """Builds a grey PNG whose header may claim anything.
 
     Args:
-        width: of its header.
-        height: of its header.
-        pixels: the compressed rows, each with a byte for its filter before it.
-        bit_depth: of its header.
-        extra: chunks that stand before the pixels.
+        width: width in the header.
+        height: height in the header.
+        pixels: compressed rows, each preceded by its filter byte.
+        bit_depth: bit depth in the header.
+        extra: chunks before the pixels.
     """
     header = struct.pack(">IIBBBBB", width, height, bit_depth, 0, 0, 0, 0)
     chunks = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", pixels)

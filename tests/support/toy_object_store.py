@@ -23,10 +23,15 @@ CREDENTIALS = {
 
 
 class ToyObjectStore(ThreadingHTTPServer):
-    """The proxy: all clients go through it, but for `upload` and `delete`.
+    """The proxy of all clients, except for `upload` and `delete`.
 
-    Each fault in `faults` is used once: a status, "cut" (the body ends halfway), "drip" (it takes a
-    while), "reset" (no answer) or "flip" (one bit of the body is another).
+    Each fault in `faults` is used once:
+
+        a status    the answer has this status
+        "cut"       the body ends halfway
+        "drip"      the body takes a while
+        "reset"     no answer
+        "flip"      one bit of the body is flipped
     """
 
     daemon_threads = True
@@ -148,7 +153,7 @@ class _Proxy(BaseHTTPRequestHandler):
 
 @contextmanager
 def toy_object_store():
-    """The store; s3:// URLs lead to it, in this process and in those that it starts."""
+    """Runs the store behind s3:// URLs, for this process and its children."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)

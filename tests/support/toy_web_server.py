@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that answers as its paths say, and counts what it is asked."""
+"""A web server on 127.0.0.1 whose paths define its answers, and that counts requests."""
 
 import gzip
 import threading
@@ -29,7 +29,7 @@ class ToyWebServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
-        pass  # clients that hang up are what the tests are about
+        pass  # the tests are about clients that disconnect
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,15 +68,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def answer_until_closed(self, pieces, **headers):
-        """Without a length: the body ends where the connection does."""
+    def answer_until_closed(self, chunks, **headers):
+        """Sends a body without a length, which ends with the connection."""
         self.send_response(200)
         self.send_header("Connection", "close")
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        for piece in pieces:
-            self.wfile.write(piece)
+        for chunk in chunks:
+            self.wfile.write(chunk)
             self.wfile.flush()
 
     # ------------------------------------------------------------------------------------- paths

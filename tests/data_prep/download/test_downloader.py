@@ -63,11 +63,11 @@ def fetch_all(cache, urls, *, max_bytes=MAX_BYTES, **changes):
 
 
 def outcome(result):
-    """The body, or the reason why there is none."""
+    """Returns the body, or the reason why there is none."""
     return result.reason if isinstance(result, BadItemError) else result
 
 
-# --------------------------------------------------------------------------- what becomes of URLs
+# ------------------------------------------------------------------------------------- outcomes
 
 OUTCOMES = {
     "good/1": b"/good/1" + BODY,
@@ -491,7 +491,7 @@ def test_full_disk_stops_the_run_and_names_the_folder(server, tmp_path):
         for num_bytes in (1000, 0):  # too few for a body; for a record
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
             try:
-                with pytest.raises(RunError, match=rf"^{tmp_path}: .*File too large; make room"):
+                with pytest.raises(RunError, match=rf"^{tmp_path}: .*File too large; free space"):
                     list(downloader.fetch_all(urls[:2] if num_bytes else urls[2:]))
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -140,7 +140,7 @@ def joined(fingerprints):
 
 
 def all_pairs(fingerprints):
-    """The obvious way: every clip with every other, in every alignment."""
+    """Compares every clip with every other in every alignment: the obvious way."""
     return {
         (first, second)
         for second in range(len(fingerprints))

@@ -14,7 +14,7 @@ PLACES = (0.0, 0.013, 0.4, 0.77, 0.999999)
 
 
 def encoded(sound_format, subtype=None, *, rate=8000, seconds=6.0, channels=2, **options):
-    """Noise under a slow envelope: no two parts are alike."""
+    """Encodes noise under a slow envelope, so that no two parts are alike."""
     times = np.arange(round(rate * seconds)) / rate
     noise = 0.2 * np.random.default_rng(0).standard_normal((len(times), channels))
     sink = io.BytesIO()
@@ -28,7 +28,7 @@ def encoded(sound_format, subtype=None, *, rate=8000, seconds=6.0, channels=2, *
 
 
 def part_and_slice(content, place, *, sample_rate_hz=8000, num_samples=4000):
-    """The part, and the slice of the whole clip that it should be."""
+    """Decodes the part, and the slice of the whole clip that it should equal."""
     part = decode_audio_part(
         content, sample_rate_hz=sample_rate_hz, num_samples=num_samples, place=place
     )

@@ -23,7 +23,7 @@ def prepare(content, **options):
 
 
 def stored(prepared, dtype="int16"):
-    """(samples [n, channels], rate, what soundfile says of the format) of a stored clip."""
+    """Reads a stored clip: samples [n, channels], rate, and soundfile's (format, subtype)."""
     with soundfile.SoundFile(io.BytesIO(prepared.content)) as file:
         return file.read(dtype=dtype, always_2d=True), file.samplerate, (file.format, file.subtype)
 
@@ -33,7 +33,7 @@ def tone(num_samples, *, rate=RATE, hz=440.0, peak=0.5):
 
 
 def noise(num_samples, channels=1):
-    """int16 [num_samples, channels]"""
+    """Returns int16 [num_samples, channels]."""
     rng = np.random.default_rng(0)
     return rng.integers(-32_768, 32_768, (num_samples, channels)).astype(np.int16)
 
@@ -142,7 +142,7 @@ def test_resampled_sound_is_that_of_scipy(new_rate):
 
 
 def test_nothing_is_clipped():
-    """A square wave at full scale rings when it is resampled; floats may exceed it anyway."""
+    # A square wave at full scale rings when it is resampled; floats may exceed full scale anyway.
     square = np.sign(tone(RATE, hz=110)) * 0.999
     loud = tone(RATE, hz=110, peak=3.0)
     for samples, options in ((square, {"sample_rate_hz": 11_025}), (loud, {"reencode": "always"})):
@@ -291,7 +291,7 @@ def test_rates_that_flac_cannot_hold_are_kept_or_named():
 
 
 def test_an_mp3_is_walked_frame_by_frame():
-    """Without the header that counts its frames, nothing else shows that its last one is cut."""
+    # Without the header that counts the frames, only the walk finds a truncated last frame.
     content = sound("MP3", samples=noise(20_000))
     first = audio_container._mp3_frame_bytes(content[:4])
     assert b"Xing" in content[:first] or b"Info" in content[:first]

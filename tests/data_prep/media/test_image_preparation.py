@@ -35,13 +35,13 @@ def opened(content):
 
 
 def psnr(found, expected):
-    """In dB, of two arrays of uint8."""
+    """Computes the PSNR of two arrays of uint8 in dB."""
     error = np.mean((found.astype(float) - np.asarray(expected)) ** 2)
     return 10 * np.log10(255**2 / max(error, 1e-9))
 
 
 def gray_profile(gamma):
-    """The smallest ICC profile of grey: a white point and one exponent."""
+    """Builds the smallest grey ICC profile: a white point and one exponent."""
     white = b"XYZ \0\0\0\0" + struct.pack(
         ">3i", *(round(each * 65536) for each in (0.9642, 1, 0.8249))
     )

@@ -95,7 +95,7 @@ def test_damage_never_raises_anything_but_media_errors_and_takes_no_time(data):
     content, kind = data.draw(st.sampled_from(FUZZED))
     content = bytearray(content)
     for _ in range(data.draw(st.integers(0, 6))):
-        # Headers are short beside what they describe, and where damage does most.
+        # Headers are short compared with their content, and damage there has the largest effect.
         place = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(content) - 1)))
         content[min(place, len(content) - 1)] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
