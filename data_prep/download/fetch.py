@@ -115,8 +115,7 @@ class WebFetcher:
         return isinstance(error, DownloadError) and error.is_transient and not is_closed
 
     def _wait(self, error: DownloadError, delay: float) -> None:
-        seconds = min(max(delay, error.retry_after_seconds or 0.0), MAX_DELAY_SECONDS)
-        if self._watch.closed.wait(seconds):
+        if self._watch.closed.wait(retry_seconds(delay, error)):
             raise DownloadsEnded
 
     def _follow(
@@ -181,6 +180,16 @@ class WebFetcher:
             yield response
         finally:
             _finish(response)
+
+
+def retry_seconds(delay: float, error: DownloadError) -> float:
+    """Computes the wait before a retry: the policy's delay, or a longer one that a server asks for.
+
+    Args:
+        delay: delay of the retry policy, in seconds.
+        error: failure of the last attempt.
+    """
+    return min(max(delay, error.retry_after_seconds or 0.0), MAX_DELAY_SECONDS)
 
 
 def _finish(response: BaseHTTPResponse) -> None:
