@@ -68,7 +68,7 @@ def contrastive_loss(
 
     With the logits l_ij = scale * <media_i, text_j> + bias over all N pairs, the loss is
 
-        softmax  -1/2N * sum_i [ log_softmax_j(l_ij) at j = i  +  log_softmax_j(l_ji) at j = i ]
+        softmax  -1/2N * sum_i [ (log_softmax_j l_ij)_i + (log_softmax_j l_ji)_i ]
         sigmoid   1/N * sum_ij [ softplus(l_ij) - (1 if i = j else 0) * l_ij ]
 
     Label smoothing, duplicates and a teacher change the targets; see `reference.dense_loss`.
@@ -208,7 +208,7 @@ class _LossInputs:
 
 
 class _ExactLoss(torch.autograd.Function):
-    """Returns the loss and [3] metrics without gradient: loss, media hits and caption hits."""
+    """Computes (loss, metrics); the [3] metrics are loss, media hits and caption hits."""
 
     @staticmethod
     def forward(

@@ -44,13 +44,14 @@ of its own pairs, each [B, D]. It computes the row block of its media, tile by t
     pass 2   locally         the tiles again, and from them G_ij = 2N dL/dl_ij
                              = exp(l_ij - r_i) + exp(l_ij - c_j) - t_ij - u_ij,
                              where r_i and c_j are the log-sum-exps of row i and column j
-                             -> gradient of I_a: G_a0 T_0 + G_a1 T_1
+                             -> dL/dI_a = scale / 2N * (G_a0 T_0 + G_a1 T_1)
              reduce-scatter  G_ab^T I_a, summed over a             every rank -> rank b
-                             -> gradient of T_b: G_0b^T I_0 + G_1b^T I_1
+                             -> dL/dT_b = scale / 2N * (G_0b^T I_0 + G_1b^T I_1)
 
 This is mode "strip1". In mode "strip2", pass 1 gathers the media as well, and the all-reduce
 includes [N] row sums. Each rank then also computes the column block of its captions, so that
-nothing is sent in pass 2. The sigmoid loss needs no log-sum-exps and takes a single pass.
+nothing is sent in pass 2. The sigmoid loss needs no log-sum-exps: it does all of this in one pass,
+with G_ij = N dL/dl_ij = sigmoid(l_ij) - y_ij.
 """
 
 from __future__ import annotations

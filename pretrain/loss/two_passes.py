@@ -188,7 +188,10 @@ def choose_mode(split: RowSplit, device: torch.device) -> Mode:
 
 
 def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") -> int:
-    """Chooses how many rows of each rank are gathered at once: all that fit in GATHERED_BYTES."""
+    """Chooses how many rows of each rank are gathered at once.
+
+    All rows if they fit in GATHERED_BYTES, else as many as fit in PIECE_BYTES.
+    """
     num_ranks, most = len(split.counts), max(split.counts)
     # Captions, and either their gradients or the media, in float32 at most.
     if num_ranks == 1 or 2 * 4 * num_ranks * most * width <= GATHERED_BYTES:

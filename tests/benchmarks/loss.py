@@ -43,15 +43,15 @@ def main() -> None:
     threads = arguments.parse_args().threads
     for num_pairs, num_ranks in SIZES:
         print(f"N = {num_pairs:,}, one rank of {num_ranks}")
-        figures = {
+        results = {
             name: measured(loss, num_pairs, num_ranks, threads) for name, loss in LOSSES.items()
         }
-        for name, measured_loss in figures.items():
-            print(f"  {name:16}", shown(measured_loss, figures["open_clip"], figures["torch"]))
+        for name, measured_loss in results.items():
+            print(f"  {name:16}", shown(measured_loss, results["open_clip"], results["torch"]))
 
 
-def shown(figures: tuple[float, float], of_open_clip: tuple, of_torch: tuple) -> str:
-    seconds, megabytes = figures
+def shown(results: tuple[float, float], of_open_clip: tuple, of_torch: tuple) -> str:
+    seconds, megabytes = results
     times = (
         f"{seconds / of_open_clip[0]:.2f} of open_clip's, {seconds / of_torch[0]:.2f} of torch's"
     )
@@ -67,9 +67,9 @@ def measured(
     process = CONTEXT.Process(target=run, args=(sender, loss, num_pairs, num_ranks, threads))
     process.start()
     sender.close()
-    figures = receiver.recv()
+    results = receiver.recv()
     process.join()
-    return figures
+    return results
 
 
 def run(sender, loss, num_pairs, num_ranks, threads):

@@ -74,7 +74,7 @@ def test_a_run_that_cannot_or_shall_not_go_on_does_not(attempts, reason):
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "status", "told"),
+    ("outcomes", "status", "printed"),
     [
         (("failed: OSError()",), 0, "requeued: attempt 0001: failed: OSError()"),
         (("stopped", "finished"), 3, "not requeued: the run has finished"),
@@ -83,7 +83,7 @@ def test_a_run_that_cannot_or_shall_not_go_on_does_not(attempts, reason):
     ],
 )
 def test_the_command_answers_by_its_exit_status(
-    toy_data, tmp_path, monkeypatch, capsys, outcomes, status, told
+    toy_data, tmp_path, monkeypatch, capsys, outcomes, status, printed
 ):
     config = toy_config(toy_data, tmp_path / "run")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -97,7 +97,7 @@ def test_the_command_answers_by_its_exit_status(
     except SystemExit as end:
         ended = end.code
     assert ended == status
-    assert told in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
 
 
 def test_a_job_that_came_to_no_attempt_has_not_finished_the_run(

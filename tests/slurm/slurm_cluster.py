@@ -192,8 +192,8 @@ class SlurmCluster:
 
     def nodes_up(self):
         """Returns the names of the nodes that Slurm can reach."""
-        told = self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False)
-        states = [line.split() for line in told.splitlines()]
+        output = self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False)
+        states = [line.split() for line in output.splitlines()]
         return [node for node, state in states if UP.fullmatch(state)]
 
     def crash(self, node):
@@ -285,8 +285,8 @@ class SlurmCluster:
 
     def job(self, number):
         """Returns the fields of a job as Slurm shows them."""
-        told = self.ask("scontrol", "show", "job", "-o", str(number))
-        return dict(re.findall(r"(\w+)=(\S*)", told.splitlines()[0]))
+        output = self.ask("scontrol", "show", "job", "-o", str(number))
+        return dict(re.findall(r"(\w+)=(\S*)", output.splitlines()[0]))
 
     def nodes_of(self, number):
         """Returns the names of a job's nodes; the batch script runs on the first."""
@@ -314,15 +314,15 @@ def _install():
     environment = os.environ | {"RUNLEVEL": "1", "DEBIAN_FRONTEND": "noninteractive"}
     install = ["install", "-y", "--no-install-recommends", *PACKAGES]
     for arguments in (["update"], install):
-        told = subprocess.run(
+        output = subprocess.run(
             ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", *arguments],
             env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
-    if told.returncode:
-        raise SystemExit(f"missing commands {missing}, and apt-get failed:\n{told.stderr}")
+    if output.returncode:
+        raise SystemExit(f"missing commands {missing}, and apt-get failed:\n{output.stderr}")
 
 
 def _run(*command, check=True, env=None, cwd=None):
@@ -367,10 +367,10 @@ def _kill(file, command):
 
     def is_alive():
         try:
-            told = status.read_text()
+            output = status.read_text()
         except (FileNotFoundError, ProcessLookupError):
             return False
-        return f"Name:\t{command}\n" in told and "State:\tZ" not in told
+        return f"Name:\t{command}\n" in output and "State:\tZ" not in output
 
     for _ in range(100):
         if not is_alive():

@@ -325,7 +325,7 @@ def test_the_whole_pipeline_comes_to_the_figures_of_the_demo(cluster, tmp_path):
         Path(configs[-1]).write_text(text)
     settings = {"PARTS": "2", "PREFLIGHT": "1", "PYTHON": sys.executable}
     settings |= {"SBATCH_OUTPUT": str(tmp_path / "%x-%A_%a.log"), "CPUS": "2"}
-    told = subprocess.run(
+    output = subprocess.run(
         ["slurm/pipeline.sh", "--nodes", "2", "--", *configs],
         cwd=ROOT,
         env=cluster.environment | settings,
@@ -333,7 +333,7 @@ def test_the_whole_pipeline_comes_to_the_figures_of_the_demo(cluster, tmp_path):
         text=True,
         check=True,
     ).stdout
-    last = told.rpartition(" ")[2].strip()
+    last = output.rpartition(" ")[2].strip()
     cluster.wait_until(lambda: cluster.job(last)["JobState"] in OVER, seconds=1200)
     assert cluster.job(last)["JobState"] == "COMPLETED"
     found, expected = (

@@ -121,14 +121,14 @@ def test_training_goes_on_without_the_nodes_that_preflight_finds_bad(slurm, agai
 
 
 def test_preflight_is_given_the_options_that_it_printed(slurm):
-    tells = 'echo "told: $SRUN_OPTIONS" >> "$SAID"\n'
-    slurm.write("srun", SAYS + tells + ANSWER)
+    prints = 'echo "options: $SRUN_OPTIONS" >> "$SAID"\n'
+    slurm.write("srun", SAYS + prints + ANSWER)
     environment = {"PREFLIGHT": 1, "FIRST": LEAVE_OUT, "AGAIN": "well"}
     _, said = slurm("pretrain.sbatch", "x.yaml", **environment)
-    assert [line for line in said if line.startswith("told")] == [
-        "told: ",
-        f"told: {LEAVE_OUT}",
-        f"told: {LEAVE_OUT}",
+    assert [line for line in said if line.startswith("options")] == [
+        "options: ",
+        f"options: {LEAVE_OUT}",
+        f"options: {LEAVE_OUT}",
     ]
 
 
