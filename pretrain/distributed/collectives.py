@@ -1,7 +1,7 @@
-"""All collectives of the project: what ranks tell one another. Each works without a process group.
+"""All collectives of the project. Each of them also works without a process group.
 
-Every rank must reach each call. Ranks may hold different numbers of rows, also none. None takes
-part in autograd. What a block of code makes ranks receive is counted by `counted_traffic`.
+Every rank must reach each call. Ranks may hold different numbers of rows, including none. No
+collective takes part in autograd. `counted_traffic` counts the bytes that a rank receives.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SECTION_BYTES = 64  # alignment of each tensor in a message that carries several
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
+    """Returns the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number; 0 without a process group."""
+    """Returns the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -44,7 +44,7 @@ def rank() -> int:
 
 @dataclass
 class Traffic:
-    """What this rank received from others, by kind of collective."""
+    """Data that this rank received from others, by kind of collective."""
 
     calls: Counter[str] = field(default_factory=Counter)
     received_bytes: Counter[str] = field(default_factory=Counter)
@@ -55,9 +55,9 @@ _TRAFFIC: ContextVar[Traffic | None] = ContextVar("traffic", default=None)
 
 @contextmanager
 def counted_traffic() -> Iterator[Traffic]:
-    """Counts the collectives started in the block, with what ring algorithms make a rank receive.
+    """Counts the collectives started in the block and the bytes received by ring algorithms.
 
-    With one process nothing is sent and nothing counted.
+    With one process, nothing is sent and nothing is counted.
     """
     traffic = Traffic()
     token = _TRAFFIC.set(traffic)
@@ -78,17 +78,21 @@ def _count(collective: str, num_bytes: int) -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The element-wise sum of a tensor over all ranks; same shape."""
+    """Sums a tensor element-wise over all ranks; same shape."""
     total = values.detach().clone()
     if world_size() > 1:
-        share = total.numel() * total.element_size() / world_size()
-        _count("all_reduce", round(2 * (world_size() - 1) * share))
+        own_bytes = total.numel() * total.element_size() / world_size()
+        _count("all_reduce", round(2 * (world_size() - 1) * own_bytes))
         dist.all_reduce(total)
     return total
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """[ranks] of small Python values, for reports."""
+    """Gathers small Python values from all ranks, for reports.
+
+    Returns:
+        [ranks] values.
+    """
     if world_size() == 1:
         return [value]
     if _TRAFFIC.get() is not None:
@@ -99,18 +103,18 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_from(source: int, values: Tensor) -> None:
-    """Overwrites a contiguous tensor, of the same shape everywhere, by one rank's."""
+    """Broadcasts a contiguous tensor from one rank; others overwrite theirs, of the same shape."""
     if world_size() > 1:
         _count("broadcast", values.numel() * values.element_size())
         dist.broadcast(values, src=source)
 
 
 def on_main_process(action: Callable[[], Result]) -> Result:
-    """Runs `action` on rank 0 alone; every rank returns its result, or raises what it raised.
+    """Runs `action` on rank 0 only; every rank returns its result or raises its error.
 
     Raises:
-        InputError: as the action does.
-        RunError: the action could not read or write a file.
+        InputError: if the action raises it.
+        RunError: if the action cannot read or write a file.
     """
     result, error = None, None
     if rank() == 0:
@@ -127,17 +131,17 @@ def on_main_process(action: Callable[[], Result]) -> Result:
 
 
 def set_timeout(seconds: float) -> None:
-    """Has collectives fail that do not end within so many seconds, from the next one on."""
+    """Sets after how many seconds a collective fails, from the next one on."""
     if dist.is_initialized():
-        # Of torch's functions the only one that changes a group's time-out; torchtitan uses it too.
+        # The only function of torch that changes a group's timeout; torchtitan uses it too.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def is_of_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process died, or did not come to it in time."""
-    # Gloo's errors have no type of their own.
-    signs = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    """Returns whether a collective failed because another process died or came too late."""
+    # Gloo has no error type of its own.
+    messages = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in messages)
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -145,37 +149,44 @@ def is_of_lost_peer(error: RuntimeError) -> bool:
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Which rows of the global batch each rank holds: rank 0 the first, and so on."""
+    """Assignment of the rows of the global batch to ranks, in the order of ranks."""
 
-    counts: tuple[int, ...]  # rows of each rank
+    counts: tuple[int, ...]  # [ranks] rows of each rank
 
     @property
     def total(self) -> int:
-        """N."""
+        """N, the number of rows."""
         return sum(self.counts)
 
     @property
     def own(self) -> slice:
-        """Where this rank's rows are among all."""
+        """Range of this rank's rows among the N rows."""
         first = self.first(rank())
         return slice(first, first + self.counts[rank()])
 
     def first(self, holder: int) -> int:
-        """Where that rank's rows begin among all."""
+        """Returns the index of a rank's first row among the N rows."""
         return sum(self.counts[:holder])
 
     def pieces(self, piece_rows: int) -> list[range]:
-        """Pieces of a rank's rows, equally many for all: ranks with fewer rows send less."""
+        """Splits a rank's rows into pieces; all ranks have the same number of pieces.
+
+        A piece may exceed the rows of a rank that holds fewer.
+        """
         most = max(self.counts)
         return [range(start, min(start + piece_rows, most)) for start in range(0, most, piece_rows)]
 
     def of_piece(self, holder: int, piece: range) -> range:
-        """The part of a piece that a rank has."""
+        """Returns the part of a piece that a rank holds."""
         return piece[: max(0, self.counts[holder] - piece.start)]
 
 
 def rows_per_rank(num_rows: int, device: torch.device) -> list[int]:
-    """[ranks] how many rows each rank holds."""
+    """Gathers the number of rows of each rank.
+
+    Returns:
+        [ranks] numbers of rows.
+    """
     counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
     counts[rank()] = num_rows
     return sum_over_ranks(counts).tolist()
@@ -183,18 +194,18 @@ def rows_per_rank(num_rows: int, device: torch.device) -> list[int]:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of one rank: of each gathered tensor, the same ones."""
+    """The same rows of all gathered tensors, from one rank."""
 
-    holder: int  # the rank
-    first: int  # where they begin among the N rows
+    holder: int  # rank that holds the rows
+    first: int  # index of the first row among the N rows
     tensors: tuple[Tensor, ...]  # each [rows, ...]
 
 
 class RowGather:
-    """A gather that travels while the caller computes, until `wait`.
+    """An asynchronous gather of rows, which overlaps with computation until `wait`.
 
-    Several tensors share one message. The blocks are views of what arrived: nothing is copied, and
-    the padding of ranks with fewer rows is never seen.
+    Several tensors share one message. The blocks are views of the received buffer, without copies
+    and without the padding of ranks that hold fewer rows.
     """
 
     def __init__(self, tensors: Sequence[Tensor], split: RowSplit, piece: range) -> None:
@@ -215,10 +226,14 @@ class RowGather:
         self.received = torch.empty(world_size(), num_bytes, dtype=torch.uint8, device=device)
         _count("all_gather", (world_size() - 1) * num_bytes)
         self.work = dist.all_gather_single(self.received.view(-1), sent, async_op=True)
-        self.sent = sent  # kept until it has left
+        self.sent = sent  # kept alive until the gather is done
 
     def wait(self) -> list[RowBlock]:
-        """[ranks] what every rank sent."""
+        """Waits for the gather.
+
+        Returns:
+            [ranks] rows of each rank.
+        """
         if world_size() == 1:
             rows = slice(self.piece.start, self.piece.stop)
             return [RowBlock(0, rows.start, tuple(tensor[rows] for tensor in self.tensors))]
@@ -238,7 +253,7 @@ class RowGather:
 
 
 def _sections(tensors: Sequence[Tensor], num_rows: int) -> list[slice]:
-    """Where in a message each tensor's rows are, in bytes."""
+    """The byte range of each tensor's rows in a message."""
     sections, start = [], 0
     for tensor in tensors:
         num_bytes = num_rows * math.prod(tensor.shape[1:]) * tensor.element_size()
@@ -249,16 +264,16 @@ def _sections(tensors: Sequence[Tensor], num_rows: int) -> list[slice]:
 
 
 def _rows_in(section: Tensor, like: Tensor, num_rows: int) -> Tensor:
-    """The first rows of a section, uint8 [bytes], read as rows of `like`."""
+    """The first rows of a section, uint8 [bytes], viewed with the type and shape of `like`."""
     shape = (num_rows, *like.shape[1:])
     num_bytes = math.prod(shape) * like.element_size()
     return section[:num_bytes].view(like.dtype).view(shape)
 
 
 class RowStream:
-    """All ranks' rows of some tensors, piece by piece; the next piece travels meanwhile.
+    """The rows of all ranks, piece by piece; the next piece is prefetched.
 
-    In one piece, they are gathered once and kept for every later pass.
+    A single piece is gathered once and kept for later passes.
     """
 
     def __init__(
@@ -271,7 +286,7 @@ class RowStream:
     ) -> None:
         """
         Args:
-            begun: a gather of further tensors, all in one piece; they follow the others in blocks.
+            begun: a running gather of further tensors in one piece, which each block appends.
         """
         self.tensors, self.split = tensors, split
         self.pieces = split.pieces(piece_rows) if begun is None else [begun.piece]
@@ -283,7 +298,7 @@ class RowStream:
         return RowGather(self.tensors, self.split, self.pieces[number])
 
     def __iter__(self) -> Iterator[tuple[range, list[RowBlock]]]:
-        """(piece, [ranks] its rows of each rank)"""
+        """Yields (piece, [ranks] rows of the piece)."""
         gather = self.kept or (self._gather(0) if self.pieces else None)
         for number, piece in enumerate(self.pieces):
             following = self._gather(number + 1) if number + 1 < len(self.pieces) else None
@@ -293,7 +308,7 @@ class RowStream:
 
 @dataclass(frozen=True)
 class _JoinedGathers:
-    """Two gathers of the same rows, as one."""
+    """Two gathers of the same rows, combined."""
 
     first: RowGather
     second: RowGather
@@ -304,12 +319,12 @@ class _JoinedGathers:
 
 
 class RowSum:
-    """A sum over ranks that travels while the caller computes; each rank gets its own rows."""
+    """An asynchronous sum over ranks (reduce-scatter); each rank receives its own rows."""
 
     def __init__(self, parts: Tensor) -> None:
         """
         Args:
-            parts: [ranks, rows, D] what this rank adds to the rows of each.
+            parts: [ranks, rows, D] summands of this rank for the rows of each rank.
         """
         self.parts, self.work = parts, None
         if world_size() > 1:
@@ -318,7 +333,11 @@ class RowSum:
             self.work = dist.reduce_scatter_single(self.own.view(-1), parts.view(-1), async_op=True)
 
     def wait(self) -> Tensor:
-        """[rows, D] of this rank, summed over ranks."""
+        """Waits for the sum.
+
+        Returns:
+            [rows, D] this rank's rows, summed over ranks.
+        """
         if self.work is None:
             return self.parts[0]
         self.work.wait()

@@ -1,4 +1,4 @@
-"""What launchers leave in the environment: torchrun, accelerate, deepspeed, srun, or nothing."""
+"""Environment variables that launchers set: torchrun, accelerate, deepspeed, srun, or none."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PLAIN_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # Accelerate's names
 
 
 def adopt_environment(environment: MutableMapping[str, str], *, needs_group: bool) -> None:
-    """Makes of any launcher's environment the one that torchrun would have made.
+    """Converts the environment of any launcher into that of torchrun.
 
     Args:
-        environment: changed in place.
-        needs_group: whether a process that is alone must have a process group as well.
+        environment: environment variables, changed in place.
+        needs_group: whether a single process also needs a process group.
 
     Raises:
-        InputError: the launcher's word is not enough, or it started fewer than it was asked for.
+        InputError: if the launcher's variables are insufficient, or it started too few processes.
     """
     adopt_slurm_environment(environment)
     refuse_lone_start(environment)
@@ -29,10 +29,10 @@ def adopt_environment(environment: MutableMapping[str, str], *, needs_group: boo
 
 
 def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
-    """Under plain srun, fills in what torchrun would have set.
+    """Sets the variables that torchrun would set, if srun alone started the processes.
 
     Raises:
-        InputError: Slurm does not say which hosts take part.
+        InputError: if Slurm cannot list the hosts.
     """
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
@@ -56,45 +56,48 @@ def _hosts_of_step(environment: Mapping[str, str]) -> list[str]:
         ).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise InputError(
-            f"started by srun, but scontrol cannot name the hosts ({error}); set MASTER_ADDR, "
+            f"started by srun, but scontrol cannot list the hosts ({error}); set MASTER_ADDR, "
             "MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK in the batch script, or use torchrun"
         ) from None
 
 
 def hosts_of_slurm_ranks(environment: Mapping[str, str]) -> list[str] | None:
-    """[ranks] the machine that each was to start on, also of those that never did; None where srun
-    did not start them.
+    """Lists the host assigned to each rank, including ranks that never started.
+
+    Returns:
+        [ranks] host names; None if srun did not start the ranks.
 
     Raises:
-        InputError: Slurm does not name the machines.
+        InputError: if Slurm cannot list the hosts.
     """
-    told = environment.get("SLURM_STEP_TASKS_PER_NODE")
-    if told is None or int(environment["WORLD_SIZE"]) != int(environment["SLURM_STEP_NUM_TASKS"]):
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    if tasks is None or int(environment["WORLD_SIZE"]) != int(environment["SLURM_STEP_NUM_TASKS"]):
         return None
     counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told):  # such as 8(x3),4
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):  # such as 8(x3),4
         counts += [int(count)] * int(times or 1)
     hosts = _hosts_of_step(environment)
     return [host for host, count in zip(hosts, counts, strict=True) for _ in range(count)]
 
 
 def refuse_lone_start(environment: Mapping[str, str]) -> None:
-    """Notices `accelerate launch --cpu --num_processes 2`, which starts one process: it names the
-    address at which the others would be met, but starts none.
+    """Refuses `accelerate launch --cpu --num_processes 2`, which starts only one process.
+
+    It sets the address of the other processes, but does not start them.
 
     Raises:
-        InputError: with how to start several.
+        InputError: if only one of several processes was started.
     """
     is_alone = "RANK" not in environment
     if is_alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
         raise InputError(
             "accelerate launch --cpu was asked for several processes and has started one; use "
-            "configs/accelerate/two_processes.yaml or torchrun, or leave --num_processes out"
+            "configs/accelerate/two_processes.yaml or torchrun, or remove --num_processes"
         )
 
 
 def become_group_of_one(environment: MutableMapping[str, str]) -> None:
-    """Without a launcher, makes this process the only member of a group: DeepSpeed needs one."""
+    """Makes a process without launcher the only member of a group, which DeepSpeed needs."""
     if "RANK" in environment:
         return
     with socket.socket() as probe:
@@ -111,16 +114,16 @@ def become_group_of_one(environment: MutableMapping[str, str]) -> None:
 
 
 def device_type_of(asked: str) -> str:
-    """ "cuda" or "cpu", as engine.device asks for.
+    """Returns the device type, "cuda" or "cpu", for a value of engine.device.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: if the device does not exist on this machine.
     """
     import torch
 
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise InputError("engine.device=cuda: torch sees no GPU here; use cpu or auto")
+        raise InputError("engine.device=cuda: torch sees no GPU on this machine; use cpu or auto")
     return "cuda" if has_gpu and asked != "cpu" else "cpu"
 
 
@@ -132,18 +135,19 @@ def refuse_unfit_processes(
     distributed_type: str,
     accumulation_steps: int,
 ) -> None:
-    """Refuses processes that do not know of one another, and whatever a launcher's config or
-    environment asks of Accelerate that would change the gradient.
+    """Refuses processes that are not connected, and settings that would change the gradient.
+
+    Such settings come from a launcher's config or environment.
 
     Args:
         strategy: engine.strategy.
-        device: (asked for, taken by Accelerate).
-        num_processes: (started by the launcher, seen by Accelerate).
-        distributed_type: Accelerate's name for what it does.
-        accumulation_steps: Accelerate's.
+        device: (requested device type, device type that Accelerate uses).
+        num_processes: (processes that the launcher started, processes that Accelerate sees).
+        distributed_type: distributed type of Accelerate.
+        accumulation_steps: gradient accumulation steps of Accelerate.
 
     Raises:
-        InputError: with what to change.
+        InputError: if processes or settings do not fit; the message says what to change.
     """
     if num_processes[0] != num_processes[1]:
         raise InputError(
@@ -152,19 +156,19 @@ def refuse_unfit_processes(
         )
     if accumulation_steps != 1:
         raise InputError(
-            f"Accelerate was told gradient_accumulation_steps={accumulation_steps} "
-            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS); unset it: micro_batch_size does this "
-            "without changing the gradient"
+            f"Accelerate has gradient_accumulation_steps={accumulation_steps} "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS); unset it and use "
+            "micro_batch_size, which does not change the gradient"
         )
-    fitting = PLAIN_TYPES if strategy == "ddp" else ("DEEPSPEED",)
-    if distributed_type not in fitting:
+    allowed = PLAIN_TYPES if strategy == "ddp" else ("DEEPSPEED",)
+    if distributed_type not in allowed:
         raise InputError(
-            f"Accelerate was told distributed_type={distributed_type}; expected one of "
-            f"{', '.join(fitting)} with engine.strategy={strategy}: use "
+            f"Accelerate has distributed_type={distributed_type}; expected one of "
+            f"{', '.join(allowed)} with engine.strategy={strategy}: use "
             "configs/accelerate/two_processes.yaml, or torchrun"
         )
     if device[0] != device[1]:
         raise InputError(
-            f"engine.device={device[0]} with engine.strategy={strategy}: Accelerate takes "
+            f"engine.device={device[0]} with engine.strategy={strategy}: Accelerate uses "
             f"{device[1]}; hide the GPUs (CUDA_VISIBLE_DEVICES=) to use the CPU"
         )

@@ -1,8 +1,8 @@
-"""Activation checkpointing: a block's activations are computed again in the backward pass.
+"""Activation checkpointing, which recomputes activations in the backward pass; tower compilation.
 
-(Chen et al. 2016, "Training deep nets with sublinear memory cost".) Blocks keep their place and the
-names of their parameters. What their layers drop is drawn again from the same keys, so that no
-state of a generator is kept.
+(Chen et al. 2016, "Training deep nets with sublinear memory cost".) Blocks stay in their modules,
+so parameters keep their names. Recomputed layers drop by the same keys, so no generator state is
+saved.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import InputError
 from pretrain.model.contrastive_model import ContrastiveModel
-from pretrain.model.sample_dropout import TowerDraws
+from pretrain.model.sample_dropout import TowerDropKeys
 
-# Of a tower: with and without gradients, in evaluation, for one row, for any number of rows, for
-# any length of captions.
+# Graphs per tower: with and without gradients, in evaluation, for one row, for any number of rows,
+# for any length of captions.
 MAX_COMPILATIONS = 32
 
 
 def checkpoint_blocks(model: ContrastiveModel) -> None:
-    """Makes the blocks of all trained towers compute their activations twice instead of keeping
-    them.
+    """Makes the blocks of all trained towers recompute their activations instead of keeping them.
 
     Raises:
-        InputError: a tower has nothing that looks like blocks.
+        InputError: if no blocks are found in a tower.
     """
     for kind, tower in model.towers.items():
         if tower.is_frozen:
@@ -39,16 +38,19 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
             raise InputError(
                 f"engine.activation_checkpointing: model.{kind} "
                 f"({type(tower.backbone).__name__}) has no list of equal blocks to checkpoint; "
-                "set it to false, and lower micro_batch_size to save memory"
+                "set the key to false, and lower micro_batch_size to save memory"
             )
         for block in blocks:
-            # Not a wrapping module, which would rename the parameters.
-            block.forward = partial(_recomputed, block.forward, tower.draws)
+            # A wrapping module would rename the parameters.
+            block.forward = partial(_recomputed, block.forward, tower.drop_keys)
 
 
 def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The layers that a transformers model names for this; else the members of lists of equal
-    blocks, innermost first where such a list holds others (stages)."""
+    """Finds the blocks of a backbone.
+
+    A transformers model marks them. In other models, they are the members of lists of equal
+    modules; of nested lists (stages), the innermost.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     named = [part for part in backbone.modules() if isinstance(part, GradientCheckpointingLayer)]
@@ -67,12 +69,14 @@ def _listed_blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _recomputed(forward: Callable[..., Any], draws: TowerDraws, *args: Any, **kwargs: Any) -> Any:
-    """What a block's own forward returns, without keeping its activations."""
+def _recomputed(
+    forward: Callable[..., Any], drop_keys: TowerDropKeys, *args: Any, **kwargs: Any
+) -> Any:
+    """Calls a block's own forward without keeping its activations."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(
-        partial(_drawing_from, draws, draws.mark(), forward),
+        partial(_replayed, drop_keys, drop_keys.snapshot(), forward),
         *args,
         use_reentrant=False,
         preserve_rng_state=False,
@@ -80,26 +84,30 @@ def _recomputed(forward: Callable[..., Any], draws: TowerDraws, *args: Any, **kw
     )
 
 
-def _drawing_from(
-    draws: TowerDraws, mark: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
+def _replayed(
+    drop_keys: TowerDropKeys,
+    snapshot: Any,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    if torch.compiler.is_compiling():  # the compiler computes the same graph again, draws and all
+    if torch.compiler.is_compiling():  # the compiler recomputes the same graph with the same keys
         return forward(*args, **kwargs)
-    with draws.again_from(mark):
+    with drop_keys.replay(snapshot):
         return forward(*args, **kwargs)
 
 
 def compile_towers(model: ContrastiveModel, *, backend: str = "inductor") -> None:
-    """Compiles all towers when they are first called.
+    """Compiles all towers, lazily at their first call.
 
     Args:
-        model: with its blocks checkpointed before, if they are to be.
-        backend: torch.compile's.
+        model: the model; call `checkpoint_blocks` before, if at all.
+        backend: backend of torch.compile.
     """
     import torch._dynamo.config
 
-    # In a checkpointed block, layers count their calls. The compiler would refuse that change of
-    # state; done in the forward pass alone, it is right.
+    # Layers of a checkpointed block count their calls, a side effect that the compiler refuses.
+    # Applying it in the forward pass only is correct.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for tower in model.towers.values():
         tower.compile(backend=backend, isolate_recompiles=True, recompile_limit=MAX_COMPILATIONS)

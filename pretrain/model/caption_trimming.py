@@ -1,7 +1,7 @@
-"""Cuts a batch's tokens behind its longest caption, for text towers to which that is the same.
+"""Trimming of a batch's padding, for text towers whose embeddings it does not change.
 
-To those is it the same in which padding stands behind the caption, no token sees it, and it is not
-pooled: it then changes no embedding and no gradient, only the time they take.
+Padding after the longest caption can be cut if no token attends to it and it is not pooled.
+Trimming then changes no embedding and no gradient; it only saves time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import TransformersText
 
-# Tokens are kept to a multiple of this: few lengths, each of a shape that GPUs are fast at.
+# Lengths are rounded up to a multiple of this: few shapes, all of them fast on GPUs.
 TOKENS_MULTIPLE = 8
-# transformers models in which no token sees masked padding behind it, directly or through layers.
+# transformers models in which no token depends on masked padding after it, in any layer.
 MASKS_PADDING = (
     "albert",
     "bert",
@@ -32,24 +32,28 @@ MASKS_PADDING = (
 
 
 def takes_trimmed_captions(backbone: nn.Module, tokenizer: Tokenizer) -> bool:
-    """Whether what stands behind a caption may be cut off without changing its embedding."""
+    """Returns whether padding can be cut without changing an embedding."""
     from open_clip.transformer import TextTransformer
 
     if isinstance(backbone, TransformersText):
-        is_behind = getattr(tokenizer.backend, "padding_side", "right") == "right"
-        return is_behind and backbone.backbone.config.model_type in MASKS_PADDING
+        is_last = getattr(tokenizer.backend, "padding_side", "right") == "right"
+        return is_last and backbone.backbone.config.model_type in MASKS_PADDING
     if not isinstance(backbone, TextTransformer) or backbone.output_tokens:
         return False
     if backbone.attn_mask is None or backbone.cls_emb is not None:
         return False
-    # Pooled is the place of the highest token, or of the first end token: padding must be neither.
+    # Pooling takes the position of the highest token id, or of the first end token. Padding must be
+    # neither.
     if backbone.pool_type == "argmax":
         return tokenizer.pad_id == 0
     return backbone.pool_type == "eos" and tokenizer.pad_id != backbone.eos_id
 
 
 def accept_trimmed_captions(backbone: nn.Module) -> None:
-    """Makes a text tower take fewer tokens than its context_length (those of transformers do)."""
+    """Makes an open_clip text tower accept fewer tokens than its context_length.
+
+    Towers of transformers accept them anyway.
+    """
     from open_clip.transformer import TextTransformer
 
     if isinstance(backbone, TextTransformer):
@@ -59,20 +63,20 @@ def accept_trimmed_captions(backbone: nn.Module) -> None:
 def _cut_causal_mask(
     transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """open_clip hands on a mask of context_length, however few tokens there are."""
-    length = args[0].shape[1]  # of [B, L, W]
+    """Cuts the causal mask, which open_clip always passes with context_length."""
+    length = args[0].shape[1]  # input [B, L, W]
     return args, kwargs | {"attn_mask": kwargs["attn_mask"][:length, :length]}
 
 
 def trimmed_length(caption_lengths: Tensor, *, context_length: int) -> int:
-    """Tokens that hold every caption of a batch.
+    """Computes how many tokens hold every caption of a batch.
 
     Args:
-        caption_lengths: [B] tokens up to the last that is not padding; on the CPU, so that nothing
-            waits for the device.
-        context_length: of the untrimmed batch.
+        caption_lengths: [B] tokens up to the last one that is not padding; on the CPU, so that
+            reading them does not wait for the device.
+        context_length: length of the untrimmed batch.
     """
     lengths = caption_lengths.tolist()
-    if 0 in lengths:  # nothing but padding: what a tower makes of it may depend on its length
+    if 0 in lengths:  # all padding: its embedding may depend on the length
         return context_length
     return min(context_length, -(-max(lengths, default=1) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE)

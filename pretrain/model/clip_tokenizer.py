@@ -1,7 +1,7 @@
-"""CLIP's tokenizer as open_clip has it, several times as fast, and in memory that stays bounded.
+"""A faster version of open_clip's tokenizer with bounded memory; the token ids are the same.
 
-The same token ids: captions of plain ASCII skip the repair of broken encodings, which would change
-nothing in them, and the ids of words that were met before are remembered whole.
+Captions of plain ASCII skip the repair of broken encodings, which would not change them. The token
+ids of whole words are cached.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-MOST_WORDS_KEPT = 100_000  # several megabytes; then it begins anew
+MAX_CACHED_WORDS = 100_000  # several megabytes; a full cache is cleared
 
 
 class ClipTokenizer(SimpleTokenizer):
-    """
+    """CLIP's byte-pair tokenizer with a cache of words.
+
     Args:
-        context_length: tokens of a row.
+        context_length: tokens per row.
     """
 
     def __init__(self, *, context_length: int) -> None:
@@ -28,8 +29,8 @@ class ClipTokenizer(SimpleTokenizer):
         self._ids_of_word: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a caption, without those of its start and end."""
-        # What ftfy and html.unescape would repair needs other characters than these.
+        """Encodes a caption to token ids, without start and end tokens."""
+        # ftfy and html.unescape repair only captions with other characters.
         if text.isascii() and text.isprintable() and "&" not in text:
             text = " ".join(text.split()).lower()
         else:
@@ -40,7 +41,7 @@ class ClipTokenizer(SimpleTokenizer):
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        if len(self._ids_of_word) >= MOST_WORDS_KEPT:
+        if len(self._ids_of_word) >= MAX_CACHED_WORDS:
             self._ids_of_word.clear()
             self.cache = dict(self._special_words)
         characters = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
@@ -49,7 +50,10 @@ class ClipTokenizer(SimpleTokenizer):
         return ids
 
     def __call__(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
-        """int64 [M, L]: start, ids and end of each caption, cut so that the end stays; then 0."""
+        """Encodes captions to int64 [M, L]: start token, ids, end token, zeros.
+
+        Captions that are too long are cut before the end token.
+        """
         length = context_length or self.context_length
         rows = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):

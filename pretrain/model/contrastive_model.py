@@ -1,4 +1,4 @@
-"""The contrastive model: one tower per modality, one joint space, one temperature per pairing."""
+"""The contrastive model: a tower per modality, one joint space, a temperature per pairing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pretrain.config import (
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.log_mel import LogMelSpectrogram
-from pretrain.model.sample_dropout import Draws, TowerDraws, pair_keys
+from pretrain.model.sample_dropout import DropKeys, TowerDropKeys, pair_keys
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import (
     TowerConfig,
@@ -38,21 +38,21 @@ from pretrain.model.towers import (
 
 
 class PairingFeatures(NamedTuple):
-    """What a pairing's loss is taken of."""
+    """Inputs of a pairing's loss."""
 
     media: Tensor  # [B, D], L2-normalised
     text: Tensor  # [B, D], L2-normalised
     scale: Tensor  # [1], inverse temperature
-    bias: Tensor | None = None  # [1], of the sigmoid loss
+    bias: Tensor | None = None  # [1], for the sigmoid loss
 
 
 class PairInputs(NamedTuple):
-    """What the towers are given of one pairing's pairs; B may be 0."""
+    """Inputs of the towers for the pairs of one pairing; B may be 0."""
 
     media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
     tokens: Tensor  # int64 [B, L]
     stripes: Tensor | None = None  # [B, stripes, 2] of SpecAugment (see pretrain.model.log_mel)
-    draws: Draws | None = None  # in training: the pairs that layers that drop draw for
+    drop_keys: DropKeys | None = None  # in training: identity of the pairs, for layers that drop
 
 
 EncoderInputs = Mapping[PairingName, PairInputs]
@@ -60,7 +60,7 @@ OnMedia = Callable[[PairingName, Tensor], None]
 
 
 class NormalizedPixels(nn.Module):
-    """uint8 [B, 3, H, Wd] -> float32, in units of the mean and deviation the tower expects."""
+    """Normalises pixels, uint8 [B, 3, H, Wd] -> float32, by the configured mean and deviation."""
 
     def __init__(self, config: ImageTransform) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class Tower(nn.Module):
     """Input stage, backbone and projection into the joint space: [B, ...] -> [B, D].
 
     Args:
-        input_stage: from the batch's tensors to the backbone's input.
-        backbone: as pretrain.model.towers builds it.
-        projection: from W to D.
-        draws: what the backbone's layers that drop draw from.
+        input_stage: module from the tensors of a batch to the backbone's input.
+        backbone: backbone from pretrain.model.towers.
+        projection: module from W to D.
+        drop_keys: keys that the backbone's dropping layers share.
     """
 
     def __init__(
@@ -87,22 +87,27 @@ class Tower(nn.Module):
         backbone: nn.Module,
         projection: nn.Module,
         *,
-        draws: TowerDraws,
+        drop_keys: TowerDropKeys,
     ) -> None:
         super().__init__()
-        self.draws = draws
+        self.drop_keys = drop_keys
         self.input_stage = input_stage
         self.backbone = backbone
         self.projection = projection
         self.is_frozen = not any(p.requires_grad for p in backbone.parameters())
 
     def forward(self, *inputs: Tensor, keys: Tensor | None = None) -> Tensor:
-        """[B, ...] -> [B, D]; keys: int64 [B] of the pairs, if layers drop (see sample_dropout)."""
-        with self.draws.of_pairs(keys):
+        """Encodes [B, ...] -> [B, D].
+
+        Args:
+            inputs: tensors for the input stage.
+            keys: int64 [B] from `pair_keys`; required if layers drop.
+        """
+        with self.drop_keys.set_pairs(keys):
             return self.projection(self.backbone(self.input_stage(*inputs)))  # [B, W] -> [B, D]
 
     def train(self, mode: bool = True) -> Tower:
-        """A frozen backbone stays in evaluation mode, so that its statistics never move."""
+        """Sets the mode; a frozen backbone stays in evaluation mode to keep its statistics."""
         super().train(mode)
         if self.is_frozen:
             self.backbone.eval()
@@ -110,13 +115,13 @@ class Tower(nn.Module):
 
 
 class ContrastiveModel(nn.Module):
-    """Encodes media and captions into one space.
+    """Encodes media and captions into a joint space.
 
-    `forward` is for training; outside of it use `encode_image`, `encode_audio`, `encode_text`.
+    Use `encode_image`, `encode_audio` and `encode_text`, except in training, which uses `forward`.
 
     Attributes:
-        seed: of what is dropped in training.
-        takes_trimmed_captions: whether tokens may be cut to the longest caption of a batch without
+        seed: seed of what layers drop in training.
+        takes_trimmed_captions: whether tokens can be cut to the longest caption of a batch without
             changing any embedding.
     """
 
@@ -134,7 +139,7 @@ class ContrastiveModel(nn.Module):
         self.seed = seed
         self.takes_trimmed_captions = takes_trimmed_captions
         self.towers = nn.ModuleDict(towers)
-        # Of shape (1,): engines that flatten parameters cannot take a scalar.
+        # Shape (1,), because engines that flatten parameters do not support scalars.
         initial = torch.full((1,), math.log(initial_scale))
         self.log_logit_scale = nn.ParameterDict(
             {name: nn.Parameter(initial.clone()) for name in pairings}
@@ -149,11 +154,12 @@ class ContrastiveModel(nn.Module):
     def forward(
         self, micro_batches: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
     ) -> dict[PairingName, PairingFeatures]:
-        """Features of every pairing in the step; B may differ between pairings.
+        """Computes the features of every pairing in the step; B may differ between pairings.
 
         Args:
-            micro_batches: micro-batches, encoded one after the other; their features are joined.
-            on_media: told a pairing's media features before its captions are encoded.
+            micro_batches: inputs, encoded one after the other; their features are concatenated.
+            on_media: called with (pairing, media features [B, D]) before the pairing's captions
+                are encoded.
         """
         return {
             name: self._encode_pairing(name, micro_batches, on_media) for name in micro_batches[0]
@@ -164,7 +170,9 @@ class ContrastiveModel(nn.Module):
     ) -> PairingFeatures:
         kind, inputs = media_of_pairing(name), [micro_batch[name] for micro_batch in micro_batches]
         keys = [
-            None if each.draws is None else pair_keys(each.draws, seed=self.seed, pairing=name)
+            None
+            if each.drop_keys is None
+            else pair_keys(each.drop_keys, seed=self.seed, pairing=name)
             for each in inputs
         ]
         pairs = list(zip(inputs, keys, strict=True))
@@ -183,32 +191,46 @@ class ContrastiveModel(nn.Module):
         *,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """[B, D] L2-normalised embeddings of images or clips (in training perhaps with stripes, and
-        with keys int64 [B] of what layers drop)."""
+        """Encodes images or clips to L2-normalised embeddings [B, D].
+
+        Args:
+            kind: kind of media.
+            media: uint8 [B, 3, H, Wd] or float32 [B, samples].
+            stripes: [B, stripes, 2] of SpecAugment, in training.
+            keys: int64 [B] from `pair_keys`, in training if layers drop.
+        """
         inputs = (media,) if stripes is None else (media, stripes)
         return _encode(self.towers[kind], *inputs, keys=keys)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, Wd] -> [B, D] L2-normalised."""
+        """Encodes images, uint8 [B, 3, H, Wd], to L2-normalised embeddings [B, D]."""
         return self.encode_media("image", pixels)
 
     def encode_audio(self, waveforms: Tensor) -> Tensor:
-        """float32 [B, samples] -> [B, D] L2-normalised."""
+        """Encodes waveforms, float32 [B, samples], to L2-normalised embeddings [B, D]."""
         return self.encode_media("audio", waveforms)
 
     def encode_text(self, tokens: Tensor, *, keys: Tensor | None = None) -> Tensor:
-        """int64 [B, L] -> [B, D] L2-normalised; keys as above."""
+        """Encodes captions, int64 [B, L], to L2-normalised embeddings [B, D].
+
+        Args:
+            tokens: int64 [B, L].
+            keys: int64 [B] from `pair_keys`, in training if layers drop.
+        """
         return _encode(self.towers["text"], tokens, keys=keys)
 
     def save_assets(self, folder: Path) -> None:
-        """Writes what rebuilding the towers needs besides config and weights."""
+        """Writes the files that rebuild the towers, in addition to config and weights."""
         for kind, tower in self.towers.items():
             save_tower_config(tower.backbone, folder, kind=kind)
 
 
 def _encode(tower: Tower, *inputs: Tensor, keys: Tensor | None) -> Tensor:
-    """[B, D] L2-normalised, also where B is 0: many backbones cannot encode an empty batch, so they
-    are given one row that is taken away again. Its parameters then have a gradient, of zero."""
+    """[B, D] L2-normalised; B may be 0.
+
+    Many backbones cannot encode an empty batch. They get one row, which is removed from the
+    output, so that all parameters have a gradient, which is zero.
+    """
     num_rows = len(inputs[0])
     if num_rows == 0:
         inputs = tuple(each.new_ones(1, *each.shape[1:]) for each in inputs)
@@ -284,18 +306,18 @@ def _build_tower(
     embed_dim: int,
 ) -> Tower:
     """Completes a tower around a backbone, which is probed with two inputs."""
-    draws = TowerDraws() if config.frozen else replace_drop_layers(backbone, kind=kind)
+    drop_keys = TowerDropKeys() if config.frozen else replace_drop_layers(backbone, kind=kind)
     width = probe_backbone(
-        backbone, examples, where=f"model.{kind}", draws=None if config.frozen else draws
+        backbone, examples, where=f"model.{kind}", drop_keys=None if config.frozen else drop_keys
     )
     projection = _projection(config, kind, width, embed_dim)
-    return Tower(input_stage, backbone, projection, draws=draws)
+    return Tower(input_stage, backbone, projection, drop_keys=drop_keys)
 
 
 def _two_examples(*shape: int) -> Tensor:
-    """int64 [2, *shape] of numbers from 0 to 255, which are not alike."""
-    places = torch.arange(math.prod(shape))
-    return torch.stack([places * 7 % 251, places * 11 % 256]).view(2, *shape)
+    """int64 [2, *shape], two different examples of numbers from 0 to 255."""
+    numbers = torch.arange(math.prod(shape))
+    return torch.stack([numbers * 7 % 251, numbers * 11 % 256]).view(2, *shape)
 
 
 def _projection(config: TowerConfig, kind: str, width: int, embed_dim: int) -> nn.Module:

@@ -1,8 +1,8 @@
-"""Puts layers that draw per sample in place of a trained tower's layers that drop.
+"""Replacement of a trained tower's dropping layers by layers that drop per sample.
 
-Three checks see to it that nothing is left to chance, whatever the library's code does: a DropPath
-is replaced if it behaves as one; each replaced layer must be given the samples' rows side by side;
-and no layer may draw random numbers of its own.
+Three checks guard against unexpected code of a library. A DropPath is replaced only if it behaves
+like one. The input of each replaced layer must hold the rows of a sample next to each other. No
+other layer may draw random numbers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pretrain.model.sample_dropout import (
     SampleDropout,
     SampleDropPath,
     SamplePatchDropout,
-    TowerDraws,
+    TowerDropKeys,
 )
 
-# Dropout of channels is that of the forms for pictures and sequences.
+# The variants of nn.Dropout that drop whole channels.
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-# Attributes under which layers of the three libraries keep a probability of dropping something.
+# Attributes in which layers of the three libraries store a probability of dropping.
 DROP_RATES = (
     "p",
     "drop_rate",
@@ -41,45 +41,47 @@ DROP_RATES = (
     "dropout_p",
     "layerdrop",
 )
-WHAT_MAY_DROP = (
-    "dropout layers (nn.Dropout), stochastic depth (DropPath) and patch dropout may be used, but "
-    "not dropout inside a function: of attention weights (timm: attn_drop_rate; transformers: "
+SUPPORTED_DROPPING = (
+    "dropout layers (nn.Dropout), stochastic depth (DropPath) and patch dropout are supported; "
+    "dropout inside a function is not: of attention weights (timm: attn_drop_rate; transformers: "
     "attention_dropout or attention_probs_dropout_prob), of whole layers (layerdrop), of a head "
     "or of activations (drop_rate, dropout, activation_dropout)"
 )
 
 
-def replace_drop_layers(backbone: nn.Module, *, kind: str) -> TowerDraws:
-    """Replaces all layers known to drop, and returns what the new ones draw from.
+def replace_drop_layers(backbone: nn.Module, *, kind: str) -> TowerDropKeys:
+    """Replaces all layers that are known to drop, and returns the keys that the new ones share.
 
     Args:
-        backbone: of a trained tower.
+        backbone: backbone of a trained tower; changed in place.
         kind: name of the tower; part of every key.
 
     Raises:
-        InputError: such a layer cannot be replaced.
+        InputError: if a dropping layer cannot be replaced.
     """
-    draws = TowerDraws()
+    drop_keys = TowerDropKeys()
     replaced: dict[int, SampleDrop | None] = {}
     for name, layer in list(backbone.named_modules(remove_duplicate=False)):
         if id(layer) not in replaced:
-            replaced[id(layer)] = _sample_layer(layer, f"{kind}.{name}", draws)
-        if (ours := replaced[id(layer)]) is not None:
-            backbone.set_submodule(name, ours.train(layer.training))
-    return draws
+            replaced[id(layer)] = _sample_layer(layer, f"{kind}.{name}", drop_keys)
+        if (new := replaced[id(layer)]) is not None:
+            backbone.set_submodule(name, new.train(layer.training))
+    return drop_keys
 
 
 def sample_drops(backbone: nn.Module) -> list[SampleDrop]:
-    """All layers of a backbone that draw per sample."""
+    """Lists the layers of a backbone that drop per sample."""
     return [layer for layer in backbone.modules() if isinstance(layer, SampleDrop)]
 
 
 # ------------------------------------------------------------------------------------ replacing
 
 
-def _sample_layer(layer: nn.Module, name: str, draws: TowerDraws) -> SampleDrop | None:
-    """What does per sample what a layer does per process; None if it drops nothing, or is not
-    known (then `refuse_other_randomness` finds it)."""
+def _sample_layer(layer: nn.Module, name: str, drop_keys: TowerDropKeys) -> SampleDrop | None:
+    """The replacement of a layer; None if the layer drops nothing or is unknown.
+
+    `refuse_other_randomness` finds unknown layers that drop.
+    """
     from open_clip.transformer import PatchDropout as OpenClipPatchDropout
     from timm.layers import PatchDropout
     from timm.layers.patch_dropout import PatchDropoutWithIndices
@@ -87,12 +89,12 @@ def _sample_layer(layer: nn.Module, name: str, draws: TowerDraws) -> SampleDrop 
     if type(layer) is nn.Dropout or type(layer) in CHANNEL_DROPOUTS:
         if _is_on(layer.p, name):
             is_by_channel = type(layer) in CHANNEL_DROPOUTS
-            return SampleDropout(name, draws, p=layer.p, drops_channels=is_by_channel)
+            return SampleDropout(name, drop_keys, p=layer.p, drops_channels=is_by_channel)
     elif type(layer).__name__.endswith("DropPath") and hasattr(layer, "drop_prob"):
         if _is_on(layer.drop_prob or 0.0, name):
             return SampleDropPath(
                 name,
-                draws,
+                drop_keys,
                 drop_prob=layer.drop_prob,
                 scale_by_keep=_scales_by_keep(layer, name),
             )
@@ -100,7 +102,7 @@ def _sample_layer(layer: nn.Module, name: str, draws: TowerDraws) -> SampleDrop 
         if _is_on(layer.prob, name):
             return SamplePatchDropout(
                 name,
-                draws,
+                drop_keys,
                 prob=layer.prob,
                 num_prefix_tokens=layer.num_prefix_tokens,
                 is_ordered=layer.ordered,
@@ -108,21 +110,21 @@ def _sample_layer(layer: nn.Module, name: str, draws: TowerDraws) -> SampleDrop 
             )
     elif type(layer) is OpenClipPatchDropout and _is_on(layer.prob, name):
         num_prefix = int(layer.exclude_first_token)
-        return SamplePatchDropout(name, draws, prob=layer.prob, num_prefix_tokens=num_prefix)
+        return SamplePatchDropout(name, drop_keys, prob=layer.prob, num_prefix_tokens=num_prefix)
     return None
 
 
 def _is_on(rate: float, name: str) -> bool:
     if not 0 <= rate < 1:
-        raise InputError(f"model.{name}: drops with probability {rate}; expected 0 to below 1")
+        raise InputError(f"model.{name}: expected a probability from 0 to below 1, found {rate}")
     return rate > 0
 
 
 def _scales_by_keep(layer: nn.Module, name: str) -> bool:
-    """Whether a DropPath divides what it keeps; found by trying it at 0.5, on rows of ones.
+    """Whether a DropPath scales the rows that it keeps; determined by a trial on rows of ones.
 
     Raises:
-        InputError: it does anything else.
+        InputError: if the layer does not drop whole rows, or scales them differently.
     """
     rate, was_training = layer.drop_prob, layer.training
     layer.drop_prob = 0.5
@@ -134,8 +136,9 @@ def _scales_by_keep(layer: nn.Module, name: str) -> bool:
     is_whole_rows = bool((rows == rows[:, :1, :1]).all())
     if not is_whole_rows or values not in ([0.0, 1.0], [0.0, 2.0]):
         raise InputError(
-            f"model.{name}: a {type(layer).__name__} that does not drop whole rows, or scales them "
-            f"otherwise (at 0.5 it makes {values[:4]} of ones); set its rate to 0 in options"
+            f"model.{name}: expected a {type(layer).__name__} that drops whole rows and scales "
+            f"them by 1 or 1 / (1 - rate), found {values[:4]} from ones at rate 0.5; set its rate "
+            "to 0 in options"
         )
     return values == [0.0, 2.0]
 
@@ -145,10 +148,10 @@ def _scales_by_keep(layer: nn.Module, name: str) -> bool:
 
 @contextmanager
 def refuse_other_randomness(backbone: nn.Module, *, where: str) -> Iterator[None]:
-    """Surrounds a call of the backbone in which no layer may use a generator.
+    """Surrounds a call of the backbone, in which no layer may draw from a random generator.
 
     Raises:
-        InputError: a layer did.
+        InputError: if a layer draws random numbers.
     """
     culprits: list[tuple[str, nn.Module]] = []
     entered: list[Any] = []
@@ -157,7 +160,7 @@ def refuse_other_randomness(backbone: nn.Module, *, where: str) -> Iterator[None
         entered.append(_generator_states())
 
     def leave(layer: nn.Module, args: Any, output: Any) -> None:
-        # The first to leave is the innermost.
+        # The innermost layer leaves first.
         if entered.pop() != _generator_states() and not culprits:
             culprits.append((names[id(layer)], layer))
 
@@ -191,23 +194,23 @@ def _refusal(name: str, layer: nn.Module, *, where: str) -> str:
     rates |= {f"{key}.p": layer.p for key, layer in layer.named_children() if hasattr(layer, "p")}
     found = [f"{key}={rate:g}" for key, rate in rates.items() if isinstance(rate, float) and rate]
     return (
-        f"{where}: layer {name or '(the whole)'} ({type(layer).__name__}"
+        f"{where}: layer {name or '(the backbone)'} ({type(layer).__name__}"
         f"{'; rates: ' if found else ''}{', '.join(found)}) draws random numbers that depend on "
-        f"which samples share a process; set its rate to 0 in options: {WHAT_MAY_DROP}"
+        f"which samples share a process; set its rate to 0 in options: {SUPPORTED_DROPPING}"
     )
 
 
 @torch.no_grad()
 def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) -> None:
-    """Sees that every layer that drops is given samples side by side on its first axis.
+    """Checks that each dropping layer receives the rows of a sample next to each other.
 
     Args:
-        backbone: in evaluation mode.
-        examples: two inputs that differ.
-        where: the tower's place in the config.
+        backbone: backbone in evaluation mode.
+        examples: two different inputs.
+        where: config key of the tower.
 
     Raises:
-        InputError: a layer is given something else; what it drops would depend on the batch.
+        InputError: if a layer receives other rows, so that dropping would depend on the batch.
     """
     if not sample_drops(backbone):
         return
@@ -220,13 +223,13 @@ def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) 
             if not _only_first_half_differs(here, there):
                 raise InputError(
                     f"{where}: layer {name.partition('.')[2]} drops from {list(here.shape)} for 2 "
-                    "samples, whose rows are not side by side on the first axis; set its rate to 0 "
-                    "in options"
+                    "samples; expected the rows of a sample next to each other on the first axis; "
+                    "set its rate to 0 in options"
                 )
 
 
 def _without_zeros(backbone: nn.Module) -> dict[str, Tensor]:
-    """Name -> random values, for parameters that begin as zeros and would hide what is behind."""
+    """{name: random values} for parameters initialised to zeros, which would hide later layers."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -245,13 +248,13 @@ def _only_first_half_differs(here: Tensor, there: Tensor) -> bool:
 def _inputs_of_drops(
     backbone: nn.Module, parameters: dict[str, Tensor], examples: Tensor
 ) -> dict[str, list[Tensor]]:
-    """Name of each layer that drops -> what it is given, call by call."""
+    """{name of a dropping layer: its inputs, call by call}"""
     given: dict[str, list[Tensor]] = {}
 
-    def note(layer: SampleDrop, args: tuple[Tensor, ...]) -> None:
+    def record(layer: SampleDrop, args: tuple[Tensor, ...]) -> None:
         given.setdefault(layer.name, []).append(args[0].clone())
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in sample_drops(backbone)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in sample_drops(backbone)]
     try:
         functional_call(backbone, parameters, (examples,))
     finally:

@@ -1,4 +1,4 @@
-"""Waveforms to standardised log-mel pictures, on the device, by torch alone."""
+"""Standardised log-mel spectrograms, computed from waveforms on the device."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from pretrain.config import AudioTransform
 
-# 10 log10 of this is the floor, -100 dB: silence.
+# 10 log10 of this is -100 dB, the level of silence.
 SMALLEST_POWER = 1e-10
 
 
 class LogMelSpectrogram(nn.Module):
     """10 log10 of the mel-filtered power spectrum, minus mean_db, over std_db.
 
-    Frames are centred on multiples of hop_samples, with reflected ends: S = 1 + samples // hop.
+    Frames are centred on multiples of hop_samples, and ends are reflected: S = 1 + samples // hop.
     """
 
     def __init__(self, config: AudioTransform) -> None:
@@ -39,12 +39,12 @@ class LogMelSpectrogram(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, stripes: Tensor | None = None) -> Tensor:
-        """[B, samples] float32 -> [B, 1, F, S] float32, also under autocast.
+        """Computes spectrograms: float32 [B, samples] -> [B, 1, F, S], also under autocast.
 
         Args:
-            waveforms: [B, samples] float32.
-            stripes: [B, stripes, 2] start and width of SpecAugment's stripes, those across mel bins
-                first; None or none of them in evaluation.
+            waveforms: float32 [B, samples].
+            stripes: [B, stripes, 2] start and width of SpecAugment's stripes, stripes of mel bins
+                first; None or empty in evaluation.
         """
         with torch.autocast(waveforms.device.type, enabled=False):
             spectrum = torch.stft(
@@ -65,22 +65,22 @@ class LogMelSpectrogram(nn.Module):
 
 
 def fill_stripes(mel: Tensor, stripes: Tensor, *, num_mel_stripes: int) -> Tensor:
-    """Log-mel pictures whose stripes hold the picture's own mean.
+    """Fills stripes of log-mel spectrograms with the mean of each spectrogram (SpecAugment).
 
     Args:
         mel: [B, F, S].
-        stripes: [B, stripes, 2] start and width; the first num_mel_stripes are of mel bins, the
-            others of frames.
-        num_mel_stripes: how many.
+        stripes: [B, stripes, 2] start and width; the first num_mel_stripes cover mel bins, the
+            others cover frames.
+        num_mel_stripes: number of stripes of mel bins.
     """
-    in_bins = _are_covered(mel.shape[1], stripes[:, :num_mel_stripes])  # [B, F]
-    in_frames = _are_covered(mel.shape[2], stripes[:, num_mel_stripes:])  # [B, S]
+    freq_mask = _covered(mel.shape[1], stripes[:, :num_mel_stripes])  # [B, F]
+    time_mask = _covered(mel.shape[2], stripes[:, num_mel_stripes:])  # [B, S]
     mean = mel.mean(dim=(1, 2), keepdim=True)
-    return torch.where(in_bins[:, :, None] | in_frames[:, None, :], mean, mel)
+    return torch.where(freq_mask[:, :, None] | time_mask[:, None, :], mean, mel)
 
 
-def _are_covered(length: int, stripes: Tensor) -> Tensor:
-    """Bool [B, length]: the places that any of [B, n, 2] (start, width) covers."""
-    places = torch.arange(length, device=stripes.device)
+def _covered(length: int, stripes: Tensor) -> Tensor:
+    """Bool [B, length]: the indices that any of the stripes [B, n, 2] (start, width) covers."""
+    indices = torch.arange(length, device=stripes.device)
     starts, widths = stripes[..., :1], stripes[..., 1:]  # [B, n, 1]
-    return ((places >= starts) & (places < starts + widths)).any(dim=1)
+    return ((indices >= starts) & (indices < starts + widths)).any(dim=1)

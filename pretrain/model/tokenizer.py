@@ -1,4 +1,4 @@
-"""Captions to token ids of one length."""
+"""Tokenizers: from captions to token ids of a fixed length."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from data_prep.errors import InputError
 from pretrain.config import TextTower
 from pretrain.sampling.keyed_random import scramble
 
-# Where a checkpoint keeps the files of a tokenizer that came from a folder or a hub.
+# Folder, in a checkpoint's assets, of a tokenizer that was loaded from a folder or a hub.
 TOKENIZER_FOLDER = "tokenizer"
 
 
 class Tokenizer:
-    """int64 [M, L] token ids of M captions, cut and padded to L = context_length.
+    """Encodes M captions to token ids, int64 [M, L], cut and padded to L = context_length.
 
-    May be called by several threads: one at a time is let in, because the tokenizers of
-    transformers change their own settings in every call.
+    Threads may share it. A lock serialises their calls, because tokenizers of transformers change
+    their own settings in every call.
     """
 
     def __init__(self, backend: Any, *, context_length: int, pad_id: int, vocab_size: int) -> None:
@@ -31,19 +31,19 @@ class Tokenizer:
         self.context_length = context_length
         self.pad_id = pad_id
         self.vocab_size = vocab_size
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_turn"}
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
-        with self._turn:
+        with self._lock:
             if hasattr(self.backend, "save_pretrained"):
                 return self.backend(
                     list(captions),
@@ -55,33 +55,33 @@ class Tokenizer:
             return self.backend(list(captions), context_length=self.context_length)
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        """int64 [M]: of each row of [M, L], the tokens up to the last one that is not padding."""
-        places = torch.arange(1, tokens.shape[1] + 1)
-        return ((tokens != self.pad_id) * places).amax(dim=1)
+        """Counts the tokens of each row of [M, L] without trailing padding: int64 [M]."""
+        positions = torch.arange(1, tokens.shape[1] + 1)
+        return ((tokens != self.pad_id) * positions).amax(dim=1)
 
     def save(self, folder: Path) -> None:
-        """Writes what `build_tokenizer` needs and the installed libraries do not ship."""
+        """Writes the files that `build_tokenizer` needs and installed libraries do not ship."""
         if hasattr(self.backend, "save_pretrained"):
             self.backend.save_pretrained(str(folder / TOKENIZER_FOLDER))
 
 
 def token_keys(tokens: Tensor) -> Tensor:
-    """int64 [M]: a 64-bit hash of each row of [M, L]; captions of equal tokens have equal keys."""
-    places = scramble(np.arange(tokens.shape[1], dtype=np.uint64))
-    hashes = scramble(tokens.numpy().astype(np.uint64) ^ places)  # [M, L]
+    """Hashes each row of tokens [M, L] to 64 bits: int64 [M]; equal rows have equal keys."""
+    positions = scramble(np.arange(tokens.shape[1], dtype=np.uint64))
+    hashes = scramble(tokens.numpy().astype(np.uint64) ^ positions)  # [M, L]
     keys = scramble(hashes.sum(axis=1, dtype=np.uint64))  # [M, L] -> [M]
     return torch.from_numpy(keys.view(np.int64))
 
 
 def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokenizer:
-    """The tokenizer of a text tower.
+    """Builds the tokenizer of a text tower.
 
     Args:
-        config: the tower's section.
-        assets: the folder a checkpoint keeps its files in; None to load by name.
+        config: config section of the text tower.
+        assets: folder of a checkpoint's assets; None to load the tokenizer by name.
 
     Raises:
-        InputError: the tokenizer cannot be loaded.
+        InputError: if the tokenizer cannot be loaded.
     """
     if config.library == "open_clip" and config.tokenizer is None:
         return _open_clip_tokenizer(config)
@@ -95,7 +95,9 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
             f"model.text.tokenizer: expected a transformers tokenizer at {name!r}: {error}"
         ) from None
     if backend.pad_token_id is None:
-        raise InputError(f"model.text.tokenizer: {name!r} has no padding token")
+        raise InputError(
+            f"model.text.tokenizer: expected a tokenizer with a padding token, {name!r} has none"
+        )
     return Tokenizer(
         backend,
         context_length=config.context_length,
@@ -113,8 +115,8 @@ def _open_clip_tokenizer(config: TextTower) -> Tokenizer:
     needed = model_config.get("text_cfg", {}).get("hf_tokenizer_name")
     if needed:
         raise InputError(
-            f"model.text: open_clip's {config.name} was made for the tokenizer {needed!r}, not for "
-            "CLIP's; set model.text.tokenizer to it, or to a folder that holds it"
+            f"model.text: open_clip's {config.name} needs the tokenizer {needed!r}, not CLIP's; "
+            "set model.text.tokenizer to its name or to its folder"
         )
     backend = ClipTokenizer(context_length=config.context_length)
     return Tokenizer(

@@ -1,6 +1,6 @@
-"""Builds the encoders from timm, open_clip and transformers, and refuses layers that break a law.
+"""Backbones from timm, open_clip and transformers; layers that break a law are refused.
 
-A backbone takes the tower's input (pixels, log-mel picture or tokens) and returns [B, W].
+A backbone takes the input of a tower (pixels, log-mel spectrogram or tokens) and returns [B, W].
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 from pretrain.config import MediaKind, MediaTower, TextTower
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
-from pretrain.model.sample_dropout import TowerDraws
+from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.model.tokenizer import Tokenizer
 
 TowerConfig = MediaTower | TextTower
-# The part of open_clip models sized by `options` alone.
+# open_clip's text transformer, with sizes from `options` instead of a named model.
 FROM_SCRATCH_TEXT = "TextTransformer"
 
 
@@ -66,7 +66,7 @@ def _open_clip_model(config: TowerConfig, assets: Path | None) -> nn.Module:
     weights = config.pretrained if isinstance(config.pretrained, str) and not assets else None
     if config.pretrained is True:
         raise InputError(
-            f"open_clip model {config.name}: pretrained: true does not say which weights; give a "
+            f"open_clip model {config.name}: pretrained: true does not name the weights; give a "
             f"tag ({', '.join(open_clip.list_pretrained_tags_by_model(config.name))}) or a file"
         )
     return open_clip.create_model(
@@ -76,7 +76,7 @@ def _open_clip_model(config: TowerConfig, assets: Path | None) -> nn.Module:
 
 # -------------------------------------------------------------------------------- transformers
 
-# How a transformers audio model takes a log-mel picture [B, 1, F, S].
+# Model type of transformers -> its inputs from a log-mel spectrogram [B, 1, F, S].
 _AUDIO_INPUTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
     "audio-spectrogram-transformer": lambda mel: {"input_values": mel[:, 0].transpose(1, 2)},
     "clap_audio_model": lambda mel: {"input_features": mel.transpose(2, 3)},
@@ -84,7 +84,7 @@ _AUDIO_INPUTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
 
 
 class _TransformersMedia(nn.Module):
-    """[B, W] pooled output of a transformers vision or audio model."""
+    """A transformers vision or audio model with pooled output [B, W]."""
 
     def __init__(self, backbone: nn.Module, kind: MediaKind) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ class _TransformersMedia(nn.Module):
         model_type = backbone.config.model_type
         if kind == "audio" and model_type not in _AUDIO_INPUTS:
             raise InputError(
-                f"model.audio: transformers model type {model_type!r} is not known to take a "
-                f"log-mel picture; use one of {', '.join(_AUDIO_INPUTS)}"
+                f"model.audio: expected a transformers model type that takes log-mel spectrograms "
+                f"({', '.join(_AUDIO_INPUTS)}), found {model_type!r}"
             )
 
     def forward(self, pixels_or_mel: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class _TransformersMedia(nn.Module):
 
 
 class TransformersText(nn.Module):
-    """[B, W] pooled output of a transformers text model; padding is masked."""
+    """A transformers text model with pooled output [B, W]; padding is masked."""
 
     def __init__(self, backbone: nn.Module, *, pad_id: int, pooling: str) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class TransformersText(nn.Module):
         if self.pooling == "first":
             return hidden[:, 0]  # [B, L, W] -> [B, W]
         weights = mask[..., None].to(hidden.dtype)
-        num_tokens = weights.sum(dim=1).clamp(min=1)  # 0 where a caption is nothing but padding
+        num_tokens = weights.sum(dim=1).clamp(min=1)  # a caption may be all padding
         return (hidden * weights).sum(dim=1) / num_tokens  # [B, L, W] -> [B, W]
 
 
@@ -163,15 +163,15 @@ _TEXT_BUILDERS = {"open_clip": _build_open_clip_text, "transformers": _build_tra
 def build_media_backbone(
     config: MediaTower, *, kind: MediaKind, assets: Path | None = None
 ) -> nn.Module:
-    """The encoder of one kind of media, without projection.
+    """Builds the encoder of one kind of media, without projection.
 
     Args:
-        config: the tower's section.
+        config: config section of the tower.
         kind: "image" (input [B, 3, H, Wd]) or "audio" (input [B, 1, F, S]).
-        assets: the folder a checkpoint keeps its files in; weights are then not loaded.
+        assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
-        InputError: the library cannot build it, or it holds a layer that breaks a law.
+        InputError: if the library cannot build the encoder, or a layer breaks a law.
     """
     return _built(
         lambda: _MEDIA_BUILDERS[config.library](config, kind, assets), f"model.{kind}", config
@@ -181,7 +181,16 @@ def build_media_backbone(
 def build_text_backbone(
     config: TextTower, *, tokenizer: Tokenizer, assets: Path | None = None
 ) -> nn.Module:
-    """The encoder of captions: int64 [B, L] -> [B, W]. Arguments and errors as above."""
+    """Builds the encoder of captions: int64 [B, L] -> [B, W], without projection.
+
+    Args:
+        config: config section of the tower.
+        tokenizer: tokenizer of the captions.
+        assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
+
+    Raises:
+        InputError: if the library cannot build the encoder, or a layer breaks a law.
+    """
     return _built(
         lambda: _TEXT_BUILDERS[config.library](config, tokenizer, assets), "model.text", config
     )
@@ -205,7 +214,7 @@ def _built(build: Callable[[], nn.Module], where: str, config: TowerConfig) -> n
 
 
 def _refuse_batch_norm(backbone: nn.Module, where: str) -> None:
-    """Statistics over a rank's own rows would make the result depend on the number of ranks."""
+    """Refuses batch norm: a rank's own statistics make the result depend on the number of ranks."""
     for name, module in backbone.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise InputError(
@@ -216,30 +225,30 @@ def _refuse_batch_norm(backbone: nn.Module, where: str) -> None:
 
 
 def probe_backbone(
-    backbone: nn.Module, examples: Tensor, *, where: str, draws: TowerDraws | None = None
+    backbone: nn.Module, examples: Tensor, *, where: str, drop_keys: TowerDropKeys | None = None
 ) -> int:
-    """W of a backbone, found by encoding an example; freezes parameters its output does not use.
+    """Determines the output width W of a backbone and freezes its unused parameters.
 
-    (Libraries build heads that pooled features never pass through; engines wait for the gradient
-    of every parameter that is not frozen.)
+    Libraries build heads that pooled features never pass through, but engines wait for the gradient
+    of every parameter that is not frozen.
 
     Args:
-        backbone: as built.
-        examples: two inputs that differ.
-        where: the tower's place in the config.
-        draws: of a trained tower, what its layers that drop draw from.
+        backbone: backbone from `build_media_backbone` or `build_text_backbone`.
+        examples: two different inputs.
+        where: config key of the tower.
+        drop_keys: keys of a trained tower's dropping layers; None for a frozen tower.
 
     Raises:
-        InputError: the backbone does not take such input, does not return [B, W], or drops in a way
-            that depends on the batch.
+        InputError: if the backbone does not accept the input, does not return [B, W], or drops in a
+            way that depends on the batch.
     """
     was_training = backbone.training
     try:
-        if draws is None:
+        if drop_keys is None:
             features = backbone.eval()(examples[:1])
         else:
             check_rows_of_samples(backbone.eval(), examples, where=where)
-            features = _features_in_training(backbone.train(), examples[:1], draws, where=where)
+            features = _features_in_training(backbone.train(), examples[:1], drop_keys, where=where)
     except InputError:
         raise
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
@@ -265,20 +274,20 @@ def _freeze_unused(backbone: nn.Module, features: Tensor) -> None:
 
 
 def _features_in_training(
-    backbone: nn.Module, example: Tensor, draws: TowerDraws, *, where: str
+    backbone: nn.Module, example: Tensor, drop_keys: TowerDropKeys, *, where: str
 ) -> Tensor:
-    """[1, W], encoded as in training; refuses a layer that draws random numbers by itself."""
+    """[1, W], encoded as in training; refuses layers that draw from a random generator."""
     keys = torch.zeros(1, dtype=torch.int64)
-    with refuse_other_randomness(backbone, where=where), draws.of_pairs(keys):
+    with refuse_other_randomness(backbone, where=where), drop_keys.set_pairs(keys):
         return backbone(example)
 
 
 def ends_in_joint_space(config: TowerConfig) -> bool:
-    """Whether the backbone brings its own projection, as open_clip's models do."""
+    """Returns whether the backbone includes a projection, as open_clip's models do."""
     return config.library == "open_clip" and config.name != FROM_SCRATCH_TEXT
 
 
 def save_tower_config(backbone: nn.Module, folder: Path, *, kind: str) -> None:
-    """Writes what rebuilding needs and the config does not hold: a transformers model's config."""
+    """Writes the config of a transformers model, which rebuilding the tower needs."""
     if isinstance(backbone, _TransformersMedia | TransformersText):
         backbone.backbone.config.save_pretrained(str(folder / f"{kind}_tower"))

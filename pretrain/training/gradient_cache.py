@@ -18,7 +18,7 @@ from pretrain.data.batch import PairingBatch, StepBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.caption_trimming import trimmed_length
 from pretrain.model.contrastive_model import EncoderInputs, PairingFeatures, PairInputs
-from pretrain.model.sample_dropout import Draws
+from pretrain.model.sample_dropout import DropKeys
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.training.step_loss import (
     ContrastiveLosses,
@@ -116,16 +116,16 @@ def _split(
         pairs.stripes.tensor_split(num_micro_batches) if has_stripes else [None] * num_micro_batches
     )
     media = pairs.media.tensor_split(num_micro_batches)
-    draws = _draws(pairs, step, num_micro_batches)
-    return [PairInputs(*each) for each in zip(media, tokens, stripes, draws, strict=True)]
+    drop_keys = _drop_keys(pairs, step, num_micro_batches)
+    return [PairInputs(*each) for each in zip(media, tokens, stripes, drop_keys, strict=True)]
 
 
-def _draws(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[Draws]:
+def _drop_keys(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[DropKeys]:
     """The slots of every micro-batch: every pass over a pair, and every split, drops alike."""
     device = pairs.tokens.device
     slots = torch.arange(len(pairs.tokens), device=device) + pairs.first_slot
     number = torch.full((), step, dtype=torch.int64, device=device)
-    return [Draws(number, micro_batch) for micro_batch in slots.tensor_split(num_micro_batches)]
+    return [DropKeys(number, micro_batch) for micro_batch in slots.tensor_split(num_micro_batches)]
 
 
 def _leaves(features: PairingFeatures) -> PairingFeatures:

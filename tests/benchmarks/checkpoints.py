@@ -1,15 +1,15 @@
-"""How long training waits for a checkpoint, and how long resuming takes, beside the usual ways.
+"""Benchmark of saving and resuming: ours, torch.save, and DeepSpeed's save_checkpoint.
 
     python -m tests.benchmarks.checkpoints
 
-Two processes, a model of 66 million parameters with AdamW's moments (0.8 GB in fp32). `torch.save`
-is what most trainers do: the main process writes model and optimizer of DistributedDataParallel
-while the others wait. DeepSpeed's own is `save_checkpoint` of ZeRO stage 2. Both neither flush what
-they write nor take its sum; ours does both and reads it again, in the background. A few seconds
-pass before the first save, as in a run: the memory it copies into is taken meanwhile.
+Two processes train a model of 66 million parameters with AdamW's moments (0.8 GB in fp32). Most
+trainers use `torch.save`: the main process writes model and optimizer of DDP while the others wait.
+`save_checkpoint` is measured at ZeRO stage 2. Both neither flush the files nor compute checksums.
+Ours does both and reads the files back, in the background. As in a run, a few seconds pass before
+the first save, in which a thread allocates its memory.
 
-Resuming is from the folder to an engine that is ready for its first step, and to the end of that
-step, of one pair per process. What was written is in the page cache.
+Resuming is measured until the engine is ready for its first step, and until that step is done, with
+one pair per process. The files are in the page cache.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure(strategy: str) -> None:
-    """One process of a group."""
+    """Measures in one process of a group."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as own:
         folder = Path(gather_first(own))
@@ -78,7 +78,7 @@ def measure(strategy: str) -> None:
 
 
 def gather_first(own: str) -> str:
-    """The main process's temporary folder, before there is an engine."""
+    """Broadcasts the main process's temporary folder, before an engine exists."""
     dist.init_process_group("gloo")
     return gather_objects(own)[0]
 
@@ -102,7 +102,7 @@ def config_of(folder: Path, strategy: str) -> PretrainConfig:
 
 
 def engine_of(config: PretrainConfig) -> Engine:
-    """An engine that has done a step: the first of a process takes longer, whatever was loaded."""
+    """Builds an engine and takes a step, because the first step of a process is slower."""
     accelerator = start_accelerator(config.engine, run=config.run)
     model = build_toy_model(config)
     engine = build_engine(
@@ -191,7 +191,7 @@ def measure_resume(name: str, load: Callable[[], Any], *, engine: Engine) -> Non
 
 
 def take_step(engine: Engine) -> None:
-    """A step on one pair of this process, whose loss is how far its sides are apart."""
+    """Takes a step on one pair per process; the loss is the distance of the embeddings."""
     pixels = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     tokens = torch.ones(1, 77, dtype=torch.int64)
     features = engine.forward([{"image-text": PairInputs(pixels, tokens)}])["image-text"]
@@ -200,7 +200,7 @@ def take_step(engine: Engine) -> None:
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds until the last rank is done."""
+    """Measures the seconds until the last rank is done."""
     dist.barrier()
     start = time.perf_counter()
     action()

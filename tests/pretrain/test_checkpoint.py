@@ -41,7 +41,7 @@ def run(toy_data, tmp_path_factory):
     return folder
 
 
-def test_only_the_newest_are_kept_and_each_is_whole(run):
+def test_only_the_newest_are_kept_and_each_is_valid(run):
     folders = sorted((run / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_00000005", "step_00000006"]
     assert [open_whole(str(folder)).record.state.step for folder in folders] == [5, 6]
@@ -65,7 +65,7 @@ def test_a_checkpoint_folder_is_taken_as_it_is(run):
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no record"])
-def test_every_damage_is_named_and_the_one_before_is_taken(run, tmp_path, damage, caplog):
+def test_every_damage_is_named_and_the_previous_checkpoint_is_taken(run, tmp_path, damage, caplog):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
     weights = newest / MODEL
@@ -106,7 +106,7 @@ def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):
     assert kept == ["step_00000002", "step_00000003"]
 
 
-def test_a_parameter_that_was_frozen_where_the_run_begins_from_is_named(tmp_path):
+def test_a_parameter_that_was_frozen_in_the_loaded_checkpoint_is_named(tmp_path):
     class Trained(ToyEngine):
         def slices(self):
             for each in super().slices():
@@ -122,7 +122,7 @@ def test_a_parameter_that_was_frozen_where_the_run_begins_from_is_named(tmp_path
         restore(Trained(), newest_checkpoint(open_store(tmp_path)))
 
 
-def test_every_so_many_steps_one_is_kept_for_ever(tmp_path):
+def test_multiples_of_keep_every_steps_are_kept(tmp_path):
     for step in range(1, 10):
         (tmp_path / f"step_{step:08d}").mkdir()
         delete_other_checkpoints(open_store(tmp_path), step, keep=2, keep_every_steps=3)
@@ -130,15 +130,15 @@ def test_every_so_many_steps_one_is_kept_for_ever(tmp_path):
     assert kept == [3, 6, 8, 9]
 
 
-def test_what_is_kept_for_ever_must_be_written(tmp_path):
+def test_keep_every_steps_must_be_a_multiple_of_checkpoint_every_steps(tmp_path):
     with pytest.raises(ValueError, match=r"not a multiple of .*=200; use 400"):
         Run(folder=tmp_path, checkpoint_every_steps=200, keep_every_steps=500)
 
 
-def test_what_is_measured_is_never_silently_an_older_checkpoint(run, tmp_path):
+def test_an_older_checkpoint_is_never_loaded_silently(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    (newest / OPTIMIZER).unlink()  # of no use to evaluation
+    (newest / OPTIMIZER).unlink()  # not needed for evaluation
     assert find_checkpoint(tmp_path / "run") == newest
     (newest / MODEL).unlink()
     with pytest.raises(InputError, match=r"damaged checkpoint: .*name an older one: .*00000005"):
@@ -150,7 +150,7 @@ def test_a_folder_without_checkpoint_says_what_was_expected(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_checkpoint_needs_nothing_of_what_its_towers_were_loaded_from(toy_data, tmp_path):
+def test_a_checkpoint_does_not_need_the_files_its_towers_were_loaded_from(toy_data, tmp_path):
     from transformers import AutoConfig, AutoModel
 
     from tests.pretrain.model.test_towers import TINY_BERT, TINY_VIT, write_clip_tokenizer

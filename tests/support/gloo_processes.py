@@ -1,6 +1,6 @@
-"""Runs a function in several real processes joined by gloo on 127.0.0.1.
+"""Process groups for tests: a function runs in several processes joined by gloo on 127.0.0.1.
 
-A fork server with the heavy imports preloaded starts a fresh group in well under a second.
+A fork server that has preloaded the slow imports starts a group in well under a second.
 """
 
 import gc
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT_SECONDS = 120  # of which the fork server takes up to half on a slow disk
+TIMEOUT_SECONDS = 600  # a busy machine with a slow disk takes minutes to start the fork server
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -29,7 +29,7 @@ _context.set_forkserver_preload(
 
 
 class WorkerFailedError(AssertionError):
-    """A process raised; the message holds its traceback."""
+    """A process raised an error; the message contains its traceback."""
 
 
 def run_in_processes(
@@ -39,17 +39,21 @@ def run_in_processes(
     timeout_seconds: float = TIMEOUT_SECONDS,
     without_imports: bool = False,
 ) -> list[Any]:
-    """[ranks] what `function(*arguments)` returns on each rank of a fresh process group.
+    """Runs `function(*arguments)` on each rank of a new process group.
 
     Args:
-        without_imports: processes start slowly, and bare: Triton was not imported in them.
+        without_imports: whether to spawn processes without preloaded imports, which is slow; used
+            where Triton must not be imported before.
+
+    Returns:
+        [ranks] results.
     """
     group = ProcessGroup(world_size, function, *arguments, without_imports=without_imports)
     return group.results(timeout_seconds=timeout_seconds)
 
 
 class ProcessGroup:
-    """Several processes joined by gloo, started and working; see `run_in_processes`."""
+    """Running processes joined by gloo; see `run_in_processes`."""
 
     def __init__(
         self,
@@ -74,12 +78,15 @@ class ProcessGroup:
 
     @property
     def pids(self) -> list[int]:
-        """[ranks] of the processes."""
+        """[ranks] process ids."""
         return [process.pid for process in self.processes]
 
     def outcomes(self, *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[tuple[bool, Any]]:
-        """[ranks] (whether the function returned, its result or why there is none); all processes
-        have ended then."""
+        """Waits for all processes to end.
+
+        Returns:
+            [ranks] (whether the function returned, its result or the reason for the failure).
+        """
         try:
             return [_receive(pipe, n, timeout_seconds) for n, pipe in enumerate(self.pipes)]
         finally:
@@ -90,10 +97,13 @@ class ProcessGroup:
                     process.join()
 
     def results(self, *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Any]:
-        """[ranks] what the function returned.
+        """Waits for the results.
+
+        Returns:
+            [ranks] results.
 
         Raises:
-            WorkerFailedError: it did not, on some rank.
+            WorkerFailedError: if the function raised an error on any rank.
         """
         outcomes = self.outcomes(timeout_seconds=timeout_seconds)
         failures = [result for is_done, result in outcomes if not is_done]
@@ -103,18 +113,18 @@ class ProcessGroup:
 
 
 def _receive(pipe: Any, rank: int, timeout_seconds: float) -> tuple[bool, Any]:
-    """(whether the function returned, its result or why it did not)"""
+    """(whether the function returned, its result or the reason for the failure)"""
     if not pipe.poll(timeout_seconds):
         return False, f"rank {rank} gave no result within {timeout_seconds} s"
     try:
         is_done, result = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        return False, f"rank {rank} died without a word"
+        return False, f"rank {rank} exited without a traceback"
     return is_done, result if is_done else f"rank {rank}:\n{result}"
 
 
 def _cause(failures: list[str]) -> str:
-    """The failure that is not just the echo of another process's end."""
+    """The first failure that is not a consequence of another process's end."""
     echoes = ("closed by peer", "gave no result", "Connection reset")
     first_hand = [text for text in failures if not any(echo in text for echo in echoes)]
     return (first_hand or failures)[0]
@@ -135,7 +145,7 @@ def _work(
     import torch
 
     torch.set_num_threads(1)
-    gc.freeze()  # Accelerate collects garbage, and would look for it in all that was imported
+    gc.freeze()  # Accelerate collects garbage, which would traverse all imported modules
     try:
         result = (True, function(*arguments))
     except BaseException:

@@ -1,4 +1,4 @@
-"""Tiny towers that drop in every way that is drawn per sample, and their gradients by any split."""
+"""Tiny towers with every layer that drops per sample, and gradients for any split of a batch."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.model.contrastive_model import ContrastiveModel, PairInputs
-from pretrain.model.sample_dropout import Draws
+from pretrain.model.sample_dropout import DropKeys
 from pretrain.model.tokenizer import build_tokenizer
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import TINY_BERT, build_toy_model, write_clip_tokenizer
@@ -26,7 +26,7 @@ VIT = {
         "drop_rate": 0.1,
     },
 }
-# Windows of a log-mel picture: rows that hold a part of a sample.
+# Windows of a log-mel spectrogram, so that a row is part of a sample.
 SWIN = {
     "library": "timm",
     "name": "swin_tiny_patch4_window7_224",
@@ -45,7 +45,7 @@ LOG_MEL = {"fft_samples": 128, "hop_samples": 68, "num_mel_bins": 16, "high_hz":
 
 
 def dropping_config(folder: Path, **sections):
-    """A toy config of three towers that drop."""
+    """Builds a toy config with three dropping towers."""
     text = {
         "library": "transformers",
         "name": "bert",
@@ -58,7 +58,7 @@ def dropping_config(folder: Path, **sections):
 
 
 class Pairs:
-    """The same pairs for both pairings, all of one step, for a model in float64."""
+    """Pairs of one step for both pairings, for a model in float64."""
 
     def __init__(self, config) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -71,19 +71,19 @@ class Pairs:
         self.tokens = self.tokenizer(captions)
 
     def build_model(self, config) -> ContrastiveModel:
-        """In float64 and training, with equal weights each time."""
+        """Builds the model in float64 and training mode, with the same weights each time."""
         return build_toy_model(config, self.tokenizer).double().train()
 
     def micro_batch(self, rows: slice, *, step: int, num_tokens: int = 24) -> dict[str, PairInputs]:
-        """What a rank or a micro-batch encodes."""
-        draws = Draws(torch.tensor(step), torch.arange(NUM_PAIRS)[rows])
+        """Returns the inputs of a micro-batch or a rank."""
+        drop_keys = DropKeys(torch.tensor(step), torch.arange(NUM_PAIRS)[rows])
         return {
-            name: PairInputs(media[rows], self.tokens[rows, :num_tokens], draws=draws)
+            name: PairInputs(media[rows], self.tokens[rows, :num_tokens], drop_keys=drop_keys)
             for name, media in self.media.items()
         }
 
     def gradients(self, model, sizes=(NUM_PAIRS,), *, step: int = 3, trims: bool = False):
-        """Gradient of every parameter, with the batch encoded in micro-batches of these sizes."""
+        """Computes all gradients, with the batch encoded in micro-batches of the given sizes."""
         micro_batches, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
@@ -105,9 +105,9 @@ class Pairs:
 
 
 def largest_difference(ours, theirs) -> float:
-    """Over all parameters, relative to the largest element of each one's gradient.
+    """Computes the largest difference over all gradients, each relative to its largest element.
 
-    (Some, such as the bias of attention's keys, have none but rounding.)
+    Gradients that are rounding noise, such as of the bias of attention's keys, count less.
     """
     assert ours.keys() == theirs.keys()
     return max(

@@ -1,4 +1,4 @@
-"""Tiny towers of open_clip and transformers, made without a download."""
+"""Tiny towers of open_clip and transformers, built without a download."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def build_toy_model(config: PretrainConfig, tokenizer: Tokenizer | None = None) 
 
 
 def write_clip_tokenizer(folder: Path) -> Path:
-    """A transformers tokenizer from the vocabulary that open_clip ships: no download."""
+    """Writes a transformers tokenizer with the vocabulary that open_clip ships."""
     from transformers import CLIPTokenizer
 
     simple = open_clip.tokenizer.SimpleTokenizer(default_bpe())
@@ -56,7 +56,7 @@ def write_clip_tokenizer(folder: Path) -> Path:
 
 
 def write_tiny_open_clip(folder: Path):
-    """Registers an open_clip model "tiny", writes weights of it, and returns it."""
+    """Registers an open_clip model "tiny", writes its weights and returns it."""
     transformer = {"width": 16, "layers": 1}
     sizes = {
         "embed_dim": 16,

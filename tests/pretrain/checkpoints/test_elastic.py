@@ -19,7 +19,7 @@ from tests.support.toy_towers import build_toy_model
 
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 ENGINES = [(strategy, count) for strategy in STRATEGIES for count in (1, 2, 4)]
-# Every strategy saves and loads, and every number of processes.
+# Covers saving and loading with every strategy and every number of processes.
 SOME = [
     *[("ddp", 4), ("ddp", 1), ("zero0", 1), ("zero0", 2), ("zero1", 2), ("zero1", 4)],
     *[("zero2", 4), ("zero2", 1), ("zero3", 2), ("zero3", 4)],

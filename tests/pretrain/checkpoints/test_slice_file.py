@@ -21,7 +21,7 @@ def content_of(slices, values):
     return b"".join(bytes(chunk) for chunk in file_chunks(slices, values))
 
 
-def test_the_safetensors_library_reads_what_is_written():
+def test_the_safetensors_library_reads_the_files():
     slices = [TensorSlice("parameter/a.weight", 4, 3), TensorSlice("exp_avg/b", 0, 5)]
     values = torch.arange(8, dtype=torch.float32)
     read = load(content_of(slices, values))
@@ -30,7 +30,7 @@ def test_the_safetensors_library_reads_what_is_written():
     assert torch.equal(read["exp_avg/b@0"], values[3:])
 
 
-def test_a_file_tells_what_it_holds():
+def test_a_file_describes_its_slices():
     slices = [TensorSlice("parameter/a@b", 4, 3), TensorSlice("parameter/c", 0, 5)]
     file = io.BytesIO(content_of(slices, torch.zeros(8)))
     assert [stored.slice for stored in read_slices(file, "x")] == slices
@@ -51,7 +51,7 @@ def test_a_file_of_other_values_is_refused():
     num_files=st.integers(1, 3),
     bounds=st.tuples(st.integers(0, 40), st.integers(0, 40)),
 )
-def test_any_part_of_a_tensor_is_read_from_whatever_slices_hold_it(cuts, num_files, bounds):
+def test_any_part_of_a_tensor_is_read_from_the_slices_that_hold_it(cuts, num_files, bounds):
     whole = torch.randn(40)
     edges = sorted({0, 40, *cuts})
     files = {str(number): [] for number in range(num_files)}
@@ -87,7 +87,7 @@ def test_elements_that_no_file_holds_are_named(wanted):
         list(SliceIndex(stored).parts_of(wanted))
 
 
-def test_a_file_cut_short_is_noticed():
+def test_a_truncated_file_is_detected():
     content = content_of([TensorSlice("w", 0, 4)], torch.zeros(4))[:-1]
     [stored] = read_slices(io.BytesIO(content), "x")
     with pytest.raises(EOFError, match="x: cut short"):

@@ -1,4 +1,4 @@
-"""What can go wrong while a checkpoint is written: nothing that was complete is ever lost."""
+"""Failures while a checkpoint is written: complete checkpoints are never lost."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def hidden(folder):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 128 kB; the toy state takes 8."""
+    """Mounts a file system of 128 kB; the toy state takes 8 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder]
@@ -77,7 +77,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_until_it_has_happened_too_ofte
     assert newest_checkpoint(open_store(folder)).record.state.step == 3
 
 
-def test_a_folder_that_has_become_read_only_is_named(small_disk, caplog):
+def test_a_folder_that_becomes_read_only_is_named(small_disk, caplog):
     writer = writer_of(ToyEngine(), small_disk)
     writer.save(RunState(1, 1))
     writer.finish()
@@ -89,18 +89,18 @@ def test_a_folder_that_has_become_read_only_is_named(small_disk, caplog):
 
 
 class SlowStore(CheckpointStore):
-    """Waits until it is let."""
+    """A store that waits for an event before writing."""
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.is_let = threading.Event()
+        self.may_write = threading.Event()
 
     def begin(self, partial):
-        self.is_let.wait()
+        self.may_write.wait()
         super().begin(partial)
 
 
-def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
+def test_training_waits_for_an_unfinished_checkpoint_but_not_for_a_slow_store(
     tmp_path, caplog, monkeypatch
 ):
     store = SlowStore(str(tmp_path))
@@ -112,7 +112,7 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
         held.values.add_(1)
     writer.advance()
     assert steps_in(tmp_path) == []
-    threading.Timer(0.2, store.is_let.set).start()
+    threading.Timer(0.2, store.may_write.set).start()
     writer.save(RunState(2, 2))
     assert "because the checkpoint of step 1 was still being written" in caplog.text
     assert steps_in(tmp_path) == [1]
@@ -132,7 +132,7 @@ def test_training_does_not_wait_for_a_slow_store_but_for_the_one_before(
     assert "training waited" not in caplog.text
 
 
-def test_leftovers_of_earlier_attempts_are_taken_away_and_never_for_whole(tmp_path):
+def test_leftovers_of_earlier_attempts_are_deleted_and_never_loaded(tmp_path):
     engine = ToyEngine()
     writer = writer_of(engine, tmp_path, attempt="0002")
     writer.save(RunState(3, 3))
@@ -140,18 +140,18 @@ def test_leftovers_of_earlier_attempts_are_taken_away_and_never_for_whole(tmp_pa
     for name in (".step_00000004.0002.tmp", ".step_00000004.0003.tmp", ".step_00000003.0002.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.json").write_text("{}")
-    (tmp_path / "step_00000004").mkdir()  # whose deletion was cut short
+    (tmp_path / "step_00000004").mkdir()  # its deletion was interrupted
     assert newest_checkpoint(open_store(tmp_path)).record.state.step == 3
     writer_of(engine, tmp_path, attempt="0003")
     assert hidden(tmp_path) == [".step_00000004.0003.tmp"]
 
 
 class SupersededError(RunError):
-    """Stands for the run folder's."""
+    """Stands in for the error of the run folder."""
 
 
 @pytest.mark.parametrize("num_calls", [0, 1])
-def test_of_an_attempt_that_was_superseded_nothing_counts_or_is_deleted(tmp_path, num_calls):
+def test_a_superseded_attempt_neither_commits_nor_deletes(tmp_path, num_calls):
     calls = []
 
     def fence():
@@ -170,7 +170,7 @@ def test_of_an_attempt_that_was_superseded_nothing_counts_or_is_deleted(tmp_path
 
 
 def save_twice(folder, failing_rank):
-    """[what this rank learns of a save that fails on one rank, and of the next]"""
+    """Returns the error of a save that fails on one rank, and the steps of later reports."""
     dist.init_process_group("gloo")
     engine = ToyEngine()
     store = FailingStore(str(folder), fails=rank() == failing_rank)
@@ -183,7 +183,7 @@ def save_twice(folder, failing_rank):
         first = str(error)
     store.fails = False
     writer.save(RunState(2, 2, skipped_steps=(1,), tags=("why",)))
-    time.sleep(0.1 * rank())  # all go on when the last has written
+    time.sleep(0.1 * rank())  # all ranks commit when the last has written
     writer.finish()
     writer.refuse_failure()
     return first, [report.step for report in writer.take_reports()]

@@ -21,7 +21,7 @@ SPLITS = {1: [[5]], 2: [[3, 3], [5, 0]], 3: [[2, 0, 4], [1, 1, 1]]}
 
 
 def rows_of_all(split):
-    """Two tensors of N rows, of unlike types and widths."""
+    """Returns two tensors of N rows with different types and widths."""
     numbers = torch.arange(split.total)
     return numbers[:, None] * torch.tensor([1.0, 10.0, 100.0]).bfloat16(), numbers
 
@@ -32,7 +32,7 @@ def join_processes():
 
 
 def streamed_rows(num_processes):
-    """For each split and piece, what a stream gave twice, put together by place."""
+    """Returns the rows from two passes of each stream, assembled by index."""
     join_processes()
     found = []
     for counts in SPLITS[num_processes]:

@@ -28,7 +28,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 def deterministic_step(config):
-    """What torch was told by a run of two steps."""
+    """Returns the settings of torch after a run of two steps."""
     from pretrain.train import pretrain
 
     pretrain(config)

@@ -94,7 +94,7 @@ FITTING = {
             "distributed_type=MULTI_CPU; expected one of DEEPSPEED",
         ),
         ({"strategy": "ddp"}, "distributed_type=DEEPSPEED; expected one of NO, MULTI_CPU"),
-        ({"device": ("cpu", "cuda")}, "engine.device=cpu .* takes cuda; hide the GPUs"),
+        ({"device": ("cpu", "cuda")}, "engine.device=cpu .* uses cuda; hide the GPUs"),
     ],
 )
 def test_processes_that_would_take_another_gradient_are_refused(found, expected):

@@ -30,7 +30,7 @@ from tests.support.toy_run import toy_config
 from tests.support.toy_towers import build_toy_model
 
 HIGHEST_SCALE = 1.0001
-# Towers of which every kind of layer drops, and which one pairing trains with a bias.
+# Towers with dropping layers of every kind; one pairing has a bias.
 DROPPING = {
     "image": {
         "library": "timm",
@@ -50,15 +50,15 @@ DROPPING = {
         "options": {"patch_size": 1, "drop_path_rate": 0.2},
     },
 }
-# Prefetching walks through the whole model at every module; no parameter is whole between uses.
+# No prefetching, which traverses the model at every module; no parameter stays whole between uses.
 STAGE_3 = {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
 ON_CPU = {"device": "cpu", "pin_memory": False}
 
 
 def observe(config):
-    """What an engine does in a step, in one whose gradient is not finite, and in another step.
+    """Records an engine's step, a step with a non-finite gradient, and another step.
 
-    No clipping, so that the first moments are a tenth of the first gradient.
+    Without clipping, the first moments are a tenth of the first gradient.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(config.run.folder)  # where DeepSpeed would compile
     accelerator = start_accelerator(config.engine, run=config.run)
@@ -144,8 +144,10 @@ def config_of(toy_data, folder, strategy, *, precision="fp32", tuning=None, **se
 
 
 def observed(toy_data, folder, num_processes, strategy, **changes):
-    """[ranks] what `observe` sees, with a frozen tower and scales that every step would take out of
-    their bounds."""
+    """Returns [ranks] results of `observe`.
+
+    A tower is frozen, and every step would move the logit scales beyond their bounds.
+    """
     model = toy_config(toy_data, folder).model.model_dump()
     model["logit_scale"] = {"initial": 1.0, "maximum": HIGHEST_SCALE}
     model["audio"]["frozen"] = True
@@ -160,14 +162,17 @@ def alone(toy_data, tmp_path_factory):
     return seen
 
 
-def assert_same_gradient(seen, expected, *, share=1e-5):
-    """Every parameter's within a share of its length, or of a thousandth of the whole's."""
-    assert seen["norm"] == pytest.approx(expected["norm"], rel=share)
+def assert_same_gradient(seen, expected, *, tolerance=1e-5):
+    """Asserts that gradients differ by at most a fraction of their norm.
+
+    Norms below a thousandth of the global norm count as that.
+    """
+    assert seen["norm"] == pytest.approx(expected["norm"], rel=tolerance)
     assert seen["gradient"].keys() == expected["gradient"].keys()
     for name, truth in expected["gradient"].items():
         length = max(np.linalg.norm(truth), 1e-3 * expected["norm"])
         error = np.linalg.norm(seen["gradient"][name].ravel() - truth.ravel())
-        assert error <= share * length, name
+        assert error <= tolerance * length, name
 
 
 def assert_slices_tile(ranks, *, is_replicated):
@@ -178,7 +183,7 @@ def assert_slices_tile(ranks, *, is_replicated):
             held[part.key, part.parameter, total].append((part.offset, part.length))
     assert held.keys() >= {("exp_avg", name, v.size) for name, v in ranks[0]["gradient"].items()}
     for (_, name, total), parts in held.items():
-        if name.startswith("towers.audio.backbone."):  # frozen: perhaps whole on every rank
+        if name.startswith("towers.audio.backbone."):  # frozen: may be whole on every rank
             parts = sorted(set(parts))
         end = 0
         for offset, length in sorted(parts):
@@ -235,14 +240,14 @@ def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, 
     seen = ranks[0]
     assert_same_gradient(seen, alone)
     assert seen["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-    # A gradient that is not finite leaves everything as it was, and nothing for the next step.
+    # A non-finite gradient changes nothing, and nothing of it remains for the next step.
     assert seen["changed"] == alone["changed"] == []
     assert seen["last norm"] == pytest.approx(alone["last norm"], rel=1e-5)
     for name, values in alone["parameters"].items():
         if name.startswith("parameter/log_logit_scale."):
             assert values[0] in (0.0, np.float32(math.log(HIGHEST_SCALE)))
             assert seen["parameters"][name] == values
-        elif not name.endswith("in_proj_bias"):  # of the key biases, Adam sees rounding noise
+        elif not name.endswith("in_proj_bias"):  # Adam sees only rounding noise of key biases
             np.testing.assert_allclose(
                 seen["parameters"][name].ravel(), values.ravel(), atol=1e-5, rtol=1e-4, err_msg=name
             )
@@ -251,7 +256,7 @@ def test_every_strategy_takes_the_same_steps_as_one_process(toy_data, tmp_path, 
 
 @pytest.mark.slow
 def test_micro_batches_are_reduced_once(toy_data, tmp_path):
-    """Counted: as many collectives as without micro-batches."""
+    """Compares the number of collectives with and without micro-batches."""
     whole, in_micro_batches = (
         observed(toy_data, tmp_path / str(size), 2, "zero2", micro_batch_size=size)[0]
         for size in ("auto", 3)
@@ -261,23 +266,23 @@ def test_micro_batches_are_reduced_once(toy_data, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_is_autocast_alone(toy_data, tmp_path):
-    """Parameters, moments and reductions stay float32: the gradient is that of the other engine."""
+    """Tests that parameters, moments and reductions stay float32, so gradients agree."""
     expected, *others = (
         observed(toy_data, tmp_path / strategy, 2, strategy, precision="bf16")[0]
         for strategy in ("ddp", "zero2", "zero3")
     )
-    # Under stage 3, attention rounds its gradient to bf16 (of 8 bits) at another place.
-    for seen, share in zip(others, (1e-5, 2**-8), strict=True):
+    # At stage 3, attention rounds its gradient to bf16 (8 bits) at a different point.
+    for seen, tolerance in zip(others, (1e-5, 2**-8), strict=True):
         assert seen["dtypes"] == {"torch.float32"}
         assert seen["loss"] == expected["loss"]
-        assert_same_gradient(seen, expected, share=share)
+        assert_same_gradient(seen, expected, tolerance=tolerance)
 
 
 # --------------------------------------------------------------------------------- whole runs
 
 
 def run(toy_data, folder, num_processes, strategy, *, stop_after_step=None, **sections):
-    """The run folder after 20 steps, each of one of the pairings, or after fewer of them."""
+    """Runs up to 20 steps, each on one of the pairings, and returns the run folder."""
     sections = {
         "schedule": {"num_steps": 20, "warmup_steps": 2},
         "optimizer": {"gradient_clipping": 0.5},
@@ -297,7 +302,7 @@ def run_alone(toy_data, tmp_path_factory):
 
 
 def assert_same_end(toy_data, folder, expected):
-    """The metrics of every step, and parameters within 1 % of the way they went."""
+    """Asserts equal metrics, and parameters within 1 % of the distance they moved."""
     assert_same_run(folder, expected)
     config = read_config(PretrainConfig, folder / "config.yaml")
     model = build_toy_model(config)
@@ -305,7 +310,7 @@ def assert_same_end(toy_data, folder, expected):
     final = "checkpoints/step_00000020"
     ours, theirs = (read_model_state(each / final) for each in (folder, expected))
     for name, start in beginning.items():
-        if not name.endswith("in_proj_bias"):  # the gradient of key biases is rounding noise
+        if not name.endswith("in_proj_bias"):  # gradients of key biases are rounding noise
             distance = (theirs[name] - start.detach()).norm()
             assert (ours[name] - theirs[name]).norm() <= 0.01 * distance, name
 

@@ -9,11 +9,11 @@ from data_prep.errors import InputError
 from pretrain.model.activation_checkpointing import blocks_of, checkpoint_blocks, compile_towers
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.sample_dropout import (
-    Draws,
+    DropKeys,
     SampleDropout,
     SampleDropPath,
     SamplePatchDropout,
-    TowerDraws,
+    TowerDropKeys,
     pair_keys,
 )
 from pretrain.run.attempts import read_metrics
@@ -24,7 +24,7 @@ from tests.support.toy_towers import build_toy_model
 
 
 def toy_model(folder):
-    """Towers that drop nothing: ConvNeXt twice, and open_clip's text transformer."""
+    """Builds towers that drop nothing: ConvNeXt twice, and open_clip's text transformer."""
     config = toy_config(folder, folder / "run")
     return build_toy_model(config)
 
@@ -45,7 +45,7 @@ def test_blocks_are_found_in_towers_of_all_libraries(tmp_path):
 
 
 def bytes_kept_for_backward(model, pairs):
-    """Of all tensors that the forward pass leaves to the backward pass, each once."""
+    """Measures the tensors that the forward pass saves for the backward pass, each once."""
     kept = {}
 
     def keep(tensor):
@@ -77,7 +77,7 @@ def test_a_tower_without_blocks_is_refused_and_a_frozen_one_is_left_alone(tmp_pa
     with pytest.raises(
         InputError,
         match=r"engine\.activation_checkpointing: model\.image \(Sequential\) has no list of equal "
-        "blocks to checkpoint; set it to false",
+        "blocks to checkpoint; set the key to false",
     ):
         checkpoint_blocks(model)
     tower.is_frozen = True
@@ -131,7 +131,7 @@ def num_compilations(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """With the config of the model that they are for."""
+    """Returns pairs together with the config of their model."""
     config = dropping_config(tmp_path_factory.mktemp("droppers"))
     pairs = Pairs(config)
     pairs.config = config
@@ -139,8 +139,8 @@ def pairs(tmp_path_factory):
 
 
 def keys_of(num_pairs, *, step=0):
-    draws = Draws(torch.tensor(step), torch.arange(NUM_PAIRS)[:num_pairs])
-    return pair_keys(draws, seed=0, pairing="image-text")
+    drop_keys = DropKeys(torch.tensor(step), torch.arange(NUM_PAIRS)[:num_pairs])
+    return pair_keys(drop_keys, seed=0, pairing="image-text")
 
 
 def text_gradients(model, pairs, *, step):
@@ -151,7 +151,7 @@ def text_gradients(model, pairs, *, step):
 
 
 def test_a_compiled_tower_gives_the_same_gradients_and_keeps_its_names(pairs, num_compilations):
-    """Its blocks are computed again, and another step compiles nothing."""
+    """Tests recomputed blocks; a second step compiles nothing."""
     model = pairs.build_model(pairs.config)
     expected = [text_gradients(model, pairs, step=step) for step in (3, 4)]
     assert largest_difference(*expected) > 0.1
@@ -182,15 +182,15 @@ def test_any_number_of_pairs_and_tokens_takes_few_compilations(pairs, num_compil
 
 
 def test_compiled_layers_of_every_kind_drop_alike(num_compilations):
-    draws = TowerDraws()
+    drop_keys = TowerDropKeys()
     layers = nn.Sequential(
         nn.Linear(7, 7),
-        SampleDropout("a", draws, p=0.3, drops_channels=False),
-        SampleDropout("b", draws, p=0.3, drops_channels=True),
-        SampleDropPath("c", draws, drop_prob=0.3, scale_by_keep=True),
-        SamplePatchDropout("d", draws, prob=0.5, num_prefix_tokens=1, is_ordered=True),
+        SampleDropout("a", drop_keys, p=0.3, drops_channels=False),
+        SampleDropout("b", drop_keys, p=0.3, drops_channels=True),
+        SampleDropPath("c", drop_keys, drop_prob=0.3, scale_by_keep=True),
+        SamplePatchDropout("d", drop_keys, prob=0.5, num_prefix_tokens=1, is_ordered=True),
     )
-    tower = Tower(nn.Identity(), layers, nn.Flatten(), draws=draws)
+    tower = Tower(nn.Identity(), layers, nn.Flatten(), drop_keys=drop_keys)
     values = torch.randn(2 * NUM_PAIRS, 9, 7)  # two rows of each sample
     expected = [tower(values, keys=keys_of(NUM_PAIRS, step=step)) for step in range(3)]
     tower.compile(backend="aot_eager")

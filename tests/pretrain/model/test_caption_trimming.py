@@ -26,7 +26,7 @@ def tokenizer_with(pad_id=0, padding_side="right"):
 
 
 def tokens_of(lengths, pad_id=0):
-    """Captions that start with 98, end with 99, and whose padding is pad_id."""
+    """Returns captions that start with 98, end with 99 and are padded with pad_id."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 97, (len(lengths), CONTEXT_LENGTH), generator=generator)
     for row, length in enumerate(lengths):
@@ -37,7 +37,7 @@ def tokens_of(lengths, pad_id=0):
 
 
 def features_and_gradients(tower, tokens):
-    """Of a sum in which every feature weighs differently."""
+    """Returns features and gradients of a sum with a different weight for each feature."""
     tower.zero_grad()
     features = tower(tokens)
     (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()

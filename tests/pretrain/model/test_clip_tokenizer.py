@@ -40,7 +40,7 @@ def test_token_ids_of_any_text_are_those_of_open_clip(tokenizers, text):
 
 
 def test_what_it_remembers_is_bounded_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(clip_tokenizer, "MOST_WORDS_KEPT", 5)
+    monkeypatch.setattr(clip_tokenizer, "MAX_CACHED_WORDS", 5)
     own, peer = ClipTokenizer(context_length=20), SimpleTokenizer(context_length=20)
     texts = [f"word{chr(97 + n)} other thing{chr(97 + n)}" for n in range(20)] * 2
     assert torch.equal(own(texts), peer(texts))

@@ -9,7 +9,7 @@ from torch import nn
 from data_prep.errors import InputError
 from pretrain.model.contrastive_model import PairInputs
 from pretrain.model.drop_layers import replace_drop_layers, sample_drops
-from pretrain.model.sample_dropout import Draws, SampleDropPath, SamplePatchDropout
+from pretrain.model.sample_dropout import DropKeys, SampleDropPath, SamplePatchDropout
 from pretrain.model.towers import probe_backbone
 from tests.support.toy_droppers import VIT
 from tests.support.toy_run import toy_config
@@ -38,8 +38,8 @@ def image_features(model, rows):
         0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     tokens = torch.ones(6, 12, dtype=torch.int64)
-    draws = Draws(torch.tensor(2), torch.arange(6)[rows])
-    return model([{"image-text": PairInputs(pixels[rows], tokens[rows], draws=draws)}])[
+    drop_keys = DropKeys(torch.tensor(2), torch.arange(6)[rows])
+    return model([{"image-text": PairInputs(pixels[rows], tokens[rows], drop_keys=drop_keys)}])[
         "image-text"
     ][0]
 
@@ -110,10 +110,10 @@ def test_a_layer_called_twice_draws_twice(build_image_model):
     drawn = []
     layer.register_forward_hook(lambda _, inputs, output: drawn.append(output.flatten(1).any(1)))
     for step in range(8):
-        draws = Draws(torch.tensor(step), torch.arange(6))
+        drop_keys = DropKeys(torch.tensor(step), torch.arange(6))
         pixels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
         tokens = torch.ones(6, 12, dtype=torch.int64)
-        model([{"image-text": PairInputs(pixels, tokens, draws=draws)}])
+        model([{"image-text": PairInputs(pixels, tokens, drop_keys=drop_keys)}])
     assert len(drawn) == 16
     assert not torch.equal(torch.cat(drawn[::2]), torch.cat(drawn[1::2]))
 
@@ -135,7 +135,7 @@ def test_a_layer_called_twice_draws_twice(build_image_model):
                 "name": "test_resnet",
                 "options": {"norm_layer": "groupnorm1", "drop_rate": 0.3},
             },
-            r"layer \(the whole\) \(ResNet; rates: drop_rate=0\.3\) draws random numbers",
+            r"layer \(the backbone\) \(ResNet; rates: drop_rate=0\.3\) draws random numbers",
         ),
         (
             {
@@ -147,12 +147,12 @@ def test_a_layer_called_twice_draws_twice(build_image_model):
         ),
         (
             VIT | {"options": VIT["options"] | {"drop_path_rate": 1.0}},
-            r"model\.image\.blocks\.1\.drop_path1: drops with probability 1\.0; expected 0 to "
+            r"model\.image\.blocks\.1\.drop_path1: expected a probability from 0 to "
             "below 1",
         ),
     ],
 )
-def test_what_cannot_be_drawn_per_sample_is_refused(build_image_model, tower, message):
+def test_dropping_that_cannot_be_drawn_per_sample_is_refused(build_image_model, tower, message):
     with pytest.raises(InputError, match=message):
         build_image_model(**tower)
 
@@ -182,9 +182,9 @@ class Layered(nn.Module):
 
 
 def probed(backbone):
-    draws = replace_drop_layers(backbone, kind="image")
+    drop_keys = replace_drop_layers(backbone, kind="image")
     examples = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
-    return probe_backbone(backbone, examples, where="model.image", draws=draws)
+    return probe_backbone(backbone, examples, where="model.image", drop_keys=drop_keys)
 
 
 class ThinDropPath(nn.Module):
@@ -217,7 +217,7 @@ class SkippedLayer(nn.Module):
             Layered(
                 nn.Dropout(0.1), lambda rows: rows.transpose(0, 1), lambda r: r.transpose(0, 1)
             ),
-            r"layer layer drops from \[4, 2, 6\] for 2 samples, whose rows are not side by side",
+            r"layer layer drops from \[4, 2, 6\] for 2 samples; expected the rows of a sample next",
         ),
         (
             Layered(
@@ -229,13 +229,13 @@ class SkippedLayer(nn.Module):
         ),
         (
             Layered(nn.Dropout(0.1), lambda rows: torch.ones(2, 4, 6), lambda rows: rows),
-            "not side by side",
+            "expected the rows of a sample next to each other",
         ),
         (
             Layered(nn.AlphaDropout(0.1)),
             r"layer \(AlphaDropout; rates: p=0\.1\) draws random",
         ),
-        (Layered(ThinDropPath()), "a ThinDropPath that does not drop whole rows"),
+        (Layered(ThinDropPath()), "expected a ThinDropPath that drops whole rows"),
         (
             Layered(SkippedLayer(random.random)),
             r"\(SkippedLayer; rates: layerdrop=0\.2\)",
@@ -250,8 +250,8 @@ def test_a_layer_that_would_depend_on_the_batch_is_refused(backbone, message):
         probed(backbone)
 
 
-def test_rows_side_by_side_are_accepted_also_behind_zeros():
-    """Many layers begin as zeros: what they will let through must be looked at all the same."""
+def test_adjacent_rows_are_accepted_also_after_zeros():
+    """Tests layers initialised to zeros, whose later inputs must be checked all the same."""
     zero = nn.Linear(6, 6)
     nn.init.zeros_(zero.weight)
     nn.init.zeros_(zero.bias)
@@ -278,7 +278,7 @@ def test_a_layer_in_two_places_stays_one():
 
 
 def test_attention_dropout_as_a_layer_is_drawn_per_sample(build_image_model):
-    """Where attention is written out, its weights pass through a layer like any other."""
+    """Tests attention without a fused kernel, whose weights pass through a dropout layer."""
     options = VIT["options"] | {"attn_drop_rate": 0.3}
     set_fused_attn(False)
     try:
@@ -300,7 +300,7 @@ def test_a_frozen_tower_may_drop_as_it_likes(build_image_model):
 
 
 def test_building_draws_nothing_that_would_change_the_weights(build_image_model):
-    """The text tower is built after the image tower, whether that drops or not."""
+    """Compares towers built after a dropping and after a plain image tower."""
     plain = {key: rate for key, rate in VIT["options"].items() if "drop" not in key}
     states = [
         build_image_model(**VIT | {"options": options}).state_dict()

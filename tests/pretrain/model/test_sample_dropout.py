@@ -7,12 +7,12 @@ from torch import nn
 
 from pretrain.model.activation_checkpointing import checkpoint_blocks
 from pretrain.model.sample_dropout import (
-    Draws,
+    DropKeys,
     SampleDropout,
     SampleDropPath,
     SamplePatchDropout,
-    TowerDraws,
-    kept_places,
+    TowerDropKeys,
+    keep_mask,
     pair_keys,
     scramble,
 )
@@ -22,11 +22,11 @@ from tests.support.toy_droppers import NUM_PAIRS, Pairs, dropping_config, larges
 
 def keys_of(num_slots, *, step=0, seed=0, pairing="image-text", first_slot=0):
     slots = torch.arange(first_slot, first_slot + num_slots)
-    return pair_keys(Draws(torch.tensor(step), slots), seed=seed, pairing=pairing)
+    return pair_keys(DropKeys(torch.tensor(step), slots), seed=seed, pairing=pairing)
 
 
-def dropped(layer, draws, values, **keys):
-    with draws.of_pairs(keys_of(keys.pop("num_slots", len(values)), **keys)):
+def dropped(layer, drop_keys, values, **keys):
+    with drop_keys.set_pairs(keys_of(keys.pop("num_slots", len(values)), **keys)):
         return layer(values)
 
 
@@ -41,23 +41,23 @@ def test_the_hash_is_that_of_the_sample_order():
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.97])
 def test_the_rate_is_right(rate):
-    kept = kept_places(keys_of(500), (20, 101), rate=rate)
-    # Of a million throws, five standard deviations.
+    kept = keep_mask(keys_of(500), (20, 101), rate=rate)
+    # Five standard deviations of a million draws.
     deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
     assert kept.float().mean(dtype=torch.float64) == pytest.approx(1 - rate, abs=5 * deviation)
 
 
 def assert_independent(one, other):
-    """Of two masks at rate 0.5, by their correlation."""
+    """Asserts that two masks at rate 0.5 are uncorrelated."""
     ours, theirs = (2.0 * mask.flatten() - 1 for mask in (one, other))
     assert abs((ours * theirs).mean()) < 5 / len(ours) ** 0.5
 
 
 def test_draws_are_independent_of_one_another():
-    """Across slots, steps, seeds, pairings, layers, calls, and neighbouring places."""
+    """Tests slots, steps, seeds, pairings, layers, calls and neighbouring positions."""
     shape = (40, 64)
     masks = [
-        kept_places(keys_of(100, **where), shape, rate=0.5)
+        keep_mask(keys_of(100, **where), shape, rate=0.5)
         for where in (
             {},
             {"step": 1},
@@ -72,19 +72,21 @@ def test_draws_are_independent_of_one_another():
     for axis, distance in itertools.product(range(3), (1, 2, 3)):
         length = mask.shape[axis] - distance
         assert_independent(mask.narrow(axis, 0, length), mask.narrow(axis, distance, length))
-    draws = TowerDraws()
-    layers = [SampleDropout(name, draws, p=0.5, drops_channels=False) for name in ("a", "a.1", "b")]
-    with draws.of_pairs(keys_of(100)):
+    drop_keys = TowerDropKeys()
+    layers = [
+        SampleDropout(name, drop_keys, p=0.5, drops_channels=False) for name in ("a", "a.1", "b")
+    ]
+    with drop_keys.set_pairs(keys_of(100)):
         calls = [layer(torch.ones(100, *shape)) > 0 for layer in layers for _ in range(2)]
     for one, other in itertools.combinations(calls, 2):
         assert_independent(one, other)
 
 
 def test_a_longer_row_begins_as_a_shorter_one():
-    """So captions may be cut behind their end."""
+    """Tests what makes it safe to trim the padding of captions."""
     keys = keys_of(3)
-    whole = kept_places(keys, (6, 7, 9), rate=0.3)
-    assert torch.equal(kept_places(keys, (6, 4, 5), rate=0.3), whole[:, :, :4, :5])
+    whole = keep_mask(keys, (6, 7, 9), rate=0.3)
+    assert torch.equal(keep_mask(keys, (6, 4, 5), rate=0.3), whole[:, :, :4, :5])
 
 
 # -------------------------------------------------------------------------------------- layers
@@ -92,43 +94,43 @@ def test_a_longer_row_begins_as_a_shorter_one():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_is_kept_is_scaled_exactly(dtype):
-    draws = TowerDraws()
-    layer = SampleDropout("a", draws, p=0.25, drops_channels=False)
+    drop_keys = TowerDropKeys()
+    layer = SampleDropout("a", drop_keys, p=0.25, drops_channels=False)
     values = torch.randn(8, 5, 30, dtype=dtype, requires_grad=True)
-    output = dropped(layer, draws, values)
+    output = dropped(layer, drop_keys, values)
     kept = output != 0
     assert torch.equal(output[kept], (values / 0.75)[kept])
-    assert torch.equal(kept, dropped(layer, draws, torch.ones(8, 5, 30)) != 0)
+    assert torch.equal(kept, dropped(layer, drop_keys, torch.ones(8, 5, 30)) != 0)
     output.sum().backward()
     assert torch.equal(values.grad != 0, kept)
 
 
 def test_stochastic_depth_drops_whole_rows():
-    draws = TowerDraws()
+    drop_keys = TowerDropKeys()
     for scales, value in ((True, 2.0), (False, 1.0)):
-        layer = SampleDropPath("a", draws, drop_prob=0.5, scale_by_keep=scales)
-        rows = dropped(layer, draws, torch.ones(400, 3, 5)).flatten(1)
+        layer = SampleDropPath("a", drop_keys, drop_prob=0.5, scale_by_keep=scales)
+        rows = dropped(layer, drop_keys, torch.ones(400, 3, 5)).flatten(1)
         assert set(rows.flatten().tolist()) == {0.0, value}
         assert torch.equal(rows.amin(dim=1), rows.amax(dim=1))
         assert 150 < (rows[:, 0] > 0).sum() < 250
 
 
 def test_dropout_of_channels_drops_whole_channels():
-    draws = TowerDraws()
-    layer = SampleDropout("a", draws, p=0.5, drops_channels=True)
-    channels = dropped(layer, draws, torch.ones(20, 10, 4, 6)).flatten(2)
+    drop_keys = TowerDropKeys()
+    layer = SampleDropout("a", drop_keys, p=0.5, drops_channels=True)
+    channels = dropped(layer, drop_keys, torch.ones(20, 10, 4, 6)).flatten(2)
     assert torch.equal(channels.amin(dim=2), channels.amax(dim=2))
     assert 60 < (channels[:, :, 0] > 0).sum() < 140
 
 
 @pytest.mark.parametrize("is_ordered", [True, False])
 def test_patch_dropout_keeps_equally_many_of_each_sample(is_ordered):
-    draws = TowerDraws()
+    drop_keys = TowerDropKeys()
     layer = SamplePatchDropout(
-        "a", draws, prob=0.7, num_prefix_tokens=1, is_ordered=is_ordered, returns_indices=True
+        "a", drop_keys, prob=0.7, num_prefix_tokens=1, is_ordered=is_ordered, returns_indices=True
     )
     tokens = torch.arange(11.0).expand(2000, 11)[..., None] + torch.zeros(2)
-    kept, indices = dropped(layer, draws, tokens)
+    kept, indices = dropped(layer, drop_keys, tokens)
     assert kept.shape == (2000, 1 + 3, 2)
     assert indices.shape == (2000, 3)
     assert not kept[:, 0].any()
@@ -140,19 +142,19 @@ def test_patch_dropout_keeps_equally_many_of_each_sample(is_ordered):
 
 
 def test_rows_of_one_sample_follow_each_other():
-    draws = TowerDraws()
-    layer = SampleDropout("a", draws, p=0.5, drops_channels=False)
+    drop_keys = TowerDropKeys()
+    layer = SampleDropout("a", drop_keys, p=0.5, drops_channels=False)
     windows = torch.ones(12, 4, 6)  # four of each of three samples
-    whole = dropped(layer, draws, windows, num_slots=3)
-    alone = dropped(layer, draws, windows[:4], num_slots=1, first_slot=2)
+    whole = dropped(layer, drop_keys, windows, num_slots=3)
+    alone = dropped(layer, drop_keys, windows[:4], num_slots=1, first_slot=2)
     assert torch.equal(whole[8:], alone)
     assert not torch.equal(whole[8], whole[9])
-    with pytest.raises(RuntimeError, match="a was given 4 rows for 3 samples"):
-        dropped(layer, draws, windows[:4], num_slots=3)
+    with pytest.raises(RuntimeError, match=r"a: expected a multiple of 3 rows, .* found 4"):
+        dropped(layer, drop_keys, windows[:4], num_slots=3)
 
 
 def test_a_layer_without_draws_says_so_in_training_and_keeps_all_in_evaluation():
-    layer = SampleDropout("text.dropout", TowerDraws(), p=0.5, drops_channels=False)
+    layer = SampleDropout("text.dropout", TowerDropKeys(), p=0.5, drops_channels=False)
     with pytest.raises(RuntimeError, match=r"text\.dropout drops in training.*eval\(\)"):
         layer(torch.ones(2, 3))
     assert torch.equal(layer.eval()(torch.ones(2, 3)), torch.ones(2, 3))
@@ -183,13 +185,13 @@ def model(config, pairs, request):
 
 @pytest.fixture(scope="module")
 def expected(config, pairs):
-    """Gradients of the batch encoded whole."""
+    """Returns the gradients of the batch encoded as a whole."""
     return pairs.gradients(pairs.build_model(config))
 
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 4), (3, 3, 2), (2, 2, 0, 4), (1,) * 8], ids=str)
 def test_no_split_changes_a_gradient(model, pairs, expected, sizes):
-    """Neither micro-batches, nor halves on two ranks, nor activations computed again."""
+    """Tests micro-batches, halves as on two ranks, and recomputed activations."""
     assert largest_difference(pairs.gradients(model, sizes), expected) < 1e-12
 
 

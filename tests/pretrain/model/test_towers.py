@@ -113,7 +113,7 @@ def test_a_transformers_text_tower_ignores_padding(config_with, tmp_path):
     assert tokens.shape == (2, 12)
     longer = torch.cat([tokens, torch.full((2, 5), tokenizer.pad_id)], dim=1)
     torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer))
-    # BERT's own pooling layer stands beside the path: nothing waits for its gradient.
+    # The features do not use BERT's own pooling layer: no engine waits for its gradient.
     model.encode_text(tokens).sum().backward()
     assert all(p.grad is not None for p in model.towers["text"].parameters() if p.requires_grad)
 
@@ -128,7 +128,7 @@ def test_initial_weights_depend_on_the_seed_alone(config_with):
 
 
 def test_pretrained_towers_load_from_files(config_with, tmp_path):
-    """Of each library, weights saved to disk come back; nothing is fetched."""
+    """Tests each library with weights saved to disk; nothing is downloaded."""
     import timm
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModel
@@ -180,7 +180,7 @@ def test_batch_norm_in_a_trained_tower_is_refused_and_frozen_is_accepted(config_
         ({"library": "open_clip", "name": "ViT-Z"}, "open_clip has no model 'ViT-Z'"),
         (
             {"library": "open_clip", "name": "ViT-B-32", "pretrained": True},
-            "does not say which weights",
+            "does not name the weights",
         ),
         ({"library": "transformers", "name": "no-such"}, "transformers cannot build 'no-such'"),
     ],
@@ -192,7 +192,7 @@ def test_a_tower_that_cannot_be_built_says_why(config_with, tower, message):
 
 def test_an_open_clip_model_made_for_another_tokenizer_asks_for_it(config_with):
     config = config_with(text={"library": "open_clip", "name": "xlm-roberta-base-ViT-B-32"})
-    with pytest.raises(InputError, match=r"made for the tokenizer 'xlm-roberta-base'"):
+    with pytest.raises(InputError, match=r"needs the tokenizer 'xlm-roberta-base'"):
         build_tokenizer(config.model.text)
 
 

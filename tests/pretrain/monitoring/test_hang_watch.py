@@ -39,7 +39,7 @@ def test_no_rank_stays_for_ever_and_each_says_where_it_is(toy_data, tmp_path):
     config = toy_config(toy_data, tmp_path / "run", engine=engine)
     [first, second] = ProcessGroup(2, train_and_sleep, config).outcomes()
     assert "LostPeerError: step 3: another process died, or did not come within" in first[1]
-    assert second == (False, "rank 1 died without a word")  # it ended itself
+    assert second == (False, "rank 1 exited without a traceback")  # it ended itself
     stacks = tmp_path / "run" / "stacks" / "0001"
     for number, function in ((0, "take_losses"), (1, "sleepless_load")):
         written = (stacks / f"rank_{number:05d}.txt").read_text()

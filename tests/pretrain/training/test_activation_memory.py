@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from data_prep.errors import InputError
 from pretrain.data.batch import PairLayout
 from pretrain.model.contrastive_model import ContrastiveModel, Tower
-from pretrain.model.sample_dropout import TowerDraws
+from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.training.activation_memory import AllocationTrace, _inputs_of, measure_activations
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def transformers(*, has_checkpointing=False):
         vit.set_grad_checkpointing(True)
         text.set_grad_checkpointing(True)
     towers = {
-        "image": Tower(Pixels(), vit, nn.Linear(vit.num_features, 32), draws=TowerDraws()),
-        "text": Tower(nn.Identity(), text, nn.Linear(64, 32), draws=TowerDraws()),
+        "image": Tower(Pixels(), vit, nn.Linear(vit.num_features, 32), drop_keys=TowerDropKeys()),
+        "text": Tower(nn.Identity(), text, nn.Linear(64, 32), drop_keys=TowerDropKeys()),
     }
     return ContrastiveModel(towers, pairings=["image-text"], initial_scale=10.0, seed=0)
 
@@ -119,7 +119,7 @@ class AddsTwiceForMore(nn.Module):
 def test_towers_whose_memory_is_not_linear_are_refused():
     model = transformers()
     model.towers["image"] = Tower(
-        nn.Identity(), AddsTwiceForMore(), nn.Linear(3, 32), draws=TowerDraws()
+        nn.Identity(), AddsTwiceForMore(), nn.Linear(3, 32), drop_keys=TowerDropKeys()
     )
     with pytest.raises(InputError, match=r"allocations for 4 as for 2 pairs of image-text, found"):
         measured(model)

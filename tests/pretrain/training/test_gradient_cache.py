@@ -136,9 +136,9 @@ def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path)
         assert [len(each[name].media) for each in micro_batches][-1] == 0
         assert torch.equal(torch.cat([each[name].media for each in micro_batches]), pairs.media)
         assert torch.equal(torch.cat([each[name].tokens for each in micro_batches]), pairs.tokens)
-        slots = torch.cat([each[name].draws.slots for each in micro_batches])
+        slots = torch.cat([each[name].drop_keys.slots for each in micro_batches])
         assert torch.equal(slots, torch.arange(len(pairs.tokens)))
-        assert {int(each[name].draws.step) for each in micro_batches} == {0}
+        assert {int(each[name].drop_keys.step) for each in micro_batches} == {0}
     audio = batch.pairings["audio-text"]
     assert torch.equal(torch.cat([p["audio-text"].stripes for p in micro_batches]), audio.stripes)
     assert {each["image-text"].stripes for each in micro_batches} == {None}
