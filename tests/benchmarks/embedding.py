@@ -1,9 +1,9 @@
-"""Images embedded per CPU second, beside clip_benchmark on the same model and files.
+"""Images embedded per CPU second, compared with clip_benchmark on the same model and files.
 
     python -m tests.benchmarks.embedding
 
 clip_benchmark runs if it is installed (pip install --no-deps clip-benchmark==1.6.2 requests). Both
-read the same tars in the main process, in turns; ours also writes what it made to the disk.
+read the same tars in the main process, alternately; Isopair also writes the embeddings to disk.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ NUM_IMAGES = 512
 BATCH_SIZE = 64
 ROUNDS = 3
 TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-# Towers: one that costs less than reading a picture, and one of ViT-S/32's size.
+# One tower that costs less than decoding an image, and one of ViT-S/32's size.
 TOWERS = {
     "tiny": {"layers": 1, "width": 64, "head_width": 64},
     "ViT-S/32": {"layers": 12, "width": 384, "head_width": 64},
@@ -102,7 +102,7 @@ def clip_benchmark(model, dataset):
             samples.batched(BATCH_SIZE), batch_size=None, shuffle=False, num_workers=0
         )
         found = []
-        with torch.no_grad():  # as its run_classification
+        with torch.no_grad():  # as in its run_classification
             for images, _ in loader:
                 features = network.encode_image(images)
                 found.append(torch.nn.functional.normalize(features, dim=-1))

@@ -1,10 +1,10 @@
-"""Time and memory of retrieval metrics of a COCO-sized set, beside clip_benchmark's own code, and
-of queries against a million captions.
+"""Time and memory of retrieval metrics on a COCO-sized set and against a million captions.
 
     python -m tests.benchmarks.retrieval
 
-clip_benchmark runs if it is installed (pip install --no-deps clip-benchmark==1.6.2); its code takes
-minutes. Each runs in a process of its own; memory is what it takes above the embeddings.
+clip_benchmark's code runs on the same COCO-sized set if it is installed (pip install --no-deps
+clip-benchmark==1.6.2); it takes minutes. Each measurement has its own process; memory excludes the
+embeddings.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import normalize
 
 WIDTH = 512
-COCO = (5000, 5)  # media items, captions of each
+COCO = (5000, 5)  # media items, captions per item
 MILLION = 1_000_000
 NUM_QUERIES = 1000
 
@@ -45,17 +45,17 @@ def ours():
     before, start = peak_bytes(), time.perf_counter()
     metrics = {}
     both = retrieval_relevance(media, texts, relevance=relevance_of_owners(owners.numpy()))
-    for name, answers in zip(("image to text", "text to image"), both, strict=True):
+    for name, ranked in zip(("image to text", "text to image"), both, strict=True):
         for k in (1, 5, 10):
-            metrics[f"{name} @{k}"] = float(answers.query_ranks().hits_at(k).mean())
-        answers.average_precision()
-        answers.ndcg_at(10)
-        answers.reciprocal_rank()
+            metrics[f"{name} @{k}"] = float(ranked.query_ranks().hits_at(k).mean())
+        ranked.average_precision()
+        ranked.ndcg_at(10)
+        ranked.reciprocal_rank()
     return time.perf_counter() - start, peak_bytes() - before, metrics
 
 
 def clip_benchmark():
-    """As its evaluate() does from the scores on."""
+    """Runs the code of its evaluate() from the scores on."""
     from clip_benchmark.metrics import zeroshot_retrieval as metrics
 
     media, texts, owners = coco_embeddings()
@@ -120,7 +120,7 @@ def main():
     per_query = seconds / NUM_QUERIES
     print(
         f"{NUM_QUERIES:,} queries against {MILLION:,} captions on disk: {seconds:.1f} s, "
-        f"{1000 * per_query:.1f} ms each, {memory / 1e9:.2f} GB besides the file; a million "
+        f"{1000 * per_query:.1f} ms each, {memory / 1e9:.2f} GB in addition to the file; a million "
         f"queries: {per_query * MILLION / 3600:.1f} h"
     )
 

@@ -1,4 +1,4 @@
-"""Metrics of a whole evaluation beside those of clip_benchmark 1.6.2, from the same files."""
+"""Metrics of a whole evaluation, compared with clip_benchmark 1.6.2 on the same files."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ TASKS = {
     "several": "multi_label_classification",
     "captions": "retrieval",
 }
-# Names of the same metrics.
+# (set, clip_benchmark's name) -> our name of the same metric
 OURS = {
     ("single", "acc1"): "top_1_accuracy",
     ("single", "acc5"): "top_5_accuracy",

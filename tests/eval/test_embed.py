@@ -1,4 +1,4 @@
-"""eval.embed on a real checkpoint, beside the embeddings that evaluation makes itself."""
+"""eval.embed on a real checkpoint, compared with the embeddings computed by an evaluation."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def encoder_of(checkpoint):
 
 
 def own_embeddings(checkpoint, dataset):
-    """What evaluation computes: media [Q, D], and captions [M, D] with their places."""
+    """Computes embeddings as an evaluation does: media [Q, D], captions [M, D] and their items."""
     samples = KeptSamples(dataset, subset=None)
     rows = [samples.read_sample(n) for n in range(len(samples))]
     keys, captions = [row.key for row in rows], [captions_of(row) for row in rows]
@@ -158,18 +158,18 @@ def test_finished_shards_are_kept_and_those_of_another_origin_refused(
             is_finished(out / "00000000.parquet", other)
 
 
-def damage(folder, places):
+def damage(folder, numbers):
     """Flips a bit of the media of some samples of the first shard."""
     index = ShardIndex.read(folder / "00000000.idx")
     content = bytearray((folder / "00000000.tar").read_bytes())
-    for place in places:
-        block = int(index.table[place, index.fields.index("png"), 0])
+    for number in numbers:
+        block = int(index.table[number, index.fields.index("png"), 0])
         content[block * BLOCK_BYTES + 30] ^= 1
     (folder / "00000000.tar").write_bytes(content)
 
 
 def write_uids(folder):
-    """The Parquet of each shard, with uids that are not the keys."""
+    """Writes the Parquet file of each shard, with uids that differ from the keys."""
     schema = shard_schema("image", kept={})
     start = 0
     for row in Dataset(folder).manifest:
@@ -230,7 +230,7 @@ def test_what_cannot_be_embedded_is_named(embed, toy_data, tmp_path):
 def test_shards_in_folders_of_their_own_are_embedded_and_scored(
     embed, toy_data, checkpoint, tmp_path
 ):
-    """Two tars of one name, with sounds that the dataset of pictures passes over."""
+    """Tests two tars of the same name, with audio that the dataset of images skips."""
     tars = tmp_path / "tars"
     for number, folder in enumerate(("a.b", "c")):
         (tars / folder).mkdir(parents=True)

@@ -54,7 +54,7 @@ def test_the_index_finds_what_comparing_with_all_finds(tmp_path, exact_up_to):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """Pictures of three colours, by the model that knows them."""
+    """Builds a search engine over images of three colours, with a model that recognises colours."""
     folder = tmp_path_factory.mktemp("search")
     samples = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
     dataset = KeptSamples(write_dataset(folder / "pictures", samples), subset=None)

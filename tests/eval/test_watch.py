@@ -1,4 +1,4 @@
-"""A run is watched while it trains, and again after the watch was killed."""
+"""A run is watched while it trains, and again after the command was killed."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
     assert curve_of(folder, f"colors/{metric}") == expected
     assert not list(output.rglob("*.npy"))
 
-    # What was evaluated stays as it is; a step that lost its results is done again.
+    # Results are kept; a step whose results were deleted is evaluated again.
     kept = (output / "step_00000002" / "results.json").stat().st_mtime_ns
     shutil.rmtree(output / "step_00000004")
     run(config.model_copy(update={"wait": False}))

@@ -1,6 +1,6 @@
-"""Sets and a model for clip_benchmark and for us, and what clip_benchmark makes of them.
+"""Writes evaluation sets and a model, and prints clip_benchmark's metrics of them.
 
-clip_benchmark 1.6.2 needs numpy < 2.3, hence an environment of its own:
+clip_benchmark 1.6.2 needs numpy < 2.3, and therefore its own environment:
 
     python3.11 -m venv oracle
     oracle/bin/pip install torch==2.13.0 torchvision==0.28.0 open-clip-torch==3.3.0 \
@@ -25,7 +25,7 @@ from tests.support.toy_models import write_open_clip_folder
 NUM_ITEMS = 60
 CLASSES = ["cat", "dog", "cow", "hen", "fox", "owl", "bat", "ant"]
 TEMPLATES = ["a photo of a {c}.", "one {c}", "{c} on the grass"]
-# Set -> (task of clip_benchmark, further arguments)
+# Set -> (clip_benchmark's task, further arguments)
 SETS = {
     "single": ("zeroshot_classification", []),
     "several": ("zeroshot_classification", []),
@@ -34,7 +34,7 @@ SETS = {
 
 
 def write_model_and_sets(folder):
-    """tiny/ is the model; the sets hold one class, several classes, or 1 to 5 captions per item."""
+    """Writes the model tiny/, and sets with one class, several classes, or captions per item."""
     write_open_clip_folder(folder / "tiny")
     generator = np.random.default_rng(0)
     samples = {name: [] for name in SETS}

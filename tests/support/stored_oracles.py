@@ -1,5 +1,6 @@
-"""What ranx makes of a matrix of scores, and librosa of a sound; both need packages that the tests
-do without, so their metrics are stored:
+"""Stored results of ranx for a matrix of scores, and of librosa for a sound.
+
+The tests do not install these packages. To compute the results again:
 
     python3.11 -m venv oracle
     oracle/bin/pip install ranx librosa "numpy<2.3"
@@ -15,7 +16,10 @@ KS = (1, 5, 10)
 
 
 def scores_and_right():
-    """float32 [40, 200] without ties, and bool [40, 200]: one to six right answers of each."""
+    """Draws scores, float32 [40, 200] without ties, and relevance, bool [40, 200].
+
+    Each row has one to six relevant candidates.
+    """
     generator = np.random.default_rng(0)
     right = np.zeros((40, 200), dtype=bool)
     for row in range(40):
@@ -25,7 +29,7 @@ def scores_and_right():
 
 
 def chirp():
-    """float32 [9600]: a fifth of a second, rising, with noise."""
+    """Synthesizes a rising tone with noise of a fifth of a second: float32 [9600]."""
     time = np.arange(9600) / RATE_HZ
     noise = np.random.default_rng(0).standard_normal(9600)
     return (0.5 * np.sin(2 * np.pi * (200 + 20_000 * time) * time) + 0.01 * noise).astype(
@@ -53,7 +57,7 @@ def ranx_metrics():
 
 
 def librosa_decibels():
-    """Mel scale -> [frames][64] decibels, as CLAP's towers take them."""
+    """Computes mel scale -> [frames][64] decibels, the input of CLAP's towers."""
     import librosa
 
     power = np.abs(librosa.stft(chirp(), n_fft=1024, hop_length=480, pad_mode="reflect")) ** 2

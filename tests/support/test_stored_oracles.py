@@ -17,24 +17,24 @@ STORED = json.loads((Path(__file__).parent / "stored_oracles.json").read_text())
 
 def test_ranking_metrics_are_those_of_ranx():
     scores, right = scores_and_right()
-    query, place = np.nonzero(right)
+    query, candidate = np.nonzero(right)
     wrong = np.where(right, -np.inf, scores)
-    above = (wrong[query] > scores[query, place][:, None]).sum(axis=1)
-    answers = ranked_relevance(
+    above = (wrong[query] > scores[query, candidate][:, None]).sum(axis=1)
+    ranked = ranked_relevance(
         query,
-        scores[query, place],
+        scores[query, candidate],
         num_irrelevant_above=above,
         num_irrelevant_tied=np.zeros_like(above),
         gallery_size=scores.shape[1],
     )
     found = {
-        "map": answers.average_precision(),
-        "map@10": answers.average_precision(10),
-        "mrr": answers.reciprocal_rank(),
-        "ndcg@10": answers.ndcg_at(10),
+        "map": ranked.average_precision(),
+        "map@10": ranked.average_precision(10),
+        "mrr": ranked.reciprocal_rank(),
+        "ndcg@10": ranked.ndcg_at(10),
     }
-    found |= {f"hit_rate@{k}": answers.query_ranks().hits_at(k) for k in KS}
-    found |= {f"recall@{k}": answers.true_recall_at(k) for k in KS}
+    found |= {f"hit_rate@{k}": ranked.query_ranks().hits_at(k) for k in KS}
+    found |= {f"recall@{k}": ranked.true_recall_at(k) for k in KS}
     means = {name: values.mean() for name, values in found.items()}
     assert means == pytest.approx(STORED["ranx"], abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Tiny datasets of coloured pictures and sines, and a model that knows colours and pitches."""
+"""Tiny datasets of coloured images and sines, and a model that recognises colours and pitches."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SAMPLE_RATE_HZ = 8000
 
 
 def write_dataset(folder, samples, *, media="image"):
-    """A dataset of one shard; `samples` are the members of each."""
+    """Writes a dataset of one shard; each sample maps extensions to contents."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, "00000000")
     for number, members in enumerate(samples):
@@ -45,7 +45,7 @@ def write_dataset(folder, samples, *, media="image"):
 
 
 def picture_sample(color, *, seed):
-    """Noise around a colour, with its class and two captions."""
+    """Draws an image of a colour with noise; returns its members, with class and two captions."""
     noise = np.random.default_rng(seed).integers(-30, 30, (24, 32, 3))
     pixels = (np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
@@ -56,7 +56,7 @@ def picture_sample(color, *, seed):
 
 
 def sound_sample(pitch, *, seed):
-    """A sine in noise, with its class and caption."""
+    """Synthesizes a sine in noise; returns its members, with class and caption."""
     generator = np.random.default_rng(seed)
     time = np.arange(SAMPLE_RATE_HZ // 2) / SAMPLE_RATE_HZ
     waveform = 0.5 * np.sin(2 * np.pi * PITCHES_HZ[pitch] * time)
@@ -68,7 +68,7 @@ def sound_sample(pitch, *, seed):
 
 
 class ToyModel(torch.nn.Module):
-    """Six dimensions: three colours, three pitches."""
+    """Model with six dimensions: three colours, three pitches."""
 
     def encode_media(self, kind, batch):
         if kind == "image":
@@ -120,13 +120,13 @@ def toy_tokenizer(texts):
 
 
 def load_toy_model(folder, *, device="cpu"):
-    """Stands in for pretrain.checkpoint.load_model."""
+    """Replaces pretrain.checkpoint.load_model."""
     transforms = {"image": ToyImageTransform(), "audio": ToyAudioTransform()}
     return ToyModel().eval(), transforms, toy_tokenizer
 
 
 def write_toy_run(folder, *, num_steps=40):
-    """A run folder with metrics, and a checkpoint that records its step and nothing else."""
+    """Writes a run folder with metrics, and a checkpoint that records only its step."""
     checkpoint = folder / "checkpoints" / f"step_{num_steps:08d}"
     checkpoint.mkdir(parents=True)
     record = CheckpointRecord(RunState(num_steps, num_steps), {}, shapes={}, files={})

@@ -1,4 +1,4 @@
-"""Class folders, tables and URLs, read as evaluation sets."""
+"""Evaluation sets read from class folders, tables and URLs."""
 
 import json
 import shutil
@@ -236,7 +236,7 @@ def test_sets_behind_urls_are_fetched_once(tmp_path, web, monkeypatch):
     assert len(requests) == num_requests
     with pytest.raises(InputError, match=r"absent: expected a dataset: .*nshards\.txt"):
         fetch_datasets(config_of("retrieval", f"{url}/absent").evaluations)
-    # What came before a failure is kept.
+    # Files fetched before a failure are kept.
     shutil.rmtree(tmp_path / "cache")
     tar = tmp_path / "web/tars/test/2.tar"
     tar.rename(tmp_path / "2.tar")

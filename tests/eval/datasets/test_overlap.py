@@ -1,4 +1,4 @@
-"""Items of an evaluation set that a training set holds: whole, changed, or only by name."""
+"""Items of an evaluation set in a training set: identical, altered, or equal in name only."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.support.toy_evaluation import sound_sample, write_dataset
 
 
 def scene(seed):
-    """A picture with structure: blocks of colours, enlarged."""
+    """Draws an image with structure: enlarged blocks of colours."""
     blocks = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((160, 120), Image.Resampling.BICUBIC)
 
@@ -32,7 +32,7 @@ def encoded(image, *, form="PNG", **options):
 
 
 def write_training(folder, files, *, media):
-    """Shards of ours from files: name -> (content, caption)."""
+    """Writes Isopair shards from files: name -> (content, caption)."""
     (folder / "raw").mkdir(parents=True)
     lines = ["file\tcaption"]
     for name, (content, caption) in files.items():

@@ -1,4 +1,4 @@
-"""Evaluation sets of clip_benchmark's layout, by the webdataset library and by tar."""
+"""Evaluation sets in clip_benchmark's layout, written with webdataset and with tarfile."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.support.toy_shards import jpeg
 
 
 def write_set(folder, samples, *, kind=None, classes=None, samples_per_tar=2, **files):
-    """`samples` are the members of each, by extension."""
+    """Writes a set of samples; each sample maps extensions to contents."""
     (folder / "test").mkdir(parents=True)
     numbers = range(0, len(samples), samples_per_tar)
     for number, start in enumerate(numbers):
@@ -47,7 +47,7 @@ def test_a_classification_set_needs_nothing_but_its_folder(tmp_path):
     (task,) = tasks_of(tmp_path / "set", "zero_shot_classification")
     assert task.class_names == list(COLORS)
     assert task.prompts.templates == ["a {c} picture", "in {c}"]
-    # In the order of their numbers: 9.tar is before 10.tar.
+    # Tars are in numerical order: 9.tar comes before 10.tar.
     assert task.targets.tolist() == [n % 3 for n in range(23)]
     dataset = task.dataset
     assert (dataset.info.media, len(dataset.tars)) == ("image", 12)

@@ -1,4 +1,4 @@
-"""Metrics and stored embeddings by several processes, workers, shards and orders, beside one."""
+"""Metrics and stored embeddings do not depend on processes, workers, shards and their order."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 
 def samples_of(num_items=NUM_ITEMS):
-    """Pictures, some of them equal, with one to three captions, some of them equal."""
+    """Draws images with one to three captions each; some images and some captions are equal."""
     samples = []
     for n in range(num_items):
         captions = [f"caption {n % 7} of {n % 3}", *(f"words {n} {k}" for k in range(n % 3))]
@@ -63,7 +63,7 @@ def evaluate(config):
 
 
 def launch(config, *, num_processes):
-    """As a user would: (exit status, what was printed as errors)."""
+    """Runs the command in several processes; returns (exit status, standard error)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
     command += ["--nproc-per-node", str(num_processes), "-m", "eval.evaluate", str(config)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -71,7 +71,7 @@ def launch(config, *, num_processes):
 
 
 def results_of(config):
-    """Metrics, what became of every sample by its key, and the stored embeddings."""
+    """Reads the metrics, the predictions by sample key, and the stored embeddings."""
     out = config.parent / "out"
     record = json.loads((out / "results.json").read_text())["evaluations"]
     scores = {
@@ -92,7 +92,7 @@ def results_of(config):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    """The results of one process without workers, on one shard."""
+    """Evaluates in one process without workers, on one shard."""
     folder = tmp_path_factory.mktemp("alone")
     write_set(folder / "set", samples_of(), samples_per_tar=NUM_ITEMS)
     config = write_config(folder / "run", model, folder / "set")
@@ -121,7 +121,7 @@ def test_results_do_not_depend_on_processes_workers_shards_or_order(
     expected_scores, expected_predictions, expected_embeddings = alone
     assert embeddings == expected_embeddings
     assert predictions == expected_predictions
-    assert scores == pytest.approx(expected_scores, abs=1e-12)  # of sums in another order
+    assert scores == pytest.approx(expected_scores, abs=1e-12)  # sums in another order
 
 
 def test_parts_that_were_finished_before_a_kill_are_used_by_the_next_run(model, tmp_path):
@@ -140,7 +140,7 @@ def test_parts_that_were_finished_before_a_kill_are_used_by_the_next_run(model, 
     evaluate(config)
     assert (tmp_path / "run/out/results.json").exists()
     assert all(path.stat().st_mtime_ns == finished[path] for path in whole)
-    # Another run finds all of them, and a model of other weights none.
+    # Another run reuses all of them, and a model with different weights none.
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("0*.npy")}
     assert len(np.load(damaged)) == 1
     evaluate(config)
@@ -150,7 +150,9 @@ def test_parts_that_were_finished_before_a_kill_are_used_by_the_next_run(model, 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_and_says_why(model, tmp_path):
     samples = [picture_sample("red", seed=n) for n in range(NUM_ITEMS)]
-    samples[20]["png"] = samples[20]["png"][:50]  # of the second part: of the second process
+    samples[20]["png"] = samples[20]["png"][
+        :50
+    ]  # in the second part, which the second process encodes
     write_set(tmp_path / "set", samples, samples_per_tar=NUM_ITEMS)
     config = write_config(tmp_path / "run", model, tmp_path / "set")
     values = yaml.safe_load(config.read_text())

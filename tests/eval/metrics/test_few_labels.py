@@ -1,4 +1,4 @@
-"""k-NN, few-shot, caption choice and groups, beside the obvious ways and scikit-learn."""
+"""k-NN, few-shot, caption choice and groups, compared with slow code and scikit-learn."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def unit_rows(count, dim=8, seed=0):
 
 
 def labelled_rows(count, num_classes, seed):
-    """Embeddings around a centre of each class."""
+    """Draws embeddings around one centre per class."""
     targets = np.arange(count) % num_classes
     noise = 0.7 * unit_rows(count, seed=seed)
     return normalize(unit_rows(num_classes, seed=99)[targets] + noise, dim=-1), targets
@@ -51,12 +51,12 @@ def test_votes_of_neighbours_are_those_of_scikit_learn():
     )
     slow.fit(train.numpy(), train_targets)
     expected = slow.predict_proba(test.numpy())
-    shares = found / found.sum(dim=1, keepdim=True)
-    np.testing.assert_allclose(shares.numpy(), expected, atol=1e-5)
+    probabilities = found / found.sum(dim=1, keepdim=True)
+    np.testing.assert_allclose(probabilities.numpy(), expected, atol=1e-5)
     ranks, predictions = rank_scores([found], targets=targets)
     assert (predictions == slow.predict(test.numpy())).all()
     assert ranks.hits_at(1).mean() == pytest.approx(slow.score(test.numpy(), targets))
-    # More neighbours than there are: all vote.
+    # With more neighbours than training items, all vote.
     every = neighbour_votes(
         test,
         train[:7],
@@ -94,7 +94,7 @@ def test_few_shot_probes_learn_from_as_many_items_as_they_say():
     labels = torch.from_numpy(train_targets)
     result = classify_from_few(test, (train, labels), shots=[1, 20], seed=0, **arguments)
     assert list(result.scores) == ["top_1_accuracy@1_shot", "top_1_accuracy@20_shot"]
-    # All twenty of each class, in whatever draw: scikit-learn's regression on everything.
+    # 20 shots are all items of each class in any draw, so the probe is scikit-learn's on all items.
     slow = LogisticRegression(C=1 / 3, max_iter=1000, tol=1e-8).fit(train.double(), train_targets)
     expected = slow.predict(test.double()) == targets
     np.testing.assert_array_equal(result.hits[20], expected)
@@ -131,11 +131,11 @@ def test_group_scores_are_winogrounds():
     groups = [*([n, n + 1] for n in range(0, 58, 2)), [58, 60, 59]]
     result = choose_in_groups(media, captions, groups=groups, bootstrap=BOOTSTRAP)
     scores = (media.double() @ captions.double().T).numpy()
-    for place, group in enumerate(groups):
+    for number, group in enumerate(groups):
         pairs = list(itertools.permutations(group, 2))
         text = all(scores[i, i] > scores[i, j] for i, j in pairs)
         image = all(scores[i, i] > scores[j, i] for i, j in pairs)
-        found = [result.hits[f"{name}_score"][place] for name in ("text", "image", "group")]
+        found = [result.hits[f"{name}_score"][number] for name in ("text", "image", "group")]
         assert found == [text, image, text and image]
     collapsed = choose_in_groups(
         torch.ones(60, 1), torch.ones(60, 1), groups=groups[:29], bootstrap=BOOTSTRAP
@@ -154,7 +154,7 @@ def test_the_jaccard_index_is_the_mean_over_all_orders_of_ties():
         k, values = right.sum(), []
         for order in itertools.permutations(range(count)):
             chosen = np.zeros(count, dtype=bool)
-            chosen[sorted(order, key=lambda place: -scores[place])[:k]] = True
+            chosen[sorted(order, key=lambda index: -scores[index])[:k]] = True
             values.append((chosen & right).sum() / (chosen | right).sum())
         assert expected_jaccard(scores, right) == pytest.approx(np.mean(values))
     media, cues = unit_rows(20, seed=1), unit_rows(4, seed=2)
@@ -165,7 +165,7 @@ def test_the_jaccard_index_is_the_mean_over_all_orders_of_ties():
     for n, group in enumerate(groups):
         best = set(np.argsort(-cosines[n, group])[:2])
         assert result.jaccard[n] == pytest.approx(len(best & {0, 1}) / len(best | {0, 1}))
-    # Of two chosen among five at random: 3/10 have none right, 6/10 one, 1/10 both.
+    # Two of five chosen at random: none is right with 3/10, one with 6/10, both with 1/10.
     assert result.scores["jaccard"].chance == pytest.approx(0.6 / 3 + 0.1)
 
 
@@ -189,12 +189,12 @@ def test_the_worst_group_and_macro_f1_are_those_of_scikit_learn():
 def test_media_find_media_of_another_kind():
     images, sounds = unit_rows(30, seed=1), unit_rows(40, seed=2)
     names, other_names = [str(n % 10) for n in range(30)], [str(n % 10) for n in range(40)]
-    pairs = relevance_of_equal_values(names, other_names)
+    relevance = relevance_of_equal_values(names, other_names)
     result = retrieve(
         images,
         sounds,
         media_of_text=np.arange(40),
-        relevance=pairs,
+        relevance=relevance,
         ks=(1, 5),
         bootstrap=BOOTSTRAP,
         directions=("image_to_audio", "audio_to_image"),

@@ -51,7 +51,7 @@ def test_a_model_that_knows_nothing_scores_chance():
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
-    """Of many draws of items from a large population, 95 % should; with few draws, most."""
+    """Tests coverage: 95 % of intervals should contain the truth; with few draws, most do."""
     media, classes = embeddings(6000, 4, seed=1)
     logits = 6 * (media @ classes.T)
     is_of_class = torch.bernoulli(torch.sigmoid(logits), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Metrics over all right answers, against the obvious way: sort, look, and average over ties."""
+"""Metrics over all relevant candidates, compared with sorting and averaging over all orders."""
 
 import itertools
 
@@ -13,11 +13,11 @@ from eval.metrics.relevance import relevance_of_equal_captions, relevance_of_own
 from eval.metrics.retrieval import retrieval_relevance
 
 
-def dense_answers(scores, is_right):
-    """RankedRelevance of whole matrices [queries, answers]."""
-    query, answer = np.nonzero(is_right)
+def dense_relevance(scores, is_right):
+    """Computes RankedRelevance from whole matrices [queries, candidates]."""
+    query, candidate = np.nonzero(is_right)
     wrong = np.where(is_right, -np.inf, scores)[query]
-    own = scores[query, answer]
+    own = scores[query, candidate]
     return ranked_relevance(
         query,
         own,
@@ -28,7 +28,7 @@ def dense_answers(scores, is_right):
 
 
 def of_order(right, k):
-    """(true recall@k, AP, AP@k, reciprocal rank, nDCG@k) of one ranking, by their definitions."""
+    """Computes true recall@k, AP, AP@k, reciprocal rank and nDCG@k of one ranking by definition."""
     ranks = np.flatnonzero(right) + 1
     found = np.arange(1, len(ranks) + 1)
     within = ranks <= k
@@ -42,14 +42,14 @@ def of_order(right, k):
     )
 
 
-def metrics_at(answers, k):
+def metrics_at(ranked, k):
     return np.stack(
         [
-            answers.true_recall_at(k),
-            answers.average_precision(),
-            answers.average_precision(k),
-            answers.reciprocal_rank(),
-            answers.ndcg_at(k),
+            ranked.true_recall_at(k),
+            ranked.average_precision(),
+            ranked.average_precision(k),
+            ranked.reciprocal_rank(),
+            ranked.ndcg_at(k),
         ],
         axis=1,
     )
@@ -62,7 +62,9 @@ def test_without_ties_they_are_those_of_the_sorted_ranking(k):
     is_right = rng.random((60, 40)) < 0.15
     is_right[:, 0] |= ~is_right.any(axis=1)
     expected = [of_order(is_right[q][np.argsort(-scores[q])], k) for q in range(60)]
-    np.testing.assert_allclose(metrics_at(dense_answers(scores, is_right), k), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        metrics_at(dense_relevance(scores, is_right), k), expected, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
@@ -79,7 +81,9 @@ def test_ties_count_as_the_mean_over_all_their_orders(k):
             if all(row[a] >= row[b] for a, b in itertools.pairwise(order))
         ]
         expected.append(np.mean([of_order(right[list(order)], k) for order in orders], axis=0))
-    np.testing.assert_allclose(metrics_at(dense_answers(scores, is_right), k), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        metrics_at(dense_relevance(scores, is_right), k), expected, rtol=1e-12
+    )
 
 
 def test_they_equal_scikit_learns():
@@ -87,33 +91,33 @@ def test_they_equal_scikit_learns():
     scores = rng.random((30, 50))
     is_right = rng.random((30, 50)) < 0.2
     is_right[:, 7] = True
-    answers = dense_answers(scores, is_right)
+    ranked = dense_relevance(scores, is_right)
     precisions = [average_precision_score(is_right[q], scores[q]) for q in range(30)]
-    np.testing.assert_allclose(answers.average_precision(), precisions, rtol=1e-9)
+    np.testing.assert_allclose(ranked.average_precision(), precisions, rtol=1e-9)
     for k in (1, 10, 50, 80):
         expected = ndcg_score(is_right, scores, k=k)
-        assert answers.ndcg_at(k).mean() == pytest.approx(expected, rel=1e-9)
+        assert ranked.ndcg_at(k).mean() == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_level_of_ten_thousand_is_what_its_formula_says():
-    """One right answer of n, all level: it is at every rank equally often."""
-    answers = relevance_at_chance([1], gallery_size=10_000)
+    """Tests one relevant candidate among n tied ones: every rank is equally likely."""
+    ranked = relevance_at_chance([1], gallery_size=10_000)
     harmonic = (1 / np.arange(1, 10_001)).sum() / 10_000
-    assert answers.average_precision()[0] == pytest.approx(harmonic, rel=1e-12)
-    assert answers.reciprocal_rank()[0] == pytest.approx(harmonic, rel=1e-12)
-    assert answers.true_recall_at(25)[0] == pytest.approx(25 / 10_000, rel=1e-12)
+    assert ranked.average_precision()[0] == pytest.approx(harmonic, rel=1e-12)
+    assert ranked.reciprocal_rank()[0] == pytest.approx(harmonic, rel=1e-12)
+    assert ranked.true_recall_at(25)[0] == pytest.approx(25 / 10_000, rel=1e-12)
 
 
 @pytest.mark.parametrize("tile", [3, 16, 4096])
-def test_tiles_of_any_size_and_equal_captions_give_the_dense_answers(tile):
-    """Captions that stand at several items are right for all of them."""
+def test_tiles_of_any_size_and_equal_captions_give_the_dense_relevance(tile):
+    """Tests that a caption of several items is relevant to all of them."""
     generator = torch.Generator().manual_seed(3)
     owners = np.repeat(np.arange(20), 3)
     captions = [f"caption {number % 17}" for number in range(60)]
     media = normalize(torch.randn(20, 6, generator=generator), dim=-1)
     texts = normalize(torch.randn(17, 6, generator=generator), dim=-1)[torch.arange(60) % 17]
     others = normalize(torch.randn(9, 6, generator=generator), dim=-1)
-    pairs = relevance_of_equal_captions(owners, captions)
+    relevance = relevance_of_equal_captions(owners, captions)
     is_right = np.array(
         [
             [any(captions[own] == captions[m] for own in range(60) if owners[own] == item)]
@@ -124,12 +128,12 @@ def test_tiles_of_any_size_and_equal_captions_give_the_dense_answers(tile):
     scores = (media.double() @ texts.double().T).float().numpy()
     with_others = (media.double() @ torch.cat([texts, others]).double().T).float().numpy()
     found = retrieval_relevance(
-        media, texts, relevance=pairs, distractor_embeddings=others, tile=tile
+        media, texts, relevance=relevance, distractor_embeddings=others, tile=tile
     )
     nothing = np.zeros((20, 9), dtype=bool)
     expected = (
-        dense_answers(with_others, np.concatenate([is_right, nothing], axis=1)),
-        dense_answers(scores.T, is_right.T),
+        dense_relevance(with_others, np.concatenate([is_right, nothing], axis=1)),
+        dense_relevance(scores.T, is_right.T),
     )
     for ours, truth in zip(found, expected, strict=True):
         np.testing.assert_allclose(metrics_at(ours, 5), metrics_at(truth, 5), rtol=1e-12)

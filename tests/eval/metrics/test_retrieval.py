@@ -11,7 +11,7 @@ FEW_RESAMPLES = Bootstrap(num_samples=100)
 
 
 def random_pairs(num_media, captions_per_media, *, width=8, num_distractors=0, noise=1.0, seed=0):
-    """Media [Q, D], captions [M, D], media_of_text [M] and distractors [X, D]."""
+    """Draws media [Q, D], captions [M, D], media_of_text [M] and distractors [X, D]."""
     generator = np.random.default_rng(seed)
     media_of_text = np.repeat(np.arange(num_media), captions_per_media)
     media = generator.standard_normal((num_media, width))
@@ -25,7 +25,7 @@ def random_pairs(num_media, captions_per_media, *, width=8, num_distractors=0, n
 
 
 def dense_first_ranks(scores, is_right):
-    """The obvious way: sort each row and look for the first right answer."""
+    """Finds the first relevant candidate the slow way, by sorting each row."""
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.array(
         [np.flatnonzero(right[row])[0] for row, right in zip(order, is_right, strict=True)]
@@ -58,10 +58,8 @@ def test_tiled_ranks_equal_a_full_sort_for_any_tile_size(tile, num_distractors):
         distractor_embeddings=distractors,
         tile=tile,
     )
-    for answers, expected in zip(
-        found, oracle_ranks(media, text, owners, distractors), strict=True
-    ):
-        ranks = answers.query_ranks()
+    for ranked, expected in zip(found, oracle_ranks(media, text, owners, distractors), strict=True):
+        ranks = ranked.query_ranks()
         np.testing.assert_array_equal(ranks.first_ranks() - 1, expected)
         for k in (1, 5, 10):
             np.testing.assert_array_equal(ranks.hits_at(k), expected < k)
@@ -73,8 +71,8 @@ def test_near_ties_are_ranked_alike_by_every_tile_size():
     expected = None
     for tile in (13, 256, 4096):
         found = [
-            answers.query_ranks().first_ranks()
-            for answers in retrieval_relevance(
+            ranked.query_ranks().first_ranks()
+            for ranked in retrieval_relevance(
                 crowded, text, relevance=relevance_of_owners(owners), tile=tile
             )
         ]

@@ -1,4 +1,4 @@
-"""Models of other libraries, beside what these libraries make of the same media and texts."""
+"""Models of other libraries, compared with those libraries on the same media and texts."""
 
 import io
 import json
@@ -74,7 +74,9 @@ def test_open_clip_folders_and_files_embed_as_open_clip_does(tmp_path, form):
         add_architecture(tmp_path)
         file = folder / "open_clip_model.safetensors"
         encoder = encoder_of(file, open_clip_architecture="tiny77")
-        prepare = open_clip.create_model_and_transforms("tiny77")[2]  # a file says nothing of it
+        prepare = open_clip.create_model_and_transforms("tiny77")[
+            2
+        ]  # a file of weights has no transform
     else:
         encoder = encoder_of(f"local-dir:{folder}" if form == "local-dir" else folder)
     images = [picture(seed) for seed in range(3)]
@@ -128,7 +130,7 @@ def test_clap_embeds_as_transformers_does_and_leaves_nothing_to_chance(tmp_path,
     torch.testing.assert_close(
         encoder.encode_texts(TEXTS), unit(texts.pooler_output), rtol=0, atol=1e-5
     )
-    # A clip of 2.5 seconds, alone, and beside others: three windows, the same to the last digit.
+    # A clip of 2.5 seconds has three windows; alone or in a batch, its embedding is the same.
     long, whole = wav(20_000, seed=2)
     alone = embedded(encoder, "audio", [long], "wav")
     beside = embedded(encoder, "audio", [short, short, long, short], "wav")
