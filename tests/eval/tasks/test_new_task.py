@@ -10,9 +10,10 @@ import yaml
 from data_prep.command import run_command
 from data_prep.config_file import read_config
 from data_prep.errors import ConfigError, InputError
-from eval import compare, evaluate, tasks
+from eval import compare, comparison, evaluate, tasks
 from eval.comparison import shared_evaluations
 from eval.config import CompareConfig, EvaluateConfig
+from eval.metrics.intervals import Bootstrap
 from eval.tasks import task
 from tests.eval.test_compare import load_worse_model
 from tests.support.toy_evaluation import (
@@ -99,6 +100,10 @@ class OddOneOutTask(Task, section=OddOneOutSection):
         shown = [card(views.of(n), f"odd <{n}>", kind="good") for n in range(num_queries)]
         return html.Section(self.name, [cards(shown)], note=self.description())
 '''
+
+
+# Only what every task must have.
+SHORT_TASK = NEW_TASK.partition("    def record(")[0]
 
 
 @pytest.fixture
@@ -201,6 +206,18 @@ def test_evaluate_compare_and_report_run_with_a_task_of_one_new_file(
     (tmp_path / "worse" / "results.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="group_size is 4 in"):
         shared_evaluations(tmp_path / "good", tmp_path / "worse")
+
+
+def test_parts_that_a_task_leaves_out_have_defaults(config_path, tmp_path, monkeypatch):
+    (tmp_path / "more_tasks" / "odd_one_out.py").write_text(SHORT_TASK)
+    monkeypatch.setattr("eval.models.encoder.load_model", load_toy_model)
+    assert run_evaluate(config_path) == 0
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["evaluations"]["odd"]["scores"]["odd_accuracy"]["value"] == 1
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert "odd: odd one out, 16 image items, 4 groups of 4" in page
+    found = comparison.compare(tmp_path / "results", tmp_path / "results", bootstrap=Bootstrap(100))
+    assert {each.evaluation for each in found} == {"colors"}
 
 
 def test_the_keys_of_a_new_task_are_checked(config_path):
