@@ -1,10 +1,15 @@
-"""Re-reads a dataset against its manifest and index, and names each shard and key that differs.
+"""Verifies a dataset against its manifest and indexes, and names each damaged shard and key.
 
     python -m data_prep.verify_shards configs/data_prep/verify.yaml dataset=demo/datasets/x
 
-Per shard: sizes and sha256 of the tar and the index; every header of the tar; that the members of
-a sample stand side by side under a key of their own; that each is where the index says, with its
-crc32; that the Parquet has a row for each. With repair=true, what can be rebuilt is rebuilt first.
+Checks of each shard:
+
+1. sizes and sha256 of the tar and the index
+2. all headers of the tar; adjacent members and a unique key for each sample
+3. offset and CRC32 of every member, as the index records them
+4. one row of the Parquet file for each sample
+
+With repair=true, everything that can be rebuilt is rebuilt first.
 """
 
 from __future__ import annotations
@@ -41,10 +46,10 @@ VERIFY = "python -m data_prep.verify_shards"
 
 
 def verify_shards(config: VerifyShards) -> None:
-    """Prints a summary of a dataset that is as it was made.
+    """Verifies a dataset and prints a summary.
 
     Raises:
-        InputError: listing what is wrong, by shard and key.
+        InputError: if files differ from their recorded state. The message lists shards and keys.
     """
     if config.repair:
         repair_dataset(config.dataset, workers=config.workers)
@@ -63,7 +68,7 @@ def verify_shards(config: VerifyShards) -> None:
 def verify_dataset(
     config: VerifyShards, info: DatasetInfo, manifest: Sequence[ManifestRow]
 ) -> list[Finding]:
-    """Everything that is wrong with a dataset."""
+    """Finds all differences between a dataset and its recorded state."""
     origin = read_origin(config.dataset)
     has_parquet = expects_parquet(config.dataset, origin, [row.name for row in manifest])
     checks = [
@@ -100,37 +105,37 @@ def _problem_list(config: VerifyShards, findings: Sequence[Finding]) -> str:
 
 
 def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
-    """What can be done about each kind of finding, most harmful first."""
+    """Returns the remedy for each kind of finding, most harmful first."""
     remake = (
-        "delete each shard named and run make_shards again: it makes only these anew"
+        "delete each shard named and run make_shards again: it recreates only these"
         if origin.command == "make_shards"
-        else "make the dataset again"
+        else "recreate the dataset"
     )
     advice = []
     if kinds & {"tar", "missing tar"} and origin.is_foreign:
         advice.append(
-            "these tars are others' and are never rewritten: restore them, or index them again "
-            "into a new folder with python -m data_prep.index_shards"
+            "these tars were not written by make_shards and are never rewritten: restore them, or "
+            "index them again into a new folder with python -m data_prep.index_shards"
         )
     elif "missing tar" in kinds:
         advice.append(f"missing tars: restore them; or {remake}")
     if "tar" in kinds and not origin.is_foreign:
         advice.append(
-            f"damaged tars: restore them; or {remake}; or keep what is whole of them: {VERIFY} "
-            "with repair=true"
+            f"damaged tars: restore them; or {remake}; or keep their intact samples: "
+            f"{VERIFY} with repair=true"
         )
     rebuilt = [kind for kind in ("index", "parquet", "totals") if kind in kinds]
     if rebuilt and not kinds & {"tar", "missing tar"}:
         advice.append(f"all samples are in their tars; rebuild the rest: {VERIFY} with repair=true")
     if "extra shard" in kinds:
         advice.append(
-            "shards that manifest.jsonl does not list: delete their files, or take those that have "
-            f"an index into the dataset: {VERIFY} with repair=true"
+            "shards that manifest.jsonl does not list: delete their files, or add those that have "
+            f"an index to the dataset: {VERIFY} with repair=true"
         )
     if "media" in kinds:
         advice.append(
-            "media and captions that cannot be read stand in the tars as they were given: leave "
-            f"them out by a subset (python -m data_prep.make_subset), or {remake}"
+            "media and captions that cannot be decoded, stored as they were in the input: exclude "
+            f"them with a subset (python -m data_prep.make_subset), or {remake}"
         )
     return advice
 
@@ -139,10 +144,10 @@ def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
 
 
 def print_plan(config: VerifyShards) -> None:
-    """Prints what would be read.
+    """Prints the size of the dataset.
 
     Raises:
-        InputError: there is no dataset.
+        InputError: if there is no dataset.
     """
     info, manifest = read_dataset_files(config.dataset)
     verb = "repair and verify" if config.repair else "verify"
@@ -153,7 +158,7 @@ def print_plan(config: VerifyShards) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(VerifyShards, run=verify_shards, dry_run=print_plan, description=__doc__)
 
 

@@ -1,6 +1,6 @@
-"""The columns of a shard's Parquet: what people, filters and reports know about each sample.
+"""Columns of a shard's Parquet file, which describe each sample for people, filters and reports.
 
-Row n of `00000000.parquet` is sample n of `00000000.tar`. Training never reads these files.
+Row n of `00000000.parquet` describes sample n of `00000000.tar`. Training never reads these files.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from data_prep.errors import InputError
 KeptType = Literal["bool", "int64", "double", "string"]
 FIRST_COLUMNS = [
     ("key", pyarrow.string()),  # the sample's key in the tar
-    ("uid", pyarrow.string()),  # the user's own identifier, else the key
+    ("uid", pyarrow.string()),  # the user's own identifier, or the key if there is none
     ("captions", pyarrow.list_(pyarrow.string())),
     ("class_name", pyarrow.string()),
-    ("language", pyarrow.string()),  # of the first caption, where it was detected
-    ("marks", pyarrow.list_(pyarrow.string())),  # filters that would have dropped it
+    ("language", pyarrow.string()),  # of the first caption, if detected
+    (
+        "marks",
+        pyarrow.list_(pyarrow.string()),
+    ),  # filters that flagged the sample without dropping it
     ("extension", pyarrow.string()),  # of the media member
     ("bytes", pyarrow.int64()),  # of the media member
     ("sha256", pyarrow.string()),  # of the media member
 ]
-# Named as the dictionaries of image_fingerprint and audio_fingerprint, and of media_preparation.
+# The names are keys of the dictionaries that data_prep.media.{preparation,*_fingerprint} return.
 MEASURES = {
     "image": [
         ("height", pyarrow.int32()),  # as stored
@@ -34,14 +37,14 @@ MEASURES = {
         ("source_width", pyarrow.int32()),
         ("is_reencoded", pyarrow.bool_()),
         ("phash", pyarrow.uint64()),  # perceptual hash
-        ("phash_mirrored", pyarrow.uint64()),  # of the picture mirrored left to right
-        ("signature", pyarrow.binary()),  # second signature, which confirms candidates
+        ("phash_mirrored", pyarrow.uint64()),  # of the horizontally mirrored image
+        ("signature", pyarrow.binary()),  # confirms candidates that phash finds
     ],
     "audio": [
         ("seconds", pyarrow.float64()),  # as stored
         ("sample_rate_hz", pyarrow.int32()),
         ("channels", pyarrow.int32()),
-        ("start_seconds", pyarrow.float64()),  # of a clip cut out of a longer one
+        ("start_seconds", pyarrow.float64()),  # of a clip that was cut from a longer recording
         ("source_seconds", pyarrow.float64()),  # before cutting
         ("is_reencoded", pyarrow.bool_()),
         ("fingerprint", pyarrow.binary()),  # spectral fingerprint
@@ -49,7 +52,7 @@ MEASURES = {
 }
 LAST_COLUMNS = [
     ("source", pyarrow.string()),  # media path or URL as the input gave it
-    ("source_row", pyarrow.int64()),  # line or place in the input, from 1
+    ("source_row", pyarrow.int64()),  # line or row number in the input, from 1
 ]
 KEPT_TYPES = {
     "bool": pyarrow.bool_(),
@@ -60,58 +63,59 @@ KEPT_TYPES = {
 
 
 def shard_schema(media_kind: str, *, kept: Mapping[str, KeptType]) -> pyarrow.Schema:
-    """The schema of every shard's Parquet in one dataset.
+    """Returns the schema of all Parquet files of a dataset.
 
     Args:
         media_kind: "image" or "audio".
-        kept: type of each column that the user keeps besides ours.
+        kept: type of each input column that the user keeps.
     """
     kept_columns = [(name, KEPT_TYPES[kind]) for name, kind in kept.items()]
     return pyarrow.schema([*FIRST_COLUMNS, *MEASURES[media_kind], *LAST_COLUMNS, *kept_columns])
 
 
 def own_columns(media_kind: str) -> set[str]:
-    """The names that a kept column cannot have."""
+    """Returns the names that kept columns must not have."""
     return {name for name, _ in (*FIRST_COLUMNS, *MEASURES[media_kind], *LAST_COLUMNS)}
 
 
 def check_kept_names(names: Iterable[str], *, media_kind: str) -> None:
-    """
+    """Checks that no column to keep has the name of a built-in column.
+
     Raises:
-        InputError: a column to keep has the name of one of ours.
+        InputError: if one has.
     """
     taken = own_columns(media_kind).intersection(names)
     if taken:
         raise InputError(
-            f"keep_columns: the Parquet has columns {', '.join(sorted(taken))} of its own; rename "
-            "yours in the input, or leave them out"
+            f"keep_columns: {', '.join(sorted(taken))}: built-in Parquet columns have these names; "
+            "rename your columns in the input, or leave them out"
         )
 
 
 class KeptTypes:
-    """The narrowest type that holds all values of each column to keep."""
+    """Collects, for each column to keep, the narrowest type that holds all its values."""
 
     def __init__(self, columns: Iterable[str]):
         self.known: dict[str, KeptType | None] = dict.fromkeys(columns)
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Takes the values of one sample into account."""
+        """Adds the values of one sample."""
         for name in self.known:
             self.known[name] = common_type(self.known[name], type_of(values.get(name)))
 
     def merge(self, other: Mapping[str, KeptType | None]) -> None:
-        """Takes the types of other samples into account."""
+        """Adds the types of other samples."""
         for name, kind in other.items():
             self.known[name] = common_type(self.known[name], kind)
 
     def types(self, *, found_in: str) -> dict[str, KeptType]:
-        """The type of each column.
+        """Returns the type of each column.
 
         Args:
-            found_in: the input, for the message.
+            found_in: name of the input, for the message.
 
         Raises:
-            InputError: a column to keep has no value anywhere.
+            InputError: if a column to keep has no value in any row.
         """
         for name, kind in self.known.items():
             if kind is None:
@@ -123,7 +127,7 @@ class KeptTypes:
 
 
 def type_of(value: Any) -> KeptType | None:
-    """The narrowest type that holds a value; None for no value."""
+    """Returns the narrowest type that holds a value; None for a missing value."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -134,7 +138,7 @@ def type_of(value: Any) -> KeptType | None:
 
 
 def common_type(first: KeptType | None, second: KeptType | None) -> KeptType | None:
-    """The narrowest type that holds values of both."""
+    """Returns the narrowest type that holds the values of two types."""
     if first == second or second is None:
         return first
     if first is None:
@@ -143,7 +147,7 @@ def common_type(first: KeptType | None, second: KeptType | None) -> KeptType | N
 
 
 def kept_value(value: Any, kind: KeptType) -> Any:
-    """A value of a column to keep, as the column's type takes it."""
+    """Converts a value of a column to keep to the column's type."""
     if value is None:
         return None
     if kind == "double":

@@ -1,12 +1,12 @@
-"""The dataset format on disk: tars that any WebDataset reader opens, each with an index.
+"""Random access to a dataset of shards: tars that any WebDataset reader opens, each with an index.
 
     dataset.json          DatasetInfo: version, media kind, totals, drops by reason, fingerprint
     manifest.jsonl        one ManifestRow per shard
     00000000.tar          ustar; the members of a sample are adjacent and share their key
-    00000000.idx          ShardIndex: the place of each member's bytes, with size and CRC32
-    00000000.parquet      columns for people and filters; training never reads it
+    00000000.idx          ShardIndex: offset, size and CRC32 of every member
+    00000000.parquet      columns for people, filters and reports; training never reads it
 
-A shard is finished if and only if its `.idx`, which is renamed into place last, matches its tar.
+A shard is finished if and only if its `.idx` matches its tar; the `.idx` is written last.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from data_prep.shards.manifest import ManifestRow, _check_fingerprint, read_data
 from data_prep.shards.sample import BadShardError, CorruptSampleError, Sample, split_member_name
 
 NUM_OPEN_TARS = 128
-NUM_OPEN_INDEXES = 1024  # mapped, so that the processes of a machine share their memory
-OPENINGS = 5  # of a file that is taken away again and again
+NUM_OPEN_INDEXES = 1024  # memory-mapped, so that all processes of a machine share them
+MAX_OPENINGS = 5  # of a file that is evicted again and again
 Opened = TypeVar("Opened")
 
 
 class Dataset:
-    """Reads any sample of a dataset by its ordinal: its place when all shards are laid end to end.
+    """Reads samples of a dataset by ordinal: their index in the concatenation of all shards.
 
     Args:
-        folder: the folder that holds dataset.json.
-        fetch_shard: called with a shard's manifest row before its files are opened, for folders
-            whose shards come when they are needed; raises BadShardError or OSError. None: all are
-            there, which is checked at once.
-        takes_bad_shards: note shards that are missing or cut in `bad_shards` instead of refusing
-            the dataset; reading a sample of theirs then raises BadShardError.
+        folder: folder that holds dataset.json.
+        fetch_shard: downloads a shard on demand. It is called with the shard's manifest row before
+            the shard's files are opened, and raises BadShardError or OSError. None: all shards are
+            local, and the constructor checks their sizes.
+        takes_bad_shards: whether to record missing and truncated shards in `bad_shards` instead of
+            refusing the dataset. Reading one of their samples then raises BadShardError.
 
     Raises:
-        InputError: the dataset is missing or unfinished.
-        BadShardError: a tar is missing or has not its recorded size.
+        InputError: if the dataset is missing or unfinished.
+        BadShardError: if a tar is missing or differs from its recorded size.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Dataset:
         self.shard_sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self.fetch_shard = fetch_shard
-        self.bad_shards: dict[int, str] = {}  # number of the shard -> what is wrong with it
+        self.bad_shards: dict[int, str] = {}  # index of the shard -> error message
         self._set_up_caches()
         if fetch_shard is None:
             self._check_tar_sizes(takes_bad_shards=takes_bad_shards)
@@ -73,7 +73,7 @@ class Dataset:
         self._tar_name = lru_cache(maxsize=NUM_OPEN_TARS)(lambda shard: str(self.tar_path(shard)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, so that loader processes can be started in any way."""
+        """Returns the state without open files, so that loader processes can receive it."""
         caches = ("_index", "_tar_descriptor", "_tar_name")
         return {name: value for name, value in vars(self).items() if name not in caches}
 
@@ -85,7 +85,7 @@ class Dataset:
         return int(self.shard_starts[-1])
 
     def locate(self, ordinal: int) -> tuple[int, int]:
-        """(number of the shard, place inside it) of a sample."""
+        """Returns (index of the shard, position in the shard) of a sample."""
         shard = int(np.searchsorted(self.shard_starts, ordinal, side="right")) - 1
         return shard, ordinal - int(self.shard_starts[shard])
 
@@ -93,47 +93,47 @@ class Dataset:
         return self.tar_folder / f"{self.manifest[shard].name}.tar"
 
     def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
-        """The sample's members, each checked against its crc32.
+        """Reads a sample and checks each member against its CRC32.
 
         Args:
             ordinal: 0 to len - 1.
-            fields: the extensions wanted; None for all.
+            fields: extensions of the members to read; None reads all.
 
         Raises:
-            CorruptSampleError: a member's bytes differ from its crc32 or are missing.
-            BadShardError: its shard is missing or damaged.
-            OSError: the tar cannot be read.
+            CorruptSampleError: if a member is truncated or its CRC32 does not match.
+            BadShardError: if the shard is missing or damaged.
+            OSError: if the tar cannot be read.
         """
-        shard, place = self.locate(ordinal)
+        shard, position = self.locate(ordinal)
         tar = self._tar_descriptor(shard)
-        sample, bad = self._read_checked(tar.number, shard, place, fields)
-        # It was taken away, and comes again: what is read from it meanwhile says nothing.
-        for _ in range(OPENINGS):
+        sample, bad = self._read_checked(tar.number, shard, position, fields)
+        # The bytes of a tar that was evicted meanwhile (no links left) say nothing about the shard.
+        for _ in range(MAX_OPENINGS):
             if not bad or os.fstat(tar.number).st_nlink > 0:
                 break
             self._tar_descriptor.cache_clear()
             tar = self._tar_descriptor(shard)
-            sample, bad = self._read_checked(tar.number, shard, place, fields)
+            sample, bad = self._read_checked(tar.number, shard, position, fields)
         if bad and os.fstat(tar.number).st_nlink == 0:
-            raise OSError(f"{sample}: taken away {OPENINGS} times while it was read")
+            raise OSError(f"{sample}: its tar was evicted {MAX_OPENINGS} times while being read")
         if bad:
             raise CorruptSampleError(
-                f"{sample}: .{bad[0]} has not the crc32 of its index; "
+                f"{sample}: .{bad[0]}: CRC32 mismatch with the index; "
                 "check the dataset with python -m data_prep.verify_shards"
             )
         return sample
 
     def _read_checked(
-        self, tar: int, shard: int, place: int, fields: Sequence[str] | None
+        self, tar: int, shard: int, position: int, fields: Sequence[str] | None
     ) -> tuple[Sample, list[str]]:
-        """(the sample, extensions whose bytes have not their crc32)"""
+        """Returns (sample, extensions of members with a CRC32 mismatch)."""
         index = self._index(shard)
-        entries = index.entries_at(place)
+        entries = index.entries_at(position)
         first_block = min(block for block, _, _ in entries.values()) - 1  # the key's header
         wanted = {
             name: entry for name, entry in entries.items() if fields is None or name in fields
         }
-        # In one read, with the key's header if all is wanted: members stand side by side.
+        # The members are adjacent: one read covers them, and the key's header if all are wanted.
         start_block = first_block
         if len(wanted) < len(entries):
             start_block = min((block for block, _, _ in wanted.values()), default=first_block)
@@ -146,7 +146,7 @@ class Dataset:
         header = content
         if start_block != first_block:
             header = os.pread(tar, BLOCK_BYTES, first_block * BLOCK_BYTES)
-        key = index.long_keys.get(place) or _key_in(header[:BLOCK_BYTES])
+        key = index.long_keys.get(position) or _key_in(header[:BLOCK_BYTES])
         sample, bad = Sample(self._tar_name(shard), key, {}), []
         for name, (block, size, crc32) in wanted.items():
             first = block * BLOCK_BYTES - start
@@ -175,23 +175,24 @@ class Dataset:
             except InputError as error:
                 raise BadShardError(str(error)) from None
             if index.tar_sha256 != self.manifest[shard].tar_sha256:
-                raise BadShardError(f"{path}: belongs to another tar than manifest.jsonl records")
+                raise BadShardError(
+                    f"{path}: belongs to a different tar than manifest.jsonl records"
+                )
             return index
 
         return self._opened(shard, read_index)
 
     def _opened(self, shard: int, open_file: Callable[[], Opened]) -> Opened:
-        """What `open_file` gives, after making the shard's files be there; notes what is bad.
+        """Fetches the shard if needed, and returns what `open_file` returns; records bad shards.
 
-        Files that come when they are needed may be taken away before they are opened: then they
-        are asked for again.
+        A fetched file may be evicted before it is opened; it is then fetched again.
         """
         if shard in self.bad_shards:
             raise BadShardError(self.bad_shards[shard])
         try:
             if self.fetch_shard is None:
                 return open_file()
-            for _ in range(OPENINGS - 1):
+            for _ in range(MAX_OPENINGS - 1):
                 self.fetch_shard(self.manifest[shard])
                 with suppress(BadShardError):
                     return open_file()
@@ -226,7 +227,7 @@ def _check_tar_size(path: Path, expected: int) -> None:
 
 
 class _Descriptor:
-    """An open file that is closed when the last reader lets go of it."""
+    """An open file that is closed when its last reader releases it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -240,7 +241,7 @@ def _key_in(header: bytes) -> str:
 
 
 def plain_member_name(header: bytes) -> str:
-    """The name that a member's own header holds, without those of PAX or GNU before it."""
+    """Returns the name in a member's ustar header; PAX and GNU headers before it are ignored."""
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0":
         prefix = header[345:500].partition(b"\0")[0]

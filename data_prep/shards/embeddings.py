@@ -1,4 +1,4 @@
-"""Checks Parquet embeddings against the dataset that they were computed from."""
+"""Validation of Parquet embeddings against the dataset that they were computed from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def check_embeddings(folder: Path, fingerprint: str) -> None:
     """Checks that a folder holds the finished embeddings of a dataset.
 
     Args:
-        folder: that python -m eval.embed wrote.
-        fingerprint: of the dataset.
+        folder: output folder of python -m eval.embed.
+        fingerprint: fingerprint of the dataset.
 
     Raises:
-        InputError: it is unfinished, or of another dataset.
+        InputError: if the embeddings are unfinished, or belong to a different dataset.
     """
     path = folder / "embeddings.json"
     try:
@@ -31,6 +31,6 @@ def check_embeddings(folder: Path, fingerprint: str) -> None:
         raise InputError(f"{path}: damaged ({error!r}); delete it and run eval.embed") from None
     if found != fingerprint:
         raise InputError(
-            f"{folder}: embeddings of another dataset, with fingerprint {found}; expected "
+            f"{folder}: embeddings of a different dataset, with fingerprint {found}; expected "
             f"{fingerprint}; make them with python -m eval.embed"
         )

@@ -1,7 +1,7 @@
-"""A dataset folder in the making: its lock, its plan, its finished shards, its closing files.
+"""A dataset folder while commands write into it: lock, plan, finished shards, closing files.
 
-lock_folder        one command at a time writes into a folder; or several, each its own part
-begin_plan         plan.json says what the folder is made from; a different plan is refused
+lock_folder        one command at a time writes into a folder, or several, each its own part
+begin_plan         plan.json records the settings and input; a different plan is refused
 index_if_finished  a shard is finished if and only if its index matches its tar
 finish_dataset     manifest.jsonl, then dataset.json
 """
@@ -36,11 +36,11 @@ from data_prep.storage.atomic import write_atomically
 log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
-# What make_shards writes, and would take for its own, or delete.
+# Names that make_shards writes, and would mistake for its own files or delete.
 OWN_NAME = re.compile(
     r".*\.(tar|idx)|\d{8}\.parquet|dataset\.json|manifest\.jsonl|rejected(\.jsonl)?|plan|downloads"
 )
-# Of storage.atomic.temporary_name: .<file>.<host>.<process>.tmp
+# As storage.atomic.temporary_name builds them: .<file>.<host>.<process>.tmp
 TEMPORARY_NAME = re.compile(
     r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
 )
@@ -48,18 +48,18 @@ TEMPORARY_NAME = re.compile(
 
 @contextmanager
 def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
-    """Makes the folder and holds its lock; gives whether its file system can lock.
+    """Makes the folder and holds its lock; yields whether the file system supports locks.
 
-    A command that has the folder to itself begins by removing what dead attempts left.
+    A command that locks the whole folder first removes the temporary files of dead attempts.
 
     Args:
-        folder: the dataset folder.
-        part: None keeps every other command out; "i/n" only those that do not name another part
-            of the same n.
+        folder: dataset folder.
+        part: None excludes every other command. "i/n" excludes all commands except those for
+            other parts with the same n.
 
     Raises:
-        InputError: another command is writing into the folder, or into this part of it, or into a
-            part of another n, which shares shards with this one.
+        InputError: if another command is writing into the folder or into this part of it. A part
+            with another n counts, too, because it shares shards with this one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -77,7 +77,7 @@ def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
             yield is_locked
         finally:
             with suppress(OSError):
-                folder.rmdir()  # where nothing came of it
+                folder.rmdir()  # if nothing was written into it
 
 
 def _locks_of_other_totals(folder: Path, part: str) -> list[Path]:
@@ -94,18 +94,18 @@ def _lock(path: Path, kind: int, stack: ExitStack) -> bool:
         raise InputError(
             f"{path}: another command is writing into this folder; wait for it to end"
         ) from None
-    except OSError as error:  # some network file systems lock nothing
+    except OSError as error:  # some network file systems do not support locks
         log.warning("%s: cannot be locked (%s); run one command at a time", path, error)
         return False
     return True
 
 
 def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> None:
-    """Removes temporary files that dead attempts left.
+    """Removes the temporary files of dead attempts.
 
     Args:
-        folder: a locked dataset folder.
-        stems: names of shards; None for everything, also the locks of parts.
+        folder: locked dataset folder.
+        stems: names of shards; None removes all temporary files and the locks of parts.
     """
     for path in folder.glob(".part-*.lock") if stems is None else ():
         path.unlink()
@@ -120,20 +120,21 @@ def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> N
 
 
 def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".") -> None:
-    """Checks that the folder is new, or was begun from the same settings and input.
+    """Checks that the folder is new, or was created with the same settings and input.
 
     Args:
-        folder: the dataset folder.
-        made_from: command, settings and input of this attempt.
-        plan_folder: where in the folder plan.json is, whose key `made_from` is compared.
+        folder: dataset folder.
+        made_from: command, settings and input of this attempt; compared with plan.json.
+        plan_folder: path of the folder of plan.json, relative to `folder`.
 
     Raises:
-        InputError: naming the keys that differ, or what else the folder holds.
+        InputError: if settings or input differ, or the folder holds other files. The message names
+            the keys or the first file.
     """
     path = folder / plan_folder / PLAN_FILE
     if not path.exists():
         foreign = sorted(p.name for p in folder.glob("*") if OWN_NAME.fullmatch(p.name))
-        # Looked for once more: another part may have begun in the meantime.
+        # Checked again, because another part may have started in the meantime.
         if foreign and made_from["command"] == "make_shards" and not path.exists():
             raise InputError(
                 f"{folder}: expected a new folder (output), or one with a {PLAN_FILE}; found "
@@ -148,16 +149,16 @@ def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".
     if different:
         lines = [f"  {key}: {old!r}, now {new!r}" for key, (old, new) in different.items()]
         raise InputError(
-            f"{folder}: was begun from another config or input:\n" + "\n".join(lines) + "\n"
-            "go on with the old ones, choose another output, or delete the folder"
+            f"{folder}: was created with a different config or input:\n" + "\n".join(lines) + "\n"
+            "restore the old values, choose another output, or delete the folder"
         )
 
 
 def begin_plan(folder: Path, made_from: dict[str, Any]) -> None:
-    """Writes the plan before any shard, after check_plan.
+    """Checks the plan and writes it, before any shard is written.
 
     Raises:
-        InputError: as check_plan.
+        InputError: as `check_plan`.
     """
     path = folder / PLAN_FILE
     check_plan(folder, made_from)
@@ -166,7 +167,7 @@ def begin_plan(folder: Path, made_from: dict[str, Any]) -> None:
 
 
 def index_if_finished(index_path: Path, tar_path: Path) -> ShardIndex | None:
-    """The index, if it is there, is readable, and belongs to a tar of this size."""
+    """Returns the index of a finished shard; None if it is missing or does not match the tar."""
     if not (index_path.exists() and tar_path.exists()):
         return None
     try:
@@ -185,9 +186,9 @@ def finish_dataset(
     num_pairs: int | None = None,
     tar_folder: str = ".",
 ) -> DatasetInfo:
-    """Writes manifest.jsonl and dataset.json of finished shards.
+    """Writes manifest.jsonl and dataset.json for finished shards.
 
-    Shards that lost all their samples stay on disk, but are not in the manifest.
+    Shards without samples stay on disk, but the manifest does not list them.
     """
     manifest: list[ManifestRow] = []
     fields: set[str] = set()

@@ -1,11 +1,11 @@
-"""The index of a shard: the place, size and CRC32 of every member.
+"""The index of a shard: offset, size and CRC32 of every member.
 
 A `.idx` file is, little-endian:
 
     8 bytes               magic b"ISOIDX1\\n"
     uint32                length of the header in bytes, a multiple of 4
     header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256,
-                          rejected, and marked and long_keys where there are any
+                          rejected, and marked and long_keys unless empty
     uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
                           bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
                           absent
@@ -30,24 +30,26 @@ REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=tr
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the members of every sample of one shard are."""
+    """Offsets, sizes and checksums of the members of all samples of a shard."""
 
     fields: tuple[str, ...]
     table: np.ndarray  # uint32 [n, k, 3]: data block, size in bytes, crc32
     tar_bytes: int
     tar_sha256: str
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs dropped on writing
-    marked: dict[str, int] = field(default_factory=dict)  # filter -> samples it only marked
-    # place -> key, where a tar that others made does not hold it in the member's own header
+    marked: dict[str, int] = field(
+        default_factory=dict
+    )  # filter -> samples that it flagged but kept
+    # Position in the shard -> key, for foreign tars that keep it in a PAX or GNU header.
     long_keys: dict[int, str] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
         return len(self.table)
 
-    def entries_at(self, place: int) -> dict[str, tuple[int, int, int]]:
-        """Extension -> (data block, size in bytes, crc32) of the members of one sample."""
-        entries = zip(self.fields, self.table[place].tolist(), strict=True)
+    def entries_at(self, position: int) -> dict[str, tuple[int, int, int]]:
+        """Returns {extension: (data block, size in bytes, CRC32)} for the members of one sample."""
+        entries = zip(self.fields, self.table[position].tolist(), strict=True)
         return {name: tuple(entry) for name, entry in entries if entry[0] != ABSENT}
 
     def to_bytes(self) -> bytes:
@@ -69,13 +71,14 @@ class ShardIndex:
 
     @classmethod
     def read(cls, path: Path, *, is_mapped: bool = False) -> ShardIndex:
-        """
+        """Reads an index.
+
         Args:
-            path: of the .idx file.
-            is_mapped: leave the table on disk until it is looked at.
+            path: path of the .idx file.
+            is_mapped: whether to memory-map the table instead of reading it.
 
         Raises:
-            InputError: the file is missing or is not an index of this version.
+            InputError: if the file is missing, damaged, or has another format version.
         """
         try:
             content = _mapped_bytes(path) if is_mapped else path.read_bytes()
@@ -97,11 +100,11 @@ class ShardIndex:
                 tar_sha256=header["tar_sha256"],
                 rejected=header["rejected"],
                 marked=header.get("marked", {}),
-                long_keys={int(place): key for place, key in long_keys.items()},
+                long_keys={int(position): key for position, key in long_keys.items()},
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or make the shard again"
+                f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or recreate the shard"
             ) from None
 
 

@@ -23,7 +23,7 @@ Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One shard as `manifest.jsonl` records it."""
+    """One shard, a line of `manifest.jsonl`."""
 
     name: str  # stem of the shard's files
     num_samples: int
@@ -35,34 +35,38 @@ class ManifestRow:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` holds."""
+    """The content of `dataset.json`."""
 
     media: str  # "image" or "audio"
     fields: list[str]
     num_samples: int
     num_shards: int
     tar_bytes: int
-    fingerprint: str  # of the manifest's rows: equal data has equal fingerprints
+    fingerprint: str  # of the manifest: equal data has equal fingerprints
     rejected: dict[str, int] = field(default_factory=dict)  # pairs dropped, by reason
-    marked: dict[str, int] = field(default_factory=dict)  # samples that a filter only marked
-    preparation: dict[str, Any] = field(default_factory=dict)  # config that made the dataset
-    num_pairs: int | None = None  # pairs in the input, with those dropped; None: not recorded
+    marked: dict[str, int] = field(
+        default_factory=dict
+    )  # samples that a filter flagged but kept, by filter
+    preparation: dict[str, Any] = field(
+        default_factory=dict
+    )  # command and config that made the dataset
+    num_pairs: int | None = None  # pairs in the input, including dropped ones; None: unknown
     isopair_version: str = ""
-    tar_folder: str = "."  # where the tars are, from this folder
+    tar_folder: str = "."  # relative to this folder
     format_version: int = FORMAT_VERSION
 
 
 def fingerprint_of(rows: Sequence[ManifestRow]) -> str:
-    """sha256 over what the shards hold, in order: names and places do not count."""
+    """Returns a SHA-256 over the content of the shards in order; their names have no effect."""
     canonical = [[row.num_samples, row.tar_sha256, row.index_sha256] for row in rows]
     return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
 
 
 def manifest_row(folder: Path, name: str) -> ManifestRow:
-    """The manifest row of a finished shard, from its index.
+    """Builds the manifest row of a finished shard from its index.
 
     Raises:
-        InputError: the index is missing or damaged.
+        InputError: if the index is missing or damaged.
     """
     path = folder / f"{name}.idx"
     index, content = ShardIndex.read(path), path.read_bytes()
@@ -79,17 +83,17 @@ def manifest_row(folder: Path, name: str) -> ManifestRow:
 def write_dataset_files(
     folder: Path, info: DatasetInfo, *, manifest: Sequence[ManifestRow]
 ) -> None:
-    """Writes `manifest.jsonl` and then `dataset.json`, whose presence says the dataset is whole."""
+    """Writes `manifest.jsonl`, then `dataset.json`, which marks the dataset as complete."""
     lines = "".join(json.dumps(asdict(row)) + "\n" for row in manifest)
     write_atomically(folder / "manifest.jsonl", lines.encode())
     write_atomically(folder / "dataset.json", json.dumps(asdict(info), indent=2).encode() + b"\n")
 
 
 def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
-    """What dataset.json and manifest.jsonl hold, whether or not they agree.
+    """Reads dataset.json and manifest.jsonl, without comparing them.
 
     Raises:
-        InputError: one of them is missing, is damaged, or is of another version.
+        InputError: if one is missing or damaged, or has another format version.
     """
     try:
         info_text = (folder / "dataset.json").read_bytes()
@@ -97,7 +101,7 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
     except OSError as error:
         raise InputError(
             f"{error.filename}: expected a dataset of shards: {error.strerror}; make one with "
-            "python -m data_prep.make_shards, or index tars that you have with "
+            "python -m data_prep.make_shards, or index existing tars with "
             "python -m data_prep.index_shards; if only this file is lost, "
             f"{REPAIR_ADVICE}"
         ) from None
@@ -108,10 +112,10 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
 
 
 def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
-    """What a dataset.json holds.
+    """Parses the content of a dataset.json.
 
     Raises:
-        InputError: it is damaged, or is of another version.
+        InputError: if it is damaged, or has another format version.
     """
     try:
         values = json.loads(content)
@@ -126,17 +130,17 @@ def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
 
 
 def parse_manifest(content: bytes, path: Path | str) -> list[ManifestRow]:
-    """What a manifest.jsonl holds.
+    """Parses the content of a manifest.jsonl.
 
     Raises:
-        InputError: a line is damaged, or its name leads out of the folder.
+        InputError: if a line is damaged, or its name points outside the folder.
     """
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             row = _checked_types(ManifestRow(**json.loads(line)))
             if row.name.startswith("/") or ".." in row.name.split("/"):
-                raise ValueError(f"name {row.name!r} leads out of the folder")
+                raise ValueError(f"name {row.name!r} points outside the folder")
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: line {number}: damaged ({error}); {REPAIR_ADVICE}") from None
         rows.append(row)
@@ -144,13 +148,13 @@ def parse_manifest(content: bytes, path: Path | str) -> list[ManifestRow]:
 
 
 def _checked_types(record: Record) -> Record:
-    """The record, whose values all are of the types of its class; a ValueError if not."""
+    """Returns the record if all values have the types that its class declares; else ValueError."""
     try:
         _types_of(type(record)).validate_json(json.dumps(asdict(record)), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place} {first['input']!r}: {first['msg']}") from None
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{key} {first['input']!r}: {first['msg']}") from None
     return record
 
 
@@ -162,6 +166,6 @@ def _types_of(record_class: type) -> TypeAdapter:
 def _check_fingerprint(folder: Path, info: DatasetInfo, manifest: list[ManifestRow]) -> None:
     if fingerprint_of(manifest) != info.fingerprint:
         raise InputError(
-            f"{folder}: manifest.jsonl has not the fingerprint that dataset.json records; "
+            f"{folder}: fingerprint mismatch between manifest.jsonl and dataset.json; "
             "check the dataset with python -m data_prep.verify_shards"
         )

@@ -1,6 +1,6 @@
-"""The Parquet beside a shard, for tars that others made and for repairs: rows from the samples.
+"""A shard's Parquet file, built from the samples of its tar.
 
-make_shards knows more about its samples than the tar does, and writes its rows itself.
+index_shards and repairs use it. make_shards writes richer rows, from its input.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def measure_media(sample: Sample, media_kind: str) -> dict[str, Any]:
-    """The columns shard_columns.MEASURES of a sample's picture or clip, which stays as it is.
+    """Computes the columns `MEASURES` of a sample's image or audio, which is not re-encoded.
 
     Raises:
-        MediaError: it cannot be decoded, or is beyond the limits of the default settings.
+        MediaError: if it cannot be decoded, or exceeds the limits of the default settings.
     """
     prepared = prepare_media(
         sample.members[media_extension(sample, media_kind)],
@@ -45,7 +45,7 @@ def measure_media(sample: Sample, media_kind: str) -> dict[str, Any]:
 
 
 def media_extension(sample: Sample, media_kind: str) -> str:
-    """The member that is of the dataset's kind, which is there."""
+    """Returns the extension of the media member, which must exist."""
     extension = media_extension_of(sample.members, media_kind)
     assert extension is not None, f"{sample}: no {media_kind}"
     return extension
@@ -60,14 +60,15 @@ def row_of(
     source: str | None = None,
     source_row: int | None = None,
 ) -> dict[str, Any]:
-    """What a sample's members say about it, as a row of the shard's Parquet.
+    """Builds the Parquet row of a sample from its members.
 
     Args:
-        sample: with all its members.
+        sample: sample with all its members.
         media_kind: "image" or "audio".
-        measures: of measure_media; empty where the media cannot be measured.
-        kept: type of each key of the .json to keep.
-        source, source_row: tar and place in it from 1; None where the sample is from elsewhere.
+        measures: result of `measure_media`; empty if the media cannot be decoded.
+        kept: type of each key of the .json member to keep.
+        source: name of the tar; None if unknown.
+        source_row: number of the sample in the tar, from 1; None if unknown.
     """
     metadata = metadata_of(sample)
     extension = media_extension(sample, media_kind)
@@ -90,7 +91,7 @@ def row_of(
 
 
 def write_shard_parquet(path: Path, table: pyarrow.Table) -> None:
-    """Writes a shard's Parquet, whole or not at all."""
+    """Writes a shard's Parquet file atomically."""
     import pyarrow.parquet
 
     sink = io.BytesIO()
@@ -99,9 +100,10 @@ def write_shard_parquet(path: Path, table: pyarrow.Table) -> None:
 
 
 def read_shard_parquet(path: Path, *, columns: Sequence[str] | None = None) -> pyarrow.Table:
-    """
+    """Reads a shard's Parquet file, with the checksums of its pages.
+
     Raises:
-        InputError: the file is missing, or is no Parquet, or is damaged.
+        InputError: if the file is missing, damaged or no Parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -116,18 +118,20 @@ def read_shard_parquet(path: Path, *, columns: Sequence[str] | None = None) -> p
 
 
 def kept_types_of(schema: pyarrow.Schema, media_kind: str) -> dict[str, KeptType]:
-    """The columns of a dataset's Parquet that a user kept."""
-    ours = own_columns(media_kind)
-    return {field.name: str(field.type) for field in schema if field.name not in ours}
+    """Returns the types of the columns that the user kept from the input."""
+    built_in = own_columns(media_kind)
+    return {field.name: str(field.type) for field in schema if field.name not in built_in}
 
 
 class RowMender:
-    """Rows for the samples that a tar has now: the old ones where they fit, others measured anew.
+    """Collects Parquet rows for the samples of a repaired tar.
+
+    Rows of the old file are reused if they match their sample; others are measured again.
 
     Args:
-        old: the shard's Parquet as it was; None if it cannot be read.
+        old: content of the old Parquet file; None if it cannot be read.
         media_kind: "image" or "audio".
-        kept: type of each column that the user keeps, for when `old` is None.
+        kept: type of each kept column, used if `old` is None.
     """
 
     def __init__(
@@ -151,16 +155,16 @@ class RowMender:
     def _measure(self, sample: Sample) -> dict[str, Any]:
         try:
             measures = measure_media(sample, self.media_kind)
-        except MediaError:  # the sample is in the tar and stays there; verify with decode names it
+        except MediaError:  # the sample stays in the tar; verify_shards with decode=true names it
             measures = {}
         return row_of(sample, media_kind=self.media_kind, measures=measures, kept=self.kept)
 
-    def count_marks(self) -> dict[str, int]:
-        """How many rows carry each mark."""
-        return dict(Counter(mark for row in self.rows for mark in row["marks"] or ()))
+    def count_tags(self) -> dict[str, int]:
+        """Counts the rows that carry each tag of the column `marks`."""
+        return dict(Counter(tag for row in self.rows for tag in row["marks"] or ()))
 
     def to_table(self) -> pyarrow.Table:
-        """The rows, with the columns of the dataset's other shards."""
+        """Converts the rows to a table with the schema of the dataset's other shards."""
         import pyarrow
 
         schema = shard_schema(self.media_kind, kept=self.kept)

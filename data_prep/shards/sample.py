@@ -1,4 +1,4 @@
-"""One sample of a shard: its members, captions and metadata, and the errors of damaged data."""
+"""A sample of a shard: members, captions and metadata, and errors for damaged data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MEDIA_EXTENSIONS = {
 
 
 class CorruptSampleError(ValueError):
-    """The bytes of one sample are not what the index says, or do not decode."""
+    """A sample whose bytes do not match the index or cannot be decoded."""
 
 
 class BadShardError(InputError):
-    """A shard that is not there, or is not the one that manifest.jsonl records.
+    """A shard that is missing or does not match manifest.jsonl.
 
-    What may pass, such as a disk or network that fails for the moment, is an OSError instead.
+    Transient failures (disk, network) raise OSError instead.
     """
 
 
@@ -39,28 +39,31 @@ class Sample:
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key runs to the first dot of the last path component."""
+    """Splits a member name into (key, extension), as WebDataset does.
+
+    The key ends at the first dot of the last path component.
+    """
     folder, slash, file_name = name.rpartition("/")
     stem, _, extension = file_name.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def media_kind_of(extension: str) -> str | None:
-    """The kind of media an extension stands for ("image", "audio"), or None."""
+    """Returns the kind of media of an extension: "image", "audio" or None."""
     return next((kind for kind, known in MEDIA_EXTENSIONS.items() if extension in known), None)
 
 
 def media_extension_of(members: Iterable[str], media_kind: str) -> str | None:
-    """The first extension among `members`, by the alphabet, that is of this kind of media."""
+    """Returns the alphabetically first extension among `members` of this kind of media."""
     known = (extension for extension in sorted(members) if media_kind_of(extension) == media_kind)
     return next(known, None)
 
 
 def captions_of(sample: Sample) -> list[str]:
-    """The captions of a sample: from `.json` (captions, caption or text), else from `.txt`.
+    """Returns the captions of a sample: from `.json` (captions, caption or text), else from `.txt`.
 
     Raises:
-        CorruptSampleError: there is no caption, or it is not UTF-8 or JSON.
+        CorruptSampleError: if there is no caption, or it is not valid UTF-8 or JSON.
     """
     metadata = metadata_of(sample)
     for key in ("captions", "caption", "text"):
@@ -80,10 +83,10 @@ def captions_of(sample: Sample) -> list[str]:
 
 
 def metadata_of(sample: Sample) -> dict[str, Any]:
-    """What the sample's `.json` member holds; empty where there is none.
+    """Parses the sample's `.json` member; returns {} if there is none.
 
     Raises:
-        CorruptSampleError: the member is not a JSON object.
+        CorruptSampleError: if the member is not a JSON object.
     """
     if "json" not in sample.members:
         return {}

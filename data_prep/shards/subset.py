@@ -1,4 +1,4 @@
-"""A subset of a dataset: one bit for every sample, and nothing is rewritten.
+"""A subset of a dataset, stored as one bit per sample; no shard is rewritten.
 
 A `.subset` file is, little-endian:
 
@@ -6,10 +6,10 @@ A `.subset` file is, little-endian:
     uint32                length of the header in bytes, a multiple of 4
     header                JSON, padded with spaces: dataset_fingerprint, num_samples, num_kept,
                           fingerprint, preparation
-    uint8 [(n + 7) // 8]  bit n % 8 of byte n // 8: is sample n of the dataset kept?
+    uint8 [(n + 7) // 8]  bit n % 8 of byte n // 8: whether sample n of the dataset is kept
 
-Samples have two numbers: the *ordinal* is the place in the whole dataset, and is the sample's id;
-the *rank* is the place among the kept ones. Each is found from the other without a list of them.
+A sample has two numbers. Its *ordinal* is its index in the whole dataset and identifies it; its
+*rank* is its index among the kept samples. Each is computed from the other without a list.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from data_prep.shards.sample import Sample
 from data_prep.storage.atomic import write_atomically
 
 SUBSET_MAGIC = b"ISOSUB1\n"
-BLOCK_BYTES = 64  # bits are counted in blocks: one number for every 512 samples
-# [256, 8]: place of the n-th one in a byte.
-_PLACE_IN_BYTE = np.argsort(
+BLOCK_BYTES = 64  # cumulative counts are stored per block, that is, per 512 samples
+# [256, 8]: position of the n-th set bit in a byte.
+_POSITION_IN_BYTE = np.argsort(
     1 - np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
     axis=1,
     kind="stable",
@@ -43,27 +43,27 @@ QUERIES_AT_ONCE = 16384  # bounds the memory of a search
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Which samples of a dataset are kept.
+    """The samples of a dataset that are kept.
 
-    Equal choices of equal data have equal fingerprints, however they were made.
+    Equal selections from equal data have equal fingerprints, however they were made.
     """
 
     dataset_fingerprint: str
     num_samples: int  # of the whole dataset
     bits: np.ndarray  # uint8 [(num_samples + 7) // 8]
-    preparation: dict[str, Any] = field(default_factory=dict)  # how it was made
-    path: Path | None = None  # where it was read from
+    preparation: dict[str, Any] = field(default_factory=dict)  # command and settings
+    path: Path | None = None  # file that it was read from
 
     @classmethod
     def from_bitmap(
         cls, info: DatasetInfo, bitmap: np.ndarray, *, preparation: dict[str, Any]
     ) -> Subset:
-        """A subset of the dataset that `info` describes.
+        """Builds a subset from one boolean per sample.
 
         Args:
-            info: of the whole dataset.
-            bitmap: bool [num_samples], by ordinal: is it kept?
-            preparation: how it was made, for people; JSON-able.
+            info: description of the whole dataset.
+            bitmap: bool [num_samples], by ordinal; True keeps the sample.
+            preparation: JSON-serializable record of how the subset was made.
         """
         assert bitmap.shape == (info.num_samples,) and bitmap.dtype == bool
         bits = np.packbits(bitmap, bitorder="little")
@@ -72,7 +72,7 @@ class Subset:
     # ------------------------------------------------------------------------------------ files
 
     def write(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         values = {
             "dataset_fingerprint": self.dataset_fingerprint,
             "num_samples": self.num_samples,
@@ -87,9 +87,10 @@ class Subset:
 
     @classmethod
     def read(cls, path: Path) -> Subset:
-        """
+        """Reads a subset.
+
         Raises:
-            InputError: the file is missing, is no subset of this version, or is damaged.
+            InputError: if the file is missing, damaged, or has another format version.
         """
         try:
             content = path.read_bytes()
@@ -132,9 +133,10 @@ class Subset:
                 raise ValueError(f"expected {name} {expected[name]}, found {value}")
 
     def check_belongs_to(self, info: DatasetInfo) -> None:
-        """
+        """Checks that this is a subset of the dataset that `info` describes.
+
         Raises:
-            InputError: this is a subset of another dataset.
+            InputError: if it belongs to a different dataset.
         """
         expected = (info.fingerprint, info.num_samples)
         if (self.dataset_fingerprint, self.num_samples) != expected:
@@ -149,7 +151,7 @@ class Subset:
 
     @property
     def bitmap(self) -> np.ndarray:
-        """Whether each sample is kept: bool [num_samples], by ordinal."""
+        """Bool [num_samples], by ordinal: whether each sample is kept."""
         return np.unpackbits(self.bits, count=self.num_samples, bitorder="little").view(bool)
 
     @cached_property
@@ -158,13 +160,13 @@ class Subset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the dataset's fingerprint and what is kept."""
+        """SHA-256 over the dataset's fingerprint, its size and the bits."""
         whole = json.dumps([self.dataset_fingerprint, self.num_samples]).encode()
         return hashlib.sha256(whole + b"\n" + self.bits.tobytes()).hexdigest()
 
     @cached_property
     def _blocks(self) -> np.ndarray:
-        """uint8 [blocks, BLOCK_BYTES]: the bits, padded with zeros."""
+        """Uint8 [blocks, BLOCK_BYTES]: the bits, padded with zeros."""
         num_blocks = len(self.bits) // BLOCK_BYTES + 1
         blocks = np.zeros(num_blocks * BLOCK_BYTES, dtype=np.uint8)
         blocks[: len(self.bits)] = self.bits
@@ -172,28 +174,30 @@ class Subset:
 
     @cached_property
     def _kept_before_block(self) -> np.ndarray:
-        """int64 [blocks + 1]: kept samples before each block; the last number is all."""
+        """Int64 [blocks + 1]: number of kept samples before each block; the last is the total."""
         counts = np.bitwise_count(self._blocks).sum(axis=1, dtype=np.int64)
         return np.concatenate([[0], np.cumsum(counts)])
 
     def ordinals_of(self, ranks: np.ndarray | Sequence[int]) -> np.ndarray:
-        """int64 [n]: ordinals of the kept samples with these ranks, each in [0, num_kept)."""
-        return _in_pieces(self._ordinals_of, ranks)
+        """Returns the ordinals, int64 [n], of kept samples with ranks in [0, num_kept)."""
+        return _in_chunks(self._ordinals_of, ranks)
 
     def _ordinals_of(self, ranks: np.ndarray) -> np.ndarray:
         block = np.searchsorted(self._kept_before_block, ranks, side="right") - 1
-        left = ranks - self._kept_before_block[block]  # kept samples of the block before this one
+        left = (
+            ranks - self._kept_before_block[block]
+        )  # kept samples of the block that precede this one
         in_block = self._blocks[block]  # [n, BLOCK_BYTES]
         up_to_byte = np.cumsum(np.bitwise_count(in_block), axis=1, dtype=np.int64)
         byte = (up_to_byte <= left[:, None]).sum(axis=1)
         rows = np.arange(len(ranks))
         value = in_block[rows, byte]
         left -= up_to_byte[rows, byte] - np.bitwise_count(value)
-        return (block * BLOCK_BYTES + byte) * 8 + _PLACE_IN_BYTE[value, left]
+        return (block * BLOCK_BYTES + byte) * 8 + _POSITION_IN_BYTE[value, left]
 
     def ranks_of(self, ordinals: np.ndarray | Sequence[int]) -> np.ndarray:
-        """int64 [n]: how many kept samples come before each ordinal, in [0, num_samples]."""
-        return _in_pieces(self._ranks_of, ordinals)
+        """Returns how many kept samples precede each ordinal in [0, num_samples], int64 [n]."""
+        return _in_chunks(self._ranks_of, ordinals)
 
     def _ranks_of(self, ordinals: np.ndarray) -> np.ndarray:
         whole_bytes, bit = np.divmod(ordinals, 8)
@@ -206,20 +210,20 @@ class Subset:
 
 
 class KeptSamples:
-    """A dataset, or what a subset keeps of it, read by rank as a Dataset is read by ordinal.
+    """A dataset, or the part of it that a subset keeps, read by rank.
 
     Args:
-        dataset: its folder, or itself.
-        subset: the `.subset` file; None keeps everything, and ranks are ordinals.
+        dataset: the dataset or its folder.
+        subset: path of the `.subset` file. None keeps everything; ranks then equal ordinals.
 
     Raises:
-        InputError: the dataset or the subset is missing or damaged, or they do not belong together.
+        InputError: if the dataset or subset is missing or damaged, or they do not belong together.
     """
 
     def __init__(self, dataset: Path | Dataset, *, subset: Path | None) -> None:
         self.dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
         self.subset = None if subset is None else Subset.read(subset)
-        self.shard_sizes = self.dataset.shard_sizes  # int64 [shards]: kept samples of each
+        self.shard_sizes = self.dataset.shard_sizes  # int64 [shards]: kept samples per shard
         if self.subset is not None:
             self.subset.check_belongs_to(self.dataset.info)
             self.shard_sizes = np.diff(self.subset.ranks_of(self.dataset.shard_starts))
@@ -233,31 +237,31 @@ class KeptSamples:
 
     @property
     def info(self) -> DatasetInfo:
-        """Of the whole dataset."""
+        """The description of the whole dataset."""
         return self.dataset.info
 
     @property
     def fingerprint(self) -> str:
-        """Of the dataset, and of the subset if there is one."""
+        """The fingerprint of the dataset, followed by that of the subset if there is one."""
         if self.subset is None:
             return self.info.fingerprint
         return f"{self.info.fingerprint} subset {self.subset.fingerprint}"
 
     def ordinals_of(self, ranks: np.ndarray | Sequence[int]) -> np.ndarray:
-        """int64 [n]: places in the whole dataset."""
+        """Returns the ordinals of ranks, int64 [n]."""
         return np.asarray(ranks) if self.subset is None else self.subset.ordinals_of(ranks)
 
     def ranks_of(self, ordinals: np.ndarray | Sequence[int]) -> np.ndarray:
-        """int64 [n]: places among the kept samples."""
+        """Returns the ranks of ordinals, int64 [n]."""
         return np.asarray(ordinals) if self.subset is None else self.subset.ranks_of(ordinals)
 
     def read_sample(self, rank: int, *, fields: Sequence[str] | None = None) -> Sample:
-        """As Dataset.read_sample."""
+        """Reads a kept sample; see `Dataset.read_sample`."""
         return self.dataset.read_sample(int(self.ordinals_of([rank])[0]), fields=fields)
 
 
-def _in_pieces(search: Any, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
+def _in_chunks(search: Any, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
     numbers = np.asarray(numbers, dtype=np.int64)
     starts = range(0, len(numbers), QUERIES_AT_ONCE)
-    pieces = [search(numbers[start : start + QUERIES_AT_ONCE]) for start in starts]
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    chunks = [search(numbers[start : start + QUERIES_AT_ONCE]) for start in starts]
+    return np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)

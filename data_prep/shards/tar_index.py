@@ -1,7 +1,7 @@
-"""Makes the index of one tar that is there already, and with `measure` its Parquet.
+"""Indexing of an existing tar, optionally with a Parquet file of its samples.
 
-headers, payloads -> samples with crc32 -> incomplete or undecodable ones are left out, counted
-                  -> .parquet, and then .idx
+headers, payloads -> samples with CRC32 -> without incomplete and undecodable ones (counted)
+                  -> .parquet (if `measure`), then .idx
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class IndexTask:
 
     tar_path: Path
     index_path: Path
-    name: str  # of the shard in its dataset
+    name: str  # of the shard
     media_kind: str
     skip_incomplete: bool
     measure: bool
@@ -51,21 +51,21 @@ class IndexTask:
 
     @property
     def parquet_path(self) -> Path:
-        """Beside the index."""
+        """Next to the index."""
         return self.index_path.with_name(f"{self.index_path.name.removesuffix('.idx')}.parquet")
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample of a tar, with its bytes."""
+    """A sample of a tar, with its bytes."""
 
     sample: Sample
-    entries: dict[str, tuple[int, int, int]]  # extension -> data block, size in bytes, crc32
+    entries: dict[str, tuple[int, int, int]]  # extension -> (data block, size in bytes, CRC32)
 
 
 @dataclass
 class TarTable:
-    """The samples of a tar that its index is to list, without their bytes."""
+    """The samples that the index of a tar will list, without their bytes."""
 
     keys: list[str] = field(default_factory=list)
     entries: list[dict[str, tuple[int, int, int]]] = field(default_factory=list)
@@ -76,18 +76,18 @@ class TarTable:
         self.entries.append(found.entries)
 
     def to_index(self, tar_path: Path, **counts: dict[str, int]) -> ShardIndex:
-        """The index.
+        """Builds the index.
 
         Args:
-            tar_path: where the samples are.
+            tar_path: path of the tar.
             counts: `rejected` and `marked` of ShardIndex.
         """
         fields = tuple(sorted({extension for entries in self.entries for extension in entries}))
         table = np.zeros((len(self.entries), len(fields), 3), dtype=np.uint32)
         table[:, :, 0] = ABSENT
-        for place, entries in enumerate(self.entries):
+        for position, entries in enumerate(self.entries):
             for extension, entry in entries.items():
-                table[place, fields.index(extension)] = entry
+                table[position, fields.index(extension)] = entry
         with tar_path.open("rb") as tar:
             return ShardIndex(
                 fields=fields,
@@ -99,18 +99,18 @@ class TarTable:
             )
 
     def _long_keys(self, tar: BinaryIO) -> dict[int, str]:
-        """Keys that stand in a PAX or GNU header and cannot be read from the member's own."""
+        """Returns the keys that only a PAX or GNU header holds, by position."""
         long_keys = {}
-        for place, (key, entries) in enumerate(zip(self.keys, self.entries, strict=True)):
+        for position, (key, entries) in enumerate(zip(self.keys, self.entries, strict=True)):
             first_block = min(block for block, _, _ in entries.values())
             tar.seek((first_block - 1) * BLOCK_BYTES)
             if split_member_name(plain_member_name(tar.read(BLOCK_BYTES)))[0] != key:
-                long_keys[place] = key
+                long_keys[position] = key
         return long_keys
 
 
 def index_tar(task: IndexTask) -> list[str]:
-    """Writes the sidecars of one tar; returns what is wrong, in which case nothing is written."""
+    """Writes the sidecar files of a tar, or nothing if it has problems; returns the problems."""
     table, rows, left_out = TarTable(), [], []
     try:
         for number, found in enumerate(read_tar_samples(task.tar_path), start=1):
@@ -136,7 +136,7 @@ def index_tar(task: IndexTask) -> list[str]:
 
 
 class _LeftOutError(ValueError):
-    """A sample that the index cannot list."""
+    """Raised for a sample that the index must leave out."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -144,10 +144,10 @@ class _LeftOutError(ValueError):
 
 
 def _checked_row(sample: Sample, *, task: IndexTask, number: int) -> dict[str, Any]:
-    """The sample's row of the Parquet; empty where none is asked for.
+    """Checks a sample and returns its Parquet row; {} without `measure`.
 
     Raises:
-        _LeftOutError: the sample is incomplete, or its media cannot be decoded.
+        _LeftOutError: if the sample is incomplete, or its media cannot be decoded.
     """
     check_completeness(sample, task.media_kind)
     if not task.measure:
@@ -167,9 +167,10 @@ def _checked_row(sample: Sample, *, task: IndexTask, number: int) -> dict[str, A
 
 
 def check_completeness(sample: Sample, media_kind: str) -> None:
-    """
+    """Checks that a sample has media and a caption.
+
     Raises:
-        _LeftOutError: the sample has no media of the kind, or no caption.
+        _LeftOutError: if it lacks media of the kind, or a caption.
     """
     if not any(media_kind_of(extension) == media_kind for extension in sample.members):
         found = ", ".join(sorted(sample.members))
@@ -188,7 +189,10 @@ def _write_rows(task: IndexTask, rows: list[dict[str, Any]]) -> None:
 
 
 def kept_types_of_tar(tar_path: Path, names: tuple[str, ...]) -> dict[str, KeptType | None]:
-    """The type of each key to keep, over the .json members of one tar; damage is found later."""
+    """Finds the type of each key to keep in the .json members of a tar.
+
+    Scanning stops at damage, which indexing reports later.
+    """
     types = KeptTypes(names)
     with tar_path.open("rb") as tar:
         try:
@@ -213,19 +217,18 @@ def _json_object(tar: BinaryIO, member: Member) -> dict[str, Any]:
 
 
 def read_tar_samples(path: Path) -> Iterator[TarSample]:
-    """The samples of a tar in order, whether or not they are complete.
+    """Yields the samples of a tar in order, including incomplete ones.
 
     Raises:
-        BadTarError: as read_members; or the members of a sample are not side by side, or one
-            stands twice.
+        BadTarError: as `read_members`, or if the members of a sample are not adjacent, or a member
+            or key is duplicate.
     """
     seen: set[str] = set()
     with path.open("rb") as tar:
         for key, members in _group_by_key(path):
             if key in seen:
                 raise BadTarError(
-                    f"{path}: sample {key}: its members are not side by side, or its key "
-                    "stands twice"
+                    f"{path}: sample {key}: duplicate key, or its members are not adjacent"
                 )
             seen.add(key)
             yield _read_sample(Sample(shard=str(path), key=key, members={}), members, tar=tar)
@@ -246,9 +249,11 @@ def _read_sample(sample: Sample, members: list[Member], *, tar: BinaryIO) -> Tar
     entries: dict[str, tuple[int, int, int]] = {}
     for member in members:
         if member.extension in entries:
-            raise BadTarError(f"{sample}: .{member.extension} stands twice")
+            raise BadTarError(f"{sample}: duplicate member .{member.extension}")
         if max(member.num_bytes, member.data_block) >= ABSENT:
-            raise BadTarError(f"{sample}: .{member.extension} is beyond what an index can hold")
+            raise BadTarError(
+                f"{sample}: .{member.extension}: size or offset exceeds the range of an index"
+            )
         tar.seek(member.data_block * BLOCK_BYTES)
         content = tar.read(member.num_bytes)
         entries[member.extension] = (member.data_block, member.num_bytes, zlib.crc32(content))

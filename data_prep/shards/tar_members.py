@@ -1,8 +1,8 @@
-"""Walks the headers of a tar, and refuses what a dataset must not hold.
+"""Reading of tar headers, with checks for damage and for members that a dataset must not hold.
 
-Python's tarfile ends silently at a damaged header and at a cut between two members; here a tar must
-end with its end-of-archive blocks, and everything in it must be an ordinary file with a plain name.
-`find_members` instead goes on behind damage, for what can still be saved.
+Python's tarfile stops silently at a damaged header and at a cut between two members. Here, a tar
+must end with its end-of-archive blocks and hold only ordinary files with plain names.
+`find_members`, in contrast, continues after damage to recover the remaining members.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_prep.errors import InputError
 from data_prep.shards.index import BLOCK_BYTES
 from data_prep.shards.sample import split_member_name
 
-MAX_LONG_NAME_BYTES = 65_536  # of a PAX or GNU header, which is read into memory
+MAX_LONG_NAME_BYTES = 65_536  # limit for a PAX or GNU header, which is read into memory
 COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -35,56 +35,57 @@ EXTENSION_HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One ordinary file in a tar."""
+    """An ordinary file in a tar."""
 
     name: str
-    data_block: int  # where its bytes start, in blocks of 512
+    data_block: int  # start of its content, in blocks of 512 bytes
     num_bytes: int
 
     @property
     def key(self) -> str:
-        """The sample it belongs to."""
+        """The key of its sample."""
         return split_member_name(self.name)[0]
 
     @property
     def extension(self) -> str:
-        """What it is of the sample, without the first dot."""
+        """The rest of its name, without the first dot."""
         return split_member_name(self.name)[1]
 
 
 class BadTarError(InputError):
-    """A tar, or one of its members, that cannot be used."""
+    """A tar, or a member of it, that cannot be used."""
 
 
 def read_members(path: Path) -> Iterator[Member]:
-    """The ordinary files of a tar in order, without folders and names that are no sample's.
+    """Yields the members of samples in a tar, in order.
 
-    WebDataset readers skip the same names: those without an extension, hidden ones, `__name__`.
+    Folders and names that WebDataset readers skip are left out: names without an extension, hidden
+    files and `__name__`.
 
     Raises:
-        BadTarError: the tar is compressed, damaged or cut short, or holds a link, a device, a
-            sparse file, or a name that leads out of a folder.
+        BadTarError: if the tar is compressed, damaged or truncated. Also if it holds a link, a
+            device, a sparse file, or a name that points outside its folder.
     """
     _refuse_compressed(path)
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_CappedTarInfo) as tar:
                 for info in tar:
-                    tar.members = []  # it would keep every header otherwise
+                    tar.members = []  # else tarfile keeps every header in memory
                     _check_type(info, path)
                     if info.isreg() and _is_sample_name(_check_name(info.name, path)):
                         yield Member(info.name, info.offset_data // BLOCK_BYTES, info.size)
                 end = tar.offset
         except (tarfile.TarError, EOFError) as error:
-            raise BadTarError(f"{path}: corrupt or cut short: {error}") from None
+            raise BadTarError(f"{path}: corrupt or truncated: {error}") from None
         _check_end(path, end)
 
 
 def find_members(path: Path) -> Iterator[Member | None]:
-    """The members of a damaged tar whose header is sound and whose bytes are all there.
+    """Yields the members of a damaged tar that have a valid header and all their bytes.
 
-    Only plain ustar headers are understood, as ShardWriter writes them. None stands where something
-    is missing: between two members, or at the end.
+    Only plain ustar headers are supported, as ShardWriter writes them. Yields None wherever
+    something is missing, between two members or at the end.
     """
     tar_bytes = path.stat().st_size
     offset, num_skipped, is_damaged = 0, 0, False
@@ -108,11 +109,11 @@ def find_members(path: Path) -> Iterator[Member | None]:
 
 
 def member_at(header: bytes, *, data_block: int) -> Member | None:
-    """What a member's own header says; None if it is damaged or no sample's.
+    """Parses a ustar header; returns None if it is damaged or not that of a sample's member.
 
     Args:
-        header: one block, of a tar whose samples need no header before their own.
-        data_block: where its bytes start.
+        header: block of a tar whose members have no PAX or GNU headers.
+        data_block: index of the block after it, where the content starts.
     """
     try:
         info = _CappedTarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -123,7 +124,7 @@ def member_at(header: bytes, *, data_block: int) -> Member | None:
 
 
 class _CappedTarInfo(tarfile.TarInfo):
-    """A header whose claimed sizes are checked before anything of that size is read."""
+    """A header whose declared size is checked before that many bytes are read."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _CappedTarInfo:
@@ -132,8 +133,8 @@ class _CappedTarInfo(tarfile.TarInfo):
             raise BadTarError(f"{info.name}: a member of {info.size} bytes")
         if info.type in EXTENSION_HEADERS and info.size > MAX_LONG_NAME_BYTES:
             raise BadTarError(
-                f"{info.name}: a header of {info.size} bytes; at most {MAX_LONG_NAME_BYTES} are "
-                "read for a name"
+                f"{info.name}: expected a name header of at most {MAX_LONG_NAME_BYTES} bytes, "
+                f"found {info.size}"
             )
         return info
 
@@ -144,13 +145,13 @@ def _refuse_compressed(path: Path) -> None:
     for magic, name in COMPRESSIONS.items():
         if start.startswith(magic):
             raise BadTarError(
-                f"{path}: expected a plain tar, found {name}; samples of a compressed tar cannot "
-                "be read one by one: decompress it"
+                f"{path}: expected a plain tar, found {name}; decompress it, because "
+                "compressed tars have no random access"
             )
 
 
 def _check_type(info: tarfile.TarInfo, path: Path) -> None:
-    if info.size < 0:  # a PAX header may say so
+    if info.size < 0:  # a PAX header may declare any size
         raise BadTarError(f"{path}: {info.name}: a member of {info.size} bytes")
     if info.issparse() or not (info.isreg() or info.isdir()):
         kind = "a sparse file" if info.issparse() else f"type {info.type!r} (a link or device)"
@@ -176,19 +177,19 @@ def _is_sample_name(name: str) -> bool:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """After the last member: two zero blocks, and nothing but zeros up to the end."""
+    """Checks that at least two zero blocks, and nothing but zeros, follow the last member."""
     with path.open("rb") as file:
         file.seek(end)
         num_zeros = 0
-        while piece := file.read(1 << 20):
-            if piece.count(0) != len(piece):
+        while chunk := file.read(1 << 20):
+            if chunk.count(0) != len(chunk):
                 raise BadTarError(
                     f"{path}: expected a header or the end of the archive at byte {end}, found "
                     "a damaged header or bytes after the end"
                 )
-            num_zeros += len(piece)
+            num_zeros += len(chunk)
     if num_zeros < 2 * BLOCK_BYTES:
         raise BadTarError(
-            f"{path}: cut short: expected the two end-of-archive blocks at byte {end}, found "
+            f"{path}: truncated: expected the two end-of-archive blocks at byte {end}, found "
             f"{num_zeros} bytes"
         )

@@ -1,7 +1,7 @@
-"""Writes one shard: a byte-reproducible ustar and its index.
+"""Writer of a shard: a byte-reproducible ustar and its index.
 
-The same samples give the same bytes: no time, owner or mode of the source file is kept. The tar is
-written under a temporary name; `finish` renames the tar and then, last, the index.
+Equal samples give equal bytes, because time, owner and mode of source files are not stored. The tar
+is written under a temporary name; `finish` renames the tar and then writes the index.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_prep.storage.atomic import (
 # Tar files end with two zero blocks.
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 WRITE_BUFFER_BYTES = 2**20
-# Smaller members are joined with their header, which saves calls; larger ones are not copied.
+# Smaller members are written with their header in one call; larger ones are not copied.
 JOINED_BYTES = 4096
 
 NAME_BYTES, PREFIX_BYTES = 100, 155
@@ -36,16 +36,16 @@ NAME_BYTES, PREFIX_BYTES = 100, 155
 RIGHTS = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, owner, group
 TIME = b"%011o\0" % 0
 KIND = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(80)  # an ordinary file, no link, no names
-# The sum of all constant bytes; the checksum itself counts as eight spaces.
+# Sum of all constant bytes; the checksum field counts as eight spaces.
 CONSTANT_SUM = sum(RIGHTS + TIME + b" " * 8 + KIND)
 
 
 class ShardWriter:
-    """Use: `add` each sample, then `finish`; `discard` after a failure.
+    """Writes a shard: call `add` for each sample, then `finish`, or `discard` after a failure.
 
     Args:
-        folder: where the shard goes.
-        name: stem of its files.
+        folder: folder of the shard.
+        name: stem of the shard's files.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -56,15 +56,15 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self._num_blocks = 0
         self._num_samples = 0
-        self._field_numbers: dict[str, int] = {}  # extension -> number, as they come
-        self._entries: list[int] = []  # place, field number, data block, size, crc32; and so on
+        self._field_numbers: dict[str, int] = {}  # extension -> number, by first appearance
+        self._entries: list[int] = []  # per member: position, field number, data block, size, CRC32
 
     def add(self, key: str, *, members: dict[str, bytes]) -> None:
-        """Appends a sample; its members follow one another in the order of their extensions.
+        """Appends a sample; its members are written in the order of their extensions.
 
         Raises:
-            ValueError: the key and extension together are too long for ustar.
-            OSError: naming the tar: the disk is full, or the like.
+            ValueError: if the name of a member is too long for ustar.
+            OSError: if the tar cannot be written, for example because the disk is full.
         """
         for extension in sorted(members):
             content = members[extension]
@@ -84,10 +84,10 @@ class ShardWriter:
     def finish(
         self, *, rejected: dict[str, int] | None = None, marked: dict[str, int] | None = None
     ) -> ShardIndex:
-        """Completes the tar, renames it into place, and then does the same with its index.
+        """Completes the tar, renames it into place, and then writes the index.
 
         Raises:
-            OSError: naming the file: the disk is full, or the like.
+            OSError: if a file cannot be written, for example because the disk is full.
         """
         self._append(END_OF_ARCHIVE)
         self._num_blocks += len(END_OF_ARCHIVE) // BLOCK_BYTES
@@ -112,7 +112,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Removes the unfinished tar."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered; the disk may be full
+        with contextlib.suppress(OSError):  # closing flushes the buffer; the disk may be full
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -144,10 +144,10 @@ class ShardWriter:
 
 
 def ustar_header(name: str, size: int) -> bytes:
-    """The header block of an ordinary file, with fixed owner, time and mode.
+    """Builds the header block of an ordinary file, with fixed owner, time and mode.
 
     Raises:
-        ValueError: the name does not fit: 100 bytes, or 155 of folders before these.
+        ValueError: if the name does not fit into 100 bytes, with up to 155 more for its folders.
     """
     prefix, short_name = _split_name(name.encode("utf-8"))
     size_digits = b"%011o\0" % size
@@ -166,7 +166,7 @@ def ustar_header(name: str, size: int) -> bytes:
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes]:
-    """(prefix, name), where a reader joins the two by a slash if there is a prefix"""
+    """Returns (prefix, name); readers join them with a slash unless the prefix is empty."""
     if len(name) <= NAME_BYTES:
         return b"", name
     prefix, _, short_name = name[: PREFIX_BYTES + 1].rpartition(b"/")

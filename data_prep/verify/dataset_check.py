@@ -1,4 +1,4 @@
-"""What a dataset folder is made from, and whether its closing files agree with its shards."""
+"""Consistency of dataset.json and manifest.jsonl with the shards and the plan of a dataset."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from data_prep.shards.manifest import (
 )
 from data_prep.verify.shard_check import Finding
 
-PLAN_PLACES = (PLAN_FILE, f"plan/{PLAN_FILE}")  # of index_shards, and of make_shards
-EXTRA_NAMED = 10
+PLAN_PATHS = (PLAN_FILE, f"plan/{PLAN_FILE}")  # of index_shards and of make_shards
+MOST_EXTRA_NAMED = 10
 
 
 @dataclass(frozen=True)
 class DatasetOrigin:
-    """Which command made a dataset from what."""
+    """The command that made a dataset, with its settings and input."""
 
-    preparation: dict[str, Any]  # of dataset.json, else of the plan
-    planned: dict[str, Any] | None  # the plan's record of the same; None: there is none
-    tar_folder: str | None  # None: dataset.json cannot be read
+    preparation: dict[str, Any]  # from dataset.json, or else from the plan
+    planned: dict[str, Any] | None  # the same record in the plan; None: there is no plan
+    tar_folder: str | None  # None: dataset.json is unreadable
 
     @property
     def command(self) -> str | None:
-        """The verb: make_shards, index_shards; None where nothing says so."""
+        """The name of the command, such as make_shards; None if unknown."""
         return self.preparation.get("command")
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that the command had."""
+        """The settings of the command."""
         return self.preparation.get("config", {})
 
     @property
     def is_foreign(self) -> bool:
-        """Whether others made the tars."""
+        """Whether the tars were not written by make_shards; repairs never rewrite such tars."""
         return self.command == "index_shards" or self.tar_folder not in (None, ".")
 
 
 def read_origin(folder: Path) -> DatasetOrigin:
-    """What dataset.json and the plan say; what cannot be read is left out."""
+    """Reads the origin from dataset.json and the plan; unreadable files are skipped."""
     planned = None
-    for place in PLAN_PLACES:
+    for path in PLAN_PATHS:
         try:
-            found = json.loads((folder / place).read_bytes())["made_from"]
+            found = json.loads((folder / path).read_bytes())["made_from"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         planned = found if isinstance(found, dict) else None
@@ -67,27 +67,27 @@ def read_origin(folder: Path) -> DatasetOrigin:
 
 
 def expects_parquet(folder: Path, origin: DatasetOrigin, names: Iterable[str]) -> bool:
-    """Whether every shard of the dataset should have a Parquet."""
+    """Returns whether every shard of the dataset should have a Parquet file."""
     if origin.command in ("make_shards", "index_shards"):
         return origin.config.get("measure", origin.command == "make_shards")
     return any((folder / f"{name}.parquet").exists() for name in names)
 
 
 def shard_names_on_disk(folder: Path, pattern: str) -> set[str]:
-    """Names of shards that have a file of this pattern: *.tar, *.idx, also in folders below."""
+    """Finds the names of shards with a file of a pattern (*.tar, *.idx), also in subfolders."""
     found = (path.relative_to(folder) for path in folder.rglob(pattern) if path.name[0] != ".")
     return {path.with_suffix("").as_posix() for path in found}
 
 
 def sort_shards(names: Iterable[str]) -> list[str]:
-    """Names in the order in which a manifest lists them."""
+    """Sorts names of shards in the order of a manifest."""
     return sorted(names, key=lambda name: Path(f"{name}.tar"))
 
 
 def check_dataset(
     folder: Path, info: DatasetInfo, manifest: Sequence[ManifestRow], *, origin: DatasetOrigin
 ) -> list[Finding]:
-    """What is wrong with dataset.json and manifest.jsonl, and which shards they do not know."""
+    """Finds errors in dataset.json and manifest.jsonl, and shards that they do not list."""
     findings = list(_check_totals(folder, info, manifest, origin=origin))
     findings += _check_extra(folder, {row.name for row in manifest}, origin=origin)
     if not origin.is_foreign:
@@ -99,7 +99,7 @@ def check_dataset(
 
 
 def copies_among(manifest: Iterable[ManifestRow]) -> dict[str, str]:
-    """Name of each shard that is a copy -> name of the first shard with the same bytes."""
+    """Maps each shard that is a copy to the first shard with the same bytes."""
     first: dict[str, str] = {}
     copies: dict[str, str] = {}
     for row in manifest:
@@ -134,11 +134,11 @@ def _check_totals(
 def totals_of_indexes(
     folder: Path, names: Iterable[str], *, listed: set[str]
 ) -> dict[str, Any] | None:
-    """What dataset.json sums over all indexes; None while one cannot be read.
+    """Computes the fields of dataset.json that sum over the indexes; None if one is unreadable.
 
     Args:
-        names: all shards, also those without samples.
-        listed: names of those that manifest.jsonl lists.
+        names: names of all shards, including those without samples.
+        listed: names of the shards that manifest.jsonl lists.
     """
     fields: set[str] = set()
     rejected: Counter[str] = Counter()
@@ -159,16 +159,16 @@ def _check_extra(folder: Path, listed: set[str], *, origin: DatasetOrigin) -> It
     indexed = shard_names_on_disk(folder, "*.idx") - listed
     tars = set() if origin.is_foreign else shard_names_on_disk(folder, "*.tar") - listed
     extra = [name for name in sort_shards(indexed | tars) if not _is_empty_shard(folder, name)]
-    for name in extra[:EXTRA_NAMED]:
+    for name in extra[:MOST_EXTRA_NAMED]:
         files = ".idx" if name in indexed else ".tar without an index"
         text = f"{folder / name}: manifest.jsonl does not list this shard ({files})"
         yield Finding(text, "extra shard")
-    if len(extra) > EXTRA_NAMED:
-        yield Finding(f"{folder}: {len(extra) - EXTRA_NAMED} more such shards", "extra shard")
+    if len(extra) > MOST_EXTRA_NAMED:
+        yield Finding(f"{folder}: {len(extra) - MOST_EXTRA_NAMED} more such shards", "extra shard")
 
 
 def _is_empty_shard(folder: Path, name: str) -> bool:
-    """Whether a shard lost all its samples when it was made: it stays out of the manifest."""
+    """Returns whether all samples of a shard were dropped; the manifest does not list it then."""
     try:
         return not ShardIndex.read(folder / f"{name}.idx").num_samples
     except InputError:

@@ -1,4 +1,4 @@
-"""Repairs a dataset: each shard by itself, then manifest.jsonl and dataset.json from indexes."""
+"""Repair of a dataset: each shard on its own, then manifest.jsonl and dataset.json."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ log = logging.getLogger(__name__)
 
 
 def repair_dataset(folder: Path, *, workers: int) -> None:
-    """Rebuilds what can be rebuilt, and prints what was done and what was lost.
+    """Rebuilds all files that can be rebuilt, and prints what was repaired and what was lost.
 
     Raises:
-        InputError: something is left to a person; everything else is repaired then.
+        InputError: if something needs manual work; everything else has been repaired then.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected the folder of a dataset (dataset), found none")
     with lock_folder(folder):
         report = _repair(folder, workers=workers)
-    for line in report.done or ["nothing: all files fit one another"] * (not report.refused):
+    for line in report.done or ["nothing: all files are consistent"] * (not report.refused):
         say(f"repaired: {line}")
     alternative = ""
     if read_origin(folder).command == "make_shards" and (report.done or report.refused):
         alternative = (
-            "to get back what was lost: delete the files of the shard named and run make_shards "
-            "again with the same config: it makes only this one anew"
+            "to restore lost samples, delete the files of the shard named and run make_shards "
+            "again with the same config: it recreates only this shard"
         )
     if report.refused:
         lines = "\n".join(f"  {line}" for line in report.refused)
@@ -91,17 +91,17 @@ def _repair(folder: Path, *, workers: int) -> RepairReport:
             num_pairs=info.num_pairs if info else None,
             tar_folder=tar_folder,
         )
-        report.done.append(f"{folder}: manifest.jsonl and dataset.json made again")
+        report.done.append(f"{folder}: rebuilt manifest.jsonl and dataset.json")
         if old not in (None, new.fingerprint):
             report.done.append(
-                f"{folder}: holds other samples than before ({new.num_samples:,}): subsets, "
-                "embeddings and runs that were begun with it do not fit it any more"
+                f"{folder}: holds different samples than before ({new.num_samples:,}): existing "
+                "subsets, embeddings and runs no longer match it"
             )
     return report
 
 
 def _is_closed(folder: Path, names: Sequence[str]) -> bool:
-    """Whether dataset.json and manifest.jsonl are there and agree with the indexes."""
+    """Returns whether dataset.json and manifest.jsonl exist and agree with the indexes."""
     try:
         info, manifest = read_dataset_files(folder)
         rows = [manifest_row(folder, name) for name in names]
@@ -112,7 +112,7 @@ def _is_closed(folder: Path, names: Sequence[str]) -> bool:
     return is_as_indexed and all(finding.kind != "totals" for finding in findings)
 
 
-# -------------------------------------------------------------------------- what is still known
+# ------------------------------------------------------------------------- remaining metadata
 
 
 def _read_info(folder: Path) -> DatasetInfo | None:
@@ -124,7 +124,7 @@ def _read_info(folder: Path) -> DatasetInfo | None:
 
 
 def _read_rows(folder: Path) -> dict[str, ManifestRow]:
-    """Manifest rows by name; lines that cannot be read are left out."""
+    """Reads the manifest rows by name; damaged lines are skipped."""
     path = folder / "manifest.jsonl"
     rows: dict[str, ManifestRow] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -140,14 +140,14 @@ def _read_rows(folder: Path) -> dict[str, ManifestRow]:
 def _shard_names(
     folder: Path, origin: DatasetOrigin, rows: Mapping[str, ManifestRow], report: RepairReport
 ) -> list[str]:
-    """The shards that the dataset consists of from now on."""
+    """Returns the shards of the repaired dataset."""
     indexed = shard_names_on_disk(folder, "*.idx")
     tar_folder = folder / _tar_folder(folder, origin)
     listed = {name for name in rows if (tar_folder / f"{name}.tar").is_file()}
     for name in sort_shards(rows.keys() - indexed - listed):
         report.done.append(
-            f"{folder / name}: neither tar nor index is left; the dataset goes on without its "
-            f"{rows[name].num_samples} samples"
+            f"{folder / name}: tar and index are missing; removed its "
+            f"{rows[name].num_samples} samples from the dataset"
         )
     if rows:
         indexed -= _copies(folder, indexed - rows.keys(), rows, report)
@@ -157,8 +157,8 @@ def _shard_names(
         unlisted -= listed
     if rows and unlisted:
         report.refused += [
-            f"{folder / name}.tar: neither listed nor indexed: delete it if it is no part of this "
-            "dataset; if it is, delete manifest.jsonl and repair once more"
+            f"{folder / name}.tar: neither listed nor indexed: delete it if it does not belong to "
+            "this dataset; if it does, delete manifest.jsonl and repair again"
             for name in sort_shards(unlisted)
         ]
         unlisted = set()
@@ -168,7 +168,7 @@ def _shard_names(
 def _copies(
     folder: Path, unlisted: set[str], rows: Mapping[str, ManifestRow], report: RepairReport
 ) -> set[str]:
-    """Which of the indexed shards that the manifest does not list are copies of listed ones."""
+    """Returns the unlisted shards that are copies of listed ones."""
     names = {row.tar_sha256: row.name for row in rows.values()}
     copies = set()
     for name in sort_shards(unlisted):
@@ -176,9 +176,11 @@ def _copies(
         if index is not None and index.tar_sha256 in names:
             copies.add(name)
             original = names[index.tar_sha256]
-            report.refused.append(f"{folder / name}: a copy of shard {original}: delete its files")
+            report.refused.append(
+                f"{folder / name}: duplicate of shard {original}: delete its files"
+            )
         elif index is None or index.num_samples:
-            report.done.append(f"{folder / name}: manifest.jsonl did not list it; now it does")
+            report.done.append(f"{folder / name}: added to manifest.jsonl")
     return copies
 
 
@@ -196,8 +198,8 @@ def _media_kind(
         if len(kinds) == 1:
             return kinds.pop()
     raise InputError(
-        f"{folder}: whether it holds images or audio cannot be told from dataset.json, the plan "
-        "or an index; restore dataset.json"
+        f"{folder}: expected the kind of media (image or audio) in dataset.json, the plan or an "
+        "index, found none; restore dataset.json"
     )
 
 
@@ -206,7 +208,7 @@ def _tar_folder(folder: Path, origin: DatasetOrigin) -> str:
         return origin.tar_folder
     if origin.command == "index_shards":
         raise InputError(
-            f"{folder / 'dataset.json'}: cannot be read, and only it says where the tars are; run "
+            f"{folder / 'dataset.json'}: unreadable, so that the tar folder is unknown; run "
             "python -m data_prep.index_shards again with the same config: it keeps the indexes"
         )
     return "."
@@ -252,7 +254,7 @@ def _tasks(
 
 
 def _kept_types(folder: Path, names: Sequence[str], media: str) -> dict[str, KeptType]:
-    """The columns that a user kept, from the first Parquet that can be read."""
+    """Returns the types of kept columns, from the first readable Parquet file."""
     for name in names:
         try:
             table = read_shard_parquet(folder / f"{name}.parquet")
@@ -265,7 +267,10 @@ def _kept_types(folder: Path, names: Sequence[str], media: str) -> dict[str, Kep
 def _missing_counts(
     folder: Path, names: Sequence[str], *, rows: Mapping[str, ManifestRow], info: DatasetInfo | None
 ) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Rejected and marked of the one index that is not as recorded: the totals less all others."""
+    """Computes `rejected` and `marked` of a lost index: the totals minus all other indexes.
+
+    Returns None unless exactly one index is lost.
+    """
     intact = [name for name in names if _is_as_recorded(folder / f"{name}.idx", rows.get(name))]
     if info is None or len(names) - len(intact) != 1:
         return None
@@ -278,7 +283,7 @@ def _missing_counts(
 
 
 def _is_as_recorded(path: Path, row: ManifestRow | None) -> bool:
-    """Whether an index is that of the manifest; of a shard it does not list, whether it is one."""
+    """Returns whether an index matches its manifest row, or is valid if it has none."""
     if row is None:
         return read_index(path) is not None
     return path.is_file() and sha256_of(path) == row.index_sha256

@@ -1,4 +1,4 @@
-"""What is in a tar, by its own headers and by the places that an index gives."""
+"""Content of a tar according to its headers and according to an index."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from data_prep.shards.index import (
 from data_prep.shards.sample import media_kind_of
 from data_prep.shards.tar_members import BadTarError, Member, member_at, read_members
 
-PROBLEMS_NAMED = 3  # of one tar and kind; the rest is counted
+PROBLEMS_NAMED = 3  # per tar and kind; the others are only counted
 
 
 @dataclass
 class TarContent:
-    """What a walk over a tar found."""
+    """The members that a walk over a tar found, and their problems."""
 
     keys: list[str] = field(default_factory=list)
     num_members: Counter[str] = field(default_factory=Counter)  # by key
@@ -32,7 +32,7 @@ class TarContent:
 
 
 def walk_tar(path: Path) -> TarContent:
-    """All members up to the first damage, and what is wrong with their order and keys."""
+    """Lists the members up to the first damage, with problems of their order and keys."""
     content = TarContent()
     disorder: list[str] = []
     extensions: set[str] = set()
@@ -42,13 +42,12 @@ def walk_tar(path: Path) -> TarContent:
             if not content.keys or key != content.keys[-1]:
                 if key in content.num_members:
                     disorder.append(
-                        f"{path}: sample {key}: its members are not side by side, or "
-                        "its key stands twice"
+                        f"{path}: sample {key}: duplicate key, or its members are not adjacent"
                     )
                 content.keys.append(key)
                 extensions = set()
             if member.extension in extensions:
-                disorder.append(f"{path}: sample {key}: .{member.extension} stands twice")
+                disorder.append(f"{path}: sample {key}: duplicate member .{member.extension}")
             extensions.add(member.extension)
             content.num_members[key] += 1
             content.members[member.data_block] = member
@@ -62,31 +61,31 @@ def walk_tar(path: Path) -> TarContent:
 
 @dataclass
 class IndexedSample:
-    """What is found at the places that an index gives for one sample."""
+    """The members found at the offsets that an index gives for a sample."""
 
-    key: str | None  # None: no header of it can be read
+    key: str | None  # None: none of its headers is readable
     num_members: int
-    members: dict[str, bytes] = field(default_factory=dict)  # those that carry their crc32
+    members: dict[str, bytes] = field(default_factory=dict)  # those with a matching CRC32
     problems: list[str] = field(default_factory=list)
 
     @property
     def has_all_bytes(self) -> bool:
-        """Whether all members carry their crc32, whatever their headers say."""
+        """Whether all members match their CRC32, even if their headers are damaged."""
         return len(self.members) == self.num_members
 
 
 def read_indexed(
-    tar: BinaryIO, index: ShardIndex, place: int, *, content: TarContent
+    tar: BinaryIO, index: ShardIndex, position: int, *, content: TarContent
 ) -> IndexedSample:
-    """One sample of a tar by its index, with everything that is wrong with it.
+    """Reads a sample of a tar by its index, with all its problems.
 
     Args:
-        tar: open, in binary.
-        index: of this tar before it was damaged.
-        place: of the sample in the index.
-        content: of the walk, which knows names longer than a member's own header holds.
+        tar: binary file.
+        index: index of the tar before it was damaged.
+        position: row of the sample in the index.
+        content: result of `walk_tar`, which has the names that exceed a ustar header.
     """
-    entries = index.entries_at(place)
+    entries = index.entries_at(position)
     headers: dict[str, Member | None] = {}
     payloads: dict[str, bytes] = {}
     for extension, (block, num_bytes, _) in entries.items():
@@ -95,24 +94,24 @@ def read_indexed(
         found = content.members.get(block) or member_at(both[:BLOCK_BYTES], data_block=block)
         headers[extension], payloads[extension] = found, both[BLOCK_BYTES:]
     keys = [header.key for header in headers.values() if header is not None]
-    key = index.long_keys.get(place) or next(iter(keys), None)
+    key = index.long_keys.get(position) or next(iter(keys), None)
     sample = IndexedSample(key, num_members=len(entries))
     for extension, (block, num_bytes, crc32) in entries.items():
         header, payload = headers[extension], payloads[extension]
         if header is None or (header.key, header.extension) != (key, extension):
-            sample.problems.append(f".{extension}: there is no such member at block {block}")
+            sample.problems.append(f".{extension}: no such member at block {block}")
         elif header.num_bytes != num_bytes:
             found_bytes = f"found {header.num_bytes}"
             sample.problems.append(f".{extension}: expected {num_bytes} bytes, {found_bytes}")
         elif len(payload) != num_bytes or zlib.crc32(payload) != crc32:
-            sample.problems.append(f".{extension}: its bytes have not the crc32 of the index")
+            sample.problems.append(f".{extension}: CRC32 mismatch with the index")
         if len(payload) == num_bytes and zlib.crc32(payload) == crc32:
             sample.members[extension] = payload
     return sample
 
 
 def media_sizes(index: ShardIndex, media_kind: str) -> list[int]:
-    """Size in bytes of each sample's media member; 0 where there is none."""
+    """Returns the size in bytes of each sample's media member; 0 if it has none."""
     sizes = np.zeros(index.num_samples, dtype=np.int64)
     for column, extension in reversed(list(enumerate(index.fields))):
         if media_kind_of(extension) == media_kind:

@@ -1,9 +1,9 @@
-"""Compares one shard with its manifest row, its index and its Parquet.
+"""Comparison of a shard with its manifest row, its index and its Parquet file.
 
-    sizes and sha256 -> every header of the tar -> every sample at the place and with the crc32 of
-    the index -> keys and sizes of the Parquet
+    sizes and sha256 -> every header of the tar -> offset and CRC32 of every sample in the index
+    -> keys and sizes in the Parquet file
 
-A finding says what is wrong and where; its kind says what can be done about it.
+The text of a finding names the problem and its location; its kind determines the remedy.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ FindingKind = Literal[
     "index",  # the .idx
     "parquet",
     "totals",  # manifest.jsonl or dataset.json
-    "extra shard",  # one that manifest.jsonl does not list
-    "media",  # a picture, clip or caption that was written as it is
+    "extra shard",  # not listed by manifest.jsonl
+    "media",  # undecodable media or caption, in a shard that is otherwise intact
 ]
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One thing that is not as it was made."""
+    """A difference between a dataset and its recorded state."""
 
     text: str
     kind: FindingKind
@@ -59,34 +59,34 @@ class Finding:
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What a worker needs to verify one shard."""
+    """A worker's task: the shard to verify."""
 
     folder: Path
     tar_folder: Path
     row: ManifestRow
     media_kind: str
     decode: bool
-    has_parquet: bool  # whether shards of this dataset have one
-    is_foreign: bool  # whether others made the tar, whose index may leave out samples
+    has_parquet: bool  # whether the shards of this dataset have one
+    is_foreign: bool  # not written by make_shards; the index may leave out samples
 
     @property
     def tar_path(self) -> Path:
-        """The shard."""
+        """The path of the tar."""
         return self.tar_folder / f"{self.row.name}.tar"
 
     @property
     def index_path(self) -> Path:
-        """Its index."""
+        """The path of the index."""
         return self.folder / f"{self.row.name}.idx"
 
     @property
     def parquet_path(self) -> Path:
-        """Its columns."""
+        """The path of the Parquet file."""
         return self.folder / f"{self.row.name}.parquet"
 
 
 def verify_shard(check: ShardCheck) -> list[Finding]:
-    """What is wrong with one shard; empty when it is as it was made."""
+    """Finds all differences between a shard and its recorded state; [] if it is intact."""
     row = check.row
     tar_sha256, findings = _check_file(check.tar_path, row.tar_bytes, row.tar_sha256, kind="tar")
     index_sha256, found = _check_file(
@@ -106,10 +106,10 @@ def verify_shard(check: ShardCheck) -> list[Finding]:
         content = walk_tar(check.tar_path)
         findings += [Finding(problem, "tar") for problem in content.problems]
         if index is not None and index.tar_sha256 not in (row.tar_sha256, tar_sha256):
-            text = f"{check.index_path}: belongs to another tar than manifest.jsonl records"
+            text = f"{check.index_path}: belongs to a different tar than manifest.jsonl records"
             findings.append(Finding(text, "index"))
         elif index is not None:
-            # What does not fit a tar that is as recorded is the index's fault.
+            # If the tar is as recorded, a mismatch is the fault of the index.
             is_tar_intact = tar_sha256 == row.tar_sha256 and not content.problems
             kind: FindingKind = "index" if is_tar_intact else "tar"
             findings += _check_counts(check, index, content, kind=kind)
@@ -123,14 +123,14 @@ def verify_shard(check: ShardCheck) -> list[Finding]:
 def _check_file(
     path: Path, num_bytes: int, sha256: str, *, kind: Literal["tar", "index"]
 ) -> tuple[str | None, list[Finding]]:
-    """(sha256 of the file, None if it is missing; what is wrong with it)"""
+    """Returns (sha256 of the file, None if it is missing; findings)."""
     if not path.is_file():
         return None, [Finding(f"{path}: missing", "missing tar" if kind == "tar" else "index")]
     found_sha256, found_bytes = sha256_of(path), path.stat().st_size
     if found_bytes != num_bytes:
         text = f"{path}: expected {num_bytes} bytes, found {found_bytes}"
     elif found_sha256 != sha256:
-        text = f"{path}: its sha256 is not the one in manifest.jsonl"
+        text = f"{path}: sha256 mismatch with manifest.jsonl"
     else:
         return found_sha256, []
     return found_sha256, [Finding(text, kind)]
@@ -166,27 +166,27 @@ def _check_samples(
     kind: FindingKind,
     table: pyarrow.Table | None,
 ) -> tuple[list[str | None], list[Finding]]:
-    """(the key of each sample, None if no header of it can be read; what is wrong)"""
-    labels = [f"number {place}" for place in range(index.num_samples)]
+    """Returns (key of each sample, None if none of its headers is readable; findings)."""
+    labels = [f"number {position}" for position in range(index.num_samples)]
     if table is not None and table.num_rows == index.num_samples:
         labels = table["key"].to_pylist()
     keys: list[str | None] = []
     findings: list[Finding] = []
     num_bad = last_bad = 0
     with check.tar_path.open("rb") as tar:
-        for place in range(index.num_samples):
-            sample = read_indexed(tar, index, place, content=content)
-            label = sample.key or labels[place]
+        for position in range(index.num_samples):
+            sample = read_indexed(tar, index, position, content=content)
+            label = sample.key or labels[position]
             found = list(_check_sample(sample, label, check=check, content=content, kind=kind))
             keys.append(sample.key)
             if found:
-                num_bad, last_bad = num_bad + 1, place
+                num_bad, last_bad = num_bad + 1, position
                 findings += found if num_bad <= PROBLEMS_NAMED else []
     if num_bad > PROBLEMS_NAMED:
         findings.append(
             Finding(
-                f"{check.tar_path}: sample number {last_bad} is the last of "
-                f"{num_bad - PROBLEMS_NAMED} more that are wrong, of {index.num_samples}",
+                f"{check.tar_path}: {num_bad - PROBLEMS_NAMED} more of {index.num_samples} samples "
+                f"are damaged; the last is number {last_bad}",
                 kind,
             )
         )
@@ -233,12 +233,12 @@ def _decoding_problems(sample: Sample, media_kind: str) -> Iterator[str]:
 
 
 def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding]]:
-    """(keys and sizes, None without them; what is wrong with the file by itself)"""
+    """Returns (table, None if it is absent or damaged; findings)."""
     path = check.parquet_path
     if not check.has_parquet:
         return None, []
     try:
-        table = read_shard_parquet(path)  # all of it, for the checksums of its pages
+        table = read_shard_parquet(path)  # all columns, to verify the checksums of all pages
     except InputError as error:
         return None, [Finding(str(error), "parquet")]
     missing = own_columns(check.media_kind).difference(table.column_names)
@@ -255,7 +255,7 @@ def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding
 def _check_rows(
     check: ShardCheck, index: ShardIndex, table: pyarrow.Table, *, keys: Sequence[str | None]
 ) -> list[Finding]:
-    """The first row that is not of the tar's sample."""
+    """Finds the first row that does not match the sample in the tar."""
     sizes = media_sizes(index, check.media_kind)
     rows = zip(table["key"].to_pylist(), table["bytes"].to_pylist(), keys, sizes, strict=True)
     for number, (key, num_bytes, tar_key, tar_bytes) in enumerate(rows):

@@ -1,11 +1,11 @@
-"""Repairs one shard as far as its own files allow.
+"""Repair of a shard, as far as its own files allow.
 
-1. a tar that is damaged, or whose members are out of order, is written anew with what can be saved
-2. an index that does not fit the tar is made again from it
-3. a Parquet loses the rows of lost samples; missing rows are measured anew
+1. A damaged or disordered tar is rewritten with the samples that can be saved.
+2. An index that does not match the tar is rebuilt from it.
+3. Rows of lost samples are removed from the Parquet file, and missing rows are measured again.
 
-Each file is replaced atomically, in the order tar, index, Parquet: killed anywhere, the repair can
-be run again. Tars that others made are never written.
+Files are replaced atomically, in the order tar, index, Parquet, so that an interrupted repair can
+be repeated. Foreign tars, which make_shards did not write, are never changed.
 """
 
 from __future__ import annotations
@@ -43,55 +43,55 @@ if TYPE_CHECKING:
     import pyarrow
 
 KEYS_NAMED = 5
-DAMAGED = "damaged"  # reason under which an index counts samples that were lost
+DAMAGED = "damaged"  # reason under which an index counts lost samples
 
 
 @dataclass(frozen=True)
 class RepairTask:
-    """What a worker needs to repair one shard."""
+    """A worker's task: the shard to repair."""
 
     folder: Path
     tar_folder: Path
     name: str
-    row: ManifestRow | None  # None: manifest.jsonl does not list it, or cannot be read
+    row: ManifestRow | None  # None: not listed by manifest.jsonl, or unreadable
     media_kind: str
     has_parquet: bool
     kept: Mapping[str, KeptType]
-    foreign: IndexTask | None  # how to index the tar again that others made; None: it is ours
-    # rejected and marked, where they follow from dataset.json and the other shards
+    foreign: IndexTask | None  # how to index a foreign tar again; None: not foreign
+    # (rejected, marked), if they follow from dataset.json and the other shards
     counts: tuple[dict[str, int], dict[str, int]] | None
 
     @property
     def tar_path(self) -> Path:
-        """The shard."""
+        """The path of the tar."""
         return self.tar_folder / f"{self.name}.tar"
 
     @property
     def index_path(self) -> Path:
-        """Its index."""
+        """The path of the index."""
         return self.folder / f"{self.name}.idx"
 
     @property
     def parquet_path(self) -> Path:
-        """Its columns."""
+        """The path of the Parquet file."""
         return self.folder / f"{self.name}.parquet"
 
 
 @dataclass
 class RepairReport:
-    """What was done to one shard."""
+    """The result of a repair, as lines for the user."""
 
     done: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # what is left to a person
+    refused: list[str] = field(default_factory=list)  # needs manual work
 
 
 def repair_shard(task: RepairTask) -> RepairReport:
-    """Makes the shard's files fit one another, and says what was done and what was lost."""
+    """Makes the files of a shard consistent, and reports what was repaired and what was lost."""
     report = RepairReport()
     if not task.tar_path.is_file():
         report.refused.append(
-            f"{task.tar_path}: missing: restore it or make it again; to go on without its samples, "
-            f"delete {task.index_path.name} and repair once more"
+            f"{task.tar_path}: missing: restore or recreate it; to continue without its samples, "
+            f"delete {task.index_path.name} and repair again"
         )
         return report
     index = read_index(task.index_path)
@@ -99,8 +99,8 @@ def repair_shard(task: RepairTask) -> RepairReport:
     if "tar" in kinds:
         if task.foreign is not None:
             report.refused.append(
-                f"{task.tar_path}: damaged, but made by others and therefore never rewritten: "
-                "restore it, or delete its .idx and make the dataset again with "
+                f"{task.tar_path}: damaged, but not written by make_shards and thus never "
+                "rewritten: restore it, or delete its .idx and index the dataset again with "
                 "python -m data_prep.index_shards"
             )
         else:
@@ -109,18 +109,18 @@ def repair_shard(task: RepairTask) -> RepairReport:
     if task.foreign is not None and kinds & {"index", "parquet"}:
         problems = index_tar(task.foreign)
         report.refused += problems
-        report.done += [] if problems else [f"{task.index_path}: made again from the tar"]
+        report.done += [] if problems else [f"{task.index_path}: rebuilt from the tar"]
         return report
     if "index" in kinds:
         _rebuild_index(task, index, report)
         kinds = {finding.kind for finding in _findings(task, read_index(task.index_path))}
     if "parquet" in kinds:
-        _mend_parquet(task, report)
+        _repair_parquet(task, report)
     return report
 
 
 def read_index(path: Path) -> ShardIndex | None:
-    """The index, or None if it is missing or damaged."""
+    """Returns the index, or None if it is missing or damaged."""
     try:
         return ShardIndex.read(path)
     except InputError:
@@ -128,15 +128,15 @@ def read_index(path: Path) -> ShardIndex | None:
 
 
 def _findings(task: RepairTask, index: ShardIndex | None) -> list[Finding]:
-    """What is wrong with the shard; a tar and an index that fit one another overrule a manifest."""
+    """Verifies the shard; a tar and an index that match take precedence over the manifest."""
     tar_sha256 = sha256_of(task.tar_path)
     row = task.row
     fits_index = index is not None and index.tar_sha256 == tar_sha256
     if fits_index and (row is None or row.tar_sha256 != tar_sha256):
         row = manifest_row(task.folder, task.name)
-    if row is None:  # nothing vouches for the tar
+    if row is None:  # no record matches the tar
         kind = "tar" if task.foreign is None or walk_tar(task.tar_path).problems else "index"
-        return [Finding(f"{task.index_path}: belongs to no tar", kind)]
+        return [Finding(f"{task.index_path}: matches no tar", kind)]
     check = ShardCheck(
         folder=task.folder,
         tar_folder=task.tar_folder,
@@ -168,11 +168,11 @@ def _rebuild_index(task: RepairTask, old: ShardIndex | None, report: RepairRepor
     exact = [each for each in candidates if hashlib.sha256(each).hexdigest() == recorded]
     write_atomically(task.index_path, (exact or candidates)[0])
     how = (
-        "byte for byte as manifest.jsonl records it"
+        "identical to the index that manifest.jsonl records"
         if exact
-        else "its counts of rejected pairs may not be those of before"
+        else "but its counts of rejected pairs may differ from before"
     )
-    report.done.append(f"{task.index_path}: made again from the tar, {how}")
+    report.done.append(f"{task.index_path}: rebuilt from the tar, {how}")
 
 
 # ----------------------------------------------------------------------------------------- tar
@@ -184,24 +184,24 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
         known = (task.row.tar_sha256, sha256_of(task.tar_path))
         index = index if index.tar_sha256 in known else None
     saved = _save(task, index, table)
-    if not saved.places:
+    if not saved.members:
         report.refused.append(
-            f"{task.tar_path}: none of its samples can be saved: restore it or make it again; to "
-            "go on without them, delete it with its .idx and repair once more"
+            f"{task.tar_path}: none of its samples can be saved: restore or recreate it; to "
+            "continue without them, delete it with its .idx and repair again"
         )
         return
     num_lost = _num_lost(task, index, saved)
-    mender = RowMender(table, media_kind=task.media_kind, kept=task.kept)
-    _write(task, index, saved, mender=mender, num_lost=num_lost)
-    compared = "whole by their headers and the Parquet" if table else "whole by their headers alone"
-    how = "all carry the crc32 of the old index" if index else compared
-    text = f"{task.tar_path}: written anew with {len(saved.places)} samples ({how})"
+    row_mender = RowMender(table, media_kind=task.media_kind, kept=task.kept)
+    _write(task, index, saved, row_mender=row_mender, num_lost=num_lost)
+    compared = "checked against headers and Parquet" if table else "checked against headers only"
+    how = "all match the CRC32 of the old index" if index else compared
+    text = f"{task.tar_path}: rewritten with {len(saved.members)} samples ({how})"
     if num_lost:
         named = ", ".join(saved.lost[:KEYS_NAMED])
         more = ", ..." if num_lost > KEYS_NAMED else ""
         text += f"; lost: {num_lost}: {named}{more}"
     report.done.append(text)
-    _report_measured(task, mender, report)
+    _report_measured(task, row_mender, report)
 
 
 def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | None) -> SavedSamples:
@@ -222,7 +222,7 @@ def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | Non
 
 def _num_lost(task: RepairTask, index: ShardIndex | None, saved: SavedSamples) -> int:
     if index is None and task.row is not None:
-        return max(task.row.num_samples - len(saved.places), 0)
+        return max(task.row.num_samples - len(saved.members), 0)
     return len(saved.lost)
 
 
@@ -231,7 +231,7 @@ def _write(
     index: ShardIndex | None,
     saved: SavedSamples,
     *,
-    mender: RowMender,
+    row_mender: RowMender,
     num_lost: int,
 ) -> None:
     rejected, marked = task.counts or ({}, {})
@@ -243,22 +243,22 @@ def _write(
         for sample in saved.read(task.tar_path):
             writer.add(sample.key, members=sample.members)
             if task.has_parquet:
-                mender.add(sample)
-        marked = mender.count_marks() if task.has_parquet else marked
+                row_mender.add(sample)
+        marked = row_mender.count_tags() if task.has_parquet else marked
         writer.finish(rejected=rejected, marked=marked)
     except BaseException:
         writer.discard()
         raise
-    # Not before the tar: its old rows tell a second attempt which media are damaged.
+    # After the tar, because a second attempt needs the old rows to detect damaged media.
     if task.has_parquet:
-        write_shard_parquet(task.parquet_path, mender.to_table())
+        write_shard_parquet(task.parquet_path, row_mender.to_table())
 
 
 # ------------------------------------------------------------------------------------- Parquet
 
 
 def _read_table(task: RepairTask) -> pyarrow.Table | None:
-    """The shard's Parquet, if there is one with all columns of ours."""
+    """Reads the shard's Parquet file; None unless it has all built-in columns."""
     if not task.has_parquet:
         return None
     try:
@@ -268,18 +268,18 @@ def _read_table(task: RepairTask) -> pyarrow.Table | None:
     return table if own_columns(task.media_kind) <= set(table.column_names) else None
 
 
-def _mend_parquet(task: RepairTask, report: RepairReport) -> None:
-    mender = RowMender(_read_table(task), media_kind=task.media_kind, kept=task.kept)
+def _repair_parquet(task: RepairTask, report: RepairReport) -> None:
+    row_mender = RowMender(_read_table(task), media_kind=task.media_kind, kept=task.kept)
     for found in read_tar_samples(task.tar_path):
-        mender.add(found.sample)
-    write_shard_parquet(task.parquet_path, mender.to_table())
-    report.done.append(f"{task.parquet_path}: fitted to the tar: {len(mender.rows)} rows")
-    _report_measured(task, mender, report)
+        row_mender.add(found.sample)
+    write_shard_parquet(task.parquet_path, row_mender.to_table())
+    report.done.append(f"{task.parquet_path}: matched to the tar: {len(row_mender.rows)} rows")
+    _report_measured(task, row_mender, report)
 
 
-def _report_measured(task: RepairTask, mender: RowMender, report: RepairReport) -> None:
-    if mender.num_measured:
+def _report_measured(task: RepairTask, row_mender: RowMender, report: RepairReport) -> None:
+    if row_mender.num_measured:
         report.done.append(
-            f"{task.parquet_path}: {mender.num_measured} rows were measured anew; what only "
-            "make_shards knew of them is lost: source, language, marks, columns kept from a table"
+            f"{task.parquet_path}: measured {row_mender.num_measured} rows again; they lack the "
+            "columns that only make_shards can fill: source, language, marks and kept columns"
         )

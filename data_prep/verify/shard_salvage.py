@@ -1,7 +1,7 @@
-"""Which samples of a damaged or disordered tar can still be saved.
+"""Selection of the samples of a damaged or disordered tar that can be saved.
 
-With the tar's old index: those whose members all carry their crc32, at their place or, in a tar
-that was rewritten, anywhere. Without one: those that are complete by the headers of the tar.
+With the old index of the tar, a sample is saved if all its members match their CRC32. They may be
+anywhere in the tar. Without an index, a sample is saved if the headers show that it is complete.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from data_prep.verify.indexed_tar import TarContent, read_indexed
 
 @dataclass
 class SavedSamples:
-    """What of a tar is to be written anew."""
+    """The samples of a tar to be written to a new tar, and those that are lost."""
 
-    places: dict[str, dict[str, Member]] = field(default_factory=dict)  # key -> extension -> member
-    lost: list[str] = field(default_factory=list)  # keys, or numbers where a key cannot be read
+    # Key -> extension -> member.
+    members: dict[str, dict[str, Member]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)  # keys, or numbers if a key is unreadable
 
     def read(self, tar_path: Path) -> Iterator[Sample]:
-        """The samples in order."""
+        """Yields the saved samples in order."""
         with tar_path.open("rb") as tar:
-            for key, members in self.places.items():
+            for key, members in self.members.items():
                 yield _read_sample(tar, key, members)
 
 
@@ -54,40 +55,40 @@ def _read_sample(tar: BinaryIO, key: str, members: Mapping[str, Member]) -> Samp
 def save_by_index(
     tar_path: Path, index: ShardIndex, *, is_as_recorded: bool, keys_of_media: Mapping[str, str]
 ) -> SavedSamples:
-    """The samples whose members all carry the crc32 that the tar's old index has for them.
+    """Selects the samples whose members all match their CRC32 in the old index of the tar.
 
     Args:
-        tar_path: a tar, damaged or not, with members in any order.
-        index: of the tar as it once was.
-        is_as_recorded: whether the index has the sha256 of the manifest. If not, its names of
-            extensions may be wrong, and the headers of the tar must agree with them.
-        keys_of_media: sha256 of the media -> key, for samples of which no header can be read.
+        tar_path: path of the tar, whose members may be damaged and in any order.
+        index: index of the tar before it was damaged.
+        is_as_recorded: whether the index has the sha256 that the manifest records. If not, its
+            extensions may be wrong and must agree with the headers of the tar.
+        keys_of_media: sha256 of the media -> key, for samples without a readable header.
     """
     found: dict[int, tuple[str, dict[str, Member]]] = {}
     labels: dict[int, str] = {}
     with tar_path.open("rb") as tar:
-        for place in range(index.num_samples):
-            sample = read_indexed(tar, index, place, content=TarContent())
+        for position in range(index.num_samples):
+            sample = read_indexed(tar, index, position, content=TarContent())
             key = sample.key or _key_by_media(sample.members, keys_of_media)
-            labels[place] = key or f"number {place}"
+            labels[position] = key or f"number {position}"
             is_certain = is_as_recorded or not sample.problems
             if key is not None and sample.has_all_bytes and is_certain:
-                entries = index.entries_at(place).items()
-                found[place] = (
+                entries = index.entries_at(position).items()
+                found[position] = (
                     key,
                     {
                         name: Member(f"{key}.{name}", block, num_bytes)
                         for name, (block, num_bytes, _) in entries
                     },
                 )
-    missing = [place for place in range(index.num_samples) if place not in found]
+    missing = [each for each in range(index.num_samples) if each not in found]
     found |= _find_elsewhere(tar_path, index, missing, taken={key for key, _ in found.values()})
     saved = SavedSamples()
-    for place in range(index.num_samples):
-        if place in found and found[place][0] not in saved.places:
-            saved.places[found[place][0]] = found[place][1]
+    for position in range(index.num_samples):
+        if position in found and found[position][0] not in saved.members:
+            saved.members[found[position][0]] = found[position][1]
         else:
-            saved.lost.append(labels[place])
+            saved.lost.append(labels[position])
     return saved
 
 
@@ -98,10 +99,10 @@ def _key_by_media(members: Mapping[str, bytes], keys_of_media: Mapping[str, str]
 
 
 def _find_elsewhere(
-    tar_path: Path, index: ShardIndex, places: list[int], *, taken: set[str]
+    tar_path: Path, index: ShardIndex, missing: list[int], *, taken: set[str]
 ) -> dict[int, tuple[str, dict[str, Member]]]:
-    """Samples of the index whose members stand at other places of the tar."""
-    if not places:
+    """Finds samples of the index whose members are at other offsets of the tar."""
+    if not missing:
         return {}
     groups: defaultdict[frozenset, deque[str]] = defaultdict(deque)
     members_of, _ = group_members(tar_path)
@@ -113,24 +114,24 @@ def _find_elsewhere(
             checksums = {(name, len(each), zlib.crc32(each)) for name, each in contents.items()}
             groups[frozenset(checksums)].append(key)
     found = {}
-    for place in places:
-        entries = index.entries_at(place).items()
+    for position in missing:
+        entries = index.entries_at(position).items()
         keys = groups.get(frozenset((name, size, crc32) for name, (_, size, crc32) in entries))
         if keys:
             key = keys.popleft()
-            found[place] = key, members_of[key]
+            found[position] = key, members_of[key]
     return found
 
 
 def save_by_headers(
     tar_path: Path, *, media_kind: str, recorded: Mapping[str, tuple[str, list[str]]]
 ) -> SavedSamples:
-    """The samples that have media and captions, which are compared with what is recorded of them.
+    """Selects the samples with media and captions that agree with the recorded ones.
 
     Args:
-        tar_path: a tar, damaged or not, with members in any order.
+        tar_path: path of the tar, whose members may be damaged and in any order.
         media_kind: "image" or "audio".
-        recorded: key -> (sha256 of its media, its captions), as far as they are known.
+        recorded: key -> (sha256 of its media, its captions). Samples without an entry are accepted.
     """
     groups, left_out = group_members(tar_path)
     saved = SavedSamples(lost=left_out)
@@ -139,14 +140,14 @@ def save_by_headers(
             sample = _read_sample(tar, key, members)
             found = _media_and_captions(sample, media_kind)
             if found is not None and found == recorded.get(key, found):
-                saved.places[key] = members
+                saved.members[key] = members
             else:
                 saved.lost.append(key)
     return saved
 
 
 def _media_and_captions(sample: Sample, media_kind: str) -> tuple[str, list[str]] | None:
-    """(sha256 of the media, captions); None if one of them is missing or cannot be read."""
+    """Returns (sha256 of the media, captions), or None if one is missing or unreadable."""
     if not any(media_kind_of(extension) == media_kind for extension in sample.members):
         return None
     try:
@@ -158,13 +159,16 @@ def _media_and_captions(sample: Sample, media_kind: str) -> tuple[str, list[str]
 
 
 def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[str]]:
-    """(key -> extension -> member, in order of first appearance; keys that are left out)
+    """Groups the members of a tar by sample.
 
-    Members that stand apart are joined; of a sample that stands twice the first is taken. A sample
-    with damage between its members is left out, because one of them may be lost; one beside damage
-    too, unless it has every extension that occurs in the tar.
+    Members that are not adjacent are joined; of duplicate samples, the first is taken. A sample
+    with damage between its members is left out, because one of them may be lost. A sample next to
+    damage is left out, too, unless it has every extension that occurs in the tar.
+
+    Returns:
+        ({key: {extension: member}} in order of first appearance, keys that are left out)
     """
-    runs, torn, beside_damage = _runs_of_members(tar_path)
+    runs, torn, next_to_damage = _runs_of_members(tar_path)
     groups: dict[str, dict[str, Member]] = {}
     for key, members in runs:
         if key not in groups:
@@ -175,7 +179,7 @@ def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[st
     left_out = [
         key
         for key, members in groups.items()
-        if key in torn or (key in beside_damage and members.keys() != extensions)
+        if key in torn or (key in next_to_damage and members.keys() != extensions)
     ]
     for key in left_out:
         del groups[key]
@@ -185,22 +189,22 @@ def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[st
 def _runs_of_members(
     tar_path: Path,
 ) -> tuple[list[tuple[str, dict[str, Member]]], set[str], set[str]]:
-    """(key and members that stand side by side, keys torn by damage, keys beside damage)"""
+    """Returns (runs of adjacent members with their key, keys torn by damage, keys next to it)."""
     runs: list[tuple[str, dict[str, Member]]] = []
     torn: set[str] = set()
-    beside_damage: set[str] = set()
-    is_behind_damage = False
+    next_to_damage: set[str] = set()
+    is_after_damage = False
     for member in find_members(tar_path):
         last_key, last_run = runs[-1] if runs else (None, {})
         if member is None:
-            is_behind_damage = True
-            beside_damage |= {last_key} if last_key is not None else set()
+            is_after_damage = True
+            next_to_damage |= {last_key} if last_key is not None else set()
             continue
         if last_key == member.key and member.extension not in last_run:
             last_run[member.extension] = member
-            torn |= {member.key} if is_behind_damage else set()
+            torn |= {member.key} if is_after_damage else set()
         else:
             runs.append((member.key, {member.extension: member}))
-            beside_damage |= {member.key} if is_behind_damage else set()
-        is_behind_damage = False
-    return runs, torn, beside_damage
+            next_to_damage |= {member.key} if is_after_damage else set()
+        is_after_damage = False
+    return runs, torn, next_to_damage

@@ -118,7 +118,9 @@ def test_another_config_or_input_is_refused_with_what_differs(tmp_path):
         shard(manifest, dataset, samples_per_shard=4)
     with manifest.open("a") as file:
         file.write("picture_0.jpg\tone more\n")
-    with pytest.raises(InputError, match=r"was begun from another config or input:\n  input\."):
+    with pytest.raises(
+        InputError, match=r"was created with a different config or input:\n  input\."
+    ):
         shard(manifest, dataset)
 
 

@@ -73,66 +73,66 @@ TAR, IDX, PARQUET = "00000001.tar", "00000001.idx", "00000001.parquet"
 DAMAGES = {
     "payload bit": (
         lambda d: flip(d / TAR, 600),
-        f"{TAR}: sample 000000000003: .jpg: its bytes have not the crc32",
+        f"{TAR}: sample 000000000003: .jpg: CRC32 mismatch",
         "damaged tars: restore",
     ),
     "header bit": (
         lambda d: flip(d / TAR, find(d / TAR, b"000000000004.jpg") + 3),
-        f"{TAR}: sample 000000000004: .jpg: there is no such member",
+        f"{TAR}: sample 000000000004: .jpg: no such member",
         "damaged tars: restore",
     ),
     "zeroed header": (
         lambda d: (d / TAR).write_bytes(bytes(512) + (d / TAR).read_bytes()[512:]),
-        f"{TAR}: sample 000000000003: .jpg: there is no such member",
+        f"{TAR}: sample 000000000003: .jpg: no such member",
         "damaged tars: restore",
     ),
     "bit in the padding": (
         lambda d: flip(d / TAR, find(d / TAR, b"caption 4") + 100),
-        f"{TAR}: its sha256 is not the one in manifest.jsonl",
+        f"{TAR}: sha256 mismatch with manifest.jsonl",
         "damaged tars: restore",
     ),
     "cut inside a payload": (
         lambda d: cut(d / TAR, 2048 + 600),
-        f"{TAR}: sample 000000000005: .jpg: its bytes have not",
+        f"{TAR}: sample 000000000005: .jpg: CRC32 mismatch",
         "damaged tars: restore",
     ),
     "cut at a member": (
         lambda d: cut(d / TAR, 1024 + 1024),
-        f"{TAR}: sample 000000000005: .txt: there is no such member",
+        f"{TAR}: sample 000000000005: .txt: no such member",
         "damaged tars: restore",
     ),
-    "cut at the end blocks": (lambda d: cut(d / TAR, 1024), f"{TAR}: cut short", "damaged tars"),
+    "cut at the end blocks": (lambda d: cut(d / TAR, 1024), f"{TAR}: truncated", "damaged tars"),
     "empty tar": (lambda d: (d / TAR).write_bytes(b""), f"{TAR}: expected", "damaged tars"),
     "missing member": (
         lambda d: rewrite_tar(d / TAR, members_of(d / TAR)[:-1]),
-        f"{TAR}: sample 000000000005: .txt: there is no such member",
+        f"{TAR}: sample 000000000005: .txt: no such member",
         "damaged tars: restore",
     ),
     "wrong order": (
         lambda d: rewrite_tar(d / TAR, sorted(members_of(d / TAR), key=lambda m: m[0][-3:])),
-        f"{TAR}: sample 000000000003: its members are not side by side",
+        f"{TAR}: sample 000000000003: duplicate key, or its members are not adjacent",
         "damaged tars: restore",
     ),
     "duplicate key": (
         lambda d: rewrite_tar(d / TAR, members_of(d / TAR) + members_of(d / TAR)[:3]),
-        f"{TAR}: sample 000000000003: its members are not side by side, or its key stands twice",
+        f"{TAR}: sample 000000000003: duplicate key, or its members are not adjacent",
         "damaged tars: restore",
     ),
     "tar of another shard": (
         lambda d: shutil.copy(d / "00000000.tar", d / TAR),
-        f"{TAR}: its sha256",
+        f"{TAR}: sha256 mismatch",
         "damaged tars: restore",
     ),
     "missing tar": (lambda d: (d / TAR).unlink(), f"{TAR}: missing", "missing tars: restore"),
     "index of another shard": (
         lambda d: shutil.copy(d / "00000000.idx", d / IDX),
-        f"{IDX}: belongs to another tar",
+        f"{IDX}: belongs to a different tar",
         "all samples are in their tars",
     ),
     "damaged index": (lambda d: cut(d / IDX, 4), f"{IDX}: damaged index", "all samples are in"),
     "bit in the index": (
         lambda d: flip(d / IDX, -1),
-        f"{TAR}: sample 000000000005: .txt: its bytes have not the crc32",
+        f"{TAR}: sample 000000000005: .txt: CRC32 mismatch",
         "all samples are in their tars",
     ),
     "missing index": (lambda d: (d / IDX).unlink(), f"{IDX}: missing", "all samples are in"),
@@ -244,7 +244,7 @@ def test_another_kind_of_media_than_was_prepared_is_found_and_mended(tmp_path):
 def test_names_that_lead_out_of_the_folder_are_refused(dataset):
     text = (dataset / "manifest.jsonl").read_text()
     (dataset / "manifest.jsonl").write_text(text.replace("00000001", "../../x"))
-    assert "line 2: damaged (name '../../x' leads out" in problems_of(dataset)
+    assert "line 2: damaged (name '../../x' points outside" in problems_of(dataset)
 
 
 def test_an_intact_dataset_passes(dataset, capsys):
@@ -263,15 +263,15 @@ def test_decoding_names_media_and_captions_that_cannot_be_read(tmp_path):
     assert "sample a: .jpg:" in found
     assert "sample b: .txt is not UTF-8" in found
     assert "sample b: holds no image" in found
-    assert "leave them out by a subset" in found
+    assert "exclude them with a subset" in found
 
 
 def test_a_cut_tar_gives_a_few_lines(tmp_path):
     dataset = write_toy_dataset(tmp_path / "d", num_samples=60, samples_per_shard=60)
     cut(dataset / "00000000.tar", 60_000)
     found = problems_of(dataset)
-    assert "sample 000000000041: .jpg: there is no such member" in found
-    assert "sample number 59 is the last of" in found
+    assert "sample 000000000041: .jpg: no such member" in found
+    assert "the last is number 59" in found
     assert len(found.splitlines()) < 10
 
 
@@ -305,7 +305,7 @@ def test_advice_names_make_shards_only_where_it_made_the_dataset(tmp_path):
 
 @pytest.mark.parametrize("file", [TAR, IDX, "manifest.jsonl"])
 def test_every_flipped_bit_is_found(dataset, file):
-    """Of a tar a sample of the bytes, of the others every byte; the bit is drawn."""
+    """Tests a sample of the bytes of the tar and every byte of the others; the bit is random."""
     generator = random.Random(0)
     path = dataset / file
     content = path.read_bytes()

@@ -191,7 +191,7 @@ def test_bad_samples_are_left_out_and_named_and_the_rest_scores_a_subset(
     status, printed = embed(folder)
     assert status == 1
     assert "2 of 83 samples are corrupt, above max_bad_fraction=0.001" in printed
-    assert "sample 000039: .png has not the crc32 of its index" in printed
+    assert "sample 000039: .png: CRC32 mismatch with the index" in printed
     assert not (tmp_path / "out/embeddings.json").exists()
 
     status, printed = embed(folder, max_bad_fraction=0.03)
@@ -200,7 +200,7 @@ def test_bad_samples_are_left_out_and_named_and_the_rest_scores_a_subset(
     record = json.loads((tmp_path / "out/embeddings.json").read_text())
     bad = [(each["shard"], each["ordinal"]) for each in record["bad_samples"]]
     assert bad == [("00000000", 2), ("00000000", 39)]
-    assert "sample 000039: .png has not the crc32" in record["bad_samples"][1]["reason"]
+    assert "sample 000039: .png: CRC32 mismatch" in record["bad_samples"][1]["reason"]
     rows = read_rows(tmp_path / "out")
     left = [n for n in range(83) if n not in (2, 39)]
     assert [row["uid"] for row in rows] == [f"picture-{n}" for n in left]

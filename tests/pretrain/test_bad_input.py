@@ -156,7 +156,7 @@ def test_a_flipped_bit_of_the_payload_costs_that_sample_alone(whole, tmp_path):
     patch_tar(whole, block_of(whole, 5) * BLOCK_BYTES + 40, b"\x99\x98")
     [bad] = load_an_epoch(config_of(whole, "image", tmp_path / "run"))
     assert (bad.ordinal, bad.shard) == (29, "00000001")
-    assert "sample 000029: .png has not the crc32 of its index" in bad.reason
+    assert "sample 000029: .png: CRC32 mismatch with the index" in bad.reason
 
 
 def cut_in_a_payload(folder):

@@ -1,4 +1,4 @@
-"""Small datasets of pictures or sounds with measured Parquets, for tests of find_duplicates."""
+"""Small image and audio datasets with measured Parquet files, for tests of find_duplicates."""
 
 import io
 import json
@@ -20,20 +20,20 @@ SAMPLES_PER_SHARD = 4
 
 
 def wav(waveform, rate_hz, **options):
-    """The bytes of a file; of a WAV, where no other format is given."""
+    """Encodes a waveform as WAV, or in the format that the options name."""
     sink = io.BytesIO()
     soundfile.write(sink, waveform, rate_hz, **{"format": "WAV", "subtype": "PCM_16", **options})
     return sink.getvalue()
 
 
 def write_dataset(folder: Path, samples, *, media, is_measured=True) -> Path:
-    """A finished dataset.
+    """Writes a finished dataset.
 
     Args:
-        folder: to make.
+        folder: new dataset folder.
         samples: list of (extension, bytes, captions).
         media: "image" or "audio".
-        is_measured: are there hashes in the Parquets?
+        is_measured: whether the Parquet files contain hashes.
     """
     folder.mkdir(parents=True)
     names = []
@@ -58,7 +58,7 @@ def write_dataset(folder: Path, samples, *, media, is_measured=True) -> Path:
 
 
 def write_embeddings(folder: Path, dataset: Path, vectors, *, checkpoint="c0", left_out=()) -> Path:
-    """Embeddings of a dataset's media as eval.embed writes them, without some ordinals."""
+    """Writes media embeddings in the format of eval.embed, leaving out some ordinals."""
     folder.mkdir(parents=True)
     info = Dataset(dataset)
     vectors = np.asarray(vectors, np.float32)

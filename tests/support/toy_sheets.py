@@ -1,4 +1,4 @@
-"""Datasets with Parquet sidecars, made without make_shards, for the tests of data sheets."""
+"""Datasets with Parquet files, written without make_shards, for tests of data sheets."""
 
 import hashlib
 import io
@@ -73,7 +73,16 @@ def sound_row(number):
 
 
 def write_dataset(folder, samples, *, media="image", kept=None, per_shard=8, **info):
-    """A dataset as make_shards leaves it: [(media bytes, extension, values of columns)]."""
+    """Writes a dataset as make_shards does.
+
+    Args:
+        folder: new dataset folder.
+        samples: list of (media bytes, extension, values of columns).
+        media: "image" or "audio".
+        kept: types of the kept columns.
+        per_shard: samples per shard.
+        info: fields of dataset.json.
+    """
     folder.mkdir(parents=True)
     schema = shard_schema(media, kept=kept or {})
     manifest = []

@@ -43,7 +43,7 @@ def braces_of(dataset):
 
 
 def check_samples(samples):
-    """Keys and bytes of all members are those written, in order."""
+    """Checks that samples have the written keys and bytes, in order."""
     found = [
         (sample["__key__"], {name: sample[name] for name in sample if name[0] != "_"})
         for sample in samples

@@ -28,7 +28,7 @@ def write(folder, samples, name="0", **counts):
 
 
 def test_bytes_are_those_of_the_first_release(tmp_path):
-    """Both sums are of the writer that wrote each header field by field, with io's own buffer."""
+    """Compares with sums of the first writer, which wrote headers field by field."""
     samples = [
         (
             f"{n:012d}",

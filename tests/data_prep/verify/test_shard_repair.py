@@ -124,9 +124,9 @@ def test_lost_samples_are_counted_and_leave_the_parquet(dataset, capsys):
     assert table["key"].to_pylist() == ["000000000004", "000000000005"]
     assert table["licence"].to_pylist() == ["cc0", "cc0"]
     said = capsys.readouterr().out
-    assert "2 samples (all carry the crc32 of the old index); lost: 1: 000000000003" in said
-    assert "holds other samples than before (7)" in said
-    assert "measured anew" not in said
+    assert "2 samples (all match the CRC32 of the old index); lost: 1: 000000000003" in said
+    assert "holds different samples than before (7)" in said
+    assert "measured " not in said
 
 
 @pytest.mark.parametrize("refused", sorted(REFUSED))
@@ -140,7 +140,7 @@ def test_what_cannot_be_rebuilt_is_left_to_a_person(dataset, refused):
 
 def test_a_lost_tar_is_given_up_when_its_index_is_deleted(dataset, capsys):
     (dataset / TAR).unlink()
-    with pytest.raises(InputError, match=f"to go on without its samples, delete {IDX}"):
+    with pytest.raises(InputError, match=f"to continue without its samples, delete {IDX}"):
         verify(dataset, repair=True)
     (dataset / IDX).unlink()
     verify(dataset, repair=True)
@@ -155,7 +155,7 @@ def test_an_extra_shard_is_taken_in(dataset, capsys):
     verify(dataset, repair=True)
     assert len(samples_of(dataset)) == 9
     said = capsys.readouterr().out
-    assert "00000009: manifest.jsonl did not list it; now it does" in said
+    assert "00000009: added to manifest.jsonl" in said
     assert keys_of_parquet(dataset / "00000009.parquet") == ["extra"]
 
 
@@ -165,7 +165,7 @@ def test_without_an_index_complete_samples_are_kept_and_this_is_said(dataset, ca
     verify(dataset, repair=True)
     assert samples_of(dataset) == toy_samples([0, 1, 2, 3, 5, 6, 7])
     said = capsys.readouterr().out
-    assert "whole by their headers and the Parquet); lost: 1: 000000000004" in said
+    assert "checked against headers and Parquet); lost: 1: 000000000004" in said
 
 
 def test_without_an_index_the_parquet_tells_which_samples_are_damaged(dataset):
@@ -177,13 +177,13 @@ def test_without_an_index_the_parquet_tells_which_samples_are_damaged(dataset):
 
 
 def test_a_torn_sample_is_not_taken_for_whole(tmp_path, capsys):
-    """Its .json, between .jpg and .txt, cannot be read: without an index nobody would miss it."""
+    """Removes the .json between .jpg and .txt, whose loss only an index could reveal."""
     dataset = write_toy_dataset(tmp_path / "d", has_parquet=False)
     (dataset / IDX).unlink()
     flip(dataset / TAR, find(dataset / TAR, b"000000000003.json") + 3)
     verify(dataset, repair=True)
     assert samples_of(dataset) == toy_samples([0, 1, 2, 4, 5, 6, 7])
-    assert "whole by their headers alone" in capsys.readouterr().out
+    assert "checked against headers only" in capsys.readouterr().out
 
 
 def test_all_headers_of_a_sample_lost_its_key_comes_from_the_parquet(intact, dataset):
@@ -199,7 +199,9 @@ def test_a_key_that_was_written_twice_is_kept_once(tmp_path):
     for number in (3, 4, 3):
         writer.add("same" if number == 3 else "other", members=toy_sample(number)[1])
     writer.finish()
-    with pytest.raises(InputError, match="sample same: its members are not side by side"):
+    with pytest.raises(
+        InputError, match="sample same: duplicate key, or its members are not adjacent"
+    ):
         verify(dataset)
     verify(dataset, repair=True)
     assert list(samples_of(dataset))[3:5] == ["same", "other"]
@@ -213,7 +215,7 @@ def test_rows_of_a_lost_parquet_are_measured_anew(dataset, capsys):
     assert table.schema == pyarrow.parquet.read_table(dataset / "00000000.parquet").schema
     assert table["height"].to_pylist() == [23, 24, 20]
     assert table["captions"].to_pylist()[0] == ["caption 3", "other 3"]
-    assert "3 rows were measured anew" in capsys.readouterr().out
+    assert "measured 3 rows again" in capsys.readouterr().out
 
 
 def test_make_shards_is_named_as_the_way_to_get_lost_samples_back(tmp_path, capsys):
@@ -238,7 +240,7 @@ def test_a_full_disk_leaves_everything_as_it_was(dataset, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_of_random_damage_nothing_wrong_is_ever_kept(dataset, seed):
-    """Up to six flipped bits and a cut, in any files but the Parquet."""
+    """Flips up to six bits and cuts a file; the Parquet stays intact."""
     generator = random.Random(seed)
     for _ in range(generator.randint(1, 6)):
         path = dataset / generator.choice([TAR, TAR, IDX, "manifest.jsonl", "dataset.json"])
@@ -311,17 +313,17 @@ def kill_at(moment: int, folder: Path) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------- tars of others
+# ------------------------------------------------------------------------------ foreign tars
 
 
-@pytest.fixture(params=["beside", "elsewhere"])
+@pytest.fixture(params=["next to tars", "elsewhere"])
 def foreign(request, intact, tmp_path):
-    """(folder with the sidecars, folder with the tars) of tars that were only indexed."""
+    """Returns (folder of the sidecars, folder of the tars) of tars that were only indexed."""
     tars = tmp_path / "tars"
     tars.mkdir()
     for path in intact.glob("*.tar"):
         rewrite_tar(tars / path.name, members_of(path))
-    output = tars if request.param == "beside" else tmp_path / "index"
+    output = tars if request.param == "next to tars" else tmp_path / "index"
     index_shards(IndexShards(input=str(tars), output=output, media="image", workers=1))
     return output, tars
 
@@ -343,9 +345,11 @@ def test_a_damaged_foreign_tar_is_never_rewritten(foreign, has_index):
     if not has_index:
         (sidecars / IDX).unlink()
     before = contents(tars), contents(sidecars)
-    with pytest.raises(InputError, match="these tars are others' and are never rewritten"):
+    with pytest.raises(
+        InputError, match="these tars were not written by make_shards and are never rewritten"
+    ):
         verify(sidecars)
-    with pytest.raises(InputError, match="made by others and therefore never rewritten"):
+    with pytest.raises(InputError, match="not written by make_shards and thus never rewritten"):
         verify(sidecars, repair=True)
     assert (contents(tars), contents(sidecars)) == before
 
@@ -353,5 +357,5 @@ def test_a_damaged_foreign_tar_is_never_rewritten(foreign, has_index):
 def test_where_foreign_tars_are_is_not_guessed(foreign):
     sidecars, _ = foreign
     (sidecars / "dataset.json").unlink()
-    with pytest.raises(InputError, match="only it says where the tars are; run"):
+    with pytest.raises(InputError, match="the tar folder is unknown; run"):
         verify(sidecars, repair=True)

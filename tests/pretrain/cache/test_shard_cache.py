@@ -431,7 +431,7 @@ def test_readers_of_a_shard_that_is_always_taken_away_stop_with_an_error(folder,
 
     dataset.read_sample(0)
     dataset._read_checked = take_away_and_read
-    with pytest.raises(OSError, match=r"00000000\.tar: .* taken away \d times"):
+    with pytest.raises(OSError, match=r"00000000\.tar: .* evicted \d times"):
         dataset.read_sample(0)
 
 

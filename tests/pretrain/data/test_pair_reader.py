@@ -55,7 +55,7 @@ def test_a_substitute_comes_from_the_shard_and_depends_on_the_place_alone(toy_da
         int(20 + step) % 40 for step in permute([0, 1], sizes=40, keys=key_of("substitute", 20))
     ]
     assert pair.ordinal == next(each for each in first if each != 20)
-    assert "sample 000020: .png has not the crc32 of its index" in bad.reason
+    assert "sample 000020: .png: CRC32 mismatch with the index" in bad.reason
     again = reader_of(tmp_path / "data").read_training(20, epoch=0).bad_sample
     assert again.substitute == bad.substitute
     assert reader.read_training(21, epoch=0).bad_sample is None
