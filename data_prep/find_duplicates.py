@@ -1,17 +1,22 @@
-"""Finds samples that are alike: in one dataset, between datasets, and with evaluation sets.
+"""Finds duplicates within a dataset, between datasets, and with evaluation sets.
 
     python -m data_prep.find_duplicates configs/data_prep/duplicates.yaml
     python -m data_prep.find_duplicates configs/data_prep/duplicates.yaml 'against=[datasets/test]'
 
 1. exact           equal bytes of the media
-2. near_media      re-encoded, rescaled, mirrored or trimmed media, by the hashes of the Parquets
+2. near_media      re-encoded, rescaled, mirrored or trimmed media, by fingerprints in Parquet files
 3. near_captions   nearly equal captions; the media may differ
 4. semantic        media of the same meaning, by the embeddings of python -m eval.embed
 
-A method looks at what those before it left. Of each of its groups one sample is kept; a group with
-an evaluation sample (`against`) keeps no other. Likeness is chained: data_prep.dedup.groups.
-The output folder receives duplicates.parquet, which make_subset's `drop` takes, a .subset of every
-dataset, which training takes as it is, and report.html. The datasets stay as they are.
+Each method searches the samples that the methods before it kept, and keeps one sample per group. A
+group with evaluation samples (`against`) keeps no others. Similarity is chained: see
+data_prep.dedup.groups. The output folder receives:
+
+- duplicates.parquet, for `drop` of make_subset
+- a .subset file of every dataset, for training
+- report.html
+
+The datasets are not changed.
 """
 
 from __future__ import annotations
@@ -25,15 +30,24 @@ if __name__ == "__main__":  # --help and a wrong config end here, before the slo
 import logging
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.config_file import fixed_values
+from data_prep.config_file import fixed_values, to_yaml
 from data_prep.dedup.duplicate_table import write_table
 from data_prep.dedup.groups import GroupedSamples, group_samples
 from data_prep.dedup.joined_datasets import JoinedDatasets, number_column
-from data_prep.dedup.search import Search, methods_of
+from data_prep.dedup.search import (
+    Found,
+    Search,
+    find_exact,
+    find_near_captions,
+    find_near_media,
+    find_semantic,
+)
 from data_prep.errors import ConfigError
 from data_prep.report.duplicate_report import render_report
 from data_prep.shards.subset import Subset
@@ -43,10 +57,10 @@ logger = logging.getLogger("data_prep.find_duplicates")
 
 
 def find_duplicates(config: FindDuplicates) -> None:
-    """Writes what is alike, a subset of every dataset, and a report.
+    """Writes the table of duplicates, a subset of every dataset, and a report.
 
     Raises:
-        InputError: a dataset, its Parquets or embeddings are missing, or do not belong together.
+        InputError: if a dataset, its Parquet files or its embeddings are missing or do not match.
     """
     check_config(config)
     datasets = JoinedDatasets(config.datasets, against=config.against)
@@ -55,7 +69,7 @@ def find_duplicates(config: FindDuplicates) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     write_table(config.output / "duplicates.parquet", datasets, found)
     write_subsets(config, datasets, is_left)
-    report = render_report(datasets, found, config=config)
+    report = render_report(datasets, found, settings=to_yaml(config))
     write_atomically(config.output / "report.html", report.encode(errors="backslashreplace"))
     for number, folder in enumerate(config.datasets):
         kept = is_left[datasets.starts[number] : datasets.starts[number + 1]]
@@ -66,24 +80,25 @@ def find_duplicates(config: FindDuplicates) -> None:
 def search_all(
     config: FindDuplicates, datasets: JoinedDatasets, *, folder: Path
 ) -> tuple[dict[str, GroupedSamples], np.ndarray]:
-    """The groups that each method finds among what those before it left, and what is left.
+    """Runs all methods, each on the samples that the methods before it kept.
 
     Args:
-        config: with the methods.
-        datasets: to look in.
-        folder: for temporary files.
+        config: the methods and their options.
+        datasets: datasets to search.
+        folder: folder for temporary files.
 
     Returns:
-        method -> groups, and bool [samples], where evaluation samples always are left.
+        found: method -> groups.
+        is_left: bool [samples], whether a sample remains; evaluation samples always do.
 
     Raises:
-        InputError: as find_duplicates.
+        InputError: as `find_duplicates`.
     """
     is_left = np.ones(len(datasets), dtype=bool)
     rank = rank_of_samples(datasets, keep=config.keep)
     groups: dict[str, GroupedSamples] = {}
     for name, method in methods_of(config).items():
-        found = method(Search(datasets, is_left, folder, config))
+        found = method(Search(datasets, is_left, folder, config.memory_gb, config.workers))
         groups[name] = group_samples(
             found.pairs,
             rank=rank if found.rank is None else found.rank,
@@ -91,16 +106,30 @@ def search_all(
         )
         dropped = groups[name].sample[~groups[name].is_kept]
         is_left[dropped] = False
-        logger.info("%s: %s of the samples left are dropped", name, f"{len(dropped):,}")
+        logger.info("%s: %s of the remaining samples are dropped", name, f"{len(dropped):,}")
     return groups, is_left
 
 
+def methods_of(config: FindDuplicates) -> dict[str, Callable[[Search], Found]]:
+    """Returns the configured methods in the order in which they run."""
+    methods: dict[str, Callable[[Search], Found]] = {}
+    if config.exact:
+        methods["exact"] = find_exact
+    if config.near_media is not None:
+        methods["near_media"] = partial(find_near_media, options=config.near_media)
+    if config.near_captions is not None:
+        methods["near_captions"] = partial(find_near_captions, options=config.near_captions)
+    if config.semantic is not None:
+        methods["semantic"] = partial(find_semantic, options=config.semantic, seed=config.seed)
+    return methods
+
+
 def rank_of_samples(datasets: JoinedDatasets, *, keep: str) -> np.ndarray:
-    """float64 [samples]: of a group, the sample of the least is kept, or else the first.
+    """Ranks all samples, float64 [samples]; a group keeps its least, and of ties the first.
 
     Args:
-        datasets: whose samples they are.
-        keep: "first", or "largest": of most pixels or seconds.
+        datasets: datasets of the samples.
+        keep: "first", or "largest" for the most pixels or seconds.
     """
     if keep == "first":
         return np.zeros(len(datasets))
@@ -109,32 +138,33 @@ def rank_of_samples(datasets: JoinedDatasets, *, keep: str) -> np.ndarray:
 
 
 def write_subsets(config: FindDuplicates, datasets: JoinedDatasets, is_left: np.ndarray) -> None:
-    """Writes what is left of every dataset to choose from."""
+    """Writes the subset of every dataset in `datasets`."""
     settings = {key: value for key, value in fixed_values(config).items() if key != "output"}
     preparation = {"command": "find_duplicates", "config": settings}
     for number, folder in enumerate(config.datasets):
         bitmap = is_left[datasets.starts[number] : datasets.starts[number + 1]]
         subset = Subset.from_bitmap(datasets.infos[number], bitmap, preparation=preparation)
-        subset.write(subset_path(config, folder))
+        subset.write(subset_path(config.output, folder))
 
 
-def subset_path(config: FindDuplicates, dataset: Path) -> Path:
-    """Where the subset of a dataset is written."""
-    return config.output / f"{dataset.resolve().name}.subset"
+def subset_path(output: Path, dataset: Path) -> Path:
+    """Returns the path of the subset of a dataset."""
+    return output / f"{dataset.resolve().name}.subset"
 
 
 def check_config(config: FindDuplicates) -> None:
-    """
+    """Checks the settings and the output folder.
+
     Raises:
-        ConfigError: the output cannot be written, or settings do not fit together.
+        ConfigError: if the output is not writable, or settings are inconsistent.
     """
     check_output_folder(config.output, key="output")
-    paths = [subset_path(config, folder) for folder in config.datasets]
+    paths = [subset_path(config.output, folder) for folder in config.datasets]
     repeated = sorted({path.name for path in paths if paths.count(path) > 1})
     if repeated:
         raise ConfigError(
-            f"datasets: {repeated[0]} would be written for two of them; give their folders "
-            "different names, or look for duplicates in turn"
+            f"datasets: {repeated[0]} would be written for two of them; rename one of the folders, "
+            "or run find_duplicates once for each"
         )
     if not methods_of(config):
         raise ConfigError("expected exact, near_media, near_captions or semantic, found none")
@@ -152,7 +182,7 @@ def check_config(config: FindDuplicates) -> None:
 
 
 def dry_run(config: FindDuplicates) -> None:
-    """Checks what can be checked without looking at the samples, and prints what would be done."""
+    """Checks settings and datasets without reading samples, and prints the plan."""
     check_config(config)
     datasets = JoinedDatasets(config.datasets, against=config.against)
     num_against = len(datasets) - datasets.num_queries
@@ -164,7 +194,7 @@ def dry_run(config: FindDuplicates) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(FindDuplicates, run=find_duplicates, dry_run=dry_run, description=__doc__)
 
 

@@ -1,14 +1,14 @@
-"""Chooses samples of a dataset by their columns, scores and duplicates, without copying them.
+"""Selects samples of a dataset by columns, scores and duplicates, without copying them.
 
     python -m data_prep.make_subset configs/data_prep/subset.yaml where="width >= 32"
 
 1. the columns of every sample: shard Parquets, joined with scores  data_prep.selection.sample_table
-2. `where`: a condition on them, which NULL does not fulfil            data_prep.selection.pool
-3. `top`: of what is left, the best part by one column
-4. `drop`: of what is left, what find_duplicates found to be repeated
+2. `where`: keeps samples that fulfil a condition; NULL does not      data_prep.selection.pool
+3. `top`: of these, keeps the best fraction by one column
+4. `drop`: of these, removes the duplicates that find_duplicates found
 
-The result is a .subset file, which training and evaluation take beside the dataset. --dry-run does
-everything but write it.
+The result is a .subset file, which training and evaluation take in addition to the dataset.
+--dry-run does everything except writing it.
 """
 
 from __future__ import annotations
@@ -39,45 +39,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The samples chosen, and how many each step kept."""
+class Selection:
+    """The selected samples, and the counts of each step."""
 
     info: DatasetInfo
     bitmap: np.ndarray  # bool [num_samples]
     steps: list[Step]
-    notes: list[str]  # what was joined
+    notes: list[str]  # the joined scores and embeddings, in words
 
 
 def make_subset(config: MakeSubset) -> None:
-    """Writes the subset and prints what each step kept.
+    """Writes the subset and prints how many samples each step kept.
 
     Raises:
-        InputError: the dataset, a score, the condition or what is dropped cannot be used, or
-            nothing is left.
+        InputError: if the dataset, a score, the condition or a table of duplicates is invalid, or
+            no sample is left.
     """
     check_output_folder(config.output.parent, key="output")
-    choice = choose_samples(config)
-    say(describe(choice))
-    kept = [[step.name, step.num_kept] for step in choice.steps]
+    selection = choose_samples(config)
+    say(describe(selection))
+    kept = [[step.name, step.num_kept] for step in selection.steps]
     settings = {key: value for key, value in fixed_values(config).items() if key != "output"}
     preparation = {"command": "make_subset", "config": settings, "kept": kept}
-    subset = Subset.from_bitmap(choice.info, choice.bitmap, preparation=preparation)
+    subset = Subset.from_bitmap(selection.info, selection.bitmap, preparation=preparation)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     subset.write(config.output)
     say(f"{config.output}: fingerprint {subset.fingerprint}")
 
 
 def dry_run(config: MakeSubset) -> None:
-    """Does everything but write, and prints what each step would keep."""
+    """Selects samples without writing, and prints how many samples each step would keep."""
     check_output_folder(config.output.parent, key="output")
     say(describe(choose_samples(config)))
 
 
-def choose_samples(config: MakeSubset) -> Choice:
-    """The samples that a config keeps.
+def choose_samples(config: MakeSubset) -> Selection:
+    """Selects the samples that a config keeps.
 
     Raises:
-        InputError: as make_subset.
+        InputError: as `make_subset`.
     """
     with (
         tempfile.TemporaryDirectory(prefix="isopair-") as downloads,
@@ -98,24 +98,24 @@ def choose_samples(config: MakeSubset) -> Choice:
         steps += [pool.drop_duplicates(path) for path in config.drop]
         if steps[-1].num_kept == 0:
             raise InputError(f"no sample is left:\n{format_steps(steps)}")
-        return Choice(table.info, pool.bitmap(), steps, table.notes)
+        return Selection(table.info, pool.bitmap(), steps, table.notes)
 
 
 def forbid_other_files(connection: DuckDBPyConnection, files: list[Path]) -> None:
-    """Takes from the database every file but these, the network, and the way back."""
+    """Restricts the database to these files, irrevocably; network access is disabled, too."""
     connection.execute(f"SET allowed_paths = {files_literal(files)}")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
 
-def describe(choice: Choice) -> str:
-    """What was joined, and a table of the steps."""
-    return "\n".join([*choice.notes, format_steps(choice.steps)])
+def describe(selection: Selection) -> str:
+    """Describes the joined files and the steps."""
+    return "\n".join([*selection.notes, format_steps(selection.steps)])
 
 
 def format_steps(steps: list[Step]) -> str:
-    """A table of steps: what each kept, and what it did not."""
-    rows = [("step", "kept", "not kept", "for want of a value")]
+    """Formats a table of steps with the numbers of kept and removed samples."""
+    rows = [("step", "kept", "not kept", "value missing")]
     for before, step in zip([steps[0], *steps], steps, strict=False):
         lost = before.num_kept - step.num_kept
         numbers = (step.num_kept, lost, step.num_without_value)
@@ -127,7 +127,7 @@ def format_steps(steps: list[Step]) -> str:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(MakeSubset, run=make_subset, dry_run=dry_run, description=__doc__)
 
 

@@ -1,9 +1,9 @@
-"""The parts of a picture that a cropped copy may show, seen through its thumbnail.
+"""Perceptual hashes of parts of an image, computed from its thumbnail, to find cropped copies.
 
-A perceptual hash does not survive the loss of a tenth of a picture. But a cropped copy's hash is
-near the hash of the part that it shows, and that can be computed from the thumbnail: 36 windows,
-which cut nothing, 5 % or 10 % off each side, and at most 10 % off opposite sides together, are near
-enough to every crop of up to 10 %.
+A perceptual hash does not survive the loss of a tenth of an image. But the hash of a cropped copy
+is close to the hash of the part that it shows. The thumbnail suffices to compute that hash. The 36
+windows cut 0, 5 or 10 % off each side and at most 10 % off opposite sides together. Every crop
+of up to 10 % is close enough to one of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from data_prep.media.image_fingerprint import (
     SIGNATURE_BYTES,
 )
 
-CUTS = (0.0, 0.05, 0.1)  # share of the height or width
-MAX_CUT = 0.1  # off both opposite sides together
-FINE_PER_CELL = 64  # steps in which a window's edge cuts a pixel of the thumbnail
-PICTURES_AT_ONCE = 1024
+CUTS = (0.0, 0.05, 0.1)  # fraction of the height or width
+MAX_CUT = 0.1  # off opposite sides together
+FINE_PER_CELL = 64  # sub-pixel resolution of a window's edges
+IMAGES_AT_ONCE = 1024
 
 
 def axis_windows(cuts: np.ndarray | tuple[float, ...], max_cut: float) -> list[tuple[float, float]]:
-    """(start, end) of every window along one side, in shares of it; the whole is the first."""
+    """Returns (start, end) of every window along an axis, as fractions; the first is the whole."""
     return [
         (first, 1 - last)
         for first, last in itertools.product(cuts, cuts)
@@ -37,13 +37,13 @@ def axis_windows(cuts: np.ndarray | tuple[float, ...], max_cut: float) -> list[t
 
 AXIS_WINDOWS = axis_windows(CUTS, MAX_CUT)
 NUM_WINDOWS = len(AXIS_WINDOWS) ** 2  # window n: n // 6 of the height, n % 6 of the width
-PLACES = FREQUENCIES[0] * NUM_FREQUENCIES + FREQUENCIES[1]
+FREQUENCY_INDICES = FREQUENCIES[0] * NUM_FREQUENCIES + FREQUENCIES[1]
 
 
 def window_cosines(start: float, end: float) -> np.ndarray:
-    """float32 [NUM_FREQUENCIES, LUMA_SIDE]: the DCT-II's basis over a part of a thumbnail's side.
+    """Computes the DCT-II basis over a window of an axis, float32 [NUM_FREQUENCIES, LUMA_SIDE].
 
-    Each but the first sums to zero, so that a flat part has no frequency.
+    All basis vectors except the first sum to zero, so that a flat window has zero amplitudes.
     """
     fine = (np.arange(LUMA_SIDE * FINE_PER_CELL) + 0.5) / (LUMA_SIDE * FINE_PER_CELL)
     is_inside = (fine >= start) & (fine < end)
@@ -55,22 +55,22 @@ def window_cosines(start: float, end: float) -> np.ndarray:
 
 
 def window_hashes(signatures: np.ndarray, window: int) -> np.ndarray:
-    """uint64 [n]: the perceptual hash of one window of every picture.
+    """Computes the perceptual hash of one window of every image, uint64 [n].
 
     Args:
-        signatures: uint8 [n, SIGNATURE_BYTES], of image_fingerprint.
-        window: 0 to NUM_WINDOWS - 1; 0 is the whole picture.
+        signatures: uint8 [n, SIGNATURE_BYTES], from data_prep.media.image_fingerprint.
+        window: 0 to NUM_WINDOWS - 1; 0 is the whole image.
     """
     assert signatures.shape[1] == SIGNATURE_BYTES
     row, column = divmod(window, len(AXIS_WINDOWS))
     down, across = window_cosines(*AXIS_WINDOWS[row]), window_cosines(*AXIS_WINDOWS[column])
     hashes = np.empty(len(signatures), np.uint64)
-    for first in range(0, len(signatures), PICTURES_AT_ONCE):
-        batch = signatures[first : first + PICTURES_AT_ONCE, : LUMA_SIDE**2]
+    for first in range(0, len(signatures), IMAGES_AT_ONCE):
+        batch = signatures[first : first + IMAGES_AT_ONCE, : LUMA_SIDE**2]
         pixels = batch.reshape(-1, LUMA_SIDE).astype(np.float32)
         half = (pixels @ across.T).reshape(len(batch), LUMA_SIDE, NUM_FREQUENCIES)
         amplitudes = (down @ half).reshape(len(batch), -1)  # [n, 81]
-        bits = np.take(amplitudes > MIN_AMPLITUDE, PLACES, axis=1)  # [n, 64]
+        bits = np.take(amplitudes > MIN_AMPLITUDE, FREQUENCY_INDICES, axis=1)  # [n, 64]
         packed = np.packbits(bits, axis=1, bitorder="little")
-        hashes[first : first + PICTURES_AT_ONCE] = packed.view("<u8")[:, 0]
+        hashes[first : first + IMAGES_AT_ONCE] = packed.view("<u8")[:, 0]
     return hashes

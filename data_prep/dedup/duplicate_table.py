@@ -1,8 +1,8 @@
-"""duplicates.parquet: every sample that is in a group, and what it is like.
+"""duplicates.parquet: every sample that belongs to a group, and the sample that it matches.
 
-A row is a sample in a group of one method. Groups are numbered through all methods. `match_*` names
-the sample that a dropped one is like, directly; they are empty for those that are kept. The file's
-metadata name the datasets that were compared, with their fingerprints.
+Each row is a sample in a group of one method. Group numbers are unique across methods. The columns
+`match_*` name the similar sample that causes a drop; they are null for kept samples. The metadata
+of the file name the compared datasets with their fingerprints.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from data_prep.storage.atomic import write_atomically
 DATASETS_KEY = b"isopair.datasets"
 SCHEMA = pyarrow.schema(
     [
-        ("dataset", pyarrow.string()),  # folder, as the config gave it
-        ("ordinal", pyarrow.int64()),  # place in the dataset
+        ("dataset", pyarrow.string()),  # folder, as in the config
+        ("ordinal", pyarrow.int64()),  # index in the dataset
         ("key", pyarrow.string()),
         ("uid", pyarrow.string()),
         ("group", pyarrow.int64()),
@@ -42,12 +42,12 @@ SCHEMA = pyarrow.schema(
 
 
 def write_table(path: Path, datasets: JoinedDatasets, found: Mapping[str, GroupedSamples]) -> None:
-    """Writes the groups of every method, whole or not at all.
+    """Writes the groups of every method atomically.
 
     Args:
-        path: of the Parquet.
-        datasets: whose samples they are.
-        found: method -> its groups.
+        path: path of the Parquet file.
+        datasets: compared datasets.
+        found: method -> groups.
     """
     named = np.unique(np.concatenate([[], *(groups.sample for groups in found.values())])).astype(
         np.int64
@@ -70,33 +70,36 @@ def write_table(path: Path, datasets: JoinedDatasets, found: Mapping[str, Groupe
 
 
 def name_in_table(path: Path, *, dataset: Path, info: DatasetInfo) -> str:
-    """How a table calls a dataset: its folder, as it was given to find_duplicates.
+    """Returns the name of a dataset in a table: its folder, as given to find_duplicates.
 
     Raises:
-        InputError: the file is no table of find_duplicates, or not over this dataset as it is now.
+        InputError: if the file is not a table of find_duplicates, or does not cover this version
+            of the dataset.
     """
     try:
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
     except FileNotFoundError:
         raise InputError(
-            f"{path}: expected what python -m data_prep.find_duplicates wrote, found no such file"
+            f"{path}: expected a table of python -m data_prep.find_duplicates, found no such file"
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not readable as Parquet: {error}") from None
     if DATASETS_KEY not in metadata:
-        raise InputError(f"{path}: expected a duplicates.parquet of find_duplicates, found another")
+        raise InputError(
+            f"{path}: expected a duplicates.parquet of find_duplicates, found a different file"
+        )
     fingerprints = json.loads(metadata[DATASETS_KEY])
     for name, fingerprint in fingerprints.items():
         if fingerprint == info.fingerprint:
             return name
     raise InputError(
-        f"{path}: was made from {', '.join(fingerprints)}, and not from {dataset} as it is now "
-        f"(fingerprint {info.fingerprint[:12]}); run find_duplicates over it"
+        f"{path}: was made from {', '.join(fingerprints)}, and not from the current {dataset} "
+        f"(fingerprint {info.fingerprint[:12]}); run find_duplicates on it"
     )
 
 
 def _names_of(datasets: JoinedDatasets, samples: np.ndarray) -> pyarrow.Table:
-    """The columns key and uid of samples in ascending order."""
+    """Reads the columns key and uid of samples, which are in ascending order."""
     schema = pyarrow.schema([SCHEMA.field("key"), SCHEMA.field("uid")])
     tables = [schema.empty_table()]
     for start, table in datasets.tables(["key", "uid"]):
@@ -120,7 +123,7 @@ def _rows(
     own = names.take(np.searchsorted(named, groups.sample))
     match = np.where(groups.is_kept, 0, groups.match)
     match_number, match_ordinal = datasets.locate(match)
-    match_place = np.where(groups.is_kept, 0, np.searchsorted(named, match))
+    match_index = np.where(groups.is_kept, 0, np.searchsorted(named, match))
     hidden = groups.is_kept
 
     def of_match(column: pyarrow.Array | pyarrow.ChunkedArray) -> pyarrow.Array:
@@ -138,7 +141,7 @@ def _rows(
         "kept": pyarrow.array(groups.is_kept),
         "match_dataset": of_match(folders.take(pyarrow.array(match_number))),
         "match_ordinal": of_match(pyarrow.array(match_ordinal)),
-        "match_key": of_match(names["key"].take(match_place)),
+        "match_key": of_match(names["key"].take(match_index)),
         "similarity": of_match(pyarrow.array(groups.similarity.astype(np.float64))),
     }
     return pyarrow.table(columns, schema=SCHEMA)

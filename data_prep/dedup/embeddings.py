@@ -1,4 +1,4 @@
-"""The embeddings of several datasets' media, from the folders that `python -m eval.embed` wrote."""
+"""Media embeddings of several datasets, read from output folders of `python -m eval.embed`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from data_prep.shards.parquet import read_shard_parquet
 if TYPE_CHECKING:
     import pyarrow
 
-ORIGIN = ("checkpoint", "transform", "embed_dim")  # that the folders must have in common
-LONGEST_ERROR = 1e-3  # of the length of an embedding, which is 1
+ORIGIN = ("checkpoint", "transform", "embed_dim")  # must be equal in all folders
+MAX_NORM_ERROR = 1e-3  # of an embedding, whose norm should be 1
 
 
 def read_embeddings(
     datasets: JoinedDatasets, folders: Sequence[Path], *, is_left: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The media embeddings of the samples that are left, but for those that have none.
+    """Reads the media embeddings of the remaining samples; samples without one are skipped.
 
     Args:
-        datasets: to which they belong.
-        folders: of the embeddings of each dataset, in the same order.
-        is_left: bool [samples].
-        path: of a temporary file; the result reads it.
+        datasets: datasets of the samples.
+        folders: folder of embeddings of each dataset, in the same order.
+        is_left: bool [samples], whether a sample remains.
+        path: path of a temporary file, which backs the result.
 
     Returns:
-        float32 [n, D], L2-normalised, and int64 [n], the samples in ascending order.
+        (float32 [n, D], L2-normalised; int64 [n], samples in ascending order)
 
     Raises:
-        InputError: a folder is unfinished, is damaged, or does not belong to its dataset; or the
-            embeddings are of several checkpoints, and cannot be compared.
+        InputError: if a folder is unfinished or damaged, or does not belong to its dataset. Also if
+            the embeddings are from several checkpoints and thus not comparable.
     """
     if len(folders) != len(datasets.folders):
         raise InputError(
@@ -55,16 +55,16 @@ def read_embeddings(
     ]
     with path.open("wb") as file:
         for row, (start, table) in zip(rows, datasets.tables(["key"]), strict=True):
-            embeddings, places = _read_shard(row, table["key"], dim)
-            is_chosen = is_left[start + places]
+            embeddings, positions = _read_shard(row, table["key"], dim)
+            is_chosen = is_left[start + positions]
             embeddings[is_chosen].tofile(file)
-            samples.append(start + places[is_chosen])
+            samples.append(start + positions[is_chosen])
     sample = np.concatenate(samples)
     return mapped_file(path, np.float32, (len(sample), dim)), sample
 
 
 def _check_origins(folders: Sequence[Path]) -> int:
-    """The width of the embeddings, which must all be by the same checkpoint."""
+    """Checks that all embeddings are from one checkpoint, and returns their width."""
     first: dict[str, Any] = json.loads((folders[0] / "embeddings.json").read_text("utf-8"))
     for folder in folders[1:]:
         record = json.loads((folder / "embeddings.json").read_text("utf-8"))
@@ -78,32 +78,32 @@ def _check_origins(folders: Sequence[Path]) -> int:
 
 
 def _read_shard(path: Path, keys: pyarrow.ChunkedArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 [n, D], int64 [n] places in the shard)
+    """Returns (embeddings, float32 [n, D]; their positions in the shard, int64 [n]).
 
     Args:
-        path: of the shard's embeddings.
-        keys: of all samples of the shard.
+        path: Parquet file of the shard's embeddings.
+        keys: keys of all samples of the shard.
         dim: width of the embeddings.
     """
     import pyarrow.compute
 
     table = read_shard_parquet(path, columns=["key", "media_embedding"])
-    places = pyarrow.compute.index_in(table["key"], value_set=keys.combine_chunks())
-    if places.null_count or not _is_ascending(places.to_numpy()):
+    positions = pyarrow.compute.index_in(table["key"], value_set=keys.combine_chunks())
+    if positions.null_count or not _is_ascending(positions.to_numpy()):
         raise InputError(
-            f"{path}: expected rows of the shard's samples in their order, found others; make the "
-            "embeddings again with python -m eval.embed"
+            f"{path}: expected rows of the shard's samples in order, found others; recreate the "
+            "embeddings with python -m eval.embed"
         )
     flat = table["media_embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     embeddings = flat.astype(np.float32, copy=False).reshape(table.num_rows, dim)
     lengths = np.linalg.norm(embeddings, axis=1)
-    if len(lengths) and not np.abs(lengths - 1).max() < LONGEST_ERROR:
+    if len(lengths) and not np.abs(lengths - 1).max() < MAX_NORM_ERROR:
         raise InputError(
             f"{path}: expected L2-normalised embeddings, found lengths from {lengths.min():g} to "
-            f"{lengths.max():g}; make them again with python -m eval.embed"
+            f"{lengths.max():g}; recreate them with python -m eval.embed"
         )
-    return embeddings, places.to_numpy().astype(np.int64)
+    return embeddings, positions.to_numpy().astype(np.int64)
 
 
-def _is_ascending(places: np.ndarray) -> bool:
-    return bool((np.diff(places) > 0).all())
+def _is_ascending(positions: np.ndarray) -> bool:
+    return bool((np.diff(positions) > 0).all())

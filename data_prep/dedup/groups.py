@@ -1,7 +1,7 @@
 """Groups of similar samples, built from pairs, and the choice of the sample that each group keeps.
 
-Similarity is chained: if a is similar to b, and b to c, all three form one group, however little a
-and c resemble each other. Thresholds should be strict enough for that.
+Similarity is chained: if a is similar to b, and b to c, all three form one group, even if a and c
+are dissimilar. Thresholds should be strict enough for that.
 
 Query samples (those to choose from) come first, evaluation samples (those to decontaminate
 against) after them. A group with evaluation samples keeps these and nothing else. Any other group
@@ -31,7 +31,7 @@ class GroupedSamples:
     sample: np.ndarray  # int64 [n]
     group: np.ndarray  # int64 [n], from 0
     is_kept: np.ndarray  # bool [n]
-    match: np.ndarray  # int64 [n]: similar sample because of which it is dropped; -1 if kept
+    match: np.ndarray  # int64 [n]: similar sample that causes the drop; -1 if kept
     similarity: np.ndarray  # float32 [n]: to the match; NaN if kept
 
 

@@ -1,13 +1,14 @@
-"""Pairs of 64-bit hashes that differ in few bits, without comparing all with all.
+"""Search for pairs of 64-bit hashes within a Hamming distance, without comparing all pairs.
 
-A hash is cut into bands. Two hashes that differ in at most r bits differ in some band in at most
-its share of r (the pigeonhole principle), so that it is enough to look, for each band and each
-choice of that few bits to flip, for hashes whose bands then are equal:
+Hashes are divided into bands, and a distance of r bits is divided among the bands. By the
+pigeonhole principle, two hashes within the distance differ in some band by at most its part. It is
+therefore enough to flip every choice of that many bits in each band, and to look for hashes with an
+equal band:
 
     exact_bands        bands that miss no pair within a distance
     near_pairs         pairs that agree in one of the bands, and are within the distance
 
-Everything is sorting and counting in numpy: a million hashes take seconds, and memory is bounded.
+The implementation sorts and counts with numpy: a million hashes take seconds, in bounded memory.
 """
 
 from __future__ import annotations
@@ -19,61 +20,61 @@ from dataclasses import dataclass
 import numpy as np
 
 HASH_BITS = 64
-NUM_BANDS = 3  # of 21 and 22 bits: a band of a million hashes is then seldom shared by chance
+NUM_BANDS = 3  # of 21 or 22 bits; among a million hashes, bands are rarely equal by chance
 PAIRS_AT_ONCE = 1 << 20  # bounds the memory
-QUERIES_AT_ONCE = 1 << 15  # whose places in the table stay in the processor's cache
+QUERIES_AT_ONCE = 1 << 15  # so that their table entries stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Band:
-    """Some neighbouring bits of a hash, and in how many of them two hashes may differ."""
+    """A range of bits of a hash, and the number of them that may differ."""
 
     first_bit: int
     num_bits: int
     max_flips: int
 
     def keys_of(self, hashes: np.ndarray) -> np.ndarray:
-        """int64 [n]: the band of uint64 [n]."""
+        """Extracts the band, int64 [n], of hashes uint64 [n]."""
         mask = np.uint64((1 << self.num_bits) - 1)
         return ((hashes >> np.uint64(self.first_bit)) & mask).astype(np.int64)
 
     def flips(self) -> Iterator[int]:
-        """Every choice of at most `max_flips` bits of the band, as a number to XOR with."""
+        """Yields every choice of at most `max_flips` bits of the band, as a mask for XOR."""
         for number in range(self.max_flips + 1):
             for bits in itertools.combinations(range(self.num_bits), number):
                 yield sum(1 << bit for bit in bits)
 
 
 def exact_bands(max_distance: int) -> list[Band]:
-    """Bands such that any two hashes within the distance agree in one of them.
+    """Builds bands such that any two hashes within the distance agree in at least one.
 
-    If the bands allow r_1, r_2, ... flips, only pairs with r_1 + 1 + r_2 + 1 + ... different bits
-    can escape; so these need only be max_distance + 1 in sum.
+    If the bands allow r_1, r_2, ... flips, a missed pair differs in at least
+    (r_1 + 1) + (r_2 + 1) + ... bits; this sum must be max_distance + 1.
     """
     edges = [HASH_BITS * number // NUM_BANDS for number in range(NUM_BANDS + 1)]
     total = max_distance + 1 - NUM_BANDS
-    shares = [(total + number) // NUM_BANDS for number in range(NUM_BANDS)]
+    flips = [(total + number) // NUM_BANDS for number in range(NUM_BANDS)]
     return [
-        Band(first, end - first, share)
-        for first, end, share in zip(edges[:-1], edges[1:], shares, strict=True)
-        if share >= 0
+        Band(first, end - first, max_flips)
+        for first, end, max_flips in zip(edges[:-1], edges[1:], flips, strict=True)
+        if max_flips >= 0
     ]
 
 
 def near_pairs(
     queries: np.ndarray, hashes: np.ndarray, *, max_distance: int, bands: Sequence[Band]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pairs of a query and a hash that agree in a band and are within a distance, once each.
+    """Finds all pairs of a query and a hash that agree in a band and are within a distance.
 
     Args:
         queries: uint64 [n].
         hashes: uint64 [m].
-        max_distance: bits in which the two may differ.
-        bands: where to look; with exact_bands(max_distance) no pair is missed.
+        max_distance: number of bits that may differ.
+        bands: bands to search; exact_bands(max_distance) misses no pair.
 
     Yields:
-        (int64 [pairs] places of queries, int64 [pairs] places of hashes), in pieces of a bounded
-        size; the same pieces in the same order each time.
+        (int64 [pairs] indices of queries, int64 [pairs] indices of hashes), in chunks of bounded
+        size and reproducible order. Each pair occurs once.
     """
     for number, band in enumerate(bands):
         query_order = np.argsort(band.keys_of(queries), kind="stable")
@@ -82,7 +83,7 @@ def near_pairs(
         for left, right in _pairs_of_band(sorted_queries, sorted_hashes, band):
             different = sorted_queries[left] ^ sorted_hashes[right]
             near = np.flatnonzero(np.bitwise_count(different) <= max_distance)
-            for earlier in bands[:number]:  # found there already
+            for earlier in bands[:number]:  # these bands have yielded the pair already
                 flips = np.bitwise_count(earlier.keys_of(different[near]))
                 near = near[flips > earlier.max_flips]
             if len(near):
@@ -92,9 +93,9 @@ def near_pairs(
 def _pairs_of_band(
     queries: np.ndarray, hashes: np.ndarray, band: Band
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every pair whose bands differ in at most the band's number of flips, once.
+    """Yields every pair whose bands differ in at most `max_flips` bits, once.
 
-    Both are sorted by the band: neighbours then look at neighbouring places of the table.
+    Both arrays are sorted by the band, so that table accesses are local.
     """
     starts = np.zeros((1 << band.num_bits) + 1, np.int32)
     counts = np.bincount(band.keys_of(hashes), minlength=1 << band.num_bits)

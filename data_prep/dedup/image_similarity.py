@@ -1,9 +1,9 @@
-"""How alike two pictures are, by their thumbnails: also where one is a crop of the other.
+"""Similarity of images by their thumbnails, also if one image is a crop of the other.
 
-The part that a crop shows is found by trying windows of the other picture, along one side and then
-along the other. Then the least alike quarter decides, so that another object or digit is a
-difference; it is compared by correlation, and by what a factor on the contrast does not explain.
-Colour is compared apart, after a factor on its saturation.
+The part that a crop shows is found by trying windows of the other image, along one axis and then
+along the other. The least similar quarter decides, so that a different object or digit counts as a
+difference. It is compared by correlation, and by the difference that remains after fitting the
+contrast. Color is compared separately, after fitting the saturation.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from data_prep.dedup.crop_windows import AXIS_WINDOWS, FINE_PER_CELL, axis_windows
 from data_prep.media.image_fingerprint import CHROMA_SIDE, LUMA_SIDE
 
-FINE_CUTS = tuple(number / 60 for number in range(8))  # shares of a side that a crop may have lost
+FINE_CUTS = tuple(number / 60 for number in range(8))  # fractions of a side that a crop may lack
 MAX_FINE_CUT = 0.12
 NUM_SWEEPS = 2
-NOISE = 10.0  # levels of 255: where pictures vary less, they are alike
+NOISE = 10.0  # levels of 255; variation below it counts as none
 QUARTERS = [(slice(top, top + 8), slice(left, left + 8)) for top in (0, 4, 8) for left in (0, 4, 8)]
-MAX_GAIN = 1.5  # of contrast and of saturation, and 1 / MAX_GAIN at least
-# Mean squared differences, in levels of 255, that are no likeness at all.
+MAX_GAIN = 1.5  # of contrast and of saturation; at least 1 / MAX_GAIN
+# Mean squared differences, in levels of 255, at which the similarity is 0.
 LUMA_SCALE, CHROMA_SCALE = 1500.0, 1000.0
-MAX_SHIFT = 48.0  # levels of 255 by which the brightness of the same picture may differ
+MAX_SHIFT = 48.0  # levels of 255 by which the brightness of equal images may differ
 PAIRS_AT_ONCE = 512
 
 
 def _resampling(side: int, start: float, end: float) -> np.ndarray:
-    """float32 [side, side]: from a thumbnail's side to that of its part from start to end."""
+    """Returns a matrix, float32 [side, side], that resamples an axis to its window."""
     fine = (np.arange(side * FINE_PER_CELL) + 0.5) / (side * FINE_PER_CELL)
     source = ((start + fine * (end - start)) * side).astype(np.int64)
     matrix = np.zeros((side, side), np.float32)
@@ -35,7 +35,7 @@ def _resampling(side: int, start: float, end: float) -> np.ndarray:
 
 
 def _blur() -> np.ndarray:
-    """float32 [side, side]: every pixel with a quarter of each neighbour; the edge's stay."""
+    """Returns a matrix, float32 [side, side], that blurs an axis with weights 1/4, 1/2, 1/4."""
     near = np.eye(LUMA_SIDE, dtype=np.float32)
     padded = np.pad(near, ((1, 1), (0, 0)), mode="edge")
     return (padded[:-2] + 2 * near + padded[2:]) / 4
@@ -51,13 +51,13 @@ BLUR = _blur()
 def image_similarity(
     crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, windows: np.ndarray
 ) -> np.ndarray:
-    """float32 [pairs]: at most 1, which is for equal pictures.
+    """Computes the similarity of pairs, float32 [pairs]; it is 1 for equal images.
 
     Args:
-        crops: uint8 [pairs, SIGNATURE_BYTES]: signatures of what may be a part of the other.
-        wholes: uint8 [pairs, SIGNATURE_BYTES].
-        is_mirrored: bool [pairs]: is the first picture to be mirrored?
-        windows: int [pairs]: roughly the part, as a number of crop_windows.
+        crops: uint8 [pairs, SIGNATURE_BYTES], signatures of images that may be crops.
+        wholes: uint8 [pairs, SIGNATURE_BYTES], signatures of the other images.
+        is_mirrored: bool [pairs], whether to mirror the first image.
+        windows: int [pairs], windows of `crop_windows` at which to start the alignment.
     """
     similarity = np.empty(len(crops), np.float32)
     for first in range(0, len(crops), PAIRS_AT_ONCE):
@@ -80,7 +80,14 @@ def image_similarity(
 def rough_similarity(
     crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, window: int
 ) -> np.ndarray:
-    """float32 [pairs]: correlation of brightness with one window; args as image_similarity."""
+    """Returns correlations of brightness between crops and a window of the wholes, float32 [pairs].
+
+    Args:
+        crops: uint8 [pairs, SIGNATURE_BYTES].
+        wholes: uint8 [pairs, SIGNATURE_BYTES].
+        is_mirrored: bool [pairs], whether to mirror the first image.
+        window: window of `crop_windows`.
+    """
     luma, whole_luma = _luma(crops, is_mirrored), _luma(wholes, np.zeros(len(wholes), bool))
     row, column = divmod(window, len(AXIS_WINDOWS))
     seen = (FIRST_WINDOWS[row] @ whole_luma) @ FIRST_WINDOWS[column].T
@@ -89,11 +96,12 @@ def rough_similarity(
 
 
 def plain_similarity(left: np.ndarray, right: np.ndarray, *, is_mirrored: np.ndarray) -> np.ndarray:
-    """float32 [pairs]: as image_similarity, of pictures that are not cropped.
+    """Computes the similarity of pairs without crops, float32 [pairs].
 
     Args:
-        left, right: uint8 [pairs, SIGNATURE_BYTES].
-        is_mirrored: bool [pairs].
+        left: uint8 [pairs, SIGNATURE_BYTES].
+        right: uint8 [pairs, SIGNATURE_BYTES].
+        is_mirrored: bool [pairs], whether to mirror the left image.
     """
     luma, chroma = _planes(left, is_mirrored)
     other_luma, other_chroma = _planes(right, np.zeros(len(right), bool))
@@ -101,19 +109,19 @@ def plain_similarity(left: np.ndarray, right: np.ndarray, *, is_mirrored: np.nda
 
 
 def _luma(signatures: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
-    """float32 [n, 16, 16]"""
+    """Returns the brightness, float32 [n, 16, 16]."""
     pixels = signatures[:, : LUMA_SIDE**2].astype(np.float32)
-    return _turned(pixels.reshape(-1, LUMA_SIDE, LUMA_SIDE), is_mirrored)
+    return _mirrored(pixels.reshape(-1, LUMA_SIDE, LUMA_SIDE), is_mirrored)
 
 
 def _planes(signatures: np.ndarray, is_mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(brightness float32 [n, 16, 16], colour differences float32 [n, 2, 8, 8])"""
+    """Returns (brightness, float32 [n, 16, 16]; color differences, float32 [n, 2, 8, 8])."""
     chroma = signatures[:, LUMA_SIDE**2 :].astype(np.float32) - 128
-    chroma = _turned(chroma.reshape(-1, 2, CHROMA_SIDE, CHROMA_SIDE), is_mirrored)
+    chroma = _mirrored(chroma.reshape(-1, 2, CHROMA_SIDE, CHROMA_SIDE), is_mirrored)
     return _luma(signatures, is_mirrored), chroma
 
 
-def _turned(planes: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
+def _mirrored(planes: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
     planes[is_mirrored] = planes[is_mirrored][..., ::-1]
     return planes
 
@@ -121,11 +129,15 @@ def _turned(planes: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
 def _aligned(
     crops: np.ndarray, wholes: np.ndarray, first_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, columns): the numbers of FINE_WINDOWS in which the whole is most like the crop.
+    """Finds the windows in which the whole is most similar to the crop.
 
     Args:
-        crops, wholes: float32 [pairs, 16, 16].
-        first_rows: int [pairs]: number of AXIS_WINDOWS along the height, to begin with.
+        crops: float32 [pairs, 16, 16].
+        wholes: float32 [pairs, 16, 16].
+        first_rows: int [pairs], indices into AXIS_WINDOWS, initial windows along the height.
+
+    Returns:
+        (rows, columns), indices into FINE_WINDOWS, int [pairs] each.
     """
     by_rows = FIRST_WINDOWS[first_rows] @ wholes
     for _ in range(NUM_SWEEPS):
@@ -137,7 +149,7 @@ def _aligned(
 
 
 def _best_columns(crops: np.ndarray, wholes: np.ndarray) -> np.ndarray:
-    """Int [pairs]: the window along the last axis in which the correlation is highest."""
+    """Returns the windows along the last axis with the highest correlation, int [pairs]."""
     num, num_windows = len(crops), len(LUMA_WINDOWS)
     flat = LUMA_WINDOWS.reshape(-1, LUMA_SIDE)  # [windows * 16, 16]
     seen = wholes.reshape(-1, LUMA_SIDE) @ flat.T  # [pairs * 16, windows * 16]
@@ -150,7 +162,7 @@ def _best_columns(crops: np.ndarray, wholes: np.ndarray) -> np.ndarray:
 
 
 def _luma_similarity(crops: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """By the least alike quarter; of float32 [pairs, 16, 16]."""
+    """Computes the similarity of the least similar quarter; inputs are float32 [pairs, 16, 16]."""
     shift = np.abs(crops.mean(axis=(1, 2)) - seen.mean(axis=(1, 2)))
     crops, seen = BLUR @ crops @ BLUR.T, BLUR @ seen @ BLUR.T
     worst = np.ones(len(crops), np.float32)
@@ -164,12 +176,12 @@ def _luma_similarity(crops: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    """[pairs, values] less the mean of each row."""
+    """Subtracts the mean of each row from [pairs, values]."""
     return values - values.mean(axis=1, keepdims=True)
 
 
 def _correlation(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[pairs] of centred [pairs, values]; what varies less than NOISE correlates well."""
+    """Correlates centred [pairs, values]; rows that vary less than NOISE correlate well."""
     noise = NOISE**2 * left.shape[1]
     covariance = np.einsum("pv,pv->p", left, right) + noise
     variances = [np.einsum("pv,pv->p", values, values) + noise for values in (left, right)]
@@ -177,7 +189,7 @@ def _correlation(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _mean_square_difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[pairs] of [pairs, values]: what is left after the best factor on the second."""
+    """Returns the mean squared difference, [pairs], after scaling the second by the best factor."""
     covariance = np.einsum("pv,pv->p", left, right) + 1
     energy = np.einsum("pv,pv->p", right, right) + 1
     gain = np.clip(covariance / energy, 1 / MAX_GAIN, MAX_GAIN)
@@ -186,6 +198,6 @@ def _mean_square_difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _chroma_similarity(crops: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """By the difference that no factor on the saturation explains; of float32 [pairs, 2, 8, 8]."""
+    """Compares colors after fitting the saturation; inputs are float32 [pairs, 2, 8, 8]."""
     left, right = crops.reshape(len(crops), -1), seen.reshape(len(seen), -1)
     return 1 - 2 * _mean_square_difference(left, right) / CHROMA_SCALE

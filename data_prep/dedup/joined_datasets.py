@@ -1,7 +1,7 @@
-"""Several datasets as one row of samples, and the columns of their Parquet sidecars.
+"""Several datasets as one sequence of samples, and the columns of their Parquet files.
 
-A sample's number is its place when all datasets are laid end to end. What is read of the columns is
-kept in arrays, or, where it is large, in files of a temporary folder that numpy maps.
+A sample's number is its index in the concatenation of all datasets. Columns are read into arrays,
+or, if they are large, into temporary files that numpy maps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MEASURE_ADVICE = "make the Parquets with python -m data_prep.index_shards and me
 
 
 class JoinedDatasets:
-    """Datasets of one kind of media, those to choose from before the evaluation datasets.
+    """Datasets of one kind of media; query datasets come before evaluation datasets.
 
     Args:
-        datasets: folders of those to choose from.
-        against: folders of evaluation datasets.
+        datasets: folders of the query datasets, whose duplicates are dropped.
+        against: folders of the evaluation datasets.
 
     Raises:
-        InputError: a dataset is missing or damaged, stands there twice, or is of another kind.
+        InputError: if a dataset is missing, damaged or duplicate, or the kinds of media differ.
     """
 
     def __init__(self, datasets: Sequence[Path], *, against: Sequence[Path]) -> None:
@@ -38,7 +38,7 @@ class JoinedDatasets:
         files = [read_dataset_files(folder) for folder in self.folders]
         self.infos = [info for info, _ in files]
         self.manifests = [manifest for _, manifest in files]
-        self.num_datasets = len(datasets)  # to choose from
+        self.num_datasets = len(datasets)  # query datasets
         sizes = [info.num_samples for info in self.infos]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._check()
@@ -50,13 +50,13 @@ class JoinedDatasets:
             if info.media != first.media:
                 raise InputError(
                     f"{folder}: expected {first.media} as in {self.folders[0]}, found {info.media};"
-                    " look for duplicates of each kind of media by itself"
+                    " run find_duplicates once for each kind of media"
                 )
             fingerprints = [other.fingerprint for other in self.infos[:number]]
             if info.num_samples and info.fingerprint in fingerprints:
                 raise InputError(
-                    f"{folder}: is the same dataset as "
-                    f"{self.folders[fingerprints.index(info.fingerprint)]}; give it once"
+                    f"{folder}: duplicate of the dataset "
+                    f"{self.folders[fingerprints.index(info.fingerprint)]}; remove one of them"
                 )
 
     def __len__(self) -> int:
@@ -64,20 +64,20 @@ class JoinedDatasets:
 
     @property
     def num_queries(self) -> int:
-        """Samples to choose from; the evaluation samples come after them."""
+        """The number of query samples; the evaluation samples come after them."""
         return int(self.starts[self.num_datasets])
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the dataset, and ordinal in it, of samples int64 [n]."""
+        """Returns the index of the dataset and the ordinal in it for samples int64 [n]."""
         dataset = np.searchsorted(self.starts, samples, side="right") - 1
         return dataset, samples - self.starts[dataset]
 
     def tables(self, columns: Sequence[str]) -> Iterator[tuple[int, pyarrow.Table]]:
-        """(number of its first sample, some columns) of each shard, in order.
+        """Yields (number of the first sample, table of the columns) of each shard, in order.
 
         Raises:
-            InputError: a Parquet is missing, is damaged, has no such column, or has other rows than
-                the shard.
+            InputError: if a Parquet file is missing or damaged, lacks a column, or has the wrong
+                number of rows.
         """
         for folder, manifest, start in zip(
             self.folders, self.manifests, self.starts[:-1].tolist(), strict=True
@@ -112,45 +112,49 @@ def _check_table(
 
 
 def number_column(datasets: JoinedDatasets, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values [samples], bool [samples]: is there one?) of a column of numbers.
+    """Reads a numeric column.
+
+    Returns:
+        (values [samples], bool [samples]: whether the value is not null)
 
     Raises:
-        InputError: as JoinedDatasets.tables.
+        InputError: as `JoinedDatasets.tables`.
     """
-    values, is_there = [], []
+    values, has_value = [], []
     for _, table in datasets.tables([name]):
         column = table[name]
-        is_there.append(column.is_valid().to_numpy())
+        has_value.append(column.is_valid().to_numpy())
         values.append(column.fill_null(0).to_numpy())
     if not values:
         return np.empty(0), np.empty(0, dtype=bool)
-    return np.concatenate(values), np.concatenate(is_there)
+    return np.concatenate(values), np.concatenate(has_value)
 
 
 def binary_column(
     datasets: JoinedDatasets, name: str, *, samples: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of some samples in a column, laid end to end in a file.
+    """Reads a binary column of selected samples into a file.
 
     Args:
-        datasets: to read.
-        name: of the column.
-        samples: bool [samples]: which of them.
-        path: of a temporary file; the result reads it.
+        datasets: datasets to read.
+        name: name of the column.
+        samples: bool [samples], selects samples.
+        path: path of a temporary file, which backs the result.
 
     Returns:
-        uint8 [all bytes]; int64 [chosen samples + 1]: where those of each begin, and a sample that
-        has none has no bytes; bool [samples]: is there a value, also of those that are not chosen?
+        content: uint8, the concatenated values.
+        starts: int64 [selected samples + 1], offsets of the values; nulls are empty.
+        has_value: bool [samples], whether the value is not null, also for samples not selected.
 
     Raises:
-        InputError: as JoinedDatasets.tables.
+        InputError: as `JoinedDatasets.tables`.
     """
     import pyarrow
 
-    lengths, is_there = [np.zeros(1, np.int64)], [np.empty(0, dtype=bool)]
+    lengths, has_value = [np.zeros(1, np.int64)], [np.empty(0, dtype=bool)]
     with path.open("wb") as file:
         for start, table in datasets.tables([name]):
-            is_there.append(table[name].is_valid().to_numpy())
+            has_value.append(table[name].is_valid().to_numpy())
             chosen = pyarrow.array(samples[start : start + table.num_rows])
             for chunk in table[name].filter(chosen).fill_null(b"").chunks:
                 offsets = np.frombuffer(chunk.buffers()[1], np.int32)
@@ -161,11 +165,11 @@ def binary_column(
                 lengths.append(np.diff(offsets).astype(np.int64))
     starts = np.cumsum(np.concatenate(lengths))
     content = mapped_file(path, np.uint8, (int(starts[-1]),))
-    return content, starts, np.concatenate(is_there)
+    return content, starts, np.concatenate(has_value)
 
 
 def mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """What a file holds, as an array that stays on disk."""
+    """Maps a file as an array that stays on disk."""
     if 0 in shape:  # an empty file cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", shape=shape)

@@ -1,13 +1,13 @@
-"""Near-duplicate captions among many, without comparing each with each.
+"""Search for near-duplicate captions, without comparing all pairs.
 
-1. the shingles of each caption                                   data_prep.dedup.shingles
-2. captions of equal sets are one from here on
-3. MinHash: for each of many hash functions, the smallest hash of a set; two sets share it with a
-   probability that equals their Jaccard similarity (Broder 1997)
-4. bands of several of these numbers; captions that share a band are candidates
-5. the exact Jaccard similarity of the candidates decides
+1. The shingles of each caption form a set (data_prep.dedup.shingles).
+2. Captions with equal sets are merged.
+3. MinHash (Broder 1997): for each of many hash functions, the smallest hash of a set is computed.
+   Two sets share it with a probability that equals their Jaccard similarity.
+4. Several MinHashes form a band. Captions that share a band are candidates.
+5. The exact Jaccard similarity of the candidates decides.
 
-Shingles and MinHashes are kept in files, so that memory does not grow with the length of captions.
+Shingles and MinHashes are stored in files, so that memory does not grow with caption length.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ import numpy as np
 from data_prep.dedup.shingles import mixed, shingles_of
 
 SEED = 1997  # of the hash functions
-MIN_RECALL = 0.99  # of candidates, at the least similarity that counts
-NEIGHBOURS = 16  # captions after a caption, of those that share a band, which it is compared with
-FUNCTIONS_AT_ONCE = 32  # bounds the memory, as do the next two
+MIN_RECALL = 0.99  # of candidates, at the similarity threshold
+NEIGHBOURS = 16  # a caption is compared with so many successors that share a band with it
+FUNCTIONS_AT_ONCE = 32  # bounds the memory, like the next two
 CAPTIONS_AT_ONCE = 4096
 PAIRS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class ShingleSets:
-    """The sets of many captions, laid end to end."""
+    """The shingle sets of many captions, concatenated."""
 
     values: np.ndarray  # uint64 [all shingles], sorted within a caption
     starts: np.ndarray  # int64 [captions + 1]
-    min_hashes: np.ndarray  # uint32 [captions, permutations]; 0 where a set is empty
+    min_hashes: np.ndarray  # uint32 [captions, permutations]; 0 for empty sets
 
 
 def near_caption_pairs(
     sets: ShingleSets, *, min_jaccard: float, num_queries: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of captions whose sets of shingles are alike.
+    """Finds pairs of captions with similar sets of shingles.
 
-    Of many captions that are all alike not all pairs are found, but pairs that connect them.
+    For a large group of similar captions, only enough pairs to connect the group are found.
 
     Args:
-        sets: of all captions; those without words match nothing.
-        min_jaccard: least share of the shingles of either that are in both.
-        num_queries: pairs among the captions from this one on are left out; None: none is.
+        sets: sets of all captions; captions without words match nothing.
+        min_jaccard: least Jaccard similarity, |intersection| / |union|.
+        num_queries: pairs among captions from this index on are excluded; None excludes none.
 
     Returns:
         first int64 [m], second int64 [m], similarity float32 [m]: first < second, ordered.
@@ -66,26 +66,26 @@ def near_caption_pairs(
             pairs.append(candidates[is_near])
             similarities.append(similarity[is_near].astype(np.float32))
     joined = np.concatenate(pairs)
-    joined, places = np.unique(joined, axis=0, return_index=True)
-    is_asked = joined[:, 0] < last_query
-    return (*joined[is_asked].T, np.concatenate(similarities)[places][is_asked])
+    joined, indices = np.unique(joined, axis=0, return_index=True)
+    has_query = joined[:, 0] < last_query
+    return (*joined[has_query].T, np.concatenate(similarities)[indices][has_query])
 
 
 def read_shingles(
     batches: Iterable[Sequence[str]], folder: Path, *, shingle_words: int, permutations: int
 ) -> ShingleSets:
-    """The shingles and MinHashes of captions, kept in files of a folder.
+    """Computes the shingles and MinHashes of captions, and stores them in files.
 
     Args:
-        batches: of captions.
-        folder: for temporary files; the result reads them.
-        shingle_words: words in a shingle.
+        batches: batches of captions.
+        folder: folder for temporary files, which back the result.
+        shingle_words: words per shingle.
         permutations: number of hash functions.
     """
     counts = [np.zeros(1, np.int64)]
     values_path, hashes_path = folder / "shingles.bin", folder / "min_hashes.bin"
     with values_path.open("wb") as values_file, hashes_path.open("wb") as hashes_file:
-        for batch in _pieces(batches):
+        for batch in _chunks(batches):
             values, count = shingles_of(batch, shingle_words=shingle_words)
             values.tofile(values_file)
             min_hashes(values, count, permutations=permutations).tofile(hashes_file)
@@ -99,7 +99,7 @@ def read_shingles(
     )
 
 
-def _pieces(batches: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+def _chunks(batches: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
     for batch in batches:
         for start in range(0, len(batch), CAPTIONS_AT_ONCE):
             yield batch[start : start + CAPTIONS_AT_ONCE]
@@ -112,15 +112,15 @@ def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def min_hashes(values: np.ndarray, counts: np.ndarray, *, permutations: int) -> np.ndarray:
-    """The MinHashes of sets.
+    """Computes the MinHashes of sets.
 
     Args:
-        values: uint64 [all], of the sets end to end.
-        counts: int64 [n], how many are each set's.
+        values: uint64 [all], the concatenated sets.
+        counts: int64 [n], sizes of the sets.
         permutations: number of hash functions.
 
     Returns:
-        uint32 [n, permutations]; 0 where a set is empty.
+        uint32 [n, permutations]; 0 for empty sets.
     """
     factors, terms = _hash_functions(permutations)
     result = np.zeros((len(counts), permutations), np.uint32)
@@ -136,15 +136,18 @@ def min_hashes(values: np.ndarray, counts: np.ndarray, *, permutations: int) -> 
 
 
 def _hash_functions(permutations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Odd factors and terms of x -> factor * x + term modulo 2**64, whose upper half serves."""
+    """Returns odd factors and terms of x -> factor * x + term (mod 2**64); bits 32-63 are used."""
     rng = np.random.Generator(np.random.PCG64(SEED))
     factors, terms = rng.integers(0, 2**64, (2, permutations), dtype=np.uint64)
     return factors | np.uint64(1), terms
 
 
 def bands_for(min_jaccard: float, *, permutations: int) -> tuple[int, int]:
-    """(number of bands, MinHashes in each): the longest bands that two sets of the least similarity
-    share at least one of with probability MIN_RECALL."""
+    """Chooses (number of bands, MinHashes per band).
+
+    These are the longest bands such that two sets at the similarity threshold share at least one
+    with probability MIN_RECALL.
+    """
     for num_rows in range(permutations, 1, -1):
         num_bands = permutations // num_rows
         if 1 - (1 - min_jaccard**num_rows) ** num_bands >= MIN_RECALL:
@@ -153,8 +156,8 @@ def bands_for(min_jaccard: float, *, permutations: int) -> tuple[int, int]:
 
 
 def jaccard_of_pairs(sets: ShingleSets, pairs: np.ndarray) -> np.ndarray:
-    """Exact Jaccard similarity, float64 [m], of pairs int64 [m, 2] of captions that have words."""
-    pieces = [np.empty(0)]
+    """Computes the exact Jaccard similarity, float64 [m], of pairs int64 [m, 2] with words."""
+    parts = [np.empty(0)]
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         part = pairs[start : start + PAIRS_AT_ONCE]
         sizes = sets.starts[part + 1] - sets.starts[part]  # [m, 2]
@@ -166,15 +169,15 @@ def jaccard_of_pairs(sets: ShingleSets, pairs: np.ndarray) -> np.ndarray:
         values, pair_of = values[order], pair_of[order]
         is_shared = (values[1:] == values[:-1]) & (pair_of[1:] == pair_of[:-1])
         shared = np.bincount(pair_of[1:][is_shared], minlength=len(part))
-        pieces.append(shared / (sizes.sum(axis=1) - shared))
-    return np.concatenate(pieces)
+        parts.append(shared / (sizes.sum(axis=1) - shared))
+    return np.concatenate(parts)
 
 
 def _equal_sets(sets: ShingleSets) -> tuple[np.ndarray, np.ndarray]:
-    """(places of the first caption of each distinct set, pairs of a caption and its set's first)"""
+    """Returns (first caption of each distinct set, pairs of that caption and each other one)."""
     starts, values = sets.starts, sets.values
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed(np.asarray(values)))])
-    keys = mixed(sums[starts[1:]] - sums[starts[:-1]])  # of a set, whatever its order
+    keys = mixed(sums[starts[1:]] - sums[starts[:-1]])  # of a set; independent of its order
     has_words = np.flatnonzero(np.diff(starts))
     _, first, number = np.unique(keys[has_words], return_index=True, return_inverse=True)
     first_of = has_words[first[number]]
@@ -183,7 +186,7 @@ def _equal_sets(sets: ShingleSets) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _band_keys(min_hashes: np.ndarray) -> np.ndarray:
-    """uint64 [n]: equal where all columns are equal."""
+    """Hashes rows to uint64 [n]; equal rows have equal hashes."""
     keys = np.zeros(len(min_hashes), np.uint64)
     for column in range(min_hashes.shape[1]):
         keys = mixed(keys + min_hashes[:, column].astype(np.uint64))
@@ -193,7 +196,7 @@ def _band_keys(min_hashes: np.ndarray) -> np.ndarray:
 def _sharing_pairs(
     keys: np.ndarray, captions: np.ndarray, *, last_query: int
 ) -> Iterator[np.ndarray]:
-    """Pairs of captions, int64 [m, 2], that have the same key and are close neighbours in order."""
+    """Yields pairs of captions, int64 [m, 2], that are neighbours among those with equal keys."""
     order = np.argsort(keys, kind="stable")
     keys, captions = keys[order], captions[order]
     left = np.flatnonzero(captions < last_query)

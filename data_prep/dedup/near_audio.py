@@ -1,10 +1,10 @@
-"""Near-duplicate clips among many, without comparing each with each.
+"""Search for near-duplicate audio clips, without comparing all pairs.
 
-1. keys: parts of a clip's fingerprint words, a limited number for each clip, which are the same in
-   every copy of the clip (those of the smallest hash, as in Broder's bottom-k sketches)
-2. clips that share a key are candidates, with the alignment in which they share it
-3. candidates whose words around the key agree too little are dropped
-4. the others are compared as a whole, by data_prep.dedup.audio_similarity
+1. Keys are parts of a clip's fingerprint words. Each clip has a limited number of keys, those with
+   the smallest hashes (bottom-k sketches, Broder 1997), so that copies of a clip share keys.
+2. Clips that share a key are candidates, with the alignment in which they share it.
+3. Candidates whose words around the key agree too little are dropped.
+4. The others are compared as a whole (`similarity_at`).
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy as np
 
 from data_prep.media.audio_fingerprint import NUM_BITS, WORD_SECONDS
 
-KEYS_PER_CLIP = 128  # of each table
+KEYS_PER_CLIP = 128  # per table
 LEAST_KEY_BITS, MOST_KEY_BITS = 20, 24
-NUM_TABLES = 3  # each takes its keys from other bits of the words
-NEIGHBOURS = 16  # clips after a clip, of those that share its key, which it is compared with
+NUM_TABLES = 3  # each takes its keys from different bits of the words
+NEIGHBOURS = 16  # a clip is compared with so many successors that share a key with it
 WORDS_AROUND = 12  # on each side of a shared key, which are compared first
-WORD_STEP = 3  # neighbouring words are much alike
+WORD_STEP = 3  # adjacent words are similar
 MIN_AGREEMENT_AROUND = 0.6
 BYTES_PER_KEY = 64  # of memory while keys are sorted and compared
 CLIPS_AT_ONCE = 2048
 CANDIDATES_AT_ONCE = 1 << 18
 HASH_FACTOR = np.uint32(0x9E3779B1)  # Knuth's multiplicative hash
-MIN_OVERLAP = 0.8  # of the longer clip: a part cut out of a long recording is another clip
-SHORT_CLIP_MARGIN = 0.055  # of similarity, for one second of sound
+MIN_OVERLAP = 0.8  # fraction of the longer clip; a short excerpt is no duplicate
+SHORT_CLIP_MARGIN = 0.055  # of similarity, for one second of audio
 
 
 @dataclass(frozen=True)
 class ClipWords:
-    """The fingerprint words of many clips, laid end to end."""
+    """The fingerprint words of many clips, concatenated."""
 
     words: np.ndarray  # uint32 [all words]; may be a file on disk (numpy.memmap)
     starts: np.ndarray  # int64 [clips + 1]
@@ -42,19 +42,19 @@ class ClipWords:
         return len(self.starts) - 1
 
     def of(self, clip: int) -> np.ndarray:
-        """uint32 [words] of one clip."""
+        """Returns the words of one clip, uint32 [words]."""
         return self.words[self.starts[clip] : self.starts[clip + 1]]
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of many clips, sorted by value and then by place."""
+    """Keys of many clips, sorted by value and then by index."""
 
     values: np.ndarray  # uint32 [k]
-    places: np.ndarray  # int64 [k]: of the word, among all words
+    indices: np.ndarray  # int64 [k]: of the word, among all words
     clips: np.ndarray  # int64 [k]
-    in_clip: np.ndarray  # int64 [k]: place of the word in its clip
-    lengths: np.ndarray  # int64 [k]: words of the clip
+    in_clip: np.ndarray  # int64 [k]: index of the word in its clip
+    lengths: np.ndarray  # int64 [k]: number of words of the clip
 
 
 def near_audio_pairs(
@@ -64,15 +64,15 @@ def near_audio_pairs(
     num_queries: int | None = None,
     memory_bytes: int = 1 << 30,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of clips that are near-duplicates.
+    """Finds pairs of near-duplicate clips.
 
-    Of more than NEIGHBOURS copies of one clip not all pairs are found, but pairs that connect them.
+    For more than NEIGHBOURS copies of a clip, only enough pairs to connect them are found.
 
     Args:
-        clips: of all datasets, one after the other.
-        min_similarity: share of bits that must agree; short clips must agree in more.
-        num_queries: pairs among the clips from this one on are left out; None: none is.
-        memory_bytes: for keys and candidates.
+        clips: clips of all datasets.
+        min_similarity: fraction of bits that must agree; higher for short clips.
+        num_queries: pairs among clips from this index on are excluded; None excludes none.
+        memory_bytes: memory for keys and candidates.
 
     Returns:
         first int64 [m], second int64 [m], similarity float32 [m]: first < second, ordered.
@@ -98,8 +98,8 @@ def near_audio_pairs(
 def _sorted_keys(
     clips: ClipWords, *, lowest_bit: int, key_bits: int, part: int, num_parts: int
 ) -> Keys:
-    """The keys of one table whose value leaves the remainder `part`."""
-    values, places = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
+    """Builds the keys of a table whose value modulo `num_parts` is `part`."""
+    values, indices = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
     for start in range(0, len(clips), CLIPS_AT_ONCE):
         starts = clips.starts[start : start + CLIPS_AT_ONCE + 1]
         words = np.asarray(clips.words[starts[0] : starts[-1]])
@@ -108,16 +108,16 @@ def _sorted_keys(
         chosen = _smallest_of_each(clip, found * HASH_FACTOR, is_usable=words != 0)
         chosen = chosen[found[chosen] % num_parts == part]
         values.append(found[chosen])
-        places.append(chosen + starts[0])
-    value, place = np.concatenate(values), np.concatenate(places)
-    order = np.lexsort((place, value))
-    value, place = value[order], place[order]
-    clip = np.searchsorted(clips.starts, place, side="right") - 1
-    return Keys(value, place, clip, place - clips.starts[clip], np.diff(clips.starts)[clip])
+        indices.append(chosen + starts[0])
+    value, index = np.concatenate(values), np.concatenate(indices)
+    order = np.lexsort((index, value))
+    value, index = value[order], index[order]
+    clip = np.searchsorted(clips.starts, index, side="right") - 1
+    return Keys(value, index, clip, index - clips.starts[clip], np.diff(clips.starts)[clip])
 
 
 def _smallest_of_each(clip: np.ndarray, value: np.ndarray, *, is_usable: np.ndarray) -> np.ndarray:
-    """int64 [k]: where the KEYS_PER_CLIP smallest values of each clip stand first."""
+    """Returns the first indices of the KEYS_PER_CLIP smallest values of each clip, int64 [k]."""
     order = np.lexsort((value, clip))
     order = order[is_usable[order]]
     clip, value = clip[order], value[order]
@@ -129,7 +129,7 @@ def _smallest_of_each(clip: np.ndarray, value: np.ndarray, *, is_usable: np.ndar
 
 
 def _candidates(words: np.ndarray, keys: Keys, *, last_query: int) -> Iterator[np.ndarray]:
-    """int64 [c, 3]: first clip, second clip and shift, where the words around a key agree."""
+    """Yields int64 [c, 3]: (first clip, second clip, shift) whose words around a key agree."""
     left = np.flatnonzero(keys.clips < last_query)
     for distance in range(1, NEIGHBOURS + 1):
         left = left[left < len(keys.values) - distance]
@@ -144,12 +144,12 @@ def _candidates(words: np.ndarray, keys: Keys, *, last_query: int) -> Iterator[n
 
 
 def _agree_around(words: np.ndarray, keys: Keys, pairs: np.ndarray) -> np.ndarray:
-    """Bool [c]: do the words around the shared key agree, as far as both clips go?
+    """Returns whether the words around the shared key agree, within both clips, bool [c].
 
     Args:
         words: uint32 [all words].
-        keys: of the clips.
-        pairs: int64 [c, 2], places in `keys`.
+        keys: keys of the clips.
+        pairs: int64 [c, 2], indices into `keys`.
     """
     before = np.minimum(keys.in_clip[pairs].min(axis=1), WORDS_AROUND)
     after = (keys.lengths[pairs] - keys.in_clip[pairs]).min(axis=1)
@@ -157,7 +157,7 @@ def _agree_around(words: np.ndarray, keys: Keys, pairs: np.ndarray) -> np.ndarra
     num_loud = np.zeros(len(pairs), dtype=np.int64)
     for step in range(-WORDS_AROUND, WORDS_AROUND + 1, WORD_STEP):
         inside = np.flatnonzero((-step <= before) & (step < after))
-        first, second = words[keys.places[pairs[inside]] + step].T
+        first, second = words[keys.indices[pairs[inside]] + step].T
         num_different[inside] += np.bitwise_count(first ^ second)
         num_loud[inside] += (first | second) != 0
     return num_different <= (1 - MIN_AGREEMENT_AROUND) * NUM_BITS * num_loud
@@ -170,7 +170,7 @@ def _compare(
     min_similarity: float,
     best: dict[tuple[int, int], float],
 ) -> None:
-    """Keeps the similarity of those that are near-duplicates, in the best of their shifts."""
+    """Records in `best` the highest similarity of each near-duplicate pair over its shifts."""
     for first, second, shift in candidates.tolist():
         similarity, seconds = similarity_at(clips.of(first), clips.of(second), shift=shift)
         if similarity >= required_similarity(seconds, min_similarity=min_similarity):
@@ -179,15 +179,15 @@ def _compare(
 
 
 def audio_similarity(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Similarity in the best alignment that lets the clips overlap by MIN_OVERLAP.
+    """Computes the similarity in the best alignment with an overlap of at least MIN_OVERLAP.
 
     Args:
-        first: uint32 [words], of audio_fingerprint.words_of.
+        first: uint32 [words], from `audio_fingerprint.words_of`.
         second: uint32 [words].
 
     Returns:
-        (share of bits that agree, seconds of sound that were compared); (0, 0) for silent clips and
-        those of too different lengths.
+        (fraction of bits that agree, compared seconds); (0, 0) for silent clips and clips of too
+        different lengths.
     """
     longest_shift = int((1 - MIN_OVERLAP) * max(len(first), len(second)))
     shifts = range(-longest_shift, longest_shift + 1)
@@ -195,9 +195,10 @@ def audio_similarity(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
 
 
 def similarity_at(first: np.ndarray, second: np.ndarray, *, shift: int) -> tuple[float, float]:
-    """As audio_similarity, in one alignment: word n + shift of the first over word n of the second.
+    """Computes the similarity in one alignment.
 
-    Words in which both clips are silent do not count.
+    Word n + shift of the first clip is compared with word n of the second. Words in which both
+    clips are silent do not count. See `audio_similarity` for the result.
     """
     longer = max(len(first), len(second))
     first, second = first[max(0, shift) :], second[max(0, -shift) :]
@@ -213,5 +214,5 @@ def similarity_at(first: np.ndarray, second: np.ndarray, *, shift: int) -> tuple
 
 
 def required_similarity(seconds: float, *, min_similarity: float) -> float:
-    """What clips of which so much was compared must reach, to be taken for near-duplicates."""
+    """Returns the similarity that makes clips near-duplicates, given the compared seconds."""
     return min_similarity + SHORT_CLIP_MARGIN / np.sqrt(seconds) if seconds else np.inf

@@ -1,12 +1,12 @@
-"""Pairs of pictures that are the same but for size, compression, mirroring, colour or a small crop.
+"""Search for images that differ only in size, compression, mirroring, color or a small crop.
 
-1. classes      pictures of one hash and nearly one thumbnail: only the first is compared on
-2. candidates   hashes within a distance: of whole pictures, and of a picture with the windows
-                of another (data_prep.dedup.crop_windows), each in both orientations
-3. confirmed    by the thumbnails, roughly at once and then, once each, with the crop found
+1. classes      images with equal hashes and almost equal thumbnails; only the first is searched
+2. candidates   hashes within a distance, of whole images and of an image and the windows of
+                another (data_prep.dedup.crop_windows), each in both orientations
+3. confirmed    by their thumbnails, first roughly and then with the exact crop
 
-A window is looked for by the low frequencies of the hash, which crops hardly change: one bit of
-LOW_BITS may differ. Whole pictures are found exactly within the distance.
+Windows are searched by the low frequencies of the hash, which crops hardly change: one bit of
+LOW_BITS may differ. For whole images, no pair within the distance is missed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from data_prep.dedup.hamming import Band, exact_bands, near_pairs
 from data_prep.dedup.image_similarity import image_similarity, plain_similarity, rough_similarity
 
 LOW_BITS = Band(first_bit=0, num_bits=20, max_flips=1)
-WINDOW_DISTANCE = 4  # bits more than between whole pictures: a crop lies between the windows
+WINDOW_DISTANCE = 4  # additional bits, because crops lie between windows
 MIN_ROUGH_SIMILARITY = 0.8
-COARSE_STEP = 16  # levels of 255, of a thumbnail that is nearly another
+COARSE_STEP = 16  # levels of 255, for grouping almost equal thumbnails
 PAIRS_AT_ONCE = 1 << 14
-CANDIDATES_AT_ONCE = 1 << 23  # before all but the best of each pair are forgotten
+CANDIDATES_AT_ONCE = 1 << 23  # before they are reduced to the best of each pair
 
 
 @dataclass(frozen=True)
 class ImageHashes:
-    """The fingerprints of pictures; those that are no reference come first."""
+    """The fingerprints of images; references come last."""
 
     phash: np.ndarray  # uint64 [n]
     phash_mirrored: np.ndarray  # uint64 [n]
@@ -43,9 +43,9 @@ class ImageHashes:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of pictures that are alike; and members of classes, each with the first of its class.
+    """Pairs of similar images, and members of classes, each with the first image of its class.
 
-    Members are in no pair.
+    Members occur in no pair.
     """
 
     left: np.ndarray  # int64 [pairs]
@@ -58,7 +58,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Pairs of a picture and the window of another that it may show."""
+    """Pairs of an image and the window of another image that it may show."""
 
     crops: np.ndarray  # int64 [pairs]
     wholes: np.ndarray  # int64 [pairs]
@@ -67,7 +67,7 @@ class _Candidates:
     rough: np.ndarray  # float32 [pairs]
 
     def best(self) -> _Candidates:
-        """The best of each pair, whichever of the two is the crop; of equals, the first here."""
+        """Keeps the best candidate of each pair, in either direction; ties keep the first."""
         low, high = np.minimum(self.crops, self.wholes), np.maximum(self.crops, self.wholes)
         order = np.lexsort((-self.rough, (low << 32) | high))
         is_first = np.ones(len(order), bool)
@@ -86,14 +86,14 @@ def near_images(
     min_similarity: float,
     workers: int,
 ) -> Matches:
-    """The pairs of pictures that are alike.
+    """Finds the pairs of similar images.
 
     Args:
-        hashes: of n pictures.
-        is_reference: bool [n]: pictures that are not compared with one another.
-        max_distance: bits in which the hashes of whole pictures may differ.
-        min_similarity: of image_similarity.
-        workers: threads; they do not change the result.
+        hashes: fingerprints of n images.
+        is_reference: bool [n]; references are not compared with each other.
+        max_distance: number of bits in which the hashes of whole images may differ.
+        min_similarity: threshold of `image_similarity`.
+        workers: number of threads; has no effect on the result.
     """
     firsts = _first_of_class(hashes, min_similarity)
     chosen = np.flatnonzero(firsts == np.arange(len(firsts)))
@@ -115,9 +115,9 @@ def near_images(
 
 
 def _first_of_class(hashes: ImageHashes, min_similarity: float) -> np.ndarray:
-    """int64 [n]: the first picture of each one's class, which may be itself.
+    """Returns the first image of each image's class, int64 [n], which may be the image itself.
 
-    200,000 blank pictures are one class, instead of 20,000,000,000 pairs.
+    For example, 200,000 blank images are one class instead of 20,000,000,000 pairs.
     """
     keys = np.empty(len(hashes.phash), np.uint64)
     for first in range(0, len(keys), PAIRS_AT_ONCE):
@@ -132,7 +132,7 @@ def _first_of_class(hashes: ImageHashes, min_similarity: float) -> np.ndarray:
 
 
 def _first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """int64 [n]: the first place at which each of [n] keys stands."""
+    """Returns the first index of each of [n] keys, int64 [n]."""
     order = np.argsort(keys, kind="stable")
     is_first = np.ones(len(keys), bool)
     is_first[1:] = keys[order][1:] != keys[order][:-1]
@@ -142,7 +142,7 @@ def _first_of_equals(keys: np.ndarray) -> np.ndarray:
 
 
 def _row_keys(rows: np.ndarray) -> np.ndarray:
-    """uint64 [n]: the same for equal rows of uint8 [n, bytes], and hardly ever for others."""
+    """Hashes rows of uint8 [n, bytes] to uint64 [n]."""
     words = np.ascontiguousarray(rows).view(np.uint64)
     odd = np.random.default_rng(0).integers(2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
     mixed = words ^ (words >> np.uint64(29))
@@ -150,7 +150,7 @@ def _row_keys(rows: np.ndarray) -> np.ndarray:
 
 
 def _plain(hashes: ImageHashes, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float32 [pairs]"""
+    """Returns the similarity without crops, float32 [pairs]."""
     parts = [np.empty(0, np.float32)]
     for first in range(0, len(left), PAIRS_AT_ONCE):
         part = slice(first, first + PAIRS_AT_ONCE)
@@ -166,10 +166,10 @@ def _plain(hashes: ImageHashes, left: np.ndarray, right: np.ndarray) -> np.ndarr
 def _candidates(
     hashes: ImageHashes, is_reference: np.ndarray, max_distance: int, workers: int
 ) -> _Candidates:
-    """The pairs that are roughly alike, each once, with the best window found."""
+    """Finds roughly similar pairs, each once, with their best window."""
     queries = np.concatenate([hashes.phash, hashes.phash_mirrored])
     order = np.argsort(LOW_BITS.keys_of(queries), kind="stable")
-    queries = queries[order]  # sorted once instead of in each of the searches
+    queries = queries[order]  # sorted once instead of in every search
     searches = [(0, max_distance, [band]) for band in exact_bands(max_distance)]
     searches += [
         (window, max_distance + WINDOW_DISTANCE, [LOW_BITS]) for window in range(NUM_WINDOWS)
@@ -185,7 +185,7 @@ def _candidates(
             is_new = (crops < right) if is_whole else (crops != right)
             is_new &= ~(is_reference[crops] & is_reference[right])
             pairs = (crops[is_new], right[is_new], is_mirrored[is_new] == 1)
-            every += list(_roughly_alike(hashes.signatures, *pairs, window=window))
+            every += list(_roughly_similar(hashes.signatures, *pairs, window=window))
         return _joined(every).best()
 
     every = [_NO_CANDIDATES]
@@ -211,7 +211,7 @@ def _joined(every: list[_Candidates]) -> _Candidates:
     return _Candidates(*(np.concatenate(parts) for parts in columns))
 
 
-def _roughly_alike(
+def _roughly_similar(
     signatures: np.ndarray,
     crops: np.ndarray,
     wholes: np.ndarray,
@@ -235,14 +235,14 @@ def _roughly_alike(
 def _confirmed(
     hashes: ImageHashes, candidates: _Candidates, min_similarity: float, workers: int
 ) -> np.ndarray:
-    """float32 [pairs]: how alike they are, whichever of the two is the crop."""
+    """Returns the similarity of candidates, in either direction, float32 [pairs]."""
     signatures = hashes.signatures
 
     def similarity_of(part: slice) -> np.ndarray:
         crops, wholes = signatures[candidates.crops[part]], signatures[candidates.wholes[part]]
         is_mirrored, windows = candidates.is_mirrored[part], candidates.windows[part]
         similarity = plain_similarity(crops, wholes, is_mirrored=is_mirrored)
-        # Most are no crops; and of those that are, the rough window tells which of the two is.
+        # Most are no crops. Otherwise, either image may be the crop; only one has a known window.
         for parts, whole, first in ((crops, wholes, windows), (wholes, crops, 0 * windows)):
             rest = np.flatnonzero(similarity < min_similarity)
             aligned = image_similarity(

@@ -1,20 +1,20 @@
-"""The ways in which find_duplicates looks for samples that are alike.
+"""The methods of find_duplicates, which search for pairs of similar samples.
 
-Each takes the samples that are left, and gives pairs of their numbers: see data_prep.
-joined_datasets. A sample without the column that a method needs is not compared by it, which the
-log says; a whole dataset without it is an error, because nothing of it would be found.
+Each method takes the remaining samples and returns pairs of their numbers (see
+data_prep.dedup.joined_datasets). Samples that lack a required column are skipped with a warning. A
+dataset in which all samples lack it is an error.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import FindDuplicates, NearCaptions, NearMedia
+from data_prep.config import NearCaptions, NearMedia, Semantic
 from data_prep.dedup.embeddings import read_embeddings
 from data_prep.dedup.groups import Pairs
 from data_prep.dedup.joined_datasets import (
@@ -37,40 +37,28 @@ SHA256_DIGITS = 64
 
 @dataclass(frozen=True)
 class Found:
-    """What one method found."""
+    """The result of one method."""
 
     pairs: Pairs
-    rank: np.ndarray | None = None  # float32 [samples]: the least is kept; None: by config.keep
+    rank: np.ndarray | None = None  # float32 [samples]; a group keeps the least. None: not ranked
 
 
 @dataclass(frozen=True)
 class Search:
-    """The samples to compare."""
+    """The samples to compare, and limits."""
 
     datasets: JoinedDatasets
-    is_left: np.ndarray  # bool [samples]
+    is_left: np.ndarray  # bool [samples], the remaining samples
     folder: Path  # for temporary files
-    config: FindDuplicates
-
-
-Method = Callable[[Search], Found]
-
-
-def methods_of(config: FindDuplicates) -> dict[str, Method]:
-    """The methods that a config asks for, in the order in which they run."""
-    near = {"near_media": find_near_media, "near_captions": find_near_captions}
-    return {
-        **({"exact": find_exact} if config.exact else {}),
-        **{name: method for name, method in near.items() if getattr(config, name) is not None},
-        **({"semantic": find_semantic} if config.semantic is not None else {}),
-    }
+    memory_gb: float
+    workers: int
 
 
 def find_exact(search: Search) -> Found:
-    """Samples whose media have the same sha256, each paired with the first of them.
+    """Finds samples with equal media, each paired with the first of them, by their sha256.
 
     Raises:
-        InputError: there are no hashes.
+        InputError: if a dataset has no hashes.
     """
     keys, has_key = _sha256_keys(search.datasets)
     sample = _samples_with(search, has_key, column="sha256")
@@ -79,16 +67,16 @@ def find_exact(search: Search) -> Found:
     is_repeated = (keys[order][1:] == keys[order][:-1]).all(axis=1)
     lead = np.arange(len(order))
     lead[1:][is_repeated] = 0
-    lead = np.maximum.accumulate(lead)  # place of the first of each run
+    lead = np.maximum.accumulate(lead)  # index of the first of each run
     repeated = np.flatnonzero(is_repeated) + 1
     first, second = sample[order[lead[repeated]]], sample[order[repeated]]
-    is_asked = first < search.datasets.num_queries
-    ones = np.ones(int(is_asked.sum()), np.float32)
-    return Found(Pairs(first[is_asked], second[is_asked], ones))
+    has_query = first < search.datasets.num_queries
+    ones = np.ones(int(has_query.sum()), np.float32)
+    return Found(Pairs(first[has_query], second[has_query], ones))
 
 
 def _sha256_keys(datasets: JoinedDatasets) -> tuple[np.ndarray, np.ndarray]:
-    """(uint64 [samples, 2]: half of each sha256, bool [samples]: is there one?)"""
+    """Returns (half of each sha256, uint64 [samples, 2]; whether it exists, bool [samples])."""
     keys, has_key = [np.empty((0, 2), np.uint64)], [np.empty(0, dtype=bool)]
     for _, table in datasets.tables(["sha256"]):
         column = table["sha256"]
@@ -99,14 +87,14 @@ def _sha256_keys(datasets: JoinedDatasets) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(keys), np.concatenate(has_key)
 
 
-def find_near_media(search: Search) -> Found:
-    """Pictures or clips that are nearly the same, by their hashes.
+def find_near_media(search: Search, options: NearMedia) -> Found:
+    """Finds near-duplicate images or audio clips by their fingerprints.
 
     Raises:
-        InputError: there are no hashes.
+        InputError: if a dataset has no fingerprints.
     """
     by_media = {"image": _near_images, "audio": _near_audio}
-    return Found(by_media[search.datasets.media](search, search.config.near_media))
+    return Found(by_media[search.datasets.media](search, options))
 
 
 def _near_images(search: Search, options: NearMedia) -> Pairs:
@@ -121,11 +109,11 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
     )
     if (np.diff(starts) != SIGNATURE_BYTES).any():
         raise InputError(
-            f"{search.datasets.folders[0]}: expected a signature of {SIGNATURE_BYTES} bytes beside "
-            f"each phash, found others, of another version; {MEASURE_ADVICE}"
+            f"{search.datasets.folders[0]}: expected a signature of {SIGNATURE_BYTES} bytes for "
+            f"each phash, found signatures of another version; {MEASURE_ADVICE}"
         )
     hashes = ImageHashes(
-        # Where there is no shard, nothing tells the type of the numbers.
+        # Without shards, the type of the empty column is unknown.
         phash=phash[sample].astype(np.uint64),
         phash_mirrored=mirrored[sample].astype(np.uint64),
         signatures=content.reshape(-1, SIGNATURE_BYTES),
@@ -135,7 +123,7 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
         is_reference=sample >= search.datasets.num_queries,
         max_distance=options.image_max_distance,
         min_similarity=options.image_min_similarity,
-        workers=search.config.workers,
+        workers=search.workers,
     )
     return Pairs(
         sample[np.concatenate([matches.left, matches.member_firsts])],
@@ -157,14 +145,13 @@ def _near_audio(search: Search, options: NearMedia) -> Pairs:
         ClipWords(content.view("<u4"), starts // 4),
         min_similarity=options.audio_min_similarity,
         num_queries=_num_queries(search, sample),
-        memory_bytes=int(search.config.memory_gb * 2**29),
+        memory_bytes=int(search.memory_gb * 2**29),
     )
     return Pairs(sample[first], sample[second], similarity)
 
 
-def find_near_captions(search: Search) -> Found:
-    """Samples of which any caption is nearly one of the other's."""
-    options: NearCaptions = search.config.near_captions
+def find_near_captions(search: Search, options: NearCaptions) -> Found:
+    """Finds samples that have a near-duplicate caption in common."""
     counts: list[np.ndarray] = []
     sets = read_shingles(
         _caption_batches(search, counts),
@@ -182,7 +169,7 @@ def find_near_captions(search: Search) -> Found:
 
 
 def _caption_batches(search: Search, counts: list[np.ndarray]) -> Iterator[list[str]]:
-    """Captions of the samples that are left; `counts` receives how many each has."""
+    """Yields the captions of the remaining samples, and appends their numbers to `counts`."""
     import pyarrow
     import pyarrow.compute
 
@@ -193,13 +180,17 @@ def _caption_batches(search: Search, counts: list[np.ndarray]) -> Iterator[list[
         yield pyarrow.compute.list_flatten(column).fill_null("").to_pylist()
 
 
-def find_semantic(search: Search) -> Found:
-    """Samples whose media mean the same, by their embeddings.
+def find_semantic(search: Search, options: Semantic, *, seed: int) -> Found:
+    """Finds samples with semantically equal media by their embeddings.
+
+    Args:
+        search: samples to compare.
+        options: folders of embeddings and thresholds.
+        seed: seed of k-means.
 
     Raises:
-        InputError: the embeddings are missing or unfinished, or do not belong to the datasets.
+        InputError: if embeddings are missing or unfinished, or do not belong to the datasets.
     """
-    options = search.config.semantic
     embeddings, sample = read_embeddings(
         search.datasets,
         [*options.embeddings, *options.against_embeddings],
@@ -210,7 +201,7 @@ def find_semantic(search: Search) -> Found:
         embeddings,
         min_cosine=options.min_cosine,
         samples_per_cluster=options.samples_per_cluster,
-        seed=search.config.seed,
+        seed=seed,
         num_queries=_num_queries(search, sample),
     )
     rank = np.zeros(len(search.is_left), np.float32)
@@ -219,31 +210,32 @@ def find_semantic(search: Search) -> Found:
 
 
 def _samples_with(search: Search, has_value: np.ndarray, *, column: str) -> np.ndarray:
-    """int64 [n]: the samples that are left and have a value in a column."""
+    """Returns the remaining samples with a value in a column, int64 [n]."""
     _check_measured(search.datasets, has_value, column=column)
     return np.flatnonzero(search.is_left & has_value)
 
 
 def _check_measured(datasets: JoinedDatasets, has_value: np.ndarray, *, column: str) -> None:
-    """
+    """Checks that every dataset has values in a column, and warns about missing values.
+
     Args:
-        datasets: whose samples they are.
-        has_value: bool [samples].
-        column: that a method needs.
+        datasets: datasets of the samples.
+        has_value: bool [samples], whether the value is not null.
+        column: name of the column.
 
     Raises:
-        InputError: a dataset has samples, but none with a value.
+        InputError: if a dataset has samples, but no values.
     """
     for number, folder in enumerate(datasets.folders):
         part = has_value[datasets.starts[number] : datasets.starts[number + 1]]
         if len(part) and not part.any():
             raise InputError(
-                f"{folder}: expected Parquets with values in the column {column}, found none; "
+                f"{folder}: expected Parquet files with values in the column {column}, found none; "
                 f"{MEASURE_ADVICE}"
             )
         if not part.all():
             log.warning(
-                "%s: %s of %s samples have no %s and are not compared by it; %s",
+                "%s: %s of %s samples have no %s and are skipped; %s",
                 folder,
                 f"{len(part) - part.sum():,}",
                 f"{len(part):,}",
@@ -253,7 +245,7 @@ def _check_measured(datasets: JoinedDatasets, has_value: np.ndarray, *, column: 
 
 
 def _num_queries(search: Search, sample: np.ndarray) -> int:
-    """How many of samples in ascending order are not evaluation samples."""
+    """Counts the query samples among samples in ascending order."""
     return int(np.searchsorted(sample, search.datasets.num_queries))
 
 

@@ -1,13 +1,13 @@
-"""Duplicates by meaning: SemDeDup (Abbas et al. 2023, "SemDeDup: Data-efficient learning at
-web-scale through semantic deduplication", section 3).
+"""Semantic duplicates by SemDeDup (Abbas et al. 2023, section 3).
 
-1. spherical k-means on the embeddings of the media         data_prep.dedup.spherical_kmeans
-2. inside each cluster, samples whose cosine is above the threshold are alike; pairs that the border
-   of two clusters separates are not looked for
-3. of each group, the sample with the lowest cosine to the centroid is kept: the paper's rule, which
-   its published code does not follow
+1. The media embeddings are clustered by spherical k-means.
+2. Within each cluster, samples whose cosine reaches the threshold are duplicates. Pairs across
+   clusters are not searched.
+3. Each group keeps the sample with the lowest cosine to the centroid. This is the rule of the paper
+   ("SemDeDup: Data-efficient learning at web-scale through semantic deduplication"), which its
+   published code does not follow.
 
-Memory: one cluster's embeddings, the centroids, and a few numbers for each sample.
+Memory holds the embeddings of one cluster, the centroids and a few numbers per sample.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 
 from data_prep.dedup.groups import Pairs, first_connected
 
-ROWS_AT_ONCE = 512  # of a cluster compared with all its others
+ROWS_AT_ONCE = 512  # rows of a cluster that are compared with all its other rows
 ITERATIONS = 10
-VECTORS_PER_CLUSTER = 256  # centroids are fitted to at most so many; all are assigned
+VECTORS_PER_CLUSTER = 256  # limit for fitting the centroids; all vectors are assigned
 COSINES_AT_ONCE = 1 << 23  # bounds the memory
 
 
@@ -32,19 +32,20 @@ def semantic_pairs(
     seed: int,
     num_queries: int,
 ) -> tuple[Pairs, np.ndarray]:
-    """Pairs that connect the samples of each group with the one that is kept.
+    """Finds pairs that connect the samples of each group with the one that is kept.
 
     Args:
-        embeddings: float32 [n, D], L2-normalised; may be a file on disk (numpy.memmap).
-        min_cosine: of samples that are alike.
-        samples_per_cluster: on average.
-        seed: of k-means.
-        num_queries: samples from this one on are evaluation samples, which are only compared with
-            those before.
+        embeddings: float32 [n, D], L2-normalised; may be a numpy.memmap.
+        min_cosine: least cosine of duplicates.
+        samples_per_cluster: average number of samples in a cluster.
+        seed: seed of k-means.
+        num_queries: samples from this index on are evaluation samples, which are compared with
+            queries only.
 
     Returns:
-        the pairs, and float32 [n], the cosine of each sample to its centroid: rank of who is kept.
-        A pair's similarity may be below min_cosine, where others connect the two.
+        pairs: pairs of duplicates. If other samples connect them, their similarity may be below
+            min_cosine.
+        rank: float32 [n], cosine of each sample to its centroid; a group keeps its least.
     """
     num_clusters = -(-len(embeddings) // samples_per_cluster)
     centroids = fit_centroids(embeddings, num_clusters=num_clusters, seed=seed)
@@ -63,18 +64,18 @@ def semantic_pairs(
     ), rank
 
 
-def _joined(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *pieces])
+def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays])
 
 
 def _groups(
     vectors: np.ndarray, is_query: np.ndarray, rank: np.ndarray, min_cosine: float
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(place of the one to keep, places of all others) of each group in a cluster.
+    """Yields (index of the sample to keep, indices of all others) of each group in a cluster.
 
-    Evaluation samples come first: one of them, where there is any, is what the others match.
+    Evaluation samples take precedence: if a group has one, the other samples match it.
     """
-    label = _alike(vectors, is_query, min_cosine)
+    label = _first_members(vectors, is_query, min_cosine)
     order = np.lexsort((np.arange(len(label)), rank, is_query, label))
     sizes = np.unique(label, return_counts=True)[1]
     for group in np.split(order, np.cumsum(sizes)[:-1]):
@@ -82,30 +83,30 @@ def _groups(
             yield int(group[0]), group[1:]
 
 
-def _alike(vectors: np.ndarray, is_query: np.ndarray, min_cosine: float) -> np.ndarray:
-    """int64 [c]: label of each sample's group."""
+def _first_members(vectors: np.ndarray, is_query: np.ndarray, min_cosine: float) -> np.ndarray:
+    """Returns the first member of each sample's group, int64 [c]."""
     label = np.arange(len(vectors))
     for start in range(0, len(vectors), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        is_alike = vectors[rows] @ vectors[start:].T >= min_cosine  # [rows, c - start]
-        is_alike &= is_query[rows, None] | is_query[None, start:]
-        first, second = np.nonzero(is_alike)
-        so_far = np.flatnonzero(label != np.arange(len(label)))
+        is_similar = vectors[rows] @ vectors[start:].T >= min_cosine  # [rows, c - start]
+        is_similar &= is_query[rows, None] | is_query[None, start:]
+        first, second = np.nonzero(is_similar)
+        joined = np.flatnonzero(label != np.arange(len(label)))  # edges to earlier first members
         label = first_connected(
             len(vectors),
-            np.concatenate([so_far, first + start]),
-            np.concatenate([label[so_far], second + start]),
+            np.concatenate([joined, first + start]),
+            np.concatenate([label[joined], second + start]),
         )
     return label
 
 
 def fit_centroids(embeddings: np.ndarray, *, num_clusters: int, seed: int) -> np.ndarray:
-    """Centroids of clusters, from `seed` alone.
+    """Fits the centroids of clusters; the result is a function of the arguments.
 
     Args:
-        embeddings: float32 [n, D], L2-normalised; may be a file on disk (numpy.memmap).
-        num_clusters: at most n.
-        seed: chooses the vectors to fit to, and the first centroids among them.
+        embeddings: float32 [n, D], L2-normalised; may be a numpy.memmap.
+        num_clusters: number of clusters, at most n.
+        seed: chooses the vectors to fit and the initial centroids among them.
 
     Returns:
         float32 [num_clusters, D], L2-normalised.
@@ -116,18 +117,18 @@ def fit_centroids(embeddings: np.ndarray, *, num_clusters: int, seed: int) -> np
     centroids = np.array(embeddings[fitted[rng.choice(num_fitted, num_clusters, replace=False)]])
     for _ in range(ITERATIONS):
         sums = np.zeros(centroids.shape, np.float64)
-        for places in _pieces(num_fitted, num_clusters):
-            vectors = embeddings[fitted[places]]
+        for part in _parts(num_fitted, num_clusters):
+            vectors = embeddings[fitted[part]]
             cluster = np.argmax(vectors @ centroids.T, axis=1)
             np.add.at(sums, cluster, vectors)
         lengths = np.linalg.norm(sums, axis=1)
-        is_used = lengths > 0  # a centroid that no vector is nearest to stays where it is
+        is_used = lengths > 0  # centroids of empty clusters do not change
         centroids[is_used] = sums[is_used] / lengths[is_used, None]
     return centroids
 
 
 def assign_clusters(embeddings: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest centroid of each vector, int32 [n], and the cosine to it, float32 [n].
+    """Returns the nearest centroid of each vector, int32 [n], and the cosine, float32 [n].
 
     Args:
         embeddings: float32 [n, D], L2-normalised.
@@ -135,13 +136,13 @@ def assign_clusters(embeddings: np.ndarray, centroids: np.ndarray) -> tuple[np.n
     """
     cluster = np.empty(len(embeddings), np.int32)
     cosine = np.empty(len(embeddings), np.float32)
-    for places in _pieces(len(embeddings), len(centroids)):
-        cosines = embeddings[places] @ centroids.T  # [piece, K]
-        cluster[places] = np.argmax(cosines, axis=1)
-        cosine[places] = np.take_along_axis(cosines, cluster[places, None], axis=1)[:, 0]
+    for part in _parts(len(embeddings), len(centroids)):
+        cosines = embeddings[part] @ centroids.T  # [part, K]
+        cluster[part] = np.argmax(cosines, axis=1)
+        cosine[part] = np.take_along_axis(cosines, cluster[part, None], axis=1)[:, 0]
     return cluster, cosine
 
 
-def _pieces(num: int, num_clusters: int) -> Iterator[slice]:
+def _parts(num: int, num_clusters: int) -> Iterator[slice]:
     size = max(1, COSINES_AT_ONCE // max(1, num_clusters))
     return (slice(start, start + size) for start in range(0, num, size))

@@ -1,8 +1,8 @@
-"""Shingles: the runs of words of a caption, as 64-bit hashes, by which captions are compared.
+"""Shingles of captions: sequences of adjacent words, as 64-bit hashes.
 
-Case and punctuation do not count. In scripts written without spaces each letter is a word. All
-captions of a batch are hashed at once: a word's hash is a polynomial over its bytes, found as a
-difference of two sums over all bytes before it.
+Case and punctuation are ignored. In scripts without spaces, each letter is a word. All captions of
+a batch are hashed at once: the hash of a word is a polynomial over its bytes, computed as a
+difference of two prefix sums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import regex
 
 BASE = 0x9E3779B97F4A7C15  # of the polynomial, modulo 2**64; odd, so that it has an inverse
-SEED = 20231  # of the numbers that stand for bytes
+SEED = 20231  # of the numbers that represent bytes
 NEWLINE = ord("\n")
 _UNSPACED = "".join(
     rf"\p{{{name}}}" for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
@@ -25,15 +25,15 @@ _UNSPACED = "".join(
 
 
 def shingles_of(captions: Sequence[str], *, shingle_words: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sets of shingles of some captions.
+    """Computes the sets of shingles of captions.
 
     Args:
         captions: any texts.
-        shingle_words: words in a shingle; a caption of fewer words is one shingle.
+        shingle_words: words per shingle; a shorter caption is one shingle.
 
     Returns:
-        values: uint64 [all shingles], those of each caption sorted and without repetition;
-        counts: int64 [captions]: 0 where a caption has no word.
+        values: uint64 [all shingles], sorted and unique within each caption.
+        counts: int64 [captions], 0 for captions without words.
     """
     text = "".join(_plain_words(caption) + "\n" for caption in captions)
     content = np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8)
@@ -47,7 +47,7 @@ def shingles_of(captions: Sequence[str], *, shingle_words: int) -> tuple[np.ndar
 
 
 def mixed(numbers: np.ndarray) -> np.ndarray:
-    """uint64 [...]: numbers of which each bit depends on all bits (the last step of splitmix64)"""
+    """Mixes the bits of uint64 [...] numbers with the final step of splitmix64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
@@ -76,15 +76,15 @@ def _other_than_words() -> regex.Pattern[str]:
 
 @lru_cache
 def _byte_tables() -> tuple[np.ndarray, np.ndarray]:
-    """(uint64 [256] number of each byte, bool [256] does it belong to a word?)"""
+    """Returns (number of each byte, uint64 [256]; whether it is part of a word, bool [256])."""
     numbers = np.random.Generator(np.random.PCG64(SEED)).integers(0, 2**64, 256, dtype=np.uint64)
     is_word = np.array([chr(byte).isalnum() and byte < 128 for byte in range(256)])
-    is_word[128:] = True  # of letters in UTF-8: other signs are spaces by now
+    is_word[128:] = True  # bytes of UTF-8 letters; other characters have been replaced by spaces
     return numbers, is_word
 
 
 def _hashed_words(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(uint64 [words] their hashes, int64 [words] number of the line that each stands in)"""
+    """Returns (hashes of words, uint64 [words]; their line numbers, int64 [words])."""
     numbers, is_word = _byte_tables()
     in_word = np.concatenate([[False], is_word[content]])
     starts = np.flatnonzero(in_word[1:] & ~in_word[:-1])
@@ -97,7 +97,7 @@ def _hashed_words(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _powers(base: int, num: int) -> np.ndarray:
-    """uint64 [num]: base ** 0, base ** 1, ..., modulo 2 ** 64."""
+    """Returns base ** 0, base ** 1, ... modulo 2 ** 64, uint64 [num]."""
     factors = np.full(num, base, np.uint64)
     factors[:1] = 1
     return np.cumprod(factors)
@@ -106,11 +106,15 @@ def _powers(base: int, num: int) -> np.ndarray:
 def _runs(
     words: np.ndarray, caption_of: np.ndarray, *, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(hash of each run of `length` words, or of all words of a shorter caption; its caption)"""
+    """Hashes each run of `length` words, or all words of a shorter caption.
+
+    Returns:
+        (hashes, caption of each hash)
+    """
     end = np.searchsorted(caption_of, caption_of, side="right")  # of the caption's words
     begin = np.searchsorted(caption_of, caption_of, side="left")
-    place = np.arange(len(words))
-    first = place[(place + length <= end) | (place == begin)]
+    index = np.arange(len(words))
+    first = index[(index + length <= end) | (index == begin)]
     hashes = np.zeros(len(first), np.uint64)
     for step in range(length):
         word = np.where(first + step < end[first], words[(first + step) % max(1, len(words))], 0)

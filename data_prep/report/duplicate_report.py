@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from data_prep.config import FindDuplicates
-from data_prep.config_file import to_yaml
 from data_prep.dedup.groups import GroupedSamples
 from data_prep.dedup.joined_datasets import JoinedDatasets
 from data_prep.errors import InputError
@@ -37,14 +35,14 @@ MEMBERS_SHOWN = 4  # of each group
 
 
 def render_report(
-    datasets: JoinedDatasets, found: Mapping[str, GroupedSamples], *, config: FindDuplicates
+    datasets: JoinedDatasets, found: Mapping[str, GroupedSamples], *, settings: str
 ) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
-        datasets: that were compared.
-        found: method -> its groups.
-        config: that they were found with.
+        datasets: compared datasets.
+        found: method -> groups.
+        settings: config of the search as YAML.
     """
     gallery = _Gallery(datasets)
     sections = [
@@ -55,7 +53,7 @@ def render_report(
             for method, groups in found.items()
             if len(groups.sample)
         ),
-        Section("Settings", [folded("The config", preformatted(to_yaml(config)))]),
+        Section("Settings", [folded("The config", preformatted(settings))]),
     ]
     num_dropped = sum(int((~groups.is_kept).sum()) for groups in found.values())
     subtitle = (

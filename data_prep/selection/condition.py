@@ -1,6 +1,6 @@
-"""Checks that a text is one SQL condition over the columns of a view, and nothing more.
+"""Validation of an SQL condition over the columns of a view.
 
-No statement, no subquery, no file, nothing whose value differs between two runs.
+Statements, subqueries, files and functions whose value differs between runs are refused.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ REFUSED_CLASSES = {
 
 
 def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str) -> None:
-    """
+    """Checks that a text is a single, reproducible SQL condition.
+
     Args:
-        connection: the database.
+        connection: database that contains the view.
         condition: SQL, such as "height >= 256 and language = 'en'".
-        view: whose columns it may name.
+        view: view whose columns the condition may use.
 
     Raises:
-        InputError: it is no condition, or holds what is not allowed; unknown columns are named with
-            the nearest known ones.
+        InputError: if it is not a condition, or uses something that is not allowed. For an unknown
+            column, the message suggests the nearest names.
     """
     import duckdb
 
@@ -51,7 +52,7 @@ def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str
 
 
 def _syntax_tree(connection: DuckDBPyConnection, condition: str, what: str) -> dict[str, Any]:
-    """What duckdb reads in the condition; the new line ends a comment."""
+    """Parses the condition with duckdb; the newline ends a comment in the condition."""
     query = f"SELECT ({condition}\n)"
     text = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchone()[0]
     tree = json.loads(text)
@@ -69,7 +70,7 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _names(nodes: Iterable[dict[str, Any]]) -> list[str]:
-    """First parts of what looks like names of columns, as current_date and user do, too."""
+    """Returns the first parts of column references, which include current_date and user."""
     return [node["column_names"][0] for node in nodes if node.get("class") == "COLUMN_REF"]
 
 
@@ -97,11 +98,11 @@ def _check_nodes(connection: DuckDBPyConnection, nodes: list[dict[str, Any]], wh
         name = str(node.get("function_name", "")).lower()
         if name == "unnest":
             raise InputError(
-                f"{what}: expected one value for each sample, found unnest(), which makes several; "
+                f"{what}: expected one value per sample, found unnest(), which yields several; "
                 "use, for example, list_contains or list_any_value"
             )
         if name in changing_functions:
             raise InputError(
-                f"{what}: {name}() gives another value in every run, and a subset must be the "
-                "same in each; for a random part use, for example, hash(uid) % 10 = 0"
+                f"{what}: {name}() returns a different value in every run, and a subset must be "
+                "reproducible; for a random part use, for example, hash(uid) % 10 = 0"
             )

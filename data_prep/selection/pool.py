@@ -1,4 +1,4 @@
-"""Chooses among the samples of a SampleTable, step by step, and counts what each step keeps."""
+"""Selection of samples from a SampleTable in steps, with counts of each step."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ ORDINALS_AT_ONCE = 10_000_000
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of choosing left."""
+    """The result of one step of the selection."""
 
     name: str
     num_kept: int
-    num_without_value: int = 0  # not kept because the column was NULL
+    num_without_value: int = 0  # removed because the column was NULL
 
 
 class SamplePool:
-    """The samples not yet sorted out: a small table, so that the Parquets are read once.
+    """The remaining samples, in a small table, so that the Parquet files are read only once.
 
     Args:
-        table: all samples.
-        where: condition that `keep_where` asks for; None: there is none.
-        top: what `keep_top` keeps; None: everything.
+        table: table of all samples.
+        where: condition for `keep_where`; None: no condition.
+        top: fraction and column for `keep_top`; None: no such step.
 
     Raises:
-        InputError: `where` is no condition or cannot be computed, or `top` names no number.
+        InputError: if `where` is not a valid condition, or `top` names no numeric column.
     """
 
     def __init__(self, table: SampleTable, *, where: str | None, top: TopFraction | None) -> None:
@@ -64,8 +64,8 @@ class SamplePool:
             )
         if self._count("true") != table.info.num_samples:
             raise InputError(
-                f"{table.dataset}: keys stand twice in a shard, so that embeddings cannot be "
-                "joined; check it with python -m data_prep.verify_shards"
+                f"{table.dataset}: duplicate keys in a shard, so that embeddings cannot be "
+                "joined; check the dataset with python -m data_prep.verify_shards"
             )
 
     def _count(self, condition: str) -> int:
@@ -73,13 +73,13 @@ class SamplePool:
         return self.connection.execute(query).fetchone()[0]
 
     def keep_where(self) -> Step:
-        """Leaves what fulfils the condition."""
+        """Keeps the samples that fulfil the condition."""
         num_null = self._count("is_chosen IS NULL")
         self.connection.execute("DELETE FROM pool WHERE is_chosen IS NOT TRUE")
         return Step(f"where {self.where}", self._count("true"), num_null)
 
     def keep_top(self) -> Step:
-        """Leaves the best part of what is there; of equal ones, those that come first."""
+        """Keeps the fraction with the highest values; ties are broken by ordinal."""
         num_null = self._count("value IS NULL")
         num_best = math.floor(Fraction(str(self.top.fraction)) * self._count("true"))
         with duckdb_errors("top"):
@@ -92,10 +92,10 @@ class SamplePool:
         return Step(name, self._count("true"), num_null)
 
     def drop_duplicates(self, path: Path) -> Step:
-        """Takes out what a table of find_duplicates says is not to be kept of this dataset.
+        """Removes the samples that a table of find_duplicates drops from this dataset.
 
         Raises:
-            InputError: the file is missing or no such table, or its rows are not of this dataset.
+            InputError: if the file is missing or invalid, or does not cover this dataset.
         """
         name = name_in_table(path, dataset=self.table.dataset, info=self.table.info)
         with duckdb_errors(f"drop: {path}"):
@@ -107,7 +107,7 @@ class SamplePool:
         return Step(f"drop {path}", self._count("true"))
 
     def bitmap(self) -> np.ndarray:
-        """Bool [num_samples]: what is left, by ordinal."""
+        """Returns bool [num_samples], by ordinal: whether each sample is left."""
         num_samples = self.table.info.num_samples
         bitmap = np.zeros(num_samples, dtype=bool)
         for start in range(0, num_samples, ORDINALS_AT_ONCE):
@@ -120,10 +120,10 @@ class SamplePool:
 
 
 def value_of_top(table: SampleTable, top: TopFraction) -> str:
-    """SQL for the column that `top` names; NaN becomes NULL.
+    """Builds the SQL expression for the column that `top` names; NaN becomes NULL.
 
     Raises:
-        InputError: there is no such column, or it holds no numbers.
+        InputError: if there is no such column, or it is not numeric.
     """
     types = {name.lower(): kind for name, kind in table.columns.items()}
     kind = types.get(top.column.lower())

@@ -1,8 +1,8 @@
-"""The samples of a dataset as a table of duckdb: their Parquets, with scores and embeddings beside.
+"""The samples of a dataset as a duckdb view over its Parquet files, scores and embeddings.
 
-A row of the view `samples` is a sample. Its columns are those of the shards' Parquets, those of the
-scores, clip_score where there are embeddings, and isopair_ordinal, the sample's place in the
-dataset. Nothing is held in memory: duckdb reads the files again for each question.
+Each row of the view `samples` is a sample. The columns are those of the shards' Parquet files,
+those of joined scores, clip_score if embeddings are joined, and isopair_ordinal, the ordinal of the
+sample. Nothing is held in memory, because duckdb reads the files again for each query.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLIP_SCORE = "clip_score"
 
 @contextmanager
 def open_duckdb(*, memory_gb: float, workers: int) -> Iterator[DuckDBPyConnection]:
-    """A database that keeps to this much memory, and puts the rest on the disk (TMPDIR)."""
+    """Opens a database with a memory limit, which spills to a temporary folder on disk (TMPDIR)."""
     import duckdb
 
     with tempfile.TemporaryDirectory(prefix="isopair-") as folder:
@@ -41,7 +41,7 @@ def open_duckdb(*, memory_gb: float, workers: int) -> Iterator[DuckDBPyConnectio
 
 @contextmanager
 def duckdb_errors(what: str) -> Iterator[None]:
-    """Errors of duckdb as InputErrors that begin with `what`."""
+    """Converts errors of duckdb to InputErrors whose message begins with `what`."""
     import duckdb
 
     try:
@@ -57,22 +57,22 @@ def _first_line(error: Exception) -> str:
 
 
 def text_literal(text: object) -> str:
-    """A text inside SQL."""
+    """Returns a text as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
 def name_literal(name: str) -> str:
-    """A column's name inside SQL."""
+    """Returns the name of a column as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def files_literal(files: Sequence[Path]) -> str:
-    """A list of files inside SQL."""
+    """Formats a list of files for SQL."""
     return "[" + ", ".join(text_literal(path) for path in files) + "]"
 
 
 def unknown_column_message(name: str, columns: Sequence[str]) -> str:
-    """Says that a column is not there, with the nearest names or all of them."""
+    """Builds the message for an unknown column, with the nearest names or all of them."""
     nearest = difflib.get_close_matches(name.lower(), columns, n=3, cutoff=0.6)
     if nearest:
         return f"there is no column {name!r}; did you mean {' or '.join(map(repr, nearest))}?"
@@ -83,23 +83,23 @@ class SampleTable:
     """Builds the view `samples` of a dataset in a database.
 
     Args:
-        connection: the database.
-        dataset: the dataset's folder.
+        connection: database to create the view in.
+        dataset: dataset folder.
 
     Raises:
-        InputError: the dataset or one of its Parquets is missing, or has other rows than the shard.
+        InputError: if the dataset or a Parquet file is missing, or the number of rows is wrong.
     """
 
     def __init__(self, connection: DuckDBPyConnection, dataset: Path) -> None:
         self.connection = connection
         self.dataset = dataset
         self.info, self.manifest = read_dataset_files(dataset)
-        self.notes: list[str] = []  # what was joined, in words
-        self.files: list[Path] = []  # all that the view reads
+        self.notes: list[str] = []  # joined files, in words
+        self.files: list[Path] = []  # all files that the view reads
         if not self.manifest:
             raise InputError(f"{dataset}: expected samples, found an empty dataset")
         files = self._files_of_shards(dataset)
-        self._check_numbers_of_rows(files)
+        self._check_row_counts(files)
         self._write_shards_table(files)
         connection.execute(
             f"CREATE VIEW sidecars AS SELECT p.* EXCLUDE (isopair_file, file_row_number), "
@@ -122,7 +122,7 @@ class SampleTable:
         self.files += files
         return files
 
-    def _check_numbers_of_rows(self, files: Sequence[Path]) -> None:
+    def _check_row_counts(self, files: Sequence[Path]) -> None:
         with duckdb_errors(str(self.dataset)):
             found = dict(
                 self.connection.execute(
@@ -133,7 +133,7 @@ class SampleTable:
             if found[str(path)] != row.num_samples:
                 raise InputError(
                     f"{path}: expected {row.num_samples} rows (manifest.jsonl), found "
-                    f"{found[str(path)]}; prepare the shard again after deleting its .idx"
+                    f"{found[str(path)]}; delete its .idx and prepare the shard again"
                 )
 
     def _write_shards_table(self, files: Sequence[Path]) -> None:
@@ -157,7 +157,7 @@ class SampleTable:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Name -> type of duckdb, of the view `samples`."""
+        """The columns of the view `samples`: name -> duckdb type."""
         view = self.connection.view("samples")
         return dict(zip(view.columns, map(str, view.types), strict=True))
 
@@ -167,16 +167,16 @@ class SampleTable:
     # ----------------------------------------------------------------------------------- scores
 
     def join_scores(self, pattern: str, *, number: int, downloads: Path) -> None:
-        """Adds the columns of a user's Parquet, by uid; samples without a row there have NULL.
+        """Joins the columns of a user's Parquet files by uid; samples without a row get NULL.
 
         Args:
-            pattern: a file or URL, or a glob of several.
-            number: of this call; each has another.
-            downloads: folder where files from elsewhere are kept as long as the database is open.
+            pattern: path, URL or glob pattern of the files.
+            number: index of this call; must be unique.
+            downloads: folder for copies of remote files, needed while the database is open.
 
         Raises:
-            InputError: there is no such file or no column uid, a uid stands twice, a column is
-                known already, or no uid is one of the dataset's.
+            InputError: if no file or no column uid exists, or a uid is duplicate. Also if a column
+                already exists, or no uid belongs to the dataset.
         """
         files = local_copies(pattern, downloads=downloads / f"scores_{number}")
         self.files += files
@@ -198,14 +198,14 @@ class SampleTable:
         if "uid" not in names:
             raise InputError(
                 f"scores: {pattern}: expected a column uid, found {', '.join(names)}; rename the "
-                "one that holds the samples' uids"
+                "column that holds the uids of the samples"
             )
         known = {name.lower() for name in self.columns} - {"uid"}
         for name in names:
             if name.lower() in known:
                 raise InputError(
-                    f"scores: {pattern}: the column {name!r} is known already, from the dataset or "
-                    "another of the scores; rename it"
+                    f"scores: {pattern}: duplicate column {name!r}, also in the dataset or in "
+                    "other scores; rename it"
                 )
 
     def _check_uids(self, view: str, pattern: str) -> None:
@@ -216,19 +216,19 @@ class SampleTable:
             ).fetchone()
             if repeated:
                 raise InputError(
-                    f"{where}: uid {repeated[0]!r} stands in {repeated[1]} rows; scores are joined "
-                    "by uid, which must be another one in each row"
+                    f"{where}: duplicate uid {repeated[0]!r} in {repeated[1]} rows; scores are "
+                    "joined by uid, which must be unique"
                 )
         rows = self._number(f"SELECT count(*) FROM {view}")
         matched = self._number(f"SELECT count(*) FROM {view} SEMI JOIN sidecars USING (uid)")
         if not matched:
-            ours, theirs = (
+            expected, found = (
                 self.connection.execute(f"SELECT min(uid) FROM {table}").fetchone()[0]
                 for table in ("sidecars", view)
             )
             raise InputError(
-                f"scores: {pattern}: none of {rows} uids is one of {self.dataset}; they look like "
-                f"{theirs!r} there, like {ours!r} in the dataset"
+                f"scores: {pattern}: none of {rows} uids is in {self.dataset}; expected uids like "
+                f"{expected!r}, found {found!r}"
             )
         without = self.info.num_samples - matched
         self.notes.append(
@@ -239,14 +239,20 @@ class SampleTable:
     # ------------------------------------------------------------------------------- embeddings
 
     def join_embeddings(self, folder: Path) -> None:
-        """Adds clip_score: cosine of a sample's media and its best caption, from eval.embed.
+        """Joins clip_score, the cosine between a sample's media and its best caption.
+
+        Args:
+            folder: output folder of python -m eval.embed.
 
         Raises:
-            InputError: the folder is unfinished or of another dataset, or clip_score is known.
+            InputError: if the folder is unfinished or belongs to a different dataset, or the
+                column clip_score already exists.
         """
         check_embeddings(folder, self.info.fingerprint)
         if CLIP_SCORE in (name.lower() for name in self.columns):
-            raise InputError(f"embeddings: {folder}: the dataset has a column {CLIP_SCORE} already")
+            raise InputError(
+                f"embeddings: {folder}: duplicate column {CLIP_SCORE}, also in the dataset"
+            )
         files = self._files_of_shards(folder)
         with duckdb_errors(f"embeddings: {folder}"):
             self.connection.execute(
@@ -254,7 +260,7 @@ class SampleTable:
                 "unnest(?::VARCHAR[]) AS shard",
                 [list(map(str, files)), [row.name for row in self.manifest]],
             )
-            # A caption's cosine by list_cosine_similarity: Parquet has lists of any length only.
+            # list_cosine_similarity, because Parquet has no lists of fixed length.
             self.connection.execute(
                 "CREATE VIEW embeddings AS SELECT shard, key, "
                 "list_max(list_transform(caption_embeddings, lambda caption: "

@@ -1,4 +1,4 @@
-"""Where the scores of samples come from: Parquet files of a user, and embeddings of eval.embed."""
+"""Local copies of the Parquet files that hold scores of samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from data_prep.storage.remote_file import glob_files, is_pattern, join, local_pa
 
 
 def local_copies(pattern: str, *, downloads: Path) -> list[Path]:
-    """The files of a glob (or the one file), those from elsewhere copied into `downloads`.
+    """Lists the files of a path, URL or glob pattern, after copying remote ones.
+
+    Args:
+        pattern: path, URL or glob pattern.
+        downloads: folder for the copies.
 
     Raises:
-        InputError: there is none, or one cannot be read.
+        InputError: if there is no such file, or one cannot be read.
     """
     paths = [pattern]
     if is_pattern(pattern):

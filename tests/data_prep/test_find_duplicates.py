@@ -1,4 +1,4 @@
-"""find_duplicates on sounds whose copies are known; other files test each method by itself."""
+"""find_duplicates on sounds with known copies; other files test each method alone."""
 
 import json
 import sys
@@ -214,7 +214,7 @@ def test_samples_without_a_fingerprint_are_told(folder, tmp_path, caplog):
     table = table.set_column(place, table.schema.field(place), nothing)
     pyarrow.parquet.write_table(table, path)
     search(tmp_path, tmp_path / "out", datasets=["part"], against=[])
-    assert "part: 4 of 8 samples have no fingerprint and are not compared by it" in caplog.text
+    assert "part: 4 of 8 samples have no fingerprint and are skipped" in caplog.text
 
 
 # --------------------------------------------------------------------------------- wrong input
@@ -241,7 +241,7 @@ def test_hashes_of_evaluation_sets_must_be_there(folder, tmp_path):
 
 
 def test_a_dataset_cannot_stand_twice(folder, tmp_path):
-    with pytest.raises(InputError, match=r"same dataset.*give it once"):
+    with pytest.raises(InputError, match=r"duplicate of the dataset.*remove one of them"):
         search(folder, tmp_path, datasets=["train"], against=["train"])
     with pytest.raises(ConfigError, match=r"train\.subset would be written for two"):
         search(folder, tmp_path, datasets=["train", "train"])
@@ -258,7 +258,7 @@ def test_embeddings_must_belong_to_the_datasets(folder, tmp_path):
         options = {"datasets": datasets, "against": [], "semantic": semantic}
         return search(folder, tmp_path / "out", **options)
 
-    with pytest.raises(InputError, match="embeddings of another dataset"):
+    with pytest.raises(InputError, match="embeddings of a different dataset"):
         run(embeddings, datasets=["more"])
     with pytest.raises(InputError, match="embed all datasets with one checkpoint"):
         run(embeddings, other, datasets=["train", "more"])

@@ -284,9 +284,9 @@ def test_a_dry_run_counts_and_writes_nothing(run, columns, tmp_path):
         ("EXISTS (FROM read_text('/etc/hostname'))", "found a subquery"),
         ("row_number() OVER () < 5", "found a window function"),
         ("count(*) > 1", "aggregate"),
-        ("unnest([true, false])", r"found unnest\(\), which makes several"),
-        ("random() < 0.5", r"random\(\) gives another value in every run"),
-        ("now() > TIMESTAMP '2020-01-01'", r"now\(\) gives another value in every run"),
+        ("unnest([true, false])", r"found unnest\(\), which yields several"),
+        ("random() < 0.5", r"random\(\) returns a different value in every run"),
+        ("now() > TIMESTAMP '2020-01-01'", r"now\(\) returns a different value in every run"),
         ("current_date > DATE '2020-01-01'", "there is no column 'current_date'"),
         ("list_max(list_transform(captions, lambda c: len(c) + len(d))) > 1", "no column 'd'"),
         ("height > $1", "expected one SQL condition|parameter"),
@@ -304,10 +304,10 @@ def test_what_is_no_condition_is_refused(run, where, message):
 def test_scores_that_cannot_be_joined_are_refused(run, columns, tmp_path):
     uids = columns["uid"][:5]
     for table, message in [
-        ({"uid": [*uids, uids[2]], "a": range(6)}, f"uid {uids[2]!r} stands in 2 rows"),
+        ({"uid": [*uids, uids[2]], "a": range(6)}, f"duplicate uid {uids[2]!r} in 2 rows"),
         ({"id": uids, "a": range(5)}, "expected a column uid, found id, a"),
-        ({"uid": uids, "Height": range(5)}, "the column 'Height' is known already"),
-        ({"uid": ["x1", "x2"], "a": [1, 2]}, "none of 2 uids is one of"),
+        ({"uid": uids, "Height": range(5)}, "duplicate column 'Height'"),
+        ({"uid": ["x1", "x2"], "a": [1, 2]}, "none of 2 uids is in"),
     ]:
         path = write_table(tmp_path / "s.parquet", {k: list(v) for k, v in table.items()})
         status, printed, _ = run(scores=[path])
@@ -347,7 +347,7 @@ def test_a_repeated_uid_of_the_dataset_is_refused_only_when_scores_need_it(
     scores = write_table(tmp_path / "s.parquet", {"uid": columns["uid"][:3], "a": [1, 2, 3]})
     status, printed, _ = run(dataset=str(copy), scores=[scores])
     assert status == 1
-    assert f"uid {columns['uid'][0]!r} stands in 2 rows" in printed
+    assert f"duplicate uid {columns['uid'][0]!r} in 2 rows" in printed
     (copy / "00000001.parquet").unlink()
     assert "00000001.parquet: expected the columns of a shard" in run(dataset=str(copy))[1]
     shutil.copy(copy / "00000000.parquet", copy / "00000001.parquet")
@@ -362,7 +362,7 @@ def test_other_wrong_settings_are_named(run, dataset, columns, tmp_path):
     assert "embeddings.json: expected finished embeddings" in run(embeddings=str(tmp_path))[1]
     write_embeddings(tmp_path / "e", dataset, columns)
     (tmp_path / "e/embeddings.json").write_text('{"dataset_fingerprint": "0"}')
-    assert "embeddings of another dataset" in run(embeddings=str(tmp_path / "e"))[1]
+    assert "embeddings of a different dataset" in run(embeddings=str(tmp_path / "e"))[1]
 
 
 def test_choosing_needs_no_more_memory_than_it_is_given(dataset, tmp_path):
