@@ -1,7 +1,7 @@
-"""Every setting of a pretraining run, one frozen section per concern; YAML mirrors this tree.
+"""Settings of a pretraining run, one frozen section per concern; YAML mirrors this tree.
 
-Fields made with `free` may differ when a run is resumed: they change speed or bookkeeping, never
-the result. All others are part of what the run is.
+Fields marked `free` may differ when a run is resumed: they change speed or bookkeeping, never the
+result. All others are part of the run's identity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Location = Annotated[
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-# With it exp(-2 * scale), an entry of a softmax's sums, is just above float64's smallest number.
+# At this scale exp(-2 * scale), a summand of the softmax, is just above float64's smallest number.
 LARGEST_LOGIT_SCALE = 340.0
 # Mean and deviation of RGB in [0, 1] that CLIP's image towers expect (Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,7 +41,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def media_of_pairing(pairing: PairingName) -> MediaKind:
-    """The media kind that a pairing contrasts with text."""
+    """Returns the kind of media that a pairing contrasts with text."""
     return "image" if pairing == "image-text" else "audio"
 
 
@@ -58,8 +58,8 @@ class MediaTower(Section):
     pretrained: bool | str = (
         False  # weights: true, an open_clip tag, or a file; false: from scratch
     )
-    frozen: bool = False  # keep as loaded; its projection is trained
-    options: dict[str, Any] = {}  # further arguments of the library's constructor or config
+    frozen: bool = False  # keep the loaded weights; the projection is still trained
+    options: dict[str, Any] = {}  # more arguments of the library's constructor or config
 
 
 class TextTower(Section):
@@ -70,13 +70,13 @@ class TextTower(Section):
     pretrained: bool | str = False
     frozen: bool = False
     options: dict[str, Any] = {}
-    context_length: PositiveInt = 77  # tokens; captions are cut and padded to it
+    context_length: PositiveInt = 77  # tokens; captions are cut or padded to it
     tokenizer: str | None = None  # transformers tokenizer (name or folder); null: open_clip's BPE
     pooling: Literal["mean", "first"] = "mean"  # over tokens; transformers towers only
 
 
 class LogitScale(Section):
-    """The learned inverse temperature, one per pairing, kept as its logarithm."""
+    """The learned inverse temperature, one per pairing, stored as its logarithm."""
 
     initial: PositiveFloat = 1 / 0.07
     # clamped to [1, maximum] in the optimizer step
@@ -111,7 +111,7 @@ class ColorJitter(Section):
     Each factor is drawn evenly from [1 - x, 1 + x], the shift of hue from [-x, x] turns.
     """
 
-    probability: Share = 0.8  # of changing a picture at all
+    probability: Share = 0.8  # of changing an image at all
     brightness: Share = 0.32
     contrast: Share = 0.32
     saturation: Share = 0.32
@@ -122,12 +122,15 @@ class ImageTransform(Section):
     """From a decoded image to the tower's square input."""
 
     size: PositiveInt = 224  # pixels
-    resize: Literal["shortest", "squash"] = "shortest"  # evaluation: shorter side and centre crop
-    crop_area: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)  # training: share of the area kept
+    resize: Literal["shortest", "squash"] = "shortest"  # evaluation: shorter side, then centre crop
+    crop_area: tuple[PositiveFloat, PositiveFloat] = (
+        0.9,
+        1.0,
+    )  # training: fraction of the area kept
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)  # training: width over height
-    flip_probability: Share = 0.0  # training: mirror left and right
+    flip_probability: Share = 0.0  # training: mirrored left to right
     color_jitter: ColorJitter | None = None  # training
-    grey_probability: Share = 0.0  # training: all colour taken away
+    grey_probability: Share = 0.0  # training: converted to grey
     # JPEGs whose crop is at least twice `size` are decoded at 1/2, 1/4 or 1/8: faster, less exact.
     scaled_decoding: bool = False
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -142,7 +145,7 @@ class ImageTransform(Section):
 
 
 class LogMel(Section):
-    """Log-mel spectrogram in decibels, standardised by fixed numbers."""
+    """Log-mel spectrogram in decibels, standardised by constants."""
 
     fft_samples: PositiveInt = 1024  # also the length of the Hann window
     hop_samples: PositiveInt = 480
@@ -150,15 +153,15 @@ class LogMel(Section):
     low_hz: float = Field(50.0, ge=0)
     high_hz: PositiveFloat = 14000.0
     mel_scale: Literal["htk", "slaney"] = "slaney"
-    mel_norm: Literal["slaney"] | None = "slaney"  # null: triangles of height one
+    mel_norm: Literal["slaney"] | None = "slaney"  # null: triangles of height 1
     mean_db: float = -30.0  # subtracted, then divided by std_db
     std_db: PositiveFloat = 20.0
 
 
 class SpecAugment(Section):
-    """Stripes of the log-mel picture set to its mean in training (Park et al. 2019, "SpecAugment").
+    """Stripes of the spectrogram set to its mean in training (Park et al. 2019, "SpecAugment").
 
-    Each stripe's width is drawn evenly from 0 to the largest, then its place.
+    The width of each stripe is drawn uniformly from 0 to the largest, then its position.
     """
 
     num_mel_stripes: int = Field(2, ge=0)
@@ -168,10 +171,10 @@ class SpecAugment(Section):
 
 
 class AudioTransform(Section):
-    """From a decoded clip to a waveform of fixed length, and from there to the tower's input."""
+    """From a decoded clip to a waveform of fixed length, and on to the tower's input."""
 
     sample_rate_hz: PositiveInt = 48000
-    clip_seconds: PositiveFloat = 10.0  # longer clips are cropped: anywhere, at evaluation centred
+    clip_seconds: PositiveFloat = 10.0  # longer clips are cropped: at random, in evaluation centred
     padding: Literal["repeat", "silence"] = "repeat"  # of shorter clips
     log_mel: LogMel = LogMel()
     spec_augment: SpecAugment | None = None  # training
@@ -208,7 +211,7 @@ class AudioTransform(Section):
         for key, length in (("mel_bins", self.log_mel.num_mel_bins), ("frames", num_frames)):
             if (width := getattr(self.spec_augment, key)) > length:
                 raise ValueError(
-                    f"spec_augment.{key}={width} is wider than the log-mel picture; use at most "
+                    f"spec_augment.{key}={width} is wider than the spectrogram; use at most "
                     f"{length}"
                 )
         return self
@@ -221,17 +224,17 @@ class Source(Section):
     """One dataset of a pairing."""
 
     name: str  # part of every random key: renaming a source changes the order
-    # Folder or URL (s3://, gs://, hf://, http://, file://) that holds dataset.json; what counts is
-    # its fingerprint. A folder is read where it is, a URL through loading.cache.
+    # Folder or URL (s3://, gs://, hf://, http://, file://) with dataset.json; its fingerprint is
+    # part of the run. A folder is read in place, a URL through loading.cache.
     dataset: Location = free()
-    subset: Location | None = free(None)  # .subset file: only what it keeps; likewise
-    weight: PositiveFloat = 1.0  # share of the pairing's batch, relative to its other sources
+    subset: Location | None = free(None)  # .subset file: only the samples it keeps; likewise
+    weight: PositiveFloat = 1.0  # fraction of the pairing's batch, relative to its other sources
 
 
 def _refuse_equal_names(sources: list[Source]) -> list[Source]:
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"expected sources of different names, found {names}")
+        raise ValueError(f"expected sources with different names, found {names}")
     return sources
 
 
@@ -239,17 +242,17 @@ Sources = Annotated[list[Source], Field(min_length=1), AfterValidator(_refuse_eq
 
 
 class Segment(Section):
-    """Other sources or weights from a step on; a source that stays goes on where it was."""
+    """Other sources or weights from a step on; a source that stays continues where it was."""
 
     from_step: PositiveInt  # number of steps done before it
     sources: Sources
 
 
 class Distillation(Section):
-    """Distillation: a trained model gives part of the softmax targets."""
+    """Distillation: a trained model provides part of the softmax targets."""
 
-    checkpoint: Path = free()  # run folder or checkpoint; what counts is its fingerprint
-    weight: float = Field(0.5, gt=0, le=1)  # of its softmaxes in the targets
+    checkpoint: Path = free()  # run folder or checkpoint; its fingerprint is part of the run
+    weight: float = Field(0.5, gt=0, le=1)  # weight of its softmaxes in the targets
 
 
 class Pairing(Section):
@@ -260,13 +263,15 @@ class Pairing(Section):
     # with model.logit_scale.initial: 10
     loss: LossKind = "softmax"
     label_smoothing: Decay = 0.0  # of the softmaxes' targets, spread over the batch
-    # What pairs of a batch with the same caption or the same media are to one another: negatives,
-    # as in CLIP; positives, as they are to themselves; masked: neither.
+    # Role of two pairs in a batch that share their caption or media. negatives: as in CLIP;
+    # positives: as if they were one pair; masked: left out of each other's loss.
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     teacher: Distillation | None = None
-    weight: PositiveFloat = 1.0  # of this loss in the step's sum, or its share of the steps
+    weight: PositiveFloat = (
+        1.0  # weight of this loss in the step's sum, or its fraction of the steps
+    )
     sources: Sources
-    segments: list[Segment] = []  # may be added to while a run is stopped, but not changed
+    segments: list[Segment] = []  # more may be added while a run is stopped; none may change
 
     @model_validator(mode="after")
     def _has_softmaxes(self) -> Pairing:
@@ -296,40 +301,42 @@ class Pairing(Section):
             place = (source.dataset, source.subset)
             if known.setdefault(source.name, place) != place:
                 raise ValueError(
-                    f"source {source.name!r} stands for {known[source.name]} and for {place}; "
+                    f"source {source.name!r} names both {known[source.name]} and {place}; "
                     "give the second one another name"
                 )
         return self
 
     @property
     def all_sources(self) -> list[Source]:
-        """Those of the beginning and of every segment; a source may stand in several."""
+        """Sources of the beginning and of every segment; a source may be in several."""
         return [*self.sources, *(source for part in self.segments for source in part.sources)]
 
 
 class Cache(Section):
-    """Where shards behind URLs are kept on each node, shared by its processes."""
+    """Cache on each node for shards behind URLs, shared by its processes."""
 
-    folder: Path | None = free(None)  # on a disk of the node; needed for URLs
-    max_gigabytes: PositiveFloat | None = free(None)  # null: what the disk has free at the start
-    num_downloads: PositiveInt = free(4)  # shards that a node fetches at a time
+    folder: Path | None = free(None)  # on a local disk of the node; required for URLs
+    max_gigabytes: PositiveFloat | None = free(None)  # null: free disk space at the start
+    num_downloads: PositiveInt = free(4)  # shards that a node downloads at a time
 
 
 class Loading(Section):
-    """How samples are read."""
+    """Reading of samples."""
 
-    window: PositiveInt = 32768  # samples of a lane shuffled among themselves
+    window: PositiveInt = 32768  # samples of a lane that are shuffled together
     # threads: one loader process per rank, whose threads fill shared buffers; processes: torch's
     # DataLoader. The second where Python code (a tokenizer) is the slowest part.
     runtime: Literal["threads", "processes"] = free("threads")
-    num_workers: int = free(2, ge=0)  # threads or processes of each rank; 0: load while it waits
-    batches_ahead: PositiveInt = free(2)  # steps loaded before they are needed; each takes memory
-    retries: int = free(5, ge=0)  # of a read or download that failed for the moment
+    num_workers: int = free(
+        2, ge=0
+    )  # threads or processes of each rank; 0: load in the training process
+    batches_ahead: PositiveInt = free(2)  # steps loaded in advance; each takes memory
+    retries: int = free(5, ge=0)  # of a read or download after a transient error
     cache: Cache = free(Cache())
-    max_bad_fraction: Share = free(1e-3)  # unreadable samples, of all, that stop the run
-    max_bad_fraction_per_shard: Share = free(1e-2)  # likewise, of a shard
-    # substitute: samples of a missing or damaged shard are replaced by others, and all results of
-    # the run are marked, because it no longer is a function of its config.
+    max_bad_fraction: Share = free(1e-3)  # fraction of unreadable samples above which the run stops
+    max_bad_fraction_per_shard: Share = free(1e-2)  # likewise, in one shard
+    # substitute: samples of a missing or damaged shard are replaced by others. All results of the
+    # run are then tagged, because they are no longer a function of the config alone.
     on_bad_shard: Literal["stop", "substitute"] = "stop"
 
 
@@ -352,7 +359,7 @@ class Schedule(Section):
     num_steps: PositiveInt
     warmup_steps: int = Field(0, ge=0)
     shape: Literal["cosine", "constant", "constant_with_cooldown"] = "cosine"
-    cooldown_steps: int = Field(0, ge=0)  # last steps, falling linearly to zero
+    cooldown_steps: int = Field(0, ge=0)  # last steps, in which the rate falls linearly to zero
 
     @model_validator(mode="after")
     def _fits(self) -> Schedule:
@@ -369,48 +376,53 @@ class Schedule(Section):
         return self
 
 
-# Of a time-out, after which a process that gives no sign of life is ended: by then the group's
-# time-out has freed the others.
-END_SHARE = 1.5
+# Fraction of a time-out after which a process without a heartbeat is ended. By then the time-out of
+# the process group has freed the others.
+END_FRACTION = 1.5
 
 
 class Engine(Section):
-    """What computes: none of it changes the result beyond rounding, but for the precision."""
+    """Devices and strategy; except the precision, nothing here changes results beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = free("auto")
-    # ddp: each process holds everything (also if it is the only one). DeepSpeed's ZeRO shares among
-    # processes 1: the optimizer's state, 2: gradients too, 3: parameters too, 0: nothing.
+    # ddp: each process holds everything (also if it is the only one). DeepSpeed's ZeRO divides
+    # among processes 1: the optimizer's state, 2: also gradients, 3: also parameters, 0: nothing.
     strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = free("ddp")
     deepspeed_config: Path | None = free(None)  # a file like those in configs/deepspeed/
     precision: Precision = "bf16"  # bf16: autocast, parameters stay fp32
     # How the loss is shared among processes: strip1 computes least, strip2 sends least.
     loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
-    # Of a collective, before the run fails: until the first step of an attempt is done, and after.
-    # A step that does not end has stacks written before, and ends its process after half as long
-    # again. Waiting for a checkpoint has the longer time, too.
+    # Time-outs of a collective: until the end of an attempt's first step, and afterwards. A
+    # hanging step writes stacks before its time-out, and ends its process after 1.5 times the
+    # time-out. Waiting for a checkpoint has the longer time-out, too.
     start_timeout_seconds: PositiveFloat = free(1800.0)
     timeout_seconds: PositiveFloat = free(600.0)
     activation_checkpointing: bool = free(False)  # trained towers: less memory, a third more time
     compile: bool = free(False)  # towers by torch.compile: minutes at the start, faster after
-    # The same bits whenever as many GPUs of a kind run it: else some operators sum in any order.
-    # Slower; an operator that has no other form is refused when it is met
+    # Equal bits in every run on the same number and kind of GPUs: without it, some operators sum
+    # in varying order. Slower; an operator without a deterministic form raises an error
     deterministic: bool = free(False)
 
 
 class Watch(Section):
-    """What is made of steps that go wrong. A step whose loss or gradient is not a finite number is
-    never applied, so nothing here changes a result: it says whether and when a run goes on."""
+    """Handling of non-finite and anomalous steps.
 
-    # After such a step: stop the run, or leave the step out and go on
+    A step whose loss or gradient is not finite is never applied. So nothing here changes a result,
+    only whether a run continues.
+    """
+
+    # After a non-finite step: stop the run, or skip the step and continue
     on_non_finite: Literal["stop", "skip"] = free("stop")
     max_skipped_steps: PositiveInt = free(3)  # within skip_window_steps; one more stops the run
     skip_window_steps: PositiveInt = free(1000)
-    # Marked in the metrics: what is so many times above its median over the last window_steps
+    # Reported in the metrics: values above so many times their median over the last window_steps
     loss_spike_factor: float = free(2.0, gt=1)
     grad_norm_spike_factor: float = free(5.0, gt=1)
     window_steps: int = free(100, ge=20)
     slow_step_factor: float = free(2.0, gt=1)  # a step is slow at so many times the median time
-    slow_steps: PositiveInt = free(10)  # running, before it is told, with the slowest process
+    slow_steps: PositiveInt = free(
+        10
+    )  # consecutive, before they are reported with the slowest process
 
 
 class ValidationSource(Section):
@@ -418,7 +430,7 @@ class ValidationSource(Section):
 
     dataset: Location = free()  # folder or URL
     subset: Location | None = free(None)
-    batch_size: PositiveInt  # pairs contrasted with one another: the figures depend on it
+    batch_size: PositiveInt  # pairs contrasted with one another: the metrics depend on it
 
 
 class Validation(Section):
@@ -429,20 +441,22 @@ class Validation(Section):
 
 
 class Run(Section):
-    """The run folder and what is written into it."""
+    """The run folder and its files."""
 
     folder: Path = free()
     log_every_steps: PositiveInt = free(10)
     checkpoint_every_steps: PositiveInt = free(1000)
-    checkpoint_every_minutes: PositiveFloat | None = free(None)  # besides; null: never
+    checkpoint_every_minutes: PositiveFloat | None = free(None)  # in addition; null: never
     # Folder or URL (s3://, gs://, ...) of the checkpoints; null: checkpoints/ in the run folder
     checkpoint_folder: Location | None = free(None)
-    max_failed_saves: PositiveInt = free(3)  # checkpoints in a row not written, then the run stops
+    max_failed_saves: PositiveInt = free(
+        3
+    )  # consecutive checkpoints not written, before the run stops
     keep_checkpoints: PositiveInt = free(3)  # the newest; older ones are deleted
-    keep_every_steps: PositiveInt | None = free(None)  # but these stay for ever; null: none
+    keep_every_steps: PositiveInt | None = free(None)  # these are never deleted; null: none
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
-    # Begin a new run from the newest checkpoint of the run in `folder`, in a folder beside it
+    # Begin a new run from the newest checkpoint of the run in `folder`, in a folder next to it
     fork: bool = free(False)
     # Folder of the run that this one begins from; set by `fork`, or by you for a folder you name
     parent: Path | None = free(None)
@@ -476,15 +490,15 @@ class PretrainConfig(Section):
 
     seed: int = Field(0, ge=0, lt=2**63)
     lanes: PositiveInt  # divides every pairing's global_batch_size; at most this many processes
-    # Pairs of a pairing that a process encodes at once; auto: as many as fit into its memory.
+    # Pairs of a pairing that a process encodes at once; auto: as many as fit into memory.
     micro_batch_size: PositiveInt | Literal["auto"] = free("auto")
     run: Run
     model: Model
     image: ImageTransform = ImageTransform()
     audio: AudioTransform = AudioTransform()
     pairings: dict[PairingName, Pairing] = Field(min_length=1)
-    # all: every step takes all pairings, and sums weight * loss; one: every step takes one, of
-    # which each has its share of the steps by weight.
+    # all: every step takes all pairings, and sums weight * loss; one: every step takes one pairing,
+    # chosen by weight.
     pairings_per_step: Literal["all", "one"] = "all"
     loading: Loading = Loading()
     optimizer: Optimizer
@@ -525,5 +539,5 @@ class PretrainConfig(Section):
         return self
 
     def slots_per_lane(self, pairing: PairingName) -> int:
-        """Consecutive positions of every lane that one step takes."""
+        """Returns the number of consecutive positions of every lane that one step takes."""
         return self.pairings[pairing].global_batch_size // self.lanes

@@ -108,14 +108,16 @@ def finish(meeting: Meeting, problems: Sequence[Problem], *, answer: TextIO | No
     Raises:
         RunError: if there are problems, or rank 0 received a signal meanwhile.
     """
-    is_healthy = meeting.broadcast("verdict", not problems and not signals.heard)
+    is_healthy = meeting.broadcast("verdict", not problems and not signals.received)
     if meeting.rank != 0:
         meeting.send("parted", value=True)
         if not is_healthy:
             raise RunError("a run should not start here; see the error of rank 0")
         return
     if not is_healthy and answer is not None:
-        line = answer_to_script(problems, was_stopped=bool(signals.heard), environment=os.environ)
+        line = answer_to_script(
+            problems, was_stopped=bool(signals.received), environment=os.environ
+        )
         print(line, end="\n" if line else "", file=answer, flush=True)
     meeting.send("parted", value=True)
     meeting.collect("parted", seconds=SECONDS_TO_PART)  # the store ends with this process
@@ -127,7 +129,7 @@ def finish(meeting: Meeting, problems: Sequence[Problem], *, answer: TextIO | No
 def reason_to_refuse(problems: Sequence[Problem]) -> str:
     """Returns why a run should not start, and what to do."""
     if not problems:
-        return f"stopped by {', '.join(sorted(signals.heard))} while nodes were checked"
+        return f"stopped by {', '.join(sorted(signals.received))} while nodes were checked"
     lines = "\n".join(f"  {problem}" for problem in problems)
     bad = bad_nodes(problems)
     advice = f"leave out {', '.join(bad)}" if bad else "fix the problems and try again"

@@ -22,7 +22,7 @@ from data_prep.command import print_error, say
 from data_prep.config_file import read_yaml
 from data_prep.errors import InputError
 from pretrain.checkpoints.store import store_of_run
-from pretrain.config import END_SHARE, Engine
+from pretrain.config import END_FRACTION, Engine
 from pretrain.monitoring.progress_log import in_words
 from pretrain.run.attempts import Attempt, read_attempts, read_metrics
 from pretrain.run.end_causes import causes_of_end
@@ -109,7 +109,7 @@ def _state(
     key = "timeout_seconds" if is_own else "start_timeout_seconds"
     timeout = float(engine.get(key, Engine.model_fields[key].default))
     # By then, the hang watch has ended all processes of a run that hangs.
-    if at - last_sign > timedelta(seconds=END_SHARE * timeout):
+    if at - last_sign > timedelta(seconds=END_FRACTION * timeout):
         return "silent", (
             f"attempt {newest.attempt} has written nothing for {in_words(at - last_sign)}: its "
             "nodes were lost or it was killed; start the run again to resume from its checkpoint"

@@ -3,7 +3,7 @@
     python -m pretrain.train configs/pretrain/demo.yaml schedule.num_steps=100
 
 The same command runs under `accelerate launch`, `torchrun` or `srun`; the number of processes never
-changes which result comes. Run again, it goes on from the newest checkpoint.
+changes the result. Run again, it resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def pretrain(config: PretrainConfig) -> None:
     """Runs a config to its last step, from the newest checkpoint of its run folder if it has one.
 
     Raises:
-        InputError: the config, a dataset or the run folder cannot be used.
-        RunError: the run cannot go on.
+        InputError: if the config, a dataset or the run folder cannot be used.
+        RunError: if the run cannot continue.
     """
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
@@ -75,9 +75,9 @@ def pretrain(config: PretrainConfig) -> None:
     requests = RunRequests(
         config.run.folder, save_every_minutes=config.run.checkpoint_every_minutes
     )
-    with requests:  # so that nothing asked for during the start is lost
+    with requests:  # so that no request made during the start is lost
         tokenizer = build_tokenizer(config.model.text)
-        # After the tokenizer, whose imports the loader shares, and before threads and connections.
+        # After the tokenizer, whose imports the loader shares; before any threads or connections.
         with start_loader(config.loading) as load_steps:
             run_attempt(config, tokenizer, load_steps, requests)
 
@@ -96,7 +96,7 @@ def run_attempt(
     num_micro_batches = choose_num_micro_batches(
         StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
-    if config.engine.compile:  # after its memory was measured, which follows single operators
+    if config.engine.compile:  # only now: memory is measured operator by operator
         compile_towers(model)
     teachers = open_teachers(config, tokenizer, device=accelerator.device)
     identity = RunIdentity(config, fingerprints_of(loader, validation_sets, teachers))

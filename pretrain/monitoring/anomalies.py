@@ -1,5 +1,4 @@
-"""What is out of the ordinary in steps: spikes of loss and gradient norm, steps that take long, and
-steps that were skipped."""
+"""Anomalies of steps: spikes of loss and gradient norm, slow steps, and skipped steps."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from typing import Any
 from pretrain.config import Watch
 
 SPIKING = {"total_loss": "loss_spike_factor", "grad_norm": "grad_norm_spike_factor"}
-NUM_NEEDED = 20  # values before there is a level
+NUM_NEEDED = 20  # values, before the level is defined
 
 
 class StepWatch:
-    """Watches the steps of one attempt, each of which it is told.
+    """Detector of anomalies in the steps of one attempt.
 
     Args:
-        settings: the config's section.
-        rows: of the metrics of earlier attempts, from which the level of loss and gradient norm is
-            known; where not every step was logged, it is that of the logged ones.
+        settings: config section `watch`.
+        rows: metrics rows of earlier attempts, which give the level of loss and gradient norm. If
+            not every step was logged, it is the level of the logged steps.
     """
 
     def __init__(self, settings: Watch, *, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -36,16 +35,16 @@ class StepWatch:
                     detector.enter(row["step"], row[name])
         self._times = SpikeDetector(factor=settings.slow_step_factor, window=settings.window_steps)
         self._spikes: list[dict[str, Any]] = []
-        self._num_slow = 0  # running
-        self._is_told_slow = False
+        self._num_slow = 0  # consecutive
+        self._is_reported_slow = False
 
     def enter(self, step: int, *, values: Mapping[str, float], seconds: float) -> list[str]:
-        """Adds a step; returns what is to be said of it.
+        """Adds a step, and returns log lines on its spikes.
 
         Args:
-            step: steps done.
-            values: total_loss and grad_norm; nothing if it was skipped.
-            seconds: that it took, without validation and saving.
+            step: number of steps done.
+            values: total_loss and grad_norm; empty if the step was skipped.
+            seconds: duration of the step, without validation and saving.
         """
         is_slow = self._times.enter(step, seconds) is not None
         self._num_slow = self._num_slow + 1 if is_slow else 0
@@ -65,7 +64,7 @@ class StepWatch:
         return self._num_slow >= self.settings.slow_steps
 
     def take_row(self) -> dict[str, Any]:
-        """What a row of metrics says of the steps since the last one."""
+        """Returns metrics columns on the steps since the last row."""
         row: dict[str, Any] = {}
         if self._spikes:
             row["spikes"] = self._spikes
@@ -80,15 +79,15 @@ class StepWatch:
     def lines_on_pace(
         self, seconds: Mapping[str, float], slowest: Mapping[str, Any] | None
     ) -> list[str]:
-        """What is to be said when steps have become slow, or are no longer.
+        """Returns log lines when steps become slow, and when they are fast again.
 
         Args:
-            seconds: of a step by phase, mean over ranks.
-            slowest: the rank that the others wait for, as the row of metrics says.
+            seconds: {phase: seconds per step}, mean over ranks.
+            slowest: rank that the others wait for, as in the metrics row.
         """
-        if self._are_slow == self._is_told_slow:
+        if self._are_slow == self._is_reported_slow:
             return []
-        self._is_told_slow = self._are_slow
+        self._is_reported_slow = self._are_slow
         if not self._are_slow:
             return ["steps are as fast again as before"]
         phases = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items() if value)
@@ -105,7 +104,7 @@ class StepWatch:
 
 
 def reason_to_stop(watch: Watch, *, skipped_steps: Sequence[int]) -> str | None:
-    """Why a run must not go on after the last of the steps that it skipped; None if it may."""
+    """Returns why a run must stop after its last skipped step; None if it may continue."""
     if watch.on_non_finite == "stop":
         return "watch.on_non_finite=stop"
     window = watch.skip_window_steps
@@ -124,15 +123,15 @@ class Spike:
 
     step: int
     value: float
-    median: float  # of the values before
+    median: float  # of the previous values
 
 
 class SpikeDetector:
-    """A pure function of the values that it was given, in order.
+    """Detector of values far above the recent median; a pure function of the values in order.
 
     Args:
         factor: a value above `factor` times the level is a spike.
-        window: how many values back the level is taken over.
+        window: number of previous values that the level is the median of.
     """
 
     def __init__(self, *, factor: float, window: int) -> None:
@@ -145,7 +144,7 @@ class SpikeDetector:
         return median(self._recent) if len(self._recent) >= NUM_NEEDED else None
 
     def enter(self, step: int, value: float) -> Spike | None:
-        """Adds a value; returns it if it is far above those before."""
+        """Adds a value, and returns it if it is a spike."""
         level = self.level
         self._recent.append(value)
         is_spike = level is not None and value > self.factor * level

@@ -1,4 +1,4 @@
-"""Keeps account of substituted samples over all ranks, and stops a run that has too many."""
+"""Records substituted samples across ranks and aborts above a limit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.run.folder import RunFolder
 
-# Of a run whose missing or damaged shards were substituted: its result depends on the storage.
+# Tag of a run with substituted shards: its result depends on the state of the storage.
 BAD_SHARD_TAG = "substituted_shards"
 
 
 class BadSampleLedger:
-    """Enters each step's substitutions into the run folder; every rank must make every call.
+    """Ledger of substitutions in the run folder; every rank must make every call.
 
     Args:
-        run: the run folder, whose earlier attempts' entries count too.
+        run: run folder; entries of earlier attempts count too.
         loader: reader of the run's sources.
-        loading: limits. A single bad sample never stops a run.
+        loading: config section `loading`, with the limits. A single bad sample never stops a run.
     """
 
     def __init__(self, run: RunFolder, loader: StepLoader, *, loading: Loading) -> None:
@@ -44,10 +44,10 @@ class BadSampleLedger:
         self.num_substituted: Counter[tuple[str, str, int]] = Counter()
 
     def enter(self, batch: StepBatch, *, device: torch.device) -> None:
-        """Records a step's substitutions.
+        """Records the substitutions of a step.
 
         Raises:
-            RunError: too many samples are bad, of all or of one shard.
+            RunError: if too many samples are bad, in all or in one shard.
         """
         own = [
             (name, bad) for name, pairing in batch.pairings.items() for bad in pairing.bad_samples
@@ -65,7 +65,7 @@ class BadSampleLedger:
             self._check_limits(pairing, bad)
 
     def _count(self, pairing: str, bad: BadSample) -> None:
-        """A sample is bad once, in however many epochs; those of bad shards are no single ones."""
+        """Counts a sample once, in however many epochs; samples of bad shards are not counted."""
         source = f"{pairing}/{bad.source}"
         if bad.is_shard_bad or (source, bad.ordinal) in self._known:
             return

@@ -1,4 +1,4 @@
-"""Checks that every epoch was read whole: read + substituted = what the manifest holds."""
+"""Audit of epochs: samples read + substituted + left over = samples in the manifest."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pretrain.sampling.schedule import RunSchedule
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What became of one epoch of one source. All but the last three add up to the last but one."""
+    """Counts of one epoch of one source; those before in_manifest add up to it."""
 
     source: str  # "<pairing>/<source>"
     epoch: int
-    read: int  # by this attempt, as they are
+    read: int  # by this attempt, unchanged
     substituted: int  # by this attempt
-    read_before: int  # by earlier attempts, whose steps this one goes on from
-    left_over: int  # fewer than one per lane; others in every epoch
+    read_before: int  # by earlier attempts, in the steps that this one continues
+    left_over: int  # fewer than one per lane; different samples in every epoch
     in_manifest: int
 
 
 class EpochAudit:
-    """Counts what the loaders delivered, against what the manifest says; every rank must call it.
+    """Comparison of the samples that loaders delivered with the manifest; every rank must call it.
 
     Args:
         schedule: samples of every step.
-        ledger: of substitutions.
-        first_step: steps done before this attempt.
+        ledger: ledger of substitutions.
+        first_step: number of steps done before this attempt.
     """
 
     def __init__(self, schedule: RunSchedule, ledger: BadSampleLedger, *, first_step: int) -> None:
@@ -51,10 +51,10 @@ class EpochAudit:
                 self._current[name, number] = (epoch, last_step)
 
     def enter(self, batch: StepBatch, *, device: torch.device) -> list[dict[str, Any]]:
-        """Adds a step; returns the reports of the epochs that it ends.
+        """Adds a step, and returns reports on the epochs that it ends.
 
         Raises:
-            RunError: an epoch was not read whole.
+            RunError: if an epoch was not read completely.
         """
         for name, pairing in batch.pairings.items():
             for (source, epoch), count in pairing.num_read.items():
@@ -89,7 +89,7 @@ class EpochAudit:
         if found != report.in_manifest:
             raise RunError(
                 f"epoch {epoch} of {report.source} ended with {found} samples accounted for, "
-                f"expected {report.in_manifest} (manifest.jsonl): {report}; this is a fault of the "
+                f"expected {report.in_manifest} (manifest.jsonl): {report}; this is a bug of the "
                 "loader: keep the run folder and report it"
             )
         return report

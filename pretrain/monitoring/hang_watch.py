@@ -1,13 +1,13 @@
-"""Notices a step that does not end: writes down where all threads are, and ends the process.
+"""Watchdog for steps that do not end: writes the stacks of all threads, and ends the process.
 
     stacks/<attempt>/rank_00003.txt
 
-Ranks that wait for one that hangs are freed by the process group's time-out, a while after their
-stacks were written. A rank that hangs elsewhere ends itself, so that none stays for ever. The clock
-runs from the last sign of life; the last resort is a timer of faulthandler's, which needs no
-Python and so works where the interpreter itself is stuck. The file also takes what faulthandler
-tells of a process that dies of a fault. One with its first line alone is of a process that died
-without a word: it was killed, or its machine was lost.
+Ranks that wait for a hanging one are freed by the time-out of the process group, some time after
+their stacks were written. A rank that hangs elsewhere ends itself, so that no process stays behind.
+The clock restarts at every heartbeat. The last resort is a timer of faulthandler, which works even
+if the interpreter itself is stuck. faulthandler also writes the stacks of a crashing process to the
+file. A file with only its first line belongs to a process that exited without a traceback: it was
+killed, or its machine was lost.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from pretrain.config import END_SHARE
+from pretrain.config import END_FRACTION
 from pretrain.distributed.collectives import rank
 from pretrain.run.attempts import machine_name
 from pretrain.run.end_causes import STACKS
 
 logger = logging.getLogger(__name__)
 
-DUMP_SHARE = 0.8  # of the time-out, after which stacks are written
+DUMP_FRACTION = 0.8  # of the time-out, after which stacks are written
 
 
 class HangWatch:
-    """Watches from `with` on; every rank has its own.
+    """Watchdog of one rank, inside its `with` block.
 
     Args:
-        folder: of the run.
-        attempt: id of this attempt.
-        timeout_seconds: of the process group's collectives, in a step.
-        start_timeout_seconds: before the first step's end.
+        folder: run folder.
+        attempt: number of this attempt.
+        timeout_seconds: time-out of collectives in a step.
+        start_timeout_seconds: time-out until the end of the first step.
     """
 
     def __init__(
@@ -80,29 +80,31 @@ class HangWatch:
 
     @property
     def timeout_key(self) -> str:
-        """Name in the config of the time-out that holds now."""
+        """Config key of the current time-out."""
         is_slow = self._timeout == self._timeouts[True]
         return "engine.start_timeout_seconds" if is_slow else "engine.timeout_seconds"
 
     def heartbeat(self, *, is_slow: bool = False) -> None:
-        """To be called when a step, or anything as long, has ended.
+        """Restarts the clock; call it at the end of each step, or of work of that length.
 
         Args:
-            is_slow: whether what comes next may take as long as a start.
+            is_slow: whether the next work may take as long as a start.
         """
-        self._last_sign = time.monotonic()  # first: the thread is not to hold it against the other
+        self._last_sign = (
+            time.monotonic()
+        )  # first: the thread must not compare it with the other limit
         self._timeout = self._timeouts[is_slow]
-        faulthandler.dump_traceback_later(END_SHARE * self._timeout, file=self._file, exit=True)
+        faulthandler.dump_traceback_later(END_FRACTION * self._timeout, file=self._file, exit=True)
 
     def _watch(self) -> None:
-        longest = DUMP_SHARE * min(self._timeouts.values())  # the limit may be another by then
-        told, pause = None, longest
+        longest = DUMP_FRACTION * min(self._timeouts.values())  # the limit may change meanwhile
+        reported, pause = None, longest
         while not self._is_over.wait(pause):
-            limit, last_sign = DUMP_SHARE * self._timeout, self._last_sign
+            limit, last_sign = DUMP_FRACTION * self._timeout, self._last_sign
             silent = time.monotonic() - last_sign
-            if silent >= limit and last_sign != told:
+            if silent >= limit and last_sign != reported:
                 self._write(silent)
-                told = last_sign
+                reported = last_sign
             pause = min(limit - silent if silent < limit else limit / 8, longest)
 
     def _write(self, silent_seconds: float) -> None:
@@ -116,7 +118,7 @@ class HangWatch:
             rank(),
             silent_seconds,
             self.path,
-            END_SHARE * self._timeout,
+            END_FRACTION * self._timeout,
             self.timeout_key,
             self._timeout,
         )

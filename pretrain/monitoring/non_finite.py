@@ -1,13 +1,13 @@
-"""What is known of a step whose loss or gradient is not a finite number, for whoever asks why.
+"""Report on a step whose loss or gradient is not finite, to find the cause.
 
     non_finite/step_00000123.json
       cause, logit_scale
-      samples    by pairing, every sample of the step: slot, source, epoch, ordinal, shard, and what
-                 of it is not finite
-      norms      of each parameter, of its moments, and of its gradient unless the loss itself was
-                 not finite
+      samples    by pairing, every sample of the step: slot, source, epoch, ordinal, shard, and its
+                 non-finite parts
+      norms      norm of each parameter, of its moments, and of its gradient unless the loss itself
+                 was not finite
 
-Nothing of this is kept in good steps: the step is computed again, which gives the same.
+Finite steps keep no such data: the step is computed again, which gives the same result.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def dump_step(
     step: TrainingStep,
     has_gradient: bool,
 ) -> Path:
-    """Writes down what is known of a step that was not applied; every rank must call it.
+    """Writes the report on a step that was not applied; every rank must call it.
 
     Args:
-        folder: of the run.
-        batch: this rank's share of the step.
-        cause: what was not finite.
-        engine: in the state before the step.
+        folder: run folder.
+        batch: this rank's part of the step.
+        cause: message of the error.
+        engine: engine in the state before the step.
         loader: reader of the step.
-        step: gives the micro-batches and the gradient.
-        has_gradient: whether the gradient can be taken: not if the loss itself is not finite.
+        step: gradient and micro-batches of the step.
+        has_gradient: whether there is a gradient: not if the loss itself is not finite.
 
     Returns:
-        The file.
+        Path of the report.
     """
     with torch.no_grad():
         features = engine.forward(step.micro_batches(batch))
@@ -110,14 +110,14 @@ def _samples_of_step(
 
 
 def _bad_rows(values: Tensor) -> list[bool]:
-    """[B] whether a row holds anything that is not finite."""
+    """[B] whether a row has a value that is not finite."""
     if not values.is_floating_point():
         return [False] * len(values)
     return (~torch.isfinite(values)).flatten(1).any(dim=1).tolist()
 
 
 def state_norms(engine: Engine) -> dict[str, dict[str, float]]:
-    """Key ("parameter" or a moment) -> parameter's name -> norm; every rank must call it."""
+    """Returns {"parameter" or a moment: {parameter: norm}}; every rank must call it."""
     names = [name for name, _ in engine.model.named_parameters()]
     squares: dict[str, Tensor] = {}
     for each in engine.slices():
@@ -138,7 +138,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """The same with "nan", "inf" and "-inf", which JSON has no numbers for, as text."""
+    """The same with NaN and infinities as text, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _as_json(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The line that a run without a progress bar writes about once a minute, however long its steps."""
+"""Progress lines of a run without a progress bar, about one a minute for steps of any length."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ SECONDS_BETWEEN_LINES = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step."""
+    """Progress of a run after a step."""
 
     step: int
     samples_seen: int
-    data_seconds: float  # waited for data since the attempt began
+    data_seconds: float  # spent waiting for data in this attempt
 
 
 class ProgressLog:
-    """Decides when a line is due, and writes it.
+    """Writer of progress lines, which also decides when one is due.
 
-    A line tells of all steps since the one before. It is due after the first step of an attempt,
-    which has no projection because it holds what is done once, after the last one, and whenever a
-    minute has passed.
+    A line covers all steps since the previous line. It is due after the first step of an attempt,
+    after the last one, and whenever a minute has passed. The first line has no projection, because
+    the first step includes one-time work.
 
     Args:
-        run: section of the config.
-        begin: before the first step.
-        num_steps: at the run's end.
-        clock: seconds.
-        now: the time.
+        run: config section `run`.
+        begin: progress before the first step.
+        num_steps: steps of the whole run.
+        clock: returns seconds.
+        now: returns the time.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class ProgressLog:
         self._last_time = self._last_save = clock()
 
     def saved(self) -> None:
-        """To be called when a checkpoint has been begun."""
+        """Records that a checkpoint was begun now."""
         self._last_save = self._clock()
 
     def line(self, progress: Progress, shown: str) -> str | None:
-        """The line after a step; None where none is due.
+        """Returns the line after a step; None if none is due.
 
         Args:
-            progress: after the step.
-            shown: loss and the like.
+            progress: progress after the step.
+            shown: loss and other values to show.
         """
         seconds = self._clock() - self._last_time
         is_first, is_last = progress.step == self._first, progress.step == self.num_steps
@@ -94,7 +94,7 @@ class ProgressLog:
 
 
 def in_words(time: timedelta) -> str:
-    """A span of time, such as 2 d 3 h, 12 min or 5 s."""
+    """Formats a duration, such as 2 d 3 h, 12 min or 5 s."""
     seconds = max(0, round(time.total_seconds()))
     units = [("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)]
     parts = []

@@ -1,14 +1,14 @@
-"""Where the time of steps goes, on every rank, and which rank the others wait for.
+"""Durations of the phases of steps, on every rank, and the rank that the others wait for.
 
     data        waiting for the next batch
     forward     encoding it
     gather      the loss, with the exchange of features and sums among ranks
     backward    gradients, with their exchange
-    optimizer   clipping and update, with the exchange of what a rank has updated
+    optimizer   clipping and update, with the exchange of updated parameters
     validation, save
 
-A rank that is late makes the others wait within their gather and backward. So which one is slowest
-is judged by what each does before it meets the others: data and forward.
+A late rank makes the others wait in their gather and backward phases. So the slowest rank is found
+from the phases before the ranks meet: data and forward.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ ON_DEVICE = ("forward", "gather", "backward", "optimizer")
 class PhaseTimer:
     """Seconds spent in each phase since the last `take`.
 
-    A GPU works behind the host, which only starts its kernels: there the phases that compute are
-    measured by events in the GPU's own queue, which are read at `take`.
+    A GPU runs behind the host, which only launches its kernels. There the computing phases are
+    measured by events in the GPU's queue, which are read at `take`.
 
     Args:
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = {}
-        self.data_seconds = 0.0  # in all
+        self.data_seconds = 0.0  # in total
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -65,7 +65,7 @@ class PhaseTimer:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def take(self) -> tuple[float, dict[str, float]]:
-        """(seconds since the last call, of which by phase), and begins anew."""
+        """Returns (seconds since the last call, {phase: seconds}), and restarts both."""
         for name, start, end in self._events:
             end.synchronize()
             self._add(name, start.elapsed_time(end) / 1000)
@@ -80,17 +80,20 @@ class SlowestRank:
     """The rank that the others wait for."""
 
     rank: int
-    phase: str  # of its own work, in which it is furthest above the mean
+    phase: str  # phase of its own work in which it is furthest above the mean
     seconds: float  # of that phase
     mean_seconds: float  # of that phase, over ranks
 
 
 def exchange_seconds(own: dict[str, float], *, device: torch.device) -> list[dict[str, float]]:
-    """[ranks] seconds by phase of every rank; every rank must call it.
+    """Exchanges the seconds by phase; every rank must call it.
 
     Args:
-        own: of this rank.
-        device: that ranks talk by.
+        own: {phase: seconds} of this rank.
+        device: device of the exchange.
+
+    Returns:
+        [ranks] {phase: seconds}.
     """
     table = torch.zeros(world_size(), len(PHASES), device=device)
     table[rank()] = torch.tensor([own.get(name, 0.0) for name in PHASES])
@@ -98,12 +101,12 @@ def exchange_seconds(own: dict[str, float], *, device: torch.device) -> list[dic
 
 
 def mean_seconds(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over ranks of each phase."""
+    """Returns the mean over ranks of each phase."""
     return {name: sum(each[name] for each in of_ranks) / len(of_ranks) for name in PHASES}
 
 
 def slowest_rank(of_ranks: Sequence[dict[str, float]]) -> SlowestRank | None:
-    """The rank with most work of its own; None where there is only one."""
+    """Returns the rank with the longest work of its own; None if there is only one rank."""
     if len(of_ranks) < 2:
         return None
     mean = mean_seconds(of_ranks)

@@ -1,12 +1,11 @@
-"""The attempts at a run: each start claims the next number, and the newest attempt is the one that
-counts.
+"""Attempts at a run: each start claims the next number, and the newest attempt owns the run.
 
-    attempts/<attempt>.json    what is known of one start; written by that attempt alone
+    attempts/<attempt>.json    record of one start; written by that attempt alone
 
-A number is claimed by creating its file, which the file system lets one process do, so two that
-start at the same instant never share one. An older attempt may be alive still, on a node that was
-lost from the network: it stops when it finds the newer one's file, and whatever it wrote, or writes
-late, of steps after the one from which the newer began does not count.
+Creating its file claims a number. The file system lets only one process create it, so two starts at
+the same instant never share a number. An older attempt may still be alive, on a node that lost its
+network. It stops when it finds the newer attempt's file. Rows that it wrote for steps after the
+newer attempt's first are ignored.
 """
 
 from __future__ import annotations
@@ -36,32 +35,34 @@ class SupersededError(RunError):
 
 
 class DivergedError(RunError):
-    """A step is not finite, and would not be if it were taken again."""
+    """A step is not finite, and would be the same if it were computed again."""
 
 
 class LostPeerError(RunError):
-    """Another rank died, or did not come to where the others wait."""
+    """Another rank died, or did not reach a collective in time."""
 
 
 @dataclass
 class Attempt:
     """One start of a run, and how it ended."""
 
-    attempt: str  # its number, of four digits or more
+    attempt: str  # its number, with four digits or more
     started: str
     world_size: int
     strategy: str
-    num_micro_batches: int  # of each step
+    num_micro_batches: int  # per step
     hosts: list[str]
-    tags: list[str] = field(default_factory=list)  # why the result is not the config's alone
-    from_step: int | None = None  # steps done before
-    to_step: int | None = None  # steps done at its end
+    tags: list[str] = field(
+        default_factory=list
+    )  # why the result is not a function of the config alone
+    from_step: int | None = None  # number of steps done before it
+    to_step: int | None = None  # number of steps done at its end
     ended: str | None = None
     outcome: str = "running"
-    stop_cause: str | None = None  # what asked it to stop
-    job: str | None = None  # of Slurm
-    job_restarts: int = 0  # of that job, before this start
-    lost_machines: str | None = None  # machines of the attempt before that Slurm has lost
+    stop_cause: str | None = None  # signal or file that asked it to stop
+    job: str | None = None  # id of the Slurm job
+    job_restarts: int = 0  # restarts of that job before this start
+    lost_machines: str | None = None  # nodes of the previous attempt that Slurm has lost
 
     @property
     def number(self) -> int:
@@ -77,15 +78,15 @@ def claim_attempt(
     hosts: Sequence[str],
     **others: Any,
 ) -> Attempt:
-    """The next attempt at the run in a folder, which is this process's alone.
+    """Claims the next attempt at the run in a folder, for this process alone.
 
     Args:
-        folder: of the run.
+        folder: run folder.
         world_size: number of processes.
-        strategy: of the engine.
-        num_micro_batches: of each step.
-        hosts: names of the machines.
-        **others: of the attempt's fields.
+        strategy: strategy of the engine.
+        num_micro_batches: micro-batches per step.
+        hosts: machine names.
+        **others: further fields of the attempt.
     """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     earlier = read_attempts(folder)
@@ -111,22 +112,22 @@ def claim_attempt(
 
 
 def write_attempt(folder: Path, attempt: Attempt) -> None:
-    """Writes down what is known of an attempt by now."""
+    """Writes the record of an attempt."""
     values = {STORED_NAMES.get(name, name): value for name, value in asdict(attempt).items()}
     content = json.dumps(values, indent=2).encode() + b"\n"
     write_atomically(_path_of(folder, attempt.attempt), content)
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
-    """The attempts at the run in a folder, oldest first.
+    """Reads the attempts at the run in a folder, oldest first.
 
-    One that did not come to say how it ended, and has a successor, "did not end".
+    One that has a successor and did not record its end has the outcome "did not end".
     """
     attempts = []
     newest = _newest_number(folder)
     for number, path in _files(folder):
         content = path.read_text(encoding="utf-8")
-        if not content:  # was claimed a moment ago, or its process died right then
+        if not content:  # just claimed, or its process died right then
             continue
         attempt = _from_json(content)
         is_over = number < newest and attempt.outcome == "running"
@@ -135,36 +136,36 @@ def read_attempts(folder: Path) -> list[Attempt]:
 
 
 def is_superseded(folder: Path, attempt: Attempt) -> bool:
-    """Whether a newer attempt has begun; cheap."""
+    """Returns whether a newer attempt has begun; one look at the file system."""
     return _path_of(folder, f"{attempt.number + 1:04d}").exists()
 
 
 def superseded_error(folder: Path, attempt: Attempt) -> SupersededError:
-    """What to raise when a newer attempt has begun."""
+    """Returns the error to raise when a newer attempt has begun."""
     return SupersededError(
         f"{folder}: a newer attempt at this run began while attempt {attempt.attempt} was still "
         f"running (see {FOLDER}/ there); this older one stops without saving, and nothing is lost: "
-        "the newer one goes on from the newest checkpoint"
+        "the newer one resumes from the newest checkpoint"
     )
 
 
 def last_counting_step(attempts: Sequence[Attempt], attempt: str) -> float:
-    """The step up to which what an attempt wrote counts: the one from which a newer one began.
+    """Returns the last step whose rows count for an attempt: the step that a newer one began from.
 
     Args:
-        attempts: all at the run.
-        attempt: whose limit is wanted.
+        attempts: all attempts at the run.
+        attempt: number of the attempt in question.
     """
     newer = [each.from_step for each in attempts if each.number > int(attempt)]
     return min((step for step in newer if step is not None), default=math.inf)
 
 
 def read_counting_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The rows that count of a folder of files <attempt>.jsonl, oldest attempt first.
+    """Yields the valid rows of a folder of <attempt>.jsonl files, oldest attempt first.
 
     Args:
-        folder: of the run.
-        name: of the folder in it.
+        folder: run folder.
+        name: name of a folder in it.
     """
     attempts = read_attempts(folder)
     for path in sorted((folder / name).glob("*.jsonl"), key=lambda path: int(path.stem)):
@@ -173,10 +174,10 @@ def read_counting_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """One row per logged step and per validation, in step order, from all attempts at a run.
+    """Reads one row per logged step and per validation, in step order, from all attempts at a run.
 
-    Where attempts overlap, the latest one's row is taken; what an attempt wrote of steps after the
-    one from which a newer one began does not count.
+    Where attempts overlap, the row of the latest one is taken. Rows that an attempt wrote for steps
+    after a newer attempt's first are ignored.
     """
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
     for row in read_counting_rows(folder, "metrics"):
@@ -185,7 +186,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none if it does not exist. A last line cut short is left out."""
+    """Reads the rows of a .jsonl file, without an incomplete last line; none if it is missing."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -193,24 +194,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def restarts_of_job(environment: Mapping[str, str]) -> int:
-    """How often Slurm has started this job before; 0 without Slurm, or at its first start."""
+    """Returns how often Slurm has restarted this job; 0 without Slurm."""
     return int(environment.get("SLURM_RESTART_COUNT", "0"))
 
 
 def is_of_this_start(attempt: Attempt, environment: Mapping[str, str]) -> bool:
-    """Whether an attempt was made since Slurm started the job this time; without Slurm, whether it
-    was made without."""
+    """Returns whether an attempt belongs to the current start of this Slurm job.
+
+    Without Slurm, returns whether the attempt was made without Slurm.
+    """
     here = (environment.get("SLURM_JOB_ID"), restarts_of_job(environment))
     return (attempt.job, attempt.job_restarts) == here
 
 
 def machine_name() -> str:
-    """Of the machine that this process runs on: Slurm's name of the node where Slurm started it."""
+    """Returns the name of this machine; under Slurm, the node name that Slurm uses."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
+    """Returns the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -224,7 +227,7 @@ def _path_of(folder: Path, attempt: str) -> Path:
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:
-    """[(number, path)] oldest first"""
+    """[(number, path)], oldest first"""
     found = [path for path in (folder / FOLDER).glob("*.json") if ATTEMPT_NAME.fullmatch(path.stem)]
     return sorted((int(path.stem), path) for path in found)
 

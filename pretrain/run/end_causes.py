@@ -1,10 +1,10 @@
-"""Why an attempt ended that did not end well, as far as its ranks and Slurm can tell.
+"""Causes of failed attempts, as far as its ranks and Slurm can tell.
 
-    failures/<attempt>/rank_00003.txt    what one rank raised, with its traceback
+    failures/<attempt>/rank_00003.txt    exception of one rank, with its traceback
     stacks/<attempt>/rank_00003.txt      see pretrain.monitoring.hang_watch
 
-The rank that writes the attempt's outcome often knows only that another was lost, and a launcher's
-exit status is that of whichever died last. Nothing here needs torch.
+The rank that records the attempt's outcome often knows only that another rank was lost. The exit
+status of a launcher is that of the last process to die. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LOST_NODE = re.compile(r"DOWN|FAIL|DRAIN|NOT_RESPONDING|\*")
 
 
 def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int) -> None:
-    """Writes down what a rank raised, unless the cause is elsewhere.
+    """Writes the exception that ends a rank, unless its cause is elsewhere.
 
     Args:
-        folder: of the run.
-        attempt: id of this attempt.
-        error: that ends this rank.
-        rank: of this process.
+        folder: run folder.
+        attempt: number of this attempt.
+        error: exception that ends this rank.
+        rank: number of this process.
     """
     if isinstance(error, LostPeerError | SupersededError):
         return
@@ -40,16 +40,16 @@ def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(head + "".join(lines), encoding="utf-8")
     except OSError:
-        return  # a full disk may be why it failed: the error itself still goes its way
+        return  # a full disk may be the cause: the error itself is still raised
 
 
 def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> list[str]:
-    """What is known of why an attempt ended, besides its outcome; may be empty.
+    """Finds the causes of an attempt's end, in addition to its outcome; may be empty.
 
     Args:
-        folder: of the run.
-        attempts: all at the run, oldest first.
-        number: index of the one in question.
+        folder: run folder.
+        attempts: all attempts at the run, oldest first.
+        number: index of the attempt in question.
     """
     attempt = attempts[number]
     is_newest = number == len(attempts) - 1
@@ -62,24 +62,28 @@ def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> lis
 
 
 def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> str | None:
-    """What Slurm says of the machines of an attempt that did not finish: a lost one has Slurm end
-    the job, which may hear of no more than a signal.
+    """Asks Slurm for lost nodes of the last attempt, if it did not finish.
+
+    When a node is lost, Slurm ends the job, whose processes may receive no more than a signal.
 
     Args:
-        attempts: all at a run, oldest first.
-        environment: of a process that Slurm started, or of any other.
+        attempts: all attempts at a run, oldest first.
+        environment: environment variables of this process.
+
+    Returns:
+        The lost nodes with their states and reasons; None if there are none, or without Slurm.
     """
     if not attempts or attempts[-1].outcome == "finished" or "SLURM_JOB_ID" not in environment:
         return None
     command = ["scontrol", "show", "node", "-o", ",".join(attempts[-1].hosts)]
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=SECONDS_FOR_SLURM
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None  # what it would have told is of use to people alone
+        return None  # the answer is only for people to read
     lost = []
-    for line in told.splitlines():
+    for line in answer.splitlines():
         fields = dict(re.findall(r"(NodeName|State|Reason)=(.*?)(?= \w+=|$)", line))
         if LOST_NODE.search(fields.get("State", "")):
             reason = fields.get("Reason", "no reason given").strip()
@@ -92,8 +96,8 @@ def _failures(folder: Path, attempt: str) -> list[str]:
         path.read_text(encoding="utf-8").partition("\n")[0]
         for path in sorted((folder / FAILURES / attempt).glob("*.txt"))
     ]
-    told = [head.partition(" ")[2] for head in sorted(heads) if head]  # the earliest first
-    return _first_of(told)
+    failures = [head.partition(" ")[2] for head in sorted(heads) if head]  # the earliest first
+    return _first_of(failures)
 
 
 def _stacks(folder: Path, attempt: str) -> list[str]:
@@ -111,15 +115,15 @@ def _stacks(folder: Path, attempt: str) -> list[str]:
     causes = _first_of(faults)
     if silent:
         causes.append(
-            f"{_first_of(silent)[0]}: died without a word: killed, for want of memory or by hand, "
-            "or lost with its machine"
+            f"{_first_of(silent)[0]}: exited without a traceback (SIGKILL, out of memory, or node "
+            "failure)"
         )
     return [*causes, *_first_of(hung)]
 
 
-def _first_of(told: Sequence[str]) -> list[str]:
-    others = f" (and {len(told) - 1} other ranks)" if len(told) > 1 else ""
-    return [told[0] + others] if told else []
+def _first_of(lines: Sequence[str]) -> list[str]:
+    others = f" (and {len(lines) - 1} other ranks)" if len(lines) > 1 else ""
+    return [lines[0] + others] if lines else []
 
 
 def _in_short(error: BaseException) -> str:

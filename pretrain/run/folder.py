@@ -1,11 +1,11 @@
-"""The run folder: what a run is (config, versions), its attempts, and its metrics.
+"""The run folder: config and versions of a run, its attempts, and its metrics.
 
     config.yaml  environment.json      written before the first step
     attempts/<attempt>.json            one per start (see pretrain.run.attempts)
     failures/  stacks/                 of ranks that failed or hung (see pretrain.run.end_causes)
     metrics/<attempt>.jsonl            one row per logged step or validation
     bad_samples/<attempt>.jsonl        one row per substituted sample
-    status.json                        where the run stands
+    status.json                        state and step of the run
 
 Only the main process writes here.
 """
@@ -108,7 +108,7 @@ class RunFolder:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Records how its block, which is this attempt, ends."""
+        """Records the end of its block, which is this attempt."""
         try:
             yield
         except BaseException as error:
@@ -122,8 +122,12 @@ class RunFolder:
         self._end(outcome, state=outcome)
 
     def begin_from(self, step: int, *, has_checkpoint: bool) -> None:
-        """Records how many steps were done before this attempt's first, and whether the run has a
-        checkpoint of its own of them."""
+        """Records the state that this attempt begins from.
+
+        Args:
+            step: number of steps done.
+            has_checkpoint: whether this run, not only its parent, has a checkpoint of that step.
+        """
         self.num_steps_done = step
         self.last_checkpoint = step if has_checkpoint else None
         self._record(from_step=step)
@@ -139,42 +143,45 @@ class RunFolder:
             write_attempt(self.folder, self.attempt)
 
     def is_superseded(self) -> bool:
-        """Whether a newer attempt has begun."""
+        """Returns whether a newer attempt has begun."""
         return is_superseded(self.folder, self.attempt)
 
     def refuse_if_superseded(self) -> None:
-        """
+        """Checks that no newer attempt has begun.
+
         Raises:
-            SupersededError: a newer attempt has begun.
+            SupersededError: if one has.
         """
         if self.is_superseded():
             raise self.superseded_error()
 
     def superseded_error(self) -> SupersededError:
-        """What to raise when a newer attempt has begun."""
+        """Returns the error to raise when a newer attempt has begun."""
         return superseded_error(self.folder, self.attempt)
 
     def counts_checkpoint(self, record: CheckpointRecord) -> bool:
-        """Whether a checkpoint is of the run: not one that an attempt wrote late, when a newer one
-        had gone on from an earlier step."""
+        """Returns whether a checkpoint is part of the run.
+
+        It is not if a superseded attempt wrote it after a newer one had begun from an earlier step.
+        """
         attempts = read_attempts(self.folder)
         return record.state.step <= last_counting_step(attempts, record.written_by["attempt"])
 
     def write_metrics(self, row: dict[str, Any]) -> None:
-        """Appends a row of metrics."""
+        """Appends a metrics row."""
         self._append("metrics", [row])
 
     def has_validation(self, step: int) -> bool:
-        """Whether a row that counts holds the validation after a step; for the main process."""
+        """Returns whether the metrics hold the validation after a step; for the main process."""
         return any(r["step"] == step for r in read_metrics(self.folder) if "validation" in r)
 
     def write_bad_samples(self, step: int, entries: Sequence[tuple[str, BadSample]]) -> None:
-        """Enters a step's substitutions, (pairing, what was bad), into the ledger."""
+        """Appends a step's substitutions, (pairing, bad sample), to the ledger."""
         rows = [{"step": step, "pairing": pairing} | asdict(bad) for pairing, bad in entries]
         self._append("bad_samples", rows)
 
     def read_bad_samples(self) -> list[tuple[str, BadSample]]:
-        """The entries that count of all attempts, to be called on the main process."""
+        """Reads the valid entries of all attempts; for the main process."""
         entries = []
         for row in read_counting_rows(self.folder, "bad_samples"):
             pairing = row.pop("pairing")
@@ -184,17 +191,19 @@ class RunFolder:
 
     @property
     def tags(self) -> list[str]:
-        """Why the result is not a function of the config alone; also of earlier attempts."""
+        """Reasons why the result is no function of the config alone, also of earlier attempts."""
         return self.attempt.tags
 
     def add_tag(self, reason: str) -> None:
-        """Notes for good, in the attempt's row and all checkpoints, why the run's result is not a
-        function of its config alone."""
+        """Records why the run's result is not a function of its config alone.
+
+        The tag is permanent: it is in this attempt's record, later attempts and all checkpoints.
+        """
         if reason not in self.tags:
             self._record(tags=sorted({*self.tags, reason}))
 
     def write_status(self, state: str) -> None:
-        """Says where the run stands; a superseded attempt has no say in it."""
+        """Writes status.json, unless this attempt is superseded."""
         if self.is_writer and not self.is_superseded():
             status = {
                 "state": state,
@@ -207,8 +216,10 @@ class RunFolder:
             _write_json(self.folder / "status.json", status)
 
     def flush(self) -> None:
-        """Has the rows written so far on the disk, before a checkpoint counts on their being there
-        also after a power cut."""
+        """Flushes the rows written so far to the disk, before a checkpoint that relies on them.
+
+        So they are there also after a power cut.
+        """
         for name in ("metrics", "bad_samples") if self.is_writer else ():
             path = self._rows_of(name)
             if path.exists():
@@ -225,7 +236,7 @@ class RunFolder:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions that a result may depend on."""
+    """Returns the versions that a result may depend on."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -235,7 +246,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, "-dirty" with changes; None outside a checkout."""
+    """Commit of the running code, with "-dirty" if it was changed; None outside a checkout."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(

@@ -1,12 +1,12 @@
-"""What a run is asked to do while it runs: to save, or to save and stop; by signal, file or clock.
+"""Requests to a run while it runs: to save, or to save and stop; by signal, file or clock.
 
     SIGUSR1, SIGUSR2, SIGTERM    save and stop; a second SIGTERM ends the process at once
     a file STOP in its folder    likewise
-    a file SAVE                  save and go on; as does the clock, every so many minutes
+    a file SAVE                  save and continue; likewise the clock, every so many minutes
     a newer attempt at the run   stop, without saving
 
-One process that hears of it is enough: all agree at the next step's end, and act there. Files are
-taken away once they were acknowledged.
+It is enough that one process receives it: all ranks exchange requests at the end of each step, and
+act on them there. Files are deleted once their request is acknowledged.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from pretrain.run import signals
 from pretrain.run.signals import STOP_SIGNALS
 
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
-SECONDS_BETWEEN_LOOKS = 1.0  # at the files: the folder may be on a slow network
-# In the order in which one is named where several came together.
+SECONDS_BETWEEN_LOOKS = 1.0  # at the files, whose folder may be on a slow network
+# If several come together, the first of this order is named.
 CAUSES = (*(number.name for number in STOP_SIGNALS), f"file {STOP_FILE}")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What all ranks have agreed on."""
+    """A request, the same on all ranks."""
 
     is_superseded: bool = False  # a newer attempt at the run has begun
     saves: bool = False
-    stop_cause: str | None = None  # a signal's name, or the file
+    stop_cause: str | None = None  # name of the signal or file
 
     @property
     def stops(self) -> bool:
-        """Whether the run is to end here, with a checkpoint."""
+        """Whether the run must end here, with a checkpoint."""
         return self.stop_cause is not None
 
 
 class RunRequests:
-    """Listens on every rank from `with` on; the signals' former handlers are back afterwards. What
-    was heard before, by `signals.listen`, counts too.
+    """Receiver of requests on every rank, inside its `with` block.
 
-    To be used in the main thread.
+    Afterwards the former signal handlers are back. Signals received before, by `signals.listen`,
+    count too. Use it in the main thread.
 
     Args:
-        folder: of the run.
-        save_every_minutes: None for never.
-        looks_at_files: whether this rank looks for files and at the clock: one is enough.
-            `is_superseded`, which may be set later, is asked with them.
-        clock: seconds.
+        folder: run folder.
+        save_every_minutes: minutes between checkpoints; None for no limit.
+        looks_at_files: whether this rank looks for files and at the clock; one rank must. It also
+            calls `is_superseded`, which may be set later.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RunRequests:
 
     def __enter__(self) -> RunRequests:
         for number in STOP_SIGNALS:
-            self._former[number] = signal.signal(number, signals.hear)
+            self._former[number] = signal.signal(number, signals.record)
         return self
 
     def __exit__(
@@ -88,26 +88,29 @@ class RunRequests:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        signals.heard.clear()
+        signals.received.clear()
 
     def all_reduce(self, *, device: torch.device) -> Request:
-        """What is to be done now; every rank must call it, and gets the same.
+        """Exchanges requests among ranks; every rank must call it.
 
         Args:
-            device: that ranks talk by.
+            device: device of the exchange.
+
+        Returns:
+            The request, the same on every rank.
         """
-        asks = [cause in signals.heard for cause in CAUSES]
+        asks = [cause in signals.received for cause in CAUSES]
         saves = is_superseded = False
         if self.looks_at_files:
             asks[-1], saves, is_superseded = self._look()
-        # A rank without a group still goes this way: one way for all.
-        told = torch.tensor([*asks, saves, is_superseded], dtype=torch.int32, device=device)
-        *asked, saves, is_superseded = (count > 0 for count in sum_over_ranks(told).tolist())
+        # A single process takes the same path.
+        own = torch.tensor([*asks, saves, is_superseded], dtype=torch.int32, device=device)
+        *asked, saves, is_superseded = (count > 0 for count in sum_over_ranks(own).tolist())
         causes = [cause for cause, is_asked in zip(CAUSES, asked, strict=True) if is_asked]
         return Request(is_superseded, saves, causes[0] if causes else None)
 
     def _look(self) -> tuple[bool, bool, bool]:
-        """(whether to stop, whether to save, whether there is a newer attempt)"""
+        """(whether to stop, whether to save, whether a newer attempt has begun)"""
         now = self.clock()
         is_due = self.save_every_seconds is not None and (
             now - self._last_save >= self.save_every_seconds
@@ -119,7 +122,7 @@ class RunRequests:
         return stops, saves or is_due, self.is_superseded()
 
     def acknowledge(self, request: Request) -> None:
-        """To be called when a checkpoint was written, for this request or any other reason."""
+        """Deletes the files of a request, and restarts the clock; call it after each checkpoint."""
         self._last_save = self.clock()
         if self.looks_at_files:
             if request.saves:

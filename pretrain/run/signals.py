@@ -1,8 +1,8 @@
-"""Hears the signals that ask a process to stop, from its first moment on.
+"""Installs signal handlers before the slow imports.
 
-Imports take seconds, and a signal that comes meanwhile would end the process: a job that is
-preempted as it starts would fail, and not be queued again. So an entry point listens before its
-other imports, and whoever can heed what was heard takes over.
+Imports take seconds, and a signal that arrives meanwhile would end the process: a job preempted at
+its start would fail, and not be requeued. So a command calls `listen` before its other imports;
+`pretrain.run.requests` acts on the received signals.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import signal
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-heard: set[str] = set()  # names
+received: set[str] = set()  # names
 
 
 def listen() -> None:
-    """From now on signals are written down; a second SIGTERM ends the process at once."""
+    """Records signals from now on; a second SIGTERM ends the process at once."""
     for number in STOP_SIGNALS:
-        signal.signal(number, hear)
+        signal.signal(number, record)
 
 
 def ignore() -> None:
-    """Signals that only ask to stop do not kill a process that ends anyway; as it takes itself
-    down, Python gives up its handlers."""
+    """Ignores SIGUSR1 and SIGUSR2, so that they do not kill a process that is ending anyway.
+
+    Python removes its handlers while the interpreter shuts down.
+    """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
-def hear(number: int, frame: FrameType | None) -> None:
-    """The handler."""
+def record(number: int, frame: FrameType | None) -> None:
+    """Handles a signal: records it, or exits at the second SIGTERM."""
     name = signal.Signals(number).name
-    if name == "SIGTERM" and name in heard:
+    if name == "SIGTERM" and name in received:
         os._exit(128 + number)
-    heard.add(name)
+    received.add(name)

@@ -1,9 +1,8 @@
-"""How much memory a pair takes while it is encoded and its gradient is taken.
+"""Activation memory of a pair, measured in one forward and backward pass.
 
-Every tensor that a forward and backward pass allocates is followed to the moment it is freed, for
-two pairs and for four. At each moment of the pass, what lives then (kept for the backward pass, or
-left by activation checkpointing, or coming and going) grows by the same bytes with every pair. The
-peaks alone would not tell: which moment has the peak may change with the number of pairs.
+Every allocated tensor is followed until it is freed, for two pairs and for four. At each allocation
+of the pass, the live bytes grow by the same amount with every pair. The peaks alone do not suffice:
+the allocation at which the peak occurs may change with the number of pairs.
 """
 
 from __future__ import annotations
@@ -29,34 +28,36 @@ from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.training.gradient_cache import split_into_micro_batches
 
-# Pairs that are encoded to measure. Not one: kernels may treat that otherwise.
+# Numbers of pairs that are measured. Not 1: kernels may treat a single row in another way.
 MEASURED_ROWS = (2, 4)
 
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """At most fixed + pairs * per_pair are taken, without the gradients of parameters."""
+    """Upper bound on activations: fixed + pairs * per_pair, without gradients of parameters."""
 
-    fixed: int  # such as parameters rounded to bf16
+    fixed: int  # for example parameters rounded to bf16
     per_pair: int
 
 
 class AllocationTrace(TorchDispatchMode):
-    """Follows the memory of every tensor that operators return, in all threads of autograd.
+    """A trace of the memory of every tensor that operators return, in all threads of autograd.
 
-    Memory that an operator takes and gives back before it returns is not seen.
+    Memory that an operator allocates and frees before it returns is not traced.
 
     Args:
-        device: tensors elsewhere are not counted.
-        known: tensors whose memory was there before.
+        device: device whose tensors are counted.
+        known: tensors that were allocated before.
     """
 
     def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.device_type = device.type
-        self._known = [tensor.untyped_storage() for tensor in known]  # held, so that ids stay
-        self._numbers = {id(storage): -1 for storage in self._known}  # of storages that live
-        self._changes: list[tuple[int, int]] = []  # (number of a storage, bytes more or less)
+        self._known = [
+            tensor.untyped_storage() for tensor in known
+        ]  # held, so that ids stay unique
+        self._numbers = {id(storage): -1 for storage in self._known}  # of live storages
+        self._changes: list[tuple[int, int]] = []  # (number of a storage, change in bytes)
 
     def __torch_dispatch__(
         self,
@@ -65,7 +66,7 @@ class AllocationTrace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Called by torch for every operator."""
+        """Runs an operator and records the storages of its results; torch calls it."""
         result = operator(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
@@ -85,10 +86,10 @@ class AllocationTrace(TorchDispatchMode):
         self._changes.append((number, -num_bytes))
 
     def live_bytes(self, *, without: Iterable[Tensor] = ()) -> np.ndarray:
-        """int64 [allocations] bytes that live after each allocation.
+        """Returns the live bytes after each allocation, int64 [allocations].
 
         Args:
-            without: tensors that still live and whose memory does not count.
+            without: live tensors whose memory is not counted.
         """
         left_out = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
         changes = np.array(self._changes, dtype=np.int64).reshape(-1, 2)
@@ -103,18 +104,19 @@ def measure_activations(
     device: torch.device,
     is_bf16: bool,
 ) -> dict[PairingName, ActivationBytes]:
-    """What the graphs of every pairing take, with captions of full length.
+    """Measures the activations of every pairing, with captions of full length.
 
-    Leaves parameters and random numbers as they were, and no gradients; no rank waits for another.
+    Parameters and the state of random number generators stay unchanged, and no gradients are left.
+    No collective is called.
 
     Args:
-        model: not yet wrapped by an engine; moved to the device and put into training mode.
+        model: model that no engine has wrapped yet; moved to the device, in training mode.
         layouts: shapes of the pairs.
-        device: where it is trained.
-        is_bf16: whether under autocast.
+        device: device to train on.
+        is_bf16: whether to encode under bf16 autocast.
 
     Raises:
-        InputError: a tower allocates more often for more pairs.
+        InputError: if the number of allocations of a tower depends on the number of pairs.
     """
     model.to(device).train()
     few, more = MEASURED_ROWS
@@ -128,7 +130,7 @@ def measure_activations(
             raise InputError(
                 f"micro_batch_size auto: expected as many allocations for {more} as for {few} "
                 f"pairs of {name}, found {len(of_more)} and {len(of_few)}: its towers' memory "
-                "cannot be foretold; set micro_batch_size to a number"
+                "cannot be estimated; set micro_batch_size to a number"
             )
         per_pair = (of_more - of_few) / (more - few)
         fixed = of_few - few * per_pair
@@ -139,7 +141,7 @@ def measure_activations(
 def _inputs_of(
     name: PairingName, layout: PairLayout, num_rows: int, device: torch.device
 ) -> EncoderInputs:
-    """Pairs of ones, as a step would give them to the model."""
+    """Pairs of ones, in the form that a step gives to the model."""
     buffers = PairBuffers.new(layout, num_rows=num_rows)
     for values in vars(buffers).values():
         values.fill_(1)
@@ -152,7 +154,8 @@ def _inputs_of(
 
 
 def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool) -> np.ndarray:
-    """int64 [allocations] of a forward and backward pass, without the gradients of parameters."""
+    """Live bytes of a forward and backward pass, int64 [allocations], without gradients of
+    parameters."""
     device = next(model.parameters()).device
     parts = [part for pairs in inputs.values() for part in pairs if isinstance(part, Tensor)]
     trace = AllocationTrace(device, [*model.parameters(), *model.buffers(), *parts])
@@ -168,8 +171,8 @@ def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool
 
 @contextmanager
 def _untouched(model: ContrastiveModel, device: torch.device) -> Iterator[None]:
-    """Takes gradients away again, puts random numbers back, and collects no garbage, so that passes
-    free in the same order."""
+    """Restores gradients and random number generators at the end. Garbage is not collected within,
+    so that all passes free their tensors in the same order."""
     devices = [device] if device.type == "cuda" else []
     was_collecting = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
-"""Distillation: a trained model whose softmaxes over the batch become part of the targets.
+"""Distillation: the softmaxes of a frozen teacher become part of the targets.
 
-It sees the same pictures, clips and tokens as the model in training, and never changes (Yang et al.
-2024, "CLIP-KD"; Vasu et al. 2024, "MobileCLIP", equation 3).
+The teacher encodes the same images, clips and tokens as the model in training (Yang et al. 2024,
+"CLIP-KD"; Vasu et al. 2024, "MobileCLIP", equation 3).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class PairingTeacher:
 
     pairing: PairingName
     model: ContrastiveModel
-    weight: float  # of its softmaxes in the targets
-    fingerprint: str  # sha256 of its files
-    is_autocast: bool  # computes in bf16, as the model in training does
+    weight: float  # weight of its softmaxes in the targets
+    fingerprint: str  # SHA-256 of its files
+    is_autocast: bool  # whether it computes in bf16, as the model in training does
 
     @torch.no_grad()
     def encode(self, micro_batches: Sequence[EncoderInputs]) -> Teacher:
-        """Its features of this rank's pairs, without what training hides of clips."""
+        """Encodes this rank's pairs, without the masks of SpecAugment."""
         name, kind = self.pairing, media_of_pairing(self.pairing)
         inputs = [micro_batch[name] for micro_batch in micro_batches]
         with torch.autocast(inputs[0].tokens.device.type, torch.bfloat16, enabled=self.is_autocast):
@@ -121,7 +121,7 @@ def _refuse_other_inputs(inputs: ModelInputs, name: PairingName, folder: Path) -
         if found[key] != value:
             raise InputError(
                 f"{where}: it was trained with {kind}.{key}={found[key]}, this run has {value}; "
-                "teacher and model see the same inputs: use the same value"
+                "teacher and model read the same inputs: use the same value"
             )
 
 

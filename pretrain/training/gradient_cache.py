@@ -1,9 +1,13 @@
 """The gradient of one step's loss, with the batch encoded whole or in micro-batches.
 
-In micro-batches it follows gradient caching (Gao et al. 2021, "Scaling deep contrastive learning
-batch size under memory limited setup"): all are encoded without graph, the loss is taken once over
-the whole global batch, then each is encoded again, dropping the same, and the cached gradients of
-its features are back-propagated. So micro-batches never change which pairs are contrasted.
+Micro-batches use gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size
+under memory limited setup"):
+
+    1. encode all micro-batches without a graph
+    2. compute the loss, and its gradients with respect to features, over the whole global batch
+    3. encode each micro-batch again, with the same dropout, and back-propagate these gradients
+
+So micro-batches never change which pairs are contrasted.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ def backward_whole_batch(
     """Encodes this rank's pairs at once and back-propagates the global loss.
 
     Raises:
-        NonFiniteLossError: the loss is not finite; no gradient was taken.
+        NonFiniteLossError: if the loss is not finite; no gradient was taken.
     """
     pending = PendingGather(terms)
     with timer.phase("forward"):
@@ -59,10 +63,10 @@ def backward_in_micro_batches(
     terms: Mapping[PairingName, LossTerm],
     timer: PhaseTimer,
 ) -> ContrastiveLosses:
-    """The same gradient from micro-batches; all ranks have equally many.
+    """Computes the same gradient from micro-batches; all ranks have the same number of them.
 
     Raises:
-        NonFiniteLossError: the loss is not finite; no gradient was taken.
+        NonFiniteLossError: if the loss is not finite; no gradient was taken.
     """
     pending = PendingGather(terms)
     with timer.phase("forward"), torch.no_grad():
@@ -84,11 +88,11 @@ def backward_in_micro_batches(
 def split_into_micro_batches(
     batch: StepBatch, *, num_micro_batches: int, trims_captions: bool
 ) -> list[EncoderInputs]:
-    """What the towers are given of each micro-batch of a step; some may hold no pair.
+    """Splits this rank's part of a step into micro-batches; some may hold no pair.
 
     Args:
-        batch: this rank's share of a step, on the device.
-        num_micro_batches: equal on all ranks.
+        batch: this rank's part of a step, on the device.
+        num_micro_batches: number of micro-batches, equal on all ranks.
         trims_captions: whether tokens are cut to the longest caption of each micro-batch.
     """
     micro_batches = {
@@ -121,7 +125,7 @@ def _split(
 
 
 def _drop_keys(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[DropKeys]:
-    """The slots of every micro-batch: every pass over a pair, and every split, drops alike."""
+    """Slots of every micro-batch: they make dropout the same in every pass and for every split."""
     device = pairs.tokens.device
     slots = torch.arange(len(pairs.tokens), device=device) + pairs.first_slot
     number = torch.full((), step, dtype=torch.int64, device=device)
@@ -129,7 +133,7 @@ def _drop_keys(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[D
 
 
 def _leaves(features: PairingFeatures) -> PairingFeatures:
-    """The same values, to collect the loss's gradient."""
+    """The same values as leaves, which collect the gradient of the loss."""
     return PairingFeatures(*(None if each is None else each.requires_grad_() for each in features))
 
 
@@ -145,7 +149,7 @@ def _surrogate(
         cached = features[name]
         for part, whole in ((micro_batch.media, cached.media), (micro_batch.text, cached.text)):
             products.append(part * whole.grad.tensor_split(num_micro_batches)[number])
-        # Each micro-batch carries its share of these gradients, so that none leaves them out.
+        # Each micro-batch carries its part of these gradients, so that DDP finds them in every one.
         products.append(micro_batch.scale * cached.scale.grad / num_micro_batches)
         if micro_batch.bias is not None:
             products.append(micro_batch.bias * cached.bias.grad / num_micro_batches)

@@ -99,7 +99,7 @@ class Trainer:
             validation_sets: held-out pairs.
 
         Raises:
-            RunError: if the run cannot go on; among others SupersededError.
+            RunError: if the run cannot continue; for example SupersededError.
         """
         self.validation_sets = validation_sets
         try:
@@ -200,7 +200,7 @@ class Trainer:
         raise DivergedError(
             f"step {step}: {cause}; the step was not applied, and the run stops because {reason}. "
             f"{dump} says which samples and layers it came from. All before it is saved: run the "
-            "same command with other settings of watch, or begin a run of its own from there with "
+            "same command with other settings of watch, or fork a run from there with "
             "run.fork=true and a lower "
             f"optimizer.learning_rate={self.settings.optimizer.learning_rate:g}"
         )
@@ -226,7 +226,7 @@ class Trainer:
         return not on_main_process(lambda: self.run.has_validation(step))
 
     def _validate(self, request: Request) -> Request:
-        """Validates, unless a request to stop comes before the end: then the next attempt does.
+        """Validates, unless a request to stop arrives before the end: then the next attempt does.
 
         Returns:
             The request as of the end.

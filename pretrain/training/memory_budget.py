@@ -1,4 +1,4 @@
-"""What a rank will hold during a step besides the graphs of its micro-batch."""
+"""Memory of a rank during a step, without the graphs of its micro-batch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pretrain.loss.two_passes import GATHERED_BYTES
 
 FLOAT_BYTES = 4  # parameters, gradients, moments and features are fp32
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's default
-# Tensors of a tile's size at once: two are kept, a product and a comparison come and go.
+# Tensors of a tile's size at once: two are kept, a product and a comparison are temporary.
 TILES_AT_ONCE = 4
-# Of features, captions or media: as encoded, joined, their gradient, and the loss's for backward.
+# Copies of media or text features: as encoded, joined, their gradient, the loss's gradient.
 COPIES_OF_FEATURES = 4
-BYTES_PER_PAIR_OF_SUMS = 80  # of all ranks' pairs: sums over rows and columns, in float64
+BYTES_PER_PAIR_OF_SUMS = 80  # per pair of the global batch: float64 sums over rows and columns
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-# Files of a control group, by version of the interface: limits, use, and in memory.stat the part of
-# the use that is cached files which nobody reads at the moment.
+# Files of a control group by version of the interface: limits, usage, and the row of memory.stat
+# with the part of the usage that is inactive file cache.
 CGROUP_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 CGROUP_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 
@@ -81,20 +81,20 @@ def optimizer_bytes(
     strategy = config.strategy
     of_all = FLOAT_BYTES * num_trained
     tuning = read_deepspeed_file(config)
-    gradients = of_all  # whole on every rank until the last micro-batch, whatever is shared later
+    gradients = of_all  # whole on every rank until the last micro-batch, with any strategy
     moments = 2 * of_all
     if strategy in ("ddp", "zero0"):
         is_alone = strategy == "ddp" and num_processes == 1
         return gradients + moments + (0 if is_alone else of_all)
-    copies = of_all  # of the parameters, which the optimizer updates
+    copies = of_all  # copies of the parameters, which the optimizer updates
     reduced = of_all
-    parts = of_all if strategy == "zero3" else 0  # of the parameters
+    parts = of_all if strategy == "zero3" else 0  # partitions of the parameters
     offload = tuning.get("offload_optimizer", {}).get("device", "none")
     is_elsewhere = offload == "cpu" and device_type == "cuda"
     shared = parts if is_elsewhere else moments + copies + reduced + parts
     bucket = tuning.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
     num_buckets = 2 if tuning.get("overlap_comm", strategy == "zero3") else 1
-    if device_type == "cpu":  # whose memory is taken when it is written to
+    if device_type == "cpu":  # its memory is allocated when it is written to
         bucket = min(bucket, num_trained)
     return gradients + -(-shared // num_processes) + num_buckets * bucket * FLOAT_BYTES
 
@@ -102,14 +102,14 @@ def optimizer_bytes(
 def loss_bytes(
     *, num_pairs: int, global_num_pairs: int, width: int, num_processes: int, device_type: str
 ) -> int:
-    """Features and their gradients, and the loss's tiles and sums.
+    """Returns the bytes of features, their gradients, and the loss's tiles and sums.
 
     Args:
-        num_pairs: of this rank, all pairings together.
-        global_num_pairs: of the pairing with most.
+        num_pairs: pairs of this rank, in all pairings together.
+        global_num_pairs: largest global batch size of a pairing.
         width: D.
         num_processes: number of ranks.
-        device_type: of the memory that is meant.
+        device_type: type of the device whose memory is counted.
     """
     features = COPIES_OF_FEATURES * 2 * num_pairs * width * FLOAT_BYTES
     of_all_ranks = min(2 * global_num_pairs * width * FLOAT_BYTES, GATHERED_BYTES)
@@ -128,7 +128,7 @@ def num_batches_held(batches_ahead: int, *, device_type: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated, by all processes that share the memory together."""
+    """Returns the bytes that can still be allocated by all processes that share the memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -136,15 +136,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def memory_name(device: torch.device) -> str:
-    """What processes of one machine that share a memory have in common."""
+    """Returns a name that is equal for the processes of one machine that share a memory."""
     if device.type == "cuda":
         return f"GPU {torch.cuda.get_device_properties(device).uuid}"
     return "RAM"
 
 
 def free_bytes_of_cgroups(*, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """What each control group around this process, as those of batch systems and containers, leaves
-    to it; none without limits, or where the system has no such groups."""
+    """Returns the bytes that each control group leaves to this process.
+
+    Batch systems and containers use such groups. The list is empty without limits, or on a system
+    without control groups.
+    """
     if not own.exists():
         return []
     free = []
@@ -160,7 +163,7 @@ def free_bytes_of_cgroups(*, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> l
 def _free_along(
     base: Path, path: str, limits: tuple[str, ...], use: str, unread_files: str
 ) -> Iterator[int]:
-    """In a group and all that it is in; a container may see only the outermost of them."""
+    """Bytes left in a group and all its ancestors; a container may see only the outermost."""
     innermost = base / path.lstrip("/")
     for folder in (innermost, *innermost.parents):
         if not folder.is_relative_to(base) or not (folder / use).exists():

@@ -1,4 +1,4 @@
-"""What a step reports, to the run folder, the trackers and the progress bar."""
+"""Reports of steps, to the run folder, the trackers and the progress bar."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
-    """Per pairing the digest of the step's sample ids; every rank must call it."""
+    """Returns {pairing: digest of the step's sample ids}; every rank must call it."""
     halves = np.stack([pairing.digest for pairing in batch.pairings.values()])
     summed = sum_over_ranks(torch.from_numpy(halves).to(device)).tolist()
     return {name: format_digest(pair) for name, pair in zip(batch.pairings, summed, strict=True)}
@@ -43,14 +43,14 @@ def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step did."""
+    """Outcome of one optimizer step."""
 
     losses: StepLosses
     learning_rate: float
     grad_norm: float  # over all parameters, before clipping
 
     def row(self) -> dict[str, Any]:
-        """Its part in a row of metrics."""
+        """Returns the columns of a metrics row."""
         return {
             **self.losses.row(),
             "learning_rate": self.learning_rate,
@@ -58,7 +58,7 @@ class StepOutcome:
         }
 
     def shown(self) -> str:
-        """Its part in a line for people."""
+        """Returns the part of a progress line."""
         return (
             f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} {self.losses.shown()} "
             f"norm {self.grad_norm:.2f}"
@@ -70,28 +70,28 @@ class SkippedStep:
     """A step that was not applied."""
 
     cause: str
-    dump: str  # file that says more
+    dump: str  # file with the details
 
     def row(self) -> dict[str, Any]:
-        """Its part in a row of metrics."""
+        """Returns the columns of a metrics row."""
         return {"skipped": asdict(self)}
 
     def shown(self) -> str:
-        """Its part in a line for people."""
+        """Returns the part of a progress line."""
         return f"skipped: {self.cause}"
 
 
 class StepReporter:
-    """Writes metrics and keeps the progress bar, on the main process.
+    """Writer of metrics and keeper of the progress bar, on the main process.
 
     Args:
-        run: the run folder.
-        config: section `run`.
-        engine: for its trackers.
+        run: run folder.
+        config: config section `run`.
+        engine: engine with the trackers.
         schedule: samples of every step.
-        timer: of the training loop.
-        watch: of the steps.
-        hosts: [ranks] names of their machines.
+        timer: timer of the training loop.
+        watch: detector of spikes and slow steps.
+        hosts: [ranks] machine names.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class StepReporter:
             self.bar.update()
 
     def watch_step(self, outcome: StepOutcome | SkippedStep, *, seconds: float) -> None:
-        """Says how the run comes along, and marks what is out of the ordinary in the step done.
+        """Logs the progress of the run, and anomalies of the step just done.
 
         Args:
-            outcome: of the step.
-            seconds: that it took, without validation and saving.
+            outcome: outcome of the step.
+            seconds: duration of the step, without validation and saving.
         """
         if not self.run.is_writer:
             return
@@ -149,7 +149,7 @@ class StepReporter:
         return Progress(step, self.schedule.samples_seen(step), self.timer.data_seconds)
 
     def report_epochs(self, ended: list[dict[str, Any]]) -> None:
-        """Says which epochs of which sources ended; the next row of metrics has them."""
+        """Logs the epochs that have ended, and keeps them for the next metrics row."""
         self._ended_epochs += ended
         for report in ended if self.run.is_writer else []:
             self._say(
@@ -159,7 +159,7 @@ class StepReporter:
             )
 
     def report_saves(self, saves: list[SaveReport]) -> None:
-        """Says which checkpoints have come to count; the next row of metrics has them."""
+        """Logs committed checkpoints, and keeps them for the next metrics row."""
         for save in saves if self.run.is_writer else []:
             self._saves.append(asdict(save))
             self.run.last_checkpoint = save.step
@@ -170,7 +170,7 @@ class StepReporter:
             )
 
     def report_step(self, outcome: StepOutcome | SkippedStep, *, digest: dict[str, str]) -> None:
-        """Writes one row of metrics of the step just done; every rank must call it."""
+        """Writes one metrics row for the step just done; every rank must call it."""
         seconds, own = self.timer.take()
         step = self.run.num_steps_done
         num_steps = step - self.last_logged_step
@@ -215,7 +215,7 @@ class StepReporter:
         return {"slowest_rank": asdict(slowest) | {"host": self.hosts[slowest.rank]}}
 
     def report_validation(self, figures: dict[str, dict[str, float]]) -> None:
-        """Writes one row of validation figures, by pairing."""
+        """Writes one metrics row with the validation metrics of each pairing."""
         if not self.run.is_writer:
             return
         step = self.run.num_steps_done
@@ -230,7 +230,7 @@ class StepReporter:
         self._say(f"step {step}: validation: {shown}")
 
     def close(self) -> None:
-        """Ends the progress bar."""
+        """Closes the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -242,7 +242,7 @@ class StepReporter:
 
 
 def flatten_numbers(values: dict[str, Any], *, prefix: str = "") -> dict[str, float]:
-    """Nested numbers under names joined by "/"; whatever is not a number is left out."""
+    """Returns nested numbers under names joined by "/", without values that are not numbers."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

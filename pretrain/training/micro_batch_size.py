@@ -1,11 +1,10 @@
-"""How many micro-batches a step is encoded in, decided once, before the first step.
+"""The number of micro-batches per step, chosen once, before the first step.
 
-With micro_batch_size: auto, as few as fit into memory:
+With micro_batch_size: auto it is the smallest number that fits into memory:
 
-    1. what a pair takes while it is encoded and its gradient is taken    activation_memory
-    2. what memory is left to this rank                                   free_memory
-    3. what else will need it                                             memory_budget
-    4. the fewest micro-batches that fit on every rank
+    1. measure the activations of a pair in a forward and backward pass    activation_memory
+    2. find the memory left to this rank, and what else will need it       memory_budget
+    3. take the smallest number that fits on every rank
 
 The result of a step is the same for any number (see pretrain.training.gradient_cache).
 """
@@ -34,40 +33,41 @@ from pretrain.training.memory_budget import (
 
 logger = logging.getLogger(__name__)
 
-# Of the memory left for graphs, by device. On a GPU for fragmentation and what operators take for
-# themselves. On CPUs malloc keeps freed tensors below 32 MB: graphs took up to 2.4 times as much.
-SHARE_KEPT_FREE = {"cuda": 0.1, "cpu": 0.6}
+# Fraction of the memory left for graphs that stays free, by device. On a GPU it covers
+# fragmentation and the workspaces of operators. On CPUs malloc keeps freed tensors below 32 MB:
+# graphs took up to 2.4 times as much.
+FRACTION_KEPT_FREE = {"cuda": 0.1, "cpu": 0.6}
 WHAT_TO_DO = (
     "set engine.activation_checkpointing, share more among more processes (engine.strategy), "
-    "choose smaller towers, or set micro_batch_size to a number to try all the same"
+    "choose smaller towers, or set micro_batch_size to a number to try it anyway"
 )
-Layouts = Mapping[PairingName, tuple[PairLayout, int]]  # (layout, most rows of a step)
+Layouts = Mapping[PairingName, tuple[PairLayout, int]]  # (layout, largest number of rows)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What fits into the memory of a rank."""
+    """Estimate of what fits into the memory of a rank."""
 
     free: int  # bytes left to this rank
-    besides_graphs: dict[str, int]  # what -> bytes that it will need
-    num_pairs: dict[PairingName, int]  # of this rank in a step
-    activations: dict[PairingName, ActivationBytes] | None  # None: too large to be measured
+    besides_graphs: dict[str, int]  # {purpose: bytes} needed in addition to graphs
+    num_pairs: dict[PairingName, int]  # pairs of this rank in a step
+    activations: dict[PairingName, ActivationBytes] | None  # None: too large to measure
     takes_all: bool  # whether a step takes all pairings, or one
-    share_kept_free: float  # of what is left for graphs
+    fraction_kept_free: float  # of the memory left for graphs
 
     @property
     def left(self) -> int:
-        """Bytes that nothing but graphs needs."""
+        """Bytes left for graphs."""
         return max(0, self.free - sum(self.besides_graphs.values()))
 
     @property
     def room(self) -> float:
-        """Bytes that graphs may take."""
-        return self.left * (1 - self.share_kept_free)
+        """Bytes that graphs may use."""
+        return self.left * (1 - self.fraction_kept_free)
 
     @property
     def num_micro_batches(self) -> int | None:
-        """Fewest micro-batches whose graphs find room; None if not even those of one pair do."""
+        """Smallest number of micro-batches whose graphs fit; None if not even one pair fits."""
         if self.activations is None:
             return None
         most = max(1, *self.num_pairs.values())
@@ -75,7 +75,7 @@ class MemoryEstimate:
         return next(fitting, None)
 
     def graph_bytes(self, num_micro_batches: int) -> int:
-        """Most bytes that the graphs of a micro-batch take."""
+        """Returns the largest number of bytes that the graphs of a micro-batch use."""
         graphs = {name: self._graph_bytes(name, num_micro_batches) for name in self.num_pairs}
         if self.takes_all:
             return sum(graphs.values())
@@ -88,14 +88,16 @@ class MemoryEstimate:
 
     def _bytes_of_rows(self, name: PairingName, num_rows: int) -> int:
         graph = self.activations[name]
-        return graph.fixed + graph.per_pair * max(1, num_rows)  # no row: see model._encode
+        return graph.fixed + graph.per_pair * max(
+            1, num_rows
+        )  # a rank without rows encodes one (see contrastive_model)
 
     def describe(self) -> str:
-        """The decision and its numbers, in one line."""
+        """Returns the decision and its numbers in one line."""
         needs = [f"{_in_units(size)} for {what}" for what, size in self.besides_graphs.items()]
         memory = (
             f"{_in_units(self.left)} of {_in_units(self.free)} left after {', '.join(needs)}, "
-            f"of which {self.share_kept_free:.0%} stay free"
+            f"{self.fraction_kept_free:.0%} of it kept free"
         )
         if self.activations is None:
             return f"not even {MEASURED_ROWS[-1]} pairs could be encoded to measure; {memory}"
@@ -119,7 +121,7 @@ def _in_units(num_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What the config says of the sizes of a step, and of how it is computed."""
+    """Sizes of a step, and the config sections that decide how it is computed."""
 
     micro_batch_size: int | Literal["auto"]
     lanes: int
@@ -131,7 +133,7 @@ class StepSizes:
 
     @classmethod
     def of_config(cls, config: PretrainConfig) -> StepSizes:
-        """Collects them from a config."""
+        """Collects the sizes from a config."""
         sizes = {name: pairing.global_batch_size for name, pairing in config.pairings.items()}
         return cls(
             config.micro_batch_size,
@@ -280,5 +282,5 @@ def estimate_memory(
         num_pairs={name: num_rows for name, (_, num_rows) in layouts.items()},
         activations=activations,
         takes_all=sizes.takes_all,
-        share_kept_free=SHARE_KEPT_FREE[device_type],
+        fraction_kept_free=FRACTION_KEPT_FREE[device_type],
     )

@@ -13,10 +13,10 @@ from pretrain.config import Optimizer, Schedule
 
 
 class ClampedAdamW(torch.optim.AdamW):
-    """AdamW that keeps the parameters of a group within the group's `clamp` bounds.
+    """AdamW that clamps the parameters of a group to the group's `clamp` bounds.
 
-    The clamp is part of the step because engines that hold the parameters elsewhere would undo a
-    clamp of the model's copy.
+    The clamp is part of the step: ZeRO keeps the parameters elsewhere, and would overwrite a clamp
+    of the model's copy.
     """
 
     @torch.no_grad()
@@ -30,7 +30,7 @@ class ClampedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, max_scale: float) -> list[dict]:
-    """Groups with decay (matrices, kernels), without (norms, biases), and the logit scales."""
+    """Returns groups with decay (matrices, kernels), without (norms, biases), and logit scales."""
     decayed, undecayed, scales = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -64,7 +64,13 @@ def build_optimizer(config: Optimizer, model: nn.Module, *, max_scale: float) ->
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: Schedule) -> float:
-    """The learning rate of step 0, 1, ...: linear warm-up, then the schedule's shape."""
+    """Returns the learning rate of a step: linear warm-up, then the schedule's shape.
+
+    Args:
+        step: number of the step, from 0.
+        peak: learning rate after warm-up.
+        schedule: config section `schedule`.
+    """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.shape == "cosine":

@@ -1,4 +1,4 @@
-"""Numbers that follow from a config and its datasets, for `--dry-run` and the start of a run."""
+"""Numbers derived from a config and its datasets, for `--dry-run`."""
 
 from __future__ import annotations
 

@@ -85,10 +85,10 @@ class RunSession:
     def lost_peer_error(self, error: RuntimeError) -> LostPeerError:
         """Returns the error to raise when a collective failed because another process is gone."""
         return LostPeerError(
-            f"step {self.run.num_steps_done + 1}: another process died, or did not come within "
-            f"{self.hang_watch.timeout_key}: {error}; python -m pretrain.status says why, as "
-            f"far as it is known, and {self.hang_watch.path.parent} where it hung; run the "
-            "same command again to go on from the newest checkpoint"
+            f"step {self.run.num_steps_done + 1}: another process died, or did not respond within "
+            f"{self.hang_watch.timeout_key}: {error}; python -m pretrain.status names the "
+            f"cause, if it is known, and {self.hang_watch.path.parent} where it hung; run the "
+            "same command again to resume from the newest checkpoint"
         )
 
     # --------------------------------------------------------------------------- checkpoints
@@ -141,7 +141,7 @@ class RunSession:
         self.writer.refuse_failure()
 
     def stop(self, request: Request, *, is_whole: bool) -> None:
-        """Acknowledges a request to stop, and records it as the end's cause unless all was done."""
+        """Removes a request to stop, and records it as the cause unless all work was done."""
         self.requests.acknowledge(request)
         if not is_whole:
             self.run.stop_cause = request.stop_cause

@@ -1,4 +1,4 @@
-"""What a step minimises: the sum of weight * loss over its pairings, each over its global batch."""
+"""The minimised value: the sum of weight * loss over a step's pairings, in the global batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain.training.step import NonFiniteLossError
 
 @dataclass(frozen=True)
 class PairingLoss:
-    """The loss of one pairing, as far as it is the same in every step."""
+    """The loss of one pairing: the part that is equal in every step."""
 
     weight: float
     options: LossOptions
@@ -133,14 +133,19 @@ def feature_type(precision: Precision) -> torch.dtype:
 
 
 class PendingGather:
-    """Media features on their way to the other ranks while captions are encoded."""
+    """Gathers of media features among ranks, in progress while captions are encoded."""
 
     def __init__(self, terms: Mapping[PairingName, LossTerm]) -> None:
         self.terms = terms
         self.gathers: dict[PairingName, RowGather | None] = {}
 
     def begin(self, name: PairingName, media: Tensor) -> None:
-        """Sends this rank's [B, D] of a pairing that has a term; every rank must call it."""
+        """Starts the gather of this rank's media features; every rank must call it.
+
+        Args:
+            name: pairing.
+            media: [B, D], L2-normalised.
+        """
         term = self.terms.get(name)
         if term is not None and term.teacher is None:
             media = media.to(term.loss.feature_type)
@@ -155,10 +160,10 @@ def take_losses(
     terms: Mapping[PairingName, LossTerm],
     pending: PendingGather,
 ) -> ContrastiveLosses:
-    """The loss of every pairing over its global batch; every rank must call it.
+    """Computes the loss of every pairing over its global batch; every rank must call it.
 
-    Pairings without a term have no part in the step. Their towers get a gradient of zero all the
-    same, so that every engine does the same with them.
+    A pairing without a term is not part of the step. Its towers still get a zero gradient, so that
+    all engines update them in the same way.
     """
     losses = {
         name: _take_loss(features[name], term, pending.gathers.get(name))
@@ -196,9 +201,10 @@ def _zero_of(features: PairingFeatures) -> Tensor:
 
 
 def refuse_non_finite(losses: ContrastiveLosses) -> None:
-    """
+    """Checks that the loss of every pairing is finite.
+
     Raises:
-        NonFiniteLossError: a loss is not finite; the same on every rank.
+        NonFiniteLossError: if a loss is not finite; the same on every rank.
     """
     for name, loss in losses.by_pairing.items():
         if not math.isfinite(loss.value):

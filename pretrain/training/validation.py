@@ -29,22 +29,22 @@ from pretrain.training.step_loss import feature_type
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The held-out pairs of one pairing, cut into batches that are contrasted within."""
+    """Held-out pairs of one pairing, in batches whose pairs are contrasted with one another."""
 
     pairing: PairingName
     reader: PairReader
     tokenizer: Tokenizer
     batch_size: int
-    # The plain loss: without label smoothing, and with duplicates as negatives, so that runs that
-    # differ in them can be compared.
+    # Without label smoothing, and with duplicates as negatives: so runs that differ in these can be
+    # compared.
     options: LossOptions
     feature_type: torch.dtype
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(media, tokens) of this rank's part of each batch; the last batch may be smaller.
+        """Yields (media, tokens) of this rank's part of each batch; the last batch may be smaller.
 
         Raises:
-            InputError: a held-out pair cannot be decoded.
+            InputError: if a held-out pair cannot be decoded.
         """
         num_pairs = len(self.reader.samples)
         for start in range(0, num_pairs, self.batch_size):
@@ -128,16 +128,19 @@ def validate(
     validation_set: ValidationSet,
     is_given_up: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean over the set's pairs of loss and in-batch recall at 1; every rank must call it.
+    """Computes the mean loss and in-batch recall at 1 of a set; every rank must call it.
 
     Args:
-        engine: holds the model.
-        validation_set: all ranks have equally many batches of it.
-        is_given_up: asked after each batch, on every rank, with the same answer; if it is so, no
-            figures are returned.
+        engine: engine that holds the model.
+        validation_set: held-out pairs; all ranks have the same number of batches.
+        is_given_up: called after each batch; returns the same value on every rank. If true, the
+            validation ends there.
+
+    Returns:
+        Means over pairs, or None if the validation was given up.
 
     Raises:
-        InputError: a held-out pair cannot be decoded.
+        InputError: if a held-out pair cannot be decoded.
     """
     name = validation_set.pairing
     engine.train_mode(False)

@@ -21,7 +21,7 @@ from tests.support.bad_media import BAD_MEDIA, picture, sound
 from tests.support.toy_run import toy_config, write_toy_dataset
 
 GOOD = {"image": picture, "audio": sound}
-# What data_prep refuses by its filters, or as a matter of taste, and what decodes all the same.
+# Media that data_prep's filters refuse although they can be decoded.
 DECODABLE = {
     "apng",
     "narrow_picture",
@@ -35,7 +35,7 @@ THREADS = Loading(num_workers=2)
 
 
 def config_of(folder, kind, run, **loading):
-    """A run over one source alone, 8 pairs a step."""
+    """Returns the config of a run over one source, with 8 pairs a step."""
     values = toy_config(folder.parent, run).model_dump()
     other = "audio" if kind == "image" else "image"
     values["model"][other] = None
@@ -46,7 +46,7 @@ def config_of(folder, kind, run, **loading):
 
 
 def load_an_epoch(config):
-    """(the batches of one epoch, all substitutions in them)"""
+    """Returns (the batches of one epoch, all their substitutions)."""
     loader = open_step_loader(config, build_tokenizer(config.model.text), rank=0, world_size=1)
     num_steps = loader.schedule.num_samples // 8
     [name] = loader.readers
@@ -182,7 +182,7 @@ def removed(folder):
 
 
 def of_other_keys(folder):
-    """As long as the right one, but of other samples."""
+    """Writes a shard of the same length with other samples."""
     other = write_toy_dataset(folder.parent / "other", "image", shard_sizes=(48, 24))
     content = (other / "00000001.tar").read_bytes()
     tar_of(folder).write_bytes(

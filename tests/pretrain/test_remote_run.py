@@ -45,7 +45,7 @@ def _fresh(store):
 
 
 def remote_config(config, tmp_path, **loading):
-    """The same run with its datasets in the store."""
+    """Returns the config of the same run with its datasets in the store."""
     values = config.model_dump()
     for pairing in values["pairings"].values():
         for source in pairing["sources"]:
@@ -171,8 +171,8 @@ def train_from_store(config, environment):
 
 
 def test_a_run_from_the_store_is_the_run_from_disk(toy_data, store, tmp_path, monkeypatch):
-    """The command's own path, with two processes that share the cache, through a few faults, and
-    from a checkpoint in the store on in one."""
+    """Runs the command with two processes that share the cache, through a few faults, and resumes
+    with one process from a checkpoint in the store."""
     config = toy_config(toy_data, tmp_path / "local", schedule=STEPS)
     run_in_processes(1, train_from_store, config, {})
     store.faults["colors/00000001.tar"] = [503, "cut"]

@@ -35,7 +35,7 @@ def steps_of(folder):
 
 @pytest.fixture(scope="module")
 def alone(toy_data, tmp_path_factory):
-    """Run folder of 20 steps by one process, not disturbed."""
+    """Returns the folder of an undisturbed run of 20 steps by one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     validation = {
         "every_steps": 10,
@@ -169,7 +169,7 @@ def test_a_non_finite_loss_stops_the_run_naming_the_step(toy_data, tmp_path):
 
 
 def copy_with_bad_bytes(toy_data, folder, *, num_bad):
-    """The toy data, with a flipped bit in `num_bad` pictures of the first source."""
+    """Copies the toy data, with a flipped bit in `num_bad` images of the first source."""
     from data_prep.shards.index import (
         BLOCK_BYTES,
         ShardIndex,
@@ -313,7 +313,7 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
 
 @pytest.mark.exhaustive
 def test_one_pairing_per_step_is_the_same_run_on_any_number_of_processes(toy_data, tmp_path):
-    """Towers that a step leaves alone have a gradient of zero, in every process."""
+    """Checks that towers not used in a step have a zero gradient in every process."""
     runs = {1: {}, 2: {"micro_batch_size": 3}, 3: {"micro_batch_size": 1}}
     for num_processes, changes in runs.items():
         config = toy_config(
@@ -356,7 +356,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
 @pytest.mark.slow
 def test_the_command_gives_the_same_run_under_every_launcher(toy_data, tmp_path, alone, launcher):
-    """True launches; the other tests use the quicker fork server."""
+    """Uses the launchers themselves; the other tests use the quicker fork server."""
     config = toy_config(toy_data, tmp_path / "run", schedule=STEPS)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "pretrain.train"]

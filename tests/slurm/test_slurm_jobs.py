@@ -217,8 +217,8 @@ def test_a_job_whose_rank_is_killed_ends_at_once_and_goes_on(run_of, cluster, wh
     run.wait_for_end()
     run.check(whole)
     assert run.restarts() == 1
-    assert f"rank 1 on {other}: died without a word" in run.status()
-    assert f"rank 1 on {other}: died without a word" in run.log
+    assert f"rank 1 on {other}: exited without a traceback" in run.status()
+    assert f"rank 1 on {other}: exited without a traceback" in run.log
 
 
 @pytest.mark.parametrize(

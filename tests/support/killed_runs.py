@@ -1,11 +1,11 @@
-"""Training runs that are killed at random moments and started again, until they end by themselves.
+"""Training runs killed at random moments and started again, until they end by themselves.
 
     python -m tests.support.killed_runs FIRST_SEED NUM_CASES     also: make soak
 
-A case is a function of its seed: how many processes under which engine.strategy, which of them is
-killed how and at which moment, once or several times. What a case ends with is compared with a run
-of the same processes that nobody disturbed: parameters and moments bit by bit, and every step's
-sample ids. Prints one line per case that fails, with its seed, and a summary.
+A case is a function of its seed. The seed decides the number of processes, engine.strategy, and the
+kills: their process, signal and moment. The result is compared with an undisturbed run of the same
+processes: parameters and moments bit for bit, and the sample ids of every step. Prints one line per
+failed case, with its seed, and a summary.
 """
 
 import os
@@ -90,7 +90,7 @@ class Case:
 
 
 def case_of(seed, *, places=PLACES):
-    """The case that a seed stands for."""
+    """Returns the case of a seed."""
     rng = random.Random(seed)
     last, is_steady = rng.choice(places), rng.random() < 0.7
     attempts = []
@@ -109,7 +109,7 @@ def case_of(seed, *, places=PLACES):
 
 
 def config_of(data, folder, strategy):
-    """Pictures alone, six steps, three checkpoints and two validations."""
+    """Returns a config with images alone, six steps, three checkpoints and two validations."""
     values = toy_config(data, folder).model_dump(exclude_unset=True)
     del values["pairings"]["audio-text"], values["model"]["audio"], values["audio"]
     values["model"]["text"]["options"] |= {"width": 8}
@@ -153,7 +153,7 @@ def train_until(config, kill, sign):
     train(config)
 
 
-# ---------------------------------------------------------------------------- beside them
+# ------------------------------------------------------------------------- outside of them
 
 
 class UnexpectedEndError(AssertionError):
@@ -161,7 +161,7 @@ class UnexpectedEndError(AssertionError):
 
 
 def run_attempt(data, folder, world_size, strategy, kill):
-    """One attempt; returns whether its kill was met."""
+    """Runs one attempt; returns whether the moment of its kill came."""
     sign = folder.parent / "sign"
     sign.unlink(missing_ok=True)
     config = config_of(data, folder, strategy)
@@ -222,7 +222,7 @@ class Undisturbed:
         self._runs = {}
 
     def run_of(self, world_size, strategy):
-        """Folder of the run."""
+        """Returns the folder of the run."""
         key = (world_size, strategy)
         if key not in self._runs:
             folder = self.folder / f"whole_{world_size}_{strategy}"
@@ -232,13 +232,13 @@ class Undisturbed:
 
 
 def first_state(config):
-    """ "<key>/<name>" -> values of all parameters before the first step."""
+    """Returns {"<key>/<name>": values} of all parameters before the first step."""
     model = build_toy_model(config)
     return {f"{PARAMETER}/{name}": p.detach().flatten() for name, p in model.named_parameters()}
 
 
 def final_state(folder, num_steps=NUM_STEPS):
-    """ "<key>/<name>" -> values of all parameters and moments after the last step."""
+    """Returns {"<key>/<name>": values} of all parameters and moments after the last step."""
     whole = open_whole(str(folder / "checkpoints" / f"step_{num_steps:08d}"))
     sizes = {name: torch.Size(shape).numel() for name, shape in whole.record.shapes.items()}
     wanted = {
@@ -276,8 +276,10 @@ def check_case(case, undisturbed, folder):
 
 
 def travelled_share(state, expected, *, first):
-    """Distance from the end of a run over the distance that it travelled; biases of keys aside,
-    whose true gradient is zero."""
+    """Computes the distance to a run's end as a fraction of the distance that the run travelled.
+
+    Biases of keys are left out: their true gradient is zero.
+    """
     names = [name for name in first if not name.endswith("in_proj_bias")]
     away = sum((state[name] - expected[name]).square().sum() for name in names).sqrt()
     travelled = sum((expected[name] - first[name]).square().sum() for name in names).sqrt()
@@ -285,7 +287,7 @@ def travelled_share(state, expected, *, first):
 
 
 def main(first_seed, num_cases):
-    """The command."""
+    """Runs the command."""
     start = time.monotonic()
     met, shares, failures = Counter(), [], []
     with tempfile.TemporaryDirectory(prefix="isopair-soak-") as place:

@@ -23,7 +23,7 @@ TOWER = {
 
 
 def write_open_clip_folder(folder: Path) -> Path:
-    """What open_clip reads as local-dir:."""
+    """Writes a folder that open_clip reads as local-dir:."""
     folder.mkdir()
     torch.manual_seed(0)
     model = open_clip.CLIP(**OPEN_CLIP_SIZES)
@@ -40,7 +40,7 @@ def write_open_clip_folder(folder: Path) -> Path:
 
 
 def write_hugging_face_folder(folder: Path, kind: str) -> Path:
-    """A CLIP, SigLIP or CLAP, with its tokenizer and its preparation of media."""
+    """Writes a CLIP, SigLIP or CLAP with its tokenizer and its preparation of media."""
     from transformers import (
         ClapConfig,
         ClapFeatureExtractor,

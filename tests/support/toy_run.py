@@ -21,7 +21,7 @@ COLORS = ("red", "green", "blue", "white")
 
 
 def write_toy_dataset(folder: Path, media: str, *, shard_sizes: tuple[int, ...]) -> Path:
-    """PNGs of one colour, or WAVs of one pitch, each with a caption; every fourth has two."""
+    """Writes PNGs of one colour or WAVs of one pitch, with one caption; every fourth has two."""
     folder.mkdir(parents=True)
     rows, number = [], 0
     for shard, size in enumerate(shard_sizes):
@@ -65,7 +65,7 @@ def toy_members(media: str, number: int) -> dict[str, bytes]:
 
 
 def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
-    """A three-modality config of a few thousand parameters besides the vocabulary.
+    """Returns a three-modality config with a few thousand parameters outside the vocabulary.
 
     `sections` replace values: {"schedule": {"num_steps": 3}} changes only that key.
     """
@@ -125,7 +125,7 @@ def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
 
 
 def write_toy_data(folder: Path) -> Path:
-    """The three sources that `toy_config` reads."""
+    """Writes the three sources that `toy_config` reads."""
     write_toy_dataset(folder / "colors", "image", shard_sizes=(40, 13, 30))
     write_toy_dataset(folder / "more_colors", "image", shard_sizes=(25,))
     write_toy_dataset(folder / "tones", "audio", shard_sizes=(30, 20))

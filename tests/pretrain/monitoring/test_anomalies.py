@@ -71,7 +71,7 @@ def test_the_slowest_rank_is_judged_by_its_own_work():
 
 
 def train_with_a_late_rank(config):
-    """Rank 2 reads slowly at first, then rank 1 computes slowly."""
+    """Trains while rank 2 reads slowly at first, and rank 1 computes slowly later."""
     import time
 
     from pretrain.data.step_loader import StepLoader

@@ -1,4 +1,4 @@
-"""Ranks that hang: none stays for ever, and all that can say where they are."""
+"""Ranks that hang: every one ends, and writes its stacks if it can."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 8
 
 
 def train_and_sleep(config):
-    """Rank 1 waits for its data for ever, from the third step on."""
+    """Trains, and lets rank 1 wait for its data without end from the third step on."""
     from pretrain.data.step_loader import StepLoader
     from pretrain.distributed.collectives import rank
 
@@ -38,7 +38,7 @@ def test_no_rank_stays_for_ever_and_each_says_where_it_is(toy_data, tmp_path):
     engine = {"timeout_seconds": TIMEOUT_SECONDS}
     config = toy_config(toy_data, tmp_path / "run", engine=engine)
     [first, second] = ProcessGroup(2, train_and_sleep, config).outcomes()
-    assert "LostPeerError: step 3: another process died, or did not come within" in first[1]
+    assert "LostPeerError: step 3: another process died, or did not respond within" in first[1]
     assert second == (False, "rank 1 exited without a traceback")  # it ended itself
     stacks = tmp_path / "run" / "stacks" / "0001"
     for number, function in ((0, "take_losses"), (1, "sleepless_load")):
@@ -47,7 +47,7 @@ def test_no_rank_stays_for_ever_and_each_says_where_it_is(toy_data, tmp_path):
         assert function in written
     [attempt] = read_attempts(tmp_path / "run")
     assert (attempt.to_step, attempt.outcome[:23]) == (2, "failed: LostPeerError('")
-    # Rank 0 waited for rank 1, which hung: it is told where both were.
+    # Rank 0 waited for rank 1, which hung: the causes name both places.
     [cause] = causes_of_end(tmp_path / "run", [attempt], 0)
     assert "no step ended for 6 s" in cause
     assert "(and 1 other ranks)" in cause
@@ -63,7 +63,7 @@ def test_a_frozen_rank_frees_the_others_and_ends_when_it_wakes(toy_data, tmp_pat
     os.kill(group.pids[0], signal.SIGCONT)
     [first, second] = group.outcomes()
     assert not first[0]
-    assert "LostPeerError: step 3: another process died, or did not come within" in second[1]
+    assert "LostPeerError: step 3: another process died, or did not respond within" in second[1]
     assert "take_losses" in (tmp_path / "run/stacks/0001/rank_00001.txt").read_text()
 
 

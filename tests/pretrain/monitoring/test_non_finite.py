@@ -20,7 +20,7 @@ NOT_FINITE = "the norm of the gradient is not finite"
 
 
 def train_with_bad_steps(*configs):
-    """Rank 1's gradient is no number in one step, and one of its sounds is none in the next.
+    """Trains with a NaN in rank 1's gradient in one step, and in one of its sounds in the next.
 
     Returns:
         Per config: its error or None, and whether each step that was not applied left parameters

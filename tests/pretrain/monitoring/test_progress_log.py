@@ -19,7 +19,7 @@ class Clock:
 
 
 def lines_of_run(*, seconds_per_step, num_steps=1000, first=0, **run):
-    """(second, line) of each, for steps of 64 samples of which a tenth of the time is waiting."""
+    """Returns [(second, line)] for steps of 64 samples that wait for a tenth of their time."""
     clock = Clock()
     settings = {"folder": "run", "checkpoint_every_steps": 400} | run
     log = ProgressLog(

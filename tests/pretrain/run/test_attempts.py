@@ -54,8 +54,8 @@ def test_an_attempt_that_died_is_told_from_one_that_runs(tmp_path):
 
 
 def test_rows_count_up_to_the_step_from_which_a_newer_attempt_began(tmp_path):
-    """The second was sent back behind the first's last checkpoint, and died at once; the third
-    began late; the fourth has only just started."""
+    """Reads four attempts: the second resumed before the first's last checkpoint, and died at once;
+    the third began late; the fourth has only just started."""
     first, second, third, _ = (claim(tmp_path, from_step=step) for step in (0, 4, 5, None))
     for attempt, steps in ((first, range(1, 9)), (second, (5, 6)), (third, (6, 7))):
         rows = [{"step": step, "by": attempt.attempt} for step in steps]

@@ -37,7 +37,7 @@ FIXED = {
 
 
 def leaves(value, *, key="", is_free=False):
-    """(dotted key, whether a resumed run may change it, path of names to it) of a config."""
+    """Yields (dotted key, whether a resumed run may change it) of a config."""
     if isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
             extra = field.json_schema_extra or {}
@@ -55,7 +55,7 @@ def leaves(value, *, key="", is_free=False):
 
 
 def changed(value, names):
-    """The same, but for the leaf that the names lead to: it is "CHANGED"."""
+    """Returns the same, except that the leaf at the end of the names is "CHANGED"."""
     if not names:
         return "CHANGED"
     name, *others = names

@@ -1,4 +1,4 @@
-"""What is known of why an attempt ended: from its ranks, and from Slurm."""
+"""Causes of an attempt's end, from its ranks and from Slurm."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.support.toy_run import toy_config
 
 
 def train_and_end(config, how):
-    """Rank 1 ends at its third step."""
+    """Trains, and ends rank 1 at its third step."""
     from pretrain.distributed.collectives import rank
     from pretrain.training import loop
 
@@ -37,7 +37,7 @@ def train_and_end(config, how):
     ("how", "expected"),
     [
         ("raise", "ValueError: no such picture"),
-        ("SIGKILL", "died without a word: killed, for want of memory or by hand"),
+        ("SIGKILL", "exited without a traceback (SIGKILL, out of memory, or node failure)"),
         ("SIGSEGV", "Fatal Python error: Segmentation fault"),
     ],
 )
@@ -100,5 +100,7 @@ def test_a_job_whose_starts_do_not_come_to_the_run_is_not_queued_for_ever(tmp_pa
         refuse_starts_without_attempt(attempts, environment)
     for job, restarts in (("7", "4"), ("8", "2")):
         environment = {"SLURM_RESTART_COUNT": restarts, "SLURM_JOB_ID": job}
-        with pytest.raises(RunError, match=f"last 3 starts of job {job} ended before the run beg"):
+        with pytest.raises(
+            RunError, match=f"last 3 starts of job {job} ended before the run started"
+        ):
             refuse_starts_without_attempt(attempts, environment)

@@ -16,7 +16,7 @@ STEPS = {"num_steps": 8, "warmup_steps": 2}
 
 
 def train_and_freeze(config, step):
-    """Rank 0 freezes before it takes a step; training waits for the checkpoints before it."""
+    """Trains, and freezes rank 0 before a step; training waits for earlier checkpoints."""
     from pretrain.checkpoints.writer import CheckpointWriter
     from pretrain.training import loop
 

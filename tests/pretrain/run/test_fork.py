@@ -19,7 +19,7 @@ from tests.support.toy_run import toy_config
 
 
 def small_config(data, folder, **sections):
-    """Of pictures alone."""
+    """Returns a config with images alone."""
     values = toy_config(data, folder).model_dump(exclude_unset=True)
     del values["pairings"]["audio-text"], values["model"]["audio"], values["audio"]
     for section, changes in sections.items():
@@ -37,14 +37,14 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def parent(toy_data, tmp_path_factory):
-    """Folder of a run of six steps."""
+    """Returns the folder of a run of six steps."""
     folder = tmp_path_factory.mktemp("parent") / "run"
     run_in_processes(1, train, small_config(toy_data, folder))
     return folder
 
 
 def train_each(*configs):
-    """Errors of each, None for none, in one process."""
+    """Returns the error of each run, or None, all in one process."""
     outcomes = []
     for config in configs:
         try:

@@ -86,7 +86,7 @@ def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
 
 
 def train_and_hear(config, step, number):
-    """Rank 1 alone hears a signal while it takes the step; with step 0, before its start."""
+    """Trains, and sends rank 1 alone a signal during a step; with step 0, before its start."""
     from pretrain import train as starting
     from pretrain.training import loop
 
@@ -129,7 +129,7 @@ def test_one_rank_that_hears_a_signal_stops_all_and_the_run_goes_on_as_if_it_had
 
 
 def catches(process, number):
-    """Whether a process has a handler for a signal."""
+    """Returns whether a process has a handler for a signal."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"SigCgt:\s*(\w+)", status).group(1), 16) >> (number - 1) & 1
 
@@ -150,7 +150,7 @@ def test_a_signal_that_comes_during_imports_is_not_lost(toy_data, tmp_path):
 
 
 def train_and_hear_in_validation(config):
-    """Rank 1 hears a signal in the second of the batches that it validates on."""
+    """Trains, and sends rank 1 a signal in the second batch of a validation."""
     from pretrain.distributed.collectives import rank
     from pretrain.training import validation
 
@@ -197,7 +197,7 @@ def test_a_signal_within_validation_stops_it_and_the_next_attempt_validates_firs
 
 
 def assert_tracked_once(folder, rows):
-    """TensorBoard shows each row once, though attempts overlapped."""
+    """Asserts that TensorBoard shows each row once, although attempts overlapped."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard" / "isopair")).Reload()

@@ -1,4 +1,4 @@
-"""What is counted beside torch's profiler, which sees the allocator itself."""
+"""Measured activations against torch's profiler, which traces the allocator itself."""
 
 import pytest
 import timm
@@ -24,7 +24,7 @@ class Pixels(nn.Module):
 
 
 def transformers(*, has_checkpointing=False):
-    """A timm ViT and open_clip's text transformer, of few parameters beside their activations."""
+    """Returns a timm ViT and open_clip's text transformer, with few parameters for their size."""
     vit = timm.create_model("test_vit", num_classes=0, img_size=64, patch_size=8)
     text = TextTransformer(
         vocab_size=300, context_length=20, width=64, heads=2, layers=4, output_dim=None
@@ -45,7 +45,7 @@ def measured(model, *, is_bf16=False):
 
 
 def profiled_peak(model, num_rows, *, is_bf16=False):
-    """Most bytes that the allocator had given out at once, in a forward and backward pass."""
+    """Returns the peak of allocated bytes in a forward and backward pass."""
     inputs = _inputs_of("image-text", PAIRS, num_rows, CPU)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
@@ -61,11 +61,11 @@ def profiled_peak(model, num_rows, *, is_bf16=False):
 def test_a_few_pairs_foretell_the_memory_of_many(has_checkpointing, is_bf16):
     model = transformers(has_checkpointing=has_checkpointing)
     graph = measured(model, is_bf16=is_bf16)
-    foretold = graph.fixed + NUM_PAIRS * graph.per_pair
+    estimated = graph.fixed + NUM_PAIRS * graph.per_pair
     gradients = sum(4 * each.numel() for each in model.parameters())
     peak = profiled_peak(model, NUM_PAIRS, is_bf16=is_bf16)
     assert gradients < 0.2 * peak
-    assert 0.98 * (peak - gradients) <= foretold <= 1.02 * peak
+    assert 0.98 * (peak - gradients) <= estimated <= 1.02 * peak
 
 
 def test_activation_checkpointing_is_seen():

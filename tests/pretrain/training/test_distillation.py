@@ -40,14 +40,14 @@ def stopping(config, step):
 
 
 def student_config(toy_data, folder, teacher, *, weight=0.5, **sections):
-    """A run whose images are taught, and whose sounds are not."""
+    """Returns the config of a run with a teacher for images, and none for sounds."""
     pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
     pairings["image-text"]["teacher"] = {"checkpoint": str(teacher), "weight": weight}
     return toy_config(toy_data, folder, pairings=pairings, **sections)
 
 
 def errors_of_gradients(config, num_micro_batches):
-    """(of the loss, worst of a gradient), against the dense loss of one process."""
+    """Returns (loss error, worst gradient error) against the dense loss of one process."""
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_toy_model(config, tokenizer)
@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_the_whole_batch_on_any_split(toy_data, tmp_path
 
 
 def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, teacher_run):
-    """With weight 1 the targets are the teacher's softmaxes: its own weights are a minimum."""
+    """Checks a minimum: with weight 1 the targets are the teacher's softmaxes."""
     config = student_config(toy_data, tmp_path / "run", teacher_run, weight=1.0)
     tokenizer = build_tokenizer(config.model.text)
     teachers = open_teachers(config, tokenizer, device=CPU)

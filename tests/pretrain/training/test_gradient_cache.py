@@ -41,7 +41,7 @@ def audio_section(changes):
 
 
 def gradients_of(config, trims_captions=True):
-    """(losses, gradients, lengths of the token batches that the text tower was given)."""
+    """Returns (losses, gradients, lengths of the text tower's token batches)."""
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_training_model(config, tokenizer)
@@ -109,7 +109,7 @@ def test_stripes_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_d
 
 
 def dropping(config, *, is_recomputed):
-    """The config with an image tower that drops, perhaps with its activations computed again."""
+    """Returns the config with dropout in the image tower, and optional checkpointing."""
     image = config.model.image.model_copy(update=VIT)
     engine = config.engine.model_copy(update={"activation_checkpointing": is_recomputed})
     model = config.model.model_copy(update={"image": image})

@@ -26,7 +26,7 @@ PAIRS = {"image-text": 100, "audio-text": 30}
 def estimate_of(*, room=10**9, takes_all=True, num_pairs=PAIRS, activations=GRAPHS):
     besides = {"optimizer": 4, "loss": 3}
     free = 2 * room + 7  # half of the rest is kept free
-    return MemoryEstimate(free, besides, num_pairs, activations, takes_all, share_kept_free=0.5)
+    return MemoryEstimate(free, besides, num_pairs, activations, takes_all, fraction_kept_free=0.5)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def estimate_of(*, room=10**9, takes_all=True, num_pairs=PAIRS, activations=GRAP
         (544, True, 4),  # 255 + 8 * 20
         (35, True, 100),  # one pair of each
         (34, True, None),
-        # 1005 beside one pair of audio, which an empty batch takes; or 600 beside 15 of images
+        # 1005 and one pair of audio, which an empty batch encodes; or 600 and 15 for images
         (1025, False, 1),
         (1024, False, 2),  # 505 + 20
         (-10, True, None),
@@ -63,7 +63,7 @@ def test_a_decision_is_told_with_its_numbers():
     estimate = MemoryEstimate(10_000_000_000, besides, {"image-text": 1000}, graphs, True, 0.1)
     assert estimate.describe() == (
         "2 micro-batches a step, of at most 500 image-text pairs (12.1 MB each); 8 GB of 10 GB "
-        "left after 1.9 GB for gradients and optimizer, 100 MB for batches, of which 10% stay free"
+        "left after 1.9 GB for gradients and optimizer, 100 MB for batches, 10% of it kept free"
     )
     assert estimate_of(room=0).describe().startswith("not even 1 image-text pairs (1e-05 MB each)")
     assert estimate_of(activations=None).describe().startswith("not even 4 pairs could be encoded")
@@ -89,9 +89,9 @@ def test_no_rank_encodes_more_pairs_at_once_than_asked(
         ("ddp", 1, 12),  # gradient, two moments
         ("ddp", 4, 16),  # and the gradient on its way
         ("zero0", 1, 16),
-        ("zero1", 4, 4 + 4 + 16 / 4),  # besides the moments, shared: the fp32 copy, the mean
+        ("zero1", 4, 4 + 4 + 16 / 4),  # shared, in addition to the moments: the fp32 copy, the mean
         ("zero2", 8, 4 + 4 + 16 / 8),
-        ("zero3", 4, 4 + 2 * 4 + 20 / 4),  # the share of the parameters; two buckets
+        ("zero3", 4, 4 + 2 * 4 + 20 / 4),  # the partition of the parameters; two buckets
     ],
 )
 def test_strategies_share_what_they_share(
@@ -141,7 +141,7 @@ def test_batches_count_where_they_are(toy_data, tmp_path):
 
 
 def free_for(config, num_micro_batches, *, num_processes):
-    """Bytes that must be free for a rank of that many to need so many micro-batches."""
+    """Returns the free bytes with which one of several ranks needs so many micro-batches."""
     tokenizer = build_tokenizer(config.model.text)
     loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
     model = build_toy_model(config, tokenizer)
@@ -151,7 +151,7 @@ def free_for(config, num_micro_batches, *, num_processes):
         StepSizes.of_config(config), model, loader.layouts, device=device, **share
     )
     assert estimate.num_micro_batches == 1
-    graphs = estimate.graph_bytes(num_micro_batches) / (1 - estimate.share_kept_free)
+    graphs = estimate.graph_bytes(num_micro_batches) / (1 - estimate.fraction_kept_free)
     return sum(estimate.besides_graphs.values()) + round(graphs) + 10
 
 
@@ -166,7 +166,7 @@ def train_with(config, free_of_rank):
 
 @pytest.fixture(scope="module")
 def undisturbed(toy_data, tmp_path_factory):
-    """Run folder of 6 steps by one process with memory enough."""
+    """Returns the folder of a run of 6 steps, by one process with enough memory."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     run_in_processes(1, train, toy_config(toy_data, folder))
     [attempt] = read_attempts(folder)

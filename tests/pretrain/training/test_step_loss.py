@@ -57,7 +57,7 @@ def config_of(toy_data, folder, options, *, precision="fp32"):
 
 
 def batch_of(config, tokenizer, **share):
-    """A step in which many pairs are duplicates of one another."""
+    """Returns a step in which many pairs are duplicates of one another."""
     batch = open_step_loader(config, tokenizer, **share).load(0)
     return replace(batch, pairings={n: with_duplicates(p) for n, p in batch.pairings.items()})
 
@@ -67,7 +67,7 @@ def with_duplicates(pairs):
 
 
 def true_gradients(config, model, tokenizer):
-    """(loss, gradient of every parameter), by one process with all pairs at once."""
+    """Returns (loss, gradient of every parameter) of one process with all pairs at once."""
     batch = batch_of(config, tokenizer, rank=0, world_size=1)
     is_rounded = config.engine.precision == "bf16"
     total = 0
@@ -92,7 +92,7 @@ def true_gradients(config, model, tokenizer):
 
 
 def taken_gradients(model):
-    """The gradients, which are cleared; zeros where a tower had no part."""
+    """Returns the gradients, and clears them; zeros where a tower was not used."""
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for name, parameter in model.named_parameters()
@@ -102,7 +102,7 @@ def taken_gradients(model):
 
 
 def errors_of_options(toy_data, folder, all_options, precision):
-    """[(options, error of the loss, worst error of a gradient)] on this rank."""
+    """Returns [(options, error of the loss, worst error of a gradient)] on this rank."""
     configs = [config_of(toy_data, folder, each, precision=precision) for each in all_options]
     accelerator = start_accelerator(configs[0].engine, run=configs[0].run)
     tokenizer = build_tokenizer(configs[0].model.text)
@@ -170,7 +170,7 @@ def test_in_bfloat16_the_gradient_is_that_of_the_rounded_features(toy_data, tmp_
 
 
 def events_of_a_step(toy_data, folder, micro_batch_size):
-    """(order of what happened, pairs encoded by each tower, collectives) of a step."""
+    """Returns (events in order, pairs encoded by each tower, collectives) of a step."""
     options = ACCEPTED[0] | {"micro_batch_size": micro_batch_size}
     config = config_of(toy_data, folder, options)
     accelerator = start_accelerator(config.engine, run=config.run)

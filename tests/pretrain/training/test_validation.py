@@ -14,7 +14,7 @@ from tests.support.toy_towers import build_toy_model
 
 
 def validated(config):
-    """The figures, and the untrained model's features of all pairs."""
+    """Returns the metrics, and the untrained model's features of all pairs."""
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
     model = build_toy_model(config, tokenizer)
