@@ -101,7 +101,7 @@ def run_attempt(
     teachers = open_teachers(config, tokenizer, device=accelerator.device)
     identity = RunIdentity(config, fingerprints_of(loader, validation_sets, teachers))
     run = open_run(identity, hosts=hosts, num_micro_batches=num_micro_batches)
-    with build_session(config, run, requests, hosts=hosts) as session:
+    with build_session(config.engine, run, requests, hosts=hosts) as session:
         optimizer = build_training_optimizer(config, model)
         engine = build_engine(
             accelerator,

@@ -13,6 +13,7 @@ from pretrain.cache.shard_cache import ShardCache
 from pretrain.checkpoint import files_to_rebuild
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
+from pretrain.config import Engine as EngineSection
 from pretrain.config import PairingName, PretrainConfig
 from pretrain.data.datasets import build_cache
 from pretrain.data.pairing_reader import open_readers
@@ -204,12 +205,12 @@ def build_settings(config: PretrainConfig) -> TrainerSettings:
 
 
 def build_session(
-    config: PretrainConfig, run: RunFolder, requests: RunRequests, *, hosts: Sequence[str]
+    config: EngineSection, run: RunFolder, requests: RunRequests, *, hosts: Sequence[str]
 ) -> RunSession:
     """Builds the session of this attempt, with the hang watch of this rank.
 
     Args:
-        config: the whole config.
+        config: config section `engine`.
         run: run folder.
         requests: signals and files that ask the run to save or stop.
         hosts: [ranks] machine names.
@@ -217,8 +218,8 @@ def build_session(
     hang_watch = HangWatch(
         run.folder,
         run.attempt.attempt,
-        timeout_seconds=config.engine.timeout_seconds,
-        start_timeout_seconds=config.engine.start_timeout_seconds,
+        timeout_seconds=config.timeout_seconds,
+        start_timeout_seconds=config.start_timeout_seconds,
     )
     return RunSession(run, requests, hang_watch, hosts=hosts)
 
