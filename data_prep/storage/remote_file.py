@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WILDCARD = re.compile(r"[*?\[]")
 BUFFER_BYTES = 1 << 20
-TIMEOUT_SECONDS = 30.0  # without a byte from a web server
 URL_CHARACTERS = "/%?&=#+,;@~!$'()*"  # that are not percent-encoded
 
 
@@ -172,7 +171,9 @@ def file_system(url: str) -> tuple[Any, str]:
 
     try:
         if is_web_url(url):
-            return _web_file_system(), _percent_encoded(url)
+            from data_prep.storage.web_file import percent_encoded, web_file_system
+
+            return web_file_system(), percent_encoded(url)
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise InputError(f"{url}: {error}; or copy the files to a local folder") from None
@@ -180,25 +181,6 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UnknownSchemeError(
             f"{url}: expected a path or a URL that fsspec can open: {error}"
         ) from None
-
-
-def _web_file_system() -> Any:
-    """Returns fsspec's file system of http and https URLs."""
-    import aiohttp
-    import fsspec
-
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS
-    )
-    # Compression would make the length of a file differ from its Content-Length.
-    options = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
-    return fsspec.filesystem("http", client_kwargs=options)
-
-
-def _percent_encoded(url: str) -> str:
-    """Percent-encodes the characters of path and query that a request may not contain."""
-    start = url.find("/", len("https://"))
-    return url if start < 0 else url[:start] + quote(url[start:], safe=URL_CHARACTERS + ":")
 
 
 def _open_web(url: str) -> WebFile:

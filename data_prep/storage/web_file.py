@@ -12,11 +12,33 @@ from __future__ import annotations
 import io
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from data_prep.storage.failures import PermanentError, with_retries
 
 SKIPPED_BYTES = 1 << 18  # a shorter seek forward reads over the gap instead of a new request
 RETRIES = 4
+TIMEOUT_SECONDS = 30.0  # without a byte
+URL_CHARACTERS = "/%?&=#+,;:@~!$'()*"  # that are not percent-encoded
+
+
+def web_file_system() -> Any:
+    """Returns fsspec's file system of http and https URLs."""
+    import aiohttp
+    import fsspec
+
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS
+    )
+    # Compression would make the length of a file differ from its Content-Length.
+    options = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+    return fsspec.filesystem("http", client_kwargs=options)
+
+
+def percent_encoded(url: str) -> str:
+    """Percent-encodes the characters of path and query that a request may not contain."""
+    start = url.find("/", len("https://"))
+    return url if start < 0 else url[:start] + quote(url[start:], safe=URL_CHARACTERS)
 
 
 class WebFile(io.RawIOBase):
@@ -64,15 +86,12 @@ class WebFile(io.RawIOBase):
         return stream
 
     def readable(self) -> bool:
-        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """Returns True if the server reported the length."""
         return self.num_bytes is not None
 
     def tell(self) -> int:
-        """Returns the current position."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -116,7 +135,6 @@ class WebFile(io.RawIOBase):
             self._stream = None
 
     def close(self) -> None:
-        """Closes the connection."""
         if not self.closed and hasattr(self, "_stream"):
             self._close_stream()
         super().close()
