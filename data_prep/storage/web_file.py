@@ -36,7 +36,7 @@ def web_file_system() -> Any:
 
 
 def percent_encoded(url: str) -> str:
-    """Percent-encodes the characters of path and query that a request may not contain."""
+    """Encodes the characters of path and query that a request may not contain, as %XX."""
     start = url.find("/", len("https://"))
     return url if start < 0 else url[:start] + quote(url[start:], safe=URL_CHARACTERS)
 
