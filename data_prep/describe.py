@@ -1,11 +1,11 @@
-"""Writes a data sheet of a finished dataset: one HTML file that opens anywhere, without network.
+"""Writes a data sheet of a finished dataset: one HTML file that needs no network.
 
     python -m data_prep.describe configs/data_prep/describe.yaml dataset=... output=sheet.html
 
-It shows counts, where the dataset came from, samples to look at and listen to, histograms,
-languages, licences, what was dropped and why, duplicates, and every shard with its sha256. Figures
-come from the Parquet sidecars by duckdb, in memory that does not grow with the dataset. The same
-dataset gives the same sheet, byte for byte.
+The sheet shows counts, origin, sample media, histograms, languages and licences. It also shows
+dropped pairs by reason, duplicates, and every shard with its sha256. duckdb computes the statistics
+from the Parquet files, in memory that does not grow with the dataset. Equal datasets give equal
+sheets, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import sys
 from data_prep.dedup.duplicate_table import name_in_table
 from data_prep.errors import ConfigError
 from data_prep.report.data_sheet import SheetContent, render_sheet
-from data_prep.report.dataset_figures import DatasetFigures, count_members, measure_dataset
+from data_prep.report.dataset_statistics import DatasetStatistics, count_members, measure_dataset
 from data_prep.report.described_samples import missing_sidecars, open_described_samples
-from data_prep.report.duplicate_figures import measure_duplicates
+from data_prep.report.duplicate_statistics import measure_duplicates
 from data_prep.report.numbers import bytes_text
 from data_prep.report.rejected import read_rejections
 from data_prep.report.sheet_gallery import spread_ranks
@@ -35,15 +35,17 @@ def describe(config: Describe) -> None:
     """Writes the data sheet.
 
     Raises:
-        InputError: the dataset, its subset or the duplicates are missing, damaged or do not belong
-            together.
+        InputError: if the dataset, its subset or the duplicates are missing or damaged, or do not
+            belong together.
     """
     _check_output(config)
     content = measure(config)
     page = render_sheet(content).encode("utf-8", errors="backslashreplace")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, page)
-    without = " (without figures: Parquet files are missing)" if content.figures is None else ""
+    without = (
+        " (without statistics: Parquet files are missing)" if content.statistics is None else ""
+    )
     say(
         f"{config.output}: data sheet of {len(content.kept):,} samples, "
         f"{bytes_text(len(page))}{without}"
@@ -51,10 +53,10 @@ def describe(config: Describe) -> None:
 
 
 def measure(config: Describe) -> SheetContent:
-    """Everything that the sheet shows, besides the samples themselves.
+    """Computes the content of the sheet, except the media of samples.
 
     Raises:
-        InputError: as describe.
+        InputError: as `describe`.
     """
     kept = KeptSamples(config.dataset, subset=config.subset)
     missing = missing_sidecars(kept)
@@ -66,7 +68,7 @@ def measure(config: Describe) -> SheetContent:
     return SheetContent(
         kept=kept,
         missing_sidecars=missing,
-        figures=None if missing else _measure_samples(kept, config),
+        statistics=None if missing else _measure_samples(kept, config),
         members=count_members(kept),
         rejections=read_rejections(config.dataset, kept.info),
         duplicates=duplicates,
@@ -74,7 +76,7 @@ def measure(config: Describe) -> SheetContent:
     )
 
 
-def _measure_samples(kept: KeptSamples, config: Describe) -> DatasetFigures:
+def _measure_samples(kept: KeptSamples, config: Describe) -> DatasetStatistics:
     options = {"memory_gb": config.memory_gb, "workers": config.workers}
     with open_described_samples(kept, **options) as connection:
         return measure_dataset(connection, kept.info.media)
@@ -87,10 +89,10 @@ def _check_output(config: Describe) -> None:
 
 
 def print_plan(config: Describe) -> None:
-    """Prints what would be read.
+    """Prints the plan.
 
     Raises:
-        InputError: the dataset, its subset or the duplicates are missing or damaged.
+        InputError: if the dataset, its subset or the duplicates are missing or damaged.
     """
     _check_output(config)
     kept = KeptSamples(config.dataset, subset=config.subset)
@@ -99,16 +101,18 @@ def print_plan(config: Describe) -> None:
         name_in_table(path, dataset=config.dataset, info=kept.info)
     missing = missing_sidecars(kept)
     num_files = kept.info.num_shards - len(missing)
-    lacking = f"; {len(missing)} are missing, so that there would be no figures" if missing else ""
+    lacking = (
+        f"; {len(missing)} are missing, so that there would be no statistics" if missing else ""
+    )
     num_shown = min(config.num_samples_shown, len(kept))
     say(
         f"would read {num_files} Parquet files and {kept.info.num_shards} indexes{lacking}, and "
-        f"describe {len(kept):,} samples, of which {num_shown} are shown, in {config.output}"
+        f"describe {len(kept):,} samples and show {num_shown} of them in {config.output}"
     )
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     return run_command(Describe, run=describe, dry_run=print_plan, description=__doc__)
 
 

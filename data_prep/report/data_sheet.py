@@ -1,4 +1,4 @@
-"""A data sheet: the page that tells someone who has never seen a dataset what it holds."""
+"""A data sheet: an HTML page that describes a dataset to someone who has never seen it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from data_prep.report.dataset_figures import DatasetFigures, MemberCount
-from data_prep.report.duplicate_figures import DuplicateFigures
+from data_prep.report.dataset_statistics import DatasetStatistics, MemberCount
+from data_prep.report.duplicate_statistics import DuplicateStatistics
 from data_prep.report.html import (
     Section,
     code,
@@ -22,58 +22,60 @@ from data_prep.report.html import (
     table,
     warning,
 )
-from data_prep.report.numbers import bytes_text, counted, duration_text, number_text, share_text
+from data_prep.report.numbers import bytes_text, counted, duration_text, number_text, percent_text
 from data_prep.report.rejected import Rejection
-from data_prep.report.sheet_figures import (
+from data_prep.report.sheet_contents import (
     caption_section,
     class_section,
     column_section,
     licence_section,
     media_section,
 )
+from data_prep.report.sheet_drops import drop_section, duplicate_section
 from data_prep.report.sheet_gallery import MediaViews, sample_cards
-from data_prep.report.sheet_losses import drop_section, duplicate_section
 from data_prep.shards.subset import KeptSamples
 
 MOST_SHARDS_UNFOLDED = 20
 MOST_LANGUAGES = 5
-HOW_SHOWN = {
-    "image": "Large pictures are shown smaller than they are.",
+SCALING_NOTES = {
+    "image": "Large images are scaled down.",
     "audio": "Long sounds are cut to their first seconds.",
 }
-# The whole of it is in dataset.json, where it may list a million files.
+# dataset.json has all of it, possibly a list of a million files.
 MOST_PREPARATION_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
 class SheetContent:
-    """Everything that a sheet shows."""
+    """The content of a data sheet."""
 
     kept: KeptSamples
     missing_sidecars: list[Path]
-    figures: DatasetFigures | None  # None: sidecars are missing
+    statistics: DatasetStatistics | None  # None: Parquet files are missing
     members: dict[str, MemberCount]
     rejections: list[Rejection]
-    duplicates: DuplicateFigures | None  # None: find_duplicates was not run, or not asked for
-    shown: list[int]  # ranks of the samples shown
+    duplicates: DuplicateStatistics | None  # None: the config names none
+    shown: list[int]  # ranks of the samples in the gallery
 
 
 def render_sheet(content: SheetContent) -> str:
-    """The page."""
-    kept, figures = content.kept, content.figures
+    """Renders the page."""
+    kept, statistics = content.kept, content.statistics
     media, num_samples = kept.info.media, len(kept)
     views = MediaViews(kept)
     sections = [overview_section(content), origin_section(kept)]
     if content.shown:
         sections.append(sample_section(views, content.shown))
-    if figures is not None:
-        sections.append(caption_section(figures, num_samples=num_samples))
-    sections.append(media_section(figures, content.members, media=media, num_samples=num_samples))
-    if figures is not None:
-        sections += class_section(figures) + licence_section(figures, num_samples=num_samples)
-        sections += column_section(figures, num_samples=num_samples)
-    sections.append(drop_section(content.rejections, figures, kept))
-    sections += duplicate_section(figures, content.duplicates, views)
+    if statistics is not None:
+        sections.append(caption_section(statistics, num_samples=num_samples))
+    sections.append(
+        media_section(statistics, content.members, media=media, num_samples=num_samples)
+    )
+    if statistics is not None:
+        sections += class_section(statistics) + licence_section(statistics, num_samples=num_samples)
+        sections += column_section(statistics, num_samples=num_samples)
+    sections.append(drop_section(content.rejections, statistics, kept))
+    sections += duplicate_section(statistics, content.duplicates, views)
     sections.append(shard_section(kept))
     return render_page(
         f"Data sheet: {kept.folder.resolve().name}",
@@ -86,20 +88,20 @@ def render_sheet(content: SheetContent) -> str:
 
 
 def overview_section(content: SheetContent) -> Section:
-    """The counts that one asks for first."""
+    """Builds the section with the most important counts."""
     kept, info = content.kept, content.kept.info
     facts = {"samples": f"{len(kept):,}"}
     if kept.subset is not None:
-        share = share_text(len(kept), info.num_samples)
-        facts["samples"] = f"{len(kept):,} kept by the subset: {share} of {info.num_samples:,}"
-    if content.figures is not None:
-        facts |= _figure_facts(content.figures, len(kept))
+        percent = percent_text(len(kept), info.num_samples)
+        facts["samples"] = f"{len(kept):,} kept by the subset: {percent} of {info.num_samples:,}"
+    if content.statistics is not None:
+        facts |= _statistics_facts(content.statistics, len(kept))
     facts["shards"] = f"{info.num_shards:,}, {bytes_text(info.tar_bytes)}"
-    facts["dropped on the way"] = _dropped_text(content.rejections)
+    facts["dropped"] = _dropped_text(content.rejections)
     blocks = [fact_list(facts)]
     if content.missing_sidecars:
         blocks.append(_missing_note(content))
-    noun = {"image": "picture", "audio": "sound"}[info.media]
+    noun = {"image": "image", "audio": "sound"}[info.media]
     return Section(
         "At a glance",
         blocks,
@@ -108,21 +110,21 @@ def overview_section(content: SheetContent) -> Section:
     )
 
 
-def _figure_facts(figures: DatasetFigures, num_samples: int) -> dict[str, str]:
-    captions, languages = figures.captions, figures.languages
+def _statistics_facts(statistics: DatasetStatistics, num_samples: int) -> dict[str, str]:
+    captions, languages = statistics.captions, statistics.languages
     facts = {"captions": f"{captions.num_filled:,}, {captions.num_distinct:,} of them different"}
     if num_samples:
         facts["captions per sample"] = f"{captions.num_filled / num_samples:.3g} on average"
-    if figures.total_seconds is not None:
-        facts["duration"] = f"{duration_text(figures.total_seconds)} in all"
-    if figures.class_names.num_distinct:
-        facts["classes"] = number_text(figures.class_names.num_distinct)
+    if statistics.total_seconds is not None:
+        facts["duration"] = f"{duration_text(statistics.total_seconds)} in all"
+    if statistics.class_names.num_distinct:
+        facts["classes"] = number_text(statistics.class_names.num_distinct)
     if languages.num_distinct:
         names = [str(name) for name, _ in languages.most_frequent[:MOST_LANGUAGES]]
         more = languages.num_distinct - len(names)
         facts["languages"] = ", ".join(names) + (f" and {more} more" if more else "")
-    if figures.hashes.num_filled:
-        num_copies = figures.hashes.num_filled - figures.hashes.num_distinct
+    if statistics.hashes.num_filled:
+        num_copies = statistics.hashes.num_filled - statistics.hashes.num_distinct
         copies = f"{num_copies:,} samples have the media of an earlier one"
         facts["exact copies"] = copies if num_copies else "none"
     return facts
@@ -132,7 +134,7 @@ def _dropped_text(rejections: list[Rejection]) -> str:
     num_pairs = sum(each.num for each in rejections if not each.is_clip)
     pairs = counted(num_pairs, "pair")
     num_clips = sum(each.num for each in rejections if each.is_clip)
-    clips = f", and {num_clips:,} clips of longer sounds" if num_clips else ""
+    clips = f", and {num_clips:,} clips of longer recordings" if num_clips else ""
     return f"{pairs}{clips}" if rejections else "nothing"
 
 
@@ -141,9 +143,9 @@ def _missing_note(content: SheetContent) -> Markup:
     return warning(
         f"{len(missing):,} of {content.kept.info.num_shards:,} shards have no Parquet file "
         f"(first: {missing[0].name}).",
-        "So this sheet has no figures about captions, sizes, languages, licences and exact "
-        "copies. Make the files with python -m data_prep.index_shards and measure=true, or "
-        "restore them.",
+        "Therefore, this sheet has no statistics of captions, sizes, languages, licences and exact "
+        "copies. Restore the files, or create them with python -m data_prep.index_shards and "
+        "measure=true.",
     )
 
 
@@ -151,7 +153,7 @@ def _missing_note(content: SheetContent) -> Markup:
 
 
 def origin_section(kept: KeptSamples) -> Section:
-    """What made the dataset, and the subset if there is one."""
+    """Builds the section on the command and settings of the dataset and the subset."""
     preparation = kept.info.preparation
     config = preparation.get("config", {})
     facts = {
@@ -170,10 +172,10 @@ def origin_section(kept: KeptSamples) -> Section:
                     "fingerprint of the subset": kept.subset.fingerprint,
                 }
             ),
-            folded("How it was chosen", _settings(kept.subset.preparation)),
+            folded("Settings of the subset", _settings(kept.subset.preparation)),
         ]
     return Section(
-        "Where it came from",
+        "Origin",
         blocks,
         note="Equal fingerprints mean equal data, byte for byte and in the same order.",
     )
@@ -182,22 +184,22 @@ def origin_section(kept: KeptSamples) -> Section:
 def _settings(values: dict) -> Markup:
     text = json.dumps(values, indent=2, ensure_ascii=False)
     if len(text) > MOST_PREPARATION_CHARACTERS:
-        text = text[:MOST_PREPARATION_CHARACTERS] + "\n... the rest is in the dataset's own files"
+        text = text[:MOST_PREPARATION_CHARACTERS] + "\n... continued in the dataset's own files"
     return preformatted(text)
 
 
 def sample_section(views: MediaViews, shown: list[int]) -> Section:
-    """Some samples to look at or listen to."""
+    """Builds the gallery of samples."""
     return Section(
         "Samples",
         [sample_cards(views, shown)],
         note=f"{len(shown)} of {len(views.kept):,}, drawn at random from all parts of the dataset. "
-        + HOW_SHOWN[views.kept.info.media],
+        + SCALING_NOTES[views.kept.info.media],
     )
 
 
 def shard_section(kept: KeptSamples) -> Section:
-    """Every shard with its sha256."""
+    """Builds the list of shards with their sha256."""
     header = ["shard", "samples", "bytes", "sha256 of the tar"]
     rows = [
         [f"{row.name}.tar", f"{row.num_samples:,}", f"{row.tar_bytes:,}", code(row.tar_sha256)]
@@ -210,9 +212,9 @@ def shard_section(kept: KeptSamples) -> Section:
     shards = table(header, rows, numeric=range(1, len(header) - 1))
     if len(rows) > MOST_SHARDS_UNFOLDED:
         shards = folded(f"All {len(rows):,} shards", shards)
-    whole = paragraph(f"Fingerprint of the whole: {kept.info.fingerprint}")
+    whole = paragraph(f"Fingerprint of the dataset: {kept.info.fingerprint}")
     return Section(
         "Shards",
         [whole, shards],
-        note="python -m data_prep.verify_shards checks them all; sha256sum checks a single one.",
+        note="Verify all shards with python -m data_prep.verify_shards, or one with sha256sum.",
     )

@@ -1,7 +1,7 @@
-"""The samples that a data sheet is about, as tables of duckdb that are never held whole.
+"""The samples of a data sheet as duckdb views, which are never held in memory as a whole.
 
-The view `kept_samples` has the columns of the Parquet sidecars and the sample's ordinal, and the
-view `captions` has one row per caption. Both hold only what a subset keeps, if there is one.
+The view `kept_samples` has the columns of the Parquet files and the ordinal of each sample. The
+view `captions` has one row per caption. If there is a subset, both contain only kept samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RANKS_AT_ONCE = 1_000_000
 
 
 def missing_sidecars(kept: KeptSamples) -> list[Path]:
-    """The Parquet sidecars that the dataset should have and has not."""
+    """Lists the missing Parquet files of a dataset."""
     paths = (kept.folder / f"{row.name}.parquet" for row in kept.dataset.manifest)
     return [path for path in paths if not path.exists()]
 
@@ -34,16 +34,16 @@ def missing_sidecars(kept: KeptSamples) -> list[Path]:
 def open_described_samples(
     kept: KeptSamples, *, memory_gb: float, workers: int
 ) -> Iterator[DuckDBPyConnection]:
-    """A connection with the views `kept_samples` and `captions`.
+    """Opens a connection with the views `kept_samples` and `captions`.
 
     Args:
-        kept: a dataset none of whose sidecars is missing, and its subset if there is one.
-        memory_gb: what duckdb may hold; more goes to a temporary folder on disk (TMPDIR).
-        workers: threads of duckdb.
+        kept: dataset with all its Parquet files, and optionally a subset.
+        memory_gb: memory limit of duckdb, which spills to a temporary folder on disk (TMPDIR).
+        workers: number of duckdb threads.
 
     Raises:
-        InputError: a sidecar is damaged, lacks a column, or has not as many rows as its shard; or
-            the memory or the temporary folder is too small.
+        InputError: if a Parquet file is damaged, lacks a column or has the wrong number of rows.
+            Also if the memory or the temporary folder is too small.
     """
     with (
         duckdb_errors(str(kept.folder)),
@@ -66,8 +66,8 @@ def _check_columns(connection: DuckDBPyConnection, kept: KeptSamples) -> None:
     missing = own_columns(kept.info.media) - set(column_types(connection))
     if missing:
         raise InputError(
-            f"{kept.folder}: expected Parquet sidecars with a column {min(missing)!r}, found none; "
-            "make them with python -m data_prep.index_shards and measure=true"
+            f"{kept.folder}: expected Parquet files with a column {min(missing)!r}, found none; "
+            "create them with python -m data_prep.index_shards and measure=true"
         )
 
 
@@ -81,6 +81,6 @@ def _add_kept_ordinals(connection: DuckDBPyConnection, kept: KeptSamples) -> Non
 
 
 def column_types(connection: DuckDBPyConnection) -> dict[str, str]:
-    """Column of the sidecars -> its type in SQL."""
+    """Returns {column: SQL type} of the Parquet files."""
     rows = connection.execute("DESCRIBE samples").fetchall()
     return {name: kind for name, kind, *_ in rows if name != ORDINAL}

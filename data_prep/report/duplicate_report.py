@@ -1,4 +1,4 @@
-"""report.html of find_duplicates: how much was found, what matched what, groups to look at."""
+"""report.html of find_duplicates: counts, matches between datasets, and example groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_prep.report.html import (
     render_page,
     table,
 )
-from data_prep.report.numbers import counted, number_text, share_text, shortened
+from data_prep.report.numbers import counted, number_text, percent_text, shortened
 from data_prep.report.sheet_gallery import MediaViews
 from data_prep.shards.sample import (
     CorruptSampleError,
@@ -47,7 +47,7 @@ def render_report(
     gallery = _Gallery(datasets)
     sections = [
         Section("Dropped", [_counts_table(datasets, found)], note=_COUNTS_NOTE),
-        Section("What matched what", [_matches_table(datasets, found)], note=_MATCHES_NOTE),
+        Section("Matches between datasets", [_matches_table(datasets, found)], note=_MATCHES_NOTE),
         *(
             Section(f"Groups: {method}", gallery.blocks(groups), note=_METHOD_NOTES[method])
             for method, groups in found.items()
@@ -57,24 +57,28 @@ def render_report(
     ]
     num_dropped = sum(int((~groups.is_kept).sum()) for groups in found.values())
     subtitle = (
-        f"{num_dropped:,} of {datasets.num_queries:,} samples repeat others, or stand in an "
+        f"{num_dropped:,} of {datasets.num_queries:,} samples are duplicates or in an "
         "evaluation set"
     )
     return render_page("Duplicates", subtitle=subtitle, sections=sections)
 
 
-_COUNTS_NOTE = "A method looks at what those before it left: no sample is counted twice."
+_COUNTS_NOTE = (
+    "Each method searches the samples that the methods before it kept: none is counted twice."
+)
 _MATCHES_NOTE = (
-    "Each dropped sample counts once, by the dataset that holds what it is most like; evaluation "
-    "sets come first."
+    "Each dropped sample counts once, for the dataset of its best match; evaluation sets take "
+    "precedence."
 )
 _METHOD_NOTES = {
     "exact": "Equal bytes.",
-    "near_media": "Likeness is chained: two samples of a group may be less alike than the limit.",
-    "near_captions": "Captions are nearly equal; pictures or clips need not be.",
+    "near_media": (
+        "Similarity is chained: two samples of a group may be less similar than the threshold."
+    ),
+    "near_captions": "Captions are nearly equal; the media may differ.",
     "semantic": (
-        "Of a group, what is least like the centre of its cluster is kept (Abbas et al. 2023). "
-        "Likeness is chained."
+        "Each group keeps its sample with the least similarity to the cluster's centroid (Abbas et "
+        "al. 2023). Similarity is chained."
     ),
 }
 
@@ -86,8 +90,8 @@ def _counts_table(datasets: JoinedDatasets, found: Mapping[str, GroupedSamples])
         dropped = [_dropped_of(datasets, groups, number) for groups in found.values()]
         left = size - sum(dropped)
         cells = [f"{count:,}" for count in (size, *dropped, left)]
-        rows.append([str(datasets.folders[number]), *cells, share_text(left, size)])
-    header = ["dataset", "samples", *found, "kept", "share"]
+        rows.append([str(datasets.folders[number]), *cells, percent_text(left, size)])
+    header = ["dataset", "samples", *found, "kept", "fraction"]
     return table(header, rows, numeric=range(1, len(header)))
 
 
@@ -109,11 +113,11 @@ def _matches_table(datasets: JoinedDatasets, found: Mapping[str, GroupedSamples]
             name = Markup.escape(f"{datasets.folders[second]} ")
             if is_evaluation:
                 name += badge("evaluation", kind="bad")
-            figures = [f"{is_here.sum():,}", f"{similarity[is_here].min():.3f}"]
-            rows.append([method, str(datasets.folders[first]), name, *figures])
+            counts = [f"{is_here.sum():,}", f"{similarity[is_here].min():.3f}"]
+            rows.append([method, str(datasets.folders[first]), name, *counts])
     if not rows:
         return paragraph("Nothing was found.")
-    header = ["method", "samples of", "are like samples of", "dropped", "least similarity"]
+    header = ["method", "samples of", "match samples of", "dropped", "least similarity"]
     return table(header, rows, numeric=(3, 4))
 
 
@@ -129,14 +133,14 @@ class _Member:
 
 
 class _Gallery:
-    """Groups side by side. Tars that are not at hand are said to be so."""
+    """Example groups with their media, or with a note if the tars are missing."""
 
     def __init__(self, datasets: JoinedDatasets) -> None:
         self.datasets = datasets
         self._views: dict[int, MediaViews | str] = {}
 
     def blocks(self, groups: GroupedSamples) -> list[Markup]:
-        """Groups from all over, and how many there are."""
+        """Builds blocks for groups from all parts of the list, and for their number."""
         num_groups = int(groups.group[-1]) + 1
         chosen = np.unique(np.linspace(0, num_groups - 1, GROUPS_SHOWN).astype(np.int64))
         blocks = [paragraph(f"{counted(len(chosen), 'group')} of {num_groups:,}:")]
@@ -167,7 +171,7 @@ class _Gallery:
     def _sample(self, number: int, ordinal: int) -> tuple[Markup, str]:
         views = self._views_of(number)
         if isinstance(views, str):
-            return badge("not at hand", kind="plain"), views
+            return badge("not available", kind="plain"), views
         view, _ = views.of(ordinal)
         try:
             sample = views.kept.dataset.read_sample(ordinal, fields=("txt", "json"))

@@ -212,7 +212,7 @@ def columns(blocks: Sequence[Markup]) -> Markup:
 
 
 def media_frame(media: Markup) -> Markup:
-    """Centers a picture or player."""
+    """Builds a box that centers a picture or player."""
     return _block("media_frame", media)
 
 

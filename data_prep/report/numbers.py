@@ -1,4 +1,4 @@
-"""Figures as people read them: 1,234; 12.3 %; 1.2 MB; 3.4 hours."""
+"""Formatting of numbers for readers: 1,234; 12.3 %; 1.2 MB; 3.4 hours."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ MOST_CHARACTERS = 300
 
 
 def number_text(value: float) -> str:
-    """Whole numbers in full, others with four digits."""
+    """Formats integers in full, other numbers with four significant digits."""
     if isinstance(value, int) or 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
-def share_text(part: float, whole: float) -> str:
-    """A part of a whole in per cent; a little is never 0, and nearly all never 100."""
+def percent_text(part: float, whole: float) -> str:
+    """Formats a fraction in percent; only 0 gives "0 %", and only the whole gives "100 %"."""
     if not whole:
         return "0 %"
-    share = part / whole
-    if 0 < share < 0.0005:
+    fraction = part / whole
+    if 0 < fraction < 0.0005:
         return "< 0.1 %"
-    if 0.9995 < share < 1:
+    if 0.9995 < fraction < 1:
         return "> 99.9 %"
-    return f"{100 * share:.1f} %".replace(".0 %", " %")
+    return f"{100 * fraction:.1f} %".replace(".0 %", " %")
 
 
 def bytes_text(num_bytes: float) -> str:
-    """In bytes, kB, MB, GB or TB of powers of a thousand."""
+    """Formats a size in bytes, kB, MB, GB or TB (powers of 1000)."""
     size, units = float(num_bytes), ["bytes", "kB", "MB", "GB"]
     for unit in units:
         if size < 1000:
@@ -35,14 +35,14 @@ def bytes_text(num_bytes: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """In seconds, minutes or hours."""
+    """Formats a duration in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.3g} seconds"
     return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def value_text(value: object, unit: str = "") -> str:
-    """A value of any column."""
+    """Formats a value of any column."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return shortened(str(value))
     if unit == "bytes":
@@ -51,10 +51,10 @@ def value_text(value: object, unit: str = "") -> str:
 
 
 def shortened(text: str) -> str:
-    """The text, or its beginning where it is very long."""
+    """Returns a text, truncated to MOST_CHARACTERS."""
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
 
 
 def counted(num: int, noun: str) -> str:
-    """`1 sample`, `2 samples`."""
+    """Formats a count with its noun: "1 sample", "2 samples"."""
     return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"

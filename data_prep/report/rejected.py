@@ -1,4 +1,4 @@
-"""What was dropped on the way into a dataset: counts by reason, and a few examples of each."""
+"""Pairs that were dropped when a dataset was made: counts by reason, with examples."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Rejection:
-    """All that was dropped for one reason."""
+    """The pairs that were dropped for one reason."""
 
     reason: str
-    kind: str  # in words: what dropped it
+    kind: str  # of the cause, in words
     num: int
-    share: float | None  # of the input's pairs; None for clips, and where that number is not known
+    fraction: float | None  # of the input's pairs; None for clips, or if their number is unknown
     examples: list[dict[str, Any]]  # row, media, reason, detail
 
     @property
     def is_clip(self) -> bool:
-        """Whether these are clips of longer sounds, which are no pairs of the input."""
+        """Whether these are clips of longer recordings, not pairs of the input."""
         return self.reason.startswith(CLIP_PREFIX)
 
 
 def read_rejections(folder: Path, info: DatasetInfo) -> list[Rejection]:
-    """What was dropped, by reason, the most frequent first.
+    """Reads the dropped pairs by reason, the most frequent first.
 
     Args:
-        folder: of the dataset.
-        info: of the dataset.
+        folder: dataset folder.
+        info: content of dataset.json.
 
     Raises:
-        InputError: rejected.jsonl is damaged.
+        InputError: if rejected.jsonl is damaged.
     """
     num_pairs = num_input_pairs(info)
     examples = rejected_examples(folder / "rejected.jsonl", set(info.rejected))
@@ -48,7 +48,7 @@ def read_rejections(folder: Path, info: DatasetInfo) -> list[Rejection]:
             reason=reason,
             kind=kind_of(reason),
             num=num,
-            share=num / num_pairs if num_pairs and not reason.startswith(CLIP_PREFIX) else None,
+            fraction=num / num_pairs if num_pairs and not reason.startswith(CLIP_PREFIX) else None,
             examples=examples.get(reason, []),
         )
         for reason, num in sorted(info.rejected.items(), key=lambda entry: (-entry[1], entry[0]))
@@ -56,30 +56,30 @@ def read_rejections(folder: Path, info: DatasetInfo) -> list[Rejection]:
 
 
 def kind_of(reason: str) -> str:
-    """What kind of fault a reason is, in words."""
+    """Returns the kind of a reason, in words."""
     if reason.startswith(CLIP_PREFIX):
-        return "clip of a longer sound"
+        return "clip of a longer recording"
     if reason in FILTER_REASONS:
         return "filter"
     return "download" if reason.startswith("download_") else "unusable"
 
 
 def num_input_pairs(info: DatasetInfo) -> int | None:
-    """How many pairs were in the input; None where that is not recorded."""
+    """Returns the number of pairs in the input; None if it is not recorded."""
     if info.preparation.get("command") == "index_shards":
         return info.num_samples + sum(info.rejected.values())
     return info.num_pairs
 
 
 def rejected_examples(path: Path, reasons: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """Reason -> its first lines in rejected.jsonl, which is read only as far as needed.
+    """Reads the first examples of each reason from rejected.jsonl, and stops when it has them.
 
     Args:
-        path: of rejected.jsonl, which need not exist.
-        reasons: those that occur.
+        path: path of rejected.jsonl, which may be missing.
+        reasons: reasons that occur in the file.
 
     Raises:
-        InputError: a line is damaged.
+        InputError: if a line is damaged.
     """
     examples: dict[str, list[dict[str, Any]]] = {}
     missing = {reason for reason in reasons if not reason.startswith(CLIP_PREFIX)}
@@ -94,8 +94,8 @@ def rejected_examples(path: Path, reasons: set[str]) -> dict[str, list[dict[str,
                 found = examples.setdefault(pair["reason"], [])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{path}: line {number} is damaged ({error!r}); run make_shards again to have "
-                    "it written anew"
+                    f"{path}: line {number} is damaged ({error!r}); run make_shards again to "
+                    "rewrite it"
                 ) from None
             if len(found) < NUM_EXAMPLES:
                 found.append(pair)

@@ -1,4 +1,4 @@
-"""Charts of a data sheet: histograms of numbers, and bars of values that are few."""
+"""Charts of a data sheet: histograms of numbers, and tables with bars for few values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data_prep.report.html import (
     svg_chart,
     table,
 )
-from data_prep.report.numbers import number_text, share_text, value_text
+from data_prep.report.numbers import number_text, percent_text, value_text
 from data_prep.report.value_counts import Histogram, Measure, ValueCounts
 
 MOST_LISTED = 12
@@ -29,12 +29,12 @@ MOST_DECADES_WITH_FRACTIONS = 2.5
 
 
 def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Markup:
-    """A measure's name, where its numbers lie, and their histogram or list.
+    """Builds a block with the title, range and histogram or values of a measure.
 
     Args:
-        measure: what was counted.
-        counts: of numbers.
-        whole: how many there would be if every one were filled.
+        measure: measure to show.
+        counts: counts of its values.
+        whole: number of values if none were missing.
     """
     parts = [heading(measure.title)]
     if counts.num_distinct == 1:
@@ -49,15 +49,15 @@ def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Marku
         parts.append(count_table(labels, "value", whole=counts.num_filled))
     if counts.num_filled < whole:
         missing = whole - counts.num_filled
-        parts.append(paragraph(f"not known: {missing:,} ({share_text(missing, whole)})"))
+        parts.append(paragraph(f"not known: {missing:,} ({percent_text(missing, whole)})"))
     return Markup("").join(parts)
 
 
 def spread_text(counts: ValueCounts, unit: str) -> str:
-    """Where most numbers lie, in words."""
+    """Describes the range and quantiles of numbers."""
     spread = counts.spread
     assert spread is not None
-    # Bytes have a unit in each figure (kB, MB); others only once.
+    # Each number of bytes has its own unit (kB, MB); other units are named once.
     unit_of_each = unit if unit == "bytes" else ""
     values = (spread.least, spread.largest, *spread.quantiles)
     least, largest, low, median, high = (value_text(value, unit_of_each) for value in values)
@@ -66,7 +66,7 @@ def spread_text(counts: ValueCounts, unit: str) -> str:
 
 
 def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
-    """Bars over even steps, or over even ratios on a logarithmic axis."""
+    """Draws a histogram, with a logarithmic axis for bins of even ratios."""
     edges = np.array(histogram.edges, dtype=np.float64)
     widths = np.diff(edges)
     with chart(width=5.2, height=1.9) as figure:
@@ -96,7 +96,7 @@ def _set_log_ticks(axes: Axes, *, num_decades: float) -> None:
 
 
 def short_number(value: float) -> str:
-    """For an axis: 1500 as 1.5k, 2000000 as 2M."""
+    """Formats a number for an axis: 1500 as 1.5k, 2000000 as 2M."""
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.4g}{suffix}"
@@ -104,12 +104,12 @@ def short_number(value: float) -> str:
 
 
 def value_table(counts: ValueCounts, name: str, *, most_listed: int = MOST_LISTED) -> Markup:
-    """The most frequent values, with bars for their shares.
+    """Builds a table of the most frequent values, with bars for their fractions.
 
     Args:
-        counts: of values of any kind.
-        name: of the values, for the table's head.
-        most_listed: how many are listed.
+        counts: counts of values of any type.
+        name: header of the column of values.
+        most_listed: limit on the number of rows.
     """
     rows = [(value_text(value), num) for value, num in counts.most_frequent[:most_listed]]
     listed = sum(num for _, num in rows)
@@ -120,14 +120,14 @@ def value_table(counts: ValueCounts, name: str, *, most_listed: int = MOST_LISTE
 
 
 def count_table(rows: Sequence[tuple[Any, int]], name: str, *, whole: int) -> Markup:
-    """Names with counts, bars and shares of the whole."""
+    """Builds a table of names with counts, bars and fractions of the whole."""
     cells = [
         (
             breakable(label),
             fraction_bar(num / whole if whole else 0),
             f"{num:,}",
-            share_text(num, whole),
+            percent_text(num, whole),
         )
         for label, num in rows
     ]
-    return table((name, "", "number", "share"), cells, numeric={2, 3})
+    return table((name, "", "number", "fraction"), cells, numeric={2, 3})

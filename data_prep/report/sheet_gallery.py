@@ -1,4 +1,4 @@
-"""Samples to look at and listen to: pictures and sounds made small, inside the page."""
+"""Sample gallery: thumbnails and short audio excerpts inside the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_CAPTIONS = 5
 
 
 def spread_ranks(num_samples: int, *, num_shown: int, seed: int) -> list[int]:
-    """One rank at random out of each of `num_shown` equal parts of the dataset."""
+    """Draws one rank from each of `num_shown` equal parts of the dataset."""
     num_shown = min(num_shown, num_samples)
     if not num_shown:
         return []
@@ -39,14 +39,14 @@ def spread_ranks(num_samples: int, *, num_shown: int, seed: int) -> list[int]:
 
 
 class MediaViews:
-    """Small pictures or players of a dataset's samples, each made once."""
+    """Thumbnails or players of a dataset's samples, each built once."""
 
     def __init__(self, kept: KeptSamples) -> None:
         self.kept = kept
         self.of = lru_cache(maxsize=None)(self._make)
 
     def _make(self, ordinal: int) -> tuple[Markup, str]:
-        """(the sample's media, its size in words) or a badge that says that it is damaged."""
+        """Returns (thumbnail or player, size in words); a damaged sample gets a badge."""
         try:
             sample = self.kept.dataset.read_sample(ordinal)
             view, size = _small_media(sample, self.kept.info.media)

@@ -24,13 +24,13 @@ _SIGNED_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 WHOLE_TYPES = {*_SIGNED_TYPES, *(f"U{name}" for name in _SIGNED_TYPES)}
 NUMBER_TYPES = WHOLE_TYPES | {"FLOAT", "DOUBLE"}
 MOST_BINS = 32
-# Bins of even width would put half of the values into one bin from this ratio to the median on.
+# Ratio of maximum to median from which even bins would put half of the values into few bins.
 LONG_TAIL = 8
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that is counted: an expression over one of the views."""
+    """A quantity to count: an SQL expression over one of the views."""
 
     title: str
     expression: str
@@ -40,33 +40,33 @@ class Measure:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of numbers; the bins hold their lower edge and not their upper one."""
+    """Counts of numbers in bins, which include their lower edge and exclude their upper edge."""
 
     edges: list[float]  # [bins + 1]
     counts: list[int]  # [bins]
-    is_in_ratios: bool
+    is_in_ratios: bool  # whether the bins are for a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Where numbers lie."""
+    """The range and quantiles of numbers."""
 
     least: float
-    quantiles: tuple[float, ...]  # at QUANTILES: the least value that has this share at or below
+    quantiles: tuple[float, ...]  # at QUANTILES: least value with this fraction at or below it
     largest: float
-    histogram: Histogram | None  # None: there are at most MOST_LISTED_VALUES different ones
+    histogram: Histogram | None  # None: at most MOST_LISTED_VALUES different values
 
 
 @dataclass(frozen=True)
 class ValueCounts:
-    """How often each value of a measure occurs."""
+    """Counts of the values of a measure."""
 
-    num_filled: int = 0  # neither NULL nor NaN nor of TOO_LARGE size
+    num_filled: int = 0  # without NULL, NaN and values of TOO_LARGE size
     num_distinct: int = 0
     num_repeated: int = 0  # values that occur more than once
     most_frequent: list[tuple[Any, int]] = field(default_factory=list)
     least_count: int = 0  # of the rarest value
-    spread: Spread | None = None  # of numbers
+    spread: Spread | None = None  # None: not numeric
 
 
 def one_row(connection: DuckDBPyConnection, query: str, values: Sequence[Any] = ()) -> tuple:
@@ -76,22 +76,21 @@ def one_row(connection: DuckDBPyConnection, query: str, values: Sequence[Any] = 
 
 
 def count_column(connection: DuckDBPyConnection, column: str) -> ValueCounts:
-    """The values of one column."""
+    """Counts the values of one column."""
     return count_values(connection, Measure(column, name_literal(column)))
 
 
 def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCounts:
-    """The values of a measure, from one pass over the samples.
+    """Counts the values of a measure in one pass over the samples.
 
-    What follows works on `value_counts`: one row per different value, which duckdb puts on disk
-    where it is long.
+    The table `value_counts` has one row per distinct value; duckdb spills it to disk if needed.
     """
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE value_counts AS "
         f"SELECT {measure.expression} AS value, count(*) AS num FROM {measure.view} GROUP BY value"
     )
     kind = one_row(connection, "SELECT any_value(typeof(value)) FROM value_counts")[0]
-    # Only now, so that the expression is computed once for each row.
+    # Deleted here, so that the expression is computed only once per row.
     is_left_out = f" OR NOT abs(value) < {TOO_LARGE}" if kind in ("FLOAT", "DOUBLE") else ""
     connection.execute(f"DELETE FROM value_counts WHERE value IS NULL{is_left_out}")
     num_filled, num_distinct, num_repeated, least_count = one_row(
@@ -118,7 +117,7 @@ def _spread(
     connection: DuckDBPyConnection, num_filled: int, num_distinct: int, *, is_whole: bool
 ) -> Spread:
     quantiles = ", ".join(
-        f"min(value) FILTER (up_to >= {share} * {num_filled})" for share in QUANTILES
+        f"min(value) FILTER (up_to >= {quantile} * {num_filled})" for quantile in QUANTILES
     )
     least, *found, largest = one_row(
         connection,
@@ -139,13 +138,13 @@ def _bin_counts(
 ) -> list[int]:
     kind = "HUGEINT" if is_whole else "DOUBLE"
     rows = connection.execute(
-        "SELECT place, sum(num)::BIGINT FROM value_counts ASOF JOIN "
-        f"(SELECT unnest(?::{kind}[]) AS edge, unnest(range(?)) AS place) ON value >= edge "
-        "GROUP BY place",
+        "SELECT bin, sum(num)::BIGINT FROM value_counts ASOF JOIN "
+        f"(SELECT unnest(?::{kind}[]) AS edge, unnest(range(?)) AS bin) ON value >= edge "
+        "GROUP BY bin",
         [list(edges), len(edges)],
     ).fetchall()
-    by_place = dict(rows)
-    return [by_place.get(place, 0) for place in range(len(edges) - 1)]
+    by_bin = dict(rows)
+    return [by_bin.get(index, 0) for index in range(len(edges) - 1)]
 
 
 def histogram_edges(

@@ -1,8 +1,8 @@
-"""A data sheet of a million samples: seconds, and the memory that the process took at most.
+"""A data sheet of a million samples: seconds and peak memory.
 
     python -m tests.benchmarks.data_sheet
 
-The samples are tiny pictures with captions of 3 to 20 made-up words and random measures.
+The samples are tiny images with captions of 3 to 20 invented words and random measures.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def write_dataset(folder: Path) -> None:
     for shard in range(NUM_SHARDS):
         lengths = rng.integers(3, 21, SAMPLES_PER_SHARD)
         drawn = rng.choice(words, size=lengths.sum(), p=chances / chances.sum())
-        pieces = np.split(drawn, np.cumsum(lengths)[:-1])
-        captions = [" ".join(piece) for piece in pieces]
+        words_of_captions = np.split(drawn, np.cumsum(lengths)[:-1])
+        captions = [" ".join(each) for each in words_of_captions]
         manifest.append(write_shard(folder, shard, captions, picture=sink.getvalue(), rng=rng))
     info = DatasetInfo(
         media="image",
@@ -83,7 +83,7 @@ def write_shard(
 ) -> ManifestRow:
     writer = ShardWriter(folder, f"{shard:08d}")
     num, schema = len(captions), shard_schema("image", kept={"similarity": "double"})
-    keys = [f"{shard * num + place:012d}" for place in range(num)]
+    keys = [f"{shard * num + index:012d}" for index in range(num)]
     for key, caption in zip(keys, captions, strict=True):
         writer.add(key, members={"jpg": picture, "txt": caption.encode()})
     writer.finish()

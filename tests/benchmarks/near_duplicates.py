@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.near_duplicates [FOLDER]
 
-Clips are synthesised; or they are the .wav and .flac files of FOLDER, no two of which may be of one
-recording. Captions are random words; where datasketch is installed, its MinHash runs beside ours.
+Clips are synthesised, or they are the .wav and .flac files of FOLDER, which must be of different
+recordings. Captions are random words. If datasketch is installed, its MinHash is measured, too.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def report_audio(clips: list[Clip]) -> None:
     for name, edit in EDITS.items():
         copies = [words(edit(clips[number])) for number in edited]
         found = pairs_of(originals + copies)
-        wanted = {(number, len(clips) + place) for place, number in enumerate(edited)}
+        wanted = {(number, len(clips) + index) for index, number in enumerate(edited)}
         # What is wrong among the originals alone is counted below, once.
         touching = {pair for pair in found if pair[1] >= len(clips)}
         num_right += len(touching & wanted)
@@ -160,7 +160,7 @@ def pairs_of(fingerprints: list[np.ndarray]) -> set[tuple[int, int]]:
 
 
 def report_audio_speed() -> None:
-    """Fingerprints as of noise: bits that stay for a while, as those of clips do."""
+    """Measures the search among random fingerprints, whose bits persist as those of clips do."""
     rng = np.random.default_rng(0)
     fingerprints = []
     for _ in range(NUM_LONG_CLIPS):
@@ -233,7 +233,7 @@ def report_datasketch(captions: list[str], options: NearCaptions) -> None:
 
 
 def random_captions() -> list[str]:
-    """Of a thousand words, the frequent ones as in a language; one in ten repeats another."""
+    """Draws captions from a thousand words by Zipf's law; one in ten repeats another."""
     rng = random.Random(0)
     vocabulary = [f"word{number}" for number in range(1000)]
     weights = [1 / (number + 1) for number in range(1000)]

@@ -1,11 +1,11 @@
-"""Near-duplicate pictures: recall per edit and precision over all pairs, and speed.
+"""Near-duplicate images: recall per edit, precision over all pairs, and speed.
 
     python -m tests.benchmarks.near_images [FOLDER]
 
-The pictures are scikit-learn's two photographs, scikit-image's where it is installed, and those of
-FOLDER, no two of which may be of one picture; parts of them that do not overlap; scenes, by twos
-that differ in one attribute; and handwritten digits. Where imagehash is installed, its phash runs
-beside ours.
+The images are disjoint parts of photographs, pairs of scenes that differ in one attribute, and
+handwritten digits. The photographs are those of scikit-learn, of scikit-image if it is installed,
+and of FOLDER, which must not contain duplicates. If imagehash is installed, its phash is measured,
+too.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def scaled(picture: Image.Image, factor: float) -> Image.Image:
 def cropped(
     picture: Image.Image, rng: np.random.Generator, *, area: float = 0, side: float = 0
 ) -> Image.Image:
-    """A part at a random place that lacks a share of the area, or of each side."""
-    share = 1 - side if side else np.sqrt(1 - area)
-    width, height = round(picture.width * share), round(picture.height * share)
+    """Cuts out a random part that lacks a fraction of the area, or of each side."""
+    fraction = 1 - side if side else np.sqrt(1 - area)
+    width, height = round(picture.width * fraction), round(picture.height * fraction)
     x, y = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
     return picture.crop((x, y, x + width, y + height))
 
@@ -157,8 +157,8 @@ def report_edits(pictures: list[tuple[str, Image.Image]]) -> None:
     print(f"{num_photographs} photographs and their parts, {num - num_photographs} drawn pictures")
     print(f"{'edit':<26}{'photographs':>12}{'drawn':>8}")
     recalls = []
-    for place, name in enumerate(edits):
-        ends = zip(classes[:num].tolist(), classes[place * num :][:num].tolist(), strict=True)
+    for index, name in enumerate(edits):
+        ends = zip(classes[:num].tolist(), classes[index * num :][:num].tolist(), strict=True)
         is_found = np.array([a == b or (a, b) in pairs or (b, a) in pairs for a, b in ends])
         if name != "none":
             shares = is_found[is_photograph].mean(), is_found[~is_photograph].mean()
@@ -168,7 +168,7 @@ def report_edits(pictures: list[tuple[str, Image.Image]]) -> None:
 
 
 def precision(matches: Matches, classes: np.ndarray, num: int) -> str:
-    """Over every pair that is found, of originals and edits: are they of one picture?"""
+    """Computes the precision over all found pairs of originals and edits."""
     sizes = np.bincount(classes, minlength=len(classes))
     is_right = matches.left % num == matches.right % num
     weights = sizes[matches.left] * sizes[matches.right]
@@ -220,7 +220,7 @@ def report_speed() -> None:
 
 
 def microseconds(action) -> float:
-    """Of CPU, in the best of five times 100 runs."""
+    """Measures CPU microseconds per run, in the best of five series of 100 runs."""
     seconds = []
     for _ in range(5):
         start = time.process_time()
@@ -231,7 +231,7 @@ def microseconds(action) -> float:
 
 
 def report_search() -> None:
-    """Thumbnails with the spectrum of photographs; a fifth blank, a tenth copies of others."""
+    """Measures the search among thumbnails; a fifth are blank, a tenth are copies."""
     hashes = random_hashes(np.random.default_rng(0))
     before, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
     matches = found_in(hashes)

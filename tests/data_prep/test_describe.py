@@ -1,4 +1,4 @@
-"""The data sheet: its figures beside slow counts in Python, and the page itself."""
+"""The data sheet: its statistics compared with slow counts in Python, and the page itself."""
 
 import json
 import re
@@ -52,25 +52,25 @@ def sheet(dataset, output, **fields):
     return output.read_text(encoding="utf-8")
 
 
-def figures_of(dataset, **fields):
+def content_of(dataset, **fields):
     content = measure(Describe(dataset=dataset, output="unused.html", **fields))
     assert isinstance(content, SheetContent)
     return content
 
 
-# ------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------- statistics
 
 
-def test_figures_are_those_of_a_slow_count(pictures):
-    figures = figures_of(pictures).figures
+def test_statistics_are_those_of_a_slow_count(pictures):
+    statistics = content_of(pictures).statistics
     rows = [picture_row(number) for number in range(NUM_PICTURES)]
     captions = [caption for _, _, values in rows for caption in values["captions"]]
-    by_title = {measure.title: counts for measure, counts in figures.measures.items()}
+    by_title = {measure.title: counts for measure, counts in statistics.measures.items()}
 
-    assert figures.captions.num_filled == len(captions)
-    assert figures.captions.num_distinct == len(set(captions))
+    assert statistics.captions.num_filled == len(captions)
+    assert statistics.captions.num_distinct == len(set(captions))
     words = Counter(w for c in captions for w in regex.findall(r"[\p{L}\p{M}\p{N}']+", c.lower()))
-    assert dict(figures.words.most_frequent) == dict(words)
+    assert dict(statistics.words.most_frequent) == dict(words)
     lengths = [len(caption.split()) for caption in captions]
     assert_counts(by_title["Words in a caption"], lengths)
     assert_counts(by_title["Characters in a caption"], [len(caption) for caption in captions])
@@ -79,29 +79,29 @@ def test_figures_are_those_of_a_slow_count(pictures):
     assert_counts(by_title["Size of a picture"], [len(content) for content, _, _ in rows])
     pixels = [values["height"] * values["width"] / 1e6 for _, _, values in rows]
     assert_counts(by_title["Megapixels"], pixels)
-    for script, num in figures.scripts.items():
+    for script, num in statistics.scripts.items():
         assert num == sum(bool(regex.search(rf"\p{{{script}}}", caption)) for caption in captions)
-    assert set(figures.scripts) == {"Latin", "Cyrillic", "Han"}
-    assert figures.num_reencoded == sum(values["is_reencoded"] for _, _, values in rows)
-    assert dict(figures.languages.most_frequent) == {"en": 10, "ru": 10}
-    assert dict(figures.marks.most_frequent) == {"image_too_small": 6}
-    assert figures.hashes.num_distinct == len({content for content, _, _ in rows})
+    assert set(statistics.scripts) == {"Latin", "Cyrillic", "Han"}
+    assert statistics.num_reencoded == sum(values["is_reencoded"] for _, _, values in rows)
+    assert dict(statistics.languages.most_frequent) == {"en": 10, "ru": 10}
+    assert dict(statistics.tags.most_frequent) == {"image_too_small": 6}
+    assert statistics.hashes.num_distinct == len({content for content, _, _ in rows})
     prices = [values['price in $ "x"'] for _, _, values in rows]
-    kind, counts = figures.kept['price in $ "x"']
+    kind, counts = statistics.kept['price in $ "x"']
     assert kind == "DOUBLE"
     assert_counts(counts, [price for price in prices if price == price])
 
 
 def test_a_subset_is_described_as_a_dataset_of_its_own(pictures, tmp_path):
-    content = figures_of(pictures)
+    content = content_of(pictures)
     bitmap = np.arange(NUM_PICTURES) % 3 > 0
     path = tmp_path / "some.subset"
     Subset.from_bitmap(content.kept.info, bitmap, preparation={"where": "x < 3"}).write(path)
     samples = [picture_row(number) for number in np.flatnonzero(bitmap).tolist()]
     write_dataset(tmp_path / "alone", samples, kept=PICTURE_COLUMNS)
-    alone, subset = figures_of(tmp_path / "alone"), figures_of(pictures, subset=path)
+    alone, subset = content_of(tmp_path / "alone"), content_of(pictures, subset=path)
     assert subset.members == alone.members
-    mine, theirs = vars(subset.figures).copy(), vars(alone.figures).copy()
+    mine, theirs = vars(subset.statistics).copy(), vars(alone.statistics).copy()
     groups = [values.pop("duplicate_keys") for values in (mine, theirs)]
     assert mine == theirs
     assert [num for num, _ in groups[0]] == [num for num, _ in groups[1]]
@@ -111,7 +111,7 @@ def test_a_subset_is_described_as_a_dataset_of_its_own(pictures, tmp_path):
 
 
 def test_an_empty_subset_has_a_sheet(pictures, tmp_path):
-    info = figures_of(pictures).kept.info
+    info = content_of(pictures).kept.info
     path = tmp_path / "none.subset"
     Subset.from_bitmap(info, np.zeros(NUM_PICTURES, dtype=bool), preparation={}).write(path)
     assert "0 kept by the subset" in sheet(pictures, tmp_path / "sheet.html", subset=path)
@@ -150,9 +150,9 @@ def test_the_sheet_says_what_the_dataset_says(pictures, tmp_path):
     assert "&lt;b&gt;large" in page
 
 
-def test_shares_of_languages_say_of_what_they_are(pictures, tmp_path):
+def test_fractions_of_languages_say_of_what_they_are(pictures, tmp_path):
     page = sheet(pictures, tmp_path / "sheet.html")
-    assert "Recognised in 20 of 30 samples; shares of these." in page
+    assert "Recognised in 20 of 30 samples; fractions of these." in page
 
 
 def test_sounds_can_be_listened_to(tmp_path):
@@ -206,17 +206,17 @@ def test_a_few_examples_of_each_reason_are_read_and_no_more(tmp_path):
     assert rejected_examples(tmp_path / "none.jsonl", {"a"}) == {}
 
 
-def test_shares_of_drops_are_of_all_pairs(tmp_path):
+def test_fractions_of_drops_are_of_all_pairs(tmp_path):
     samples = [picture_row(number) for number in range(6)]
     preparation = {"command": "index_shards"}
     options = {"preparation": preparation, "rejected": {"missing_media": 2}}
     write_dataset(tmp_path / "some", samples, kept=PICTURE_COLUMNS, **options)
-    (rejection,) = figures_of(tmp_path / "some").rejections
-    assert (rejection.share, rejection.kind) == (2 / 8, "unusable")
+    (rejection,) = content_of(tmp_path / "some").rejections
+    assert (rejection.fraction, rejection.kind) == (2 / 8, "unusable")
 
 
 def duplicate_rows(name):
-    """Ordinals 0 and 1 are alike, 5 and 6 are alike, and 7 is in a test set."""
+    """Returns rows where samples 0 and 1 match, 5 and 6 match, and 7 is in a test set."""
 
     def row(ordinal, group, method, match=None, match_dataset=None, similarity=None):
         return {
@@ -257,7 +257,7 @@ def write_duplicates(folder, rows, fingerprints):
 def test_duplicates_of_this_dataset_are_counted_by_method_and_match(pictures, tmp_path):
     fingerprints = {"elsewhere": "0", str(pictures): Dataset(pictures).info.fingerprint}
     found = write_duplicates(tmp_path / "found", duplicate_rows(str(pictures)), fingerprints)
-    duplicates = figures_of(pictures, duplicates=found).duplicates
+    duplicates = content_of(pictures, duplicates=found).duplicates
     assert (duplicates.num_groups, duplicates.num_grouped) == (3, 5)
     found_by = [(each.method, each.is_this_dataset) for each in duplicates.matches]
     assert found_by == [("exact", True), ("near_media", True), ("near_media", False)]
@@ -267,18 +267,18 @@ def test_duplicates_of_this_dataset_are_counted_by_method_and_match(pictures, tm
     assert page.count("<img ") == 5
 
     bitmap = np.arange(NUM_PICTURES) > 5
-    info = figures_of(pictures).kept.info
+    info = content_of(pictures).kept.info
     Subset.from_bitmap(info, bitmap, preparation={}).write(tmp_path / "late.subset")
     options = {"duplicates": found, "subset": tmp_path / "late.subset"}
-    assert figures_of(pictures, **options).duplicates.num_grouped == 2
+    assert content_of(pictures, **options).duplicates.num_grouped == 2
 
 
 def test_duplicates_of_another_dataset_are_refused(pictures, tmp_path):
     found = write_duplicates(tmp_path / "found", duplicate_rows("elsewhere"), {"elsewhere": "0"})
     with pytest.raises(InputError, match=r"was made from elsewhere, and not from "):
-        figures_of(pictures, duplicates=found)
+        content_of(pictures, duplicates=found)
     with pytest.raises(InputError, match="find_duplicates"):
-        figures_of(pictures, duplicates=tmp_path)
+        content_of(pictures, duplicates=tmp_path)
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -291,16 +291,16 @@ def test_damaged_sidecars_are_named(tmp_path):
     whole = path.read_bytes()
     path.write_bytes((tmp_path / "some/00000000.parquet").read_bytes())
     with pytest.raises(InputError, match=r"00000001.parquet: expected 2 rows"):
-        figures_of(tmp_path / "some")
+        content_of(tmp_path / "some")
     path.write_bytes(whole[:50])
     with pytest.raises(InputError, match="some"):
-        figures_of(tmp_path / "some")
+        content_of(tmp_path / "some")
     for name in ("00000000", "00000001"):
         num_rows = 8 if name == "00000000" else 2
         table = pyarrow.table({"key": ["x"] * num_rows, "captions": [["x"]] * num_rows})
         pyarrow.parquet.write_table(table, tmp_path / f"some/{name}.parquet")
-    with pytest.raises(InputError, match="expected Parquet sidecars with a column"):
-        figures_of(tmp_path / "some")
+    with pytest.raises(InputError, match="expected Parquet files with a column"):
+        content_of(tmp_path / "some")
 
 
 def run(monkeypatch, *arguments):

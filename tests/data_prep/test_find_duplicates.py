@@ -16,7 +16,7 @@ from data_prep.errors import (
 )
 from data_prep.find_duplicates import find_duplicates
 from data_prep.make_subset import make_subset
-from data_prep.report.duplicate_figures import measure_duplicates
+from data_prep.report.duplicate_statistics import measure_duplicates
 from data_prep.shards.subset import KeptSamples, Subset
 from tests.support.toy_duplicates import wav, write_dataset, write_embeddings
 
@@ -29,7 +29,7 @@ def clip_of(number):
 
 
 def sound(number, *, gain=1.0, caption=None, start=0, **options):
-    """A clip of its own for each number: (extension, bytes, captions)."""
+    """Returns a clip that is unique to a number: (extension, bytes, captions)."""
     content = wav(gain * clip_of(number)[start:], RATE_HZ, **options)
     extension = options.get("format", "wav").lower()
     captions = caption if isinstance(caption, list) else [caption or f"caption of {number} alone"]
@@ -38,7 +38,10 @@ def sound(number, *, gain=1.0, caption=None, start=0, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train: 0 1 2 3, 1 again, 2 as OGG, 3 quieter, 20; more: 4, 0 again, 5, 1 cut; test: 5, 3"""
+    """Writes three datasets.
+
+    train: 0 1 2 3, 1 again, 2 as OGG, 3 quieter, 20; more: 4, 0 again, 5, 1 cut; test: 5, 3
+    """
     folder = tmp_path_factory.mktemp("duplicates")
     vorbis = {"format": "OGG", "subtype": "VORBIS"}
     same = "a very long caption that both of these samples have in common"
@@ -72,7 +75,7 @@ def kept_of(output, name):
 
 
 def matches_of(output):
-    """{(method, dataset, ordinal): (dataset, ordinal) of the match, None where it is kept}"""
+    """Returns {(method, dataset, ordinal): (dataset, ordinal) of the match, None if kept}."""
     return {
         place: None if row["kept"] else (row["match_dataset"].split("/")[-1], row["match_ordinal"])
         for place, row in rows_of(output).items()
@@ -158,7 +161,7 @@ def test_memory_and_threads_do_not_change_the_result(folder, tmp_path):
 def test_the_report_shows_groups_and_counts(folder, tmp_path):
     page = (search(folder, tmp_path) / "report.html").read_text()
     assert page.count("<audio") >= 6
-    assert "7 of 12 samples repeat others" in page
+    assert "7 of 12 samples are duplicates" in page
     assert str(folder / "test") in page and "caption of 5 alone" in page
 
 
@@ -168,7 +171,7 @@ def test_the_report_does_without_tars(folder, tmp_path):
     page = (
         search(tmp_path, tmp_path / "out", datasets=["lost"], against=[]) / "report.html"
     ).read_text()
-    assert "not at hand" in page
+    assert "not available" in page
 
 
 def test_make_subset_and_describe_take_the_table(folder, tmp_path):
@@ -178,8 +181,8 @@ def test_make_subset_and_describe_take_the_table(folder, tmp_path):
     make_subset(MakeSubset(dataset=folder / "train", output=target, drop=[table]))
     assert np.flatnonzero(Subset.read(target).bitmap).tolist() == [0, 1, 2, 7]
     kept = KeptSamples(folder / "train", subset=None)
-    figures = measure_duplicates(output, kept, memory_gb=1, workers=1)
-    assert sum(matches.num_samples for matches in figures.matches) == 4
+    statistics = measure_duplicates(output, kept, memory_gb=1, workers=1)
+    assert sum(matches.num_samples for matches in statistics.matches) == 4
 
 
 def test_datasets_without_duplicates_or_samples_in_groups(folder, tmp_path):

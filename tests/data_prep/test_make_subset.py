@@ -1,4 +1,4 @@
-"""make_subset beside filters written by hand in numpy over the same columns."""
+"""make_subset next to filters written by hand in numpy over the same columns."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def write_table(path, columns):
 
 @pytest.fixture(scope="module")
 def columns():
-    """What the samples' Parquets hold: name -> one value per sample."""
+    """Returns {name: one value per sample} for the Parquet files."""
     rng = np.random.default_rng(0)
     languages = [(None, "en", "de")[n] for n in rng.integers(0, 3, NUM_SAMPLES)]
     return {

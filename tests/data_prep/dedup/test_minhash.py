@@ -21,7 +21,7 @@ def words_of(caption):
 
 
 def set_of(caption, length):
-    """The obvious way."""
+    """Computes the set of shingles the obvious way."""
     words = words_of(caption)
     if not words:
         return frozenset()
@@ -43,7 +43,7 @@ def shingle_sets(captions, folder, *, shingle_words=3, permutations=128):
 
 
 def random_captions(num, *, num_edits=2):
-    """Captions in groups of three, of which two are made from the first by exchanging words."""
+    """Draws captions in groups of three, where two are edits of the first."""
     rng = np.random.default_rng(0)
     captions = []
     for _ in range(num // 3):

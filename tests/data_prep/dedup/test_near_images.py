@@ -36,7 +36,7 @@ def hashes_of(pictures):
 
 
 def pairs_of(hashes, *, is_reference=None, workers=1):
-    """Every pair of places that is found, members of classes included."""
+    """Returns all pairs of indices that are found, including members of classes."""
     options = NearMedia()
     matches = near_images(
         hashes,
@@ -52,7 +52,7 @@ def pairs_of(hashes, *, is_reference=None, workers=1):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Parts of scikit-learn's two photographs that do not overlap, 213 x 320 and 106 x 160."""
+    """Cuts scikit-learn's two photographs into disjoint parts of 213 x 320 and 106 x 160."""
     load_sample_images = pytest.importorskip("sklearn.datasets").load_sample_images
     parts = []
     for pixels in load_sample_images().images:

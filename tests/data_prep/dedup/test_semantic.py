@@ -14,7 +14,7 @@ def normalised(vectors):
 
 
 def clouds(num_clouds, *, num_each, spread, dim=16, seed=0):
-    """[num_clouds * num_each, dim]: neighbours n, n + num_clouds, ... are of one cloud."""
+    """Draws [num_clouds * num_each, dim]; rows n, n + num_clouds, ... belong to one cloud."""
     rng = np.random.default_rng(seed)
     centers = normalised(rng.normal(size=(num_clouds, dim)))
     noise = rng.normal(size=(num_each, num_clouds, dim)) * spread / np.sqrt(dim)

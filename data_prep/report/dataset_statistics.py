@@ -1,7 +1,7 @@
-"""The figures of a dataset's samples: what duckdb counts in the views of described_samples.
+"""Statistics of the samples of a dataset, computed by duckdb from the views of described_samples.
 
-Every function takes a connection and returns plain values. The same samples give the same figures,
-to the last digit: no sum of rounded numbers and no sketch is among them.
+Every function takes a connection and returns plain values. Equal samples give equal statistics to
+the last digit, because neither sums of rounded numbers nor sketches are used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 NUM_DUPLICATES_SHOWN = 5
-# As Unicode names them: letters that captions are written in.
+# Unicode names of scripts.
 SCRIPTS = (
     *("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil"),
     *("Telugu", "Thai", "Georgian", "Armenian", "Ethiopic", "Khmer", "Han", "Hiragana"),
@@ -41,7 +41,7 @@ SCRIPTS = (
 )
 _WORDS = r"""(SELECT unnest(regexp_extract_all(lower(caption), '[\p{L}\p{M}\p{N}'']+')) AS word
               FROM captions)"""
-_MARKS = "(SELECT unnest(marks) AS mark FROM kept_samples)"
+_TAGS = "(SELECT unnest(marks) AS tag FROM kept_samples)"
 _NUM_REENCODED = "SELECT sum(is_reencoded::INT) FROM kept_samples"
 
 
@@ -75,28 +75,28 @@ MEDIA_MEASURES = {
 
 
 @dataclass(frozen=True)
-class DatasetFigures:
-    """Everything that the sidecars tell."""
+class DatasetStatistics:
+    """Statistics from the Parquet files."""
 
-    measures: dict[Measure, ValueCounts]  # without those that no sample has
+    measures: dict[Measure, ValueCounts]  # without measures that no sample has
     captions: ValueCounts
     words: ValueCounts
-    scripts: dict[str, int]  # script -> captions that have a letter of it
+    scripts: dict[str, int]  # script -> captions with a letter of it
     languages: ValueCounts
     class_names: ValueCounts
-    marks: ValueCounts
+    tags: ValueCounts  # filters that flagged samples without dropping them
     num_reencoded: int | None  # None: not recorded
-    total_seconds: float | None  # None: pictures, or not recorded
+    total_seconds: float | None  # None: images, or not recorded
     hashes: ValueCounts  # of the media
-    duplicate_keys: list[tuple[int, list[str]]]  # (number of samples with equal media, first keys)
-    kept: dict[str, tuple[str, ValueCounts]]  # column of the user -> (type, values)
+    duplicate_keys: list[tuple[int, list[str]]]  # (samples with equal media, first keys)
+    kept: dict[str, tuple[str, ValueCounts]]  # kept column -> (type, values)
 
 
-def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetFigures:
-    """All figures of the samples.
+def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetStatistics:
+    """Computes all statistics of the samples.
 
     Args:
-        connection: of open_described_samples.
+        connection: connection of `open_described_samples`.
         media: "image" or "audio".
     """
     types = column_types(connection)
@@ -106,14 +106,14 @@ def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetFigure
         for measure in (*CAPTION_MEASURES, *MEDIA_MEASURES[media])
     }
     hashes = count_column(connection, "sha256")
-    return DatasetFigures(
+    return DatasetStatistics(
         measures={measure: counts for measure, counts in measures.items() if counts.num_filled},
         captions=count_values(connection, Measure("captions", "caption", view="captions")),
         words=count_values(connection, Measure("words", "word", view=_WORDS)),
         scripts=count_scripts(connection),
         languages=count_column(connection, "language"),
         class_names=count_column(connection, "class_name"),
-        marks=count_values(connection, Measure("marks", "mark", view=_MARKS)),
+        tags=count_values(connection, Measure("tags", "tag", view=_TAGS)),
         num_reencoded=one_row(connection, _NUM_REENCODED)[0],
         total_seconds=_total_seconds(connection) if media == "audio" else None,
         hashes=hashes,
@@ -123,11 +123,11 @@ def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetFigure
 
 
 def count_scripts(connection: DuckDBPyConnection) -> dict[str, int]:
-    """Script -> captions that have a letter of it, the most frequent first."""
+    """Counts the captions with a letter of each script, the most frequent script first."""
     others = ", ".join(
         rf"count(*) FILTER (regexp_matches(caption, '\p{{{script}}}'))" for script in SCRIPTS
     )
-    # Captions in ASCII have as many bytes as characters, and need one expression instead of all.
+    # ASCII captions have as many bytes as characters; one expression suffices for them.
     is_ascii = "strlen(caption) = length(caption)"
     counts = one_row(connection, f"SELECT {others} FROM captions WHERE NOT ({is_ascii})")
     in_ascii = one_row(
@@ -149,11 +149,11 @@ def _total_seconds(connection: DuckDBPyConnection) -> float | None:
 def duplicate_keys(
     connection: DuckDBPyConnection, hashes: ValueCounts
 ) -> list[tuple[int, list[str]]]:
-    """The largest groups of samples with equal media: (size, keys of the first four).
+    """Finds the largest groups of samples with equal media: (size, keys of the first four).
 
     Args:
-        connection: of open_described_samples.
-        hashes: the values of the column sha256.
+        connection: connection of `open_described_samples`.
+        hashes: counts of the column sha256.
     """
     repeated = [(sha256, num) for sha256, num in hashes.most_frequent if num > 1]
     groups = []
@@ -166,17 +166,17 @@ def duplicate_keys(
 
 @dataclass
 class MemberCount:
-    """Members of one extension."""
+    """The members with one extension."""
 
     num_samples: int = 0
     num_bytes: int = 0
 
 
 def count_members(kept: KeptSamples) -> dict[str, MemberCount]:
-    """Extension -> how many of the kept samples have such a member, and its bytes in all.
+    """Counts the members of kept samples and their bytes by extension.
 
     Raises:
-        InputError: an index is missing or damaged.
+        InputError: if an index is missing or damaged.
     """
     counts: dict[str, MemberCount] = defaultdict(MemberCount)
     is_kept = None if kept.subset is None else kept.subset.bitmap

@@ -1,13 +1,13 @@
-"""Sections of a data sheet about what was dropped, and about what could be: duplicates."""
+"""Sections of a data sheet about dropped pairs and about duplicates."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from data_prep.report.dataset_figures import DatasetFigures
-from data_prep.report.duplicate_figures import DuplicateFigures, Matches
+from data_prep.report.dataset_statistics import DatasetStatistics
+from data_prep.report.duplicate_statistics import DuplicateStatistics, Matches
 from data_prep.report.html import Section, breakable, folded, heading, line, paragraph, table
-from data_prep.report.numbers import number_text, share_text, shortened
+from data_prep.report.numbers import number_text, percent_text, shortened
 from data_prep.report.rejected import Rejection
 from data_prep.report.sheet_charts import count_table
 from data_prep.report.sheet_gallery import MediaViews
@@ -17,21 +17,21 @@ MOST_MATCHES_SHOWN = 12
 
 
 def drop_section(
-    rejections: list[Rejection], figures: DatasetFigures | None, kept: KeptSamples
+    rejections: list[Rejection], statistics: DatasetStatistics | None, kept: KeptSamples
 ) -> Section:
-    """What was dropped while the dataset was made, and what was only marked."""
+    """Builds the section on pairs that were dropped, and on samples that were only flagged."""
     blocks = [_drop_table(rejections)] if rejections else [paragraph("Nothing was dropped.")]
     if any(each.examples for each in rejections):
         blocks.append(folded("Examples", _example_table(rejections)))
-    marks = dict(kept.info.marked) if figures is None else dict(figures.marks.most_frequent)
-    num_samples = kept.info.num_samples if figures is None else len(kept)
-    if marks:
-        marked = count_table(list(marks.items()), "filter", whole=num_samples)
-        blocks += [heading("Only marked, and still here"), marked]
-    note = "A pair is one caption of one picture or sound of the input."
+    tags = dict(kept.info.marked) if statistics is None else dict(statistics.tags.most_frequent)
+    num_samples = kept.info.num_samples if statistics is None else len(kept)
+    if tags:
+        tagged = count_table(list(tags.items()), "filter", whole=num_samples)
+        blocks += [heading("Flagged by a filter but kept"), tagged]
+    note = "A pair is one caption of one image or sound in the input."
     if kept.subset is not None:
-        note += " Drops are those of the whole dataset, before the subset was chosen."
-    return Section("What was dropped", blocks, note=note)
+        note += " Drops are those of the whole dataset, not of the subset."
+    return Section("Dropped pairs", blocks, note=note)
 
 
 def _drop_table(rejections: list[Rejection]) -> Markup:
@@ -40,7 +40,7 @@ def _drop_table(rejections: list[Rejection]) -> Markup:
             each.reason,
             each.kind,
             f"{each.num:,}",
-            "" if each.share is None else share_text(each.share, 1),
+            "" if each.fraction is None else percent_text(each.fraction, 1),
         )
         for each in rejections
     ]
@@ -58,46 +58,48 @@ def _example_table(rejections: list[Rejection]) -> Markup:
         for each in rejections
         for example in each.examples
     ]
-    note = paragraph("row is the line or place in the input; rejected.jsonl lists all of them.")
+    note = paragraph(
+        "row is the line or row number in the input; rejected.jsonl lists all of them."
+    )
     return note + table(("reason", "row", "media", "detail"), rows, numeric={1})
 
 
 def duplicate_section(
-    figures: DatasetFigures | None, duplicates: DuplicateFigures | None, views: MediaViews
+    statistics: DatasetStatistics | None, duplicates: DuplicateStatistics | None, views: MediaViews
 ) -> list[Section]:
-    """Exact copies, and what find_duplicates found."""
+    """Builds the section on exact copies and on the results of find_duplicates."""
     blocks = []
-    if figures is not None and figures.hashes.num_filled:
-        blocks += _copies(figures)
+    if statistics is not None and statistics.hashes.num_filled:
+        blocks += _copies(statistics)
     if duplicates is not None:
         blocks += _found(duplicates, views)
     if not blocks:
         return []
     note = "Exact copies have the same bytes (sha256)."
     if duplicates is None:
-        note += " python -m data_prep.find_duplicates also finds what is nearly the same."
+        note += " python -m data_prep.find_duplicates also finds near-duplicates."
     return [Section("Duplicates", blocks, note=note)]
 
 
-def _copies(figures: DatasetFigures) -> list[Markup]:
-    hashes = figures.hashes
+def _copies(statistics: DatasetStatistics) -> list[Markup]:
+    hashes = statistics.hashes
     num_extra = hashes.num_filled - hashes.num_distinct
     if not num_extra:
         return [paragraph("No two samples have the same media bytes.")]
     summary = (
-        f"{hashes.num_repeated:,} files stand more than once; {num_extra:,} samples "
-        f"({share_text(num_extra, hashes.num_filled)}) have the media of an earlier one."
+        f"{hashes.num_repeated:,} files occur more than once; {num_extra:,} samples "
+        f"({percent_text(num_extra, hashes.num_filled)}) have the media of an earlier one."
     )
     rows = [
         (f"{num:,}", ", ".join(keys) + (", ..." if num > len(keys) else ""))
-        for num, keys in figures.duplicate_keys
+        for num, keys in statistics.duplicate_keys
     ]
     return [paragraph(summary), table(("samples", "keys, of the largest groups"), rows)]
 
 
-def _found(duplicates: DuplicateFigures, views: MediaViews) -> list[Markup]:
+def _found(duplicates: DuplicateStatistics, views: MediaViews) -> list[Markup]:
     if not duplicates.num_grouped:
-        return [heading("Found by find_duplicates"), paragraph("Nothing in this dataset.")]
+        return [heading("Found by find_duplicates"), paragraph("No duplicates in this dataset.")]
     inside = [matches for matches in duplicates.matches if matches.is_this_dataset]
     outside = [matches for matches in duplicates.matches if not matches.is_this_dataset]
     blocks = [
@@ -112,7 +114,7 @@ def _found(duplicates: DuplicateFigures, views: MediaViews) -> list[Markup]:
     if outside:
         title = "Dropped for a sample of another dataset, such as an evaluation set"
         blocks += [heading(title), _match_table(outside)]
-    blocks += [heading("Examples, the least alike first"), _match_examples(duplicates, views)]
+    blocks += [heading("Examples, the least similar first"), _match_examples(duplicates, views)]
     return blocks
 
 
@@ -121,10 +123,10 @@ def _match_table(matches: list[Matches]) -> Markup:
         (each.method, breakable(shortened(each.match_dataset)), number_text(each.num_samples))
         for each in matches
     ]
-    return table(("method", "because of", "samples dropped"), rows, numeric={2})
+    return table(("method", "dataset of the match", "samples dropped"), rows, numeric={2})
 
 
-def _match_examples(duplicates: DuplicateFigures, views: MediaViews) -> Markup:
+def _match_examples(duplicates: DuplicateStatistics, views: MediaViews) -> Markup:
     rows = []
     for each in duplicates.matches:
         for example in each.examples:
@@ -135,5 +137,5 @@ def _match_examples(duplicates: DuplicateFigures, views: MediaViews) -> Markup:
             else:
                 match += breakable(shortened(each.match_dataset))
             rows.append((each.method, f"{example.similarity:.3f}", dropped, match))
-    header = ("method", "similarity", "dropped", "because of")
+    header = ("method", "similarity", "dropped", "match")
     return table(header, rows[:MOST_MATCHES_SHOWN], numeric={1})

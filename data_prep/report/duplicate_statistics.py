@@ -1,4 +1,4 @@
-"""What find_duplicates found in one dataset, from its duplicates.parquet."""
+"""Statistics of the duplicates in one dataset, from a duplicates.parquet of find_duplicates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class MatchExample:
-    """A sample that is not kept, and the one that it is like."""
+    """A dropped sample and the sample that it matches."""
 
     ordinal: int
     key: str
@@ -29,37 +29,37 @@ class MatchExample:
 
 @dataclass(frozen=True)
 class Matches:
-    """Samples that one method drops because of one dataset."""
+    """Samples that one method drops for matches in one dataset."""
 
     method: str
     match_dataset: str
     is_this_dataset: bool
     num_samples: int
-    examples: list[MatchExample]  # the least alike first
+    examples: list[MatchExample]  # the least similar first
 
 
 @dataclass(frozen=True)
-class DuplicateFigures:
-    """All that was found in one dataset."""
+class DuplicateStatistics:
+    """The duplicates of one dataset."""
 
     num_groups: int
-    num_grouped: int  # samples that are in a group
+    num_grouped: int  # samples in groups
     matches: list[Matches]
 
 
 def measure_duplicates(
     folder: Path, kept: KeptSamples, *, memory_gb: float, workers: int
-) -> DuplicateFigures:
-    """The groups and matches of the dataset's samples.
+) -> DuplicateStatistics:
+    """Counts the groups and matches of a dataset's samples.
 
     Args:
-        folder: that find_duplicates wrote.
-        kept: the dataset, and its subset if there is one.
-        memory_gb: what duckdb may hold.
-        workers: threads of duckdb.
+        folder: output folder of find_duplicates.
+        kept: dataset, and optionally a subset.
+        memory_gb: memory limit of duckdb.
+        workers: number of duckdb threads.
 
     Raises:
-        InputError: the table is missing, is damaged, or does not name the dataset.
+        InputError: if the table is missing or damaged, or does not cover the dataset.
     """
     path = folder / "duplicates.parquet"
     name = name_in_table(path, dataset=kept.folder, info=kept.info)
@@ -69,7 +69,7 @@ def measure_duplicates(
         num_groups, num_grouped = connection.sql(
             'SELECT count(DISTINCT "group"), count(DISTINCT ordinal) FROM found'
         ).fetchall()[0]
-        return DuplicateFigures(num_groups, num_grouped, _matches(connection, name))
+        return DuplicateStatistics(num_groups, num_grouped, _matches(connection, name))
 
 
 def _add_view(connection: DuckDBPyConnection, source: str, *, name: str, kept: KeptSamples) -> None:
