@@ -1,4 +1,4 @@
-"""make_subset next to filters written by hand in numpy over the same columns."""
+"""make_subset compared with filters written by hand in numpy over the same columns."""
 
 import json
 import re
