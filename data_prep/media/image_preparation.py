@@ -3,9 +3,8 @@
 One decoding serves as check, as source of the re-encoding, and for the fingerprint. simplejpeg
 decodes JPEGs, because it finds damage that Pillow hides.
 
-A large JPEG is decoded at one to four eighths of its size (the library's scaled DCT), but not below
-the requested size, and then resampled. A JPEG that is kept is decoded as small as its fingerprint
-allows.
+A large JPEG is decoded at one to four eighths of its size (scaled DCT), but not below the requested
+size, and then resampled. A JPEG that is kept is decoded as small as its fingerprint allows.
 """
 
 from __future__ import annotations
