@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from data_prep.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound="Section")
+STORED = {"is_stored": True}  # validation context of a config that an earlier run wrote
 
 
 class Section(BaseModel):
@@ -26,21 +34,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     # Old key -> new key; a config that uses an old key is refused with the new one.
     renamed: ClassVar[dict[str, str]] = {}
+    # Key of an earlier version -> why it is gone. A config that uses it is refused with this
+    # reason; in the stored config of an earlier run it is left out.
+    removed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _suggest_known_key(cls, values: Any) -> Any:
+    def _suggest_known_key(cls, values: Any, info: ValidationInfo) -> Any:
         if isinstance(values, dict):
+            if info.context == STORED:
+                removed = cls._of_all_bases("removed")
+                values = {key: value for key, value in values.items() if key not in removed}
             for key in values:
                 if key not in cls.model_fields:
                     raise ValueError(cls._unknown_key_message(str(key)))
         return values
 
     @classmethod
+    def _of_all_bases(cls, name: str) -> dict[str, str]:
+        merged: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            merged |= vars(base).get(name, {})
+        return merged
+
+    @classmethod
     def _unknown_key_message(cls, key: str) -> str:
-        for base in cls.__mro__:
-            if new_key := vars(base).get("renamed", {}).get(key):
-                return f"{key!r} was renamed {new_key!r}"
+        if new_key := cls._of_all_bases("renamed").get(key):
+            return f"{key!r} was renamed {new_key!r}"
+        if reason := cls._of_all_bases("removed").get(key):
+            return f"{key!r} was removed: {reason}"
         known = sorted(cls.model_fields)
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
@@ -184,8 +206,23 @@ def read_config(section: type[SectionT], path: Path, *, overrides: Sequence[str]
     values = _unshared(read_yaml(path))
     for override in overrides:
         _apply_override(values, override)
+    return _validated(section, values, path)
+
+
+def read_stored_config(section: type[SectionT], path: Path) -> SectionT:
+    """Returns the config that a run of this or an earlier version wrote, without removed keys.
+
+    Raises:
+        ConfigError: naming the file, the key and the value of everything that is wrong.
+    """
+    return _validated(section, read_yaml(path), path, context=STORED)
+
+
+def _validated(
+    section: type[SectionT], values: dict[str, Any], path: Path, *, context: dict | None = None
+) -> SectionT:
     try:
-        return section.model_validate(values)
+        return section.model_validate(values, context=context)
     except ValidationError as error:
         raise ConfigError(_validation_message(path, error)) from None
 

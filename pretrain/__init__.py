@@ -1,6 +1,6 @@
-"""Shards to checkpoint: model, loss, sample order, loading and the training loop.
+"""Pretraining from shards to checkpoint: model, loss, sample order, loading, training loop.
 
-The letters of every shape comment in the project:
+Letters in the shape comments of the whole project:
 
     B  pairs on this rank      N  pairs in the global batch   D  joint embedding width
     W  tower width             L  text tokens                 P  image patches

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from data_prep.config_file import read_config, to_yaml
+from data_prep.config_file import read_stored_config, to_yaml
 from data_prep.errors import InputError
 from data_prep.storage.remote_file import join, local_path, open_binary
 from pretrain.checkpoints.download import download_model, verify_model
@@ -279,7 +279,7 @@ def load_model(
         InputError: if there is no checkpoint, or it is damaged.
     """
     checkpoint = find_checkpoint(folder)
-    config = read_config(PretrainConfig, checkpoint / "config.yaml")
+    config = read_stored_config(PretrainConfig, checkpoint / "config.yaml")
     assets = checkpoint / "assets"
     tokenizer = build_tokenizer(config.model.text, assets=assets)
     model = build_model(
@@ -293,7 +293,8 @@ def load_model(
     )
     model.load_state_dict(read_model_state(checkpoint))
     model = model.to(torch.device(device)).eval().requires_grad_(False)
-    return model, build_transforms(config), tokenizer
+    transforms = build_transforms(config.model, image=config.image, audio=config.audio)
+    return model, transforms, tokenizer
 
 
 def read_model_state(checkpoint: Path) -> dict[str, Tensor]:

@@ -323,13 +323,11 @@ class Cache(Section):
 class Loading(Section):
     """Reading of samples."""
 
+    removed = {"runtime": "every rank has one loader process, of num_workers threads; delete it"}
+
     window: PositiveInt = 32768  # samples of a lane that are shuffled together
-    # threads: one loader process per rank, whose threads fill shared buffers; processes: torch's
-    # DataLoader. The second where Python code (a tokenizer) is the slowest part.
-    runtime: Literal["threads", "processes"] = free("threads")
-    num_workers: int = free(
-        2, ge=0
-    )  # threads or processes of each rank; 0: load in the training process
+    # Threads of each rank's loader process; 0: load in the training process
+    num_workers: int = free(2, ge=0)
     batches_ahead: PositiveInt = free(2)  # steps loaded in advance; each takes memory
     retries: int = free(5, ge=0)  # of a read or download after a transient error
     cache: Cache = free(Cache())

@@ -28,7 +28,7 @@ import torch
 
 from pretrain.cache.node import check_room
 from pretrain.data.batch import StepBatch
-from pretrain.data.device_prefetch import copy_ahead
+from pretrain.data.device_prefetch import prefetch_to_device
 from pretrain.data.loaders import LoadSteps, start_loader
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, rank, world_size
@@ -157,7 +157,7 @@ def load_batches(
         last_step=last_step,
         is_pinned=engine.device.type == "cuda",
     )
-    return copy_ahead(batches, device=engine.device)
+    return prefetch_to_device(batches, device=engine.device)
 
 
 def dry_run(config: PretrainConfig) -> None:

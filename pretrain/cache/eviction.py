@@ -1,12 +1,12 @@
-"""How much of a node's disk the cached shards take, and which of them give way.
+"""Eviction of cached shards: the size of a node's cache, and room for the next shard.
 
-All processes of a node use the same folder, so that the disk itself is the account: finished shards
-count with the size of their files, and those under way with the size that the name of their part
-says (`.00000000.tar.<bytes>.part`). A lock makes room for one shard at a time.
+All processes of a node use the same folder, so sizes are read off the disk. A finished shard counts
+with the size of its files. A download counts with the final size, which is in the name of its part
+(`.00000000.tar.<bytes>.part`). A lock makes room for one shard at a time.
 
-The order of the run is known, so that the shard whose next use is furthest away gives way (Belady
-1966), as the schedule says that the node's prefetcher writes: "folder/shard" -> steps until it is
-needed. Shards that it does not name, as those of other datasets, go first.
+The order of the run is known, so the shard whose next use is furthest away is evicted first (Belady
+1966). The node's prefetcher writes this schedule: "folder/shard" -> steps until it is needed.
+Shards that the schedule does not name, such as those of other datasets, are evicted before them.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from data_prep.storage.atomic import temporary_name
 
 PART = ".part"
 NUM_BYTES_PER_GIGABYTE = 10**9
-SECONDS_BETWEEN_LOOKS = 0.05  # of who waits for room that downloads under way will free
+SECONDS_BETWEEN_LOOKS = 0.05  # while waiting for downloads to finish, so that they can be evicted
 
 
 class NoRoomError(OSError):
-    """A shard does not fit beside those that are needed before it."""
+    """A shard does not fit next to those that are needed before it."""
 
 
 @dataclass(frozen=True)
 class HeldShard:
     """A finished shard in the cache."""
 
-    name: str  # its dataset's folder and its own name
+    name: str  # "<folder of its dataset>/<shard>"
     num_bytes: int
-    last_opened: float  # seconds since the epoch, about
+    last_opened: float  # approximate, in seconds since the epoch
 
 
 @contextmanager
 def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
-    """Holds a lock that ends with the process that holds it; gives whether it was got.
+    """Holds a lock on a file, and yields whether it was acquired.
 
-    Between threads, too: each opens the file anew.
+    The lock ends with the process that holds it. It also excludes threads of the same process,
+    because each opens the file anew.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -58,53 +59,53 @@ def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also if a child has inherited it
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # even if a child process inherited it
     finally:
         os.close(descriptor)
 
 
 def lock_path(shard: Path) -> Path:
-    """The file that whoever fetches this shard locks; its name has no suffix."""
+    """Returns the file to lock while a shard (a path without suffix) is fetched."""
     return shard.with_name(f".{shard.name}.lock")
 
 
 def part_name(name: str, num_bytes: int) -> str:
-    """The name of a file that is under way."""
+    """Returns the name of a file during its download."""
     return f".{name}.{num_bytes}{PART}"
 
 
-class CacheRoom:
-    """The shards below a folder, which never take more than they may.
+class CachedShards:
+    """Shards below a folder, evicted so that they never take more than a number of bytes.
 
     Args:
-        folder: holds a folder for each dataset.
-        max_bytes: what all shards may take; None: nearly all that the disk has free now, and what
-            the shards take already.
+        folder: folder that holds one folder per dataset.
+        max_bytes: most bytes of all shards; None for nearly all that the disk has free now, plus
+            the bytes that shards take already.
     """
 
-    SHARE_OF_FREE = 0.95  # the rest is for the file system, and for logs of others
+    FRACTION_OF_FREE = 0.95  # the rest is for the file system, and for logs of other programs
 
     def __init__(self, folder: Path, *, max_bytes: int | None) -> None:
         self.folder = folder
         self.remove_leftovers()
         if max_bytes is None:
             free = shutil.disk_usage(folder).free
-            max_bytes = int(self.SHARE_OF_FREE * (free + self.used_bytes()))
+            max_bytes = int(self.FRACTION_OF_FREE * (free + self.used_bytes()))
         self.max_bytes = max_bytes
 
-    # ---------------------------------------------------------------------------------- account
+    # ------------------------------------------------------------------------------------ sizes
 
     def used_bytes(self) -> int:
-        """Bytes of finished shards and of those under way."""
-        held, under_way = self._look()
-        return sum(shard.num_bytes for shard in held) + under_way
+        """Returns the bytes of finished shards and of downloads."""
+        held, downloading = self._look()
+        return sum(shard.num_bytes for shard in held) + downloading
 
     def held_names(self) -> set[str]:
-        """Names of the finished shards."""
+        """Returns the names of the finished shards."""
         return {shard.name for shard in self._look()[0]}
 
     def remove_leftovers(self) -> None:
-        """Removes the parts of dead processes: those whose shard nobody has locked."""
+        """Removes the parts of dead processes, whose shards are not locked."""
         for part in self.folder.rglob(f".*{PART}"):
             shard_name = part.name[1:].rsplit(".", 3)[0]  # without .tar.<bytes>.part
             with locked(lock_path(part.with_name(shard_name)), waits=False) as is_locked:
@@ -112,26 +113,26 @@ class CacheRoom:
                     part.unlink(missing_ok=True)
 
     def _look(self) -> tuple[list[HeldShard], int]:
-        """(finished shards, bytes of those under way)"""
+        """(finished shards, bytes of downloads)"""
         sizes: dict[str, int] = {}
         last_opened: dict[str, float] = {}
-        under_way = 0
+        downloading = 0
         for path in _files_below(self.folder):
             if path.name.startswith("."):
-                under_way += _bytes_of_part(path.name)
+                downloading += _bytes_of_part(path.name)
             elif path.suffix in (".tar", ".idx"):
-                with suppress(FileNotFoundError):  # taken away since
+                with suppress(FileNotFoundError):  # evicted meanwhile
                     status = path.stat()
                     name = str(path.relative_to(self.folder))[:-4]
                     sizes[name] = sizes.get(name, 0) + status.st_size
                     last_opened[name] = max(last_opened.get(name, 0.0), status.st_mtime)
         held = [HeldShard(name, size, last_opened[name]) for name, size in sizes.items()]
-        return held, under_way
+        return held, downloading
 
     # --------------------------------------------------------------------------------- schedule
 
     def write_schedule(self, needed_in: Mapping[str, float]) -> None:
-        """Says in how many steps shards are needed, to all processes of the node."""
+        """Publishes the steps until shards are needed, for all processes of the node."""
         path = self.folder / "schedule.json"
         temporary = path.with_name(temporary_name(path.name))
         temporary.write_text(json.dumps(needed_in))
@@ -146,30 +147,30 @@ class CacheRoom:
     # ------------------------------------------------------------------------------------- room
 
     def reserve(self, parts: Sequence[Path], *, num_bytes: int, needed_in: float) -> None:
-        """Makes room for the files of a shard, and their (empty) parts, which reserve it.
+        """Makes room for the files of a shard, and reserves it with their empty parts.
 
         Args:
             parts: paths, named by `part_name`.
-            num_bytes: of all of them.
-            needed_in: steps until the shard is needed: what is needed later gives way. 0: it is
-                waited for, and anything gives way.
+            num_bytes: bytes of all these files.
+            needed_in: steps until the shard is needed; only shards that are needed later are
+                evicted. 0 if a reader waits for it: then any shard may be evicted.
 
         Raises:
-            NoRoomError: everything else is needed before it, or is no less than the whole room.
+            NoRoomError: if all other shards are needed before it, or it is larger than the cache.
         """
         while True:
             with locked(self.folder / "room.lock"):
-                for part in parts:  # of a process that died
+                for part in parts:  # left by a process that died
                     part.unlink(missing_ok=True)
-                held, under_way = self._look()
-                missing = self._missing_bytes(held, under_way=under_way, wanted=num_bytes)
+                held, downloading = self._look()
+                missing = self._missing_bytes(held, downloading=downloading, wanted=num_bytes)
                 if missing > 0:
                     missing -= self._evict(held, missing, needed_in=needed_in)
                 if missing <= 0:
                     for part in parts:
                         part.touch()
                     return
-            if needed_in > 0 or not under_way:
+            if needed_in > 0 or not downloading:
                 raise NoRoomError(
                     f"{self.folder}: no room for a shard of {num_bytes / 1e9:.6g} GB: the cache "
                     f"may take {self.max_bytes / 1e9:.6g} GB, and the disk has "
@@ -180,15 +181,15 @@ class CacheRoom:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             self.remove_leftovers()
 
-    def _missing_bytes(self, held: Sequence[HeldShard], *, under_way: int, wanted: int) -> int:
-        used = sum(shard.num_bytes for shard in held) + under_way
+    def _missing_bytes(self, held: Sequence[HeldShard], *, downloading: int, wanted: int) -> int:
+        used = sum(shard.num_bytes for shard in held) + downloading
         over_budget = used + wanted - self.max_bytes
         return max(over_budget, wanted - shutil.disk_usage(self.folder).free)
 
     def _evict(self, held: Sequence[HeldShard], num_bytes: int, *, needed_in: float) -> int:
-        """Takes shards away until so many bytes are free, furthest next use first; gives the bytes.
+        """Evicts shards, furthest next use first, until so many bytes are free.
 
-        Nothing is taken away if it would not be enough.
+        Returns the bytes that were freed. Nothing is evicted if it would not be enough.
         """
         schedule = self._read_schedule()
         uses = {shard.name: schedule.get(shard.name, math.inf) for shard in held}
@@ -199,13 +200,16 @@ class CacheRoom:
         for shard in sorted(candidates, key=lambda s: (-uses[s.name], s.last_opened)):
             if freed >= num_bytes:
                 break
-            self._take_away(shard.name)
+            self._remove(shard.name)
             freed += shard.num_bytes
         return freed
 
-    def _take_away(self, name: str) -> None:
-        """Readers may hold the tar open: cutting it frees its space, and its missing name tells
-        them to ask for it again. An index may be mapped, so that it is never cut."""
+    def _remove(self, name: str) -> None:
+        """Removes a shard's files while readers may hold them open.
+
+        Truncating the tar frees its space at once. Readers find its name missing, and fetch the
+        shard again. An index may be mapped, so it is never truncated.
+        """
         tar = self.folder / f"{name}.tar"
         with suppress(FileNotFoundError):
             descriptor = os.open(tar, os.O_RDWR)
@@ -224,6 +228,6 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _bytes_of_part(name: str) -> int:
-    """What a part reserves; 0 for other hidden files."""
+    """Bytes that a part reserves; 0 for other hidden files."""
     stem, _, num_bytes = name.removesuffix(PART).rpartition(".")
     return int(num_bytes) if name.endswith(PART) and stem and num_bytes.isdecimal() else 0

@@ -64,9 +64,10 @@ class NodeShare:
         return self.rank == self.ranks[0]
 
     def check_neighbours(self) -> None:
-        """
+        """Checks that this machine's ranks are neighbours.
+
         Raises:
-            InputError: ranks of other machines come between those of this one.
+            InputError: if ranks of other machines lie between them.
         """
         if self.ranks != list(range(self.ranks[0], self.ranks[-1] + 1)):
             raise InputError(

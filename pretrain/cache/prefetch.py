@@ -1,14 +1,15 @@
-"""Fetches the shards of the windows that a node's lanes are in, and of the next ones, in time.
+"""Prefetching of the shards of a node's current and next windows.
 
-One process of each node runs it, beside its loaders, which publish how far they have come:
+One process of each node runs the prefetcher next to the loaders, which publish their progress:
 
     1. the least step of the node's ranks gives the position of every lane in every source;
-    2. where a lane has entered another window, the shards that are read from there on are worked
-       out, and when (shard_schedule): this is written down for whoever needs room (cache_room);
-    3. threads fetch what is not there, first what is needed first; shards that no current or next
-       window needs, the latest first, give way to them.
+    2. when a lane enters another window, the next uses of all shards are computed
+       (cache.schedule), and written to a file for eviction (cache.eviction);
+    3. threads fetch missing shards, the one needed first at first. Shards that no current or next
+       window needs are evicted for them, the one needed last at first.
 
-A loader that comes before it fetches by itself: without the prefetcher runs are slower, no more.
+A loader that needs a shard earlier fetches it by itself. Without the prefetcher, runs are only
+slower.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from pretrain.sampling.order import SourceOrder
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_CLOSE = 5.0  # a download under way is not waited for any longer
-# Over this many steps the pace of a source is measured: sources are compared by steps.
+SECONDS_TO_CLOSE = 5.0  # longest wait for a running download
+# Steps over which the pace of a source is measured, to express next uses in steps.
 STEPS_OF_PACE = 1024
 EPOCHS_CHECKED = 2
 
@@ -46,19 +47,19 @@ EPOCHS_CHECKED = 2
 class RemoteSource:
     """A source whose shards come through the cache."""
 
-    number: int  # among all sources
+    number: int  # index among all sources
     order: SourceOrder
     shards: RemoteShards
     manifest: list[ManifestRow]
 
     @cached_property
     def number_of(self) -> dict[str, int]:
-        """The number of each shard, by its name in the cache."""
+        """Index of each shard, by its name in the cache."""
         return {self.shards.name_of(row): number for number, row in enumerate(self.manifest)}
 
     @property
     def shard_bytes(self) -> np.ndarray:
-        """int64 [shards]: bytes of their files."""
+        """int64 [shards], bytes of their files."""
         return np.array([row.tar_bytes + row.index_bytes for row in self.manifest], dtype=np.int64)
 
 
@@ -66,16 +67,16 @@ class RemoteSource:
 class WantedShard:
     """A shard of a current or next window."""
 
-    needed_in: float  # steps
-    name: str  # in the cache
+    needed_in: float  # steps until it is needed
+    name: str  # its name in the cache
     shards: RemoteShards
     row: ManifestRow
 
 
 def remote_sources(sources: Sequence[tuple[SourceOrder, KeptSamples]]) -> list[RemoteSource]:
-    """Those of the sources that are read through the cache; the others are read in place.
+    """Returns the sources that are read through the cache; the others are read in place.
 
-    Each with an order of its own, whose tables no other thread changes.
+    Each gets a copy of its order, because other threads change the original's tables.
     """
     return [
         RemoteSource(
@@ -95,12 +96,12 @@ def check_cache(
     """Checks that two windows of all lanes of this node fit into the cache.
 
     Args:
-        cache: of this node.
-        sources: order and samples of each.
-        lanes: that the ranks of this node carry.
+        cache: cache of this node.
+        sources: order and samples of each source.
+        lanes: lanes that the ranks of this node carry.
 
     Raises:
-        InputError: they do not, with the numbers.
+        InputError: if they do not fit, with the numbers.
     """
     needed = {
         source.order.name: max(
@@ -109,8 +110,8 @@ def check_cache(
         )
         for source in remote_sources(sources)
     }
-    allowed = cache.room.max_bytes
-    reachable = shutil.disk_usage(cache.room.folder).free + cache.room.used_bytes()
+    allowed = cache.shards.max_bytes
+    reachable = shutil.disk_usage(cache.shards.folder).free + cache.shards.used_bytes()
     if sum(needed.values()) <= min(allowed, reachable):
         return
     by_source = ", ".join(f"{name} {num_bytes / 1e9:.6g} GB" for name, num_bytes in needed.items())
@@ -129,15 +130,15 @@ def check_cache(
 
 
 class ShardPrefetcher:
-    """Threads that fetch ahead for all ranks of a node.
+    """Threads that fetch shards ahead for all ranks of a node.
 
     Args:
-        cache: of this node.
-        sources: order and samples of each; those that are read in place are left alone.
-        lanes: that the ranks of this node carry.
-        ranks: of this node.
-        positions_at: step -> by source, int64 [lanes]: samples of the source that each of the lanes
-            has given before this step.
+        cache: cache of this node.
+        sources: order and samples of each source; sources that are read in place are ignored.
+        lanes: lanes that the ranks of this node carry.
+        ranks: ranks of this node.
+        positions_at: maps a step to [sources] int64 [lanes], the samples that each of the lanes
+            drew before this step.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class ShardPrefetcher:
         self.positions_at = positions_at
         self._windows: list[np.ndarray] = []
         self._wanted: list[WantedShard] = []
-        self._under_way: set[str] = set()
+        self._downloading: set[str] = set()
         self._bad: set[str] = set()
         self._error: Exception | None = None
         self._changed = threading.Condition()
@@ -164,9 +165,9 @@ class ShardPrefetcher:
         self._threads: list[threading.Thread] = []
 
     def start(self, first_step: int = 0) -> None:
-        """Starts fetching for a run that begins at this step, before its loaders do.
+        """Starts fetching for a run that begins at a step; call it before the loaders start.
 
-        The node's ranks count as having come to it, whatever an earlier run has published.
+        It publishes this step for all ranks of the node, over what an earlier run published.
         """
         for rank in self.ranks:
             self.cache.publish_progress(rank, first_step)
@@ -188,9 +189,10 @@ class ShardPrefetcher:
             thread.join(SECONDS_TO_CLOSE)
 
     def check(self) -> None:
-        """
+        """Raises the error that ended fetching, if there was one.
+
         Raises:
-            OSError: what made a download fail for good; nothing more is fetched.
+            OSError: if a download failed in spite of retries; nothing more is fetched.
         """
         if self._error is not None:
             raise self._error
@@ -198,7 +200,7 @@ class ShardPrefetcher:
     def _run(self, target: Callable[[], None]) -> None:
         try:
             target()
-        except Exception as error:  # `check` raises it in the thread that trains
+        except Exception as error:  # `check` raises it in the training thread
             self._error = self._error or error
             self._is_closed.set()
             with self._changed:
@@ -222,13 +224,13 @@ class ShardPrefetcher:
         later = self.positions_at(step + STEPS_OF_PACE)
         schedule: dict[str, float] = {}
         wanted: list[WantedShard] = []
-        held = self.cache.room.held_names()
+        held = self.cache.shards.held_names()
         for source in self.sources:
             start = positions[source.number]
             uses = shard_uses(source.order, start, lanes=self.lanes)
             steps = _in_steps(uses, later[source.number] - start)
-            _note(source, uses, steps, held=held, schedule=schedule, wanted=wanted)
-        self.cache.room.write_schedule(schedule)
+            _add_shards(source, uses, steps, held=held, schedule=schedule, wanted=wanted)
+        self.cache.shards.write_schedule(schedule)
         wanted.sort(key=lambda shard: shard.needed_in)
         with self._changed:
             self._windows = windows
@@ -241,40 +243,41 @@ class ShardPrefetcher:
         while (wanted := self._next_wanted()) is not None:
             try:
                 wanted.shards(wanted.row, needed_in=wanted.needed_in)
-            except NoRoomError as error:  # until a lane enters another window
+            except NoRoomError as error:  # tried again when a lane enters another window
                 log.debug("%s", error)
             except BadShardError as error:
                 log.warning("%s", error)
                 self._bad.add(wanted.name)
             finally:
                 with self._changed:
-                    self._under_way.discard(wanted.name)
+                    self._downloading.discard(wanted.name)
 
     def _next_wanted(self) -> WantedShard | None:
-        """The shard that is needed first, once there is one; None at the end."""
+        """Waits for wanted shards, and returns the one needed first; None at the end."""
         with self._changed:
             while not self._is_closed.is_set():
                 while self._wanted:
                     wanted = self._wanted.pop(0)
-                    if wanted.name not in self._under_way:
-                        self._under_way.add(wanted.name)
+                    if wanted.name not in self._downloading:
+                        self._downloading.add(wanted.name)
                         return wanted
                 self._changed.wait()
         return None
 
 
 def _windows_at(order: SourceOrder, positions: np.ndarray) -> np.ndarray:
-    """int64 [2, lanes]: the epoch and the window that each lane is in."""
-    epochs, places = np.divmod(positions, order.lane_length)
-    return np.stack([epochs, places // order.window])
+    """int64 [2, lanes]: epoch and window of each lane."""
+    epochs, indices = np.divmod(positions, order.lane_length)
+    return np.stack([epochs, indices // order.window])
 
 
 def _in_steps(uses: ShardUses, given: np.ndarray) -> np.ndarray:
-    """Float [shards]: steps until each shard is needed, at the pace of the coming steps; infinite
-    where it is not, or where the source is not read.
+    """Float [shards]: steps until each shard is needed, at the pace of the next steps.
+
+    Infinite if a shard is not needed, or its source is not read.
 
     Args:
-        given: int64 [lanes], samples that each lane gives in the coming STEPS_OF_PACE steps.
+        given: int64 [lanes], samples that each lane draws in the next STEPS_OF_PACE steps.
     """
     pace = float(given.mean()) / STEPS_OF_PACE
     if pace == 0:
@@ -282,7 +285,7 @@ def _in_steps(uses: ShardUses, given: np.ndarray) -> np.ndarray:
     return np.where(uses.next_uses == NEVER, math.inf, uses.next_uses / pace)
 
 
-def _note(
+def _add_shards(
     source: RemoteSource,
     uses: ShardUses,
     steps: np.ndarray,
@@ -291,8 +294,10 @@ def _note(
     schedule: dict[str, float],
     wanted: list[WantedShard],
 ) -> None:
-    """Adds a source's shards to the schedule, and those of its windows that are not there to what
-    is wanted. Two sources may share a dataset: the earlier use counts."""
+    """Adds a source's shards to the schedule, and the missing ones of its windows to `wanted`.
+
+    Two sources may share a dataset: then the earlier use counts.
+    """
     is_wanted = (uses.is_current | uses.is_next) & np.isfinite(steps)
     named = set()
     for number in np.flatnonzero(is_wanted).tolist():

@@ -1,14 +1,14 @@
-"""Datasets behind URLs: their shards come whole to a disk of the node, once for all its processes.
+"""Node-local cache for datasets behind URLs: whole shards on a disk, fetched once per node.
 
     <folder>/<host>/datasets/<digest of the manifest>/     dataset.json, manifest.jsonl
                                                            00000000.idx and .tar, once fetched
                     files/<digest>.subset                  subsets
-                    progress/<rank>                        step that a rank has come to
+                    progress/<rank>                        step that a rank has reached
 
-A present tar is whole: index and tar are fetched to parts, checked against the manifest, and
-renamed, the tar last. Whoever needs a shard that is not there fetches it, and the others wait; the
-prefetcher only does so before it is needed. Nodes that share a disk by mistake each have their
-folder.
+A tar that is present is whole: index and tar are downloaded to parts, checked against the manifest,
+and renamed, the tar last. The first process that needs a missing shard fetches it, and the others
+wait. The prefetcher does the same ahead of time. Each node has its own folder, even if nodes share
+the disk by mistake.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ from data_prep.storage.atomic import write_atomically
 from data_prep.storage.failures import DISK_ERRORS, WrongContentError
 from data_prep.storage.file_transfer import fetch_bytes, fetch_file
 from data_prep.storage.remote_file import join
-from pretrain.cache.eviction import NUM_BYTES_PER_GIGABYTE, CacheRoom, lock_path, locked, part_name
+from pretrain.cache.eviction import (
+    NUM_BYTES_PER_GIGABYTE,
+    CachedShards,
+    lock_path,
+    locked,
+    part_name,
+)
 from pretrain.config import Cache
 
 DIGEST_DIGITS = 32
@@ -43,15 +49,15 @@ STEP_BYTES = 8
 
 
 class ShardCache:
-    """The cache of one node. It can be pickled, and used by many threads and processes at once.
+    """Cache of one node. It can be pickled, and used by many threads and processes at once.
 
     Args:
-        settings: with a folder.
-        retries: further tries after a failure that may pass.
+        settings: section `loading.cache`, with a folder.
+        retries: retries of a download after a transient error.
         host: name of the node.
 
     Raises:
-        InputError: there is no folder, or it cannot be made.
+        InputError: if no folder is set, or it cannot be created.
     """
 
     def __init__(self, settings: Cache, *, retries: int, host: str = socket.gethostname()) -> None:
@@ -69,7 +75,7 @@ class ShardCache:
                 "set loading.cache.folder"
             ) from None
         allowed = settings.max_gigabytes
-        self.room = CacheRoom(
+        self.shards = CachedShards(
             self.folder / "datasets",
             max_bytes=None if allowed is None else int(allowed * NUM_BYTES_PER_GIGABYTE),
         )
@@ -77,31 +83,31 @@ class ShardCache:
     # --------------------------------------------------------------------------------- datasets
 
     def open_dataset(self, url: str, *, takes_bad_shards: bool = False) -> Dataset:
-        """The dataset at `url`, asked for anew: its shards come when they are read.
+        """Opens the dataset at a URL; its shards are fetched when they are read.
 
         Raises:
-            InputError: it is missing, unfinished or damaged.
-            OSError: it cannot be read now.
+            InputError: if the dataset is missing, unfinished or damaged.
+            OSError: if it cannot be read now.
         """
         info_bytes = self._fetch_small(join(url, "dataset.json"), expected="a dataset of shards")
         manifest_bytes = self._fetch_small(join(url, "manifest.jsonl"), expected="its manifest")
         info = parse_info(info_bytes, join(url, "dataset.json"))
         rows = parse_manifest(manifest_bytes, join(url, "manifest.jsonl"))
         digest = hashlib.sha256(manifest_bytes).hexdigest()[:DIGEST_DIGITS]
-        folder = self.room.folder / digest
+        folder = self.shards.folder / digest
         folder.mkdir(exist_ok=True)
-        # Its tars stand beside its indexes here.
+        # In the cache, tars are in the same folder as their indexes.
         write_dataset_files(folder, replace(info, tar_folder="."), manifest=rows)
         tar_url = url if info.tar_folder == "." else join(url, info.tar_folder)
-        shards = RemoteShards(url, tar_url, folder, self.room, self.retries)
+        shards = RemoteShards(url, tar_url, folder, self.shards, self.retries)
         return Dataset(folder, fetch_shard=shards, takes_bad_shards=takes_bad_shards)
 
     def fetch_subset(self, url: str) -> Path:
-        """The path of a `.subset` file, asked for anew.
+        """Downloads a `.subset` file, and returns its path in the cache.
 
         Raises:
-            InputError: it is missing.
-            OSError: it cannot be read now.
+            InputError: if the file is missing.
+            OSError: if it cannot be read now.
         """
         content = self._fetch_small(url, expected="a subset")
         digest = hashlib.sha256(content).hexdigest()[:DIGEST_DIGITS]
@@ -118,7 +124,7 @@ class ShardCache:
     # --------------------------------------------------------------------------------- progress
 
     def publish_progress(self, rank: int, step: int) -> None:
-        """Says that a rank has read all that comes before a step."""
+        """Publishes that a rank has read everything before a step."""
         descriptor = os.open(self._progress_path(rank), os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.pwrite(descriptor, step.to_bytes(STEP_BYTES, "little"), 0)
@@ -126,7 +132,7 @@ class ShardCache:
             os.close(descriptor)
 
     def least_progress(self, ranks: Iterable[int]) -> int:
-        """The step that all these ranks have come to; 0 for those that have said nothing."""
+        """Returns the step that all these ranks have reached; 0 if one has published nothing."""
         return min(self._progress_of(rank) for rank in ranks)
 
     def _progress_of(self, rank: int) -> int:
@@ -140,25 +146,26 @@ class ShardCache:
 
 @dataclass(frozen=True)
 class RemoteShards:
-    """Fetches the shards of one dataset."""
+    """Fetcher of the shards of one dataset; calling it fetches a shard."""
 
-    url: str  # folder of the indexes
-    tar_url: str  # folder of the tars
+    url: str  # folder that holds the indexes
+    tar_url: str  # folder that holds the tars
     folder: Path
-    room: CacheRoom
+    cached: CachedShards
     retries: int
 
     def __call__(self, row: ManifestRow, *, needed_in: float = 0.0) -> None:
-        """Makes the files of a shard be in the folder; quick if they are.
+        """Ensures that the files of a shard are in the folder; quick if they are there.
 
         Args:
-            row: of the manifest.
-            needed_in: steps until it is needed; see CacheRoom.reserve.
+            row: row of the manifest.
+            needed_in: steps until the shard is needed; see `CachedShards.reserve`.
 
         Raises:
-            BadShardError: it is not there, is not given, or is not what the manifest says.
-            NoRoomError: everything else in the cache is needed before it.
-            OSError: it cannot be fetched now, or the disk is full.
+            BadShardError: if the shard is missing, access is denied, or it differs from the
+                manifest.
+            NoRoomError: if everything else in the cache is needed before it.
+            OSError: if it cannot be fetched now, or the disk is full.
         """
         if self.is_here(row):
             with suppress(FileNotFoundError):
@@ -171,7 +178,7 @@ class RemoteShards:
                 self._fetch(row, needed_in)
 
     def is_here(self, row: ManifestRow) -> bool:
-        """Whether its files are in the folder, with the right sizes."""
+        """Returns whether a shard's files are in the folder, with the right sizes."""
         try:
             tar, index = self._path(row, ".tar").stat(), self._path(row, ".idx").stat()
         except FileNotFoundError:
@@ -179,7 +186,7 @@ class RemoteShards:
         return (tar.st_size, index.st_size) == (row.tar_bytes, row.index_bytes)
 
     def name_of(self, row: ManifestRow) -> str:
-        """The shard's name in the cache."""
+        """Returns the shard's name in the cache."""
         return f"{self.folder.name}/{row.name}"
 
     def _path(self, row: ManifestRow, suffix: str) -> Path:
@@ -190,7 +197,7 @@ class RemoteShards:
         index_part = index.with_name(part_name(index.name, row.index_bytes))
         tar_part = tar.with_name(part_name(tar.name, row.tar_bytes))
         num_bytes = row.index_bytes + row.tar_bytes
-        self.room.reserve((index_part, tar_part), num_bytes=num_bytes, needed_in=needed_in)
+        self.cached.reserve((index_part, tar_part), num_bytes=num_bytes, needed_in=needed_in)
         try:
             self._fetch_part(
                 join(self.url, f"{row.name}.idx"), index_part, row.index_bytes, row.index_sha256

@@ -1,4 +1,4 @@
-"""Opens the datasets that a config names: folders or URLs of shards, whole or through a subset."""
+"""Datasets that a config names: folders or URLs of shards, whole or through a subset."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from pretrain.config import Loading
 
 
 def build_cache(loading: Loading) -> ShardCache | None:
-    """This node's cache, if one is configured.
+    """Builds this node's cache; None if no folder is configured.
+
+    Args:
+        loading: section `loading`.
 
     Raises:
-        InputError: its folder cannot be made.
+        InputError: if the cache's folder cannot be created.
     """
     if loading.cache.folder is None:
         return None
@@ -33,18 +36,18 @@ def open_samples(
     cache: ShardCache | None = None,
     takes_bad_shards: bool = False,
 ) -> KeptSamples:
-    """A dataset, or what a subset keeps of it.
+    """Opens a dataset, or the part of it that a subset keeps.
 
     Args:
-        dataset: folder, which is read where it is, or URL, which is read through the cache.
-        subset: `.subset` file; likewise. None for everything.
-        cache: of this node; None where no URL is expected.
+        dataset: folder, which is read in place, or URL, which is read through the cache.
+        subset: path or URL of a `.subset` file; None keeps everything.
+        cache: this node's cache; None if no URL is expected.
         takes_bad_shards: see data_prep.shards.dataset.Dataset.
 
     Raises:
-        InputError: one of them is missing or damaged, or they do not belong together, or there is
-            no cache for a URL.
-        RunError: a URL cannot be read now.
+        InputError: if the dataset or the subset is missing, damaged, or of another dataset, or if a
+            URL has no cache.
+        RunError: if a URL cannot be read now.
     """
     try:
         return _open(dataset, subset, cache, takes_bad_shards=takes_bad_shards)

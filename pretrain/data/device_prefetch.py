@@ -1,4 +1,4 @@
-"""Copies the next batch to the device while this one is computed."""
+"""Prefetching to the device: the next batch is copied while the current one is computed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pretrain.data.batch import StepBatch
 
 
 class BatchCopier(Protocol):
-    """Brings batches to a device."""
+    """Copies batches to a device."""
 
     def copy(self, batch: StepBatch) -> StepBatch:
-        """The batch on the device; its memory here is free again."""
+        """Returns the batch on the device, after which its memory on the host may be reused."""
 
     def hand_over(self, batch: StepBatch) -> None:
-        """Called by the thread that computes, before it uses a copied batch."""
+        """Prepares a copied batch for use; the computing thread calls it."""
 
 
 class CudaCopier:
-    """Copies on a stream of its own, beside the computation.
+    """Copier with its own stream, so that copies overlap with computation.
 
     Args:
         device: a GPU.
@@ -40,27 +40,29 @@ class CudaCopier:
         return copied
 
     def hand_over(self, batch: StepBatch) -> None:
-        """Tells the allocator not to reuse the batch's memory before this stream is through."""
+        """Keeps the allocator from reusing the batch's memory before this stream is done."""
         current = torch.cuda.current_stream(self.device)
         for pairing in batch.pairings.values():
             for tensor in pairing.on_device:
                 tensor.record_stream(current)
 
 
-def copy_ahead(batches: Iterator[StepBatch], *, device: torch.device) -> Iterator[StepBatch]:
-    """The batches on the device, where a GPU holds at most two: the one in use and the next.
+def prefetch_to_device(
+    batches: Iterator[StepBatch], *, device: torch.device
+) -> Iterator[StepBatch]:
+    """Copies batches to a device; a GPU holds at most the one in use and the next.
 
     Args:
-        batches: each holds until the next is asked for; pinned if the device is a GPU.
-        device: where they go.
+        batches: batches, each valid until the next is asked for; pinned if the device is a GPU.
+        device: target of the copies.
     """
     if device.type == "cuda":
-        return copy_with(CudaCopier(device), batches)
+        return prefetch_with(CudaCopier(device), batches)
     return batches
 
 
-def copy_with(copier: BatchCopier, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
-    """The batches, copied by a thread as soon as they are loaded and there is room."""
+def prefetch_with(copier: BatchCopier, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+    """Yields the batches, which a thread copies while the batch before is in use."""
     copied: queue.SimpleQueue[StepBatch | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(1)
 
@@ -72,7 +74,7 @@ def copy_with(copier: BatchCopier, batches: Iterator[StepBatch]) -> Iterator[Ste
         except BaseException as error:
             copied.put(error)
 
-    threading.Thread(target=copy_all, name="copy-ahead", daemon=True).start()
+    threading.Thread(target=copy_all, name="device-prefetch", daemon=True).start()
     while (batch := copied.get()) is not None:
         if isinstance(batch, BaseException):
             raise batch

@@ -1,12 +1,12 @@
-"""One process beside each rank, in which threads fill a ring of buffers that both can see.
+"""The loader process of each rank, whose threads fill a ring of shared buffers.
 
     training process                        loader process
     load(loader, steps)   -- loader, memory --->   cuts each step into chunks of rows
                           <-- step, slot ----      threads read, decode and tokenise a chunk each
     uses the slot         ---- slot is free -->    which is then filled with a later step
 
-Decoders, resizing and file reads let go of Python's lock, so that threads use as many cores as
-processes would, and no batch is ever copied between processes.
+Decoders, resizing and file reads release Python's global lock, so threads use as many cores as
+processes would. No batch is copied between processes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from pretrain.data.step_loader import StepLoader
 
 
 class LoaderProcess:
-    """Starts the process at once, so that it holds no thread, connection or GPU of this one.
+    """Handle of a loader process, which it starts at once.
+
+    The process is forked: create it before this process has threads, connections or a GPU.
 
     Args:
-        loading: settings.
+        loading: section `loading`.
     """
 
     def __init__(self, loading: Loading) -> None:
@@ -49,19 +51,19 @@ class LoaderProcess:
     def load(
         self, loader: StepLoader, *, first_step: int, last_step: int, is_pinned: bool
     ) -> Iterator[StepBatch]:
-        """The steps in order; each one's tensors hold until the next is asked for.
+        """Yields steps in order; a batch's tensors are valid until the next one is asked for.
 
-        To be called once.
+        Call it once.
 
         Args:
             loader: reader of this rank's rows.
-            first_step: the first that is wanted.
-            last_step: the first that is not.
-            is_pinned: let a GPU copy from the buffers by itself.
+            first_step: first step to load.
+            last_step: step before which loading ends.
+            is_pinned: whether a GPU copies from the buffers by itself.
 
         Raises:
-            InputError, OSError: as StepLoader.load.
-            RunError: the process died.
+            InputError, OSError: as `StepLoader.load`.
+            RunError: if the process died.
         """
         request = LoadRequest(loader, first_step, last_step, self.num_threads, self.num_slots)
         descriptor = os.memfd_create("isopair-batches")
@@ -126,7 +128,7 @@ def _batch(
 
 
 def _pin(memory: Tensor) -> None:
-    """Lets the GPU copy from memory that torch has not allocated."""
+    """Pins memory that torch has not allocated, so that a GPU can copy from it by itself."""
     status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(status) != 0:
         raise RunError(

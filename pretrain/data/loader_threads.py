@@ -1,8 +1,11 @@
-"""The loader process from the inside: threads that fill the steps of a ring of shared buffers.
+"""The inside of the loader process: threads that fill the steps of a ring of shared buffers.
 
-A step is cut into chunks of rows; each thread takes a chunk, reads, decodes and tokenises it into
-its place, and takes the next one, also of a later step. When the last chunk of a step is done, a
-message tells the training process, which says when the step's slot may be filled again.
+A step is cut into chunks of rows. Each thread takes a chunk, reads and decodes its media in place,
+tokenises its captions, and takes the next chunk, also of a later step. The main thread begins
+steps, and tokenises with a slow tokenizer: its Python code would only block the threads.
+
+When the last chunk of a step is done, a message tells the training process. That process sends back
+the number of the step's slot as soon as it may be filled again.
 """
 
 from __future__ import annotations
@@ -34,17 +37,18 @@ from pretrain.cache.node import Progress, fetching_ahead
 from pretrain.config import PairingName
 from pretrain.data.batch import PairBuffers, step_buffers, step_bytes
 from pretrain.data.pair_reader import BadSample
+from pretrain.data.pairing_reader import FilledRows
 from pretrain.data.step_loader import StepLoader
 from pretrain.sampling.order import StepSamples
 
 LARGEST_CHUNK = 32  # rows that a thread fills, and captions that are tokenised together
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
 class PairingRows:
-    """What filling the rows of one pairing brought besides the rows."""
+    """Everything about the rows of one pairing except the rows themselves."""
 
     digest: np.ndarray
     bad_samples: list[BadSample] = field(default_factory=list)
@@ -53,7 +57,7 @@ class PairingRows:
 
 @dataclass(frozen=True)
 class StepMessage:
-    """Says that a slot holds a step, or why it does not."""
+    """Announces that a slot holds a step, or the error that prevents it."""
 
     step: int
     slot: int
@@ -64,7 +68,7 @@ class StepMessage:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What the training process asks for."""
+    """Steps that the training process asks for."""
 
     loader: StepLoader
     first_step: int
@@ -74,10 +78,11 @@ class LoadRequest:
 
     @property
     def slot_bytes(self) -> int:
+        """Bytes of one step's buffers."""
         return max(1, step_bytes(self.loader.layouts))
 
     def map_slots(self, descriptor: int) -> tuple[Tensor, list[dict[PairingName, PairBuffers]]]:
-        """(uint8 [bytes] of shared memory, [slots] its buffers); closes the descriptor."""
+        """Returns (uint8 [bytes] of shared memory, [slots] its buffers); closes the descriptor."""
         num_bytes = self.slot_bytes * self.num_slots
         memory = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
         os.close(descriptor)
@@ -86,9 +91,9 @@ class LoadRequest:
 
 
 def serve(pipe: Connection, parent: int) -> None:
-    """The process's life: waits for what to load, and loads it."""
+    """Runs the loader process: waits for a request, and loads its steps."""
     _live_and_die_with(parent)
-    torch.set_num_threads(1)  # before threads are made, which take it over
+    torch.set_num_threads(1)  # before threads are made, which inherit it
     try:
         request: LoadRequest = pipe.recv()
         _, slots = request.map_slots(recv_handle(pipe))
@@ -99,17 +104,17 @@ def serve(pipe: Connection, parent: int) -> None:
             message = _for_another_process(error)
             pipe.send(StepMessage(request.first_step, 0, {}, {}, message))
     except (EOFError, ConnectionError):
-        pass  # the training process has gone
+        pass  # the training process has ended
 
 
 def ignore_signals() -> None:
-    """Leaves what a scheduler or keyboard says to the training process."""
+    """Leaves the signals of a scheduler or keyboard to the training process."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _live_and_die_with(parent: int) -> None:
-    """When the training process ends, in whatever way, so does this one."""
+    """Ends this process when the training process ends, however that ends."""
     ignore_signals()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -129,15 +134,24 @@ class _StepTask:
     error: Exception | None = None
 
     def message(self) -> StepMessage:
-        """To be called when all rows are filled."""
+        """Returns the step's message, once all rows are filled."""
         num_rows = {name: len(samples) for name, samples in self.samples.items()}
-        for rows in self.rows.values():  # which threads brought in any order
+        for rows in self.rows.values():  # threads add them in any order
             rows.bad_samples.sort(key=attrgetter("source", "epoch", "ordinal"))
         return StepMessage(self.step, self.slot, num_rows, self.rows, self.error)
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Neighbouring rows of one pairing of a step."""
+
+    task: _StepTask
+    pairing: PairingName
+    rows: range
+
+
 class _LoaderThreads:
-    """The threads, and the row of chunks that they take their work from."""
+    """The threads, and the queue of chunks that they fill."""
 
     def __init__(
         self,
@@ -146,33 +160,56 @@ class _LoaderThreads:
         slots: list[dict[PairingName, PairBuffers]],
         progress: Progress,
     ) -> None:
-        self.request = request
         self.loader = request.loader
         self.num_threads = request.num_threads
         self.pipe = pipe
         self.slots = slots
         self.progress = progress
-        self._under_way: set[int] = set()  # steps
-        self._chunks: queue.SimpleQueue[tuple[_StepTask, PairingName, range]] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of the pipe's sending end and the tasks' fields
+        self._steps = iter(range(request.first_step, request.last_step))
+        self._unfinished: set[int] = set()  # steps
+        self._chunks: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
+        # Work of the main thread: a free slot, captions to tokenise, or the error that ends it.
+        self._events: queue.SimpleQueue[int | tuple[_Chunk, FilledRows] | BaseException] = (
+            queue.SimpleQueue()
+        )
+        self._lock = threading.Lock()  # for the pipe's sending end and the tasks' fields
 
     def run(self) -> None:
-        """Fills the steps, and stays until the training process ends this one."""
+        """Fills the steps until the training process ends this one."""
         for number in range(self.num_threads):
             threading.Thread(target=self._work, name=f"loader-{number}", daemon=True).start()
-        free_slots = list(range(len(self.slots)))
-        for step in range(self.request.first_step, self.request.last_step):
-            slot = free_slots.pop(0) if free_slots else self.pipe.recv()
-            try:
-                with self._lock:
-                    self._under_way.add(step)
-                    oldest = min(self._under_way)
-                self.progress.publish(oldest)
-                self._begin(step, slot)
-            except Exception as error:
-                self._send(StepMessage(step, slot, {}, {}, _for_another_process(error)))
+        threading.Thread(target=self._receive, name="loader-slots", daemon=True).start()
+        for slot in range(len(self.slots)):
+            self._begin_next(slot)
         while True:
-            self.pipe.recv()
+            event = self._events.get()
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, int):
+                self._begin_next(event)
+            else:
+                self._tokenise(*event)
+
+    def _receive(self) -> None:
+        """Passes free slots on to the main thread."""
+        try:
+            while True:
+                self._events.put(self.pipe.recv())
+        except BaseException as error:
+            self._events.put(error)
+
+    def _begin_next(self, slot: int) -> None:
+        step = next(self._steps, None)
+        if step is None:
+            return
+        try:
+            with self._lock:
+                self._unfinished.add(step)
+                oldest = min(self._unfinished)
+            self.progress.publish(oldest)
+            self._begin(step, slot)
+        except Exception as error:
+            self._send(StepMessage(step, slot, {}, {}, _for_another_process(error)))
 
     def _begin(self, step: int, slot: int) -> None:
         samples, rows = {}, {}
@@ -182,9 +219,9 @@ class _LoaderThreads:
             rows[name] = PairingRows(schedule.digest(name, samples[name]))
         task = _StepTask(step, slot, samples, self.slots[slot], rows)
         chunks = [
-            (task, name, chunk)
+            _Chunk(task, name, part)
             for name in samples
-            for chunk in _row_chunks(len(samples[name]), num_threads=self.num_threads)
+            for part in _row_chunks(len(samples[name]), num_threads=self.num_threads)
         ]
         task.num_chunks_left = len(chunks)
         for chunk in chunks:
@@ -194,41 +231,59 @@ class _LoaderThreads:
 
     def _work(self) -> None:
         while True:
-            task, name, chunk = self._chunks.get()
-            bad_samples: list[BadSample] = []
-            num_read: Counter[tuple[str, int]] = Counter()
-            error = None
-            if task.error is None:
+            chunk = self._chunks.get()
+            filled = FilledRows()
+            if chunk.task.error is None:
+                reader = self.loader.readers[chunk.pairing]
+                buffers = chunk.task.buffers[chunk.pairing]
                 try:
-                    reader = self.loader.readers[name]
-                    filled = reader.fill(task.buffers[name], task.samples[name], chunk)
-                    bad_samples, num_read = filled
-                except Exception as raised:
-                    error = _for_another_process(raised)
-            with self._lock:
-                task.rows[name].bad_samples.extend(bad_samples)
-                task.rows[name].num_read.update(num_read)
-                task.error = task.error or error
-                task.num_chunks_left -= 1
-                is_filled = task.num_chunks_left == 0
-            if is_filled:
-                self._send(task.message())
+                    samples = chunk.task.samples[chunk.pairing]
+                    filled = reader.fill_media(buffers, samples, chunk.rows)
+                    if reader.tokenizer.is_slow:
+                        self._events.put((chunk, filled))
+                        continue
+                    reader.fill_captions(buffers, filled.captions, chunk.rows)
+                except Exception as error:
+                    self._fail(chunk.task, error)
+            self._finish(chunk, filled)
+
+    def _tokenise(self, chunk: _Chunk, filled: FilledRows) -> None:
+        try:
+            reader = self.loader.readers[chunk.pairing]
+            reader.fill_captions(chunk.task.buffers[chunk.pairing], filled.captions, chunk.rows)
+        except Exception as error:
+            self._fail(chunk.task, error)
+        self._finish(chunk, filled)
+
+    def _fail(self, task: _StepTask, error: Exception) -> None:
+        with self._lock:
+            task.error = task.error or _for_another_process(error)
+
+    def _finish(self, chunk: _Chunk, filled: FilledRows) -> None:
+        task = chunk.task
+        with self._lock:
+            task.rows[chunk.pairing].bad_samples.extend(filled.bad_samples)
+            task.rows[chunk.pairing].num_read.update(filled.num_read)
+            task.num_chunks_left -= 1
+            is_filled = task.num_chunks_left == 0
+        if is_filled:
+            self._send(task.message())
 
     def _send(self, message: StepMessage) -> None:
         with self._lock:
-            self._under_way.discard(message.step)
+            self._unfinished.discard(message.step)
             self.pipe.send(message)
 
 
 def _row_chunks(num_rows: int, *, num_threads: int) -> Iterator[range]:
-    """Neighbouring rows for one thread at a time, small enough that all threads have some."""
+    """Neighbouring rows for one thread at a time, small enough that all threads get some."""
     size = max(1, min(LARGEST_CHUNK, -(-num_rows // (2 * num_threads))))
     for start in range(0, num_rows, size):
         yield range(start, min(start + size, num_rows))
 
 
 def _for_another_process(error: Exception) -> Exception:
-    """An error as it is where another process can build it; else its traceback in a RunError."""
+    """The error where another process can unpickle it, else a RunError with its traceback."""
     if isinstance(error, InputError | OSError):
         try:
             pickle.loads(pickle.dumps(error))

@@ -1,8 +1,8 @@
-"""Reads one source's samples by ordinal, and replaces those whose bytes are bad.
+"""Reader of one source's samples by ordinal, with substitutes for bad samples.
 
-A sample that fails its checksum or does not decode is replaced by another one of its shard, which
-depends on the bad sample's place alone: the same one on every rank, in every epoch and attempt. The
-replacement is recorded. What fails for the moment is tried again, and then stops the run.
+A sample that fails its checksum or does not decode is substituted by another one of its shard. The
+choice depends on the bad sample's ordinal alone, so it is the same on every rank, in every epoch
+and attempt. Substitutions are recorded. Transient errors are retried, and then stop the run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
@@ -30,7 +28,7 @@ from pretrain.data.transforms import MediaTransform
 from pretrain.sampling.keyed_random import SampleRandom, key_of, permute, sample_random
 
 MAX_SUBSTITUTES = 16
-# What another sample can stand in for.
+# Errors of a sample that another one can substitute.
 BAD_BYTES = (CorruptSampleError, MediaError, BadShardError)
 Result = TypeVar("Result")
 
@@ -39,75 +37,62 @@ Result = TypeVar("Result")
 class Pair:
     """A decoded image or clip and its captions."""
 
-    ordinal: int  # of the sample whose content this is
+    ordinal: int
     media: Any
     captions: list[str]
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """One row of the ledger of substitutions."""
+    """One substitution."""
 
     source: str
     epoch: int
     ordinal: int
     shard: str
-    substitute: int  # ordinal of what was read instead
+    substitute: int  # ordinal of the sample that was read instead
     reason: str
-    is_shard_bad: bool = False  # all of its shard is missing or damaged
+    is_shard_bad: bool = False  # the whole shard is missing or damaged
 
 
 @dataclass(frozen=True)
-class TrainingPair:
-    """An augmented image or clip and one of its captions."""
+class DrawnPair:
+    """A sample with what an epoch draws for it: its caption and its random numbers.
 
-    ordinal: int  # of the sample whose content this is
-    values: Tensor
-    stripes: list[tuple[int, int]]
+    It holds its bytes until it is decoded, and then the part of its media that is shown.
+    """
+
+    ordinal: int  # of the sample that is read, which may be a substitute
     caption: str
-    bad_sample: BadSample | None = None  # what it stands for, if that is another sample
-
-
-@dataclass(frozen=True)
-class OpenedPair:
-    """The bytes of an image or clip, and one of its captions."""
-
-    ordinal: int
-    sample: Sample
-    caption: str
-    rng: SampleRandom  # of which the caption's number is taken
+    rng: SampleRandom  # next number: the transform's
+    sample: Sample | None  # None after decoding
+    part: np.ndarray | None = None  # None before decoding
+    bad_sample: BadSample | None = None  # the sample that this one substitutes
 
     @property
     def num_bytes(self) -> int:
+        """Bytes that it holds."""
+        if self.sample is None:
+            return self.part.nbytes
         return sum(map(len, self.sample.members.values()))
 
 
-@dataclass(frozen=True)
-class DecodedPair:
-    """The part of an image or clip that is shown, not yet augmented, and one of its captions."""
-
-    ordinal: int  # of the sample whose content this is
-    part: np.ndarray
-    caption: str
-    rng: SampleRandom  # of which the part's numbers are taken
-    bad_sample: BadSample | None = None  # what it stands for, if that is another sample
-
-
 class PairReader:
-    """Pairs of one source, by ordinal.
+    """Reader of the pairs of one source, by ordinal.
 
     Args:
-        source: its name.
-        samples: of its dataset, all or what a subset keeps.
-        kind: of media that it must hold.
-        transform: decodes its kind of media.
+        source: the source's name.
+        samples: samples of its dataset, all or those that a subset keeps.
+        kind: kind of media that the dataset must hold.
+        transform: transform of this kind of media.
         seed: the run's seed.
-        retries: of a read that failed for the moment; shards that are fetched are not read again,
-            because fetching has its own retries.
-        takes_bad_shards: read other shards' samples for those of a missing or damaged shard.
+        retries: retries of a read after a transient error. Shards behind URLs are not read again,
+            because fetching them has its own retries.
+        takes_bad_shards: whether samples of other shards substitute those of a missing or damaged
+            shard.
 
     Raises:
-        InputError: the dataset holds another kind of media.
+        InputError: if the dataset holds another kind of media.
     """
 
     def __init__(
@@ -135,14 +120,14 @@ class PairReader:
                 f"in {self.dataset.folder}"
             )
 
-    # ------------------------------------------------------------------------------- as it is
+    # ---------------------------------------------------------------------- without substitution
 
     def read_exactly(self, ordinal: int) -> Pair:
-        """The pair, without substitution.
+        """Reads a pair without substitution.
 
         Raises:
-            CorruptSampleError, MediaError: its bytes are bad.
-            BadShardError, OSError: as Dataset.read_sample.
+            CorruptSampleError, MediaError: if its bytes are bad.
+            BadShardError, OSError: as `Dataset.read_sample`.
         """
         sample = self._retry(lambda: self.dataset.read_sample(ordinal))
         media = self._decode(sample, self.transform.decode)
@@ -163,42 +148,37 @@ class PairReader:
 
     # ------------------------------------------------------------------------------ for training
 
-    def read_training(self, ordinal: int, *, epoch: int) -> TrainingPair:
-        """The pair as an epoch shows it, or that of its substitute.
+    def open_training(self, ordinal: int, *, epoch: int) -> DrawnPair | None:
+        """Reads the bytes of a sample ahead of `decode_training`.
+
+        Returns:
+            The pair, or None if its bytes are bad; `decode_training` then finds them bad again.
 
         Raises:
-            InputError, BadShardError, OSError: as decode_training.
-        """
-        pair = self.decode_training(ordinal, epoch=epoch)
-        row = torch.empty(self.transform.row_shape, dtype=self.transform.row_dtype)
-        stripes = self.transform.write_row(pair.part, pair.rng, row)
-        return TrainingPair(pair.ordinal, row, stripes, pair.caption, pair.bad_sample)
-
-    def open_training(self, ordinal: int, *, epoch: int) -> OpenedPair | None:
-        """What decode_training begins with, to be done earlier; None if the bytes are bad.
-
-        Raises:
-            OSError: the shard cannot be read now.
+            OSError: if the shard cannot be read now.
         """
         try:
             return self._open(ordinal, epoch)
         except BAD_BYTES:
-            return None  # decode_training meets it again
+            return None
 
     def decode_training(
-        self, ordinal: int, *, epoch: int, opened: OpenedPair | None = None
-    ) -> DecodedPair:
-        """The pair as an epoch shows it, or that of its substitute, up to transform.write_row.
+        self, ordinal: int, *, epoch: int, opened: DrawnPair | None = None
+    ) -> DrawnPair:
+        """Decodes a sample as an epoch shows it, or a substitute if its bytes are bad.
 
         Args:
-            ordinal: of the sample.
-            epoch: that shows it.
-            opened: what open_training gave.
+            ordinal: number of the sample.
+            epoch: epoch that shows it.
+            opened: result of `open_training`.
+
+        Returns:
+            The pair, for `transform.write_row`.
 
         Raises:
-            InputError: neither it nor its substitutes can be decoded.
-            BadShardError: its shard is missing or damaged (unless takes_bad_shards).
-            OSError: the shard cannot be read now.
+            InputError: if neither the sample nor its substitutes can be decoded.
+            BadShardError: if its shard is missing or damaged (unless takes_bad_shards).
+            OSError: if the shard cannot be read now.
         """
         error: Exception | None = None
         num_tried = 0
@@ -218,19 +198,20 @@ class PairReader:
             f"read: {error}; check the dataset with python -m data_prep.verify_shards"
         )
 
-    def _open(self, ordinal: int, epoch: int) -> OpenedPair:
+    def _open(self, ordinal: int, epoch: int) -> DrawnPair:
         sample = self._retry(lambda: self.dataset.read_sample(ordinal))
         captions = captions_of(sample)
         rng = sample_random(self.seed, source=self.source, epoch=epoch, ordinal=ordinal)
-        return OpenedPair(ordinal, sample, captions[rng.below(len(captions))], rng)
+        return DrawnPair(ordinal, captions[rng.below(len(captions))], rng, sample)
 
-    def _decoded(self, opened: OpenedPair) -> DecodedPair:
-        rng = opened.rng
+    def _decoded(self, opened: DrawnPair) -> DrawnPair:
         part = self._decode(
             opened.sample,
-            lambda content, extension: self.transform.decode_training(content, extension, rng),
+            lambda content, extension: self.transform.decode_training(
+                content, extension, opened.rng
+            ),
         )
-        return DecodedPair(opened.ordinal, part, opened.caption, rng)
+        return replace(opened, sample=None, part=part)
 
     def _bad_sample(self, ordinal: int, epoch: int, substitute: int, error: Exception) -> BadSample:
         shard = self.dataset.manifest[self.dataset.locate(ordinal)[0]].name
@@ -238,21 +219,21 @@ class PairReader:
         return BadSample(self.source, epoch, ordinal, shard, substitute, str(error), is_shard_bad)
 
     def _candidates(self, ordinal: int) -> Iterator[int]:
-        """The sample, then others in the order they are tried.
+        """The sample, then others in the order in which they are tried.
 
-        Those of its own shard, which is at hand; of the next shards only if all of it was tried, or
-        if it is bad as a whole.
+        Samples of its own shard come first, because this shard is open already. The next shards
+        follow only if the whole shard was tried, or is bad as a whole.
         """
         yield ordinal
         shard, _ = self.dataset.locate(ordinal)
         rank = int(self.samples.ranks_of([ordinal])[0])
-        place = rank - int(self._ranks_before[shard])
+        index = rank - int(self._ranks_before[shard])
         key = key_of("substitute", ordinal)
         for number in np.roll(np.arange(len(self.dataset.manifest)), -shard).tolist():
             size = int(self.samples.shard_sizes[number])
             steps = np.arange(min(MAX_SUBSTITUTES, size))
-            places = (place + permute(steps, sizes=size, keys=key)) % size if size else steps
-            ordinals = self.samples.ordinals_of(self._ranks_before[number] + places)
+            indices = (index + permute(steps, sizes=size, keys=key)) % size if size else steps
+            ordinals = self.samples.ordinals_of(self._ranks_before[number] + indices)
             yield from (each for each in ordinals.tolist() if each != ordinal)
             if size > MAX_SUBSTITUTES and not self._is_bad(number):
                 return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from pretrain.config import (
 )
 from pretrain.data.batch import PairBuffers, PairLayout
 from pretrain.data.datasets import open_samples
-from pretrain.data.pair_reader import BadSample, DecodedPair, PairReader
+from pretrain.data.pair_reader import BadSample, DrawnPair, PairReader
 from pretrain.data.transforms import MediaTransform
 from pretrain.model.tokenizer import Tokenizer, token_keys
 from pretrain.sampling.keyed_random import scramble
@@ -31,7 +32,17 @@ from pretrain.sampling.schedule import distinct_sources
 # processor's caches warm, a tenth faster than taking each pair from its bytes to its row.
 GROUP_PAIRS = 16
 GROUP_BYTES = 4 << 20
-T = TypeVar("T")
+T = TypeVar("T", bound=tuple)
+
+
+@dataclass
+class FilledRows:
+    """Result of filling the media of some rows."""
+
+    captions: list[str] = field(default_factory=list)  # one per row
+    bad_samples: list[BadSample] = field(default_factory=list)
+    # (source, epoch) -> rows that show this epoch, substitutes included
+    num_read: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 class PairingReader:
@@ -61,7 +72,7 @@ class PairingReader:
         self.layout = PairLayout(
             media_shape=transform.row_shape,
             media_dtype=transform.row_dtype,
-            num_stripes=transform.num_stripes,
+            num_masks=transform.num_masks,
             context_length=tokenizer.context_length,
         )
 
@@ -72,31 +83,41 @@ class PairingReader:
 
         Several threads may call it at once, each for other rows.
         """
+        filled = self.fill_media(buffers, samples, rows)
+        self.fill_captions(buffers, filled.captions, rows)
+        return filled.bad_samples, filled.num_read
+
+    def fill_media(self, buffers: PairBuffers, samples: StepSamples, rows: range) -> FilledRows:
+        """Fills some rows, except for what `fill_captions` fills."""
         part = slice(rows.start, rows.stop)
         media = buffers.media[part].unbind()
-        bad_samples, num_read, captions, ordinals = [], Counter(), [], []
+        filled, ordinals = FilledRows(), []
         for row, (reader, epoch, pair) in enumerate(self._decoded_pairs(samples, rows)):
-            stripes = self.transform.write_row(pair.part, pair.rng, media[row])
-            if stripes:
-                buffers.stripes[rows[row]] = torch.tensor(stripes, dtype=torch.int32)
-            captions.append(pair.caption)
+            masks = self.transform.write_row(pair.part, pair.rng, media[row])
+            if masks:
+                buffers.spec_masks[rows[row]] = torch.tensor(masks, dtype=torch.int32)
+            filled.captions.append(pair.caption)
             ordinals.append(pair.ordinal)
-            num_read[reader.source, epoch] += 1
+            filled.num_read[reader.source, epoch] += 1
             if pair.bad_sample is not None:
-                bad_samples.append(pair.bad_sample)
-        tokens = self.tokenizer(captions)
-        buffers.tokens[part] = tokens
-        buffers.caption_lengths[part] = self.tokenizer.lengths(tokens)
-        buffers.caption_keys[part] = token_keys(tokens)
+                filled.bad_samples.append(pair.bad_sample)
         media_keys = scramble(
             self._source_keys[samples.sources[part]] ^ np.array(ordinals, dtype=np.uint64)
         )
         buffers.media_keys[part] = torch.from_numpy(media_keys.view(np.int64))
-        return bad_samples, num_read
+        return filled
+
+    def fill_captions(self, buffers: PairBuffers, captions: Sequence[str], rows: range) -> None:
+        """Fills the tokens of some rows, their lengths and their keys."""
+        part = slice(rows.start, rows.stop)
+        tokens = self.tokenizer(captions)
+        buffers.tokens[part] = tokens
+        buffers.caption_lengths[part] = self.tokenizer.lengths(tokens)
+        buffers.caption_keys[part] = token_keys(tokens)
 
     def _decoded_pairs(
         self, samples: StepSamples, rows: range
-    ) -> Iterator[tuple[PairReader, int, DecodedPair]]:
+    ) -> Iterator[tuple[PairReader, int, DrawnPair]]:
         """(reader, epoch, pair) of each row; read and decoded in groups."""
         part = slice(rows.start, rows.stop)
         wanted = zip(
@@ -109,21 +130,21 @@ class PairingReader:
             (reader, epoch, ordinal, reader.open_training(ordinal, epoch=epoch))
             for reader, epoch, ordinal in wanted
         )
-        for group in _groups(opened, lambda pair: pair[-1].num_bytes if pair[-1] else 0):
+        for group in _groups(opened):
             decoded = (
                 (reader, epoch, reader.decode_training(ordinal, epoch=epoch, opened=pair))
                 for reader, epoch, ordinal, pair in group
             )
-            for each in _groups(decoded, lambda pair: pair[-1].part.nbytes):
+            for each in _groups(decoded):
                 yield from each
 
 
-def _groups(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """Runs of items: at most GROUP_PAIRS, ended by the one that reaches GROUP_BYTES."""
+def _groups(items: Iterable[T]) -> Iterator[list[T]]:
+    """Runs of tuples that end with a pair or None: at most GROUP_PAIRS, or about GROUP_BYTES."""
     group, size = [], 0
     for item in items:
         group.append(item)
-        size += num_bytes(item)
+        size += item[-1].num_bytes if item[-1] is not None else 0
         if len(group) >= GROUP_PAIRS or size >= GROUP_BYTES:
             yield group
             group, size = [], 0

@@ -1,18 +1,16 @@
-"""From the bytes of media to tensors of one shape: at random for training, fixed for the rest.
+"""Transforms of media: bytes -> tensors of one shape, random in training, fixed in evaluation.
 
-A transform has these methods, each for its own kind of media; chance comes only from rng:
+A transform has these methods for its kind of media. Randomness comes from rng alone.
 
-    decode_training(content, extension, rng)   bytes -> the decoded part that is shown
-    write_row(part, rng, row)                  that part -> one row of a batch, in its place
-    load_training(content, extension, rng)     both: bytes -> a row in memory of its own
+    decode_training(content, extension, rng)   training: bytes -> random crop or part
+    write_row(part, rng, row)                  training: that part -> one row of a batch, in place
     decode(content, extension)                 evaluation: bytes -> decoded image or waveform
-    transform(decoded)                         evaluation: decoded -> the tower's input, no chance
+    transform(decoded)                         evaluation: decoded -> the tower's input
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,21 +29,14 @@ from pretrain.config import (
     ColorJitter,
     ImageTransform,
     MediaKind,
-    PretrainConfig,
+    Model,
 )
 from pretrain.sampling.keyed_random import SampleRandom
 
-# Of longer images only the centre is resized: it is all that the crop keeps, and a picture one
-# pixel high would else grow without bound.
+# Of longer images, only the centre is resized: the crop keeps no more, and a picture one pixel high
+# would otherwise grow without bound.
 LONGEST_RATIO = 8
 JPEG_DENOMINATORS = (8, 4, 2)
-
-
-class TrainingExample(NamedTuple):
-    """One row of a batch's media."""
-
-    values: Tensor  # of the transform's row_shape and row_dtype
-    stripes: list[tuple[int, int]]  # start and width of each of SpecAugment's stripes
 
 
 def _central_part(image: np.ndarray, *, longest: int) -> np.ndarray:
@@ -55,41 +46,50 @@ def _central_part(image: np.ndarray, *, longest: int) -> np.ndarray:
 
 
 class ImageToPixels:
-    """Images to uint8 [3, size, size]; normalisation follows on the device."""
+    """Transform of images to uint8 [3, size, size]; normalisation follows on the device."""
 
     def __init__(self, config: ImageTransform) -> None:
         self.config = config
-        # Of one row of a training batch; channels are last in memory.
+        # One row of a training batch; channels are last in memory.
         self.row_shape: tuple[int, ...] = (config.size, config.size, 3)
         self.row_dtype = torch.uint8
-        self.num_stripes = 0
+        self.num_masks = 0
         self._memory = PixelMemory()
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
-        """uint8 [H, Wd, 3].
+        """Decodes a picture to uint8 [H, Wd, 3].
 
         Raises:
-            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
+            data_prep.media.decode.MediaError: if bytes are damaged, or there are too many pixels.
         """
         return decode_image(content, extension)
 
-    def load_training(self, content: bytes, extension: str, rng: SampleRandom) -> TrainingExample:
-        """uint8 [size, size, 3]: a random crop, resized, perhaps mirrored and of other colours.
+    def decode_training(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
+        """Decodes a random crop.
 
-        Numbers are taken from `rng` in this order, those of what is turned off too: four for the
-        crop, one each for mirroring and grey, and last, if there is any jitter, five for it.
+        Random numbers are taken in this order, also those of what is turned off: four here for the
+        crop. In `write_row` follow one each for mirroring and grey, and five for any jitter.
+
+        Returns:
+            uint8 [crop height, crop width, 3].
 
         Raises:
-            data_prep.media.decode.MediaError: damaged bytes, or too many pixels.
+            data_prep.media.decode.MediaError: if bytes are damaged, or there are too many pixels.
         """
-        return _load_training(self, content, extension, rng)
-
-    def decode_training(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
-        """uint8 [crop height, crop width, 3]: the first part of load_training."""
-        return self._cropped(content, extension, rng).copy()  # the picture's memory is used again
+        # A copy, because the next picture is decoded into the same memory.
+        return self._cropped(content, extension, rng).copy()
 
     def write_row(self, part: np.ndarray, rng: SampleRandom, row: Tensor) -> list[tuple[int, int]]:
-        """The second part of load_training: fills uint8 [size, size, 3]; there are no stripes."""
+        """Writes a crop into a row: resized, and at random mirrored and of other colours.
+
+        Args:
+            part: uint8 [crop height, crop width, 3], as `decode_training` returns it.
+            rng: random numbers of the sample, after `decode_training`.
+            row: uint8 [size, size, 3], which is filled.
+
+        Returns:
+            No masks.
+        """
         is_mirrored = rng.random() < self.config.flip_probability
         is_grey = rng.random() < self.config.grey_probability
         if not (is_mirrored or is_grey or self.config.color_jitter):
@@ -142,12 +142,12 @@ class ImageToPixels:
         return image[top:bottom, left:right]
 
     def _denominator(self, height: int, width: int) -> int:
-        """The largest by which a crop can be decoded smaller and still have `size` pixels."""
+        """Largest denominator at which a decoded crop still has `size` pixels."""
         factor = min(height, width) // self.config.size
         return next((each for each in JPEG_DENOMINATORS if each <= factor), 1)
 
     def _random_crop(self, height: int, width: int, rng: SampleRandom) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop of random area and shape, within the image."""
+        """(top, left, height, width) of a crop of random area and aspect ratio."""
         low_area, high_area = self.config.crop_area
         low_ratio, high_ratio = self.config.crop_ratio
         area = height * width * (low_area + (high_area - low_area) * rng.random())
@@ -161,24 +161,24 @@ class ImageToPixels:
 
     @staticmethod
     def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic: PIL's, to within one level."""
+        """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic; within one level of PIL's."""
         pixels = torch.empty(*size, 3, dtype=torch.uint8)
         _resize_into(pixels, np.require(image, requirements="CW"))
         return pixels.permute(2, 0, 1)
 
 
 def _resize_into(row: Tensor, image: np.ndarray) -> None:
-    """Fills uint8 [H, Wd, 3] with an image of any size, which is one piece of memory."""
-    # With the batch's axis in front: else torch takes three slow planes for one fast picture.
+    """Resizes a contiguous image of any size into a row, uint8 [H, Wd, 3]."""
+    # With a batch axis: without it, torch resizes three planes, which is slower.
     pixels = torch.from_numpy(image[None].transpose(0, 3, 1, 2))  # [1, 3, H, Wd], channels last
-    # What torch's interpolate calls; but that has no `out`.
+    # torch's interpolate calls this function, but has no `out`.
     torch._C._nn._upsample_bicubic2d_aa(
         pixels, row.shape[:2], False, None, out=row[None].permute(0, 3, 1, 2)
     )
 
 
 def _jittered(pixels: Tensor, jitter: ColorJitter, rng: SampleRandom) -> Tensor:
-    """uint8 [3, H, Wd] with brightness, contrast, saturation and hue changed at random."""
+    """uint8 [3, H, Wd] with random brightness, contrast, saturation and hue."""
     from torchvision.transforms.v2 import functional as colors  # slow to import
 
     is_changed = rng.random() < jitter.probability
@@ -193,8 +193,10 @@ def _jittered(pixels: Tensor, jitter: ColorJitter, rng: SampleRandom) -> Tensor:
 
 
 def _with_contrast(pixels: Tensor, factor: float) -> Tensor:
-    """Torchvision's adjust_contrast, but with the exact mean: the float sum that torchvision takes
-    depends on the number of threads."""
+    """Torchvision's adjust_contrast with the exact mean.
+
+    Torchvision's mean is a float sum, which depends on the number of threads.
+    """
     from torchvision.transforms.v2 import functional as colors  # slow to import
 
     grey = colors.rgb_to_grayscale(pixels)  # [3, H, Wd] -> [1, H, Wd]
@@ -210,7 +212,7 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 class AudioToWaveform:
-    """Clips to float32 [samples] of one length; the log-mel follows on the device."""
+    """Transform of clips to float32 [samples] of one length; log-mel follows on the device."""
 
     def __init__(self, config: AudioTransform) -> None:
         self.config = config
@@ -218,28 +220,28 @@ class AudioToWaveform:
         self.row_shape: tuple[int, ...] = (self.clip_samples,)
         self.row_dtype = torch.float32
         spec = config.spec_augment
-        self.num_stripes = spec.num_mel_stripes + spec.num_time_stripes if spec else 0
+        self.num_masks = spec.num_mel_stripes + spec.num_time_stripes if spec else 0
 
     def decode(self, content: bytes, extension: str) -> np.ndarray:
-        """float32 [samples], mono, at sample_rate_hz.
+        """Decodes a clip to float32 [samples], mono, at sample_rate_hz.
 
         Raises:
-            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
+            data_prep.media.decode.MediaError: if bytes are damaged, or the clip is too long.
         """
         return decode_audio(content, sample_rate_hz=self.config.sample_rate_hz)
 
-    def load_training(self, content: bytes, extension: str, rng: SampleRandom) -> TrainingExample:
-        """float32 [clip_samples]: any part of a longer clip, and SpecAugment's stripes.
+    def decode_training(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
+        """Decodes a random part of a clip.
 
-        Numbers are taken from `rng` in this order: one for the part, two for each stripe.
+        Random numbers are taken in this order: one here for the part, and in `write_row` two for
+        each mask.
+
+        Returns:
+            float32 [at most clip_samples].
 
         Raises:
-            data_prep.media.decode.MediaError: damaged bytes, or too long a clip.
+            data_prep.media.decode.MediaError: if bytes are damaged, or the clip is too long.
         """
-        return _load_training(self, content, extension, rng)
-
-    def decode_training(self, content: bytes, extension: str, rng: SampleRandom) -> np.ndarray:
-        """float32 [at most clip_samples]: the first part of load_training."""
         return decode_audio_part(
             content,
             sample_rate_hz=self.config.sample_rate_hz,
@@ -248,20 +250,30 @@ class AudioToWaveform:
         )
 
     def write_row(self, part: np.ndarray, rng: SampleRandom, row: Tensor) -> list[tuple[int, int]]:
-        """The second part of load_training: fills float32 [clip_samples], returns the stripes."""
-        row.copy_(self._cut(part, 0))
-        return self._stripes(rng)
+        """Writes a part of a clip into a row, padded to its length.
 
-    def _stripes(self, rng: SampleRandom) -> list[tuple[int, int]]:
-        """(start, width) of SpecAugment's stripes, those across mel bins first."""
+        Args:
+            part: float32 [at most clip_samples], as `decode_training` returns it.
+            rng: random numbers of the sample, after `decode_training`.
+            row: float32 [clip_samples], which is filled.
+
+        Returns:
+            [num_masks] (start, width) of SpecAugment's masks, frequency masks first.
+        """
+        row.copy_(self._cut(part, 0))
+        return self._masks(rng)
+
+    def _masks(self, rng: SampleRandom) -> list[tuple[int, int]]:
+        """(start, width) of SpecAugment's masks, frequency masks first."""
         spec, mel = self.config.spec_augment, self.config.log_mel
         if spec is None:
             return []
         num_frames = 1 + self.clip_samples // mel.hop_samples
-        return [
-            *(_stripe(mel.num_mel_bins, spec.mel_bins, rng) for _ in range(spec.num_mel_stripes)),
-            *(_stripe(num_frames, spec.frames, rng) for _ in range(spec.num_time_stripes)),
+        freq_masks = [
+            _mask(mel.num_mel_bins, spec.mel_bins, rng) for _ in range(spec.num_mel_stripes)
         ]
+        time_masks = [_mask(num_frames, spec.frames, rng) for _ in range(spec.num_time_stripes)]
+        return freq_masks + time_masks
 
     def __call__(self, waveform: np.ndarray) -> Tensor:
         """float32 [samples] -> float32 [clip_samples]: the centre of a longer clip."""
@@ -282,8 +294,8 @@ class AudioToWaveform:
         return self.config.padding == "repeat"
 
 
-def _stripe(length: int, max_width: int, rng: SampleRandom) -> tuple[int, int]:
-    """(start, width) of a stripe within `length`."""
+def _mask(length: int, max_width: int, rng: SampleRandom) -> tuple[int, int]:
+    """(start, width) of a mask within `length`."""
     width = rng.below(max_width + 1)
     return rng.below(length - width + 1), width
 
@@ -291,19 +303,19 @@ def _stripe(length: int, max_width: int, rng: SampleRandom) -> tuple[int, int]:
 MediaTransform = ImageToPixels | AudioToWaveform
 
 
-def _load_training(
-    transform: MediaTransform, content: bytes, extension: str, rng: SampleRandom
-) -> TrainingExample:
-    part = transform.decode_training(content, extension, rng)
-    row = torch.empty(transform.row_shape, dtype=transform.row_dtype)
-    return TrainingExample(row, transform.write_row(part, rng, row))
+def build_transforms(
+    model: Model, *, image: ImageTransform, audio: AudioTransform
+) -> dict[MediaKind, MediaTransform]:
+    """Builds the transform of every kind of media that a model has a tower for.
 
-
-def build_transforms(config: PretrainConfig) -> dict[MediaKind, MediaTransform]:
-    """The transform of every kind of media that the model has a tower for."""
+    Args:
+        model: section `model`.
+        image: section `image`.
+        audio: section `audio`.
+    """
     transforms: dict[MediaKind, MediaTransform] = {}
-    if config.model.image is not None:
-        transforms["image"] = ImageToPixels(config.image)
-    if config.model.audio is not None:
-        transforms["audio"] = AudioToWaveform(config.audio)
+    if model.image is not None:
+        transforms["image"] = ImageToPixels(image)
+    if model.audio is not None:
+        transforms["audio"] = AudioToWaveform(audio)
     return transforms

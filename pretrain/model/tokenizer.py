@@ -33,6 +33,11 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self._lock = threading.Lock()
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether it is one of transformers' tokenizers that are written in Python."""
+        return not getattr(self.backend, "is_fast", True)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 

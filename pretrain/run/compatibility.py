@@ -14,7 +14,7 @@ from typing import Any
 from data_prep.config_file import (
     differing_keys,
     fixed_values,
-    read_config,
+    read_stored_config,
 )
 from data_prep.errors import ConfigError
 from pretrain.checkpoints.store import CheckpointStore, open_store
@@ -60,7 +60,7 @@ class RunIdentity:
             store: checkpoints of the run in that folder.
         """
         there = RunIdentity(
-            read_config(PretrainConfig, folder / "config.yaml"), fingerprints_of_run(folder)
+            read_stored_config(PretrainConfig, folder / "config.yaml"), fingerprints_of_run(folder)
         )
         checkpoints = store.checkpoints()
         steps_done = checkpoints[0].step if checkpoints else 0  # whole or not

@@ -1,1 +1,1 @@
-"""Sample order and source mixing as pure functions of the step."""
+"""Schedule of a run, sample order and source mixing: pure functions of the step."""

@@ -1,6 +1,6 @@
-"""Randomness that is a function of a key: permutations without memory, and a sample's own numbers.
+"""Keyed randomness (a counter-based RNG): permutations and random numbers as functions of a key.
 
-Nothing here keeps a state between calls, so that whoever asks, in whatever order, gets the same.
+No state is kept between calls, so the result does not depend on who calls, or in which order.
 """
 
 from __future__ import annotations
@@ -10,44 +10,43 @@ import hashlib
 import numpy as np
 
 FEISTEL_ROUNDS = 6
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # of splitmix64
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # increment of splitmix64
 MASK = (1 << 64) - 1
 NUM_TABLES_KEPT = 8
 
 
 def key_of(*parts: int | str) -> int:
-    """A 64-bit key that depends on all of `parts` and on nothing else."""
+    """Returns a 64-bit key that depends on all of `parts` and on nothing else."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def scramble(values: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, a bijection whose output bits all depend on all input bits (splitmix64)."""
+    """Maps uint64 to uint64 bijectively, mixing all bits (splitmix64)."""
     values = values + np.uint64(GOLDEN_GAMMA)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def permute(places: np.ndarray, *, sizes: np.ndarray | int, keys: np.ndarray | int) -> np.ndarray:
-    """Element-wise keyed bijection of [0, size): a Feistel network that walks its cycle.
+def permute(indices: np.ndarray, *, sizes: np.ndarray | int, keys: np.ndarray | int) -> np.ndarray:
+    """Applies a keyed bijection of [0, size) to every index: a cycle-walking Feistel network.
 
-    The network permutes the next power of four; a value that falls outside [0, size) is put
-    through it again until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains").
+    The network permutes the next power of four. A value outside [0, size) goes through it again
+    until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
-        places: int64, each in [0, size).
-        sizes: size of the domain, one for all or one per place; below 2**52.
-        keys: 64-bit key, one for all or one per place.
+        indices: int64, each in [0, size).
+        sizes: size of the domain, one for all or one per index; below 2**52.
+        keys: 64-bit key, one for all or one per index.
     """
-    places = np.asarray(places, dtype=np.int64)
-    sizes = np.broadcast_to(np.asarray(sizes, dtype=np.int64), places.shape)
-    keys = np.broadcast_to(np.asarray(keys, dtype=np.uint64), places.shape)
+    indices = np.asarray(indices, dtype=np.int64)
+    sizes = np.broadcast_to(np.asarray(sizes, dtype=np.int64), indices.shape)
+    keys = np.broadcast_to(np.asarray(keys, dtype=np.uint64), indices.shape)
     num_bits = np.frexp((sizes - 1).astype(np.float64))[1]  # bits that size - 1 needs
     half_bits = np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
-    permuted = places.astype(np.uint64)
-    outside = np.ones(places.shape, dtype=bool)
+    permuted = indices.astype(np.uint64)
+    outside = np.ones(indices.shape, dtype=bool)
     while outside.any():
         permuted[outside] = _feistel(permuted[outside], half_bits[outside], keys[outside])
         outside = permuted >= sizes.astype(np.uint64)
@@ -64,9 +63,10 @@ def _feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.
 
 
 class SampleRandom:
-    """The endless row of random numbers that belongs to one sample in one epoch.
+    """Endless sequence of random numbers of one sample in one epoch.
 
-    (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators": splitmix64.)
+    The generator is splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators").
     """
 
     __slots__ = ("_state",)
@@ -75,7 +75,7 @@ class SampleRandom:
         self._state = key
 
     def random(self) -> float:
-        """The next number, in [0, 1)."""
+        """Returns the next number, in [0, 1)."""
         self._state = (self._state + GOLDEN_GAMMA) & MASK
         value = self._state
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -83,15 +83,18 @@ class SampleRandom:
         return ((value ^ (value >> 31)) >> 11) * 2.0**-53
 
     def below(self, bound: int) -> int:
-        """The next number, an integer in [0, bound)."""
+        """Returns the next number as an integer in [0, bound)."""
         return int(self.random() * bound)
 
 
 def sample_random(seed: int, *, source: str, epoch: int, ordinal: int) -> SampleRandom:
-    """A sample's numbers (crop, flip, caption, ...) in an epoch: the same wherever it is read."""
+    """Returns a sample's random numbers in an epoch (for caption, crop, flip, ...).
+
+    They are the same on every rank and in every attempt.
+    """
     return SampleRandom(key_of(seed, source, epoch, ordinal))
 
 
 def newest(tables: dict) -> dict:
-    """The last few of the tables made so far: steps move through epochs and blocks in order."""
+    """Returns the last few tables made; steps go through epochs and blocks in order."""
     return dict(list(tables.items())[-NUM_TABLES_KEPT:])

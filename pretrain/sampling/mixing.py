@@ -1,7 +1,7 @@
-"""Who gets which slot, by weight, in closed form: sources within a pairing, pairings among steps.
+"""Weighted mixing as a closed-form function of the step: sources in a pairing, pairings in steps.
 
-Shares are exact for ever: after r slots a source of weight w has had w * r of them, rounded down to
-whole ones (the largest source has what the others leave). No count is kept anywhere.
+Fractions stay exact: of r slots, a source with the fraction w of all weight gets w * r, rounded
+down. The largest source gets the rest. No count is kept anywhere.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 from data_prep.errors import InputError
 from pretrain.sampling.keyed_random import key_of, newest, permute
 
-# Sources share each row of this many slots in exact proportion to their weights.
+# Within each block of so many slots of a lane, sources are mixed in exact proportion.
 MIXING_BLOCK_SLOTS = 4096
-# Weights are turned into integers, so that counts are exact for ever.
+# Weights are turned into integers, so that counts stay exact in runs of any length.
 WEIGHT_PARTS = 10**9
 Name = TypeVar("Name", bound=str)
 
 
 class SourceMixture:
-    """The sources of one pairing, mixed with the same weights from one row of slots on.
+    """Sources of one pairing, mixed with constant weights from one row of slots on.
 
-    In every block of MIXING_BLOCK_SLOTS slots of a lane, each source has its exact share of slots
-    (the rounding never adds up to a whole sample), and at every slot the lanes together hold each
-    source in proportion, to within one sample per source. So a step's composition is as even as
+    Row r is slot r of every lane. In every block of MIXING_BLOCK_SLOTS slots of a lane, each source
+    has its exact fraction of slots; rounding errors do not add up. In every row, the lanes together
+    hold each source in proportion, to within one sample. So a step's composition is as even as
     whole samples allow.
 
     Args:
-        pairing: its name, for messages.
-        source_names: for messages.
-        weights: [sources] not negative; only their ratios count.
+        pairing: the pairing's name, for messages.
+        source_names: [sources] names, for messages.
+        weights: [sources] non-negative weights; only their ratios count.
         lanes: number of lanes.
-        first_row: row of every lane's slots at which this mixture begins.
-        key_parts: what the keys of its permutations are made of.
+        first_row: first row of this mixture.
+        key_parts: parts of the keys of its permutations.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SourceMixture:
             if weight > 0 and part == 0:
                 raise InputError(
                     f"pairing {pairing!r}: the weight of source {name!r} is less than a "
-                    f"{WEIGHT_PARTS:,}th of all; raise it, or remove the source"
+                    f"{WEIGHT_PARTS:,}th of all weights; raise it, or remove the source"
                 )
         self._largest = int(np.argmax(weights))
         self._is_single = sum(weight > 0 for weight in weights) == 1
@@ -67,12 +67,12 @@ class SourceMixture:
     def draw(
         self, lane_numbers: np.ndarray, rows: np.ndarray, *, lanes: range
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(source, samples that this lane took of it before) of each slot; int64 [n].
+        """Returns int64 [n] each: a slot's source, and the samples its lane took of it before.
 
         Args:
-            lane_numbers: int64 [n], within `lanes`.
-            rows: int64 [n], each counted from the mixture's first.
-            lanes: those of this rank.
+            lane_numbers: int64 [n], lanes of the slots, within `lanes`.
+            rows: int64 [n], rows of the slots, counted from the mixture's first.
+            lanes: lanes that this rank carries.
         """
         source_numbers = np.full_like(rows, self._largest)
         if self._is_single:
@@ -89,7 +89,7 @@ class SourceMixture:
         return source_numbers, counts
 
     def counts_by_lane(self, row: int) -> np.ndarray:
-        """int64 [lanes, sources]: slots before `row` that each source has in each lane."""
+        """Returns int64 [lanes, sources], the slots before `row` that each source has in a lane."""
         block, row_in_block = divmod(row, MIXING_BLOCK_SLOTS)
         before = np.array(self._counts_before(block * MIXING_BLOCK_SLOTS), dtype=np.int64)
         counts = np.tile(before, (self.lanes, 1))
@@ -102,11 +102,14 @@ class SourceMixture:
         return counts
 
     def rows_until(self, source: int, needed: np.ndarray) -> int | None:
-        """Rows after which every lane has had its number of slots of a source; None: never.
+        """Returns the rows after which every lane has had some number of slots of a source.
 
         Args:
-            source: number of the source.
-            needed: int64 [lanes].
+            source: index of the source.
+            needed: int64 [lanes], slots that each lane needs.
+
+        Returns:
+            The number of rows, or None if the source has no weight.
         """
         most = int(needed.max())
         if most <= 0:
@@ -118,7 +121,7 @@ class SourceMixture:
         after = bisect_left(
             blocks, most, key=lambda block: self._counts_before(block * MIXING_BLOCK_SLOTS)[source]
         )
-        block = after - 1  # at its end they have had it, at its beginning not
+        block = after - 1  # they have had it at its end, but not at its beginning
         before = self._counts_before(block * MIXING_BLOCK_SLOTS)[source]
         if self._is_single:
             return block * MIXING_BLOCK_SLOTS + most - before
@@ -135,11 +138,11 @@ class SourceMixture:
         return found  # not from the table, which another thread may have replaced
 
     def _make_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
-        """([lanes, slots] source, [lanes, slots] slots of it before in this block) of one block.
+        """([lanes, slots] source, [lanes, slots] earlier slots of that source in this block).
 
-        A slot's source is read off a dial of MIXING_BLOCK_SLOTS marks on which every source owns an
-        arc. Along a lane the block visits every mark once, in a keyed order; the lanes stand evenly
-        spread around the dial.
+        Picture a dial of MIXING_BLOCK_SLOTS marks, on which every source owns an arc in proportion
+        to its weight. A lane visits every mark once per block, in a keyed order. In every row, the
+        lanes are spread evenly around the dial.
         """
         before = self._counts_before(block * MIXING_BLOCK_SLOTS)
         after = self._counts_before((block + 1) * MIXING_BLOCK_SLOTS)
@@ -157,22 +160,24 @@ class SourceMixture:
         return sources, counts
 
     def _counts_before(self, row: int) -> list[int]:
-        """Slots of one lane before `row` that belong to each source, where a block begins: floors,
-        and the largest source takes what they leave."""
+        """Slots of a lane before `row`, the first row of a block, that belong to each source.
+
+        Counts are rounded down; the largest source gets the rest.
+        """
         counts = [part * row // WEIGHT_PARTS for part in self._parts]
         counts[self._largest] += row - sum(counts)
         return counts
 
 
 class PairingChoice:
-    """Which pairings a step takes: all of them, or one, as evenly spread as their weights allow.
+    """Choice of the pairings that a step takes: all, or one, spread as evenly as weights allow.
 
-    With one per step, the first pairing takes step t where floor((t + 1) w) > floor(t w) for its
-    share w (a Beatty sequence); the others divide what it leaves in the same way.
+    With one per step, let w be the first pairing's fraction of all weight. It takes step t if
+    floor((t + 1) w) > floor(t w), a Beatty sequence. The others divide the other steps likewise.
 
     Args:
-        weights: of every pairing.
-        takes_all: every step takes all.
+        weights: weight of every pairing.
+        takes_all: whether every step takes all pairings.
     """
 
     def __init__(self, weights: Mapping[Name, float], *, takes_all: bool) -> None:
@@ -182,14 +187,14 @@ class PairingChoice:
         self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights.values()]
 
     def pairings_of_step(self, step: int) -> list[Name]:
-        """The pairings that step 0, 1, ... takes."""
+        """Returns the pairings that a step takes; steps count from 0."""
         if self.takes_all:
             return self.names
         before, after = self.num_taken(step), self.num_taken(step + 1)
         return [name for name in self.names if after[name] > before[name]]
 
     def steps_until(self, name: Name, num_taken: int) -> int:
-        """The run's steps after which so many have taken a pairing."""
+        """Returns the smallest number of first steps that take a pairing `num_taken` times."""
         if self.takes_all:
             return num_taken
         part = self._parts[self.names.index(name)]
@@ -197,7 +202,7 @@ class PairingChoice:
         return bisect_left(range(enough), num_taken, key=lambda step: self.num_taken(step)[name])
 
     def num_taken(self, num_steps: int) -> dict[Name, int]:
-        """Of the first `num_steps` steps, how many take each pairing."""
+        """Returns, for each pairing, how many of the first `num_steps` steps take it."""
         if self.takes_all:
             return dict.fromkeys(self.names, num_steps)
         taken, steps_left, parts_left = {}, num_steps, sum(self._parts)

@@ -1,15 +1,15 @@
-"""Which samples are in step t: a pure function of config, shard sizes and t, without any state.
+"""Sample order: the samples of step t as a pure function of config, shard sizes and t.
 
-A source's samples are put in order, for each epoch anew, in four moves (SourceOrder):
+Each epoch orders a source's samples in four moves (SourceOrder):
 
-    1. its shards are permuted and their samples laid end to end on an axis of N places;
+    1. shards are permuted, and their samples laid end to end on an axis of length N;
     2. the axis is rotated, so that the N mod lanes samples left over differ between epochs;
-    3. the axis is cut into as many equal ranges as there are lanes: lane c owns range c;
-    4. inside a lane, each window of neighbouring places is permuted by a keyed bijection.
+    3. the axis is cut into equal ranges, one per lane;
+    4. inside a lane, each window of neighbouring indices is permuted by a keyed bijection.
 
-A pairing mixes its sources slot by slot (PairingOrder, by source_mixing): lane c is an endless row
-of slots, and a step takes the next `global_batch_size / lanes` slots of every lane. Which rank
-carries a lane, and how many ranks there are, never enters.
+A pairing mixes its sources slot by slot (PairingOrder, with sampling.mixing). A lane is an endless
+sequence of slots, and a step takes the next `global_batch_size / lanes` slots of every lane. The
+number of ranks, and the rank that carries a lane, do not matter.
 """
 
 from __future__ import annotations
@@ -40,20 +40,19 @@ class KeptOrdinals(Protocol):
 
 
 class SourceOrder:
-    """The endless row of samples that every lane reads from one source.
+    """Endless sequence of samples that every lane reads from one source.
 
     Args:
         name: the source's name; part of every key.
-        shard_sizes: [shards] samples per shard; of a subset, those that it keeps.
+        shard_sizes: [shards] samples per shard; with a subset, the kept ones.
         lanes: number of lanes.
-        window: samples of a lane that are shuffled among themselves; 1 reads in shard order, and
-            anything from the lane's length on shuffles the whole lane.
+        window: samples of a lane that are shuffled among themselves. 1 reads in shard order, and a
+            window of at least the lane's length shuffles the whole lane.
         seed: the run's seed.
-        samples: turns places in these shards into ordinals of the dataset, where only a subset of
-            its samples is kept.
+        samples: ordinals of the kept samples; None if all are kept.
 
     Raises:
-        InputError: the source has fewer samples than lanes.
+        InputError: if the source has fewer samples than lanes.
     """
 
     def __init__(
@@ -83,37 +82,37 @@ class SourceOrder:
         self._epoch_axes: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def samples_at(self, lanes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, ordinal) of the sample at each (lane, position); positions are unbounded.
+        """Returns int64 [n] each: epoch and ordinal of the sample at each (lane, position).
 
         Args:
-            lanes: int64 [n].
-            positions: int64 [n], each counted from the run's beginning in its lane.
+            lanes: int64 [n], lanes.
+            positions: int64 [n], samples that the lane read before, since the run's beginning.
         """
-        epochs, places = np.divmod(positions, self.lane_length)
-        places = self._shuffle_windows(lanes, epochs, places)
-        ranks = np.empty_like(places)
+        epochs, indices = np.divmod(positions, self.lane_length)
+        indices = self._shuffle_windows(lanes, epochs, indices)
+        ranks = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             shard_order, axis_starts, rotation = self.epoch_axis(epoch)
-            axis = lanes[here] * self.lane_length + places[here] + rotation
+            axis = lanes[here] * self.lane_length + indices[here] + rotation
             axis %= self.num_samples
             nth = np.searchsorted(axis_starts, axis, side="right") - 1
             ranks[here] = self.shard_starts[shard_order[nth]] + axis - axis_starts[nth]
         return epochs, ranks if self.samples is None else self.samples.ordinals_of(ranks)
 
     def _shuffle_windows(
-        self, lanes: np.ndarray, epochs: np.ndarray, places: np.ndarray
+        self, lanes: np.ndarray, epochs: np.ndarray, indices: np.ndarray
     ) -> np.ndarray:
-        windows = places // self.window
+        windows = indices // self.window
         starts = windows * self.window
         sizes = np.minimum(self.window, self.lane_length - starts)
-        keys = np.full(places.shape, key_of(self.seed, "window", self.name), dtype=np.uint64)
+        keys = np.full(indices.shape, key_of(self.seed, "window", self.name), dtype=np.uint64)
         for part in (lanes, epochs, windows):
             keys = scramble(keys ^ part.astype(np.uint64))
-        return starts + permute(places - starts, sizes=sizes, keys=keys)
+        return starts + permute(indices - starts, sizes=sizes, keys=keys)
 
     def epoch_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(shards in this epoch's order, where each begins on the axis, rotation of the axis)."""
+        """Returns (shards in the epoch's order, their starts on the axis, rotation of the axis)."""
         found = self._epoch_axes.get(epoch)
         if found is None:
             found = self._make_epoch_axis(epoch)
@@ -135,12 +134,12 @@ class SourceOrder:
 
 @dataclass(frozen=True)
 class StepSamples:
-    """What a step reads, in the order of the slots of the global batch."""
+    """Samples of a step, in the order of the slots of the global batch."""
 
-    slots: np.ndarray  # int64 [B] place in the global batch
-    sources: np.ndarray  # int64 [B] number of the source
-    epochs: np.ndarray  # int64 [B] epoch of that source
-    ordinals: np.ndarray  # int64 [B] sample of that source
+    slots: np.ndarray  # int64 [B] slot in the global batch
+    sources: np.ndarray  # int64 [B] index of the source
+    epochs: np.ndarray  # int64 [B] epoch of the source
+    ordinals: np.ndarray  # int64 [B] sample of the source
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -148,22 +147,22 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class Segment:
-    """The weights of all sources from a step on."""
+    """Weights of all sources from a step on."""
 
     from_step: int
-    weights: Sequence[float]  # [sources]; 0 for a source that is not used
+    weights: Sequence[float]  # [sources]; 0 if a source is not used
 
 
 class PairingOrder:
-    """Mixes the sources of one pairing, by weight, and cuts the mixture into steps.
+    """Mixture of the sources of one pairing, by weight, cut into steps.
 
-    Steps are counted among those that take this pairing. Where a segment ends, every source goes on
-    in the next one where it was, in every lane.
+    Only steps that take this pairing are counted. When a segment begins, every source continues in
+    every lane where it was.
 
     Args:
         name: the pairing's name; part of every key.
-        sources: their orders, all with the same lanes.
-        segments: weights by step, the first from step 0.
+        sources: orders of its sources, all with the same lanes.
+        segments: weights by step; the first begins at step 0.
         global_batch_size: pairs per step, a multiple of the lanes.
         seed: the run's seed.
     """
@@ -188,11 +187,11 @@ class PairingOrder:
             self._mixture(segment, is_first=number == 0, seed=seed)
             for number, segment in enumerate(segments)
         ]
-        # [segments] int64 [lanes, sources]: samples given before the segment
-        self._given: list[np.ndarray] = [np.zeros((self.lanes, len(sources)), dtype=np.int64)]
+        # [segments] int64 [lanes, sources]: samples drawn before the segment
+        self._drawn: list[np.ndarray] = [np.zeros((self.lanes, len(sources)), dtype=np.int64)]
         for earlier, later in pairwise(self._mixtures):
             rows = later.first_row - earlier.first_row
-            self._given.append(self._given[-1] + earlier.counts_by_lane(rows))
+            self._drawn.append(self._drawn[-1] + earlier.counts_by_lane(rows))
 
     def _mixture(self, segment: Segment, *, is_first: bool, seed: int) -> SourceMixture:
         return SourceMixture(
@@ -205,14 +204,14 @@ class PairingOrder:
         )
 
     def samples_of_step(self, step: int, *, lanes: range) -> StepSamples:
-        """The samples of one step that the given lanes hold, lane after lane."""
+        """Returns the samples of a step that some lanes hold, lane after lane."""
         lane_numbers = np.repeat(np.arange(lanes.start, lanes.stop), self.slots_per_lane)
         nth = np.tile(np.arange(self.slots_per_lane), len(lanes))
         rows = step * self.slots_per_lane + nth
         number = self._segment_at(step)
-        mixture, given = self._mixtures[number], self._given[number]
+        mixture, drawn = self._mixtures[number], self._drawn[number]
         source_numbers, counts = mixture.draw(lane_numbers, rows - mixture.first_row, lanes=lanes)
-        positions = given[lane_numbers, source_numbers] + counts
+        positions = drawn[lane_numbers, source_numbers] + counts
         epochs, ordinals = np.empty_like(rows), np.empty_like(rows)
         for number in np.unique(source_numbers).tolist():
             here = source_numbers == number
@@ -226,27 +225,27 @@ class PairingOrder:
         return max(n for n, mixture in enumerate(self._mixtures) if mixture.first_row <= row)
 
     def lane_positions(self, step: int) -> np.ndarray:
-        """int64 [lanes, sources]: samples that each lane has taken of each source before `step`."""
+        """Returns int64 [lanes, sources], the samples that each lane drew before `step`."""
         number = self._segment_at(step)
         mixture = self._mixtures[number]
         row = step * self.slots_per_lane - mixture.first_row
-        return self._given[number] + mixture.counts_by_lane(row)
+        return self._drawn[number] + mixture.counts_by_lane(row)
 
     def samples_drawn(self, num_steps: int) -> list[int]:
-        """[sources]: samples that each source has given after `num_steps` steps."""
+        """Returns [sources], the samples of each source in the first `num_steps` steps."""
         return self.lane_positions(num_steps).sum(axis=0).tolist()
 
     def samples_drawn_of_epoch(self, num_steps: int, *, source: int, epoch: int) -> int:
-        """Samples of one epoch of a source that were drawn in the first `num_steps` steps."""
+        """Counts the samples of one epoch of a source in the first `num_steps` steps."""
         length = self.sources[source].lane_length
         positions = self.lane_positions(num_steps)[:, source]
         return int(np.clip(positions - epoch * length, 0, length).sum())
 
     def steps_to_end_of(self, *, source: int, epoch: int) -> int | None:
-        """Steps after which every lane has left an epoch of a source; None: it never does."""
+        """Returns the steps after which every lane has left an epoch of a source; None if never."""
         end = (epoch + 1) * self.sources[source].lane_length
         for number, mixture in enumerate(self._mixtures):
-            rows = mixture.rows_until(source, end - self._given[number][:, source])
+            rows = mixture.rows_until(source, end - self._drawn[number][:, source])
             is_last = number + 1 == len(self._mixtures)
             if rows is None or (
                 not is_last and mixture.first_row + rows > self._mixtures[number + 1].first_row
@@ -256,7 +255,7 @@ class PairingOrder:
         return None
 
     def epochs_seen(self, num_steps: int) -> dict[str, float]:
-        """Source name -> how often its samples were drawn, on average, in that many steps."""
+        """Returns source name -> mean number of times that its samples were drawn."""
         drawn = self.samples_drawn(num_steps)
         return {
             source.name: count / source.num_samples
@@ -268,10 +267,10 @@ class PairingOrder:
 
 
 def lanes_of_rank(rank: int, *, world_size: int, lanes: int) -> range:
-    """The neighbouring lanes a rank carries: floor or ceil of lanes / world_size.
+    """Returns the neighbouring lanes that a rank carries: floor or ceil of lanes / world_size.
 
     Raises:
-        InputError: there are more ranks than lanes.
+        InputError: if there are more ranks than lanes.
     """
     if world_size > lanes:
         raise InputError(
@@ -283,10 +282,10 @@ def lanes_of_rank(rank: int, *, world_size: int, lanes: int) -> range:
 
 @functools.cache
 def pairs_of_ranks(slots_per_lane: int, *, world_size: int, lanes: int) -> tuple[int, ...]:
-    """[ranks] how many pairs of a pairing each rank has in a step that takes it.
+    """Returns [ranks], the pairs of each rank in a step that takes the pairing.
 
     Raises:
-        InputError: as `lanes_of_rank`.
+        InputError: if there are more ranks than lanes.
     """
     carried = (
         lanes_of_rank(rank, world_size=world_size, lanes=lanes) for rank in range(world_size)
@@ -300,9 +299,9 @@ def source_key(pairing: str, source: str) -> int:
 
 
 def digest_halves(samples: StepSamples, *, source_keys: Sequence[int]) -> np.ndarray:
-    """int64 [2]: this rank's share of the digest of a step's sample ids.
+    """Returns int64 [2], this rank's summand of the digest of a step's sample ids.
 
-    The sum over ranks is the same for any number of ranks; `format_digest` shortens it.
+    The sum over ranks does not depend on their number; `format_digest` makes it a text.
     """
     keys = np.array(source_keys, dtype=np.uint64)[samples.sources]
     for part in (samples.slots, samples.epochs, samples.ordinals):
@@ -312,6 +311,6 @@ def digest_halves(samples: StepSamples, *, source_keys: Sequence[int]) -> np.nda
 
 
 def format_digest(summed_halves: Sequence[int]) -> str:
-    """16 hexadecimal digits of the summed `digest_halves` of all ranks."""
+    """Formats the sum of all ranks' `digest_halves` as 16 hexadecimal digits."""
     low, high = (int(half) & 0xFFFFFFFF for half in summed_halves)
     return f"{high:08x}{low:08x}"

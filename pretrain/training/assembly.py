@@ -65,7 +65,7 @@ def open_step_loader(
     readers = open_readers(
         config.pairings,
         config.loading,
-        transforms=build_transforms(config),
+        transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
         seed=config.seed,
         cache=cache,
@@ -106,7 +106,7 @@ def open_validation_sets(
         config.validation,
         losses={name: pairing.loss for name, pairing in config.pairings.items()},
         engine=config.engine,
-        transforms=build_transforms(config),
+        transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
         retries=config.loading.retries,
         cache=cache,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config_file import read_config
+from data_prep.config_file import read_stored_config
 from data_prep.errors import InputError
 from pretrain.checkpoint import find_checkpoint, load_model
 from pretrain.checkpoints.record import read_record
@@ -109,7 +109,7 @@ def load_teachers(
 
 
 def _refuse_other_inputs(inputs: ModelInputs, name: PairingName, folder: Path) -> None:
-    theirs = read_config(PretrainConfig, folder / "config.yaml")
+    theirs = read_stored_config(PretrainConfig, folder / "config.yaml")
     where = f"pairings.{name}.teacher.checkpoint={folder}"
     if name not in theirs.pairings:
         raise InputError(

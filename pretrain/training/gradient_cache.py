@@ -115,13 +115,12 @@ def _split(
             micro_batch[:, : trimmed_length(longest, context_length=micro_batch.shape[1])]
             for micro_batch, longest in zip(tokens, lengths, strict=True)
         ]
-    has_stripes = pairs.stripes.shape[1] > 0
-    stripes = (
-        pairs.stripes.tensor_split(num_micro_batches) if has_stripes else [None] * num_micro_batches
-    )
+    spec_masks = [None] * num_micro_batches
+    if pairs.spec_masks.shape[1] > 0:
+        spec_masks = pairs.spec_masks.tensor_split(num_micro_batches)
     media = pairs.media.tensor_split(num_micro_batches)
     drop_keys = _drop_keys(pairs, step, num_micro_batches)
-    return [PairInputs(*each) for each in zip(media, tokens, stripes, drop_keys, strict=True)]
+    return [PairInputs(*each) for each in zip(media, tokens, spec_masks, drop_keys, strict=True)]
 
 
 def _drop_keys(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[DropKeys]:

@@ -22,6 +22,7 @@ from pretrain.config import AudioTransform
 from pretrain.data.transforms import AudioToWaveform
 from pretrain.model.log_mel import LogMelSpectrogram
 from pretrain.sampling.keyed_random import SampleRandom, sample_random
+from tests.support.training_rows import training_row
 
 CONFIG = AudioTransform()  # 10 s at 48 kHz, as LAION-CLAP
 CLIP_SAMPLES = round(CONFIG.clip_seconds * CONFIG.sample_rate_hz)
@@ -38,9 +39,9 @@ def main() -> None:
     torch.set_num_threads(1)
     transform = AudioToWaveform(CONFIG)
     loaders: dict[str, Load] = {
-        "isopair": lambda content, extension, rng: (
-            transform.load_training(content, extension, rng).values
-        ),
+        "isopair": lambda content, extension, rng: training_row(transform, content, extension, rng)[
+            0
+        ],
         "LAION-CLAP's way": load_as_laion_clap,
     }
     for seconds in SECONDS:

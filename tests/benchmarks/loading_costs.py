@@ -34,6 +34,7 @@ from pretrain.training.assembly import open_step_loader
 from tests.benchmarks.loading.photo_shards import photo_dataset
 from tests.benchmarks.loading.process_tree import batches_of, memory
 from tests.benchmarks.loading.run_config import image_run
+from tests.support.training_rows import training_row
 
 BATCH_SIZE = 128
 NUM_WORKERS = 2
@@ -53,8 +54,7 @@ def main() -> None:
         show_reads(dataset, long_side)
     show_resuming(photo_dataset(256, num_samples=SIZES[256]))
     small = photo_dataset(256, num_samples=SMALL_SAMPLES, samples_per_shard=SMALL_SHARD_SAMPLES)
-    for runtime in ("threads", "processes"):
-        show_memory(small, runtime)
+    show_memory(small)
 
 
 def step_loader_of(dataset: Path) -> StepLoader:
@@ -108,7 +108,7 @@ def show_exactness(dataset: Path, long_side: int) -> None:
     for ordinal in range(NUM_COMPARED):
         jpeg = samples.read_sample(ordinal).members["jpg"]
         numbers = {"source": "photographs", "epoch": 0, "ordinal": ordinal}
-        found = transform.load_training(jpeg, "jpg", sample_random(0, **numbers)).values.numpy()
+        found = training_row(transform, jpeg, "jpg", sample_random(0, **numbers))[0].numpy()
         picture = Image.open(io.BytesIO(jpeg))
         # The same numbers give the same crop.
         crop = transform._random_crop(*picture.size[::-1], sample_random(0, **numbers))
@@ -176,12 +176,12 @@ def show_resuming(dataset: Path) -> None:
 # --------------------------------------------------------------------------------------- memory
 
 
-def show_memory(dataset: Path, runtime: str) -> None:
+def show_memory(dataset: Path) -> None:
     """Memory of the training process and all below it at the end of each epoch."""
     steps_per_epoch = SMALL_SAMPLES // BATCH_SIZE
     # An epoch more, so that the loader still runs at the end of the last one that counts.
     num_batches = (NUM_EPOCHS + 1) * steps_per_epoch
-    arguments = (dataset, BATCH_SIZE, num_batches, NUM_WORKERS, runtime, 0)
+    arguments = (dataset, BATCH_SIZE, num_batches, NUM_WORKERS, 0)
     batches = batches_of(sys.executable, "tests.benchmarks.loading.isopair_batches", *arguments)
     held = [
         memory(pid)
@@ -190,7 +190,7 @@ def show_memory(dataset: Path, runtime: str) -> None:
     ]
     for name, column in zip(("RSS", "PSS"), np.array(held).T, strict=True):
         megabytes = " ".join(f"{each / 1e6:.0f}" for each in column)
-        print(f"{runtime}: {name} in MB after each of {NUM_EPOCHS} epochs: {megabytes}")
+        print(f"{name} in MB after each of {NUM_EPOCHS} epochs: {megabytes}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from data_prep.media.decode import decode_audio
 from pretrain.config import AudioTransform, ImageTransform
 from pretrain.data.transforms import AudioToWaveform, ImageToPixels
 from pretrain.sampling.keyed_random import SampleRandom, sample_random
+from tests.support.training_rows import training_row
 
 PICTURES = ((256, 256, 95), (384, 512, 90), (768, 1024, 85))  # height, width, JPEG quality
 SOUNDS = (
@@ -46,7 +47,7 @@ def main() -> None:
     for height, width, quality in PICTURES:
         content = jpeg(height, width, quality)
         times = {
-            name: microseconds(partial(ImageToPixels(config).load_training, content, "jpg"))
+            name: microseconds(partial(training_row, ImageToPixels(config), content, "jpg"))
             for name, config in TRANSFORMS.items()
         }
         times["Pillow"] = microseconds(partial(by_pillow, content))
@@ -55,7 +56,7 @@ def main() -> None:
     for sound_format, subtype, rate, channels in SOUNDS:
         content = sound(sound_format, subtype, rate, channels)
         times = {
-            "ours": microseconds(partial(transform.load_training, content, ""), 15),
+            "ours": microseconds(partial(training_row, transform, content, ""), 15),
             "whole": microseconds(partial(decoded_whole, content), 7),
         }
         print(f"{sound_format}, {subtype}, {rate} Hz, {channels} channels: {described(times)}")

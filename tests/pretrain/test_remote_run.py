@@ -79,9 +79,8 @@ def assert_same_batches(found, expected):
     [
         {"num_workers": 0},
         {"num_workers": 2},
-        pytest.param({"num_workers": 1, "runtime": "processes"}, marks=pytest.mark.exhaustive),
     ],
-    ids=["itself", "threads", "processes"],
+    ids=["itself", "threads"],
 )
 def test_batches_are_those_from_disk_through_every_fault_that_passes(
     toy_data, store, tmp_path, loading

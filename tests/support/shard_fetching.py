@@ -1,8 +1,8 @@
-"""What other processes do in tests of the shard cache: a module that imports nothing."""
+"""Targets of other processes in tests of the shard cache; the module imports nothing."""
 
 
 def read_all(dataset):
-    """The members of all samples."""
+    """Returns the members of all samples."""
     return [dataset.read_sample(ordinal).members for ordinal in range(len(dataset))]
 
 

@@ -1,7 +1,6 @@
 """Prints a line for every batch that our loader gives.
 
-    python -m tests.benchmarks.loading.isopair_batches DATASET BATCH_SIZE BATCHES WORKERS \
-        RUNTIME FIRST_STEP
+python -m tests.benchmarks.loading.isopair_batches DATASET BATCH_SIZE BATCHES WORKERS FIRST_STEP
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ def main(dataset: str, *settings: str) -> None:
         Path(dataset),
         global_batch_size=batch_size,
         num_workers=num_workers,
-        runtime=settings[3],
     )
-    first_step = int(settings[4])
+    first_step = int(settings[3])
     tokenizer = build_tokenizer(config.model.text)
     with start_loader(config.loading) as load_steps:
         steps = load_steps(

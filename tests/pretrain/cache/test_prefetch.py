@@ -9,7 +9,7 @@ from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import BadShardError
 from data_prep.storage import retry
 from pretrain.cache import prefetch
-from pretrain.cache.eviction import CacheRoom
+from pretrain.cache.eviction import CachedShards
 from pretrain.cache.prefetch import ShardPrefetcher, check_cache
 from pretrain.cache.schedule import bytes_of_two_windows, shard_uses
 from pretrain.cache.shard_cache import ShardCache
@@ -49,7 +49,7 @@ def no_pauses(monkeypatch):
 
 
 class Node:
-    """The lanes of one node, which read one source a sample per lane and step."""
+    """The lanes of one node, which read one source, a sample per lane and step."""
 
     def __init__(self, url, tmp_path, *, lanes=range(LANES), max_bytes=None, ranks=(0,)):
         gigabytes = None if max_bytes is None else max_bytes / 1e9
@@ -75,28 +75,28 @@ class Node:
         self.prefetcher.close()
 
     def read_step(self, step):
-        """[(ordinal, members)] of a step's samples."""
+        """Returns [(ordinal, members)] of a step's samples."""
         lanes = np.array(self.lanes)
         _, ordinals = self.order.samples_at(lanes, np.full(len(lanes), step))
         return [(o, self.samples.dataset.read_sample(o).members) for o in ordinals.tolist()]
 
     def come_to(self, step):
-        """Publishes a step and waits until the prefetcher has done all that follows from it."""
+        """Publishes a step, and waits until the prefetcher has done all that follows from it."""
         self.cache.publish_progress(0, step)
         windows = prefetch._windows_at(self.order, np.full(len(self.lanes), step))
         p, deadline = self.prefetcher, time.monotonic() + 30
         while True:
             with p._changed:
                 is_planned = bool(p._windows) and np.array_equal(p._windows[0], windows)
-                if is_planned and not p._wanted and not p._under_way:
+                if is_planned and not p._wanted and not p._downloading:
                     return
             p.check()
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
     def held(self):
-        """Numbers of the shards in the cache."""
-        return {int(name.rpartition("/")[2]) for name in self.cache.room.held_names()}
+        """Returns the numbers of the shards in the cache."""
+        return {int(name.rpartition("/")[2]) for name in self.cache.shards.held_names()}
 
 
 def two_windows(folder, num_epochs=3):
@@ -147,13 +147,13 @@ def test_in_room_for_two_windows_all_comes_in_time_and_the_order_says_what_goes(
     folder, local, tmp_path, monkeypatch
 ):
     budget, taken, num_taken = two_windows(folder), [], 0
-    take_away = CacheRoom._take_away
+    remove = CachedShards._remove
 
-    def note(room, name):
+    def note(shards, name):
         taken.append((int(name.rpartition("/")[2]), node.held()))
-        take_away(room, name)
+        remove(shards, name)
 
-    monkeypatch.setattr(CacheRoom, "_take_away", note)
+    monkeypatch.setattr(CachedShards, "_remove", note)
     with Node(f"file://{folder}", tmp_path, max_bytes=budget) as node, MostUsed(node) as peaks:
         node.prefetcher.start()
         for step in range(2 * node.order.lane_length):
@@ -174,23 +174,23 @@ def test_in_room_for_two_windows_all_comes_in_time_and_the_order_says_what_goes(
 
 
 class MostUsed:
-    """Watches how much the shards of a node take, all the time."""
+    """Samples the bytes of a node's shards all the time."""
 
     def __init__(self, node):
-        self.room, self.peaks, self.stopped = node.cache.room, [0], threading.Event()
+        self.shards, self.peaks, self.stopped = node.cache.shards, [0], threading.Event()
         self.thread = threading.Thread(target=self.watch)
 
     def watch(self):
         while not self.stopped.wait(0.001):
             files = [
-                p for p in self.room.folder.rglob("*.*") if ".idx" in p.name or ".tar" in p.name
+                p for p in self.shards.folder.rglob("*.*") if ".idx" in p.name or ".tar" in p.name
             ]
             sizes = []
             for path in files:
                 try:
                     sizes.append(path.stat().st_size)
                 except FileNotFoundError:
-                    break  # it changed meanwhile, so that the sum would be of no moment
+                    break  # the folder changed meanwhile, so the sum would mean nothing
             else:
                 self.peaks.append(sum(sizes))
 
@@ -211,7 +211,7 @@ def test_readers_that_run_ahead_of_the_prefetcher_lose_nothing(folder, local, tm
             for ordinal, members in node.read_step(step):
                 assert members == local[ordinal]
         node.prefetcher.check()
-        assert node.cache.room.used_bytes() <= node.cache.room.max_bytes
+        assert node.cache.shards.used_bytes() <= node.cache.shards.max_bytes
 
 
 def test_the_slowest_rank_of_the_node_counts(folder, tmp_path):

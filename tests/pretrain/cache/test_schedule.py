@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.subset import KeptSamples, Subset
-from pretrain.cache.schedule import NEVER, bytes_of_two_windows, pieces_of_epoch, shard_uses
+from pretrain.cache.schedule import NEVER, bytes_of_two_windows, shard_runs_of_epoch, shard_uses
 from pretrain.sampling.order import SourceOrder
 from tests.support.toy_shards import write_toy_dataset
 
@@ -29,7 +29,7 @@ def some_lanes(draw, order):
 
 
 def shards_read(order, lane, epoch, window):
-    """Shards of the samples that a lane gives in one window: read off the order itself."""
+    """Returns the shards that a lane reads in one window, read off the order itself."""
     first = window * order.window
     last = min(first + order.window, order.lane_length)
     positions = epoch * order.lane_length + np.arange(first, last)
@@ -43,7 +43,7 @@ def num_windows(order):
 
 
 def uses_by_reading(order, positions, lanes):
-    """(next use by shard, shards of the current windows, of the next ones), window by window."""
+    """Returns (next use by shard, shards of current windows, of next ones), window by window."""
     next_uses, current, after = {}, set(), set()
     for lane, position in zip(lanes, positions.tolist(), strict=True):
         epoch, place = divmod(position, order.lane_length)
@@ -98,16 +98,16 @@ def test_bytes_of_two_windows_are_the_most_that_reading_finds(data):
 
 @given(data=st.data())
 @settings(max_examples=40)
-def test_pieces_cover_every_place_of_every_lane_once(data):
+def test_runs_cover_every_index_of_every_lane_once(data):
     order = data.draw(orders())
     lanes = data.draw(some_lanes(order))
-    pieces = pieces_of_epoch(order, 1, lanes=lanes)
+    runs = shard_runs_of_epoch(order, 1, lanes=lanes)
     covered = np.zeros((len(lanes), order.lane_length), dtype=int)
-    for lane, begin, end in zip(pieces.lanes, pieces.begins, pieces.ends, strict=True):
+    for lane, begin, end in zip(runs.lanes, runs.begins, runs.ends, strict=True):
         assert begin < end
         covered[lane, begin:end] += 1
     assert (covered == 1).all()
-    assert len(pieces.shards) <= len(order.shard_sizes) + len(lanes) + 1
+    assert len(runs.shards) <= len(order.shard_sizes) + len(lanes) + 1
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def kept(tmp_path_factory):
         tmp_path_factory.mktemp("subset") / "a", num_samples=60, samples_per_shard=4
     )
     bitmap = np.random.default_rng(0).random(60) < 0.5
-    bitmap[8:12] = False  # a shard of which nothing is kept
+    bitmap[8:12] = False  # nothing of this shard is kept
     subset = Subset.from_bitmap(Dataset(folder).info, bitmap, preparation={})
     subset.write(folder / "half.subset")
     return KeptSamples(folder, subset=folder / "half.subset")

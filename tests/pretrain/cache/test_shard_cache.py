@@ -65,7 +65,7 @@ def bytes_of_shards(dataset):
 
 
 def files_of(cache, pattern="*"):
-    return sorted(p.name for p in cache.room.folder.rglob(pattern) if p.is_file())
+    return sorted(p.name for p in cache.shards.folder.rglob(pattern) if p.is_file())
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -161,7 +161,7 @@ def test_a_plain_path_is_read_in_place_and_a_url_needs_a_cache(folder, tmp_path)
 def test_the_cache_and_its_datasets_can_be_pickled(store, folder, tmp_path):
     cache, dataset = pickle.loads(pickle.dumps((c := make_cache(tmp_path), c.open_dataset(URL))))
     assert read_all(dataset) == read_all(Dataset(folder))
-    assert cache.room.max_bytes > 0
+    assert cache.shards.max_bytes > 0
 
 
 def test_nodes_that_share_a_disk_keep_their_shards_apart(store, tmp_path):
@@ -342,9 +342,9 @@ def test_the_parts_of_a_live_process_stay(folder, tmp_path):
     part = dataset.folder / ".00000000.tar.1000.part"
     with locked(lock_path(dataset.folder / "00000000")):
         part.touch()
-        assert make_cache(tmp_path).room.used_bytes() == 1000
+        assert make_cache(tmp_path).shards.used_bytes() == 1000
         assert part.exists()
-    assert make_cache(tmp_path).room.used_bytes() == 0
+    assert make_cache(tmp_path).shards.used_bytes() == 0
     assert not part.exists()
 
 
@@ -367,10 +367,10 @@ def test_shards_never_take_more_than_they_may_and_all_samples_come(folder, tmp_p
     dataset = cache.open_dataset(f"file://{folder}")
     for ordinal in range(len(local)):
         assert dataset.read_sample(ordinal).members == local.read_sample(ordinal).members
-        assert 0 < cache.room.used_bytes() <= budget
+        assert 0 < cache.shards.used_bytes() <= budget
 
 
-def test_the_shard_that_is_needed_last_gives_way_and_unknown_ones_before_it(folder, tmp_path):
+def test_the_shard_that_is_needed_last_is_evicted_and_unknown_ones_before_it(folder, tmp_path):
     sizes = bytes_of_shards(Dataset(folder))
     cache = make_cache(tmp_path, max_bytes=sum(sizes[:4]) + max(sizes))
     dataset = cache.open_dataset(f"file://{folder}")
@@ -378,19 +378,19 @@ def test_the_shard_that_is_needed_last_gives_way_and_unknown_ones_before_it(fold
     for row in rows[:4]:
         fetch(row)
     names = [fetch.name_of(row) for row in rows]
-    cache.room.write_schedule({names[0]: 3.0, names[1]: 9.0, names[3]: 1.0})
+    cache.shards.write_schedule({names[0]: 3.0, names[1]: 9.0, names[3]: 1.0})
     fetch(rows[4])
-    assert cache.room.held_names() == {names[0], names[1], names[2], names[3], names[4]}
-    cache.room.write_schedule({names[0]: 3.0, names[1]: 9.0, names[3]: 1.0, names[4]: 0.0})
+    assert cache.shards.held_names() == {names[0], names[1], names[2], names[3], names[4]}
+    cache.shards.write_schedule({names[0]: 3.0, names[1]: 9.0, names[3]: 1.0, names[4]: 0.0})
     fetch(rows[5], needed_in=4.0)  # shard 2, which nobody has scheduled
-    assert cache.room.held_names() == {names[0], names[1], names[3], names[4], names[5]}
-    cache.room.write_schedule(dict(zip(names, [3.0, 9.0, 0.0, 1.0, 0.0, 4.0], strict=True)))
+    assert cache.shards.held_names() == {names[0], names[1], names[3], names[4], names[5]}
+    cache.shards.write_schedule(dict(zip(names, [3.0, 9.0, 0.0, 1.0, 0.0, 4.0], strict=True)))
     fetch(rows[2], needed_in=4.0)  # shard 1, in 9
-    assert cache.room.held_names() == {names[0], names[2], names[3], names[4], names[5]}
+    assert cache.shards.held_names() == {names[0], names[2], names[3], names[4], names[5]}
     with pytest.raises(NoRoomError, match=r"no room for a shard of .*max_gigabytes"):
         fetch(rows[1], needed_in=5.0)
-    fetch(rows[1])  # it is waited for: whatever is needed last gives way
-    assert cache.room.held_names() == {names[0], names[1], names[2], names[3], names[4]}
+    fetch(rows[1])  # a reader waits for it: the shard needed last is evicted
+    assert cache.shards.held_names() == {names[0], names[1], names[2], names[3], names[4]}
 
 
 def test_a_shard_larger_than_the_cache_is_refused_with_the_numbers(folder, tmp_path):
@@ -404,18 +404,18 @@ def test_a_shard_that_is_taken_away_before_or_after_it_is_opened_comes_again(fol
     dataset = cache.open_dataset(f"file://{folder}")
     local, fetch, num_fetches = read_all(Dataset(folder)), dataset.fetch_shard, 0
 
-    def fetch_and_take_away(row):
+    def fetch_and_remove(row):
         nonlocal num_fetches
         fetch(row)
         num_fetches += 1
         if num_fetches % 4 > 0:
-            cache.room._take_away(fetch.name_of(row))
+            cache.shards._remove(fetch.name_of(row))
 
-    dataset.fetch_shard = fetch_and_take_away
+    dataset.fetch_shard = fetch_and_remove
     for ordinal in range(NUM_SAMPLES):
         assert dataset.read_sample(ordinal).members == local[ordinal]
         shard, _ = dataset.locate(ordinal)
-        cache.room._take_away(fetch.name_of(dataset.manifest[shard]))
+        cache.shards._remove(fetch.name_of(dataset.manifest[shard]))
     assert dataset.bad_shards == {}
     assert num_fetches >= 4 * NUM_SAMPLES
 
@@ -426,7 +426,7 @@ def test_readers_of_a_shard_that_is_always_taken_away_stop_with_an_error(folder,
     fetch, read_checked = dataset.fetch_shard, dataset._read_checked
 
     def take_away_and_read(*arguments):
-        cache.room._take_away(fetch.name_of(dataset.manifest[0]))
+        cache.shards._remove(fetch.name_of(dataset.manifest[0]))
         return read_checked(*arguments)
 
     dataset.read_sample(0)
@@ -443,8 +443,8 @@ def test_readers_of_a_shard_that_is_taken_away_read_on(folder, tmp_path):
 
     def take_away():
         while not stop.wait(0.002):
-            for name in cache.room.held_names():
-                cache.room._take_away(name)
+            for name in cache.shards.held_names():
+                cache.shards._remove(name)
 
     thread = threading.Thread(target=take_away)
     thread.start()

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pretrain.data.batch import StepBatch
-from pretrain.data.device_prefetch import copy_with
+from pretrain.data.device_prefetch import prefetch_with
 
 
 class Diary:
@@ -35,7 +35,7 @@ def batches(diary, num_steps, *, error=None):
 
 def test_the_next_batch_is_copied_while_one_is_in_use_and_no_other_is():
     diary = Diary()
-    copied = copy_with(diary, batches(diary, 4))
+    copied = prefetch_with(diary, batches(diary, 4))
     for step in range(4):
         diary.has_copied.clear()
         assert next(copied).step == step
@@ -52,7 +52,7 @@ def test_the_next_batch_is_copied_while_one_is_in_use_and_no_other_is():
 
 def test_an_error_of_the_loader_comes_after_the_batches_before_it():
     diary = Diary()
-    copied = copy_with(diary, batches(diary, 2, error=OSError("no such shard")))
+    copied = prefetch_with(diary, batches(diary, 2, error=OSError("no such shard")))
     assert [next(copied).step, next(copied).step] == [0, 1]
     with pytest.raises(OSError, match="no such shard"):
         next(copied)

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from collections import Counter
 
 import numpy as np
@@ -22,21 +23,16 @@ from data_prep.storage import retry
 from pretrain.config import Loading
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.loaders import start_loader
+from pretrain.model.clip_tokenizer import ClipTokenizer
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.order import format_digest
 from pretrain.training.assembly import open_step_loader
 from tests.support.toy_run import COLORS, toy_config
 
-TENSORS = ("media", "stripes", "tokens", "caption_lengths", "media_keys", "caption_keys")
+TENSORS = ("media", "spec_masks", "tokens", "caption_lengths", "media_keys", "caption_keys")
 WORLDS = (1, 2, 3, 4, 7, 8)
-# Who reads, with how many workers: nobody else, threads, processes.
-RUNTIMES = (
-    Loading(num_workers=0),
-    Loading(runtime="threads", num_workers=1),
-    Loading(runtime="threads", num_workers=3),
-    Loading(runtime="processes", num_workers=1),
-    Loading(runtime="processes", num_workers=3),
-)
+# The training process itself, and a loader process with 1 and 3 threads.
+LOADINGS = (Loading(num_workers=0), Loading(num_workers=1), Loading(num_workers=3))
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +89,13 @@ def assert_same_steps(found, expected):
 @pytest.fixture(scope="module")
 def expected_steps(config, tokenizer):
     """Steps 0 to 12 as one process reads them; colors and tones end epochs among them."""
-    steps = load_steps(config, tokenizer, RUNTIMES[0], world_size=1, first_step=0, last_step=12)
+    steps = load_steps(config, tokenizer, LOADINGS[0], world_size=1, first_step=0, last_step=12)
     epochs = {key for step in steps for pairing in step.values() for key in pairing["num_read"]}
     assert {("colors", 0), ("colors", 1), ("tones", 0), ("tones", 1)} <= epochs
     return steps
 
 
-@pytest.mark.parametrize("loading", RUNTIMES, ids=lambda each: f"{each.runtime} {each.num_workers}")
+@pytest.mark.parametrize("loading", LOADINGS, ids=lambda each: f"{each.num_workers} threads")
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_order_pixels_sounds_and_tokens_do_not_depend_on_ranks_and_workers(
     config, tokenizer, expected_steps, loading, world_size
@@ -110,6 +106,39 @@ def test_order_pixels_sounds_and_tokens_do_not_depend_on_ranks_and_workers(
         config, tokenizer, loading, world_size=world_size, first_step=first_step, last_step=12
     )
     assert_same_steps(steps, expected_steps[first_step:])
+
+
+class PythonTokenizer(ClipTokenizer):
+    """A slow tokenizer, which fails where it is called in another than the main thread."""
+
+    is_fast = False
+
+    def __call__(self, texts, context_length=None):
+        assert threading.current_thread() is threading.main_thread()
+        return super().__call__(texts, context_length)
+
+
+class FailingTokenizer(PythonTokenizer):
+    def __call__(self, texts, context_length=None):
+        raise KeyError("no such word")
+
+
+@pytest.mark.parametrize("loading", LOADINGS[1:], ids=lambda each: f"{each.num_workers} threads")
+def test_a_slow_tokenizer_runs_in_the_main_thread_and_gives_the_same_steps(
+    config, expected_steps, loading
+):
+    slow = build_tokenizer(config.model.text)
+    slow.backend = PythonTokenizer(context_length=slow.context_length)
+    steps = load_steps(config, slow, loading, world_size=2, first_step=0, last_step=12)
+    assert_same_steps(steps, expected_steps)
+
+
+def test_an_error_of_a_slow_tokenizer_ends_loading(config):
+    slow = build_tokenizer(config.model.text)
+    slow.backend = FailingTokenizer(context_length=slow.context_length)
+    loader = open_step_loader(config, slow, rank=0, world_size=1)
+    with start_loader(LOADINGS[1]) as load, pytest.raises(RunError, match="no such word"):
+        list(load(loader, first_step=0, last_step=6))
 
 
 def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, monkeypatch):
@@ -180,7 +209,7 @@ def test_a_segment_brings_a_new_source_and_leaves_earlier_steps_alone(
         {"from_step": 4, "sources": [{**colors, "weight": 1.0}, again]}
     ]
     changed = type(config).model_validate(values)
-    steps = load_steps(changed, tokenizer, RUNTIMES[0], world_size=1, first_step=0, last_step=12)
+    steps = load_steps(changed, tokenizer, LOADINGS[0], world_size=1, first_step=0, last_step=12)
     assert_same_steps(steps[:4], expected_steps[:4])
     later = sum((step["image-text"]["num_read"] for step in steps[4:]), start=Counter())
     assert {source for source, _ in later} == {"colors", "again"}
@@ -195,7 +224,7 @@ def test_readers_survive_pickling_after_use(loader):
 def test_every_picture_comes_with_one_of_its_own_captions(loader, tokenizer):
     reader = loader.readers["image-text"].sources[0]
     assert reader.read_exactly(3).captions == [f"picture 3 is {COLORS[3]}"]
-    captions = {reader.read_training(4, epoch=epoch).caption for epoch in range(20)}
+    captions = {reader.decode_training(4, epoch=epoch).caption for epoch in range(20)}
     assert captions == {f"picture 4 is {COLORS[0]}", "also number 4"}
     drawn = loader.load(0).pairings["image-text"].tokens
     own = {
@@ -210,7 +239,7 @@ def test_every_picture_comes_with_one_of_its_own_captions(loader, tokenizer):
 # -------------------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
+@pytest.mark.parametrize("loading", LOADINGS[::2], ids=lambda each: f"{each.num_workers} threads")
 def test_a_shard_that_disappears_stops_the_run_with_its_name(
     toy_data, tmp_path, tokenizer, loading
 ):
@@ -222,7 +251,7 @@ def test_a_shard_that_disappears_stops_the_run_with_its_name(
         list(load(loader, first_step=0, last_step=6))
 
 
-@pytest.mark.parametrize("loading", RUNTIMES[::2], ids=lambda each: each.runtime)
+@pytest.mark.parametrize("loading", LOADINGS[::2], ids=lambda each: f"{each.num_workers} threads")
 def test_a_fault_that_may_pass_is_told_as_such(loader, monkeypatch, loading):
     def fails(*_):
         raise OSError(110, "Connection timed out", "tones/00000001.tar")

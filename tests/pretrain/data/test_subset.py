@@ -161,13 +161,13 @@ def test_substitutes_are_kept_samples(toy_data, tmp_path):
     config = config_with_subset(tmp_path, tmp_path / "run", subset)
     reader = step_loader(config).readers["image-text"].sources[0]
     for place in (0, 8, 20):
-        pair = reader.read_training(place, epoch=0)
+        pair = reader.decode_training(place, epoch=0)
         bad = pair.bad_sample
         assert bad.ordinal == place
         assert bad.substitute == pair.ordinal
         assert bitmap[pair.ordinal]
         assert pair.ordinal not in (0, 8, 20)
-    assert reader.read_training(4, epoch=0).bad_sample is None
+    assert reader.decode_training(4, epoch=0).bad_sample is None
 
 
 def test_a_run_on_a_subset_resumes_with_the_same_subset_only(toy_data, tmp_path):

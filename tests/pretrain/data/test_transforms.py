@@ -14,6 +14,7 @@ from pretrain.config import AudioTransform, ImageTransform
 from pretrain.data.transforms import AudioToWaveform, ImageToPixels, _with_contrast
 from pretrain.sampling.keyed_random import sample_random
 from tests.support.bad_media import saved, sound
+from tests.support.training_rows import training_row
 
 WHOLE = {"crop_area": (1, 1), "crop_ratio": (1, 1)}  # of a square picture
 
@@ -41,7 +42,7 @@ def image_transform(**changes):
 
 
 def trained(transform, content, ordinal=0, extension="jpg"):
-    return transform.load_training(content, extension, rng(ordinal)).values
+    return training_row(transform, content, extension, rng(ordinal))[0]
 
 
 def psnr(ours, theirs):
@@ -104,11 +105,11 @@ def test_a_training_picture_equals_pillows_crop_and_bicubic_resize(shape, crop_a
 
 def test_a_row_has_the_shape_type_and_memory_order_that_the_batch_expects():
     transform = image_transform(flip_probability=1, grey_probability=1, color_jitter={})
-    example = transform.load_training(jpeg(60, 80), "jpg", rng())
-    assert example.values.shape == transform.row_shape == (32, 32, 3)
-    assert example.values.dtype == transform.row_dtype == torch.uint8
-    assert example.values.is_contiguous()
-    assert (example.stripes, transform.num_stripes) == ([], 0)
+    row, masks = training_row(transform, jpeg(60, 80), "jpg", rng())
+    assert row.shape == transform.row_shape == (32, 32, 3)
+    assert row.dtype == transform.row_dtype == torch.uint8
+    assert row.is_contiguous()
+    assert (masks, transform.num_masks) == ([], 0)
 
 
 def test_a_training_picture_is_a_function_of_its_bytes_and_randomness_in_any_thread():
@@ -300,29 +301,29 @@ def test_bad_clips_are_refused_in_training():
             trained(audio_transform(), bad, extension="flac")
 
 
-def test_stripes_follow_the_config_and_fit_the_picture():
+def test_masks_follow_the_config_and_fit_the_picture():
     spec = {"num_mel_stripes": 2, "mel_bins": 5, "num_time_stripes": 3, "frames": 20}
     transform = audio_transform(spec_augment=spec)
     content = wav(np.zeros(3000, dtype=np.float32))
-    drawn = [transform.load_training(content, "wav", rng(n)).stripes for n in range(150)]
-    assert all(len(stripes) == transform.num_stripes == 5 for stripes in drawn)
+    drawn = [training_row(transform, content, "wav", rng(n))[1] for n in range(150)]
+    assert all(len(masks) == transform.num_masks == 5 for masks in drawn)
     # 12 mel bins; 1 + 1000 // 10 frames.
-    for places, length, widest in ((slice(0, 2), 12, 5), (slice(2, 5), 101, 20)):
-        chosen = [stripe for stripes in drawn for stripe in stripes[places]]
+    for indices, length, widest in ((slice(0, 2), 12, 5), (slice(2, 5), 101, 20)):
+        chosen = [mask for masks in drawn for mask in masks[indices]]
         assert {width for _, width in chosen} == set(range(widest + 1))
         assert min(start for start, _ in chosen) == 0
         assert max(start + width for start, width in chosen) == length
-    assert drawn[0] == transform.load_training(content, "wav", rng(0)).stripes
+    assert drawn[0] == training_row(transform, content, "wav", rng(0))[1]
 
 
-def test_stripes_do_not_change_the_part_of_the_clip():
+def test_masks_do_not_change_the_part_of_the_clip():
     content = wav(np.arange(3000, dtype=np.float32) / 4096)
-    striped = trained(audio_transform(spec_augment={"mel_bins": 4}), content, 3)
-    assert torch.equal(striped, trained(audio_transform(), content, 3))
+    masked = trained(audio_transform(spec_augment={"mel_bins": 4}), content, 3)
+    assert torch.equal(masked, trained(audio_transform(), content, 3))
 
 
 @pytest.mark.parametrize(("key", "width"), [("mel_bins", 13), ("frames", 102)])
-def test_stripes_wider_than_the_picture_are_refused(key, width):
+def test_masks_wider_than_the_picture_are_refused(key, width):
     with pytest.raises(ValueError, match=f"spec_augment.{key}={width} is wider than"):
         audio_transform(spec_augment={"mel_bins": 4, key: width})
 

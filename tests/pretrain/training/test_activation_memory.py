@@ -14,7 +14,7 @@ from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.training.activation_memory import AllocationTrace, _inputs_of, measure_activations
 
 CPU = torch.device("cpu")
-PAIRS = PairLayout((64, 64, 3), torch.uint8, num_stripes=0, context_length=20)
+PAIRS = PairLayout((64, 64, 3), torch.uint8, num_masks=0, context_length=20)
 NUM_PAIRS = 40
 
 

@@ -140,7 +140,9 @@ def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path)
         assert torch.equal(slots, torch.arange(len(pairs.tokens)))
         assert {int(each[name].drop_keys.step) for each in micro_batches} == {0}
     audio = batch.pairings["audio-text"]
-    assert torch.equal(torch.cat([p["audio-text"].stripes for p in micro_batches]), audio.stripes)
+    assert torch.equal(
+        torch.cat([p["audio-text"].stripes for p in micro_batches]), audio.spec_masks
+    )
     assert {each["image-text"].stripes for each in micro_batches} == {None}
 
 
