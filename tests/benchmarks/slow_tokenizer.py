@@ -26,7 +26,7 @@ from pretrain.data.batch import StepBatch
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.step_loader import StepLoader
 from pretrain.model.tokenizer import build_tokenizer
-from pretrain.train import open_step_loader
+from pretrain.training.assembly import open_step_loader
 from tests.benchmarks.loading.photo_shards import photo_dataset
 from tests.benchmarks.loading.run_config import image_run
 
