@@ -161,13 +161,13 @@ class LogMel(Section):
 class SpecAugment(Section):
     """Stripes of the spectrogram set to its mean in training (Park et al. 2019, "SpecAugment").
 
-    The width of each stripe is drawn uniformly from 0 to the largest, then its position.
+    The width of each mask is drawn uniformly from 0 to the largest, then its position.
     """
 
     num_mel_stripes: int = Field(2, ge=0)
-    mel_bins: PositiveInt = 8  # largest width of a stripe
+    mel_bins: PositiveInt = 8  # largest width of a mask
     num_time_stripes: int = Field(2, ge=0)
-    frames: PositiveInt = 64  # largest width of a stripe
+    frames: PositiveInt = 64  # largest width of a mask
 
 
 class AudioTransform(Section):
@@ -204,7 +204,7 @@ class AudioTransform(Section):
         return self
 
     @model_validator(mode="after")
-    def _stripes_fit(self) -> AudioTransform:
+    def _masks_fit(self) -> AudioTransform:
         if self.spec_augment is None:
             return self
         num_frames = 1 + round(self.clip_seconds * self.sample_rate_hz) // self.log_mel.hop_samples

@@ -51,7 +51,7 @@ class PairInputs(NamedTuple):
 
     media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
     tokens: Tensor  # int64 [B, L]
-    stripes: Tensor | None = None  # [B, stripes, 2] of SpecAugment (see pretrain.model.log_mel)
+    spec_masks: Tensor | None = None  # [B, masks, 2] in SpecAugment (see pretrain.model.log_mel)
     drop_keys: DropKeys | None = None  # in training: identity of the pairs, for layers that drop
 
 
@@ -176,7 +176,9 @@ class ContrastiveModel(nn.Module):
             for each in inputs
         ]
         pairs = list(zip(inputs, keys, strict=True))
-        media = torch.cat([self.encode_media(kind, x.media, x.stripes, keys=k) for x, k in pairs])
+        media = torch.cat(
+            [self.encode_media(kind, x.media, x.spec_masks, keys=k) for x, k in pairs]
+        )
         if on_media is not None:
             on_media(name, media)
         text = torch.cat([self.encode_text(x.tokens, keys=k) for x, k in pairs])
@@ -187,7 +189,7 @@ class ContrastiveModel(nn.Module):
         self,
         kind: MediaKind,
         media: Tensor,
-        stripes: Tensor | None = None,
+        spec_masks: Tensor | None = None,
         *,
         keys: Tensor | None = None,
     ) -> Tensor:
@@ -196,10 +198,10 @@ class ContrastiveModel(nn.Module):
         Args:
             kind: kind of media.
             media: uint8 [B, 3, H, Wd] or float32 [B, samples].
-            stripes: [B, stripes, 2] of SpecAugment, in training.
+            spec_masks: [B, masks, 2] in SpecAugment, in training.
             keys: int64 [B] from `pair_keys`, in training if layers drop.
         """
-        inputs = (media,) if stripes is None else (media, stripes)
+        inputs = (media,) if spec_masks is None else (media, spec_masks)
         return _encode(self.towers[kind], *inputs, keys=keys)
 
     def encode_image(self, pixels: Tensor) -> Tensor:

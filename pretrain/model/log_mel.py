@@ -23,7 +23,7 @@ class LogMelSpectrogram(nn.Module):
         super().__init__()
         self.settings = config.log_mel
         spec = config.spec_augment
-        self.num_mel_stripes = spec.num_mel_stripes if spec else 0
+        self.num_freq_masks = spec.num_mel_stripes if spec else 0
         bank = mel_filter_bank(
             num_frequency_bins=self.settings.fft_samples // 2 + 1,
             num_mel_filters=self.settings.num_mel_bins,
@@ -38,13 +38,13 @@ class LogMelSpectrogram(nn.Module):
         self.register_buffer("window", window, persistent=False)
 
     @torch.no_grad()
-    def forward(self, waveforms: Tensor, stripes: Tensor | None = None) -> Tensor:
+    def forward(self, waveforms: Tensor, spec_masks: Tensor | None = None) -> Tensor:
         """Computes spectrograms: float32 [B, samples] -> [B, 1, F, S], also under autocast.
 
         Args:
             waveforms: float32 [B, samples].
-            stripes: [B, stripes, 2] start and width of SpecAugment's stripes, stripes of mel bins
-                first; None or empty in evaluation.
+            spec_masks: [B, masks, 2] (start, width) in SpecAugment, frequency masks first; None or
+                empty in evaluation.
         """
         with torch.autocast(waveforms.device.type, enabled=False):
             spectrum = torch.stft(
@@ -59,28 +59,28 @@ class LogMelSpectrogram(nn.Module):
             power = self.bank @ spectrum.abs().square()  # [B, fft / 2 + 1, S] -> [B, F, S]
             decibels = 10 * power.clamp(min=SMALLEST_POWER).log10()
             mel = (decibels - self.settings.mean_db) / self.settings.std_db
-            if stripes is not None and stripes.shape[1]:
-                mel = fill_stripes(mel, stripes, num_mel_stripes=self.num_mel_stripes)
+            if spec_masks is not None and spec_masks.shape[1]:
+                freq_masks = spec_masks[:, : self.num_freq_masks]
+                mel = fill_masks(mel, freq_masks, time_masks=spec_masks[:, self.num_freq_masks :])
             return mel[:, None]  # [B, F, S] -> [B, 1, F, S]
 
 
-def fill_stripes(mel: Tensor, stripes: Tensor, *, num_mel_stripes: int) -> Tensor:
-    """Fills stripes of log-mel spectrograms with the mean of each spectrogram (SpecAugment).
+def fill_masks(mel: Tensor, freq_masks: Tensor, *, time_masks: Tensor) -> Tensor:
+    """Fills masks of log-mel spectrograms with the mean of each spectrogram (SpecAugment).
 
     Args:
         mel: [B, F, S].
-        stripes: [B, stripes, 2] start and width; the first num_mel_stripes cover mel bins, the
-            others cover frames.
-        num_mel_stripes: number of stripes of mel bins.
+        freq_masks: [B, masks, 2] (start, width) in mel bins.
+        time_masks: [B, masks, 2] (start, width) in frames.
     """
-    freq_mask = _covered(mel.shape[1], stripes[:, :num_mel_stripes])  # [B, F]
-    time_mask = _covered(mel.shape[2], stripes[:, num_mel_stripes:])  # [B, S]
+    freq_mask = _covered(mel.shape[1], freq_masks)  # [B, F]
+    time_mask = _covered(mel.shape[2], time_masks)  # [B, S]
     mean = mel.mean(dim=(1, 2), keepdim=True)
     return torch.where(freq_mask[:, :, None] | time_mask[:, None, :], mean, mel)
 
 
-def _covered(length: int, stripes: Tensor) -> Tensor:
-    """Bool [B, length]: the indices that any of the stripes [B, n, 2] (start, width) covers."""
-    indices = torch.arange(length, device=stripes.device)
-    starts, widths = stripes[..., :1], stripes[..., 1:]  # [B, n, 1]
+def _covered(length: int, masks: Tensor) -> Tensor:
+    """Bool [B, length]: the indices that any of the masks [B, n, 2] (start, width) covers."""
+    indices = torch.arange(length, device=masks.device)
+    starts, widths = masks[..., :1], masks[..., 1:]  # [B, n, 1]
     return ((indices >= starts) & (indices < starts + widths)).any(dim=1)

@@ -4,7 +4,7 @@ import torch
 from transformers import ClapFeatureExtractor
 
 from pretrain.config import AudioTransform
-from pretrain.model.log_mel import LogMelSpectrogram, fill_stripes
+from pretrain.model.log_mel import LogMelSpectrogram, fill_masks
 
 
 def spectrogram(waveform, **log_mel):
@@ -46,10 +46,10 @@ def test_silence_is_the_floor_and_standardisation_is_applied():
     assert spectrogram(silence, mean_db=-40, std_db=20).unique().tolist() == [-3.0]
 
 
-def test_stripes_hold_the_mean_of_their_own_picture():
+def test_masks_hold_the_mean_of_their_own_picture():
     generator = torch.Generator().manual_seed(0)
     mel = torch.randn(3, 12, 40, generator=generator)
-    stripes = torch.tensor(
+    masks = torch.tensor(
         [
             [[0, 3], [10, 2], [35, 5]],
             [[4, 0], [5, 1], [0, 0]],
@@ -57,28 +57,28 @@ def test_stripes_hold_the_mean_of_their_own_picture():
         ],
         dtype=torch.int32,
     )
-    filled = fill_stripes(mel, stripes, num_mel_stripes=2)
+    filled = fill_masks(mel, masks[:, :2], time_masks=masks[:, 2:])
     expected = mel.clone()
-    for row, (first, second, third) in enumerate(stripes.tolist()):
+    for row, (first, second, third) in enumerate(masks.tolist()):
         for start, width in (first, second):
             expected[row, start : start + width] = mel[row].mean()
         expected[row, :, third[0] : third[0] + third[1]] = mel[row].mean()
     torch.testing.assert_close(filled, expected)
 
 
-def test_stripes_are_laid_on_the_standardised_picture_only_when_given():
+def test_masks_are_laid_on_the_standardised_picture_only_when_given():
     config = AudioTransform(sample_rate_hz=48000, spec_augment={"num_time_stripes": 1})
     front_end = LogMelSpectrogram(config)
     waveforms = torch.as_tensor(noise(48000), dtype=torch.float32).repeat(2, 1)
     plain = front_end(waveforms)
     assert torch.equal(front_end(waveforms, torch.zeros(2, 0, 2, dtype=torch.int32)), plain)
     none, some = [[0, 0], [0, 0], [0, 0]], [[60, 4], [0, 1], [90, 11]]
-    striped = front_end(waveforms, torch.tensor([none, some], dtype=torch.int32))
-    assert striped.shape == plain.shape == (2, 1, 64, 101)
-    assert torch.equal(striped[0], plain[0])
-    is_changed = striped[1, 0] != plain[1, 0]
+    masked = front_end(waveforms, torch.tensor([none, some], dtype=torch.int32))
+    assert masked.shape == plain.shape == (2, 1, 64, 101)
+    assert torch.equal(masked[0], plain[0])
+    is_changed = masked[1, 0] != plain[1, 0]
     assert is_changed[60:].all()
     assert is_changed[0].all()
     assert is_changed[:, 90:].all()
     assert not is_changed[1:60, :90].any()
-    assert striped[1, 0][is_changed].unique().tolist() == [plain[1].mean().item()]
+    assert masked[1, 0][is_changed].unique().tolist() == [plain[1].mean().item()]

@@ -95,10 +95,10 @@ def test_trimmed_captions_give_the_gradients_of_untrimmed_ones(
     assert_same_gradients(trimmed, whole)
 
 
-def test_stripes_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_data, tmp_path):
+def test_masks_reach_the_audio_tower_alike_in_micro_batches_and_on_ranks(toy_data, tmp_path):
     plain = config_of(toy_data, tmp_path / "run")
-    striped = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
-    whole = gradients_of(striped)
+    masked = config_of(toy_data, tmp_path / "run", spec_augment=SPEC_AUGMENT)
+    whole = gradients_of(masked)
     assert whole[0] != pytest.approx(gradients_of(plain)[0], rel=1e-4)
     in_micro_batches = config_of(
         toy_data, tmp_path / "run", micro_batch_size=3, spec_augment=SPEC_AUGMENT
@@ -141,9 +141,9 @@ def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path)
         assert {int(each[name].drop_keys.step) for each in micro_batches} == {0}
     audio = batch.pairings["audio-text"]
     assert torch.equal(
-        torch.cat([p["audio-text"].stripes for p in micro_batches]), audio.spec_masks
+        torch.cat([p["audio-text"].spec_masks for p in micro_batches]), audio.spec_masks
     )
-    assert {each["image-text"].stripes for each in micro_batches} == {None}
+    assert {each["image-text"].spec_masks for each in micro_batches} == {None}
 
 
 def test_a_micro_batch_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
