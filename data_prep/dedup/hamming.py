@@ -115,7 +115,7 @@ def _pairs_of_band(
 def _expanded(
     queries: np.ndarray, begins: np.ndarray, numbers: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(query, begin), (query, begin + 1), ... for each query, in pieces of bounded size."""
+    """Yields (query, begin), (query, begin + 1), ... for each query, in chunks of bounded size."""
     ends = np.cumsum(numbers, dtype=np.int64)
     total = int(ends[-1])
     if total <= PAIRS_AT_ONCE:
@@ -125,12 +125,14 @@ def _expanded(
         last = min(first + PAIRS_AT_ONCE, total)
         low, high = np.searchsorted(ends, [first, last - 1], side="right")
         part = slice(low, high + 1)
-        before = np.maximum(first - (ends[part] - numbers[part]), 0)  # done in the last piece
+        before = np.maximum(
+            first - (ends[part] - numbers[part]), 0
+        )  # yielded in the previous chunk
         left = np.minimum(ends[part], last) - (ends[part] - numbers[part]) - before
-        places = _ranges(begins[part] + before, left, np.cumsum(left) - left, last - first)
-        yield np.repeat(queries[part], left), places
+        indices = _ranges(begins[part] + before, left, np.cumsum(left) - left, last - first)
+        yield np.repeat(queries[part], left), indices
 
 
 def _ranges(begins: np.ndarray, numbers: np.ndarray, before: np.ndarray, total: int) -> np.ndarray:
-    """begin, begin + 1, ... for each begin; `before` are the numbers' sums up to each."""
+    """Returns begin, begin + 1, ... for each begin; `before` are cumulative sums of `numbers`."""
     return np.repeat(begins - before, numbers) + np.arange(total)

@@ -164,7 +164,7 @@ def find_near_captions(search: Search, options: NearCaptions) -> Found:
         sets, min_jaccard=options.min_jaccard, num_queries=_num_queries(search, sample)
     )
     first, second = sample[first], sample[second]
-    is_other = first != second  # a sample's own captions may be alike
+    is_other = first != second  # captions of one sample may be similar
     return Found(Pairs(first[is_other], second[is_other], similarity[is_other]))
 
 

@@ -63,7 +63,7 @@ MEDIA_MEASURES = {
         Measure("Shorter side", "least(width, height)", "pixels"),
         Measure("Width divided by height", "round(width / height, 2)"),
         Measure("Megapixels", "width * height::BIGINT / 1e6"),
-        Measure("Size of a picture", "bytes", "bytes"),
+        Measure("Size of an image", "bytes", "bytes"),
     ),
     "audio": (
         Measure("Duration", "round(seconds, 3)", "seconds"),

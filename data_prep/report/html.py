@@ -4,7 +4,7 @@ A page is one file. It holds its images, sounds and charts as data, and opens wi
 
     page = render_page("Title", subtitle="...", sections=[Section("Counts", [table(...)])])
 
-All HTML stands in Jinja templates, next to the package that uses them (`<package>/templates`):
+All HTML is in Jinja templates, in the folder `templates` of the package that uses them:
 
     base.html     frame of a page: head, title, table of contents, sections
     blocks.html   macros; the functions below call them, and templates may import them

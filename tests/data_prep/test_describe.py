@@ -76,7 +76,7 @@ def test_statistics_are_those_of_a_slow_count(pictures):
     assert_counts(by_title["Characters in a caption"], [len(caption) for caption in captions])
     sides = [min(values["height"], values["width"]) for _, _, values in rows]
     assert_counts(by_title["Shorter side"], sides)
-    assert_counts(by_title["Size of a picture"], [len(content) for content, _, _ in rows])
+    assert_counts(by_title["Size of an image"], [len(content) for content, _, _ in rows])
     pixels = [values["height"] * values["width"] / 1e6 for _, _, values in rows]
     assert_counts(by_title["Megapixels"], pixels)
     for script, num in statistics.scripts.items():
