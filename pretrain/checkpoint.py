@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class WholeCheckpoint:
+class VerifiedCheckpoint:
     """A checkpoint whose checksums agree."""
 
     location: str
@@ -95,7 +95,7 @@ def files_to_rebuild(
 
 def newest_checkpoint(
     store: CheckpointStore, *, counts: Callable[[CheckpointRecord], bool] = lambda record: True
-) -> WholeCheckpoint | None:
+) -> VerifiedCheckpoint | None:
     """Finds the newest valid checkpoint and logs the damaged ones that it skips.
 
     Every rank must call it: each verifies a part of the files.
@@ -110,26 +110,26 @@ def newest_checkpoint(
     found = on_main_process(store.checkpoints)
     for each in found:
         try:
-            whole = open_whole(each.location)
+            checkpoint = open_checkpoint(each.location)
         except DamagedCheckpointError as error:
             if rank() == 0:
                 logger.warning("skipping a damaged checkpoint: %s", error)
             continue
-        if on_main_process(lambda: counts(whole.record)):  # noqa: B023
-            return whole
+        if on_main_process(lambda: counts(checkpoint.record)):  # noqa: B023
+            return checkpoint
         if rank() == 0:
             logger.warning(
                 "%s is skipped: attempt %s wrote it after a newer attempt had resumed from an "
                 "earlier step",
                 each.location,
-                whole.record.written_by["attempt"],
+                checkpoint.record.written_by["attempt"],
             )
     if found and rank() == 0:
         logger.warning("%s: none of %d checkpoints is valid", store.folder, len(found))
     return None
 
 
-def open_whole(location: str) -> WholeCheckpoint:
+def open_checkpoint(location: str) -> VerifiedCheckpoint:
     """Opens a checkpoint after verifying every file; every rank must call it.
 
     Raises:
@@ -150,7 +150,7 @@ def open_whole(location: str) -> WholeCheckpoint:
     for _, error in outcomes:
         if error is not None:
             raise error
-    return WholeCheckpoint(
+    return VerifiedCheckpoint(
         location, record, SliceIndex(each for slices, _ in outcomes for each in slices)
     )
 
@@ -174,7 +174,7 @@ def _slices_in(location: str, name: str) -> list[StoredSlice]:
     return retry_remote(path, read)
 
 
-def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:
+def restore(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
     """Loads a checkpoint into an engine; every rank must call it.
 
     Raises:
@@ -189,7 +189,7 @@ def restore(engine: Engine, checkpoint: WholeCheckpoint) -> None:
     engine.after_load(num_updates=checkpoint.record.state.num_updates)
 
 
-def refuse_other_shapes(checkpoint: WholeCheckpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+def refuse_other_shapes(checkpoint: VerifiedCheckpoint, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compares the parameters of a checkpoint with those of a model.
 
     Args:
@@ -213,7 +213,7 @@ def refuse_other_shapes(checkpoint: WholeCheckpoint, shapes: dict[str, tuple[int
         )
 
 
-def _refuse_missing_moments(engine: Engine, checkpoint: WholeCheckpoint) -> None:
+def _refuse_missing_moments(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
     own = {held.slice.tensor: held.slice.parameter for held in engine.slices()}
     names = {name for tensor, name in own.items() if not checkpoint.index.has(tensor)}
     missing = sorted(set().union(*gather_objects(names)))

@@ -221,8 +221,8 @@ class RowGather:
         device = self.tensors[0].device
         sent = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         own = self.split.of_piece(rank(), self.piece)
-        for tensor, place in zip(self.tensors, self.sections, strict=True):
-            _rows_in(sent[place], tensor, len(own)).copy_(tensor[own.start : own.stop])
+        for tensor, section in zip(self.tensors, self.sections, strict=True):
+            _rows_in(sent[section], tensor, len(own)).copy_(tensor[own.start : own.stop])
         self.received = torch.empty(world_size(), num_bytes, dtype=torch.uint8, device=device)
         _count("all_gather", (world_size() - 1) * num_bytes)
         self.work = dist.all_gather_single(self.received.view(-1), sent, async_op=True)
@@ -246,8 +246,8 @@ class RowGather:
         rows = self.split.of_piece(holder, self.piece)
         message = self.received[holder]
         tensors = [
-            _rows_in(message[place], tensor, len(rows))
-            for tensor, place in zip(self.tensors, self.sections, strict=True)
+            _rows_in(message[section], tensor, len(rows))
+            for tensor, section in zip(self.tensors, self.sections, strict=True)
         ]
         return RowBlock(holder, self.split.first(holder) + self.piece.start, tuple(tensors))
 

@@ -69,9 +69,7 @@ class ZeroTuning(DeepSpeedSection):
     offload_param: Offload | None = None
     sub_group_size: PositiveInt | None = None  # elements per optimizer update
     stage3_prefetch_bucket_size: int | None = Field(None, ge=0)  # elements
-    stage3_param_persistence_threshold: int | None = Field(
-        None, ge=0
-    )  # elements; smaller parameters stay whole
+    stage3_param_persistence_threshold: int | None = Field(None, ge=0)  # smaller ones stay whole
     stage3_max_live_parameters: int | None = Field(None, ge=0)
     stage3_max_reuse_distance: int | None = Field(None, ge=0)
 

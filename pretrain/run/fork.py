@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.config_file import fixed_values
 from data_prep.errors import InputError
 from data_prep.storage.atomic import write_atomically
-from pretrain.checkpoint import WholeCheckpoint
+from pretrain.checkpoint import VerifiedCheckpoint
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import PretrainConfig
 from pretrain.run.compatibility import RunIdentity, holds_run
@@ -67,7 +67,7 @@ def check_parent(identity: RunIdentity) -> None:
         )
 
 
-def record_parent(identity: RunIdentity, checkpoint: WholeCheckpoint) -> None:
+def record_parent(identity: RunIdentity, checkpoint: VerifiedCheckpoint) -> None:
     """Records the checkpoint that a run begins from; for the main process."""
     run = identity.config.run
     values = {

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from data_prep.errors import InputError
-from pretrain.checkpoint import WholeCheckpoint, newest_checkpoint, restore
+from pretrain.checkpoint import VerifiedCheckpoint, newest_checkpoint, restore
 from pretrain.checkpoints.store import open_store, store_of_run
 from pretrain.distributed.collectives import on_main_process, rank
 from pretrain.distributed.engine import Engine
@@ -63,7 +63,7 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
         logger.info("%s: %s from %s", config.folder, how, newest.location)
 
 
-def newest_checkpoint_of_parent(identity: RunIdentity) -> WholeCheckpoint:
+def newest_checkpoint_of_parent(identity: RunIdentity) -> VerifiedCheckpoint:
     """Returns the checkpoint that a fork begins from, and records it in the fork's folder.
 
     Raises:

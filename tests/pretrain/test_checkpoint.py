@@ -10,7 +10,7 @@ from pretrain.checkpoint import (
     find_checkpoint,
     load_model,
     newest_checkpoint,
-    open_whole,
+    open_checkpoint,
     read_model_state,
     restore,
 )
@@ -44,7 +44,7 @@ def run(toy_data, tmp_path_factory):
 def test_only_the_newest_are_kept_and_each_is_valid(run):
     folders = sorted((run / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_00000005", "step_00000006"]
-    assert [open_whole(str(folder)).record.state.step for folder in folders] == [5, 6]
+    assert [open_checkpoint(str(folder)).record.state.step for folder in folders] == [5, 6]
 
 
 def test_load_model_gives_a_model_that_encodes(run):
@@ -80,7 +80,7 @@ def test_every_damage_is_named_and_the_previous_checkpoint_is_taken(run, tmp_pat
     else:
         (newest / "checkpoint.json").unlink()
     with pytest.raises(DamagedCheckpointError, match="step_00000006"):
-        open_whole(str(newest))
+        open_checkpoint(str(newest))
     found = newest_checkpoint(open_store(newest.parent))
     assert found.location == str(newest.with_name("step_00000005"))
     assert "skipping a damaged checkpoint" in caplog.text
@@ -95,7 +95,7 @@ def test_going_back_behind_a_damaged_checkpoint_never_deletes_the_good_one(toy_d
     config = config.model_copy(update={"run": config.run.model_copy(update=stopped_at_6)})
     run_in_processes(1, train, config)
     assert [folder.name for folder in newest.parent.iterdir()] == ["step_00000006"]
-    open_whole(str(newest))
+    open_checkpoint(str(newest))
 
 
 def test_a_save_deletes_later_steps_that_the_run_went_back_behind(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint import open_whole
+from pretrain.checkpoint import open_checkpoint
 from pretrain.checkpoints.state import PARAMETER, read_whole
 from pretrain.config import PretrainConfig
 from pretrain.moments import EVENT
@@ -239,7 +239,7 @@ def first_state(config):
 
 def final_state(folder, num_steps=NUM_STEPS):
     """Returns {"<key>/<name>": values} of all parameters and moments after the last step."""
-    whole = open_whole(str(folder / "checkpoints" / f"step_{num_steps:08d}"))
+    whole = open_checkpoint(str(folder / "checkpoints" / f"step_{num_steps:08d}"))
     sizes = {name: torch.Size(shape).numel() for name, shape in whole.record.shapes.items()}
     wanted = {
         f"{key}/{name}": size

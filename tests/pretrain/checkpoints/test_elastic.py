@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 
-from pretrain.checkpoint import open_whole, read_model_state, restore
+from pretrain.checkpoint import open_checkpoint, read_model_state, restore
 from pretrain.checkpoints.record import RunState
 from pretrain.distributed.start import (
     build_engine,
@@ -73,7 +73,7 @@ def load(toy_data, folders, strategy):
     for folder in folders:
         for held in engine.slices():
             held.values.fill_(torch.nan)
-        restore(engine, open_whole(str(folder / "step_00000007")))
+        restore(engine, open_checkpoint(str(folder / "step_00000007")))
         assert engine.num_updates == 7
         steps = {state["step"].item() for state in engine.optimizer.state.values()}
         assert steps == {7.0}

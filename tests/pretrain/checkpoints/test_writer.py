@@ -14,7 +14,7 @@ from data_prep.errors import (
     InputError,
     RunError,
 )
-from pretrain.checkpoint import newest_checkpoint, open_whole, restore
+from pretrain.checkpoint import newest_checkpoint, open_checkpoint, restore
 from pretrain.checkpoints import writer as writer_module
 from pretrain.checkpoints.record import RunState
 from pretrain.checkpoints.store import CheckpointStore, open_store
@@ -67,7 +67,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_until_it_has_happened_too_ofte
     writer.finish()
     writer.refuse_failure()
     assert steps_in(folder) == [3, 1]
-    open_whole(str(folder / "step_00000001"))
+    open_checkpoint(str(folder / "step_00000001"))
     filling.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
     writer.save(RunState(4, 4))
     writer.finish()
@@ -120,9 +120,9 @@ def test_training_waits_for_an_unfinished_checkpoint_but_not_for_a_slow_store(
     [first, second] = writer.take_reports()
     assert second.waited_seconds > first.waited_seconds
     other = ToyEngine(seed=1)
-    restore(other, open_whole(str(tmp_path / "step_00000001")))
+    restore(other, open_checkpoint(str(tmp_path / "step_00000001")))
     assert all(map(torch.equal, other.values(), saved))
-    restore(other, open_whole(str(tmp_path / "step_00000002")))
+    restore(other, open_checkpoint(str(tmp_path / "step_00000002")))
     assert all(map(torch.equal, other.values(), engine.values()))
     caplog.clear()
     monkeypatch.setattr(writer_module, "SECONDS_TO_REPORT", 60)
