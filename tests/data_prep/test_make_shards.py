@@ -27,6 +27,7 @@ from tests.support.toy_pairs import (
     write_pictures,
     write_tsv,
 )
+from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,6 +72,21 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path):
     assert contents(output) == contents(tmp_path / "dataset_whole")
 
 
+def children_of(pid):
+    """Returns the ids of a process's children."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for each in lists for child in each.read_text().split()]
+
+
+def has_ended(pid):
+    """Returns True if a process is gone, or has nobody to collect its exit status."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] == "Z"
+
+
 def test_killed_with_its_workers_and_run_again_it_keeps_finished_shards(tmp_path):
     manifest = write_pictures(tmp_path / "media", 400)
     whole = shard(manifest, tmp_path / "whole")
@@ -82,8 +98,10 @@ def test_killed_with_its_workers_and_run_again_it_keeps_finished_shards(tmp_path
         while len(list(killed.glob("*.idx"))) < 5:
             assert process.poll() is None
             time.sleep(0.002)
+        workers = children_of(process.pid)
+        assert len(workers) >= 2
         os.kill(process.pid, signal.SIGKILL)
-    time.sleep(0.5)  # its workers notice
+    wait_until(lambda: all(map(has_ended, workers)))
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("*.idx")}
     assert 5 <= len(kept) < 134
     assert not (killed / "dataset.json").exists()

@@ -161,7 +161,7 @@ def test_more_processes_than_lanes(config):
     """As every rank would say it; here one stands for all."""
     environment = os.environ | {"WORLD_SIZE": "9"}
     arguments = [sys.executable, "-m", "pretrain.train", str(config), "--dry-run"]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 1
     assert "9 processes for lanes=8" in done.stderr
     assert "Traceback" not in done.stderr

@@ -54,7 +54,7 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
     assert watch.is_alive()
     shutil.move(moved, last)
     (folder / "status.json").write_text(json.dumps(status))
-    watch.join(timeout=60)
+    watch.join(timeout=600)
     assert not watch.is_alive()
     steps = [2, 4, 6]
     records = [

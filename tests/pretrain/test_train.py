@@ -361,7 +361,7 @@ def test_the_command_gives_the_same_run_under_every_launcher(toy_data, tmp_path,
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "pretrain.train"]
     done = subprocess.run(
-        [*command, str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=200
+        [*command, str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", alone)

@@ -30,7 +30,8 @@ from tests.support.toy_run import toy_config, write_toy_data
 from tests.support.toy_towers import build_toy_model
 
 NUM_STEPS = 6
-SECONDS_TO_END = 40  # of an attempt, or of processes whose peer was killed
+TIMEOUT_SECONDS = 300  # of collectives
+SECONDS_TO_END = 900  # of an attempt, or of processes whose peer was killed
 SECONDS_OF_LAUNCHER = 3  # before it ends those that are left
 # Where an attempt may run: processes and strategy, each as likely as it is often here.
 PLACES = [(1, "ddp")] * 2 + [
@@ -115,7 +116,8 @@ def config_of(data, folder, strategy):
     values["model"]["text"]["options"] |= {"width": 8}
     values["run"] |= {"checkpoint_every_steps": 2, "trackers": []}
     values["schedule"] |= {"num_steps": NUM_STEPS}
-    values["engine"] |= {"strategy": strategy, "timeout_seconds": 30, "start_timeout_seconds": 30}
+    values["engine"] |= {"strategy": strategy}
+    values["engine"] |= dict.fromkeys(("timeout_seconds", "start_timeout_seconds"), TIMEOUT_SECONDS)
     held_out = {"dataset": data / "more_colors", "batch_size": 10}
     values["validation"] = {"every_steps": 3, "pairings": {"image-text": held_out}}
     return PretrainConfig.model_validate(values)
@@ -146,7 +148,7 @@ def train_until(config, kill, sign):
             return
         sign.touch()
         if kill.how.startswith("KILL"):
-            time.sleep(60)
+            signal.pause()  # until it is killed
         os.kill(os.getpid(), getattr(signal, kill.how))
 
     sys.addaudithook(lambda event, values: meet_all(*values) if event == EVENT else None)

@@ -29,7 +29,7 @@ class ToyObjectStore(ThreadingHTTPServer):
 
         a status    the answer has this status
         "cut"       the body ends halfway
-        "drip"      the body takes a while
+        "drip"      the body comes in many parts
         "reset"     no answer
         "flip"      one bit of the body is flipped
     """
@@ -138,13 +138,13 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault == "cut":
             self.close_connection = True
             return
-        if fault == "drip":
-            time.sleep(0.3)
         # Counted before they are sent: the test may look as soon as they have come.
         self.count(name, len(body) - len(body) // 2)
         with self.server.lock:
             self.server.gets[name] += 1
-        self.wfile.write(body[len(body) // 2 :])
+        step = 100 if fault == "drip" else len(body)
+        for start in range(len(body) // 2, len(body), step):
+            self.wfile.write(body[start : start + step])
 
     def count(self, name, num_bytes):
         with self.server.lock:

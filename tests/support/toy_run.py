@@ -114,8 +114,8 @@ def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
         "engine": {
             "precision": "fp32",
             "device": "cpu",
-            "timeout_seconds": 60,
-            "start_timeout_seconds": 60,
+            "timeout_seconds": 600,
+            "start_timeout_seconds": 600,
         },
     }
     for section, changes in sections.items():

@@ -2,7 +2,6 @@
 
 import gzip
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +20,7 @@ class ToyWebServer(ThreadingHTTPServer):
         self.headers_of = {}  # path -> headers of the last request
         self.robots_txt = (404, b"")  # status, content
         self.num_at_a_time = self.most_at_a_time = 0
+        self.slow_answers = threading.Semaphore(0)  # answers that /slow may give
         self.lock = threading.Lock()
         self.stopped = threading.Event()
 
@@ -85,11 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body=self.path.encode() + BODY)
 
     def slow(self, *_):
-        time.sleep(0.03)
+        self.server.slow_answers.acquire()
         self.good()
 
     def wait(self, *_):
-        self.server.stopped.wait(10)
+        self.server.stopped.wait()
 
     def status(self, status, *_):
         self.answer(int(status))

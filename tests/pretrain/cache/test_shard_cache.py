@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -22,9 +21,15 @@ from pretrain.cache.eviction import NoRoomError, lock_path, locked
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Cache
 from pretrain.data.datasets import open_samples
-from tests.support.shard_fetching import open_and_read_all, open_and_read_one, read_all
+from tests.support.shard_fetching import (
+    announce_fetches,
+    open_and_read_all,
+    open_and_read_one,
+    read_all,
+)
 from tests.support.toy_object_store import toy_object_store
 from tests.support.toy_shards import write_toy_dataset
+from tests.support.waiting import wait_until
 
 SPAWN = multiprocessing.get_context("spawn")
 FORK = multiprocessing.get_context("fork")
@@ -283,23 +288,25 @@ def test_a_full_disk_is_named_with_what_to_set(folder, tmp_path, monkeypatch):
 
 def test_processes_and_threads_that_fetch_at_once_fetch_once(store, folder, tmp_path):
     cache = make_cache(tmp_path)
-    barrier = SPAWN.Barrier(3)
+    barrier, asked = SPAWN.Barrier(3), SPAWN.Semaphore(0)
     processes = [
-        SPAWN.Process(target=open_and_read_all, args=(cache, URL, barrier), daemon=True)
+        SPAWN.Process(target=open_and_read_all, args=(cache, URL, barrier, asked), daemon=True)
         for _ in range(2)
     ]
     for process in processes:
         process.start()
     store.is_slow.set()  # so that all of them meet at the first shard
     dataset = cache.open_dataset(URL)
-    barrier.wait(60)
+    announce_fetches(dataset, asked)
+    barrier.wait(600)
     with ThreadPoolExecutor(4) as threads:
         readings = [threads.submit(read_all, dataset) for _ in range(4)]
-        time.sleep(0.2)
+        for _ in range(6):  # two processes and four threads
+            assert asked.acquire(timeout=600)
         store.is_slow.clear()
         assert all(r.result() == read_all(Dataset(folder)) for r in readings)
     for process in processes:
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0
     assert {n: c for n, c in store.gets.items() if n.endswith((".tar", ".idx"))} == {
         f"{row.name}.{suffix}": 1 for row in dataset.manifest for suffix in ("tar", "idx")
@@ -312,7 +319,7 @@ def test_a_forked_process_fetches_although_its_parent_has_fetched(store, tmp_pat
     dataset.read_sample(0)
     process = FORK.Process(target=read_all, args=(dataset,), daemon=True)
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 0
     assert store.gets["00000005.tar"] == 1
 
@@ -322,12 +329,9 @@ def test_what_a_killed_process_left_does_not_count_and_the_next_goes_on(store, f
     store.is_slow.set()
     process = SPAWN.Process(target=open_and_read_one, args=(cache, URL), daemon=True)
     process.start()
-    deadline = time.monotonic() + 60
-    while not store.sent_bytes["00000000.tar"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: store.sent_bytes["00000000.tar"])
     os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    process.join(600)
     store.is_slow.clear()
     assert len(files_of(cache, "*.tar.*.part")) == 1
     assert files_of(cache, "*.tar") == []

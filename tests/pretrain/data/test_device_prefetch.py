@@ -40,7 +40,7 @@ def test_the_next_batch_is_copied_while_one_is_in_use_and_no_other_is():
         diary.has_copied.clear()
         assert next(copied).step == step
         if step < 3:
-            assert diary.has_copied.wait(timeout=10)
+            assert diary.has_copied.wait(timeout=600)
             assert max(number for event, number in diary.events if event == "copy") <= step + 1
     assert next(copied, None) is None
     for step in range(4):  # the loader's memory is asked for again only when the copy is made

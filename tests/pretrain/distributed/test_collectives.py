@@ -28,7 +28,7 @@ def rows_of_all(split):
 
 def join_processes():
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
 
 
 def streamed_rows(num_processes):

@@ -34,7 +34,7 @@ SCALES = {"softmax": (9.0, 320.0), "sigmoid": (9.0, 90.0)}
 
 def join_processes():
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
 
 
 def features(num_pairs=NUM_PAIRS, width=WIDTH, *, dtype=torch.float64, seed=0):

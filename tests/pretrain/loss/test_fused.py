@@ -128,7 +128,7 @@ def test_a_loss_on_the_cpu_does_not_import_triton(of_one_process):
 
 
 def errors_of_two_processes():
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
     use_interpreted_kernels()
     return {
         (kind, mode, counts, torch.bfloat16): errors_of(

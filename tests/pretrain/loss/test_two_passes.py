@@ -48,7 +48,7 @@ def test_products_are_as_few_as_the_mode_promises(kind, mode, products):
 
 def traffic_of_a_step(num_processes):
     """Returns {(kind, mode, piece rows): traffic} for 64 float32 pairs of width 32 per rank."""
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
     split = RowSplit((64,) * num_processes)
     media, text = features(split.total, 32, dtype=torch.float32)
     found = {}

@@ -150,9 +150,7 @@ def test_every_accepted_config_gives_the_gradient_of_the_whole_batch(
     toy_data, tmp_path, num_processes, accepted
 ):
     arguments = (toy_data, tmp_path, accepted, "fp32")
-    for found in run_in_processes(
-        num_processes, errors_of_options, *arguments, timeout_seconds=300
-    ):
+    for found in run_in_processes(num_processes, errors_of_options, *arguments):
         for options, of_loss, of_gradient in found:
             assert of_loss < 1e-6, options
             assert of_gradient < 1e-5, options
