@@ -159,7 +159,7 @@ class LogMel(Section):
 
 
 class SpecAugment(Section):
-    """Stripes of the spectrogram set to its mean in training (Park et al. 2019, "SpecAugment").
+    """Masks of the spectrogram, set to its mean in training (Park et al. 2019, "SpecAugment").
 
     The width of each mask is drawn uniformly from 0 to the largest, then its position.
     """

@@ -1,11 +1,11 @@
-"""Loading clips for training, beside LAION-CLAP's way, in clips per CPU second (best of several).
+"""Loading clips for training, compared with LAION-CLAP's way: clips per CPU second, the best.
 
     python -m tests.benchmarks.audio_loading
 
 Crops of 10 s out of clips of 60 s, and clips of 10 s whole, mono at 48 kHz. LAION-CLAP's training
-code decodes a clip whole, rounds it to 16 bits and crops it then; its steps are taken here with
-soundfile, which decodes for both. The log-mel is timed apart, one thread on the CPU: in training it
-follows on the device.
+code decodes a whole clip, rounds it to 16 bits, and then crops it. Its steps are repeated here with
+soundfile, which decodes for both. The log-mel is timed separately, in one thread on the CPU. In
+training it follows on the device.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def load_as_laion_clap(content: bytes, extension: str, rng: SampleRandom) -> torch.Tensor:
-    """float32 [clip samples]: decoded whole, rounded to 16 bits, cropped or repeated."""
+    """Loads float32 [clip samples]: decoded whole, rounded to 16 bits, cropped or repeated."""
     waveform, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     first_channel = torch.from_numpy(np.ascontiguousarray(waveform[:, 0]))
     levels = (first_channel.clamp(-1, 1) * 32767).to(torch.int16)
@@ -67,7 +67,7 @@ def load_as_laion_clap(content: bytes, extension: str, rng: SampleRandom) -> tor
 
 
 def sound(seed: int, seconds: int) -> np.ndarray:
-    """float32 [samples]: brown-ish noise that swells and fades, and a wandering tone."""
+    """Makes float32 [samples]: brown-ish noise that swells and fades, and a wandering tone."""
     rng = np.random.default_rng(seed)
     num_samples = seconds * CONFIG.sample_rate_hz
     spectrum = np.fft.rfft(rng.standard_normal(num_samples))
@@ -110,7 +110,7 @@ def show(what: str, clips: Sequence[bytes], extension: str, loaders: dict[str, L
 
 
 def mel_seconds() -> float:
-    """CPU seconds per clip, in the best of NUM_ROUNDS batches."""
+    """Measures CPU seconds per clip, in the best of NUM_ROUNDS batches."""
     log_mel = LogMelSpectrogram(CONFIG)
     waveforms = torch.randn(MEL_BATCH, CLIP_SAMPLES) * 0.1
     seconds = []

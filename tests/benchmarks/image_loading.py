@@ -1,13 +1,12 @@
-"""Loading images for training, beside open_clip's own loader, in samples per CPU second.
+"""Loading images for training, compared with open_clip's loader: samples per CPU second.
 
     python -m tests.benchmarks.image_loading [RUNS]
 
-The same shards, written by us, are read by both: JPEGs of 256, 512 and 1024 pixels. Both crop 0.9
-to 1 of the area, resize to 224 pixels (bicubic) and tokenise the caption; open_clip's batches are
-float32 and normalised, ours are uint8 and normalised on the device. open_clip 3.3 needs webdataset
-0.2.86, and gets an environment of its own, kept in the system's temporary folder. CPU seconds are
-those of all processes of a loader, over as many batches as make whole passes over the shards, once
-it runs; of several runs in turns the median counts.
+Both read the same shards, written by us: JPEGs of 256, 512 and 1024 pixels. Both crop 0.9 to 1 of
+the area, resize to 224 pixels (bicubic) and tokenise the caption. open_clip's batches are float32
+and normalised; ours are uint8, and normalised on the device. open_clip 3.3 needs webdataset 0.2.86,
+so it gets its own environment, kept in the system's temporary folder. CPU seconds are those of all
+processes of a loader, over whole passes over the shards. The median of several runs counts.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main(num_runs: int) -> None:
 def commands(
     open_clip_python: Path, dataset: Path, num_batches: int
 ) -> dict[str, tuple[object, ...]]:
-    """Name of a loader -> interpreter, module and arguments."""
+    """Returns name of a loader -> interpreter, module and arguments."""
     numbers = (dataset, BATCH_SIZE, SKIPPED_BATCHES + num_batches, NUM_WORKERS)
     peer = (open_clip_python, "tests.benchmarks.loading.open_clip_batches", *numbers)
     ours = (sys.executable, "tests.benchmarks.loading.isopair_batches", *numbers)
@@ -56,7 +55,7 @@ def commands(
 
 
 def show(long_side: int, costs: dict[str, list[Cost]], *, num_samples: int) -> None:
-    """One line for each loader: rates, and how many times open_clip's rate it is."""
+    """Prints a line for each loader: its rates, and their ratio to open_clip's."""
     theirs = median(cost.cpu_seconds for cost in costs["open_clip"])
     for name, runs in costs.items():
         cpu, wall, first = (
@@ -73,7 +72,7 @@ def show(long_side: int, costs: dict[str, list[Cost]], *, num_samples: int) -> N
 
 
 def normalising_seconds(num_batches: int = 5) -> float:
-    """CPU seconds per sample that uint8 -> normalised float32 takes, where there is no device."""
+    """Measures CPU seconds per sample of uint8 -> normalised float32, done without a device."""
     torch.set_num_threads(1)
     mean = torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255
     std = torch.tensor(CLIP_STD).view(3, 1, 1) * 255

@@ -1,13 +1,13 @@
-"""What our loader costs besides CPU seconds: reads, exactness, order, resuming, memory.
+"""Costs of the loader other than CPU seconds: reads, exactness, order, resuming, memory.
 
     python -m tests.benchmarks.loading_costs
 
-Read amplification is what is read from files in one epoch, over the bytes of all members and one
-header block each. PSNR is that of training pixels against Pillow's bicubic resize of the very same
-crop: width first, as torch and Pillow up to version 12 do it, and as Pillow 13 does it, which
-begins with the height where that is less work (both round to 8 bits in between, and cut overshoots
-off). The order is asked for steps of a source as large as LAION-2B. Memory is that of all of a
-loader's processes after each of 20 epochs, RSS (which counts what they share in each) and PSS.
+Read amplification is the bytes read from files in one epoch, over the bytes of all members and one
+header block each. PSNR compares training pixels with Pillow's bicubic resize of the same crop, in
+two orders. Width first is the order of torch, and of Pillow up to version 12. Pillow 13 begins with
+the height where that is less work. Both round to 8 bits in between, and clip overshoots. The order
+is asked for steps of a source as large as LAION-2B. Memory is that of all of a loader's processes
+after each of 20 epochs: RSS, which counts shared memory in each process, and PSS.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def step_loader_of(dataset: Path) -> StepLoader:
 
 
 def show_order() -> None:
-    """Lookup of a global batch in one source of LARGE_SAMPLES."""
+    """Prints the cost of looking up a global batch in one source of LARGE_SAMPLES."""
     sizes = np.random.default_rng(0).multinomial(
         LARGE_SAMPLES, np.full(LARGE_SHARDS, 1 / LARGE_SHARDS)
     )
@@ -101,7 +101,7 @@ def show_order() -> None:
 
 
 def show_exactness(dataset: Path, long_side: int) -> None:
-    """PSNR of training pixels against Pillow's of the same crop."""
+    """Prints the PSNR of training pixels against Pillow's of the same crop."""
     config = image_run(dataset, global_batch_size=BATCH_SIZE).image
     transform, samples = ImageToPixels(config), Dataset(dataset)
     ratios = []
@@ -116,15 +116,15 @@ def show_exactness(dataset: Path, long_side: int) -> None:
         ratios.append([psnr(found, each) for each in expected])
     least, mean = np.min(ratios, axis=0), np.mean(ratios, axis=0)
     print(
-        f"{long_side} pixels, beside Pillow, width first: at least {least[0]:.1f} dB, on average "
-        f"{mean[0]:.1f} dB; in the order that it takes: {least[1]:.1f} and {mean[1]:.1f} dB"
+        f"{long_side} pixels, compared with Pillow, width first: at least {least[0]:.1f} dB, on "
+        f"average {mean[0]:.1f} dB; in the order that it takes: {least[1]:.1f} and {mean[1]:.1f} dB"
     )
 
 
 def with_pillow(
     picture: Image.Image, crop: tuple[int, int, int, int], *, size: int
 ) -> list[np.ndarray]:
-    """Two uint8 [size, size, 3]: width first, and in the order that Pillow takes."""
+    """Returns two uint8 [size, size, 3]: width first, and in the order that Pillow takes."""
     top, left, height, width = crop
     part = picture.crop((left, top, left + width, top + height))
     narrowed = part.resize((size, height), Image.Resampling.BICUBIC)
@@ -134,7 +134,7 @@ def with_pillow(
 
 
 def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-    """In dB; infinite where all is equal."""
+    """Returns the PSNR in dB; infinite if all is equal."""
     error = np.mean((found.astype(np.float64) - expected) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else np.inf
 
@@ -143,7 +143,7 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def show_reads(dataset: Path, long_side: int) -> None:
-    """Bytes read in the second epoch; in the first, files are opened."""
+    """Prints the bytes read in the second epoch; in the first, files are opened."""
     loader = step_loader_of(dataset)
     num_steps = loader.schedule.num_samples // BATCH_SIZE
     for step in range(num_steps):
@@ -177,7 +177,7 @@ def show_resuming(dataset: Path) -> None:
 
 
 def show_memory(dataset: Path) -> None:
-    """Memory of the training process and all below it at the end of each epoch."""
+    """Prints the memory of the training process and its descendants after each epoch."""
     steps_per_epoch = SMALL_SAMPLES // BATCH_SIZE
     # An epoch more, so that the loader still runs at the end of the last one that counts.
     num_batches = (NUM_EPOCHS + 1) * steps_per_epoch

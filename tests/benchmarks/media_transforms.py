@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.media_transforms
 
-Pictures beside Pillow (decode, crop, bicubic resize), clips of 10 s out of 60 s beside decoding the
-whole and cropping then. All are made up: smooth blobs under noise, brown noise.
+Pictures are compared with Pillow (decode, crop, bicubic resize), and clips of 10 s out of 60 s with
+decoding the whole clip before cropping. All are synthetic: smooth blobs under noise, brown noise.
 """
 
 from __future__ import annotations

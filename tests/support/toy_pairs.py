@@ -34,7 +34,7 @@ def write_tsv(path: Path, rows: list[tuple], header: tuple = ("path", "caption")
 
 
 def write_pictures(folder: Path, number: int) -> Path:
-    """A manifest of `number` JPEGs, every third with two captions."""
+    """Writes `number` JPEGs and their manifest, every third with two captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for each in range(number):
@@ -45,7 +45,7 @@ def write_pictures(folder: Path, number: int) -> Path:
 
 
 def shard(manifest: Path, output: Path, **fields) -> Path:
-    """Makes a dataset of pictures, three samples per shard unless told otherwise."""
+    """Makes a dataset of pictures, by default with three samples per shard."""
     fields = {"media": "image", "samples_per_shard": 3} | fields
     make_shards(MakeShards(input=str(manifest), output=output, **fields))
     return output
@@ -56,7 +56,7 @@ def verify(dataset: Path, *, decode: bool = False) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder: path -> bytes."""
+    """Returns path -> bytes of every file in a folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

@@ -19,7 +19,7 @@ from data_prep.shards.writer import ShardWriter
 
 
 def jpeg(number: int) -> bytes:
-    """A picture of its own for each number."""
+    """Draws a different picture for each number."""
     pixels = np.random.default_rng(number).integers(0, 255, (20 + number % 5, 16, 3))
     sink = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(sink, "JPEG")
@@ -27,7 +27,7 @@ def jpeg(number: int) -> bytes:
 
 
 def toy_sample(number: int) -> tuple[str, dict[str, bytes]]:
-    """(key, members); every third has a .json"""
+    """Returns (key, members) of a sample; every third has a .json."""
     members = {"jpg": jpeg(number), "txt": f"caption {number}".encode()}
     if number % 3 == 0:
         members["json"] = f'{{"captions": ["caption {number}", "other {number}"]}}'.encode()
@@ -42,7 +42,7 @@ def write_toy_dataset(
     has_parquet: bool = True,
     preparation: dict | None = None,
 ) -> Path:
-    """A finished dataset of pictures, with a rejected pair in every shard."""
+    """Writes a finished dataset of pictures, with a rejected pair in every shard."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for start in range(0, num_samples, samples_per_shard):
@@ -60,7 +60,7 @@ def write_toy_dataset(
 
 
 def write_rows(path: Path, numbers: range) -> None:
-    """The Parquet of some samples, with a column that a user kept."""
+    """Writes the Parquet file of some samples, with a column that a user kept."""
     rows = []
     for number in numbers:
         key, members = toy_sample(number)

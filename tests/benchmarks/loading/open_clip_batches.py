@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.loading.open_clip_batches DATASET BATCH_SIZE BATCHES WORKERS
 
-Runs in an environment with webdataset 0.2.86, without anything of ours. One long epoch is asked
+Runs in an environment with webdataset 0.2.86, without our packages. One long epoch is asked
 for, so that the buffer of shuffled samples is filled only once.
 """
 

@@ -1,4 +1,4 @@
-"""A second environment, for loaders that cannot be installed beside ours, made once and kept."""
+"""A second environment for loaders that conflict with ours, created once and kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED_PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 
 def peer_python(name: str, requirements: list[str]) -> Path:
-    """The interpreter of the environment of that name, made if it is not there."""
+    """Returns the interpreter of a named environment, which is created if it is missing."""
     pins = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED_PACKAGES]
     folder, wanted = CACHE / name, "\n".join([*requirements, *pins])
     python, done = folder / "bin" / "python", folder / "requirements.txt"

@@ -51,7 +51,7 @@ KINDS = {
 def photo_dataset(
     long_side: int, *, num_samples: int, samples_per_shard: int = SHARD_SAMPLES
 ) -> Path:
-    """Folder of a dataset of such pictures, made if it is not there."""
+    """Returns the folder of a dataset of such pictures, written if it is missing."""
     folder = CACHE / f"photographs-{VERSION}-{long_side}-{num_samples}-{samples_per_shard}"
     if not (folder / "dataset.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Studio:
         self.photographs.append(Image.open(portrait).convert("RGB"))
 
     def picture(self, rng: np.random.Generator) -> bytes:
-        """A JPEG that depends on `rng` alone."""
+        """Draws a JPEG that depends on `rng` alone."""
         photograph = self.photographs[rng.integers(len(self.photographs))]
         box = self._part(photograph.size, rng)
         image = photograph.resize(self.kind.size, Image.Resampling.BICUBIC, box=box)

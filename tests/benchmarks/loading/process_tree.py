@@ -1,4 +1,4 @@
-"""What a loader's processes cost together: CPU seconds, wall time, memory."""
+"""Costs of all processes of a loader: CPU seconds, wall time, memory."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def batches_of(python: Path | str, module: str, *arguments: object) -> Iterator[
 def stream_cost(
     python: Path | str, module: str, *arguments: object, skipped: int, counted: int
 ) -> Cost:
-    """What `counted` batches cost after the first `skipped` ones.
+    """Measures the cost of `counted` batches after the first `skipped` ones.
 
-    The loader is expected to have more ahead when the last one comes: so it has loaded as much
-    ahead at the end of the count as at its beginning.
+    The loader must still have batches to load after the last one. Then it is as far ahead at the
+    end of the count as at its beginning.
     """
     start = time.monotonic()
     marks = {
@@ -51,7 +51,7 @@ def stream_cost(
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and all below it, those that ended included."""
+    """Returns user and system time of a process and its descendants, ended ones included."""
     total = 0.0
     for process in process_tree(pid):
         times = process.cpu_times()  # its own, and that of children it waited for
@@ -60,7 +60,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """(RSS, PSS) in bytes of a process and all below it; PSS counts shared memory once."""
+    """Returns (RSS, PSS) in bytes of a process tree; PSS counts shared memory once."""
     infos = [process.memory_full_info() for process in process_tree(pid)]
     return sum(info.rss for info in infos), sum(info.pss for info in infos)
 

@@ -1,4 +1,4 @@
-"""The configuration of a run on a dataset of the benchmarks, of which only the loader is used."""
+"""Config of a run on a dataset of the benchmarks; only its loader is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LANES = 16
 
 
 def image_run(dataset: Path, *, global_batch_size: int, **loading: Any) -> PretrainConfig:
-    """A ViT-B/32 on images of 224 pixels, cropped as open_clip does by default."""
+    """Builds the config of a ViT-B/32 on images of 224 pixels, cropped as in open_clip."""
     return PretrainConfig.model_validate(
         {
             "lanes": LANES,

@@ -1,4 +1,4 @@
-"""The order of events of copying ahead, with a copier that writes down what is asked of it."""
+"""The order of events of prefetching to a device, with a copier that records its calls."""
 
 import threading
 
@@ -9,7 +9,7 @@ from pretrain.data.device_prefetch import prefetch_with
 
 
 class Diary:
-    """A copier without a device."""
+    """A copier without a device, which records its calls."""
 
     def __init__(self):
         self.events = []
@@ -25,7 +25,7 @@ class Diary:
 
 
 def batches(diary, num_steps, *, error=None):
-    """Each is 'loaded' when the one before is no longer needed."""
+    """Yields batches, each 'loaded' when the one before is no longer needed."""
     for step in range(num_steps):
         diary.events.append(("load", step))
         yield StepBatch(step, {}, [])
@@ -43,7 +43,7 @@ def test_the_next_batch_is_copied_while_one_is_in_use_and_no_other_is():
             assert diary.has_copied.wait(timeout=600)
             assert max(number for event, number in diary.events if event == "copy") <= step + 1
     assert next(copied, None) is None
-    for step in range(4):  # the loader's memory is asked for again only when the copy is made
+    for step in range(4):  # the loader reuses its memory only after the copy
         assert diary.events.index(("copy", step)) > diary.events.index(("load", step))
         assert diary.events.index(("use", step)) > diary.events.index(("copy", step))
     for step in range(3):

@@ -20,14 +20,14 @@ from tests.support import toy_run
 from tests.support.toy_run import write_toy_dataset
 
 
-def damaged_copy(source, folder, *, places):
-    """A dataset of pictures with a flipped bit in some of its first shard."""
+def damaged_copy(source, folder, *, indices):
+    """Copies a dataset of pictures, with a flipped bit in some samples of its first shard."""
     shutil.copytree(source, folder)
     index = ShardIndex.read(folder / "00000000.idx")
     tar = folder / "00000000.tar"
     content = bytearray(tar.read_bytes())
-    for place in places:
-        block = int(index.table[place, index.fields.index("png"), 0])
+    for index_of_sample in indices:
+        block = int(index.table[index_of_sample, index.fields.index("png"), 0])
         content[block * BLOCK_BYTES + 30] ^= 1
     tar.write_bytes(content)
     return folder
@@ -46,14 +46,14 @@ def reader_of(folder, *, takes_bad_shards=False, **settings):
 
 
 def row_of(reader, pair):
-    """The row of a batch that a pair fills."""
+    """Returns the row of a batch that a pair fills."""
     row = torch.empty(reader.transform.row_shape, dtype=reader.transform.row_dtype)
     reader.transform.write_row(pair.part, pair.rng, row)
     return row
 
 
 def test_a_substitute_comes_from_the_shard_and_depends_on_the_place_alone(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[20]))
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", indices=[20]))
     pair = reader.decode_training(20, epoch=5)
     bad = pair.bad_sample
     assert (bad.source, bad.epoch, bad.ordinal, bad.shard) == ("colors", 5, 20, "00000000")
@@ -69,7 +69,7 @@ def test_a_substitute_comes_from_the_shard_and_depends_on_the_place_alone(toy_da
 
 
 def test_a_substitute_is_shown_as_its_own_epoch_would_show_it(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[20]))
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", indices=[20]))
     pair = reader.decode_training(20, epoch=5)
     itself = reader.decode_training(pair.ordinal, epoch=5)
     assert torch.equal(row_of(reader, pair), row_of(reader, itself))
@@ -77,7 +77,7 @@ def test_a_substitute_is_shown_as_its_own_epoch_would_show_it(toy_data, tmp_path
 
 
 def test_without_a_good_neighbour_the_sample_is_named(toy_data, tmp_path):
-    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=range(40)))
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", indices=range(40)))
     with pytest.raises(
         InputError, match=r"neither this sample nor 1[56] neighbours.*sample 000007"
     ):
@@ -86,7 +86,7 @@ def test_without_a_good_neighbour_the_sample_is_named(toy_data, tmp_path):
 
 def test_where_a_small_shard_is_bad_throughout_the_next_one_helps(tmp_path):
     folder = write_toy_dataset(tmp_path / "whole", "image", shard_sizes=(3, 4))
-    reader = reader_of(damaged_copy(folder, tmp_path / "data", places=range(3)))
+    reader = reader_of(damaged_copy(folder, tmp_path / "data", indices=range(3)))
     assert reader.decode_training(1, epoch=0).ordinal in range(3, 7)
 
 
@@ -105,7 +105,7 @@ def test_bytes_that_pass_the_checksum_but_do_not_decode_are_substituted_too(tmp_
 def test_a_pair_opened_before_it_is_decoded_is_the_same_or_has_the_same_substitute(
     toy_data, tmp_path, monkeypatch
 ):
-    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", places=[20]))
+    reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", indices=[20]))
     assert reader.open_training(20, epoch=0) is None
     decode = reader.transform.decode_training
     monkeypatch.setattr(

@@ -51,7 +51,7 @@ def loader(config, tokenizer):
 
 
 def load_steps(config, tokenizer, loading, *, world_size, first_step, last_step):
-    """[steps] {pairing: {tensor: of the global batch}} as that many ranks load them."""
+    """Returns [steps] {pairing: {tensor: of the global batch}}, as some ranks load them."""
     of_ranks = []
     for rank in range(world_size):
         loader = open_step_loader(config, tokenizer, rank=rank, world_size=world_size)
@@ -62,7 +62,7 @@ def load_steps(config, tokenizer, loading, *, world_size, first_step, last_step)
 
 
 def joined(batches):
-    """The global batch of a step, from those of all ranks."""
+    """Joins the batches of all ranks into the global batch of a step."""
     assert len({batch.step for batch in batches}) == 1
     step = {}
     for name in batches[0].pairings:
@@ -88,7 +88,7 @@ def assert_same_steps(found, expected):
 
 @pytest.fixture(scope="module")
 def expected_steps(config, tokenizer):
-    """Steps 0 to 12 as one process reads them; colors and tones end epochs among them."""
+    """Returns steps 0 to 12 as one process reads them; colors and tones end epochs in them."""
     steps = load_steps(config, tokenizer, LOADINGS[0], world_size=1, first_step=0, last_step=12)
     epochs = {key for step in steps for pairing in step.values() for key in pairing["num_read"]}
     assert {("colors", 0), ("colors", 1), ("tones", 0), ("tones", 1)} <= epochs
@@ -100,7 +100,7 @@ def expected_steps(config, tokenizer):
 def test_order_pixels_sounds_and_tokens_do_not_depend_on_ranks_and_workers(
     config, tokenizer, expected_steps, loading, world_size
 ):
-    """Across an epoch's end; the second half as after a stop in other surroundings."""
+    """Compares steps across an epoch's end, some of them after a stop with other settings."""
     first_step = 0 if world_size % 2 else 5
     steps = load_steps(
         config, tokenizer, loading, world_size=world_size, first_step=first_step, last_step=12
@@ -142,7 +142,7 @@ def test_an_error_of_a_slow_tokenizer_ends_loading(config):
 
 
 def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, monkeypatch):
-    """Resuming is calling a function: what is read for step ten million is that step alone."""
+    """Reads step ten million alone: resuming is calling a function."""
     loader = open_step_loader(config, tokenizer, rank=0, world_size=1)
     reads = []
     for pairing in loader.readers.values():

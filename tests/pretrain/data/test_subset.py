@@ -1,4 +1,4 @@
-"""Training on a subset of a dataset: the order, the substitutes, and what a run may resume."""
+"""Training on a subset of a dataset: order, substitutes, and resumption."""
 
 import json
 import pickle
@@ -48,7 +48,7 @@ def half_of(num_samples, seed=0):
 
 
 def write_kept_samples(folder, bitmap):
-    """A dataset that physically holds what `bitmap` keeps of colors, shard by shard."""
+    """Writes a dataset that holds only what `bitmap` keeps of colors, shard by shard."""
     folder.mkdir()
     for shard, start in enumerate(np.cumsum((0, *SIZES[:-1]))):
         writer = ShardWriter(folder, f"{shard:08d}")
@@ -123,7 +123,7 @@ def step_loader(config):
 
 
 def test_a_sample_is_augmented_as_without_the_subset(toy_data, tmp_path):
-    """Its id, of which its randomness is a function, is its place in the whole dataset."""
+    """Checks that a sample's ordinal in the whole dataset is the key of its randomness."""
     bitmap = np.zeros(sum(SIZES), dtype=bool)
     bitmap[-9:] = True
     subset = write_subset(tmp_path / "last.subset", toy_data / "colors", bitmap)
@@ -151,8 +151,8 @@ def test_substitutes_are_kept_samples(toy_data, tmp_path):
     bitmap[:40] = np.arange(40) % 4 == 0
     index = ShardIndex.read(folder / "00000000.idx")
     content = bytearray((folder / "00000000.tar").read_bytes())
-    for place in (0, 8, 20):
-        block = int(index.table[place, index.fields.index("png"), 0])
+    for ordinal in (0, 8, 20):
+        block = int(index.table[ordinal, index.fields.index("png"), 0])
         content[block * BLOCK_BYTES + 30] ^= 1
     (folder / "00000000.tar").write_bytes(content)
     subset = write_subset(tmp_path / "some.subset", folder, bitmap)
@@ -160,10 +160,10 @@ def test_substitutes_are_kept_samples(toy_data, tmp_path):
         shutil.copytree(toy_data / name, tmp_path / name)
     config = config_with_subset(tmp_path, tmp_path / "run", subset)
     reader = step_loader(config).readers["image-text"].sources[0]
-    for place in (0, 8, 20):
-        pair = reader.decode_training(place, epoch=0)
+    for ordinal in (0, 8, 20):
+        pair = reader.decode_training(ordinal, epoch=0)
         bad = pair.bad_sample
-        assert bad.ordinal == place
+        assert bad.ordinal == ordinal
         assert bad.substitute == pair.ordinal
         assert bitmap[pair.ordinal]
         assert pair.ordinal not in (0, 8, 20)

@@ -20,7 +20,7 @@ WHOLE = {"crop_area": (1, 1), "crop_ratio": (1, 1)}  # of a square picture
 
 
 def picture(height=60, width=80):
-    """Smooth blobs with fine edges between them, as photographs have."""
+    """Draws smooth blobs with fine edges between them, as photographs have."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))

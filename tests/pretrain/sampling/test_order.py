@@ -35,7 +35,7 @@ def make_pairing(sources=None, weights=(1.0,), batch=32, seed=0, segments=()):
 
 
 def global_step(pairing, step, world_size):
-    """(slot, source, epoch, ordinal) of a step, joined over ranks."""
+    """Returns [(slot, source, epoch, ordinal)] of a step, joined over ranks."""
     rows = []
     for rank in range(world_size):
         lanes = lanes_of_rank(rank, world_size=world_size, lanes=pairing.lanes)
@@ -54,11 +54,11 @@ def test_permute_is_a_bijection(size, key):
 @given(size=st.integers(1, 10**10), key=st.integers(0, 2**64 - 1))
 @settings(max_examples=40)
 def test_permute_of_a_large_domain_stays_inside_it_without_collisions(size, key):
-    places = np.unique(np.linspace(0, size - 1, 500).astype(np.int64))
-    permuted = permute(places, sizes=size, keys=key)
+    indices = np.unique(np.linspace(0, size - 1, 500).astype(np.int64))
+    permuted = permute(indices, sizes=size, keys=key)
     assert permuted.min() >= 0
     assert permuted.max() < size
-    assert len(np.unique(permuted)) == len(places)
+    assert len(np.unique(permuted)) == len(indices)
 
 
 def test_permute_shuffles_well_enough():
@@ -116,14 +116,14 @@ def test_a_step_does_not_depend_on_the_number_of_ranks():
 def test_mixing_counts_are_exact_per_block_and_even_per_step():
     sources = [make_source("a"), make_source("b", shard_sizes=(400,)), make_source("c")]
     pairing = make_pairing(sources, weights=(1, 2, 0.5), batch=LANES * 4)
-    shares = np.array([1, 2, 0.5]) / 3.5
+    fractions = np.array([1, 2, 0.5]) / 3.5
     total = Counter()
     for step in range(MIXING_BLOCK_SLOTS // 4):
         counts = Counter(source for _, source, _, _ in global_step(pairing, step, 1))
-        for number, share in enumerate(shares):
-            assert abs(counts[number] - share * LANES * 4) <= 4  # one per slot of a lane
+        for number, fraction in enumerate(fractions):
+            assert abs(counts[number] - fraction * LANES * 4) <= 4  # one per slot of a lane
         total += counts
-    # To the slot: whole ones of 4096 * share in every lane, and the largest has what they leave.
+    # To the slot: whole ones of 4096 * fraction in every lane, and the largest has what they leave.
     assert [total[0], total[2]] == [LANES * (4096 * 2 // 7), LANES * (4096 // 7)]
     assert sum(total.values()) == LANES * MIXING_BLOCK_SLOTS
     for number in range(3):
@@ -273,7 +273,7 @@ def test_the_randomness_of_a_sample_depends_on_seed_source_epoch_and_ordinal_alo
 
 
 def test_the_order_has_not_changed_since_version_one():
-    """Figures of this project's first release: a change here breaks every run that is resumed."""
+    """Pins a digest of the first release: a change here breaks every run that is resumed."""
     sources = [make_source("a"), make_source("b", shard_sizes=(400,), window=64)]
     pairing = make_pairing(sources, weights=(1, 3))
     assert (

@@ -18,7 +18,7 @@ SIZES = {"a": (20, 7, 14), "b": (25,), "c": (9, 9), "tones": (18, 5)}
 
 @dataclass(frozen=True)
 class Sizes:
-    """A source of which only the sizes of its shards are known."""
+    """A source known by the sizes of its shards alone."""
 
     shard_sizes: np.ndarray
 
@@ -61,7 +61,7 @@ def schedule(request):
 
 
 def rows_of_step(schedule, step, *, world_size=1):
-    """[(pairing, slot, source, epoch, ordinal)] of a step, joined over ranks."""
+    """Returns [(pairing, slot, source, epoch, ordinal)] of a step, joined over ranks."""
     rows = []
     for rank in range(world_size):
         lanes = lanes_of_rank(rank, world_size=world_size, lanes=LANES)
