@@ -6,6 +6,7 @@ collective takes part in autograd. `counted_traffic` counts the bytes that a ran
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 from collections import Counter
@@ -20,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.errors import (
-    InputError,
-    RunError,
-)
+from data_prep.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 SECTION_BYTES = 64  # alignment of each tensor in a message that carries several
@@ -112,22 +112,53 @@ def broadcast_from(source: int, values: Tensor) -> None:
 def on_main_process(action: Callable[[], Result]) -> Result:
     """Runs `action` on rank 0 only; every rank returns its result or raises its error.
 
+    Only rank 0's outcome is sent, so no rank's memory grows with the number of ranks. An error of
+    any type is sent, including KeyboardInterrupt and SystemExit.
+
     Raises:
-        InputError: if the action raises it.
-        RunError: if the action cannot read or write a file.
+        RunError: if the action cannot read or write a file; on other ranks also in place of an
+            error that cannot be pickled.
     """
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = action()
-        except InputError as raised:
-            error = raised
-        except OSError as raised:
-            error = RunError(f"rank 0: {raised}")
-    result, error = gather_objects((result, error))[0]
+    result, error = _outcome_of(action) if rank() == 0 else (None, None)
+    if world_size() > 1:
+        payload = None
+        if rank() == 0:
+            payload, error = _pickled(result, error)
+        holder = [payload]
+        dist.broadcast_object_list(holder, src=0)
+        _count("broadcast_object", len(holder[0]))
+        if rank() > 0:
+            result, error = pickle.loads(holder[0])
     if error is not None:
         raise error
     return result
+
+
+def _outcome_of(action: Callable[[], Result]) -> tuple[Result | None, BaseException | None]:
+    try:
+        return action(), None
+    except OSError as raised:
+        return None, RunError(f"rank 0: {raised}")
+    except BaseException as raised:  # other ranks would otherwise wait until their time-out
+        return None, raised
+
+
+def _pickled(result: Any, error: BaseException | None) -> tuple[bytes, BaseException | None]:
+    """The outcome as other ranks get it, and the error to raise on rank 0."""
+    if error is None:
+        try:
+            return pickle.dumps((result, None)), None
+        except Exception as raised:
+            error = raised
+    try:
+        payload = pickle.dumps((None, error))
+        _, copy = pickle.loads(payload)  # fails if __init__ takes other arguments than `args`
+        if type(copy) is type(error) and str(copy) == str(error):
+            return payload, error
+    except Exception:  # only the copy fails; the error itself is raised on rank 0
+        logger.debug("rank 0: %s cannot be pickled", type(error).__name__)
+    text = f"rank 0: {type(error).__name__}: {error}"
+    return pickle.dumps((None, RunError(text))), error
 
 
 def set_timeout(seconds: float) -> None:
