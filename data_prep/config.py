@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.config_file import Section, free
+from data_prep.config_file import Location, Section, free
 from data_prep.languages import check_language, check_script
 
 MediaKind = Literal["image", "audio"]
@@ -191,9 +191,9 @@ class DownloadOptions(Section):
 class MakeShards(Section):
     """Config of `python -m data_prep.make_shards` and `finalize`: pairs to a dataset of shards."""
 
-    input: str  # file, folder, glob or URL (s3://, gs://, hf://, https://) of the pairs
+    input: Location  # file, folder, glob or URL (s3://, gs://, hf://, https://) of the pairs
     format: SourceFormat = "auto"
-    media_root: str | None = None  # start of relative media paths; null: the input's folder
+    media_root: Location | None = None  # start of relative media paths; null: the input's folder
     output: Path = free()  # dataset folder to create
     media: MediaKind  # image | audio
     columns: Columns = Columns()

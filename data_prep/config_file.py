@@ -8,24 +8,33 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from data_prep.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound="Section")
 STORED = {"is_stored": True}  # validation context of a config that an earlier run wrote
+MAY_BE_URL = "may be a URL"  # in the annotation of such a text field
+Location = Annotated[
+    str,
+    BeforeValidator(lambda place: str(place) if isinstance(place, Path) else place),
+    MAY_BE_URL,
+]  # folder, file or URL
 
 
 class Section(BaseModel):
@@ -50,6 +59,20 @@ class Section(BaseModel):
                     raise ValueError(cls._unknown_key_message(str(key)))
         return values
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_url_as_path(cls, value: Any, info: ValidationInfo) -> Any:
+        # Path("s3://bucket/run") is "s3:/bucket/run", a local folder that would be created.
+        if _holds_paths(cls.model_fields[info.field_name].annotation):
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and "://" in text:
+                    raise PydanticCustomError(
+                        "url_as_path",
+                        "expected a local path, found the URL {url}",
+                        {"url": repr(text)},
+                    )
+        return value
+
     @classmethod
     def _of_all_bases(cls, name: str) -> dict[str, str]:
         merged: dict[str, str] = {}
@@ -67,6 +90,28 @@ class Section(BaseModel):
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
+
+
+def url_settings(section: type[Section]) -> Iterator[str]:
+    """Yields the dotted keys of the settings that may be a URL; `*` is any name or index."""
+    for name, field in section.model_fields.items():
+        for part in (*field.metadata, field.annotation):
+            yield from _url_settings_in(part, name)
+
+
+def _url_settings_in(annotation: Any, key: str) -> Iterator[str]:
+    if annotation == MAY_BE_URL:
+        yield key
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        yield from (f"{key}.{below}" for below in url_settings(annotation))
+    else:
+        below = f"{key}.*" if get_origin(annotation) in (dict, list, tuple) else key
+        for part in get_args(annotation):
+            yield from _url_settings_in(part, below)
+
+
+def _holds_paths(annotation: Any) -> bool:
+    return annotation is Path or any(_holds_paths(part) for part in get_args(annotation))
 
 
 def free(default: Any = ..., **field_options: Any) -> Any:
@@ -224,10 +269,10 @@ def _validated(
     try:
         return section.model_validate(values, context=context)
     except ValidationError as error:
-        raise ConfigError(_validation_message(path, error)) from None
+        raise ConfigError(_validation_message(section, path, error)) from None
 
 
-def _validation_message(path: Path, error: ValidationError) -> str:
+def _validation_message(section: type[Section], path: Path, error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
@@ -235,6 +280,9 @@ def _validation_message(path: Path, error: ValidationError) -> str:
         found = ""
         if problem["type"] == "missing":
             message = "this key is required"
+        elif problem["type"] == "url_as_path":
+            allowed = ", ".join(url_settings(section)) or "none of this command"
+            found = f"; settings that may be a URL: {allowed}"
         elif problem["type"] != "value_error":
             found = f"; found {problem['input']!r}"
         lines.append(f"{path}: {where + ': ' if where else ''}{message}{found}")

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -20,16 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from data_prep.config_file import Section, free
+from data_prep.config_file import Location, Section, free
 from pretrain.preflight_config import Preflight
 
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
 Precision = Literal["fp32", "bf16"]
 LossKind = Literal["softmax", "sigmoid"]
-Location = Annotated[
-    str, BeforeValidator(lambda place: str(place) if isinstance(place, Path) else place)
-]  # folder, file or URL
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

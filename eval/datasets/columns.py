@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from data_prep.config_file import Section
+from data_prep.config_file import MAY_BE_URL, Section
 
 # Path or URL of Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
 # table (.csv, .tsv or .jsonl; see eval.datasets.file_dataset)
-DatasetLocation = Annotated[str, BeforeValidator(str)]
+DatasetLocation = Annotated[str, BeforeValidator(str), MAY_BE_URL]
 
 
 class TableColumns(Section):

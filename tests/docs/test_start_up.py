@@ -66,3 +66,21 @@ def test_front_doors_load_neither_deepspeed_nor_accelerate(module):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert finished.stderr.strip() == "set()"
+
+
+@pytest.mark.parametrize("key", ["output", "run.folder"])
+def test_a_url_as_output_is_refused_before_a_folder_of_its_name_appears(tmp_path, key):
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    fault = f"{key}: expected a local path, found the URL 's3://bucket/out'; settings that may"
+    refused = {
+        (command, status)
+        for command, status, _, output in run_all(
+            str(tmp_path / "empty.yaml"), f"{key}=s3://bucket/out"
+        )
+        if fault in output
+    }
+    trains = {"pretrain.preflight", "pretrain.requeue", "pretrain.train"}
+    # These two write nothing, or into the folder of their dataset.
+    prepares = set(COMMANDS) - trains - {"pretrain.status", "data_prep.verify_shards"}
+    assert refused == {(each, 2) for each in (prepares if key == "output" else trains)}
+    assert not (ROOT / "s3:").exists()

@@ -9,8 +9,13 @@ import sys
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from data_prep.config_file import to_yaml
+from data_prep.config import MakeShards
+from data_prep.config_file import Section, to_yaml, url_settings
+from eval.config import CompareConfig
+from pretrain.config import PretrainConfig
+from tests.support.commands import COMMANDS
 from tests.support.toy_run import toy_config, write_toy_dataset
 
 
@@ -165,3 +170,43 @@ def test_more_processes_than_lanes(config):
     assert done.returncode == 1
     assert "9 processes for lanes=8" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def sections_of(base):
+    for section in base.__subclasses__():
+        yield section
+        yield from sections_of(section)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "HF://datasets/x", "file:///data/x"])
+def test_no_local_path_may_be_a_url(url):
+    """Walks every config section: whatever becomes a Path would become a folder named s3:."""
+    for command in COMMANDS:
+        importlib.import_module(command)  # and with it all sections
+    found = set()
+    for section in set(sections_of(Section)):
+        if not section.__module__.startswith(("data_prep.", "pretrain.", "eval.")):
+            continue
+        for name, field in section.model_fields.items():
+            if "Path" not in str(field.annotation):
+                continue
+            found.add(f"{section.__name__}.{name}")
+            is_sequence = "[" in str(field.annotation)
+            with pytest.raises(ValidationError) as raised:
+                section.model_validate({name: ["fine", url] if is_sequence else url})
+            faults = {fault["loc"]: fault["msg"] for fault in raised.value.errors()}
+            expected = f"expected a local path, found the URL '{url}'"
+            assert faults[(name,)] == expected, (section, name)
+    assert found >= {"Run.folder", "Run.parent", "Cache.folder", "MakeShards.output"}
+    assert found >= {"CompareConfig.results", "EvaluateConfig.output", "FindDuplicates.datasets"}
+
+
+def test_settings_that_may_be_a_url_are_named():
+    assert list(url_settings(MakeShards)) == ["input", "media_root"]
+    assert list(url_settings(CompareConfig)) == []
+    assert "run.checkpoint_folder" in url_settings(PretrainConfig)
+    assert "pairings.*.segments.*.sources.*.dataset" in url_settings(PretrainConfig)
+    accepted = MakeShards.model_validate(
+        {"input": "s3://bucket/pairs.csv", "output": "s3", "media": "image"}
+    )
+    assert accepted.input == "s3://bucket/pairs.csv"
