@@ -104,6 +104,7 @@ class CheckpointWriter:
             tensors; needed on the main process only.
         refuse_if_superseded: raises if another attempt has taken over the run. The main process
             calls it, in a thread, before it commits or deletes anything.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class CheckpointWriter:
         origin: Mapping[str, Any],
         model_files: Mapping[str, bytes],
         refuse_if_superseded: Callable[[], None],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.run = run
         self.engine = engine
@@ -125,6 +127,7 @@ class CheckpointWriter:
         self._written_by = {"attempt": attempt, "world_size": world_size(), **origin}
         self._model_files = model_files
         self._refuse_if_superseded = refuse_if_superseded
+        self._clock = clock
         self._copy = StateCopy(engine)
         self._save: _Save | None = None
         self._num_failures = 0  # in a row
@@ -138,11 +141,11 @@ class CheckpointWriter:
         Raises:
             RunError: if too many checkpoints in a row could not be written.
         """
-        start = time.perf_counter()
+        start = self._clock()
         if self._save is not None:
             former = self._save.state.step
             self.finish()
-            waited = time.perf_counter() - start
+            waited = self._clock() - start
             if rank() == 0 and waited >= SECONDS_TO_REPORT:
                 logger.warning(
                     "step %d: training waited %.1f s, because the checkpoint of step %d was still "
@@ -153,7 +156,7 @@ class CheckpointWriter:
                 )
         files = self._copy.take()
         others = buffer_file(self.engine.model) | self._model_files if rank() == 0 else {}
-        now = time.perf_counter()
+        now = self._clock()
         partial = self.store.partial(state.step, self.attempt)
         task = _Task(lambda: self._write(partial, files, others))
         self._save = _Save(state, partial, now - start, now, task)
@@ -178,7 +181,7 @@ class CheckpointWriter:
             self._commit(save)
         else:
             self._save, self._num_failures = None, 0
-            seconds = time.perf_counter() - save.began
+            seconds = self._clock() - save.began
             report = SaveReport(save.state.step, save.num_bytes, save.waited_seconds, seconds)
             self._reports.append(report)
 

@@ -17,6 +17,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -38,16 +39,25 @@ class HangWatch:
         attempt: number of this attempt.
         timeout_seconds: time-out of collectives in a step.
         start_timeout_seconds: time-out until the end of the first step.
+        clock: returns seconds.
     """
 
     def __init__(
-        self, folder: Path, attempt: str, *, timeout_seconds: float, start_timeout_seconds: float
+        self,
+        folder: Path,
+        attempt: str,
+        *,
+        timeout_seconds: float,
+        start_timeout_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = folder / STACKS / attempt / f"rank_{rank():05d}.txt"
         self._timeouts = {False: timeout_seconds, True: start_timeout_seconds}
         self._timeout = start_timeout_seconds
         self.has_written = False
-        self._last_sign = time.monotonic()
+        self._clock = clock
+        self._last_sign = clock()
+        self._reported_sign: float | None = None  # whose silence was written down
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
 
@@ -90,22 +100,28 @@ class HangWatch:
         Args:
             is_slow: whether the next work may take as long as a start.
         """
-        self._last_sign = (
-            time.monotonic()
-        )  # first: the thread must not compare it with the other limit
+        self._last_sign = self._clock()  # first: `check` must not compare it with the other limit
         self._timeout = self._timeouts[is_slow]
         faulthandler.dump_traceback_later(END_FRACTION * self._timeout, file=self._file, exit=True)
 
     def _watch(self) -> None:
-        longest = DUMP_FRACTION * min(self._timeouts.values())  # the limit may change meanwhile
-        reported, pause = None, longest
+        pause = DUMP_FRACTION * min(self._timeouts.values())
         while not self._is_over.wait(pause):
-            limit, last_sign = DUMP_FRACTION * self._timeout, self._last_sign
-            silent = time.monotonic() - last_sign
-            if silent >= limit and last_sign != reported:
-                self._write(silent)
-                reported = last_sign
-            pause = min(limit - silent if silent < limit else limit / 8, longest)
+            pause = self.check()
+
+    def check(self) -> float:
+        """Writes the stacks, once per silence, if no heartbeat came for too long.
+
+        Returns:
+            Seconds until the next check.
+        """
+        longest = DUMP_FRACTION * min(self._timeouts.values())  # the limit may change meanwhile
+        limit, last_sign = DUMP_FRACTION * self._timeout, self._last_sign
+        silent = self._clock() - last_sign
+        if silent >= limit and last_sign != self._reported_sign:
+            self._write(silent)
+            self._reported_sign = last_sign
+        return min(limit - silent if silent < limit else limit / 8, longest)
 
     def _write(self, silent_seconds: float) -> None:
         self.has_written = True

@@ -14,7 +14,7 @@ from the phases before the ranks meet: data and forward.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,11 +35,15 @@ class PhaseTimer:
 
     Args:
         device: device of the model.
+        clock: returns seconds.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._is_cuda = device.type == "cuda"
-        self._since = time.perf_counter()
+        self._clock = clock
+        self._since = clock()
         self._seconds: dict[str, float] = {}
         self.data_seconds = 0.0  # in total
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -54,9 +58,9 @@ class PhaseTimer:
             end.record()
             self._events.append((name, start, end))
             return
-        begin = time.perf_counter()
+        begin = self._clock()
         yield
-        seconds = time.perf_counter() - begin
+        seconds = self._clock() - begin
         self._add(name, seconds)
         if name == "data":
             self.data_seconds += seconds
@@ -69,7 +73,7 @@ class PhaseTimer:
         for name, start, end in self._events:
             end.synchronize()
             self._add(name, start.elapsed_time(end) / 1000)
-        now = time.perf_counter()
+        now = self._clock()
         taken = (now - self._since, self._seconds)
         self._since, self._seconds, self._events = now, {}, []
         return taken

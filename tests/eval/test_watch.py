@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,6 +12,7 @@ from eval.config import WatchConfig
 from eval.watch import dry_run, run
 from pretrain.train import pretrain
 from tests.support.toy_run import toy_config
+from tests.support.waiting import wait_until
 
 
 def curve_of(folder, name):
@@ -49,8 +49,8 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
 
     watch = threading.Thread(target=run, args=(config,))
     watch.start()
-    while not (output / "step_00000004" / "results.json").exists():
-        time.sleep(0.05)
+    found = output / "step_00000004" / "results.json"
+    wait_until(lambda: found.exists() or not watch.is_alive())
     assert watch.is_alive()
     shutil.move(moved, last)
     (folder / "status.json").write_text(json.dumps(status))

@@ -1,5 +1,7 @@
 """A toy engine of a few tensors, for fast tests of checkpoints."""
 
+import time
+
 import torch
 
 from pretrain.checkpoints.store import open_store
@@ -45,7 +47,16 @@ class ToyEngine:
         return [held.values.clone() for held in self.slices()]
 
 
-def writer_of(engine, folder, *, attempt="0001", store=None, fence=lambda: None, **settings):
+def writer_of(
+    engine,
+    folder,
+    *,
+    attempt="0001",
+    store=None,
+    fence=lambda: None,
+    clock=time.perf_counter,
+    **settings,
+):
     return CheckpointWriter(
         Run(folder=folder, **settings),
         engine,
@@ -54,4 +65,5 @@ def writer_of(engine, folder, *, attempt="0001", store=None, fence=lambda: None,
         origin={"strategy": "toy"},
         model_files={"config.yaml": b"seed: 0\n"},
         refuse_if_superseded=fence,
+        clock=clock,
     )

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from pretrain.checkpoints.store import CheckpointStore, open_store
 from pretrain.distributed.collectives import rank
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_state import ToyEngine, writer_of
+from tests.support.waiting import wait_until
 
 
 def steps_in(folder):
@@ -89,14 +89,22 @@ def test_a_folder_that_becomes_read_only_is_named(small_disk, caplog):
 
 
 class SlowStore(CheckpointStore):
-    """A store that waits for an event before writing."""
+    """A store that waits for an event before writing, which takes a second of its clock."""
 
     def __init__(self, folder):
         super().__init__(folder)
         self.may_write = threading.Event()
+        self.on_reading = lambda: None
+        self.seconds = 0.0
+
+    def clock(self):
+        seconds = self.seconds
+        self.on_reading()
+        return seconds
 
     def begin(self, partial):
         self.may_write.wait()
+        self.seconds += 1
         super().begin(partial)
 
 
@@ -105,14 +113,14 @@ def test_training_waits_for_an_unfinished_checkpoint_but_not_for_a_slow_store(
 ):
     store = SlowStore(str(tmp_path))
     engine = ToyEngine()
-    writer = writer_of(engine, tmp_path, store=store)
+    writer = writer_of(engine, tmp_path, store=store, clock=store.clock)
     saved = engine.values()
     writer.save(RunState(1, 1))
     for held in engine.slices():  # training goes on
         held.values.add_(1)
     writer.advance()
     assert steps_in(tmp_path) == []
-    threading.Timer(0.2, store.may_write.set).start()
+    store.on_reading = store.may_write.set  # training reads the clock when it starts to wait
     writer.save(RunState(2, 2))
     assert "because the checkpoint of step 1 was still being written" in caplog.text
     assert steps_in(tmp_path) == [1]
@@ -183,7 +191,8 @@ def save_twice(folder, failing_rank):
         first = str(error)
     store.fails = False
     writer.save(RunState(2, 2, skipped_steps=(1,), tags=("why",)))
-    time.sleep(0.1 * rank())  # all ranks commit when the last has written
+    if rank() == 1:  # it comes late: all ranks commit when the last has written
+        wait_until(lambda: writer._save.task.is_done)
     writer.finish()
     writer.refuse_failure()
     return first, [report.step for report in writer.take_reports()]

@@ -1,4 +1,5 @@
 import random
+from functools import partial
 from statistics import median
 
 import pytest
@@ -10,7 +11,7 @@ from pretrain.monitoring.anomalies import (
     StepWatch,
     reason_to_stop,
 )
-from pretrain.monitoring.timing import slowest_rank
+from pretrain.monitoring.timing import PhaseTimer, slowest_rank
 from tests.pretrain.test_train import steps_of, train
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
@@ -72,26 +73,31 @@ def test_the_slowest_rank_is_judged_by_its_own_work():
 
 def train_with_a_late_rank(config):
     """Trains while rank 2 reads slowly at first, and rank 1 computes slowly later."""
-    import time
-
     from pretrain.data.step_loader import StepLoader
     from pretrain.distributed.collectives import rank
     from pretrain.distributed.engine import Engine
+    from pretrain.training import loop
 
     load, forward, step = StepLoader.load, Engine.forward, [0]
+    seconds = [0.0]
+
+    def clock():
+        seconds[0] += 0.001
+        return seconds[0]
 
     def slow_load(loader, number):
         step[0] = number + 1
         if rank() == 2 and number < 4:
-            time.sleep(0.4)
+            seconds[0] += 0.4
         return load(loader, number)
 
     def slow_forward(engine, *arguments, **options):
         if rank() == 1 and step[0] > 4:
-            time.sleep(0.4)
+            seconds[0] += 0.4
         return forward(engine, *arguments, **options)
 
     StepLoader.load, Engine.forward = slow_load, slow_forward
+    loop.PhaseTimer = partial(PhaseTimer, clock=clock)
     train(config)
 
 
