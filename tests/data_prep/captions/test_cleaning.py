@@ -159,7 +159,7 @@ def test_no_caption_takes_long(text):
     cleaner = CaptionCleaner(CaptionOptions(**EVERYTHING))
     start = time.process_time()
     cleaner.clean(text)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20  # CPU seconds
 
 
 def test_markup_nested_without_end_is_no_caption():

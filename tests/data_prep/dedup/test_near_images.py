@@ -255,5 +255,5 @@ def test_many_blank_pictures_do_not_take_quadratic_time():
     zeros = np.zeros(num, np.uint64)
     start = time.process_time()
     found = pairs_of(ImageHashes(zeros, zeros, signatures))
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 100  # CPU seconds
     assert num - 256 <= len(found) < num + 256**2
