@@ -111,8 +111,8 @@ def check_output_folder(folder: Path, *, key: str) -> None:
 def print_error(error: Exception) -> None:
     """Prints the message of an error to standard error.
 
-    Ranks other than 0 wait a little first: when several fail alike, the launcher ends them as soon
-    as rank 0 has failed, so that the message appears once.
+    Ranks other than 0 wait a little first. When several ranks fail alike, the launcher ends them as
+    soon as rank 0 has failed, so that the message appears once.
     """
     rank = os.environ.get("RANK")
     if rank not in (None, "0"):
