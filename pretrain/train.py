@@ -33,7 +33,7 @@ from pretrain.data.loaders import LoadSteps, start_loader
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.distributed.engine import Engine
-from pretrain.distributed.launcher import device_type_of
+from pretrain.distributed.launcher import device_type_of, planned_processes
 from pretrain.distributed.start import build_engine, check_engine, start_accelerator
 from pretrain.model.activation_checkpointing import compile_towers
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
@@ -165,9 +165,7 @@ def dry_run(config: PretrainConfig) -> None:
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
     check_engine(config.engine, trackers=config.run.trackers)
-    num_processes, num_processes_here = (
-        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    )
+    num_processes, num_processes_here = planned_processes(os.environ)
     tokenizer = build_tokenizer(config.model.text)
     loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
     open_validation_sets(config, tokenizer, cache=loader.cache)

@@ -9,7 +9,6 @@ finish_dataset     manifest.jsonl, then dataset.json
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from data_prep.shards.manifest import (
     write_dataset_files,
 )
 from data_prep.storage.atomic import write_atomically
+from data_prep.versions import package_version
 
 log = logging.getLogger(__name__)
 
@@ -212,15 +212,8 @@ def finish_dataset(
         marked=dict(sorted(marked.items())),
         preparation=preparation,
         num_pairs=num_pairs,
-        isopair_version=_isopair_version(),
+        isopair_version=package_version("isopair") or "",
         tar_folder=tar_folder,
     )
     write_dataset_files(folder, info, manifest=manifest)
     return info
-
-
-def _isopair_version() -> str:
-    try:
-        return importlib.metadata.version("isopair")
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from data_prep.shards.manifest import (
     parse_manifest,
 )
 from data_prep.storage.remote_file import join, local_path, open_binary, read_bytes, size_of
+from data_prep.versions import package_version
 from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import machine_name
 
@@ -48,7 +48,7 @@ class MachineFacts:
 
 def versions_here(device: torch.device) -> dict[str, str]:
     """Returns the versions of everything that computes, and a checksum of this project's code."""
-    found = {name: version(name) for name in LIBRARIES}
+    found = {name: package_version(name) or "not found" for name in LIBRARIES}
     found |= {"python": platform.python_version(), "processor": platform.machine()}
     found["isopair's sources"] = checksum_of_sources()
     if device.type == "cuda":

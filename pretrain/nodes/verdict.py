@@ -193,7 +193,7 @@ def answer_to_script(
     """
     if was_stopped:
         return REQUEUE if restarts_of_job(environment) < MOST_RESTARTS else ""
-    bad, num_nodes = bad_nodes(problems), int(environment.get("SLURM_STEP_NUM_NODES", 0))
+    bad, num_nodes = bad_nodes(problems), int(environment.get("SLURM_STEP_NUM_NODES") or 0)
     if not 0 < len(bad) < num_nodes:
         return ""
     excluded = environment.get("SRUN_OPTIONS", "").partition("--exclude=")[2]

@@ -195,7 +195,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def restarts_of_job(environment: Mapping[str, str]) -> int:
     """Returns how often Slurm has restarted this job; 0 without Slurm."""
-    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 
 def is_of_this_start(attempt: Attempt, environment: Mapping[str, str]) -> bool:

@@ -19,12 +19,12 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import to_yaml
 from data_prep.storage.atomic import write_atomically
+from data_prep.versions import package_versions
 from pretrain.checkpoints.record import CheckpointRecord
 from pretrain.data.pair_reader import BadSample
 from pretrain.distributed.collectives import rank
@@ -241,7 +241,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": _git_commit(),
-        "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+        "packages": package_versions(),
     }
 
 

@@ -14,7 +14,7 @@ ALLOWED_ROOMS = {
     "data_prep": {},
     "pretrain": {
         "data_prep": (
-            *("errors", "config_file", "command"),
+            *("errors", "config_file", "command", "versions"),
             *("storage", "shards", "media", "report"),
         ),
     },

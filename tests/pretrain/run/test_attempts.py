@@ -11,6 +11,7 @@ from pretrain.run.attempts import (
     claim_attempt,
     read_attempts,
     read_metrics,
+    restarts_of_job,
     write_attempt,
 )
 from pretrain.run.folder import RunFolder
@@ -100,3 +101,9 @@ def test_how_an_attempt_ended_is_written_down(tmp_path):
         run.num_steps_done, run.stop_cause = 6, "SIGTERM"  # the last, but not validated
     attempt = read_attempts(tmp_path)[1]
     assert (attempt.outcome, attempt.stop_cause) == ("stopped", "SIGTERM")
+
+
+def test_slurm_counts_no_restart_of_a_job_that_never_restarted():
+    assert restarts_of_job({"SLURM_RESTART_COUNT": "2"}) == 2
+    for environment in ({}, {"SLURM_RESTART_COUNT": ""}, {"SLURM_RESTART_COUNT": "0"}):
+        assert restarts_of_job(environment) == 0
