@@ -17,7 +17,6 @@ from eval.config import WatchConfig
 if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
     check_command_line(WatchConfig, __doc__)
 
-import json
 import logging
 import shutil
 import sys
@@ -33,6 +32,7 @@ from data_prep.errors import (
 from eval.config import EvaluateConfig
 from eval.tasks.readers import read_tasks
 from pretrain.checkpoints.store import StoredCheckpoint, store_of_run
+from pretrain.run.status_file import read_status_file
 
 if TYPE_CHECKING:
     from eval.report.curves import EvaluationCurves
@@ -176,10 +176,7 @@ class WatchedRun:
 
     def is_over(self) -> bool:
         """Checks whether the run has finished all its steps."""
-        try:
-            return json.loads((self.folder / "status.json").read_text())["state"] == "finished"
-        except (OSError, ValueError, KeyError):  # not written yet
-            return False
+        return read_status_file(self.folder).get("state") == "finished"
 
 
 if __name__ == "__main__":

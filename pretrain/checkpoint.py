@@ -32,7 +32,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from data_prep.config_file import read_stored_config, to_yaml
-from data_prep.errors import InputError
+from data_prep.errors import InputError, RunError
 from data_prep.storage.remote_file import join, local_path, open_binary
 from pretrain.checkpoints.download import download_model, verify_model
 from pretrain.checkpoints.record import CheckpointRecord, read_record
@@ -45,6 +45,7 @@ from pretrain.checkpoints.state import (
     shapes_of,
 )
 from pretrain.checkpoints.store import (
+    RECORD,
     CheckpointStore,
     DamagedCheckpointError,
     find_locations,
@@ -55,6 +56,7 @@ from pretrain.checkpoints.store import (
 from pretrain.config import MediaKind, PretrainConfig
 from pretrain.data.transforms import MediaTransform, build_transforms
 from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
+from pretrain.distributed.tensor_slice import TensorSlice
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 
@@ -150,9 +152,23 @@ def open_checkpoint(location: str) -> VerifiedCheckpoint:
     for _, error in outcomes:
         if error is not None:
             raise error
-    return VerifiedCheckpoint(
-        location, record, SliceIndex(each for slices, _ in outcomes for each in slices)
-    )
+    index = SliceIndex(each for slices, _ in outcomes for each in slices)
+    refuse_missing_parameters(location, record, index)
+    return VerifiedCheckpoint(location, record, index)
+
+
+def refuse_missing_parameters(location: str, record: CheckpointRecord, index: SliceIndex) -> None:
+    """Checks that the files hold every parameter of the record whole.
+
+    Raises:
+        DamagedCheckpointError: if elements are missing.
+    """
+    for name, shape in record.shapes.items():
+        try:
+            for _ in index.parts_of(TensorSlice(f"{PARAMETER}/{name}", 0, prod(shape))):
+                pass
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{location}/{RECORD}: {error}") from None
 
 
 def _record_or_damage(
@@ -244,6 +260,7 @@ def find_checkpoint(folder: str | Path) -> Path:
     Raises:
         InputError: if there is no checkpoint, or it is damaged. An older one is never taken
             silently.
+        RunError: if the network or the server fails.
     """
     locations = find_locations(str(folder))
     if not locations:
@@ -259,6 +276,10 @@ def find_checkpoint(folder: str | Path) -> Path:
     except DamagedCheckpointError as error:
         others = ", ".join(locations[1:]) or "there is none"
         raise InputError(f"damaged checkpoint: {error}; name an older one: {others}") from None
+    except OSError as error:
+        if local_path(locations[0]) is not None:
+            raise
+        raise RunError(f"{locations[0]}: cannot be read now: {error}") from None
     return local_path(locations[0])
 
 
@@ -291,7 +312,10 @@ def load_model(
         tokenizer=tokenizer,
         assets=assets,
     )
-    model.load_state_dict(read_model_state(checkpoint))
+    try:
+        model.load_state_dict(read_model_state(checkpoint))
+    except DamagedCheckpointError as error:
+        raise InputError(f"damaged checkpoint: {error}; name an older one") from None
     model = model.to(torch.device(device)).eval().requires_grad_(False)
     transforms = build_transforms(config.model, image=config.image, audio=config.audio)
     return model, transforms, tokenizer
@@ -307,6 +331,7 @@ def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
     location = str(checkpoint)
     names = [name for name in record.files if name.startswith("model-")]
     index = SliceIndex(each for name in names for each in _slices_in(location, name))
+    refuse_missing_parameters(location, record, index)
     sizes = {f"{PARAMETER}/{name}": prod(shape) for name, shape in record.shapes.items()}
     values = read_whole(location, index, sizes=sizes)
     state = {n: values[f"{PARAMETER}/{n}"].view(shape) for n, shape in record.shapes.items()}

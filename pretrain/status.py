@@ -9,7 +9,6 @@ checkpoints, and how every attempt ended. Reads files only; needs neither a GPU 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.command import print_error, say
-from data_prep.config_file import read_yaml
-from data_prep.errors import InputError
+from data_prep.errors import ConfigError, InputError
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import END_FRACTION, Engine
 from pretrain.monitoring.progress_log import in_words
 from pretrain.run.attempts import Attempt, read_attempts, read_metrics
 from pretrain.run.end_causes import causes_of_end
+from pretrain.run.status_file import read_status_file
+from pretrain.stored_config import CONFIG_FILE, read_values_of_run
 
 NUM_ROWS = 20  # rows of metrics that the pace is computed from
+TIMEOUT_KEYS = ("timeout_seconds", "start_timeout_seconds")  # after and before the first step
+LARGEST = 1e10  # number in a config
 LONGEST_OUTCOME = 160  # characters
 
 
@@ -66,25 +68,30 @@ def read_status(folder: Path, *, at: datetime) -> RunStatus:
         at: current time.
 
     Raises:
-        InputError: if the folder is not a run folder.
+        InputError: if the folder is not a run folder, or its config is damaged.
     """
-    if not (folder / "config.yaml").exists():
+    if not (folder / CONFIG_FILE).exists():
         raise InputError(
             f"{folder}: expected the folder of a run, found no config.yaml in it; "
             "python -m pretrain.train creates it when a run starts"
         )
-    config = read_yaml(folder / "config.yaml")
+    config = read_values_of_run(folder)
     attempts = read_attempts(folder)
-    written = _read_json(folder / "status.json")
+    written = read_status_file(folder)
     rows = read_metrics(folder)
     updated = datetime.fromisoformat(written["updated"]) if written else None
-    state, detail = _state(attempts, written, at=at, engine=config.get("engine", {}))
+    timeouts = {
+        key: _number(config, "engine", key, Engine.model_fields[key].default, folder=folder)
+        for key in TIMEOUT_KEYS
+    }
+    state, detail = _state(attempts, written, at=at, timeouts=timeouts)
     return RunStatus(
         folder=folder,
         state=state,
         detail=detail,
         step=written.get("step", 0),
-        num_steps=written.get("num_steps") or config.get("schedule", {}).get("num_steps"),
+        num_steps=written.get("num_steps")
+        or _number(config, "schedule", "num_steps", None, folder=folder),
         attempts=attempts,
         rows=rows,
         checkpoints=sorted({each.step for each in store_of_run(str(folder)).checkpoints()})[::-1],
@@ -92,12 +99,23 @@ def read_status(folder: Path, *, at: datetime) -> RunStatus:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _number(
+    config: dict[str, Any], section: str, key: str, default: int | None, *, folder: Path
+) -> int | None:
+    value = config.get(section, {}).get(key, default)
+    if value is not None and not (isinstance(value, int | float) and 0 < value < LARGEST):
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: {section}.{key}: expected a positive number, found {value!r}"
+        )
+    return value
 
 
 def _state(
-    attempts: Sequence[Attempt], written: dict[str, Any], *, at: datetime, engine: dict[str, Any]
+    attempts: Sequence[Attempt],
+    written: dict[str, Any],
+    *,
+    at: datetime,
+    timeouts: dict[str, int | None],
 ) -> tuple[str, str]:
     if not attempts:
         return "not started", "no attempt has claimed the run"
@@ -106,8 +124,7 @@ def _state(
         return newest.outcome, f"by {newest.stop_cause}" if newest.stop_cause else ""
     is_own = written.get("attempt") == newest.attempt
     last_sign = datetime.fromisoformat(written["updated"] if is_own else newest.started)
-    key = "timeout_seconds" if is_own else "start_timeout_seconds"
-    timeout = float(engine.get(key, Engine.model_fields[key].default))
+    timeout = timeouts[TIMEOUT_KEYS[0] if is_own else TIMEOUT_KEYS[1]] or LARGEST
     # By then, the hang watch has ended all processes of a run that hangs.
     if at - last_sign > timedelta(seconds=END_FRACTION * timeout):
         return "silent", (
@@ -164,7 +181,9 @@ def _newest_metrics(rows: Sequence[dict[str, Any]]) -> list[str]:
     if validations:
         row = validations[-1]
         losses = "; ".join(
-            f"{name} loss {values['loss']:.4g}" for name, values in row["validation"].items()
+            f"{name} loss {values['loss']:.4g}"
+            for name, values in row["validation"].items()
+            if "loss" in values
         )
         lines.append(f"validation at step {row['step']:,}: {losses}")
     return lines
@@ -201,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = datetime.now(UTC)
     try:
         status = read_status(options.run, at=now)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print_error(error)
         return 1
     if not options.dry_run:

@@ -6,10 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from data_prep.errors import InputError
 from data_prep.storage.failures import WrongContentError
 from data_prep.storage.file_transfer import fetch_file
-from data_prep.storage.remote_file import join, leads_outside
+from data_prep.storage.remote_file import join
 from pretrain.checkpoints.record import CheckpointRecord
 from pretrain.checkpoints.store import (
     RECORD,
@@ -34,7 +33,6 @@ def download_model(location: str, record: CheckpointRecord) -> Path:
 
     Raises:
         DamagedCheckpointError: if a file is missing or differs from the record.
-        InputError: if the record names a file outside the checkpoint.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
     copy = cache / "checkpoints" / record.model_sha256[:32]
@@ -48,10 +46,6 @@ def download_model(location: str, record: CheckpointRecord) -> Path:
     partial = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
     try:
         for name, file in record.model_files.items():
-            if leads_outside(name):
-                raise InputError(
-                    f"{location}/{RECORD}: expected names of files in the checkpoint, found {name}"
-                )
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             fetch_file(join(location, name), target, retries=RETRIES, sha256=file.sha256)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from data_prep.config_file import read_yaml
 from data_prep.storage.failures import WrongContentError, with_retries
 from data_prep.storage.remote_file import (
     exists,
@@ -31,6 +30,7 @@ from data_prep.storage.remote_file import (
     read_bytes,
 )
 from pretrain.moments import moment
+from pretrain.stored_config import CONFIG_FILE, read_values_of_run
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ LEFTOVER_NAME = re.compile(r"\.step_\d+\.(\w+)(?:\.former)?\.tmp")
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is incomplete, or the checksum of a file differs from the recorded one."""
+    """A checkpoint is incomplete, its record is not true, or a checksum differs."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,13 @@ def store_of_run(folder: str) -> CheckpointStore:
 
     Args:
         folder: path or URL of the run folder.
+
+    Raises:
+        ConfigError: if the config in the run folder is damaged.
     """
-    config = Path(folder) / "config.yaml"
     elsewhere = None
-    if not is_url(folder) and config.exists():
-        elsewhere = read_yaml(config).get("run", {}).get("checkpoint_folder")
+    if not is_url(folder) and (Path(folder) / CONFIG_FILE).exists():
+        elsewhere = read_values_of_run(Path(folder)).get("run", {}).get("checkpoint_folder")
     return open_store(elsewhere or join(folder, "checkpoints"))
 
 

@@ -10,24 +10,45 @@ newer attempt's first are ignored.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from data_prep.errors import RunError
 from data_prep.storage.atomic import write_atomically
+from data_prep.storage.sealed import (
+    DamagedFileError,
+    check_time,
+    check_types,
+    read_sealed_json,
+    read_sealed_row,
+    to_sealed_json,
+    warn_once,
+)
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "attempts"
 ATTEMPT_NAME = re.compile(r"\d{4,}")
 # Fields whose names in the file are older than those in the code.
 STORED_NAMES = {"num_micro_batches": "micro_batches", "tags": "marks"}
+
+
+# Values of a metrics row that are read again; those of a step have all the first.
+METRICS_TYPES = {"samples_seen": int, "samples_per_second": float, "data_wait_share": float}
+OPTIONAL_METRICS_TYPES = {
+    "loss": dict[str, float | None],
+    "total_loss": float | None,
+    "grad_norm": float | None,
+    "validation": dict[str, dict],
+}
 
 
 class SupersededError(RunError):
@@ -67,6 +88,19 @@ class Attempt:
     @property
     def number(self) -> int:
         return int(self.attempt)
+
+
+def stored_name(name: str) -> str:
+    """Returns the key in the file of an attempt's field."""
+    return STORED_NAMES.get(name, name)
+
+
+STORED_TYPES = {stored_name(name): kind for name, kind in get_type_hints(Attempt).items()}
+OPTIONAL_KEYS = {
+    stored_name(each.name)
+    for each in fields(Attempt)
+    if each.default is not MISSING or each.default_factory is not MISSING
+}
 
 
 def claim_attempt(
@@ -113,26 +147,49 @@ def claim_attempt(
 
 def write_attempt(folder: Path, attempt: Attempt) -> None:
     """Writes the record of an attempt."""
-    values = {STORED_NAMES.get(name, name): value for name, value in asdict(attempt).items()}
-    content = json.dumps(values, indent=2).encode() + b"\n"
-    write_atomically(_path_of(folder, attempt.attempt), content)
+    values = {stored_name(name): value for name, value in asdict(attempt).items()}
+    write_atomically(_path_of(folder, attempt.attempt), to_sealed_json(values, indent=2))
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
     """Reads the attempts at the run in a folder, oldest first.
 
-    One that has a successor and did not record its end has the outcome "did not end".
+    One that has a successor and did not record its end has the outcome "did not end". A damaged
+    record is logged and left out.
     """
     attempts = []
     newest = _newest_number(folder)
     for number, path in _files(folder):
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
         if not content:  # just claimed, or its process died right then
             continue
-        attempt = _from_json(content)
+        try:
+            attempt = parse_attempt(content, name=path.stem)
+        except DamagedFileError as error:
+            warn_once(logger, f"{path}: damaged: {error}; this attempt is left out")
+            continue
         is_over = number < newest and attempt.outcome == "running"
         attempts.append(replace(attempt, outcome="did not end") if is_over else attempt)
     return attempts
+
+
+def parse_attempt(content: bytes, *, name: str) -> Attempt:
+    """Parses the record of an attempt.
+
+    Args:
+        content: content of its file.
+        name: number of the attempt, from the file's name.
+
+    Raises:
+        DamagedFileError: if the content is damaged.
+    """
+    values, _ = read_sealed_json(content, unsealed_keys=STORED_TYPES)
+    check_types(values, STORED_TYPES, optional=OPTIONAL_KEYS)
+    check_time(values["started"], key="started")
+    if values["attempt"] != name:
+        raise DamagedFileError(f"attempt: expected {name!r}, found {values['attempt']!r}")
+    stored = {each.name: stored_name(each.name) for each in fields(Attempt)}
+    return Attempt(**{name: values[key] for name, key in stored.items() if key in values})
 
 
 def is_superseded(folder: Path, attempt: Attempt) -> bool:
@@ -160,17 +217,21 @@ def last_counting_step(attempts: Sequence[Attempt], attempt: str) -> float:
     return min((step for step in newer if step is not None), default=math.inf)
 
 
-def read_counting_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def read_counting_rows(
+    folder: Path, name: str, *, check: Callable[[dict[str, Any]], None]
+) -> Iterator[dict[str, Any]]:
     """Yields the valid rows of a folder of <attempt>.jsonl files, oldest attempt first.
 
     Args:
         folder: run folder.
         name: name of a folder in it.
+        check: raises DamagedFileError for a row that is not one of this folder.
     """
     attempts = read_attempts(folder)
-    for path in sorted((folder / name).glob("*.jsonl"), key=lambda path: int(path.stem)):
+    paths = [p for p in (folder / name).glob("*.jsonl") if ATTEMPT_NAME.fullmatch(p.stem)]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
         last_step = last_counting_step(attempts, path.stem)
-        yield from (row for row in read_rows(path) if row["step"] <= last_step)
+        yield from (row for row in read_rows(path, check=check) if row["step"] <= last_step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -180,17 +241,46 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     after a newer attempt's first are ignored.
     """
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for row in read_counting_rows(folder, "metrics"):
+    for row in read_counting_rows(folder, "metrics", check=check_metrics_row):
         rows[row["step"], "validation" in row] = row
     return [rows[key] for key in sorted(rows)]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a .jsonl file, without an incomplete last line; none if it is missing."""
+def check_metrics_row(row: dict[str, Any]) -> None:
+    """Checks the values of a metrics row that are read again.
+
+    Raises:
+        DamagedFileError: if one is missing or of another type.
+    """
+    is_of_step = "samples_per_second" in row
+    check_types(row, METRICS_TYPES, optional=() if is_of_step else METRICS_TYPES)
+    check_types(row, OPTIONAL_METRICS_TYPES, optional=OPTIONAL_METRICS_TYPES)
+
+
+def read_rows(
+    path: Path, *, check: Callable[[dict[str, Any]], None] = lambda row: None
+) -> list[dict[str, Any]]:
+    """Reads the rows of a .jsonl file, without an incomplete last line; none if it is missing.
+
+    Damaged rows are logged and left out.
+
+    Args:
+        path: file of rows with the key "step".
+        check: raises DamagedFileError for a row that the file cannot have.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = read_sealed_row(line)
+            check_types(row, {"step": int})
+            check(row)
+        except DamagedFileError as error:
+            warn_once(logger, f"{path}:{number}: damaged: {error}; this row is left out")
+        else:
+            rows.append(row)
+    return rows
 
 
 def restarts_of_job(environment: Mapping[str, str]) -> int:
@@ -215,11 +305,6 @@ def machine_name() -> str:
 def now() -> str:
     """Returns the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _from_json(content: str) -> Attempt:
-    names = {stored: name for name, stored in STORED_NAMES.items()}
-    return Attempt(**{names.get(key, key): value for key, value in json.loads(content).items()})
 
 
 def _path_of(folder: Path, attempt: str) -> Path:

@@ -5,20 +5,24 @@ Fields marked `free` may differ.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import (
-    differing_keys,
-    fixed_values,
-    read_stored_config,
-)
+from data_prep.config_file import differing_keys, fixed_values
 from data_prep.errors import ConfigError
+from data_prep.storage.sealed import DamagedFileError, check_types, read_sealed_json, warn_once
 from pretrain.checkpoints.store import CheckpointStore, open_store
 from pretrain.config import Pairing, PairingName, PretrainConfig
+from pretrain.stored_config import CONFIG_FILE, read_config_of_run
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_FILE = "environment.json"
+FINGERPRINTS_KEY = "dataset_fingerprints"
+ENVIRONMENT_KEYS = (FINGERPRINTS_KEY, "python", "platform", "git_commit", "packages")
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ class RunIdentity:
             folder: run folder to compare with.
             store: checkpoints of the run in that folder.
         """
-        there = RunIdentity(
-            read_stored_config(PretrainConfig, folder / "config.yaml"), fingerprints_of_run(folder)
-        )
+        fingerprints = fingerprints_of_run(folder)
+        if fingerprints is None:
+            fingerprints = self.fingerprints
+        there = RunIdentity(read_config_of_run(folder), fingerprints)
         checkpoints = store.checkpoints()
         steps_done = checkpoints[0].step if checkpoints else 0  # whole or not
         old, new = (each._as_used(steps_done) for each in (there, self))
@@ -96,9 +101,39 @@ class RunIdentity:
 
 def holds_run(folder: Path) -> bool:
     """Returns whether a run was created in a folder."""
-    return (folder / "config.yaml").exists()
+    return (folder / CONFIG_FILE).exists()
 
 
-def fingerprints_of_run(folder: Path) -> dict[str, str]:
-    """Returns the fingerprints of everything that the run in a folder reads."""
-    return json.loads((folder / "environment.json").read_text())["dataset_fingerprints"]
+def fingerprints_of_run(folder: Path) -> dict[str, str] | None:
+    """Returns the fingerprints of everything that the run in a folder reads.
+
+    Returns None if the file was deleted, and logs a warning.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    path = folder / ENVIRONMENT_FILE
+    try:
+        return parse_fingerprints(path.read_bytes())
+    except FileNotFoundError:
+        warn_once(
+            logger,
+            f"{path}: missing: the data of this start is not compared with that of earlier ones",
+        )
+        return None
+    except DamagedFileError as error:
+        raise ConfigError(
+            f"{path}: damaged: {error}; no other file holds the fingerprints of the data: if the "
+            "data is still the same, delete this file, and the next start writes it anew"
+        ) from None
+
+
+def parse_fingerprints(content: bytes) -> dict[str, str]:
+    """Parses the fingerprints in the content of environment.json.
+
+    Raises:
+        DamagedFileError: if it is damaged.
+    """
+    values, _ = read_sealed_json(content, unsealed_keys=ENVIRONMENT_KEYS)
+    check_types(values, {FINGERPRINTS_KEY: dict[str, str]})
+    return values[FINGERPRINTS_KEY]

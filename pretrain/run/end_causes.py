@@ -93,7 +93,7 @@ def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> s
 
 def _failures(folder: Path, attempt: str) -> list[str]:
     heads = [
-        path.read_text(encoding="utf-8").partition("\n")[0]
+        _text_of(path).partition("\n")[0]
         for path in sorted((folder / FAILURES / attempt).glob("*.txt"))
     ]
     failures = [head.partition(" ")[2] for head in sorted(heads) if head]  # the earliest first
@@ -103,7 +103,7 @@ def _failures(folder: Path, attempt: str) -> list[str]:
 def _stacks(folder: Path, attempt: str) -> list[str]:
     silent, faults, hung = [], [], []
     for path in sorted((folder / STACKS / attempt).glob("*.txt")):
-        head, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        head, _, rest = _text_of(path).partition("\n")
         rest = rest.strip()
         if not rest:
             silent.append(head)
@@ -119,6 +119,14 @@ def _stacks(folder: Path, attempt: str) -> list[str]:
             "failure)"
         )
     return [*causes, *_first_of(hung)]
+
+
+def _text_of(path: Path) -> str:
+    """The text for people to read, also of a damaged file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"? {path}: cannot be read: {error.strerror}"
 
 
 def _first_of(lines: Sequence[str]) -> list[str]:

@@ -12,7 +12,6 @@ Only the main process writes here.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -20,10 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from data_prep.config_file import to_yaml
 from data_prep.storage.atomic import write_atomically
+from data_prep.storage.sealed import (
+    DamagedFileError,
+    check_types,
+    to_sealed_json,
+    to_sealed_row,
+)
 from data_prep.versions import package_versions
 from pretrain.checkpoints.record import CheckpointRecord
 from pretrain.data.pair_reader import BadSample
@@ -42,9 +46,11 @@ from pretrain.run.attempts import (
     superseded_error,
     write_attempt,
 )
-from pretrain.run.compatibility import RunIdentity
+from pretrain.run.compatibility import ENVIRONMENT_FILE, FINGERPRINTS_KEY, RunIdentity
 from pretrain.run.end_causes import lost_nodes, write_failure
 from pretrain.run.fork import check_parent
+from pretrain.run.status_file import write_status_file
+from pretrain.stored_config import write_config
 
 
 def begin_attempt(
@@ -77,10 +83,10 @@ def begin_attempt(
     )
     for name in ("metrics", "bad_samples"):
         (folder / name).mkdir(exist_ok=True)
-    fingerprints = {"dataset_fingerprints": dict(identity.fingerprints)}
-    _write_json(folder / "environment.json", fingerprints | describe_environment())
+    environment = {FINGERPRINTS_KEY: dict(identity.fingerprints)} | describe_environment()
+    write_atomically(folder / ENVIRONMENT_FILE, to_sealed_json(environment, indent=2))
     # Last, because its presence says that the folder holds a run.
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    write_config(folder, config)
     return attempt
 
 
@@ -183,7 +189,7 @@ class RunFolder:
     def read_bad_samples(self) -> list[tuple[str, BadSample]]:
         """Reads the valid entries of all attempts; for the main process."""
         entries = []
-        for row in read_counting_rows(self.folder, "bad_samples"):
+        for row in read_counting_rows(self.folder, "bad_samples", check=check_bad_sample_row):
             pairing = row.pop("pairing")
             del row["step"]
             entries.append((pairing, BadSample(**row)))
@@ -213,7 +219,7 @@ class RunFolder:
                 "last_checkpoint": self.last_checkpoint,
                 "updated": now(),
             }
-            _write_json(self.folder / "status.json", status)
+            write_status_file(self.folder, status)
 
     def flush(self) -> None:
         """Flushes the rows written so far to the disk, before a checkpoint that relies on them.
@@ -232,7 +238,20 @@ class RunFolder:
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         if self.is_writer:
             with self._rows_of(name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(to_sealed_row(row) for row in rows)
+
+
+def check_bad_sample_row(row: dict[str, Any]) -> None:
+    """Checks a row of the ledger of substituted samples.
+
+    Raises:
+        DamagedFileError: if a value is missing or of another type.
+    """
+    types = {"step": int, "pairing": str} | get_type_hints(BadSample)
+    check_types(row, types, optional=("is_shard_bad",))
+    unknown = row.keys() - types.keys()
+    if unknown:
+        raise DamagedFileError(f"expected the keys {', '.join(types)}, found {min(unknown)!r}")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -259,7 +278,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")

@@ -11,18 +11,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import fixed_values
 from data_prep.errors import InputError
 from data_prep.storage.atomic import write_atomically
+from data_prep.storage.sealed import (
+    DamagedFileError,
+    check_types,
+    read_sealed_json,
+    to_sealed_json,
+    warn_once,
+)
 from pretrain.checkpoint import VerifiedCheckpoint
-from pretrain.checkpoints.store import store_of_run
+from pretrain.checkpoints.record import read_record
+from pretrain.checkpoints.store import DamagedCheckpointError, store_of_run
 from pretrain.config import PretrainConfig
 from pretrain.run.compatibility import RunIdentity, holds_run
 
+logger = logging.getLogger(__name__)
+
 PARENT_FILE = "parent.json"
+PARENT_TYPES = {
+    "folder": str,
+    "checkpoint": str,
+    "step": int,
+    "model_sha256": str,
+    "marks": list[str],
+    "differs_in": dict,
+}
 FORK_TAG = "forked"
 
 
@@ -81,7 +100,7 @@ def record_parent(identity: RunIdentity, checkpoint: VerifiedCheckpoint) -> None
             for key, (there, here) in _differences_to_parent(identity).items()
         },
     }
-    write_atomically(run.folder / PARENT_FILE, json.dumps(values, indent=2).encode() + b"\n")
+    write_atomically(run.folder / PARENT_FILE, to_sealed_json(values, indent=2))
 
 
 def _differences_to_parent(identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
@@ -99,5 +118,35 @@ def origin_of_checkpoints(folder: Path, *, strategy: str) -> dict[str, Any]:
         strategy: strategy of the engine.
     """
     path = folder / PARENT_FILE
-    parent = {"parent": json.loads(path.read_text())} if path.exists() else {}
-    return {"strategy": strategy} | parent
+    parent = None
+    if path.exists():
+        try:
+            parent = parse_parent(path.read_bytes())
+        except DamagedFileError as error:
+            parent = _parent_in_checkpoints(folder)
+            found = "none" if parent is None else "it is"
+            warn_once(
+                logger,
+                f"{path}: damaged: {error}; {found} taken from the record of a checkpoint",
+            )
+    return {"strategy": strategy} | ({} if parent is None else {"parent": parent})
+
+
+def parse_parent(content: bytes) -> dict[str, Any]:
+    """Parses the content of parent.json.
+
+    Raises:
+        DamagedFileError: if it is damaged.
+    """
+    values, _ = read_sealed_json(content, unsealed_keys=PARENT_TYPES)
+    check_types(values, PARENT_TYPES)
+    return values
+
+
+def _parent_in_checkpoints(folder: Path) -> dict[str, Any] | None:
+    for each in store_of_run(str(folder)).checkpoints():
+        try:
+            return read_record(each.location).written_by.get("parent")
+        except DamagedCheckpointError:
+            continue  # named when the run resumed
+    return None

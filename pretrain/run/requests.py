@@ -11,6 +11,7 @@ act on them there. Files are deleted once their request is acknowledged.
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ import torch
 from pretrain.distributed.collectives import sum_over_ranks
 from pretrain.run import signals
 from pretrain.run.signals import STOP_SIGNALS
+
+logger = logging.getLogger(__name__)
 
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
 SECONDS_BETWEEN_LOOKS = 1.0  # at the files, whose folder may be on a slow network
@@ -73,6 +76,7 @@ class RunRequests:
         self.is_superseded: Callable[[], bool] = lambda: False
         self.clock = clock
         self._last_save = self._last_look = clock()
+        self._ignored: set[str] = set()  # files that cannot be deleted
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunRequests:
@@ -118,7 +122,10 @@ class RunRequests:
         if now - self._last_look < SECONDS_BETWEEN_LOOKS:
             return False, is_due, False
         self._last_look = now
-        stops, saves = ((self.folder / name).exists() for name in (STOP_FILE, SAVE_FILE))
+        stops, saves = (
+            name not in self._ignored and (self.folder / name).exists()
+            for name in (STOP_FILE, SAVE_FILE)
+        )
         return stops, saves or is_due, self.is_superseded()
 
     def acknowledge(self, request: Request) -> None:
@@ -126,6 +133,19 @@ class RunRequests:
         self._last_save = self.clock()
         if self.looks_at_files:
             if request.saves:
-                (self.folder / SAVE_FILE).unlink(missing_ok=True)
+                self._delete(SAVE_FILE)
             if request.stops:
-                (self.folder / STOP_FILE).unlink(missing_ok=True)
+                self._delete(STOP_FILE)
+
+    def _delete(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._ignored.add(name)
+            logger.warning(
+                "%s: expected a file that can be deleted, found: %s; this attempt ignores it from "
+                "now on, and the next one acts on it unless it is gone by then: delete it",
+                path,
+                error.strerror,
+            )

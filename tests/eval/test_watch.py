@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.errors import InputError
 from eval.config import WatchConfig
 from eval.watch import dry_run, run
+from pretrain.run.status_file import read_status_file, write_status_file
 from pretrain.train import pretrain
 from tests.support.toy_run import toy_config
 from tests.support.waiting import wait_until
@@ -40,8 +41,8 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
     settings = {"schedule": {"num_steps": 6, "warmup_steps": 0}}
     settings["run"] = {"checkpoint_every_steps": 2, "keep_checkpoints": 9}
     pretrain(toy_config(toy_data, folder, **settings))
-    status = json.loads((folder / "status.json").read_text())
-    (folder / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    status = read_status_file(folder)
+    write_status_file(folder, status | {"state": "running"})
     last = max((folder / "checkpoints").iterdir())
     moved = shutil.move(last, tmp_path / "later")
     dry_run(config)
@@ -53,7 +54,7 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
     wait_until(lambda: found.exists() or not watch.is_alive())
     assert watch.is_alive()
     shutil.move(moved, last)
-    (folder / "status.json").write_text(json.dumps(status))
+    write_status_file(folder, status)
     watch.join(timeout=600)
     assert not watch.is_alive()
     steps = [2, 4, 6]

@@ -1,3 +1,6 @@
+import json
+import logging
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,13 +17,15 @@ from pretrain.checkpoint import (
     read_model_state,
     restore,
 )
-from pretrain.checkpoints.record import RunState, read_record
+from pretrain.checkpoints.record import RunState, parse_record, read_record
 from pretrain.checkpoints.store import DamagedCheckpointError, open_store
 from pretrain.checkpoints.writer import delete_other_checkpoints
 from pretrain.config import PretrainConfig, Run
+from pretrain.run.attempts import read_attempts, read_metrics
+from tests.support.damage import outcomes_of, single_bit_flips
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
-from tests.support.toy_state import ToyEngine, writer_of
+from tests.support.toy_state import ToyEngine, as_version_2, writer_of
 
 MODEL, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in ("model", "optimizer"))
 
@@ -31,13 +36,32 @@ def train(config):
     pretrain(config)
 
 
+def warnings_of_training(config):
+    """Trains, and returns the warnings."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: messages.append(entry.getMessage())
+    logging.getLogger("pretrain").addHandler(handler)
+    train(config)
+    return messages
+
+
+def edit_step(checkpoint):
+    """Changes the step in the record of a checkpoint of step 6 by hand."""
+    record = checkpoint / "checkpoint.json"
+    record.write_text(record.read_text().replace('"step": 6', '"step": 7'))
+
+
+def config_of(toy_data, folder):
+    config = toy_config(toy_data, folder, schedule={"num_steps": 6, "warmup_steps": 0})
+    settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 2}
+    return config.model_copy(update={"run": config.run.model_copy(update=settings)})
+
+
 @pytest.fixture(scope="module")
 def run(toy_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    config = toy_config(toy_data, folder, schedule={"num_steps": 6, "warmup_steps": 0})
-    settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 2}
-    config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
-    run_in_processes(1, train, config)
+    run_in_processes(1, train, config_of(toy_data, folder))
     return folder
 
 
@@ -64,7 +88,7 @@ def test_a_checkpoint_folder_is_taken_as_it_is(run):
     assert find_checkpoint(run).name == "step_00000006"
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no record"])
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no record", "edited"])
 def test_every_damage_is_named_and_the_previous_checkpoint_is_taken(run, tmp_path, damage, caplog):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
@@ -77,6 +101,8 @@ def test_every_damage_is_named_and_the_previous_checkpoint_is_taken(run, tmp_pat
         weights.write_bytes(content[:-1])
     elif damage == "missing":
         (newest / OPTIMIZER).unlink()
+    elif damage == "edited":
+        edit_step(newest)
     else:
         (newest / "checkpoint.json").unlink()
     with pytest.raises(DamagedCheckpointError, match="step_00000006"):
@@ -84,6 +110,58 @@ def test_every_damage_is_named_and_the_previous_checkpoint_is_taken(run, tmp_pat
     found = newest_checkpoint(open_store(newest.parent))
     assert found.location == str(newest.with_name("step_00000005"))
     assert "skipping a damaged checkpoint" in caplog.text
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_one_whose_step_was_edited(
+    toy_data, run, tmp_path
+):
+    shutil.copytree(run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    expected = read_model_state(newest)
+    edit_step(newest)
+    config = config_of(toy_data, tmp_path / "run")
+    [messages] = run_in_processes(1, warnings_of_training, config)
+    [damage] = [message for message in messages if "damaged" in message]
+    assert f"{newest}/checkpoint.json: expected the recorded sha256 of its content" in damage
+    last = read_attempts(tmp_path / "run")[-1]
+    assert (last.from_step, last.to_step, last.outcome) == (5, 6, "finished")
+    found = read_model_state(newest)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_an_earlier_version_began_is_read_and_goes_on(toy_data, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    record = folder / "checkpoints" / "step_00000005" / "checkpoint.json"
+    record.write_bytes(as_version_2(record.read_bytes()))
+    for path in (*folder.glob("attempts/*.json"), *folder.glob("*.json")):
+        values = json.loads(path.read_text())
+        del values["sha256"]
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    for path in folder.glob("metrics/*.jsonl"):
+        path.write_text(re.sub(r', "crc32": "[0-9a-f]{8}"', "", path.read_text()))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().split("\n", 1)[1])
+    load_model(folder)
+    [messages] = run_in_processes(1, warnings_of_training, config_of(toy_data, folder))
+    assert [message for message in messages if "damaged" in message] == []
+    attempts = read_attempts(folder)
+    assert [(each.from_step, each.to_step) for each in attempts] == [(0, 6), (5, 6)]
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert read_record(folder / "checkpoints" / "step_00000006").state == RunState(6, 6)
+
+
+@pytest.mark.slow  # test_record.py has a smaller record
+def test_no_flipped_bit_of_a_real_record_goes_unnoticed(run):
+    content = (run / "checkpoints" / "step_00000006" / "checkpoint.json").read_bytes()
+    original = parse_record(content, location="step_00000006")
+    outcomes = outcomes_of(
+        lambda damaged: parse_record(damaged, location="step_00000006"),
+        single_bit_flips(content),
+        error=DamagedCheckpointError,
+    )
+    assert all(record == original for _, record in outcomes)
 
 
 def test_going_back_behind_a_damaged_checkpoint_never_deletes_the_good_one(toy_data, run, tmp_path):

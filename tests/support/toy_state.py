@@ -1,5 +1,6 @@
 """A toy engine of a few tensors, for fast tests of checkpoints."""
 
+import json
 import time
 
 import torch
@@ -55,6 +56,7 @@ def writer_of(
     store=None,
     fence=lambda: None,
     clock=time.perf_counter,
+    origin=None,
     **settings,
 ):
     return CheckpointWriter(
@@ -62,8 +64,15 @@ def writer_of(
         engine,
         store=store or open_store(folder),
         attempt=attempt,
-        origin={"strategy": "toy"},
+        origin=origin or {"strategy": "toy"},
         model_files={"config.yaml": b"seed: 0\n"},
         refuse_if_superseded=fence,
         clock=clock,
     )
+
+
+def as_version_2(record):
+    """Returns the content of a checkpoint.json as versions before the checksum wrote it."""
+    values = json.loads(record) | {"format_version": 2}
+    del values["sha256"]
+    return json.dumps(values, indent=1).encode() + b"\n"

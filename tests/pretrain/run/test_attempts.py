@@ -60,7 +60,9 @@ def test_rows_count_up_to_the_step_from_which_a_newer_attempt_began(tmp_path):
     first, second, third, _ = (claim(tmp_path, from_step=step) for step in (0, 4, 5, None))
     for attempt, steps in ((first, range(1, 9)), (second, (5, 6)), (third, (6, 7))):
         rows = [{"step": step, "by": attempt.attempt} for step in steps]
-        write_rows(tmp_path, attempt, [*rows, {"step": steps[-1], "validation": attempt.attempt}])
+        write_rows(
+            tmp_path, attempt, [*rows, {"step": steps[-1], "validation": {attempt.attempt: {}}}]
+        )
     counted = [(row["step"], row.get("by")) for row in read_metrics(tmp_path)]
     by_first = [(step, "0001") for step in (1, 2, 3, 4)]
     assert counted == [*by_first, (5, "0002"), (6, "0003"), (7, "0003"), (7, None)]

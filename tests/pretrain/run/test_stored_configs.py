@@ -24,7 +24,7 @@ def test_a_run_begun_with_a_removed_key_goes_on_and_its_checkpoint_is_read(
         return toy_config(toy_data, tmp_path / "run", run={"folder": tmp_path / "run"} | run)
 
     with monkeypatch.context() as earlier_version:
-        for module in ("pretrain.checkpoint", "pretrain.run.folder"):
+        for module in ("pretrain.checkpoint", "pretrain.stored_config"):
             earlier_version.setattr(f"{module}.to_yaml", with_removed_key)
         pretrain(config(stop_after_step=2))
     for path in (tmp_path / "run").rglob("config.yaml"):
