@@ -85,10 +85,16 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
-        "--dry-run", action="store_true", help="resolve and check the config, print it, and exit"
+        "config", type=Path, metavar="CONFIG.yaml", help="file in configs/, or yours"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the config"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything without doing it; print the config and what would happen",
     )
     return parser.parse_intermixed_args(arguments)
 
