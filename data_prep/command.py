@@ -1,4 +1,4 @@
-"""The command line that all commands share: `CONFIG.yaml [section.key=value ...] [--dry-run]`.
+"""Command line shared by all commands: `CONFIG.yaml [section.key=value ...] [--dry-run]`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage or config.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from data_prep.config_file import SectionT, read_config, to_yaml
 from data_prep.errors import ConfigError, InputError, RunError
 
-# Their messages are shown from INFO on, those of libraries from WARNING on.
+# Loggers shown from level INFO; the loggers of libraries are shown from level WARNING.
 OWN_LOGGERS = ("data_prep", "pretrain", "eval")
 SECONDS_TO_LET_RANK_0_SPEAK = 3.0
 
 
 def say(text: object) -> None:
-    """Prints a result to standard output at once, also where it is a pipe or a file."""
+    """Prints a result to standard output and flushes it, even if the output is a pipe or a file."""
     print(text, flush=True)  # noqa: T201
 
 
@@ -39,7 +39,7 @@ def run_command(
     Args:
         section: type of the command's config.
         run: does the work.
-        dry_run: checks what can be checked without doing the work, and prints derived numbers.
+        dry_run: checks config and inputs without doing the work, and prints derived numbers.
         description: docstring of the command's module, shown by --help.
         arguments: command line without the program's name (default: sys.argv).
     """
@@ -71,7 +71,7 @@ def run_command(
 def check_command_line(section: type[SectionT], description: str) -> None:
     """Ends the process after --help, and with status 2 after wrong usage or a wrong config.
 
-    A command with slow imports calls it before them, so that a misspelt key is reported at once.
+    Commands call this function before slow imports, so that a misspelled key is reported quickly.
     """
     options = _parse(description, None)
     try:
@@ -103,7 +103,8 @@ def check_output_folder(folder: Path, *, key: str) -> None:
     """Checks that a folder can be written or created, without creating it.
 
     Raises:
-        ConfigError: if a file is in the way or permission is missing; names the key.
+        ConfigError: if a file blocks the path, or permission is missing. The message includes the
+            key.
     """
     nearest = folder.absolute()
     while not nearest.exists():
@@ -117,7 +118,7 @@ def check_output_folder(folder: Path, *, key: str) -> None:
 def print_error(error: Exception) -> None:
     """Prints the message of an error to standard error.
 
-    Ranks other than 0 wait a little first. When several ranks fail alike, the launcher ends them as
+    Ranks other than 0 wait first. If all ranks fail with the same error, the launcher ends them as
     soon as rank 0 has failed, so that the message appears once.
     """
     rank = os.environ.get("RANK")

@@ -1,4 +1,4 @@
-"""Configs of this package's commands: one frozen section each."""
+"""Config sections of the commands in this package."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from data_prep.languages import check_language, check_script
 
 MediaKind = Literal["image", "audio"]
 SourceFormat = Literal[
-    "auto",  # from the input's name and content
+    "auto",  # detected from the input's name and content
     "csv",
     "tsv",
     "jsonl",
     "parquet",  # paths, URLs or inline bytes; also Hugging Face's image and audio features
     "folder",  # media with a .json or .txt of the same name
-    "class_folders",  # one folder of media per class; captions from caption_template
+    "class_folders",  # one folder of media per class; captions are built from caption_template
     "coco",  # COCO captions: images and annotations in one JSON
     "huggingface",  # folder written by datasets' save_to_disk
     "webdataset",  # tars; or a dataset folder of this package
 ]
-# All filters. Those named in `mark_only` mark a pair instead of dropping it.
+# All filters. The filters in `mark_only` flag a pair instead of dropping it.
 FILTER_REASONS = frozenset(
     {
         "audio_silent",
@@ -45,25 +45,25 @@ class Columns(Section):
     """Names of the columns (tables), keys (JSONL) or features (Hugging Face) by role."""
 
     media: str = "path"  # path or URL of the image or clip, or its bytes (Parquet)
-    caption: str = "caption"  # text; in JSONL, Parquet and Hugging Face also a list of texts
-    class_name: str | None = None  # label for zero-shot evaluation; null for none
-    uid: str | None = None  # identifier for people; null for the sample's key
+    caption: str = "caption"  # text; in JSONL, Parquet and Hugging Face, also a list of texts
+    class_name: str | None = None  # label for zero-shot evaluation; null: no labels
+    uid: str | None = None  # identifier for people; null: the sample's key
 
 
 class ImageOptions(Section):
-    """Checks and storage of images."""
+    """Filters and storage format of images."""
 
     # if_needed: formats other than jpg, png, webp; a shorter side above shorter_side; an EXIF
     # orientation; colours other than sRGB (ICC, CMYK, 16 bits); alpha
     reencode: Literal["if_needed", "always", "never"] = "if_needed"
-    shorter_side: int | None = Field(None, ge=16)  # pixels; larger images are scaled down to it
-    format: Literal["jpg", "png", "webp"] = "jpg"  # of re-encoded images
-    quality: int = Field(95, ge=1, le=100)  # of re-encoded jpg and webp
+    shorter_side: int | None = Field(None, ge=16)  # pixels; larger images are scaled down
+    format: Literal["jpg", "png", "webp"] = "jpg"  # format of re-encoded images
+    quality: int = Field(95, ge=1, le=100)  # quality of re-encoded jpg and webp images
     # larger images are rejected before they are decoded; stored images have at most 50 million
     max_pixels: int = Field(50_000_000, ge=1, le=150_000_000)
     first_frame: bool = False  # keep the first frame of an animation instead of rejecting it
     min_side: int = Field(1, ge=1)  # filter image_too_small: pixels of the shorter side
-    max_aspect_ratio: float | None = Field(None, ge=1)  # filter image_aspect_ratio: long by short
+    max_aspect_ratio: float | None = Field(None, ge=1)  # filter image_aspect_ratio: long/short side
 
     @model_validator(mode="after")
     def _check_reencode(self) -> ImageOptions:
@@ -76,16 +76,17 @@ class ImageOptions(Section):
 
 
 class AudioOptions(Section):
-    """Checks and storage of audio clips."""
+    """Filters and storage format of audio clips."""
 
     # if_needed: only clips whose format, rate, channels or length differ from the settings
     reencode: Literal["if_needed", "always", "never"] = "if_needed"  # to 16-bit FLAC
-    sample_rate_hz: int | None = Field(None, ge=1000)  # null for the clip's own
+    sample_rate_hz: int | None = Field(None, ge=1000)  # null: unchanged
     mono: bool = False  # average the channels
-    clip_seconds: float | None = Field(None, gt=0)  # longest stored clip; null for any length
+    # maximum length of a stored clip; null: no limit
+    clip_seconds: float | None = Field(None, gt=0)
     long_clips: Literal["cut", "trim", "reject"] = "cut"  # trim: keep the first part
-    trim_silence_dbfs: float | None = Field(None, lt=0)  # trim quieter ends; null: keep them
-    peak_dbfs: float | None = Field(None, le=0)  # scale the loudest value to it; null: unchanged
+    trim_silence_dbfs: float | None = Field(None, lt=0)  # trim ends below this level; null: keep
+    peak_dbfs: float | None = Field(None, le=0)  # scale the peak to this level; null: unchanged
     max_seconds: float = Field(3600.0, gt=0)  # longer clips are rejected before they are decoded
     max_channels: int = Field(2, ge=1, le=8)  # more are rejected; 8 is FLAC's maximum
     min_seconds: float = Field(0.0, ge=0)  # filter audio_too_short
@@ -102,8 +103,8 @@ class AudioOptions(Section):
         }
         if self.clip_seconds is not None and self.min_seconds > self.clip_seconds:
             raise ValueError(
-                f"min_seconds={self.min_seconds} is above clip_seconds={self.clip_seconds}: every "
-                "clip that is cut would be too short"
+                f"min_seconds={self.min_seconds} is above clip_seconds={self.clip_seconds}: all "
+                "cut clips would be too short"
             )
         asked = [name for name, is_asked in changes.items() if is_asked]
         if self.reencode == "never" and asked:
@@ -118,9 +119,9 @@ class CaptionOptions(Section):
     """Cleaning and filters of captions."""
 
     unicode: Literal["nfc", "nfkc"] | None = "nfc"  # normal form; null: unchanged
-    collapse_spaces: bool = True  # runs of white space and control characters become one space
-    strip_html: bool = False  # remove tags, resolve &amp; and the like
-    strip_urls: bool = False  # remove web and mail addresses
+    collapse_spaces: bool = True  # replace whitespace and control characters by single spaces
+    strip_html: bool = False  # remove tags; resolve character references such as &amp;
+    strip_urls: bool = False  # remove web and email addresses
     fix_encoding: bool = False  # repair wrongly decoded text (ftfy)
     min_characters: int = Field(1, ge=1)  # filter caption_too_short; code points
     max_characters: int | None = Field(None, ge=1)  # filter caption_too_long
@@ -128,13 +129,13 @@ class CaptionOptions(Section):
     min_words: int = Field(1, ge=1)  # filter caption_too_short
     max_words: int | None = Field(None, ge=1)  # filter caption_too_long
     scripts: tuple[str, ...] = ()  # filter caption_script: Unicode names, such as Latin; (): any
-    min_script_fraction: float = Field(0.8, gt=0, le=1)  # fraction of the letters
-    detect_language: bool = False  # fill the column language, as `languages` does
+    min_script_fraction: float = Field(0.8, gt=0, le=1)  # of letters in these scripts
+    detect_language: bool = False  # fill the column language; implied by `languages`
     languages: tuple[str, ...] = ()  # filter caption_language: codes such as en; (): any
-    # a less probable language counts as unknown, and fails the filter of languages
+    # a less probable language counts as unknown, and fails the language filter
     min_language_probability: float = Field(0.5, ge=0, le=1)
     boilerplate: tuple[str, ...] = ()  # filter caption_boilerplate: regular expressions
-    max_repeats: int | None = Field(None, ge=1)  # filter caption_repeated: items per caption
+    max_repeats: int | None = Field(None, ge=1)  # filter caption_repeated: max. items per caption
 
     @field_validator("boilerplate")
     @classmethod
@@ -165,24 +166,26 @@ class CaptionOptions(Section):
         for unit in ("characters", "words"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if most is not None and most < least:
-                raise ValueError(f"max_{unit}={most} is below min_{unit}={least}: none can pass")
+                raise ValueError(
+                    f"max_{unit}={most} is below min_{unit}={least}: no caption can pass"
+                )
         return self
 
 
 class DownloadOptions(Section):
-    """Downloads of media given by http and https URLs."""
+    """Downloads of media with http and https URLs."""
 
     threads: int = free(32, ge=1)  # simultaneous downloads per worker process
-    connections_per_host: int = free(4, ge=1)  # simultaneous requests of all worker processes
+    connections_per_host: int = free(4, ge=1)  # total for all worker processes on a machine
     connect_timeout_seconds: float = free(10.0, gt=0)
-    read_timeout_seconds: float = free(20.0, gt=0)  # without data
-    total_timeout_seconds: float = free(120.0, gt=0)  # for one response
-    retries: int = free(3, ge=0)  # after time-outs, broken connections, 429 and 5xx
+    read_timeout_seconds: float = free(20.0, gt=0)  # maximum time without receiving data
+    total_timeout_seconds: float = free(120.0, gt=0)  # maximum time for one response
+    retries: int = free(3, ge=0)  # after timeouts, broken connections, 429 and 5xx
     max_redirects: int = free(5, ge=0)
     user_agent: str = "isopair/0.1 (+https://pypi.org/project/isopair)"
     obey_robots_txt: bool = True
     obey_opt_out_headers: bool = True  # X-Robots-Tag noai, noimageai, ...; TDM-Reservation
-    private_hosts: bool = False  # allow URLs of this machine and the local network
+    private_hosts: bool = False  # whether to allow URLs on this machine and the local network
     # retry URLs that timed out, were unreachable, or ended in 429 or 5xx in an earlier attempt
     retry_failed: bool = free(False)
     keep: bool = free(False)  # keep downloads after the dataset is finished
@@ -193,32 +196,32 @@ class MakeShards(Section):
 
     input: Location  # file, folder, glob or URL (s3://, gs://, hf://, https://) of the pairs
     format: SourceFormat = "auto"
-    media_root: Location | None = None  # start of relative media paths; null: the input's folder
+    # base folder of relative media paths; null: the input's folder
+    media_root: Location | None = None
     output: Path = free()  # dataset folder to create
     media: MediaKind  # image | audio
     columns: Columns = Columns()
-    keep_columns: tuple[str, ...] = ()  # further columns for the Parquet: licence, similarity, ...
+    keep_columns: tuple[str, ...] = ()  # additional columns to keep: licence, similarity, ...
     caption_template: str = "{}"  # class_folders: {} is the class name
     subset: Path | None = (
-        None  # of a dataset folder as input: only the samples in this .subset file
+        None  # .subset file: read only its samples; the input must be a dataset folder
     )
-    quotes: bool | None = None  # fields may be in "quotes"; null: yes in .csv, no in .tsv
+    quotes: bool | None = None  # whether fields may be quoted; null: yes in .csv, no in .tsv
     captions_per_item: Literal["group", "row"] = (
-        "group"  # group: the rows of one media path make one item; row: each row is an item
+        "group"  # group: rows with the same media path form one item; row: each row is an item
     )
     samples_per_shard: int = Field(10_000, ge=1)  # items per shard, before bad pairs are dropped
-    max_media_bytes: int = Field(2**28, ge=1, le=2**30)  # larger files are rejected unread
+    max_media_bytes: int = Field(2**28, ge=1, le=2**30)  # larger files are rejected without reading
     image: ImageOptions = ImageOptions()
     audio: AudioOptions = AudioOptions()
     captions: CaptionOptions = CaptionOptions()
-    mark_only: tuple[str, ...] = ()  # filters that mark pairs instead of dropping them
+    mark_only: tuple[str, ...] = ()  # filters that flag pairs instead of dropping them
     download: DownloadOptions = DownloadOptions()
     part: str | None = free(None, pattern=r"^\d+/[1-9]\d*$")  # i/n, i from 0: one of n jobs
     remake: tuple[str, ...] = free(())  # rewrite shards that have pairs rejected for these reasons
-    workers: int = free(1, ge=1)  # processes; never changes a byte of the result
-    max_rejected_fraction: float = free(
-        0.01, ge=0, le=1
-    )  # fraction of bad pairs above which the job fails
+    workers: int = free(1, ge=1)  # number of processes; no effect on the result
+    # the job fails above this fraction of bad pairs
+    max_rejected_fraction: float = free(0.01, ge=0, le=1)
 
     @field_validator("mark_only")
     @classmethod
@@ -254,60 +257,59 @@ class IndexShards(Section):
     """Config of `python -m data_prep.index_shards`: sidecars for existing tars."""
 
     input: str  # folder of .tar files, or a glob of them
-    output: Path = free()  # folder for the sidecars; may be the tars' own
+    output: Path = free()  # folder for the sidecars; may be the folder of the tars
     media: MediaKind  # image | audio
     skip_incomplete: bool = False  # skip samples without media or caption instead of failing
-    measure: bool = True  # decode every sample for the Parquet: sizes, hashes; false: index only
-    keep_columns: tuple[str, ...] = ()  # keys of the .json members for the Parquet
+    measure: bool = True  # decode every sample to fill the Parquet file; false: write only indexes
+    keep_columns: tuple[str, ...] = ()  # .json keys to copy to the Parquet file
     workers: int = free(1, ge=1)  # processes
 
 
 class NearMedia(Section):
     """Search for near-duplicate images or clips by their fingerprints."""
 
-    # bits of 64 in which the hashes of whole images may differ; 4 more for crops
+    # maximum Hamming distance of the 64-bit hashes of whole images; 4 more for crops
     image_max_distance: int = Field(6, ge=0, le=12)
-    image_min_similarity: float = Field(0.94, gt=0, le=1)  # of the thumbnails
-    # fraction of equal fingerprint bits: 0.5 by chance; clips of few seconds need more
+    image_min_similarity: float = Field(0.94, gt=0, le=1)  # minimum similarity of the thumbnails
+    # fraction of equal fingerprint bits (chance: 0.5); higher for clips of a few seconds
     audio_min_similarity: float = Field(0.7, gt=0.5, le=1)
 
 
 class NearCaptions(Section):
     """Search for near-duplicate captions by MinHash over their words (Broder 1997).
 
-    One of the samples with nearly the same caption is kept, however different their media are.
+    One sample per group of nearly equal captions is kept, even if their media differ.
     """
 
-    min_jaccard: float = Field(0.8, gt=0, le=1)  # of the sets of shingles
-    shingle_words: int = Field(3, ge=1)  # words in a row
-    permutations: int = Field(128, ge=16)  # hash functions; more find more near the threshold
+    min_jaccard: float = Field(0.8, gt=0, le=1)  # minimum Jaccard similarity of the shingle sets
+    shingle_words: int = Field(3, ge=1)  # consecutive words per shingle
+    permutations: int = Field(128, ge=16)  # hash functions; more raise recall near the threshold
 
 
 class Semantic(Section):
     """Search for semantic duplicates (SemDeDup, Abbas et al. 2023): cosine within clusters."""
 
-    embeddings: tuple[Path, ...]  # folders that python -m eval.embed wrote, one per dataset
+    embeddings: tuple[Path, ...]  # output folders of python -m eval.embed, one per dataset
     against_embeddings: tuple[Path, ...] = ()  # one per evaluation dataset, in the same order
     min_cosine: float = Field(0.95, gt=0, le=1)
-    samples_per_cluster: int = Field(1000, ge=2)  # on average
+    samples_per_cluster: int = Field(1000, ge=2)  # average number of samples per cluster
 
 
 class FindDuplicates(Section):
-    """Config of `python -m data_prep.find_duplicates`: within, between and against datasets."""
+    """Config of `python -m data_prep.find_duplicates`: duplicates within and between datasets."""
 
-    datasets: tuple[Path, ...] = Field(min_length=1)  # of a group of duplicates one sample is kept
-    against: tuple[
-        Path, ...
-    ] = ()  # evaluation datasets: samples that match one of theirs are dropped
+    datasets: tuple[Path, ...] = Field(min_length=1)  # one sample per group of duplicates is kept
+    # evaluation datasets; samples that match one of theirs are dropped
+    against: tuple[Path, ...] = ()
     output: Path  # folder for duplicates.parquet, report.html, and a .subset file per dataset
     exact: bool = True  # equal media bytes
-    near_media: NearMedia | None = NearMedia()  # null: no search
+    near_media: NearMedia | None = NearMedia()  # null: skip this method
     near_captions: NearCaptions | None = None
     semantic: Semantic | None = None
     keep: Literal["first", "largest"] = "first"  # largest: most pixels or seconds
-    seed: int = Field(0, ge=0)  # of k-means
-    memory_gb: float = free(2.0, gt=0)  # for keys of audio clips; more goes to the disk (TMPDIR)
-    workers: int = free(1, ge=1)  # threads that compare images
+    seed: int = Field(0, ge=0)  # seed of k-means
+    memory_gb: float = free(2.0, gt=0)  # for keys of audio clips; larger data goes to TMPDIR
+    workers: int = free(1, ge=1)  # number of threads that compare images
 
 
 class TopFraction(Section):
@@ -318,13 +320,13 @@ class TopFraction(Section):
 
 
 class MakeSubset(Section):
-    """Config of `python -m data_prep.make_subset`: a selection of samples, without a copy."""
+    """Config of `python -m data_prep.make_subset`: a selection of samples that copies no data."""
 
     dataset: Path
     output: Path  # .subset file to write
     where: str | None = None  # SQL condition: "height >= 256 and language = 'en'"
     scores: tuple[str, ...] = ()  # Parquet files with a column uid; their other columns are joined
-    embeddings: Path | None = None  # folder that python -m eval.embed wrote: adds clip_score
+    embeddings: Path | None = None  # output folder of python -m eval.embed: adds clip_score
     top: TopFraction | None = None  # after `where`
     drop: tuple[Path, ...] = ()  # after `top`: duplicates.parquet files of find_duplicates
     memory_gb: float = free(2.0, gt=0)
@@ -337,9 +339,9 @@ class Describe(Section):
     dataset: Path
     output: Path  # .html file to write
     subset: Path | None = None  # describe only the samples in this .subset file
-    duplicates: Path | None = None  # folder that find_duplicates wrote
+    duplicates: Path | None = None  # output folder of find_duplicates
     num_samples_shown: int = Field(24, ge=0)  # browsers play at most about 75 sounds per page
-    seed: int = Field(0, ge=0)  # chooses the samples shown
+    seed: int = Field(0, ge=0)  # selects the samples to show
     memory_gb: float = free(2.0, gt=0)
     workers: int = free(1, ge=1)  # threads
 
@@ -352,10 +354,10 @@ class Describe(Section):
 
 
 class DemoData(Section):
-    """Config of `python -m data_prep.make_demo_data`: three small sets of pairs for trials."""
+    """Config of `python -m data_prep.make_demo_data`: three small sets of pairs."""
 
     output: Path = Path("demo/data")  # folder to write into
     seed: int = Field(0, ge=0)
     scenes_per_combination: int = Field(9, ge=1)  # training images per kind of scene
     clips_per_sound: int = Field(160, ge=1)  # training clips per kind of sound
-    workers: int = free(2, ge=1)  # processes; never changes a byte of the result
+    workers: int = free(2, ge=1)  # number of processes; no effect on the result

@@ -1,6 +1,6 @@
-"""Typed configs: defaults, then a YAML file, then `section.key=value` from the command line.
+"""Typed configs, read from defaults, a YAML file and `section.key=value` overrides, in this order.
 
-Unknown keys are errors that suggest the nearest known name.
+An unknown key is an error, whose message suggests the nearest known key.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Section(BaseModel):
     """Base of every config section: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    # Old key -> new key; a config that uses an old key is refused with the new one.
+    # Old key -> new key; a config that uses an old key is refused, and the new key is suggested.
     renamed: ClassVar[dict[str, str]] = {}
-    # Key of an earlier version -> why it is gone. A config that uses it is refused with this
-    # reason; in the stored config of an earlier run it is left out.
+    # Removed key -> reason for its removal. A config that uses it is refused with this reason; in
+    # the stored config of an earlier run it is ignored.
     removed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
@@ -83,7 +83,7 @@ class Section(BaseModel):
     @classmethod
     def _unknown_key_message(cls, key: str) -> str:
         if new_key := cls._of_all_bases("renamed").get(key):
-            return f"{key!r} was renamed {new_key!r}"
+            return f"{key!r} was renamed to {new_key!r}"
         if reason := cls._of_all_bases("removed").get(key):
             return f"{key!r} was removed: {reason}"
         known = sorted(cls.model_fields)
@@ -115,7 +115,7 @@ def _holds_paths(annotation: Any) -> bool:
 
 
 def free(default: Any = ..., **field_options: Any) -> Any:
-    """Defines a config field that may differ when a run resumes: it cannot change the result."""
+    """Defines a config field that may change on resume, because it cannot change the result."""
     return Field(default, json_schema_extra={"free": True}, **field_options)
 
 
@@ -148,7 +148,7 @@ _Yaml12Loader.add_implicit_resolver(
 
 
 class _Yaml12Dumper(yaml.SafeDumper):
-    """Safe dumper that quotes texts which the loader would not read as text."""
+    """Safe dumper that quotes strings that the loader would not read as strings."""
 
     yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
 
@@ -190,7 +190,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: expected a mapping of keys to values, found {type(values).__name__}"
@@ -205,7 +205,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         new_value = yaml.load(text, Loader=_Yaml12Loader) if text else None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: value is not readable as YAML: {error}") from None
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from None
     *parents, last = dotted.split(".")
     place: Any = values
     for depth, key in enumerate(parents):
@@ -225,9 +225,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """Copies nested values so that no part is shared, as YAML's anchors do.
+    """Copies nested values, so that no two keys share an object, as with YAML anchors.
 
-    Otherwise an override of one part would also change the other.
+    Otherwise an override of one key would also change the other.
     """
     if isinstance(value, dict):
         return {key: _unshared(part) for key, part in value.items()}
@@ -246,7 +246,7 @@ def read_config(section: type[SectionT], path: Path, *, overrides: Sequence[str]
     """Reads and validates a config from a YAML file and `section.key=value` overrides.
 
     Raises:
-        ConfigError: if any value is invalid; the message lists file, key and value of each fault.
+        ConfigError: if any value is invalid; the message lists file, key and value of each error.
     """
     values = _unshared(read_yaml(path))
     for override in overrides:
@@ -258,7 +258,7 @@ def read_stored_config(section: type[SectionT], path: Path) -> SectionT:
     """Returns the config that a run of this or an earlier version wrote, without removed keys.
 
     Raises:
-        ConfigError: naming the file, the key and the value of everything that is wrong.
+        ConfigError: if any value is invalid; the message lists file, key and value of each error.
     """
     return _validated(section, read_yaml(path), path, context=STORED)
 
@@ -298,7 +298,7 @@ def to_yaml(config: Section) -> str:
 def fixed_values(section: Any) -> Any:
     """Returns a config as nested plain values, without the fields marked `free`.
 
-    The result of a run is a function of these values. All attempts at a run must agree on them.
+    The result of a run is a function of these values. They must be equal in all attempts at a run.
     """
     if isinstance(section, Section):
         return {
@@ -314,7 +314,7 @@ def fixed_values(section: Any) -> Any:
 
 
 def differing_keys(old: Any, new: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Returns dotted key -> (old, new) for each difference between two `fixed_values`."""
+    """Returns {dotted key: (old, new)} for all differences between two `fixed_values`."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -3,8 +3,8 @@
     python -m data_prep.describe configs/data_prep/describe.yaml dataset=... output=sheet.html
 
 The sheet shows counts, origin, sample media, histograms, languages and licences. It also shows
-dropped pairs by reason, duplicates, and every shard with its sha256. duckdb computes the statistics
-from the Parquet files, in memory that does not grow with the dataset. Equal datasets give equal
+dropped pairs by reason, duplicates, and every shard with its sha256. DuckDB computes the statistics
+from the Parquet files, with memory use independent of the dataset's size. Equal datasets have equal
 sheets, byte for byte.
 """
 
@@ -56,7 +56,7 @@ def measure(config: Describe) -> SheetContent:
     """Computes the content of the sheet, except the media of samples.
 
     Raises:
-        InputError: as `describe`.
+        InputError: in the same cases as `describe`.
     """
     kept = KeptSamples(config.dataset, subset=config.subset)
     missing = missing_sidecars(kept)
@@ -89,7 +89,7 @@ def _check_output(config: Describe) -> None:
 
 
 def print_plan(config: Describe) -> None:
-    """Prints the plan.
+    """Prints the numbers of files to read and samples to describe.
 
     Raises:
         InputError: if the dataset, its subset or the duplicates are missing or damaged.
@@ -101,9 +101,7 @@ def print_plan(config: Describe) -> None:
         name_in_table(path, dataset=config.dataset, info=kept.info)
     missing = missing_sidecars(kept)
     num_files = kept.info.num_shards - len(missing)
-    lacking = (
-        f"; {len(missing)} are missing, so that there would be no statistics" if missing else ""
-    )
+    lacking = f" ({len(missing)} are missing, so no statistics would be shown)" if missing else ""
     num_shown = min(config.num_samples_shown, len(kept))
     say(
         f"would read {num_files} Parquet files and {kept.info.num_shards} indexes{lacking}, and "

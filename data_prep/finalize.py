@@ -2,8 +2,8 @@
 
     python -m data_prep.finalize configs/data_prep/demo_scenes.yaml
 
-Checks that all shards exist, and writes the manifest. The config must be the one with which
-python -m data_prep.make_shards wrote the parts.
+Checks that all shards exist, and writes the manifest. Use the same config as for writing the parts
+with python -m data_prep.make_shards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def finalize(config: MakeShards) -> None:
     """Writes rejected.jsonl, manifest.jsonl and dataset.json.
 
     Raises:
-        InputError: if the dataset was not begun, or was created with a different config or input.
+        InputError: if no run was started in the folder, or it used a different config or input.
             Also if a shard is missing, or too many pairs are bad.
     """
     plan = read_plan(config.output)
@@ -43,7 +43,7 @@ def print_plan(config: MakeShards) -> None:
     """Prints the number of finished shards.
 
     Raises:
-        InputError: if the dataset was not begun, or was created with a different config or input.
+        InputError: if no run was started in the folder, or it used a different config or input.
     """
     plan = read_plan(config.output)
     check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)

@@ -1,16 +1,16 @@
-"""Finds duplicates within a dataset, between datasets, and with evaluation sets.
+"""Finds duplicates within datasets, between datasets, and between datasets and evaluation sets.
 
     python -m data_prep.find_duplicates configs/data_prep/duplicates.yaml
     python -m data_prep.find_duplicates configs/data_prep/duplicates.yaml 'against=[datasets/test]'
 
 1. exact           equal bytes of the media
-2. near_media      re-encoded, rescaled, mirrored or trimmed media, by fingerprints in Parquet files
+2. near_media      re-encoded, rescaled, mirrored or trimmed media, found by their fingerprints
 3. near_captions   nearly equal captions; the media may differ
-4. semantic        media of the same meaning, by the embeddings of python -m eval.embed
+4. semantic        semantically equal media, found by the embeddings of python -m eval.embed
 
-Each method searches the samples that the methods before it kept, and keeps one sample per group. A
-group with evaluation samples (`against`) keeps no others. Similarity is chained: see
-data_prep.dedup.groups. The output folder receives:
+Each method searches the samples that the previous methods kept, and keeps one sample per group. A
+group with evaluation samples (`against`) keeps only these. Similarity is chained: see
+data_prep.dedup.groups. The output folder contains:
 
 - duplicates.parquet, for `drop` of make_subset
 - a .subset file of every dataset, for training
@@ -65,14 +65,14 @@ def find_duplicates(config: FindDuplicates) -> None:
     check_config(config)
     datasets = JoinedDatasets(config.datasets, against=config.against)
     with tempfile.TemporaryDirectory(prefix="isopair-") as folder:
-        found, is_left = search_all(config, datasets, folder=Path(folder))
+        found, is_remaining = search_all(config, datasets, folder=Path(folder))
     config.output.mkdir(parents=True, exist_ok=True)
     write_table(config.output / "duplicates.parquet", datasets, found)
-    write_subsets(config, datasets, is_left)
+    write_subsets(config, datasets, is_remaining)
     report = render_report(datasets, found, settings=to_yaml(config))
     write_atomically(config.output / "report.html", report.encode(errors="backslashreplace"))
     for number, folder in enumerate(config.datasets):
-        kept = is_left[datasets.starts[number] : datasets.starts[number + 1]]
+        kept = is_remaining[datasets.starts[number] : datasets.starts[number + 1]]
         say(f"{folder}: {kept.sum():,} of {len(kept):,} samples are kept")
     say(f"{config.output}: duplicates.parquet, .subset files, report.html")
 
@@ -80,7 +80,7 @@ def find_duplicates(config: FindDuplicates) -> None:
 def search_all(
     config: FindDuplicates, datasets: JoinedDatasets, *, folder: Path
 ) -> tuple[dict[str, GroupedSamples], np.ndarray]:
-    """Runs all methods, each on the samples that the methods before it kept.
+    """Runs all methods, each on the samples that the previous methods kept.
 
     Args:
         config: the methods and their options.
@@ -89,29 +89,29 @@ def search_all(
 
     Returns:
         found: method -> groups.
-        is_left: bool [samples], whether a sample remains; evaluation samples always do.
+        is_remaining: bool [samples], whether a sample remains; evaluation samples always do.
 
     Raises:
-        InputError: as `find_duplicates`.
+        InputError: in the same cases as `find_duplicates`.
     """
-    is_left = np.ones(len(datasets), dtype=bool)
+    is_remaining = np.ones(len(datasets), dtype=bool)
     rank = rank_of_samples(datasets, keep=config.keep)
     groups: dict[str, GroupedSamples] = {}
     for name, method in methods_of(config).items():
-        found = method(Search(datasets, is_left, folder, config.memory_gb, config.workers))
+        found = method(Search(datasets, is_remaining, folder, config.memory_gb, config.workers))
         groups[name] = group_samples(
             found.pairs,
             rank=rank if found.rank is None else found.rank,
             num_queries=datasets.num_queries,
         )
         dropped = groups[name].sample[~groups[name].is_kept]
-        is_left[dropped] = False
+        is_remaining[dropped] = False
         logger.info("%s: %s of the remaining samples are dropped", name, f"{len(dropped):,}")
-    return groups, is_left
+    return groups, is_remaining
 
 
 def methods_of(config: FindDuplicates) -> dict[str, Callable[[Search], Found]]:
-    """Returns the configured methods in the order in which they run."""
+    """Returns {name: search function} of the configured methods, in execution order."""
     methods: dict[str, Callable[[Search], Found]] = {}
     if config.exact:
         methods["exact"] = find_exact
@@ -125,7 +125,7 @@ def methods_of(config: FindDuplicates) -> dict[str, Callable[[Search], Found]]:
 
 
 def rank_of_samples(datasets: JoinedDatasets, *, keep: str) -> np.ndarray:
-    """Ranks all samples, float64 [samples]; a group keeps its least, and of ties the first.
+    """Ranks all samples, float64 [samples]; a group keeps the lowest, and of ties the first.
 
     Args:
         datasets: datasets of the samples.
@@ -137,12 +137,14 @@ def rank_of_samples(datasets: JoinedDatasets, *, keep: str) -> np.ndarray:
     return -np.prod([number_column(datasets, name)[0].astype(float) for name in sizes], axis=0)
 
 
-def write_subsets(config: FindDuplicates, datasets: JoinedDatasets, is_left: np.ndarray) -> None:
+def write_subsets(
+    config: FindDuplicates, datasets: JoinedDatasets, is_remaining: np.ndarray
+) -> None:
     """Writes the subset of every dataset in `datasets`."""
     settings = {key: value for key, value in fixed_values(config).items() if key != "output"}
     preparation = {"command": "find_duplicates", "config": settings}
     for number, folder in enumerate(config.datasets):
-        bitmap = is_left[datasets.starts[number] : datasets.starts[number + 1]]
+        bitmap = is_remaining[datasets.starts[number] : datasets.starts[number + 1]]
         subset = Subset.from_bitmap(datasets.infos[number], bitmap, preparation=preparation)
         subset.write(subset_path(config.output, folder))
 
@@ -163,11 +165,13 @@ def check_config(config: FindDuplicates) -> None:
     repeated = sorted({path.name for path in paths if paths.count(path) > 1})
     if repeated:
         raise ConfigError(
-            f"datasets: {repeated[0]} would be written for two of them; rename one of the folders, "
-            "or run find_duplicates once for each"
+            f"datasets: two of them would write {repeated[0]}; rename one of the folders, "
+            "or run find_duplicates separately for each"
         )
     if not methods_of(config):
-        raise ConfigError("expected exact, near_media, near_captions or semantic, found none")
+        raise ConfigError(
+            "expected at least one of exact, near_media, near_captions and semantic, found none"
+        )
     if config.semantic is not None:
         for key, folders in (
             ("embeddings", config.datasets),
@@ -177,7 +181,7 @@ def check_config(config: FindDuplicates) -> None:
             if len(given) != len(folders):
                 raise ConfigError(
                     f"semantic.{key}: expected one folder for each of {len(folders)} datasets, in "
-                    f"their order, found {len(given)}; make them with python -m eval.embed"
+                    f"their order, found {len(given)}; create them with python -m eval.embed"
                 )
 
 

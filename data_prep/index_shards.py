@@ -1,15 +1,15 @@
-"""Writes index, manifest and dataset.json for existing tars, without changing the tars.
+"""Writes indexes, manifest and dataset.json for existing tars, without changing the tars.
 
     python -m data_prep.index_shards configs/data_prep/index.yaml input=/data/tars output=/data/x
 
-Reads uncompressed tars of WebDataset's ShardWriter, of img2dataset, or of plain `tar`. Refuses
-tars that could be misread later:
+Reads uncompressed tars from WebDataset's ShardWriter, img2dataset or plain `tar`. Refuses tars
+with:
 
-- truncated or damaged tars, links, names that lead out of a folder
+- truncation, damage, links, or names that point outside the folder
 - samples whose members are not adjacent
-- unless skip_incomplete: samples without media or caption, or with media that do not decode
+- samples without media or caption, or with undecodable media, unless skip_incomplete is set
 
-With `measure` each tar also gets a Parquet.
+With `measure`, a Parquet file is also written for each tar.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def index_shards(config: IndexShards) -> None:
     """Writes the sidecars of all tars.
 
     Raises:
-        InputError: if there are no tars, or they have problems, listed by shard and key.
+        InputError: if there are no tars, or tars have problems; the message lists shards and keys.
     """
     check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
@@ -79,7 +79,7 @@ def index_shards(config: IndexShards) -> None:
             preparation=_plan(config),
             tar_folder=os.path.relpath(folder, config.output),
         )
-    left_out = f"; left out: {info.rejected}" if info.rejected else ""
+    left_out = f"; skipped: {info.rejected}" if info.rejected else ""
     say(
         f"{config.output}: {info.num_samples:,} samples in {info.num_shards} shards, "
         f"{info.tar_bytes / 1e6:,.1f} MB, indexed{left_out}"
@@ -94,7 +94,7 @@ def _refuse_empty(config: IndexShards, tasks: list[IndexTask]) -> None:
             return
         left_out.update(index.rejected)
     raise InputError(
-        f"{config.input}: no sample with {config.media} and a caption; left out: {dict(left_out)}; "
+        f"{config.input}: no sample with {config.media} and a caption; skipped: {dict(left_out)}; "
         f"check media={config.media}"
     )
 
@@ -120,7 +120,7 @@ def find_tars(pattern: str) -> tuple[Path, list[str]]:
 
 
 def _kept_types(config: IndexShards, folder: Path, names: list[str]) -> dict[str, KeptType]:
-    """Returns column types that fit the values of all tars, so that all Parquets are equal."""
+    """Returns column types that fit the values in all tars, so that all files have one schema."""
     if not config.keep_columns:
         return {}
     paths = [folder / f"{name}.tar" for name in names]
@@ -165,7 +165,7 @@ def _problem_list(config: IndexShards, problems: list[str]) -> str:
     more = len(problems) - NUM_PROBLEMS_SHOWN
     advice = (
         "rebuild these tars (tar --sort=name keeps the members of a sample adjacent); samples "
-        "that are only incomplete, or whose media do not decode, can be skipped with "
+        "that are merely incomplete, or whose media cannot be decoded, can be skipped with "
         "skip_incomplete=true"
     )
     return (

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
 
-# Suggested for a misspelt name; any script of Unicode is accepted.
+# Suggested for a misspelled name; any Unicode script is accepted.
 COMMON_SCRIPTS = (
     *("Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek"),
     *("Gujarati", "Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana"),
@@ -31,7 +31,7 @@ def check_language(code: str) -> None:
     """Checks that `language_of` can return a code.
 
     Raises:
-        ValueError: if it cannot; the message lists all codes.
+        ValueError: if the code is unknown; the message lists all codes.
     """
     known = _language_identifier().labels
     if code not in known:
@@ -48,10 +48,10 @@ def _language_identifier() -> LanguageIdentifier:
 
 
 def check_script(name: str) -> None:
-    """Checks that Unicode has a script of this name.
+    """Checks that a name is the name of a Unicode script.
 
     Raises:
-        ValueError: if it has none; the message suggests the nearest name.
+        ValueError: if it is not; the message suggests the nearest name.
     """
     try:
         is_known = regex.compile(rf"\p{{Script={name}}}") and regex.fullmatch("[A-Za-z_ ]+", name)
@@ -60,18 +60,18 @@ def check_script(name: str) -> None:
     if not is_known:
         nearest = difflib.get_close_matches(name.title(), COMMON_SCRIPTS, n=1, cutoff=0.5)
         known = ", ".join(COMMON_SCRIPTS)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"names are {known}, ..."
-        raise ValueError(f"{name!r} is not a script of Unicode; {hint}")
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"examples: {known}"
+        raise ValueError(f"{name!r} is not a Unicode script; {hint}")
 
 
 def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
-    """Computes the fraction of a text's letters that belong to scripts; 1 without letters.
+    """Computes the fraction of a text's letters that belong to scripts; 1 if it has no letters.
 
-    Letters common to several scripts, such as the Japanese mark of long vowels, do not count.
+    Letters shared by several scripts, such as the Japanese long vowel mark, do not count.
     """
     letters, letters_of_scripts = _letter_expressions(scripts)
     if text.isascii() and letters_of_scripts.match("a"):
-        return 1.0  # ASCII's letters are Latin ones
+        return 1.0  # all ASCII letters are Latin
     num_letters = len(letters.findall(text))
     return len(letters_of_scripts.findall(text)) / num_letters if num_letters else 1.0
 

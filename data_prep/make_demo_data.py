@@ -1,12 +1,12 @@
-"""Writes the demo's pairs: real files with manifests for trying the whole pipeline.
+"""Writes the pairs of the demo: media files with manifests for trying the whole pipeline.
 
     python -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
 
     digits/   real scans of handwritten digits (from scikit-learn): zero-shot classification
-    scenes/   drawn scenes, some combinations of attributes held out: zero-shot retrieval
-    sounds/   synthesised sounds of twelve kinds: zero-shot classification of audio
+    scenes/   drawn scenes with held-out combinations of attributes: zero-shot retrieval
+    sounds/   synthesised sounds of twelve kinds: zero-shot audio classification
 
-Each set has train.tsv, validation.tsv and test.tsv, and the same seed gives the same bytes.
+Each set has train.tsv, validation.tsv and test.tsv. The same seed produces the same bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from data_prep.demo.item import write_lines, write_split
 from data_prep.demo.sounds import SOUND_PROMPTS, SOUNDS, sound_items
 from data_prep.workers import run_tasks
 
-# Each epoch draws one of several captions; a single one would be memorised with its clip.
+# Training draws one caption per epoch; a model would memorise a single caption with its clip.
 NUM_TRAINING_CAPTIONS = 4
 NUM_TEST_CLIPS = 25  # per kind of sound
 NUM_VALIDATION_CLIPS = 10
@@ -64,7 +64,7 @@ def _write_digits(folder: Path, config: DemoData) -> str:
     }
     write_lines(folder / "class_names.txt", DIGIT_NAMES)
     write_lines(folder / "prompt_templates.txt", DIGIT_PROMPTS)
-    return _sentence(folder, counts, "scans of handwritten digits")
+    return _summary(folder, counts, "scans of handwritten digits")
 
 
 def _write_scenes(folder: Path, config: DemoData) -> str:
@@ -87,11 +87,11 @@ def _write_scenes(folder: Path, config: DemoData) -> str:
         for number, (split, (combinations, copies, num)) in enumerate(splits.items())
     }
     write_lines(folder / "other_captions.txt", [scene_caption(each, rng) for each in known])
-    return _sentence(
+    return _summary(
         folder,
         counts,
-        f"drawn scenes; the test shows {len(held_out)} of {len(known) + len(held_out)} "
-        "combinations of attributes, and training shows none of these",
+        f"drawn scenes; the test split shows {len(held_out)} of {len(known) + len(held_out)} "
+        "combinations of attributes, which do not occur in training",
     )
 
 
@@ -111,14 +111,14 @@ def _write_sounds(folder: Path, config: DemoData) -> str:
     }
     write_lines(folder / "class_names.txt", SOUNDS)
     write_lines(folder / "prompt_templates.txt", SOUND_PROMPTS)
-    return _sentence(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
+    return _summary(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
 
 
-# The longest first, so that two processes finish together.
+# The slowest set is first, so that two processes finish at about the same time.
 WRITERS = {"sounds": _write_sounds, "scenes": _write_scenes, "digits": _write_digits}
 
 
-def _sentence(folder: Path, counts: dict[str, int], what: str) -> str:
+def _summary(folder: Path, counts: dict[str, int], what: str) -> str:
     numbers = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
     return f"{folder}: {numbers}: {what}"
 
@@ -127,7 +127,7 @@ def print_plan(config: DemoData) -> None:
     """Prints the sizes of the sets to be written."""
     known, held_out = scene_combinations(config.seed)
     say(
-        f"would write into {config.output}: digits (1,797 pictures), scenes "
+        f"would write into {config.output}: digits (1,797 images), scenes "
         f"({len(known) * config.scenes_per_combination:,} for training, {len(held_out)} held-out "
         f"combinations), sounds ({len(SOUNDS) * config.clips_per_sound:,} clips for training)"
     )

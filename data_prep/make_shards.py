@@ -1,4 +1,4 @@
-"""Makes a dataset of shards from pairs of media and caption.
+"""Creates a dataset of shards from pairs of media and caption.
 
     python -m data_prep.make_shards configs/data_prep/demo_scenes.yaml
 
@@ -7,9 +7,9 @@
 3. finish   writes rejected.jsonl, checks the fraction of bad pairs, writes manifest.jsonl, and
             dataset.json last
 
-A killed run that is started again keeps the finished shards and ends with the same bytes. With
-part=i/n the command writes every n-th shard; python -m data_prep.finalize then finishes the
-dataset.
+After an interruption, the same command keeps the finished shards, and the result has the same
+bytes. With part=i/n, the command writes every n-th shard; after all parts are written,
+python -m data_prep.finalize finishes the dataset.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from data_prep.sources.input_files import check_output_outside_input, media_root
 from data_prep.workers import run_tasks
 
 NUM_SIZES_SAMPLED = 500  # media files that --dry-run measures
-# Reasons of failed downloads that download.retry_failed=true retries.
+# Transient failures, which download.retry_failed=true retries.
 TRANSIENT_REASONS = ("download_http_error", "download_timeout", "download_unreachable")
 
 
 def make_shards(config: MakeShards) -> None:
-    """Makes the dataset, or the part of it that is still missing.
+    """Writes the dataset, or the unfinished shards of an existing one.
 
     Raises:
         InputError: if the input is unusable, or the folder was created with a different config or
-            input. Also if too many pairs are bad, or no sample is left.
+            input. Also if too many pairs are bad, or no sample remains.
     """
     check_output_folder(config.output, key="output")
     check_output_outside_input(config.output, config.input)
@@ -115,10 +115,10 @@ def _write_shards(shards: Sequence[ShardTask], *, workers: int) -> None:
 
 
 def print_plan(config: MakeShards) -> None:
-    """Prints a summary of the dataset to be made; writes nothing into the output folder.
+    """Prints a summary of the dataset without writing into the output folder.
 
     Raises:
-        InputError: as `make_shards`, for the errors that the scan finds.
+        InputError: if the scan of the input fails, as in `make_shards`.
     """
     check_output_folder(config.output, key="output")
     check_output_outside_input(config.output, config.input)
@@ -135,7 +135,7 @@ def print_plan(config: MakeShards) -> None:
         f"items: {plan.num_items:,}",
         f"shards: {plan.num_shards:,} of at most {config.samples_per_shard:,} samples",
         f"bad pairs found by the scan: {by_reason(plan.rejected) or 'none'}",
-        f"media files missing: {len(sizes) - len(found):,} of {len(sizes):,} looked for",
+        f"media files missing: {len(sizes) - len(found):,} of {len(sizes):,} checked",
     ]
     if sum(plan.rejected.values()) > config.max_rejected_fraction * plan.num_pairs:
         lines.append(f"the job would fail: max_rejected_fraction={config.max_rejected_fraction}")
@@ -146,7 +146,7 @@ def print_plan(config: MakeShards) -> None:
 
 
 def _sampled_sizes(plan: ItemPlan, root: str) -> list[int | None]:
-    """Measures a sample of the media files with local paths; None for a missing file."""
+    """Returns the sizes of a sample of local media files in bytes; None for a missing file."""
     items = (item for shard in range(plan.num_shards) for item in plan.read_items(shard))
     step = max(1, plan.num_items // NUM_SIZES_SAMPLED)
     media = [

@@ -2,13 +2,13 @@
 
     python -m data_prep.make_subset configs/data_prep/subset.yaml where="width >= 32"
 
-1. the columns of every sample: shard Parquets, joined with scores  data_prep.selection.sample_table
-2. `where`: keeps samples that fulfil a condition; NULL does not      data_prep.selection.pool
-3. `top`: of these, keeps the best fraction by one column
-4. `drop`: of these, removes the duplicates that find_duplicates found
+1. data_prep.selection.sample_table joins the columns of the shards with scores.
+2. `where` keeps the samples that fulfil a condition; NULL does not (data_prep.selection.pool).
+3. `top` keeps the fraction of the remaining samples with the highest values of a column.
+4. `drop` removes the duplicates that find_duplicates found.
 
-The result is a .subset file, which training and evaluation take in addition to the dataset.
---dry-run does everything except writing it.
+The result is a .subset file, which training and evaluation use in addition to the dataset.
+--dry-run does everything except writing this file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Selection:
     info: DatasetInfo
     bitmap: np.ndarray  # bool [num_samples]
     steps: list[Step]
-    notes: list[str]  # the joined scores and embeddings, in words
+    notes: list[str]  # descriptions of the joined scores and embeddings
 
 
 def make_subset(config: MakeSubset) -> None:
@@ -53,7 +53,7 @@ def make_subset(config: MakeSubset) -> None:
 
     Raises:
         InputError: if the dataset, a score, the condition or a table of duplicates is invalid, or
-            no sample is left.
+            no sample remains.
     """
     check_output_folder(config.output.parent, key="output")
     selection = choose_samples(config)
@@ -77,7 +77,7 @@ def choose_samples(config: MakeSubset) -> Selection:
     """Selects the samples that a config keeps.
 
     Raises:
-        InputError: as `make_subset`.
+        InputError: in the same cases as `make_subset`.
     """
     with (
         tempfile.TemporaryDirectory(prefix="isopair-") as downloads,
@@ -97,12 +97,12 @@ def choose_samples(config: MakeSubset) -> Selection:
             steps.append(pool.keep_top())
         steps += [pool.drop_duplicates(path) for path in config.drop]
         if steps[-1].num_kept == 0:
-            raise InputError(f"no sample is left:\n{format_steps(steps)}")
+            raise InputError(f"no sample remains:\n{format_steps(steps)}")
         return Selection(table.info, pool.bitmap(), steps, table.notes)
 
 
 def forbid_other_files(connection: DuckDBPyConnection, files: list[Path]) -> None:
-    """Restricts the database to these files, irrevocably; network access is disabled, too."""
+    """Restricts the database irrevocably to these files, and disables network access."""
     connection.execute(f"SET allowed_paths = {files_literal(files)}")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")

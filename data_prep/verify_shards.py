@@ -1,4 +1,4 @@
-"""Verifies a dataset against its manifest and indexes, and names each damaged shard and key.
+"""Verifies a dataset against its manifest and indexes, and lists damaged shards and keys.
 
     python -m data_prep.verify_shards configs/data_prep/verify.yaml dataset=demo/datasets/x
 
@@ -6,7 +6,7 @@ Checks of each shard:
 
 1. sizes and sha256 of the tar and the index
 2. all headers of the tar; adjacent members and a unique key for each sample
-3. offset and CRC32 of every member, as the index records them
+3. offset and CRC32 of every member, as recorded in the index
 4. one row of the Parquet file for each sample
 
 With repair=true, everything that can be rebuilt is rebuilt first.
@@ -57,10 +57,10 @@ def verify_shards(config: VerifyShards) -> None:
     findings = verify_dataset(config, info, manifest)
     if findings:
         raise InputError(_problem_list(config, sorted(findings)))
-    decoded = ", and all media and captions decode" if config.decode else ""
+    decoded = "; all media and captions can be decoded" if config.decode else ""
     say(
         f"{config.dataset}: {info.num_samples:,} samples in {len(manifest)} shards, "
-        f"{info.tar_bytes / 1e6:,.1f} MB: sizes, checksums, headers and keys are as recorded"
+        f"{info.tar_bytes / 1e6:,.1f} MB: sizes, checksums, headers and keys are correct"
         f"{decoded}"
     )
 
@@ -105,9 +105,9 @@ def _problem_list(config: VerifyShards, findings: Sequence[Finding]) -> str:
 
 
 def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
-    """Returns the remedy for each kind of finding, most harmful first."""
+    """Returns the remedy for each kind of finding, most severe first."""
     remake = (
-        "delete each shard named and run make_shards again: it recreates only these"
+        "delete each listed shard and run make_shards again: it recreates only these"
         if origin.command == "make_shards"
         else "recreate the dataset"
     )

@@ -48,8 +48,8 @@ def run_tasks(
     with _executor(min(workers, len(tasks))) as executor:
         running: set[Future[ResultT]] = set()
         while True:
-            free_places = TASKS_AHEAD * workers - len(running)
-            running |= {executor.submit(function, task) for task in islice(remaining, free_places)}
+            free_slots = TASKS_AHEAD * workers - len(running)
+            running |= {executor.submit(function, task) for task in islice(remaining, free_slots)}
             if not running:
                 return
             done, running = wait_for_futures(running, return_when=FIRST_COMPLETED)
@@ -71,9 +71,9 @@ def run_in_order(
     with _executor(workers) as executor:
         running: deque[Future[ResultT]] = deque()
         while True:
-            free_places = TASKS_AHEAD * workers - len(running)
+            free_slots = TASKS_AHEAD * workers - len(running)
             running.extend(
-                executor.submit(function, task) for task in islice(remaining, free_places)
+                executor.submit(function, task) for task in islice(remaining, free_slots)
             )
             if not running:
                 return
@@ -126,9 +126,9 @@ def map_ahead(
     with ThreadPoolExecutor(ahead) as executor:
         try:
             while True:
-                free_places = ahead - len(running)
+                free_slots = ahead - len(running)
                 running.extend(
-                    executor.submit(function, value) for value in islice(remaining, free_places)
+                    executor.submit(function, value) for value in islice(remaining, free_slots)
                 )
                 if not running:
                     return

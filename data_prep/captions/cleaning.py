@@ -1,17 +1,17 @@
-"""Caption cleaning, and the filters of captions.
+"""Caption cleaning and filtering.
 
-The configured steps run in this order, and are repeated until nothing changes, so that cleaning a
-clean caption changes nothing:
+The configured steps run in this order, and are repeated until the caption no longer changes.
+Cleaning is therefore idempotent:
 
 1. repair wrong encoding (ftfy)
 2. remove HTML
-3. remove web and mail addresses
+3. remove web and email addresses
 4. convert to a Unicode normal form
-5. remove invisible characters; collapse white space and control characters to one space
-6. strip white space at the ends (always)
+5. remove invisible characters; collapse whitespace and control characters to one space
+6. strip whitespace at the ends (always)
 
-The filters then check the result. Lengths are in code points. A word is a run of letters and
-digits or, in scripts written without spaces (Chinese, Japanese, Thai, ...), one letter.
+The filters then check the cleaned caption. Lengths are in code points. A word is a run of letters
+and digits; in scripts written without spaces (Chinese, Japanese, Thai, ...), each letter is a word.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from functools import lru_cache, partial
 
 import regex
 
-from data_prep.captions.markup import without_addresses, without_html, without_invisible
+from data_prep.captions.markup import strip_html, strip_invisible, strip_urls
 from data_prep.config import CaptionOptions
 from data_prep.languages import language_of, script_fraction
 
-# A caption that still changes after so many rounds is maliciously nested markup.
+# Captions that still change after this many rounds contain maliciously nested markup.
 MAX_ROUNDS = 50
 _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _ASCII_WORD = re.compile(r"[A-Za-z0-9][\w']*")
@@ -46,8 +46,8 @@ class CleanedCaption:
 class CaptionCleaner:
     """Cleans captions with fixed options; can be pickled.
 
-    A caption that cleaning empties is `caption_too_short`. A caption without letters passes the
-    filter of scripts. A caption of uncertain language fails the filter of languages.
+    A caption that is empty after cleaning matches `caption_too_short`. A caption without letters
+    passes the script filter. A caption in an uncertain language fails the language filter.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -96,7 +96,7 @@ class CaptionCleaner:
         return found
 
     def _num_words(self, text: str) -> int:
-        """Counts words, only up to 1 if the limits require no more."""
+        """Counts words; stops at 1 if the limits do not require an exact count."""
         expression = _ASCII_WORD if text.isascii() else _word_expression()
         if self.options.min_words == 1 and self.options.max_words is None:
             return int(expression.search(text) is not None)
@@ -113,20 +113,20 @@ def _is_above(number: int, limit: int | None) -> bool:
 def _cleaning_steps(options: CaptionOptions) -> tuple[Callable[[str], str], ...]:
     steps: list[Callable[[str], str]] = []
     if options.fix_encoding:
-        steps.append(_with_right_encoding)
+        steps.append(_fix_encoding)
     if options.strip_html:
-        steps.append(without_html)
+        steps.append(strip_html)
     if options.strip_urls:
-        steps.append(without_addresses)
+        steps.append(strip_urls)
     if options.unicode is not None:
         steps.append(partial(unicodedata.normalize, options.unicode.upper()))
     if options.collapse_spaces:
-        steps.append(without_invisible)
+        steps.append(strip_invisible)
     return (*steps, str.strip)
 
 
 def _untidy_expression(options: CaptionOptions) -> re.Pattern[str]:
-    """Builds an expression that finds ASCII captions that may need cleaning; most do not."""
+    """Builds an expression that matches ASCII captions that may need cleaning; most do not."""
     signs = []
     if options.strip_html:
         signs.append("[<&]")
@@ -137,7 +137,7 @@ def _untidy_expression(options: CaptionOptions) -> re.Pattern[str]:
     return re.compile("|".join(signs) or r"(?!)")  # (?!) never matches
 
 
-def _with_right_encoding(text: str) -> str:
+def _fix_encoding(text: str) -> str:
     from ftfy import fix_encoding
 
     return fix_encoding(text)

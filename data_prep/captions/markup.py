@@ -1,7 +1,7 @@
-"""Removal of HTML, web and mail addresses, and invisible characters from captions.
+"""Removal of HTML, web and email addresses, and invisible characters from captions.
 
-Each function is one step of `captions.cleaning`, which repeats the steps until nothing changes:
-text that one step removes may have hidden something from another.
+Each function is one step of `captions.cleaning`. The steps are repeated until the caption no longer
+changes, because removing some text may expose other text to an earlier step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html.entities import html5
 
 import regex
 
-# Only elements that HTML has or had: <3, <PERSON> of CC12M and <unk> are not markup.
+# Only current and obsolete HTML elements: <3, <PERSON> (in CC12M) and <unk> are not markup.
 _INLINE_ELEMENTS = (
     "a|abbr|acronym|b|bdi|bdo|big|blink|cite|code|data|del|dfn|em|font|i|ins|kbd|label|mark"
     "|nobr|q|rb|rp|rt|rtc|ruby|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr"
@@ -28,7 +28,7 @@ _BLOCK_ELEMENTS = (
     "|textarea|tfoot|th|thead|title|tr|track|ul|video|xmp"
 )
 
-# Possessive quantifiers and bounded quoted values keep every caption from quadratic time.
+# Possessive quantifiers and bounded quoted values prevent quadratic time on any caption.
 _ATTRIBUTES = r"""(?:\s(?:[^<>"'=]++|=\s*+"[^"]{0,2000}+"|=\s*+'[^']{0,2000}+'|["'=])*+)?/?"""
 _HIDDEN = re.compile(
     rf"<!--.*?(?:-->|\Z)|<[!?][a-zA-Z\[][^<>]*+>"
@@ -37,16 +37,16 @@ _HIDDEN = re.compile(
 )
 _INLINE_TAG = re.compile(rf"</?(?:{_INLINE_ELEMENTS}){_ATTRIBUTES}>", re.IGNORECASE)
 _BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK_ELEMENTS}){_ATTRIBUTES}>", re.IGNORECASE)
-# Only the most common ones may lack the semicolon, because of texts such as "black&white".
+# The semicolon is optional only for the most common references, because of "black&white".
 _CHARACTER_REFERENCE = re.compile(
     r"&(?:#(?:\d{1,8}|[xX][0-9a-fA-F]{1,8});|[a-zA-Z][a-zA-Z0-9]{1,31};|(?:amp|gt|lt|nbsp|quot)\b)"
 )
 
 
-def without_html(text: str) -> str:
+def strip_html(text: str) -> str:
     """Removes tags, comments, scripts and styles, and resolves references such as &amp;.
 
-    Text that is not markup stays: `a < b`, `<3`, `<PERSON>`.
+    Text that is not markup is kept: `a < b`, `<3`, `<PERSON>`.
     """
     if "<" in text:
         text = _HIDDEN.sub(" ", text)
@@ -65,13 +65,13 @@ def _referenced_character(match: re.Match[str]) -> str:
     return html5.get(name, reference)
 
 
-# A run without white space that may contain an address; it spares most captions the slow search.
+# A run without whitespace that may contain an address; most captions need no slow search.
 _MAY_HOLD_ADDRESS = re.compile(r"(?<!\S)\S*?(?:\.\w|://)\S*")
 
 
 @lru_cache
 def _address_expression() -> regex.Pattern[str]:
-    # Letters of scripts written without spaces end an address, because the sentence continues.
+    # A letter of a script written without spaces ends the address: the sentence continues there.
     character = (
         r"[[\w\-.~:/?\#@!$&'*+,;=%\[\]]"
         r"--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]"
@@ -96,33 +96,34 @@ def _address_expression() -> regex.Pattern[str]:
     )
 
 
-def without_addresses(text: str) -> str:
-    """Removes web addresses (http://..., www..., example.com/...) and mail addresses."""
+def strip_urls(text: str) -> str:
+    """Removes web addresses (http://..., www..., example.com/...) and email addresses."""
     return _MAY_HOLD_ADDRESS.sub(lambda run: _address_expression().sub(" ", run[0]), text)
 
 
 _SPACES = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
-# First flags written with tags, such as England's. Then single characters: soft hyphen, zero-width
-# spaces, joiners, direction marks, byte order mark, deprecated format characters, annotation
-# anchors, other tags, and halves of surrogate pairs.
+# Flags written with tag characters, such as England's, come first. Then single characters: soft
+# hyphen, zero-width spaces, joiners, direction marks, byte order mark, deprecated format
+# characters, annotation anchors, other tags, and halves of surrogate pairs.
 _INVISIBLE = re.compile(
     "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]+\U000e007f"
     "|[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0001\U000e0020-\U000e007f]"
 )
 _ZERO_WIDTH_NON_JOINER, _ZERO_WIDTH_JOINER = "\u200c\u200d"
-# Scripts in which joiners distinguish words. A mark may belong to several (Script_Extensions).
+# Scripts in which joiners distinguish words. A character may belong to several
+# (Script_Extensions).
 _JOINING_SCRIPTS = (
     "Arabic Bengali Devanagari Gujarati Gurmukhi Kannada Khmer Malayalam Mandaic Manichaean"
     " Mongolian Myanmar Nko Oriya Sinhala Syriac Tamil Telugu Tibetan"
 )
 
 
-def without_invisible(text: str) -> str:
-    """Removes invisible characters; collapses white space and control characters to one space.
+def strip_invisible(text: str) -> str:
+    """Removes invisible characters; collapses whitespace and control characters to one space.
 
-    Joiners stay where they change the visible text: inside an emoji, and in scripts such as Arabic
-    and Devanagari.
+    Joiners are kept where they change the visible text: inside an emoji, and in scripts such as
+    Arabic and Devanagari.
     """
     if not text.isascii():
         text = _INVISIBLE.sub(_visible_part, text)
@@ -145,9 +146,9 @@ def _visible_part(match: re.Match[str]) -> str:
 
 @lru_cache
 def _joiner_expressions() -> tuple[regex.Pattern[str], ...]:
-    """Builds expressions for the characters next to a joiner.
+    """Builds expressions for the characters adjacent to a joiner.
 
-    In order: before it in a script, before it in an emoji, after it in an emoji.
+    In order: before the joiner in a script, before it in an emoji, after it in an emoji.
     """
     scripts = "".join(rf"\p{{scx={script}}}" for script in _JOINING_SCRIPTS.split())
     pictograph = r"\p{Extended_Pictographic}"

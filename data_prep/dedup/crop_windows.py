@@ -1,9 +1,9 @@
-"""Perceptual hashes of parts of an image, computed from its thumbnail, to find cropped copies.
+"""Perceptual hashes of windows of an image, computed from its thumbnail, to find cropped copies.
 
-A perceptual hash does not survive the loss of a tenth of an image. But the hash of a cropped copy
-is close to the hash of the part that it shows. The thumbnail suffices to compute that hash. The 36
-windows cut 0, 5 or 10 % off each side and at most 10 % off opposite sides together. Every crop
-of up to 10 % is close enough to one of them.
+Cropping a tenth of an image changes its perceptual hash too much for a direct comparison. But the
+hash of a cropped copy is close to the hash of the same window of the original. The thumbnail is
+enough to compute it. The 36 windows cut 0, 5 or 10 % off each side, and at most 10 % off opposite
+sides together. Every crop of up to 10 % is close enough to one of them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from data_prep.media.image_fingerprint import (
 )
 
 CUTS = (0.0, 0.05, 0.1)  # fraction of the height or width
-MAX_CUT = 0.1  # off opposite sides together
+MAX_CUT = 0.1  # sum of the cuts off opposite sides
 FINE_PER_CELL = 64  # sub-pixel resolution of a window's edges
 IMAGES_AT_ONCE = 1024
 
 
 def axis_windows(cuts: np.ndarray | tuple[float, ...], max_cut: float) -> list[tuple[float, float]]:
-    """Returns (start, end) of every window along an axis, as fractions; the first is the whole."""
+    """Returns (start, end) of every window along an axis, as fractions; the first is (0, 1)."""
     return [
         (first, 1 - last)
         for first, last in itertools.product(cuts, cuts)

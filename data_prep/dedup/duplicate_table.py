@@ -1,8 +1,8 @@
 """duplicates.parquet: every sample that belongs to a group, and the sample that it matches.
 
 Each row is a sample in a group of one method. Group numbers are unique across methods. The columns
-`match_*` name the similar sample that causes a drop; they are null for kept samples. The metadata
-of the file name the compared datasets with their fingerprints.
+`match_*` identify the similar sample that causes a drop; they are null for kept samples. The file
+metadata contains the compared datasets with their fingerprints.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def name_in_table(path: Path, *, dataset: Path, info: DatasetInfo) -> str:
             f"{path}: expected a table of python -m data_prep.find_duplicates, found no such file"
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not readable as Parquet: {error}") from None
+        raise InputError(f"{path}: not a valid Parquet file: {error}") from None
     if DATASETS_KEY not in metadata:
         raise InputError(
             f"{path}: expected a duplicates.parquet of find_duplicates, found a different file"
@@ -93,8 +93,8 @@ def name_in_table(path: Path, *, dataset: Path, info: DatasetInfo) -> str:
         if fingerprint == info.fingerprint:
             return name
     raise InputError(
-        f"{path}: was made from {', '.join(fingerprints)}, and not from the current {dataset} "
-        f"(fingerprint {info.fingerprint[:12]}); run find_duplicates on it"
+        f"{path}: was created from {', '.join(fingerprints)}, and not from the current {dataset} "
+        f"(fingerprint {info.fingerprint[:12]}); run find_duplicates on this dataset"
     )
 
 

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     import pyarrow
 
 ORIGIN = ("checkpoint", "transform", "embed_dim")  # must be equal in all folders
-MAX_NORM_ERROR = 1e-3  # of an embedding, whose norm should be 1
+MAX_NORM_ERROR = 1e-3  # maximum deviation of an embedding's norm from 1
 
 
 def read_embeddings(
-    datasets: JoinedDatasets, folders: Sequence[Path], *, is_left: np.ndarray, path: Path
+    datasets: JoinedDatasets, folders: Sequence[Path], *, is_remaining: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads the media embeddings of the remaining samples; samples without one are skipped.
 
     Args:
         datasets: datasets of the samples.
-        folders: folder of embeddings of each dataset, in the same order.
-        is_left: bool [samples], whether a sample remains.
+        folders: one folder of embeddings per dataset, in the same order.
+        is_remaining: bool [samples], whether a sample remains.
         path: path of a temporary file, which backs the result.
 
     Returns:
@@ -37,7 +37,7 @@ def read_embeddings(
 
     Raises:
         InputError: if a folder is unfinished or damaged, or does not belong to its dataset. Also if
-            the embeddings are from several checkpoints and thus not comparable.
+            the embeddings are not comparable because they are from different checkpoints.
     """
     if len(folders) != len(datasets.folders):
         raise InputError(
@@ -56,7 +56,7 @@ def read_embeddings(
     with path.open("wb") as file:
         for row, (start, table) in zip(rows, datasets.tables(["key"]), strict=True):
             embeddings, positions = _read_shard(row, table["key"], dim)
-            is_chosen = is_left[start + positions]
+            is_chosen = is_remaining[start + positions]
             embeddings[is_chosen].tofile(file)
             samples.append(start + positions[is_chosen])
     sample = np.concatenate(samples)
@@ -91,15 +91,15 @@ def _read_shard(path: Path, keys: pyarrow.ChunkedArray, dim: int) -> tuple[np.nd
     positions = pyarrow.compute.index_in(table["key"], value_set=keys.combine_chunks())
     if positions.null_count or not _is_ascending(positions.to_numpy()):
         raise InputError(
-            f"{path}: expected rows of the shard's samples in order, found others; recreate the "
-            "embeddings with python -m eval.embed"
+            f"{path}: expected one row per sample of the shard, in order, found other keys; "
+            "recreate the embeddings with python -m eval.embed"
         )
     flat = table["media_embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     embeddings = flat.astype(np.float32, copy=False).reshape(table.num_rows, dim)
     lengths = np.linalg.norm(embeddings, axis=1)
     if len(lengths) and not np.abs(lengths - 1).max() < MAX_NORM_ERROR:
         raise InputError(
-            f"{path}: expected L2-normalised embeddings, found lengths from {lengths.min():g} to "
+            f"{path}: expected L2-normalised embeddings, found norms from {lengths.min():g} to "
             f"{lengths.max():g}; recreate them with python -m eval.embed"
         )
     return embeddings, positions.to_numpy().astype(np.int64)

@@ -3,9 +3,9 @@
 Similarity is chained: if a is similar to b, and b to c, all three form one group, even if a and c
 are dissimilar. Thresholds should be strict enough for that.
 
-Query samples (those to choose from) come first, evaluation samples (those to decontaminate
-against) after them. A group with evaluation samples keeps these and nothing else. Any other group
-keeps its sample of least rank, and of equal ranks the first.
+Query samples (from which duplicates are dropped) come first, then evaluation samples (to
+decontaminate against). A group with evaluation samples keeps only these. Any other group keeps the
+sample with the lowest rank; ties are broken by order.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Pairs:
 
 @dataclass(frozen=True)
 class GroupedSamples:
-    """The samples that belong to groups, sorted by group; groups are in order of first samples."""
+    """The samples that belong to groups, sorted by group; groups are ordered by first sample."""
 
     sample: np.ndarray  # int64 [n]
     group: np.ndarray  # int64 [n], from 0
     is_kept: np.ndarray  # bool [n]
     match: np.ndarray  # int64 [n]: similar sample that causes the drop; -1 if kept
-    similarity: np.ndarray  # float32 [n]: to the match; NaN if kept
+    similarity: np.ndarray  # float32 [n]: similarity to the match; NaN if kept
 
 
 def group_samples(pairs: Pairs, *, rank: np.ndarray, num_queries: int) -> GroupedSamples:
-    """Joins pairs to groups and chooses the samples to keep.
+    """Joins pairs into groups and chooses the samples to keep.
 
-    A dropped sample's match is a sample that it forms a pair with. Evaluation samples take
-    precedence, then the kept sample, then the most similar sample, and then the first.
+    The match of a dropped sample is one of the samples that it forms a pair with. Evaluation
+    samples take precedence, then the kept sample, then the most similar sample, and then the first.
 
     Args:
         pairs: in any order; repeated pairs have no effect.
-        rank: float64 [samples]; a group keeps the sample with the least rank.
+        rank: float64 [samples]; a group keeps the sample with the lowest rank.
         num_queries: number of query samples; all samples after them are evaluation samples.
     """
     ends = np.concatenate([pairs.first, pairs.second])
@@ -70,7 +70,7 @@ def group_samples(pairs: Pairs, *, rank: np.ndarray, num_queries: int) -> Groupe
 
 
 def first_connected(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns the least number in the connected component of every number, int64 [num].
+    """Returns the smallest number in the connected component of every number, int64 [num].
 
     Args:
         num: numbers are 0 to num - 1.
@@ -89,7 +89,7 @@ def first_connected(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarr
 
 
 def _kept(group: np.ndarray, *, rank: np.ndarray, is_evaluation: np.ndarray) -> np.ndarray:
-    """Returns bool [n]: evaluation samples of a group, or else its first sample by rank."""
+    """Returns bool [n]: True for a group's evaluation samples, or else for its first by rank."""
     order = np.lexsort((np.arange(len(group)), rank, group))
     leads = np.ones(len(group), dtype=bool)
     leads[1:] = group[order][1:] != group[order][:-1]

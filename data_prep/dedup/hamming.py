@@ -1,12 +1,12 @@
 """Search for pairs of 64-bit hashes within a Hamming distance, without comparing all pairs.
 
 Hashes are divided into bands, and a distance of r bits is divided among the bands. By the
-pigeonhole principle, two hashes within the distance differ in some band by at most its part. It is
-therefore enough to flip every choice of that many bits in each band, and to look for hashes with an
-equal band:
+pigeonhole principle, two hashes within the distance differ in some band by at most its allotted
+number of bits. Therefore it suffices to flip all combinations of that many bits in each band, and
+to look up hashes with an equal band:
 
     exact_bands        bands that miss no pair within a distance
-    near_pairs         pairs that agree in one of the bands, and are within the distance
+    near_pairs         pairs that agree in a band and are within the distance
 
 The implementation sorts and counts with numpy: a million hashes take seconds, in bounded memory.
 """
@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 
 HASH_BITS = 64
-NUM_BANDS = 3  # of 21 or 22 bits; among a million hashes, bands are rarely equal by chance
-PAIRS_AT_ONCE = 1 << 20  # bounds the memory
-QUERIES_AT_ONCE = 1 << 15  # so that their table entries stay in the processor's cache
+NUM_BANDS = 3  # each has 21 or 22 bits; among a million hashes, bands are rarely equal by chance
+PAIRS_AT_ONCE = 1 << 20  # limits memory use
+QUERIES_AT_ONCE = 1 << 15  # small enough that their table entries fit in the CPU cache
 
 
 @dataclass(frozen=True)
 class Band:
-    """A range of bits of a hash, and the number of them that may differ."""
+    """A range of bits of a hash, and the number of bits in it that may differ."""
 
     first_bit: int
     num_bits: int
@@ -39,14 +39,14 @@ class Band:
         return ((hashes >> np.uint64(self.first_bit)) & mask).astype(np.int64)
 
     def flips(self) -> Iterator[int]:
-        """Yields every choice of at most `max_flips` bits of the band, as a mask for XOR."""
+        """Yields every combination of at most `max_flips` bits of the band, as a mask for XOR."""
         for number in range(self.max_flips + 1):
             for bits in itertools.combinations(range(self.num_bits), number):
                 yield sum(1 << bit for bit in bits)
 
 
 def exact_bands(max_distance: int) -> list[Band]:
-    """Builds bands such that any two hashes within the distance agree in at least one.
+    """Builds bands such that any two hashes within the distance agree in at least one band.
 
     If the bands allow r_1, r_2, ... flips, a missed pair differs in at least
     (r_1 + 1) + (r_2 + 1) + ... bits; this sum must be max_distance + 1.
@@ -83,7 +83,7 @@ def near_pairs(
         for left, right in _pairs_of_band(sorted_queries, sorted_hashes, band):
             different = sorted_queries[left] ^ sorted_hashes[right]
             near = np.flatnonzero(np.bitwise_count(different) <= max_distance)
-            for earlier in bands[:number]:  # these bands have yielded the pair already
+            for earlier in bands[:number]:  # pairs that agree in these bands were yielded before
                 flips = np.bitwise_count(earlier.keys_of(different[near]))
                 near = near[flips > earlier.max_flips]
             if len(near):
@@ -125,9 +125,8 @@ def _expanded(
         last = min(first + PAIRS_AT_ONCE, total)
         low, high = np.searchsorted(ends, [first, last - 1], side="right")
         part = slice(low, high + 1)
-        before = np.maximum(
-            first - (ends[part] - numbers[part]), 0
-        )  # yielded in the previous chunk
+        # already yielded in the previous chunk
+        before = np.maximum(first - (ends[part] - numbers[part]), 0)
         left = np.minimum(ends[part], last) - (ends[part] - numbers[part]) - before
         indices = _ranges(begins[part] + before, left, np.cumsum(left) - left, last - first)
         yield np.repeat(queries[part], left), indices

@@ -1,9 +1,9 @@
-"""Similarity of images by their thumbnails, also if one image is a crop of the other.
+"""Similarity of two images, computed from their thumbnails; one image may be a crop of the other.
 
-The part that a crop shows is found by trying windows of the other image, along one axis and then
-along the other. The least similar quarter decides, so that a different object or digit counts as a
-difference. It is compared by correlation, and by the difference that remains after fitting the
-contrast. Color is compared separately, after fitting the saturation.
+The crop is aligned by trying windows of the other image, first along one axis and then along the
+other. The least similar quarter of the image determines the similarity, so that a different object
+or digit counts. Brightness is compared by correlation, and by the difference that remains after
+fitting the contrast. Color is compared separately, after fitting the saturation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from data_prep.dedup.crop_windows import AXIS_WINDOWS, FINE_PER_CELL, axis_windows
 from data_prep.media.image_fingerprint import CHROMA_SIDE, LUMA_SIDE
 
-FINE_CUTS = tuple(number / 60 for number in range(8))  # fractions of a side that a crop may lack
+FINE_CUTS = tuple(number / 60 for number in range(8))  # fractions of a side that a crop may omit
 MAX_FINE_CUT = 0.12
 NUM_SWEEPS = 2
-NOISE = 10.0  # levels of 255; variation below it counts as none
+NOISE = 10.0  # levels of 255; smaller variation is ignored
 QUARTERS = [(slice(top, top + 8), slice(left, left + 8)) for top in (0, 4, 8) for left in (0, 4, 8)]
-MAX_GAIN = 1.5  # of contrast and of saturation; at least 1 / MAX_GAIN
+MAX_GAIN = 1.5  # maximum fitted contrast or saturation; the minimum is 1 / MAX_GAIN
 # Mean squared differences, in levels of 255, at which the similarity is 0.
 LUMA_SCALE, CHROMA_SCALE = 1500.0, 1000.0
 MAX_SHIFT = 48.0  # levels of 255 by which the brightness of equal images may differ
@@ -26,7 +26,7 @@ PAIRS_AT_ONCE = 512
 
 
 def _resampling(side: int, start: float, end: float) -> np.ndarray:
-    """Returns a matrix, float32 [side, side], that resamples an axis to its window."""
+    """Returns a matrix, float32 [side, side], that resamples a window to the full axis."""
     fine = (np.arange(side * FINE_PER_CELL) + 0.5) / (side * FINE_PER_CELL)
     source = ((start + fine * (end - start)) * side).astype(np.int64)
     matrix = np.zeros((side, side), np.float32)
@@ -51,13 +51,13 @@ BLUR = _blur()
 def image_similarity(
     crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, windows: np.ndarray
 ) -> np.ndarray:
-    """Computes the similarity of pairs, float32 [pairs]; it is 1 for equal images.
+    """Computes the similarity of pairs, float32 [pairs]; equal images have similarity 1.
 
     Args:
         crops: uint8 [pairs, SIGNATURE_BYTES], signatures of images that may be crops.
         wholes: uint8 [pairs, SIGNATURE_BYTES], signatures of the other images.
-        is_mirrored: bool [pairs], whether to mirror the first image.
-        windows: int [pairs], windows of `crop_windows` at which to start the alignment.
+        is_mirrored: bool [pairs], whether to mirror the crop.
+        windows: int [pairs], initial windows (of `crop_windows`) for the alignment.
     """
     similarity = np.empty(len(crops), np.float32)
     for first in range(0, len(crops), PAIRS_AT_ONCE):
@@ -80,12 +80,12 @@ def image_similarity(
 def rough_similarity(
     crops: np.ndarray, wholes: np.ndarray, *, is_mirrored: np.ndarray, window: int
 ) -> np.ndarray:
-    """Returns correlations of brightness between crops and a window of the wholes, float32 [pairs].
+    """Computes correlations of the brightness of crops and a window of wholes, float32 [pairs].
 
     Args:
         crops: uint8 [pairs, SIGNATURE_BYTES].
         wholes: uint8 [pairs, SIGNATURE_BYTES].
-        is_mirrored: bool [pairs], whether to mirror the first image.
+        is_mirrored: bool [pairs], whether to mirror the crop.
         window: window of `crop_windows`.
     """
     luma, whole_luma = _luma(crops, is_mirrored), _luma(wholes, np.zeros(len(wholes), bool))
@@ -181,7 +181,7 @@ def _centred(values: np.ndarray) -> np.ndarray:
 
 
 def _correlation(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Correlates centred [pairs, values]; rows that vary less than NOISE correlate well."""
+    """Correlates centred [pairs, values]; rows that vary less than NOISE count as correlated."""
     noise = NOISE**2 * left.shape[1]
     covariance = np.einsum("pv,pv->p", left, right) + noise
     variances = [np.einsum("pv,pv->p", values, values) + noise for values in (left, right)]
@@ -189,7 +189,7 @@ def _correlation(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _mean_square_difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns the mean squared difference, [pairs], after scaling the second by the best factor."""
+    """Returns the mean squared difference, [pairs], after optimal scaling of the second image."""
     covariance = np.einsum("pv,pv->p", left, right) + 1
     energy = np.einsum("pv,pv->p", right, right) + 1
     gain = np.clip(covariance / energy, 1 / MAX_GAIN, MAX_GAIN)

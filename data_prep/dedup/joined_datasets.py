@@ -1,7 +1,7 @@
 """Several datasets as one sequence of samples, and the columns of their Parquet files.
 
-A sample's number is its index in the concatenation of all datasets. Columns are read into arrays,
-or, if they are large, into temporary files that numpy maps.
+A sample's number is its index in the concatenation of all datasets. Columns are read into arrays;
+large columns are read into temporary files that numpy maps into memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_prep.shards.parquet import read_shard_parquet
 if TYPE_CHECKING:
     import pyarrow
 
-MEASURE_ADVICE = "make the Parquets with python -m data_prep.index_shards and measure=true"
+MEASURE_ADVICE = "create the Parquet files with python -m data_prep.index_shards and measure=true"
 
 
 class JoinedDatasets:
@@ -30,7 +30,7 @@ class JoinedDatasets:
         against: folders of the evaluation datasets.
 
     Raises:
-        InputError: if a dataset is missing, damaged or duplicate, or the kinds of media differ.
+        InputError: if a dataset is missing, damaged or listed twice, or the kinds of media differ.
     """
 
     def __init__(self, datasets: Sequence[Path], *, against: Sequence[Path]) -> None:
@@ -50,7 +50,7 @@ class JoinedDatasets:
             if info.media != first.media:
                 raise InputError(
                     f"{folder}: expected {first.media} as in {self.folders[0]}, found {info.media};"
-                    " run find_duplicates once for each kind of media"
+                    " run find_duplicates separately for each kind of media"
                 )
             fingerprints = [other.fingerprint for other in self.infos[:number]]
             if info.num_samples and info.fingerprint in fingerprints:
@@ -68,7 +68,7 @@ class JoinedDatasets:
         return int(self.starts[self.num_datasets])
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the index of the dataset and the ordinal in it for samples int64 [n]."""
+        """Returns the dataset index and the ordinal in that dataset of samples int64 [n]."""
         dataset = np.searchsorted(self.starts, samples, side="right") - 1
         return dataset, samples - self.starts[dataset]
 
@@ -86,7 +86,7 @@ class JoinedDatasets:
                 path = folder / f"{row.name}.parquet"
                 if not path.exists():
                     raise InputError(
-                        f"{path}: expected the columns of a shard, found no such file; make it "
+                        f"{path}: expected the columns of a shard, found no such file; create it "
                         "with python -m data_prep.index_shards"
                     )
                 table = read_shard_parquet(path, columns=list(columns))
@@ -118,7 +118,7 @@ def number_column(datasets: JoinedDatasets, name: str) -> tuple[np.ndarray, np.n
         (values [samples], bool [samples]: whether the value is not null)
 
     Raises:
-        InputError: as `JoinedDatasets.tables`.
+        InputError: in the same cases as `JoinedDatasets.tables`.
     """
     values, has_value = [], []
     for _, table in datasets.tables([name]):
@@ -138,16 +138,16 @@ def binary_column(
     Args:
         datasets: datasets to read.
         name: name of the column.
-        samples: bool [samples], selects samples.
+        samples: bool [samples], samples to read.
         path: path of a temporary file, which backs the result.
 
     Returns:
         content: uint8, the concatenated values.
         starts: int64 [selected samples + 1], offsets of the values; nulls are empty.
-        has_value: bool [samples], whether the value is not null, also for samples not selected.
+        has_value: bool [samples], whether the value is not null; includes unselected samples.
 
     Raises:
-        InputError: as `JoinedDatasets.tables`.
+        InputError: in the same cases as `JoinedDatasets.tables`.
     """
     import pyarrow
 
@@ -169,7 +169,7 @@ def binary_column(
 
 
 def mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Maps a file as an array that stays on disk."""
+    """Creates an array that is memory-mapped to a file."""
     if 0 in shape:  # an empty file cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", shape=shape)

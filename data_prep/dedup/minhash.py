@@ -2,10 +2,10 @@
 
 1. The shingles of each caption form a set (data_prep.dedup.shingles).
 2. Captions with equal sets are merged.
-3. MinHash (Broder 1997): for each of many hash functions, the smallest hash of a set is computed.
-   Two sets share it with a probability that equals their Jaccard similarity.
+3. MinHash (Broder 1997): for each of many hash functions, the smallest hash in a set is computed.
+   For two sets, it is equal with a probability of their Jaccard similarity.
 4. Several MinHashes form a band. Captions that share a band are candidates.
-5. The exact Jaccard similarity of the candidates decides.
+5. The exact Jaccard similarity of each candidate pair is compared with the threshold.
 
 Shingles and MinHashes are stored in files, so that memory does not grow with caption length.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.dedup.shingles import mixed, shingles_of
+from data_prep.dedup.shingles import mix_bits, shingles_of
 
-SEED = 1997  # of the hash functions
-MIN_RECALL = 0.99  # of candidates, at the similarity threshold
-NEIGHBOURS = 16  # a caption is compared with so many successors that share a band with it
-FUNCTIONS_AT_ONCE = 32  # bounds the memory, like the next two
+SEED = 1997  # seed of the hash functions
+MIN_RECALL = 0.99  # expected fraction of pairs at the similarity threshold that become candidates
+NEIGHBOURS = 16  # number of successors with an equal band that a caption is compared with
+FUNCTIONS_AT_ONCE = 32  # limits memory use, like the next two constants
 CAPTIONS_AT_ONCE = 4096
 PAIRS_AT_ONCE = 1 << 16
 
@@ -40,17 +40,18 @@ class ShingleSets:
 def near_caption_pairs(
     sets: ShingleSets, *, min_jaccard: float, num_queries: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finds pairs of captions with similar sets of shingles.
+    """Finds pairs of captions with similar shingle sets.
 
     For a large group of similar captions, only enough pairs to connect the group are found.
 
     Args:
-        sets: sets of all captions; captions without words match nothing.
-        min_jaccard: least Jaccard similarity, |intersection| / |union|.
-        num_queries: pairs among captions from this index on are excluded; None excludes none.
+        sets: shingle sets of all captions; captions without words match nothing.
+        min_jaccard: minimum Jaccard similarity, |intersection| / |union|.
+        num_queries: pairs of two captions with indices from this number on are excluded; None:
+            no exclusions.
 
     Returns:
-        first int64 [m], second int64 [m], similarity float32 [m]: first < second, ordered.
+        first int64 [m], second int64 [m], similarity float32 [m]; sorted, with first < second.
     """
     last_query = len(sets.starts) - 1 if num_queries is None else num_queries
     is_distinct, pairs = _equal_sets(sets)
@@ -79,7 +80,7 @@ def read_shingles(
     Args:
         batches: batches of captions.
         folder: folder for temporary files, which back the result.
-        shingle_words: words per shingle.
+        shingle_words: number of words per shingle.
         permutations: number of hash functions.
     """
     counts = [np.zeros(1, np.int64)]
@@ -136,7 +137,7 @@ def min_hashes(values: np.ndarray, counts: np.ndarray, *, permutations: int) -> 
 
 
 def _hash_functions(permutations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns odd factors and terms of x -> factor * x + term (mod 2**64); bits 32-63 are used."""
+    """Returns odd factors and terms of x -> factor * x + term (mod 2**64); uses bits 32 to 63."""
     rng = np.random.Generator(np.random.PCG64(SEED))
     factors, terms = rng.integers(0, 2**64, (2, permutations), dtype=np.uint64)
     return factors | np.uint64(1), terms
@@ -145,8 +146,8 @@ def _hash_functions(permutations: int) -> tuple[np.ndarray, np.ndarray]:
 def bands_for(min_jaccard: float, *, permutations: int) -> tuple[int, int]:
     """Chooses (number of bands, MinHashes per band).
 
-    These are the longest bands such that two sets at the similarity threshold share at least one
-    with probability MIN_RECALL.
+    These are the longest bands for which two sets at the similarity threshold share at least one
+    band with probability MIN_RECALL.
     """
     for num_rows in range(permutations, 1, -1):
         num_bands = permutations // num_rows
@@ -156,7 +157,7 @@ def bands_for(min_jaccard: float, *, permutations: int) -> tuple[int, int]:
 
 
 def jaccard_of_pairs(sets: ShingleSets, pairs: np.ndarray) -> np.ndarray:
-    """Computes the exact Jaccard similarity, float64 [m], of pairs int64 [m, 2] with words."""
+    """Computes the Jaccard similarity, float64 [m], of pairs int64 [m, 2] of nonempty sets."""
     parts = [np.empty(0)]
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         part = pairs[start : start + PAIRS_AT_ONCE]
@@ -174,10 +175,10 @@ def jaccard_of_pairs(sets: ShingleSets, pairs: np.ndarray) -> np.ndarray:
 
 
 def _equal_sets(sets: ShingleSets) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (first caption of each distinct set, pairs of that caption and each other one)."""
+    """Returns (first caption of each distinct set, pairs of it with the other captions)."""
     starts, values = sets.starts, sets.values
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed(np.asarray(values)))])
-    keys = mixed(sums[starts[1:]] - sums[starts[:-1]])  # of a set; independent of its order
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mix_bits(np.asarray(values)))])
+    keys = mix_bits(sums[starts[1:]] - sums[starts[:-1]])  # one per set; independent of order
     has_words = np.flatnonzero(np.diff(starts))
     _, first, number = np.unique(keys[has_words], return_index=True, return_inverse=True)
     first_of = has_words[first[number]]
@@ -189,14 +190,14 @@ def _band_keys(min_hashes: np.ndarray) -> np.ndarray:
     """Hashes rows to uint64 [n]; equal rows have equal hashes."""
     keys = np.zeros(len(min_hashes), np.uint64)
     for column in range(min_hashes.shape[1]):
-        keys = mixed(keys + min_hashes[:, column].astype(np.uint64))
+        keys = mix_bits(keys + min_hashes[:, column].astype(np.uint64))
     return keys
 
 
 def _sharing_pairs(
     keys: np.ndarray, captions: np.ndarray, *, last_query: int
 ) -> Iterator[np.ndarray]:
-    """Yields pairs of captions, int64 [m, 2], that are neighbours among those with equal keys."""
+    """Yields pairs int64 [m, 2] of captions that are neighbours among captions with equal keys."""
     order = np.argsort(keys, kind="stable")
     keys, captions = keys[order], captions[order]
     left = np.flatnonzero(captions < last_query)

@@ -1,10 +1,10 @@
 """Search for near-duplicate audio clips, without comparing all pairs.
 
-1. Keys are parts of a clip's fingerprint words. Each clip has a limited number of keys, those with
-   the smallest hashes (bottom-k sketches, Broder 1997), so that copies of a clip share keys.
-2. Clips that share a key are candidates, with the alignment in which they share it.
-3. Candidates whose words around the key agree too little are dropped.
-4. The others are compared as a whole (`similarity_at`).
+1. Keys are parts of a clip's fingerprint words. Each clip keeps a limited number of keys with the
+   smallest hashes (bottom-k sketches, Broder 1997), so that copies of a clip share keys.
+2. Clips that share a key are candidates, in the alignment of the shared key.
+3. Candidates with too little agreement in the words around the key are dropped.
+4. The remaining candidates are compared in full (`similarity_at`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from data_prep.media.audio_fingerprint import NUM_BITS, WORD_SECONDS
 
 KEYS_PER_CLIP = 128  # per table
-LEAST_KEY_BITS, MOST_KEY_BITS = 20, 24
+LEAST_KEY_BITS, MAX_KEY_BITS = 20, 24
 NUM_TABLES = 3  # each takes its keys from different bits of the words
-NEIGHBOURS = 16  # a clip is compared with so many successors that share a key with it
-WORDS_AROUND = 12  # on each side of a shared key, which are compared first
-WORD_STEP = 3  # adjacent words are similar
+NEIGHBOURS = 16  # number of successors with an equal key that a clip is compared with
+WORDS_AROUND = 12  # number of words on each side of a shared key that are compared first
+WORD_STEP = 3  # only every third word is compared, because adjacent words are similar
 MIN_AGREEMENT_AROUND = 0.6
-BYTES_PER_KEY = 64  # of memory while keys are sorted and compared
+BYTES_PER_KEY = 64  # memory use while keys are sorted and compared
 CLIPS_AT_ONCE = 2048
 CANDIDATES_AT_ONCE = 1 << 18
 HASH_FACTOR = np.uint32(0x9E3779B1)  # Knuth's multiplicative hash
-MIN_OVERLAP = 0.8  # fraction of the longer clip; a short excerpt is no duplicate
-SHORT_CLIP_MARGIN = 0.055  # of similarity, for one second of audio
+MIN_OVERLAP = 0.8  # fraction of the longer clip; a short excerpt is not a duplicate
+SHORT_CLIP_MARGIN = 0.055  # added to the required similarity for one second of audio
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Keys:
     """Keys of many clips, sorted by value and then by index."""
 
     values: np.ndarray  # uint32 [k]
-    indices: np.ndarray  # int64 [k]: of the word, among all words
+    indices: np.ndarray  # int64 [k]: index of the word among all words
     clips: np.ndarray  # int64 [k]
     in_clip: np.ndarray  # int64 [k]: index of the word in its clip
     lengths: np.ndarray  # int64 [k]: number of words of the clip
@@ -66,20 +66,21 @@ def near_audio_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds pairs of near-duplicate clips.
 
-    For more than NEIGHBOURS copies of a clip, only enough pairs to connect them are found.
+    For a clip with more than NEIGHBOURS copies, only enough pairs to connect all copies are found.
 
     Args:
         clips: clips of all datasets.
         min_similarity: fraction of bits that must agree; higher for short clips.
-        num_queries: pairs among clips from this index on are excluded; None excludes none.
+        num_queries: pairs of two clips with indices from this number on are excluded; None: no
+            exclusions.
         memory_bytes: memory for keys and candidates.
 
     Returns:
-        first int64 [m], second int64 [m], similarity float32 [m]: first < second, ordered.
+        first int64 [m], second int64 [m], similarity float32 [m]; sorted, with first < second.
     """
     best: dict[tuple[int, int], float] = {}
     num_keys = int(np.minimum(np.diff(clips.starts), KEYS_PER_CLIP).sum())
-    key_bits = int(np.clip(num_keys.bit_length(), LEAST_KEY_BITS, MOST_KEY_BITS))
+    key_bits = int(np.clip(num_keys.bit_length(), LEAST_KEY_BITS, MAX_KEY_BITS))
     num_parts = 1 + num_keys * BYTES_PER_KEY // memory_bytes
     last_query = len(clips) if num_queries is None else num_queries
     for table in range(NUM_TABLES):
@@ -186,8 +187,8 @@ def audio_similarity(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
         second: uint32 [words].
 
     Returns:
-        (fraction of bits that agree, compared seconds); (0, 0) for silent clips and clips of too
-        different lengths.
+        (fraction of bits that agree, compared seconds); (0, 0) for silent clips, or if the lengths
+        differ too much.
     """
     longest_shift = int((1 - MIN_OVERLAP) * max(len(first), len(second)))
     shifts = range(-longest_shift, longest_shift + 1)
@@ -214,5 +215,5 @@ def similarity_at(first: np.ndarray, second: np.ndarray, *, shift: int) -> tuple
 
 
 def required_similarity(seconds: float, *, min_similarity: float) -> float:
-    """Returns the similarity that makes clips near-duplicates, given the compared seconds."""
+    """Returns the minimum similarity of near-duplicates for a number of compared seconds."""
     return min_similarity + SHORT_CLIP_MARGIN / np.sqrt(seconds) if seconds else np.inf

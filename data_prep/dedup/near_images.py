@@ -1,12 +1,12 @@
 """Search for images that differ only in size, compression, mirroring, color or a small crop.
 
 1. classes      images with equal hashes and almost equal thumbnails; only the first is searched
-2. candidates   hashes within a distance, of whole images and of an image and the windows of
-                another (data_prep.dedup.crop_windows), each in both orientations
-3. confirmed    by their thumbnails, first roughly and then with the exact crop
+2. candidates   pairs with hashes within a distance: two whole images, or an image and a window of
+                another image (data_prep.dedup.crop_windows), in both orientations
+3. confirmed    candidates with similar thumbnails, compared first roughly and then with exact crops
 
-Windows are searched by the low frequencies of the hash, which crops hardly change: one bit of
-LOW_BITS may differ. For whole images, no pair within the distance is missed.
+Windows are searched by the low-frequency bits of the hash, which crops hardly change: one bit of
+LOW_BITS may differ. For whole images, the search finds every pair within the distance.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from data_prep.dedup.hamming import Band, exact_bands, near_pairs
 from data_prep.dedup.image_similarity import image_similarity, plain_similarity, rough_similarity
 
 LOW_BITS = Band(first_bit=0, num_bits=20, max_flips=1)
-WINDOW_DISTANCE = 4  # additional bits, because crops lie between windows
+WINDOW_DISTANCE = 4  # additional bits, because an exact crop lies between two windows
 MIN_ROUGH_SIMILARITY = 0.8
-COARSE_STEP = 16  # levels of 255, for grouping almost equal thumbnails
+COARSE_STEP = 16  # quantisation step (levels of 255) for grouping almost equal thumbnails
 PAIRS_AT_ONCE = 1 << 14
-CANDIDATES_AT_ONCE = 1 << 23  # before they are reduced to the best of each pair
+CANDIDATES_AT_ONCE = 1 << 23  # limit before candidates are reduced to the best of each pair
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class ImageHashes:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of similar images, and members of classes, each with the first image of its class.
+    """Pairs of similar images, and class members with the first image of their class.
 
-    Members occur in no pair.
+    Members do not occur in pairs.
     """
 
     left: np.ndarray  # int64 [pairs]
@@ -179,7 +179,7 @@ def _candidates(
         window, distance, bands = arguments
         is_whole = bands != [LOW_BITS]
         table = hashes.phash if is_whole else window_hashes(hashes.signatures, window)
-        every = [_NO_CANDIDATES]
+        every = [_NO_]
         for left, right in near_pairs(queries, table, max_distance=distance, bands=bands):
             is_mirrored, crops = np.divmod(order[left], len(table))
             is_new = (crops < right) if is_whole else (crops != right)
@@ -188,7 +188,7 @@ def _candidates(
             every += list(_roughly_similar(hashes.signatures, *pairs, window=window))
         return _joined(every).best()
 
-    every = [_NO_CANDIDATES]
+    every = [_NO_]
     with ThreadPoolExecutor(workers) as executor:
         for found in executor.map(search, searches):
             every.append(found)
@@ -197,7 +197,7 @@ def _candidates(
     return _joined(every).best()
 
 
-_NO_CANDIDATES = _Candidates(
+_NO_ = _Candidates(
     np.empty(0, np.int64),
     np.empty(0, np.int64),
     np.empty(0, bool),
@@ -242,7 +242,8 @@ def _confirmed(
         crops, wholes = signatures[candidates.crops[part]], signatures[candidates.wholes[part]]
         is_mirrored, windows = candidates.is_mirrored[part], candidates.windows[part]
         similarity = plain_similarity(crops, wholes, is_mirrored=is_mirrored)
-        # Most are no crops. Otherwise, either image may be the crop; only one has a known window.
+        # Most pairs are not crops. Otherwise, either image may be the crop, but only one has a
+        # known window.
         for parts, whole, first in ((crops, wholes, windows), (wholes, crops, 0 * windows)):
             rest = np.flatnonzero(similarity < min_similarity)
             aligned = image_similarity(

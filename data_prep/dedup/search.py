@@ -1,4 +1,4 @@
-"""The methods of find_duplicates, which search for pairs of similar samples.
+"""Search methods of find_duplicates.
 
 Each method takes the remaining samples and returns pairs of their numbers (see
 data_prep.dedup.joined_datasets). Samples that lack a required column are skipped with a warning. A
@@ -40,22 +40,22 @@ class Found:
     """The result of one method."""
 
     pairs: Pairs
-    rank: np.ndarray | None = None  # float32 [samples]; a group keeps the least. None: not ranked
+    rank: np.ndarray | None = None  # float32 [samples]; a group keeps the lowest. None: not ranked
 
 
 @dataclass(frozen=True)
 class Search:
-    """The samples to compare, and limits."""
+    """The samples to compare, and resource limits."""
 
     datasets: JoinedDatasets
-    is_left: np.ndarray  # bool [samples], the remaining samples
+    is_remaining: np.ndarray  # bool [samples], the remaining samples
     folder: Path  # for temporary files
     memory_gb: float
     workers: int
 
 
 def find_exact(search: Search) -> Found:
-    """Finds samples with equal media, each paired with the first of them, by their sha256.
+    """Finds samples with equal media by sha256, and pairs each with the first equal sample.
 
     Raises:
         InputError: if a dataset has no hashes.
@@ -67,7 +67,7 @@ def find_exact(search: Search) -> Found:
     is_repeated = (keys[order][1:] == keys[order][:-1]).all(axis=1)
     lead = np.arange(len(order))
     lead[1:][is_repeated] = 0
-    lead = np.maximum.accumulate(lead)  # index of the first of each run
+    lead = np.maximum.accumulate(lead)  # index of the first element of each run
     repeated = np.flatnonzero(is_repeated) + 1
     first, second = sample[order[lead[repeated]]], sample[order[repeated]]
     has_query = first < search.datasets.num_queries
@@ -104,13 +104,13 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
     content, starts, _ = binary_column(
         search.datasets,
         "signature",
-        samples=_mask(sample, len(search.is_left)),
+        samples=_mask(sample, len(search.is_remaining)),
         path=search.folder / "signatures.bin",
     )
     if (np.diff(starts) != SIGNATURE_BYTES).any():
         raise InputError(
             f"{search.datasets.folders[0]}: expected a signature of {SIGNATURE_BYTES} bytes for "
-            f"each phash, found signatures of another version; {MEASURE_ADVICE}"
+            f"each phash, found signatures of a different version; {MEASURE_ADVICE}"
         )
     hashes = ImageHashes(
         # Without shards, the type of the empty column is unknown.
@@ -136,11 +136,11 @@ def _near_audio(search: Search, options: NearMedia) -> Pairs:
     content, starts, has_fingerprint = binary_column(
         search.datasets,
         "fingerprint",
-        samples=search.is_left,
+        samples=search.is_remaining,
         path=search.folder / "fingerprints.bin",
     )
     _check_measured(search.datasets, has_fingerprint, column="fingerprint")
-    sample = np.flatnonzero(search.is_left)
+    sample = np.flatnonzero(search.is_remaining)
     first, second, similarity = near_audio_pairs(
         ClipWords(content.view("<u4"), starts // 4),
         min_similarity=options.audio_min_similarity,
@@ -151,7 +151,7 @@ def _near_audio(search: Search, options: NearMedia) -> Pairs:
 
 
 def find_near_captions(search: Search, options: NearCaptions) -> Found:
-    """Finds samples that have a near-duplicate caption in common."""
+    """Finds samples that share a near-duplicate caption."""
     counts: list[np.ndarray] = []
     sets = read_shingles(
         _caption_batches(search, counts),
@@ -159,7 +159,9 @@ def find_near_captions(search: Search, options: NearCaptions) -> Found:
         shingle_words=options.shingle_words,
         permutations=options.permutations,
     )
-    sample = np.repeat(np.flatnonzero(search.is_left), np.concatenate([np.empty(0, int), *counts]))
+    sample = np.repeat(
+        np.flatnonzero(search.is_remaining), np.concatenate([np.empty(0, int), *counts])
+    )
     first, second, similarity = near_caption_pairs(
         sets, min_jaccard=options.min_jaccard, num_queries=_num_queries(search, sample)
     )
@@ -174,14 +176,14 @@ def _caption_batches(search: Search, counts: list[np.ndarray]) -> Iterator[list[
     import pyarrow.compute
 
     for start, table in search.datasets.tables(["captions"]):
-        chosen = pyarrow.array(search.is_left[start : start + table.num_rows])
+        chosen = pyarrow.array(search.is_remaining[start : start + table.num_rows])
         column = table["captions"].filter(chosen)
         counts.append(pyarrow.compute.list_value_length(column).fill_null(0).to_numpy())
         yield pyarrow.compute.list_flatten(column).fill_null("").to_pylist()
 
 
 def find_semantic(search: Search, options: Semantic, *, seed: int) -> Found:
-    """Finds samples with semantically equal media by their embeddings.
+    """Finds samples with semantically equal media by cosine similarity of their embeddings.
 
     Args:
         search: samples to compare.
@@ -194,7 +196,7 @@ def find_semantic(search: Search, options: Semantic, *, seed: int) -> Found:
     embeddings, sample = read_embeddings(
         search.datasets,
         [*options.embeddings, *options.against_embeddings],
-        is_left=search.is_left,
+        is_remaining=search.is_remaining,
         path=search.folder / "embeddings.bin",
     )
     pairs, cosine = semantic_pairs(
@@ -204,7 +206,7 @@ def find_semantic(search: Search, options: Semantic, *, seed: int) -> Found:
         seed=seed,
         num_queries=_num_queries(search, sample),
     )
-    rank = np.zeros(len(search.is_left), np.float32)
+    rank = np.zeros(len(search.is_remaining), np.float32)
     rank[sample] = cosine
     return Found(Pairs(sample[pairs.first], sample[pairs.second], pairs.similarity), rank)
 
@@ -212,7 +214,7 @@ def find_semantic(search: Search, options: Semantic, *, seed: int) -> Found:
 def _samples_with(search: Search, has_value: np.ndarray, *, column: str) -> np.ndarray:
     """Returns the remaining samples with a value in a column, int64 [n]."""
     _check_measured(search.datasets, has_value, column=column)
-    return np.flatnonzero(search.is_left & has_value)
+    return np.flatnonzero(search.is_remaining & has_value)
 
 
 def _check_measured(datasets: JoinedDatasets, has_value: np.ndarray, *, column: str) -> None:

@@ -4,10 +4,10 @@
 2. Within each cluster, samples whose cosine reaches the threshold are duplicates. Pairs across
    clusters are not searched.
 3. Each group keeps the sample with the lowest cosine to the centroid. This is the rule of the paper
-   ("SemDeDup: Data-efficient learning at web-scale through semantic deduplication"), which its
-   published code does not follow.
+   ("SemDeDup: Data-efficient learning at web-scale through semantic deduplication"); the published
+   code differs.
 
-Memory holds the embeddings of one cluster, the centroids and a few numbers per sample.
+Memory use is limited to the embeddings of one cluster, the centroids and a few numbers per sample.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 
 from data_prep.dedup.groups import Pairs, first_connected
 
-ROWS_AT_ONCE = 512  # rows of a cluster that are compared with all its other rows
+ROWS_AT_ONCE = 512  # number of rows that are compared with the rest of a cluster at a time
 ITERATIONS = 10
-VECTORS_PER_CLUSTER = 256  # limit for fitting the centroids; all vectors are assigned
-COSINES_AT_ONCE = 1 << 23  # bounds the memory
+VECTORS_PER_CLUSTER = 256  # limits the vectors used to fit centroids; all vectors are assigned
+COSINES_AT_ONCE = 1 << 23  # limits memory use
 
 
 def semantic_pairs(
@@ -32,20 +32,20 @@ def semantic_pairs(
     seed: int,
     num_queries: int,
 ) -> tuple[Pairs, np.ndarray]:
-    """Finds pairs that connect the samples of each group with the one that is kept.
+    """Finds pairs that connect the samples of each group with the kept sample.
 
     Args:
         embeddings: float32 [n, D], L2-normalised; may be a numpy.memmap.
-        min_cosine: least cosine of duplicates.
+        min_cosine: minimum cosine of duplicates.
         samples_per_cluster: average number of samples in a cluster.
         seed: seed of k-means.
-        num_queries: samples from this index on are evaluation samples, which are compared with
-            queries only.
+        num_queries: samples with indices from this number on are evaluation samples, which are
+            compared only with queries.
 
     Returns:
-        pairs: pairs of duplicates. If other samples connect them, their similarity may be below
-            min_cosine.
-        rank: float32 [n], cosine of each sample to its centroid; a group keeps its least.
+        pairs: pairs of duplicates. The similarity of pairs that are connected through other samples
+            may be below min_cosine.
+        rank: float32 [n], cosine of each sample to its centroid; a group keeps the lowest.
     """
     num_clusters = -(-len(embeddings) // samples_per_cluster)
     centroids = fit_centroids(embeddings, num_clusters=num_clusters, seed=seed)
@@ -73,7 +73,7 @@ def _groups(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (index of the sample to keep, indices of all others) of each group in a cluster.
 
-    Evaluation samples take precedence: if a group has one, the other samples match it.
+    Evaluation samples take precedence: if a group contains one, the other samples match it.
     """
     label = _first_members(vectors, is_query, min_cosine)
     order = np.lexsort((np.arange(len(label)), rank, is_query, label))
@@ -106,7 +106,7 @@ def fit_centroids(embeddings: np.ndarray, *, num_clusters: int, seed: int) -> np
     Args:
         embeddings: float32 [n, D], L2-normalised; may be a numpy.memmap.
         num_clusters: number of clusters, at most n.
-        seed: chooses the vectors to fit and the initial centroids among them.
+        seed: seed for the choice of vectors to fit and of initial centroids.
 
     Returns:
         float32 [num_clusters, D], L2-normalised.

@@ -1,7 +1,7 @@
 """Shingles of captions: sequences of adjacent words, as 64-bit hashes.
 
 Case and punctuation are ignored. In scripts without spaces, each letter is a word. All captions of
-a batch are hashed at once: the hash of a word is a polynomial over its bytes, computed as a
+a batch are hashed together: the hash of a word is a polynomial over its bytes, computed as the
 difference of two prefix sums.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     import regex
 
-BASE = 0x9E3779B97F4A7C15  # of the polynomial, modulo 2**64; odd, so that it has an inverse
-SEED = 20231  # of the numbers that represent bytes
+BASE = 0x9E3779B97F4A7C15  # base of the polynomial modulo 2**64; odd, so that it has an inverse
+SEED = 20231  # seed of the random numbers that represent bytes
 NEWLINE = ord("\n")
 _UNSPACED = "".join(
     rf"\p{{{name}}}" for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
@@ -25,11 +25,11 @@ _UNSPACED = "".join(
 
 
 def shingles_of(captions: Sequence[str], *, shingle_words: int) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the sets of shingles of captions.
+    """Computes the shingle sets of captions.
 
     Args:
-        captions: any texts.
-        shingle_words: words per shingle; a shorter caption is one shingle.
+        captions: batch of captions.
+        shingle_words: number of words per shingle; a shorter caption is one shingle.
 
     Returns:
         values: uint64 [all shingles], sorted and unique within each caption.
@@ -46,7 +46,7 @@ def shingles_of(captions: Sequence[str], *, shingle_words: int) -> tuple[np.ndar
     return values[is_new], np.bincount(caption_of[is_new], minlength=len(captions))
 
 
-def mixed(numbers: np.ndarray) -> np.ndarray:
+def mix_bits(numbers: np.ndarray) -> np.ndarray:
     """Mixes the bits of uint64 [...] numbers with the final step of splitmix64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -92,7 +92,7 @@ def _hashed_words(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     terms = numbers[content] * _powers(BASE, len(content))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])
     inverse = _powers(pow(BASE, -1, 2**64), len(content))
-    words = mixed((sums[ends] - sums[starts]) * inverse[starts])
+    words = mix_bits((sums[ends] - sums[starts]) * inverse[starts])
     return words, np.cumsum(content == NEWLINE)[starts]
 
 
@@ -106,17 +106,17 @@ def _powers(base: int, num: int) -> np.ndarray:
 def _runs(
     words: np.ndarray, caption_of: np.ndarray, *, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes each run of `length` words, or all words of a shorter caption.
+    """Hashes each run of `length` words; a shorter caption is hashed as one run.
 
     Returns:
         (hashes, caption of each hash)
     """
-    end = np.searchsorted(caption_of, caption_of, side="right")  # of the caption's words
+    end = np.searchsorted(caption_of, caption_of, side="right")  # end of the caption's words
     begin = np.searchsorted(caption_of, caption_of, side="left")
     index = np.arange(len(words))
     first = index[(index + length <= end) | (index == begin)]
     hashes = np.zeros(len(first), np.uint64)
     for step in range(length):
         word = np.where(first + step < end[first], words[(first + step) % max(1, len(words))], 0)
-        hashes = mixed(hashes * np.uint64(BASE) + word.astype(np.uint64))
+        hashes = mix_bits(hashes * np.uint64(BASE) + word.astype(np.uint64))
     return hashes, caption_of[first]

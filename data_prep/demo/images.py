@@ -1,8 +1,8 @@
 """Images of the demo: handwritten digits, and drawn scenes that test composition.
 
-A scene is one shape with a colour, a size, a position and a texture. Some combinations of the five
-are held out of training, while every pair of values (a red star, something small and striped)
-occurs there. Retrieving a held-out scene therefore requires a new combination of known parts.
+A scene is one shape with a colour, a size, a position and a texture. Some combinations of these
+five attributes are held out of training, but training contains every pair of values (such as red
+and star). Retrieving a held-out scene therefore requires a new combination of known attributes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw
 from data_prep.demo.item import DemoItem
 from data_prep.errors import InputError
 
-PICTURE_PIXELS = 32  # height and width
-OVERSAMPLING = 4  # factor by which shapes are drawn larger and then reduced
+IMAGE_PIXELS = 32  # height and width
+OVERSAMPLING = 4  # shapes are drawn at this scale and then reduced
 
-# Each attribute: value -> its words in captions.
+# Attribute -> value -> phrases in captions.
 SHAPES = {
     "circle": ("circle", "disc"),
     "square": ("square",),
@@ -63,7 +63,7 @@ SCENE_TEMPLATES = (
     "a picture of a {texture} {size} {colour} {shape} {position}",
     "{colour} {shape}, {size} and {texture}, {position}",
 )
-NUM_HELD_OUT = 120  # of 900 combinations
+NUM_HELD_OUT = 120  # number of held-out combinations among 900
 NUM_VALIDATION_SCENES = 512
 
 HUES = {"red": 0, "yellow": 55, "green": 120, "cyan": 180, "blue": 230, "purple": 290}  # degrees
@@ -102,7 +102,7 @@ def scene_combinations(seed: int) -> tuple[list[Combination], list[Combination]]
     held_out: set[Combination] = set()
     for index in order:
         pairs = _value_pairs(combinations[index])
-        # At least three quarters of the scenes that show a pair of values stay in training.
+        # At least three quarters of the scenes with a given pair of values stay in training.
         if len(held_out) < NUM_HELD_OUT and all(
             4 * (num_left[pair] - 1) >= 3 * num_total[pair] for pair in pairs
         ):
@@ -119,18 +119,18 @@ def _value_pairs(combination: Combination) -> list[tuple[str, str]]:
 def scene_items(
     combinations: Sequence[Combination], *, copies: int, num_captions: int, seed: Sequence[int]
 ) -> Iterator[DemoItem]:
-    """Yields new images of the combinations, `copies` of each, in mixed order."""
+    """Yields new images of the combinations, `copies` of each, in shuffled order."""
     every = [combination for combination in combinations for _ in range(copies)]
     order = np.random.default_rng(seed).permutation(len(every))
     for number, index in enumerate(order):
         rng = np.random.default_rng([*seed, number])
-        picture = draw_scene(every[index], rng)
+        image = draw_scene(every[index], rng)
         captions = [scene_caption(every[index], rng) for _ in range(num_captions)]
-        yield DemoItem(f"{number:05d}.png", _png(picture), tuple(dict.fromkeys(captions)))
+        yield DemoItem(f"{number:05d}.png", _png(image), tuple(dict.fromkeys(captions)))
 
 
 def scene_caption(combination: Combination, rng: np.random.Generator) -> str:
-    """Returns one of many sentences that name all five attributes."""
+    """Returns a random sentence that mentions all five attributes."""
     names = ("shape", "colour", "size", "position", "texture")
     words = {
         name: _choose(known[value], rng)
@@ -149,13 +149,13 @@ def draw_scene(combination: Combination, rng: np.random.Generator) -> np.ndarray
     coverage = _coverage(corners, texture, radius, rng)[:, :, None]  # [H, Wd] -> [H, Wd, 1]
     hue = (HUES[colour] + rng.uniform(-9, 9)) % 360 / 360
     paint = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.8, 1))
-    picture = _background(rng) * (1 - coverage) + np.array(paint) * coverage
-    picture += rng.normal(0, rng.uniform(0.005, 0.03), picture.shape)
-    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+    image = _background(rng) * (1 - coverage) + np.array(paint) * coverage
+    image += rng.normal(0, rng.uniform(0.005, 0.03), image.shape)
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _corners(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """Returns [corners, 2] of a slightly rotated shape of radius about 1 around the origin."""
+    """Returns the corners, [corners, 2], of a slightly rotated shape with a radius of about 1."""
     if shape == "cross":
         arm, tip = 0.34, 1.0
         quarter = [(arm, -tip), (arm, -arm), (tip, -arm)]
@@ -184,7 +184,7 @@ def _coverage(
     corners: np.ndarray, texture: str, radius: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Returns the painted fraction of each pixel: [H, Wd] in [0, 1]."""
-    canvas = Image.new("L", (PICTURE_PIXELS * OVERSAMPLING,) * 2)
+    canvas = Image.new("L", (IMAGE_PIXELS * OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     points = [tuple(point) for point in corners * OVERSAMPLING]
     if texture == "outlined":
@@ -194,22 +194,22 @@ def _coverage(
     painted = np.asarray(canvas, dtype=np.float64) / 255
     if texture == "striped":
         painted = painted * _stripes(radius, rng)
-    size = PICTURE_PIXELS
+    size = IMAGE_PIXELS
     return painted.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
 
 
 def _stripes(radius: float, rng: np.random.Generator) -> np.ndarray:
     period = OVERSAMPLING * min(max(0.65 * radius, 3.2), 5.0)
-    down, right = np.mgrid[: PICTURE_PIXELS * OVERSAMPLING, : PICTURE_PIXELS * OVERSAMPLING]
+    down, right = np.mgrid[: IMAGE_PIXELS * OVERSAMPLING, : IMAGE_PIXELS * OVERSAMPLING]
     angle = np.radians(rng.choice([0, 45, 90, 135]) + rng.uniform(-5, 5))
     phase = (down * np.cos(angle) + right * np.sin(angle)) / period + rng.uniform()
-    return np.where(phase % 1 < 0.55, 1.0, 0.3)  # some paint in the gaps keeps the shape visible
+    return np.where(phase % 1 < 0.55, 1.0, 0.3)  # partly painted gaps keep the shape visible
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """Returns [H, Wd, 3]: a dull colour with a gradient, blotches and grain."""
+    """Returns a background, [H, Wd, 3]: a dull colour with a gradient, blotches and grain."""
     base = rng.uniform(0.1, 0.42) + rng.uniform(-0.06, 0.06, 3)
-    down, right = np.mgrid[-1 : 1 : PICTURE_PIXELS * 1j, -1 : 1 : PICTURE_PIXELS * 1j]
+    down, right = np.mgrid[-1 : 1 : IMAGE_PIXELS * 1j, -1 : 1 : IMAGE_PIXELS * 1j]
     slope = rng.uniform(-0.1, 0.1, 2)
     blotches = rng.normal(0, rng.uniform(0.01, 0.06), (4, 4)).repeat(8, axis=0).repeat(8, axis=1)
     light = slope[0] * down + slope[1] * right + blotches
@@ -261,11 +261,11 @@ def _alternate_classes(order: np.ndarray, targets: np.ndarray) -> list[int]:
 
 def _digit_item(number: int, scan: np.ndarray, digit: int, rng: np.random.Generator) -> DemoItem:
     small = Image.fromarray((scan * 255 / 16).astype(np.uint8))  # scans have values 0 to 16
-    picture = small.resize((PICTURE_PIXELS,) * 2, Image.Resampling.BICUBIC).convert("RGB")
+    image = small.resize((IMAGE_PIXELS,) * 2, Image.Resampling.BICUBIC).convert("RGB")
     templates = rng.permutation(DIGIT_TEMPLATES)[:2]
     captions = [template.format(name=DIGIT_NAMES[digit], figure=digit) for template in templates]
     return DemoItem(
-        f"{number:05d}.png", _png(np.asarray(picture)), tuple(captions), DIGIT_NAMES[digit]
+        f"{number:05d}.png", _png(np.asarray(image)), tuple(captions), DIGIT_NAMES[digit]
     )
 
 
@@ -273,7 +273,7 @@ def _choose(options: Sequence[str], rng: np.random.Generator) -> str:
     return options[rng.integers(len(options))]
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     sink = io.BytesIO()
-    Image.fromarray(picture).save(sink, format="PNG", compress_level=6)
+    Image.fromarray(image).save(sink, format="PNG", compress_level=6)
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""One media file of the demo data with its captions, and the writer of a split."""
+"""A media file of the demo data with its captions, and the writer of a split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoItem:
-    """A file to write, and its entries in the manifest."""
+    """A media file to write, and its entries in the manifest."""
 
     name: str  # file name inside the split's folder
     content: bytes

@@ -1,6 +1,6 @@
-"""Sounds of the demo: twelve kinds, synthesised with varied parameters over background noise.
+"""Sounds of the demo: twelve kinds, synthesised with random parameters over background noise.
 
-Some are easy to confuse on purpose: rain and wind, ticking and knocking, siren, whistle and birds.
+Some kinds are deliberately similar: rain and wind, ticking and knocking, siren, whistle and birds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _noise(
     num_samples: int, rng: np.random.Generator, *, low_hz: float, high_hz: float, tilt: float = 0
 ) -> np.ndarray:
     """Returns noise of unit power in a band; its amplitude falls as frequency ** -tilt."""
-    padded = 1 << (num_samples - 1).bit_length()  # the transform of a power of two is much faster
+    padded = 1 << (num_samples - 1).bit_length()  # an FFT of a power of two is much faster
     frequency = np.fft.rfftfreq(padded, 1 / SAMPLE_RATE_HZ) + 1e-9
     shape = (frequency / 1000) ** -tilt / (1 + (low_hz / frequency) ** 4)
     spectrum = (
@@ -55,7 +55,7 @@ def _noise(
 
 
 def _place(clip: np.ndarray, event: np.ndarray, start_seconds: float) -> None:
-    """Adds an event to a clip, and truncates it at the clip's end."""
+    """Adds an event to a clip in place; the event is truncated at the end of the clip."""
     start = int(start_seconds * SAMPLE_RATE_HZ)
     room = max(len(clip) - start, 0)
     clip[start : start + len(event)] += event[:room]
@@ -236,7 +236,7 @@ SOUNDS = {
 def sound_items(
     *, clips_per_sound: int, num_captions: int, seed: Sequence[int]
 ) -> Iterator[DemoItem]:
-    """Yields new clips of every kind, in mixed order, alternating WAV and FLAC."""
+    """Yields new clips of every kind, in shuffled order, alternating between WAV and FLAC."""
     kinds = [kind for kind in SOUNDS for _ in range(clips_per_sound)]
     order = np.random.default_rng(seed).permutation(len(kinds))
     for number, index in enumerate(order):
@@ -248,14 +248,14 @@ def sound_items(
 
 
 def sound_caption(kind: str, rng: np.random.Generator) -> str:
-    """Returns one of many captions for a kind of sound."""
+    """Returns a random caption for a kind of sound."""
     phrases = SOUNDS[kind][1]
     template = SOUND_TEMPLATES[rng.integers(len(SOUND_TEMPLATES))]
     return template.format(phrases[rng.integers(len(phrases))])
 
 
 def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Synthesizes a clip of a kind over noise, at a random level: float64 [samples] in [-1, 1]."""
+    """Synthesizes a sound over noise, at a random level: float64 [samples] in [-1, 1]."""
     num_samples = int(rng.uniform(*CLIP_SECONDS) * SAMPLE_RATE_HZ)
     clip = SOUNDS[kind][0](num_samples, rng)
     clip = clip / np.sqrt(np.mean(clip**2))

@@ -1,4 +1,4 @@
-"""Web addresses: parsing for requests, and the test for hosts on the public internet."""
+"""Parsing of web addresses for requests, and a check that an IP address is public."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class DownloadError(BadItemError):
     """A URL cannot be downloaded.
 
     Args:
-        reason: stable word under which the failure is counted.
+        reason: stable identifier under which the failure is counted.
         detail: description of the failure, without the URL, which may contain a password.
-        is_transient: True if another attempt may succeed.
-        status: HTTP status of the response, if there was one.
-        retry_after_seconds: delay that the server asks for.
+        is_transient: True if a retry may succeed.
+        status: HTTP status of the response; None without a response.
+        retry_after_seconds: delay that the server requests.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ def parse_address(url: str) -> WebAddress:
     """
     if len(url) > MAX_URL_CHARACTERS:
         raise DownloadError(
-            "download_bad_url", f"{len(url)} characters; at most {MAX_URL_CHARACTERS} are fetched"
+            "download_bad_url", f"{len(url)} characters; expected at most {MAX_URL_CHARACTERS}"
         )
     try:
         parts = parse_url(url.strip())
@@ -83,9 +83,9 @@ def parse_address(url: str) -> WebAddress:
             "download_bad_url", f"expected http:// or https://, found {parts.scheme}"
         )
     if not parts.host:
-        raise DownloadError("download_bad_url", "the URL names no host")
+        raise DownloadError("download_bad_url", "the URL has no host")
     if parts.port == 0:
-        raise DownloadError("download_bad_url", "port 0")
+        raise DownloadError("download_bad_url", "the URL has port 0")
     return WebAddress(
         scheme=parts.scheme,
         host=parts.host,
@@ -101,7 +101,7 @@ def _basic_authorization(user_and_password: str) -> str:
 
 
 def redirected_address(address: WebAddress, location: str) -> WebAddress:
-    """Resolves the target of a redirect; a password is sent only to its own host.
+    """Resolves the target of a redirect; a password is kept only if the host stays the same.
 
     Args:
         address: address that redirects.
@@ -123,7 +123,7 @@ def redirected_address(address: WebAddress, location: str) -> WebAddress:
 
 
 def is_public(ip_address: str) -> bool:
-    """Returns True for an IP address on the public internet, also if IPv6 wraps an IPv4 one."""
+    """Returns True for a public IP address, including public IPv4 addresses embedded in IPv6."""
     address = ipaddress.ip_address(ip_address.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         wrapped = address.ipv4_mapped or address.sixtofour

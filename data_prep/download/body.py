@@ -1,4 +1,4 @@
-"""Writes the body of a web response into a file, up to a maximum length."""
+"""Writer of a response body into a file, up to a maximum length."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ResponseBody:
     Args:
         path: file to write.
         max_bytes: maximum length of the body, after decompression.
-        cut: truncate a longer body, instead of rejecting it.
-        cache: cache that contains the file, for messages about its disk.
+        cut: whether to truncate a longer body instead of rejecting it.
+        cache: cache that contains the file; converts disk errors.
     """
 
     def __init__(self, path: str, *, max_bytes: int, cut: bool, cache: DownloadCache):
@@ -43,7 +43,7 @@ class ResponseBody:
         """
         length = response.length_remaining
         if length is not None and length > self._max_bytes and not self._cut:
-            raise self._too_large(f"{length} bytes announced")
+            raise self._too_large(f"Content-Length is {length}")
         chunks = _chunks(response)
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
@@ -56,10 +56,10 @@ class ResponseBody:
                     return
 
     def _write(self, chunk: bytes, file: FileIO) -> bool:
-        """Writes a chunk; returns True if more may follow."""
+        """Writes a chunk; returns True if more chunks are accepted."""
         room = self._max_bytes - self.num_bytes
         if len(chunk) > room and not self._cut:
-            raise self._too_large("more received")
+            raise self._too_large("more were received")
         chunk = chunk[:room]
         self.sha256.update(chunk)
         self.num_bytes += len(chunk)
@@ -70,20 +70,22 @@ class ResponseBody:
         return self.num_bytes < self._max_bytes or not self._cut
 
     def _too_large(self, found: str) -> DownloadError:
-        return DownloadError("download_too_large", f"at most {self._max_bytes} bytes; {found}")
+        return DownloadError(
+            "download_too_large", f"expected at most {self._max_bytes} bytes; {found}"
+        )
 
 
 def _chunks(response: BaseHTTPResponse) -> Iterator[bytes]:
-    """Yields the body as it arrives: read1 returns what is there, so slow servers are noticed."""
+    """Yields the body as it arrives; read1 does not block, so slow servers are detected."""
     while chunk := response.read1(CHUNK_BYTES):
         yield chunk
 
 
 def _decoded(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Yields the decompressed body in small chunks, so that a bomb cannot fill the memory."""
+    """Yields the decompressed body in small chunks, as a defence against decompression bombs."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise DownloadError("download_http_error", f"Content-Encoding {encoding}: not requested")
-    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip's header or zlib's
+        raise DownloadError("download_http_error", f"Content-Encoding {encoding} is not supported")
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # detects gzip and zlib headers
     try:
         for chunk in chunks:
             while chunk:
@@ -94,4 +96,4 @@ def _decoded(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
             "download_http_error", f"Content-Encoding {encoding}: {error}"
         ) from None
     if not decompressor.eof:
-        raise DownloadError("download_http_error", f"{encoding} body ends early", is_transient=True)
+        raise DownloadError("download_http_error", f"truncated {encoding} body", is_transient=True)

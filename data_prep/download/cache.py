@@ -1,17 +1,17 @@
-"""Cache folder of downloads, which keeps a URL from being fetched twice.
+"""Cache folder of downloads, which ensures that each URL is fetched only once.
 
-    ab/ab12...          body of the URL with this sha256, if it has one and was not forgotten
-    ab/ab12...json      record of the outcome: written last
+    ab/ab12...          body of the URL with this sha256, unless it was deleted
+    ab/ab12...json      record of the outcome, written after the body
     urls.lock           one byte is locked for each URL that is being fetched
-    hosts.lock          one byte is locked for each connection in use, by host
+    hosts.lock          one byte is locked for each open connection to a host
 
-Neither file needs a temporary name or a flush to disk. After a kill or a power cut, a partial
-record is not valid JSON, and a partial body does not match its sha256. Either way, the URL counts
-as not fetched.
+Bodies and records are written without a temporary name or fsync. After a kill or a power failure, a
+partial record is not valid JSON, and a partial body does not match its sha256. In both cases the
+URL is fetched again.
 
-The locks are POSIX locks of single bytes. The system releases them when a process dies, and they
-need no file each. On a file system without locks, processes may fetch a URL twice, and each of them
-counts its connections to a host separately.
+The locks are POSIX locks of single bytes. The system releases them when a process dies, and they do
+not need one file each. On a file system without locks, processes may fetch a URL twice, and each
+process counts its connections to a host separately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from data_prep.errors import RunError
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_TRIES = 0.02  # to take a lock that another process holds
+POLL_SECONDS = 0.02  # interval between attempts to take a lock that another process holds
 
 
 class DownloadsEnded(Exception):
@@ -44,14 +44,14 @@ class DownloadsEnded(Exception):
 class FetchRecord:
     """The outcome of fetching a URL."""
 
-    reason: str | None = None  # why there is no body; None if there is one
+    reason: str | None = None  # reason for a missing body; None if there is a body
     detail: str = ""
     is_transient: bool = False
     status: int | None = None
     num_bytes: int = 0
     sha256: str = ""
-    max_bytes: int = 0  # limit that applied
-    time: float = 0.0  # end of the download, in seconds since 1970
+    max_bytes: int = 0  # limit in effect during the download
+    time: float = 0.0  # end of the download, in seconds since the epoch
 
 
 class DownloadCache:
@@ -59,7 +59,7 @@ class DownloadCache:
 
     Args:
         folder: folder of the cache, created if it is missing.
-        closed: event that ends all waiting for locks.
+        closed: event that ends all waits for locks.
     """
 
     def __init__(self, folder: Path, *, closed: threading.Event):
@@ -77,10 +77,10 @@ class DownloadCache:
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
-        """Converts errors of the folder's disk to a RunError; a missing file passes through.
+        """Converts disk errors to RunError; FileNotFoundError is not converted.
 
         Raises:
-            RunError: if the disk fails; the message names the folder and a remedy.
+            RunError: if the disk fails; the message includes the folder and a remedy.
         """
         try:
             yield
@@ -88,13 +88,13 @@ class DownloadCache:
             raise
         except OSError as error:
             raise RunError(
-                f"{self.folder}: downloads cannot be kept here: {error.strerror or error}; free "
+                f"{self.folder}: cannot store downloads: {error.strerror or error}; free "
                 "space or repair the disk, and run the same command again: finished downloads are "
                 "kept"
             ) from error
 
     def body_path(self, url: str) -> str:
-        """Returns the path of a URL's body; only the holder of the URL's lock writes it."""
+        """Returns the path of a URL's body; only the holder of the URL's lock may write it."""
         name = _digest(url).hex()
         folder = f"{self.folder}/{name[:2]}"
         if name[:2] not in self._made_folders:
@@ -108,7 +108,7 @@ class DownloadCache:
         return os.path.exists(self.body_path(url))  # noqa: PTH110 - in a hot path
 
     def read_record(self, url: str) -> FetchRecord | None:
-        """Reads the record of a URL; None if there is none, or it is damaged."""
+        """Reads the record of a URL; None if it is missing or damaged."""
         content = self._read(f"{self.body_path(url)}.json")
         try:
             return None if content is None else FetchRecord(**json.loads(content))
@@ -116,7 +116,7 @@ class DownloadCache:
             return None
 
     def read_body(self, url: str, record: FetchRecord) -> bytes | None:
-        """Reads the body of a URL; None if it is missing, or differs from its record."""
+        """Reads the body of a URL; None if it is missing or differs from its record."""
         content = self._read(self.body_path(url))
         if content is None or hashlib.sha256(content).hexdigest() != record.sha256:
             return None
@@ -143,13 +143,13 @@ class DownloadCache:
             os.unlink(self.body_path(url))  # noqa: PTH108
 
     def url_lock(self, url: str) -> AbstractContextManager[None]:
-        """Returns the lock of a URL, which one thread of all processes can hold at a time."""
+        """Returns the lock of a URL, which is exclusive among all threads and processes."""
         return self._url_locks.hold([_place(url)])
 
-    def host_place(self, host: str, *, num_places: int) -> AbstractContextManager[None]:
-        """Returns the lock of a connection to a host; all processes share `num_places` of them."""
+    def host_slot(self, host: str, *, num_slots: int) -> AbstractContextManager[None]:
+        """Returns the lock of one of `num_slots` connections to a host, shared by all processes."""
         first = _place(host)
-        return self._host_locks.hold(range(first, first + num_places))
+        return self._host_locks.hold(range(first, first + num_slots))
 
 
 class ByteLocks:
@@ -157,14 +157,15 @@ class ByteLocks:
 
     Args:
         path: lock file, created if it is missing; always empty.
-        closed: event that ends all waiting for locks.
+        closed: event that ends all waits for locks.
     """
 
     def __init__(self, path: Path, *, closed: threading.Event):
         self._path = path
         self._closed = closed
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._held: set[int] = set()  # by threads of this process, which the system treats as one
+        # Bytes held by threads of this process, which the system does not distinguish.
+        self._held: set[int] = set()
         self._changed = threading.Condition()
         self._has_warned = False
 
@@ -174,14 +175,14 @@ class ByteLocks:
 
     @contextmanager
     def hold(self, places: Sequence[int]) -> Iterator[None]:
-        """Waits until one of these bytes is free, and holds its lock.
+        """Waits until one of these bytes is unlocked, and holds its lock.
 
         Raises:
             DownloadsEnded: if the downloader was closed in the meantime.
         """
         with self._changed:
             while (held := self._try(places)) is None:
-                self._changed.wait(SECONDS_BETWEEN_TRIES * random.uniform(0.5, 1.5))
+                self._changed.wait(POLL_SECONDS * random.uniform(0.5, 1.5))
                 if self._closed.is_set():
                     raise DownloadsEnded
         try:

@@ -1,11 +1,11 @@
 """Connections to web servers with a total time limit, and without access to the local network.
 
 The timeout of a socket restarts with every byte. Therefore a watch shuts down the socket of each
-exchange (a request and its response) that misses its deadline. When the watch is closed, it ends
-all exchanges at once.
+exchange (a request and its response) that misses its deadline. Closing the watch aborts all
+exchanges.
 
-A host name is resolved once per connection, and the connection uses the very addresses that were
-checked. A name that resolves differently a moment later (DNS rebinding) has no effect.
+A host name is resolved once per connection, and only the checked addresses are used. Therefore a
+name that resolves differently a moment later (DNS rebinding) does no harm.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 from data_prep.download.address import DownloadError, is_public
 
-SECONDS_BETWEEN_LOOKS = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass
 class Exchange:
     """A request and its response, on one thread."""
 
-    deadline: float  # in the time of time.monotonic
+    deadline: float  # in seconds of time.monotonic
     socket: socket.socket | None = None  # duplicate of the connection's socket
     is_overdue: bool = False
 
@@ -52,7 +52,7 @@ class ConnectionWatch:
 
     @contextmanager
     def exchange(self, seconds: float) -> Iterator[Exchange]:
-        """Limits the time of this thread's exchange to a number of seconds."""
+        """Limits the duration of this thread's exchange to a number of seconds."""
         exchange = Exchange(time.monotonic() + seconds)
         with self._lock:
             self._exchanges[threading.get_ident()] = exchange
@@ -86,7 +86,7 @@ class ConnectionWatch:
                 _shut_down(exchange.socket)
 
     def _end_overdue(self) -> None:
-        while not self.closed.wait(SECONDS_BETWEEN_LOOKS):
+        while not self.closed.wait(POLL_SECONDS):
             now = time.monotonic()
             with self._lock:
                 for exchange in self._exchanges.values():
@@ -102,7 +102,7 @@ def _shut_down(connection: socket.socket | None) -> None:
 
 
 class _WatchedConnection:
-    """The extension of urllib3's connection classes."""
+    """Mixin for urllib3's connection classes that registers each connection with the watch."""
 
     watch: ConnectionWatch
     private_hosts: bool
@@ -153,13 +153,13 @@ def _resolve(host: str, port: int) -> list[str]:
 def build_connection_pools(
     watch: ConnectionWatch, *, private_hosts: bool, connections_per_host: int, num_hosts: int
 ) -> PoolManager:
-    """Builds pools of watched connections; redirects and retries are up to the caller.
+    """Builds pools of watched connections; the caller handles redirects and retries.
 
     Args:
         watch: watch that ends overdue exchanges.
-        private_hosts: allow connections to addresses outside the public internet.
-        connections_per_host: number of connections to a host kept open between requests.
-        num_hosts: number of hosts with connections kept open.
+        private_hosts: whether to allow addresses outside the public internet.
+        connections_per_host: maximum number of idle connections kept open per host.
+        num_hosts: maximum number of hosts with idle connections.
     """
     options = {"watch": watch, "private_hosts": private_hosts}
     http = type("WatchedHTTPConnection", (_WatchedConnection, HTTPConnection), options)
@@ -174,7 +174,7 @@ def build_connection_pools(
 
 @lru_cache
 def _tls_context() -> ssl.SSLContext:
-    """Builds the context once: reading the system's certificates outlasts many requests."""
+    """Builds the context once, because reading the system's certificates is slow."""
     context = create_urllib3_context()
     context.load_default_certs()
     return context

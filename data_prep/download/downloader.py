@@ -1,4 +1,4 @@
-"""Downloads of media by URL: prefetched by threads, returned in order, never repeated.
+"""Downloads media by URL: prefetches with threads, yields in order, and fetches each URL once.
 
     with Downloader(options, cache=folder, max_bytes=2**28) as downloader:
         for media in downloader.fetch_all(urls):
@@ -7,12 +7,12 @@
 
 The cache records the outcome for each URL, for all processes and later attempts. A URL is fetched
 again only
-- if its body was forgotten or lost
-- if it failed in an earlier attempt: with retry_failed=true for a transient reason, or for a
-  reason listed in `retried`
-- if it was too large for a smaller max_bytes.
+- if its body was deleted
+- if it failed in an earlier attempt, either for a transient reason (with retry_failed=true) or for
+  a reason listed in `retried`
+- if it was rejected as too large with a smaller max_bytes.
 
-Changing any other option requires a new cache folder.
+After changing any other option, a new cache folder is required.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from data_prep.download.robots import ROBOTS_TXT_BYTES, RobotsTxt, check_opt_out
 from data_prep.errors import RunError
 from data_prep.sources.pair import BadItemError
 
-URLS_AHEAD = 4  # per thread: enough that a slow host does not delay others
-SECONDS_TO_END = 1.0  # that closing waits for the threads
+URLS_AHEAD = 4  # prefetched URLs per thread; enough that a slow host does not delay others
+SHUTDOWN_SECONDS = 1.0  # maximum time that closing waits for the threads
 
 
 @dataclass(eq=False)
@@ -51,13 +51,13 @@ class _Job:
 
 
 class Downloader:
-    """Fetches media; one per process, used by one thread. A context manager.
+    """Context manager that fetches media; one per process, used by one thread.
 
     Args:
         options: limits and crawling policy.
         cache: folder of the cache, shared by all processes of a run.
         max_bytes: maximum length of a body.
-        retried: reasons for which URLs that failed in an earlier attempt are fetched again.
+        retried: failed URLs are fetched again if they failed for one of these reasons.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Downloader:
         self._cache = DownloadCache(cache, closed=self._watch.closed)
         self._fetcher = WebFetcher(options, cache=self._cache, watch=self._watch)
         self._robots_txt = RobotsTxt(options.user_agent, read=self._read_robots_txt)
-        self._jobs: deque[_Job] = deque()  # waiting for a thread
-        self._jobs_of_host: Counter[str] = Counter()  # with a thread
+        self._jobs: deque[_Job] = deque()  # jobs that wait for a thread
+        self._jobs_of_host: Counter[str] = Counter()  # running jobs per host
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
@@ -93,23 +93,23 @@ class Downloader:
         self.close()
 
     def close(self) -> None:
-        """Aborts all connections at once, without keeping partial bodies."""
+        """Aborts all connections immediately, and discards partial bodies."""
         self._watch.close()
         with self._changed:
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(SECONDS_TO_END / len(self._threads))
+            thread.join(SHUTDOWN_SECONDS / len(self._threads))
         self._fetcher.close()
         if not any(thread.is_alive() for thread in self._threads):
             self._cache.close()
 
     def fetch_all(self, urls: Sequence[str]) -> Iterator[bytes | BadItemError]:
-        """Yields the body of each URL, or its error, in order, and prefetches later ones.
+        """Yields the body or error of each URL, in order, and prefetches later URLs.
 
-        One body is in memory at a time; the others are on disk.
+        Only one body is in memory at a time; the others are on disk.
 
         Raises:
-            RunError: if the disk is full or fails.
+            RunError: if the disk is full or an I/O error occurs.
         """
         self._start_threads(len(urls))
         remaining = iter(urls)
@@ -134,7 +134,7 @@ class Downloader:
             self._withdraw(jobs.values())
 
     def forget(self, urls: Iterable[str]) -> None:
-        """Deletes bodies but keeps their records, so that failed URLs are not fetched again."""
+        """Deletes the bodies of URLs; keeps the records, so that failed URLs are not repeated."""
         for url in urls:
             self._cache.forget_body(url)
 
@@ -196,7 +196,7 @@ class Downloader:
     # ---------------------------------------------------------------------------------- one URL
 
     def _obtain(self, url: str, *, is_robots_txt: bool = False) -> FetchRecord:
-        """Returns the record of a URL, and fetches the URL first if necessary."""
+        """Returns the record of a URL after fetching the URL if necessary."""
         with self._cache.url_lock(url):
             record = self._cache.read_record(url)
             retried = () if is_robots_txt else self._retried  # many sites have no robots.txt
@@ -226,11 +226,11 @@ class Downloader:
             content = self._cache.read_body(url, record)
             if content is not None:
                 return content
-            self._cache.forget_body(url)  # a power cut truncated it
+            self._cache.forget_body(url)  # truncated by a power failure
             record = self._obtain(url, is_robots_txt=is_robots_txt)
         raise RunError(
-            f"{self._cache.folder}: a finished download disappeared at once; let nothing "
-            "delete files here, and run the same command again"
+            f"{self._cache.folder}: a finished download was deleted by another program; prevent "
+            "this, and run the same command again"
         )
 
     def _is_final(self, url: str, record: FetchRecord, *, retried: Collection[str]) -> bool:
@@ -255,4 +255,4 @@ class Downloader:
 
 
 def _allow(_: object) -> None:
-    """Allows everything: reading robots.txt needs no permission."""
+    """Allows everything, because reading robots.txt needs no permission."""

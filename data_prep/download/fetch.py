@@ -1,9 +1,10 @@
 """Downloads one URL into a file, with redirects, limits and retries.
 
-1. an attempt follows redirects; each hop is checked for permission, occupies one of the host's
-   connections, and must end within the time limit
-2. the body is written as it arrives, up to max_bytes
-3. transient errors are retried, after a delay that doubles each time, or that the server asks for
+1. An attempt follows redirects. Each hop is checked for permission, occupies one of the host's
+   connections, and must end within the time limit.
+2. The body is written as it arrives, up to max_bytes.
+3. Transient errors are retried with exponential backoff, or after the delay that the server
+requests.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data_prep.download.cache import DownloadCache, DownloadsEnded, FetchRecord
 from data_prep.download.connection import ConnectionWatch, Exchange, build_connection_pools
 from data_prep.storage.retry import RetryPolicy
 
-MAX_DELAY_SECONDS = 60.0  # also if a server asks for more
+MAX_DELAY_SECONDS = 60.0  # even if a server requests a longer delay
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NOT_FOUND, REFUSED = frozenset({404, 410}), frozenset({401, 403, 451})
 TRANSIENT_STATUSES = frozenset({408, 425, 429})  # in addition to 5xx
@@ -35,7 +36,7 @@ CheckResponse = Callable[[BaseHTTPResponse], None]
 
 
 class WebFetcher:
-    """Fetches URLs; may be used by many threads at a time.
+    """Fetches URLs; thread-safe.
 
     Args:
         options: limits and crawling policy.
@@ -75,14 +76,14 @@ class WebFetcher:
             url: URL as given in the input.
             path: file to write, exclusive to this call.
             max_bytes: maximum length of the body.
-            cut: truncate a longer body, instead of rejecting it.
+            cut: whether to truncate a longer body instead of rejecting it.
             check_address: called with the address of every hop; raises DownloadError.
-            check_response: called with every redirect, and with the response whose body will be
-                read; raises DownloadError.
+            check_response: called with every redirect and with the final response before its body
+                is read; raises DownloadError.
 
         Raises:
             DownloadsEnded: if the downloader was closed.
-            RunError: if the disk is full or fails.
+            RunError: if the disk is full or an I/O error occurs.
         """
 
         def attempt() -> FetchRecord:
@@ -128,7 +129,7 @@ class WebFetcher:
         for _ in range(self._options.max_redirects + 1):
             check_address(address)
             with (
-                self._cache.host_place(address.host, num_places=self._options.connections_per_host),
+                self._cache.host_slot(address.host, num_slots=self._options.connections_per_host),
                 self._watch.exchange(self._options.total_timeout_seconds) as exchange,
                 _urllib3_errors(address, exchange, self._options),
                 self._response(address) as response,
@@ -144,11 +145,11 @@ class WebFetcher:
                     return
             address = redirected_address(address, location)
         raise DownloadError(
-            "download_too_many_redirects", f"more than {self._options.max_redirects}"
+            "download_too_many_redirects", f"more than {self._options.max_redirects} redirects"
         )
 
     def _check_end(self, exchange: Exchange) -> None:
-        """Raises an error if the watch ended a body of unknown length, which looks complete."""
+        """Raises an error if the watch aborted a body of unknown length, which seems complete."""
         if exchange.is_overdue:
             raise DownloadError("download_timeout", "", is_transient=True)
         if self._watch.closed.is_set():
@@ -183,7 +184,8 @@ class WebFetcher:
 
 
 def retry_seconds(delay: float, error: DownloadError) -> float:
-    """Computes the wait before a retry: the policy's delay, or a longer one that a server asks for.
+    """Computes the delay before a retry: the policy's delay, or a longer one that a server
+    requests.
 
     Args:
         delay: delay of the retry policy, in seconds.
@@ -193,7 +195,7 @@ def retry_seconds(delay: float, error: DownloadError) -> float:
 
 
 def _finish(response: BaseHTTPResponse) -> None:
-    """Returns the connection to its pool, or closes it if much of the body is unread."""
+    """Returns the connection to its pool, or closes it if much of the body was not read."""
     if 0 < (response.length_remaining or 0) <= CHUNK_BYTES:
         response.drain_conn()
     if not response.closed:
@@ -219,7 +221,7 @@ def _check_status(response: BaseHTTPResponse) -> None:
 
 
 def _retry_after_seconds(header: str | None) -> float | None:
-    """Parses a Retry-After header, which holds seconds or a date, to seconds."""
+    """Converts a Retry-After header (seconds or a date) to seconds."""
     if header is None:
         return None
     if header.strip().isdecimal():
@@ -238,7 +240,7 @@ def _urllib3_errors(
     try:
         yield
     except DownloadError:
-        if exchange.is_overdue:  # the watch ended the body early
+        if exchange.is_overdue:  # the watch aborted the exchange
             raise _overdue(address, options) from None
         raise
     except (urllib3_errors.HTTPError, OSError) as error:
@@ -250,7 +252,7 @@ def _urllib3_errors(
 def _overdue(address: WebAddress, options: DownloadOptions) -> DownloadError:
     return DownloadError(
         "download_timeout",
-        f"{address.host}: no complete response in {options.total_timeout_seconds} s",
+        f"{address.host}: no complete response within {options.total_timeout_seconds} s",
         is_transient=True,
     )
 
@@ -266,7 +268,7 @@ def _download_error(
         message = f"{address.host}: TLS: {error}"
         return DownloadError("download_unreachable", message, is_transient=not is_certificate)
     if isinstance(error.args[-1] if error.args else None, IncompleteRead):
-        message = f"{address.host}: the body ends early"
+        message = f"{address.host}: truncated body"
         return DownloadError("download_http_error", message, is_transient=True)
     if isinstance(error, urllib3_errors.LocationValueError):
         return DownloadError("download_bad_url", f"{address.host}: {error}")

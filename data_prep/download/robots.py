@@ -1,7 +1,7 @@
-"""Permissions of web servers: robots.txt, and opt-out headers.
+"""Crawling permissions: robots.txt and opt-out headers.
 
-robots.txt follows RFC 9309. A site that answers 4xx, or redirects endlessly, has no rules. A site
-that cannot answer (5xx or 429) allows nothing. The file is fetched once per run.
+robots.txt is interpreted as in RFC 9309. If its status is 4xx, or redirects do not end, everything
+is allowed. If the server fails (5xx or 429), nothing is allowed. The file is fetched once per run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 ROBOTS_TXT = "/robots.txt"
 ROBOTS_TXT_BYTES = 512_000  # the rest is ignored (RFC 9309 requires at least 500 KiB)
-# Rules of X-Robots-Tag that opt out.
+# Rules in X-Robots-Tag that count as opt-out.
 OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
-# Rules with a value after a colon; any other word before a colon names a crawler.
+# Rules with a value after a colon; any other word before a colon is the name of a crawler.
 RULES_WITH_VALUES = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 )
@@ -31,7 +31,7 @@ class RobotsTxt:
     """Checks of URLs against the robots.txt of their site.
 
     Args:
-        user_agent: header User-Agent; its first word, up to a slash, is the crawler's name.
+        user_agent: User-Agent header; its first word, up to a slash, is the crawler's name.
         read: returns the content of a robots.txt, or raises DownloadError.
     """
 
@@ -54,7 +54,8 @@ class RobotsTxt:
             raise rules.with_traceback(None)
         if rules is not None and not rules.can_fetch(address.url, self._name):
             raise DownloadError(
-                "download_robots_txt", f"{address.origin}{ROBOTS_TXT} disallows it for {self._name}"
+                "download_robots_txt",
+                f"disallowed for {self._name} by {address.origin}{ROBOTS_TXT}",
             )
 
     def _read_rules(self, origin: str) -> Protego | DownloadError | None:
@@ -79,13 +80,13 @@ def crawler_name(user_agent: str) -> str:
 
 
 def check_opt_out(headers: HTTPHeaderDict, *, user_agent: str) -> None:
-    """Checks that the headers of a response do not opt out.
+    """Checks that the headers of a response do not contain an opt-out.
 
-    X-Robots-Tag counts if it addresses all crawlers or this one. TDM-Reservation belongs to the
-    W3C's TDM Reservation Protocol.
+    X-Robots-Tag counts if it addresses all crawlers or this one. TDM-Reservation is defined by the
+    TDM Reservation Protocol of the W3C.
 
     Raises:
-        DownloadError: if they opt out (download_opt_out).
+        DownloadError: if they contain an opt-out (download_opt_out).
     """
     for line in headers.getlist("X-Robots-Tag"):
         found = OPT_OUTS.intersection(_rules_for(crawler_name(user_agent), line))
@@ -98,7 +99,7 @@ def check_opt_out(headers: HTTPHeaderDict, *, user_agent: str) -> None:
 def _rules_for(name: str, line: str) -> set[str]:
     """Returns the rules of one X-Robots-Tag that address this crawler.
 
-    "noai, otherbot: noindex, nofollow": a name applies until the next one.
+    In "noai, otherbot: noindex, nofollow", a crawler's name applies up to the next name.
     """
     rules, is_for_us = set(), True
     for part in line.lower().split(","):

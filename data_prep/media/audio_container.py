@@ -1,6 +1,6 @@
-"""Checks that an audio file is complete, by its container.
+"""Completeness checks of audio files, based on the structure of their containers.
 
-libsndfile reads a truncated file up to its end without an error.
+They are necessary because libsndfile reads a truncated file without an error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import zlib
 from data_prep.media.formats import MediaError, audio_format, id3_bytes, is_mp3_frame
 
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-UNKNOWN_LENGTH = 0xFFFFFFFF  # length that programs write when they send WAV into a pipe
-# kbit/s of MPEG layer III, by the upper four bits of a header's third byte.
+UNKNOWN_LENGTH = 0xFFFFFFFF  # size of the data chunk in a WAV file that was written to a pipe
+# Bit rates of MPEG layer III in kbit/s, indexed by the upper four bits of a header's third byte.
 MP3_BIT_RATES = {
     "version 1": (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     "version 2": (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -20,14 +20,14 @@ MP3_BIT_RATES = {
 MP3_SAMPLE_RATES = (44_100, 48_000, 32_000)  # Hz of version 1
 
 
-def check_is_whole(content: bytes) -> None:
+def check_is_complete(content: bytes) -> None:
     """Checks that a WAV, AIFF, Ogg or MP3 file is complete.
 
     FLAC needs no such check, because its decoder detects missing parts.
 
     Raises:
-        MediaError: with the reason truncated, bad_sample_rate, chained (an Ogg of several
-            recordings in a row), or undecodable (a damaged page of an Ogg).
+        MediaError: if it is not. The reason is truncated, bad_sample_rate, chained (an Ogg file of
+            several recordings in a row), or undecodable (an Ogg file with a damaged page).
     """
     check = CHECKS.get(audio_format(content))
     if check is not None:
@@ -35,7 +35,7 @@ def check_is_whole(content: bytes) -> None:
 
 
 def _check_wav(content: bytes) -> None:
-    """Checks RIFF, and RF64, which stores its 64-bit sizes in a separate chunk."""
+    """Checks a RIFF or RF64 file; RF64 stores its 64-bit sizes in a separate chunk."""
     long_size = None
     for name, size, start in _chunks(content, byte_order="<"):
         if name == b"ds64" and size >= 16:
@@ -46,7 +46,7 @@ def _check_wav(content: bytes) -> None:
             if size == UNKNOWN_LENGTH:
                 size = long_size
             _check_sound_bytes(content, start, size, container="WAV")
-            return  # chunks after the sound do not matter
+            return  # chunks after the audio data do not matter
 
 
 def _check_aiff(content: bytes) -> None:
@@ -67,7 +67,7 @@ def _chunks(content: bytes, *, byte_order: str):
 def _check_sound_bytes(content: bytes, start: int, size: int | None, *, container: str) -> None:
     if size is not None and start + size > len(content):
         raise MediaError(
-            f"{container} cut short: expected {size} bytes of sound, found {len(content) - start}",
+            f"{container} truncated: expected {size} bytes of audio, found {len(content) - start}",
             reason="truncated",
         )
 
@@ -79,8 +79,8 @@ def _check_mp3(content: bytes) -> None:
         size = _mp3_frame_bytes(content[place : place + 4])
         if place + size > len(content):
             raise MediaError(
-                f"MP3 cut short: the frame at byte {place} has {size} bytes, "
-                f"{len(content) - place} are left",
+                f"MP3 truncated: expected a frame of {size} bytes at byte {place}, "
+                f"found {len(content) - place}",
                 reason="truncated",
             )
         place += size
@@ -97,7 +97,7 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def _check_ogg(content: bytes) -> None:
-    """Checks every page: libsndfile decodes an Ogg without some pages to a shorter clip."""
+    """Checks every page, because libsndfile silently skips missing pages of an Ogg file."""
     place, next_page, is_ended = id3_bytes(content), {}, {}
     is_beginning = True  # the first pages of all streams come before any other (RFC 3533, 4)
     while place < len(content):
@@ -107,7 +107,7 @@ def _check_ogg(content: bytes) -> None:
         sizes = content[place + 27 : place + 27 + header[26]]
         page_end = place + 27 + header[26] + sum(sizes)
         if page_end > len(content):
-            raise MediaError(f"Ogg cut short in the page at byte {place}", reason="truncated")
+            raise MediaError(f"Ogg truncated in the page at byte {place}", reason="truncated")
         if _ogg_crc32(content[place:page_end]) != int.from_bytes(header[22:26], "little"):
             raise MediaError(f"Ogg: the page at byte {place} is damaged")
         flags, stream, page = struct.unpack_from("<5xB8xII", header)
@@ -121,7 +121,7 @@ def _check_ogg(content: bytes) -> None:
         next_page[stream], is_ended[stream] = page + 1, bool(flags & 4)
         place = page_end
     if not all(is_ended.values()):
-        raise MediaError("Ogg cut short: its last page is missing", reason="truncated")
+        raise MediaError("Ogg truncated: its last page is missing", reason="truncated")
 
 
 def _ogg_crc32(page: bytes) -> int:

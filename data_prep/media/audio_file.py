@@ -1,6 +1,6 @@
 """Strict reader of audio files.
 
-The sizes that a header claims are bounded. Missing frames and values that are not finite raise.
+The sizes in a header are limited. Missing frames and values that are not finite raise an error.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.media.audio_container import check_is_whole
+from data_prep.media.audio_container import check_is_complete
 from data_prep.media.formats import FormatMismatchError, MediaError
 
 if TYPE_CHECKING:
     import soundfile
 
 MAX_AUDIO_SECONDS = 3600.0
-# Over all channels; a clip of 6 MB can claim billions, at absurd sample rates.
+# Total over all channels; the header of a 6 MB file can declare billions of values.
 MAX_AUDIO_VALUES = 400_000_000
 MIN_SAMPLE_RATE_HZ, MAX_SAMPLE_RATE_HZ = 1000, 655_350  # FLAC's maximum
 SOUNDFILE_FORMATS = {
@@ -33,7 +33,7 @@ SOUNDFILE_FORMATS = {
 
 
 class _SoundBytes(io.BytesIO):
-    """Bytes that clamp a seek to the start.
+    """In-memory file that clamps seeks before the start to position 0.
 
     libsndfile seeks before the start of damaged files, and prints the error instead of raising it.
     """
@@ -64,8 +64,8 @@ def read_waveform(
 
     Raises:
         FormatMismatchError: if the format is not `extension`.
-        MediaError: if the clip is damaged, empty, shorter than its header says, not finite, or too
-            large.
+        MediaError: if the clip is damaged, empty, shorter than declared in its header, not finite,
+            or too large.
     """
     with open_audio(
         content, extension=extension, max_seconds=max_seconds, max_channels=max_channels
@@ -81,10 +81,10 @@ def open_audio(
     max_seconds: float = MAX_AUDIO_SECONDS,
     max_channels: int | None = None,
 ) -> Iterator[soundfile.SoundFile]:
-    """Opens a clip and checks its header; arguments and errors are those of `read_waveform`."""
+    """Opens a clip and checks its header; takes the arguments of `read_waveform`."""
     import soundfile
 
-    check_is_whole(content)
+    check_is_complete(content)
     try:
         with soundfile.SoundFile(_SoundBytes(content)) as file:
             if extension is not None and file.format not in SOUNDFILE_FORMATS[extension]:
@@ -95,7 +95,7 @@ def open_audio(
             )
             yield file
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise MediaError(f"not readable audio: {error}") from None
+        raise MediaError(f"unreadable audio: {error}") from None
 
 
 def read_frames(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
@@ -107,7 +107,7 @@ def read_frames(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
     Raises:
         MediaError: if the clip ends early, or has values that are not finite.
     """
-    # The explicit number, because libsndfile cannot seek in GSM to find it.
+    # The number is explicit, because libsndfile would seek to find it, which fails for GSM.
     waveform = file.read(num_frames, dtype="float32", always_2d=True)
     if len(waveform) != num_frames:
         raise MediaError(
@@ -118,10 +118,10 @@ def read_frames(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
 
 
 def can_seek(file: soundfile.SoundFile) -> bool:
-    """Returns True if a seek gives the same frames as reading from the beginning.
+    """Returns True if reading after a seek yields the same frames as reading from the start.
 
-    False for MP3. A frame may need the bytes of many earlier frames. At low bit rates libsndfile
-    goes back too few of them, and sometimes to a wrong position.
+    False for MP3: a frame may need the bytes of many earlier frames. At low bit rates, libsndfile
+    goes back too few frames, and sometimes to a wrong position.
     """
     return file.seekable() and file.format not in SOUNDFILE_FORMATS["mp3"]
 
@@ -129,7 +129,7 @@ def can_seek(file: soundfile.SoundFile) -> bool:
 def _check_channels(channels: int, max_channels: int | None) -> None:
     if max_channels is not None and channels > max_channels:
         raise MediaError(
-            f"audio of {channels} channels; at most {max_channels} are accepted",
+            f"audio with {channels} channels; expected at most {max_channels}",
             reason="too_many_channels",
         )
 
@@ -142,23 +142,23 @@ def _check_length(num_frames: int, rate: int, *, channels: int, max_seconds: flo
             reason="bad_sample_rate",
         )
     if num_frames < 1:
-        raise MediaError(f"{claim}; expected at least one", reason="no_samples")
+        raise MediaError(f"{claim}; expected at least one frame", reason="no_samples")
     if num_frames > max_seconds * rate or num_frames * channels > MAX_AUDIO_VALUES:
         raise MediaError(
-            f"{claim} and {channels} channels; at most {max_seconds:.0f} s and "
-            f"{MAX_AUDIO_VALUES} values are decoded",
+            f"{claim} with {channels} channels; expected at most {max_seconds:.0f} s and "
+            f"{MAX_AUDIO_VALUES} values",
             reason="too_long",
         )
 
 
 def check_is_finite(waveform: np.ndarray) -> None:
-    """Checks that float32 [...] has no NaN and no infinity.
+    """Checks that a float32 array has neither NaN nor infinity.
 
     Raises:
-        MediaError: with the reason not_finite.
+        MediaError: if it has; the reason is not_finite.
     """
     if not np.isfinite(waveform).all():
-        raise MediaError("audio holds values that are not finite", reason="not_finite")
+        raise MediaError("audio contains NaN or infinity", reason="not_finite")
 
 
 def audio_seconds(content: bytes) -> tuple[float, int]:
@@ -173,4 +173,4 @@ def audio_seconds(content: bytes) -> tuple[float, int]:
         with soundfile.SoundFile(_SoundBytes(content)) as file:
             return file.frames / file.samplerate, file.samplerate
     except (soundfile.SoundFileError, RuntimeError, ZeroDivisionError) as error:
-        raise MediaError(f"not readable audio: {error}") from None
+        raise MediaError(f"unreadable audio: {error}") from None

@@ -1,9 +1,10 @@
-"""Fingerprint of a clip for the search of near duplicates.
+"""Audio fingerprints for near-duplicate search.
 
-The method follows Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (2002). Bit b
-of word t is the sign of the change over time of the loudness difference of two neighbouring bands.
-Gain and equalisation do not change it; codecs, other sample rates and faint noise rarely do.
-Unlike the paper, frames are shorter (for clips of half a second), and loudness is logarithmic.
+The method follows Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (2002). The
+loudness difference between bands b and b + 1 changes over time; bit b of word t is the sign of that
+change. Gain and equalisation do not affect it; codecs, resampling and faint noise rarely do.
+In contrast to the paper, frames are shorter (for clips of half a second), and loudness is
+logarithmic.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ RATE_HZ = 8000  # all clips are compared at this rate
 FRAME_SAMPLES = 1024  # 128 ms, weighted by a Hann window
 HOP_SAMPLES = 128
 WORD_SECONDS = HOP_SAMPLES / RATE_HZ
-LAG_FRAMES = 4  # between the two differences that a bit compares
+LAG_FRAMES = 4  # distance between the two differences that a bit compares
 NUM_BITS = 32  # per word
 LOWEST_HZ, HIGHEST_HZ = 200.0, 3400.0  # range of NUM_BITS + 1 bands, equally wide in octaves
 FLOOR = 1e-4  # fraction of the clip's mean energy below which a frame counts as silent
-FRAMES_AT_ONCE = 4096  # bounds the memory
+FRAMES_AT_ONCE = 4096  # limits memory use
 
 
 def audio_fingerprint(waveform: np.ndarray, sample_rate_hz: int) -> dict[str, bytes]:
@@ -29,8 +30,8 @@ def audio_fingerprint(waveform: np.ndarray, sample_rate_hz: int) -> dict[str, by
         sample_rate_hz: sample rate of the waveform.
 
     Returns:
-        {"fingerprint": ...}: a little-endian word of NUM_BITS bits per WORD_SECONDS, except for
-        the first LAG_FRAMES; a silent word is 0.
+        {"fingerprint": ...}: one little-endian word of NUM_BITS bits per WORD_SECONDS, without the
+        first LAG_FRAMES words; a silent word is 0.
     """
     energies = _band_energies(_resampled(waveform, sample_rate_hz))  # [frames, bands]
     if len(energies) <= LAG_FRAMES or not energies.any():

@@ -1,11 +1,12 @@
-"""Preparation of one audio file: checked, decoded once, and kept, re-encoded or cut into clips.
+"""Preparation of an audio file: check, decode once, and keep unchanged, re-encode or cut into
+clips.
 
     waveform -> average channels -> trim silent ends -> resample -> cut into clips -> 16-bit FLAC
 
-Loudness changes in two cases only: if `peak_dbfs` is set, or if averaging, resampling or the
-source's own floats exceed full scale. In the second case one factor scales the whole recording to
-full scale, so that nothing is clipped and its clips keep their proportions. Samples of 16 bits that
-are only cut are stored unchanged.
+Loudness changes in only two cases: if `peak_dbfs` is set, or if values exceed full scale (because
+of averaging, resampling or float sources). In the second case, one factor scales the whole
+recording to full scale, so that nothing is clipped and its clips keep their relative loudness.
+16-bit samples that are only cut are stored unchanged.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ from data_prep.media.formats import (
     check_stored,
 )
 
-FULL_SCALE = 32_768  # of 16-bit samples
+FULL_SCALE = 32_768  # magnitude of full scale in 16-bit samples
 MAX_PEAK_DIFFERENCE_DB = 0.01
-# A last clip shorter than this fraction of clip_seconds is dropped: the caption of the whole
-# recording would rarely describe it.
+# A last clip shorter than this fraction of clip_seconds is dropped, because the caption of the
+# whole recording would rarely describe it.
 MIN_LAST_FRACTION = 0.5
 
 
 def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
-    """Returns the clips to store for a recording, in order: one, unless it is cut.
+    """Returns the clips to store for a recording, in order; a recording that is not cut is one
+    clip.
 
     Raises:
-        MediaError: if the file is damaged, of an unknown format, not finite, or above a limit.
+        MediaError: if the file is damaged, has an unknown format or values that are not finite, or
+            exceeds a limit.
     """
     source_format = check_kind(content, "audio")
     check_stored(source_format, "audio", options.reencode)
@@ -48,7 +51,7 @@ def prepare_audio(content: bytes, options: AudioOptions) -> list[PreparedMedia]:
         max_seconds=_max_seconds(options),
         max_channels=options.max_channels,
     )
-    waveform, rate, start_seconds = _as_asked(source, source_rate, options)
+    waveform, rate, start_seconds = _converted(source, source_rate, options)
     ranges = _clip_ranges(len(waveform), rate, options)
     gain = _gain(_peak(waveform), options)
     is_as_asked = (
@@ -78,7 +81,7 @@ def _max_seconds(options: AudioOptions) -> float:
     return options.max_seconds
 
 
-def _as_asked(
+def _converted(
     waveform: np.ndarray, rate: int, options: AudioOptions
 ) -> tuple[np.ndarray, int, float]:
     """Averages channels, trims and resamples a waveform as configured.
@@ -100,7 +103,7 @@ def _as_asked(
 
 
 def _loud_part(waveform: np.ndarray, threshold_dbfs: float | None) -> tuple[int, int]:
-    """Returns (first, last + 1) sample above the threshold; all samples if none is above."""
+    """Returns (first, last + 1) sample above the threshold; all samples if none is above it."""
     if threshold_dbfs is None:
         return 0, len(waveform)
     is_loud = (np.abs(waveform) > _from_dbfs(threshold_dbfs)).any(axis=1)
@@ -117,10 +120,10 @@ def _clip_ranges(num_samples: int, rate: int, options: AudioOptions) -> list[tup
     longest = MAX_AUDIO_SECONDS if options.clip_seconds is None else options.clip_seconds
     if num_samples <= longest * rate:
         return [(0, num_samples)]
-    if options.clip_seconds is None:  # training decodes no more
+    if options.clip_seconds is None:  # training does not decode longer clips
         raise MediaError(
-            f"clip of {num_samples / rate:.0f} s; at most {MAX_AUDIO_SECONDS:.0f} s are stored, "
-            "unless audio.clip_seconds cuts it",
+            f"clip of {num_samples / rate:.0f} s; expected at most {MAX_AUDIO_SECONDS:.0f} s, "
+            "or audio.clip_seconds to cut it",
             reason="too_long",
         )
     length = max(1, round(longest * rate))
@@ -174,7 +177,7 @@ def _reencoded(
     start_seconds: float,
     source_seconds: float,
 ) -> PreparedMedia:
-    """Encodes a clip; filters use the source's loudness, the fingerprint the stored samples."""
+    """Encodes a clip; filters use the source's loudness, and the fingerprint the stored samples."""
     seconds = len(waveform) / rate
     scaled = np.rint(waveform * np.float32(gain * FULL_SCALE))
     samples = np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
@@ -204,7 +207,7 @@ def _encode_flac(samples: np.ndarray, rate: int) -> bytes:
         soundfile.write(sink, samples, rate, format="FLAC", subtype="PCM_16")
     except soundfile.SoundFileError as error:
         raise MediaError(
-            f"audio of {rate} Hz cannot be written as FLAC: {error}; set audio.sample_rate_hz",
+            f"audio at {rate} Hz cannot be written as FLAC: {error}; set audio.sample_rate_hz",
             reason="bad_sample_rate",
         ) from None
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""Strict decoders of images and audio clips: damaged bytes raise, and sizes are bounded.
+"""Strict decoders of images and audio clips: damaged bytes raise an error, and sizes are limited.
 
 Decoded images are uint8 [H, Wd, 3], RGB; decoded audio is float32 [samples], mono, in [-1, 1].
 """
@@ -24,12 +24,13 @@ from data_prep.media.audio_file import (
 )
 from data_prep.media.formats import FormatMismatchError, MediaError, image_format
 
-# Larger images are rejected before decoding: a 0.5 MB PNG can claim any size.
+# Larger images are rejected before decoding, because the header of a small PNG can declare any
+# size.
 MAX_PIXELS = 50_000_000
-# Margin around a part to resample, in periods of the lower rate: more than soxr's filter needs.
+# Margin around a part to resample, in periods of the lower rate; longer than soxr's filter.
 RESAMPLING_MARGIN = 256
 JPEG_EXTENSIONS = ("jpg", "jpeg")
-# The only decoders of Pillow that untrusted bytes may reach.
+# Only these decoders of Pillow are used on untrusted bytes.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 # Errors that Pillow's decoders raise on damaged bytes.
 PILLOW_ERRORS = (
@@ -50,15 +51,15 @@ PILLOW_ERRORS = (
 class PixelMemory:
     """Reusable memory for decoded images.
 
-    New pages for each image would cost a tenth of the time of decoding a JPEG. An image is valid
-    until the same thread decodes the next one.
+    Allocating new pages for each image would take a tenth of the time to decode a JPEG. An image is
+    valid until the same thread decodes the next image.
     """
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
 
-    def room(self, num_bytes: int) -> np.ndarray:
-        """Returns this thread's memory: uint8 [at least num_bytes]."""
+    def buffer(self, num_bytes: int) -> np.ndarray:
+        """Returns this thread's buffer: uint8 [at least num_bytes]."""
         found = getattr(self._of_thread, "pixels", None)
         if found is None or found.nbytes < num_bytes:
             found = self._of_thread.pixels = np.empty(num_bytes, dtype=np.uint8)
@@ -78,11 +79,11 @@ def decode_image(
         extension: required format.
         denominator: 1, 2, 4 or 8. Divides the height and width of a decoded JPEG, rounded up;
             other formats and CMYK JPEGs are decoded at full size.
-        memory: memory that a JPEG's pixels may use.
+        memory: reusable memory for the pixels of a JPEG.
 
     Raises:
         FormatMismatchError: if the format is not `extension`.
-        MediaError: if the image is damaged, or above MAX_PIXELS.
+        MediaError: if the image is damaged, or larger than MAX_PIXELS.
     """
     _check_image_format(content, extension)
     if extension in JPEG_EXTENSIONS:
@@ -101,13 +102,13 @@ def jpeg_size(content: bytes) -> tuple[int, int]:
 
     Raises:
         FormatMismatchError: if the format is not JPEG.
-        MediaError: if the header is damaged, or claims more than MAX_PIXELS.
+        MediaError: if the header is damaged, or declares more than MAX_PIXELS.
     """
     _check_image_format(content, "jpg")
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError as error:
-        raise MediaError(f"not a readable JPEG: {error}") from None
+        raise MediaError(f"unreadable JPEG: {error}") from None
     check_pixels(height, width, max_pixels=MAX_PIXELS)
     return height, width
 
@@ -116,26 +117,26 @@ def image_size(content: bytes) -> tuple[int, int]:
     """Reads (height, width) in pixels from an image's header.
 
     Raises:
-        MediaError: if the bytes have no image header, or it claims more than MAX_PIXELS.
+        MediaError: if the bytes have no image header, or it declares more than MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
             width, height = image.size
     except UnidentifiedImageError:
-        raise MediaError("not a readable image: no known image header") from None
+        raise MediaError("unreadable image: no known image header") from None
     except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
-        raise MediaError(f"not a readable image: {error}") from None
+        raise MediaError(f"unreadable image: {error}") from None
     check_pixels(height, width, max_pixels=MAX_PIXELS)
     return height, width
 
 
 def check_pixels(height: int, width: int, *, max_pixels: int) -> None:
-    """Checks the size that an image's header claims.
+    """Checks the size that an image's header declares.
 
     Raises:
-        MediaError: with the reason too_many_pixels or no_pixels.
+        MediaError: if the size is too large or 0; the reason is too_many_pixels or no_pixels.
     """
-    claim = f"image of {width} x {height} pixels; at most {max_pixels} are decoded"
+    claim = f"image of {width} x {height} pixels; expected at most {max_pixels}"
     if height * width > max_pixels:
         raise MediaError(claim, reason="too_many_pixels")
     if min(height, width) < 1:
@@ -153,12 +154,12 @@ def _decode_jpeg(content: bytes, denominator: int, memory: PixelMemory | None) -
             height, width = -(-height // denominator), -(-width // denominator)
             options = {"min_factor": denominator, "min_height": height, "min_width": width}
         if memory is not None:
-            options["buffer"] = memory.room(height * width * 3)
+            options["buffer"] = memory.buffer(height * width * 3)
         return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True, **options)
     except MediaError:
         raise
     except ValueError as error:
-        raise MediaError(f"not a readable JPEG: {error}") from None
+        raise MediaError(f"unreadable JPEG: {error}") from None
 
 
 def _decode_with_pillow(content: bytes) -> np.ndarray:
@@ -173,23 +174,23 @@ def _decode_with_pillow(content: bytes) -> np.ndarray:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except PILLOW_ERRORS as error:
-        raise MediaError(f"not a readable image: {error}") from None
+        raise MediaError(f"unreadable image: {error}") from None
 
 
 def decode_audio(
     content: bytes, *, sample_rate_hz: int | None, extension: str | None = None
 ) -> np.ndarray:
-    """Decodes a clip to float32 [samples], with averaged channels, at a sample rate.
+    """Decodes a clip to float32 [samples] at a given sample rate, averaging the channels.
 
     Args:
         content: bytes of a file.
-        sample_rate_hz: sample rate of the result; None for the clip's own.
-        extension: required format; None for any.
+        sample_rate_hz: sample rate of the result; None: unchanged.
+        extension: required format; None: any format.
 
     Raises:
         FormatMismatchError: if the format is not `extension`.
-        MediaError: if the clip is damaged, empty, shorter than its header says, not finite, or too
-            long.
+        MediaError: if the clip is damaged, empty, shorter than declared in its header, not finite,
+            or too long.
     """
     waveform, rate = read_waveform(content, extension=extension)
     mono = mean_of_channels(waveform)
@@ -203,17 +204,17 @@ def decode_audio_part(
 ) -> np.ndarray:
     """Decodes a part of a clip, float32 [num_samples], or all of a shorter clip.
 
-    Little more than the part is decoded. The samples equal those of `decode_audio` to the bit; if
-    the clip is resampled or Opus, they differ by less than -100 dB.
+    Little more than the part is decoded. The samples are equal to those of `decode_audio`; for Opus
+    or resampled clips, they differ by less than -100 dB.
 
     Args:
         content: bytes of a file.
         sample_rate_hz: sample rate of the result.
-        num_samples: length of the part, at that rate.
-        place: position among the possible parts, from 0 (the first) to below 1 (the last).
+        num_samples: length of the part at that sample rate.
+        place: relative position of the part, from 0 (start) to below 1 (end).
 
     Raises:
-        MediaError: as `decode_audio`, but damage elsewhere in the clip may be missed.
+        MediaError: in the same cases as `decode_audio`, but damage outside the part may be missed.
     """
     with open_audio(content) as file:
         rate, num_frames = file.samplerate, file.frames
@@ -234,8 +235,8 @@ def decode_audio_part(
 def _frames_of_part(start: int, stop: int, rate: int, sample_rate_hz: int) -> tuple[int, int]:
     """Returns the frames [first, last) at `rate` needed for samples [start, stop) of the result.
 
-    Both rates have a sample at the time of the first frame. Thus the part's samples have the same
-    times as those of the whole clip.
+    Both rates have a sample at the time of the first frame. Therefore the samples of the part have
+    the same times as in the whole clip.
     """
     if rate == sample_rate_hz:
         return start, stop
@@ -248,7 +249,7 @@ def _frames_of_part(start: int, stop: int, rate: int, sample_rate_hz: int) -> tu
 def mean_of_channels(waveform: np.ndarray) -> np.ndarray:
     """Averages channels: float32 [samples, channels] -> [samples].
 
-    Summing columns is 19 times faster than numpy's mean along so short an axis, with equal bits.
+    Summing columns is 19 times faster than numpy's mean along such a short axis, and bit-equal.
     """
     total = waveform[:, 0]
     for channel in range(1, waveform.shape[1]):
@@ -257,10 +258,10 @@ def mean_of_channels(waveform: np.ndarray) -> np.ndarray:
 
 
 def resample(waveform: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray:
-    """Resamples float32 [samples] or [samples, channels]; returns it unchanged at an equal rate.
+    """Resamples float32 [samples] or [samples, channels]; returns the input if rates are equal.
 
     Raises:
-        MediaError: if the clip is too short for one sample, or too long at the new rate.
+        MediaError: if the result would have no sample, or too many.
     """
     import soxr
 
@@ -269,7 +270,7 @@ def resample(waveform: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray
     if waveform.size * sample_rate_hz > MAX_AUDIO_VALUES * rate:
         raise MediaError(
             f"audio of {len(waveform)} frames at {rate} Hz is too long at {sample_rate_hz} Hz; "
-            f"at most {MAX_AUDIO_VALUES} values are made",
+            f"expected at most {MAX_AUDIO_VALUES} values",
             reason="too_long",
         )
     resampled = soxr.resample(waveform, rate, sample_rate_hz, quality="HQ")

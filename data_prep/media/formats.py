@@ -1,4 +1,4 @@
-"""Detection of media formats by content, because a file's name proves nothing.
+"""Detection of media formats by content, because file names are unreliable.
 
 Only the formats listed here reach a decoder.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Formats that are stored unchanged; others are re-encoded.
+# Formats that may be stored unchanged; others are re-encoded.
 STORED_FORMATS = {"image": ("jpg", "png", "webp"), "audio": ("flac", "wav", "mp3", "ogg", "opus")}
-# Common content of files that should be media, for messages: prefix -> name.
+# Content commonly found instead of media, for messages: prefix -> name.
 OTHER_PREFIXES = {
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a zip archive",
@@ -24,9 +24,9 @@ OTHER_PREFIXES = {
     b"\0\0\x01\0": "a Windows icon",
     b"\x1aE\xdf\xa3": "Matroska or WebM",
     b"FLV": "Flash video",
-    b"caff": "CAF sound",
-    b".snd": "AU sound",
-    b"riff": "W64 sound",
+    b"caff": "CAF audio",
+    b".snd": "AU audio",
+    b"riff": "W64 audio",
     b"wvpk": "WavPack",
     b"MThd": "MIDI",
     b"PAR1": "Parquet",
@@ -38,10 +38,10 @@ BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
 
 
 class MediaError(ValueError):
-    """Media is of an unexpected kind, damaged, or too large.
+    """Media that is damaged, too large, or of an unexpected kind.
 
     Attributes:
-        reason: stable word under which the item is counted.
+        reason: stable identifier under which the item is counted.
     """
 
     def __init__(self, detail: str, *, reason: str = "undecodable"):
@@ -105,7 +105,7 @@ def is_mp3_frame(header: bytes) -> bool:
 
 
 def id3_bytes(content: bytes) -> int:
-    """Returns the length of the ID3v2 tag at the start of a file; 0 without one."""
+    """Returns the length in bytes of the ID3v2 tag at the start of a file; 0 if there is none."""
     if content[:3] != b"ID3" or len(content) < 10:
         return 0
     size = 0
@@ -125,7 +125,7 @@ def check_kind(content: bytes, kind: str) -> str:
         The name of the format.
 
     Raises:
-        MediaError: with the reason empty_file, wrong_media_kind or unknown_format.
+        MediaError: if it does not; the reason is empty_file, wrong_media_kind or unknown_format.
     """
     if not content:
         raise MediaError(f"expected {kind}, found 0 bytes", reason="empty_file")
@@ -143,17 +143,17 @@ def check_stored(format_name: str, kind: str, reencode: str) -> None:
     """Checks that a format can be stored, unchanged or re-encoded.
 
     Raises:
-        MediaError: with the reason format_not_stored.
+        MediaError: if it cannot; the reason is format_not_stored.
     """
     if reencode == "never" and format_name not in STORED_FORMATS[kind]:
         raise MediaError(
-            f"{format_name} is stored only re-encoded, and {kind}.reencode=never",
+            f"{format_name} must be re-encoded, but {kind}.reencode=never",
             reason="format_not_stored",
         )
 
 
 def describe(content: bytes) -> str:
-    """Describes bytes of an unknown media format, for a message."""
+    """Describes bytes of an unknown media format for an error message."""
     for prefix, name in OTHER_PREFIXES.items():
         if content.startswith(prefix):
             return name
@@ -167,12 +167,12 @@ def describe(content: bytes) -> str:
             return name
     text = head.decode("utf-8", "ignore")
     if text.isascii() and text.replace("\n", " ").replace("\r", " ").isprintable():
-        return f"text that starts {text[:30]!r}"
-    return f"bytes that start {content[:8].hex(' ')}"
+        return f"text that starts with {text[:30]!r}"
+    return f"bytes that start with {content[:8].hex(' ')}"
 
 
 def _has_brand(content: bytes, brands: tuple[bytes, ...]) -> bool:
-    """Returns True if an ISO media file names one of the brands, as its own or as compatible."""
+    """Returns True if an ISO media file has one of the brands as major or compatible brand."""
     length = min(int.from_bytes(content[:4], "big"), 256)
     names = [content[8:12]] + [content[at : at + 4] for at in range(16, length, 4)]
     return any(name in brands for name in names)
@@ -185,4 +185,4 @@ class PreparedMedia:
     content: bytes
     extension: str
     measures: dict[str, Any]  # columns of shards.columns.MEASURES
-    found: tuple[str, ...]  # filters that would drop it, in a fixed order
+    found: tuple[str, ...]  # filters that match it, in a fixed order

@@ -1,4 +1,4 @@
-"""Colour conversion of decoded images: transparency to white, and any colours to sRGB."""
+"""Colour conversion of decoded images: transparency to white, and all colour spaces to sRGB."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 from data_prep.media.formats import MediaError
 
-# A profile that changes no colour by more is a variant of sRGB.
+# A profile that changes no colour by more than this is a variant of sRGB.
 MAX_SRGB_DIFFERENCE = 2
 PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 PLAIN_MODES = tuple(PROFILE_SPACES)
@@ -25,13 +25,14 @@ def flatten(image: Image.Image) -> Image.Image:
     """Converts an image to mode L, RGB or CMYK with 8 bits per channel, transparency on white.
 
     Raises:
-        MediaError: with the reason unsupported_colors, for example for float or Lab images.
+        MediaError: if the mode is unsupported, such as float or Lab; the reason is
+            unsupported_colors.
     """
     if image.mode.startswith("I;16"):
         return _upper_bits(image)
     if image.mode in ("I", "F", "LAB", "HSV"):
         raise MediaError(
-            f"picture of mode {image.mode}: its colours have no common scale",
+            f"image mode {image.mode} is not supported: its values have no standard range",
             reason="unsupported_colors",
         )
     if has_alpha(image):
@@ -45,7 +46,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def _upper_bits(image: Image.Image) -> Image.Image:
-    # Pillow would clip values of 16 bits to 255.
+    # Pillow would clip 16-bit values to 255.
     values = np.asarray(image)
     gray = (values >> 8).astype(np.uint8)
     if "transparency" in image.info:
@@ -54,7 +55,7 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
-    """Converts an image to sRGB by its profile; ignores a damaged or mismatched profile."""
+    """Converts an image to sRGB with its profile; ignores a damaged or mismatched profile."""
     transform = color_transform(icc_profile, image.mode)
     if transform is not None:
         return transform.apply(image)
@@ -63,7 +64,7 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def color_transform(icc_profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Builds the transform from a mode and profile to sRGB; None if none is needed."""
+    """Builds the transform from a mode and profile to sRGB; None if no transform is needed."""
     if not icc_profile:
         return None
     try:
@@ -84,7 +85,7 @@ def color_transform(icc_profile: bytes | None, mode: str) -> ImageCms.ImageCmsTr
 
 
 def _color_samples(mode: str) -> Image.Image:
-    """Returns an image of colours evenly spread over the mode."""
+    """Returns an image of evenly spaced colours of a mode."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     levels = np.arange(0, 256, 15, dtype=np.uint8)

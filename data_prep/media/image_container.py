@@ -1,6 +1,6 @@
-"""Opens an image without decoding it, and checks the claims of its header.
+"""Opens an image without decoding it, and validates its header.
 
-Pillow has many such checks; this module adds those that it lacks.
+This module adds checks that Pillow lacks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.media.decode import PILLOW_ERRORS, check_pixels
 from data_prep.media.formats import MediaError
 
-PILLOW_NAMES = {"jpg": "JPEG", "tiff": "TIFF"}  # other names are the format in capitals
-MAX_METADATA_BYTES = 2**20  # of one compressed text or profile in a PNG, after decompression
-MAX_JPEG_SCANS = 100  # each may cover the whole image; common programs write about 10
+PILLOW_NAMES = {"jpg": "JPEG", "tiff": "TIFF"}  # other names are the format in upper case
+MAX_METADATA_BYTES = 2**20  # limit for a decompressed text or profile in a PNG
+MAX_JPEG_SCANS = 100  # each scan may cover the whole image; common programs write about 10
 START_OF_SCAN = b"\xff\xda"
 TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
 
@@ -31,8 +31,8 @@ def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Im
         max_pixels: maximum of height x width in the header.
 
     Raises:
-        MediaError: with the reason too_many_pixels, no_pixels, truncated, metadata_too_large,
-            too_many_scans or undecodable.
+        MediaError: if the image is unusable. The reason is too_many_pixels, no_pixels, truncated,
+            metadata_too_large, too_many_scans or undecodable.
     """
     if format_name == "png":
         _check_png(content, max_pixels=max_pixels)
@@ -45,9 +45,9 @@ def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Im
     except Image.DecompressionBombError as error:
         raise MediaError(f"not decoded: {error}", reason="too_many_pixels") from None
     except UnidentifiedImageError:
-        raise MediaError(f"not a readable {format_name}: its header is damaged") from None
+        raise MediaError(f"unreadable {format_name}: damaged header") from None
     except PILLOW_ERRORS as error:
-        raise MediaError(f"not a readable {format_name}: {error}") from None
+        raise MediaError(f"unreadable {format_name}: {error}") from None
     check_pixels(image.height, image.width, max_pixels=max_pixels)
     if is_bad_tile:
         raise MediaError("TIFF with a tile larger than the limit", reason="too_many_pixels")
@@ -55,14 +55,14 @@ def open_image(content: bytes, format_name: str, *, max_pixels: int) -> Image.Im
         num_scans = content.count(START_OF_SCAN)
         if num_scans > MAX_JPEG_SCANS:
             raise MediaError(
-                f"JPEG of {num_scans} scans; at most {MAX_JPEG_SCANS} are decoded",
+                f"JPEG with {num_scans} scans; expected at most {MAX_JPEG_SCANS}",
                 reason="too_many_scans",
             )
     return image
 
 
 def _check_png(content: bytes, *, max_pixels: int) -> None:
-    """Checks the size, the checksum of every chunk, and the length of unpacked texts."""
+    """Checks the image size, the CRC of every chunk, and the length of decompressed metadata."""
     width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
     check_pixels(height, width, max_pixels=max_pixels)
     for name, start, size in _png_chunks(content):
@@ -74,7 +74,7 @@ def _check_png(content: bytes, *, max_pixels: int) -> None:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (name, first byte, size) of every chunk up to the last."""
+    """Yields (name, first byte, size) of every chunk up to IEND."""
     place = 8
     while place + 12 <= len(content):
         size, name = struct.unpack_from(">I4s", content, place)
@@ -84,7 +84,7 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         place += 12 + size
         if name == b"IEND":
             return
-    raise MediaError(f"PNG cut short: no IEND in {len(content)} bytes", reason="truncated")
+    raise MediaError(f"PNG truncated: no IEND in {len(content)} bytes", reason="truncated")
 
 
 def _check_unpacked(name: bytes, chunk: bytes) -> None:
@@ -105,7 +105,7 @@ def _check_unpacked(name: bytes, chunk: bytes) -> None:
         return  # Pillow and browsers ignore such a chunk
     if is_larger:
         raise MediaError(
-            f"PNG: the {name.decode()} chunk unpacks to more than {MAX_METADATA_BYTES} bytes",
+            f"PNG: the decompressed {name.decode()} chunk exceeds {MAX_METADATA_BYTES} bytes",
             reason="metadata_too_large",
         )
 
@@ -115,7 +115,7 @@ def _check_webp(content: bytes, *, max_pixels: int) -> None:
     size = int.from_bytes(content[4:8], "little")
     if size + 8 > len(content):
         raise MediaError(
-            f"WebP cut short: expected {size + 8} bytes, found {len(content)}", reason="truncated"
+            f"WebP truncated: expected {size + 8} bytes, found {len(content)}", reason="truncated"
         )
     kind, body = content[12:16], content[20:30].ljust(10, b"\0")
     if kind == b"VP8X":
@@ -130,6 +130,6 @@ def _check_webp(content: bytes, *, max_pixels: int) -> None:
 
 
 def _tile_pixels(image: Image.Image) -> int:
-    """Returns the pixels of one TIFF tile, which Pillow allocates for an image of any size."""
+    """Returns the number of pixels in a TIFF tile, which may be much larger than the image."""
     width, length = (image.tag_v2.get(tag, 0) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
     return width * length

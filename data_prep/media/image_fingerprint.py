@@ -1,12 +1,12 @@
-"""Fingerprint of an image for the search of near duplicates: a perceptual hash and a thumbnail.
+"""Image fingerprints for near-duplicate search: a perceptual hash and a thumbnail.
 
-A bit of the hash is the sign of a low frequency of the brightness, so that size, compression,
-brightness and contrast rarely change it. Different images sometimes share a hash. The thumbnail
-tells them apart (data_prep.dedup.image_similarity), and gives the hashes of cropped copies
-(data_prep.dedup.crop_windows).
+Each bit of the hash is the sign of a low-frequency DCT coefficient of the brightness. Changes of
+size, compression, brightness and contrast rarely affect it. Different images sometimes share a
+hash; the thumbnail distinguishes them (data_prep.dedup.image_similarity). The hashes of cropped
+copies are also computed from the thumbnail (data_prep.dedup.crop_windows).
 
-Both come from the same reduced image of 32 x 32 pixels, in whole numbers, so that equal pixels
-give equal fingerprints on every machine.
+Both are computed in integer arithmetic from the same reduced image of 32 x 32 pixels. Equal pixels
+therefore have equal fingerprints on every machine.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from PIL import Image
 
 GRID = 32  # pixels per side of the reduced image
 MAX_SIDE = 256  # rows; intermediate rows of larger images are skipped
-LUMA_WEIGHTS = np.array([77.0, 150.0, 29.0]) / 256  # of red, green and blue
-LUMA_SIDE = 16  # pixels of the thumbnail's brightness
-CHROMA_SIDE = 8  # and of its two colour differences
+LUMA_WEIGHTS = np.array([77.0, 150.0, 29.0]) / 256  # weights of red, green and blue
+LUMA_SIDE = 16  # pixels per side of the thumbnail's brightness
+CHROMA_SIDE = 8  # pixels per side of its two colour differences
 SIGNATURE_BYTES = LUMA_SIDE**2 + 2 * CHROMA_SIDE**2
-NUM_FREQUENCIES = 9  # in each direction; the 64 lowest of these 80 make the hash
-# Smaller amplitudes, in levels of 255, are noise of a flat image.
+NUM_FREQUENCIES = 9  # per direction; the hash uses the 64 lowest of the 80 nonconstant ones
+# Smaller amplitudes (in levels of 255) are noise in a flat image.
 MIN_AMPLITUDE = 0.05
 COSINE_SCALE = 4096
 
@@ -35,9 +35,9 @@ def _lowest_frequencies() -> np.ndarray:
 
 
 def _cosines() -> np.ndarray:
-    """Returns the DCT-II's basis times COSINE_SCALE: float64 [9, 32] of whole numbers.
+    """Returns the DCT-II basis times COSINE_SCALE: float64 [9, 32] of integers.
 
-    Sums of whole numbers are exact in float64, in any order.
+    Sums of integers are exact in float64, in any order.
     """
     frequency, place = np.mgrid[:NUM_FREQUENCIES, :GRID]
     return np.rint(COSINE_SCALE * np.cos(np.pi * frequency * (2 * place + 1) / (2 * GRID)))
@@ -63,9 +63,9 @@ def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
         pixels: uint8 [H, Wd, 3] of any size from 1 x 1, RGB.
 
     Returns:
-        phash: 64 bits, as a whole number.
+        phash: 64 bits, as an integer.
         phash_mirrored: phash of the image mirrored left to right.
-        signature: SIGNATURE_BYTES bytes: brightness [16, 16], blue and red difference [8, 8] each.
+        signature: SIGNATURE_BYTES bytes: brightness [16, 16], then blue and red difference [8, 8].
     """
     reduced = _reduced(pixels)  # [32, 32, 3]
     luma = reduced @ (LUMA_WEIGHTS * 256)  # [32, 32], in 1/256
@@ -78,11 +78,11 @@ def image_fingerprint(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:
-    """Reduces an image of any shape to float64 [32, 32, 3] of whole numbers."""
+    """Reduces an image of any size to float64 [32, 32, 3] of integers."""
     pixels = pixels[:: max(1, len(pixels) // MAX_SIDE)]
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     size = (GRID, GRID)
-    reduced = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    reduced = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(reduced, dtype=np.float64)
 
 
@@ -91,7 +91,7 @@ def _packed(bits: np.ndarray) -> int:
 
 
 def _signature(reduced: np.ndarray, luma: np.ndarray) -> bytes:
-    """Computes the thumbnail in whole numbers.
+    """Computes the thumbnail in integer arithmetic.
 
     Args:
         reduced: float64 [32, 32, 3].

@@ -1,10 +1,11 @@
-"""Preparation of one image: checked, decoded once, and kept or re-encoded.
+"""Preparation of an image: check, decode once, and keep unchanged or re-encode.
 
-One decoding serves as check, as source of the re-encoding, and for the fingerprint. simplejpeg
-decodes JPEGs, because it finds damage that Pillow hides.
+The image is decoded only once, for the check, the re-encoding and the fingerprint. JPEGs are
+decoded with simplejpeg, because it reports damage that Pillow hides.
 
 A large JPEG is decoded at one to four eighths of its size (scaled DCT), but not below the requested
-size, and then resampled. A JPEG that is kept is decoded as small as its fingerprint allows.
+size, and then resampled. A JPEG that is kept is decoded at the smallest size that its fingerprint
+allows.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from data_prep.media.image_color import color_transform, flatten, has_alpha, to_
 from data_prep.media.image_container import open_image
 from data_prep.media.image_fingerprint import image_fingerprint
 
-# Five to seven eighths take the library longer than the full size.
+# Decoding at five to seven eighths is slower than at full size.
 DCT_EIGHTHS = (1, 2, 3, 4)
-FINGERPRINT_SIDE = 128  # pixels of the shorter side required for a fingerprint
+FINGERPRINT_SIDE = 128  # minimum shorter side for a fingerprint, in pixels
 JPEG_MODES = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}  # all others are decoded to RGB
 TRANSPOSITIONS = {  # EXIF orientation -> operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,20 +43,20 @@ TRANSPOSITIONS = {  # EXIF orientation -> operation that turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LONGEST_SIDES = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}  # pixels that a format can hold
-PNG_BIT_DEPTH = 24  # offset of the byte in the file
+LONGEST_SIDES = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}  # limits of the formats in pixels
+PNG_BIT_DEPTH = 24  # offset of the bit depth in the file
 
 
 def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
     """Returns the stored form of an image, with the columns of shards.columns.MEASURES["image"].
 
     Raises:
-        MediaError: if the image is damaged, of an unknown format, animated, or above a limit.
+        MediaError: if the image is damaged or animated, has an unknown format, or exceeds a limit.
     """
     source_format = check_kind(content, "image")
     check_stored(source_format, "image", options.reencode)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about odd metadata that does not affect pixels
+        warnings.simplefilter("ignore")  # Pillow warns about metadata that does not affect pixels
         with open_image(content, source_format, max_pixels=options.max_pixels) as image:
             width, height = image.size
             try:
@@ -63,7 +64,7 @@ def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
             except MediaError:
                 raise
             except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
-                raise MediaError(f"not a readable {source_format}: {error}") from None
+                raise MediaError(f"unreadable {source_format}: {error}") from None
     is_reencoded = stored is not content
     measures = {
         "height": pixels.shape[0] if is_reencoded else height,
@@ -77,7 +78,7 @@ def prepare_image(content: bytes, options: ImageOptions) -> PreparedMedia:
 
 
 def _filters(height: int, width: int, options: ImageOptions) -> tuple[str, ...]:
-    # The filters use the size before re-encoding.
+    # Filters use the size before re-encoding.
     short, long = sorted((height, width))
     found = ["image_too_small"] if short < options.min_side else []
     if options.max_aspect_ratio is not None and long > options.max_aspect_ratio * short:
@@ -92,15 +93,15 @@ def _stored(
     is_animated = source_format != "jpg" and getattr(image, "is_animated", False)
     if is_animated and not options.first_frame:
         raise MediaError(
-            f"{source_format} of several frames or pages; first_frame=true keeps the first",
+            f"{source_format} with several frames or pages; first_frame=true keeps the first",
             reason="animated",
         )
     bit_depth = content[PNG_BIT_DEPTH] if source_format == "png" else 8
     if source_format != "jpg":
-        image.load()  # before EXIF is read, which may follow the pixels in a PNG
+        image.load()  # required before reading EXIF, which may follow the pixels in a PNG
     transposition = TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation))
     size = scaled_size(image.height, image.width, options.shorter_side)
-    check_pixels(*size, max_pixels=MAX_PIXELS)  # training decodes no more
+    check_pixels(*size, max_pixels=MAX_PIXELS)  # training does not decode larger images
     is_as_asked = (
         source_format in STORED_FORMATS["image"]
         and not is_animated
@@ -112,15 +113,15 @@ def _stored(
     if options.reencode == "never" or (options.reencode == "if_needed" and is_as_asked):
         return content, source_format, _checked_pixels(content, source_format, image)
     icc_profile = image.info.get("icc_profile")
-    picture = to_srgb(_decode(content, source_format, image, size=size), icc_profile)
+    decoded = to_srgb(_decode(content, source_format, image, size=size), icc_profile)
     if transposition is not None:
-        picture = picture.transpose(transposition)
-    pixels = np.asarray(picture)
+        decoded = decoded.transpose(transposition)
+    pixels = np.asarray(decoded)
     return encode_image(pixels, options), options.format, pixels
 
 
 def scaled_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
-    """Computes (height, width) with the shorter side reduced to `shorter_side`, never enlarged."""
+    """Computes (height, width) with the shorter side reduced to at most `shorter_side`."""
     shorter = min(height, width)
     if shorter_side is None or shorter <= shorter_side:
         return height, width
@@ -128,7 +129,7 @@ def scaled_size(height: int, width: int, shorter_side: int | None) -> tuple[int,
 
 
 def _is_plain_color(image: Image.Image) -> bool:
-    """Returns True for opaque sRGB or grey, which every decoder shows in the same colours."""
+    """Returns True for opaque sRGB or grey, which all decoders convert to the same colours."""
     if image.mode not in ("1", "L", "P", "RGB") or has_alpha(image):
         return False
     return color_transform(image.info.get("icc_profile"), _profile_mode(image)) is None
@@ -141,7 +142,7 @@ def _profile_mode(image: Image.Image) -> str:
 def _checked_pixels(content: bytes, source_format: str, image: Image.Image) -> np.ndarray:
     """Decodes an image that is kept, large enough for its fingerprint: uint8 [H, Wd, 3].
 
-    At any reduction a JPEG's scan is read to its end, so that damage is found.
+    A JPEG's scan is read to its end at any reduction, so that damage is detected.
     """
     if source_format == "jpg" and image.mode != "CMYK":
         eighths = _smallest_eighths(image.height, image.width, (FINGERPRINT_SIDE, FINGERPRINT_SIDE))
@@ -152,12 +153,12 @@ def _checked_pixels(content: bytes, source_format: str, image: Image.Image) -> n
             min_width=-(-image.width * eighths // 8),
             strict=True,
         )
-    picture = _decode(content, source_format, image, size=(image.height, image.width))
-    return np.asarray(picture.convert("RGB"))
+    decoded = _decode(content, source_format, image, size=(image.height, image.width))
+    return np.asarray(decoded.convert("RGB"))
 
 
 def _smallest_eighths(height: int, width: int, size: tuple[int, int]) -> int:
-    """Returns the smallest number of eighths of a JPEG's size that is not below `size`."""
+    """Returns the smallest number n such that n eighths of a JPEG's size are at least `size`."""
     return next(
         (n for n in DCT_EIGHTHS if height * n >= 8 * size[0] and width * n >= 8 * size[1]), 8
     )
@@ -168,25 +169,25 @@ def _decode(
 ) -> Image.Image:
     """Decodes an image at `size` (height, width), in mode L, RGB or CMYK."""
     if source_format == "jpg":
-        picture, box = _decode_jpeg(content, size)
+        decoded, box = _decode_jpeg(content, size)
     else:
-        picture, box = flatten(image), (0, 0, *image.size)
+        decoded, box = flatten(image), (0, 0, *image.size)
     height, width = size
-    if picture.size == (width, height):
-        return picture
-    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if decoded.size == (width, height):
+        return decoded
+    return decoded.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
 
 
 def _decode_jpeg(
     content: bytes, size: tuple[int, int]
 ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """Decodes a JPEG at the smallest reduction that is not below `size`.
+    """Decodes a JPEG at the smallest scale that is not below `size`.
 
-    A reduced side is rounded up unless its full length is a multiple of 8. Then the last row or
-    column lies partly outside the source.
+    A reduced side is rounded up unless the full length is a multiple of 8. If it is rounded up, the
+    last row or column lies partly outside the source.
 
     Returns:
-        The image, and the box of it that the source covers.
+        The image, and the box in it that the source covers.
     """
     height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
     mode = JPEG_MODES.get(color_space, "RGB")
@@ -199,24 +200,24 @@ def _decode_jpeg(
         strict=True,
     )
     if mode == "CMYK":
-        pixels = 255 - pixels  # Adobe's convention, common to all programs: 255 is no ink
+        pixels = 255 - pixels  # by Adobe's convention, which all programs follow, 255 means no ink
     if mode == "L":
         pixels = pixels[:, :, 0]
-    picture = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
-    return picture, (0, 0, width * eighths / 8, height * eighths / 8)
+    decoded = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
+    return decoded, (0, 0, width * eighths / 8, height * eighths / 8)
 
 
 def encode_image(pixels: np.ndarray, options: ImageOptions) -> bytes:
     """Encodes uint8 [H, Wd, 3] in the configured format and quality, without metadata.
 
     Raises:
-        MediaError: with the reason too_long_side.
+        MediaError: if a side exceeds the format's limit; the reason is too_long_side.
     """
     height, width, _ = pixels.shape
     longest = LONGEST_SIDES[options.format]
     if max(height, width) > longest:
         raise MediaError(
-            f"{width} x {height} pixels; a side of a {options.format} has at most {longest}",
+            f"{width} x {height} pixels; expected at most {longest} per side of a {options.format}",
             reason="too_long_side",
         )
     if options.format == "jpg":

@@ -1,7 +1,7 @@
 """Preparation of a media file as one or more samples.
 
-bytes -> format, by content -> limits, by header -> decoded once, strictly
-      -> kept or re-encoded -> measures, fingerprint, filters
+bytes -> detect the format -> check limits in the header -> decode once, strictly
+      -> keep or re-encode -> measures, fingerprint, filters
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def prepare_media(
 ) -> list[PreparedMedia]:
     """Returns the stored form of a media file: one sample, or the clips of a long recording.
 
-    The same bytes and options always give the same result.
+    The result depends only on the bytes and the options.
 
     Args:
         content: bytes of the file.
@@ -26,7 +26,7 @@ def prepare_media(
         audio: options for audio clips.
 
     Raises:
-        MediaError: if the file cannot be used; its `reason` is a stable word.
+        MediaError: if the file cannot be used; `reason` is a stable identifier.
     """
     if kind == "image":
         return [prepare_image(content, image)]

@@ -1,4 +1,4 @@
-"""Closing of a dataset whose shards are all written: rejected pairs, manifest, dataset.json."""
+"""Completion of a dataset after all shards are written: rejected pairs, manifest, dataset.json."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUM_SHARDS_NAMED = 10
 
 def shards_of_plan(settings: ShardSettings, plan: ItemPlan) -> list[ShardTask]:
     """Lists all shards of the dataset, including those of other parts."""
-    # The format that the scan found: otherwise each shard would search a large folder again.
+    # The format was detected by the scan; otherwise each shard would list a large folder again.
     source = dataclasses.replace(settings.source, format=plan.made_from["input"]["format"])
     settings = dataclasses.replace(settings, source=source)
     return [ShardTask(number, settings, plan) for number in range(plan.num_shards)]
@@ -59,10 +59,10 @@ def finish_shards(settings: ShardSettings, plan: ItemPlan, *, max_rejected_fract
     Args:
         settings: settings of the shards.
         plan: plan of the dataset.
-        max_rejected_fraction: largest fraction of bad pairs that is accepted.
+        max_rejected_fraction: maximum accepted fraction of bad pairs.
 
     Raises:
-        InputError: if a shard is missing, too many pairs are bad, or no sample is left.
+        InputError: if a shard is missing, too many pairs are bad, or no sample remains.
     """
     output, source = settings.output, settings.source
     shards = shards_of_plan(settings, plan)
@@ -107,9 +107,9 @@ def _count_rejected(shards: Sequence[ShardTask], output: Path) -> Counter[str]:
         named = ", ".join(missing[:NUM_SHARDS_NAMED])
         more = f" and {len(missing) - NUM_SHARDS_NAMED} more" * (len(missing) > NUM_SHARDS_NAMED)
         raise InputError(
-            f"{output}: expected {len(shards)} finished shards, {len(missing)} "
-            f"are not: {named}{more}; run python -m data_prep.make_shards with the same settings: "
-            "without part=, or once more as each part i/n (shard k belongs to part k mod n)"
+            f"{output}: expected {len(shards)} finished shards, found {len(missing)} unfinished: "
+            f"{named}{more}; run python -m data_prep.make_shards with the same settings: "
+            "without part=, or again for each part i/n (shard k belongs to part k mod n)"
         )
     return rejected
 
@@ -141,9 +141,9 @@ def _too_many_rejected(
     return InputError(
         f"{settings.source.input}: {num_bad:,} of {plan.num_pairs:,} pairs are bad "
         f"({num_bad / plan.num_pairs:.1%}): {by_reason(rejected)}; at most "
-        f"max_rejected_fraction={limit} is accepted; first: {example}; all are listed in {path}; "
+        f"max_rejected_fraction={limit} is accepted; first: {example}; {path} lists all of them; "
         "after raising the limit, run again (finished shards are kept); after repairing media, run "
-        "again with remake=[reason, ...]; relative paths start at "
+        "again with remake=[reason, ...]; relative paths are relative to "
         f"{media_root_of(settings.source)} (media_root)"
     )
 

@@ -1,7 +1,7 @@
-"""Grouping of pairs into items; DuckDB sorts them on disk, so their number is not limited.
+"""Grouping of pairs into items; DuckDB sorts pairs on disk, so their number is not limited.
 
-The pairs of one media file become one item, in the position of the first pair. Pairs whose class
-name conflicts with their item are rejected, and repeated captions are limited over all items.
+The pairs of one media file form one item, at the position of the first pair. Pairs whose class name
+conflicts with their item are rejected, and the number of items that share a caption is limited.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PAIRS_WITH_REPEATS = f"""
 
 @cache
 def pair_schema() -> pyarrow.Schema:
-    """Returns the Parquet columns of a pair: its fields."""
+    """Returns the Parquet schema of a pair: one column per field."""
     types = {"row": pyarrow.int64(), "marks": pyarrow.list_(pyarrow.string())}
     return pyarrow.schema(
         [
@@ -64,14 +64,14 @@ def group_pairs(
     max_repeats: int | None,
     drops_repeated: bool,
 ) -> Iterator[Item]:
-    """Yields the items, in order of first appearance.
+    """Yields the items in order of first appearance.
 
     Args:
         rows_path: Parquet file that `scan_pairs` wrote.
         scratch: folder for data that does not fit in memory.
-        captions_per_item: "group" joins the pairs of one media file; "row" keeps each pair apart.
-        max_repeats: number of items that may share a caption; None for no limit.
-        drops_repeated: reject pairs above the limit; otherwise only mark them.
+        captions_per_item: "group" joins the pairs of one media file; "row" keeps pairs separate.
+        max_repeats: number of items that may share a caption; None: no limit.
+        drops_repeated: whether to reject pairs above the limit; otherwise they are only flagged.
     """
     query = PAIRS if max_repeats is None else PAIRS_WITH_REPEATS
     rows = _sorted_rows(rows_path, scratch, pairs=ITEM_OF_PAIR[captions_per_item], query=query)
@@ -102,7 +102,7 @@ def _sorted_rows(
 def _repeated(pair: Pair, num_earlier: int, *, drops: bool) -> Pair:
     if not drops:
         return dataclasses.replace(pair, marks=(*pair.marks, "caption_repeated"))
-    detail = f"{num_earlier:,} items before have this caption"
+    detail = f"{num_earlier:,} earlier items have this caption"
     return dataclasses.replace(pair, reason="caption_repeated", detail=detail)
 
 
@@ -110,21 +110,21 @@ def _check_class_name(pair: Pair, pairs: Sequence[Pair]) -> Pair:
     first = next((other for other in pairs if other.reason is None), pair)
     if pair.reason is not None or pair.class_name == first.class_name:
         return pair
-    detail = f"row {first.row} says {first.class_name!r}, this one {pair.class_name!r}"
+    detail = f"row {first.row} has {first.class_name!r}, this row has {pair.class_name!r}"
     return dataclasses.replace(pair, reason="conflicting_class_name", detail=detail)
 
 
 # --------------------------------------------------------------------------- pairs in a Parquet
 
 
-def table_of_pairs(pairs: Sequence[Pair], **further: Sequence[int]) -> pyarrow.Table:
-    """Builds a table with one row per pair, and further integer columns in front."""
+def table_of_pairs(pairs: Sequence[Pair], **extra: Sequence[int]) -> pyarrow.Table:
+    """Builds a table with one row per pair, and additional integer columns in front."""
     columns = {name: [getattr(pair, name) for pair in pairs] for name in pair_schema().names}
-    return pyarrow.Table.from_pydict({**further, **columns}, schema=schema_with(*further))
+    return pyarrow.Table.from_pydict({**extra, **columns}, schema=schema_with(*extra))
 
 
 def schema_with(*names: str) -> pyarrow.Schema:
-    """Returns the columns of a pair, with further integer columns in front."""
+    """Returns the schema of a pair, with additional integer columns in front."""
     return pyarrow.schema([*((name, pyarrow.int64()) for name in names), *pair_schema()])
 
 

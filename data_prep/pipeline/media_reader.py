@@ -1,7 +1,7 @@
-"""Reader of the media of items: files, URLs, and the contents of Parquet, Arrow and tar files.
+"""Reader of the media of items: files, URLs, and bytes in Parquet, Arrow and tar files.
 
-Items are read in order. Remote files are prefetched. Containers are read from front to back, so
-that only a small part is in memory at any time.
+Items are read in order. Remote files are prefetched. Containers are read sequentially, so that only
+a small part is in memory at any time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from data_prep.workers import map_ahead
 if TYPE_CHECKING:
     from data_prep.download.downloader import Downloader
 
-REMOTE_FILES_AHEAD = 16  # for fsspec URLs; downloads from the web have their own settings
+REMOTE_FILES_AHEAD = 16  # for fsspec URLs; web downloads have their own settings
 CONTAINERS = {"parquet": ParquetMedia, "huggingface": ArrowMedia}
 
 
 class MediaReader:
-    """Reads the bytes of items; a context manager.
+    """Context manager that reads the bytes of items.
 
     Args:
-        source: input of the items.
-        downloads: folder for files fetched from the web.
-        download: settings for fetching from the web.
-        max_bytes: limit above which media are rejected unread.
-        retried: reasons for which media that failed in an earlier attempt are fetched again.
-        urls_may_repeat: True if several shards may hold the same URL, so that none may delete it.
+        source: input that contains the items.
+        downloads: folder for files downloaded from the web.
+        download: settings for web downloads.
+        max_bytes: media above this limit are rejected without being read.
+        retried: failed downloads are repeated if they failed for one of these reasons.
+        urls_may_repeat: whether several shards may contain the same URL; downloads are then kept.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class MediaReader:
         self._root = media_root_of(source)
         self._exits = ExitStack()
         self._downloader: Downloader | None = None
-        self._urls: list[str] = []  # fetched so far
-        self._container: Any = None  # currently open
+        self._urls: list[str] = []  # URLs fetched so far
+        self._container: Any = None  # container that is currently open
         self._container_path = ""
 
     def __enter__(self) -> MediaReader:
@@ -75,7 +75,7 @@ class MediaReader:
         """Yields each item with its bytes, or with the error that rejects it.
 
         Raises:
-            InputError, RunError: if a disk, a server or a container cannot be read now.
+            InputError, RunError: if a disk, a server or a container currently cannot be read.
         """
         paths = [None if item.place is not None else self._path_of(item) for item in items]
         web = self._fetch([path for path in paths if path and remote_file.is_web_url(path)])
@@ -91,10 +91,10 @@ class MediaReader:
                 yield item, _not_empty(content, item)
 
     def forget_downloads(self) -> None:
-        """Deletes the files fetched from the web so far; called when their shard is finished.
+        """Deletes the files downloaded so far; called when their shard is finished.
 
-        Nothing is deleted if another shard may hold the same URL. The whole folder is deleted when
-        the dataset is finished.
+        Nothing is deleted if another shard may contain the same URL. The whole folder is deleted
+        when the dataset is finished.
         """
         is_kept = self.download.keep or self.urls_may_repeat
         if self._downloader is not None and not is_kept:

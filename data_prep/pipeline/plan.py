@@ -1,12 +1,12 @@
 """The plan of an unfinished dataset: the assignment of input rows to shards.
 
-1. scan    the pairs of the input, with cleaned captions, go to one Parquet in input order
-2. group   the pairs of one media file become one item, in order of first appearance
-3. plan    the items go to plan/items-00000.parquet and so on, one row group per shard
+1. scan    writes the pairs of the input, with cleaned captions, to one Parquet file in input order
+2. group   joins the pairs of one media file to one item, in order of first appearance
+3. plan    writes the items to plan/items-00000.parquet, ..., with one row group per shard
 
 The stages stream through files, so that the input may be larger than memory. The folder `plan/` is
-renamed into place when it is complete. Several jobs may build it at the same time: all build the
-same plan, and the first to finish publishes it.
+renamed into place when it is complete. Several jobs may build it at the same time: their plans are
+equal, and the job that finishes first publishes its plan.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class ItemPlan:
     Args:
         folder: the folder `plan/`.
         made_from: command, settings and state of the input, as recorded in dataset.json.
-        num_pairs: number of captions in the input, usable or not.
-        num_items: number of samples, before bad ones are dropped.
+        num_pairs: number of captions in the input, including unusable ones.
+        num_items: number of samples before bad samples are dropped.
         num_shards: number of shards. Shard k owns the items
             [k * samples_per_shard, (k + 1) * samples_per_shard).
         rejected: number of pairs that the scan rejected, by reason.
@@ -103,15 +103,15 @@ def _items_path(folder: Path, number: int) -> Path:
 
 
 def open_plan(output: Path, settings: PlanSettings, *, made_from: dict[str, Any]) -> ItemPlan:
-    """Returns the plan in the output folder, and builds it first if there is none.
+    """Returns the plan in the output folder; builds it if there is none.
 
     Args:
         output: the dataset folder.
         settings: settings for building the plan.
-        made_from: what `describe_origin` returned.
+        made_from: result of `describe_origin`.
 
     Raises:
-        InputError: if the input is unusable or holds no pair, or the folder was created with a
+        InputError: if the input is unusable or contains no pair, or the folder was created with a
             different config or input.
     """
     folder = output / PLAN_FOLDER
@@ -128,7 +128,7 @@ def open_plan(output: Path, settings: PlanSettings, *, made_from: dict[str, Any]
 
 
 def describe_origin(config: MakeShards) -> dict[str, Any]:
-    """Describes the origin of a dataset; equal for attempts that may share an output folder."""
+    """Describes the origin of a dataset; equal in all attempts that may share an output folder."""
     return {
         "command": "make_shards",
         "config": fixed_values(config),
@@ -145,7 +145,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def read_plan(output: Path) -> ItemPlan:
-    """Reads the plan of a dataset folder that `make_shards` began.
+    """Reads the plan of a dataset folder in which `make_shards` was started.
 
     Raises:
         InputError: if there is no plan, or it is damaged.
@@ -156,8 +156,8 @@ def read_plan(output: Path) -> ItemPlan:
         return ItemPlan(folder=folder, made_from=values["made_from"], **values["items"])
     except FileNotFoundError:
         raise InputError(
-            f"{output}: expected a dataset that was begun, found no {PLAN_FOLDER}/{PLAN_FILE}; "
-            "begin it with python -m data_prep.make_shards"
+            f"{output}: expected a dataset with a plan, found no {PLAN_FOLDER}/{PLAN_FILE}; "
+            "start it with python -m data_prep.make_shards"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -169,8 +169,8 @@ def build_plan(folder: Path, settings: PlanSettings, *, made_from: dict[str, Any
     """Reads the whole input and writes its plan into a new folder.
 
     Raises:
-        InputError: if the input is unusable or holds no pair.
-        OSError: if the folder cannot be written (a full disk); the error names the folder.
+        InputError: if the input is unusable or contains no pair.
+        OSError: if the folder cannot be written (full disk); the message includes the folder.
     """
     import duckdb
 
@@ -179,7 +179,7 @@ def build_plan(folder: Path, settings: PlanSettings, *, made_from: dict[str, Any
     try:
         _write_plan(folder, settings, made_from=made_from)
     except duckdb.IOException as error:
-        raise RunError(f"{folder}: the pairs cannot be sorted here: {error}") from None
+        raise RunError(f"{folder}: cannot sort the pairs in this folder: {error}") from None
     except OSError as error:
         raise name_file(error, folder) from None
 

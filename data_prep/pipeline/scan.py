@@ -1,6 +1,6 @@
-"""Scan of an input: reads all pairs, cleans their captions, and writes them to one Parquet.
+"""Scan of an input: reads all pairs, cleans their captions, and writes them to one Parquet file.
 
-Worker processes clean the captions in chunks; the rows keep the input's order.
+Worker processes clean captions in chunks; the rows keep the input's order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from data_prep.sources.pair import Pair
 from data_prep.workers import run_in_order
 
 PAIRS_PER_CHUNK = 4096
-CAPTION_SHOWN = 80  # characters of a dropped caption quoted in its detail
+CAPTION_SHOWN = 80  # number of characters of a dropped caption that its detail quotes
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def scan_pairs(
     mark_only: tuple[str, ...],
     workers: int,
 ) -> PairScan:
-    """Writes all pairs to a Parquet, with the columns of `pair_schema` and `n`, a number from 0.
+    """Writes all pairs to a Parquet file, with the columns of `pair_schema` and the row number `n`.
 
     Args:
-        source: input of the pairs.
+        source: input to scan.
         path: Parquet file to write.
         captions: cleaning and filters of captions.
-        mark_only: filters that mark a pair instead of rejecting it.
+        mark_only: filters that flag a pair instead of rejecting it.
         workers: number of processes that clean captions.
 
     Raises:
@@ -84,7 +84,7 @@ def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
 def clean_pairs(
     pairs: list[Pair], *, options: CaptionOptions, mark_only: tuple[str, ...]
 ) -> list[Pair]:
-    """Cleans the captions; a pair that a filter drops gets the filter's name as its reason."""
+    """Cleans captions; the reason of a pair dropped by a filter is the filter's name."""
     cleaner = CaptionCleaner(options)
     return [
         _clean_pair(pair, cleaner, mark_only) if pair.reason is None else _printable(pair)
@@ -96,7 +96,7 @@ def _clean_pair(pair: Pair, cleaner: CaptionCleaner, mark_only: tuple[str, ...])
     cleaned = cleaner.clean(pair.caption)
     if not cleaned.text:
         return dataclasses.replace(
-            pair, reason="empty_caption", detail=f"nothing is left of {_shown(pair.caption)}"
+            pair, reason="empty_caption", detail=f"empty after cleaning: {_shown(pair.caption)}"
         )
     dropping = next((name for name in cleaned.found if name not in mark_only), None)
     return dataclasses.replace(
@@ -114,7 +114,7 @@ def _shown(caption: str) -> str:
 
 
 def _printable(pair: Pair) -> Pair:
-    """Returns a rejected pair with texts that can be listed: it escapes what is not UTF-8."""
+    """Returns a rejected pair that can be listed: bytes that are not UTF-8 are escaped."""
     listed = {
         name: getattr(pair, name).encode("utf-8", errors="backslashreplace").decode()
         for name in ("media", "detail")

@@ -1,7 +1,7 @@
-"""Writes one shard from the items that it owns.
+"""Writer of one shard and its files.
 
-    item -> media bytes, decoded once as a check, re-encoded if configured -> sample and Parquet row
-         -> or, if unusable, its pairs go to rejected/<shard>.jsonl, each with its reason
+    usable item   -> media bytes, decoded once, re-encoded if configured -> sample and Parquet row
+    unusable item -> its pairs in rejected/<shard>.jsonl, each with a reason
 
 The index is written last: its presence means that the shard is finished.
 """
@@ -59,7 +59,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The data that a worker needs to write one shard."""
+    """A worker's task: the shard to write."""
 
     number: int
     settings: ShardSettings
@@ -79,7 +79,7 @@ class ShardTask:
 
 @dataclass
 class ShardContent:
-    """The samples and rejected pairs of a shard so far."""
+    """The samples and rejected pairs that a shard contains so far."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[Pair] = field(default_factory=list)
@@ -87,7 +87,7 @@ class ShardContent:
 
 
 def rejected_path(folder: Path, name: str) -> Path:
-    """Returns the path of a shard's list of rejected pairs, which is absent if there are none."""
+    """Returns the path of a shard's list of rejected pairs; no file exists if there are none."""
     return folder / "rejected" / f"{name}.jsonl"
 
 
@@ -95,7 +95,7 @@ def write_shard(task: ShardTask) -> int:
     """Writes the Parquet, rejected pairs, tar and index of a shard; returns its number of items.
 
     Raises:
-        InputError, RunError: if a disk, a server or a container cannot be read now.
+        InputError, RunError: if a disk, a server or a container currently cannot be read.
     """
     folder = task.settings.output
     # The index of an earlier attempt must never coexist with the new tar.
@@ -158,10 +158,10 @@ def _write_items(
 def _prepare(
     media: bytes, pairs: Sequence[Pair], *, task: ShardTask, content: ShardContent
 ) -> dict[str, PreparedMedia]:
-    """Returns key suffix -> image or clip, without the clips that a filter drops.
+    """Returns {key suffix: image or clip}, without clips that a filter drops.
 
     Raises:
-        BadItemError: if the media is bad, or the filters drop all clips.
+        BadItemError: if the media is unusable, or filters drop all clips.
     """
     settings = task.settings
     try:
@@ -190,7 +190,7 @@ def _prepare(
 
 
 def _members(clip: PreparedMedia, pairs: Sequence[Pair], *, suffix: str) -> dict[str, bytes]:
-    # One caption fits in the .txt; several captions, a class name or a uid need a .json as well.
+    # A single caption is stored as .txt; several captions, a class name or a uid also need a .json.
     first = pairs[0]
     members = {clip.extension: clip.content, "txt": first.caption.encode("utf-8")}
     if len(pairs) > 1 or first.class_name or first.uid:

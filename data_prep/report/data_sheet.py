@@ -35,14 +35,14 @@ from data_prep.report.sheet_drops import drop_section, duplicate_section
 from data_prep.report.sheet_gallery import MediaViews, sample_cards
 from data_prep.shards.subset import KeptSamples
 
-MOST_SHARDS_UNFOLDED = 20
-MOST_LANGUAGES = 5
+MAX_SHARDS_UNFOLDED = 20
+MAX_LANGUAGES = 5
 SCALING_NOTES = {
     "image": "Large images are scaled down.",
-    "audio": "Long sounds are cut to their first seconds.",
+    "audio": "Long clips are truncated to their first seconds.",
 }
-# dataset.json has all of it, possibly a list of a million files.
-MOST_PREPARATION_CHARACTERS = 20_000
+# Longer settings are truncated (a list of a million files is possible); dataset.json has them all.
+MAX_PREPARATION_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class SheetContent:
     statistics: DatasetStatistics | None  # None: Parquet files are missing
     members: dict[str, MemberCount]
     rejections: list[Rejection]
-    duplicates: DuplicateStatistics | None  # None: the config names none
+    duplicates: DuplicateStatistics | None  # None: not configured
     shown: list[int]  # ranks of the samples in the gallery
 
 
 def render_sheet(content: SheetContent) -> str:
-    """Renders the page."""
+    """Renders the data sheet as an HTML page."""
     kept, statistics = content.kept, content.statistics
     media, num_samples = kept.info.media, len(kept)
     views = MediaViews(kept)
@@ -101,7 +101,7 @@ def overview_section(content: SheetContent) -> Section:
     blocks = [fact_list(facts)]
     if content.missing_sidecars:
         blocks.append(_missing_note(content))
-    noun = {"image": "image", "audio": "sound"}[info.media]
+    noun = {"image": "image", "audio": "audio clip"}[info.media]
     return Section(
         "At a glance",
         blocks,
@@ -120,12 +120,12 @@ def _statistics_facts(statistics: DatasetStatistics, num_samples: int) -> dict[s
     if statistics.class_names.num_distinct:
         facts["classes"] = number_text(statistics.class_names.num_distinct)
     if languages.num_distinct:
-        names = [str(name) for name, _ in languages.most_frequent[:MOST_LANGUAGES]]
+        names = [str(name) for name, _ in languages.most_frequent[:MAX_LANGUAGES]]
         more = languages.num_distinct - len(names)
         facts["languages"] = ", ".join(names) + (f" and {more} more" if more else "")
     if statistics.hashes.num_filled:
         num_copies = statistics.hashes.num_filled - statistics.hashes.num_distinct
-        copies = f"{num_copies:,} samples have the media of an earlier one"
+        copies = f"{num_copies:,} samples have the same media as an earlier sample"
         facts["exact copies"] = copies if num_copies else "none"
     return facts
 
@@ -153,13 +153,13 @@ def _missing_note(content: SheetContent) -> Markup:
 
 
 def origin_section(kept: KeptSamples) -> Section:
-    """Builds the section on the command and settings of the dataset and the subset."""
+    """Builds the section on the command and settings that created the dataset and the subset."""
     preparation = kept.info.preparation
     config = preparation.get("config", {})
     facts = {
-        "made by": str(preparation.get("command", "not recorded")),
+        "created by": str(preparation.get("command", "not recorded")),
         "isopair version": kept.info.isopair_version or "not recorded",
-        "from": str(config.get("input", "not recorded")),
+        "input": str(config.get("input", "not recorded")),
         "fingerprint of the dataset": kept.info.fingerprint,
     }
     blocks = [fact_list(facts), folded("All settings", _settings(preparation))]
@@ -183,8 +183,8 @@ def origin_section(kept: KeptSamples) -> Section:
 
 def _settings(values: dict) -> Markup:
     text = json.dumps(values, indent=2, ensure_ascii=False)
-    if len(text) > MOST_PREPARATION_CHARACTERS:
-        text = text[:MOST_PREPARATION_CHARACTERS] + "\n... continued in the dataset's own files"
+    if len(text) > MAX_PREPARATION_CHARACTERS:
+        text = text[:MAX_PREPARATION_CHARACTERS] + "\n... continued in the dataset's own files"
     return preformatted(text)
 
 
@@ -210,7 +210,7 @@ def shard_section(kept: KeptSamples) -> Section:
         for row, num_kept in zip(rows, kept.shard_sizes.tolist(), strict=True):
             row.insert(2, f"{num_kept:,}")
     shards = table(header, rows, numeric=range(1, len(header) - 1))
-    if len(rows) > MOST_SHARDS_UNFOLDED:
+    if len(rows) > MAX_SHARDS_UNFOLDED:
         shards = folded(f"All {len(rows):,} shards", shards)
     whole = paragraph(f"Fingerprint of the dataset: {kept.info.fingerprint}")
     return Section(

@@ -1,7 +1,7 @@
-"""Statistics of the samples of a dataset, computed by duckdb from the views of described_samples.
+"""Statistics of the samples of a dataset, computed by DuckDB from the views of described_samples.
 
-Every function takes a connection and returns plain values. Equal samples give equal statistics to
-the last digit, because neither sums of rounded numbers nor sketches are used.
+Every function takes a connection and returns plain values. Equal samples have exactly equal
+statistics, because neither sums of rounded numbers nor sketches are used.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ MEDIA_MEASURES = {
 class DatasetStatistics:
     """Statistics from the Parquet files."""
 
-    measures: dict[Measure, ValueCounts]  # without measures that no sample has
+    measures: dict[Measure, ValueCounts]  # only measures that some sample has
     captions: ValueCounts
     words: ValueCounts
-    scripts: dict[str, int]  # script -> captions with a letter of it
+    scripts: dict[str, int]  # script -> number of captions with a letter of this script
     languages: ValueCounts
     class_names: ValueCounts
     tags: ValueCounts  # filters that flagged samples without dropping them
     num_reencoded: int | None  # None: not recorded
     total_seconds: float | None  # None: images, or not recorded
-    hashes: ValueCounts  # of the media
+    hashes: ValueCounts  # sha256 of the media
     duplicate_keys: list[tuple[int, list[str]]]  # (samples with equal media, first keys)
     kept: dict[str, tuple[str, ValueCounts]]  # kept column -> (type, values)
 

@@ -1,4 +1,4 @@
-"""The samples of a data sheet as duckdb views, which are never held in memory as a whole.
+"""The samples of a data sheet as DuckDB views, which are never loaded into memory as a whole.
 
 The view `kept_samples` has the columns of the Parquet files and the ordinal of each sample. The
 view `captions` has one row per caption. If there is a subset, both contain only kept samples.
@@ -38,8 +38,8 @@ def open_described_samples(
 
     Args:
         kept: dataset with all its Parquet files, and optionally a subset.
-        memory_gb: memory limit of duckdb, which spills to a temporary folder on disk (TMPDIR).
-        workers: number of duckdb threads.
+        memory_gb: memory limit of DuckDB, which spills to a temporary folder on disk (TMPDIR).
+        workers: number of DuckDB threads.
 
     Raises:
         InputError: if a Parquet file is damaged, lacks a column or has the wrong number of rows.

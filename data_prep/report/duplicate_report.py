@@ -1,4 +1,4 @@
-"""report.html of find_duplicates: counts, matches between datasets, and example groups."""
+"""Page report.html of find_duplicates: counts, matches between datasets, and example groups."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from data_prep.shards.sample import (
 )
 from data_prep.shards.subset import KeptSamples
 
-GROUPS_SHOWN = 12  # of each method
-MEMBERS_SHOWN = 4  # of each group
+GROUPS_SHOWN = 12  # per method
+MEMBERS_SHOWN = 4  # per group
 
 
 def render_report(
     datasets: JoinedDatasets, found: Mapping[str, GroupedSamples], *, settings: str
 ) -> str:
-    """Renders the page.
+    """Renders the report as an HTML page.
 
     Args:
         datasets: compared datasets.
@@ -64,7 +64,7 @@ def render_report(
 
 
 _COUNTS_NOTE = (
-    "Each method searches the samples that the methods before it kept: none is counted twice."
+    "Each method searches the samples that the previous methods kept: none is counted twice."
 )
 _MATCHES_NOTE = (
     "Each dropped sample counts once, for the dataset of its best match; evaluation sets take "
@@ -77,8 +77,8 @@ _METHOD_NOTES = {
     ),
     "near_captions": "Captions are nearly equal; the media may differ.",
     "semantic": (
-        "Each group keeps its sample with the least similarity to the cluster's centroid (Abbas et "
-        "al. 2023). Similarity is chained."
+        "Each group keeps its sample with the lowest similarity to the cluster's centroid (Abbas "
+        "et al. 2023). Similarity is chained."
     ),
 }
 
@@ -117,7 +117,7 @@ def _matches_table(datasets: JoinedDatasets, found: Mapping[str, GroupedSamples]
             rows.append([method, str(datasets.folders[first]), name, *counts])
     if not rows:
         return paragraph("Nothing was found.")
-    header = ["method", "samples of", "match samples of", "dropped", "least similarity"]
+    header = ["method", "samples of", "match samples of", "dropped", "lowest similarity"]
     return table(header, rows, numeric=(3, 4))
 
 
@@ -140,7 +140,7 @@ class _Gallery:
         self._views: dict[int, MediaViews | str] = {}
 
     def blocks(self, groups: GroupedSamples) -> list[Markup]:
-        """Builds blocks for groups from all parts of the list, and for their number."""
+        """Builds blocks with the number of groups, and with groups from all parts of the list."""
         num_groups = int(groups.group[-1]) + 1
         chosen = np.unique(np.linspace(0, num_groups - 1, GROUPS_SHOWN).astype(np.int64))
         blocks = [paragraph(f"{counted(len(chosen), 'group')} of {num_groups:,}:")]

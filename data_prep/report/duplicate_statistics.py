@@ -35,7 +35,7 @@ class Matches:
     match_dataset: str
     is_this_dataset: bool
     num_samples: int
-    examples: list[MatchExample]  # the least similar first
+    examples: list[MatchExample]  # least similar first
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def measure_duplicates(
     Args:
         folder: output folder of find_duplicates.
         kept: dataset, and optionally a subset.
-        memory_gb: memory limit of duckdb.
-        workers: number of duckdb threads.
+        memory_gb: memory limit of DuckDB.
+        workers: number of DuckDB threads.
 
     Raises:
         InputError: if the table is missing or damaged, or does not cover the dataset.

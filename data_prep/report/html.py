@@ -1,6 +1,6 @@
 """Self-contained HTML pages: the frame, building blocks, media and charts.
 
-A page is one file. It holds its images, sounds and charts as data, and opens without a network.
+A page is one file. Images, audio clips and charts are embedded, so that it opens without a network.
 
     page = render_page("Title", subtitle="...", sections=[Section("Counts", [table(...)])])
 
@@ -10,8 +10,8 @@ All HTML is in Jinja templates, in the folder `templates` of the package that us
     blocks.html   macros; the functions below call them, and templates may import them
     style.css     colours and layout, light and dark, on screen and on paper
 
-Templates of another package extend the frame and import the macros by these names. They fill the
-blocks `head`, `content` and `scripts` as needed. An example, `eval/report/templates/curves.html`:
+Templates in another package extend the frame and import the macros by these names. They fill the
+blocks `head`, `content` and `scripts` as needed. Example, `eval/report/templates/curves.html`:
 
     {% extends "base.html" %}
     {% import "blocks.html" as blocks %}
@@ -19,7 +19,7 @@ blocks `head`, `content` and `scripts` as needed. An example, `eval/report/templ
 
     render("eval.report", "curves.html", title=..., subtitle=..., header=..., rows=...)
 
-Values are escaped unless they are `Markup`, and a value that a template lacks is an error.
+Values are escaped unless they are `Markup`. An undefined variable in a template is an error.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OWN_PACKAGE = "data_prep.report"
-# matplotlib draws text in this color; svg_chart replaces it by the page's text color.
+# matplotlib draws text in this color; svg_chart replaces it with the page's text color.
 INK = "#010203"
 SERIES_COLORS = ("#4c7fe0", "#e0803a", "#2fa37c", "#b667c9", "#d6596b", "#8a8f3c")
 CHART_STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "isopair",  # the same chart gives the same bytes
+    "svg.fonttype": "none",  # text is stored as text, in the page's font
+    "svg.hashsalt": "isopair",  # equal charts have equal bytes
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "text.color": INK,
@@ -89,19 +89,19 @@ def render(template_package: str, name: str, **values: Any) -> Markup:
 
     Args:
         template_package: import name of the package whose folder `templates` holds the template.
-            Names that it lacks are looked up among the templates of this package.
+            Missing templates are looked up in this package.
         name: file name of the template.
         values: variables of the template.
 
     Raises:
-        jinja2.UndefinedError: if the template uses a variable that `values` lacks.
+        jinja2.UndefinedError: if the template uses a variable that is missing from `values`.
     """
     return Markup(_environment(template_package).get_template(name).render(values))
 
 
 @cache
 def _environment(template_package: str) -> Environment:
-    # Imported here: most runs of a command never render a page.
+    # Imported here, because most runs of a command do not render a page.
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     packages = dict.fromkeys((template_package, OWN_PACKAGE))
@@ -119,7 +119,7 @@ def macros(template_package: str, name: str) -> Any:
     """Returns the macros of a template as methods that take values and return `Markup`.
 
     Args:
-        template_package: as for `render`.
+        template_package: import name of the package, as in `render`.
         name: file name of the template.
     """
     return _environment(template_package).get_template(name).module
@@ -153,12 +153,12 @@ def preformatted(text: str) -> Markup:
 
 
 def breakable(text: str) -> Markup:
-    """Builds a text of any language and direction that may wrap inside words."""
+    """Builds text of any language and direction that may wrap inside words."""
     return _block("breakable", text)
 
 
 def code(text: str) -> Markup:
-    """Builds a text in a monospaced font, such as a checksum."""
+    """Builds text in a monospaced font, such as a checksum."""
     return _block("code", text)
 
 
@@ -212,7 +212,7 @@ def columns(blocks: Sequence[Markup]) -> Markup:
 
 
 def media_frame(media: Markup) -> Markup:
-    """Builds a box that centers a picture or player."""
+    """Builds a box that centers an image or player."""
     return _block("media_frame", media)
 
 
@@ -248,13 +248,13 @@ def data_uri(content: bytes, *, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def picture(image: np.ndarray, *, max_side: int = 128, alt: str = "") -> Markup:
+def thumbnail(image: np.ndarray, *, max_side: int = 128, alt: str = "") -> Markup:
     """Builds a thumbnail; images smaller than half of `max_side` are enlarged.
 
     Args:
         image: uint8 [H, Wd, 3].
         max_side: width or height of the thumbnail in pixels, whichever is larger.
-        alt: description for readers who cannot see it.
+        alt: description for readers who cannot see the image.
     """
     from PIL import Image
 
@@ -267,7 +267,7 @@ def picture(image: np.ndarray, *, max_side: int = 128, alt: str = "") -> Markup:
     file = io.BytesIO()
     small.save(file, format="JPEG", quality=82)
     uri = data_uri(file.getvalue(), media_type="image/jpeg")
-    return _block("picture", uri, *small.size, alt)
+    return _block("thumbnail", uri, *small.size, alt)
 
 
 def sound(waveform: np.ndarray, *, sample_rate_hz: int, max_seconds: float = 4.0) -> Markup:
@@ -275,7 +275,7 @@ def sound(waveform: np.ndarray, *, sample_rate_hz: int, max_seconds: float = 4.0
 
     Args:
         waveform: float32 [samples], mono, in [-1, 1].
-        sample_rate_hz: a rate that MP3 supports, such as 16000.
+        sample_rate_hz: sample rate, which MP3 must support, such as 16000.
         max_seconds: length of the excerpt, from the start of the waveform.
     """
     import soundfile
@@ -284,11 +284,11 @@ def sound(waveform: np.ndarray, *, sample_rate_hz: int, max_seconds: float = 4.0
     file = io.BytesIO()
     soundfile.write(file, clip, sample_rate_hz, format=SOUND_FORMAT)
     uri = data_uri(file.getvalue(), media_type="audio/mpeg")
-    return _block("sound", waveform_picture(clip), uri)
+    return _block("sound", waveform_outline(clip), uri)
 
 
-def waveform_picture(waveform: np.ndarray) -> Markup:
-    """Draws the outline of a float32 [samples] waveform, as wide as its container."""
+def waveform_outline(waveform: np.ndarray) -> Markup:
+    """Draws the outline of a waveform, float32 [samples], as wide as its container."""
     parts = np.array_split(np.abs(waveform), WAVEFORM_COLUMNS)
     peaks = np.array([part.max(initial=0.0) for part in parts])
     heights = 19 * peaks / max(float(peaks.max()), 1e-6)
@@ -302,11 +302,11 @@ def waveform_picture(waveform: np.ndarray) -> Markup:
 
 @contextmanager
 def chart(*, width: float, height: float) -> Iterator[Figure]:
-    """Opens an empty figure in the page's style, to be drawn on and passed to `svg_chart`.
+    """Opens an empty figure in the page's style, to draw on and pass to `svg_chart`.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: width in inches.
+        height: height in inches.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -326,6 +326,6 @@ def svg_chart(figure: Figure, *, alt: str) -> Markup:
         FigureCanvasSVG(figure).print_svg(file, metadata=no_metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    # HTML needs no XML namespaces, and they look like links.
+    # HTML needs no XML namespaces, and a check for external links would find them.
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     return _block("svg_chart", Markup(svg.replace(INK, "currentColor")), alt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST_CHARACTERS = 300
+MAX_CHARACTERS = 300
 
 
 def number_text(value: float) -> str:
@@ -13,7 +13,7 @@ def number_text(value: float) -> str:
 
 
 def percent_text(part: float, whole: float) -> str:
-    """Formats a fraction in percent; only 0 gives "0 %", and only the whole gives "100 %"."""
+    """Formats a fraction in percent; "0 %" and "100 %" are used only for exact values."""
     if not whole:
         return "0 %"
     fraction = part / whole
@@ -42,7 +42,7 @@ def duration_text(seconds: float) -> str:
 
 
 def value_text(value: object, unit: str = "") -> str:
-    """Formats a value of any column."""
+    """Formats a value of any type, with its unit."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return shortened(str(value))
     if unit == "bytes":
@@ -51,8 +51,8 @@ def value_text(value: object, unit: str = "") -> str:
 
 
 def shortened(text: str) -> str:
-    """Returns a text, truncated to MOST_CHARACTERS."""
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
+    """Returns a text, truncated to MAX_CHARACTERS."""
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."
 
 
 def counted(num: int, noun: str) -> str:

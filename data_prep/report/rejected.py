@@ -1,4 +1,4 @@
-"""Pairs that were dropped when a dataset was made: counts by reason, with examples."""
+"""Pairs that were dropped when a dataset was created: counts by reason, with examples."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Rejection:
     """The pairs that were dropped for one reason."""
 
     reason: str
-    kind: str  # of the cause, in words
+    kind: str  # description of the kind of reason
     num: int
-    fraction: float | None  # of the input's pairs; None for clips, or if their number is unknown
+    fraction: float | None  # fraction of the input's pairs; None: clips, or unknown
     examples: list[dict[str, Any]]  # row, media, reason, detail
 
     @property
@@ -32,7 +32,7 @@ class Rejection:
 
 
 def read_rejections(folder: Path, info: DatasetInfo) -> list[Rejection]:
-    """Reads the dropped pairs by reason, the most frequent first.
+    """Reads the dropped pairs by reason, most frequent first.
 
     Args:
         folder: dataset folder.
@@ -56,7 +56,7 @@ def read_rejections(folder: Path, info: DatasetInfo) -> list[Rejection]:
 
 
 def kind_of(reason: str) -> str:
-    """Returns the kind of a reason, in words."""
+    """Describes the kind of a reason."""
     if reason.startswith(CLIP_PREFIX):
         return "clip of a longer recording"
     if reason in FILTER_REASONS:
@@ -72,7 +72,7 @@ def num_input_pairs(info: DatasetInfo) -> int | None:
 
 
 def rejected_examples(path: Path, reasons: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """Reads the first examples of each reason from rejected.jsonl, and stops when it has them.
+    """Reads the first examples of each reason from rejected.jsonl; stops early if possible.
 
     Args:
         path: path of rejected.jsonl, which may be missing.

@@ -1,4 +1,4 @@
-"""Charts of a data sheet: histograms of numbers, and tables with bars for few values."""
+"""Charts of a data sheet: histograms of numbers, and bar tables for a few distinct values."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from data_prep.report.html import (
 from data_prep.report.numbers import number_text, percent_text, value_text
 from data_prep.report.value_counts import Histogram, Measure, ValueCounts
 
-MOST_LISTED = 12
-MOST_DECADES_WITH_FRACTIONS = 2.5
+MAX_LISTED = 12
+MAX_DECADES_WITH_FRACTIONS = 2.5
 
 
 def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Markup:
@@ -34,12 +34,12 @@ def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Marku
     Args:
         measure: measure to show.
         counts: counts of its values.
-        whole: number of values if none were missing.
+        whole: number of values including missing ones.
     """
     parts = [heading(measure.title)]
     if counts.num_distinct == 1:
         value = value_text(counts.most_frequent[0][0], measure.unit)
-        parts.append(paragraph(f"{value}, the same for all"))
+        parts.append(paragraph(f"{value} for all"))
     elif counts.spread and counts.spread.histogram:
         parts.append(paragraph(spread_text(counts, measure.unit)))
         parts.append(histogram_chart(counts.spread.histogram, measure))
@@ -49,7 +49,7 @@ def measure_block(measure: Measure, counts: ValueCounts, *, whole: int) -> Marku
         parts.append(count_table(labels, "value", whole=counts.num_filled))
     if counts.num_filled < whole:
         missing = whole - counts.num_filled
-        parts.append(paragraph(f"not known: {missing:,} ({percent_text(missing, whole)})"))
+        parts.append(paragraph(f"missing: {missing:,} ({percent_text(missing, whole)})"))
     return Markup("").join(parts)
 
 
@@ -57,16 +57,16 @@ def spread_text(counts: ValueCounts, unit: str) -> str:
     """Describes the range and quantiles of numbers."""
     spread = counts.spread
     assert spread is not None
-    # Each number of bytes has its own unit (kB, MB); other units are named once.
+    # Each number of bytes has its own unit (kB, MB); other units appear once.
     unit_of_each = unit if unit == "bytes" else ""
-    values = (spread.least, spread.largest, *spread.quantiles)
+    values = (spread.minimum, spread.maximum, *spread.quantiles)
     least, largest, low, median, high = (value_text(value, unit_of_each) for value in values)
     unit_of_all = "" if unit_of_each else f" {unit}".rstrip()
-    return f"{least} to {largest}{unit_of_all}; median {median}; nine of ten from {low} to {high}"
+    return f"{least} to {largest}{unit_of_all}; median {median}; 90 % from {low} to {high}"
 
 
 def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
-    """Draws a histogram, with a logarithmic axis for bins of even ratios."""
+    """Draws a histogram, with a logarithmic axis if the bins are logarithmic."""
     edges = np.array(histogram.edges, dtype=np.float64)
     widths = np.diff(edges)
     with chart(width=5.2, height=1.9) as figure:
@@ -75,7 +75,7 @@ def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
             edges[:-1], histogram.counts, width=0.92 * widths, align="edge", color=SERIES_COLORS[0]
         )
         axes.set_xlim(edges[0], edges[-1])
-        if histogram.is_in_ratios:
+        if histogram.is_logarithmic:
             _set_log_ticks(axes, num_decades=np.log10(edges[-1] / edges[0]))
         axes.grid(False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -90,7 +90,7 @@ def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
 
 def _set_log_ticks(axes: Axes, *, num_decades: float) -> None:
     axes.set_xscale("log")
-    fractions = (1.0, 2.0, 5.0) if num_decades < MOST_DECADES_WITH_FRACTIONS else (1.0,)
+    fractions = (1.0, 2.0, 5.0) if num_decades < MAX_DECADES_WITH_FRACTIONS else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=fractions, numticks=10))
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -103,15 +103,15 @@ def short_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def value_table(counts: ValueCounts, name: str, *, most_listed: int = MOST_LISTED) -> Markup:
+def value_table(counts: ValueCounts, name: str, *, max_listed: int = MAX_LISTED) -> Markup:
     """Builds a table of the most frequent values, with bars for their fractions.
 
     Args:
         counts: counts of values of any type.
         name: header of the column of values.
-        most_listed: limit on the number of rows.
+        max_listed: limit on the number of rows.
     """
-    rows = [(value_text(value), num) for value, num in counts.most_frequent[:most_listed]]
+    rows = [(value_text(value), num) for value, num in counts.most_frequent[:max_listed]]
     listed = sum(num for _, num in rows)
     if counts.num_distinct > len(rows):
         others = counts.num_distinct - len(rows)

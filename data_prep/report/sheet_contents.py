@@ -17,12 +17,12 @@ from data_prep.report.numbers import bytes_text, percent_text, shortened, value_
 from data_prep.report.sheet_charts import count_table, measure_block, spread_text, value_table
 from data_prep.report.value_counts import Measure, ValueCounts
 
-MOST_CAPTIONS = 15
-MOST_CLASSES = 30
-MOST_LICENCES = 30
+MAX_CAPTIONS = 15
+MAX_CLASSES = 30
+MAX_LICENCES = 30
 NUM_EXAMPLES = 3
 TYPE_NAMES = {
-    "BIGINT": "whole number",
+    "BIGINT": "integer",
     "BOOLEAN": "true or false",
     "DOUBLE": "number",
     "VARCHAR": "text",
@@ -39,7 +39,7 @@ def caption_section(statistics: DatasetStatistics, *, num_samples: int) -> Secti
         texts.append(heading("Languages") + _languages(languages, num_samples=num_samples))
     if statistics.scripts:
         scripts = count_table(list(statistics.scripts.items()), "script", whole=captions.num_filled)
-        texts.append(heading("Captions with letters of a script") + scripts)
+        texts.append(heading("Captions by script") + scripts)
     if texts:
         blocks.append(columns(texts))
     blocks += [heading("Most frequent words"), chips(_word_labels(statistics.words))]
@@ -47,15 +47,13 @@ def caption_section(statistics: DatasetStatistics, *, num_samples: int) -> Secti
     return Section(
         "Captions",
         blocks,
-        note="Words are separated by spaces, so that captions in Chinese, Japanese or Thai count "
-        "as few words; use their length in characters instead.",
+        note="Words are separated by spaces. Captions in Chinese, Japanese or Thai therefore have "
+        "few words; use their length in characters instead.",
     )
 
 
 def _languages(languages: ValueCounts, *, num_samples: int) -> Markup:
-    known = (
-        f"Recognised in {languages.num_filled:,} of {num_samples:,} samples; fractions of these."
-    )
+    known = f"Detected in {languages.num_filled:,} of {num_samples:,} samples; fractions of these."
     note = paragraph(known) if languages.num_filled < num_samples else Markup("")
     return note + value_table(languages, "language of the first caption")
 
@@ -65,7 +63,7 @@ def _word_labels(words: ValueCounts) -> list[str]:
 
 
 def _repeated_captions(captions: ValueCounts) -> Markup:
-    repeated = [(text, num) for text, num in captions.most_frequent if num > 1][:MOST_CAPTIONS]
+    repeated = [(text, num) for text, num in captions.most_frequent if num > 1][:MAX_CAPTIONS]
     if not repeated:
         return paragraph("None: all captions are different.")
     num_extra = captions.num_filled - captions.num_distinct
@@ -92,12 +90,12 @@ def media_section(
         if statistics.num_reencoded is not None:
             percent = percent_text(statistics.num_reencoded, num_samples)
             text = f"{statistics.num_reencoded:,} of {num_samples:,} samples ({percent})"
-            blocks.append(paragraph(f"Re-encoded when the dataset was made: {text}."))
+            blocks.append(paragraph(f"Re-encoded when the dataset was created: {text}."))
     blocks += [heading("Files in the shards"), _member_table(members, num_samples=num_samples)]
     return Section(
         {"image": "Pictures", "audio": "Sounds"}[media],
         blocks,
-        note="Sizes are those of the stored media.",
+        note="Sizes refer to the stored media.",
     )
 
 
@@ -134,33 +132,33 @@ def class_section(statistics: DatasetStatistics) -> list[Section]:
     if not classes.num_distinct:
         return []
     summary = (
-        f"{classes.num_distinct:,} classes on {classes.num_filled:,} samples; the smallest has "
-        f"{classes.least_count:,}, the largest {classes.most_frequent[0][1]:,}."
+        f"{classes.num_distinct:,} classes of {classes.num_filled:,} samples; the smallest has "
+        f"{classes.smallest_count:,}, the largest {classes.most_frequent[0][1]:,}."
     )
     return [
         Section(
             "Classes",
-            [paragraph(summary), value_table(classes, "class", most_listed=MOST_CLASSES)],
-            note="Labels for zero-shot classification, the largest classes first.",
+            [paragraph(summary), value_table(classes, "class", max_listed=MAX_CLASSES)],
+            note="Labels for zero-shot classification, largest classes first.",
         )
     ]
 
 
 def licence_section(statistics: DatasetStatistics, *, num_samples: int) -> list[Section]:
-    """Builds the section on licences, if a column of that name was kept."""
+    """Builds the section on licences if a column with this name was kept."""
     blocks = []
     for name, (_, counts) in statistics.kept.items():
         if name.lower() in LICENCE_NAMES:
             missing = num_samples - counts.num_filled
             rows = [(shortened(str(value)), num) for value, num in counts.most_frequent]
-            rows = rows[:MOST_LICENCES]
+            rows = rows[:MAX_LICENCES]
             others = counts.num_filled - sum(num for _, num in rows)
             rows += [("others", others)] if others else []
-            rows += [("not filled in", missing)] if missing else []
+            rows += [("missing", missing)] if missing else []
             blocks.append(count_table(rows, name, whole=num_samples))
     if not blocks:
         return []
-    return [Section("Licences", blocks, note="As stated by the input; not verified.")]
+    return [Section("Licences", blocks, note="As stated in the input; not verified.")]
 
 
 def column_section(statistics: DatasetStatistics, *, num_samples: int) -> list[Section]:
@@ -186,7 +184,7 @@ def column_section(statistics: DatasetStatistics, *, num_samples: int) -> list[S
         Section(
             "Other columns",
             [table(header, rows, numeric={2}), *([columns(charts)] if charts else [])],
-            note="Kept from the input, in the Parquet files, for filters and subsets.",
+            note="Kept from the input in the Parquet files, for filters and subsets.",
         )
     ]
 

@@ -13,13 +13,13 @@ from data_prep.report.sheet_charts import count_table
 from data_prep.report.sheet_gallery import MediaViews
 from data_prep.shards.subset import KeptSamples
 
-MOST_MATCHES_SHOWN = 12
+MAX_MATCHES_SHOWN = 12
 
 
 def drop_section(
     rejections: list[Rejection], statistics: DatasetStatistics | None, kept: KeptSamples
 ) -> Section:
-    """Builds the section on pairs that were dropped, and on samples that were only flagged."""
+    """Builds the section on dropped pairs, and on samples that were flagged but kept."""
     blocks = [_drop_table(rejections)] if rejections else [paragraph("Nothing was dropped.")]
     if any(each.examples for each in rejections):
         blocks.append(folded("Examples", _example_table(rejections)))
@@ -28,9 +28,9 @@ def drop_section(
     if tags:
         tagged = count_table(list(tags.items()), "filter", whole=num_samples)
         blocks += [heading("Flagged by a filter but kept"), tagged]
-    note = "A pair is one caption of one image or sound in the input."
+    note = "A pair is one caption of one image or audio clip in the input."
     if kept.subset is not None:
-        note += " Drops are those of the whole dataset, not of the subset."
+        note += " The counts cover the whole dataset, not only the subset."
     return Section("Dropped pairs", blocks, note=note)
 
 
@@ -88,13 +88,13 @@ def _copies(statistics: DatasetStatistics) -> list[Markup]:
         return [paragraph("No two samples have the same media bytes.")]
     summary = (
         f"{hashes.num_repeated:,} files occur more than once; {num_extra:,} samples "
-        f"({percent_text(num_extra, hashes.num_filled)}) have the media of an earlier one."
+        f"({percent_text(num_extra, hashes.num_filled)}) have the same media as an earlier sample."
     )
     rows = [
         (f"{num:,}", ", ".join(keys) + (", ..." if num > len(keys) else ""))
         for num, keys in statistics.duplicate_keys
     ]
-    return [paragraph(summary), table(("samples", "keys, of the largest groups"), rows)]
+    return [paragraph(summary), table(("samples", "keys (largest groups)"), rows)]
 
 
 def _found(duplicates: DuplicateStatistics, views: MediaViews) -> list[Markup]:
@@ -110,11 +110,11 @@ def _found(duplicates: DuplicateStatistics, views: MediaViews) -> list[Markup]:
         ),
     ]
     if inside:
-        blocks += [heading("Dropped for a sample of this dataset"), _match_table(inside)]
+        blocks += [heading("Dropped as duplicates of this dataset"), _match_table(inside)]
     if outside:
-        title = "Dropped for a sample of another dataset, such as an evaluation set"
+        title = "Dropped as duplicates of another dataset, such as an evaluation set"
         blocks += [heading(title), _match_table(outside)]
-    blocks += [heading("Examples, the least similar first"), _match_examples(duplicates, views)]
+    blocks += [heading("Examples, least similar first"), _match_examples(duplicates, views)]
     return blocks
 
 
@@ -138,4 +138,4 @@ def _match_examples(duplicates: DuplicateStatistics, views: MediaViews) -> Marku
                 match += breakable(shortened(each.match_dataset))
             rows.append((each.method, f"{example.similarity:.3f}", dropped, match))
     header = ("method", "similarity", "dropped", "match")
-    return table(header, rows[:MOST_MATCHES_SHOWN], numeric={1})
+    return table(header, rows[:MAX_MATCHES_SHOWN], numeric={1})

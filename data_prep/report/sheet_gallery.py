@@ -1,4 +1,4 @@
-"""Sample gallery: thumbnails and short audio excerpts inside the page."""
+"""Sample gallery: thumbnails and short audio excerpts, embedded in the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from data_prep.media.audio_file import audio_seconds
 from data_prep.media.decode import MediaError, decode_audio, decode_image
-from data_prep.report.html import OWN_PACKAGE, badge, media_frame, picture, render, sound
+from data_prep.report.html import OWN_PACKAGE, badge, media_frame, render, sound, thumbnail
 from data_prep.report.numbers import bytes_text, number_text, shortened
 from data_prep.shards.sample import (
     CorruptSampleError,
@@ -25,7 +25,7 @@ from data_prep.shards.subset import KeptSamples
 SOUND_RATE_HZ = 16_000
 SOUND_SECONDS = 3.0
 MAX_SIDE = 180  # pixels of a thumbnail
-MOST_CAPTIONS = 5
+MAX_CAPTIONS = 5
 
 
 def spread_ranks(num_samples: int, *, num_shown: int, seed: int) -> list[int]:
@@ -46,7 +46,7 @@ class MediaViews:
         self.of = lru_cache(maxsize=None)(self._make)
 
     def _make(self, ordinal: int) -> tuple[Markup, str]:
-        """Returns (thumbnail or player, size in words); a damaged sample gets a badge."""
+        """Returns (thumbnail or player, description of the size); a badge for a damaged sample."""
         try:
             sample = self.kept.dataset.read_sample(ordinal)
             view, size = _small_media(sample, self.kept.info.media)
@@ -64,7 +64,7 @@ def _small_media(sample: Sample, media: str) -> tuple[Markup, str]:
     if media == "image":
         pixels = decode_image(content, extension)
         height, width = pixels.shape[:2]
-        view = picture(pixels, max_side=MAX_SIDE, alt=f"picture of sample {sample.key}")
+        view = thumbnail(pixels, max_side=MAX_SIDE, alt=f"image of sample {sample.key}")
         return view, f"{width} x {height}, {size}"
     waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
     seconds, rate = audio_seconds(content)
@@ -81,7 +81,7 @@ class _SampleCard:
     captions: list[str] = field(default_factory=list)
     num_more: int = 0  # captions that are not shown
     facts: str = ""
-    error: str | None = None  # of a damaged sample, shown instead of its text
+    error: str | None = None  # set for a damaged sample, and shown instead of its captions
 
 
 def sample_cards(views: MediaViews, ranks: list[int]) -> Markup:
@@ -105,7 +105,7 @@ def _sample_card(views: MediaViews, ordinal: int) -> _SampleCard:
     return _SampleCard(
         view,
         size,
-        captions=[shortened(caption) for caption in captions[:MOST_CAPTIONS]],
-        num_more=max(0, len(captions) - MOST_CAPTIONS),
+        captions=[shortened(caption) for caption in captions[:MAX_CAPTIONS]],
+        num_more=max(0, len(captions) - MAX_CAPTIONS),
         facts=", ".join(facts),
     )

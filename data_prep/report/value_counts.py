@@ -1,4 +1,4 @@
-"""Counts, quantiles and histograms of one measure of a dataset's samples, computed by duckdb."""
+"""Counts, quantiles and histograms of one measure of a dataset's samples, computed by DuckDB."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 QUANTILES = (0.05, 0.5, 0.95)
-# Measures with at most this many different values are listed; others get a histogram.
-MOST_LISTED_VALUES = 12
-TOO_LARGE = 1e100  # no axis can show it
+# Measures with at most this many distinct values are listed; others are shown as histograms.
+MAX_LISTED_VALUES = 12
+TOO_LARGE = 1e100  # larger values are excluded, because no axis can show them
 NUM_MOST_FREQUENT = 40
 _SIGNED_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 WHOLE_TYPES = {*_SIGNED_TYPES, *(f"U{name}" for name in _SIGNED_TYPES)}
 NUMBER_TYPES = WHOLE_TYPES | {"FLOAT", "DOUBLE"}
-MOST_BINS = 32
-# Ratio of maximum to median from which even bins would put half of the values into few bins.
+MAX_BINS = 32
+# Bins are logarithmic above this ratio of maximum to median: with even bins, half of the values
+# would fall into few bins.
 LONG_TAIL = 8
 
 
@@ -44,28 +45,28 @@ class Histogram:
 
     edges: list[float]  # [bins + 1]
     counts: list[int]  # [bins]
-    is_in_ratios: bool  # whether the bins are for a logarithmic axis
+    is_logarithmic: bool  # whether the bins are for a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Spread:
     """The range and quantiles of numbers."""
 
-    least: float
-    quantiles: tuple[float, ...]  # at QUANTILES: least value with this fraction at or below it
-    largest: float
-    histogram: Histogram | None  # None: at most MOST_LISTED_VALUES different values
+    minimum: float
+    quantiles: tuple[float, ...]  # at QUANTILES: smallest value with this fraction at or below it
+    maximum: float
+    histogram: Histogram | None  # None: at most MAX_LISTED_VALUES distinct values
 
 
 @dataclass(frozen=True)
 class ValueCounts:
     """Counts of the values of a measure."""
 
-    num_filled: int = 0  # without NULL, NaN and values of TOO_LARGE size
+    num_filled: int = 0  # number of values except NULL, NaN and values above TOO_LARGE
     num_distinct: int = 0
-    num_repeated: int = 0  # values that occur more than once
+    num_repeated: int = 0  # number of distinct values that occur more than once
     most_frequent: list[tuple[Any, int]] = field(default_factory=list)
-    least_count: int = 0  # of the rarest value
+    smallest_count: int = 0  # count of the rarest value
     spread: Spread | None = None  # None: not numeric
 
 
@@ -83,7 +84,7 @@ def count_column(connection: DuckDBPyConnection, column: str) -> ValueCounts:
 def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCounts:
     """Counts the values of a measure in one pass over the samples.
 
-    The table `value_counts` has one row per distinct value; duckdb spills it to disk if needed.
+    The table `value_counts` has one row per distinct value; DuckDB spills it to disk if needed.
     """
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE value_counts AS "
@@ -93,7 +94,7 @@ def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCount
     # Deleted here, so that the expression is computed only once per row.
     is_left_out = f" OR NOT abs(value) < {TOO_LARGE}" if kind in ("FLOAT", "DOUBLE") else ""
     connection.execute(f"DELETE FROM value_counts WHERE value IS NULL{is_left_out}")
-    num_filled, num_distinct, num_repeated, least_count = one_row(
+    num_filled, num_distinct, num_repeated, smallest_count = one_row(
         connection,
         "SELECT sum(num)::BIGINT, count(*), count(*) FILTER (num > 1), min(num) FROM value_counts",
     )
@@ -106,7 +107,7 @@ def count_values(connection: DuckDBPyConnection, measure: Measure) -> ValueCount
         num_distinct=num_distinct,
         num_repeated=num_repeated,
         most_frequent=connection.execute(frequent, [NUM_MOST_FREQUENT]).fetchall(),
-        least_count=least_count,
+        smallest_count=smallest_count,
         spread=_spread(connection, num_filled, num_distinct, is_whole=is_whole)
         if kind in NUMBER_TYPES
         else None,
@@ -119,18 +120,18 @@ def _spread(
     quantiles = ", ".join(
         f"min(value) FILTER (up_to >= {quantile} * {num_filled})" for quantile in QUANTILES
     )
-    least, *found, largest = one_row(
+    minimum, *found, maximum = one_row(
         connection,
         f"WITH running AS (SELECT value, sum(num) OVER (ORDER BY value) AS up_to FROM value_counts)"
         f" SELECT min(value), {quantiles}, max(value) FROM running",
     )
     histogram = None
-    if num_distinct > MOST_LISTED_VALUES:
+    if num_distinct > MAX_LISTED_VALUES:
         median = found[QUANTILES.index(0.5)]
-        edges, is_in_ratios = histogram_edges(least, median, largest, is_whole=is_whole)
+        edges, is_logarithmic = histogram_edges(minimum, median, maximum, is_whole=is_whole)
         counts = _bin_counts(connection, edges, is_whole=is_whole)
-        histogram = Histogram(edges, counts, is_in_ratios)
-    return Spread(least, tuple(found), largest, histogram)
+        histogram = Histogram(edges, counts, is_logarithmic)
+    return Spread(minimum, tuple(found), maximum, histogram)
 
 
 def _bin_counts(
@@ -148,51 +149,51 @@ def _bin_counts(
 
 
 def histogram_edges(
-    least: float, median: float, largest: float, *, is_whole: bool
+    minimum: float, median: float, maximum: float, *, is_whole: bool
 ) -> tuple[list[float], bool]:
-    """Chooses the bins of a histogram with round edges, in even steps or, for long tails, ratios.
+    """Chooses round bin edges for a histogram; bins are logarithmic for long-tailed values.
 
     Args:
-        least: least value.
+        minimum: minimum of the values.
         median: median of the values.
-        largest: largest value, above `least`.
-        is_whole: whether all values are integers. The edges then are integers, too.
+        maximum: maximum of the values, above `minimum`.
+        is_whole: whether all values are integers; the edges are then also integers.
 
     Returns:
-        (edges, are_ratios); the first edge is at most `least`, the last one is above `largest`.
+        (edges, is_logarithmic); the first edge is at most `minimum`, the last is above `maximum`.
     """
-    if least > 0 and largest > LONG_TAIL * median:
-        return _ratio_edges(least, largest, is_whole=is_whole), True
-    return _step_edges(least, largest, is_whole=is_whole), False
+    if minimum > 0 and maximum > LONG_TAIL * median:
+        return _ratio_edges(minimum, maximum, is_whole=is_whole), True
+    return _step_edges(minimum, maximum, is_whole=is_whole), False
 
 
-def _ratio_edges(least: float, largest: float, *, is_whole: bool) -> list[float]:
+def _ratio_edges(minimum: float, maximum: float, *, is_whole: bool) -> list[float]:
     """Chooses up to four bins per doubling; edges are exact in binary: 1, 1.25, 1.5, 1.75, 2."""
     from matplotlib.ticker import LogLocator
 
-    low, high = math.frexp(least)[1] - 1, math.frexp(largest)[1]
-    parts = next((parts for parts in (4, 2) if parts * (high - low) <= MOST_BINS), 1)
-    locator = LogLocator(base=2, subs=1 + np.arange(parts) / parts, numticks=MOST_BINS + 1)
+    low, high = math.frexp(minimum)[1] - 1, math.frexp(maximum)[1]
+    parts = next((parts for parts in (4, 2) if parts * (high - low) <= MAX_BINS), 1)
+    locator = LogLocator(base=2, subs=1 + np.arange(parts) / parts, numticks=MAX_BINS + 1)
     edges = locator.tick_values(math.ldexp(1, low), math.ldexp(1, high)).tolist()
     if is_whole:
         edges = [int(edge) for edge in edges if edge == int(edge)]
-    start = max(index for index, edge in enumerate(edges) if edge <= least)
-    end = min(index for index, edge in enumerate(edges) if edge > largest)
+    start = max(index for index, edge in enumerate(edges) if edge <= minimum)
+    end = min(index for index, edge in enumerate(edges) if edge > maximum)
     return edges[start : end + 1]
 
 
-def _step_edges(least: float, largest: float, *, is_whole: bool) -> list[float]:
+def _step_edges(minimum: float, maximum: float, *, is_whole: bool) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
-    low, high = Decimal(least), Decimal(largest)
-    locator = MaxNLocator(MOST_BINS, steps=(1, 2, 5, 10), integer=is_whole)
+    low, high = Decimal(minimum), Decimal(maximum)
+    locator = MaxNLocator(MAX_BINS, steps=(1, 2, 5, 10), integer=is_whole)
     ticks = locator.tick_values(0, float(high - low))
     # Decimal, because multiples of a step such as 0.05 are not round in binary.
     step = Decimal(f"{ticks[1] - ticks[0]:.0e}")
     index = (low / step).to_integral_value("ROUND_FLOOR")
     number = int if is_whole else float
     edges = [number(index * step)]
-    while edges[-1] <= largest:
+    while edges[-1] <= maximum:
         index += 1
         edges.append(number(index * step))
     return edges

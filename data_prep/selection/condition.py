@@ -1,6 +1,6 @@
 """Validation of an SQL condition over the columns of a view.
 
-Statements, subqueries, files and functions whose value differs between runs are refused.
+Statements, subqueries, file access and nondeterministic functions are refused.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str
 
     Args:
         connection: database that contains the view.
-        condition: SQL, such as "height >= 256 and language = 'en'".
+        condition: SQL expression, such as "height >= 256 and language = 'en'".
         view: view whose columns the condition may use.
 
     Raises:
-        InputError: if it is not a condition, or uses something that is not allowed. For an unknown
+        InputError: if the text is not a condition, or uses a refused feature. For an unknown
             column, the message suggests the nearest names.
     """
     import duckdb
@@ -52,7 +52,7 @@ def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str
 
 
 def _syntax_tree(connection: DuckDBPyConnection, condition: str, what: str) -> dict[str, Any]:
-    """Parses the condition with duckdb; the newline ends a comment in the condition."""
+    """Parses the condition with DuckDB; the newline ends a comment in the condition."""
     query = f"SELECT ({condition}\n)"
     text = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchone()[0]
     tree = json.loads(text)
@@ -98,11 +98,11 @@ def _check_nodes(connection: DuckDBPyConnection, nodes: list[dict[str, Any]], wh
         name = str(node.get("function_name", "")).lower()
         if name == "unnest":
             raise InputError(
-                f"{what}: expected one value per sample, found unnest(), which yields several; "
+                f"{what}: expected one value per sample, found unnest(), which returns several; "
                 "use, for example, list_contains or list_any_value"
             )
         if name in changing_functions:
             raise InputError(
-                f"{what}: {name}() returns a different value in every run, and a subset must be "
-                "reproducible; for a random part use, for example, hash(uid) % 10 = 0"
+                f"{what}: {name}() returns a different value in every run, but a subset must be "
+                "reproducible; for a random fraction use, for example, hash(uid) % 10 = 0"
             )

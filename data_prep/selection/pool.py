@@ -38,7 +38,7 @@ class Step:
 
 
 class SamplePool:
-    """The remaining samples, in a small table, so that the Parquet files are read only once.
+    """The remaining samples, held in a small table so that the Parquet files are read only once.
 
     Args:
         table: table of all samples.
@@ -46,7 +46,7 @@ class SamplePool:
         top: fraction and column for `keep_top`; None: no such step.
 
     Raises:
-        InputError: if `where` is not a valid condition, or `top` names no numeric column.
+        InputError: if `where` is not a valid condition, or the column of `top` is not numeric.
     """
 
     def __init__(self, table: SampleTable, *, where: str | None, top: TopFraction | None) -> None:
@@ -107,7 +107,7 @@ class SamplePool:
         return Step(f"drop {path}", self._count("true"))
 
     def bitmap(self) -> np.ndarray:
-        """Returns bool [num_samples], by ordinal: whether each sample is left."""
+        """Returns bool [num_samples], by ordinal: whether each sample remains."""
         num_samples = self.table.info.num_samples
         bitmap = np.zeros(num_samples, dtype=bool)
         for start in range(0, num_samples, ORDINALS_AT_ONCE):
@@ -120,7 +120,7 @@ class SamplePool:
 
 
 def value_of_top(table: SampleTable, top: TopFraction) -> str:
-    """Builds the SQL expression for the column that `top` names; NaN becomes NULL.
+    """Builds the SQL expression for the column of `top`; NaN is replaced by NULL.
 
     Raises:
         InputError: if there is no such column, or it is not numeric.

@@ -1,8 +1,8 @@
-"""The samples of a dataset as a duckdb view over its Parquet files, scores and embeddings.
+"""The samples of a dataset as a DuckDB view over its Parquet files, scores and embeddings.
 
-Each row of the view `samples` is a sample. The columns are those of the shards' Parquet files,
-those of joined scores, clip_score if embeddings are joined, and isopair_ordinal, the ordinal of the
-sample. Nothing is held in memory, because duckdb reads the files again for each query.
+Each row of the view `samples` is a sample. It has the columns of the shards' Parquet files and of
+joined scores, and isopair_ordinal, the ordinal of the sample. If embeddings are joined, it also has
+a column clip_score. No sample is kept in memory: DuckDB reads the files for each query.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def open_duckdb(*, memory_gb: float, workers: int) -> Iterator[DuckDBPyConnectio
 
 @contextmanager
 def duckdb_errors(what: str) -> Iterator[None]:
-    """Converts errors of duckdb to InputErrors whose message begins with `what`."""
+    """Converts errors of DuckDB to InputErrors whose message begins with `what`."""
     import duckdb
 
     try:
@@ -57,7 +57,7 @@ def _first_line(error: Exception) -> str:
 
 
 def text_literal(text: object) -> str:
-    """Returns a text as an SQL literal."""
+    """Returns a string as an SQL literal."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
@@ -72,7 +72,7 @@ def files_literal(files: Sequence[Path]) -> str:
 
 
 def unknown_column_message(name: str, columns: Sequence[str]) -> str:
-    """Builds the message for an unknown column, with the nearest names or all of them."""
+    """Builds the error message for an unknown column, with the nearest column names or all."""
     nearest = difflib.get_close_matches(name.lower(), columns, n=3, cutoff=0.6)
     if nearest:
         return f"there is no column {name!r}; did you mean {' or '.join(map(repr, nearest))}?"
@@ -94,7 +94,7 @@ class SampleTable:
         self.connection = connection
         self.dataset = dataset
         self.info, self.manifest = read_dataset_files(dataset)
-        self.notes: list[str] = []  # joined files, in words
+        self.notes: list[str] = []  # descriptions of the joined files
         self.files: list[Path] = []  # all files that the view reads
         if not self.manifest:
             raise InputError(f"{dataset}: expected samples, found an empty dataset")
@@ -116,7 +116,7 @@ class SampleTable:
         for path in files:
             if not path.exists():
                 raise InputError(
-                    f"{path}: expected the columns of a shard, found no such file; make it with "
+                    f"{path}: expected the columns of a shard, found no such file; create it with "
                     "python -m data_prep.make_shards or index_shards"
                 )
         self.files += files
@@ -157,7 +157,7 @@ class SampleTable:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of the view `samples`: name -> duckdb type."""
+        """The columns of the view `samples`: name -> DuckDB type."""
         view = self.connection.view("samples")
         return dict(zip(view.columns, map(str, view.types), strict=True))
 
@@ -167,16 +167,16 @@ class SampleTable:
     # ----------------------------------------------------------------------------------- scores
 
     def join_scores(self, pattern: str, *, number: int, downloads: Path) -> None:
-        """Joins the columns of a user's Parquet files by uid; samples without a row get NULL.
+        """Joins the columns of a user's Parquet files by uid; NULL for samples without a row.
 
         Args:
             pattern: path, URL or glob pattern of the files.
-            number: index of this call; must be unique.
-            downloads: folder for copies of remote files, needed while the database is open.
+            number: unique index of this call.
+            downloads: folder for copies of remote files; required while the database is open.
 
         Raises:
-            InputError: if no file or no column uid exists, or a uid is duplicate. Also if a column
-                already exists, or no uid belongs to the dataset.
+            InputError: if there is no file or no column uid, or a uid is duplicate. Also if a
+                column already exists, or no uid belongs to the dataset.
         """
         files = local_copies(pattern, downloads=downloads / f"scores_{number}")
         self.files += files
@@ -276,5 +276,6 @@ class SampleTable:
         )
         self._make_view()
         self.notes.append(
-            f"embeddings {folder}: of {rows:,} samples, {self.info.num_samples - rows:,} have none"
+            f"embeddings {folder}: {rows:,} samples have embeddings, "
+            f"{self.info.num_samples - rows:,} have none"
         )

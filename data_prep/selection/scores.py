@@ -10,7 +10,7 @@ from data_prep.storage.remote_file import glob_files, is_pattern, join, local_pa
 
 
 def local_copies(pattern: str, *, downloads: Path) -> list[Path]:
-    """Lists the files of a path, URL or glob pattern, after copying remote ones.
+    """Lists the files of a path, URL or glob pattern; remote files are copied first.
 
     Args:
         pattern: path, URL or glob pattern.

@@ -1,4 +1,4 @@
-"""Columns of a shard's Parquet file, which describe each sample for people, filters and reports.
+"""Columns of a shard's Parquet file, which describes each sample for users, filters and reports.
 
 Row n of `00000000.parquet` describes sample n of `00000000.tar`. Training never reads these files.
 """
@@ -16,17 +16,17 @@ from data_prep.errors import InputError
 KeptType = Literal["bool", "int64", "double", "string"]
 FIRST_COLUMNS = [
     ("key", pyarrow.string()),  # the sample's key in the tar
-    ("uid", pyarrow.string()),  # the user's own identifier, or the key if there is none
+    ("uid", pyarrow.string()),  # the user's identifier; the key if there is none
     ("captions", pyarrow.list_(pyarrow.string())),
     ("class_name", pyarrow.string()),
-    ("language", pyarrow.string()),  # of the first caption, if detected
+    ("language", pyarrow.string()),  # language of the first caption, if detected
     (
         "marks",
         pyarrow.list_(pyarrow.string()),
     ),  # filters that flagged the sample without dropping it
-    ("extension", pyarrow.string()),  # of the media member
-    ("bytes", pyarrow.int64()),  # of the media member
-    ("sha256", pyarrow.string()),  # of the media member
+    ("extension", pyarrow.string()),  # extension of the media member
+    ("bytes", pyarrow.int64()),  # size of the media member
+    ("sha256", pyarrow.string()),  # sha256 of the media member
 ]
 # The names are keys of the dictionaries that data_prep.media.{preparation,*_fingerprint} return.
 MEASURES = {
@@ -37,21 +37,21 @@ MEASURES = {
         ("source_width", pyarrow.int32()),
         ("is_reencoded", pyarrow.bool_()),
         ("phash", pyarrow.uint64()),  # perceptual hash
-        ("phash_mirrored", pyarrow.uint64()),  # of the horizontally mirrored image
-        ("signature", pyarrow.binary()),  # confirms candidates that phash finds
+        ("phash_mirrored", pyarrow.uint64()),  # perceptual hash of the mirrored image
+        ("signature", pyarrow.binary()),  # thumbnail that confirms candidates found by phash
     ],
     "audio": [
         ("seconds", pyarrow.float64()),  # as stored
         ("sample_rate_hz", pyarrow.int32()),
         ("channels", pyarrow.int32()),
-        ("start_seconds", pyarrow.float64()),  # of a clip that was cut from a longer recording
-        ("source_seconds", pyarrow.float64()),  # before cutting
+        ("start_seconds", pyarrow.float64()),  # start of the clip in the recording
+        ("source_seconds", pyarrow.float64()),  # length of the recording before cutting
         ("is_reencoded", pyarrow.bool_()),
         ("fingerprint", pyarrow.binary()),  # spectral fingerprint
     ],
 }
 LAST_COLUMNS = [
-    ("source", pyarrow.string()),  # media path or URL as the input gave it
+    ("source", pyarrow.string()),  # media path or URL as given in the input
     ("source_row", pyarrow.int64()),  # line or row number in the input, from 1
 ]
 KEPT_TYPES = {
@@ -74,7 +74,7 @@ def shard_schema(media_kind: str, *, kept: Mapping[str, KeptType]) -> pyarrow.Sc
 
 
 def own_columns(media_kind: str) -> set[str]:
-    """Returns the names that kept columns must not have."""
+    """Returns the names of built-in columns, which kept columns must not have."""
     return {name for name, _ in (*FIRST_COLUMNS, *MEASURES[media_kind], *LAST_COLUMNS)}
 
 
@@ -82,18 +82,18 @@ def check_kept_names(names: Iterable[str], *, media_kind: str) -> None:
     """Checks that no column to keep has the name of a built-in column.
 
     Raises:
-        InputError: if one has.
+        InputError: if a name is already in use.
     """
     taken = own_columns(media_kind).intersection(names)
     if taken:
         raise InputError(
             f"keep_columns: {', '.join(sorted(taken))}: built-in Parquet columns have these names; "
-            "rename your columns in the input, or leave them out"
+            "rename your columns in the input, or remove them from keep_columns"
         )
 
 
 class KeptTypes:
-    """Collects, for each column to keep, the narrowest type that holds all its values."""
+    """Collects the narrowest type for each column to keep that can represent all its values."""
 
     def __init__(self, columns: Iterable[str]):
         self.known: dict[str, KeptType | None] = dict.fromkeys(columns)
@@ -121,13 +121,13 @@ class KeptTypes:
             if kind is None:
                 raise InputError(
                     f"{found_in}: keep_columns: {name!r} has no value in any row; check its "
-                    "spelling, or leave it out"
+                    "spelling, or remove it"
                 )
         return {name: kind for name, kind in self.known.items() if kind is not None}
 
 
 def type_of(value: Any) -> KeptType | None:
-    """Returns the narrowest type that holds a value; None for a missing value."""
+    """Returns the narrowest type that can represent a value; None for a missing value."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -138,7 +138,7 @@ def type_of(value: Any) -> KeptType | None:
 
 
 def common_type(first: KeptType | None, second: KeptType | None) -> KeptType | None:
-    """Returns the narrowest type that holds the values of two types."""
+    """Returns the narrowest type that can represent the values of two types."""
     if first == second or second is None:
         return first
     if first is None:
@@ -147,7 +147,7 @@ def common_type(first: KeptType | None, second: KeptType | None) -> KeptType | N
 
 
 def kept_value(value: Any, kind: KeptType) -> Any:
-    """Converts a value of a column to keep to the column's type."""
+    """Converts a value to the type of its column."""
     if value is None:
         return None
     if kind == "double":

@@ -1,10 +1,10 @@
-"""Random access to a dataset of shards: tars that any WebDataset reader opens, each with an index.
+"""Random access to a dataset of shards: WebDataset tars with indexes.
 
     dataset.json          DatasetInfo: version, media kind, totals, drops by reason, fingerprint
     manifest.jsonl        one ManifestRow per shard
     00000000.tar          ustar; the members of a sample are adjacent and share their key
     00000000.idx          ShardIndex: offset, size and CRC32 of every member
-    00000000.parquet      columns for people, filters and reports; training never reads it
+    00000000.parquet      columns for users, filters and reports; training never reads it
 
 A shard is finished if and only if its `.idx` matches its tar; the `.idx` is written last.
 """
@@ -28,7 +28,7 @@ from data_prep.shards.sample import BadShardError, CorruptSampleError, Sample, s
 
 NUM_OPEN_TARS = 128
 NUM_OPEN_INDEXES = 1024  # memory-mapped, so that all processes of a machine share them
-MAX_OPENINGS = 5  # of a file that is evicted again and again
+MAX_OPENINGS = 5  # attempts to open a file that is evicted repeatedly
 Opened = TypeVar("Opened")
 
 
@@ -37,11 +37,11 @@ class Dataset:
 
     Args:
         folder: folder that holds dataset.json.
-        fetch_shard: downloads a shard on demand. It is called with the shard's manifest row before
-            the shard's files are opened, and raises BadShardError or OSError. None: all shards are
-            local, and the constructor checks their sizes.
+        fetch_shard: function that downloads a shard on demand. It is called with the shard's
+            manifest row before the shard's files are opened, and may raise BadShardError or
+            OSError. None: all shards are local, and the constructor checks their sizes.
         takes_bad_shards: whether to record missing and truncated shards in `bad_shards` instead of
-            refusing the dataset. Reading one of their samples then raises BadShardError.
+            raising an error. Reading one of their samples then raises BadShardError.
 
     Raises:
         InputError: if the dataset is missing or unfinished.
@@ -73,7 +73,7 @@ class Dataset:
         self._tar_name = lru_cache(maxsize=NUM_OPEN_TARS)(lambda shard: str(self.tar_path(shard)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state without open files, so that loader processes can receive it."""
+        """Returns the state without open files, so that it can be sent to loader processes."""
         caches = ("_index", "_tar_descriptor", "_tar_name")
         return {name: value for name, value in vars(self).items() if name not in caches}
 
@@ -107,7 +107,7 @@ class Dataset:
         shard, position = self.locate(ordinal)
         tar = self._tar_descriptor(shard)
         sample, bad = self._read_checked(tar.number, shard, position, fields)
-        # The bytes of a tar that was evicted meanwhile (no links left) say nothing about the shard.
+        # If the tar was evicted in the meantime (no links remain), a mismatch proves no damage.
         for _ in range(MAX_OPENINGS):
             if not bad or os.fstat(tar.number).st_nlink > 0:
                 break
@@ -129,11 +129,11 @@ class Dataset:
         """Returns (sample, extensions of members with a CRC32 mismatch)."""
         index = self._index(shard)
         entries = index.entries_at(position)
-        first_block = min(block for block, _, _ in entries.values()) - 1  # the key's header
+        first_block = min(block for block, _, _ in entries.values()) - 1  # header with the key
         wanted = {
             name: entry for name, entry in entries.items() if fields is None or name in fields
         }
-        # The members are adjacent: one read covers them, and the key's header if all are wanted.
+        # Members are adjacent: one read covers them, and the header with the key if all are read.
         start_block = first_block
         if len(wanted) < len(entries):
             start_block = min((block for block, _, _ in wanted.values()), default=first_block)
@@ -183,9 +183,9 @@ class Dataset:
         return self._opened(shard, read_index)
 
     def _opened(self, shard: int, open_file: Callable[[], Opened]) -> Opened:
-        """Fetches the shard if needed, and returns what `open_file` returns; records bad shards.
+        """Fetches the shard if needed, and returns the result of `open_file`; records bad shards.
 
-        A fetched file may be evicted before it is opened; it is then fetched again.
+        A file that is evicted before it is opened is fetched again.
         """
         if shard in self.bad_shards:
             raise BadShardError(self.bad_shards[shard])
@@ -241,7 +241,7 @@ def _key_in(header: bytes) -> str:
 
 
 def plain_member_name(header: bytes) -> str:
-    """Returns the name in a member's ustar header; PAX and GNU headers before it are ignored."""
+    """Returns the name in a member's ustar header; preceding PAX and GNU headers are ignored."""
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0":
         prefix = header[345:500].partition(b"\0")[0]

@@ -1,4 +1,4 @@
-"""Validation of Parquet embeddings against the dataset that they were computed from."""
+"""Validation of embeddings in Parquet files against the dataset that they were computed from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_embeddings(folder: Path, fingerprint: str) -> None:
         found = record["dataset_fingerprint"]
     except OSError as error:
         raise InputError(
-            f"{path}: expected finished embeddings: {error.strerror}; make them, or finish them, "
+            f"{path}: expected finished embeddings: {error.strerror}; create or finish them "
             "with python -m eval.embed"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -32,5 +32,5 @@ def check_embeddings(folder: Path, fingerprint: str) -> None:
     if found != fingerprint:
         raise InputError(
             f"{folder}: embeddings of a different dataset, with fingerprint {found}; expected "
-            f"{fingerprint}; make them with python -m eval.embed"
+            f"{fingerprint}; create them with python -m eval.embed"
         )

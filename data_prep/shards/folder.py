@@ -1,9 +1,9 @@
-"""A dataset folder while commands write into it: lock, plan, finished shards, closing files.
+"""A dataset folder to which commands write: lock, plan, finished shards, manifest.
 
-lock_folder        one command at a time writes into a folder, or several, each its own part
-begin_plan         plan.json records the settings and input; a different plan is refused
-index_if_finished  a shard is finished if and only if its index matches its tar
-finish_dataset     manifest.jsonl, then dataset.json
+lock_folder        locks the folder for one command, or one part of it for each of several commands
+begin_plan         records the settings and input in plan.json; a different plan is refused
+index_if_finished  reads the index of a shard; the shard is finished if its index matches its tar
+finish_dataset     writes manifest.jsonl, then dataset.json
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from data_prep.versions import package_version
 log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
-# Names that make_shards writes, and would mistake for its own files or delete.
+# Names of files that make_shards writes; it would reuse or delete other files with such names.
 OWN_NAME = re.compile(
     r".*\.(tar|idx)|\d{8}\.parquet|dataset\.json|manifest\.jsonl|rejected(\.jsonl)?|plan|downloads"
 )
-# As storage.atomic.temporary_name builds them: .<file>.<host>.<process>.tmp
+# Names that storage.atomic.temporary_name builds: .<file>.<host>.<process>.tmp
 TEMPORARY_NAME = re.compile(
     r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
 )
@@ -48,18 +48,18 @@ TEMPORARY_NAME = re.compile(
 
 @contextmanager
 def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
-    """Makes the folder and holds its lock; yields whether the file system supports locks.
+    """Creates the folder and holds its lock; yields True if the file system supports locks.
 
-    A command that locks the whole folder first removes the temporary files of dead attempts.
+    A command that locks the whole folder first removes the temporary files of interrupted attempts.
 
     Args:
         folder: dataset folder.
-        part: None excludes every other command. "i/n" excludes all commands except those for
-            other parts with the same n.
+        part: part that the command writes, such as "0/8". Other commands may then write other parts
+            with the same total. If None, no other command may write.
 
     Raises:
-        InputError: if another command is writing into the folder or into this part of it. A part
-            with another n counts, too, because it shares shards with this one.
+        InputError: if another command is writing into the folder or into this part of it. Parts
+            with a different n are also excluded, because they share shards with this part.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -69,15 +69,15 @@ def lock_folder(folder: Path, *, part: str | None = None) -> Iterator[bool]:
             path.touch()
             is_locked = _lock(path, fcntl.LOCK_EX, stack) and is_locked
             for other in _locks_of_other_totals(folder, part):
-                with ExitStack() as looked_at:
-                    _lock(other, fcntl.LOCK_SH, looked_at)
+                with ExitStack() as probe:
+                    _lock(other, fcntl.LOCK_SH, probe)
         elif is_locked:
             remove_leftovers(folder)
         try:
             yield is_locked
         finally:
             with suppress(OSError):
-                folder.rmdir()  # if nothing was written into it
+                folder.rmdir()  # fails, and is ignored, unless the folder is empty
 
 
 def _locks_of_other_totals(folder: Path, part: str) -> list[Path]:
@@ -92,7 +92,7 @@ def _lock(path: Path, kind: int, stack: ExitStack) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
-            f"{path}: another command is writing into this folder; wait for it to end"
+            f"{path}: another command is writing into this folder; wait until it has ended"
         ) from None
     except OSError as error:  # some network file systems do not support locks
         log.warning("%s: cannot be locked (%s); run one command at a time", path, error)
@@ -101,7 +101,7 @@ def _lock(path: Path, kind: int, stack: ExitStack) -> bool:
 
 
 def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> None:
-    """Removes the temporary files of dead attempts.
+    """Removes the temporary files of interrupted attempts.
 
     Args:
         folder: locked dataset folder.
@@ -125,11 +125,11 @@ def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".
     Args:
         folder: dataset folder.
         made_from: command, settings and input of this attempt; compared with plan.json.
-        plan_folder: path of the folder of plan.json, relative to `folder`.
+        plan_folder: folder that contains plan.json, relative to `folder`.
 
     Raises:
-        InputError: if settings or input differ, or the folder holds other files. The message names
-            the keys or the first file.
+        InputError: if settings or input differ, or the folder contains other files. The message
+            includes the differing keys or the first file.
     """
     path = folder / plan_folder / PLAN_FILE
     if not path.exists():
@@ -155,10 +155,10 @@ def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".
 
 
 def begin_plan(folder: Path, made_from: dict[str, Any]) -> None:
-    """Checks the plan and writes it, before any shard is written.
+    """Checks the plan and writes it before any shard is written.
 
     Raises:
-        InputError: as `check_plan`.
+        InputError: in the same cases as `check_plan`.
     """
     path = folder / PLAN_FILE
     check_plan(folder, made_from)

@@ -5,7 +5,7 @@ A `.idx` file is, little-endian:
     8 bytes               magic b"ISOIDX1\\n"
     uint32                length of the header in bytes, a multiple of 4
     header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256,
-                          rejected, and marked and long_keys unless empty
+                          rejected; also marked and long_keys if they are not empty
     uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
                           bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
                           absent
@@ -36,11 +36,10 @@ class ShardIndex:
     table: np.ndarray  # uint32 [n, k, 3]: data block, size in bytes, crc32
     tar_bytes: int
     tar_sha256: str
-    rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs dropped on writing
-    marked: dict[str, int] = field(
-        default_factory=dict
-    )  # filter -> samples that it flagged but kept
-    # Position in the shard -> key, for foreign tars that keep it in a PAX or GNU header.
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> number of dropped pairs
+    # filter -> number of samples flagged but kept
+    marked: dict[str, int] = field(default_factory=dict)
+    # Position in the shard -> key, for foreign tars that store the key in a PAX or GNU header.
     long_keys: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -78,13 +77,13 @@ class ShardIndex:
             is_mapped: whether to memory-map the table instead of reading it.
 
         Raises:
-            InputError: if the file is missing, damaged, or has another format version.
+            InputError: if the file is missing or damaged, or has a different format version.
         """
         try:
             content = _mapped_bytes(path) if is_mapped else path.read_bytes()
         except FileNotFoundError:
             raise InputError(
-                f"{path}: no index; make it with python -m data_prep.index_shards"
+                f"{path}: no index; create it with python -m data_prep.index_shards"
             ) from None
         if content[:8] != INDEX_MAGIC:
             raise InputError(f"{path}: expected an index ({INDEX_MAGIC!r}), found {content[:8]!r}")

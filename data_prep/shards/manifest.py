@@ -1,4 +1,4 @@
-"""`dataset.json` and `manifest.jsonl`: totals of a dataset and one row per shard."""
+"""The files `dataset.json` (totals of a dataset) and `manifest.jsonl` (one row per shard)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One shard, a line of `manifest.jsonl`."""
+    """A line of `manifest.jsonl`, which describes one shard."""
 
     name: str  # stem of the shard's files
     num_samples: int
@@ -42,14 +42,12 @@ class DatasetInfo:
     num_samples: int
     num_shards: int
     tar_bytes: int
-    fingerprint: str  # of the manifest: equal data has equal fingerprints
-    rejected: dict[str, int] = field(default_factory=dict)  # pairs dropped, by reason
-    marked: dict[str, int] = field(
-        default_factory=dict
-    )  # samples that a filter flagged but kept, by filter
-    preparation: dict[str, Any] = field(
-        default_factory=dict
-    )  # command and config that made the dataset
+    fingerprint: str  # fingerprint of the manifest; equal data has equal fingerprints
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> number of dropped pairs
+    # filter -> number of samples flagged but kept
+    marked: dict[str, int] = field(default_factory=dict)
+    # command and config that created the dataset
+    preparation: dict[str, Any] = field(default_factory=dict)
     num_pairs: int | None = None  # pairs in the input, including dropped ones; None: unknown
     isopair_version: str = ""
     tar_folder: str = "."  # relative to this folder
@@ -57,7 +55,7 @@ class DatasetInfo:
 
 
 def fingerprint_of(rows: Sequence[ManifestRow]) -> str:
-    """Returns a SHA-256 over the content of the shards in order; their names have no effect."""
+    """Returns the SHA-256 over the content of the shards in order, independent of their names."""
     canonical = [[row.num_samples, row.tar_sha256, row.index_sha256] for row in rows]
     return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
 
@@ -90,17 +88,17 @@ def write_dataset_files(
 
 
 def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
-    """Reads dataset.json and manifest.jsonl, without comparing them.
+    """Reads dataset.json and manifest.jsonl without comparing them.
 
     Raises:
-        InputError: if one is missing or damaged, or has another format version.
+        InputError: if a file is missing or damaged, or has a different format version.
     """
     try:
         info_text = (folder / "dataset.json").read_bytes()
         manifest_text = (folder / "manifest.jsonl").read_bytes()
     except OSError as error:
         raise InputError(
-            f"{error.filename}: expected a dataset of shards: {error.strerror}; make one with "
+            f"{error.filename}: expected a dataset of shards: {error.strerror}; create one with "
             "python -m data_prep.make_shards, or index existing tars with "
             "python -m data_prep.index_shards; if only this file is lost, "
             f"{REPAIR_ADVICE}"
@@ -115,7 +113,7 @@ def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
     """Parses the content of a dataset.json.
 
     Raises:
-        InputError: if it is damaged, or has another format version.
+        InputError: if it is damaged, or has a different format version.
     """
     try:
         values = json.loads(content)
@@ -133,7 +131,7 @@ def parse_manifest(content: bytes, path: Path | str) -> list[ManifestRow]:
     """Parses the content of a manifest.jsonl.
 
     Raises:
-        InputError: if a line is damaged, or its name points outside the folder.
+        InputError: if a line is damaged, or the name of a shard points outside the folder.
     """
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
@@ -148,7 +146,7 @@ def parse_manifest(content: bytes, path: Path | str) -> list[ManifestRow]:
 
 
 def _checked_types(record: Record) -> Record:
-    """Returns the record if all values have the types that its class declares; else ValueError."""
+    """Returns the record; raises ValueError if a value does not have its declared type."""
     try:
         _types_of(type(record)).validate_json(json.dumps(asdict(record)), strict=True)
     except ValidationError as error:

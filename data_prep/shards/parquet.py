@@ -1,6 +1,6 @@
-"""A shard's Parquet file, built from the samples of its tar.
+"""Parquet file of a shard, built from the samples of its tar.
 
-index_shards and repairs use it. make_shards writes richer rows, from its input.
+Used by index_shards and by repairs; make_shards writes additional columns from its input.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def measure_media(sample: Sample, media_kind: str) -> dict[str, Any]:
-    """Computes the columns `MEASURES` of a sample's image or audio, which is not re-encoded.
+    """Computes the columns `MEASURES` of a sample's image or audio without re-encoding it.
 
     Raises:
-        MediaError: if it cannot be decoded, or exceeds the limits of the default settings.
+        MediaError: if the media cannot be decoded, or exceeds the limits of the default settings.
     """
     prepared = prepare_media(
         sample.members[media_extension(sample, media_kind)],
@@ -66,7 +66,7 @@ def row_of(
         sample: sample with all its members.
         media_kind: "image" or "audio".
         measures: result of `measure_media`; empty if the media cannot be decoded.
-        kept: type of each key of the .json member to keep.
+        kept: type of each kept key of the .json member.
         source: name of the tar; None if unknown.
         source_row: number of the sample in the tar, from 1; None if unknown.
     """
@@ -100,10 +100,10 @@ def write_shard_parquet(path: Path, table: pyarrow.Table) -> None:
 
 
 def read_shard_parquet(path: Path, *, columns: Sequence[str] | None = None) -> pyarrow.Table:
-    """Reads a shard's Parquet file, with the checksums of its pages.
+    """Reads a shard's Parquet file and verifies the checksums of its pages.
 
     Raises:
-        InputError: if the file is missing, damaged or no Parquet file.
+        InputError: if the file is missing or damaged, or is not a Parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -114,7 +114,7 @@ def read_shard_parquet(path: Path, *, columns: Sequence[str] | None = None) -> p
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged Parquet: {error}") from None
+        raise InputError(f"{path}: damaged Parquet file: {error}") from None
 
 
 def kept_types_of(schema: pyarrow.Schema, media_kind: str) -> dict[str, KeptType]:
@@ -123,7 +123,7 @@ def kept_types_of(schema: pyarrow.Schema, media_kind: str) -> dict[str, KeptType
     return {field.name: str(field.type) for field in schema if field.name not in built_in}
 
 
-class RowMender:
+class RepairedRows:
     """Collects Parquet rows for the samples of a repaired tar.
 
     Rows of the old file are reused if they match their sample; others are measured again.
@@ -155,12 +155,12 @@ class RowMender:
     def _measure(self, sample: Sample) -> dict[str, Any]:
         try:
             measures = measure_media(sample, self.media_kind)
-        except MediaError:  # the sample stays in the tar; verify_shards with decode=true names it
+        except MediaError:  # the sample stays in the tar; verify_shards with decode=true reports it
             measures = {}
         return row_of(sample, media_kind=self.media_kind, measures=measures, kept=self.kept)
 
     def count_tags(self) -> dict[str, int]:
-        """Counts the rows that carry each tag of the column `marks`."""
+        """Counts the rows per tag in the column `marks`."""
         return dict(Counter(tag for row in self.rows for tag in row["marks"] or ()))
 
     def to_table(self) -> pyarrow.Table:

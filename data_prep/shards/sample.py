@@ -1,4 +1,4 @@
-"""A sample of a shard: members, captions and metadata, and errors for damaged data."""
+"""Sample of a shard: members, captions and metadata, and errors for damaged data."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def split_member_name(name: str) -> tuple[str, str]:
 
 
 def media_kind_of(extension: str) -> str | None:
-    """Returns the kind of media of an extension: "image", "audio" or None."""
+    """Returns the kind of media of an extension, "image" or "audio"; None for other extensions."""
     return next((kind for kind, known in MEDIA_EXTENSIONS.items() if extension in known), None)
 
 
 def media_extension_of(members: Iterable[str], media_kind: str) -> str | None:
-    """Returns the alphabetically first extension among `members` of this kind of media."""
+    """Returns the first extension of a kind of media, in alphabetical order; None without one."""
     known = (extension for extension in sorted(members) if media_kind_of(extension) == media_kind)
     return next(known, None)
 
@@ -71,7 +71,9 @@ def captions_of(sample: Sample) -> list[str]:
             found = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
             captions = [text.strip() for text in found if isinstance(text, str) and text.strip()]
             if not captions:
-                raise CorruptSampleError(f"{sample}: .json: {key} holds no text: {found!r}")
+                raise CorruptSampleError(
+                    f"{sample}: .json: expected text in {key}, found {found!r}"
+                )
             return captions
     try:
         caption = sample.members.get("txt", b"").decode("utf-8").strip()
@@ -95,5 +97,7 @@ def metadata_of(sample: Sample) -> dict[str, Any]:
     except ValueError as error:
         raise CorruptSampleError(f"{sample}: .json is not JSON: {error}") from None
     if not isinstance(metadata, dict):
-        raise CorruptSampleError(f"{sample}: .json holds {type(metadata).__name__}, not an object")
+        raise CorruptSampleError(
+            f"{sample}: .json: expected an object, found {type(metadata).__name__}"
+        )
     return metadata

@@ -1,4 +1,4 @@
-"""A subset of a dataset, stored as one bit per sample; no shard is rewritten.
+"""Subset of a dataset, stored as one bit per sample; no shard is rewritten.
 
 A `.subset` file is, little-endian:
 
@@ -8,8 +8,8 @@ A `.subset` file is, little-endian:
                           fingerprint, preparation
     uint8 [(n + 7) // 8]  bit n % 8 of byte n // 8: whether sample n of the dataset is kept
 
-A sample has two numbers. Its *ordinal* is its index in the whole dataset and identifies it; its
-*rank* is its index among the kept samples. Each is computed from the other without a list.
+A sample has two numbers. Its *ordinal* is its index in the whole dataset, and identifies it. Its
+*rank* is its index among the kept samples. Conversion in either direction needs no list of samples.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from data_prep.shards.sample import Sample
 from data_prep.storage.atomic import write_atomically
 
 SUBSET_MAGIC = b"ISOSUB1\n"
-BLOCK_BYTES = 64  # cumulative counts are stored per block, that is, per 512 samples
+BLOCK_BYTES = 64  # cumulative counts are stored per block of 512 samples
 # [256, 8]: position of the n-th set bit in a byte.
 _POSITION_IN_BYTE = np.argsort(
     1 - np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
     axis=1,
     kind="stable",
 )
-QUERIES_AT_ONCE = 16384  # bounds the memory of a search
+QUERIES_AT_ONCE = 16384  # limits the memory use of a search
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
     """The samples of a dataset that are kept.
 
-    Equal selections from equal data have equal fingerprints, however they were made.
+    Equal selections from equal data have equal fingerprints, regardless of their preparation.
     """
 
     dataset_fingerprint: str
-    num_samples: int  # of the whole dataset
+    num_samples: int  # number of samples in the whole dataset
     bits: np.ndarray  # uint8 [(num_samples + 7) // 8]
     preparation: dict[str, Any] = field(default_factory=dict)  # command and settings
-    path: Path | None = None  # file that it was read from
+    path: Path | None = None  # file from which the subset was read
 
     @classmethod
     def from_bitmap(
@@ -63,7 +63,7 @@ class Subset:
         Args:
             info: description of the whole dataset.
             bitmap: bool [num_samples], by ordinal; True keeps the sample.
-            preparation: JSON-serializable record of how the subset was made.
+            preparation: JSON-serializable record of the command and settings.
         """
         assert bitmap.shape == (info.num_samples,) and bitmap.dtype == bool
         bits = np.packbits(bitmap, bitorder="little")
@@ -90,13 +90,13 @@ class Subset:
         """Reads a subset.
 
         Raises:
-            InputError: if the file is missing, damaged, or has another format version.
+            InputError: if the file is missing or damaged, or has a different format version.
         """
         try:
             content = path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{path}: expected a subset: {error.strerror}; make one with "
+                f"{path}: expected a subset: {error.strerror}; create one with "
                 "python -m data_prep.make_subset"
             ) from None
         if content[:8] != SUBSET_MAGIC:
@@ -114,7 +114,7 @@ class Subset:
             subset._check_against(header)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: damaged subset ({error}); make it again with "
+                f"{path}: damaged subset ({error}); create it again with "
                 "python -m data_prep.make_subset"
             ) from None
         return subset
@@ -142,16 +142,16 @@ class Subset:
         if (self.dataset_fingerprint, self.num_samples) != expected:
             raise InputError(
                 f"{self.path or 'subset'}: belongs to a dataset of {self.num_samples:,} samples "
-                f"with fingerprint {self.dataset_fingerprint}, not to this one of "
-                f"{info.num_samples:,} samples with fingerprint {info.fingerprint}; make a subset "
-                "of this dataset with python -m data_prep.make_subset"
+                f"with fingerprint {self.dataset_fingerprint}, not to this dataset of "
+                f"{info.num_samples:,} samples with fingerprint {info.fingerprint}; create a "
+                "subset of this dataset with python -m data_prep.make_subset"
             )
 
     # ---------------------------------------------------------------------------------- numbers
 
     @property
     def bitmap(self) -> np.ndarray:
-        """Bool [num_samples], by ordinal: whether each sample is kept."""
+        """Kept samples by ordinal, bool [num_samples]."""
         return np.unpackbits(self.bits, count=self.num_samples, bitorder="little").view(bool)
 
     @cached_property
@@ -166,7 +166,7 @@ class Subset:
 
     @cached_property
     def _blocks(self) -> np.ndarray:
-        """Uint8 [blocks, BLOCK_BYTES]: the bits, padded with zeros."""
+        """Bits padded with zeros, uint8 [blocks, BLOCK_BYTES]."""
         num_blocks = len(self.bits) // BLOCK_BYTES + 1
         blocks = np.zeros(num_blocks * BLOCK_BYTES, dtype=np.uint8)
         blocks[: len(self.bits)] = self.bits
@@ -174,7 +174,7 @@ class Subset:
 
     @cached_property
     def _kept_before_block(self) -> np.ndarray:
-        """Int64 [blocks + 1]: number of kept samples before each block; the last is the total."""
+        """Number of kept samples before each block, and the total: int64 [blocks + 1]."""
         counts = np.bitwise_count(self._blocks).sum(axis=1, dtype=np.int64)
         return np.concatenate([[0], np.cumsum(counts)])
 
@@ -184,9 +184,8 @@ class Subset:
 
     def _ordinals_of(self, ranks: np.ndarray) -> np.ndarray:
         block = np.searchsorted(self._kept_before_block, ranks, side="right") - 1
-        left = (
-            ranks - self._kept_before_block[block]
-        )  # kept samples of the block that precede this one
+        # Number of kept samples in the block that precede the sample.
+        left = ranks - self._kept_before_block[block]
         in_block = self._blocks[block]  # [n, BLOCK_BYTES]
         up_to_byte = np.cumsum(np.bitwise_count(in_block), axis=1, dtype=np.int64)
         byte = (up_to_byte <= left[:, None]).sum(axis=1)
@@ -210,11 +209,11 @@ class Subset:
 
 
 class KeptSamples:
-    """A dataset, or the part of it that a subset keeps, read by rank.
+    """A dataset, or the samples of it that a subset keeps, read by rank.
 
     Args:
         dataset: the dataset or its folder.
-        subset: path of the `.subset` file. None keeps everything; ranks then equal ordinals.
+        subset: path of the `.subset` file. None keeps all samples; ranks are then ordinals.
 
     Raises:
         InputError: if the dataset or subset is missing or damaged, or they do not belong together.
@@ -242,7 +241,7 @@ class KeptSamples:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the dataset, followed by that of the subset if there is one."""
+        """Fingerprint of the dataset, followed by the fingerprint of the subset if there is one."""
         if self.subset is None:
             return self.info.fingerprint
         return f"{self.info.fingerprint} subset {self.subset.fingerprint}"

@@ -1,6 +1,6 @@
 """Indexing of an existing tar, optionally with a Parquet file of its samples.
 
-headers, payloads -> samples with CRC32 -> without incomplete and undecodable ones (counted)
+headers, payloads -> samples with CRC32 -> drop and count incomplete and undecodable samples
                   -> .parquet (if `measure`), then .idx
 """
 
@@ -39,11 +39,11 @@ from data_prep.storage.atomic import write_atomically
 
 @dataclass(frozen=True)
 class IndexTask:
-    """What a worker needs to index one tar."""
+    """A worker's task: the tar to index."""
 
     tar_path: Path
     index_path: Path
-    name: str  # of the shard
+    name: str  # name of the shard
     media_kind: str
     skip_incomplete: bool
     measure: bool
@@ -51,7 +51,7 @@ class IndexTask:
 
     @property
     def parquet_path(self) -> Path:
-        """Next to the index."""
+        """Path of the Parquet file, next to the index."""
         return self.index_path.with_name(f"{self.index_path.name.removesuffix('.idx')}.parquet")
 
 
@@ -65,7 +65,7 @@ class TarSample:
 
 @dataclass
 class TarTable:
-    """The samples that the index of a tar will list, without their bytes."""
+    """The samples that the index of a tar will contain, without their bytes."""
 
     keys: list[str] = field(default_factory=list)
     entries: list[dict[str, tuple[int, int, int]]] = field(default_factory=list)
@@ -99,7 +99,7 @@ class TarTable:
             )
 
     def _long_keys(self, tar: BinaryIO) -> dict[int, str]:
-        """Returns the keys that only a PAX or GNU header holds, by position."""
+        """Returns {position: key} for keys that only a PAX or GNU header contains."""
         long_keys = {}
         for position, (key, entries) in enumerate(zip(self.keys, self.entries, strict=True)):
             first_block = min(block for block, _, _ in entries.values())
@@ -110,7 +110,7 @@ class TarTable:
 
 
 def index_tar(task: IndexTask) -> list[str]:
-    """Writes the sidecar files of a tar, or nothing if it has problems; returns the problems."""
+    """Writes the sidecar files of a tar unless it has problems; returns the problems."""
     table, rows, left_out = TarTable(), [], []
     try:
         for number, found in enumerate(read_tar_samples(task.tar_path), start=1):
@@ -136,7 +136,7 @@ def index_tar(task: IndexTask) -> list[str]:
 
 
 class _LeftOutError(ValueError):
-    """Raised for a sample that the index must leave out."""
+    """Raised for a sample that the index must not contain."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -144,7 +144,7 @@ class _LeftOutError(ValueError):
 
 
 def _checked_row(sample: Sample, *, task: IndexTask, number: int) -> dict[str, Any]:
-    """Checks a sample and returns its Parquet row; {} without `measure`.
+    """Checks a sample and returns its Parquet row; {} if `measure` is not set.
 
     Raises:
         _LeftOutError: if the sample is incomplete, or its media cannot be decoded.
@@ -170,7 +170,7 @@ def check_completeness(sample: Sample, media_kind: str) -> None:
     """Checks that a sample has media and a caption.
 
     Raises:
-        _LeftOutError: if it lacks media of the kind, or a caption.
+        _LeftOutError: if the sample has no media of this kind, or no caption.
     """
     if not any(media_kind_of(extension) == media_kind for extension in sample.members):
         found = ", ".join(sorted(sample.members))
@@ -191,7 +191,7 @@ def _write_rows(task: IndexTask, rows: list[dict[str, Any]]) -> None:
 def kept_types_of_tar(tar_path: Path, names: tuple[str, ...]) -> dict[str, KeptType | None]:
     """Finds the type of each key to keep in the .json members of a tar.
 
-    Scanning stops at damage, which indexing reports later.
+    The scan stops at the first damage, which indexing reports later.
     """
     types = KeptTypes(names)
     with tar_path.open("rb") as tar:
@@ -220,8 +220,8 @@ def read_tar_samples(path: Path) -> Iterator[TarSample]:
     """Yields the samples of a tar in order, including incomplete ones.
 
     Raises:
-        BadTarError: as `read_members`, or if the members of a sample are not adjacent, or a member
-            or key is duplicate.
+        BadTarError: in the same cases as `read_members`, or if the members of a sample are not
+            adjacent, or a member or key is duplicate.
     """
     seen: set[str] = set()
     with path.open("rb") as tar:

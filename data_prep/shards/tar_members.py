@@ -1,8 +1,8 @@
-"""Reading of tar headers, with checks for damage and for members that a dataset must not hold.
+"""Reader of tar headers, with checks for damage and for members that a dataset must not contain.
 
-Python's tarfile stops silently at a damaged header and at a cut between two members. Here, a tar
-must end with its end-of-archive blocks and hold only ordinary files with plain names.
-`find_members`, in contrast, continues after damage to recover the remaining members.
+Python's tarfile stops silently at a damaged header, or if the tar is truncated between two members.
+`read_members` requires the end-of-archive blocks, and only regular files with plain names.
+`find_members` continues after damage to recover the remaining members.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ EXTENSION_HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An ordinary file in a tar."""
+    """A regular file in a tar."""
 
     name: str
-    data_block: int  # start of its content, in blocks of 512 bytes
+    data_block: int  # start of the content, in blocks of 512 bytes
     num_bytes: int
 
     @property
     def key(self) -> str:
-        """The key of its sample."""
+        """Key of the sample."""
         return split_member_name(self.name)[0]
 
     @property
     def extension(self) -> str:
-        """The rest of its name, without the first dot."""
+        """Rest of the name after the key, without the first dot."""
         return split_member_name(self.name)[1]
 
 
@@ -59,19 +59,19 @@ class BadTarError(InputError):
 def read_members(path: Path) -> Iterator[Member]:
     """Yields the members of samples in a tar, in order.
 
-    Folders and names that WebDataset readers skip are left out: names without an extension, hidden
+    Folders and files that WebDataset readers ignore are skipped: names without an extension, hidden
     files and `__name__`.
 
     Raises:
-        BadTarError: if the tar is compressed, damaged or truncated. Also if it holds a link, a
-            device, a sparse file, or a name that points outside its folder.
+        BadTarError: if the tar is compressed, damaged or truncated. Also if it contains a link, a
+            device, a sparse file, or a name that points outside the folder.
     """
     _refuse_compressed(path)
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_CappedTarInfo) as tar:
                 for info in tar:
-                    tar.members = []  # else tarfile keeps every header in memory
+                    tar.members = []  # otherwise tarfile keeps all headers in memory
                     _check_type(info, path)
                     if info.isreg() and _is_sample_name(_check_name(info.name, path)):
                         yield Member(info.name, info.offset_data // BLOCK_BYTES, info.size)
@@ -82,10 +82,10 @@ def read_members(path: Path) -> Iterator[Member]:
 
 
 def find_members(path: Path) -> Iterator[Member | None]:
-    """Yields the members of a damaged tar that have a valid header and all their bytes.
+    """Yields the members of a damaged tar that have a valid header and are complete.
 
-    Only plain ustar headers are supported, as ShardWriter writes them. Yields None wherever
-    something is missing, between two members or at the end.
+    Only plain ustar headers are supported, which ShardWriter writes. Yields None wherever something
+    is missing between two members or at the end.
     """
     tar_bytes = path.stat().st_size
     offset, num_skipped, is_damaged = 0, 0, False
@@ -109,11 +109,11 @@ def find_members(path: Path) -> Iterator[Member | None]:
 
 
 def member_at(header: bytes, *, data_block: int) -> Member | None:
-    """Parses a ustar header; returns None if it is damaged or not that of a sample's member.
+    """Parses a ustar header; returns None if it is damaged, or the member is not part of a sample.
 
     Args:
         header: block of a tar whose members have no PAX or GNU headers.
-        data_block: index of the block after it, where the content starts.
+        data_block: index of the block after the header, where the content starts.
     """
     try:
         info = _CappedTarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -130,10 +130,10 @@ class _CappedTarInfo(tarfile.TarInfo):
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _CappedTarInfo:
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0:
-            raise BadTarError(f"{info.name}: a member of {info.size} bytes")
+            raise BadTarError(f"{info.name}: invalid member size of {info.size} bytes")
         if info.type in EXTENSION_HEADERS and info.size > MAX_LONG_NAME_BYTES:
             raise BadTarError(
-                f"{info.name}: expected a name header of at most {MAX_LONG_NAME_BYTES} bytes, "
+                f"{info.name}: expected a long-name header of at most {MAX_LONG_NAME_BYTES} bytes, "
                 f"found {info.size}"
             )
         return info
@@ -152,10 +152,10 @@ def _refuse_compressed(path: Path) -> None:
 
 def _check_type(info: tarfile.TarInfo, path: Path) -> None:
     if info.size < 0:  # a PAX header may declare any size
-        raise BadTarError(f"{path}: {info.name}: a member of {info.size} bytes")
+        raise BadTarError(f"{path}: {info.name}: invalid member size of {info.size} bytes")
     if info.issparse() or not (info.isreg() or info.isdir()):
         kind = "a sparse file" if info.issparse() else f"type {info.type!r} (a link or device)"
-        raise BadTarError(f"{path}: {info.name}: expected an ordinary file, found {kind}")
+        raise BadTarError(f"{path}: {info.name}: expected a regular file, found {kind}")
 
 
 def _check_name(name: str, path: Path) -> str:
@@ -177,7 +177,7 @@ def _is_sample_name(name: str) -> bool:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Checks that at least two zero blocks, and nothing but zeros, follow the last member."""
+    """Checks that at least two zero blocks, and only zeros, follow the last member."""
     with path.open("rb") as file:
         file.seek(end)
         num_zeros = 0

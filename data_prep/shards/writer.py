@@ -1,7 +1,7 @@
-"""Writer of a shard: a byte-reproducible ustar and its index.
+"""Writer of a shard: a byte-reproducible ustar file and its index.
 
-Equal samples give equal bytes, because time, owner and mode of source files are not stored. The tar
-is written under a temporary name; `finish` renames the tar and then writes the index.
+Equal samples produce equal bytes, because time, owner and mode of source files are not stored. The
+tar is written under a temporary name; `finish` renames the tar and then writes the index.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from data_prep.storage.atomic import (
 # Tar files end with two zero blocks.
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 WRITE_BUFFER_BYTES = 2**20
-# Smaller members are written with their header in one call; larger ones are not copied.
+# Members below this size are written in one call with their header; larger members are not copied.
 JOINED_BYTES = 4096
 
 NAME_BYTES, PREFIX_BYTES = 100, 155
 # A ustar header is name, RIGHTS, size, TIME, checksum, KIND, prefix, 12 zero bytes.
 RIGHTS = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, owner, group
 TIME = b"%011o\0" % 0
-KIND = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(80)  # an ordinary file, no link, no names
+KIND = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(80)  # regular file, no link, no owner names
 # Sum of all constant bytes; the checksum field counts as eight spaces.
 CONSTANT_SUM = sum(RIGHTS + TIME + b" " * 8 + KIND)
 
@@ -144,10 +144,10 @@ class ShardWriter:
 
 
 def ustar_header(name: str, size: int) -> bytes:
-    """Builds the header block of an ordinary file, with fixed owner, time and mode.
+    """Builds the header block of a regular file, with fixed owner, time and mode.
 
     Raises:
-        ValueError: if the name does not fit into 100 bytes, with up to 155 more for its folders.
+        ValueError: if the name does not fit into 100 bytes plus 155 bytes for its folders.
     """
     prefix, short_name = _split_name(name.encode("utf-8"))
     size_digits = b"%011o\0" % size
@@ -173,7 +173,7 @@ def _split_name(name: bytes) -> tuple[bytes, bytes]:
     short_name += name[PREFIX_BYTES + 1 :]
     if not prefix or len(short_name) > NAME_BYTES:
         raise ValueError(
-            f"member name of {len(name)} bytes: expected at most {NAME_BYTES} bytes after a slash "
-            f"within the first {PREFIX_BYTES + 1}, as ustar can hold; found {name.decode()}"
+            f"member name of {len(name)} bytes: ustar allows at most {NAME_BYTES} bytes after a "
+            f"slash within the first {PREFIX_BYTES + 1}; found {name.decode()}"
         )
     return prefix, short_name

@@ -1,7 +1,7 @@
 """Pairs and media from a folder written by Hugging Face's `Dataset.save_to_disk`.
 
 The folder holds Arrow files (IPC streams), ordered by its state.json. Local files are
-memory-mapped, so only the bytes that are accessed are read. The place of a pair's bytes is
+memory-mapped, so that only the accessed bytes are read. The place of a pair's bytes is
 "<offset of its record batch in the file>:<row in the batch>".
 """
 
@@ -54,7 +54,7 @@ def arrow_files(folder: str) -> InputFiles:
     """Lists the Arrow files of a dataset folder, in the dataset's order.
 
     Raises:
-        InputError: as `read_huggingface`.
+        InputError: in the same cases as `read_huggingface`.
     """
     splits = _read_json(folder, "dataset_dict.json")
     if splits is not None:
@@ -117,7 +117,7 @@ def _open_arrow(path: str) -> Iterator[Any]:
 
 
 def _record_batches(path: str) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-    """Yields (offset, batch) of a stream, and fails if the stream is cut short."""
+    """Yields (offset, batch) of a stream, and fails if the stream is truncated."""
     import pyarrow
 
     with _open_arrow(path) as file:
@@ -147,7 +147,7 @@ class ArrowMedia:
     Args:
         path: path or URL of the file.
         column: name of the media column.
-        max_bytes: limit above which media are rejected unread.
+        max_bytes: media above this limit are rejected without being read.
     """
 
     def __init__(self, path: str, *, column: str, max_bytes: int):

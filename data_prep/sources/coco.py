@@ -1,4 +1,4 @@
-"""Pairs from COCO captions: one JSON with a list of images and a list of annotations."""
+"""Pairs from COCO captions: a JSON file with a list of images and a list of annotations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FILE_NAME = "file_name"
 
 
 def read_coco(source: PairSource) -> Iterator[Pair]:
-    """Yields the captions of every image, in the file's order of images.
+    """Yields the captions of every image, in the order of images in the file.
 
-    The row of a pair is the number of its image. In `source.columns`, media, class_name and uid
-    name keys of an image, such as coco_url and id; caption names a key of an annotation.
+    The row of a pair is the number of its image. In `source.columns`, media, class_name and uid are
+    keys of an image, such as coco_url and id; caption is a key of an annotation.
 
     Raises:
-        InputError: if a file is unreadable, or does not hold COCO captions.
+        InputError: if a file is unreadable, or does not contain COCO captions.
     """
     files = files_of_input(source.input, "coco")
     first_row = 0
@@ -46,7 +46,7 @@ def _read_lists(path: str) -> tuple[list[Any], list[Any]]:
     try:
         values = json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON of COCO captions: {error}") from None
+        raise InputError(f"{path}: expected COCO captions in JSON: {error}") from None
     lists = [
         values.get(key) if isinstance(values, dict) else None for key in ("images", "annotations")
     ]
@@ -81,7 +81,7 @@ def _pairs(
         found = captions.pop(str(image["id"]), None)
         if found is None:
             media = str(image.get(media_key) or "")
-            yield rejected_media(row, media, "missing_caption", "it has no annotation")
+            yield rejected_media(row, media, "missing_caption", "the image has no annotation")
             continue
         yield from pairs_of_row(
             row=row,

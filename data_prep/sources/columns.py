@@ -26,7 +26,7 @@ class TableColumns:
 
     Args:
         columns: column name of each role.
-        keep_columns: names of further columns to keep.
+        keep_columns: names of additional columns to keep.
         schema: schema of the table.
         path: path of the table, for messages.
 
@@ -59,12 +59,12 @@ class TableColumns:
         for name in keep_columns:
             kind = schema.field(name).type
             if _is_bytes(kind) or _is_media_struct(kind):
-                raise InputError(f"{path}: keep_columns: {name!r} holds bytes; leave it out")
+                raise InputError(f"{path}: keep_columns: {name!r} contains bytes; remove it")
         self._class_names = _class_names(schema)
 
     @property
     def others(self) -> list[str]:
-        """The columns that pairs are made of, without the media column."""
+        """Names of all required columns except the media column."""
         return [name for name in self._wanted if name != self.media_name]
 
     @property
@@ -86,14 +86,14 @@ class TableColumns:
         """Locates the media of each row.
 
         Args:
-            column: media column as read. None if it was not read because every row has its bytes
-                inline; a struct without its bytes if no row has any.
+            column: media column as read. None if it was not read because every row has inline
+                bytes; a struct without the field `bytes` if no row has inline bytes.
             container: name of the file that holds the table.
             places: place of each row in the container.
 
         Returns:
-            Per row, the path, URL or container, and the place in the container (None for a path
-            or URL).
+            Two lists with an element per row: the path, URL or container, and the place in the
+            container (None for a path or URL).
         """
         name = self.media_name
         if self.holds_paths:
@@ -151,7 +151,7 @@ def media_bytes(column: pyarrow.Array, row: int, *, max_bytes: int) -> bytes:
     if buffer is None:
         raise BadItemError("missing_media_path", "neither bytes nor a path")
     if buffer.size > max_bytes:
-        detail = f"{buffer.size:,} bytes; at most {max_bytes:,} are read"
+        detail = f"{buffer.size:,} bytes; expected at most {max_bytes:,}"
         raise BadItemError("too_large", detail)
     return buffer.to_pybytes()
 
@@ -167,7 +167,7 @@ def text_values(column: pyarrow.Array, *, name: str, path: str) -> list[Any]:
     """Returns the values of a column; bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-        InputError: if such bytes are in lists.
+        InputError: if bytes in a column of lists are not UTF-8.
     """
     import pyarrow
 
@@ -191,7 +191,7 @@ def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
             for name, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (ValueError, KeyError, TypeError, AttributeError):  # another program's metadata
+    except (ValueError, KeyError, TypeError, AttributeError):  # metadata of another program
         return {}
     return {name: names for name, names in labels.items() if isinstance(names, list)}
 

@@ -26,7 +26,8 @@ REMOTE_SIDECARS_AHEAD = 32
 def read_folder(source: PairSource) -> Iterator[Pair]:
     """Yields the pairs of all media in a folder, each with a .json or .txt of the same name.
 
-    Media of the other kind, and other files, are skipped unless they have such a sidecar.
+    Files without a sidecar are skipped unless their extension is one of the configured kind of
+    media.
 
     Raises:
         InputError: if the input is not a folder, or a sidecar cannot be read.
@@ -99,14 +100,15 @@ def _read_sidecars(
 def read_class_folders(source: PairSource) -> Iterator[Pair]:
     """Yields the pairs of a folder that holds one folder of media per class.
 
-    The class is the name of the first folder below the input; `caption_template` gives the caption.
+    The class is the name of the first folder below the input; `caption_template` defines the
+    caption.
 
     Raises:
         InputError: if the input is not a folder, or the template has no {} for the class name.
     """
     if "{}" not in source.caption_template:
         raise InputError(
-            "caption_template: expected a text with {} in place of the class name, found "
+            "caption_template: expected text with {} in place of the class name, found "
             f"{source.caption_template!r}"
         )
     row = 0
@@ -116,7 +118,7 @@ def read_class_folders(source: PairSource) -> Iterator[Pair]:
         row += 1
         class_name, slash, _ = name.partition("/")
         if not slash:
-            detail = "expected the file in the folder of a class"
+            detail = "expected the file in a class folder"
             yield rejected_media(row, name, "no_class_folder", detail)
             continue
         caption = source.caption_template.replace("{}", class_name)

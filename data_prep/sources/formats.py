@@ -59,7 +59,7 @@ def read_pairs(source: PairSource) -> Iterator[Pair]:
 
     Raises:
         InputError: if the input is missing or unreadable, lacks a configured column, or has a
-            format that a setting does not apply to.
+            format for which a setting is not supported.
     """
     file_format = format_of(source)
     _check_settings(source, file_format)
@@ -71,8 +71,8 @@ def _check_settings(source: PairSource, file_format: str) -> None:
         value = getattr(source, name)
         if value != MakeShards.model_fields[name].default and file_format not in formats:
             raise InputError(
-                f"{source.input}: {name}={value} has no meaning for format={file_format}, only "
-                f"for {', '.join(formats)}; leave it out"
+                f"{source.input}: {name}={value} is not supported for format={file_format}, only "
+                f"for {', '.join(formats)}; remove it"
             )
     without_columns = {"folder": ("media",), "webdataset": ("media",)}
     without_columns["class_folders"] = tuple(Columns.model_fields)
@@ -80,20 +80,20 @@ def _check_settings(source: PairSource, file_format: str) -> None:
         value = getattr(source.columns, name)
         if value != Columns.model_fields[name].default:
             raise InputError(
-                f"{source.input}: columns.{name}={value} has no meaning for "
-                f"format={file_format}; leave it out"
+                f"{source.input}: columns.{name}={value} is not supported for "
+                f"format={file_format}; remove it"
             )
 
 
 def input_state(source: PairSource) -> dict[str, Any]:
-    """Describes an input so that a change is noticed.
+    """Describes the state of an input, so that changes are detected.
 
     Returns:
-        The format; the fingerprint of a dataset and subset, or else a digest of the names and
-        sizes of all files. Local manifests add a sha256 of their content.
+        The format, and the fingerprint of a dataset and subset. For other inputs, a digest of the
+        names and sizes of all files; for local manifests, also a sha256 of their content.
 
     Raises:
-        InputError: as `read_pairs`.
+        InputError: in the same cases as `read_pairs`.
     """
     file_format = format_of(source)
     state: dict[str, Any] = {"format": file_format}
@@ -113,7 +113,7 @@ def input_state(source: PairSource) -> dict[str, Any]:
 
 
 def _content_of(files: InputFiles) -> dict[str, str]:
-    # A caption may change without a change of the file's size.
+    # A caption may change while the file's size does not.
     digest = hashlib.sha256()
     for path in map(files.path_of, files.names):
         if (local := remote_file.local_path(path)) is not None:

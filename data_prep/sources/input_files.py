@@ -27,8 +27,8 @@ FORMAT_OF_SUFFIX = {
     ".json": "coco",
     ".tar": "webdataset",
 }
-MAX_ENTRIES_LOOKED_AT = 10_000  # when the format of a folder is detected
-# Extensions of files and members that may be media; the content decides what they really hold.
+MAX_ENTRIES_SCANNED = 10_000  # when the format of a folder is detected
+# Extensions of files and members that may be media; the format is detected by content.
 MEDIA_SUFFIXES = {
     "image": (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
@@ -75,19 +75,19 @@ class InputFiles:
 
 @contextlib.contextmanager
 def readable_input(path: str) -> Iterator[None]:
-    """Converts an OSError about a file that the user named into an InputError.
+    """Converts an OSError about a file given by the user into an InputError.
 
     Raises:
-        InputError: if the block raises an OSError; the message names the file.
+        InputError: if the block raises an OSError; the message includes the file.
     """
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: not readable: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def format_of(source: PairSource) -> str:
-    """Returns the input's format: the configured one, or the one its name and content show.
+    """Returns the input's format: the configured one, or the one detected by name and content.
 
     Raises:
         InputError: if the input does not exist, or its format cannot be detected.
@@ -117,20 +117,20 @@ def _format_of_names(paths: list[str], given: str) -> str:
     if len(suffixes) > 1 or suffixes[0] not in FORMAT_OF_SUFFIX:
         raise InputError(
             f"{given}: expected one of {' '.join(FORMAT_OF_SUFFIX)} or a folder (input), found "
-            f"{' '.join(suffix or 'no extension' for suffix in suffixes)}; name the format with "
+            f"{' '.join(suffix or 'no extension' for suffix in suffixes)}; set the format with "
             "format="
         )
     return FORMAT_OF_SUFFIX[suffixes[0]]
 
 
 def _format_of_folder(folder: str, *, caption_template: str) -> str:
-    # Tars come first: img2dataset writes Parquets and statistics next to them.
+    # Tars are checked first, because img2dataset writes Parquet files and statistics next to them.
     if remote_file.exists(remote_file.join(folder, "dataset.json")):
         return "webdataset"
     for name in ("dataset_dict.json", "state.json"):
         if remote_file.exists(remote_file.join(folder, name)):
             return "huggingface"
-    entries = islice(remote_file.list_files(folder), MAX_ENTRIES_LOOKED_AT)
+    entries = islice(remote_file.list_files(folder), MAX_ENTRIES_SCANNED)
     suffixes = {remote_file.suffix_of(entry.name) for entry in entries}
     for suffix in (".tar", ".parquet"):
         if suffix in suffixes:
@@ -142,7 +142,7 @@ def files_of_input(path: str, file_format: str) -> InputFiles:
     """Lists the files of an input that is a file, a glob, or a folder to search.
 
     Args:
-        path: the input; a path, glob or URL.
+        path: input path, glob or URL.
         file_format: format that selects the files in a folder, by extension.
 
     Raises:
@@ -168,11 +168,11 @@ def check_output_outside_input(output: Path, path: str) -> None:
     """Checks that a later attempt cannot mistake files in the output folder for input.
 
     Args:
-        output: the output folder.
-        path: the input; a path, glob or URL.
+        output: output folder.
+        path: input path, glob or URL.
 
     Raises:
-        InputError: if the output is the searched input folder, or below it.
+        InputError: if the output is the input folder, or below it.
     """
     folder, is_deep = path, True
     if remote_file.is_pattern(path):
@@ -183,8 +183,8 @@ def check_output_outside_input(output: Path, path: str) -> None:
         return
     if resolved == local.resolve() or (is_deep and local.resolve() in resolved.parents):
         raise InputError(
-            f"output={output}: expected a folder outside of {path} (input), because a later "
-            "attempt would take the written files for input; choose another output"
+            f"output={output}: expected a folder outside {path} (input), because a later "
+            "attempt would read the written files as input; choose another output"
         )
 
 
@@ -203,12 +203,12 @@ def state_of_files(files: Iterable[remote_file.FoundFile]) -> dict[str, Any]:
 
 
 def media_root_of(source: PairSource) -> str:
-    """Returns the folder or URL from which relative media paths start."""
+    """Returns the base folder or URL of relative media paths."""
     return input_folder_of(source.input) if source.media_root is None else source.media_root
 
 
 def input_folder_of(path: str) -> str:
-    """Returns the folder or URL from which the names of an input's files start."""
+    """Returns the base folder or URL of the names of an input's files."""
     if remote_file.is_pattern(path):
         return remote_file.folder_of_pattern(path)
     if remote_file.is_folder(path):

@@ -1,7 +1,7 @@
-"""Reads the media file of one item and separates permanent faults from transient ones.
+"""Reader of the media file of one item, which separates permanent errors from transient ones.
 
-A missing, unreadable or oversized file is a fault of the item and rejects it. A transient failure
-of a disk or server is retried, and then stops the run, so that it never changes the dataset.
+An item is rejected if its file is missing, unreadable or too large. A transient failure of a disk
+or server is retried; if it persists, the run stops, so that it cannot change the dataset.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_item_file(path: str, *, max_bytes: int) -> bytes:
 
     Args:
         path: path or URL of the file.
-        max_bytes: limit above which a file is rejected unread.
+        max_bytes: files above this limit are rejected without being read.
 
     Raises:
         BadItemError: with the reason missing_file, not_a_file, unreadable_file, too_large or
@@ -34,7 +34,7 @@ def read_item_file(path: str, *, max_bytes: int) -> bytes:
         RunError: if every attempt failed for a transient reason.
     """
     is_local = remote_file.local_path(path) is not None
-    transient = OSError if is_local else Exception  # fsspec's file systems raise all kinds
+    transient = OSError if is_local else Exception  # fsspec's file systems raise arbitrary errors
 
     def read() -> bytes:
         try:
@@ -55,12 +55,12 @@ def read_item_file(path: str, *, max_bytes: int) -> bytes:
             raise
         raise RunError(
             f"{path}: unreadable after {POLICY.num_attempts} attempts: {error}; run the same "
-            "command again when the disk or server answers: finished shards are kept"
+            "command again when the disk or server is available: finished shards are kept"
         ) from error
 
 
 def _permanent_error(path: str, error: Exception) -> BadItemError | None:
-    """Returns the rejection of the item if the error is a fault of its file, or else None."""
+    """Returns the reason to reject the item if the error is permanent, or else None."""
     if isinstance(error, remote_file.UnknownSchemeError):
         return BadItemError("unknown_scheme", str(error))
     if isinstance(error, (BadItemError, InputError)):
@@ -72,7 +72,7 @@ def _permanent_error(path: str, error: Exception) -> BadItemError | None:
     if isinstance(error, PermissionError):
         return BadItemError("unreadable_file", f"{path}: {error.strerror or error}")
     if isinstance(error, (remote_file.NotAFileError, IsADirectoryError)):
-        return BadItemError("not_a_file", f"{path}: expected an ordinary file")
+        return BadItemError("not_a_file", f"{path}: expected a regular file")
     return None
 
 
@@ -80,7 +80,7 @@ def _read(path: str, max_bytes: int) -> bytes:
     with remote_file.open_binary(path) as file:
         num_bytes = file.seek(0, os.SEEK_END)
         if num_bytes > max_bytes:
-            detail = f"{path}: {num_bytes:,} bytes; at most {max_bytes:,} are read"
+            detail = f"{path}: {num_bytes:,} bytes; expected at most {max_bytes:,}"
             raise BadItemError("too_large", detail)
         file.seek(0)
         return file.read(num_bytes)

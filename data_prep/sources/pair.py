@@ -1,6 +1,6 @@
-"""The pair of media and caption as read from an input, and the reasons that reject it.
+"""A pair of media and caption as read from an input, and the reasons to reject it.
 
-An unusable pair is not dropped where it is read. It carries a short, stable reason, so that it is
+Readers do not drop unusable pairs, but set a short, stable reason, so that every rejected pair is
 counted and listed. A filter either sets such a reason or only adds a mark.
 """
 
@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# Prefix under which dropped clips are counted by filter. A clip dropped while other clips of the
-# same recording stay is not a rejected pair.
+# Prefix of the reasons under which dropped clips are counted. If other clips of the recording are
+# kept, a dropped clip is not a rejected pair.
 CLIP_PREFIX = "clip_"
 
 
@@ -22,13 +22,13 @@ class Pair:
     row: int  # line of the manifest, or number in the input, from 1
     media: str  # path or URL as given, or the file that holds the bytes
     caption: str
-    place: str | None = None  # where the bytes are inside `media`; the format defines the notation
+    place: str | None = None  # location of the bytes in `media`, in a format-specific notation
     class_name: str | None = None
     uid: str | None = None
     kept: str | None = None  # values of keep_columns, as a JSON object
     language: str | None = None
-    marks: tuple[str, ...] = ()  # filters that would have dropped it
-    reason: str | None = None  # why the pair is rejected; None: not rejected so far
+    marks: tuple[str, ...] = ()  # filters that flagged the pair without dropping it
+    reason: str | None = None  # reason of the rejection; None: not rejected so far
     detail: str = ""
 
 
@@ -36,7 +36,7 @@ class Pair:
 class Item:
     """One media file and its captions: the origin of one sample, or of several clips."""
 
-    number: int  # from 0, over the whole input; gives the sample's key
+    number: int  # index in the whole input, from which the sample's key is derived
     media: str
     place: str | None
     pairs: list[Pair]
@@ -62,11 +62,11 @@ def checked_pair(
     kept: str | None = None,
     is_file_name: bool = False,
 ) -> Pair:
-    """Validates the values of a row and returns the pair, with a reason if it is unusable.
+    """Validates the values of a row and returns the pair; sets the reason of an unusable pair.
 
     Args:
         row, media, caption, place, class_name, uid, kept: values of the fields of `Pair`.
-        is_file_name: True if `media` is the name of an existing file, whose spaces are kept.
+        is_file_name: whether `media` is the name of an existing file, whose spaces are kept.
     """
     values = {"media": media, "caption": caption, "class_name": class_name, "uid": uid}
     texts = {name: _text_of(value).strip() for name, value in values.items()}
@@ -87,7 +87,7 @@ def checked_pair(
 
 
 def _text_of(value: Any) -> str:
-    # Tables write NaN for a missing value.
+    # Tables contain NaN for missing values.
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
@@ -106,12 +106,12 @@ def _rejection(texts: dict[str, str], values: dict[str, Any]) -> tuple[str | Non
         if "\0" in text:
             return "nul_character", f"{name}: character {text.index(chr(0))} is NUL"
     if not texts["media"]:
-        return "missing_media_path", "the media column is blank"
+        return "missing_media_path", "the media column is empty"
     if not texts["caption"]:
         return "empty_caption", ""
     return None, ""
 
 
 def unreadable_row(row: int, reason: str, detail: str) -> Pair:
-    """Returns the rejected pair of a row without a readable media path."""
+    """Returns the rejected pair for a row without a readable media path."""
     return Pair(row=row, media="", caption="", reason=reason, detail=detail)

@@ -1,6 +1,6 @@
 """Pairs and media from Parquet files.
 
-The scan never reads inline bytes: the statistics of a row group tell whether it holds any. The
+The scan never reads inline bytes: the statistics of a row group show whether it contains any. The
 place of a pair's bytes is its row number in the file.
 """
 
@@ -20,7 +20,7 @@ from data_prep.sources.columns import (
 )
 from data_prep.sources.input_files import PairSource, files_of_input
 from data_prep.sources.pair import Pair
-from data_prep.sources.rows import start_at_manifest
+from data_prep.sources.rows import resolve_media_paths
 from data_prep.storage import remote_file
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BUFFER_BYTES = 1 << 20  # read-ahead per column
-BATCH_BYTES = 1 << 23  # media decoded at a time
+BATCH_BYTES = 1 << 23  # bytes of media in memory at a time
 
 
 def read_parquet(source: PairSource) -> Iterator[Pair]:
@@ -46,7 +46,7 @@ def read_parquet(source: PairSource) -> Iterator[Pair]:
                 source.columns, source.keep_columns, file.schema_arrow, path=path
             )
             pairs = _pairs_of_file(file, columns, container=name, first_row=first_row)
-            yield from start_at_manifest(pairs, name, media_root=source.media_root)
+            yield from resolve_media_paths(pairs, name, media_root=source.media_root)
             first_row += file.metadata.num_rows
 
 
@@ -55,7 +55,7 @@ def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     """Opens a Parquet file without prefetching any data.
 
     Raises:
-        InputError: if the file is unreadable, or not Parquet.
+        InputError: if the file is unreadable, or is not a Parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -91,9 +91,9 @@ def _pairs_of_file(
 
 
 def _media_column(columns: TableColumns, group: Any) -> str | None:
-    """Returns the part of the media column to read in one row group.
+    """Returns the field of the media column to read in one row group.
 
-    None if every row has its bytes inline.
+    None if every row has inline bytes.
     """
     column = columns.media_name
     if columns.holds_paths:
@@ -115,7 +115,7 @@ class ParquetMedia:
     Args:
         path: path or URL of the file.
         column: name of the media column.
-        max_bytes: limit above which media are rejected unread.
+        max_bytes: media above this limit are rejected without being read.
     """
 
     def __init__(self, path: str, *, column: str, max_bytes: int):
@@ -125,12 +125,11 @@ class ParquetMedia:
         self._opened = open_parquet(path)
         self._file = self._opened.__enter__()
         groups = (self._file.metadata.row_group(n) for n in range(self._file.num_row_groups))
-        self._ends = list(
-            accumulate(group.num_rows for group in groups)
-        )  # last row + 1 of each row group
+        # end row of each row group (exclusive)
+        self._ends = list(accumulate(group.num_rows for group in groups))
         self._batches: Iterator[pyarrow.RecordBatch] = iter(())
         self._batch: pyarrow.RecordBatch | None = None
-        self._start = 0  # first row of the batch in the file
+        self._start = 0  # index in the file of the batch's first row
 
     def read(self, place: str) -> bytes:
         """Reads the bytes in a row.

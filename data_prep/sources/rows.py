@@ -29,7 +29,7 @@ def pairs_of_row(
         row: line or number in the input, from 1.
         media: path or URL, or the file that holds the bytes.
         captions: a text or a list of texts.
-        place: where the bytes are inside `media`.
+        place: location of the bytes in `media`.
         fields: class_name, uid, kept and is_file_name, as in `checked_pair`.
     """
     if not isinstance(captions, list):
@@ -46,8 +46,8 @@ def pairs_of_row(
 def _rejection(pair: Pair) -> tuple[str | None, str]:
     # A relative path must stay inside media_root.
     is_relative = pair.place is None and not remote_file.is_absolute(pair.media)
-    if is_relative and ".." in pair.media and remote_file.leads_outside(pair.media):
-        return "path_outside_root", f"{pair.media}: leads out of media_root"
+    if is_relative and ".." in pair.media and remote_file.points_outside(pair.media):
+        return "path_outside_root", f"{pair.media}: points outside media_root"
     try:
         (pair.kept or "").encode("utf-8")
     except UnicodeEncodeError as error:
@@ -55,7 +55,7 @@ def _rejection(pair: Pair) -> tuple[str | None, str]:
     return None, ""
 
 
-def start_at_manifest(
+def resolve_media_paths(
     pairs: Iterator[Pair], name: str, *, media_root: str | None
 ) -> Iterator[Pair]:
     """Resolves relative media paths against the folder of their manifest.
@@ -83,9 +83,9 @@ def rejected_media(row: int, media: str, reason: str, detail: str) -> Pair:
 
 
 def kept_json(values: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """Serializes the columns to keep that are present as a JSON object; None if there are none.
+    """Serializes the values of the kept columns to a JSON object; None if all are missing.
 
-    A value without a JSON type, such as a date, becomes text.
+    A value without a JSON type, such as a date, is converted to text.
     """
     kept = {name: values[name] for name in names if not _is_absent(values.get(name))}
     return json.dumps(kept, ensure_ascii=False, default=str) if kept else None
@@ -96,7 +96,7 @@ def _is_absent(value: Any) -> bool:
 
 
 def wanted_columns(columns: Columns, keep_columns: Collection[str] = ()) -> dict[str, str]:
-    """Returns required column -> config key that names it."""
+    """Returns {required column: config key that specifies it}."""
     kept = dict.fromkeys(keep_columns, "keep_columns")
     return kept | {column: f"columns.{role}" for role, column in columns if column}
 
@@ -105,7 +105,7 @@ def check_columns(path: str, found: Collection[str], *, wanted: Mapping[str, str
     """Checks that a table has all wanted columns.
 
     Raises:
-        InputError: if a column is missing or duplicate.
+        InputError: if a column is missing, or several have the same name.
     """
     found = list(found)
     if len(set(found)) != len(found):
@@ -133,26 +133,26 @@ def pairs_of_sidecar(
     place: str | None,
     json_bytes: bytes | None,
     txt_bytes: bytes | None,
-    further: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Pair]:
     """Yields the pairs of one media file with captions in a .json, or else in a .txt.
 
     Args:
-        columns: caption, class_name and uid name keys of the .json where they are set.
-        keep_columns: further keys to keep.
+        columns: keys of the caption, class_name and uid in the .json; None for default keys.
+        keep_columns: additional keys to keep.
         row: number in the input, from 1.
         media: path, or the file that holds the bytes.
-        place: where the bytes are inside `media`.
-        json_bytes: content of the .json, or None without one.
-        txt_bytes: content of the .txt, or None without one.
-        further: values for keys that the .json does not have.
+        place: location of the bytes in `media`.
+        json_bytes: content of the .json file; None if there is none.
+        txt_bytes: content of the .txt file; None if there is none.
+        defaults: values for keys that are missing from the .json.
     """
     try:
         found = _json_object(json_bytes) if json_bytes is not None else {}
     except (ValueError, RecursionError) as error:
         yield rejected_media(row, media, "not_json", f".json: {error}")
         return
-    values = {**further, **found}
+    values = {**defaults, **found}
     keys = CAPTION_KEYS
     if columns.caption != Columns().caption:
         keys = (columns.caption,)
@@ -160,7 +160,7 @@ def pairs_of_sidecar(
     if captions is None and txt_bytes is not None:
         captions = txt_bytes.decode("utf-8-sig", errors="surrogateescape")
     if captions is None:
-        detail = f"expected {' or '.join(keys)} in a .json, or a .txt next to the media"
+        detail = f"expected {' or '.join(keys)} in a .json file, or a .txt file next to the media"
         yield rejected_media(row, media, "missing_caption", detail)
         return
     yield from pairs_of_row(

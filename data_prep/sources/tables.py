@@ -20,7 +20,7 @@ from data_prep.sources.rows import (
     check_columns,
     kept_json,
     pairs_of_row,
-    start_at_manifest,
+    resolve_media_paths,
     wanted_columns,
 )
 from data_prep.storage import remote_file
@@ -52,7 +52,7 @@ def read_table(source: PairSource, *, file_format: str) -> Iterator[Pair]:
             delimiter=DELIMITERS[file_format],
             has_quotes=has_quotes,
         )
-        yield from start_at_manifest(reader.pairs(first_row), name, media_root=source.media_root)
+        yield from resolve_media_paths(reader.pairs(first_row), name, media_root=source.media_root)
         first_row += reader.num_lines
 
 
@@ -60,7 +60,7 @@ def read_jsonl(source: PairSource) -> Iterator[Pair]:
     """Yields the pairs of JSONL files: one object per line, with one caption or a list of captions.
 
     Raises:
-        InputError: if a file is unreadable, or no line has one of the columns.
+        InputError: if a file is unreadable, or a required column is missing from every line.
     """
     files = files_of_input(source.input, "jsonl")
     first_row = 0
@@ -68,7 +68,7 @@ def read_jsonl(source: PairSource) -> Iterator[Pair]:
         reader = _JsonlReader(
             files.path_of(name), columns=source.columns, keep_columns=source.keep_columns
         )
-        yield from start_at_manifest(reader.pairs(first_row), name, media_root=source.media_root)
+        yield from resolve_media_paths(reader.pairs(first_row), name, media_root=source.media_root)
         first_row += reader.num_lines
 
 
@@ -95,7 +95,7 @@ class _TableReader:
         self.num_lines = 0  # read so far
 
     def pairs(self, first_row: int) -> Iterator[Pair]:
-        """Yields the pairs; their rows are lines, counted from `first_row` + 1."""
+        """Yields the pairs; their rows are line numbers, counted from `first_row` + 1."""
         rows = self._quoted_rows() if self.has_quotes else self._plain_rows()
         header = [name.strip() for name in next(rows, [])]
         check_columns(self.path, header, wanted=wanted_columns(self.columns, self.keep_columns))
@@ -151,10 +151,10 @@ class _JsonlReader:
         self.keep_columns = keep_columns
         self.num_lines = 0  # read so far
         self._wanted = wanted_columns(columns)
-        self._found: dict[str, None] = {}  # keys seen until none of the wanted ones is missing
+        self._found: dict[str, None] = {}  # keys seen until all wanted keys were found
 
     def pairs(self, first_row: int) -> Iterator[Pair]:
-        """Yields the pairs; their rows are lines, counted from `first_row` + 1."""
+        """Yields the pairs; their rows are line numbers, counted from `first_row` + 1."""
         missing = set(self._wanted)
         for line in read_lines(self.path, newline="\n"):
             self.num_lines += 1
@@ -197,7 +197,7 @@ class _JsonlReader:
 
 
 def read_lines(path: str, *, newline: str) -> Iterator[str]:
-    """Yields the lines of a file, with their line ends.
+    """Yields the lines of a file, with their line endings.
 
     Args:
         path: path or URL.

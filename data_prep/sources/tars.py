@@ -50,11 +50,11 @@ class TarMember:
 
 
 def read_webdataset(source: PairSource) -> Iterator[Pair]:
-    """Yields the pairs of tars, or of a dataset folder (only those in `subset`, if set).
+    """Yields the pairs of tars, or of a dataset folder (only samples in `subset`, if set).
 
     Raises:
-        InputError: if a tar is damaged, unreadable, or has members that a dataset may not have;
-            or if the subset belongs to another dataset.
+        InputError: if a tar is damaged or unreadable, or has members that a dataset must not have.
+            Also if the subset belongs to a different dataset.
     """
     folder = dataset_folder_of(source)
     samples = (
@@ -75,7 +75,7 @@ def dataset_folder_of(source: PairSource) -> Path | None:
         return folder
     if source.subset is not None:
         raise InputError(
-            f"{source.input}: subset={source.subset} needs a local folder with a dataset.json "
+            f"{source.input}: subset={source.subset} requires a local folder with a dataset.json "
             "(input); create one for tars with python -m data_prep.index_shards"
         )
     return None
@@ -88,7 +88,7 @@ class _TarSample:
     tar: str  # name of the tar, relative to the input's folder
     file: BinaryIO
     members: list[TarMember]
-    columns: dict[str, Any]  # values from the shard's Parquet
+    columns: dict[str, Any]  # values from the shard's Parquet file
 
 
 def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Iterator[Pair]:
@@ -96,11 +96,11 @@ def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Ite
     found = [member.extension for member in members]
     if len(set(found)) != len(found):
         repeated = next(extension for extension in found if found.count(extension) > 1)
-        yield rejected_media(row, name, "duplicate_member", f"two members .{repeated} of one key")
+        yield rejected_media(row, name, "duplicate_member", f"two members .{repeated} with one key")
         return
     media = next((m for m in members if f".{m.extension}" in MEDIA_SUFFIXES[source.media]), None)
     if media is None:
-        detail = f"expected a member that is {source.media}, found .{' .'.join(found)}"
+        detail = f"expected an {source.media} member, found .{' .'.join(found)}"
         yield rejected_media(row, name, "no_media_member", detail)
         return
     sidecars = {member.extension: member for member in members if member.extension in SIDECARS}
@@ -120,7 +120,7 @@ def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Ite
         place=media.place,
         json_bytes=contents.get("json"),
         txt_bytes=contents.get("txt"),
-        further=sample.columns,
+        defaults=sample.columns,
     )
 
 
@@ -128,7 +128,7 @@ def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Ite
 
 
 class _RemoteTar:
-    """A tar at a URL, with the `open` of a path."""
+    """A tar at a URL, which can be opened like a Path."""
 
     def __init__(self, url: str):
         self.url = url
@@ -156,7 +156,7 @@ def _samples_of_tars(path_of_tars: str) -> Iterator[_TarSample]:
                     ]
                     yield _TarSample(name, file, found, {})
         except BadTarError as error:
-            raise InputError(f"{error}; restore this tar, or leave it out of the input") from None
+            raise InputError(f"{error}; restore this tar, or exclude it from the input") from None
 
 
 # -------------------------------------------------------------------------------- dataset folders
@@ -187,10 +187,10 @@ def _samples_of_dataset(source: PairSource, folder: Path) -> Iterator[_TarSample
 
 
 def read_subset(path: Path | None, dataset: Dataset) -> Subset | None:
-    """Reads a subset of a dataset; None without a path.
+    """Reads a subset of a dataset; returns None if `path` is None.
 
     Raises:
-        InputError: if the subset belongs to another dataset.
+        InputError: if the subset belongs to a different dataset.
     """
     if path is None:
         return None
@@ -209,7 +209,7 @@ def _members_of(index: ShardIndex, sample: int) -> list[TarMember]:
 
 
 def _column_rows(path: Path, wanted: set[str], *, num_samples: int) -> Iterator[dict[str, Any]]:
-    """Yields the wanted columns of each sample that the shard's Parquet has."""
+    """Yields the wanted columns of each sample, if the shard's Parquet file has them."""
     from data_prep.sources.parquet import open_parquet
 
     if not wanted or not path.exists():
@@ -238,7 +238,7 @@ class TarMedia:
 
     Args:
         path: path or URL of the tar.
-        max_bytes: limit above which media are rejected unread.
+        max_bytes: media above this limit are rejected without being read.
     """
 
     def __init__(self, path: str, *, max_bytes: int):
@@ -256,7 +256,7 @@ class TarMedia:
         """
         num_bytes = int(place.split(":")[1])
         if num_bytes > self.max_bytes:
-            detail = f"{num_bytes:,} bytes; at most {self.max_bytes:,} are read"
+            detail = f"{num_bytes:,} bytes; expected at most {self.max_bytes:,}"
             raise BadItemError("too_large", detail)
         return read_member(self._file, place, path=self.path)
 
@@ -266,10 +266,10 @@ class TarMedia:
 
 
 def read_member(file: BinaryIO, place: str, *, path: str) -> bytes:
-    """Reads the bytes at a place of an opened tar.
+    """Reads the bytes at a place in an open tar.
 
     Raises:
-        InputError: if the bytes are cut short, or their CRC32 differs from the recorded one.
+        InputError: if the bytes are truncated, or their CRC32 differs from the recorded one.
     """
     offset, num_bytes, *crc32 = map(int, place.split(":"))
     with readable_input(path):

@@ -19,7 +19,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that is either complete or absent, even after a power cut.
 
     Raises:
-        OSError: if the file cannot be written (a full disk); the error names the file.
+        OSError: if the file cannot be written (full disk); the message includes the file.
     """
     temporary = path.with_name(temporary_name(path.name))
     try:
@@ -40,7 +40,7 @@ def sha256_of(path: Path) -> str:
 
 
 def name_file(error: OSError, path: Path) -> OSError:
-    """Adds the file's name to an error that lacks it, such as that of a full disk."""
+    """Adds the file name to an error without one, such as the error of a full disk."""
     if error.filename is None:
         error.filename = str(path)
     return error

@@ -26,7 +26,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 MISSING_STATUSES = (404, 410)
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 TRANSIENT_STATUSES = (408, 425, 429)  # of the 4xx; all 5xx are transient
-# Error classes of libraries that are not OSErrors and carry no status.
+# Error classes of libraries that neither derive from OSError nor have an HTTP status.
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError")
 
 
@@ -35,7 +35,7 @@ class WrongContentError(OSError):
 
 
 class PermanentError(OSError):
-    """A failure that another attempt would repeat."""
+    """A failure that would recur on every retry."""
 
 
 def with_retries(url: str, action: Callable[[], Result], *, retries: int) -> Result:
@@ -52,7 +52,7 @@ def with_retries(url: str, action: Callable[[], Result], *, retries: int) -> Res
     Raises:
         FileNotFoundError, PermissionError, PermanentError, WrongContentError, OSError: as listed
             in the module's docstring.
-        InputError: if no library opens this URL.
+        InputError: if no library opens URLs with this scheme.
     """
     policy = RetryPolicy(retries)
 
@@ -114,7 +114,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _status_of(error: BaseException) -> int | None:
     """Returns the HTTP status in an error of urllib3, botocore, aiohttp, httpx or gcsfs."""
     if type(error).__module__ == "aiohttp.http_exceptions":
-        return None  # a broken response: its `code` of 400 is not the server's
+        return None  # a broken response; its `code` of 400 was not sent by the server
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore's
         status: Any = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -126,11 +126,11 @@ def _status_of(error: BaseException) -> int | None:
 
 def _describe(url: str, error: Exception) -> str:
     """Returns the message of an error, or the name of its class if the message is empty."""
-    if type(error).__name__ == "ClientResponseError":  # aiohttp's
-        return f"the server answers {error.status}"
+    if type(error).__name__ == "ClientResponseError":  # raised by aiohttp
+        return f"HTTP status {error.status}"
     message = str(error)
-    if isinstance(error, FileNotFoundError) and message == url:  # fsspec's, over http
-        return "the server answers 404"
+    if isinstance(error, FileNotFoundError) and message == url:  # raised by fsspec over http
+        return "HTTP status 404"
     name = type(error).__name__
     if not message:
         return name

@@ -1,7 +1,7 @@
 """Transfers of whole files from a URL to the disk, retried on transient errors.
 
-A file:// URL is copied; every other scheme (https, s3, gs, hf, ...) goes through fsspec's
-`get_file`. `data_prep.storage.failures` lists the types of errors.
+A file:// URL is copied; all other schemes (https, s3, gs, hf, ...) use fsspec's `get_file`.
+`data_prep.storage.failures` lists the types of errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def fetch_file(
     num_bytes: int | None = None,
     sha256: str | None = None,
 ) -> None:
-    """Downloads a file in place; a caller that needs it complete renames it afterwards.
+    """Downloads a file in place; use a temporary name and a rename if it must never be partial.
 
     Args:
         url: URL of any scheme that `remote_file` supports.
@@ -34,8 +34,9 @@ def fetch_file(
         sha256: expected checksum, or None if unknown.
 
     Raises:
-        FileNotFoundError, PermissionError, WrongContentError, OSError: as `with_retries`.
-        InputError: if no library opens this URL.
+        FileNotFoundError, PermissionError, WrongContentError, OSError: in the same cases as
+            `with_retries`.
+        InputError: if no library opens URLs with this scheme.
     """
 
     def fetch() -> None:
@@ -54,7 +55,7 @@ def fetch_bytes(url: str, folder: Path, *, retries: int) -> bytes:
         retries: number of retries after transient failures.
 
     Raises:
-        OSError, InputError: as `fetch_file`.
+        OSError, InputError: in the same cases as `fetch_file`.
     """
     path = folder / f".{hashlib.sha256(url.encode()).hexdigest()[:16]}.{secrets.token_hex(8)}"
     try:

@@ -1,7 +1,7 @@
-"""Functions that open, list and join files by local path or by URL.
+"""Functions that open, list and join files by local path or URL.
 
-Local paths and file:// URLs go to the operating system. Every other scheme (https://, s3://,
-gs://, hf://, memory://, ...) goes through fsspec; `web_file` adds resumption to http and https.
+Local paths and file:// URLs are opened directly. All other schemes (https://, s3://, gs://, hf://,
+memory://, ...) use fsspec; `web_file` adds resumption to http and https.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WILDCARD = re.compile(r"[*?\[]")
 BUFFER_BYTES = 1 << 20
-URL_CHARACTERS = "/%?&=#+,;@~!$'()*"  # that are not percent-encoded
+URL_CHARACTERS = "/%?&=#+,;@~!$'()*"  # not percent-encoded
 
 
 class NotAFileError(OSError):
@@ -58,7 +58,7 @@ def is_web_url(path: str) -> bool:
 
 def local_path(path: str) -> Path | None:
     """Returns the path on this machine, or None for a URL other than file://."""
-    if _is_file_url(path):  # the scheme is followed by a host, which is this one, and the path
+    if _is_file_url(path):  # file://<host>/<path>, where the host is empty or this machine
         return Path("/" + unquote(path[7:].partition("/")[2]))
     return None if is_url(path) else Path(path)
 
@@ -99,8 +99,8 @@ def suffix_of(path: str) -> str:
     return posixpath.splitext(name)[1].lower()
 
 
-def leads_outside(name: str) -> bool:
-    """Returns True if a relative path leads out of its starting folder."""
+def points_outside(name: str) -> bool:
+    """Returns True if a relative path points outside its starting folder."""
     return posixpath.normpath(name).split("/")[0] == ".."
 
 
@@ -111,8 +111,8 @@ def open_binary(path: str) -> BinaryIO:
     """Opens a file for buffered, seekable reading.
 
     Raises:
-        OSError: if the file is missing, or cannot be read now.
-        InputError: if no library for this scheme is installed.
+        OSError: if the file is missing, or currently cannot be read.
+        InputError: if no library for the URL scheme is installed.
     """
     local = local_path(path)
     if local is not None:
@@ -127,10 +127,10 @@ def _open_regular(path: Path) -> BinaryIO:
     # Opening a pipe could block, and a device must not be read.
     if not stat.S_ISREG(path.stat().st_mode):
         raise NotAFileError(errno.EINVAL, "not a regular file", str(path))
-    return open(path, "rb", opener=_open_at_once)
+    return open(path, "rb", opener=_open_nonblocking)
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -138,7 +138,7 @@ def read_bytes(path: str, *, max_bytes: int | None = None) -> bytes:
     """Reads a whole file, or at most `max_bytes` + 1 bytes.
 
     Raises:
-        OSError, InputError: as `open_binary`.
+        OSError, InputError: in the same cases as `open_binary`.
     """
     with open_binary(path) as file:
         return file.read(-1 if max_bytes is None else max_bytes + 1)
@@ -148,7 +148,7 @@ def size_of(path: str) -> int | None:
     """Returns the size of a file in bytes, or None if a server does not report it.
 
     Raises:
-        OSError, InputError: as `open_binary`.
+        OSError, InputError: in the same cases as `open_binary`.
     """
     local = local_path(path)
     if local is not None:
@@ -161,11 +161,11 @@ def size_of(path: str) -> int | None:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for a URL, and the path in it.
+    """Returns fsspec's file system for a URL, and the path in that file system.
 
     Raises:
-        UnknownSchemeError: if no library opens such URLs.
-        InputError: if the library that opens them is not installed.
+        UnknownSchemeError: if no library opens URLs with this scheme.
+        InputError: if the library for this scheme is not installed.
     """
     import fsspec
 
@@ -222,7 +222,7 @@ def list_files(folder: str, *, with_sizes: bool = False) -> Iterator[FoundFile]:
     """Yields all files below a folder, in any order, except hidden files and folders.
 
     Everything except a folder counts as a file, including a broken link. Links to folders are
-    followed, except back to a folder that contains them.
+    followed, unless they point to a folder that contains them.
 
     Raises:
         OSError: if a folder cannot be read.

@@ -1,7 +1,7 @@
 """Retry policy of all I/O: file transfers, remote files, web downloads and shard reads.
 
-A call is repeated while it fails for a transient reason, after exponentially growing delays. The
-caller decides which errors are transient, because only it knows the library that raises them.
+A call is retried on transient errors, with exponentially growing delays. The caller decides which
+errors are transient, because this depends on the library that raises them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Result = TypeVar("Result")
 
 
 def pause(seconds: float) -> None:
-    """Waits between two attempts; tests replace this function, so that they do not wait."""
+    """Waits between two attempts; tests replace this function to avoid waiting."""
     time.sleep(seconds)
 
 
 def uniform() -> float:
-    """Draws from [0, 1) for the jitter, apart from the random numbers of any computation."""
+    """Draws from [0, 1) for the jitter, independently of the random numbers of any computation."""
     return random.SystemRandom().random()
 
 
@@ -30,11 +30,11 @@ class RetryPolicy:
     """Bounded retries with exponential backoff and jitter.
 
     The delay before retry n (from 0) is min(first_delay_seconds * factor**n, max_delay_seconds),
-    times a random factor from [min_jitter, 1]. The jitter keeps the processes of a cluster from
-    repeating their requests at the same moment.
+    times a random factor from [min_jitter, 1]. The jitter prevents the processes of a cluster from
+    repeating their requests at the same time.
     """
 
-    retries: int  # after the first attempt
+    retries: int  # number of attempts after the first
     first_delay_seconds: float = 0.5
     factor: float = 2.0
     max_delay_seconds: float = 30.0
@@ -63,12 +63,12 @@ class RetryPolicy:
         on_retry: Callable[[Exception, float], None] | None = None,
         wait: Callable[[Exception, float], None] | None = None,
     ) -> Result:
-        """Calls a function until it succeeds, fails for good, or no attempt is left.
+        """Calls a function until it succeeds, fails permanently, or no attempt remains.
 
         Args:
             action: function without arguments that is safe to repeat.
-            is_transient: returns True for an error that a later attempt may not have.
-            on_retry: called with the error and the delay in seconds before each retry, to log it.
+            is_transient: returns True for errors that may not recur on a retry.
+            on_retry: called before each retry with the error and the delay in seconds, for logging.
             wait: waits for the delay after an error; the default is `pause`.
 
         Returns:

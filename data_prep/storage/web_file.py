@@ -1,10 +1,10 @@
 """A seekable file on a web server, streamed through fsspec.
 
-fsspec's own seekable file does not suffice for large inputs. It neither retries nor resumes a
-broken response, and it does not notice a file that changes between two ranges. This class adds
-both to fsspec's streaming file.
+fsspec's own seekable file does not suffice for large inputs. It neither retries requests nor
+resumes a broken response, and it does not detect that a file changed between two range requests.
+`WebFile` adds all three to fsspec's streaming file.
 
-`data_prep.download` fetches the media that a manifest names, and checks permissions first.
+For media URLs in a manifest, `data_prep.download` is used instead; it checks permissions first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from data_prep.storage.failures import PermanentError, with_retries
 
 SKIPPED_BYTES = 1 << 18  # a shorter seek forward reads over the gap instead of a new request
 RETRIES = 4
-TIMEOUT_SECONDS = 30.0  # without a byte
-URL_CHARACTERS = "/%?&=#+,;:@~!$'()*"  # that are not percent-encoded
+TIMEOUT_SECONDS = 30.0  # maximum time without receiving a byte
+URL_CHARACTERS = "/%?&=#+,;:@~!$'()*"  # not percent-encoded
 
 
 def web_file_system() -> Any:
@@ -36,7 +36,7 @@ def web_file_system() -> Any:
 
 
 def percent_encoded(url: str) -> str:
-    """Encodes the characters of path and query that a request may not contain, as %XX."""
+    """Encodes the characters that a request's path and query must not contain as %XX."""
     start = url.find("/", len("https://"))
     return url if start < 0 else url[:start] + quote(url[start:], safe=URL_CHARACTERS)
 
@@ -74,14 +74,14 @@ class WebFile(io.RawIOBase):
             headers["Range"] = f"bytes={self._position}-"
             if self._tag and not self._tag.startswith("W/"):
                 headers["If-Range"] = self._tag
-        # Any size keeps fsspec from sending a separate request for it.
+        # With any given size, fsspec does not send a separate request to find the size.
         stream = self._files.open(self._path, block_size=0, size=1, headers=headers)
         if self._position and stream.r.status != 206:
             stream.close()
             raise PermanentError(
-                f"{self.url}: expected the bytes from {self._position}, the server answers "
-                f"{stream.r.status}; it does not support range requests, or the file has changed: "
-                "download it and give its local path"
+                f"{self.url}: expected HTTP status 206 for the bytes from {self._position}, found "
+                f"{stream.r.status}: the server does not support range requests, or the file has "
+                "changed; download it and use its local path"
             )
         return stream
 
@@ -95,7 +95,7 @@ class WebFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a position, without a request until the next read."""
+        """Moves to a position; a new request, if needed, is sent by the next read."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.num_bytes}[whence]
         if start is None:
             raise io.UnsupportedOperation(f"{self.url}: the server does not report the length")
@@ -109,7 +109,7 @@ class WebFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Reads into a buffer, and resumes after a broken connection."""
+        """Reads into a buffer; resumes after a broken connection."""
         if self.num_bytes is not None and self._position >= self.num_bytes:
             return 0
         content = with_retries(self.url, partial(self._read, len(buffer)), retries=RETRIES)
@@ -123,7 +123,7 @@ class WebFile(io.RawIOBase):
                 self._stream = self._request()
             content = self._stream.read(num_bytes)
             if not content and self.num_bytes is not None:
-                raise ConnectionError(f"the response ends early, at byte {self._position}")
+                raise ConnectionError(f"the response ended early, at byte {self._position}")
             return content
         except BaseException:
             self._close_stream()

@@ -20,16 +20,16 @@ from data_prep.shards.manifest import (
 )
 from data_prep.verify.shard_check import Finding
 
-PLAN_PATHS = (PLAN_FILE, f"plan/{PLAN_FILE}")  # of index_shards and of make_shards
-MOST_EXTRA_NAMED = 10
+PLAN_PATHS = (PLAN_FILE, f"plan/{PLAN_FILE}")  # written by index_shards and make_shards
+MAX_EXTRA_NAMED = 10
 
 
 @dataclass(frozen=True)
 class DatasetOrigin:
     """The command that made a dataset, with its settings and input."""
 
-    preparation: dict[str, Any]  # from dataset.json, or else from the plan
-    planned: dict[str, Any] | None  # the same record in the plan; None: there is no plan
+    preparation: dict[str, Any]  # record in dataset.json, or else in the plan
+    planned: dict[str, Any] | None  # record in the plan; None: there is no plan
     tar_folder: str | None  # None: dataset.json is unreadable
 
     @property
@@ -67,14 +67,14 @@ def read_origin(folder: Path) -> DatasetOrigin:
 
 
 def expects_parquet(folder: Path, origin: DatasetOrigin, names: Iterable[str]) -> bool:
-    """Returns whether every shard of the dataset should have a Parquet file."""
+    """Returns True if every shard of the dataset should have a Parquet file."""
     if origin.command in ("make_shards", "index_shards"):
         return origin.config.get("measure", origin.command == "make_shards")
     return any((folder / f"{name}.parquet").exists() for name in names)
 
 
 def shard_names_on_disk(folder: Path, pattern: str) -> set[str]:
-    """Finds the names of shards with a file of a pattern (*.tar, *.idx), also in subfolders."""
+    """Finds the names of shards by a file pattern (*.tar, *.idx), including subfolders."""
     found = (path.relative_to(folder) for path in folder.rglob(pattern) if path.name[0] != ".")
     return {path.with_suffix("").as_posix() for path in found}
 
@@ -92,7 +92,7 @@ def check_dataset(
     findings += _check_extra(folder, {row.name for row in manifest}, origin=origin)
     if not origin.is_foreign:
         findings += [
-            Finding(f"{folder / copy}: holds the same bytes as shard {first}", "extra shard")
+            Finding(f"{folder / copy}: has the same bytes as shard {first}", "extra shard")
             for copy, first in copies_among(manifest).items()
         ]
     return findings
@@ -134,7 +134,7 @@ def _check_totals(
 def totals_of_indexes(
     folder: Path, names: Iterable[str], *, listed: set[str]
 ) -> dict[str, Any] | None:
-    """Computes the fields of dataset.json that sum over the indexes; None if one is unreadable.
+    """Computes the totals of dataset.json from the indexes; None if an index is unreadable.
 
     Args:
         names: names of all shards, including those without samples.
@@ -159,16 +159,16 @@ def _check_extra(folder: Path, listed: set[str], *, origin: DatasetOrigin) -> It
     indexed = shard_names_on_disk(folder, "*.idx") - listed
     tars = set() if origin.is_foreign else shard_names_on_disk(folder, "*.tar") - listed
     extra = [name for name in sort_shards(indexed | tars) if not _is_empty_shard(folder, name)]
-    for name in extra[:MOST_EXTRA_NAMED]:
+    for name in extra[:MAX_EXTRA_NAMED]:
         files = ".idx" if name in indexed else ".tar without an index"
         text = f"{folder / name}: manifest.jsonl does not list this shard ({files})"
         yield Finding(text, "extra shard")
-    if len(extra) > MOST_EXTRA_NAMED:
-        yield Finding(f"{folder}: {len(extra) - MOST_EXTRA_NAMED} more such shards", "extra shard")
+    if len(extra) > MAX_EXTRA_NAMED:
+        yield Finding(f"{folder}: {len(extra) - MAX_EXTRA_NAMED} more such shards", "extra shard")
 
 
 def _is_empty_shard(folder: Path, name: str) -> bool:
-    """Returns whether all samples of a shard were dropped; the manifest does not list it then."""
+    """Returns True if all samples of a shard were dropped; such shards are not in the manifest."""
     try:
         return not ShardIndex.read(folder / f"{name}.idx").num_samples
     except InputError:

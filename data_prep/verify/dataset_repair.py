@@ -1,4 +1,4 @@
-"""Repair of a dataset: each shard on its own, then manifest.jsonl and dataset.json."""
+"""Repair of a dataset: first each shard separately, then manifest.jsonl and dataset.json."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 
 def repair_dataset(folder: Path, *, workers: int) -> None:
-    """Rebuilds all files that can be rebuilt, and prints what was repaired and what was lost.
+    """Rebuilds all files that can be rebuilt, and prints a list of repairs and lost samples.
 
     Raises:
-        InputError: if something needs manual work; everything else has been repaired then.
+        InputError: if manual work remains; everything else has then been repaired.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected the folder of a dataset (dataset), found none")
+        raise InputError(f"{folder}: expected a dataset folder (dataset), found none")
     with lock_folder(folder):
         report = _repair(folder, workers=workers)
     for line in report.done or ["nothing: all files are consistent"] * (not report.refused):
@@ -53,12 +53,12 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
     alternative = ""
     if read_origin(folder).command == "make_shards" and (report.done or report.refused):
         alternative = (
-            "to restore lost samples, delete the files of the shard named and run make_shards "
+            "to restore lost samples, delete the files of the affected shard and run make_shards "
             "again with the same config: it recreates only this shard"
         )
     if report.refused:
         lines = "\n".join(f"  {line}" for line in report.refused)
-        raise InputError(f"{folder}: could not be repaired in full:\n{lines}\n{alternative}")
+        raise InputError(f"{folder}: could not be repaired completely:\n{lines}\n{alternative}")
     if alternative:
         say(alternative)
 
@@ -69,7 +69,7 @@ def _repair(folder: Path, *, workers: int) -> RepairReport:
     report = RepairReport()
     names = _shard_names(folder, origin, rows, report)
     if not names:
-        report.refused.append(f"{folder}: holds no shard")
+        report.refused.append(f"{folder}: contains no shard")
         return report
     media = _media_kind(folder, origin, info, names)
     tar_folder = _tar_folder(folder, origin)
@@ -94,14 +94,14 @@ def _repair(folder: Path, *, workers: int) -> RepairReport:
         report.done.append(f"{folder}: rebuilt manifest.jsonl and dataset.json")
         if old not in (None, new.fingerprint):
             report.done.append(
-                f"{folder}: holds different samples than before ({new.num_samples:,}): existing "
+                f"{folder}: contains different samples than before ({new.num_samples:,}): existing "
                 "subsets, embeddings and runs no longer match it"
             )
     return report
 
 
 def _is_closed(folder: Path, names: Sequence[str]) -> bool:
-    """Returns whether dataset.json and manifest.jsonl exist and agree with the indexes."""
+    """Returns True if dataset.json and manifest.jsonl exist and agree with the indexes."""
     try:
         info, manifest = read_dataset_files(folder)
         rows = [manifest_row(folder, name) for name in names]
@@ -158,7 +158,7 @@ def _shard_names(
     if rows and unlisted:
         report.refused += [
             f"{folder / name}.tar: neither listed nor indexed: delete it if it does not belong to "
-            "this dataset; if it does, delete manifest.jsonl and repair again"
+            "this dataset; otherwise, delete manifest.jsonl and repair again"
             for name in sort_shards(unlisted)
         ]
         unlisted = set()
@@ -283,7 +283,7 @@ def _missing_counts(
 
 
 def _is_as_recorded(path: Path, row: ManifestRow | None) -> bool:
-    """Returns whether an index matches its manifest row, or is valid if it has none."""
+    """Returns True if an index is valid and matches its manifest row, if there is one."""
     if row is None:
         return read_index(path) is not None
     return path.is_file() and sha256_of(path) == row.index_sha256

@@ -1,4 +1,4 @@
-"""Content of a tar according to its headers and according to an index."""
+"""Content of a tar, read by its headers or by an index."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from data_prep.shards.index import (
 from data_prep.shards.sample import media_kind_of
 from data_prep.shards.tar_members import BadTarError, Member, member_at, read_members
 
-PROBLEMS_NAMED = 3  # per tar and kind; the others are only counted
+PROBLEMS_NAMED = 3  # limit per tar and kind; further problems are only counted
 
 
 @dataclass
 class TarContent:
-    """The members that a walk over a tar found, and their problems."""
+    """The members found by a walk over a tar, and their problems."""
 
     keys: list[str] = field(default_factory=list)
-    num_members: Counter[str] = field(default_factory=Counter)  # by key
-    members: dict[int, Member] = field(default_factory=dict)  # by data block
+    num_members: Counter[str] = field(default_factory=Counter)  # key -> number of members
+    members: dict[int, Member] = field(default_factory=dict)  # data block -> member
     problems: list[str] = field(default_factory=list)
 
 
@@ -61,11 +61,11 @@ def walk_tar(path: Path) -> TarContent:
 
 @dataclass
 class IndexedSample:
-    """The members found at the offsets that an index gives for a sample."""
+    """The members at the offsets that an index records for a sample."""
 
     key: str | None  # None: none of its headers is readable
     num_members: int
-    members: dict[str, bytes] = field(default_factory=dict)  # those with a matching CRC32
+    members: dict[str, bytes] = field(default_factory=dict)  # members with a matching CRC32
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -77,13 +77,13 @@ class IndexedSample:
 def read_indexed(
     tar: BinaryIO, index: ShardIndex, position: int, *, content: TarContent
 ) -> IndexedSample:
-    """Reads a sample of a tar by its index, with all its problems.
+    """Reads a sample of a tar by its index, and records all problems.
 
     Args:
-        tar: binary file.
+        tar: tar opened in binary mode.
         index: index of the tar before it was damaged.
         position: row of the sample in the index.
-        content: result of `walk_tar`, which has the names that exceed a ustar header.
+        content: result of `walk_tar`, which includes names that are too long for a ustar header.
     """
     entries = index.entries_at(position)
     headers: dict[str, Member | None] = {}
@@ -115,6 +115,6 @@ def media_sizes(index: ShardIndex, media_kind: str) -> list[int]:
     sizes = np.zeros(index.num_samples, dtype=np.int64)
     for column, extension in reversed(list(enumerate(index.fields))):
         if media_kind_of(extension) == media_kind:
-            is_there = index.table[:, column, 0] != ABSENT
-            sizes[is_there] = index.table[is_there, column, 1]
+            is_present = index.table[:, column, 0] != ABSENT
+            sizes[is_present] = index.table[is_present, column, 1]
     return sizes.tolist()

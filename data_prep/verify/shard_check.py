@@ -1,9 +1,9 @@
 """Comparison of a shard with its manifest row, its index and its Parquet file.
 
-    sizes and sha256 -> every header of the tar -> offset and CRC32 of every sample in the index
+    sizes and sha256 -> all headers of the tar -> offset and CRC32 of every sample in the index
     -> keys and sizes in the Parquet file
 
-The text of a finding names the problem and its location; its kind determines the remedy.
+The text of a finding describes the problem and its location; its kind determines the remedy.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class ShardCheck:
     row: ManifestRow
     media_kind: str
     decode: bool
-    has_parquet: bool  # whether the shards of this dataset have one
-    is_foreign: bool  # not written by make_shards; the index may leave out samples
+    has_parquet: bool  # whether the shards of this dataset have Parquet files
+    is_foreign: bool  # not written by make_shards; the index may omit samples
 
     @property
     def tar_path(self) -> Path:
@@ -109,7 +109,7 @@ def verify_shard(check: ShardCheck) -> list[Finding]:
             text = f"{check.index_path}: belongs to a different tar than manifest.jsonl records"
             findings.append(Finding(text, "index"))
         elif index is not None:
-            # If the tar is as recorded, a mismatch is the fault of the index.
+            # If the tar matches the manifest, a mismatch is an error in the index.
             is_tar_intact = tar_sha256 == row.tar_sha256 and not content.problems
             kind: FindingKind = "index" if is_tar_intact else "tar"
             findings += _check_counts(check, index, content, kind=kind)
@@ -123,7 +123,7 @@ def verify_shard(check: ShardCheck) -> list[Finding]:
 def _check_file(
     path: Path, num_bytes: int, sha256: str, *, kind: Literal["tar", "index"]
 ) -> tuple[str | None, list[Finding]]:
-    """Returns (sha256 of the file, None if it is missing; findings)."""
+    """Returns (sha256 of the file, findings); the sha256 of a missing file is None."""
     if not path.is_file():
         return None, [Finding(f"{path}: missing", "missing tar" if kind == "tar" else "index")]
     found_sha256, found_bytes = sha256_of(path), path.stat().st_size
@@ -166,7 +166,7 @@ def _check_samples(
     kind: FindingKind,
     table: pyarrow.Table | None,
 ) -> tuple[list[str | None], list[Finding]]:
-    """Returns (key of each sample, None if none of its headers is readable; findings)."""
+    """Returns (keys, findings); the key of a sample without a readable header is None."""
     labels = [f"number {position}" for position in range(index.num_samples)]
     if table is not None and table.num_rows == index.num_samples:
         labels = table["key"].to_pylist()
@@ -221,7 +221,7 @@ def _decoding_problems(sample: Sample, media_kind: str) -> Iterator[str]:
     except CorruptSampleError as error:
         yield str(error).removeprefix(f"{sample}: ")
     if not any(media_kind_of(extension) == media_kind for extension in sample.members):
-        yield f"holds no {media_kind}"
+        yield f"contains no {media_kind}"
         return
     try:
         measure_media(sample, media_kind)
@@ -233,7 +233,7 @@ def _decoding_problems(sample: Sample, media_kind: str) -> Iterator[str]:
 
 
 def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding]]:
-    """Returns (table, None if it is absent or damaged; findings)."""
+    """Returns (table, findings); an absent or damaged table is None."""
     path = check.parquet_path
     if not check.has_parquet:
         return None, []

@@ -1,11 +1,11 @@
-"""Repair of a shard, as far as its own files allow.
+"""Repair of a shard from its own files.
 
-1. A damaged or disordered tar is rewritten with the samples that can be saved.
+1. A damaged or unordered tar is rewritten with the samples that can be recovered.
 2. An index that does not match the tar is rebuilt from it.
 3. Rows of lost samples are removed from the Parquet file, and missing rows are measured again.
 
-Files are replaced atomically, in the order tar, index, Parquet, so that an interrupted repair can
-be repeated. Foreign tars, which make_shards did not write, are never changed.
+Files are replaced atomically, in the order tar, index, Parquet file, so that an interrupted repair
+can be repeated. Foreign tars, which were not written by make_shards, are never changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_prep.shards.manifest import (
     manifest_row,
 )
 from data_prep.shards.parquet import (
-    RowMender,
+    RepairedRows,
     read_shard_parquet,
     write_shard_parquet,
 )
@@ -57,8 +57,8 @@ class RepairTask:
     media_kind: str
     has_parquet: bool
     kept: Mapping[str, KeptType]
-    foreign: IndexTask | None  # how to index a foreign tar again; None: not foreign
-    # (rejected, marked), if they follow from dataset.json and the other shards
+    foreign: IndexTask | None  # task that indexes a foreign tar again; None: not foreign
+    # (rejected, marked), if they can be computed from dataset.json and the other shards
     counts: tuple[dict[str, int], dict[str, int]] | None
 
     @property
@@ -82,11 +82,11 @@ class RepairReport:
     """The result of a repair, as lines for the user."""
 
     done: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # needs manual work
+    refused: list[str] = field(default_factory=list)  # problems that require manual work
 
 
 def repair_shard(task: RepairTask) -> RepairReport:
-    """Makes the files of a shard consistent, and reports what was repaired and what was lost."""
+    """Makes the files of a shard consistent, and reports repairs and lost samples."""
     report = RepairReport()
     if not task.tar_path.is_file():
         report.refused.append(
@@ -99,7 +99,7 @@ def repair_shard(task: RepairTask) -> RepairReport:
     if "tar" in kinds:
         if task.foreign is not None:
             report.refused.append(
-                f"{task.tar_path}: damaged, but not written by make_shards and thus never "
+                f"{task.tar_path}: damaged, but not written by make_shards and therefore never "
                 "rewritten: restore it, or delete its .idx and index the dataset again with "
                 "python -m data_prep.index_shards"
             )
@@ -186,13 +186,13 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
     saved = _save(task, index, table)
     if not saved.members:
         report.refused.append(
-            f"{task.tar_path}: none of its samples can be saved: restore or recreate it; to "
+            f"{task.tar_path}: none of its samples can be recovered: restore or recreate it; to "
             "continue without them, delete it with its .idx and repair again"
         )
         return
     num_lost = _num_lost(task, index, saved)
-    row_mender = RowMender(table, media_kind=task.media_kind, kept=task.kept)
-    _write(task, index, saved, row_mender=row_mender, num_lost=num_lost)
+    repaired_rows = RepairedRows(table, media_kind=task.media_kind, kept=task.kept)
+    _write(task, index, saved, repaired_rows=repaired_rows, num_lost=num_lost)
     compared = "checked against headers and Parquet" if table else "checked against headers only"
     how = "all match the CRC32 of the old index" if index else compared
     text = f"{task.tar_path}: rewritten with {len(saved.members)} samples ({how})"
@@ -201,7 +201,7 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
         more = ", ..." if num_lost > KEYS_NAMED else ""
         text += f"; lost: {num_lost}: {named}{more}"
     report.done.append(text)
-    _report_measured(task, row_mender, report)
+    _report_measured(task, repaired_rows, report)
 
 
 def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | None) -> SavedSamples:
@@ -231,7 +231,7 @@ def _write(
     index: ShardIndex | None,
     saved: SavedSamples,
     *,
-    row_mender: RowMender,
+    repaired_rows: RepairedRows,
     num_lost: int,
 ) -> None:
     rejected, marked = task.counts or ({}, {})
@@ -243,15 +243,15 @@ def _write(
         for sample in saved.read(task.tar_path):
             writer.add(sample.key, members=sample.members)
             if task.has_parquet:
-                row_mender.add(sample)
-        marked = row_mender.count_tags() if task.has_parquet else marked
+                repaired_rows.add(sample)
+        marked = repaired_rows.count_tags() if task.has_parquet else marked
         writer.finish(rejected=rejected, marked=marked)
     except BaseException:
         writer.discard()
         raise
-    # After the tar, because a second attempt needs the old rows to detect damaged media.
+    # Written after the tar, because a second attempt needs the old rows to detect damaged media.
     if task.has_parquet:
-        write_shard_parquet(task.parquet_path, row_mender.to_table())
+        write_shard_parquet(task.parquet_path, repaired_rows.to_table())
 
 
 # ------------------------------------------------------------------------------------- Parquet
@@ -269,17 +269,17 @@ def _read_table(task: RepairTask) -> pyarrow.Table | None:
 
 
 def _repair_parquet(task: RepairTask, report: RepairReport) -> None:
-    row_mender = RowMender(_read_table(task), media_kind=task.media_kind, kept=task.kept)
+    repaired_rows = RepairedRows(_read_table(task), media_kind=task.media_kind, kept=task.kept)
     for found in read_tar_samples(task.tar_path):
-        row_mender.add(found.sample)
-    write_shard_parquet(task.parquet_path, row_mender.to_table())
-    report.done.append(f"{task.parquet_path}: matched to the tar: {len(row_mender.rows)} rows")
-    _report_measured(task, row_mender, report)
+        repaired_rows.add(found.sample)
+    write_shard_parquet(task.parquet_path, repaired_rows.to_table())
+    report.done.append(f"{task.parquet_path}: matched to the tar: {len(repaired_rows.rows)} rows")
+    _report_measured(task, repaired_rows, report)
 
 
-def _report_measured(task: RepairTask, row_mender: RowMender, report: RepairReport) -> None:
-    if row_mender.num_measured:
+def _report_measured(task: RepairTask, repaired_rows: RepairedRows, report: RepairReport) -> None:
+    if repaired_rows.num_measured:
         report.done.append(
-            f"{task.parquet_path}: measured {row_mender.num_measured} rows again; they lack the "
+            f"{task.parquet_path}: measured {repaired_rows.num_measured} rows again; they lack the "
             "columns that only make_shards can fill: source, language, marks and kept columns"
         )

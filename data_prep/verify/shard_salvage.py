@@ -1,7 +1,8 @@
-"""Selection of the samples of a damaged or disordered tar that can be saved.
+"""Selection of the samples that can be recovered from a damaged or unordered tar.
 
-With the old index of the tar, a sample is saved if all its members match their CRC32. They may be
-anywhere in the tar. Without an index, a sample is saved if the headers show that it is complete.
+With the old index of the tar, a sample is recovered if all its members match their CRC32; they may
+be anywhere in the tar. Without an index, a sample is recovered if the headers show that it is
+complete.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from data_prep.verify.indexed_tar import TarContent, read_indexed
 
 @dataclass
 class SavedSamples:
-    """The samples of a tar to be written to a new tar, and those that are lost."""
+    """The samples of a tar to write to a new tar, and the lost samples."""
 
     # Key -> extension -> member.
     members: dict[str, dict[str, Member]] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)  # keys, or numbers if a key is unreadable
+    lost: list[str] = field(default_factory=list)  # keys, or positions if a key is unreadable
 
     def read(self, tar_path: Path) -> Iterator[Sample]:
         """Yields the saved samples in order."""
@@ -60,9 +61,10 @@ def save_by_index(
     Args:
         tar_path: path of the tar, whose members may be damaged and in any order.
         index: index of the tar before it was damaged.
-        is_as_recorded: whether the index has the sha256 that the manifest records. If not, its
+        is_as_recorded: whether the index has the sha256 that the manifest records. Otherwise its
             extensions may be wrong and must agree with the headers of the tar.
-        keys_of_media: sha256 of the media -> key, for samples without a readable header.
+        keys_of_media: mapping from sha256 of the media to key, for samples without a readable
+            header.
     """
     found: dict[int, tuple[str, dict[str, Member]]] = {}
     labels: dict[int, str] = {}
@@ -131,7 +133,8 @@ def save_by_headers(
     Args:
         tar_path: path of the tar, whose members may be damaged and in any order.
         media_kind: "image" or "audio".
-        recorded: key -> (sha256 of its media, its captions). Samples without an entry are accepted.
+        recorded: mapping from key to (sha256 of the media, captions). Samples without an entry are
+            accepted.
     """
     groups, left_out = group_members(tar_path)
     saved = SavedSamples(lost=left_out)
@@ -161,12 +164,12 @@ def _media_and_captions(sample: Sample, media_kind: str) -> tuple[str, list[str]
 def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[str]]:
     """Groups the members of a tar by sample.
 
-    Members that are not adjacent are joined; of duplicate samples, the first is taken. A sample
-    with damage between its members is left out, because one of them may be lost. A sample next to
-    damage is left out, too, unless it has every extension that occurs in the tar.
+    Members that are not adjacent are joined. If samples are duplicate, the first is used. A sample
+    with damage between its members is omitted, because a member may be lost. A sample next to
+    damage is also omitted, unless it has every extension that occurs in the tar.
 
     Returns:
-        ({key: {extension: member}} in order of first appearance, keys that are left out)
+        ({key: {extension: member}} in order of first appearance, omitted keys)
     """
     runs, torn, next_to_damage = _runs_of_members(tar_path)
     groups: dict[str, dict[str, Member]] = {}
@@ -189,7 +192,7 @@ def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[st
 def _runs_of_members(
     tar_path: Path,
 ) -> tuple[list[tuple[str, dict[str, Member]]], set[str], set[str]]:
-    """Returns (runs of adjacent members with their key, keys torn by damage, keys next to it)."""
+    """Returns (runs of adjacent members with a key, keys split by damage, keys next to damage)."""
     runs: list[tuple[str, dict[str, Member]]] = []
     torn: set[str] = set()
     next_to_damage: set[str] = set()

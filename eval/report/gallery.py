@@ -16,7 +16,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from data_prep.media.decode import decode_audio, decode_image
-from data_prep.report.html import badge, heading, macros, paragraph, picture, sound, table
+from data_prep.report.html import badge, heading, macros, paragraph, sound, table, thumbnail
 from data_prep.shards.sample import media_extension_of
 from eval.datasets.datasets import EvaluationSet
 from eval.metrics.ranking import QueryRanks, cosine_scores
@@ -46,10 +46,10 @@ class MediaViews:
         extension = media_extension_of(sample.members, self.dataset.info.media)
         content = sample.members[extension]
         if self.dataset.info.media != "audio":
-            return _macros().image(picture(decode_image(content, extension), alt=sample.key))
+            return _macros().image(thumbnail(decode_image(content, extension), alt=sample.key))
         waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
         return _macros().sound(
-            picture(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
+            thumbnail(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
             sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.storage.remote_file import is_url, leads_outside
+from data_prep.storage.remote_file import is_url, points_outside
 from data_prep.storage.sealed import (
     DamagedFileError,
     check_types,
@@ -190,7 +190,7 @@ def _check_shapes(shapes: Mapping[str, list[int]]) -> None:
 def _files_in(files: Mapping[str, Mapping[str, Any]]) -> dict[str, StoredFile]:
     found = {}
     for name, file in files.items():
-        if not name or name.startswith("/") or leads_outside(name):
+        if not name or name.startswith("/") or points_outside(name):
             raise DamagedFileError(
                 f"files: expected names of files in the checkpoint, found {name!r:.80}"
             )

@@ -61,10 +61,10 @@ def test_renamed_keys_are_refused_with_their_new_name(tmp_path):
 
     path = tmp_path / "toy.yaml"
     path.write_text("rate: 1\n")
-    with pytest.raises(ConfigError, match=r"toy\.yaml: 'rate' was renamed 'learning_rate'$"):
+    with pytest.raises(ConfigError, match=r"toy\.yaml: 'rate' was renamed to 'learning_rate'$"):
         read_config(New, path)
     path.write_text("procs: 2\n")
-    with pytest.raises(ConfigError, match=r"toy\.yaml: 'procs' was renamed 'workers'$"):
+    with pytest.raises(ConfigError, match=r"toy\.yaml: 'procs' was renamed to 'workers'$"):
         read_config(New, path)
 
 

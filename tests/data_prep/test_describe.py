@@ -152,7 +152,7 @@ def test_the_sheet_says_what_the_dataset_says(pictures, tmp_path):
 
 def test_fractions_of_languages_say_of_what_they_are(pictures, tmp_path):
     page = sheet(pictures, tmp_path / "sheet.html")
-    assert "Recognised in 20 of 30 samples; fractions of these." in page
+    assert "Detected in 20 of 30 samples; fractions of these." in page
 
 
 def test_sounds_can_be_listened_to(tmp_path):
@@ -163,7 +163,7 @@ def test_sounds_can_be_listened_to(tmp_path):
     assert page.count("<audio controls") == 20
     total = sum(values["seconds"] for _, _, values in samples)
     assert f"{total:.3g} seconds in all" in page
-    assert "16,000 Hz, the same for all" in page
+    assert "16,000 Hz for all" in page
     assert "and 4 more" in page
     assert "Licences" not in page.partition("</nav>")[0]
 
@@ -275,7 +275,7 @@ def test_duplicates_of_this_dataset_are_counted_by_method_and_match(pictures, tm
 
 def test_duplicates_of_another_dataset_are_refused(pictures, tmp_path):
     found = write_duplicates(tmp_path / "found", duplicate_rows("elsewhere"), {"elsewhere": "0"})
-    with pytest.raises(InputError, match=r"was made from elsewhere, and not from "):
+    with pytest.raises(InputError, match=r"was created from elsewhere, and not from "):
         content_of(pictures, duplicates=found)
     with pytest.raises(InputError, match="find_duplicates"):
         content_of(pictures, duplicates=tmp_path)

@@ -42,7 +42,9 @@ def test_finalize_names_the_shards_that_are_missing(tmp_path):
     manifest = write_pictures(tmp_path / "media", 16)
     dataset = tmp_path / "dataset"
     parts_of(manifest, dataset, parts=["0/3", "2/3"])
-    with pytest.raises(InputError, match="6 finished shards, 2 are not: 00000001, 00000004;"):
+    with pytest.raises(
+        InputError, match="6 finished shards, found 2 unfinished: 00000001, 00000004;"
+    ):
         finalize(config_of(manifest, dataset))
     parts_of(manifest, dataset, parts=["1/3"])
     finalize(config_of(manifest, dataset))
@@ -51,7 +53,7 @@ def test_finalize_names_the_shards_that_are_missing(tmp_path):
 
 def test_finalize_takes_the_settings_that_the_parts_had(tmp_path):
     manifest = write_pictures(tmp_path / "media", 4)
-    with pytest.raises(InputError, match=r"begin it with python -m data_prep\.make_shards"):
+    with pytest.raises(InputError, match=r"start it with python -m data_prep\.make_shards"):
         finalize(config_of(manifest, tmp_path / "nothing"))
     dataset = tmp_path / "dataset"
     parts_of(manifest, dataset, parts=["0/1"])

@@ -122,7 +122,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
 def test_links_and_devices_are_refused(tmp_path, kind):
     link = tarfile.TarInfo("a.jpg")
     link.type, link.linkname = kind, "b.jpg"
-    assert "a.tar: a.jpg: expected an ordinary file" in problems_of(tmp_path, [(link, b"")])
+    assert "a.tar: a.jpg: expected a regular file" in problems_of(tmp_path, [(link, b"")])
 
 
 def test_scattered_and_repeated_keys_are_refused(tmp_path):
@@ -151,7 +151,7 @@ def test_damaged_tars_are_refused(tmp_path, damage):
 
 def test_huge_name_headers_and_compressed_tars_are_refused(tmp_path):
     tar = write_tar(tmp_path / "tars" / "a.tar", pairs("k" * 70_000))
-    with pytest.raises(InputError, match="a name header of at most 65536 bytes"):
+    with pytest.raises(InputError, match="a long-name header of at most 65536 bytes"):
         index(tmp_path / "tars", tmp_path / "index")
     tar.write_bytes(gzip.compress(b"x" * 2000))
     with pytest.raises(InputError, match="expected a plain tar, found gzip"):
@@ -263,13 +263,13 @@ def test_sparse_files_are_refused(tmp_path):
     sparse = tarfile.TarInfo("a.jpg")
     sparse.type = tarfile.GNUTYPE_SPARSE
     found = problems_of(tmp_path, [(sparse, b""), *pairs("b")])
-    assert "a.jpg: expected an ordinary file, found a sparse file" in found
+    assert "a.jpg: expected a regular file, found a sparse file" in found
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("size", "-5", "a member of -5 bytes"),
+        ("size", "-5", "invalid member size of -5 bytes"),
         ("path", "../../etc/passwd.jpg", "expected a printable relative name"),
         ("path", "/etc/passwd.jpg", "expected a printable relative name"),
     ],

@@ -343,7 +343,7 @@ def test_a_folder_of_the_users_own_is_never_taken_for_downloads(tmp_path):
 @pytest.mark.parametrize("output", [".", "below"])
 def test_an_output_in_the_folder_that_is_looked_through_is_refused(tmp_path, output):
     write_pictures(tmp_path, 2)
-    with pytest.raises(InputError, match="expected a folder outside of"):
+    with pytest.raises(InputError, match="expected a folder outside"):
         shard(tmp_path, tmp_path / output, format="folder")
     assert not (tmp_path / "below").exists()
 
@@ -356,7 +356,7 @@ def test_a_dry_run_looks_only_for_media_that_would_be_read(tmp_path, monkeypatch
     manifest = write_tsv(tmp_path / "pairs.tsv", rows)
     arguments = (f"input={manifest}", f"output={tmp_path / 'dataset'}", "--dry-run")
     assert command_line(tmp_path, monkeypatch, *arguments) == 0
-    assert "media files missing: 1 of 1 looked for" in capsys.readouterr().out
+    assert "media files missing: 1 of 1 checked" in capsys.readouterr().out
 
 
 def test_a_full_disk_during_the_plan_is_named(tmp_path):

@@ -262,7 +262,7 @@ def test_decoding_names_media_and_captions_that_cannot_be_read(tmp_path):
     found = problems_of(dataset, decode=True)
     assert "sample a: .jpg:" in found
     assert "sample b: .txt is not UTF-8" in found
-    assert "sample b: holds no image" in found
+    assert "sample b: contains no image" in found
     assert "exclude them with a subset" in found
 
 
@@ -289,7 +289,7 @@ def test_a_shard_that_is_listed_twice_is_found(dataset):
     finish_dataset(
         dataset, ["00000000", "00000001", "00000002", "9"], media="image", preparation={}
     )
-    assert "9: holds the same bytes as shard 00000001" in problems_of(dataset)
+    assert "9: has the same bytes as shard 00000001" in problems_of(dataset)
 
 
 def test_a_dataset_of_another_version_is_refused(dataset):
@@ -300,7 +300,7 @@ def test_a_dataset_of_another_version_is_refused(dataset):
 def test_advice_names_make_shards_only_where_it_made_the_dataset(tmp_path):
     made = write_toy_dataset(tmp_path / "d", preparation={"command": "make_shards", "config": {}})
     flip(made / TAR, 600)
-    assert "delete each shard named and run make_shards again" in problems_of(made)
+    assert "delete each listed shard and run make_shards again" in problems_of(made)
 
 
 @pytest.mark.parametrize("file", [TAR, IDX, "manifest.jsonl"])

@@ -121,9 +121,9 @@ def assert_counts(counts, values):
     frequent = Counter(values)
     assert counts.most_frequent == sorted(frequent.items(), key=lambda e: (-e[1], e[0]))[:40]
     assert counts.num_repeated == sum(num > 1 for num in frequent.values())
-    assert counts.least_count == min(frequent.values())
+    assert counts.smallest_count == min(frequent.values())
     spread = counts.spread
-    assert (spread.least, spread.largest) == (min(values), max(values))
+    assert (spread.minimum, spread.maximum) == (min(values), max(values))
     expected = np.quantile(np.array(values, dtype=float), QUANTILES, method="inverted_cdf")
     assert spread.quantiles == tuple(expected)
     if counts.num_distinct > 12:

@@ -232,7 +232,7 @@ def test_all_findings_in_a_fixed_order():
     ("options", "message"),
     [
         ({"scripts": ("Latim",)}, "did you mean 'Latin'"),
-        ({"scripts": ("]",)}, "not a script of Unicode"),
+        ({"scripts": ("]",)}, "not a Unicode script"),
         (
             {"languages": ("english",)},
             "'english' is not a language .*; known: .*en",

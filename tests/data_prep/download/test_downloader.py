@@ -522,7 +522,7 @@ def first_of(results):
 
 
 def test_closing_ends_promptly_and_records_nothing(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloader_module, "SECONDS_TO_END", 600)
+    monkeypatch.setattr(downloader_module, "SHUTDOWN_SECONDS", 600)
     urls = [f"{server.url}/{path}/{number}" for path in ("drip", "wait") for number in range(4)]
     slow = options(read_timeout_seconds=6000, total_timeout_seconds=6000, retries=3)
     with Downloader(slow, cache=tmp_path, max_bytes=MAX_BYTES) as downloader:
@@ -554,7 +554,7 @@ def test_full_disk_stops_the_run_and_names_the_folder(server, tmp_path):
 
 def test_cache_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="downloads cannot be kept here: Not a directory"):
+    with pytest.raises(RunError, match="cannot store downloads: Not a directory"):
         Downloader(options(), cache=tmp_path / "file" / "cache", max_bytes=1)
 
 

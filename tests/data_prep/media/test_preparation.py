@@ -60,7 +60,7 @@ def test_stored_formats_pass_through_and_others_are_refused_where_nothing_is_ree
         never = {"reencode": "never"}
         (prepared,) = prepare(content, kind)
         if prepared.measures["is_reencoded"]:
-            with pytest.raises(MediaError, match="stored only re-encoded") as caught:
+            with pytest.raises(MediaError, match="must be re-encoded") as caught:
                 prepare(content, kind, never, never)
             assert caught.value.reason == "format_not_stored"
         else:

@@ -85,7 +85,7 @@ def test_of_one_caption_the_first_items_are_kept_whatever_its_case(tmp_path):
     dataset = shard(manifest, tmp_path / "dataset", captions=options, max_rejected_fraction=1)
     assert all_captions(dataset) == [["Sold out"], ["a dog"], ["SOLD OUT"], ["a cat"]]
     assert [row["row"] for row in rejected_rows(dataset)] == [4, 5]
-    assert rejected_rows(dataset)[0]["detail"] == "2 items before have this caption"
+    assert rejected_rows(dataset)[0]["detail"] == "2 earlier items have this caption"
 
 
 def test_columns_to_keep_have_the_type_that_holds_all_their_values(tmp_path):

@@ -12,12 +12,12 @@ from data_prep.report.html import (
     chart,
     fact_list,
     interval_bar,
-    picture,
     render,
     render_page,
     sound,
     svg_chart,
     table,
+    thumbnail,
 )
 
 
@@ -57,7 +57,7 @@ def test_chart_is_inline_follows_the_text_colour_and_repeats_itself():
 
 
 def test_picture_keeps_its_shape():
-    html = picture(np.zeros((100, 400, 3), dtype=np.uint8), max_side=64, alt='"quoted"')
+    html = thumbnail(np.zeros((100, 400, 3), dtype=np.uint8), max_side=64, alt='"quoted"')
     assert 'width="64" height="16"' in html
     assert 'src="data:image/jpeg;base64,' in html
     assert "&#34;quoted&#34;" in html

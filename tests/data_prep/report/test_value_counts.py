@@ -47,13 +47,13 @@ def test_what_is_no_number_is_left_out():
     ).filter(lambda values: min(values) < max(values))
 )
 def test_bins_are_few_and_hold_every_value(values):
-    least, median, largest = sorted(values)
-    is_whole = isinstance(least, int)
-    edges, is_in_ratios = histogram_edges(least, median, largest, is_whole=is_whole)
-    assert edges[0] <= least and largest < edges[-1]
+    minimum, median, maximum = sorted(values)
+    is_whole = isinstance(minimum, int)
+    edges, is_logarithmic = histogram_edges(minimum, median, maximum, is_whole=is_whole)
+    assert edges[0] <= minimum and maximum < edges[-1]
     assert edges == sorted(edges)
     assert 2 <= len(edges) <= 40
-    assert not is_in_ratios or edges[0] > 0
+    assert not is_logarithmic or edges[0] > 0
     assert not is_whole or all(isinstance(edge, int) for edge in edges)
 
 
@@ -61,8 +61,8 @@ def test_bins_have_round_edges():
     assert histogram_edges(1, 9, 21, is_whole=True) == (list(range(1, 23)), False)
     assert histogram_edges(0.1, 0.5, 0.9, is_whole=False)[0][:3] == [0.1, 0.15, 0.2]
     assert histogram_edges(0.1, 0.5, 0.6, is_whole=False)[0][-2:] == [0.6, 0.62]
-    edges, is_in_ratios = histogram_edges(5, 50, 890, is_whole=True)
-    assert is_in_ratios
+    edges, is_logarithmic = histogram_edges(5, 50, 890, is_whole=True)
+    assert is_logarithmic
     assert edges == [5, 6, 7, *(2**power * part for power in range(1, 8) for part in (4, 5, 6, 7))]
 
 

@@ -170,7 +170,7 @@ def test_columns_that_cannot_be_used_are_refused(tmp_path):
         InputError, match=r"column 'path' \(columns.media\): expected text .* int64"
     ):
         pairs_of(path)
-    with pytest.raises(InputError, match="keep_columns: 'raw' holds bytes"):
+    with pytest.raises(InputError, match="keep_columns: 'raw' contains bytes"):
         pairs_of(path, columns=Columns(media="raw"), keep_columns=("raw",))
     with pytest.raises(InputError, match=r"'captions' \(columns.caption\).* mean 'caption'"):
         pairs_of(path, columns=Columns(media="raw", caption="captions"))

@@ -168,7 +168,7 @@ def test_a_setting_that_the_format_cannot_honour_is_refused(tmp_path):
     path.write_text('{"path": "a.jpg", "caption": "x"}\n')
     for fields in ({"quotes": True}, {"caption_template": "a {}"}, {"subset": tmp_path / "x"}):
         with pytest.raises(
-            InputError, match=f"{next(iter(fields))}=.* no meaning for format=jsonl"
+            InputError, match=f"{next(iter(fields))}=.* is not supported for format=jsonl"
         ):
             pairs_of(path, **fields)
 

@@ -126,7 +126,7 @@ def test_a_tar_that_is_cut_short_anywhere_names_itself_and_what_to_do(tmp_path):
     content = path.read_bytes()
     for length in (512 * 3 * 6 + 512, 512 * 3 * 6, 512 * 3 * 4, 512 * 3 * 4 + 700, 100):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"0\.tar: .*restore this tar, or leave it out"):
+        with pytest.raises(InputError, match=r"0\.tar: .*restore this tar, or exclude it"):
             pairs_of(path)
 
 
@@ -229,7 +229,7 @@ def test_a_subset_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="belongs to a dataset of 10 samples"):
         pairs_of(folder, subset=tmp_path / "s.subset")
     (folder / "dataset.json").unlink()
-    with pytest.raises(InputError, match=r"needs a local folder with a dataset\.json"):
+    with pytest.raises(InputError, match=r"requires a local folder with a dataset\.json"):
         pairs_of(folder, subset=tmp_path / "s.subset")
     assert len(pairs_of(folder)) == 14  # as plain tars
 

@@ -43,7 +43,7 @@ def test_a_server_that_gives_no_parts_is_refused_when_they_are_needed():
     ):
         assert len(file.read()) == 3_000_000
         file.seek(1000)
-        with pytest.raises(OSError, match="download it and give its local path"):
+        with pytest.raises(OSError, match="download it and use its local path"):
             file.read(1)
 
 
@@ -61,7 +61,7 @@ def test_a_web_server_that_keeps_failing_is_named_with_its_status(monkeypatch):
     failures = [503] * (web_file.RETRIES + 1)
     with (
         served({"/x": b"content"}, failures=failures) as root,
-        pytest.raises(OSError, match=r"/x: the server answers 503 \(tried 5 times\)"),
+        pytest.raises(OSError, match=r"/x: HTTP status 503 \(tried 5 times\)"),
     ):
         remote_file.read_bytes(f"{root}/x")
     assert failures == []
@@ -73,7 +73,7 @@ def test_a_web_file_that_changes_while_it_is_read_is_refused():
         assert file.read(10) == b"a" * 10
         files["/x"] = b"b" * 3_000_000
         file.seek(2_000_000)
-        with pytest.raises(OSError, match="the file has changed: download it"):
+        with pytest.raises(OSError, match="the file has changed; download it"):
             file.read(1)
 
 
@@ -99,9 +99,9 @@ def test_a_manifest_on_a_web_server_is_read_and_what_is_wrong_with_it_told(monke
         found = contents_of(f"{root}/p.parquet", columns=Columns(media="image"))
         assert found == [b"A", b"B"]
         for name, status in (("none.csv", 404), ("secret.csv", 403)):
-            with pytest.raises(InputError, match=f"not readable: .*the server answers {status}"):
+            with pytest.raises(InputError, match=f"cannot be read: .*HTTP status {status}"):
                 pairs_of(f"{root}/{name}")
-    with pytest.raises(InputError, match="not readable: "):
+    with pytest.raises(InputError, match="cannot be read: "):
         pairs_of(f"{root}/none.csv")
 
 
@@ -181,7 +181,7 @@ def test_the_format_is_found_from_name_and_content(tmp_path):
     [
         ("none.csv", "expected a manifest or a folder of pairs .* found nothing"),
         ("*.csv", "found nothing"),
-        ("a.xlsx", r"expected one of \.csv .* found \.xlsx; name the format"),
+        ("a.xlsx", r"expected one of \.csv .* found \.xlsx; set the format"),
         ("unheard://x.csv", "Protocol not known"),
     ],
 )

@@ -125,7 +125,7 @@ def test_lost_samples_are_counted_and_leave_the_parquet(dataset, capsys):
     assert table["licence"].to_pylist() == ["cc0", "cc0"]
     said = capsys.readouterr().out
     assert "2 samples (all match the CRC32 of the old index); lost: 1: 000000000003" in said
-    assert "holds different samples than before (7)" in said
+    assert "contains different samples than before (7)" in said
     assert "measured " not in said
 
 
@@ -133,7 +133,7 @@ def test_lost_samples_are_counted_and_leave_the_parquet(dataset, capsys):
 def test_what_cannot_be_rebuilt_is_left_to_a_person(dataset, refused):
     DAMAGES[refused][0](dataset)
     before = contents(dataset)
-    with pytest.raises(InputError, match="could not be repaired in full"):
+    with pytest.raises(InputError, match="could not be repaired completely"):
         verify(dataset, repair=True)
     assert contents(dataset) == before
 
@@ -222,7 +222,7 @@ def test_make_shards_is_named_as_the_way_to_get_lost_samples_back(tmp_path, caps
     made = write_toy_dataset(tmp_path / "d", preparation={"command": "make_shards", "config": {}})
     flip(made / TAR, 600)
     verify(made, repair=True)
-    assert "delete the files of the shard named and run make_shards" in capsys.readouterr().out
+    assert "delete the files of the affected shard and run make_shards" in capsys.readouterr().out
     assert read_dataset_files(made)[0].preparation["command"] == "make_shards"
 
 
@@ -252,7 +252,7 @@ def test_of_random_damage_nothing_wrong_is_ever_kept(dataset, seed):
     try:
         verify(dataset, repair=True)
     except InputError as error:
-        assert "could not be repaired in full" in str(error)
+        assert "could not be repaired completely" in str(error)
         return
     found = samples_of(dataset)
     assert found == {key: toy_samples(range(8))[key] for key in found}
@@ -349,7 +349,7 @@ def test_a_damaged_foreign_tar_is_never_rewritten(foreign, has_index):
         InputError, match="these tars were not written by make_shards and are never rewritten"
     ):
         verify(sidecars)
-    with pytest.raises(InputError, match="not written by make_shards and thus never rewritten"):
+    with pytest.raises(InputError, match="not written by make_shards and therefore never rewrit"):
         verify(sidecars, repair=True)
     assert (contents(tars), contents(sidecars)) == before
 

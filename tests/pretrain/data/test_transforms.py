@@ -238,14 +238,14 @@ def test_bad_pictures_are_refused_before_and_while_they_are_decoded(scaled_decod
     transform = image_transform(scaled_decoding=scaled_decoding)
     content = jpeg(300, 300)
     for bad, message in (
-        (content[:-200], "not a readable JPEG"),
-        (b"\xff\xd8\xff nothing", "not a readable JPEG"),
+        (content[:-200], "unreadable JPEG"),
+        (b"\xff\xd8\xff nothing", "unreadable JPEG"),
         (saved(Image.fromarray(picture()), "PNG"), "expected jpg bytes, found png"),
     ):
         with pytest.raises(MediaError, match=message):
             trained(transform, bad)
     monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
-    with pytest.raises(MediaError, match="300 x 300 pixels; at most 1000"):
+    with pytest.raises(MediaError, match="300 x 300 pixels; expected at most 1000"):
         trained(transform, content)
 
 
@@ -293,9 +293,9 @@ def test_a_short_clip_is_repeated_or_followed_by_silence():
 
 def test_bad_clips_are_refused_in_training():
     for bad, message in (
-        (sound("WAV", samples=np.full(4000, np.nan), subtype="FLOAT"), "not finite"),
-        (sound("FLAC")[:-3000], "not readable audio"),
-        (b"nothing", "not readable audio"),
+        (sound("WAV", samples=np.full(4000, np.nan), subtype="FLOAT"), "NaN or infinity"),
+        (sound("FLAC")[:-3000], "unreadable audio"),
+        (b"nothing", "unreadable audio"),
     ):
         with pytest.raises(MediaError, match=message):
             trained(audio_transform(), bad, extension="flac")
