@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import RunError
-from pretrain.distributed.collectives import gather_objects, is_of_lost_peer
+from pretrain.distributed.collectives import gather_objects, is_lost_peer_error
 from pretrain.distributed.launcher import adopt_environment
 
 # A process may read a slow disk for hours; one that ends is noticed without a timeout.
@@ -39,7 +39,7 @@ def joined_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_of_lost_peer(error):
+        if is_lost_peer_error(error):
             raise RunError("another process ended: its own message says why") from None
         raise
     finally:

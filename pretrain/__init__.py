@@ -1,6 +1,6 @@
 """Pretraining from shards to checkpoint: model, loss, sample order, loading, training loop.
 
-Letters in the shape comments of the whole project:
+Letters in shape comments, for all packages of the project:
 
     B  pairs on this rank      N  pairs in the global batch   D  joint embedding width
     W  tower width             L  text tokens                 P  image patches

@@ -1,4 +1,4 @@
-"""Checkpoints that any number of processes can write and read, sufficient to rebuild the model.
+"""Checkpoints that any number of processes can write or read and rebuild the model from.
 
     step_00001000/
       model-00002-of-00004.safetensors       fp32 parameters: the slices of the second of four ranks
@@ -9,9 +9,9 @@
       checkpoint.json                        step, shapes, writer; size and sha256 of every other
                                              file; written last
 
-Tensors are flattened. An entry of a file is a slice, "<key>/<parameter>@<offset>", where the key is
-"parameter" or the name of a moment (see checkpoints/slice_file.py). The strategy and the number of
-processes decide which rank writes which slices; readers need not know.
+Tensors are flattened. Each entry of a file is a slice, "<key>/<parameter>@<offset>", where the key
+is "parameter" or the name of a moment (see checkpoints/slice_file.py). Which rank writes which
+slices depends on the strategy and the number of processes; reading does not.
 
 A folder is a valid checkpoint only if checkpoint.json exists and every checksum agrees. No file is
 a pickle.
@@ -96,7 +96,7 @@ def files_to_rebuild(
 
 
 def newest_checkpoint(
-    store: CheckpointStore, *, counts: Callable[[CheckpointRecord], bool] = lambda record: True
+    store: CheckpointStore, *, is_of_run: Callable[[CheckpointRecord], bool] = lambda record: True
 ) -> VerifiedCheckpoint | None:
     """Finds the newest valid checkpoint and logs the damaged ones that it skips.
 
@@ -104,7 +104,7 @@ def newest_checkpoint(
 
     Args:
         store: the store to search.
-        counts: returns whether a checkpoint belongs to the run's history; others are skipped.
+        is_of_run: returns whether a checkpoint belongs to the run's history; others are skipped.
 
     Raises:
         RunError: if the store cannot be read.
@@ -117,7 +117,7 @@ def newest_checkpoint(
             if rank() == 0:
                 logger.warning("skipping a damaged checkpoint: %s", error)
             continue
-        if on_main_process(lambda: counts(checkpoint.record)):  # noqa: B023
+        if on_main_process(lambda: is_of_run(checkpoint.record)):  # noqa: B023
             return checkpoint
         if rank() == 0:
             logger.warning(
@@ -206,26 +206,27 @@ def restore(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
 
 
 def refuse_other_shapes(checkpoint: VerifiedCheckpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compares the parameters of a checkpoint with those of a model.
+    """Checks that a checkpoint and a model have the same parameters.
 
     Args:
         checkpoint: the checkpoint.
-        shapes: parameter name -> shape, of the model.
+        shapes: parameter name -> shape in the model.
 
     Raises:
         InputError: if names or shapes differ.
     """
-    there = checkpoint.record.shapes
+    stored = checkpoint.record.shapes
     different = [
-        f"  {name}: {there.get(name, 'none')} there, {shapes.get(name, 'none')} here"
-        for name in sorted({*there, *shapes})
-        if there.get(name) != shapes.get(name)
+        f"  {name}: {stored.get(name, 'none')} in the checkpoint, "
+        f"{shapes.get(name, 'none')} in the model"
+        for name in sorted({*stored, *shapes})
+        if stored.get(name) != shapes.get(name)
     ]
     if different:
         more = [f"  and {len(different) - 10} more"] if len(different) > 10 else []
         raise InputError(
-            f"{checkpoint.location}: expected the parameters of this model, found different ones "
-            "(shapes):\n" + "\n".join(different[:10] + more)
+            f"{checkpoint.location}: expected the parameters of this model, found other names or "
+            "shapes:\n" + "\n".join(different[:10] + more)
         )
 
 
@@ -235,8 +236,8 @@ def _refuse_missing_moments(engine: Engine, checkpoint: VerifiedCheckpoint) -> N
     missing = sorted(set().union(*gather_objects(names)))
     if missing:
         raise InputError(
-            f"{checkpoint.location}: expected the optimizer's moments of every parameter that this "
-            f"run trains, found none of {', '.join(missing[:10])}"
+            f"{checkpoint.location}: expected optimizer moments for every parameter that this run "
+            f"trains, found none for {', '.join(missing[:10])}"
             f"{f' and {len(missing) - 10} more' if len(missing) > 10 else ''}, which were frozen "
             "in the checkpoint's run: train the same parameters as that run"
         )
@@ -253,13 +254,12 @@ def find_checkpoint(folder: str | Path) -> Path:
     """Finds a checkpoint and verifies the files of its model.
 
     Args:
-        folder: path or URL of a checkpoint, or of a run folder, which stands for its newest
-            checkpoint. A remote checkpoint is downloaded to the user's cache, without the
-            optimizer's files.
+        folder: path or URL of a checkpoint, or of a run folder, whose newest checkpoint is used.
+            A remote checkpoint is downloaded to the user's cache, without the optimizer's files.
 
     Raises:
-        InputError: if there is no checkpoint, or it is damaged. An older one is never taken
-            silently.
+        InputError: if there is no checkpoint, or it is damaged. There is no silent fallback to an
+            older one.
         RunError: if the network or the server fails.
     """
     locations = find_locations(str(folder))
@@ -274,8 +274,9 @@ def find_checkpoint(folder: str | Path) -> Path:
             return download_model(locations[0], record)
         verify_model(locations[0], record)
     except DamagedCheckpointError as error:
-        others = ", ".join(locations[1:]) or "there is none"
-        raise InputError(f"damaged checkpoint: {error}; name an older one: {others}") from None
+        others = ", ".join(locations[1:])
+        advice = f"use an older one: {others}" if others else "there is no older one"
+        raise InputError(f"damaged checkpoint: {error}; {advice}") from None
     except OSError as error:
         if local_path(locations[0]) is not None:
             raise
@@ -289,8 +290,7 @@ def load_model(
     """Loads a trained model in evaluation mode.
 
     Args:
-        folder: path or URL of a checkpoint, or of a run folder, which stands for its newest
-            checkpoint.
+        folder: path or URL of a checkpoint, or of a run folder, whose newest checkpoint is used.
         device: device of the model.
 
     Returns:

@@ -29,9 +29,9 @@ LossKind = Literal["softmax", "sigmoid"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-# At this scale exp(-2 * scale), a summand of the softmax, is just above float64's smallest number.
+# At this scale exp(-2 * scale), a term of the softmax, is just above the smallest positive float64.
 LARGEST_LOGIT_SCALE = 340.0
-# Mean and deviation of RGB in [0, 1] that CLIP's image towers expect (Radford et al. 2021).
+# Mean and standard deviation of RGB in [0, 1] for CLIP's image towers (Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,17 +45,15 @@ def media_of_pairing(pairing: PairingName) -> MediaKind:
 
 
 class MediaTower(Section):
-    """One encoder of images or of log-mel pictures; its output is projected to embed_dim."""
+    """An encoder of images or log-mel spectrograms; its output is projected to embed_dim."""
 
     library: Literal["timm", "open_clip", "transformers"]
-    name: (
-        str  # timm model, open_clip model whose image tower is taken, or transformers model/folder
-    )
-    pretrained: bool | str = (
-        False  # weights: true, an open_clip tag, or a file; false: from scratch
-    )
+    # timm model, open_clip model (its image tower is used), or transformers model or folder
+    name: str
+    # weights: true, an open_clip tag, or a file; false: trained from scratch
+    pretrained: bool | str = False
     frozen: bool = False  # keep the loaded weights; the projection is still trained
-    options: dict[str, Any] = {}  # more arguments of the library's constructor or config
+    options: dict[str, Any] = {}  # further arguments of the library's constructor or config
 
 
 class TextTower(Section):
@@ -66,7 +64,7 @@ class TextTower(Section):
     pretrained: bool | str = False
     frozen: bool = False
     options: dict[str, Any] = {}
-    context_length: PositiveInt = 77  # tokens; captions are cut or padded to it
+    context_length: PositiveInt = 77  # tokens; captions are truncated or padded to it
     tokenizer: str | None = None  # transformers tokenizer (name or folder); null: open_clip's BPE
     pooling: Literal["mean", "first"] = "mean"  # over tokens; transformers towers only
 
@@ -102,12 +100,12 @@ class Model(Section):
 
 
 class ColorJitter(Section):
-    """Random changes of colour in training, in this order (Pillow's and torchvision's definitions).
+    """Colour jitter in training, in this order, as Pillow and torchvision define it.
 
-    Each factor is drawn evenly from [1 - x, 1 + x], the shift of hue from [-x, x] turns.
+    Each factor is drawn uniformly from [1 - x, 1 + x], the hue shift from [-x, x] turns.
     """
 
-    probability: Share = 0.8  # of changing an image at all
+    probability: Share = 0.8  # fraction of images that are changed
     brightness: Share = 0.32
     contrast: Share = 0.32
     saturation: Share = 0.32
@@ -115,14 +113,12 @@ class ColorJitter(Section):
 
 
 class ImageTransform(Section):
-    """From a decoded image to the tower's square input."""
+    """Transform of a decoded image to the tower's square input."""
 
     size: PositiveInt = 224  # pixels
     resize: Literal["shortest", "squash"] = "shortest"  # evaluation: shorter side, then centre crop
-    crop_area: tuple[PositiveFloat, PositiveFloat] = (
-        0.9,
-        1.0,
-    )  # training: fraction of the area kept
+    # training: fraction of the area kept
+    crop_area: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)  # training: width over height
     flip_probability: Share = 0.0  # training: mirrored left to right
     color_jitter: ColorJitter | None = None  # training
@@ -155,23 +151,24 @@ class LogMel(Section):
 
 
 class SpecAugment(Section):
-    """Masks of the spectrogram, set to its mean in training (Park et al. 2019, "SpecAugment").
+    """Frequency and time masks, set to the spectrogram's mean (Park et al. 2019, "SpecAugment").
 
-    The width of each mask is drawn uniformly from 0 to the largest, then its position.
+    Used in training only. First the width of a mask is drawn uniformly, then its position.
     """
 
-    num_mel_stripes: int = Field(2, ge=0)
+    num_mel_stripes: int = Field(2, ge=0)  # frequency masks
     mel_bins: PositiveInt = 8  # largest width of a mask
-    num_time_stripes: int = Field(2, ge=0)
+    num_time_stripes: int = Field(2, ge=0)  # time masks
     frames: PositiveInt = 64  # largest width of a mask
 
 
 class AudioTransform(Section):
-    """From a decoded clip to a waveform of fixed length, and on to the tower's input."""
+    """Transform of a decoded clip to a waveform of fixed length, and to the tower's input."""
 
     sample_rate_hz: PositiveInt = 48000
-    clip_seconds: PositiveFloat = 10.0  # longer clips are cropped: at random, in evaluation centred
-    padding: Literal["repeat", "silence"] = "repeat"  # of shorter clips
+    # longer clips are cropped: at a random position in training, at the centre in evaluation
+    clip_seconds: PositiveFloat = 10.0
+    padding: Literal["repeat", "silence"] = "repeat"  # how shorter clips are filled up
     log_mel: LogMel = LogMel()
     spec_augment: SpecAugment | None = None  # training
 
@@ -221,9 +218,10 @@ class Source(Section):
 
     name: str  # part of every random key: renaming a source changes the order
     # Folder or URL (s3://, gs://, hf://, http://, file://) with dataset.json; its fingerprint is
-    # part of the run. A folder is read in place, a URL through loading.cache.
+    # part of the run's identity. A folder is read in place, a URL through loading.cache.
     dataset: Location = free()
-    subset: Location | None = free(None)  # .subset file: only the samples it keeps; likewise
+    # .subset file: only the samples that it lists are read; its fingerprint is part of the identity
+    subset: Location | None = free(None)
     weight: PositiveFloat = 1.0  # fraction of the pairing's batch, relative to its other sources
 
 
@@ -238,16 +236,16 @@ Sources = Annotated[list[Source], Field(min_length=1), AfterValidator(_refuse_eq
 
 
 class Segment(Section):
-    """Other sources or weights from a step on; a source that stays continues where it was."""
+    """New sources or weights from a step on; a source that is kept continues at its position."""
 
-    from_step: PositiveInt  # number of steps done before it
+    from_step: PositiveInt  # number of steps done before the segment
     sources: Sources
 
 
 class Distillation(Section):
     """Distillation: a trained model provides part of the softmax targets."""
 
-    checkpoint: Path = free()  # run folder or checkpoint; its fingerprint is part of the run
+    checkpoint: Path = free()  # run folder or checkpoint; its fingerprint is part of the identity
     weight: float = Field(0.5, gt=0, le=1)  # weight of its softmaxes in the targets
 
 
@@ -258,14 +256,13 @@ class Pairing(Section):
     # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
     # with model.logit_scale.initial: 10
     loss: LossKind = "softmax"
-    label_smoothing: Decay = 0.0  # of the softmaxes' targets, spread over the batch
+    label_smoothing: Decay = 0.0  # fraction of the softmax targets that is spread over the batch
     # Role of two pairs in a batch that share their caption or media. negatives: as in CLIP;
-    # positives: as if they were one pair; masked: left out of each other's loss.
+    # positives: as if they were one pair; masked: excluded from each other's loss.
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     teacher: Distillation | None = None
-    weight: PositiveFloat = (
-        1.0  # weight of this loss in the step's sum, or its fraction of the steps
-    )
+    # pairings_per_step all: weight of this loss in the sum; one: fraction of the steps
+    weight: PositiveFloat = 1.0
     sources: Sources
     segments: list[Segment] = []  # more may be added while a run is stopped; none may change
 
@@ -278,8 +275,8 @@ class Pairing(Section):
             )
         if self.loss != "softmax" and self.teacher is not None:
             raise ValueError(
-                f"teacher with loss={self.loss}: distillation is for loss=softmax alone; leave "
-                "teacher out"
+                f"teacher with loss={self.loss}: distillation is for loss=softmax alone; remove "
+                "teacher"
             )
         return self
 
@@ -294,26 +291,26 @@ class Pairing(Section):
     def _names_mean_one_dataset(self) -> Pairing:
         known: dict[str, tuple[str, str | None]] = {}
         for source in self.all_sources:
-            place = (source.dataset, source.subset)
-            if known.setdefault(source.name, place) != place:
+            location = (source.dataset, source.subset)
+            if known.setdefault(source.name, location) != location:
                 raise ValueError(
-                    f"source {source.name!r} names both {known[source.name]} and {place}; "
-                    "give the second one another name"
+                    f"source name {source.name!r} is used for both {known[source.name]} and "
+                    f"{location}; rename the second one"
                 )
         return self
 
     @property
     def all_sources(self) -> list[Source]:
-        """Sources of the beginning and of every segment; a source may be in several."""
-        return [*self.sources, *(source for part in self.segments for source in part.sources)]
+        """Initial sources and those of every segment; a source may be in several segments."""
+        return [*self.sources, *(source for each in self.segments for source in each.sources)]
 
 
 class Cache(Section):
     """Cache on each node for shards behind URLs, shared by its processes."""
 
     folder: Path | None = free(None)  # on a local disk of the node; required for URLs
-    max_gigabytes: PositiveFloat | None = free(None)  # null: free disk space at the start
-    num_downloads: PositiveInt = free(4)  # shards that a node downloads at a time
+    max_gigabytes: PositiveFloat | None = free(None)  # null: free disk space when the run starts
+    num_downloads: PositiveInt = free(4)  # shards that a node downloads concurrently
 
 
 class Loading(Section):
@@ -325,10 +322,10 @@ class Loading(Section):
     # Threads of each rank's loader process; 0: load in the training process
     num_workers: int = free(2, ge=0)
     batches_ahead: PositiveInt = free(2)  # steps loaded in advance; each takes memory
-    retries: int = free(5, ge=0)  # of a read or download after a transient error
+    retries: int = free(5, ge=0)  # retries of a read or download after transient errors
     cache: Cache = free(Cache())
     max_bad_fraction: Share = free(1e-3)  # fraction of unreadable samples above which the run stops
-    max_bad_fraction_per_shard: Share = free(1e-2)  # likewise, in one shard
+    max_bad_fraction_per_shard: Share = free(1e-2)  # the same for each shard
     # substitute: samples of a missing or damaged shard are replaced by others. All results of the
     # run are then tagged, because they are no longer a function of the config alone.
     on_bad_shard: Literal["stop", "substitute"] = "stop"
@@ -343,7 +340,7 @@ class Optimizer(Section):
     learning_rate: PositiveFloat  # peak
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
-    weight_decay: float = Field(0.2, ge=0)  # not on norms, biases and logit scales
+    weight_decay: float = Field(0.2, ge=0)  # none for norms, biases and logit scales
     gradient_clipping: PositiveFloat | None = 1.0  # largest global gradient norm
 
 
@@ -353,7 +350,7 @@ class Schedule(Section):
     num_steps: PositiveInt
     warmup_steps: int = Field(0, ge=0)
     shape: Literal["cosine", "constant", "constant_with_cooldown"] = "cosine"
-    cooldown_steps: int = Field(0, ge=0)  # last steps, in which the rate falls linearly to zero
+    cooldown_steps: int = Field(0, ge=0)  # last steps, with the rate decaying linearly to zero
 
     @model_validator(mode="after")
     def _fits(self) -> Schedule:
@@ -370,8 +367,8 @@ class Schedule(Section):
         return self
 
 
-# Fraction of a time-out after which a process without a heartbeat is ended. By then the time-out of
-# the process group has freed the others.
+# Fraction of a time-out after which a process without a heartbeat is ended. By then the other
+# processes have already failed with the time-out of the process group.
 END_FRACTION = 1.5
 
 
@@ -379,22 +376,22 @@ class Engine(Section):
     """Devices and strategy; except the precision, nothing here changes results beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = free("auto")
-    # ddp: each process holds everything (also if it is the only one). DeepSpeed's ZeRO divides
-    # among processes 1: the optimizer's state, 2: also gradients, 3: also parameters, 0: nothing.
+    # ddp: each process holds everything (also for a single process). DeepSpeed's ZeRO partitions
+    # 0: nothing, 1: the optimizer's state, 2: also gradients, 3: also parameters.
     strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = free("ddp")
     deepspeed_config: Path | None = free(None)  # a file like those in configs/deepspeed/
     precision: Precision = "bf16"  # bf16: autocast, parameters stay fp32
-    # How the loss is shared among processes: strip1 computes least, strip2 sends least.
+    # How the loss is divided among processes: strip1 computes least, strip2 communicates least.
     loss_mode: Literal["auto", "strip1", "strip2"] = free("auto")
-    # Time-outs of a collective: until the end of an attempt's first step, and afterwards. A
-    # hanging step writes stacks before its time-out, and ends its process after 1.5 times the
-    # time-out. Waiting for a checkpoint has the longer time-out, too.
+    # Time-outs of a collective: until the end of an attempt's first step, and afterwards. The
+    # stacks of a hanging step are written before the time-out; the process is ended after 1.5 times
+    # the time-out. The longer time-out also applies to waiting for a checkpoint.
     start_timeout_seconds: PositiveFloat = free(1800.0)
     timeout_seconds: PositiveFloat = free(600.0)
-    activation_checkpointing: bool = free(False)  # trained towers: less memory, a third more time
-    compile: bool = free(False)  # towers by torch.compile: minutes at the start, faster after
-    # Equal bits in every run on the same number and kind of GPUs: without it, some operators sum
-    # in varying order. Slower; an operator without a deterministic form raises an error
+    activation_checkpointing: bool = free(False)  # trained towers: less memory, a third slower
+    compile: bool = free(False)  # torch.compile for towers: compiles for minutes, then runs faster
+    # Bitwise equal results in every run on the same number and kind of GPUs: otherwise, some
+    # operators sum in varying order. Slower; an operator without a deterministic form raises
     deterministic: bool = free(False)
 
 
@@ -409,14 +406,13 @@ class Watch(Section):
     on_non_finite: Literal["stop", "skip"] = free("stop")
     max_skipped_steps: PositiveInt = free(3)  # within skip_window_steps; one more stops the run
     skip_window_steps: PositiveInt = free(1000)
-    # Reported in the metrics: values above so many times their median over the last window_steps
+    # Values above this factor times their median over window_steps are reported in the metrics
     loss_spike_factor: float = free(2.0, gt=1)
     grad_norm_spike_factor: float = free(5.0, gt=1)
     window_steps: int = free(100, ge=20)
-    slow_step_factor: float = free(2.0, gt=1)  # a step is slow at so many times the median time
-    slow_steps: PositiveInt = free(
-        10
-    )  # consecutive, before they are reported with the slowest process
+    slow_step_factor: float = free(2.0, gt=1)  # slow: above this factor times the median duration
+    # number of consecutive slow steps after which they are reported with the slowest process
+    slow_steps: PositiveInt = free(10)
 
 
 class ValidationSource(Section):
@@ -424,7 +420,7 @@ class ValidationSource(Section):
 
     dataset: Location = free()  # folder or URL
     subset: Location | None = free(None)
-    batch_size: PositiveInt  # pairs contrasted with one another: the metrics depend on it
+    batch_size: PositiveInt  # pairs contrasted with one another; affects the metrics
 
 
 class Validation(Section):
@@ -440,19 +436,21 @@ class Run(Section):
     folder: Path = free()
     log_every_steps: PositiveInt = free(10)
     checkpoint_every_steps: PositiveInt = free(1000)
-    checkpoint_every_minutes: PositiveFloat | None = free(None)  # in addition; null: never
+    checkpoint_every_minutes: PositiveFloat | None = free(
+        None
+    )  # additional checkpoints; null: none
     # Folder or URL (s3://, gs://, ...) of the checkpoints; null: checkpoints/ in the run folder
     checkpoint_folder: Location | None = free(None)
-    max_failed_saves: PositiveInt = free(
-        3
-    )  # consecutive checkpoints not written, before the run stops
-    keep_checkpoints: PositiveInt = free(3)  # the newest; older ones are deleted
-    keep_every_steps: PositiveInt | None = free(None)  # these are never deleted; null: none
+    # number of consecutive failed checkpoints at which the run stops
+    max_failed_saves: PositiveInt = free(3)
+    keep_checkpoints: PositiveInt = free(3)  # number of newest checkpoints; older ones are deleted
+    # checkpoints at multiples of this are never deleted; null: all may be
+    keep_every_steps: PositiveInt | None = free(None)
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
-    # Begin a new run from the newest checkpoint of the run in `folder`, in a folder next to it
+    # Start a new run from the newest checkpoint of the run in `folder`, in a folder next to it
     fork: bool = free(False)
-    # Folder of the run that this one begins from; set by `fork`, or by you for a folder you name
+    # Folder of the run that this one starts from; set by `fork`, or by you to choose `folder`
     parent: Path | None = free(None)
 
     @property
@@ -463,9 +461,9 @@ class Run(Section):
     @model_validator(mode="after")
     def _has_one_parent(self) -> Run:
         if self.fork and self.parent is not None:
-            raise ValueError("fork=true begins from the run in folder; leave out fork, or parent")
+            raise ValueError("fork=true starts from the run in folder; remove fork or parent")
         if self.parent is not None and self.parent.resolve() == self.folder.resolve():
-            raise ValueError(f"parent={self.parent} is the run's own folder; name another folder")
+            raise ValueError(f"parent={self.parent} is the run's own folder; use another folder")
         return self
 
     @model_validator(mode="after")
@@ -480,7 +478,7 @@ class Run(Section):
 
 
 class PretrainConfig(Section):
-    """A whole run."""
+    """Config of a run."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     lanes: PositiveInt  # divides every pairing's global_batch_size; at most this many processes
@@ -491,7 +489,7 @@ class PretrainConfig(Section):
     image: ImageTransform = ImageTransform()
     audio: AudioTransform = AudioTransform()
     pairings: dict[PairingName, Pairing] = Field(min_length=1)
-    # all: every step takes all pairings, and sums weight * loss; one: every step takes one pairing,
+    # all: every step uses all pairings and sums weight * loss; one: every step uses one pairing,
     # chosen by weight.
     pairings_per_step: Literal["all", "one"] = "all"
     loading: Loading = Loading()
@@ -533,5 +531,5 @@ class PretrainConfig(Section):
         return self
 
     def slots_per_lane(self, pairing: PairingName) -> int:
-        """Returns the number of consecutive positions of every lane that one step takes."""
+        """Returns the number of consecutive positions that a step reads from every lane."""
         return self.pairings[pairing].global_batch_size // self.lanes

@@ -11,14 +11,14 @@ the config's section `preflight`:
     4. no node exchanges tensors more slowly than the others
 
 The report goes to standard error. If the run should not start, standard output holds one line for
-slurm/pretrain.sbatch: srun's options that leave bad nodes out, or `requeue` after a signal.
+slurm/pretrain.sbatch: srun's options that exclude bad nodes, or `requeue` after a signal.
 """
 
 from __future__ import annotations
 
 from pretrain.run import signals
 
-if __name__ == "__main__":  # before imports that take seconds, during which a signal would kill
+if __name__ == "__main__":  # before slow imports, during which a signal would end the process
     signals.listen()
 
 from data_prep.command import check_command_line, check_output_folder, run_command, say
@@ -52,7 +52,7 @@ from pretrain.nodes.verdict import Problem, answer_to_script, bad_nodes, judge, 
 from pretrain.run.fork import config_of_fork
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the parameter and two moments
-SECONDS_TO_PART = 5.0
+SHUTDOWN_SECONDS = 5.0  # rank 0 waits this long for the last messages of the other ranks
 
 
 def preflight(config: PretrainConfig, *, answer: TextIO | None = None) -> None:
@@ -106,13 +106,13 @@ def finish(meeting: Meeting, problems: Sequence[Problem], *, answer: TextIO | No
     """Ends the preflight on all ranks with the problems that rank 0 found.
 
     Raises:
-        RunError: if there are problems, or rank 0 received a signal meanwhile.
+        RunError: if there are problems, or rank 0 received a signal during the checks.
     """
     is_healthy = meeting.broadcast("verdict", not problems and not signals.received)
     if meeting.rank != 0:
         meeting.send("parted", value=True)
         if not is_healthy:
-            raise RunError("a run should not start here; see the error of rank 0")
+            raise RunError("the run should not start on these nodes; see the error of rank 0")
         return
     if not is_healthy and answer is not None:
         line = answer_to_script(
@@ -120,10 +120,10 @@ def finish(meeting: Meeting, problems: Sequence[Problem], *, answer: TextIO | No
         )
         print(line, end="\n" if line else "", file=answer, flush=True)
     meeting.send("parted", value=True)
-    meeting.collect("parted", seconds=SECONDS_TO_PART)  # the store ends with this process
+    meeting.collect("parted", seconds=SHUTDOWN_SECONDS)  # the store ends with this process
     if not is_healthy:
         raise RunError(reason_to_refuse(problems))
-    say("preflight: all is well")
+    say("preflight: no problems found")
 
 
 def reason_to_refuse(problems: Sequence[Problem]) -> str:
@@ -132,8 +132,8 @@ def reason_to_refuse(problems: Sequence[Problem]) -> str:
         return f"stopped by {', '.join(sorted(signals.received))} while nodes were checked"
     lines = "\n".join(f"  {problem}" for problem in problems)
     bad = bad_nodes(problems)
-    advice = f"leave out {', '.join(bad)}" if bad else "fix the problems and try again"
-    return f"a run should not start here:\n{lines}\n{advice}"
+    advice = f"exclude {', '.join(bad)}" if bad else "fix the problems and try again"
+    return f"the run should not start on these nodes:\n{lines}\n{advice}"
 
 
 def checkpoint_bytes(config: PretrainConfig) -> int:
@@ -149,15 +149,15 @@ def checkpoint_bytes(config: PretrainConfig) -> int:
     return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
 
 
-def device_of_rank(asked: str) -> torch.device:
-    """Returns the device of this rank for engine.device."""
-    kind = device_type_of(asked)
+def device_of_rank(setting: str) -> torch.device:
+    """Returns the device of this rank for a value of engine.device."""
+    kind = device_type_of(setting)
     return torch.device("cpu" if kind == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
 
 def run(config: PretrainConfig) -> None:
-    """Runs the preflight of a command, whose standard output holds only the answer."""
-    # Libraries such as NCCL write to standard output, even below Python: it becomes standard error.
+    """Runs the preflight and writes only the line for the batch script to standard output."""
+    # Libraries such as NCCL write to standard output from C code: redirect it to standard error.
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         preflight(config, answer=answer)

@@ -3,10 +3,10 @@
     python -m pretrain.requeue configs/pretrain/demo.yaml [section.key=value ...]
 
 Takes the arguments of pretrain.train. Exit status 0: the job is requeued. 1: it is not, for the
-printed reason. 3: this start has finished the run, whatever status its processes ended with.
+printed reason. 3: this start has finished the run, regardless of its processes' exit statuses.
 
-A run that a signal stopped continues. A run that failed continues too, since a node may be the
-cause, unless its loss is not finite. A run does not continue if
+A run that a signal stopped is requeued. A run that failed is requeued too, since a node may be the
+cause, unless its loss is not finite. A run is not requeued if
 
     - its last three attempts saved no checkpoint at a later step, or
     - its job was started three times without an attempt at the run.
@@ -55,9 +55,9 @@ def run(config: PretrainConfig) -> None:
         reason = reason_to_continue(attempts, last_checkpoint=last_checkpoint)
     except RunError as error:
         say(f"{folder}: not requeued: {error}")
-        # If an earlier job finished the run, this one, which made no attempt, has failed.
-        ended_it = bool(attempts) and is_of_this_start(attempts[-1], os.environ)
-        is_finished = ended_it and attempts[-1].outcome == "finished"
+        # If an earlier start finished the run, this start claimed no attempt and has failed.
+        is_newest = bool(attempts) and is_of_this_start(attempts[-1], os.environ)
+        is_finished = is_newest and attempts[-1].outcome == "finished"
         sys.exit(STATUS_OF_FINISHED if is_finished else 1)
     say(f"{folder}: requeued: {reason}")
 
@@ -69,7 +69,7 @@ def refuse_starts_without_attempt(
 
     Args:
         attempts: all attempts at the run, oldest first.
-        environment: of the job.
+        environment: environment variables of the job.
 
     Raises:
         RunError: if there are `ATTEMPTS_WITHOUT_A_STEP` such starts or more.
@@ -78,8 +78,8 @@ def refuse_starts_without_attempt(
     if job is None or not attempts:
         return
     started = restarts_of_job(environment) + 1
-    of_job = [attempt.job_restarts + 1 for attempt in attempts if attempt.job == job]
-    without_attempt = started - max(of_job, default=0)
+    starts = [attempt.job_restarts + 1 for attempt in attempts if attempt.job == job]
+    without_attempt = started - max(starts, default=0)
     if without_attempt >= ATTEMPTS_WITHOUT_A_STEP:
         raise RunError(
             f"the last {without_attempt} starts of job {job} ended before the run started; see "
@@ -88,14 +88,14 @@ def refuse_starts_without_attempt(
 
 
 def reason_to_continue(attempts: Sequence[Attempt], *, last_checkpoint: int) -> str:
-    """Returns why a run is started again.
+    """Returns why a run is restarted.
 
     Args:
         attempts: all attempts at the run, oldest first.
         last_checkpoint: step that the next attempt would resume from.
 
     Raises:
-        RunError: if the run is not started again, with the reason.
+        RunError: if the run is not restarted; the message is the reason.
     """
     if not attempts:
         raise RunError("no attempt has claimed the run; see the job's log")
@@ -111,8 +111,8 @@ def reason_to_continue(attempts: Sequence[Attempt], *, last_checkpoint: int) -> 
         raise RunError(f"the run cannot continue by itself: {newest.outcome}")
     last = attempts[-ATTEMPTS_WITHOUT_A_STEP:]
     starts = [each.from_step for each in last if each.from_step is not None]
-    # Progress is what was saved: the next attempt repeats all later steps, and an attempt that was
-    # killed could not record its last step.
+    # Only saved steps count as progress: the next attempt repeats all later steps, and an attempt
+    # that was killed could not record its last step.
     has_saved = last_checkpoint > min(starts, default=last_checkpoint)
     if len(last) == ATTEMPTS_WITHOUT_A_STEP and not has_saved:
         raise RunError(

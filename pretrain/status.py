@@ -1,4 +1,4 @@
-"""Prints the status of a run on any machine that sees its folder, such as a login node.
+"""Prints the status of a run, on any machine that can read its folder, such as a login node.
 
     python -m pretrain.status runs/mine
 
@@ -27,7 +27,7 @@ from pretrain.run.end_causes import causes_of_end
 from pretrain.run.status_file import read_status_file
 from pretrain.stored_config import CONFIG_FILE, read_values_of_run
 
-NUM_ROWS = 20  # rows of metrics that the pace is computed from
+NUM_ROWS = 20  # number of newest metrics rows that determine the pace
 TIMEOUT_KEYS = ("timeout_seconds", "start_timeout_seconds")  # after and before the first step
 LARGEST = 1e10  # number in a config
 LONGEST_OUTCOME = 160  # characters
@@ -35,7 +35,7 @@ LONGEST_OUTCOME = 160  # characters
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Status of a run, as far as its files show it."""
+    """Status of a run according to its files."""
 
     folder: Path
     state: str
@@ -123,13 +123,13 @@ def _state(
     if newest.outcome != "running":
         return newest.outcome, f"by {newest.stop_cause}" if newest.stop_cause else ""
     is_own = written.get("attempt") == newest.attempt
-    last_sign = datetime.fromisoformat(written["updated"] if is_own else newest.started)
+    last_heartbeat = datetime.fromisoformat(written["updated"] if is_own else newest.started)
     timeout = timeouts[TIMEOUT_KEYS[0] if is_own else TIMEOUT_KEYS[1]] or LARGEST
     # By then, the hang watch has ended all processes of a run that hangs.
-    if at - last_sign > timedelta(seconds=END_FRACTION * timeout):
+    if at - last_heartbeat > timedelta(seconds=END_FRACTION * timeout):
         return "silent", (
-            f"attempt {newest.attempt} has written nothing for {in_words(at - last_sign)}: its "
-            "nodes were lost or it was killed; start the run again to resume from its checkpoint"
+            f"attempt {newest.attempt} has written nothing for {in_words(at - last_heartbeat)}: "
+            "its nodes were lost or it was killed; start the run again to resume it"
         )
     if not is_own:
         return "starting", f"attempt {newest.attempt} has not finished a step yet"
@@ -200,7 +200,7 @@ def _attempt_line(attempt: Attempt) -> str:
     job = "" if attempt.job is None else f", job {attempt.job}"
     if attempt.job_restarts:
         job += f" restarted {attempt.job_restarts} times"
-    outcome = attempt.outcome  # the attempt's file holds the whole message of a failure
+    outcome = attempt.outcome  # the attempt's file holds the full message of a failure
     if len(outcome) > LONGEST_OUTCOME:
         outcome = f"{outcome[:LONGEST_OUTCOME]} ..."
     return (

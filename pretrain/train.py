@@ -3,12 +3,12 @@
     python -m pretrain.train configs/pretrain/demo.yaml schedule.num_steps=100
 
 The same command runs under `accelerate launch`, `torchrun` or `srun`; the number of processes never
-changes the result. Run again, it resumes from the newest checkpoint.
+changes the result. When run again, it resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before imports that take seconds, during which a signal would kill
+if __name__ == "__main__":  # before slow imports, during which a signal would end the process
     from pretrain.run import signals
 
     signals.listen()
@@ -35,9 +35,9 @@ from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.launcher import device_type_of, planned_processes
 from pretrain.distributed.start import build_engine, check_engine, start_accelerator
+from pretrain.fail_points import fail_point
 from pretrain.model.activation_checkpointing import compile_towers
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
-from pretrain.moments import moment
 from pretrain.run.attempts import machine_name
 from pretrain.run.compatibility import RunIdentity
 from pretrain.run.folder import RunFolder
@@ -63,7 +63,7 @@ from pretrain.training.plan import describe_plan
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Runs a config to its last step, from the newest checkpoint of its run folder if it has one.
+    """Trains to the last step of a config, from the newest checkpoint of its run folder if any.
 
     Raises:
         InputError: if the config, a dataset or the run folder cannot be used.
@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig) -> None:
     requests = RunRequests(
         config.run.folder, save_every_minutes=config.run.checkpoint_every_minutes
     )
-    with requests:  # so that no request made during the start is lost
+    with requests:  # so that no request made during start-up is lost
         tokenizer = build_tokenizer(config.model.text)
         # After the tokenizer, whose imports the loader shares; before any threads or connections.
         with start_loader(config.loading) as load_steps:
@@ -86,9 +86,9 @@ def run_attempt(
     config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSteps, requests: RunRequests
 ) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
-    moment("start")
+    fail_point("start")
     accelerator = start_accelerator(config.engine, run=config.run)
-    requests.looks_at_files = rank() == 0
+    requests.polls_files = rank() == 0
     hosts = gather_objects(machine_name())
     loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
@@ -121,11 +121,11 @@ def run_attempt(
             settings = build_settings(config)
             batches = load_batches(load_steps, loader, engine, run, last_step=settings.last_step)
             session.heartbeat(is_slow=True)
-            moment("loaded")
+            fail_point("loaded")
             session.writer = open_writer(config, engine, tokenizer, run)
             trainer = Trainer(engine, step, loader, session, settings)
             if run.num_steps_done and run.last_checkpoint is None:
-                trainer.save_first()  # of a fork, which no longer needs its parent then
+                trainer.save_first()  # a fork: from here on it no longer needs its parent
             trainer.train(batches, validation_sets)
 
 

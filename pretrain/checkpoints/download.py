@@ -62,12 +62,12 @@ def _publish(partial: Path, copy: Path) -> None:
     try:
         partial.replace(copy)
     except OSError:
-        if not copy.exists():  # otherwise another process was faster, with the same files
+        if not copy.exists():  # otherwise another process has published the same files
             raise
 
 
 def verify_model(location: str, record: CheckpointRecord) -> None:
-    """Verifies the files that the model is rebuilt from, which excludes the optimizer's.
+    """Verifies all files of a checkpoint except the optimizer's.
 
     Raises:
         DamagedCheckpointError: if a file is missing or differs from the record.

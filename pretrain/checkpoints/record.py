@@ -52,14 +52,14 @@ class RunState:
     """Progress of a run, in addition to its tensors."""
 
     step: int  # steps completed
-    num_updates: int  # optimizer updates: steps without the skipped ones
+    num_updates: int  # optimizer updates, which exclude skipped steps
     skipped_steps: tuple[int, ...] = ()
     tags: tuple[str, ...] = ()  # reasons why the result is not a function of the config alone
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """Content of a checkpoint, with what is needed to verify that it is complete."""
+    """Content of a checkpoint, with sizes and checksums to verify it."""
 
     state: RunState
     written_by: Mapping[str, Any]  # attempt, number of processes, strategy, parent of the run

@@ -64,10 +64,10 @@ def _header(slices: Iterable[TensorSlice]) -> bytes:
 
 
 def read_slices(file: BinaryIO, name: str) -> list[StoredSlice]:
-    """Reads from a file's header which slices it holds.
+    """Reads the header of a file and returns the slices that it lists.
 
     Args:
-        file: the opened file, at its start.
+        file: open file, positioned at its start.
         name: name of the file, stored in the result.
 
     Raises:
@@ -104,7 +104,7 @@ class SliceIndex:
         """Yields (stored slice, the part of `wanted` that it provides), in order and without gaps.
 
         Raises:
-            ValueError: if no file holds some of the elements.
+            ValueError: if some elements are in no file.
         """
         slices = self._of_tensor.get(wanted.tensor, [])
         number = bisect_right(slices, wanted.offset, key=lambda each: each.slice.offset) - 1
@@ -124,7 +124,7 @@ def read_values(file: BinaryIO, stored: StoredSlice, part: TensorSlice, target: 
     """Reads a part of a stored slice.
 
     Args:
-        file: the opened file.
+        file: open file.
         stored: a slice in the file.
         part: the elements to read; all are in the stored slice.
         target: [part.length] float32, on the CPU, contiguous; overwritten.
@@ -137,5 +137,5 @@ def read_values(file: BinaryIO, stored: StoredSlice, part: TensorSlice, target: 
     while left:
         count = file.readinto(left)
         if not count:
-            raise EOFError(f"{stored.file}: cut short")
+            raise EOFError(f"{stored.file}: truncated")
         left = left[count:]

@@ -1,8 +1,8 @@
 """Transfer of state between an engine and the files of a checkpoint.
 
-Each rank writes the slices that it alone holds and an equal part of the replicated ones. When
-loading, a rank reads whatever its engine holds now, from the files that contain it. So the number
-of processes and the strategy may differ between saving and loading.
+Each rank writes the slices that only it holds and an equal part of the replicated ones. When
+loading, a rank reads the slices that its engine holds, from the files that contain them. So the
+number of processes and the strategy may differ between saving and loading.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def slices_to_write(
 ) -> Iterator[HeldSlice]:
     """Yields the slices that a rank writes, such that exactly one rank writes each element.
 
-    Replicated slices are concatenated and cut into parts of equal length, one for each rank.
+    Replicated slices are concatenated and split into parts of equal length, one per rank.
     """
     held = list(held)
     total = sum(each.slice.length for each in held if each.is_replicated)
@@ -74,7 +74,7 @@ class StateCopy:
     A thread touches the memory in advance, because allocating it takes longer than a copy.
 
     Args:
-        engine: the engine; the layout of its slices must not change from now on.
+        engine: engine to copy from; the layout of its slices must not change afterwards.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -119,7 +119,7 @@ class StateCopy:
 
 
 def shapes_of(model: ContrastiveModel) -> dict[str, tuple[int, ...]]:
-    """Returns {parameter name: shape}, also for parameters that DeepSpeed has partitioned."""
+    """Returns {parameter name: full shape}, including parameters that DeepSpeed has partitioned."""
     return {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -146,7 +146,7 @@ def load_slices(engine: Engine, location: str, index: SliceIndex) -> None:
     Each replicated slice is read by one rank only, which broadcasts it to the others.
 
     Args:
-        engine: the engine, whose slices are overwritten.
+        engine: engine whose slices are overwritten.
         location: path or URL of the checkpoint.
         index: index of the checkpoint's files.
 
@@ -156,17 +156,17 @@ def load_slices(engine: Engine, location: str, index: SliceIndex) -> None:
     """
     held = list(engine.slices())
     shared = [each for each in held if each.is_replicated and world_size() > 1]
-    reader_of = _divide([each.slice.length for each in shared])
-    read_here = [each for each, reader in zip(shared, reader_of, strict=True) if reader == rank()]
+    readers = _divide([each.slice.length for each in shared])
+    read_here = [each for each, reader in zip(shared, readers, strict=True) if reader == rank()]
     own = [each for each in held if not (each.is_replicated and world_size() > 1)]
     _read_into(own, location, index)
     _read_into(read_here, location, index)
-    for each, reader in zip(shared, reader_of, strict=True):
+    for each, reader in zip(shared, readers, strict=True):
         broadcast_from(reader, each.values)
 
 
 def _divide(sizes: Sequence[int]) -> list[int]:
-    """[tensors] the rank that reads each tensor; all ranks read about equally many elements."""
+    """[tensors] rank that reads each tensor; every rank reads about the same number of elements."""
     total, start, readers = max(1, sum(sizes)), 0, []
     for size in sizes:
         readers.append(min((start + size // 2) * world_size() // total, world_size() - 1))
@@ -175,7 +175,7 @@ def _divide(sizes: Sequence[int]) -> list[int]:
 
 
 def _read_into(held: Iterable[HeldSlice], location: str, index: SliceIndex) -> None:
-    """Fills slice after slice, opening each file once."""
+    """Reads the values of all slices, opening each file once."""
     with ExitStack() as files:
         opened = {}
         for each in held:
@@ -194,7 +194,7 @@ def _read_into(held: Iterable[HeldSlice], location: str, index: SliceIndex) -> N
 
 
 def read_whole(location: str, index: SliceIndex, *, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Reads whole tensors, assembled from their slices.
+    """Reads complete tensors, assembled from their slices.
 
     Args:
         location: path or URL of the checkpoint.

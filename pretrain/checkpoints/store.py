@@ -1,8 +1,8 @@
 """Checkpoint storage: a folder, or a URL that fsspec can write to (s3://, gs://, ...).
 
-A checkpoint exists once it is committed. In a folder, an attempt writes under a temporary name of
-its own and renames it. Object stores cannot rename, but they write each file atomically. There,
-every attempt writes into a folder of its own, and writing RECORD last commits it.
+A checkpoint exists once it is committed. In a folder, an attempt writes under its own temporary
+name and renames it. Object stores cannot rename, but they write each file atomically. There, every
+attempt writes into its own folder, and writing RECORD last commits the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from data_prep.storage.remote_file import (
     open_binary,
     read_bytes,
 )
-from pretrain.moments import moment
+from pretrain.fail_points import fail_point
 from pretrain.stored_config import CONFIG_FILE, read_values_of_run
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
-RETRIES = 5  # of transient failures of remote storage
+RETRIES = 5  # number of retries after transient failures of remote storage
 FOLDER_NAME = re.compile(r"step_(\d{8,})(?:_attempt_(\w+))?")
 LEFTOVER_NAME = re.compile(r"\.step_\d+\.(\w+)(?:\.former)?\.tmp")
 
@@ -72,7 +72,7 @@ def find_locations(folder: str) -> list[str]:
     """Finds possible checkpoints, newest first.
 
     Args:
-        folder: path or URL of one checkpoint or of a run.
+        folder: path or URL of a checkpoint or of a run folder.
     """
     if exists(join(folder, RECORD)):
         return [folder]
@@ -88,17 +88,18 @@ def store_of_run(folder: str) -> CheckpointStore:
     Raises:
         ConfigError: if the config in the run folder is damaged.
     """
-    elsewhere = None
+    checkpoint_folder = None
     if not is_url(folder) and (Path(folder) / CONFIG_FILE).exists():
-        elsewhere = read_values_of_run(Path(folder)).get("run", {}).get("checkpoint_folder")
-    return open_store(elsewhere or join(folder, "checkpoints"))
+        values = read_values_of_run(Path(folder))
+        checkpoint_folder = values.get("run", {}).get("checkpoint_folder")
+    return open_store(checkpoint_folder or join(folder, "checkpoints"))
 
 
 class CheckpointStore:
     """Checkpoints in a folder of a local or network file system with atomic renames.
 
     Args:
-        folder: path, created when the first checkpoint is begun.
+        folder: path, created for the first checkpoint.
     """
 
     def __init__(self, folder: str) -> None:
@@ -138,15 +139,15 @@ class CheckpointStore:
         for folder in [Path(partial), *(p for p in Path(partial).rglob("*") if p.is_dir())]:
             _flush_folder(folder)
         final = Path(self.folder) / f"step_{step:08d}"
-        former = Path(partial).with_name(Path(partial).name.replace(".tmp", ".former.tmp"))
+        replaced = Path(partial).with_name(Path(partial).name.replace(".tmp", ".former.tmp"))
         if final.exists():  # a damaged checkpoint; the run resumed from an earlier one
-            final.replace(former)
+            final.replace(replaced)
         Path(partial).replace(final)
         _flush_folder(Path(self.folder))
-        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def delete(self, location: str) -> None:
-        """Deletes a checkpoint, its record first, so that a partial deletion leaves none."""
+        """Deletes a checkpoint, its record first, so that a partly deleted one is not valid."""
         (Path(location) / RECORD).unlink(missing_ok=True)
         shutil.rmtree(location)
 
@@ -185,7 +186,7 @@ class ObjectStore(CheckpointStore):
         pass  # object stores have no folders, only names with slashes
 
     def commit(self, partial: str, step: int) -> None:
-        pass  # writing the record has committed it
+        pass  # writing the record has already committed it
 
     def delete(self, location: str) -> None:
         files, inner = file_system(location)
@@ -219,7 +220,7 @@ def retry_remote(path: str, action: Callable[[], Result]) -> Result:
     """Calls `action` and returns its result; retries transient errors if `path` is a URL.
 
     Raises:
-        OSError: if the last try fails.
+        OSError: if the last attempt fails.
     """
     if local_path(path) is not None:
         return action()
@@ -237,7 +238,7 @@ def write_file(
         chunks: returns the content; called again for each retry.
 
     Raises:
-        OSError: if the file cannot be written, or if it reads back differently.
+        OSError: if the file cannot be written, or its content differs when read back.
     """
     path = join(location, name)
     return retry_remote(path, lambda: _write(path, chunks()))
@@ -250,7 +251,7 @@ def _write(path: str, chunks: Iterable[bytes | memoryview]) -> StoredFile:
         for chunk in chunks:
             file.write(chunk)
             if not num_bytes:
-                moment("writing")
+                fail_point("writing")
             written.update(chunk)
             num_bytes += len(chunk)
     found = checksum_of(path)
@@ -275,10 +276,10 @@ def _opened_for_writing(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            # So that reading back reaches the disk instead of the page cache.
+            # Drop the page cache, so that reading back reads from the disk.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
-        # The error of a full disk names no file.
+        # On a full disk, the original error does not contain the path.
         raise OSError(error.errno, error.strerror, path) from None
 
 

@@ -32,7 +32,7 @@ from pretrain.distributed.collectives import (
     sum_over_ranks,
     world_size,
 )
-from pretrain.moments import moment
+from pretrain.fail_points import fail_point
 
 if TYPE_CHECKING:
     from pretrain.distributed.engine import Engine
@@ -49,12 +49,12 @@ class SaveReport:
 
     step: int
     num_bytes: int
-    waited_seconds: float  # training waited: for the copy, and for an unfinished earlier checkpoint
+    waited_seconds: float  # training waited for the copy and for an unfinished earlier checkpoint
     written_seconds: float  # from the copy to the commit
 
 
 class _Task:
-    """A function that runs in a thread of its own."""
+    """A function that runs in its own thread."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.result: Any = None
@@ -130,7 +130,7 @@ class CheckpointWriter:
         self._clock = clock
         self._copy = StateCopy(engine)
         self._save: _Save | None = None
-        self._num_failures = 0  # in a row
+        self._num_failures = 0  # consecutive ones
         on_main_process(lambda: store.delete_leftovers(attempt))
 
     # ------------------------------------------------------------------------ the main thread
@@ -139,20 +139,20 @@ class CheckpointWriter:
         """Starts a checkpoint of the current state.
 
         Raises:
-            RunError: if too many checkpoints in a row could not be written.
+            RunError: if too many consecutive checkpoints could not be written.
         """
         start = self._clock()
         if self._save is not None:
-            former = self._save.state.step
+            previous_step = self._save.state.step
             self.finish()
             waited = self._clock() - start
             if rank() == 0 and waited >= SECONDS_TO_REPORT:
                 logger.warning(
-                    "step %d: training waited %.1f s, because the checkpoint of step %d was still "
-                    "being written; raise run.checkpoint_every_steps, or use a faster store",
+                    "step %d: training waited %.1f s because the checkpoint of step %d was still "
+                    "being written; raise run.checkpoint_every_steps or use a faster store",
                     state.step,
                     waited,
-                    former,
+                    previous_step,
                 )
         files = self._copy.take()
         others = buffer_file(self.engine.model) | self._model_files if rank() == 0 else {}
@@ -197,7 +197,7 @@ class CheckpointWriter:
             self.advance()
 
     def take_reports(self) -> list[SaveReport]:
-        """Returns reports of the checkpoints committed since the last call."""
+        """Returns reports on the checkpoints committed since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
@@ -262,10 +262,10 @@ class CheckpointWriter:
     def _publish(self, save: _Save, record: CheckpointRecord) -> None:
         self._refuse_if_superseded()
         write_file(save.partial, RECORD, lambda: [record.to_json()])
-        moment("commit")
+        fail_point("commit")
         self.store.commit(save.partial, save.state.step)
         self._refuse_if_superseded()
-        moment("committed")
+        fail_point("committed")
         delete_other_checkpoints(
             self.store,
             save.state.step,
@@ -277,10 +277,10 @@ class CheckpointWriter:
 def delete_other_checkpoints(
     store: CheckpointStore, step: int, *, keep: int, keep_every_steps: int | None = None
 ) -> None:
-    """Deletes outdated checkpoints after that of `step` was committed.
+    """Deletes outdated checkpoints after the checkpoint of `step` was committed.
 
-    Those are all but the newest `keep`, except multiples of `keep_every_steps`, and those of later
-    steps: they were damaged, and the run resumed from an earlier one.
+    Keeps the newest `keep` checkpoints and those at multiples of `keep_every_steps`. Checkpoints of
+    later steps are deleted too: they were damaged, and the run resumed from an earlier one.
     """
     found = store.checkpoints()
     earlier = [each for each in found if each.step < step]

@@ -168,7 +168,7 @@ def set_timeout(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
-def is_of_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer_error(error: RuntimeError) -> bool:
     """Returns whether a collective failed because another process died or came too late."""
     # Gloo has no error type of its own.
     messages = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")

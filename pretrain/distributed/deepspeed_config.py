@@ -1,7 +1,7 @@
 """DeepSpeed's settings: those that users tune in a file, and those that the engine decides.
 
 The files in configs/deepspeed/ tune memory and communication only, so none of their keys changes a
-gradient. All keys that could are set here from the run's config.
+gradient. Keys that could change one are set here, from the run's config.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from data_prep.config_file import Section, read_config
 from data_prep.errors import ConfigError
 from pretrain.config import Engine as EngineConfig
 
-# DeepSpeed's keys that the run's config or the loss decides -> where.
+# DeepSpeed key -> the key of the run's config, or the part of the project, that determines it.
 SET_ELSEWHERE = {
     "train_batch_size": "pairings.*.global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -37,7 +37,7 @@ ONLY_IN_STAGE_3 = ("sub_group_size", "offload_param")
 
 
 class DeepSpeedSection(Section):
-    """A section of a DeepSpeed file; refuses keys that are set elsewhere and names the place."""
+    """A section of a DeepSpeed file; keys that are set elsewhere raise an error that says where."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +69,9 @@ class ZeroTuning(DeepSpeedSection):
     offload_param: Offload | None = None
     sub_group_size: PositiveInt | None = None  # elements per optimizer update
     stage3_prefetch_bucket_size: int | None = Field(None, ge=0)  # elements
-    stage3_param_persistence_threshold: int | None = Field(None, ge=0)  # smaller ones stay whole
+    stage3_param_persistence_threshold: int | None = Field(
+        None, ge=0
+    )  # elements; smaller parameters are not partitioned
     stage3_max_live_parameters: int | None = Field(None, ge=0)
     stage3_max_reuse_distance: int | None = Field(None, ge=0)
 
@@ -103,7 +105,7 @@ def read_deepspeed_file(config: EngineConfig) -> dict[str, Any]:
     for key in tuning:
         if strategy != "zero3" and (key.startswith("stage3_") or key in ONLY_IN_STAGE_3):
             raise ConfigError(
-                f"{path}: zero_optimization.{key} has an effect with engine.strategy=zero3 only, "
+                f"{path}: zero_optimization.{key} only has an effect with engine.strategy=zero3, "
                 f"found {strategy}; remove it"
             )
     return tuning
@@ -116,16 +118,16 @@ def deepspeed_settings(config: EngineConfig) -> dict[str, Any]:
         ConfigError: if the file engine.deepspeed_config is invalid.
     """
     settings: dict[str, Any] = {
-        # The trainer cuts batches itself. DeepSpeed divides the loss by the second number.
+        # The trainer splits batches itself. DeepSpeed divides the loss by the accumulation steps.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": zero_stage(config.strategy),
-            # True would replace torch's linear layer by one that rounds differently in autocast.
+            # True would replace torch's linear layer with one that rounds differently in autocast.
             "memory_efficient_linear": False,
             **read_deepspeed_file(config),
         },
-        # Otherwise offloading replaces our optimizer by a compiled one that cannot clamp.
+        # Otherwise offloading replaces our optimizer with a compiled one that cannot clamp.
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},

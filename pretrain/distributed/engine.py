@@ -1,9 +1,9 @@
 """The engine: one interface to processes, precision, gradients and optimizer steps.
 
-Only this room uses Accelerate and DeepSpeed. `Engine` runs one process, or many with
-DistributedDataParallel (DDP); `zero.ZeroEngine` runs DeepSpeed. All give the same result. The
+Only this package uses Accelerate and DeepSpeed. `Engine` runs one process, or many with
+DistributedDataParallel (DDP); `zero.ZeroEngine` runs DeepSpeed. All compute the same result. The
 learning rate schedule, the clamp of the logit scales, the loss's normalisation and the parameter
-groups are ours, not the libraries'.
+groups do not come from the libraries.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Engine:
         return self._wrapped_model(micro_batches, on_media=on_media)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Surrounds the forward and backward of one micro-batch.
+        """Returns a context for the forward and backward of one micro-batch.
 
         Gradients accumulate on this rank; the backward of the last micro-batch averages their sum
         over ranks.
@@ -101,7 +101,7 @@ class Engine:
         return self._wrapped_model.no_sync() if is_wrapped and not is_last else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss, averaged over ranks unless more micro-batches follow."""
+        """Accumulates a loss's gradients, averaged over ranks unless more micro-batches follow."""
         with warnings.catch_warnings():
             # Some kernels return gradients in another memory order, which only costs a copy.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
@@ -140,12 +140,12 @@ class Engine:
         return {
             name: 0.0 if gradient is None else gradient.float().norm().item()
             for name, gradient in (
-                (name, self._whole_gradient(parameter))
+                (name, self._full_gradient(parameter))
                 for name, parameter in self.model.named_parameters()
             )
         }
 
-    def _whole_gradient(self, parameter: Tensor) -> Tensor | None:
+    def _full_gradient(self, parameter: Tensor) -> Tensor | None:
         return parameter.grad
 
     def drop_gradients(self) -> None:
@@ -162,16 +162,16 @@ class Engine:
         Frozen parameters have no moments.
         """
         for name, parameter in self.model.named_parameters():
-            whole = {"parameter": parameter.data}
+            values_by_key = {"parameter": parameter.data}
             if parameter.requires_grad:
                 state = self._state_of(parameter)
-                whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
-            for key, values in whole.items():
+                values_by_key |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
+            for key, values in values_by_key.items():
                 held = TensorSlice(f"{key}/{name}", 0, values.numel())
                 yield HeldSlice(held, values.view(-1), is_replicated=True)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The optimizer's state of a tensor, created if no step was taken yet."""
+        """The optimizer's state of a tensor, created before the first step."""
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0, device=parameter.device)
@@ -209,9 +209,9 @@ class Engine:
         self.accelerator.log(values, step=step)
 
     def close(self) -> None:
-        """Closes the trackers and leaves the process group; only `model` can be used afterwards."""
-        # If the wrapper held the last reference to the group, the group's threads would be joined
-        # while holding the GIL, for which one of them may be waiting: a deadlock.
+        """Closes the trackers and destroys the process group; only `model` stays usable."""
+        # If the wrapper held the last reference to the group, this thread would join the group's
+        # threads while holding the GIL. One of them may wait for the GIL: a deadlock.
         group = dist.group.WORLD if dist.is_initialized() else None
         self.accelerator.end_training()  # also destroys the process group
         del self._wrapped_model, self._wrapped_optimizer

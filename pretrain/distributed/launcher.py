@@ -1,4 +1,4 @@
-"""Environment variables that launchers set: torchrun, accelerate, deepspeed, srun, or none."""
+"""Environment variables of launchers (torchrun, accelerate, deepspeed, srun), or of none."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _whole_number(
 
 
 def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
-    """Sets the variables that torchrun would set, if srun alone started the processes.
+    """Sets the variables that torchrun would set, if srun started the processes directly.
 
     Raises:
         InputError: if a variable of the step is missing, or Slurm cannot list the hosts.
@@ -193,7 +193,7 @@ def refuse_lone_start(environment: Mapping[str, str]) -> None:
     is_alone = "RANK" not in environment
     if is_alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
         raise InputError(
-            "accelerate launch --cpu was asked for several processes and has started one; use "
+            "accelerate launch --cpu was configured for several processes but started one; use "
             "configs/accelerate/two_processes.yaml or torchrun, or remove --num_processes"
         )
 
@@ -222,7 +222,7 @@ def refuse_partial_environment(environment: Mapping[str, str]) -> None:
 
 
 def become_group_of_one(environment: MutableMapping[str, str]) -> None:
-    """Completes the variables of a single process, which DeepSpeed needs in a group."""
+    """Sets the missing variables of a group of one process, which DeepSpeed needs."""
     if environment.get("WORLD_SIZE", "1") != "1":
         return
     with socket.socket() as probe:
@@ -240,7 +240,7 @@ def become_group_of_one(environment: MutableMapping[str, str]) -> None:
     environment |= alone | dict(environment) if "RANK" in environment else alone
 
 
-def device_type_of(asked: str) -> str:
+def device_type_of(setting: str) -> str:
     """Returns the device type, "cuda" or "cpu", for a value of engine.device.
 
     Raises:
@@ -249,9 +249,9 @@ def device_type_of(asked: str) -> str:
     import torch
 
     has_gpu = torch.cuda.is_available()
-    if asked == "cuda" and not has_gpu:
-        raise InputError("engine.device=cuda: torch sees no GPU on this machine; use cpu or auto")
-    return "cuda" if has_gpu and asked != "cpu" else "cpu"
+    if setting == "cuda" and not has_gpu:
+        raise InputError("engine.device=cuda: torch finds no GPU on this machine; use cpu or auto")
+    return "cuda" if has_gpu and setting != "cpu" else "cpu"
 
 
 def refuse_unfit_processes(
@@ -269,16 +269,16 @@ def refuse_unfit_processes(
     Args:
         strategy: engine.strategy.
         device: (requested device type, device type that Accelerate uses).
-        num_processes: (processes that the launcher started, processes that Accelerate sees).
+        num_processes: (number that the launcher started, number that Accelerate detects).
         distributed_type: distributed type of Accelerate.
         accumulation_steps: gradient accumulation steps of Accelerate.
 
     Raises:
-        InputError: if processes or settings do not fit; the message says what to change.
+        InputError: if processes or settings are incompatible; the message says what to change.
     """
     if num_processes[0] != num_processes[1]:
         raise InputError(
-            f"the launcher started WORLD_SIZE={num_processes[0]} processes, Accelerate sees "
+            f"the launcher started WORLD_SIZE={num_processes[0]} processes, Accelerate detects "
             f"{num_processes[1]}; start with torchrun or accelerate launch --multi_gpu"
         )
     if accumulation_steps != 1:

@@ -1,4 +1,4 @@
-"""Start of the accelerator and the engine of a strategy."""
+"""Functions that start the accelerator and build the engine of a strategy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def start_accelerator(config: EngineConfig, *, run: Run) -> Accelerator:
-    """Joins the processes that a launcher started and checks that Accelerate sees all of them.
+    """Joins the processes that a launcher started and checks that Accelerate detects all of them.
 
     Args:
         config: config section `engine`.

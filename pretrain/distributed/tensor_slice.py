@@ -24,7 +24,7 @@ class TensorSlice:
 
     @property
     def key(self) -> str:
-        """ "parameter", "exp_avg" or "exp_avg_sq"."""
+        """Kind of values: "parameter", "exp_avg" or "exp_avg_sq"."""
         return self.tensor.partition("/")[0]
 
     @property

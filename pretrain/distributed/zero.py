@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO, stages 0 to 3, behind the interface of pretrain.distributed.engine.
 
 From stage 1 on, each rank updates its part of flat fp32 tensors, and the model's parameters are
-copies of them. So only the optimizer's own step may change parameters, and a rank holds slices of
-them.
+copies of these. So only the optimizer's own step may change parameters, and a rank holds slices of
+the flat tensors.
 
 This module reads private attributes of DeepSpeed 0.19.8: `_hp_mapping`, the flat groups of the
 stages, `persistent_parameters`.
@@ -34,12 +34,12 @@ def deepspeed_plugin(config: EngineConfig) -> DeepSpeedPlugin:
     """Builds the plugin with which Accelerate runs DeepSpeed.
 
     Raises:
-        InputError: if the launcher's config names a DeepSpeed file.
+        InputError: if the launcher's config sets a DeepSpeed file.
     """
     file_of_launcher = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file_of_launcher != "none":
         raise InputError(
-            f"accelerate launch was given deepspeed_config_file={file_of_launcher}; leave it out: "
+            f"accelerate launch has deepspeed_config_file={file_of_launcher}; remove it: "
             "DeepSpeed is configured by engine.strategy and engine.deepspeed_config"
         )
     if os.environ["DS_ACCELERATOR"] == "cpu":
@@ -48,12 +48,12 @@ def deepspeed_plugin(config: EngineConfig) -> DeepSpeedPlugin:
         deepspeed.ops.__compatible_ops__ = {}
     # DeepSpeed calls a deprecated function of torch.
     warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated")
-    # Every process builds the whole model, so that it depends on the seed alone.
+    # Every process builds the full model, so that its weights depend on the seed alone.
     return DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config), zero3_init_flag=False)
 
 
 class ZeroEngine(Engine):
-    """An engine that leaves model, gradients and optimizer to DeepSpeed."""
+    """An engine in which DeepSpeed manages model, gradients and optimizer."""
 
     def _wrap(self) -> None:
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -71,7 +71,7 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Surrounds the forward and backward of one micro-batch.
+        """Returns a context for the forward and backward of one micro-batch.
 
         Gradients accumulate on this rank; after the last micro-batch, their sum is averaged over
         ranks once.
@@ -86,7 +86,7 @@ class ZeroEngine(Engine):
             self._reduction.close()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss, averaged over ranks unless inside a micro-batch."""
+        """Accumulates a loss's gradients, averaged over ranks unless inside a micro-batch."""
         self._wrapped_model.backward(loss)
 
     def step(self, *, learning_rate: float) -> float:
@@ -113,10 +113,10 @@ class ZeroEngine(Engine):
 
     @property
     def changes_sums_after_backward(self) -> bool:
-        """Always False: DeepSpeed keeps the buckets of its first step."""
+        """Always False: DeepSpeed does not rebuild its buckets."""
         return False
 
-    def _whole_gradient(self, parameter: Tensor) -> Tensor | None:
+    def _full_gradient(self, parameter: Tensor) -> Tensor | None:
         if not parameter.requires_grad:
             return None
         return parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
@@ -126,8 +126,8 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             self.model.zero_grad()
             return
-        # DeepSpeed's step drops gradients with a non-finite norm and cleans up after them.
-        # Padding must stay zero, because it is never written again.
+        # DeepSpeed's step drops gradients with a non-finite norm and resets its buffers, so the
+        # gradients are set to NaN. Padding must stay zero, because it is never written again.
         for gradients in self._zero.averaged_gradients.values():
             for gradient in gradients or ():
                 gradient.masked_fill_(gradient != 0, math.nan)
@@ -148,12 +148,12 @@ class ZeroEngine(Engine):
             flat, start, offset, length = locate(parameter)
             if length == 0:
                 continue
-            whole = {"parameter": flat}
+            values_by_key = {"parameter": flat}
             if parameter.requires_grad:
                 state = self._state_of(flat)
-                whole |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
+                values_by_key |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
             is_replicated = self.stage < 3 and not parameter.requires_grad
-            for key, values in whole.items():
+            for key, values in values_by_key.items():
                 held = TensorSlice(f"{key}/{name}", offset, length)
                 yield HeldSlice(held, values.detach().narrow(0, start, length), is_replicated)
 
@@ -169,7 +169,7 @@ class ZeroEngine(Engine):
         return flat, in_flat.start, in_parameter.start, in_flat.numel
 
     def _locate_at_stage_3(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
-        """The same tuple; ranks have parts of equal length, and the last parts may be padded."""
+        """The same tuple at stage 3, where parts have equal length; the last may be padded."""
         part = parameter.partition_numel()
         offset = min(self.accelerator.process_index * part, parameter.ds_numel)
         length = min(part, parameter.ds_numel - offset)
@@ -192,7 +192,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def _refresh_stage_3(self) -> None:
         persistent = self._zero.persistent_parameters
-        if persistent:  # small parameters, which every rank also holds whole
+        if persistent:  # small parameters, which every rank also holds unpartitioned
             persistent[0].partition(persistent)
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -200,7 +200,7 @@ class ZeroEngine(Engine):
             persistent[0].all_gather(persistent)
 
     def close(self) -> None:
-        """Closes the trackers, frees DeepSpeed's buffers and leaves the process group."""
-        self.accelerator.free_memory()  # needs the process group: DeepSpeed asks for the rank
+        """Closes the trackers, frees DeepSpeed's buffers and destroys the process group."""
+        self.accelerator.free_memory()  # needs the process group, because DeepSpeed reads the rank
         del self._zero
         super().close()

@@ -1,8 +1,8 @@
-"""Activation checkpointing, which recomputes activations in the backward pass; tower compilation.
+"""Activation checkpointing and compilation of towers.
 
-(Chen et al. 2016, "Training deep nets with sublinear memory cost".) Blocks stay in their modules,
-so parameters keep their names. Recomputed layers drop by the same keys, so no generator state is
-saved.
+Checkpointed blocks recompute their activations in the backward pass (Chen et al. 2016, "Training
+deep nets with sublinear memory cost"). Blocks stay in their modules, so parameters keep their
+names. Recomputed dropout uses the same keys, so no generator state is saved.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from data_prep.errors import InputError
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.sample_dropout import TowerDropKeys
 
-# Graphs per tower: with and without gradients, in evaluation, for one row, for any number of rows,
-# for any length of captions.
+# Enough for all graphs of a tower: with and without gradients, in evaluation, for one row, for any
+# number of rows, for any caption length.
 MAX_COMPILATIONS = 32
 
 
 def checkpoint_blocks(model: ContrastiveModel) -> None:
-    """Makes the blocks of all trained towers recompute their activations instead of keeping them.
+    """Makes the blocks of all trained towers recompute their activations instead of storing them.
 
     Raises:
         InputError: if no blocks are found in a tower.
@@ -38,7 +38,7 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
             raise InputError(
                 f"engine.activation_checkpointing: model.{kind} "
                 f"({type(tower.backbone).__name__}) has no list of equal blocks to checkpoint; "
-                "set the key to false, and lower micro_batch_size to save memory"
+                "set the key to false and lower micro_batch_size to save memory"
             )
         for block in blocks:
             # A wrapping module would rename the parameters.
@@ -48,13 +48,13 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
 def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
     """Finds the blocks of a backbone.
 
-    A transformers model marks them. In other models, they are the members of lists of equal
-    modules; of nested lists (stages), the innermost.
+    A transformers model marks its blocks. In other models, blocks are the members of lists of equal
+    modules; if lists are nested (stages), the members of the innermost.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    named = [part for part in backbone.modules() if isinstance(part, GradientCheckpointingLayer)]
-    return iter(named) if named else _listed_blocks(backbone)
+    marked = [each for each in backbone.modules() if isinstance(each, GradientCheckpointingLayer)]
+    return iter(marked) if marked else _listed_blocks(backbone)
 
 
 def _listed_blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -72,7 +72,7 @@ def _listed_blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _recomputed(
     forward: Callable[..., Any], drop_keys: TowerDropKeys, *args: Any, **kwargs: Any
 ) -> Any:
-    """Calls a block's own forward without keeping its activations."""
+    """Calls a block's own forward without storing its activations."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(
@@ -101,13 +101,13 @@ def compile_towers(model: ContrastiveModel, *, backend: str = "inductor") -> Non
     """Compiles all towers, lazily at their first call.
 
     Args:
-        model: the model; call `checkpoint_blocks` before, if at all.
+        model: model; `checkpoint_blocks`, if used, must be called first.
         backend: backend of torch.compile.
     """
     import torch._dynamo.config
 
-    # Layers of a checkpointed block count their calls, a side effect that the compiler refuses.
-    # Applying it in the forward pass only is correct.
+    # Layers of a checkpointed block count their calls, a side effect that the compiler rejects by
+    # default. Applying it in the forward pass only is correct.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for tower in model.towers.values():
         tower.compile(backend=backend, isolate_recompiles=True, recompile_limit=MAX_COMPILATIONS)

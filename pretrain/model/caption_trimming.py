@@ -1,4 +1,4 @@
-"""Trimming of a batch's padding, for text towers whose embeddings it does not change.
+"""Trimming of a batch's padding, for text towers whose embeddings do not depend on padding.
 
 Padding after the longest caption can be cut if no token attends to it and it is not pooled.
 Trimming then changes no embedding and no gradient; it only saves time.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import TransformersText
 
-# Lengths are rounded up to a multiple of this: few shapes, all of them fast on GPUs.
+# Lengths are rounded up to a multiple of this, for few distinct shapes that are fast on GPUs.
 TOKENS_MULTIPLE = 8
 # transformers models in which no token depends on masked padding after it, in any layer.
 MASKS_PADDING = (
@@ -42,8 +42,8 @@ def takes_trimmed_captions(backbone: nn.Module, tokenizer: Tokenizer) -> bool:
         return False
     if backbone.attn_mask is None or backbone.cls_emb is not None:
         return False
-    # Pooling takes the position of the highest token id, or of the first end token. Padding must be
-    # neither.
+    # The pooled position is that of the highest token id, or of the first end token. Padding must
+    # be neither.
     if backbone.pool_type == "argmax":
         return tokenizer.pad_id == 0
     return backbone.pool_type == "eos" and tokenizer.pad_id != backbone.eos_id
@@ -52,7 +52,7 @@ def takes_trimmed_captions(backbone: nn.Module, tokenizer: Tokenizer) -> bool:
 def accept_trimmed_captions(backbone: nn.Module) -> None:
     """Makes an open_clip text tower accept fewer tokens than its context_length.
 
-    Towers of transformers accept them anyway.
+    transformers towers always accept fewer tokens.
     """
     from open_clip.transformer import TextTransformer
 
@@ -69,7 +69,7 @@ def _cut_causal_mask(
 
 
 def trimmed_length(caption_lengths: Tensor, *, context_length: int) -> int:
-    """Computes how many tokens hold every caption of a batch.
+    """Computes the number of tokens that suffice for every caption of a batch.
 
     Args:
         caption_lengths: [B] tokens up to the last one that is not padding; on the CPU, so that
@@ -77,6 +77,6 @@ def trimmed_length(caption_lengths: Tensor, *, context_length: int) -> int:
         context_length: length of the untrimmed batch.
     """
     lengths = caption_lengths.tolist()
-    if 0 in lengths:  # all padding: its embedding may depend on the length
+    if 0 in lengths:  # the embedding of a caption that is all padding may depend on the length
         return context_length
     return min(context_length, -(-max(lengths, default=1) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE)

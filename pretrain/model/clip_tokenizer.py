@@ -1,7 +1,7 @@
 """A faster version of open_clip's tokenizer with bounded memory; the token ids are the same.
 
-Captions of plain ASCII skip the repair of broken encodings, which would not change them. The token
-ids of whole words are cached.
+ASCII captions skip the repair of broken encodings, which would not change them. The token ids of
+words are cached.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ClipTokenizer(SimpleTokenizer):
     def __call__(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
         """Encodes captions to int64 [M, L]: start token, ids, end token, zeros.
 
-        Captions that are too long are cut before the end token.
+        Captions that are too long are truncated before the end token.
         """
         length = context_length or self.context_length
         rows = np.zeros((len(texts), length), dtype=np.int64)

@@ -51,8 +51,8 @@ class PairInputs(NamedTuple):
 
     media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
     tokens: Tensor  # int64 [B, L]
-    spec_masks: Tensor | None = None  # [B, masks, 2] in SpecAugment (see pretrain.model.log_mel)
-    drop_keys: DropKeys | None = None  # in training: identity of the pairs, for layers that drop
+    spec_masks: Tensor | None = None  # [B, masks, 2], SpecAugment (see pretrain.model.log_mel)
+    drop_keys: DropKeys | None = None  # in training: identity of the pairs, for dropout
 
 
 EncoderInputs = Mapping[PairingName, PairInputs]
@@ -60,7 +60,7 @@ OnMedia = Callable[[PairingName, Tensor], None]
 
 
 class NormalizedPixels(nn.Module):
-    """Normalises pixels, uint8 [B, 3, H, Wd] -> float32, by the configured mean and deviation."""
+    """Normalises pixels, uint8 [B, 3, H, Wd] -> float32, with the configured mean and std."""
 
     def __init__(self, config: ImageTransform) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class Tower(nn.Module):
     """Input stage, backbone and projection into the joint space: [B, ...] -> [B, D].
 
     Args:
-        input_stage: module from the tensors of a batch to the backbone's input.
+        input_stage: module that maps the tensors of a batch to the backbone's input.
         backbone: backbone from pretrain.model.towers.
-        projection: module from W to D.
-        drop_keys: keys that the backbone's dropping layers share.
+        projection: module that maps [B, W] to [B, D].
+        drop_keys: keys shared by the backbone's dropout layers.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Tower(nn.Module):
 
         Args:
             inputs: tensors for the input stage.
-            keys: int64 [B] from `pair_keys`; required if layers drop.
+            keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
         with self.drop_keys.set_pairs(keys):
             return self.projection(self.backbone(self.input_stage(*inputs)))  # [B, W] -> [B, D]
@@ -120,7 +120,7 @@ class ContrastiveModel(nn.Module):
     Use `encode_image`, `encode_audio` and `encode_text`, except in training, which uses `forward`.
 
     Attributes:
-        seed: seed of what layers drop in training.
+        seed: seed of dropout in training.
         takes_trimmed_captions: whether tokens can be cut to the longest caption of a batch without
             changing any embedding.
     """
@@ -198,8 +198,8 @@ class ContrastiveModel(nn.Module):
         Args:
             kind: kind of media.
             media: uint8 [B, 3, H, Wd] or float32 [B, samples].
-            spec_masks: [B, masks, 2] in SpecAugment, in training.
-            keys: int64 [B] from `pair_keys`, in training if layers drop.
+            spec_masks: [B, masks, 2], SpecAugment's masks in training.
+            keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
         inputs = (media,) if spec_masks is None else (media, spec_masks)
         return _encode(self.towers[kind], *inputs, keys=keys)
@@ -217,7 +217,7 @@ class ContrastiveModel(nn.Module):
 
         Args:
             tokens: int64 [B, L].
-            keys: int64 [B] from `pair_keys`, in training if layers drop.
+            keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
         return _encode(self.towers["text"], tokens, keys=keys)
 
@@ -230,8 +230,8 @@ class ContrastiveModel(nn.Module):
 def _encode(tower: Tower, *inputs: Tensor, keys: Tensor | None) -> Tensor:
     """[B, D] L2-normalised; B may be 0.
 
-    Many backbones cannot encode an empty batch. They get one row, which is removed from the
-    output, so that all parameters have a gradient, which is zero.
+    Many backbones cannot encode an empty batch, so one row is encoded and then removed from the
+    output. All parameters still receive a gradient, of zero.
     """
     num_rows = len(inputs[0])
     if num_rows == 0:
@@ -254,16 +254,16 @@ def build_model(
 
     Args:
         config: config section `model`.
-        image: config section `image`, which gives the size and normalisation of images.
-        audio: config section `audio`, which gives the length and spectrogram of clips.
+        image: config section `image`, with the size and normalisation of images.
+        audio: config section `audio`, with the length and spectrogram of clips.
         pairings: config sections `pairings`; each has a logit scale, and a bias if its loss is
             sigmoid.
-        seed: seed of the weights and of what layers drop in training.
+        seed: seed of the weights and of dropout in training.
         tokenizer: tokenizer of the text tower.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
-        InputError: if a tower cannot be built or breaks a law (see pretrain.model.towers).
+        InputError: if a tower cannot be built, or has a layer that pretrain.model.towers rejects.
     """
     torch.manual_seed(seed)
     build = partial(_build_tower, embed_dim=config.embed_dim)
@@ -307,7 +307,7 @@ def _build_tower(
     *,
     embed_dim: int,
 ) -> Tower:
-    """Completes a tower around a backbone, which is probed with two inputs."""
+    """Builds a tower around a backbone, whose output width is determined with two examples."""
     drop_keys = TowerDropKeys() if config.frozen else replace_drop_layers(backbone, kind=kind)
     width = probe_backbone(
         backbone, examples, where=f"model.{kind}", drop_keys=None if config.frozen else drop_keys
@@ -323,7 +323,7 @@ def _two_examples(*shape: int) -> Tensor:
 
 
 def _projection(config: TowerConfig, kind: str, width: int, embed_dim: int) -> nn.Module:
-    """The projection from W to D; backbones with a projection of their own need none."""
+    """The projection from W to D; an identity for backbones that include one."""
     if ends_in_joint_space(config):
         if width != embed_dim:
             raise InputError(

@@ -1,8 +1,8 @@
-"""Replacement of a trained tower's dropping layers by layers that drop per sample.
+"""Replacement of a trained tower's dropout layers with layers that drop per sample.
 
-Three checks guard against unexpected code of a library. A DropPath is replaced only if it behaves
-like one. The input of each replaced layer must hold the rows of a sample next to each other. No
-other layer may draw random numbers.
+Three checks guard against unexpected library code. A DropPath is replaced only if it behaves like
+one. The input of each replaced layer must hold the rows of a sample next to each other. No other
+layer may draw random numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain.model.sample_dropout import (
     TowerDropKeys,
 )
 
-# The variants of nn.Dropout that drop whole channels.
+# The variants of nn.Dropout that drop entire channels.
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # Attributes in which layers of the three libraries store a probability of dropping.
 DROP_RATES = (
@@ -43,21 +43,21 @@ DROP_RATES = (
 )
 SUPPORTED_DROPPING = (
     "dropout layers (nn.Dropout), stochastic depth (DropPath) and patch dropout are supported; "
-    "dropout inside a function is not: of attention weights (timm: attn_drop_rate; transformers: "
-    "attention_dropout or attention_probs_dropout_prob), of whole layers (layerdrop), of a head "
-    "or of activations (drop_rate, dropout, activation_dropout)"
+    "functional dropout is not: on attention weights (timm: attn_drop_rate; transformers: "
+    "attention_dropout or attention_probs_dropout_prob), on entire layers (layerdrop), on a head "
+    "or on activations (drop_rate, dropout, activation_dropout)"
 )
 
 
 def replace_drop_layers(backbone: nn.Module, *, kind: str) -> TowerDropKeys:
-    """Replaces all layers that are known to drop, and returns the keys that the new ones share.
+    """Replaces all known dropout layers and returns the keys that their replacements share.
 
     Args:
         backbone: backbone of a trained tower; changed in place.
         kind: name of the tower; part of every key.
 
     Raises:
-        InputError: if a dropping layer cannot be replaced.
+        InputError: if a dropout layer cannot be replaced.
     """
     drop_keys = TowerDropKeys()
     replaced: dict[int, SampleDrop | None] = {}
@@ -80,7 +80,7 @@ def sample_drops(backbone: nn.Module) -> list[SampleDrop]:
 def _sample_layer(layer: nn.Module, name: str, drop_keys: TowerDropKeys) -> SampleDrop | None:
     """The replacement of a layer; None if the layer drops nothing or is unknown.
 
-    `refuse_other_randomness` finds unknown layers that drop.
+    `refuse_other_randomness` detects unknown dropout layers.
     """
     from open_clip.transformer import PatchDropout as OpenClipPatchDropout
     from timm.layers import PatchDropout
@@ -121,10 +121,10 @@ def _is_on(rate: float, name: str) -> bool:
 
 
 def _scales_by_keep(layer: nn.Module, name: str) -> bool:
-    """Whether a DropPath scales the rows that it keeps; determined by a trial on rows of ones.
+    """Whether a DropPath scales the rows that it keeps; determined by calling it on ones.
 
     Raises:
-        InputError: if the layer does not drop whole rows, or scales them differently.
+        InputError: if the layer does not drop entire rows, or scales them differently.
     """
     rate, was_training = layer.drop_prob, layer.training
     layer.drop_prob = 0.5
@@ -133,10 +133,10 @@ def _scales_by_keep(layer: nn.Module, name: str) -> bool:
     layer.drop_prob = rate
     layer.train(was_training)
     values = rows.unique().tolist()
-    is_whole_rows = bool((rows == rows[:, :1, :1]).all())
-    if not is_whole_rows or values not in ([0.0, 1.0], [0.0, 2.0]):
+    drops_rows = bool((rows == rows[:, :1, :1]).all())
+    if not drops_rows or values not in ([0.0, 1.0], [0.0, 2.0]):
         raise InputError(
-            f"model.{name}: expected a {type(layer).__name__} that drops whole rows and scales "
+            f"model.{name}: expected a {type(layer).__name__} that drops entire rows and scales "
             f"them by 1 or 1 / (1 - rate), found {values[:4]} from ones at rate 0.5; set its rate "
             "to 0 in options"
         )
@@ -148,35 +148,35 @@ def _scales_by_keep(layer: nn.Module, name: str) -> bool:
 
 @contextmanager
 def refuse_other_randomness(backbone: nn.Module, *, where: str) -> Iterator[None]:
-    """Surrounds a call of the backbone, in which no layer may draw from a random generator.
+    """Checks that no layer draws from a random generator during a call of the backbone.
 
     Raises:
         InputError: if a layer draws random numbers.
     """
-    culprits: list[tuple[str, nn.Module]] = []
-    entered: list[Any] = []
+    random_layers: list[tuple[str, nn.Module]] = []
+    states_before: list[Any] = []
 
-    def enter(layer: nn.Module, args: Any) -> None:
-        entered.append(_generator_states())
+    def before(layer: nn.Module, args: Any) -> None:
+        states_before.append(_generator_states())
 
-    def leave(layer: nn.Module, args: Any, output: Any) -> None:
-        # The innermost layer leaves first.
-        if entered.pop() != _generator_states() and not culprits:
-            culprits.append((names[id(layer)], layer))
+    def after(layer: nn.Module, args: Any, output: Any) -> None:
+        # The hook of the innermost layer runs first.
+        if states_before.pop() != _generator_states() and not random_layers:
+            random_layers.append((names[id(layer)], layer))
 
     names = {id(layer): name for name, layer in backbone.named_modules()}
     hooks = [
         hook
         for layer in backbone.modules()
-        for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+        for hook in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    if culprits:
-        raise InputError(_refusal(*culprits[0], where=where))
+    if random_layers:
+        raise InputError(_refusal(*random_layers[0], where=where))
 
 
 def _generator_states() -> tuple[Any, ...]:
@@ -202,7 +202,7 @@ def _refusal(name: str, layer: nn.Module, *, where: str) -> str:
 
 @torch.no_grad()
 def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) -> None:
-    """Checks that each dropping layer receives the rows of a sample next to each other.
+    """Checks that each dropout layer receives the rows of a sample next to each other.
 
     Args:
         backbone: backbone in evaluation mode.
@@ -210,7 +210,7 @@ def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) 
         where: config key of the tower.
 
     Raises:
-        InputError: if a layer receives other rows, so that dropping would depend on the batch.
+        InputError: if the rows of a sample are not adjacent, so that dropout depends on the batch.
     """
     if not sample_drops(backbone):
         return
@@ -219,17 +219,17 @@ def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) 
         _inputs_of_drops(backbone, parameters, rows) for rows in (examples, examples[[1, 1]])
     )
     for name, calls in first.items():
-        for here, there in zip(calls, second[name], strict=True):
-            if not _only_first_half_differs(here, there):
+        for a, b in zip(calls, second[name], strict=True):
+            if not _only_first_half_differs(a, b):
                 raise InputError(
-                    f"{where}: layer {name.partition('.')[2]} drops from {list(here.shape)} for 2 "
+                    f"{where}: layer {name.partition('.')[2]} drops from {list(a.shape)} for 2 "
                     "samples; expected the rows of a sample next to each other on the first axis; "
                     "set its rate to 0 in options"
                 )
 
 
 def _without_zeros(backbone: nn.Module) -> dict[str, Tensor]:
-    """{name: random values} for parameters initialised to zeros, which would hide later layers."""
+    """{name: random values} for parameters initialised to zero, which would mask later layers."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -238,21 +238,21 @@ def _without_zeros(backbone: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _only_first_half_differs(here: Tensor, there: Tensor) -> bool:
-    half, rest = divmod(len(here), 2)
-    tolerance = 1e-6 * here.abs().max()
-    is_same = ((here - there).abs() <= tolerance).reshape(len(here), -1).all(dim=1)
+def _only_first_half_differs(a: Tensor, b: Tensor) -> bool:
+    half, rest = divmod(len(a), 2)
+    tolerance = 1e-6 * a.abs().max()
+    is_same = ((a - b).abs() <= tolerance).reshape(len(a), -1).all(dim=1)
     return rest == 0 and not is_same[:half].all() and bool(is_same[half:].all())
 
 
 def _inputs_of_drops(
     backbone: nn.Module, parameters: dict[str, Tensor], examples: Tensor
 ) -> dict[str, list[Tensor]]:
-    """{name of a dropping layer: its inputs, call by call}"""
-    given: dict[str, list[Tensor]] = {}
+    """{name of a dropout layer: its inputs, one per call}"""
+    inputs: dict[str, list[Tensor]] = {}
 
     def record(layer: SampleDrop, args: tuple[Tensor, ...]) -> None:
-        given.setdefault(layer.name, []).append(args[0].clone())
+        inputs.setdefault(layer.name, []).append(args[0].clone())
 
     hooks = [layer.register_forward_pre_hook(record) for layer in sample_drops(backbone)]
     try:
@@ -260,4 +260,4 @@ def _inputs_of_drops(
     finally:
         for hook in hooks:
             hook.remove()
-    return given
+    return inputs

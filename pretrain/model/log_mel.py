@@ -14,7 +14,8 @@ SMALLEST_POWER = 1e-10
 class LogMelSpectrogram(nn.Module):
     """10 log10 of the mel-filtered power spectrum, minus mean_db, over std_db.
 
-    Frames are centred on multiples of hop_samples, and ends are reflected: S = 1 + samples // hop.
+    Frames are centred on multiples of hop_samples, and both ends are padded by reflection, so
+    S = 1 + samples // hop_samples.
     """
 
     def __init__(self, config: AudioTransform) -> None:
@@ -43,8 +44,8 @@ class LogMelSpectrogram(nn.Module):
 
         Args:
             waveforms: float32 [B, samples].
-            spec_masks: [B, masks, 2] (start, width) in SpecAugment, frequency masks first; None or
-                empty in evaluation.
+            spec_masks: [B, masks, 2] (start, width) of SpecAugment's masks, frequency masks first;
+                None or empty in evaluation.
         """
         with torch.autocast(waveforms.device.type, enabled=False):
             spectrum = torch.stft(

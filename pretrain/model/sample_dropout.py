@@ -1,9 +1,9 @@
 """Dropout, stochastic depth and patch dropout that do not depend on how the batch is split.
 
 torch draws random numbers from a generator that all rows of a process share. Here, a keyed hash
-decides whether to drop an element. Its inputs are the seed, pairing, step, slot in the global
-batch, layer, call of the layer, and position in the sample. It is the integer hash that also
-orders samples (pretrain.sampling.keyed_random):
+determines whether an element is dropped. Its inputs are the seed, pairing, step, slot in the
+global batch, layer, call of the layer, and position in the sample. The same integer hash orders
+samples (pretrain.sampling.keyed_random):
 
     DropKeys (step and slots of the pairs) -> pair_keys [B] -> TowerDropKeys, during one call of a
     tower -> row keys of a layer -> 32 bits for each position
@@ -71,20 +71,20 @@ def keep_mask(keys: Tensor, shape: Sequence[int], *, rate: float) -> Tensor:
 
 
 class DropKeys(NamedTuple):
-    """Identity of the pairs in a batch, from which layers derive what they drop."""
+    """Identity of the pairs in a batch, from which dropout masks are derived."""
 
     step: Tensor  # int64 [], step of the run
     slots: Tensor  # int64 [B], positions in the pairing's global batch
 
 
 def pair_keys(drop_keys: DropKeys, *, seed: int, pairing: str) -> Tensor:
-    """Hashes everything that dropping depends on, except layer and position: int64 [B]."""
+    """Hashes all inputs of the dropout masks except layer and position: int64 [B]."""
     step_key = scramble(drop_keys.step ^ signed(key_of(seed, "dropping", pairing)))
     return scramble(step_key ^ drop_keys.slots)
 
 
 class TowerDropKeys:
-    """The keys of the pairs in the current call of a tower, shared by all its layers that drop."""
+    """Keys of the pairs in the current call of a tower, shared by all its dropout layers."""
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
@@ -92,10 +92,10 @@ class TowerDropKeys:
 
     @contextmanager
     def set_pairs(self, keys: Tensor | None) -> Iterator[None]:
-        """Surrounds a call of the tower.
+        """Sets the keys for the duration of the block, one call of the tower.
 
         Args:
-            keys: int64 [B] from `pair_keys`; None if nothing is dropped.
+            keys: int64 [B] from `pair_keys`; None without dropout.
         """
         self._keys, self._num_calls = keys, {}
         try:
@@ -109,7 +109,7 @@ class TowerDropKeys:
 
     @contextmanager
     def replay(self, snapshot: tuple[Tensor | None, dict[str, int]]) -> Iterator[None]:
-        """Surrounds a computation that starts from the state of a snapshot."""
+        """Restores the state of a snapshot for the duration of the block."""
         keys_before = self._keys
         self._keys, self._num_calls = snapshot[0], dict(snapshot[1])
         try:
@@ -125,7 +125,7 @@ class TowerDropKeys:
         """
         if self._keys is None:
             raise RuntimeError(
-                f"{layer.name} drops in training and needs the keys of its pairs; pass "
+                f"{layer.name} has dropout in training and needs the keys of its pairs; pass "
                 "PairInputs.drop_keys, or call eval() on the model"
             )
         if num_rows % len(self._keys):
@@ -143,7 +143,7 @@ class TowerDropKeys:
 
 
 class SampleDrop(nn.Module):
-    """Base class of layers that drop per sample.
+    """Base class of dropout layers with a mask per sample.
 
     Args:
         name: name of the layer, starting with its tower; part of every key.
@@ -154,18 +154,18 @@ class SampleDrop(nn.Module):
         super().__init__()
         self.name = name
         self.drop_keys = drop_keys
-        # A tensor, so that the compiler does not specialise each block on its key.
+        # A tensor, so that the compiler does not specialise on the key of each block.
         key = torch.tensor(signed(key_of(name)))
         self.register_buffer("key", key, persistent=False)
 
 
 class SampleDropout(SampleDrop):
-    """Replaces nn.Dropout and its variants that drop whole channels.
+    """Replaces nn.Dropout, and its variants that drop entire channels.
 
     Args:
         name, drop_keys: see SampleDrop.
-        p: probability of dropping; named as in nn.Dropout, because other layers read it.
-        drops_channels: whether a channel of a row is dropped as a whole.
+        p: probability of dropping; has the name of nn.Dropout's attribute, which other layers read.
+        drops_channels: whether entire channels of a row are dropped.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class SampleDropout(SampleDrop):
 
 
 class SampleDropPath(SampleDrop):
-    """Replaces a DropPath (stochastic depth), which drops whole rows.
+    """Replaces a DropPath (stochastic depth), which drops entire rows.
 
     Args:
         name, drop_keys: see SampleDrop.
@@ -212,7 +212,7 @@ class SampleDropPath(SampleDrop):
 
 
 class SamplePatchDropout(SampleDrop):
-    """Replaces a PatchDropout: [B, P, W] -> [B, kept, W], equally many patches of each sample.
+    """Replaces a PatchDropout: [B, P, W] -> [B, kept, W], the same number for each sample.
 
     Args:
         name, drop_keys: see SampleDrop.

@@ -20,7 +20,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 class Tokenizer:
-    """Encodes M captions to token ids, int64 [M, L], cut and padded to L = context_length.
+    """Encodes M captions to token ids, int64 [M, L], truncated and padded to L = context_length.
 
     Threads may share it. A lock serialises their calls, because tokenizers of transformers change
     their own settings in every call.
@@ -35,7 +35,7 @@ class Tokenizer:
 
     @property
     def is_slow(self) -> bool:
-        """Whether it is one of transformers' tokenizers that are written in Python."""
+        """Whether the backend is one of transformers' slow tokenizers, written in Python."""
         return not getattr(self.backend, "is_fast", True)
 
     def __getstate__(self) -> dict[str, Any]:

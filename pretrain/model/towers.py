@@ -1,6 +1,8 @@
-"""Backbones from timm, open_clip and transformers; layers that break a law are refused.
+"""Backbones from timm, open_clip and transformers.
 
 A backbone takes the input of a tower (pixels, log-mel spectrogram or tokens) and returns [B, W].
+Layers that would make a result depend on the number of processes or on the rest of the batch are
+rejected (see docs/reproducibility.md).
 """
 
 from __future__ import annotations
@@ -171,9 +173,9 @@ def build_media_backbone(
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
-        InputError: if the library cannot build the encoder, or a layer breaks a law.
+        InputError: if the library cannot build the encoder, or a trained encoder has batch norm.
     """
-    return _built(
+    return _build_backbone(
         lambda: _MEDIA_BUILDERS[config.library](config, kind, assets), f"model.{kind}", config
     )
 
@@ -189,14 +191,14 @@ def build_text_backbone(
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
-        InputError: if the library cannot build the encoder, or a layer breaks a law.
+        InputError: if the library cannot build the encoder, or a trained encoder has batch norm.
     """
-    return _built(
+    return _build_backbone(
         lambda: _TEXT_BUILDERS[config.library](config, tokenizer, assets), "model.text", config
     )
 
 
-def _built(build: Callable[[], nn.Module], where: str, config: TowerConfig) -> nn.Module:
+def _build_backbone(build: Callable[[], nn.Module], where: str, config: TowerConfig) -> nn.Module:
     try:
         backbone = build()
     except InputError:
@@ -236,11 +238,11 @@ def probe_backbone(
         backbone: backbone from `build_media_backbone` or `build_text_backbone`.
         examples: two different inputs.
         where: config key of the tower.
-        drop_keys: keys of a trained tower's dropping layers; None for a frozen tower.
+        drop_keys: keys of the dropout layers of a trained tower; None for a frozen tower.
 
     Raises:
-        InputError: if the backbone does not accept the input, does not return [B, W], or drops in a
-            way that depends on the batch.
+        InputError: if the backbone does not accept the input, does not return [B, W], or has
+            dropout that depends on the batch.
     """
     was_training = backbone.training
     try:

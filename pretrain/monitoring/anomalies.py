@@ -11,7 +11,7 @@ from typing import Any
 from pretrain.config import Watch
 
 SPIKING = {"total_loss": "loss_spike_factor", "grad_norm": "grad_norm_spike_factor"}
-NUM_NEEDED = 20  # values, before the level is defined
+NUM_NEEDED = 20  # number of values from which the level is defined
 
 
 class StepWatch:
@@ -19,8 +19,8 @@ class StepWatch:
 
     Args:
         settings: config section `watch`.
-        rows: metrics rows of earlier attempts, which give the level of loss and gradient norm. If
-            not every step was logged, it is the level of the logged steps.
+        rows: metrics rows of earlier attempts, which determine the level of loss and gradient norm.
+            Steps that were not logged do not count.
     """
 
     def __init__(self, settings: Watch, *, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -32,25 +32,25 @@ class StepWatch:
         for row in rows:
             for name, detector in self._detectors.items():
                 if row.get(name) is not None:
-                    detector.enter(row["step"], row[name])
+                    detector.record(row["step"], row[name])
         self._times = SpikeDetector(factor=settings.slow_step_factor, window=settings.window_steps)
         self._spikes: list[dict[str, Any]] = []
         self._num_slow = 0  # consecutive
         self._is_reported_slow = False
 
-    def enter(self, step: int, *, values: Mapping[str, float], seconds: float) -> list[str]:
-        """Adds a step, and returns log lines on its spikes.
+    def record(self, step: int, *, values: Mapping[str, float], seconds: float) -> list[str]:
+        """Adds a step and returns log lines on its spikes.
 
         Args:
             step: number of steps done.
             values: total_loss and grad_norm; empty if the step was skipped.
             seconds: duration of the step, without validation and saving.
         """
-        is_slow = self._times.enter(step, seconds) is not None
+        is_slow = self._times.record(step, seconds) is not None
         self._num_slow = self._num_slow + 1 if is_slow else 0
         lines = []
         for name, value in values.items():
-            spike = self._detectors[name].enter(step, value)
+            spike = self._detectors[name].record(step, value)
             if spike is not None:
                 self._spikes.append({"of": name} | asdict(spike))
                 lines.append(
@@ -64,7 +64,7 @@ class StepWatch:
         return self._num_slow >= self.settings.slow_steps
 
     def take_row(self) -> dict[str, Any]:
-        """Returns metrics columns on the steps since the last row."""
+        """Returns the anomalies since the last row, as columns of a metrics row."""
         row: dict[str, Any] = {}
         if self._spikes:
             row["spikes"] = self._spikes
@@ -79,7 +79,7 @@ class StepWatch:
     def lines_on_pace(
         self, seconds: Mapping[str, float], slowest: Mapping[str, Any] | None
     ) -> list[str]:
-        """Returns log lines when steps become slow, and when they are fast again.
+        """Returns log lines when steps become slow and when their pace recovers.
 
         Args:
             seconds: {phase: seconds per step}, mean over ranks.
@@ -89,16 +89,17 @@ class StepWatch:
             return []
         self._is_reported_slow = self._are_slow
         if not self._are_slow:
-            return ["steps are as fast again as before"]
+            return ["the pace of steps has recovered"]
         phases = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items() if value)
         line = (
-            f"{self._num_slow} steps running took more than {self.settings.slow_step_factor:g} "
-            f"times the median of {self._times.level:.2f} s; a step's time: {phases}"
+            f"{self._num_slow} consecutive steps took more than "
+            f"{self.settings.slow_step_factor:g} times the median of {self._times.level:.2f} s; "
+            f"seconds per step: {phases}"
         )
         if slowest is not None:
             line += (
                 f"; slowest is rank {slowest['rank']} on {slowest['host']}, in {slowest['phase']}: "
-                f"{slowest['seconds']:.2f} s, where the mean is {slowest['mean_seconds']:.2f} s"
+                f"{slowest['seconds']:.2f} s, mean over ranks {slowest['mean_seconds']:.2f} s"
             )
         return [line]
 
@@ -119,11 +120,11 @@ def reason_to_stop(watch: Watch, *, skipped_steps: Sequence[int]) -> str | None:
 
 @dataclass(frozen=True)
 class Spike:
-    """One value far above the level."""
+    """A value far above the level."""
 
     step: int
     value: float
-    median: float  # of the previous values
+    median: float  # median of the previous values
 
 
 class SpikeDetector:
@@ -131,7 +132,7 @@ class SpikeDetector:
 
     Args:
         factor: a value above `factor` times the level is a spike.
-        window: number of previous values that the level is the median of.
+        window: number of previous values; their median is the level.
     """
 
     def __init__(self, *, factor: float, window: int) -> None:
@@ -143,8 +144,8 @@ class SpikeDetector:
         """Median of the recent values; None while there are too few."""
         return median(self._recent) if len(self._recent) >= NUM_NEEDED else None
 
-    def enter(self, step: int, value: float) -> Spike | None:
-        """Adds a value, and returns it if it is a spike."""
+    def record(self, step: int, value: float) -> Spike | None:
+        """Adds a value and returns it if it is a spike."""
         level = self.level
         self._recent.append(value)
         is_spike = level is not None and value > self.factor * level

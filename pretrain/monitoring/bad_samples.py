@@ -43,18 +43,18 @@ class BadSampleLedger:
         # (pairing, source, epoch) -> substitutions of this attempt
         self.num_substituted: Counter[tuple[str, str, int]] = Counter()
 
-    def enter(self, batch: StepBatch, *, device: torch.device) -> None:
+    def record(self, batch: StepBatch, *, device: torch.device) -> None:
         """Records the substitutions of a step.
 
         Raises:
-            RunError: if too many samples are bad, in all or in one shard.
+            RunError: if too many samples are bad, in total or in one shard.
         """
         own = [
             (name, bad) for name, pairing in batch.pairings.items() for bad in pairing.bad_samples
         ]
         if not sum_over_ranks(torch.tensor([len(own)], device=device)).item():
             return
-        entries = [entry for of_rank in gather_objects(own) for entry in of_rank]
+        entries = [entry for rank_entries in gather_objects(own) for entry in rank_entries]
         self.run.write_bad_samples(batch.step + 1, entries)
         for pairing, bad in entries:
             self.num_substituted[pairing, bad.source, bad.epoch] += 1
@@ -65,7 +65,8 @@ class BadSampleLedger:
             self._check_limits(pairing, bad)
 
     def _count(self, pairing: str, bad: BadSample) -> None:
-        """Counts a sample once, in however many epochs; samples of bad shards are not counted."""
+        """Counts each sample once, even if several epochs substitute it. Samples of bad shards do
+        not count."""
         source = f"{pairing}/{bad.source}"
         if bad.is_shard_bad or (source, bad.ordinal) in self._known:
             return

@@ -17,19 +17,19 @@ from pretrain.sampling.schedule import RunSchedule
 
 @dataclass(frozen=True)
 class EpochReport:
-    """Counts of one epoch of one source; those before in_manifest add up to it."""
+    """Counts of one epoch of one source; the other counts add up to in_manifest."""
 
     source: str  # "<pairing>/<source>"
     epoch: int
     read: int  # by this attempt, unchanged
     substituted: int  # by this attempt
-    read_before: int  # by earlier attempts, in the steps that this one continues
+    read_before: int  # by earlier attempts, in the steps before this attempt's first
     left_over: int  # fewer than one per lane; different samples in every epoch
     in_manifest: int
 
 
 class EpochAudit:
-    """Comparison of the samples that loaders delivered with the manifest; every rank must call it.
+    """Compares the samples that loaders delivered with the manifest; every rank must call it.
 
     Args:
         schedule: samples of every step.
@@ -50,8 +50,8 @@ class EpochAudit:
                 last_step = schedule.steps_to_end_of(name, source=number, epoch=epoch)
                 self._current[name, number] = (epoch, last_step)
 
-    def enter(self, batch: StepBatch, *, device: torch.device) -> list[dict[str, Any]]:
-        """Adds a step, and returns reports on the epochs that it ends.
+    def record(self, batch: StepBatch, *, device: torch.device) -> list[dict[str, Any]]:
+        """Adds a step and returns reports on the epochs that it ends.
 
         Raises:
             RunError: if an epoch was not read completely.
@@ -89,7 +89,7 @@ class EpochAudit:
         if found != report.in_manifest:
             raise RunError(
                 f"epoch {epoch} of {report.source} ended with {found} samples accounted for, "
-                f"expected {report.in_manifest} (manifest.jsonl): {report}; this is a bug of the "
+                f"expected {report.in_manifest} (manifest.jsonl): {report}; this is a bug in the "
                 "loader: keep the run folder and report it"
             )
         return report

@@ -1,13 +1,14 @@
-"""Watchdog for steps that do not end: writes the stacks of all threads, and ends the process.
+"""Watchdog for hanging steps: writes the stacks of all threads and ends the process.
 
     stacks/<attempt>/rank_00003.txt
 
-Ranks that wait for a hanging one are freed by the time-out of the process group, some time after
-their stacks were written. A rank that hangs elsewhere ends itself, so that no process stays behind.
-The clock restarts at every heartbeat. The last resort is a timer of faulthandler, which works even
-if the interpreter itself is stuck. faulthandler also writes the stacks of a crashing process to the
-file. A file with only its first line belongs to a process that exited without a traceback: it was
-killed, or its machine was lost.
+Ranks that wait for a hanging one fail with the time-out of the process group, some time after
+their stacks were written. A rank that hangs outside a collective is ended by its watchdog, so that
+no process is left running. The clock restarts at every heartbeat.
+
+The process is ended by a timer of faulthandler, which works even if the interpreter is stuck.
+faulthandler also writes the stacks of a crashing process to the file. A file with only its first
+line belongs to a process that exited without a traceback: it was killed, or its machine was lost.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from pretrain.run.end_causes import STACKS
 
 logger = logging.getLogger(__name__)
 
-DUMP_FRACTION = 0.8  # of the time-out, after which stacks are written
+DUMP_FRACTION = 0.8  # fraction of the time-out after which stacks are written
 
 
 class HangWatch:
-    """Watchdog of one rank, inside its `with` block.
+    """Watchdog of one rank, active inside its `with` block.
 
     Args:
         folder: run folder.
@@ -56,8 +57,8 @@ class HangWatch:
         self._timeout = start_timeout_seconds
         self.has_written = False
         self._clock = clock
-        self._last_sign = clock()
-        self._reported_sign: float | None = None  # whose silence was written down
+        self._last_heartbeat = clock()
+        self._reported_heartbeat: float | None = None  # its silence was reported
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
 
@@ -95,12 +96,13 @@ class HangWatch:
         return "engine.start_timeout_seconds" if is_slow else "engine.timeout_seconds"
 
     def heartbeat(self, *, is_slow: bool = False) -> None:
-        """Restarts the clock; call it at the end of each step, or of work of that length.
+        """Restarts the clock; call it at the end of each step or similarly long work.
 
         Args:
-            is_slow: whether the next work may take as long as a start.
+            is_slow: whether the next work may take as long as a start-up.
         """
-        self._last_sign = self._clock()  # first: `check` must not compare it with the other limit
+        # Before the time-out: `check` must not compare an old heartbeat with a new limit.
+        self._last_heartbeat = self._clock()
         self._timeout = self._timeouts[is_slow]
         faulthandler.dump_traceback_later(END_FRACTION * self._timeout, file=self._file, exit=True)
 
@@ -110,17 +112,18 @@ class HangWatch:
             pause = self.check()
 
     def check(self) -> float:
-        """Writes the stacks, once per silence, if no heartbeat came for too long.
+        """Writes the stacks, once per silence, if the last heartbeat is too long ago.
 
         Returns:
             Seconds until the next check.
         """
-        longest = DUMP_FRACTION * min(self._timeouts.values())  # the limit may change meanwhile
-        limit, last_sign = DUMP_FRACTION * self._timeout, self._last_sign
-        silent = self._clock() - last_sign
-        if silent >= limit and last_sign != self._reported_sign:
+        # The limit may change before the next check.
+        longest = DUMP_FRACTION * min(self._timeouts.values())
+        limit, last_heartbeat = DUMP_FRACTION * self._timeout, self._last_heartbeat
+        silent = self._clock() - last_heartbeat
+        if silent >= limit and last_heartbeat != self._reported_heartbeat:
             self._write(silent)
-            self._reported_sign = last_sign
+            self._reported_heartbeat = last_heartbeat
         return min(limit - silent if silent < limit else limit / 8, longest)
 
     def _write(self, silent_seconds: float) -> None:
@@ -129,7 +132,7 @@ class HangWatch:
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         logger.error(
-            "rank %d: no step ended for %.0f s: %s says where this rank is; the run ends %.0f s "
+            "rank %d: no step ended for %.0f s: %s shows where this rank is; the run ends %.0f s "
             "after the last step (%s=%g)",
             rank(),
             silent_seconds,

@@ -1,13 +1,12 @@
-"""Report on a step whose loss or gradient is not finite, to find the cause.
+"""Report on a step with a non-finite loss or gradient, for finding the cause.
 
     non_finite/step_00000123.json
       cause, logit_scale
-      samples    by pairing, every sample of the step: slot, source, epoch, ordinal, shard, and its
-                 non-finite parts
-      norms      norm of each parameter, of its moments, and of its gradient unless the loss itself
-                 was not finite
+      samples    {pairing: samples of the step}, each with slot, source, epoch, ordinal, shard and
+                 its non-finite tensors
+      norms      norm of each parameter, its moments and, if the loss is finite, its gradient
 
-Finite steps keep no such data: the step is computed again, which gives the same result.
+Finite steps store no such data: a non-finite step is recomputed, with the same result.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ def dump_step(
         cause: message of the error.
         engine: engine in the state before the step.
         loader: reader of the step.
-        step: gradient and micro-batches of the step.
-        has_gradient: whether there is a gradient: not if the loss itself is not finite.
+        step: computes the gradient and micro-batches of the step.
+        has_gradient: whether the loss is finite, so that there is a gradient.
 
     Returns:
         Path of the report.
@@ -66,12 +65,12 @@ def dump_step(
         step.backward(batch, PhaseTimer(engine.device))
         norms["gradient"] = engine.gradient_norms()
         engine.drop_gradients()
-    everyones = gather_objects(samples)
+    samples_by_rank = gather_objects(samples)
     values = {
         "step": batch.step + 1,
         "cause": cause,
         "logit_scale": {name: each.scale.item() for name, each in features.items()},
-        "samples": {name: [s for of_rank in everyones for s in of_rank[name]] for name in samples},
+        "samples": {name: [s for own in samples_by_rank for s in own[name]] for name in samples},
         "norms": norms,
     }
     path = folder / FOLDER / f"step_{batch.step + 1:08d}.json"
@@ -138,7 +137,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """The same with NaN and infinities as text, because JSON has no such numbers."""
+    """The same value with NaN and infinities as text, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _as_json(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Progress lines of a run without a progress bar, about one a minute for steps of any length."""
+"""Progress lines of a run without a progress bar, about one per minute."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Progress:
 
     step: int
     samples_seen: int
-    data_seconds: float  # spent waiting for data in this attempt
+    data_seconds: float  # time spent waiting for data in this attempt
 
 
 class ProgressLog:
-    """Writer of progress lines, which also decides when one is due.
+    """Formats progress lines and decides when one is due.
 
     A line covers all steps since the previous line. It is due after the first step of an attempt,
-    after the last one, and whenever a minute has passed. The first line has no projection, because
+    after the last one, and whenever a minute has passed. The first line projects no end, because
     the first step includes one-time work.
 
     Args:
         run: config section `run`.
         begin: progress before the first step.
-        num_steps: steps of the whole run.
+        num_steps: number of steps in the run.
         clock: returns seconds.
         now: returns the time.
     """
@@ -53,7 +53,7 @@ class ProgressLog:
         self._last_time = self._last_save = clock()
 
     def saved(self) -> None:
-        """Records that a checkpoint was begun now."""
+        """Records the start of a checkpoint."""
         self._last_save = self._clock()
 
     def line(self, progress: Progress, shown: str) -> str | None:
@@ -61,7 +61,7 @@ class ProgressLog:
 
         Args:
             progress: progress after the step.
-            shown: loss and other values to show.
+            shown: text with the loss and other values.
         """
         seconds = self._clock() - self._last_time
         is_first, is_last = progress.step == self._first, progress.step == self.num_steps

@@ -1,14 +1,14 @@
-"""Durations of the phases of steps, on every rank, and the rank that the others wait for.
+"""Durations of the phases of steps on every rank, and the rank that the others wait for.
 
     data        waiting for the next batch
-    forward     encoding it
-    gather      the loss, with the exchange of features and sums among ranks
-    backward    gradients, with their exchange
-    optimizer   clipping and update, with the exchange of updated parameters
+    forward     encoding the batch
+    gather      computing the loss, including the exchange of features and sums among ranks
+    backward    computing gradients, including their reduction
+    optimizer   clipping and update, including the exchange of updated parameters
     validation, save
 
-A late rank makes the others wait in their gather and backward phases. So the slowest rank is found
-from the phases before the ranks meet: data and forward.
+A late rank makes the others wait in their gather and backward phases. So the slowest rank is
+determined from the phases before the first collective: data and forward.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ON_DEVICE = ("forward", "gather", "backward", "optimizer")
 
 
 class PhaseTimer:
-    """Seconds spent in each phase since the last `take`.
+    """Measures the seconds spent in each phase since the last `take`.
 
-    A GPU runs behind the host, which only launches its kernels. There the computing phases are
-    measured by events in the GPU's queue, which are read at `take`.
+    A GPU runs kernels asynchronously, after the host has launched them. On a GPU, the computing
+    phases are measured by CUDA events, which are read at `take`.
 
     Args:
         device: device of the model.
@@ -45,12 +45,12 @@ class PhaseTimer:
         self._clock = clock
         self._since = clock()
         self._seconds: dict[str, float] = {}
-        self.data_seconds = 0.0  # in total
+        self.data_seconds = 0.0  # total of the attempt
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of its block to one of PHASES."""
+        """Adds the duration of the `with` block to one of PHASES."""
         if self._is_cuda and name in ON_DEVICE:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -69,7 +69,7 @@ class PhaseTimer:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def take(self) -> tuple[float, dict[str, float]]:
-        """Returns (seconds since the last call, {phase: seconds}), and restarts both."""
+        """Returns (seconds since the last call, {phase: seconds}) and resets both."""
         for name, start, end in self._events:
             end.synchronize()
             self._add(name, start.elapsed_time(end) / 1000)
@@ -84,9 +84,9 @@ class SlowestRank:
     """The rank that the others wait for."""
 
     rank: int
-    phase: str  # phase of its own work in which it is furthest above the mean
-    seconds: float  # of that phase
-    mean_seconds: float  # of that phase, over ranks
+    phase: str  # phase in which this rank exceeds the mean over ranks most
+    seconds: float  # duration of that phase
+    mean_seconds: float  # mean duration of that phase over ranks
 
 
 def exchange_seconds(own: dict[str, float], *, device: torch.device) -> list[dict[str, float]]:
@@ -104,16 +104,21 @@ def exchange_seconds(own: dict[str, float], *, device: torch.device) -> list[dic
     return [dict(zip(PHASES, row, strict=True)) for row in sum_over_ranks(table).tolist()]
 
 
-def mean_seconds(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+def mean_seconds(seconds_by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
     """Returns the mean over ranks of each phase."""
-    return {name: sum(each[name] for each in of_ranks) / len(of_ranks) for name in PHASES}
+    return {
+        name: sum(each[name] for each in seconds_by_rank) / len(seconds_by_rank) for name in PHASES
+    }
 
 
-def slowest_rank(of_ranks: Sequence[dict[str, float]]) -> SlowestRank | None:
-    """Returns the rank with the longest work of its own; None if there is only one rank."""
-    if len(of_ranks) < 2:
+def slowest_rank(seconds_by_rank: Sequence[dict[str, float]]) -> SlowestRank | None:
+    """Returns the rank with the most time in data and forward; None if there is only one rank."""
+    if len(seconds_by_rank) < 2:
         return None
-    mean = mean_seconds(of_ranks)
-    number = max(range(len(of_ranks)), key=lambda n: sum(of_ranks[n][name] for name in OWN_WORK))
-    phase = max(OWN_WORK, key=lambda name: of_ranks[number][name] - mean[name])
-    return SlowestRank(number, phase, of_ranks[number][phase], mean[phase])
+    mean = mean_seconds(seconds_by_rank)
+    number = max(
+        range(len(seconds_by_rank)),
+        key=lambda n: sum(seconds_by_rank[n][name] for name in OWN_WORK),
+    )
+    phase = max(OWN_WORK, key=lambda name: seconds_by_rank[number][name] - mean[name])
+    return SlowestRank(number, phase, seconds_by_rank[number][phase], mean[phase])

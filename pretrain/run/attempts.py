@@ -2,9 +2,9 @@
 
     attempts/<attempt>.json    record of one start; written by that attempt alone
 
-Creating its file claims a number. The file system lets only one process create it, so two starts at
-the same instant never share a number. An older attempt may still be alive, on a node that lost its
-network. It stops when it finds the newer attempt's file. Rows that it wrote for steps after the
+An attempt claims a number by creating its file. Only one process can create a file, so two
+simultaneous starts never share a number. An older attempt may still be running, on a node that lost
+its network. It stops when it finds the newer attempt's file. Rows that it wrote for steps after the
 newer attempt's first are ignored.
 """
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "attempts"
 ATTEMPT_NAME = re.compile(r"\d{4,}")
-# Fields whose names in the file are older than those in the code.
+# Fields whose names in the file differ from those in the code: field -> key in the file.
 STORED_NAMES = {"num_micro_batches": "micro_batches", "tags": "marks"}
 
 
@@ -56,7 +56,7 @@ class SupersededError(RunError):
 
 
 class DivergedError(RunError):
-    """A step is not finite, and would be the same if it were computed again."""
+    """A step is not finite, and recomputing it would not change it."""
 
 
 class LostPeerError(RunError):
@@ -65,22 +65,21 @@ class LostPeerError(RunError):
 
 @dataclass
 class Attempt:
-    """One start of a run, and how it ended."""
+    """One start of a run and its outcome."""
 
-    attempt: str  # its number, with four digits or more
+    attempt: str  # number of the attempt, with four digits or more
     started: str
     world_size: int
     strategy: str
     num_micro_batches: int  # per step
     hosts: list[str]
-    tags: list[str] = field(
-        default_factory=list
-    )  # why the result is not a function of the config alone
-    from_step: int | None = None  # number of steps done before it
+    # reasons why the result is not a function of the config alone
+    tags: list[str] = field(default_factory=list)
+    from_step: int | None = None  # number of steps done before the attempt
     to_step: int | None = None  # number of steps done at its end
     ended: str | None = None
     outcome: str = "running"
-    stop_cause: str | None = None  # signal or file that asked it to stop
+    stop_cause: str | None = None  # signal or file that requested the stop
     job: str | None = None  # id of the Slurm job
     job_restarts: int = 0  # restarts of that job before this start
     lost_machines: str | None = None  # nodes of the previous attempt that Slurm has lost
@@ -140,7 +139,7 @@ def claim_attempt(
         try:
             os.close(os.open(_path_of(folder, attempt.attempt), os.O_CREAT | os.O_EXCL, 0o644))
         except FileExistsError:
-            continue  # another process was faster
+            continue  # another process has claimed the number
         write_attempt(folder, attempt)
         return attempt
 
@@ -154,14 +153,14 @@ def write_attempt(folder: Path, attempt: Attempt) -> None:
 def read_attempts(folder: Path) -> list[Attempt]:
     """Reads the attempts at the run in a folder, oldest first.
 
-    One that has a successor and did not record its end has the outcome "did not end". A damaged
-    record is logged and left out.
+    An attempt that has a successor but did not record its end has the outcome "did not end". A
+    damaged record is logged and skipped.
     """
     attempts = []
     newest = _newest_number(folder)
     for number, path in _files(folder):
         content = path.read_bytes()
-        if not content:  # just claimed, or its process died right then
+        if not content:  # just claimed, or the process died after claiming it
             continue
         try:
             attempt = parse_attempt(content, name=path.stem)
@@ -193,7 +192,7 @@ def parse_attempt(content: bytes, *, name: str) -> Attempt:
 
 
 def is_superseded(folder: Path, attempt: Attempt) -> bool:
-    """Returns whether a newer attempt has begun; one look at the file system."""
+    """Returns whether a newer attempt has begun; checks for one file."""
     return _path_of(folder, f"{attempt.number + 1:04d}").exists()
 
 
@@ -201,47 +200,47 @@ def superseded_error(folder: Path, attempt: Attempt) -> SupersededError:
     """Returns the error to raise when a newer attempt has begun."""
     return SupersededError(
         f"{folder}: a newer attempt at this run began while attempt {attempt.attempt} was still "
-        f"running (see {FOLDER}/ there); this older one stops without saving, and nothing is lost: "
+        f"running (see {FOLDER}/ in it); the older one stops without saving, and nothing is lost: "
         "the newer one resumes from the newest checkpoint"
     )
 
 
-def last_counting_step(attempts: Sequence[Attempt], attempt: str) -> float:
-    """Returns the last step whose rows count for an attempt: the step that a newer one began from.
+def last_valid_step(attempts: Sequence[Attempt], attempt: str) -> float:
+    """Returns the last step of an attempt that is valid: the step that a newer one started from.
 
     Args:
         attempts: all attempts at the run.
-        attempt: number of the attempt in question.
+        attempt: number of the attempt.
     """
     newer = [each.from_step for each in attempts if each.number > int(attempt)]
     return min((step for step in newer if step is not None), default=math.inf)
 
 
-def read_counting_rows(
+def read_valid_rows(
     folder: Path, name: str, *, check: Callable[[dict[str, Any]], None]
 ) -> Iterator[dict[str, Any]]:
     """Yields the valid rows of a folder of <attempt>.jsonl files, oldest attempt first.
 
     Args:
         folder: run folder.
-        name: name of a folder in it.
-        check: raises DamagedFileError for a row that is not one of this folder.
+        name: name of a folder in the run folder.
+        check: raises DamagedFileError if a row does not belong to this folder.
     """
     attempts = read_attempts(folder)
     paths = [p for p in (folder / name).glob("*.jsonl") if ATTEMPT_NAME.fullmatch(p.stem)]
     for path in sorted(paths, key=lambda path: int(path.stem)):
-        last_step = last_counting_step(attempts, path.stem)
+        last_step = last_valid_step(attempts, path.stem)
         yield from (row for row in read_rows(path, check=check) if row["step"] <= last_step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Reads one row per logged step and per validation, in step order, from all attempts at a run.
 
-    Where attempts overlap, the row of the latest one is taken. Rows that an attempt wrote for steps
-    after a newer attempt's first are ignored.
+    Where attempts overlap, the row of the newest attempt is used. Rows that an attempt wrote for
+    steps after a newer attempt's first are ignored.
     """
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for row in read_counting_rows(folder, "metrics", check=check_metrics_row):
+    for row in read_valid_rows(folder, "metrics", check=check_metrics_row):
         rows[row["step"], "validation" in row] = row
     return [rows[key] for key in sorted(rows)]
 
@@ -284,7 +283,7 @@ def read_rows(
 
 
 def restarts_of_job(environment: Mapping[str, str]) -> int:
-    """Returns how often Slurm has restarted this job; 0 without Slurm."""
+    """Returns the number of times that Slurm has restarted this job; 0 without Slurm."""
     return int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 

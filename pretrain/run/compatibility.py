@@ -1,4 +1,4 @@
-"""The identity of a run: one run is all configs with equal fixed fields, on the same data.
+"""The identity of a run: configs with equal fixed fields and the same data belong to one run.
 
 Fields marked `free` may differ.
 """
@@ -27,7 +27,7 @@ ENVIRONMENT_KEYS = (FINGERPRINTS_KEY, "python", "platform", "git_commit", "packa
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The config of a run, and the fingerprints of everything that it reads.
+    """The config of a run and the fingerprints of everything that it reads.
 
     A fingerprint has the key "<pairing>/<source>", "validation/<pairing>" or "teacher/<pairing>".
     """
@@ -36,10 +36,10 @@ class RunIdentity:
     fingerprints: Mapping[str, str]
 
     def refuse_other_run(self) -> None:
-        """Checks that the run folder holds this run, or none.
+        """Checks that the run folder holds this run or no run.
 
         Raises:
-            ConfigError: if its config or data differ; the keys are named.
+            ConfigError: if its config or data differ; the message lists the keys.
         """
         run = self.config.run
         if not holds_run(run.folder):
@@ -47,17 +47,18 @@ class RunIdentity:
         different = self.differences_to(run.folder, store=open_store(run.checkpoints))
         if different:
             lines = [
-                f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in different.items()
+                f"  {key}: {old!r} in the run folder, {new!r} in this config"
+                for key, (old, new) in different.items()
             ]
             raise ConfigError(
                 f"{run.folder} holds a run that differs from this config:\n"
                 + "\n".join(lines)
                 + "\nresume it with its own config, set run.folder to a new folder, or set "
-                "run.fork=true to begin a run of this config from its newest checkpoint"
+                "run.fork=true to start a run of this config from its newest checkpoint"
             )
 
     def differences_to(self, folder: Path, *, store: CheckpointStore) -> dict[str, tuple[Any, Any]]:
-        """Returns {dotted key: (value there, value here)} of what makes another run of a folder.
+        """Returns {dotted key: (value in the run folder, value in this config)} of all differences.
 
         Args:
             folder: run folder to compare with.
@@ -66,18 +67,18 @@ class RunIdentity:
         fingerprints = fingerprints_of_run(folder)
         if fingerprints is None:
             fingerprints = self.fingerprints
-        there = RunIdentity(read_config_of_run(folder), fingerprints)
+        stored = RunIdentity(read_config_of_run(folder), fingerprints)
         checkpoints = store.checkpoints()
-        steps_done = checkpoints[0].step if checkpoints else 0  # whole or not
-        old, new = (each._as_used(steps_done) for each in (there, self))
+        steps_done = checkpoints[0].step if checkpoints else 0  # valid or not
+        old, new = (each._as_used(steps_done) for each in (stored, self))
         different = differing_keys(fixed_values(old.config), fixed_values(new.config))
         different |= differing_keys(old.fingerprints, new.fingerprints, prefix="fingerprint")
-        if self.config.schedule.shape == "constant":  # its rates do not depend on its end
+        if self.config.schedule.shape == "constant":  # the rates do not depend on num_steps
             different.pop("schedule.num_steps", None)
         return different
 
     def _as_used(self, steps_done: int) -> RunIdentity:
-        """Returns the identity without segments that no step has used yet: those may change."""
+        """Returns the identity without segments that no step has used yet, which may change."""
         pairings: dict[PairingName, Pairing] = {
             name: pairing.model_copy(
                 update={

@@ -1,10 +1,10 @@
-"""Causes of failed attempts, as far as its ranks and Slurm can tell.
+"""Causes of failed attempts, from files that the ranks wrote and from Slurm.
 
     failures/<attempt>/rank_00003.txt    exception of one rank, with its traceback
     stacks/<attempt>/rank_00003.txt      see pretrain.monitoring.hang_watch
 
-The rank that records the attempt's outcome often knows only that another rank was lost. The exit
-status of a launcher is that of the last process to die. This module does not import torch.
+The rank that records an attempt's outcome often detects only that another rank was lost. The exit
+status of a launcher is that of the last process to exit. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOST_NODE = re.compile(r"DOWN|FAIL|DRAIN|NOT_RESPONDING|\*")
 
 
 def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int) -> None:
-    """Writes the exception that ends a rank, unless its cause is elsewhere.
+    """Writes the exception that ends a rank, unless another rank or attempt caused it.
 
     Args:
         folder: run folder.
@@ -35,7 +35,7 @@ def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int
         return
     path = folder / FAILURES / attempt / f"rank_{rank:05d}.txt"
     lines = traceback.format_exception(error)
-    head = f"{now()} rank {rank} on {machine_name()}: {_in_short(error)}\n\n"
+    head = f"{now()} rank {rank} on {machine_name()}: {_summary(error)}\n\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(head + "".join(lines), encoding="utf-8")
@@ -44,12 +44,12 @@ def write_failure(folder: Path, attempt: str, error: BaseException, *, rank: int
 
 
 def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> list[str]:
-    """Finds the causes of an attempt's end, in addition to its outcome; may be empty.
+    """Returns lines on why an attempt ended, in addition to its outcome; may be empty.
 
     Args:
         folder: run folder.
         attempts: all attempts at the run, oldest first.
-        number: index of the attempt in question.
+        number: index of the attempt in `attempts`.
     """
     attempt = attempts[number]
     is_newest = number == len(attempts) - 1
@@ -62,9 +62,9 @@ def causes_of_end(folder: Path, attempts: Sequence[Attempt], number: int) -> lis
 
 
 def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> str | None:
-    """Asks Slurm for lost nodes of the last attempt, if it did not finish.
+    """Queries Slurm for lost nodes of the last attempt, if it did not finish.
 
-    When a node is lost, Slurm ends the job, whose processes may receive no more than a signal.
+    When a node is lost, Slurm ends the job, and its processes receive a signal at most.
 
     Args:
         attempts: all attempts at a run, oldest first.
@@ -81,7 +81,7 @@ def lost_nodes(attempts: Sequence[Attempt], environment: Mapping[str, str]) -> s
             command, capture_output=True, text=True, check=False, timeout=SECONDS_FOR_SLURM
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None  # the answer is only for people to read
+        return None  # the answer is only information for the user
     lost = []
     for line in answer.splitlines():
         fields = dict(re.findall(r"(NodeName|State|Reason)=(.*?)(?= \w+=|$)", line))
@@ -134,5 +134,5 @@ def _first_of(lines: Sequence[str]) -> list[str]:
     return [lines[0] + others] if lines else []
 
 
-def _in_short(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -2,7 +2,7 @@
 
     config.yaml  environment.json      written before the first step
     attempts/<attempt>.json            one per start (see pretrain.run.attempts)
-    failures/  stacks/                 of ranks that failed or hung (see pretrain.run.end_causes)
+    failures/  stacks/                 one file per failed or hung rank (see run.end_causes)
     metrics/<attempt>.jsonl            one row per logged step or validation
     bad_samples/<attempt>.jsonl        one row per substituted sample
     status.json                        state and step of the run
@@ -37,11 +37,11 @@ from pretrain.run.attempts import (
     SupersededError,
     claim_attempt,
     is_superseded,
-    last_counting_step,
+    last_valid_step,
     now,
     read_attempts,
-    read_counting_rows,
     read_metrics,
+    read_valid_rows,
     restarts_of_job,
     superseded_error,
     write_attempt,
@@ -56,7 +56,7 @@ from pretrain.stored_config import write_config
 def begin_attempt(
     identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: int
 ) -> Attempt:
-    """Claims the next attempt at a run, and writes the run's config; for the main process.
+    """Claims the next attempt at a run and writes the run's config; for the main process.
 
     Args:
         identity: resolved config, and fingerprints of everything that the run reads.
@@ -64,7 +64,7 @@ def begin_attempt(
         num_micro_batches: micro-batches per step.
 
     Raises:
-        InputError: if the run folder holds a run whose config or data differ (the keys are named),
+        InputError: if the run folder holds a run whose config or data differ (the keys are listed),
             or the run's parent cannot be used.
     """
     config, environ = identity.config, os.environ
@@ -85,7 +85,7 @@ def begin_attempt(
         (folder / name).mkdir(exist_ok=True)
     environment = {FINGERPRINTS_KEY: dict(identity.fingerprints)} | describe_environment()
     write_atomically(folder / ENVIRONMENT_FILE, to_sealed_json(environment, indent=2))
-    # Last, because its presence says that the folder holds a run.
+    # Last, because its presence marks the folder as one that holds a run.
     write_config(folder, config)
     return attempt
 
@@ -96,7 +96,7 @@ class RunFolder:
     Args:
         folder: run folder.
         attempt: this attempt, as the main process claimed it.
-        num_steps: steps of the whole run.
+        num_steps: number of steps in the run.
         is_writer: whether this is the main process; other processes write nothing.
     """
 
@@ -107,14 +107,14 @@ class RunFolder:
         self.num_steps_done = 0
         self.skipped_steps: list[int] = []  # steps not applied, also in earlier attempts
         self.last_checkpoint: int | None = None  # step of the newest committed checkpoint
-        # Request that ended the attempt before all was done; set before its block ends
+        # Request that ended the attempt early; set before the `recorded` block ends.
         self.stop_cause: str | None = None
         self.is_writer = is_writer
         self._rank = rank()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Records the end of its block, which is this attempt."""
+        """Records how this attempt ends; the attempt runs inside the `with` block."""
         try:
             yield
         except BaseException as error:
@@ -122,13 +122,13 @@ class RunFolder:
             is_superseded = isinstance(error, SupersededError)
             self._end("superseded" if is_superseded else f"failed: {error!r}", state="failed")
             raise
-        is_whole = self.stop_cause is None and self.num_steps_done >= self.num_steps
-        outcome = "finished" if is_whole else "stopped"
+        is_finished = self.stop_cause is None and self.num_steps_done >= self.num_steps
+        outcome = "finished" if is_finished else "stopped"
         self._record(stop_cause=self.stop_cause)
         self._end(outcome, state=outcome)
 
     def begin_from(self, step: int, *, has_checkpoint: bool) -> None:
-        """Records the state that this attempt begins from.
+        """Records the step that this attempt starts from.
 
         Args:
             step: number of steps done.
@@ -156,7 +156,7 @@ class RunFolder:
         """Checks that no newer attempt has begun.
 
         Raises:
-            SupersededError: if one has.
+            SupersededError: if a newer attempt has begun.
         """
         if self.is_superseded():
             raise self.superseded_error()
@@ -165,13 +165,14 @@ class RunFolder:
         """Returns the error to raise when a newer attempt has begun."""
         return superseded_error(self.folder, self.attempt)
 
-    def counts_checkpoint(self, record: CheckpointRecord) -> bool:
-        """Returns whether a checkpoint is part of the run.
+    def includes_checkpoint(self, record: CheckpointRecord) -> bool:
+        """Returns whether a checkpoint belongs to the run's history.
 
-        It is not if a superseded attempt wrote it after a newer one had begun from an earlier step.
+        Checkpoints that a superseded attempt wrote after a newer attempt had started from an
+        earlier step do not.
         """
         attempts = read_attempts(self.folder)
-        return record.state.step <= last_counting_step(attempts, record.written_by["attempt"])
+        return record.state.step <= last_valid_step(attempts, record.written_by["attempt"])
 
     def write_metrics(self, row: dict[str, Any]) -> None:
         """Appends a metrics row."""
@@ -189,7 +190,7 @@ class RunFolder:
     def read_bad_samples(self) -> list[tuple[str, BadSample]]:
         """Reads the valid entries of all attempts; for the main process."""
         entries = []
-        for row in read_counting_rows(self.folder, "bad_samples", check=check_bad_sample_row):
+        for row in read_valid_rows(self.folder, "bad_samples", check=check_bad_sample_row):
             pairing = row.pop("pairing")
             del row["step"]
             entries.append((pairing, BadSample(**row)))
@@ -197,11 +198,11 @@ class RunFolder:
 
     @property
     def tags(self) -> list[str]:
-        """Reasons why the result is no function of the config alone, also of earlier attempts."""
+        """Reasons, of this and earlier attempts, why the result depends on more than the config."""
         return self.attempt.tags
 
     def add_tag(self, reason: str) -> None:
-        """Records why the run's result is not a function of its config alone.
+        """Records a reason why the run's result depends on more than its config.
 
         The tag is permanent: it is in this attempt's record, later attempts and all checkpoints.
         """
@@ -222,9 +223,9 @@ class RunFolder:
             write_status_file(self.folder, status)
 
     def flush(self) -> None:
-        """Flushes the rows written so far to the disk, before a checkpoint that relies on them.
+        """Flushes the rows written so far to disk, before a checkpoint that relies on them.
 
-        So they are there also after a power cut.
+        The rows then survive a power failure.
         """
         for name in ("metrics", "bad_samples") if self.is_writer else ():
             path = self._rows_of(name)

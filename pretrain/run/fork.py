@@ -1,6 +1,6 @@
-"""Forks: runs that begin from the state of another run, by run.fork or run.parent.
+"""Forks: runs that start from the state of another run, by run.fork or run.parent.
 
-    config of the parent + changes --> a folder of its own, whose name is a function of both
+    config of the parent + changes --> new run folder, whose name is a function of both
     newest checkpoint of the parent --> first checkpoint of the fork; its step count continues
 
 The parent is only read. The origin of a fork is in its parent.json, in the record of each of its
@@ -46,48 +46,48 @@ FORK_TAG = "forked"
 
 
 def config_of_fork(config: PretrainConfig) -> PretrainConfig:
-    """Returns the config of the run that `run.fork` asks for; without it, the config itself.
+    """Returns the config of the run that `run.fork` creates; without it, the config itself.
 
-    The same command finds the same fork again, and resumes it.
+    Running the same command again resumes the same fork.
     """
     if not config.run.fork:
         return config
     parent = config.run.folder
     values = json.dumps(fixed_values(config), sort_keys=True)
     suffix = f"_fork_{hashlib.sha256(values.encode()).hexdigest()[:8]}"
-    elsewhere = config.run.checkpoint_folder
-    place = {
+    base = config.run.checkpoint_folder
+    changes = {
         "fork": False,
         "parent": parent,
         "folder": parent.with_name(parent.name + suffix),
-        "checkpoint_folder": None if elsewhere is None else elsewhere.rstrip("/") + suffix,
+        "checkpoint_folder": None if base is None else base.rstrip("/") + suffix,
     }
-    return config.model_copy(update={"run": config.run.model_copy(update=place)})
+    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
 
 
 def check_parent(identity: RunIdentity) -> None:
     """Checks the parent of a run that is about to be created.
 
     Raises:
-        InputError: if there is no run in the parent's folder, or it is this very run.
+        InputError: if there is no run in the parent's folder, or it is the same run.
     """
     run = identity.config.run
     if run.parent is None or holds_run(run.folder):
         return
     if not holds_run(run.parent):
         raise InputError(
-            f"{run.parent}: expected the run to begin from (run.fork, run.parent), found no "
-            "config.yaml there; name the folder of a run, or leave these keys out"
+            f"{run.parent}: expected the run to start from (run.fork, run.parent), found no "
+            "config.yaml there; use the folder of a run, or remove these keys"
         )
     if not _differences_to_parent(identity):
         raise InputError(
-            f"{run.parent} holds this very run: a fork of it would give the same result; leave "
-            "out run.fork and run.parent to resume it"
+            f"{run.parent} holds this same run: a fork of it would compute the same result; "
+            "remove run.fork and run.parent to resume it"
         )
 
 
 def record_parent(identity: RunIdentity, checkpoint: VerifiedCheckpoint) -> None:
-    """Records the checkpoint that a run begins from; for the main process."""
+    """Records the checkpoint that a run starts from; for the main process."""
     run = identity.config.run
     values = {
         "folder": str(run.parent.resolve()),
@@ -96,8 +96,8 @@ def record_parent(identity: RunIdentity, checkpoint: VerifiedCheckpoint) -> None
         "model_sha256": checkpoint.record.model_sha256,
         "marks": list(checkpoint.record.state.tags),
         "differs_in": {
-            key: {"parent": there, "fork": here}
-            for key, (there, here) in _differences_to_parent(identity).items()
+            key: {"parent": in_parent, "fork": in_fork}
+            for key, (in_parent, in_fork) in _differences_to_parent(identity).items()
         },
     }
     write_atomically(run.folder / PARENT_FILE, to_sealed_json(values, indent=2))
@@ -109,9 +109,9 @@ def _differences_to_parent(identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
 
 
 def origin_of_checkpoints(folder: Path, *, strategy: str) -> dict[str, Any]:
-    """Returns what the record of every checkpoint says of its origin.
+    """Returns the origin that the record of every checkpoint stores.
 
-    These are the engine's strategy and, if the run is a fork, what `record_parent` wrote.
+    It consists of the engine's strategy and, if the run is a fork, the content of parent.json.
 
     Args:
         folder: run folder.

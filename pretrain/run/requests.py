@@ -1,12 +1,13 @@
-"""Requests to a run while it runs: to save, or to save and stop; by signal, file or clock.
+"""Requests to a running run to save or to stop, by signal, file or clock.
 
-    SIGUSR1, SIGUSR2, SIGTERM    save and stop; a second SIGTERM ends the process at once
-    a file STOP in its folder    likewise
-    a file SAVE                  save and continue; likewise the clock, every so many minutes
-    a newer attempt at the run   stop, without saving
+    SIGUSR1, SIGUSR2, SIGTERM            save and stop; a second SIGTERM ends the process at once
+    file STOP in the run folder          save and stop
+    file SAVE in the run folder          save and continue
+    run.checkpoint_every_minutes passed  save and continue
+    a newer attempt at the run           stop without saving
 
-It is enough that one process receives it: all ranks exchange requests at the end of each step, and
-act on them there. Files are deleted once their request is acknowledged.
+One process that receives a request suffices: all ranks exchange requests at the end of each step
+and act on them there. Files are deleted once their request is acknowledged.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from pretrain.run.signals import STOP_SIGNALS
 logger = logging.getLogger(__name__)
 
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
-SECONDS_BETWEEN_LOOKS = 1.0  # at the files, whose folder may be on a slow network
-# If several come together, the first of this order is named.
+SECONDS_BETWEEN_POLLS = 1.0  # the files' folder may be on a slow network
+# If several arrive together, the first in this order is reported.
 CAUSES = (*(number.name for number in STOP_SIGNALS), f"file {STOP_FILE}")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request, the same on all ranks."""
+    """A combined request, equal on all ranks."""
 
     is_superseded: bool = False  # a newer attempt at the run has begun
     saves: bool = False
@@ -44,21 +45,21 @@ class Request:
 
     @property
     def stops(self) -> bool:
-        """Whether the run must end here, with a checkpoint."""
+        """Whether the run must save a checkpoint and end."""
         return self.stop_cause is not None
 
 
 class RunRequests:
-    """Receiver of requests on every rank, inside its `with` block.
+    """Receives requests on every rank, inside its `with` block.
 
-    Afterwards the former signal handlers are back. Signals received before, by `signals.listen`,
-    count too. Use it in the main thread.
+    Signals that `signals.listen` recorded earlier count too. The previous signal handlers are
+    restored at the end of the block. Use it in the main thread.
 
     Args:
         folder: run folder.
         save_every_minutes: minutes between checkpoints; None for no limit.
-        looks_at_files: whether this rank looks for files and at the clock; one rank must. It also
-            calls `is_superseded`, which may be set later.
+        polls_files: whether this rank checks files, the clock and `is_superseded`, which may be set
+            later; exactly one rank must.
         clock: returns seconds.
     """
 
@@ -67,21 +68,21 @@ class RunRequests:
         folder: Path,
         *,
         save_every_minutes: float | None = None,
-        looks_at_files: bool = True,
+        polls_files: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
         self.save_every_seconds = None if save_every_minutes is None else 60 * save_every_minutes
-        self.looks_at_files = looks_at_files
+        self.polls_files = polls_files
         self.is_superseded: Callable[[], bool] = lambda: False
         self.clock = clock
-        self._last_save = self._last_look = clock()
+        self._last_save = self._last_poll = clock()
         self._ignored: set[str] = set()  # files that cannot be deleted
-        self._former: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunRequests:
         for number in STOP_SIGNALS:
-            self._former[number] = signal.signal(number, signals.record)
+            self._previous_handlers[number] = signal.signal(number, signals.record)
         return self
 
     def __exit__(
@@ -90,7 +91,7 @@ class RunRequests:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         signals.received.clear()
 
@@ -101,27 +102,26 @@ class RunRequests:
             device: device of the exchange.
 
         Returns:
-            The request, the same on every rank.
+            The combined request, equal on every rank.
         """
-        asks = [cause in signals.received for cause in CAUSES]
+        stops = [cause in signals.received for cause in CAUSES]
         saves = is_superseded = False
-        if self.looks_at_files:
-            asks[-1], saves, is_superseded = self._look()
-        # A single process takes the same path.
-        own = torch.tensor([*asks, saves, is_superseded], dtype=torch.int32, device=device)
-        *asked, saves, is_superseded = (count > 0 for count in sum_over_ranks(own).tolist())
-        causes = [cause for cause, is_asked in zip(CAUSES, asked, strict=True) if is_asked]
+        if self.polls_files:
+            stops[-1], saves, is_superseded = self._poll()
+        own = torch.tensor([*stops, saves, is_superseded], dtype=torch.int32, device=device)
+        *stops, saves, is_superseded = (count > 0 for count in sum_over_ranks(own).tolist())
+        causes = [cause for cause, is_received in zip(CAUSES, stops, strict=True) if is_received]
         return Request(is_superseded, saves, causes[0] if causes else None)
 
-    def _look(self) -> tuple[bool, bool, bool]:
+    def _poll(self) -> tuple[bool, bool, bool]:
         """(whether to stop, whether to save, whether a newer attempt has begun)"""
         now = self.clock()
         is_due = self.save_every_seconds is not None and (
             now - self._last_save >= self.save_every_seconds
         )
-        if now - self._last_look < SECONDS_BETWEEN_LOOKS:
+        if now - self._last_poll < SECONDS_BETWEEN_POLLS:
             return False, is_due, False
-        self._last_look = now
+        self._last_poll = now
         stops, saves = (
             name not in self._ignored and (self.folder / name).exists()
             for name in (STOP_FILE, SAVE_FILE)
@@ -129,9 +129,9 @@ class RunRequests:
         return stops, saves or is_due, self.is_superseded()
 
     def acknowledge(self, request: Request) -> None:
-        """Deletes the files of a request, and restarts the clock; call it after each checkpoint."""
+        """Deletes the files of a request and restarts the clock; call it after each checkpoint."""
         self._last_save = self.clock()
-        if self.looks_at_files:
+        if self.polls_files:
             if request.saves:
                 self._delete(SAVE_FILE)
             if request.stops:

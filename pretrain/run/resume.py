@@ -1,4 +1,4 @@
-"""Opens the run folder for one attempt, and loads the checkpoint that it continues from."""
+"""Opens the run folder for an attempt and loads the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_run(identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: 
     """Opens the run folder for this attempt; every rank must call it.
 
     Args:
-        identity: config, and fingerprints of everything that the run reads.
+        identity: config and fingerprints of everything that the run reads.
         hosts: [ranks] machine names.
         num_micro_batches: micro-batches per step.
 
@@ -38,15 +38,15 @@ def open_run(identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: 
 
 
 def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
-    """Loads the newest whole checkpoint of this run, or of the run that it is forked from.
+    """Loads the newest valid checkpoint of this run, or of its parent if it is a new fork.
 
     Every rank must call it.
 
     Raises:
-        InputError: if the run is a fork, and its parent has no whole checkpoint.
+        InputError: if the run is a fork and its parent has no valid checkpoint.
     """
     config = identity.config.run
-    own = newest_checkpoint(open_store(config.checkpoints), counts=run.counts_checkpoint)
+    own = newest_checkpoint(open_store(config.checkpoints), is_of_run=run.includes_checkpoint)
     is_fork = own is None and config.parent is not None
     newest = newest_checkpoint_of_parent(identity) if is_fork else own
     if newest is None:
@@ -59,22 +59,23 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
         run.add_tag(tag)
     run.begin_from(state.step, has_checkpoint=not is_fork)
     if rank() == 0:
-        how = "nothing is left to do" if state.step >= run.num_steps else "going on"
-        logger.info("%s: %s from %s", config.folder, how, newest.location)
+        is_done = state.step >= run.num_steps
+        text = "%s: finished at %s, nothing is left to do" if is_done else "%s: resuming from %s"
+        logger.info(text, config.folder, newest.location)
 
 
 def newest_checkpoint_of_parent(identity: RunIdentity) -> VerifiedCheckpoint:
-    """Returns the checkpoint that a fork begins from, and records it in the fork's folder.
+    """Returns the checkpoint that a fork starts from and records it in the fork's folder.
 
     Raises:
-        InputError: if the parent has no whole checkpoint.
+        InputError: if the parent has no valid checkpoint.
     """
     parent = identity.config.run.parent
     newest = newest_checkpoint(store_of_run(str(parent)))
     if newest is None:
         raise InputError(
-            f"{parent}: expected a run with a whole checkpoint to begin from (run.fork, "
-            "run.parent), found none; train it further first"
+            f"{parent}: expected a run with a valid checkpoint to start from (run.fork, "
+            "run.parent), found none; train the parent until it saves one"
         )
     on_main_process(lambda: record_parent(identity, newest))
     return newest

@@ -1,7 +1,7 @@
 """Installs signal handlers before the slow imports.
 
-Imports take seconds, and a signal that arrives meanwhile would end the process: a job preempted at
-its start would fail, and not be requeued. So a command calls `listen` before its other imports;
+Imports take seconds. A signal during them would end the process, so that a job preempted at its
+start would fail instead of being requeued. So a command calls `listen` before its other imports;
 `pretrain.run.requests` acts on the received signals.
 """
 
@@ -12,7 +12,7 @@ import signal
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-received: set[str] = set()  # names
+received: set[str] = set()  # names of signals
 
 
 def listen() -> None:
@@ -22,7 +22,7 @@ def listen() -> None:
 
 
 def ignore() -> None:
-    """Ignores SIGUSR1 and SIGUSR2, so that they do not kill a process that is ending anyway.
+    """Ignores SIGUSR1 and SIGUSR2, so that they do not kill a process during its shutdown.
 
     Python removes its handlers while the interpreter shuts down.
     """

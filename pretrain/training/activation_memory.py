@@ -1,8 +1,8 @@
-"""Activation memory of a pair, measured in one forward and backward pass.
+"""Activation memory per pair, measured in a forward and backward pass.
 
-Every allocated tensor is followed until it is freed, for two pairs and for four. At each allocation
-of the pass, the live bytes grow by the same amount with every pair. The peaks alone do not suffice:
-the allocation at which the peak occurs may change with the number of pairs.
+All allocations are traced, once with two pairs and once with four. At each allocation of the pass,
+the live bytes are a linear function of the number of pairs. Comparing only the peaks would not
+suffice, because the peak may occur at another allocation for another number of pairs.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.training.gradient_cache import split_into_micro_batches
 
-# Numbers of pairs that are measured. Not 1: kernels may treat a single row in another way.
+# Numbers of pairs that are measured. Not 1, because kernels may treat a single row differently.
 MEASURED_ROWS = (2, 4)
 
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Upper bound on activations: fixed + pairs * per_pair, without gradients of parameters."""
+    """Upper bound on activations: fixed + pairs * per_pair, without parameter gradients."""
 
-    fixed: int  # for example parameters rounded to bf16
+    fixed: int  # for example bf16 copies of parameters
     per_pair: int
 
 
 class AllocationTrace(TorchDispatchMode):
-    """A trace of the memory of every tensor that operators return, in all threads of autograd.
+    """Traces the memory of every tensor that operators return, in all threads of autograd.
 
     Memory that an operator allocates and frees before it returns is not traced.
 
     Args:
         device: device whose tensors are counted.
-        known: tensors that were allocated before.
+        known: tensors that were allocated earlier and are not counted.
     """
 
     def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.device_type = device.type
-        self._known = [
-            tensor.untyped_storage() for tensor in known
-        ]  # held, so that ids stay unique
-        self._numbers = {id(storage): -1 for storage in self._known}  # of live storages
+        # References, so that ids stay unique.
+        self._known = [tensor.untyped_storage() for tensor in known]
+        # id of a live storage -> number of its allocation; -1 if it is not counted
+        self._numbers = {id(storage): -1 for storage in self._known}
         self._changes: list[tuple[int, int]] = []  # (number of a storage, change in bytes)
 
     def __torch_dispatch__(
@@ -66,22 +66,22 @@ class AllocationTrace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Runs an operator and records the storages of its results; torch calls it."""
+        """Runs an operator and records the storages of its results; called by torch."""
         result = operator(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
-                self._enter(leaf.untyped_storage())
+                self._record(leaf.untyped_storage())
         return result
 
-    def _enter(self, storage: torch.UntypedStorage) -> None:
+    def _record(self, storage: torch.UntypedStorage) -> None:
         if id(storage) in self._numbers:
             return
         number, num_bytes = len(self._changes), storage.nbytes()
         self._numbers[id(storage)] = number
         self._changes.append((number, num_bytes))
-        weakref.finalize(storage, self._leave, id(storage), number, num_bytes)
+        weakref.finalize(storage, self._record_freed, id(storage), number, num_bytes)
 
-    def _leave(self, storage_id: int, number: int, num_bytes: int) -> None:
+    def _record_freed(self, storage_id: int, number: int, num_bytes: int) -> None:
         del self._numbers[storage_id]
         self._changes.append((number, -num_bytes))
 
@@ -91,9 +91,9 @@ class AllocationTrace(TorchDispatchMode):
         Args:
             without: live tensors whose memory is not counted.
         """
-        left_out = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
+        excluded = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
         changes = np.array(self._changes, dtype=np.int64).reshape(-1, 2)
-        sizes = np.where(np.isin(changes[:, 0], list(left_out)), 0, changes[:, 1])
+        sizes = np.where(np.isin(changes[:, 0], list(excluded)), 0, changes[:, 1])
         return np.cumsum(sizes)[changes[:, 1] >= 0]
 
 
@@ -106,11 +106,11 @@ def measure_activations(
 ) -> dict[PairingName, ActivationBytes]:
     """Measures the activations of every pairing, with captions of full length.
 
-    Parameters and the state of random number generators stay unchanged, and no gradients are left.
+    Parameters and the state of random number generators do not change, and gradients are cleared.
     No collective is called.
 
     Args:
-        model: model that no engine has wrapped yet; moved to the device, in training mode.
+        model: model, not yet wrapped by an engine; moved to the device, in training mode.
         layouts: shapes of the pairs.
         device: device to train on.
         is_bf16: whether to encode under bf16 autocast.
@@ -122,18 +122,18 @@ def measure_activations(
     few, more = MEASURED_ROWS
     measured = {}
     for name, layout in layouts.items():
-        of_few, of_more = (
+        bytes_of_few, bytes_of_more = (
             _live_bytes(model, _inputs_of(name, layout, rows, device), is_bf16=is_bf16)
             for rows in MEASURED_ROWS
         )
-        if len(of_few) != len(of_more):
+        if len(bytes_of_few) != len(bytes_of_more):
             raise InputError(
                 f"micro_batch_size auto: expected as many allocations for {more} as for {few} "
-                f"pairs of {name}, found {len(of_more)} and {len(of_few)}: its towers' memory "
-                "cannot be estimated; set micro_batch_size to a number"
+                f"pairs of {name}, found {len(bytes_of_more)} and {len(bytes_of_few)}: the memory "
+                "of its towers cannot be estimated; set micro_batch_size to a number"
             )
-        per_pair = (of_more - of_few) / (more - few)
-        fixed = of_few - few * per_pair
+        per_pair = (bytes_of_more - bytes_of_few) / (more - few)
+        fixed = bytes_of_few - few * per_pair
         measured[name] = ActivationBytes(math.ceil(fixed.max()), math.ceil(per_pair.max()))
     return measured
 
@@ -141,7 +141,7 @@ def measure_activations(
 def _inputs_of(
     name: PairingName, layout: PairLayout, num_rows: int, device: torch.device
 ) -> EncoderInputs:
-    """Pairs of ones, in the form that a step gives to the model."""
+    """Pairs of ones, in the format of a step's inputs to the model."""
     buffers = PairBuffers.new(layout, num_rows=num_rows)
     for values in vars(buffers).values():
         values.fill_(1)
@@ -154,8 +154,7 @@ def _inputs_of(
 
 
 def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool) -> np.ndarray:
-    """Live bytes of a forward and backward pass, int64 [allocations], without gradients of
-    parameters."""
+    """Live bytes of a pass, without parameter gradients, int64 [allocations]."""
     device = next(model.parameters()).device
     parts = [part for pairs in inputs.values() for part in pairs if isinstance(part, Tensor)]
     trace = AllocationTrace(device, [*model.parameters(), *model.buffers(), *parts])
@@ -171,8 +170,8 @@ def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool
 
 @contextmanager
 def _untouched(model: ContrastiveModel, device: torch.device) -> Iterator[None]:
-    """Restores gradients and random number generators at the end. Garbage is not collected within,
-    so that all passes free their tensors in the same order."""
+    """Clears gradients and restores random number generators at the end. Disables garbage
+    collection in the block, so that all passes free their tensors in the same order."""
     devices = [device] if device.type == "cuda" else []
     was_collecting = gc.isenabled()
     gc.disable()

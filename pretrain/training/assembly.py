@@ -47,18 +47,18 @@ def open_step_loader(
     world_size: int,
     node_ranks: Sequence[int] | None = None,
 ) -> StepLoader:
-    """Opens the datasets of a run, and puts their samples in order.
+    """Opens the datasets of a run and builds the schedule of their samples.
 
     Args:
         config: the whole config.
         tokenizer: tokenizer of captions.
-        rank: number of the process that reads.
+        rank: rank that reads.
         world_size: number of processes.
-        node_ranks: ranks of its machine; None for this one alone.
+        node_ranks: all ranks on the same machine; None if `rank` is the only one.
 
     Raises:
         InputError: if a dataset cannot be used, or there are more processes than lanes.
-        RunError: if a dataset behind a URL cannot be reached now.
+        RunError: if a dataset behind a URL cannot be reached.
     """
     lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)  # before anything is opened
     cache = build_cache(config.loading)
@@ -114,10 +114,10 @@ def open_validation_sets(
 
 
 def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
-    """Builds the model, with activation checkpointing if the config asks for it.
+    """Builds the model, with activation checkpointing if the config enables it.
 
     Raises:
-        InputError: if a tower cannot be built, or has no blocks to compute again.
+        InputError: if a tower cannot be built, or has no blocks to recompute.
     """
     model = build_model(
         config.model,
@@ -138,7 +138,7 @@ def open_teachers(
     """Loads the teachers of the pairings with distillation.
 
     Raises:
-        InputError: if a checkpoint is missing, or its model takes other inputs.
+        InputError: if a checkpoint is missing, or its model expects different inputs.
     """
     return load_teachers(
         config.pairings,
@@ -158,8 +158,8 @@ def fingerprints_of(
     held_out = {
         f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
     }
-    of_teachers = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
-    return loader.fingerprints() | held_out | of_teachers
+    teachers_by_key = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
+    return loader.fingerprints() | held_out | teachers_by_key
 
 
 def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:
@@ -186,7 +186,7 @@ def build_step(
     num_micro_batches: int,
     teachers: Mapping[PairingName, PairingTeacher] | None = None,
 ) -> ContrastiveStep:
-    """Builds the training step, on the processes that have met."""
+    """Builds the training step for all processes of the group."""
     losses = build_losses(config, world_size=world_size())
     return ContrastiveStep(engine, losses, num_micro_batches=num_micro_batches, teachers=teachers)
 

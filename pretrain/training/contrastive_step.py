@@ -1,9 +1,9 @@
 """The training step of contrastive pretraining: the sum of weight * loss over its pairings.
 
-1. split      this rank's part of the batch into micro-batches      gradient_cache
-2. teachers   encode them, for pairings with distillation           distillation
-3. losses     of every pairing over its global batch                step_loss
-4. backward   of the whole batch, or by gradient caching            gradient_cache
+1. split this rank's part of the batch into micro-batches               gradient_cache
+2. encode them with the teachers, for pairings with distillation        distillation
+3. define the loss of every pairing over its global batch               step_loss
+4. run the backward of the whole batch at once, or by gradient caching  gradient_cache
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ContrastiveStep:
     Args:
         engine: engine that holds the model.
         losses: loss of every pairing.
-        num_micro_batches: micro-batches that each rank's part is encoded in, equal on all ranks.
+        num_micro_batches: number of micro-batches per rank, equal on all ranks.
         teachers: teachers of the pairings with distillation.
     """
 
@@ -48,7 +48,7 @@ class ContrastiveStep:
         self.teachers = teachers or {}
 
     def backward(self, batch: StepBatch, timer: PhaseTimer) -> ContrastiveLosses:
-        """Adds the gradient of the losses over the global batch; see `TrainingStep.backward`."""
+        """Accumulates the gradient of the losses over the global batch; see `TrainingStep`."""
         with timer.phase("forward"):
             micro_batches = self.micro_batches(batch)
             teacher_features = {

@@ -1,4 +1,4 @@
-"""Distillation: the softmaxes of a frozen teacher become part of the targets.
+"""Distillation: the targets of the loss are mixed with the softmaxes of a frozen teacher.
 
 The teacher encodes the same images, clips and tokens as the model in training (Yang et al. 2024,
 "CLIP-KD"; Vasu et al. 2024, "MobileCLIP", equation 3).
@@ -34,13 +34,13 @@ SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Config sections `image` and `audio`: the inputs of a model."""
+    """Config sections `image` and `audio`, which define the inputs of a model."""
 
     image: ImageTransform
     audio: AudioTransform
 
     def sizes(self, kind: MediaKind) -> dict[str, float]:
-        """Returns {key: value} of the settings that the shape of an input depends on."""
+        """Returns {key: value} of the settings that determine the shape of an input."""
         if kind == "image":
             return {"size": self.image.size}
         return {
@@ -79,25 +79,25 @@ def load_teachers(
     device: torch.device,
     is_autocast: bool,
 ) -> dict[PairingName, PairingTeacher]:
-    """Loads the teachers that pairings name.
+    """Loads the teachers of the pairings with distillation.
 
     Args:
         pairings: section of each pairing.
         inputs: inputs of the model in training.
         tokenizer: tokenizer of the model in training.
-        device: device that the teachers compute on.
-        is_autocast: whether they compute in bf16.
+        device: device of the teachers.
+        is_autocast: whether the teachers compute in bf16.
 
     Raises:
-        InputError: if a checkpoint is missing, or its model takes other inputs.
+        InputError: if a checkpoint is missing, or its model expects different inputs.
     """
     teachers = {}
     for name, pairing in pairings.items():
         if pairing.teacher is not None:
             folder = find_checkpoint(pairing.teacher.checkpoint)
             _refuse_other_inputs(inputs, name, folder)
-            model, _, its_tokenizer = load_model(folder, device=str(device))
-            _refuse_other_tokens(name, folder, tokenizer, its_tokenizer)
+            model, _, teacher_tokenizer = load_model(folder, device=str(device))
+            _refuse_other_tokens(name, folder, tokenizer, teacher_tokenizer)
             teachers[name] = PairingTeacher(
                 pairing=name,
                 model=model,
@@ -109,30 +109,30 @@ def load_teachers(
 
 
 def _refuse_other_inputs(inputs: ModelInputs, name: PairingName, folder: Path) -> None:
-    theirs = read_stored_config(PretrainConfig, folder / "config.yaml")
+    config = read_stored_config(PretrainConfig, folder / "config.yaml")
     where = f"pairings.{name}.teacher.checkpoint={folder}"
-    if name not in theirs.pairings:
+    if name not in config.pairings:
         raise InputError(
-            f"{where}: expected a model trained on {name}, found {', '.join(theirs.pairings)}"
+            f"{where}: expected a model trained on {name}, found {', '.join(config.pairings)}"
         )
     kind = media_of_pairing(name)
-    found = ModelInputs(theirs.image, theirs.audio).sizes(kind)
+    found = ModelInputs(config.image, config.audio).sizes(kind)
     for key, value in inputs.sizes(kind).items():
         if found[key] != value:
             raise InputError(
-                f"{where}: it was trained with {kind}.{key}={found[key]}, this run has {value}; "
-                "teacher and model read the same inputs: use the same value"
+                f"{where}: the teacher was trained with {kind}.{key}={found[key]}, this run has "
+                f"{value}; teacher and model read the same inputs: use the same value"
             )
 
 
 def _refuse_other_tokens(
-    name: PairingName, folder: Path, tokenizer: Tokenizer, theirs: Tokenizer
+    name: PairingName, folder: Path, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
 ) -> None:
-    here, there = (each(SAMPLE_CAPTIONS).tolist() for each in (tokenizer, theirs))
-    if here != there:
+    own, found = (each(SAMPLE_CAPTIONS).tolist() for each in (tokenizer, teacher_tokenizer))
+    if own != found:
         raise InputError(
-            f"pairings.{name}.teacher.checkpoint={folder}: it was trained with other tokens: "
-            f"{SAMPLE_CAPTIONS[0]!r} is {there[0][:8]}, {len(there[0])} in all, there and "
-            f"{here[0][:8]}, {len(here[0])} in all, here; use its model.text.tokenizer and "
-            "context_length"
+            f"pairings.{name}.teacher.checkpoint={folder}: the teacher was trained with other "
+            f"tokens: its tokens of {SAMPLE_CAPTIONS[0]!r} are {found[0][:8]} ({len(found[0])} in "
+            f"total), those of this run {own[0][:8]} ({len(own[0])} in total); use the teacher's "
+            "model.text.tokenizer and context_length"
         )

@@ -1,4 +1,4 @@
-"""The gradient of one step's loss, with the batch encoded whole or in micro-batches.
+"""The gradient of one step's loss, with the batch encoded at once or in micro-batches.
 
 Micro-batches use gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size
 under memory limited setup"):
@@ -7,7 +7,7 @@ under memory limited setup"):
     2. compute the loss, and its gradients with respect to features, over the whole global batch
     3. encode each micro-batch again, with the same dropout, and back-propagate these gradients
 
-So micro-batches never change which pairs are contrasted.
+Therefore micro-batches never change which pairs are contrasted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pretrain.training.step_loss import (
     ContrastiveLosses,
     LossTerm,
     PendingGather,
+    compute_losses,
     refuse_non_finite,
-    take_losses,
 )
 
 
@@ -43,13 +43,13 @@ def backward_whole_batch(
     """Encodes this rank's pairs at once and back-propagates the global loss.
 
     Raises:
-        NonFiniteLossError: if the loss is not finite; no gradient was taken.
+        NonFiniteLossError: if the loss is not finite; no gradient was computed.
     """
     pending = PendingGather(terms)
     with timer.phase("forward"):
         features = engine.forward([inputs], on_media=pending.begin)
     with timer.phase("gather"):
-        losses = take_losses(features, terms=terms, pending=pending)
+        losses = compute_losses(features, terms=terms, pending=pending)
     refuse_non_finite(losses)
     with timer.phase("backward"):
         engine.backward(losses.for_backward)
@@ -63,17 +63,17 @@ def backward_in_micro_batches(
     terms: Mapping[PairingName, LossTerm],
     timer: PhaseTimer,
 ) -> ContrastiveLosses:
-    """Computes the same gradient from micro-batches; all ranks have the same number of them.
+    """Computes the same gradient in micro-batches, as many on every rank.
 
     Raises:
-        NonFiniteLossError: if the loss is not finite; no gradient was taken.
+        NonFiniteLossError: if the loss is not finite; no gradient was computed.
     """
     pending = PendingGather(terms)
     with timer.phase("forward"), torch.no_grad():
         encoded = engine.forward(micro_batches, on_media=pending.begin)
     features = {name: _leaves(values) for name, values in encoded.items()}
     with timer.phase("gather"):
-        losses = take_losses(features, terms=terms, pending=pending)
+        losses = compute_losses(features, terms=terms, pending=pending)
     refuse_non_finite(losses)
     with timer.phase("backward"):
         losses.for_backward.backward()
@@ -124,7 +124,7 @@ def _split(
 
 
 def _drop_keys(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[DropKeys]:
-    """Slots of every micro-batch: they make dropout the same in every pass and for every split."""
+    """Slots of every micro-batch, so that dropout is equal in both passes and for every split."""
     device = pairs.tokens.device
     slots = torch.arange(len(pairs.tokens), device=device) + pairs.first_slot
     number = torch.full((), step, dtype=torch.int64, device=device)
@@ -132,7 +132,7 @@ def _drop_keys(pairs: PairingBatch, step: int, num_micro_batches: int) -> list[D
 
 
 def _leaves(features: PairingFeatures) -> PairingFeatures:
-    """The same values as leaves, which collect the gradient of the loss."""
+    """The same values as leaf tensors, which accumulate the gradient of the loss."""
     return PairingFeatures(*(None if each is None else each.requires_grad_() for each in features))
 
 
@@ -142,13 +142,13 @@ def _surrogate(
     number: int,
     num_micro_batches: int,
 ) -> Tensor:
-    """A scalar whose gradient, at this micro-batch, is that of the loss."""
+    """A scalar with the gradient of the loss with respect to this micro-batch's features."""
     products = []
     for name, micro_batch in encoded.items():
         cached = features[name]
         for part, whole in ((micro_batch.media, cached.media), (micro_batch.text, cached.text)):
             products.append(part * whole.grad.tensor_split(num_micro_batches)[number])
-        # Each micro-batch carries its part of these gradients, so that DDP finds them in every one.
+        # These gradients are divided among micro-batches, because DDP expects them in every one.
         products.append(micro_batch.scale * cached.scale.grad / num_micro_batches)
         if micro_batch.bias is not None:
             products.append(micro_batch.bias * cached.bias.grad / num_micro_batches)

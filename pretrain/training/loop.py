@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pretrain.config import Loading, Optimizer, Run, Schedule, Validation, Watch
 from pretrain.data.batch import StepBatch
 from pretrain.data.step_loader import StepLoader
-from pretrain.distributed.collectives import is_of_lost_peer, on_main_process, set_timeout
+from pretrain.distributed.collectives import is_lost_peer_error, on_main_process, set_timeout
 from pretrain.distributed.engine import Engine
-from pretrain.moments import moment
+from pretrain.fail_points import fail_point
 from pretrain.monitoring.anomalies import StepWatch, reason_to_stop
 from pretrain.monitoring.bad_samples import BadSampleLedger
 from pretrain.monitoring.epoch_audit import EpochAudit
@@ -42,7 +42,7 @@ class TrainerSettings:
 
     @property
     def last_step(self) -> int:
-        """Number of steps done when an attempt ends."""
+        """Number of the step after which an attempt ends."""
         return min(self.schedule.num_steps, self.run.stop_after_step or sys.maxsize)
 
 
@@ -87,7 +87,7 @@ class Trainer:
             loader.schedule, self.ledger, first_step=self.run.num_steps_done
         )
         self.validation_sets: Sequence[ValidationSet] = ()
-        self.lacks_validation = False  # one was due, and cut short by a request to stop
+        self.lacks_validation = False  # whether a request to stop interrupted a validation
 
     def train(
         self, batches: Iterator[StepBatch], validation_sets: Sequence[ValidationSet] = ()
@@ -105,14 +105,14 @@ class Trainer:
         try:
             self._train(batches)
         except RuntimeError as error:
-            if not is_of_lost_peer(error):
+            if not is_lost_peer_error(error):
                 raise
             raise self.session.lost_peer_error(error) from error
 
     def _train(self, batches: Iterator[StepBatch]) -> None:
         first_step = self.run.num_steps_done
         self.engine.train_mode(True)
-        request = self._poll_requests()  # made during the start
+        request = self._poll_requests()  # requests made during start-up
         if self._is_validation_missing(first_step):
             request = self._validate(request)
         for step in range(first_step + 1, self.settings.last_step + 1):
@@ -146,8 +146,8 @@ class Trainer:
 
     def _warm_up_ddp(self, batch: StepBatch) -> None:
         """Runs one throwaway backward, so that DDP's bucket order, and thus the summation order, is
-        final before the first step of an attempt. A resumed run then equals an undisturbed one bit
-        for bit."""
+        final before the first step of an attempt. A resumed run then equals an uninterrupted one
+        bit for bit."""
         with suppress(FloatingPointError):  # the step itself will raise it again
             self.step.backward(batch, PhaseTimer(self.engine.device))
         self.engine.drop_gradients()
@@ -165,8 +165,8 @@ class Trainer:
         except FloatingPointError as error:  # raised on every rank
             outcome = self._skip(batch, error)
         self.run.num_steps_done = batch.step + 1
-        self.ledger.enter(batch, device=self.engine.device)
-        self.reporter.report_epochs(self.epoch_audit.enter(batch, device=self.engine.device))
+        self.ledger.record(batch, device=self.engine.device)
+        self.reporter.report_epochs(self.epoch_audit.record(batch, device=self.engine.device))
         self.reporter.advance()
         return outcome
 
@@ -179,7 +179,7 @@ class Trainer:
         """Reports a step that was not applied.
 
         Raises:
-            DivergedError: if the settings do not allow to skip it; all steps before it are saved.
+            DivergedError: if the settings do not allow skipping it; all steps before it are saved.
         """
         step, cause = batch.step + 1, str(error)
         dump = dump_step(
@@ -199,14 +199,14 @@ class Trainer:
         self._save_before_failure()
         raise DivergedError(
             f"step {step}: {cause}; the step was not applied, and the run stops because {reason}. "
-            f"{dump} says which samples and layers it came from. All before it is saved: run the "
-            "same command with other settings of watch, or fork a run from there with "
+            f"{dump} lists the samples and layers that caused it. The steps before it are saved: "
+            "run the same command with other settings in `watch`, or fork the run with "
             "run.fork=true and a lower "
             f"optimizer.learning_rate={self.settings.optimizer.learning_rate:g}"
         )
 
     def _save_before_failure(self) -> None:
-        """Saves the steps before one that fails on all ranks."""
+        """Saves a checkpoint of the steps completed before an error that every rank raises."""
         self._finish_save()
         if self.run.num_steps_done not in (0, self.run.last_checkpoint):
             self._save(Request())
@@ -220,38 +220,38 @@ class Trainer:
         return is_due and bool(self.validation_sets)
 
     def _is_validation_missing(self, step: int) -> bool:
-        """Whether the attempt before was stopped within the validation after a step."""
+        """Whether the previous attempt stopped during the validation after `step`."""
         if step == 0 or not self._is_validation_due(step):
             return False
         return not on_main_process(lambda: self.run.has_validation(step))
 
     def _validate(self, request: Request) -> Request:
-        """Validates, unless a request to stop arrives before the end: then the next attempt does.
+        """Validates. If a request to stop interrupts it, the next attempt validates instead.
 
         Returns:
-            The request as of the end.
+            The newest request.
         """
 
-        def is_given_up() -> bool:
+        def should_abort() -> bool:
             nonlocal request
             self.session.heartbeat()
             if not request.stops:
                 request = self._poll_requests()
             return request.stops
 
-        figures = {}
+        metrics = {}
         with self.timer.phase("validation"):
             for each in self.validation_sets:
-                found = None if request.stops else validate(self.engine, each, is_given_up)
+                found = None if request.stops else validate(self.engine, each, should_abort)
                 if found is None:
                     self.lacks_validation = True
                     return request
-                figures[each.pairing] = found
-        self.reporter.report_validation(figures)
+                metrics[each.pairing] = found
+        self.reporter.report_validation(metrics)
         return request
 
     def _is_row_due(self, step: int, request: Request) -> bool:
-        """Whether to write metrics: as planned, and before anything that may end the attempt, so
+        """Whether to write metrics: on schedule, and before anything that may end the attempt, so
         that no later attempt has to report this step."""
         is_planned = step % self.settings.run.log_every_steps == 0
         return is_planned or self._is_validation_due(step) or self._is_save_due(step, request)
@@ -283,7 +283,7 @@ class Trainer:
         self._finish_save()
         if request.stops:
             is_done = self.run.num_steps_done >= self.settings.schedule.num_steps
-            self.session.stop(request, is_whole=is_done and not self.lacks_validation)
+            self.session.stop(request, is_finished=is_done and not self.lacks_validation)
         self.reporter.close()
 
 
@@ -300,9 +300,9 @@ def train_step(
     Raises:
         FloatingPointError: if loss or gradient is not finite; the step was not applied.
     """
-    moment("step")
+    fail_point("step")
     losses = step.backward(batch, timer)
-    moment("update")
+    fail_point("update")
     with timer.phase("optimizer"):
         grad_norm = engine.step(learning_rate=learning_rate)
     return StepOutcome(losses, learning_rate, grad_norm)

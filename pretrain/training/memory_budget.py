@@ -1,4 +1,4 @@
-"""Memory of a rank during a step, without the graphs of its micro-batch."""
+"""Memory that a rank needs during a step, excluding the autograd graph of its micro-batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CGROUP_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactiv
 CGROUP_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
-def bytes_besides_graphs(
+def bytes_without_graph(
     config: Engine,
     layouts: Mapping[PairingName, tuple[PairLayout, int]],
     *,
@@ -40,7 +40,7 @@ def bytes_besides_graphs(
     num_processes: int,
     device_type: str,
 ) -> dict[str, int]:
-    """Returns {purpose: bytes} of the memory needed in addition to the model and its graphs.
+    """Returns {purpose: bytes} of the memory needed in addition to the model and its graph.
 
     Args:
         config: config section `engine`.
@@ -75,28 +75,28 @@ def optimizer_bytes(
     Args:
         config: config section `engine`.
         num_trained: number of trained parameters.
-        num_processes: number of processes that the strategy divides these among.
+        num_processes: number of processes that the strategy partitions state over.
         device_type: type of the device whose memory is counted.
     """
     strategy = config.strategy
-    of_all = FLOAT_BYTES * num_trained
+    all_bytes = FLOAT_BYTES * num_trained  # one fp32 value per trained parameter
     tuning = read_deepspeed_file(config)
-    gradients = of_all  # whole on every rank until the last micro-batch, with any strategy
-    moments = 2 * of_all
+    gradients = all_bytes  # not partitioned until the last micro-batch, with any strategy
+    moments = 2 * all_bytes
     if strategy in ("ddp", "zero0"):
         is_alone = strategy == "ddp" and num_processes == 1
-        return gradients + moments + (0 if is_alone else of_all)
-    copies = of_all  # copies of the parameters, which the optimizer updates
-    reduced = of_all
-    parts = of_all if strategy == "zero3" else 0  # partitions of the parameters
+        return gradients + moments + (0 if is_alone else all_bytes)
+    copies = all_bytes  # copies of the parameters, which the optimizer updates
+    reduced = all_bytes
+    parts = all_bytes if strategy == "zero3" else 0  # partitions of the parameters
     offload = tuning.get("offload_optimizer", {}).get("device", "none")
-    is_elsewhere = offload == "cpu" and device_type == "cuda"
-    shared = parts if is_elsewhere else moments + copies + reduced + parts
+    is_offloaded = offload == "cpu" and device_type == "cuda"
+    partitioned = parts if is_offloaded else moments + copies + reduced + parts
     bucket = tuning.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
     num_buckets = 2 if tuning.get("overlap_comm", strategy == "zero3") else 1
     if device_type == "cpu":  # its memory is allocated when it is written to
         bucket = min(bucket, num_trained)
-    return gradients + -(-shared // num_processes) + num_buckets * bucket * FLOAT_BYTES
+    return gradients + -(-partitioned // num_processes) + num_buckets * bucket * FLOAT_BYTES
 
 
 def loss_bytes(
@@ -143,10 +143,10 @@ def memory_name(device: torch.device) -> str:
 
 
 def free_bytes_of_cgroups(*, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """Returns the bytes that each control group leaves to this process.
+    """Returns the bytes that this process can still allocate in each of its control groups.
 
-    Batch systems and containers use such groups. The list is empty without limits, or on a system
-    without control groups.
+    Batch systems and containers limit memory with such groups. The list is empty if there are no
+    limits, or the system has no control groups.
     """
     if not own.exists():
         return []
@@ -163,7 +163,8 @@ def free_bytes_of_cgroups(*, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> l
 def _free_along(
     base: Path, path: str, limits: tuple[str, ...], use: str, unread_files: str
 ) -> Iterator[int]:
-    """Bytes left in a group and all its ancestors; a container may see only the outermost."""
+    """Bytes left in a group and in all its ancestors; inside a container, only the outermost may
+    be visible."""
     innermost = base / path.lstrip("/")
     for folder in (innermost, *innermost.parents):
         if not folder.is_relative_to(base) or not (folder / use).exists():

@@ -1,4 +1,4 @@
-"""Reports of steps, to the run folder, the trackers and the progress bar."""
+"""Reporting of steps to the run folder, the trackers and the progress bar."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class StepOutcome:
             "grad_norm": self.grad_norm,
         }
 
-    def shown(self) -> str:
-        """Returns the part of a progress line."""
+    def progress_text(self) -> str:
+        """Returns the text for a progress line."""
         return (
-            f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} {self.losses.shown()} "
-            f"norm {self.grad_norm:.2f}"
+            f"loss {self.losses.total:.3f} lr {self.learning_rate:.1e} "
+            f"{self.losses.progress_text()} norm {self.grad_norm:.2f}"
         )
 
 
@@ -76,13 +76,13 @@ class SkippedStep:
         """Returns the columns of a metrics row."""
         return {"skipped": asdict(self)}
 
-    def shown(self) -> str:
-        """Returns the part of a progress line."""
+    def progress_text(self) -> str:
+        """Returns the text for a progress line."""
         return f"skipped: {self.cause}"
 
 
 class StepReporter:
-    """Writer of metrics and keeper of the progress bar, on the main process.
+    """Writes metrics and updates the progress bar, on the main process.
 
     Args:
         run: run folder.
@@ -128,7 +128,7 @@ class StepReporter:
             self.bar.update()
 
     def watch_step(self, outcome: StepOutcome | SkippedStep, *, seconds: float) -> None:
-        """Logs the progress of the run, and anomalies of the step just done.
+        """Logs the progress of the run and anomalies of the last step.
 
         Args:
             outcome: outcome of the step.
@@ -139,9 +139,9 @@ class StepReporter:
         step, values = self.run.num_steps_done, {}
         if isinstance(outcome, StepOutcome):
             values = {"total_loss": outcome.losses.total, "grad_norm": outcome.grad_norm}
-        for line in self.watch.enter(step, values=values, seconds=seconds):
+        for line in self.watch.record(step, values=values, seconds=seconds):
             self._say(f"step {step}: {line}")
-        if self.bar is None and (line := self.log.line(self._progress(), outcome.shown())):
+        if self.bar is None and (line := self.log.line(self._progress(), outcome.progress_text())):
             logger.info("%s", line)
 
     def _progress(self) -> Progress:
@@ -149,40 +149,39 @@ class StepReporter:
         return Progress(step, self.schedule.samples_seen(step), self.timer.data_seconds)
 
     def report_epochs(self, ended: list[dict[str, Any]]) -> None:
-        """Logs the epochs that have ended, and keeps them for the next metrics row."""
+        """Logs the epochs that have ended and keeps them for the next metrics row."""
         self._ended_epochs += ended
         for report in ended if self.run.is_writer else []:
             self._say(
-                f"{report['source']}: epoch {report['epoch']} was read whole: "
+                f"{report['source']}: epoch {report['epoch']} was read completely: "
                 f"{report['in_manifest']:,} samples, {report['substituted']:,} substituted, "
                 f"{report['left_over']:,} left over"
             )
 
     def report_saves(self, saves: list[SaveReport]) -> None:
-        """Logs committed checkpoints, and keeps them for the next metrics row."""
+        """Logs committed checkpoints and keeps them for the next metrics row."""
         for save in saves if self.run.is_writer else []:
             self._saves.append(asdict(save))
             self.run.last_checkpoint = save.step
             self._say(
                 f"step {save.step}: checkpoint of {save.num_bytes / 1e6:,.1f} MB written in "
-                f"{save.written_seconds:.2f} s, for which training waited "
-                f"{save.waited_seconds:.2f} s"
+                f"{save.written_seconds:.2f} s; training waited {save.waited_seconds:.2f} s"
             )
 
     def report_step(self, outcome: StepOutcome | SkippedStep, *, digest: dict[str, str]) -> None:
-        """Writes one metrics row for the step just done; every rank must call it."""
+        """Writes one metrics row for the last step; every rank must call it."""
         seconds, own = self.timer.take()
         step = self.run.num_steps_done
         num_steps = step - self.last_logged_step
         per_step = {name: value / num_steps for name, value in own.items()}
-        of_ranks = exchange_seconds(per_step, device=self.engine.device)
+        seconds_by_rank = exchange_seconds(per_step, device=self.engine.device)
         samples_seen = self.schedule.samples_seen(step)
         samples = samples_seen - self.schedule.samples_seen(self.last_logged_step)
         self.last_logged_step = step
         if not self.run.is_writer:
             return
-        mean = mean_seconds(of_ranks)
-        slowest = self._describe(slowest_rank(of_ranks))
+        mean = mean_seconds(seconds_by_rank)
+        slowest = self._describe(slowest_rank(seconds_by_rank))
         row = {
             "step": step,
             "samples_seen": samples_seen,
@@ -205,7 +204,7 @@ class StepReporter:
         self.engine.log(flatten_numbers(row), step=step)
         if self.bar is not None:
             pace = f"samples/s {row['samples_per_second']:.0f} wait {row['data_wait_share']:.0%}"
-            self.bar.set_postfix_str(f"{outcome.shown()} {pace}")
+            self.bar.set_postfix_str(f"{outcome.progress_text()} {pace}")
         for line in self.watch.lines_on_pace(mean, slowest.get("slowest_rank")):
             self._say(f"step {step}: {line}")
 
@@ -214,18 +213,18 @@ class StepReporter:
             return {}
         return {"slowest_rank": asdict(slowest) | {"host": self.hosts[slowest.rank]}}
 
-    def report_validation(self, figures: dict[str, dict[str, float]]) -> None:
+    def report_validation(self, metrics: dict[str, dict[str, float]]) -> None:
         """Writes one metrics row with the validation metrics of each pairing."""
         if not self.run.is_writer:
             return
         step = self.run.num_steps_done
-        row = {"step": step, "validation": figures}
+        row = {"step": step, "validation": metrics}
         self.run.write_metrics(row)
-        self.engine.log(flatten_numbers({"validation": figures}), step=step)
+        self.engine.log(flatten_numbers({"validation": metrics}), step=step)
         shown = "; ".join(
             f"{name} loss {values['loss']:.3f}, "
             f"R@1 {values['media_to_text_recall@1']:.2f} / {values['text_to_media_recall@1']:.2f}"
-            for name, values in figures.items()
+            for name, values in metrics.items()
         )
         self._say(f"step {step}: validation: {shown}")
 

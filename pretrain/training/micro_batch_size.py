@@ -1,12 +1,12 @@
-"""The number of micro-batches per step, chosen once, before the first step.
+"""Choice of the number of micro-batches per step, once, before the first step.
 
-With micro_batch_size: auto it is the smallest number that fits into memory:
+With `micro_batch_size: auto`, it is the smallest number that fits into memory:
 
-    1. measure the activations of a pair in a forward and backward pass    activation_memory
-    2. find the memory left to this rank, and what else will need it       memory_budget
-    3. take the smallest number that fits on every rank
+    1. measure the activations per pair in a forward and backward pass       activation_memory
+    2. find the free memory of this rank and subtract all other needs        memory_budget
+    3. choose the smallest number that fits on every rank
 
-The result of a step is the same for any number (see pretrain.training.gradient_cache).
+The result of a step does not depend on the number (see pretrain.training.gradient_cache).
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
 from pretrain.training.memory_budget import (
-    bytes_besides_graphs,
+    bytes_without_graph,
     free_bytes,
     memory_name,
 )
 
 logger = logging.getLogger(__name__)
 
-# Fraction of the memory left for graphs that stays free, by device. On a GPU it covers
-# fragmentation and the workspaces of operators. On CPUs malloc keeps freed tensors below 32 MB:
-# graphs took up to 2.4 times as much.
+# Fraction of the memory left for graphs that is kept free, by device type. On a GPU, it covers
+# fragmentation and the workspaces of operators. On a CPU, malloc does not return freed tensors
+# below 32 MB: graphs were measured to use up to 2.4 times their size.
 FRACTION_KEPT_FREE = {"cuda": 0.1, "cpu": 0.6}
-WHAT_TO_DO = (
-    "set engine.activation_checkpointing, share more among more processes (engine.strategy), "
-    "choose smaller towers, or set micro_batch_size to a number to try it anyway"
+ADVICE = (
+    "set engine.activation_checkpointing, partition more state (engine.strategy), use more "
+    "processes or smaller towers, or set micro_batch_size to a number to try it anyway"
 )
 Layouts = Mapping[PairingName, tuple[PairLayout, int]]  # (layout, largest number of rows)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimate of what fits into the memory of a rank."""
+    """Estimate of the micro-batches that fit into the memory of a rank."""
 
-    free: int  # bytes left to this rank
-    besides_graphs: dict[str, int]  # {purpose: bytes} needed in addition to graphs
+    free: int  # free bytes of this rank
+    other_bytes: dict[str, int]  # {purpose: bytes} needed in addition to graphs
     num_pairs: dict[PairingName, int]  # pairs of this rank in a step
     activations: dict[PairingName, ActivationBytes] | None  # None: too large to measure
-    takes_all: bool  # whether a step takes all pairings, or one
-    fraction_kept_free: float  # of the memory left for graphs
+    takes_all: bool  # whether a step uses all pairings or one
+    fraction_kept_free: float  # fraction of the memory left for graphs that is not used
 
     @property
     def left(self) -> int:
         """Bytes left for graphs."""
-        return max(0, self.free - sum(self.besides_graphs.values()))
+        return max(0, self.free - sum(self.other_bytes.values()))
 
     @property
-    def room(self) -> float:
+    def usable(self) -> float:
         """Bytes that graphs may use."""
         return self.left * (1 - self.fraction_kept_free)
 
@@ -71,11 +71,11 @@ class MemoryEstimate:
         if self.activations is None:
             return None
         most = max(1, *self.num_pairs.values())
-        fitting = (n for n in range(1, most + 1) if self.graph_bytes(n) <= self.room)
+        fitting = (n for n in range(1, most + 1) if self.graph_bytes(n) <= self.usable)
         return next(fitting, None)
 
     def graph_bytes(self, num_micro_batches: int) -> int:
-        """Returns the largest number of bytes that the graphs of a micro-batch use."""
+        """Returns the peak bytes of the graphs of a micro-batch."""
         graphs = {name: self._graph_bytes(name, num_micro_batches) for name in self.num_pairs}
         if self.takes_all:
             return sum(graphs.values())
@@ -88,13 +88,12 @@ class MemoryEstimate:
 
     def _bytes_of_rows(self, name: PairingName, num_rows: int) -> int:
         graph = self.activations[name]
-        return graph.fixed + graph.per_pair * max(
-            1, num_rows
-        )  # a rank without rows encodes one (see contrastive_model)
+        # A rank without rows encodes one row (see contrastive_model).
+        return graph.fixed + graph.per_pair * max(1, num_rows)
 
     def describe(self) -> str:
-        """Returns the decision and its numbers in one line."""
-        needs = [f"{_in_units(size)} for {what}" for what, size in self.besides_graphs.items()]
+        """Describes the choice and its reasons in one line."""
+        needs = [f"{_in_units(size)} for {what}" for what, size in self.other_bytes.items()]
         memory = (
             f"{_in_units(self.left)} of {_in_units(self.free)} left after {', '.join(needs)}, "
             f"{self.fraction_kept_free:.0%} of it kept free"
@@ -121,12 +120,12 @@ def _in_units(num_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Sizes of a step, and the config sections that decide how it is computed."""
+    """Sizes of a step, and the settings that determine its memory."""
 
     micro_batch_size: int | Literal["auto"]
     lanes: int
     global_batch_sizes: Mapping[PairingName, int]
-    takes_all: bool  # whether a step takes all pairings, or one
+    takes_all: bool  # whether a step uses all pairings or one
     embed_dim: int
     batches_ahead: int  # steps loaded ahead
     engine: Engine  # config section
@@ -147,9 +146,9 @@ class StepSizes:
 
 
 def num_micro_batches_of_size(sizes: StepSizes, *, num_processes: int) -> int:
-    """Returns the micro-batches per step for a fixed micro_batch_size, the same on every rank.
+    """Returns the number of micro-batches per step for a fixed micro_batch_size, on every rank.
 
-    None of them holds more than micro_batch_size pairs of a pairing.
+    No micro-batch holds more than micro_batch_size pairs of a pairing.
     """
     most_lanes = -(-sizes.lanes // num_processes)
     most_pairs = most_lanes * (max(sizes.global_batch_sizes.values()) // sizes.lanes)
@@ -164,22 +163,22 @@ def choose_num_micro_batches(
     device: torch.device,
     hosts: list[str],
 ) -> int:
-    """Returns the micro-batches per step, the same on every rank; every rank must call it.
+    """Returns the number of micro-batches per step, equal on all ranks; every rank must call it.
 
     Args:
         sizes: sizes of a step.
-        model: model that no engine has wrapped yet.
+        model: model, not yet wrapped by an engine.
         layouts: layout and number of rows of this rank's part of a step.
         device: device of this rank.
         hosts: [ranks] machine names.
 
     Raises:
-        InputError: with `auto`, if not even one pair fits on one of the ranks.
+        InputError: if `micro_batch_size` is auto and not even one pair fits on some rank.
     """
     if sizes.micro_batch_size != "auto":
         return num_micro_batches_of_size(sizes, num_processes=world_size())
     activations = measure(sizes.engine, model, layouts, device)
-    # Also a barrier: every rank has released the memory that it measured with.
+    # Also a barrier: afterwards every rank has freed the memory of its measurement.
     memories = gather_objects((hosts[rank()], memory_name(device)))
     estimate = estimate_memory(
         sizes,
@@ -194,7 +193,7 @@ def choose_num_micro_batches(
     neediest = counts.index(max(counts))
     text = f"micro_batch_size auto: rank {neediest}: {estimates[neediest].describe()}"
     if estimates[neediest].num_micro_batches is None:
-        raise InputError(f"{text}; {WHAT_TO_DO}")
+        raise InputError(f"{text}; {ADVICE}")
     if rank() == 0:
         logger.info("%s", text)
     return estimates[neediest].num_micro_batches
@@ -209,11 +208,11 @@ def estimate_for_plan(
     num_processes: int,
     num_processes_here: int,
 ) -> MemoryEstimate:
-    """Returns the estimate that rank 0 would make on this machine, without starting the others.
+    """Returns the estimate of rank 0 on this machine, without starting the other ranks.
 
     Args:
         sizes: sizes of a step.
-        model: model that no engine has wrapped yet.
+        model: model, not yet wrapped by an engine.
         layouts: layout and number of rows of rank 0's part of a step.
         device: device to train on.
         num_processes: number of processes.
@@ -234,7 +233,7 @@ def estimate_for_plan(
 def measure(
     config: Engine, model: ContrastiveModel, layouts: Layouts, device: torch.device
 ) -> dict[PairingName, ActivationBytes] | None:
-    """Measures as `measure_activations` does; returns None if the device lacks the memory."""
+    """Calls `measure_activations`; returns None if the device runs out of memory."""
     try:
         return measure_activations(
             model,
@@ -255,18 +254,18 @@ def estimate_memory(
     free: int,
     num_processes: int,
 ) -> MemoryEstimate:
-    """Estimates what fits into the memory left to a rank.
+    """Estimates which micro-batches fit into the free memory of a rank.
 
     Args:
         sizes: sizes of a step.
         model: model on the device.
         layouts: layout and number of rows of the rank's part of a step.
-        activations: measured activations; None if there was no memory to measure them.
-        free: bytes left to the rank.
+        activations: measured activations; None if the memory did not suffice to measure them.
+        free: free bytes of the rank.
         num_processes: number of processes.
     """
     device_type = next(model.parameters()).device.type
-    besides = bytes_besides_graphs(
+    other_bytes = bytes_without_graph(
         sizes.engine,
         layouts,
         global_num_pairs=max(sizes.global_batch_sizes.values()),
@@ -278,7 +277,7 @@ def estimate_memory(
     )
     return MemoryEstimate(
         free=free,
-        besides_graphs=besides,
+        other_bytes=other_bytes,
         num_pairs={name: num_rows for name, (_, num_rows) in layouts.items()},
         activations=activations,
         takes_all=sizes.takes_all,

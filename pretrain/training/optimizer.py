@@ -15,8 +15,8 @@ from pretrain.config import Optimizer, Schedule
 class ClampedAdamW(torch.optim.AdamW):
     """AdamW that clamps the parameters of a group to the group's `clamp` bounds.
 
-    The clamp is part of the step: ZeRO keeps the parameters elsewhere, and would overwrite a clamp
-    of the model's copy.
+    The clamp is part of the step, because ZeRO updates its own copies of the parameters and would
+    overwrite clamped values in the model.
     """
 
     @torch.no_grad()

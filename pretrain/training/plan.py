@@ -30,13 +30,13 @@ def describe_plan(
     device: torch.device,
     num_processes_here: int,
 ) -> list[str]:
-    """Returns lines on the size of the model, the length of the run and the cost of a step.
+    """Describes the size of the model, the length of the run and the cost of a step, line by line.
 
     Args:
         sizes: sizes of a step.
         losses: loss of every pairing, for all ranks of the run.
-        loader: reader of the rows of rank 0.
-        model: model that no engine has wrapped yet.
+        loader: reader of rank 0's rows.
+        model: model, not yet wrapped by an engine.
         device: device to train on.
         num_processes_here: number of processes on this machine.
     """
@@ -64,7 +64,7 @@ def _describe(loader: StepLoader, pairing: PairingName) -> Iterator[str]:
     num_steps = schedule.num_steps_taken(pairing, schedule.num_steps)
     drawn = schedule.samples_drawn(pairing, schedule.num_steps)
     if num_steps < schedule.num_steps:
-        yield f"  taken by {num_steps:,} of {schedule.num_steps:,} steps"
+        yield f"  used in {num_steps:,} of {schedule.num_steps:,} steps"
     readers = loader.readers[pairing].sources
     for reader, source, samples in zip(readers, order.sources, drawn, strict=True):
         per_step = samples / max(1, num_steps)

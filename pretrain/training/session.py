@@ -1,4 +1,4 @@
-"""One attempt at a run, as its training loop sees it: folder, requests, checkpoints, hang watch."""
+"""State of one attempt that the training loop uses: folder, requests, checkpoints, hang watch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pretrain.run.requests import Request, RunRequests
 
 
 class RunSession:
-    """An attempt that records its end and is watched for hangs while its `with` block lasts.
+    """An attempt; its `with` block records the end and is watched for hangs.
 
     Every rank must make every call, except `heartbeat`.
 
     Args:
         run: run folder.
-        requests: signals and files that ask the run to save or stop.
-        hang_watch: watch of this rank, not yet entered.
+        requests: signals and files that request a checkpoint or a stop.
+        hang_watch: watchdog of this rank, not yet entered.
         hosts: [ranks] machine names.
     """
 
@@ -41,7 +41,7 @@ class RunSession:
         self.requests = requests
         self.hang_watch = hang_watch
         self.hosts = hosts
-        self.writer: CheckpointWriter | None = None  # it needs the engine, which is built later
+        self.writer: CheckpointWriter | None = None  # set once the engine is built
         self._block = ExitStack()
         requests.is_superseded = run.is_superseded
 
@@ -61,15 +61,15 @@ class RunSession:
         self._block.__exit__(kind, error, traceback)
 
     def heartbeat(self, *, is_slow: bool = False) -> None:
-        """Tells the hang watch that a step, or work of that length, has ended.
+        """Restarts the hang watch's clock at the end of a step or similarly long work.
 
         Args:
-            is_slow: whether the next one may take as long as a start.
+            is_slow: whether the next work may take as long as a start-up.
         """
         self.hang_watch.heartbeat(is_slow=is_slow)
 
     def poll_requests(self, *, device: torch.device) -> Request:
-        """Returns what any rank was asked to do.
+        """Returns the requests that any rank received.
 
         Args:
             device: device of the exchange among ranks.
@@ -83,25 +83,25 @@ class RunSession:
         return request
 
     def lost_peer_error(self, error: RuntimeError) -> LostPeerError:
-        """Returns the error to raise when a collective failed because another process is gone."""
+        """Returns the error to raise when a collective failed because a process was lost."""
         return LostPeerError(
             f"step {self.run.num_steps_done + 1}: another process died, or did not respond within "
-            f"{self.hang_watch.timeout_key}: {error}; python -m pretrain.status names the "
-            f"cause, if it is known, and {self.hang_watch.path.parent} where it hung; run the "
-            "same command again to resume from the newest checkpoint"
+            f"{self.hang_watch.timeout_key}: {error}; python -m pretrain.status shows the cause, "
+            f"if it is known, and {self.hang_watch.path.parent} the stacks of hanging processes; "
+            "run the same command again to resume from the newest checkpoint"
         )
 
     # --------------------------------------------------------------------------- checkpoints
 
     def save(self, request: Request, *, num_updates: int) -> None:
-        """Begins a checkpoint of the run as it is now.
+        """Starts a checkpoint of the run's current state.
 
         Args:
-            request: request that this checkpoint answers.
-            num_updates: updates that the optimizer has applied.
+            request: request that this checkpoint satisfies.
+            num_updates: number of updates that the optimizer has applied.
 
         Raises:
-            RunError: if too many checkpoints in a row could not be written.
+            RunError: if too many consecutive checkpoints could not be written.
         """
         on_main_process(self.run.flush)
         self.writer.save(
@@ -124,7 +124,7 @@ class RunSession:
         return self.writer.take_reports()
 
     def finish_save(self) -> list[SaveReport]:
-        """Waits until the checkpoint that was begun is committed or has failed.
+        """Waits until the pending checkpoint is committed or has failed.
 
         Returns:
             Reports on the checkpoints committed since the last call.
@@ -133,15 +133,15 @@ class RunSession:
         return self.writer.take_reports()
 
     def refuse_failed_save(self) -> None:
-        """Raises if the last checkpoint could not be written.
+        """Checks that the last checkpoint was written.
 
         Raises:
-            RunError: if it could not.
+            RunError: if the last checkpoint could not be written.
         """
         self.writer.refuse_failure()
 
-    def stop(self, request: Request, *, is_whole: bool) -> None:
-        """Removes a request to stop, and records it as the cause unless all work was done."""
+    def stop(self, request: Request, *, is_finished: bool) -> None:
+        """Deletes a request to stop and records it as the cause unless the run is finished."""
         self.requests.acknowledge(request)
-        if not is_whole:
+        if not is_finished:
             self.run.stop_cause = request.stop_cause

@@ -1,7 +1,7 @@
-"""The interface between the trainer and what a step minimises.
+"""The interface between the trainer and the training objective.
 
-The trainer takes batches, applies gradients, validates, saves and reports. All that it asks of an
-objective is a `TrainingStep`; `pretrain.training.contrastive_step` is one.
+The trainer fetches batches, applies gradients, validates, saves and reports. An objective only
+needs to implement `TrainingStep`, as `pretrain.training.contrastive_step` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pretrain.monitoring.timing import PhaseTimer
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss is not finite; no gradient was taken."""
+    """A loss is not finite; no gradient was computed."""
 
 
 class StepLosses(Protocol):
@@ -22,29 +22,30 @@ class StepLosses(Protocol):
 
     @property
     def total(self) -> float:
-        """The minimised value."""
+        """Value of the objective."""
 
     def row(self) -> dict[str, Any]:
         """Returns the columns of a metrics row."""
 
-    def shown(self) -> str:
+    def progress_text(self) -> str:
         """Returns the part of a progress line that follows the total loss and learning rate."""
 
 
 class TrainingStep(Protocol):
-    """The gradient of one step's objective; every rank must make every call."""
+    """Computes the gradient of one step's objective; every rank must make every call."""
 
     def backward(self, batch: StepBatch, timer: PhaseTimer) -> StepLosses:
-        """Adds the gradient of the objective over the global batch to the model's parameters.
+        """Accumulates the gradient of the objective over the global batch.
 
-        Called again with the same batch before the optimizer's step, it gives the same gradient.
+        When called again with the same batch before the optimizer's step, it computes the same
+        gradient.
 
         Args:
             batch: this rank's part of the step, on the device.
             timer: measures the phases "forward", "gather" and "backward".
 
         Raises:
-            NonFiniteLossError: if the loss is not finite; no gradient was taken.
+            NonFiniteLossError: if the loss is not finite; no gradient was computed.
         """
 
     def micro_batches(self, batch: StepBatch) -> list[EncoderInputs]:

@@ -1,4 +1,4 @@
-"""The minimised value: the sum of weight * loss over a step's pairings, in the global batch."""
+"""The training objective: the sum of weight * loss over a step's pairings, in the global batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain.training.step import NonFiniteLossError
 
 @dataclass(frozen=True)
 class PairingLoss:
-    """The loss of one pairing: the part that is equal in every step."""
+    """Settings of one pairing's loss, equal in every step."""
 
     weight: float
     options: LossOptions
@@ -32,10 +32,10 @@ class PairingLoss:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """The loss of one pairing in one step."""
+    """Loss of one pairing in one step."""
 
     loss: PairingLoss
-    keys: tuple[Tensor, Tensor]  # of media and captions, each int64 [B]: equal keys, equal content
+    keys: tuple[Tensor, Tensor]  # content hashes of media and captions, int64 [B] each
     teacher: Teacher | None = None
 
 
@@ -45,8 +45,8 @@ class ContrastiveLosses:
 
     by_pairing: dict[PairingName, ContrastiveLoss]
     scales: dict[PairingName, float]
-    biases: dict[PairingName, float]  # of sigmoid losses
-    total: float  # sum of weight * loss: the minimised value
+    biases: dict[PairingName, float]  # pairings with sigmoid loss only
+    total: float  # sum of weight * loss
     for_backward: Tensor
 
     def row(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class ContrastiveLosses:
             "logit_bias": self.biases,
         }
 
-    def shown(self) -> str:
+    def progress_text(self) -> str:
         """Returns the temperatures for a progress line."""
         return "scale " + "/".join(f"{scale:.1f}" for scale in self.scales.values())
 
@@ -84,8 +84,8 @@ def build_pairing_losses(
     Args:
         pairings: section of each pairing.
         lanes: number of lanes of the sample order.
-        takes_all: whether a step takes all pairings; otherwise the weight of a pairing is its
-            fraction of the steps, and its loss counts once.
+        takes_all: whether a step takes all pairings. Otherwise the weight of a pairing is its
+            fraction of the steps, and does not scale its loss.
         mode: how the loss is divided among processes.
         precision: precision of the towers.
         world_size: number of processes.
@@ -109,7 +109,7 @@ def terms_of_step(
     *,
     teacher_features: Mapping[PairingName, Teacher],
 ) -> dict[PairingName, LossTerm]:
-    """Returns the terms of the pairings that a step takes.
+    """Returns the loss terms of the pairings in a step.
 
     Args:
         losses: loss of every pairing.
@@ -125,7 +125,7 @@ def terms_of_step(
 
 
 def feature_type(precision: Precision) -> torch.dtype:
-    """Returns the type of the contrasted features: the one that the towers computed in.
+    """Returns the dtype of the contrasted features, which is that of the towers' computation.
 
     Features are exchanged and multiplied in this type. The loss itself is computed in float32.
     """
@@ -133,7 +133,7 @@ def feature_type(precision: Precision) -> torch.dtype:
 
 
 class PendingGather:
-    """Gathers of media features among ranks, in progress while captions are encoded."""
+    """Gathers of media features from all ranks, which run while captions are encoded."""
 
     def __init__(self, terms: Mapping[PairingName, LossTerm]) -> None:
         self.terms = terms
@@ -154,7 +154,7 @@ class PendingGather:
             )
 
 
-def take_losses(
+def compute_losses(
     features: Mapping[PairingName, PairingFeatures],
     *,
     terms: Mapping[PairingName, LossTerm],
@@ -166,7 +166,7 @@ def take_losses(
     all engines update them in the same way.
     """
     losses = {
-        name: _take_loss(features[name], term, pending.gathers.get(name))
+        name: _compute_loss(features[name], term, pending.gathers.get(name))
         for name, term in terms.items()
     }
     parts = [terms[name].loss.weight * loss.for_backward for name, loss in losses.items()]
@@ -180,7 +180,7 @@ def take_losses(
     )
 
 
-def _take_loss(
+def _compute_loss(
     features: PairingFeatures, term: LossTerm, media_gather: RowGather | None
 ) -> ContrastiveLoss:
     return contrastive_loss(

@@ -1,4 +1,4 @@
-"""Loss and in-batch recall on held-out pairs, each seen once, the same for any number of ranks."""
+"""Loss and in-batch recall on held-out pairs, equal for any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pretrain.data.pair_reader import Pair, PairReader
 from pretrain.data.transforms import MediaTransform
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.distributed.engine import Engine
+from pretrain.fail_points import fail_point
 from pretrain.loss.contrastive_loss import ContrastiveLoss, contrastive_loss
 from pretrain.loss.options import LossOptions
 from pretrain.model.contrastive_model import PairInputs
 from pretrain.model.tokenizer import Tokenizer
-from pretrain.moments import moment
 from pretrain.training.step_loss import feature_type
 
 
@@ -35,8 +35,8 @@ class ValidationSet:
     reader: PairReader
     tokenizer: Tokenizer
     batch_size: int
-    # Without label smoothing, and with duplicates as negatives: so runs that differ in these can be
-    # compared.
+    # Without label smoothing and with duplicates as negatives, so that runs with different settings
+    # can be compared.
     options: LossOptions
     feature_type: torch.dtype
 
@@ -68,8 +68,8 @@ class ValidationSet:
             return self.reader.read_exactly(int(self.reader.samples.ordinals_of([rank])[0]))
         except (CorruptSampleError, MediaError) as error:
             raise InputError(
-                f"validation.pairings.{self.pairing}: {error}; validation substitutes nothing: "
-                "repair the dataset, or prepare it without this sample"
+                f"validation.pairings.{self.pairing}: {error}; samples are not substituted "
+                "in validation: repair the dataset, or prepare it without this sample"
             ) from None
 
 
@@ -108,7 +108,7 @@ def build_validation_sets(
             retries=retries,
         )
         if len(reader.samples) == 0:
-            raise InputError(f"validation.pairings.{name}: {source.dataset} holds no sample")
+            raise InputError(f"validation.pairings.{name}: {source.dataset} contains no samples")
         sets.append(
             ValidationSet(
                 name,
@@ -126,18 +126,18 @@ def build_validation_sets(
 def validate(
     engine: Engine,
     validation_set: ValidationSet,
-    is_given_up: Callable[[], bool] = lambda: False,
+    should_abort: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Computes the mean loss and in-batch recall at 1 of a set; every rank must call it.
 
     Args:
         engine: engine that holds the model.
         validation_set: held-out pairs; all ranks have the same number of batches.
-        is_given_up: called after each batch; returns the same value on every rank. If true, the
-            validation ends there.
+        should_abort: called after each batch; returns the same value on every rank. If true, the
+            validation is aborted.
 
     Returns:
-        Means over pairs, or None if the validation was given up.
+        Means over pairs, or None if the validation was aborted.
 
     Raises:
         InputError: if a held-out pair cannot be decoded.
@@ -146,11 +146,11 @@ def validate(
     engine.train_mode(False)
     sums: dict[str, float] = {}
     num_pairs = 0
-    is_over = False
+    is_aborted = False
     for media, tokens in validation_set.batches():
         inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
         features = engine.forward([{name: inputs}])[name]
-        moment("validation")
+        fail_point("validation")
         loss = contrastive_loss(
             features.media.to(validation_set.feature_type),
             features.text.to(validation_set.feature_type),
@@ -158,19 +158,19 @@ def validate(
             features.bias,
             options=validation_set.options,
         )
-        for key, value in _figures(loss).items():
+        for key, value in _metrics(loss).items():
             sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
         num_pairs += loss.num_pairs
-        if is_given_up():
-            is_over = True
+        if should_abort():
+            is_aborted = True
             break
     engine.train_mode(True)
-    if is_over:
+    if is_aborted:
         return None
     return {key: value / num_pairs for key, value in sums.items()}
 
 
-def _figures(loss: ContrastiveLoss) -> dict[str, float]:
+def _metrics(loss: ContrastiveLoss) -> dict[str, float]:
     return {
         "loss": loss.value,
         "media_to_text_recall@1": loss.media_to_text_recall_at_1,

@@ -196,7 +196,7 @@ def test_a_parameter_that_was_frozen_in_the_loaded_checkpoint_is_named(tmp_path)
     writer = writer_of(ToyEngine(), tmp_path)
     writer.save(RunState(1, num_updates=1))
     writer.finish()
-    with pytest.raises(InputError, match=r"moments of every .* found none of w1, w2, which were"):
+    with pytest.raises(InputError, match=r"moments for every .* found none for w1, w2, which were"):
         restore(Trained(), newest_checkpoint(open_store(tmp_path)))
 
 
@@ -219,7 +219,7 @@ def test_an_older_checkpoint_is_never_loaded_silently(run, tmp_path):
     (newest / OPTIMIZER).unlink()  # not needed for evaluation
     assert find_checkpoint(tmp_path / "run") == newest
     (newest / MODEL).unlink()
-    with pytest.raises(InputError, match=r"damaged checkpoint: .*name an older one: .*00000005"):
+    with pytest.raises(InputError, match=r"damaged checkpoint: .*use an older one: .*00000005"):
         load_model(tmp_path / "run")
 
 

@@ -239,7 +239,7 @@ def test_all_ranks_of_two_nodes_are_well(toy_data, tmp_path):
     assert "2 nodes, 4 ranks together: all-reduce " in first
     rows = [line.split() for line in first.splitlines()]
     assert [row[:2] for row in rows[2:4]] == [["a", "2"], ["b", "2"]]
-    assert first.endswith("preflight: all is well\n")
+    assert first.endswith("preflight: no problems found\n")
     assert others == ["", "", ""]
     assert not list((tmp_path / "run").iterdir())
 
@@ -254,7 +254,7 @@ def test_srun_is_given_options_without_the_bad_one_of_three_nodes(toy_data, tmp_
     outcomes = group.outcomes()
     assert not any(is_done for is_done, _ in outcomes)
     assert "c: torch is 0.1, elsewhere" in outcomes[0][1]
-    assert "leave out c" in outcomes[0][1]
+    assert "exclude c" in outcomes[0][1]
     assert "see the error of rank 0" in outcomes[1][1]
     assert answer.read_text() == "--nodes=2 --exclude=c\n"
 
@@ -288,7 +288,7 @@ def test_alone_it_checks_what_needs_no_other(toy_data, tmp_path, monkeypatch, ca
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     preflight(toy_config(toy_data, tmp_path / "run"))
-    assert "preflight: all is well" in capsys.readouterr().out
+    assert "preflight: no problems found" in capsys.readouterr().out
     lacking = toy_config(toy_data, tmp_path / "run", preflight={"checkpoints_to_fit": 10**9})
     with pytest.raises(RunError, match=r"GB are free, and .* GB needed"):
         preflight(lacking)
@@ -302,8 +302,8 @@ def test_the_command_keeps_standard_output_for_the_batch_script(toy_data, tmp_pa
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     for override, status, words in (
-        ("preflight.checkpoints_to_fit=1", 0, "preflight: all is well"),
-        (f"preflight.checkpoints_to_fit={10**9}", 1, "a run should not start here"),
+        ("preflight.checkpoints_to_fit=1", 0, "preflight: no problems found"),
+        (f"preflight.checkpoints_to_fit={10**9}", 1, "the run should not start on these nodes"),
     ):
         finished = subprocess.run(
             [sys.executable, "-m", "pretrain.preflight", config, override],

@@ -307,7 +307,9 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
     train(with_segments(early, late, last_step=8))
     with pytest.raises(ConfigError, match=r"pairings\.image-text\.segments"):
         train(with_segments(late, last_step=9))
-    with pytest.raises(ConfigError, match=r"segments\.1\.from_step: 6 there, 7 here"):
+    with pytest.raises(
+        ConfigError, match=r"segments\.1\.from_step: 6 in the run folder, 7 in this config"
+    ):
         train(with_segments(early, late | {"from_step": 7}, last_step=9))
 
 

@@ -23,7 +23,7 @@ import torch
 from pretrain.checkpoint import open_checkpoint
 from pretrain.checkpoints.state import PARAMETER, read_whole
 from pretrain.config import PretrainConfig
-from pretrain.moments import EVENT
+from pretrain.fail_points import EVENT
 from pretrain.run.attempts import read_attempts, read_metrics
 from tests.support.gloo_processes import ProcessGroup
 from tests.support.toy_run import toy_config, write_toy_data
@@ -53,7 +53,7 @@ MOMENTS = (
     "any",  # some time
 )
 OF_MAIN_PROCESS = ("commit", "committed")
-# Moment of pretrain.moments -> names here
+# Fail point of pretrain.fail_points -> names here
 NAMES_OF_MOMENT = {name: (name,) for name in MOMENTS if name not in ("first step", "any")}
 NAMES_OF_MOMENT["step"] = ("first step", "step")
 

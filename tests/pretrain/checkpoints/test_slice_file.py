@@ -90,5 +90,5 @@ def test_elements_that_no_file_holds_are_named(wanted):
 def test_a_truncated_file_is_detected():
     content = content_of([TensorSlice("w", 0, 4)], torch.zeros(4))[:-1]
     [stored] = read_slices(io.BytesIO(content), "x")
-    with pytest.raises(EOFError, match="x: cut short"):
+    with pytest.raises(EOFError, match="x: truncated"):
         read_values(io.BytesIO(content), stored, stored.slice, torch.empty(4))

@@ -247,4 +247,4 @@ def test_all_ranks_learn_that_one_could_not_write_and_any_number_loads_what_they
             assert same
             assert state == RunState(2, 1, skipped_steps=(1,), tags=("why",))
             assert written_by == {"attempt": "0001", "world_size": 2, "strategy": "toy"}
-            assert "w1: (1,) there, (2,) here" in error
+            assert "w1: (1,) in the checkpoint, (2,) in the model" in error

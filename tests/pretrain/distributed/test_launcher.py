@@ -99,7 +99,7 @@ FITTING = {
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        ({"num_processes": (2, 1)}, "WORLD_SIZE=2 processes, Accelerate sees 1; start with"),
+        ({"num_processes": (2, 1)}, "WORLD_SIZE=2 processes, Accelerate detects 1; start with"),
         ({"accumulation_steps": 4}, "gradient_accumulation_steps=4 .*; unset it"),
         (
             {"distributed_type": "MULTI_CPU"},

@@ -235,7 +235,7 @@ class SkippedLayer(nn.Module):
             Layered(nn.AlphaDropout(0.1)),
             r"layer \(AlphaDropout; rates: p=0\.1\) draws random",
         ),
-        (Layered(ThinDropPath()), "expected a ThinDropPath that drops whole rows"),
+        (Layered(ThinDropPath()), "expected a ThinDropPath that drops entire rows"),
         (
             Layered(SkippedLayer(random.random)),
             r"\(SkippedLayer; rates: layerdrop=0\.2\)",

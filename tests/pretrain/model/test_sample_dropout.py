@@ -155,7 +155,7 @@ def test_rows_of_one_sample_follow_each_other():
 
 def test_a_layer_without_draws_says_so_in_training_and_keeps_all_in_evaluation():
     layer = SampleDropout("text.dropout", TowerDropKeys(), p=0.5, drops_channels=False)
-    with pytest.raises(RuntimeError, match=r"text\.dropout drops in training.*eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"text\.dropout has dropout in training.*eval\(\)"):
         layer(torch.ones(2, 3))
     assert torch.equal(layer.eval()(torch.ones(2, 3)), torch.ones(2, 3))
     assert not layer.state_dict()

@@ -21,7 +21,7 @@ def test_a_spike_is_far_above_the_median_of_the_values_before():
     values = [random.Random(step).uniform(1, 2) for step in range(300)]
     values[10] = values[90] = values[91] = 9.0  # the first comes before there is a level
     detector = SpikeDetector(factor=3, window=50)
-    spikes = [detector.enter(step, value) for step, value in enumerate(values)]
+    spikes = [detector.record(step, value) for step, value in enumerate(values)]
     found = [spike for spike in spikes if spike is not None]
     assert found == [Spike(step, 9.0, median(values[step - 50 : step])) for step in (90, 91)]
 
@@ -36,8 +36,8 @@ def test_skipped_steps_are_counted_over_the_last_ones():
 def test_spikes_are_marked_and_said_also_right_after_a_resume():
     rows = [{"step": step, "total_loss": 1.0, "grad_norm": 2.0} for step in range(1, 30)]
     watch = StepWatch(Watch(), rows=[*rows, {"step": 30, "validation": {}}])
-    assert watch.enter(31, values={"total_loss": 1.5, "grad_norm": 2.0}, seconds=1.0) == []
-    [line] = watch.enter(32, values={"total_loss": 3.0, "grad_norm": 9.0}, seconds=1.0)
+    assert watch.record(31, values={"total_loss": 1.5, "grad_norm": 2.0}, seconds=1.0) == []
+    [line] = watch.record(32, values={"total_loss": 3.0, "grad_norm": 9.0}, seconds=1.0)
     assert line == "total_loss 3 is a spike: 3.0 times its median 1"
     spike = {"of": "total_loss", "step": 32, "value": 3.0, "median": 1.0}
     assert watch.take_row() == {"spikes": [spike]}
@@ -50,15 +50,16 @@ def test_steps_that_stay_slow_are_told_once_with_the_rank_that_makes_them_so():
     told = []
     for step in range(1, 60):
         # A single slow step is nothing; of those from 40 on, each takes five times the usual.
-        watch.enter(step, values={}, seconds=5.0 if step == 30 or 40 <= step < 50 else 1.0)
+        watch.record(step, values={}, seconds=5.0 if step == 30 or 40 <= step < 50 else 1.0)
         lines = watch.lines_on_pace({"data": 1.5, "forward": 0.5, "save": 0.0}, slowest)
         told += [(step, line) for line in lines]
     assert [step for step, _ in told] == [44, 50]
     assert told[0][1] == (
-        "5 steps running took more than 2 times the median of 1.00 s; a step's time: data 1.50 s, "
-        "forward 0.50 s; slowest is rank 3 on n2, in data: 4.00 s, where the mean is 1.50 s"
+        "5 consecutive steps took more than 2 times the median of 1.00 s; seconds per step: "
+        "data 1.50 s, forward 0.50 s; slowest is rank 3 on n2, in data: 4.00 s, mean over ranks "
+        "1.50 s"
     )
-    assert told[1][1] == "steps are as fast again as before"
+    assert told[1][1] == "the pace of steps has recovered"
 
 
 def test_the_slowest_rank_is_judged_by_its_own_work():

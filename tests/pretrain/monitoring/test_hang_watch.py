@@ -42,7 +42,7 @@ def test_no_rank_stays_for_ever_and_each_says_where_it_is(toy_data, tmp_path):
     assert "LostPeerError: step 3: another process died, or did not respond within" in first[1]
     assert second == (False, "rank 1 exited without a traceback")  # it ended itself
     stacks = tmp_path / "run" / "stacks" / "0001"
-    for number, function in ((0, "take_losses"), (1, "sleepless_load")):
+    for number, function in ((0, "compute_losses"), (1, "sleepless_load")):
         written = (stacks / f"rank_{number:05d}.txt").read_text()
         head = rf"rank {number} on {re.escape(socket.gethostname())}\nno step ended for (\d+) s\n"
         assert int(re.match(head, written)[1]) >= 0.8 * TIMEOUT_SECONDS
@@ -66,7 +66,7 @@ def test_a_frozen_rank_frees_the_others_and_ends_when_it_wakes(toy_data, tmp_pat
     [first, second] = group.outcomes()
     assert not first[0]
     assert "LostPeerError: step 3: another process died, or did not respond within" in second[1]
-    assert "take_losses" in (tmp_path / "run/stacks/0001/rank_00001.txt").read_text()
+    assert "compute_losses" in (tmp_path / "run/stacks/0001/rank_00001.txt").read_text()
 
 
 class Clock:

@@ -86,7 +86,7 @@ def test_an_older_attempt_says_nothing_more_and_its_late_checkpoint_does_not_cou
         old.refuse_if_superseded()
     store = open_store(tmp_path / "checkpoints")
     assert newest_checkpoint(store).record.state.step == 15
-    assert newest_checkpoint(store, counts=new.counts_checkpoint).record.state.step == 10
+    assert newest_checkpoint(store, is_of_run=new.includes_checkpoint).record.state.step == 10
 
 
 def test_how_an_attempt_ended_is_written_down(tmp_path):

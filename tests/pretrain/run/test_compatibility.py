@@ -96,12 +96,14 @@ def test_every_field_is_refused_with_both_values_unless_it_is_free(run):
         told = [line for line in str(raised.value).splitlines() if line.startswith("  ")]
         assert told[0].startswith(f"  {key}: "), told
         assert all(line.startswith("  fingerprint.") for line in told[1:]), told
-        assert told[0].endswith(" there, 'CHANGED' here"), told
+        assert told[0].endswith(" in the run folder, 'CHANGED' in this config"), told
         assert "run.fork=true" in str(raised.value)
 
 
 def test_every_fingerprint_is_compared(run):
     config, fingerprints = run
     for key in fingerprints:
-        with pytest.raises(ConfigError, match=f"fingerprint.{key}: .* there, 'other' here"):
+        with pytest.raises(
+            ConfigError, match=f"fingerprint.{key}: .* in the run folder, 'other' in this config"
+        ):
             RunIdentity(config, fingerprints | {key: "other"}).refuse_other_run()

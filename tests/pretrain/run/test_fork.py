@@ -108,11 +108,11 @@ def test_a_fork_goes_on_from_the_parents_state_and_the_same_command_goes_on_with
 def test_what_cannot_be_forked_is_refused(toy_data, parent, tmp_path):
     run = {"fork": True, "folder": parent}
     cases = {
-        "holds this very run": small_config(toy_data, parent, run=run),
+        "holds this same run": small_config(toy_data, parent, run=run),
         "found no config.yaml there": small_config(
             toy_data, tmp_path, run=run | {"folder": tmp_path / "nothing"}
         ),
-        "image.projection.weight: (16, 64) there, (24, 64) here": small_config(
+        "image.projection.weight: (16, 64) in the checkpoint, (24, 64) in the model": small_config(
             toy_data, parent, run=run, model={"embed_dim": 24}
         ),
     }

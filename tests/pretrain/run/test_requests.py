@@ -30,7 +30,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_asks_to_stop_and_former_handlers_come_back(tmp_path, number):
+def test_a_signal_requests_a_stop_and_previous_handlers_are_restored(tmp_path, number):
     before = signal.getsignal(number)
     with RunRequests(tmp_path) as requests:
         assert requests.all_reduce(device=CPU) == Request()
@@ -42,7 +42,7 @@ def test_a_signal_asks_to_stop_and_former_handlers_come_back(tmp_path, number):
 def test_files_are_acknowledged_once_and_only_where_they_are_looked_for(tmp_path):
     clock = Clock()
     requests = RunRequests(tmp_path, clock=clock)
-    elsewhere = RunRequests(tmp_path, clock=clock, looks_at_files=False)
+    elsewhere = RunRequests(tmp_path, clock=clock, polls_files=False)
     (tmp_path / "SAVE").touch()
     (tmp_path / "STOP").touch()
     assert requests.all_reduce(device=CPU) == Request()  # no look at every step

@@ -131,7 +131,7 @@ def test_a_run_is_taught_and_keeps_to_its_teacher(toy_data, tmp_path, teacher_ru
         ({"image": {"size": 20}}, r"trained with image.size=16, this run has 20"),
         (
             {"model": {"text": {"library": "open_clip", "context_length": 9}}},
-            r"it was trained with other tokens: .* 12 in all, there .* 9 in all, here",
+            r"trained with other tokens: .* \(12 in total\), those of this run .* \(9 in total\)",
         ),
     ],
 )

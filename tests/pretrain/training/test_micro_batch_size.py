@@ -7,7 +7,7 @@ from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_attempts
 from pretrain.training.activation_memory import ActivationBytes
 from pretrain.training.assembly import open_step_loader
-from pretrain.training.memory_budget import bytes_besides_graphs, loss_bytes, optimizer_bytes
+from pretrain.training.memory_budget import bytes_without_graph, loss_bytes, optimizer_bytes
 from pretrain.training.micro_batch_size import (
     MemoryEstimate,
     StepSizes,
@@ -132,8 +132,8 @@ def test_batches_count_where_they_are(toy_data, tmp_path):
     layouts = {"image-text": (PairLayout((16, 16, 3), torch.uint8, 0, 12), 16)}
     share = {"num_trained": 1, "num_processes": 1}
     share |= {"global_num_pairs": 16, "width": 8, "batches_ahead": 3}
-    on_cpu = bytes_besides_graphs(config.engine, layouts, device_type="cpu", **share)["batches"]
-    on_gpu = bytes_besides_graphs(config.engine, layouts, device_type="cuda", **share)["batches"]
+    on_cpu = bytes_without_graph(config.engine, layouts, device_type="cpu", **share)["batches"]
+    on_gpu = bytes_without_graph(config.engine, layouts, device_type="cuda", **share)["batches"]
     assert (on_cpu, on_gpu) == (5 * step_bytes(layouts), 2 * step_bytes(layouts))
 
 
@@ -152,7 +152,7 @@ def free_for(config, num_micro_batches, *, num_processes):
     )
     assert estimate.num_micro_batches == 1
     graphs = estimate.graph_bytes(num_micro_batches) / (1 - estimate.fraction_kept_free)
-    return sum(estimate.besides_graphs.values()) + round(graphs) + 10
+    return sum(estimate.other_bytes.values()) + round(graphs) + 10
 
 
 def train_with(config, free_of_rank):

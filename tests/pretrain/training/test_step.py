@@ -19,7 +19,7 @@ def train_with_another_objective(config):
         def row(self):
             return {"total_loss": self.total, "num_objectives": 1}
 
-        def shown(self):
+        def progress_text(self):
             return "objective first component"
 
     class FirstComponent:
