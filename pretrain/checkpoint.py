@@ -1,4 +1,4 @@
-"""Checkpoints that any number of processes can write or read and rebuild the model from.
+"""Checkpoints, written and read by any number of processes, from which a model can be rebuilt.
 
     step_00001000/
       model-00002-of-00004.safetensors       fp32 parameters: the slices of the second of four ranks

@@ -96,7 +96,7 @@ def run_attempt(
     num_micro_batches = choose_num_micro_batches(
         StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
-    if config.engine.compile:  # only now: memory is measured operator by operator
+    if config.engine.compile:  # after the memory measurement, which traces uncompiled operators
         compile_towers(model)
     teachers = open_teachers(config, tokenizer, device=accelerator.device)
     identity = RunIdentity(config, fingerprints_of(loader, validation_sets, teachers))

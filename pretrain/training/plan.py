@@ -68,7 +68,7 @@ def _describe(loader: StepLoader, pairing: PairingName) -> Iterator[str]:
     readers = loader.readers[pairing].sources
     for reader, source, samples in zip(readers, order.sources, drawn, strict=True):
         per_step = samples / max(1, num_steps)
-        steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "more than all"
+        steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "inf"
         yield (
             f"  {source.name}: {source.num_samples:,} samples in {len(source.shard_sizes)} shards, "
             f"{source.lane_length:,} per lane; {per_step:.1f} a step, "

@@ -14,7 +14,7 @@ from tests.support.toy_run import toy_config
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path):
     config = toy_config(tmp_path, tmp_path, engine={"device": "cuda"})
-    with pytest.raises(InputError, match=r"engine\.device=cuda: torch sees no GPU"):
+    with pytest.raises(InputError, match=r"engine\.device=cuda: torch finds no GPU"):
         start_accelerator(config.engine, run=config.run)
 
 

@@ -70,7 +70,7 @@ def test_otherwise_the_environment_is_left_alone(environment):
 
 def test_accelerate_launch_that_starts_one_process_of_several_is_refused():
     environment = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    with pytest.raises(InputError, match="asked for several processes and has started one"):
+    with pytest.raises(InputError, match="configured for several processes but started one"):
         refuse_lone_start(environment)
     refuse_lone_start(environment | {"RANK": "0"})
     refuse_lone_start({"ACCELERATE_USE_CPU": "True"})  # one was asked for

@@ -364,7 +364,7 @@ def test_a_run_goes_on_under_other_strategies_as_if_it_had_never_stopped(
 
 
 def test_a_deepspeed_file_of_the_launcher_is_refused(toy_data, tmp_path):
-    with pytest.raises(WorkerFailedError, match=r"deepspeed_config_file=ds\.json; leave"):
+    with pytest.raises(WorkerFailedError, match=r"deepspeed_config_file=ds\.json; remove"):
         run_in_processes(2, start_with_file_of_launcher, config_of(toy_data, tmp_path, "zero2"))
 
 
