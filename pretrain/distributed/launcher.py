@@ -202,7 +202,7 @@ def refuse_partial_environment(environment: Mapping[str, str]) -> None:
     """Refuses several processes whose variables do not suffice to find one another.
 
     Raises:
-        InputError: naming the missing or wrong variables.
+        InputError: if variables are missing or invalid; the message lists them.
     """
     world_size = _whole_number(environment, "WORLD_SIZE", least=1)
     rank = _whole_number(environment, "RANK", most=(world_size or 1) - 1)
@@ -212,7 +212,7 @@ def refuse_partial_environment(environment: Mapping[str, str]) -> None:
         return
     missing = [name for name in NEEDED if name not in environment]
     if rank is None:
-        missing = ["RANK"]  # alone: the variable is a leftover, or for a launcher
+        missing = ["RANK"]  # WORLD_SIZE alone is a leftover, or meant for a launcher
     if missing:
         raise InputError(
             f"environment variable WORLD_SIZE={world_size} says that {world_size} processes were "
