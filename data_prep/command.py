@@ -1,6 +1,6 @@
 """Command line shared by all commands: `CONFIG.yaml [section.key=value ...] [--dry-run]`.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config.
+Exit status: 0 success, 1 failure, 2 invalid usage or config.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def run_command(
 
     Args:
         section: type of the command's config.
-        run: does the work.
+        run: function that executes the command.
         dry_run: checks config and inputs without doing the work, and prints derived numbers.
         description: docstring of the command's module, shown by --help.
-        arguments: command line without the program's name (default: sys.argv).
+        arguments: command line without the program name; None: sys.argv.
     """
     options = _parse(description, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -63,13 +63,13 @@ def run_command(
         print_error(InputError(f"{error.filename}: {error.strerror}"))
         return 1
     except KeyboardInterrupt:
-        print_error(RunError("interrupted; the same command resumes where this one stopped"))
+        print_error(RunError("interrupted; run the same command again to resume"))
         return 130
     return 0
 
 
 def check_command_line(section: type[SectionT], description: str) -> None:
-    """Ends the process after --help, and with status 2 after wrong usage or a wrong config.
+    """Exits after --help, and with status 2 on invalid usage or an invalid config.
 
     Commands call this function before slow imports, so that a misspelled key is reported quickly.
     """
@@ -100,7 +100,7 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
 
 
 def check_output_folder(folder: Path, *, key: str) -> None:
-    """Checks that a folder can be written or created, without creating it.
+    """Checks that a folder can be written to or created, without creating it.
 
     Raises:
         ConfigError: if a file blocks the path, or permission is missing. The message includes the

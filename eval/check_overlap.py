@@ -5,12 +5,12 @@
 
 1. key       same file name or uid, even if the bytes differ
 2. content   same bytes of the media file
-3. near      re-encoded, rescaled, mirrored, cropped or trimmed media, by their fingerprints
-4. caption   same words, ignoring case and spacing
+3. near      re-encoded, rescaled, mirrored, cropped or trimmed media, found by fingerprints
+4. caption   same words, ignoring case and whitespace
 
 Writes overlap.parquet with one row per match, and overlap.json with the counts. If the evaluation
-set consists of Isopair shards, also writes clean.subset, which eval.evaluate takes as `subset`. To
-remove such items from the training data instead, use data_prep.find_duplicates with `against`.
+set consists of Isopair shards, also writes clean.subset for the `subset` setting of eval.evaluate.
+To remove such items from the training data instead, use data_prep.find_duplicates with `against`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from eval.datasets.overlap import METHODS, Overlap, find_overlap
 
 
 def run(config: OverlapConfig) -> None:
-    """Searches training datasets for the items of the evaluation set, and writes the matches."""
+    """Finds items of the evaluation set in training datasets, and writes the matches."""
     check_output_folder(config.output, key="output")
     dataset = _open(config)
     overlap = find_overlap(

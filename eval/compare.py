@@ -1,9 +1,9 @@
-"""Compares results of the same evaluations: differences with paired intervals, and flipped samples.
+"""Compares results of the same evaluations: paired differences, and samples that changed.
 
     python -m eval.compare configs/eval/compare.yaml
     python -m eval.compare configs/eval/compare.yaml results='[results/a, results/b]'
 
-The first results are the baseline of all others. Writes compare.json and compare.md.
+The first results are the baseline for all others. Writes compare.json and compare.md.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(config: CompareConfig) -> None:
 
 
 def comparison_table(baseline: Path, other: Path, differences: list[Difference]) -> str:
-    """Formats the differences between two results as a Markdown table; clear ones are marked."""
+    """Formats the differences between two results as a Markdown table; * marks clear ones."""
     rows = [
         (
             each.evaluation,
@@ -79,7 +79,7 @@ def comparison_table(baseline: Path, other: Path, differences: list[Difference])
 
 
 def dry_run(config: CompareConfig) -> None:
-    """Checks that the results share evaluations, and prints their names."""
+    """Checks that the results have evaluations in common, and prints their names."""
     check_output_folder(config.output, key="output")
     baseline, *others = config.results
     for other in others:

@@ -1,4 +1,4 @@
-"""One comparison of two results: finds the evaluations that both have, and their differences."""
+"""Comparison of two results: the evaluations that both contain, and their differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Reads the results.json that `python -m eval.evaluate` wrote into a folder.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such file.
     """
     path = folder / "results.json"
     try:
@@ -26,22 +26,22 @@ def read_results(folder: Path) -> dict[str, Any]:
             f"{path}: expected the results of python -m eval.evaluate: {error}"
         ) from None
     for record in results["evaluations"].values():
-        if "strength" in record:  # the key's name in results of older versions
+        if "strength" in record:  # name of the key in older versions
             record["l2"] = record.pop("strength")
     return results
 
 
 def shared_evaluations(baseline: Path, other: Path) -> dict[str, dict[str, Any]]:
-    """Returns {evaluation: record in the baseline} of the evaluations that both results have.
+    """Returns the evaluations that both results contain: {name: record of the baseline}.
 
     Raises:
-        InputError: if there are none, or two of the same name have different samples or settings.
+        InputError: if there are none, or if samples or settings of an evaluation differ.
     """
     first, second = (read_results(folder)["evaluations"] for folder in (baseline, other))
     shared = {name: record for name, record in first.items() if name in second}
     if not shared:
         raise InputError(
-            f"{other}: expected evaluations named as in {baseline} ({', '.join(first)}); found "
+            f"{other}: expected evaluations of {baseline} ({', '.join(first)}); found "
             f"{', '.join(second)}"
         )
     for name, record in shared.items():
@@ -80,8 +80,8 @@ def compare(baseline: Path, other: Path, *, bootstrap: Bootstrap) -> list[Differ
     """Computes the differences of all metrics that are means over queries.
 
     Args:
-        baseline: folder of results.
-        other: folder of results that are compared with the baseline.
+        baseline: folder of the baseline's results.
+        other: folder of the results to compare with the baseline.
         bootstrap: settings of the intervals.
 
     Raises:

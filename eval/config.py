@@ -1,4 +1,4 @@
-"""The configs of eval's commands; the tasks of eval.evaluate hold their own sections."""
+"""Configs of the commands of eval; each task of eval.evaluate defines its own section."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.datasets.columns import DatasetLocation, TableColumns
 from eval.models.encoding import EncodingConfig
 from eval.tasks.task import EvaluationSection, validate_section
 
-# The section of whichever task the evaluation names
+# Validated by the section of the task that the evaluation names
 AnyEvaluation = Annotated[SerializeAsAny[EvaluationSection], BeforeValidator(validate_section)]
 
 
@@ -21,11 +21,11 @@ class EvaluateConfig(EncodingConfig):
     """The config of `python -m eval.evaluate`."""
 
     output: Path  # folder for results.json, .md and .csv, report.html and predictions/
-    # Folder of embeddings, which other evaluations reuse; null: in the output folder
+    # Folder of cached embeddings, which evaluations may share; null: a folder in `output`
     embeddings: Path | None = None
-    evaluations: dict[str, AnyEvaluation] = Field(min_length=1)  # by a name of your choice
-    skip_missing: bool = False  # leave out, and report, evaluations whose dataset is missing
-    seed: int = Field(0, ge=0)  # of the bootstrap, and of the training items of few-shot probes
+    evaluations: dict[str, AnyEvaluation] = Field(min_length=1)  # keys: names of your choice
+    skip_missing: bool = False  # skip and report evaluations whose dataset is missing
+    seed: int = Field(0, ge=0)  # seeds the bootstrap and the training items of few-shot probes
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 
@@ -39,10 +39,10 @@ class WatchConfig(EvaluateConfig):
 class CompareConfig(Section):
     """The config of `python -m eval.compare`."""
 
-    # Folders that eval.evaluate wrote; the first is the baseline of all others
+    # Results folders of eval.evaluate; the first is the baseline for all others
     results: list[Path] = Field(min_length=2)
     output: Path  # folder for compare.json and compare.md
-    seed: int = Field(0, ge=0)  # of the bootstrap
+    seed: int = Field(0, ge=0)  # seeds the bootstrap
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
 
 
@@ -54,11 +54,11 @@ class SearchConfig(EncodingConfig):
     subset: Path | None = None
     columns: TableColumns = TableColumns()
     output: Path  # folder for embeddings and the index
-    # Items; an index of more is approximate and finds nearly all of the nearest
+    # Number of items; above it the index is approximate, and finds nearly all nearest items
     exact_up_to: int = Field(500_000, ge=0)
     num_results: PositiveInt = 24
     serve: bool = True  # false: only build the index
-    # 127.0.0.1: this machine only; 0.0.0.0: everyone who can reach it, without a password
+    # 127.0.0.1: only this machine; 0.0.0.0: everyone who can reach it, without a password
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
 
@@ -72,8 +72,8 @@ class OverlapConfig(Section):
     columns: TableColumns = TableColumns()
     train: list[Path] = Field(min_length=1)  # folders of Isopair shards
     output: Path  # folder for overlap.parquet, overlap.json and clean.subset
-    keys: bool = True  # match file names and uids; false where both are mere numbers
-    near_media: NearMedia | None = NearMedia()  # match similar media; null: do not
+    keys: bool = True  # match file names and uids; set false if they are just numbers
+    near_media: NearMedia | None = NearMedia()  # match similar media; null: off
     captions: bool = True  # match equal captions
     workers: PositiveInt = 1  # threads that compare images
 
@@ -83,4 +83,5 @@ class EmbedConfig(EncodingConfig):
 
     dataset: Path  # folder of shards
     output: Path  # folder for one Parquet per shard, and embeddings.json
-    max_bad_fraction: float = Field(1e-3, ge=0, le=1)  # unreadable samples that fail the job
+    # Fraction of unreadable samples above which the job fails
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1)

@@ -4,9 +4,9 @@
     python -m eval.embed configs/eval/embed.yaml checkpoint=runs/mine dataset=datasets/mine
     torchrun --nproc-per-node 8 -m eval.embed configs/eval/embed.yaml
 
-data_prep.make_subset scores samples with the embeddings, and data_prep.find_duplicates finds
-semantic duplicates with them. A restarted command keeps finished shards. eval.embeddings.files
-describes the files.
+data_prep.make_subset uses the embeddings to score samples, and data_prep.find_duplicates to find
+semantic duplicates. A restarted command keeps finished shards. eval.embeddings.files describes the
+files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def run(config: EmbedConfig) -> None:
     """Embeds every unfinished shard, and writes embeddings.json last.
 
     Raises:
-        InputError: the checkpoint or dataset cannot be used, or the output holds embeddings of a
+        InputError: if the checkpoint or dataset cannot be used, or the output holds embeddings of a
             different origin.
-        RunError: too many samples are corrupt.
+        RunError: if too many samples are corrupt.
     """
-    # Imported here, because torch and the model libraries are slow, and a dry run needs none.
+    # Imported here because torch and the model libraries load slowly, and a dry run needs neither.
     from eval.processes import joined_processes
 
     with joined_processes():
@@ -63,13 +63,13 @@ def _embed(config: EmbedConfig) -> None:
     write_missing_shards(
         config.output, encoder, dataset, origin, max_bad_fraction=config.max_bad_fraction
     )
-    wait_for_all()  # for the shards of the other processes
+    wait_for_all()  # the other processes have finished their shards
     if rank() > 0:
         return
     record = write_summary(config.output, dataset=dataset, origin=origin, model=encoder.origin)
     say(
         f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
-        f"{record['num_shards']} shards; {len(record['bad_samples'])} are corrupt and left out"
+        f"{record['num_shards']} shards; {len(record['bad_samples'])} are corrupt and were skipped"
     )
 
 
@@ -86,8 +86,8 @@ def write_missing_shards(
         max_bad_fraction: fraction of corrupt samples above which the command fails.
 
     Raises:
-        InputError: the output holds embeddings of a different origin.
-        RunError: too many samples are corrupt.
+        InputError: if the output holds embeddings of a different origin.
+        RunError: if too many samples are corrupt.
     """
     from eval.embeddings.files import bad_samples_of, is_finished, uids_of_shard, write_shard
     from eval.embeddings.shards import embed_shards
@@ -103,7 +103,7 @@ def write_missing_shards(
         paths[shard].parent.mkdir(parents=True, exist_ok=True)  # a shard's name may contain folders
         write_shard(paths[shard], embeddings, uids=uids, origin=origin)
         for bad in embeddings.bad_samples:
-            logger.warning("left out: %s", bad.reason)
+            logger.warning("skipped: %s", bad.reason)
         bad_samples += embeddings.bad_samples
         if len(bad_samples) > max(1.0, max_bad_fraction * len(dataset)):
             raise RunError(
@@ -122,7 +122,7 @@ def dry_run(config: EmbedConfig) -> None:
     num_there = sum((config.output / f"{name}.parquet").exists() for name in names)
     say(
         f"would embed {len(dataset):,} {dataset.info.media} samples and their captions in "
-        f"{len(names)} shards; {num_there} are finished already"
+        f"{len(names)} shards; {num_there} are already finished"
     )
 
 

@@ -1,12 +1,12 @@
-"""Measures a model: zero-shot classification, retrieval and more, with intervals and a report.
+"""Evaluates a model: zero-shot classification, retrieval and more, with intervals and a report.
 
     python -m eval.evaluate configs/eval/demo.yaml
     python -m eval.evaluate configs/eval/demo.yaml checkpoint=runs/mine output=results/mine
     torchrun --nproc-per-node 8 -m eval.evaluate configs/eval/demo.yaml
 
-1. read and check the tasks: labels, captions, class names, prompts   eval.tasks.readers
+1. read and check labels, captions, class names and prompts           eval.tasks.readers
 2. load the model: a checkpoint, or another library's model           eval.models.encoder
-3. encode media and texts, split among the processes                  eval.embeddings.store
+3. encode media and texts, distributed over the processes             eval.embeddings.store
 4. measure the tasks                                                  eval.tasks.runner
 5. write results.json, .md and .csv, and per-sample predictions       eval.report.results
 6. write report.html                                                  eval.report.html
@@ -30,7 +30,7 @@ from eval.tasks.readers import read_tasks
 
 def run(config: EvaluateConfig) -> None:
     """Evaluates a model and writes the results into the output folder."""
-    # Imported here: torch and the model libraries take seconds to load, and a dry run needs none.
+    # Imported here because torch and the model libraries load slowly, and a dry run needs neither.
     from eval.evaluation import evaluate
     from eval.processes import joined_processes
 
@@ -46,7 +46,7 @@ def dry_run(config: EvaluateConfig) -> None:
     for task in found.present:
         say(task.description())
     for name, reason in found.skipped.items():
-        say(f"{name}: left out: {reason}")
+        say(f"{name}: skipped: {reason}")
 
 
 def main() -> int:

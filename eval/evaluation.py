@@ -1,4 +1,4 @@
-"""One evaluation of one model, in one process or several, from config to report."""
+"""The evaluation of a model, in one or several processes, from config to report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eval.report.averages import averages_of
 from eval.report.html import write_report
 from eval.report.predictions import write_predictions
 from eval.report.results import (
-    refuse_missed_goals,
+    check_goals,
     results_record,
     scores_csv,
     scores_table,
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> None:
     check_towers(found.present, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
     encode_tasks(found.present, store)
-    wait_for_all()  # until every process has encoded its part
+    wait_for_all()  # every process has encoded its part
     if rank() > 0:
         return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> None:
         config=json.loads(config.model_dump_json()),
     )
     _write(config.output, outcomes, record)
-    refuse_missed_goals(config.evaluations, outcomes)
+    check_goals(config.evaluations, outcomes)
 
 
 def _share_fingerprints(tasks: Sequence[Task]) -> None:

@@ -1,4 +1,4 @@
-"""Process group of an evaluation started by torchrun, accelerate or srun."""
+"""Process group of an evaluation that was started by torchrun, accelerate or srun."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from data_prep.errors import RunError
 from pretrain.distributed.collectives import gather_objects, is_lost_peer_error
 from pretrain.distributed.launcher import adopt_environment
 
-# A process may read a slow disk for hours; one that ends is noticed without a timeout.
+# A process may read a slow disk for hours; the end of a process is detected without a timeout.
 LONGEST_WAIT = timedelta(days=7)
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Joins the launcher's processes into a process group for the duration of a `with` block.
+    """Creates the launcher's process group for the duration of a `with` block.
 
-    A single process needs no group, and an existing group is kept.
+    Does nothing for a single process, or if a group exists already.
 
     Raises:
-        InputError: the launcher's environment variables are incomplete.
-        RunError: another process ended.
+        InputError: if the launcher's environment variables are incomplete.
+        RunError: if another process ended.
     """
     adopt_environment(os.environ, needs_group=False)
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -34,13 +34,13 @@ def joined_processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Gloo suffices: no tensor is sent, the processes only wait for one another.
+    # Gloo is enough: processes send no tensors and only wait for one another.
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield
     except RuntimeError as error:
         if is_lost_peer_error(error):
-            raise RunError("another process ended: its own message says why") from None
+            raise RunError("another process ended; see its error message") from None
         raise
     finally:
         dist.destroy_process_group()

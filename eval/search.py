@@ -1,13 +1,13 @@
-"""Searches a dataset by text, image or sound, on a page in your browser.
+"""Searches a dataset by text, image or sound, on a web page.
 
     python -m eval.search configs/eval/search.yaml
     python -m eval.search configs/eval/search.yaml checkpoint=runs/mine dataset=datasets/mine
 
 1. encode the media of the dataset, reusing stored embeddings         eval.embeddings.store
-2. build an index of the embeddings, and store it                     eval.embeddings.index
+2. build an index of the embeddings, and save it                      eval.embeddings.index
 3. serve the page until Ctrl-C                                        eval.report.search_page
 
-With serve=false the command ends after stage 2. It needs the extra: pip install 'isopair[search]'
+With serve=false the command ends after stage 2. Requires the extra: pip install 'isopair[search]'
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eval.models.model_source import find_model
 
 def run(config: SearchConfig) -> None:
     """Builds the index and serves the page."""
-    # Imported here, because torch and the model libraries are slow, and a dry run needs none.
+    # Imported here because torch and the model libraries load slowly, and a dry run needs neither.
     from eval.datasets.labels import read_texts
     from eval.embeddings.index import open_index
     from eval.embeddings.store import EmbeddingStore

@@ -1,12 +1,12 @@
-"""Evaluates each new checkpoint of a run while it trains, as a job of its own.
+"""Evaluates each new checkpoint of a run in a separate job, while the run trains.
 
     python -m eval.watch configs/eval/watch.yaml
     python -m eval.watch configs/eval/watch.yaml checkpoint=runs/mine output=results/mine
 
 The results of a step are written to <output>/step_00001000, and its metrics to the run's
 TensorBoard, next to the training curves. Training never waits for an evaluation. A restarted
-command continues with the checkpoints that are not evaluated yet. It ends when the run has
-finished, or, with wait=false, when all present checkpoints are evaluated.
+command continues with the checkpoints not evaluated yet. It ends when the run has finished or, with
+wait=false, when all existing checkpoints are evaluated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger("eval.watch")
 
 def run(config: WatchConfig) -> None:
     """Evaluates every new checkpoint until the run has finished."""
-    # Imported here, because torch and the model libraries are slow, and a dry run needs none.
+    # Imported here because torch and the model libraries load slowly, and a dry run needs neither.
     from eval.processes import joined_processes
     from eval.report.curves import EvaluationCurves
     from pretrain.distributed.collectives import rank
@@ -60,20 +60,22 @@ def run(config: WatchConfig) -> None:
 def _new_checkpoints(
     watched: WatchedRun, *, poll_seconds: float | None
 ) -> Iterator[StoredCheckpoint]:
-    """Yields checkpoints to evaluate, the same ones in the same order in every process.
+    """Yields the checkpoints to evaluate, in the same order in every process.
 
     Args:
-        watched: run and results.
-        poll_seconds: time between two looks for a new checkpoint; None: do not wait for new ones.
+        watched: run and its results.
+        poll_seconds: seconds between checks for new checkpoints; None: do not wait for new ones.
     """
     from pretrain.distributed.collectives import on_main_process
 
     while True:
-        # is_over is read first, so that the last checkpoint of a finished run is found.
-        is_over, found = on_main_process(lambda: (watched.is_over(), watched.next_checkpoint()))
+        # has_finished is read first, so that the last checkpoint of a finished run is not missed.
+        has_finished, found = on_main_process(
+            lambda: (watched.has_finished(), watched.next_checkpoint())
+        )
         if found is not None:
             yield found
-        elif is_over or poll_seconds is None:
+        elif has_finished or poll_seconds is None:
             return
         else:
             time.sleep(poll_seconds)
@@ -94,18 +96,18 @@ def _evaluate(
     try:
         evaluate(EvaluateConfig.model_construct(**values))
     except InputError as error:
-        if watched.is_there(checkpoint):
+        if watched.exists(checkpoint):
             raise
         logger.warning("step %d was deleted before it was evaluated: %s", checkpoint.step, error)
         watched.skip(checkpoint)
         return
     except RunError as error:
-        # A missed goal, which a later checkpoint may reach.
+        # A later checkpoint may reach a missed goal.
         logger.warning("step %d: %s", checkpoint.step, error)
     wait_for_all()
     if curves is not None:
         curves.add(output)
-        if config.embeddings is None:  # then they serve this checkpoint only
+        if config.embeddings is None:  # these embeddings are for this checkpoint only
             shutil.rmtree(output / "embeddings", ignore_errors=True)
 
 
@@ -125,37 +127,37 @@ def main() -> int:
 
 
 class WatchedRun:
-    """A run folder, and the folder with the results of its checkpoints.
+    """A run folder, and the results folder of its checkpoints.
 
     Args:
         folder: run folder.
-        output: results folder, which holds one folder per step.
+        output: results folder, with one subfolder per step.
 
     Raises:
-        InputError: there is no run in the folder.
+        InputError: if the folder is not a run folder.
     """
 
     def __init__(self, folder: Path, output: Path) -> None:
         if not (folder / "config.yaml").exists():
             raise InputError(
                 f"{folder}: expected a run folder (key: checkpoint), found no config.yaml; "
-                "python -m pretrain.train writes it when it starts"
+                "python -m pretrain.train writes it at the start of a run"
             )
         self.folder = folder
         self.output = output
         self._skipped: set[str] = set()
 
     def output_of(self, step: int) -> Path:
-        """Returns the folder for the results of a step."""
+        """Returns the results folder of a step."""
         return self.output / f"step_{step:08d}"
 
     def next_checkpoint(self) -> StoredCheckpoint | None:
-        """Finds the oldest step without results; returns the checkpoint of its newest attempt."""
+        """Returns the oldest checkpoint without results, from the newest attempt at its step."""
         newest_of = {each.step: each for each in reversed(self._missing())}
         return newest_of[min(newest_of)] if newest_of else None
 
     def num_missing(self) -> int:
-        """Counts the steps without results."""
+        """Returns the number of steps without results."""
         return len({each.step for each in self._missing()})
 
     def _missing(self) -> list[StoredCheckpoint]:
@@ -166,16 +168,16 @@ class WatchedRun:
             and not (self.output_of(each.step) / "results.json").exists()
         ]
 
-    def is_there(self, checkpoint: StoredCheckpoint) -> bool:
-        """Checks that a checkpoint has not been deleted."""
+    def exists(self, checkpoint: StoredCheckpoint) -> bool:
+        """Returns whether a checkpoint has not been deleted."""
         return checkpoint in store_of_run(str(self.folder)).checkpoints()
 
     def skip(self, checkpoint: StoredCheckpoint) -> None:
         """Excludes a checkpoint from `next_checkpoint`."""
         self._skipped.add(checkpoint.location)
 
-    def is_over(self) -> bool:
-        """Checks whether the run has finished all its steps."""
+    def has_finished(self) -> bool:
+        """Returns whether the run has finished all its steps."""
         return read_status_file(self.folder).get("state") == "finished"
 
 

@@ -2,13 +2,13 @@
 
     srun python -m pretrain.preflight configs/pretrain/x.yaml [section.key=value ...]
 
-Takes the arguments of pretrain.train and is started in the same way. The checks, with limits from
-the config's section `preflight`:
+Takes the arguments of pretrain.train and is started in the same way. Checks, with limits from the
+config section `preflight`, that
 
     1. all ranks join in time
-    2. GPUs are free, shards can be read, all nodes share the run folder, checkpoints fit on disk
+    2. GPUs are free, shards are readable, all nodes share the run folder, checkpoints fit on disk
     3. config, versions and clocks agree
-    4. no node exchanges tensors more slowly than the others
+    4. no node communicates more slowly than the others
 
 The report goes to standard error. If the run should not start, standard output holds one line for
 slurm/pretrain.sbatch: srun's options that exclude bad nodes, or `requeue` after a signal.
@@ -44,11 +44,11 @@ from pretrain.nodes.checks import (
     find_facts,
     group_by_node,
     measure_exchanges,
-    meet,
+    wait_for_ranks,
 )
+from pretrain.nodes.diagnosis import Problem, answer_to_script, bad_nodes, diagnose, table
 from pretrain.nodes.facts import checksum_of_config
-from pretrain.nodes.meeting import Meeting
-from pretrain.nodes.verdict import Problem, answer_to_script, bad_nodes, judge, table
+from pretrain.nodes.rendezvous import Rendezvous
 from pretrain.run.fork import config_of_fork
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the parameter and two moments
@@ -59,32 +59,33 @@ def preflight(config: PretrainConfig, *, answer: TextIO | None = None) -> None:
     """Checks the nodes; every rank must call it, and rank 0 prints the report.
 
     Args:
-        answer: receives a line for the batch script if the run should not start.
+        answer: stream for the line to the batch script, which is written if the run should not
+            start.
 
     Raises:
-        RunError: if the run should not start; lists the problems.
+        RunError: if the run should not start; the message lists the problems.
     """
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
     adopt_environment(os.environ, needs_group=True)
-    meeting = Meeting(os.environ, timeout_seconds=config.preflight.timeout_seconds)
+    rendezvous = Rendezvous(os.environ, timeout_seconds=config.preflight.timeout_seconds)
     try:
-        problems = find_problems(meeting, config)
+        problems = find_problems(rendezvous, config)
     except MissingRanksError as error:
         problems = error.problems
-    finish(meeting, problems, answer=answer)
+    finish(rendezvous, problems, answer=answer)
 
 
-def find_problems(meeting: Meeting, config: PretrainConfig) -> list[Problem]:
-    """Runs all checks; returns the problems on rank 0, and none on other ranks.
+def find_problems(rendezvous: Rendezvous, config: PretrainConfig) -> list[Problem]:
+    """Runs all checks; returns the problems on rank 0, and an empty list on other ranks.
 
     Raises:
-        MissingRanksError: if ranks did not join or finish in time.
+        MissingRanksError: if a rank does not join or finish in time.
     """
     settings, device = config.preflight, device_of_rank(config.engine.device)
-    hosts = meet(meeting)
+    hosts = wait_for_ranks(rendezvous)
     facts = find_facts(
-        meeting,
+        rendezvous,
         settings,
         hosts=hosts,
         device=device,
@@ -93,24 +94,24 @@ def find_problems(meeting: Meeting, config: PretrainConfig) -> list[Problem]:
         folder=config.run.folder,
         checkpoints=config.run.checkpoints,
     )
-    clocks = compare_clocks(meeting)
-    bandwidths = measure_exchanges(meeting, settings, hosts=hosts, device=device)
-    if meeting.rank != 0:
+    clocks = compare_clocks(rendezvous)
+    bandwidths = measure_exchanges(rendezvous, settings, hosts=hosts, device=device)
+    if rendezvous.rank != 0:
         return []
     nodes = group_by_node(facts, clocks=clocks, bandwidths=bandwidths)
     say("\n".join(table(nodes)))
-    return judge(nodes, settings, checkpoint_bytes=checkpoint_bytes(config))
+    return diagnose(nodes, settings, checkpoint_bytes=checkpoint_bytes(config))
 
 
-def finish(meeting: Meeting, problems: Sequence[Problem], *, answer: TextIO | None) -> None:
+def finish(rendezvous: Rendezvous, problems: Sequence[Problem], *, answer: TextIO | None) -> None:
     """Ends the preflight on all ranks with the problems that rank 0 found.
 
     Raises:
         RunError: if there are problems, or rank 0 received a signal during the checks.
     """
-    is_healthy = meeting.broadcast("verdict", not problems and not signals.received)
-    if meeting.rank != 0:
-        meeting.send("parted", value=True)
+    is_healthy = rendezvous.broadcast("is healthy", not problems and not signals.received)
+    if rendezvous.rank != 0:
+        rendezvous.send("done", value=True)
         if not is_healthy:
             raise RunError("the run should not start on these nodes; see the error of rank 0")
         return
@@ -119,17 +120,17 @@ def finish(meeting: Meeting, problems: Sequence[Problem], *, answer: TextIO | No
             problems, was_stopped=bool(signals.received), environment=os.environ
         )
         print(line, end="\n" if line else "", file=answer, flush=True)
-    meeting.send("parted", value=True)
-    meeting.collect("parted", seconds=SHUTDOWN_SECONDS)  # the store ends with this process
+    rendezvous.send("done", value=True)
+    rendezvous.collect("done", seconds=SHUTDOWN_SECONDS)  # the store ends with this process
     if not is_healthy:
-        raise RunError(reason_to_refuse(problems))
+        raise RunError(describe_problems(problems))
     say("preflight: no problems found")
 
 
-def reason_to_refuse(problems: Sequence[Problem]) -> str:
-    """Returns why a run should not start, and what to do."""
+def describe_problems(problems: Sequence[Problem]) -> str:
+    """Returns an error message: why the run should not start, and what to do."""
     if not problems:
-        return f"stopped by {', '.join(sorted(signals.received))} while nodes were checked"
+        return f"stopped by {', '.join(sorted(signals.received))} while checking nodes"
     lines = "\n".join(f"  {problem}" for problem in problems)
     bad = bad_nodes(problems)
     advice = f"exclude {', '.join(bad)}" if bad else "fix the problems and try again"
@@ -137,7 +138,7 @@ def reason_to_refuse(problems: Sequence[Problem]) -> str:
 
 
 def checkpoint_bytes(config: PretrainConfig) -> int:
-    """Computes the size of a checkpoint."""
+    """Computes the approximate size of a checkpoint."""
     model = build_model(
         config.model,
         image=config.image,

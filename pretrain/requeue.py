@@ -1,4 +1,4 @@
-"""Decides whether the Slurm job of a run is requeued, for slurm/pretrain.sbatch.
+"""Decides for slurm/pretrain.sbatch whether the Slurm job of a run is requeued.
 
     python -m pretrain.requeue configs/pretrain/demo.yaml [section.key=value ...]
 
@@ -9,7 +9,7 @@ A run that a signal stopped is requeued. A run that failed is requeued too, sinc
 cause, unless its loss is not finite. A run is not requeued if
 
     - its last three attempts saved no checkpoint at a later step, or
-    - its job was started three times without an attempt at the run.
+    - its job was started three times without claiming an attempt.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(config: PretrainConfig) -> None:
         for cause in causes_of_end(folder, attempts, len(attempts) - 1):
             say(f"attempt {attempts[-1].attempt}: {cause}")
     try:
-        refuse_starts_without_attempt(attempts, os.environ)
+        check_starts_without_attempt(attempts, os.environ)
         reason = reason_to_continue(attempts, last_checkpoint=last_checkpoint)
     except RunError as error:
         say(f"{folder}: not requeued: {error}")
@@ -62,17 +62,17 @@ def run(config: PretrainConfig) -> None:
     say(f"{folder}: requeued: {reason}")
 
 
-def refuse_starts_without_attempt(
+def check_starts_without_attempt(
     attempts: Sequence[Attempt], environment: Mapping[str, str]
 ) -> None:
-    """Refuses a job whose newest starts ended before they claimed an attempt.
+    """Raises an error if the last starts of a job ended before claiming an attempt.
 
     Args:
         attempts: all attempts at the run, oldest first.
         environment: environment variables of the job.
 
     Raises:
-        RunError: if there are `ATTEMPTS_WITHOUT_A_STEP` such starts or more.
+        RunError: if there are at least `ATTEMPTS_WITHOUT_A_STEP` such starts.
     """
     job = environment.get("SLURM_JOB_ID")
     if job is None or not attempts:
@@ -91,8 +91,8 @@ def reason_to_continue(attempts: Sequence[Attempt], *, last_checkpoint: int) -> 
     """Returns why a run is restarted.
 
     Args:
-        attempts: all attempts at the run, oldest first.
-        last_checkpoint: step that the next attempt would resume from.
+        attempts: all attempts of the run, oldest first.
+        last_checkpoint: step from which the next attempt would resume.
 
     Raises:
         RunError: if the run is not restarted; the message is the reason.
@@ -108,7 +108,7 @@ def reason_to_continue(attempts: Sequence[Attempt], *, last_checkpoint: int) -> 
     if newest.outcome == "stopped" and newest.stop_cause not in signals:
         raise RunError(f"the run was stopped by {newest.stop_cause or 'its config'}")
     if newest.outcome.startswith(f"failed: {DivergedError.__name__}"):
-        raise RunError(f"the run cannot continue by itself: {newest.outcome}")
+        raise RunError(f"the run cannot continue without a change: {newest.outcome}")
     last = attempts[-ATTEMPTS_WITHOUT_A_STEP:]
     starts = [each.from_step for each in last if each.from_step is not None]
     # Only saved steps count as progress: the next attempt repeats all later steps, and an attempt

@@ -2,8 +2,8 @@
 
     python -m pretrain.status runs/mine
 
-Prints the state of the run, its progress with the projected end, the newest metrics, the
-checkpoints, and how every attempt ended. Reads files only; needs neither a GPU nor torch.
+Prints the state of the run, its progress with the estimated end, the latest metrics, the
+checkpoints, and how each attempt ended. Only reads files; needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pretrain.stored_config import CONFIG_FILE, read_values_of_run
 NUM_ROWS = 20  # number of newest metrics rows that determine the pace
 TIMEOUT_KEYS = ("timeout_seconds", "start_timeout_seconds")  # after and before the first step
 LARGEST = 1e10  # number in a config
-LONGEST_OUTCOME = 160  # characters
+MAX_OUTCOME_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class RunStatus:
     step: int
     num_steps: int | None
     attempts: list[Attempt]
-    rows: list[dict[str, Any]]  # metrics
+    rows: list[dict[str, Any]]  # rows of metrics
     checkpoints: list[int]  # steps, newest first
     updated: datetime | None
 
     def seconds_left(self) -> float | None:
-        """Estimates the time to the last step from the newest metrics; None without metrics."""
+        """Estimates the time until the last step from the latest metrics; None without metrics."""
         rows = [row for row in self.rows if "samples_per_second" in row][-NUM_ROWS:]
         if self.num_steps is None or len(rows) < 2:
             return None
@@ -72,7 +72,7 @@ def read_status(folder: Path, *, at: datetime) -> RunStatus:
     """
     if not (folder / CONFIG_FILE).exists():
         raise InputError(
-            f"{folder}: expected the folder of a run, found no config.yaml in it; "
+            f"{folder}: expected a run folder, found no config.yaml in it; "
             "python -m pretrain.train creates it when a run starts"
         )
     config = read_values_of_run(folder)
@@ -201,8 +201,8 @@ def _attempt_line(attempt: Attempt) -> str:
     if attempt.job_restarts:
         job += f" restarted {attempt.job_restarts} times"
     outcome = attempt.outcome  # the attempt's file holds the full message of a failure
-    if len(outcome) > LONGEST_OUTCOME:
-        outcome = f"{outcome[:LONGEST_OUTCOME]} ..."
+    if len(outcome) > MAX_OUTCOME_CHARACTERS:
+        outcome = f"{outcome[:MAX_OUTCOME_CHARACTERS]} ..."
     return (
         f"  {attempt.attempt}  {attempt.started}  {attempt.world_size} processes, "
         f"{attempt.strategy}, on {shown}{job}: {steps}, {outcome}{cause}"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Start of every job: finds the project, reads the site's settings, and logs where the job runs.
+# Sourced at the start of every job: locates the project, reads site.sh, and logs the job's nodes.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 ISOPAIR=${ISOPAIR:-$PWD}                        # checkout of the project

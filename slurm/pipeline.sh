@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submits shards, training and evaluation; each step starts after the one before has succeeded.
+# Submits data preparation, training and evaluation; each starts when the previous step succeeds.
 #
 #   PARTS=16 slurm/pipeline.sh --nodes 4 --gpus-per-node 8 -- \
 #       configs/data_prep/images.yaml configs/pretrain/images.yaml configs/eval/images.yaml
 #
-# Options before -- go to sbatch for training and evaluation. Separate the configs of several
-# datasets by commas. PARTS jobs with CPUS cores each write the shards of each dataset.
+# Options before -- are passed to sbatch for training and evaluation. Separate the configs of several
+# datasets by commas. The shards of each dataset are written by PARTS jobs with CPUS cores each.
 set -euo pipefail
 
 options=()

@@ -1,25 +1,25 @@
 # shellcheck shell=bash disable=SC2034
-# Settings that differ between clusters, read by the other scripts in this folder. Edit once.
+# Cluster-specific settings, read by the other scripts in this folder. Edit once.
 
-# Python of the environment that isopair is installed in.
+# Python interpreter of the environment in which isopair is installed.
 PYTHON=${PYTHON:-"$ISOPAIR/.venv/bin/python"}
-# module load cuda/13.0                         # modules that NCCL and drivers need
-# export XDG_CACHE_HOME=/scratch/$USER/cache    # fetched checkpoints and evaluation sets
+# module load cuda/13.0                         # modules required by NCCL and the drivers
+# export XDG_CACHE_HOME=/scratch/$USER/cache    # downloaded checkpoints and evaluation sets
 
-# Network interface between processes, if nodes have several.
+# Network interface for communication between processes, if nodes have several.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# Command in front of every Python command, such as a container.
+# Prefix of every Python command, such as a container.
 WRAPPER=()                                      # WRAPPER=(apptainer exec --nv isopair.sif)
 
-# Config overrides of every training run, such as where a node caches shards from URLs.
+# Config overrides for every training run, such as a node-local cache for shards from URLs.
 PRETRAIN_OPTIONS=()                             # (loading.cache.folder="/scratch/$USER/shards")
 
 # Defaults for sbatch and srun, such as account and partition.
 # export SBATCH_ACCOUNT=mine SBATCH_PARTITION=gpu
 
-# 1: check nodes before each start and leave bad ones out (python -m pretrain.preflight). 0: do not.
+# 1: check nodes and exclude bad ones before each start (python -m pretrain.preflight). 0: skip.
 PREFLIGHT=${PREFLIGHT:-1}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export PYTHONFAULTHANDLER=1                     # traceback of a process that a signal kills
+export PYTHONFAULTHANDLER=1                     # traceback of processes killed by a signal

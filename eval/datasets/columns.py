@@ -1,4 +1,4 @@
-"""Config values that locate a dataset and name the columns of a table of media files."""
+"""Config values that locate a dataset, and that name the columns of a table of media files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ DatasetLocation = Annotated[str, BeforeValidator(str), MAY_BE_URL]
 class TableColumns(Section):
     """Names of the columns of a table of media files."""
 
-    # Path of the file relative to the table; columns in braces, such as "audio/{filename}"
+    # Path of the file relative to the table, with columns in braces, such as "audio/{filename}"
     media: str = "{file}"
-    key: str | None = None  # rows with the same key are one sample; null: rows with the same file
-    captions: list[str] = ["caption"]  # several columns, several rows of one file, or both
+    key: str | None = None  # rows with the same key form one sample; null: rows with the same file
+    # Captions may be spread over several columns, several rows of one file, or both
+    captions: list[str] = ["caption"]
     class_name: str = "class_name"
-    class_names: str = "class_names"  # several classes in one cell
+    class_names: str = "class_names"  # column that holds all classes of a file
     class_separator: str = ","  # between the classes of a cell

@@ -1,4 +1,4 @@
-"""Opens the dataset of an evaluation, in any supported form. Needs no torch."""
+"""Opens the dataset of an evaluation, in any supported form. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ EvaluationSet = KeptSamples | TarDataset | FileDataset
 
 
 class MissingDatasetError(InputError):
-    """The location of an evaluation's dataset is empty."""
+    """Raised if an evaluation's dataset is not at its location."""
 
 
 class EvaluationSets:
-    """Datasets of a config; each is opened, and later encoded, once for all evaluations."""
+    """The datasets of a config; evaluations with the same dataset share one object."""
 
     def __init__(self) -> None:
         self._opened: dict[tuple[str, ...], EvaluationSet] = {}
@@ -46,14 +46,14 @@ class EvaluationSets:
         """Opens the dataset at a path or URL, or a subset of it.
 
         Args:
-            location: see eval.datasets.columns.DatasetLocation.
+            location: path or URL; see eval.datasets.columns.DatasetLocation.
             split: split to open, if the dataset has several.
             subset: `.subset` file that selects samples of Isopair shards.
             columns: names of the columns of a table.
 
         Raises:
-            MissingDatasetError: there is no dataset.
-            InputError: the dataset is unfinished or empty, or the subset belongs to another one.
+            MissingDatasetError: if there is no dataset.
+            InputError: if the dataset is unfinished or empty, or the subset belongs to another.
         """
         columns = columns or TableColumns()
         key = (location, split, str(subset), columns.model_dump_json())
@@ -61,14 +61,14 @@ class EvaluationSets:
             self._opened[key] = open_dataset(location, split=split, subset=subset, columns=columns)
         return self._opened[key]
 
-    def of_section(self, section: EvaluationSection) -> EvaluationSet:
+    def open_section(self, section: EvaluationSection) -> EvaluationSet:
         """Opens the dataset of an evaluation.
 
         Args:
             section: config section of the evaluation.
 
         Raises:
-            InputError: for the reasons of `open`, or if the number of samples is unexpected.
+            InputError: as in `open`, or if the number of samples is not `expected_items`.
         """
         try:
             dataset = self.open(
@@ -84,7 +84,7 @@ class EvaluationSets:
             raise InputError(
                 f"{section.dataset}: expected {section.expected_items} items (expected_items), "
                 f"found {len(dataset)}: metrics would not be comparable with published ones; "
-                "fetch what is missing, or set expected_items to what you have"
+                "fetch the missing items, or change expected_items"
             )
         return dataset
 
@@ -92,7 +92,7 @@ class EvaluationSets:
 def open_dataset(
     location: str, *, split: str, subset: Path | None, columns: TableColumns
 ) -> EvaluationSet:
-    """Opens a dataset without keeping it; arguments and errors as in `EvaluationSets.open`."""
+    """Opens a single dataset; arguments and errors are those of `EvaluationSets.open`."""
     if is_url(location) and not is_fetched(location, split=split):
         raise MissingDatasetError(f"{location}: not fetched yet")
     folder = cached_copy(location)
@@ -101,7 +101,7 @@ def open_dataset(
     if subset is not None:
         raise InputError(
             f"{subset}: expected a subset of shards with an index, but {folder} has no index; "
-            "make one with python -m data_prep.index_shards"
+            "create it with python -m data_prep.index_shards"
         )
     if folder.suffix in TABLE_SUFFIXES and folder.is_file():
         return read_table(folder, columns)

@@ -1,8 +1,8 @@
-"""Downloads evaluation sets from URLs, once and file by file, into the user's cache.
+"""Downloads evaluation sets from URLs into the user's cache, file by file, each file once.
 
 The cache is $XDG_CACHE_HOME/isopair/evaluation_sets (default: ~/.cache/isopair). A set is an output
-of data_prep, or tars in clip_benchmark's layout. The page of a Hugging Face dataset works as well,
-such as https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10.
+of data_prep, or tars in clip_benchmark's layout. The URL may also be the page of a Hugging Face
+dataset, such as https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HUGGING_FACE_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(
 
 
 def cached_copy(location: str) -> Path:
-    """Returns the folder from which a dataset is read, even if it has not been fetched yet."""
+    """Returns the local folder of a dataset, even if it has not been fetched yet."""
     if not is_url(location):
         return Path(location)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
@@ -39,7 +39,7 @@ def cached_copy(location: str) -> Path:
 
 
 def is_fetched(location: str, *, split: str) -> bool:
-    """Checks whether a dataset is on this machine."""
+    """Returns whether a dataset is on this machine."""
     copy = cached_copy(location)
     return not is_url(location) or (copy / f".{split}.complete").exists()
 
@@ -48,8 +48,8 @@ def fetch_dataset(location: str, *, split: str) -> None:
     """Fetches the missing files of the dataset at a URL; does nothing for a path.
 
     Raises:
-        InputError: there is no dataset at the URL.
-        RunError: the network or the server failed at every attempt; fetched files are kept.
+        InputError: if there is no dataset at the URL.
+        RunError: if the network or the server fails at every attempt; fetched files are kept.
     """
     if is_fetched(location, split=split):
         return
@@ -71,7 +71,7 @@ def _folder_url(location: str) -> str:
 
 
 def _names_of_shards(url: str, copy: Path) -> list[str]:
-    """Lists the files of Isopair shards; empty if the URL holds another kind of dataset."""
+    """Lists the files of Isopair shards; empty if the URL is not that of Isopair shards."""
     if not _fetch_if_there(url, copy, "dataset.json"):
         return []
     _fetch(url, copy, "manifest.jsonl")

@@ -45,12 +45,12 @@ class FileDataset:
 
     Args:
         root: folder that the files' paths are relative to.
-        files: samples in the set's order.
-        location: path of the set, for messages and reports.
-        class_folders: names of the folders that are classes, in the order of class indices.
+        files: samples, in order.
+        location: path of the set, shown in messages and reports.
+        class_folders: folder names of the classes, in the order of the class indices.
 
     Raises:
-        InputError: there are no files, or they are of several kinds of media.
+        InputError: if there are no files, or images and audio clips are mixed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FileDataset:
             fields: extensions of the members to read; None: all.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: if the file cannot be read.
         """
         file = self.files[ordinal]
         sample = Sample(str(self.folder), file.key, {})
@@ -116,10 +116,10 @@ def _extension(key: str) -> str:
 
 
 def read_class_folders(folder: Path, *, split: str) -> FileDataset:
-    """Reads the class folders of a folder, or of its subfolder for a split.
+    """Opens a folder, or its subfolder for a split, that holds one folder per class.
 
     Raises:
-        InputError: there are no media files.
+        InputError: if there are no media files.
     """
     root = folder / split if class_folders_in(folder / split) else folder
     names = class_folders_in(root)
@@ -133,7 +133,7 @@ def read_class_folders(folder: Path, *, split: str) -> FileDataset:
 
 
 def class_folders_in(folder: Path) -> list[str]:
-    """Lists the sorted names of subfolders with media files; empty if there is no such folder."""
+    """Lists the sorted names of the subfolders that contain media files."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -144,10 +144,10 @@ def class_folders_in(folder: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: TableColumns) -> FileDataset:
-    """Reads a table of media files, in the order of each file's first row.
+    """Opens a table of media files; samples are ordered by each file's first row.
 
     Raises:
-        InputError: the table cannot be read or lacks a column, or a file is missing.
+        InputError: if the table cannot be read or lacks a column, or a file is missing.
     """
     files: dict[str, MediaFile] = {}
     for number, row in enumerate(_rows_of(path), start=1):

@@ -1,4 +1,4 @@
-"""Captions and class labels of samples. Needs no torch."""
+"""Captions and class labels of samples. Does not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_texts(dataset: EvaluationSet) -> Iterator[Sample]:
     """Yields the samples of a dataset in order, without their media.
 
     Raises:
-        InputError: a member is damaged; the message names shard and key.
+        InputError: if a member is damaged; the message names shard and key.
     """
     for ordinal in range(len(dataset)):
         yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
@@ -37,7 +37,7 @@ def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
     """Returns the captions of a sample.
 
     Raises:
-        InputError: the sample has no caption.
+        InputError: if the sample has no caption.
     """
     read = dataset.captions_of if isinstance(dataset, TarDataset) else captions_of
     return _or_input_error(read, sample)
@@ -52,7 +52,7 @@ def class_index_of(sample: Sample, *, class_names: list[str], index_of: dict[str
         index_of: class name -> index in `class_names`.
 
     Raises:
-        InputError: the sample has no class, or it is not in `class_names`.
+        InputError: if the sample has no class, or its class is not in `class_names`.
     """
     found = _or_input_error(metadata_of, sample).get("class_name")
     if found is not None:
@@ -93,7 +93,7 @@ def classes_of(sample: Sample, *, class_names: list[str], index_of: dict[str, in
         Bool [K].
 
     Raises:
-        InputError: the sample has neither member, or a class is not in `class_names`.
+        InputError: if the sample has neither member, or a class is not in `class_names`.
     """
     found = _or_input_error(metadata_of, sample).get("class_names")
     if found is not None:
@@ -122,10 +122,10 @@ def classes_of(sample: Sample, *, class_names: list[str], index_of: dict[str, in
 
 
 def value_of(sample: Sample, key: str) -> str:
-    """Returns a sample's value of a key in `.json`, or, for "npy[i]", element i of `.npy`.
+    """Returns the value of a key in a sample's `.json`; for "npy[i]", element i of `.npy`.
 
     Raises:
-        InputError: the sample has no such value.
+        InputError: if the sample has no such value.
     """
     in_array = NUMBER_OF_ARRAY.fullmatch(key)
     if in_array is None:
@@ -144,7 +144,7 @@ def negative_captions_of(sample: Sample) -> list[str]:
     """Returns a sample's wrong captions, from "negative_captions" or "negative_caption" in `.json`.
 
     Raises:
-        InputError: the sample has no wrong caption.
+        InputError: if the sample has no wrong caption.
     """
     metadata = _or_input_error(metadata_of, sample)
     found = metadata.get("negative_captions") or metadata.get("negative_caption") or []
@@ -152,13 +152,13 @@ def negative_captions_of(sample: Sample) -> list[str]:
     if not captions:
         raise InputError(
             f'{sample}: expected "negative_captions" in .json, found {sorted(metadata)}; for '
-            "groups of samples that are each other's wrong answers, set group_by"
+            "groups of samples that serve as each other's wrong answers, set group_by"
         )
     return captions
 
 
 def _or_input_error(read: Callable, *arguments: object, **options: object) -> object:
-    """Turns a corrupt sample into an error: a metric over only the intact samples would mislead."""
+    """Turns a corrupt sample into an error: metrics that skip samples would be misleading."""
     try:
         return read(*arguments, **options)
     except CorruptSampleError as error:

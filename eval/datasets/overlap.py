@@ -1,4 +1,4 @@
-"""Overlap between an evaluation set and training datasets, found by four methods."""
+"""Overlap between an evaluation set and training datasets, detected by four methods."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Overlap:
         ]
 
     def counts(self) -> dict[str, Any]:
-        """Counts the items with a match, for each method and for any method."""
+        """Returns the number of items matched by each method, and by any method."""
         items = {
             method: len({item for item, found, *_ in self.matches if found == method})
             for method in METHODS
@@ -105,13 +105,13 @@ def find_overlap(
     Args:
         dataset: evaluation set.
         train: folders of Isopair shards.
-        near_media: limits of near-duplicate media; None: not compared.
-        keys: whether equal file names and uids are a match.
-        captions: whether equal captions are a match.
+        near_media: thresholds for near-duplicate media; None: not compared.
+        keys: whether equal file names or uids count as a match.
+        captions: whether equal captions count as a match.
         workers: threads that compare images.
 
     Raises:
-        InputError: an item cannot be decoded, or a training dataset has no columns.
+        InputError: if an item cannot be decoded, or a training dataset has no column files.
     """
     identities = _read_identities(
         dataset, with_captions=captions, with_fingerprints=near_media is not None
@@ -145,7 +145,7 @@ def _read_identities(
             raise InputError(str(error)) from None
         extension = media_extension_of(sample.members, kind)
         if extension is None:
-            raise InputError(f"{sample}: holds no {kind}")
+            raise InputError(f"{sample}: contains no {kind}")
         content = sample.members[extension]
         found.names.append(sample.key)
         found.keys[PurePosixPath(sample.key).stem].append(item)
@@ -177,10 +177,10 @@ def _fingerprint(content: bytes, extension: str, kind: str) -> dict[str, Any]:
 
 
 def _tables_of(folder: Path, *, media: str) -> Iterator[pyarrow.Table]:
-    """Yields the columns of a training dataset, at least TRAIN_ROWS_AT_ONCE rows at a time.
+    """Yields tables of a training dataset's columns, of at least TRAIN_ROWS_AT_ONCE rows each.
 
     Raises:
-        InputError: the dataset holds another kind of media, or a shard has no columns.
+        InputError: if the dataset holds another kind of media, or a shard has no columns.
     """
     samples = KeptSamples(folder, subset=None)
     if samples.info.media != media:

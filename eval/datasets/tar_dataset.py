@@ -3,12 +3,12 @@
     classnames.txt                            one class per line
     zeroshot_classification_templates.txt     one prompt per line, {c} for the class
     dataset_type.txt                          classification | multilabel | retrieval
-    test/0.tar 1.tar ...                      one folder for each split
+    test/0.tar 1.tar ...                      one folder per split
     test/nshards.txt                          number of tars
 
-Any of the text files may be missing. Members of a sample are media, `.cls` (class index), `.npy`
-(one number per class), `.txt` (one caption per line) or `.json`. A folder that holds only tars is
-read as well, such as LAION's audio sets.
+Any of the text files may be missing. The members of a sample are its media, `.cls` (class index),
+`.npy` (one number per class), `.txt` (one caption per line) and `.json`. A folder of nothing but
+tars also works, such as LAION's audio sets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUM_TARS = "nshards.txt"
 
 @dataclass(frozen=True)
 class SetInfo:
-    """Contents of the samples of a set."""
+    """Kind of media and member extensions of a set."""
 
     media: str  # kind of media
     fields: list[str]  # extensions of all members
@@ -46,7 +46,7 @@ class SetInfo:
 
 @dataclass(frozen=True)
 class TarSample:
-    """Location of a sample's members."""
+    """Location of a sample's members within the tars."""
 
     tar: int  # index of the tar
     key: str
@@ -54,14 +54,14 @@ class TarSample:
 
 
 class TarDataset:
-    """Samples of a folder of tars, in the order of the tars' numbers.
+    """Samples of a folder of tars, in numerical order of the tars.
 
     Args:
         folder: folder of the tars, or of the text files and one folder of tars per split.
-        split: split to read, if there is a folder per split.
+        split: split to read, if there is one folder per split.
 
     Raises:
-        InputError: tars are missing or damaged, or hold no media.
+        InputError: if tars are missing or damaged, or hold no media.
     """
 
     def __init__(self, folder: Path, *, split: str = "test") -> None:
@@ -100,7 +100,7 @@ class TarDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the SHA-256 of each tar, in order."""
+        """SHA-256 over the SHA-256 digests of all tars, in order."""
         total = hashlib.sha256()
         for tar in self.tars:
             with tar.open("rb") as file:
@@ -115,7 +115,7 @@ class TarDataset:
             fields: extensions of the members to read; None: all.
 
         Raises:
-            CorruptSampleError: the tar is truncated.
+            CorruptSampleError: if the tar is truncated.
         """
         found = self.samples[ordinal]
         tar = self.tars[found.tar]
@@ -136,12 +136,12 @@ class TarDataset:
         return sample
 
     def captions_of(self, sample: Sample) -> list[str]:
-        """Returns the captions in `.json`, else the lines of `.txt`.
+        """Returns the captions from `.json`, or else the lines of `.txt`.
 
         In `.txt` a line break within a caption is written as a backslash and an n.
 
         Raises:
-            CorruptSampleError: the sample has no caption.
+            CorruptSampleError: if the sample has no caption.
         """
         if "json" in sample.members or "txt" not in sample.members:
             return captions_of(sample)
@@ -155,18 +155,18 @@ class TarDataset:
         return captions
 
     def find_text_file(self, name: str) -> Path | None:
-        """Finds a text file of the set, in its folder or the folder above."""
+        """Finds a text file of the set, in its folder or in the parent folder."""
         candidates = (self.folder / name, self.folder.parent / name)
         return next((path for path in candidates if path.exists()), None)
 
 
 def holds_tars(folder: Path, *, split: str) -> bool:
-    """Checks whether a folder, or its subfolder for a split, holds tars."""
+    """Returns whether a folder, or its subfolder for a split, contains tars."""
     return any(any(each.glob("*.tar")) for each in (folder, folder / split))
 
 
 def _number_first(path: Path) -> tuple[int, str]:
-    """Sort key that puts 9.tar before 10.tar, and other names after numbers."""
+    """Returns a sort key that puts 9.tar before 10.tar, and names without numbers last."""
     return (int(path.stem), "") if path.stem.isdecimal() else (1 << 62, path.name)
 
 
@@ -180,7 +180,7 @@ def _samples_of(path: Path, number: int) -> list[TarSample]:
                 key, extension = split_member_name(member.name)
                 sample = samples.setdefault(key, TarSample(number, key, {}))
                 if extension in sample.members:
-                    raise InputError(f"{path}: sample {key}: two members .{extension}")
+                    raise InputError(f"{path}: sample {key}: duplicate member .{extension}")
                 sample.members[extension] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{path}: expected an uncompressed tar: {error}") from None

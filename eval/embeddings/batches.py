@@ -1,4 +1,4 @@
-"""Reads and prepares batches of media of an evaluation set, optionally in worker processes."""
+"""Reads and prepares batches of an evaluation set's media, optionally in worker processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MediaBatch(NamedTuple):
 
 
 class _PreparedMedia(torch.utils.data.Dataset):
-    """Map from ordinal to prepared media, or to the error that the main process shall raise.
+    """Map from ordinal to prepared media, or to an error for the main process to raise.
 
     An error raised in a worker process would have the worker's traceback as its message.
     """
@@ -47,8 +47,8 @@ class _PreparedMedia(torch.utils.data.Dataset):
             return self.front_end.prepare(sample)
         except CorruptSampleError as error:
             return InputError(
-                f"{error}; evaluation never skips samples: repair this one, or evaluate a subset "
-                "without it"
+                f"{error}; evaluation never skips samples; repair this sample, or evaluate a "
+                "subset without it"
             )
         except OSError as error:
             return InputError(str(error))
@@ -58,7 +58,7 @@ def _joined(items: list[Tensor | InputError]) -> MediaBatch | InputError:
     error = next((item for item in items if isinstance(item, InputError)), None)
     if error is not None:
         return error
-    # One tensor, because each tensor sent by a worker costs the main process an open file.
+    # One tensor, because each tensor sent by a worker keeps a file open in the main process.
     return MediaBatch(torch.cat(items), [len(windows) for windows in items])
 
 
@@ -68,7 +68,7 @@ def media_batches(
     """Yields the prepared media of each batch of ordinals, in order.
 
     Raises:
-        InputError: a sample cannot be read or decoded; the message names shard and key.
+        InputError: if a sample cannot be read or decoded; the message names shard and key.
     """
     loader = DataLoader(
         _PreparedMedia(dataset, front_end),

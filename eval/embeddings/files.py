@@ -2,10 +2,10 @@
 
     00000000.parquet   rows in the shard's order: uid, key, media_embedding [D], caption_embeddings
                        [captions, D]; L2-normalised float32. The metadata record the origin of the
-                       embeddings, and the corrupt samples that were left out.
-    embeddings.json    written last: a folder without it is unfinished
+                       embeddings and the skipped corrupt samples.
+    embeddings.json    written last; a folder without it is incomplete
 
-Find rows by uid or key, not by position: corrupt samples have no row.
+Look up rows by uid or key, not by position: corrupt samples have no row.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ BAD_SAMPLES = "isopair.bad_samples"
 
 @dataclass(frozen=True)
 class BadSample:
-    """Corrupt sample, which has no row."""
+    """A corrupt sample, which has no row."""
 
     shard: str
     ordinal: int  # index in the dataset
-    reason: str  # names the sample's key
+    reason: str  # includes the sample's key
 
 
 @dataclass
 class ShardEmbeddings:
-    """Embeddings of one shard. Items are the samples that are not corrupt."""
+    """Embeddings of one shard; its items are the samples that are not corrupt."""
 
-    indices: list[int] = field(default_factory=list)  # index of each item in the shard
+    indices: list[int] = field(default_factory=list)  # index of each item within the shard
     keys: list[str] = field(default_factory=list)
     num_captions: list[int] = field(default_factory=list)  # number of captions of each item
     media: list[np.ndarray] = field(default_factory=list)  # float32 [B, D], one array per batch
@@ -56,22 +56,22 @@ class ShardEmbeddings:
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything that embeddings are a function of. Files of different origins are never mixed."""
+    """Everything that the embeddings depend on. Files of different origins are never mixed."""
 
     dataset_fingerprint: str
-    checkpoint: str  # SHA-256 of the files that the model is rebuilt from
+    checkpoint: str  # SHA-256 of the model's files
     transform: dict[str, Any]  # settings of the media transform
     dtype: str  # precision of the towers
     embed_dim: int  # D
 
     def as_metadata(self) -> dict[str, str]:
-        """Returns the metadata of a Parquet file of this origin."""
+        """Returns the metadata of a Parquet file with this origin."""
         values = {"transform": json.dumps(self.transform, sort_keys=True)}
         return {f"isopair.{key}": str(value) for key, value in (asdict(self) | values).items()}
 
 
 def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
-    """Returns the origin of the embeddings of a dataset by a model."""
+    """Returns the origin of a dataset's embeddings under a model."""
     front_end = encoder.front_ends[dataset.info.media]
     return Origin(
         dataset_fingerprint=dataset.info.fingerprint,
@@ -121,17 +121,17 @@ def _vectors(batches: Sequence[np.ndarray], embed_dim: int) -> pyarrow.FixedSize
 
 
 def is_finished(path: Path, origin: Origin) -> bool:
-    """Checks whether a shard's file exists.
+    """Returns whether a shard's file exists.
 
     Raises:
-        InputError: the file is damaged or has a different origin.
+        InputError: if the file is damaged or has a different origin.
     """
     if not path.exists():
         return False
     found, expected = _read_metadata(path), origin.as_metadata()
     different = differing_keys({key: found.get(key) for key in expected}, expected)
     if different:
-        lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in different.items()]
+        lines = [f"  {key}: {old} in the file, {new} now" for key, (old, new) in different.items()]
         raise InputError(
             f"{path}: the embeddings have a different origin:\n" + "\n".join(lines) + "\n"
             "choose another output, or delete this folder"
@@ -148,7 +148,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def bad_samples_of(path: Path) -> list[BadSample]:
-    """Reads the corrupt samples that have no row in a shard's file."""
+    """Reads the corrupt samples recorded in a shard's file."""
     return [BadSample(**bad) for bad in json.loads(_read_metadata(path)[BAD_SAMPLES])]
 
 
@@ -159,7 +159,7 @@ def uids_of_shard(dataset: Dataset, shard: int) -> list[str] | None:
         The uids, or None if the shard has no Parquet file.
 
     Raises:
-        InputError: the number of rows differs from the shard's number of samples.
+        InputError: if the number of rows differs from the shard's number of samples.
     """
     path = dataset.folder / f"{dataset.manifest[shard].name}.parquet"
     if not path.exists():
@@ -194,6 +194,6 @@ def write_summary(
     }
     content = json.dumps(record, indent=2).encode() + b"\n"
     write_atomically(folder / "embeddings.json", content)
-    for leftover in folder.rglob(".*.tmp"):  # from attempts that were killed
+    for leftover in folder.rglob(".*.tmp"):  # left by attempts that were killed
         leftover.unlink()
     return record

@@ -1,7 +1,7 @@
 """Nearest-neighbour index of embeddings, built with faiss.
 
-Small sets are searched exactly; large ones through a graph of neighbours (HNSW, Malkov and Yashunin
-2016).
+Small sets are searched exactly, large ones approximately with a neighbour graph (HNSW, Malkov and
+Yashunin 2016).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 from data_prep.errors import InputError
 
 NEIGHBOURS = 32  # neighbours of each item in the graph
-SEARCH_WIDTH = 256  # candidates kept during a search; more raise recall and time
-BUILD_WIDTH = 200  # candidates kept while the graph is built
+SEARCH_WIDTH = 256  # candidates kept during a search; a higher value raises recall and time
+BUILD_WIDTH = 200  # candidates kept while building the graph
 
 
 def open_index(folder: Path, embeddings: np.ndarray, *, origin: str, exact_up_to: int) -> Any:
-    """Loads the faiss index of a folder, or builds and stores it.
+    """Loads the faiss index from a folder, or builds and saves it.
 
     Args:
-        folder: folder of index.faiss and index.origin.
+        folder: folder that holds index.faiss and index.origin.
         embeddings: float32 [Q, D], L2-normalised.
         origin: identifies the embeddings; an index of a different origin is rebuilt.
-        exact_up_to: largest number of items that are searched exactly. Above it, a search finds
-            nearly all of the nearest items.
+        exact_up_to: largest number of items to search exactly. Above it, a search finds nearly
+            all of the nearest items.
 
     Raises:
-        InputError: faiss is not installed.
+        InputError: if faiss is not installed.
     """
     try:
         import faiss
@@ -53,5 +53,5 @@ def open_index(folder: Path, embeddings: np.ndarray, *, origin: str, exact_up_to
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     faiss.write_index(index, str(partial))
     partial.replace(path)
-    origin_path.write_text(wanted)  # last: an index without it is unfinished
+    origin_path.write_text(wanted)  # written last: an index without it is incomplete
     return index

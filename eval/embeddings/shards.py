@@ -1,6 +1,6 @@
 """Encodes media and captions of a dataset shard by shard; each sample is read and encoded once.
 
-Corrupt samples are left out and reported. A file that cannot be read is an error.
+Corrupt samples are skipped and reported. A file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from eval.models.preprocessing import FrontEnd
 
 @dataclass(frozen=True)
 class Item:
-    """Prepared sample."""
+    """A prepared sample."""
 
-    index: int  # position in its shard
+    index: int  # index within its shard
     key: str
     windows: Tensor  # [n, ...], prepared by eval.models.preprocessing
     captions: list[str]
@@ -38,13 +38,13 @@ class Item:
 class Batch:
     """Consecutive samples of one shard."""
 
-    indices: list[int]  # index of each item in the shard
+    indices: list[int]  # index of each item within the shard
     keys: list[str]
     captions: list[list[str]]
     windows: Tensor | None  # [n, ...] of all items; None if all samples are corrupt
     num_windows: list[int]  # number of windows of each item
     bad_samples: list[BadSample]
-    errors: list[InputError]  # errors that end the command
+    errors: list[InputError]  # errors to raise
 
 
 class _Items(torch.utils.data.Dataset):
@@ -70,7 +70,7 @@ class _Items(torch.utils.data.Dataset):
             return BadSample(self.dataset.manifest[shard].name, ordinal, str(error))
         except OSError as error:
             return InputError(
-                f"cannot read a shard: {error}; run the command again once it is readable"
+                f"cannot read a shard: {error}; run the command again when it is readable"
             )
 
 
@@ -80,7 +80,7 @@ def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
         indices=[item.index for item in good],
         keys=[item.key for item in good],
         captions=[item.captions for item in good],
-        # One tensor, because each tensor sent by a worker costs the main process an open file.
+        # One tensor, because each tensor sent by a worker keeps a file open in the main process.
         windows=torch.cat([item.windows for item in good]) if good else None,
         num_windows=[len(item.windows) for item in good],
         bad_samples=[item for item in items if isinstance(item, BadSample)],
@@ -91,10 +91,10 @@ def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
 def embed_shards(
     encoder: Encoder, dataset: Dataset, shards: Sequence[int]
 ) -> Iterator[tuple[int, ShardEmbeddings]]:
-    """Yields (number, embeddings) of each shard, in order.
+    """Yields (shard number, embeddings) of each shard, in order.
 
     Raises:
-        InputError: a shard cannot be read, or an embedding is not finite.
+        InputError: if a shard cannot be read, or an embedding is not finite.
     """
     batches = [(shard, batch) for shard in shards for batch in _batches(encoder, dataset, shard)]
     loader = DataLoader(

@@ -1,12 +1,12 @@
 """On-disk cache of the embeddings of evaluation sets and texts, filled by all processes.
 
-    <folder>/<name>_<hash>/origin.json    everything that the embeddings are a function of
+    <folder>/<name>_<hash>/origin.json    everything that the embeddings depend on
     <folder>/<name>_<hash>/00000003.npy   float32 [items of the part, D], L2-normalised: the fourth
-                                          part of the items in the order of their keys
+                                          part of the items, which are sorted by key
 
-Parts are distributed over the processes. A finished part is reused by every later job. Items are
-encoded in the order of their keys, and equal texts only once. Metrics are therefore identical to
-the last digit for any shards, order of shards, and number of processes or workers.
+Parts are distributed over the processes, and later jobs reuse finished parts. Items are encoded in
+the order of their keys, and equal texts only once. Metrics are therefore identical to the last
+digit for any sharding, order of shards, and number of processes or workers.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from pretrain.distributed.collectives import rank, world_size
 
 logger = logging.getLogger(__name__)
 
-MAX_PARTS = 1024  # parts of a set; a failure loses one part, and a process takes one at a time
+MAX_PARTS = 1024  # parts of a set; a failure loses at most the part in progress
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Files with the embeddings of a set, and the split of its items into parts."""
+    """Files of a set's embeddings, and the partition of its items."""
 
     folder: Path
     num_items: int
@@ -57,21 +57,22 @@ class _Parts:
     def items(self, part: int) -> range:
         return range(part * self.part_size, min((part + 1) * self.part_size, self.num_items))
 
-    def is_there(self, part: int) -> bool:
-        """Checks whether a part is finished; a damaged part is not."""
+    def is_finished(self, part: int) -> bool:
+        """Returns whether a part is complete and undamaged."""
         path = self.path(part)
         if not path.exists():
             return False
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False).shape
         except (ValueError, OSError) as error:
-            logger.warning("%s: damaged (%s): encoded again", path, error)
+            logger.warning("%s: damaged (%s); encoding it again", path, error)
             return False
         return found == (len(self.items(part)), self.embed_dim)
 
     def own_missing(self) -> list[int]:
-        """Lists the missing parts that this process encodes."""
-        return [part for part in range(rank(), len(self), world_size()) if not self.is_there(part)]
+        """Lists the missing parts assigned to this process."""
+        own = range(rank(), len(self), world_size())
+        return [part for part in own if not self.is_finished(part)]
 
     def write(self, part: int, embeddings: Tensor) -> None:
         """Writes a part atomically."""
@@ -80,10 +81,10 @@ class _Parts:
         write_atomically(self.path(part), content.getvalue())
 
     def read(self) -> Tensor:
-        """Reads all parts: [items, D].
+        """Reads and concatenates all parts: [items, D].
 
         Raises:
-            InputError: a part is missing or damaged.
+            InputError: if a part is missing or damaged.
         """
         try:
             return torch.from_numpy(
@@ -94,11 +95,11 @@ class _Parts:
 
 
 class EmbeddingStore:
-    """Cached embeddings of evaluation sets and texts by one encoder.
+    """Cache of one encoder's embeddings of evaluation sets and texts.
 
     Args:
         folder: cache folder; several sets, encoders and jobs may share it.
-        encoder: encoder of the missing embeddings.
+        encoder: encoder that computes missing embeddings.
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
@@ -106,15 +107,15 @@ class EmbeddingStore:
         self.encoder = encoder
 
     def encode_media(self, dataset: EvaluationSet, keys: Sequence[str]) -> None:
-        """Encodes this process's part of the missing media embeddings.
+        """Encodes this process's share of the missing media.
 
         Args:
             dataset: evaluation set of Q media items.
             keys: [Q] sample keys.
 
         Raises:
-            InputError: the model has no tower for this kind of media, a sample cannot be decoded,
-                or an embedding is not finite.
+            InputError: if the model has no tower for this kind of media, a sample cannot be
+                decoded, or an embedding is not finite.
         """
         kind = dataset.info.media
         check_tower(self.encoder, kind, folder=dataset.folder)
@@ -142,7 +143,7 @@ class EmbeddingStore:
             parts.write(part, embeddings)
 
     def media(self, dataset: EvaluationSet, keys: Sequence[str]) -> Tensor:
-        """Reads the media embeddings of a dataset, in its order.
+        """Reads the media embeddings of a dataset, in dataset order.
 
         Args:
             dataset: evaluation set of Q media items.
@@ -152,19 +153,19 @@ class EmbeddingStore:
             [Q, D] L2-normalised float32, on the CPU.
 
         Raises:
-            InputError: a part is missing or damaged.
+            InputError: if a part is missing or damaged.
         """
         return _in_order(self._media_parts(dataset).read(), _order_of(keys))
 
     def encode_texts(self, texts: Sequence[str], *, name: str) -> None:
-        """Encodes this process's part of the missing text embeddings.
+        """Encodes this process's share of the missing texts.
 
         Args:
             texts: M texts.
-            name: description of the texts, for messages.
+            name: description of the texts, shown in messages.
 
         Raises:
-            InputError: an embedding is not finite.
+            InputError: if an embedding is not finite.
         """
         distinct = sorted(set(texts))
         parts = self._text_parts(distinct)
@@ -178,7 +179,7 @@ class EmbeddingStore:
         """Reads the embeddings of M texts: [M, D] L2-normalised float32, on the CPU.
 
         Raises:
-            InputError: a part is missing or damaged.
+            InputError: if a part is missing or damaged.
         """
         distinct = sorted(set(texts))
         index_of = {text: index for index, text in enumerate(distinct)}
@@ -195,7 +196,7 @@ class EmbeddingStore:
         return self._parts(dataset.folder.name, origin, len(dataset))
 
     def _text_parts(self, distinct: Sequence[str]) -> _Parts:
-        return self._parts("texts", {"texts_sha256": sum_of_texts(distinct)}, len(distinct))
+        return self._parts("texts", {"texts_sha256": checksum_of_texts(distinct)}, len(distinct))
 
     def _parts(self, name: str, origin: dict[str, Any], num_items: int) -> _Parts:
         encoder = self.encoder
@@ -216,8 +217,8 @@ class EmbeddingStore:
         return _Parts(folder, num_items, part_size, encoder.embed_dim)
 
 
-def sum_of_texts(texts: Iterable[str]) -> str:
-    """Computes the SHA-256 of texts, in order."""
+def checksum_of_texts(texts: Iterable[str]) -> str:
+    """Computes the SHA-256 of a sequence of texts."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
@@ -227,7 +228,7 @@ def _order_of(keys: Sequence[str]) -> np.ndarray:
 
 
 def _in_order(values: Tensor, order: np.ndarray) -> Tensor:
-    """Undoes a sort: row i of the values becomes row order[i] of the result."""
+    """Undoes a sort: moves row i to row order[i]."""
     found = torch.empty_like(values)
     found[torch.from_numpy(order)] = values
     return found

@@ -1,4 +1,4 @@
-"""Counts of the irrelevant candidates that beat or tie each relevant pair, in bounded memory.
+"""Counts of irrelevant candidates that beat or tie with each relevant pair, in bounded memory.
 
 The counts are exact. They do not depend on the tile size or on the order of items and captions.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from eval.metrics.ranking import cosine_scores
 from eval.metrics.relevance import Relevance
 
-TILE = 2048  # captions, and media items, scored at once: 50 MB
+TILE = 2048  # number of captions, and of media items, scored at once; takes 50 MB
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Scores and competitors of each relevant pair; arrays are [P]."""
+    """Score of each relevant pair and number of its competitors; arrays are [P]."""
 
     score: np.ndarray  # float32
     media_above: np.ndarray  # captions that score higher for the pair's media item
@@ -45,9 +45,9 @@ def count_irrelevant(
     Args:
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
-        relevance: pairs of media item and caption that match.
+        relevance: matching pairs of media item and caption.
         distractor_embeddings: [X, D], L2-normalised captions that match no item.
-        tile: number of captions, and of media items, scored at once; memory and speed only.
+        tile: number of captions, and of media items, scored at once; affects memory and speed only.
     """
     device = media_embeddings.device
     media, texts = (
@@ -92,7 +92,7 @@ def _rounds(row_of_pair: Tensor) -> Iterator[Tensor]:
 
 
 def _row_counts(rows: Tensor, row_of_pair: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts the scores of each pair's row that are above, and equal to, the pair's threshold.
+    """Counts the scores above, and equal to, each pair's threshold in its row.
 
     Args:
         rows: [rows, columns] scores.
@@ -105,13 +105,13 @@ def _row_counts(rows: Tensor, row_of_pair: Tensor, thresholds: Tensor) -> tuple[
     if len(row_of_pair) < len(rows):
         rows = rows[row_of_pair]
     flags = rows > thresholds[:, None], rows == thresholds[:, None]
-    # Summed as bytes: summing booleans takes ten times as long.
+    # Summed as bytes because summing booleans is ten times slower.
     above, tied = (each.view(torch.uint8).sum(dim=1, dtype=torch.int32) for each in flags)
     return above, tied
 
 
 def _tiles(texts: Tensor, distractors: Tensor | None, *, tile: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields (index of the first, [tile, D] embeddings) of captions, then of distractors."""
+    """Yields (first index, [tile, D] embeddings) of the captions, then of the distractors."""
     first = 0
     for part in (texts, *([] if distractors is None else [distractors])):
         for block in part.split(tile):
@@ -120,14 +120,14 @@ def _tiles(texts: Tensor, distractors: Tensor | None, *, tile: int) -> Iterator[
 
 
 class _SortedPairs:
-    """Lookup of the pairs whose item, or caption, is within a range of indices."""
+    """Lookup of the pairs whose item (or caption) lies in a range of indices."""
 
     def __init__(self, indices: Tensor) -> None:
         self.order = torch.argsort(indices, stable=True)
         self.indices = indices[self.order].contiguous()
 
     def within(self, start: int, stop: int) -> Tensor:
-        """Returns the numbers of the pairs whose index is in [start, stop)."""
+        """Returns the indices of the pairs whose item is in [start, stop)."""
         bounds = torch.tensor([start, stop], device=self.indices.device)
         first, last = torch.searchsorted(self.indices, bounds).tolist()
         return self.order[first:last]
@@ -136,9 +136,9 @@ class _SortedPairs:
 def _pair_scores(
     media_embeddings: Tensor, text_embeddings: Tensor, media: Tensor, texts: Tensor, *, tile: int
 ) -> Tensor:
-    """Computes the score of each relevant pair, [P], by the same product as all other pairs.
+    """Computes the score of each relevant pair, [P], with the same product as all other scores.
 
-    Another operation would differ in the last bit and break ties with equal pairs.
+    A different operation would differ in the last bit and break ties with equal pairs.
     """
     scores = torch.empty(len(media), device=media.device)
     for pairs, start in _media_blocks(media, tile):
@@ -149,9 +149,9 @@ def _pair_scores(
 
 
 def _media_blocks(media: Tensor, tile: int) -> Iterator[tuple[Tensor, int]]:
-    """Yields (numbers of up to `tile` pairs, first media item).
+    """Yields (indices of up to `tile` pairs, first media item).
 
-    All media items of these pairs are among the `tile` items from the first on.
+    The media items of these pairs lie within `tile` items, starting with the first.
     """
     for pairs in torch.argsort(media, stable=True).split(tile):
         first, last = int(media[pairs[0]]), int(media[pairs[-1]])

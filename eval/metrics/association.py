@@ -1,7 +1,7 @@
 """Association of media items with a cue word (WinoGAViL, Bitton et al. 2022).
 
-Of a few media items, the k nearest to the cue are chosen, where k is the number of right ones. The
-Jaccard index compares the chosen items with the right ones.
+From a few candidate items, the k nearest to the cue are chosen, where k is the number of correct
+items. The Jaccard index compares the chosen items with the correct ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class AssociationResult:
     """Metrics of one association task."""
 
     scores: dict[str, Score]
-    jaccard: np.ndarray  # [cues] index of each cue
+    jaccard: np.ndarray  # [cues] Jaccard index of each cue
 
 
 def associate(
@@ -30,26 +30,26 @@ def associate(
     cue_embeddings: Tensor,
     *,
     groups: Sequence[Sequence[int]],
-    is_right: np.ndarray,
+    is_correct: np.ndarray,
     bootstrap: Bootstrap,
 ) -> AssociationResult:
-    """Computes the mean Jaccard index of chosen and right items, with ties broken at random.
+    """Computes the mean Jaccard index of chosen and correct items; ties are averaged.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         cue_embeddings: [cues, D], L2-normalised.
-        groups: [cues] indices of the items to choose from.
-        is_right: bool [Q]; at least one item of each group is right.
+        groups: [cues] indices of each cue's candidate items.
+        is_correct: bool [Q]; at least one item of each group is correct.
         bootstrap: resampling of cues.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(cue_embeddings, name="cue_embeddings")
     found, at_chance = [], []
     for indices, cue in zip(groups, cue_embeddings.split(1), strict=True):
-        right = is_right[list(indices)]
+        right = is_correct[list(indices)]
         scores = cosine_scores(cue, media_embeddings[list(indices)])[0].cpu().numpy()
         found.append(expected_jaccard(scores, right))
         at_chance.append(expected_jaccard(np.zeros(len(right)), right))
@@ -58,21 +58,21 @@ def associate(
     return AssociationResult({"jaccard": score}, jaccard)
 
 
-def expected_jaccard(scores: np.ndarray, is_right: np.ndarray) -> float:
-    """Computes the Jaccard index of the k best items and the k right ones.
+def expected_jaccard(scores: np.ndarray, is_correct: np.ndarray) -> float:
+    """Computes the Jaccard index of the k best-scored items and the k correct ones.
 
     Ties are averaged over all orders of equal scores.
 
     Args:
         scores: [n]
-        is_right: bool [n]; k of them are true.
+        is_correct: bool [n]; k of them are true.
     """
-    k = int(is_right.sum())
+    k = int(is_correct.sum())
     last = np.sort(scores)[-k]
     is_above, is_tied = scores > last, scores == last
-    num_hits = int((is_above & is_right).sum())
+    num_hits = int((is_above & is_correct).sum())
     num_drawn, num_tied = k - int(is_above.sum()), int(is_tied.sum())
-    num_tied_right = int((is_tied & is_right).sum())
+    num_tied_right = int((is_tied & is_correct).sum())
     total = 0.0
     for drawn_right in range(min(num_drawn, num_tied_right) + 1):
         ways = comb(num_tied_right, drawn_right)

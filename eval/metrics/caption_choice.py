@@ -1,12 +1,12 @@
-"""Choice among a few nearly identical captions or media items.
+"""Choice of the correct caption or media item among a few nearly identical ones.
 
 These benchmarks test compositional understanding: word order, and which attribute belongs to which
-object. Ties are broken at random.
+object. Ties are averaged over random orders.
 
-1. SugarCrepe (Hsieh et al. 2023): an item must be nearer to its own caption than to wrong ones.
+1. SugarCrepe (Hsieh et al. 2023): an item must be nearer to its own caption than to all wrong ones.
 2. Winoground (Thrush et al. 2022, section 3): the captions of a group of items share their words.
-   The text score counts if every item is nearest to its own caption. The image score counts if
-   every caption is nearest to its own item. The group score counts if both hold.
+   The text score is 1 if every item is nearest to its own caption. The image score is 1 if every
+   caption is nearest to its own item. The group score is 1 if both are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from eval.metrics.intervals import Bootstrap, Score, mean_score
 from eval.metrics.ranking import QueryRanks, check_finite, cosine_scores
 
-NUM_ORDERS = 1000  # random orders drawn to break the ties of a group
+NUM_ORDERS = 1000  # random orders over which the ties of a group are averaged
 GROUP_METRICS = ("text_score", "image_score", "group_score")
 
 
@@ -49,7 +49,7 @@ def choose_captions(
         bootstrap: resampling of items.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(caption_embeddings, name="caption_embeddings")
@@ -73,7 +73,7 @@ def choose_in_groups(
     groups: Sequence[Sequence[int]],
     bootstrap: Bootstrap,
 ) -> CaptionChoiceResult:
-    """Computes Winoground's text, image and group score.
+    """Computes Winoground's text, image and group scores.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
@@ -82,7 +82,7 @@ def choose_in_groups(
         bootstrap: resampling of groups.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(caption_embeddings, name="caption_embeddings")
@@ -112,14 +112,14 @@ def choose_in_groups(
 def _group_hits(
     scores: np.ndarray, *, seed: int, num_orders: int = NUM_ORDERS
 ) -> tuple[float, float, float]:
-    """Computes (text, image, group score) of one group from its scores [items, captions].
+    """Computes (text, image, group) scores of a group from its similarities [items, captions].
 
-    They are 0 or 1, or a fraction of random orders where scores tie.
+    They are 0 or 1, or a fraction of the random orders if similarities tie.
     """
     levels = np.unique(scores, return_inverse=True)[1].reshape(1, *scores.shape).astype(float)
     if len(np.unique(scores)) < scores.size:
         noise = np.random.default_rng(seed).random((num_orders, *scores.shape))
-        levels = levels + noise  # below 1, so that only equal scores change their order
+        levels = levels + noise  # below 1, so that it reorders only equal scores
     own = np.diagonal(levels, axis1=1, axis2=2)  # [orders, items]
     is_text_right = (own == levels.max(axis=2)).all(axis=1)
     is_image_right = (own == levels.max(axis=1)).all(axis=1)

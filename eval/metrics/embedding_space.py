@@ -1,4 +1,4 @@
-"""Geometry of two kinds of embeddings in their shared space.
+"""Geometry of two kinds of embeddings in the joint space.
 
 Metrics are the modality gap between the two kinds, the alignment of matching pairs, the uniformity
 of each kind, and hubness: whether a few items are nearest to many queries.
@@ -15,8 +15,8 @@ from torch import Tensor
 from eval.metrics.ranking import cosine_scores
 from eval.metrics.relevance import Relevance
 
-MAX_QUERIES = 4096  # queries used to count hubs
-MAX_SPREAD = 2048  # items whose pairwise distances give the uniformity
+MAX_QUERIES = 4096  # queries used for the hubness
+MAX_UNIFORMITY_ITEMS = 2048  # items whose pairwise distances are used for the uniformity
 NEIGHBOURS = 10  # k of the k-occurrences
 QUERIES_AT_ONCE = 512
 
@@ -25,17 +25,17 @@ QUERIES_AT_ONCE = 512
 class Hubness:
     """k-occurrences of the items of a gallery (Radovanovic et al. 2010).
 
-    The k-occurrence of an item is the number of queries that have it among their k nearest. Without
-    hubs all items occur about equally often, and the skewness is near 0.
+    The k-occurrence of an item is the number of queries that have it among their k nearest items.
+    Without hubs, all items occur about equally often and the skewness is near 0.
     """
 
-    occurrences: np.ndarray  # int64 [gallery] queries that have the item among their NEIGHBOURS
+    occurrences: np.ndarray  # int64 [gallery] k-occurrence of each item, k = NEIGHBOURS
     num_queries: int
     skewness: float  # third standardised moment of the occurrences
 
     @property
     def fraction_never_found(self) -> float:
-        """Fraction of the gallery that is near no query."""
+        """Fraction of the gallery that is among the nearest of no query."""
         return float((self.occurrences == 0).mean())
 
     @property
@@ -50,8 +50,8 @@ class EmbeddingSpace:
 
     modality_gap: float  # distance between the two means (Liang et al. 2022)
     alignment: float  # mean squared distance of matching pairs (Wang and Isola 2020)
-    uniformity: tuple[float, float]  # log of the mean of exp(-2 squared distance), of each kind
-    hubness: tuple[Hubness, Hubness]  # second kind as the gallery, then first kind
+    uniformity: tuple[float, float]  # log mean exp(-2 * squared distance), for each kind
+    hubness: tuple[Hubness, Hubness]  # with the second kind as the gallery, then with the first
 
     def record(self) -> dict[str, float]:
         """Returns the metrics by name, for results.json."""
@@ -87,7 +87,7 @@ def embedding_space(media: Tensor, other: Tensor, relevance: Relevance) -> Embed
 
 
 def _uniformity(embeddings: Tensor) -> float:
-    chosen = embeddings[_spread(len(embeddings), MAX_SPREAD)].double()
+    chosen = embeddings[_spread(len(embeddings), MAX_UNIFORMITY_ITEMS)].double()
     if len(chosen) < 2:
         return float("nan")
     distances = torch.nn.functional.pdist(chosen).square()
@@ -95,7 +95,7 @@ def _uniformity(embeddings: Tensor) -> float:
 
 
 def hubness_of(queries: Tensor, gallery: Tensor) -> Hubness:
-    """Counts how often each item of a gallery is among the nearest of a query.
+    """Computes the k-occurrences of the items of a gallery.
 
     Args:
         queries: [n, D], L2-normalised; at most MAX_QUERIES of them, evenly spaced, are used.

@@ -1,4 +1,4 @@
-"""Few-shot classification: linear probes fitted to a few items of each class."""
+"""Few-shot classification: linear probes fitted to a few items per class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FewShotResult:
     """Metrics of few-shot probes."""
 
     scores: dict[str, Score]
-    hits: dict[int, np.ndarray]  # shots -> [Q] fraction of draws that classify the item correctly
+    hits: dict[int, np.ndarray]  # shots -> [Q] fraction of draws in which the item is correct
 
 
 def classify_from_few(
@@ -38,15 +38,15 @@ def classify_from_few(
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
-        train: [n, D] embeddings and [n] classes; at least max(shots) of each class.
+        train: [n, D] embeddings and [n] classes; at least max(shots) items per class.
         targets: [Q] integers from 0 to K - 1.
         num_classes: K.
-        shots: numbers of training items per class; within a draw, a smaller set is contained in a
-            larger one.
+        shots: numbers of training items per class; within a draw, smaller training sets are
+            subsets of larger ones.
         num_draws: number of random draws of the training items.
         l2: weight of the penalty (see eval.metrics.linear_probe).
         bootstrap: resampling of test items; the drawn training items stay fixed.
-        seed: seed of the draws.
+        seed: seed of the draws of training items.
     """
     embeddings, classes = train
     orders = [

@@ -1,7 +1,7 @@
-"""95 % intervals: Wilson's for proportions, a bootstrap over media items for retrieval.
+"""95 % confidence intervals: Wilson's for proportions, a bootstrap over media items for retrieval.
 
-The captions of one media item succeed and fail together, so the bootstrap resamples items, not
-captions: resampling captions gives intervals that are far too narrow.
+The captions of one media item succeed or fail together, so the bootstrap resamples items.
+Resampling captions would give intervals that are far too narrow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Score:
     value: float
     low: float  # 95 % interval
     high: float
-    chance: float  # expected value of an uninformed model
+    chance: float  # expected value of random embeddings
     num_queries: int
     interval: str  # method of the interval
 
@@ -39,12 +39,12 @@ class Bootstrap:
 
 
 def wilson_interval(num_hits: float, num_trials: int) -> tuple[float, float]:
-    """Computes Wilson's score interval of a proportion (Wilson 1927).
+    """Computes the Wilson score interval of a proportion (Wilson 1927).
 
     Unlike the normal approximation, it has a positive width at 0 and 1.
 
     Args:
-        num_hits: from 0 to num_trials; fractional where ties count in part.
+        num_hits: from 0 to num_trials; may be fractional because of ties.
         num_trials: at least 1.
     """
     rate, z2 = num_hits / num_trials, NORMAL_QUANTILE**2
@@ -55,12 +55,12 @@ def wilson_interval(num_hits: float, num_trials: int) -> tuple[float, float]:
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Computes the mean of the drawn values."""
+    """Computes the mean of values, each repeated as often as it was drawn."""
     return float(values @ weights / weights.sum())
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """Computes the median of the drawn values, rounded down to a whole rank as in papers."""
+    """Computes the median of the drawn values, rounded down to an integer rank as in papers."""
     order = np.argsort(values, kind="stable")
     ends = np.cumsum(weights[order])
     low, high = np.searchsorted(ends, [(ends[-1] - 1) // 2, ends[-1] // 2], side="right")
@@ -74,7 +74,7 @@ def bootstrap_interval(
 
     Args:
         values: [n], one per query.
-        clusters: [n] media item of each query, integers from 0 without gaps.
+        clusters: [n] media item of each query, numbered from 0 without gaps.
         statistic: see `Statistic`.
         bootstrap: number of resamples and seed.
     """
@@ -91,14 +91,14 @@ def bootstrap_interval(
 def rate_interval(
     hits: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[float, float, str]:
-    """Computes the interval of a mean of hits, bootstrapped over clusters.
+    """Computes the interval of the mean of hits by a bootstrap over clusters.
 
-    Where all hits are equal (mostly all 0 or all 1), all resamples are equal too. The interval is
-    then Wilson's, with one trial per cluster.
+    If all hits are equal (usually all 0 or all 1), so are all resamples, and the bootstrap interval
+    has no width. The Wilson interval with one trial per cluster is used instead.
 
     Args:
         hits: [n] in [0, 1].
-        clusters: [n] cluster of each hit, integers from 0 without gaps.
+        clusters: [n] cluster of each hit, numbered from 0 without gaps.
         bootstrap: number of resamples and seed.
 
     Returns:
@@ -124,9 +124,9 @@ def mean_score(
 
     Args:
         values: [n], one per query.
-        chance: expected value of an uninformed model.
+        chance: expected value of random embeddings.
         bootstrap: number of resamples and seed.
-        clusters: [n] cluster of each query, integers from 0 without gaps; None: each query is its
+        clusters: [n] cluster of each query, numbered from 0 without gaps; None: each query is its
             own cluster.
     """
     if clusters is None:
@@ -141,7 +141,7 @@ def class_mean_interval(
     """Computes the interval of the mean of class recalls, resampling the items of each class.
 
     Args:
-        recalls: [classes present] mean of the hits of each class.
+        recalls: [classes present] mean hit of each class.
         class_sizes: [classes present] number of items of each class, at least 1.
         bootstrap: number of resamples and seed.
 
@@ -159,7 +159,7 @@ def class_mean_interval(
 
 
 def percentile_interval(statistics: np.ndarray) -> tuple[float, float]:
-    """Computes (low, high) of a statistic from its values on resamples, [resamples]."""
+    """Computes the interval (low, high) of a statistic from its [resamples] bootstrap values."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(statistics, [tail, 100 - tail])
     return float(low), float(high)

@@ -1,6 +1,6 @@
 """k-nearest-neighbour classification as in DINO (Caron et al. 2021, after Wu et al. 2018).
 
-The nearest training items vote for their classes; a vote has the weight exp(cosine / temperature).
+The nearest training items vote for their classes, each with weight exp(cosine / temperature).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def neighbour_votes(
         train_embeddings: [n, D], L2-normalised.
         train_targets: int64 [n] from 0 to K - 1.
         num_classes: K.
-        num_neighbours: number of voting items; above n it counts as n.
-        temperature: divisor of the cosine in a vote's weight.
+        num_neighbours: number of nearest training items that vote; at most n are used.
+        temperature: divisor of the cosine similarity in the weight of a vote.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(train_embeddings, name="train_embeddings")

@@ -2,9 +2,9 @@
 
     minimise over W, b:   mean cross-entropy of softmax(X W + b)  +  l2 * |W|^2 / (2 n)
 
-which is scikit-learn's LogisticRegression with C = 1 / l2. The weight l2 of the penalty is chosen
-on validation data from a grid with 8 steps per decade, from 1e-6 to 1e6. The regression is then
-fitted to training and validation data together.
+which is scikit-learn's LogisticRegression with C = 1 / l2. The penalty weight l2 is chosen on
+validation data from a grid with 8 steps per decade, from 1e-6 to 1e6. The regression is then fitted
+to training and validation data together.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MAX_ITERATIONS = 1000  # as in the paper
 
 @dataclass(frozen=True)
 class LinearProbeResult(ClassificationResult):
-    """Metrics of a linear probe, and the choice of its penalty."""
+    """Metrics of a linear probe, and the search for its penalty weight."""
 
     l2: float
-    validation_accuracies: dict[float, float]  # accuracy at each l2 that was tried
+    validation_accuracies: dict[float, float]  # l2 -> validation accuracy
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Probe:
 
     weights: Tensor  # float64 [K, D]
     biases: Tensor  # float64 [K]
-    objective: float  # minimum that was reached
+    objective: float  # value at the minimum
     l2: float
 
     def as_class_embeddings(self) -> Tensor:
-        """Returns [K, D + 1] whose products with `with_ones` embeddings are the logits."""
+        """Returns [weights, biases], [K, D + 1]; products with `with_ones` rows are logits."""
         return torch.cat([self.weights, self.biases[:, None]], dim=1)
 
 
 def with_ones(embeddings: Tensor) -> Tensor:
-    """Appends a one to each row for the biases: [n, D] -> [n, D + 1]."""
+    """Appends a column of ones for the biases: [n, D] -> [n, D + 1]."""
     return functional.pad(embeddings, (0, 1), value=1.0)
 
 
@@ -58,7 +58,7 @@ def train_probe(
     num_classes: int,
     l2: float | None = None,
 ) -> tuple[Probe, dict[float, float]]:
-    """Fits the regression to all items, with the l2 that is best for the validation items.
+    """Fits the regression to all items, with the l2 that is best on the validation items.
 
     Args:
         train: [n, D] embeddings and [n] classes, from 0 to K - 1.
@@ -67,7 +67,7 @@ def train_probe(
         l2: weight of the penalty; None: chosen on the validation items.
 
     Returns:
-        The regression, and the validation accuracy at every l2 that was tried.
+        The regression, and {l2: validation accuracy} for every l2 that was tried.
     """
     last: Probe | None = None
 
@@ -130,16 +130,16 @@ def fit_probe(
 
 
 def search_l2(accuracy_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """Searches the grid for the l2 of highest accuracy, halving the step around the best so far.
+    """Searches the grid for the l2 with the highest accuracy, halving the step around the best.
 
-    Among equal accuracies the largest l2 wins. With few validation items many values of l2 reach
-    the same accuracy, and the smallest would be a poor starting point for the next step.
+    Ties are resolved in favour of the largest l2. With few validation items, many values reach the
+    same accuracy, and the smallest of them would be a poor start for the next step.
 
     Args:
-        accuracy_at: l2 -> accuracy on validation data.
+        accuracy_at: returns the validation accuracy at an l2.
 
     Returns:
-        The l2, and the accuracy at every l2 that was tried.
+        The best l2, and {l2: accuracy} for every l2 that was tried.
     """
     tried: dict[int, float] = {}
     step = FIRST_STEP

@@ -23,7 +23,7 @@ class MultiLabelResult:
     """Metrics of one multi-label classification."""
 
     scores: dict[str, Score]
-    average_precisions: np.ndarray  # [K]; NaN where the dataset has no item of the class
+    average_precisions: np.ndarray  # [K]; NaN for classes without items
 
 
 def classify_labels(
@@ -35,7 +35,7 @@ def classify_labels(
 ) -> MultiLabelResult:
     """Computes mean average precision over the classes that have items.
 
-    Its interval resamples items. clip_benchmark counts classes without items as 0 instead.
+    The interval is a bootstrap over items. clip_benchmark counts classes without items as 0.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
@@ -44,7 +44,7 @@ def classify_labels(
         bootstrap: resampling of items for the interval.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(class_embeddings, name="class_embeddings")
@@ -69,7 +69,7 @@ def classify_labels(
 
 
 def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
-    """Computes the average precision of each class as a query for its items.
+    """Computes the average precision of each class, used as a query for its items.
 
     Args:
         scores: [classes, Q] score of every item for every class.
@@ -108,7 +108,7 @@ def resampled_precisions(
         bootstrap: number of resamples and seed.
 
     Returns:
-        [classes, resamples] float64; NaN where no item of the class was drawn.
+        [classes, resamples] float64; NaN if no item of the class was drawn.
     """
     generator = np.random.default_rng(bootstrap.seed)
     num_items = scores.shape[1]
@@ -120,8 +120,8 @@ def resampled_precisions(
         times = drawn[order]  # [classes, Q]
         relevant = times * is_relevant
         num_relevant = relevant.sum(axis=1)
-        # Copies of an item do not count for one another: otherwise resamples would on average score
-        # better than the items they are drawn from.
+        # Copies of an item do not count as relevant to one another. Otherwise resamples would score
+        # better, on average, than the original items.
         earlier = times.cumsum(axis=1) - times
         relevant_earlier = relevant.cumsum(axis=1) - relevant
         precision = (relevant_earlier + 1) / (earlier + 1)

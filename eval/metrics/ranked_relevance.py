@@ -1,7 +1,7 @@
 """Ranks of all relevant candidates of each query, and the metrics computed from them.
 
-Candidates with equal scores have no order, so every metric is its mean over all orders of the tied
-candidates. A model that gives every pair the same score therefore scores exactly chance.
+Every metric is averaged over all orders of tied candidates. A model that gives every pair the same
+score is therefore measured at exactly chance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eval.metrics.ranking import QueryRanks
 
 @dataclass(frozen=True)
 class RankedRelevance:
-    """Distinct scores ("levels") that relevant candidates have, best first within each query.
+    """Distinct scores ("levels") of the relevant candidates, best first within each query.
 
     Arrays are int64 [L], one entry per level. `query` never decreases; every query has at least one
     level.
@@ -35,7 +35,7 @@ class RankedRelevance:
         return self._sum_of_levels(self.num_relevant).astype(np.int64)
 
     def query_ranks(self) -> QueryRanks:
-        """Returns the competitors of each query's best relevant candidate."""
+        """Returns the number of competitors of each query's best relevant candidate."""
         best = np.flatnonzero(self.num_relevant_above == 0)
         return QueryRanks(
             num_above=self.num_above[best],
@@ -57,7 +57,7 @@ class RankedRelevance:
     def average_precision(self, k: int | None = None) -> np.ndarray:
         """Computes the mean, over a query's relevant candidates, of the precision at their ranks.
 
-        With k it is AP@k as in trec_eval and ranx. Relevant candidates after the first k count as
+        With k it is AP@k as in trec_eval and ranx. Relevant candidates beyond rank k count as
         0, and the sum is divided by min(k, number of relevant candidates).
         Ties are averaged over all orders: McSherry and Najork 2008, "Computing information
         retrieval performance measures efficiently in the presence of tied scores", section 2.4.
@@ -79,7 +79,7 @@ class RankedRelevance:
         return self._sum_of_levels(self._at_levels(at_level, alone)) / np.minimum(total, k or total)
 
     def reciprocal_rank(self) -> np.ndarray:
-        """Computes one over the rank of each query's first relevant candidate.
+        """Computes the reciprocal rank of each query's first relevant candidate.
 
         Returns:
             [Q] float64.
@@ -89,7 +89,7 @@ class RankedRelevance:
             if relevant_above:
                 return 0.0
             offsets = np.arange(1, tied - relevant + 2)
-            # Probability that the first relevant candidate is at each offset within the tie.
+            # Probability that the first relevant candidate has a given offset within the tie.
             left = tied - offsets[:-1] + 1
             is_later = np.cumprod(np.concatenate([[1.0], (left - relevant) / left]))
             probabilities = is_later * relevant / (tied - offsets + 1)
@@ -99,7 +99,7 @@ class RankedRelevance:
         return self._sum_of_levels(self._at_levels(at_level, alone))
 
     def ndcg_at(self, k: int) -> np.ndarray:
-        """Computes the discounted cumulative gain of the first k, divided by its maximum.
+        """Computes the normalised discounted cumulative gain of the first k candidates.
 
         Gains are binary and discounted by log2(1 + rank) (Jarvelin and Kekalainen 2002).
 
@@ -125,7 +125,7 @@ class RankedRelevance:
 
         Args:
             value: function of (num_above, num_relevant_above, num_tied, num_relevant).
-            alone: [L] values of the function at levels with a single candidate, the usual case.
+            alone: [L] values for levels that consist of a single candidate, the usual case.
         """
         columns = (self.num_above, self.num_relevant_above, self.num_tied, self.num_relevant)
         is_tied = self.num_tied > 1
@@ -173,7 +173,7 @@ def ranked_relevance(
 
 
 def relevance_at_chance(num_relevant: np.ndarray, *, gallery_size: int) -> RankedRelevance:
-    """Returns the ranked relevance of an uninformed model, which scores all candidates alike.
+    """Returns the ranked relevance of a chance-level model, which scores all candidates equally.
 
     Args:
         num_relevant: [Q] relevant candidates of each query.

@@ -1,7 +1,7 @@
 """Rank of the first relevant candidate of each query, with ties broken at random.
 
 All metrics derive from three counts per query (`QueryRanks`). Ties matter: a model that gives every
-pair the same score must score exactly chance, never 100 %.
+pair the same score must be measured at exactly chance, not at 100 %.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """Competitors of each query's best relevant candidate; arrays are int64 [Q]."""
+    """Number of competitors of each query's best relevant candidate; arrays are int64 [Q]."""
 
     num_above: np.ndarray  # irrelevant candidates that score higher
     num_tied: np.ndarray  # irrelevant candidates that score the same
@@ -25,15 +25,14 @@ class QueryRanks:
     def hits_at(self, k: int) -> np.ndarray:
         """Computes the probability that a relevant candidate is among the first k.
 
-        It is 0 or 1 where there is no tie. A k above the gallery's size counts as the gallery's
-        size.
+        It is 0 or 1 without ties. k is clipped to the gallery size.
 
         Returns:
             [Q] float64.
         """
-        # Of the first k ranks, those above the tie are taken. The rest are drawn from the tied
-        # candidates without replacement; the query misses if all drawn are irrelevant
-        # (hypergeometric).
+        # The first num_above of the k ranks are taken by irrelevant candidates. The rest are drawn
+        # from the tied candidates without replacement, and the query misses if all of those are
+        # irrelevant (hypergeometric).
         num_drawn = np.maximum(min(k, self.gallery_size) - self.num_above, 0)
         misses = np.ones(len(self.num_above))
         for relevant in range(1, int(self.num_tied_relevant.max(initial=0)) + 1):
@@ -52,7 +51,7 @@ class QueryRanks:
 
 
 def chance_ranks(num_relevant: np.ndarray, *, gallery_size: int) -> QueryRanks:
-    """Returns the ranks of an uninformed model, which scores all candidates alike.
+    """Returns the ranks of a chance-level model, which scores all candidates equally.
 
     Args:
         num_relevant: [Q] relevant candidates of each query.
@@ -68,11 +67,11 @@ def chance_ranks(num_relevant: np.ndarray, *, gallery_size: int) -> QueryRanks:
 
 
 def median_rank_at_chance(ranks: QueryRanks) -> int:
-    """Finds the smallest k at which a random ranking (see `chance_ranks`) hits half the queries."""
+    """Returns the smallest k at which chance-level ranks hit half of the queries."""
     low, high = 1, ranks.gallery_size
     while low < high:
         middle = (low + high) // 2
-        # 1e-12: half must count as half after rounding
+        # 1e-12 tolerates rounding errors of an exact half
         if ranks.hits_at(middle).mean() >= 0.5 - 1e-12:
             high = middle
         else:
@@ -83,9 +82,9 @@ def median_rank_at_chance(ranks: QueryRanks) -> int:
 def cosine_scores(queries: Tensor, gallery: Tensor) -> Tensor:
     """Computes the cosine similarities of all pairs.
 
-    Equal pairs get bitwise equal scores, whatever the shape of the tile. A float32 product of the
-    same two vectors differs in its last bit between tiles of different shapes, which would break
-    ties by position. The products are therefore computed in float64 and then rounded.
+    Equal pairs get bitwise equal scores for any tile shape. A float32 product of the same two
+    vectors may differ in its last bit between tiles of different shapes, which would break ties by
+    position. The products are therefore computed in float64 and then rounded.
 
     Args:
         queries: [rows, D], L2-normalised.
@@ -98,15 +97,15 @@ def cosine_scores(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 def check_finite(embeddings: Tensor, *, name: str) -> None:
-    """Refuses embeddings with NaN or infinity, which every comparison would count as a loss.
+    """Checks that embeddings are finite; NaN would lose every comparison without notice.
 
     Raises:
-        ValueError: a value is not finite.
+        ValueError: if a value is not finite.
     """
     is_finite = torch.cat([torch.isfinite(rows).all(dim=-1) for rows in embeddings.split(4096)])
     if not bool(is_finite.all()):
         rows = torch.nonzero(~is_finite).flatten()
         raise ValueError(
-            f"{name}: {len(rows)} of {len(embeddings)} embeddings hold NaN or infinity, the first "
+            f"{name}: {len(rows)} of {len(embeddings)} embeddings contain NaN or infinity, first "
             f"in row {int(rows[0])}; the checkpoint has diverged or its input is damaged"
         )

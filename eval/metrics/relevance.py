@@ -25,7 +25,7 @@ class Relevance:
 
 
 def relevance_of_owners(media_of_text: np.ndarray) -> Relevance:
-    """Pairs each caption with the item that owns it, and with no other.
+    """Pairs each caption with its own item only.
 
     Args:
         media_of_text: [M] item of each caption.
@@ -39,7 +39,7 @@ def relevance_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[st
 
     Args:
         media_of_text: [M] item of each caption.
-        captions: [M]
+        captions: [M] captions.
     """
     items_of: dict[str, set[int]] = {}
     for item, caption in zip(media_of_text, captions, strict=True):

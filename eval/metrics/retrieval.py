@@ -1,8 +1,8 @@
 """Retrieval between media items and captions, in both directions, exact and in bounded memory.
 
-"recall@k" has the meaning of CLIP papers: the fraction of queries with at least one relevant
-candidate among their k nearest (a hit rate). "true_recall@k" is the fraction of relevant candidates
-that are found.
+"recall@k" is defined as in CLIP papers: the fraction of queries with at least one relevant
+candidate among their k nearest (a hit rate). "true_recall@k" is the fraction of a query's relevant
+candidates that are among its k nearest.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def retrieve(
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m]; every item
-            owns at least one caption.
+            has at least one caption.
         relevance: matching pairs of item and caption; None: each caption matches its own item.
-        distractor_embeddings: [X, D], L2-normalised captions that describe no item; they join the
-            gallery of media to text.
-        ks: depths of recall@k; a k above the gallery's size counts as the gallery's size.
+        distractor_embeddings: [X, D], L2-normalised captions that describe no item, added to the
+            media-to-text gallery.
+        ks: depths of recall@k; clipped to the gallery size.
         bootstrap: resampling of media items for the intervals.
         directions: prefixes of the metrics' names.
 
     Raises:
-        ValueError: an embedding is not finite, or a media item has no caption.
+        ValueError: if an embedding is not finite, or a media item has no caption.
     """
     both = retrieval_relevance(
         media_embeddings,
@@ -121,7 +121,7 @@ def _mean_recalls(
 ) -> dict[str, Score]:
     """Averages the recalls of both directions.
 
-    Where the clusters of both directions are the same media items, both use the same draws.
+    Both directions use the same draws if their clusters are the same media items.
 
     Args:
         hits: [queries, ks] in [0, 1] of each direction.
@@ -153,7 +153,7 @@ def _mean_recalls(
 
 
 def _query_metrics(ranked: RankedRelevance, ks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (metric, [Q] its value for each query) for the metrics in [0, 1], best 1."""
+    """Yields (metric name, [Q] value per query) of each metric in [0, 1], where 1 is best."""
     ranks = ranked.query_ranks()
     for k in ks:
         yield f"recall@{k}", ranks.hits_at(k)
@@ -181,7 +181,7 @@ def recall_at_k(
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m].
-        ks: depths; a k above the gallery's size counts as the gallery's size.
+        ks: depths; clipped to the gallery size.
 
     Returns:
         {"media_to_text_recall@1": ..., "text_to_media_recall@1": ...}, each in [0, 1].
@@ -213,13 +213,13 @@ def retrieval_relevance(
         text_embeddings: [M, D], L2-normalised.
         relevance: matching pairs of item and caption; every item and caption has at least one.
         distractor_embeddings: [X, D], L2-normalised captions that describe no item.
-        tile: number of captions, and of media items, scored at once; memory and speed only.
+        tile: number of captions, and of media items, scored at once; affects memory and speed only.
 
     Returns:
         (media to text, text to media).
 
     Raises:
-        ValueError: an embedding is not finite, or an item or caption has no match.
+        ValueError: if an embedding is not finite, or an item or caption has no match.
     """
     gallery_size = len(text_embeddings)
     if distractor_embeddings is not None:

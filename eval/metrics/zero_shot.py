@@ -27,10 +27,10 @@ class ClassificationResult:
 
     scores: dict[str, Score]
     confusion: np.ndarray  # [K, K] int64; row: true class, column: predicted class
-    class_recalls: np.ndarray  # [K]; NaN where the dataset has no item of the class
+    class_recalls: np.ndarray  # [K]; NaN for classes without items
     predictions: np.ndarray  # [Q] predicted class of each item
     ranks: QueryRanks  # rank of the true class of each item
-    group_accuracies: dict[str, float]  # group -> top-1 accuracy; empty without groups
+    group_accuracies: dict[str, float]  # group -> top-1 accuracy; empty if there are no groups
 
 
 def classify(
@@ -51,7 +51,7 @@ def classify(
         groups: [Q] group of each item; adds the metrics of the worst group.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     ranks, predictions = rank_classes(media_embeddings, class_embeddings, targets=targets)
     return classification_result(
@@ -67,9 +67,9 @@ def classification_result(
     bootstrap: Bootstrap,
     groups: Sequence[str] | None = None,
 ) -> ClassificationResult:
-    """Computes top-1 and top-5 accuracy, mean per class recall, macro F1 and confusion matrix.
+    """Computes top-1 and top-5 accuracy, mean per-class recall, macro F1 and confusion matrix.
 
-    With fewer than 5 classes, top-5 counts as top-K. Recall and F1 are means over the classes that
+    With fewer than 5 classes, top-5 means top-K. Recall and F1 are means over the classes that
     the dataset contains, as in scikit-learn's balanced accuracy and WILDS' F1.
 
     Args:
@@ -122,7 +122,7 @@ def rank_classes(
         The ranks, and [Q] int64 predictions (the first of tied classes).
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(class_embeddings, name="class_embeddings")
@@ -133,10 +133,10 @@ def rank_classes(
 def rank_scores(
     score_rows: Iterable[Tensor], *, targets: np.ndarray
 ) -> tuple[QueryRanks, np.ndarray]:
-    """Ranks the true class of each item by given scores; otherwise as `rank_classes`.
+    """Ranks the true class of each item, as `rank_classes` does, from given scores.
 
     Args:
-        score_rows: scores of the items, tile by tile: [rows, K]; they are overwritten.
+        score_rows: yields the scores of consecutive items, [rows, K]; they are overwritten.
         targets: [Q] integers from 0 to K - 1.
     """
     above, tied, predictions, start, num_classes = [], [], [], 0, 0
@@ -167,7 +167,7 @@ def confusion_matrix(
 
 
 def class_recalls(hits: np.ndarray, targets: np.ndarray, *, num_classes: int) -> np.ndarray:
-    """Computes the mean hit of each class's items, [K]; NaN for a class without items."""
+    """Computes the recall of each class, [K]; NaN for classes without items."""
     sizes = np.bincount(targets, minlength=num_classes)
     num_hits = np.bincount(targets, weights=hits, minlength=num_classes)
     return np.divide(num_hits, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
@@ -181,7 +181,7 @@ def _accuracy(hits: np.ndarray, chance_hits: np.ndarray) -> Score:
 def _mean_per_class_recall(
     hits: np.ndarray, targets: np.ndarray, *, chance: float, bootstrap: Bootstrap
 ) -> Score:
-    """Averages over the classes that the dataset contains (scikit-learn's balanced accuracy)."""
+    """Averages over the classes with items (scikit-learn's balanced accuracy)."""
     present, positions = np.unique(targets, return_inverse=True)
     sizes = np.bincount(positions)
     recalls = class_recalls(hits, positions, num_classes=len(present))
@@ -205,7 +205,7 @@ def macro_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 def _macro_f1(confusion: np.ndarray, *, bootstrap: Bootstrap) -> Score:
-    """Bootstraps macro F1: resampling items is a multinomial draw of the matrix's cells."""
+    """Bootstraps macro F1; resampling items is a multinomial draw of the confusion matrix."""
     num_items, num_classes = int(confusion.sum()), len(confusion)
     cells = np.flatnonzero(confusion)
     frequencies = confusion.reshape(-1)[cells] / num_items
@@ -236,7 +236,7 @@ def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, floa
 def _worst_group_accuracy(
     hits: np.ndarray, chance_hits: np.ndarray, groups: Sequence[str]
 ) -> Score:
-    """Computes the lowest accuracy of any group, with Wilson's interval."""
+    """Computes the lowest accuracy of any group, with its Wilson interval."""
     by_group = _group_accuracies(hits, groups)
     worst = min(by_group, key=by_group.get)
     of_worst = np.asarray(groups) == worst

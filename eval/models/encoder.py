@@ -1,7 +1,7 @@
 """Encodes media and texts with a trained model of any supported library.
 
-Every batch has the same number of rows; the last one is padded. On the same device the embedding of
-an item is therefore bitwise the same, no matter how many items are encoded with it.
+Every batch has the same number of rows; the last one is padded. On a given device, an item's
+embedding is therefore bitwise the same regardless of how many items are encoded together.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pretrain.checkpoints.record import read_record
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model with the preparation of its inputs, its device, precision and batch size."""
+    """A model with its input preparation, device, precision and batch size."""
 
     model: Any  # encode_media(kind, batch) and encode_text(tokens), each to [B, D]
-    front_ends: dict[str, FrontEnd]  # kind of media -> its preparation
+    front_ends: dict[str, FrontEnd]  # kind of media -> preparation
     tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
     origin: ModelOrigin
     device: torch.device
@@ -49,7 +49,7 @@ class Encoder:
 
         Args:
             kind: kind of media.
-            windows: [n, ...], prepared by the front end of this kind.
+            windows: [n, ...], prepared by the front end of this kind of media.
 
         Returns:
             [n, D] L2-normalised float32, on the CPU.
@@ -59,7 +59,7 @@ class Encoder:
         )
 
     def encode_items(self, kind: str, windows: Tensor, num_windows: Sequence[int]) -> Tensor:
-        """Encodes items of one or more windows; an item is the normalised mean of its windows.
+        """Encodes items of one or more windows each, as the normalised mean over their windows.
 
         Args:
             kind: kind of media.
@@ -116,11 +116,11 @@ def load_encoder(config: EncodingConfig) -> Encoder:
     """Loads the encoder of a model, on the GPU if there is one.
 
     Raises:
-        InputError: there is no model, or it is damaged.
+        InputError: if the model is missing or damaged.
     """
-    # The current GPU, because each process has its own.
+    # The current device, because each process has its own GPU.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # TF32 rounds inputs to 10 bits of mantissa, which reorders near ties.
+    # TF32 rounds inputs to 10 mantissa bits, which reorders near-ties.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     source = find_model(config.checkpoint, architecture=config.open_clip_architecture)
@@ -142,12 +142,12 @@ def load_encoder(config: EncodingConfig) -> Encoder:
 
 
 def load_any_model(source: ModelSource) -> LoadedModel:
-    """Loads a model with its library.
+    """Loads a model with the library that it was saved by.
 
     Raises:
-        InputError: the model is damaged, or the library cannot load it.
+        InputError: if the model is damaged, or the library cannot load it.
     """
-    # Imported here, because each library takes seconds to load.
+    # Imported here because each library takes seconds to load.
     if source.library == "open_clip":
         from eval.models.open_clip_model import load_open_clip
 
@@ -176,11 +176,11 @@ def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:
     """Checks that a model can encode a dataset's kind of media.
 
     Raises:
-        InputError: the model has no tower for this kind.
+        InputError: if the model has no tower for this kind.
     """
     if kind not in encoder.front_ends:
         raise InputError(
-            f"{folder} holds {kind}, but the model has towers for {sorted(encoder.front_ends)} only"
+            f"{folder} contains {kind}, but the model has towers for {sorted(encoder.front_ends)}"
         )
 
 
@@ -188,7 +188,7 @@ def check_embeddings(embeddings: Tensor, *, name: str) -> None:
     """Checks that all embeddings are finite.
 
     Raises:
-        InputError: an embedding is not finite; the message gives `name` and the first bad row.
+        InputError: if an embedding is not finite; the message gives `name` and the first bad row.
     """
     try:
         check_finite(embeddings, name=name)

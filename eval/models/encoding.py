@@ -16,11 +16,11 @@ class EncodingConfig(Section):
     # Run folder (its newest checkpoint), checkpoint folder, or model of another library: see
     # eval.models.model_source
     checkpoint: Path
-    # open_clip's name of the architecture, such as ViT-B-32, if checkpoint is a file of weights
+    # open_clip's name of the architecture, such as ViT-B-32, if checkpoint is a weights file
     open_clip_architecture: str | None = None
-    batch_size: PositiveInt = 128  # media items or captions encoded at once; memory and speed only
-    workers: int = Field(0, ge=0)  # processes that read and decode; 0: the main process does
+    batch_size: PositiveInt = 128  # media items or captions; affects memory and speed only
+    workers: int = Field(0, ge=0)  # worker processes that read and decode; 0: the main process
     # Precision of the towers; embeddings and scores are always float32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Clips longer than the model's input: mean over windows that cover the clip, or one part of it
+    # Clips longer than the model's input: mean over windows that cover the clip, or a single window
     long_clips: Literal["windows", "first", "centre"] = "windows"

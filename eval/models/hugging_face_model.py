@@ -1,8 +1,8 @@
 """Hugging Face's CLIP, SigLIP and CLAP, from a folder written by `save_pretrained`.
 
 CLAP's feature extractor crops long clips at random, and its fused variant marks a random clip of
-each batch as long. The embedding of a clip would not be reproducible. Here clips are first cut into
-windows of the tower's own length (see eval.models.preprocessing), which are never long.
+each batch as long. Embeddings would not be reproducible. Therefore clips are first cut into
+windows of the tower's input length (see eval.models.preprocessing), which are never long.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, Au
 from data_prep.errors import InputError
 from data_prep.media.decode import decode_audio
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
-from eval.models.model_source import ModelSource, sum_of_files
+from eval.models.model_source import ModelSource, checksum_of_files
 from eval.models.open_clip_model import PilTransform
 
-CLAP_TOKENS = 77  # length in LAION's training; the tokenizer alone would allow 512
+CLAP_TOKENS = 77  # text length in LAION's training; the tokenizer would allow 512
 
 
 class HuggingFaceModel(torch.nn.Module):
@@ -49,12 +49,12 @@ def _pooled(output: Any) -> Tensor:
 
 
 class TextPreparation:
-    """Tokenizer that pads every text to the same length."""
+    """Tokenizer that pads all texts to the same length."""
 
     def __init__(self, tokenizer: Any, *, num_tokens: int, with_mask: bool) -> None:
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
-        self.with_mask = with_mask  # SigLIP was trained to attend to padding
+        self.with_mask = with_mask  # false for SigLIP, which was trained to attend to padding
 
     def __call__(self, texts: list[str]) -> Any:
         tokens = self.tokenizer(
@@ -69,7 +69,7 @@ class TextPreparation:
 
 
 class ClapTransform:
-    """Transform of clips to log-mels by CLAP's own feature extractor."""
+    """Transform of clips to log-mels with CLAP's own feature extractor."""
 
     def __init__(self, extractor: Any) -> None:
         self.extractor = extractor
@@ -79,12 +79,12 @@ class ClapTransform:
         """Decodes a clip to float32 [samples], mono, at the tower's sample rate.
 
         Raises:
-            data_prep.media.decode.MediaError: the bytes are damaged, or the clip is too long.
+            data_prep.media.decode.MediaError: if the bytes are damaged, or the clip is too long.
         """
         return decode_audio(content, sample_rate_hz=self.extractor.sampling_rate)
 
     def __call__(self, window: np.ndarray) -> Tensor:
-        """float32 [at most clip_samples] -> float32 [1 or 4, S, F]; a short clip is repeated."""
+        """Transforms float32 [<= clip_samples] to float32 [1 or 4, S, F]; repeats short clips."""
         found = self.extractor(
             window, sampling_rate=self.extractor.sampling_rate, return_tensors="pt"
         )
@@ -95,10 +95,10 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
     """Loads the model, its media transform and its tokenizer.
 
     Raises:
-        InputError: a file is missing, or transformers cannot read it.
+        InputError: if a file is missing, or transformers cannot read it.
     """
     folder = str(source.path)
-    sha256 = sum_of_files(source.path)
+    sha256 = checksum_of_files(source.path)
     try:
         model, unused = AutoModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
@@ -111,7 +111,7 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
             prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
-    if unused["missing_keys"]:  # transformers would initialise them at random
+    if unused["missing_keys"]:  # transformers would initialise them randomly
         raise InputError(
             f"{folder}: the weights lack {sorted(unused['missing_keys'])[:5]} and others; copy all "
             "files of the model"

@@ -1,4 +1,4 @@
-"""Common form of the models of all libraries."""
+"""Common interface to the models of all libraries."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ModelOrigin:
     """Identity of a model, recorded in results."""
 
     library: Library
-    folder: Path  # folder, or file of weights
-    sha256: str  # SHA-256 of all files that the model is rebuilt from
-    step: int | None = None  # training step; only known for Isopair's checkpoints
-    tags: tuple[str, ...] = ()  # reasons why the model is not a function of its run's config alone
+    folder: Path  # model folder or weights file
+    sha256: str  # SHA-256 over the model's files
+    step: int | None = None  # training step; known only for Isopair's checkpoints
+    tags: tuple[str, ...] = ()  # reasons why the model depends on more than its run's config
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
     runs/mine                                           Isopair: newest checkpoint of a run
     runs/mine/checkpoints/step_00001000                 Isopair: one checkpoint
     folder with open_clip_config.json                   open_clip; may have the prefix "local-dir:"
-    file of weights, with open_clip_architecture        open_clip, by the name of the architecture
+    weights file, with open_clip_architecture           open_clip
     folder with config.json                             Hugging Face's CLIP, SigLIP or CLAP
 
-Needs no torch, so that a wrong path is reported before anything slow is imported.
+Does not import torch, so that a wrong path is reported before any slow import.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ class ModelSource:
 
     library: Library
     path: Path
-    architecture: str | None = None  # open_clip's name, if the path is a file of weights
+    architecture: str | None = None  # open_clip's name, if the path is a weights file
 
 
 def find_model(checkpoint: Path, *, architecture: str | None = None) -> ModelSource:
-    """Detects the model at a path.
+    """Finds the model at a path and detects its library.
 
     Args:
         checkpoint: path in one of the forms listed in the module's docstring.
-        architecture: open_clip's name of the architecture, for a file of weights.
+        architecture: open_clip's name of the architecture, for a weights file.
 
     Raises:
-        InputError: there is no model, or its type is not supported.
+        InputError: if the model is missing, or its type is not supported.
     """
     path = Path(str(checkpoint).removeprefix(LOCAL_DIR))
     if architecture is not None:
         if not path.is_file():
             raise InputError(
-                f"{path}: expected a file of weights, because open_clip_architecture is "
+                f"{path}: expected a weights file, because open_clip_architecture is "
                 f"{architecture!r}; found {'a folder' if path.is_dir() else 'nothing'}"
             )
         return ModelSource("open_clip", path, architecture)
     if path.is_file():
         raise InputError(
-            f"{path}: expected a folder; for a file of weights set open_clip_architecture to "
+            f"{path}: expected a folder; for a weights file set open_clip_architecture to "
             "open_clip's name of the model, such as ViT-B-32"
         )
     if (path / OPEN_CLIP_CONFIG).exists():
@@ -87,13 +87,13 @@ def _of_known_type(folder: Path) -> Path:
     return folder
 
 
-def sum_of_files(path: Path) -> str:
-    """Computes the SHA-256 of the weights and settings in a folder, or of one file.
+def checksum_of_files(path: Path) -> str:
+    """Computes the SHA-256 of one file, or of the weights and settings in a folder.
 
-    It covers the files' names and contents.
+    It covers file names and contents.
 
     Raises:
-        InputError: the folder holds no weights.
+        InputError: if the folder holds no weights.
     """
     files = sorted(_files_of_model(path)) if path.is_dir() else [path]
     if not any(file.suffix in WEIGHT_SUFFIXES for file in files):

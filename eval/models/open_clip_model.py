@@ -1,4 +1,4 @@
-"""open_clip models, from a `local-dir:` folder or from a file of weights and an architecture."""
+"""open_clip models, from a `local-dir:` folder, or from a weights file and an architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from data_prep.errors import InputError
 from data_prep.media.decode import decode_image
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
-from eval.models.model_source import LOCAL_DIR, ModelSource, sum_of_files
+from eval.models.model_source import LOCAL_DIR, ModelSource, checksum_of_files
 
 
 class OpenClipModel(torch.nn.Module):
@@ -34,7 +34,7 @@ class OpenClipModel(torch.nn.Module):
 
 
 class PilTransform:
-    """Another library's transform of PIL images."""
+    """Adapter for another library's transform of PIL images."""
 
     def __init__(self, prepare: Any) -> None:
         self.prepare = prepare  # PIL image -> float32 [3, H, Wd]
@@ -43,12 +43,13 @@ class PilTransform:
         """Decodes an image to uint8 [H, Wd, 3].
 
         Raises:
-            data_prep.media.decode.MediaError: the bytes are damaged, or there are too many pixels.
+            data_prep.media.decode.MediaError: if the bytes are damaged, or there are too many
+                pixels.
         """
         return decode_image(content, extension)
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        """uint8 [H, Wd, 3] -> float32 [3, size, size], normalised."""
+        """Transforms uint8 [H, Wd, 3] to float32 [3, size, size], normalised."""
         return self.prepare(Image.fromarray(image))
 
 
@@ -56,7 +57,7 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
     """Loads the model, its evaluation transform and its tokenizer.
 
     Raises:
-        InputError: the architecture is unknown to open_clip, or the weights do not fit it.
+        InputError: if the architecture is unknown to open_clip, or the weights do not fit it.
     """
     if source.architecture is None:
         name, weights = f"{LOCAL_DIR}{source.path}", None
@@ -67,7 +68,7 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
                 f"open_clip_architecture: expected one of {', '.join(open_clip.list_models())}; "
                 f"found {name!r}"
             )
-    sha256 = sum_of_files(source.path)
+    sha256 = checksum_of_files(source.path)
     try:
         model, _, prepare = open_clip.create_model_and_transforms(
             name, pretrained=weights, require_pretrained=True

@@ -1,8 +1,8 @@
 """Deterministic preparation of media: from the bytes of a file to a tower's input.
 
 A clip longer than the tower's input is cut into windows of the input's length, evenly spaced from
-the first sample to the last. Each window is encoded by itself; their normalised mean is the clip's
-embedding. Alternatively, only the first part or the centre is encoded.
+the first sample to the last. Windows are encoded separately, and their normalised mean is the
+clip's embedding. Alternatively, only the first or the central window is encoded.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LongClips = Literal["windows", "first", "centre"]
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """Preparation of media of one kind."""
+    """Preparation of one kind of media."""
 
     kind: str
     transform: Any  # object with decode(content, extension) and __call__(decoded)
-    settings: dict[str, Any]  # everything that the transform's output depends on
+    settings: dict[str, Any]  # everything that determines the transform's output
     long_clips: LongClips
 
     def prepare(self, sample: Sample) -> Tensor:
@@ -41,21 +41,21 @@ class FrontEnd:
             [n, ...]: one image, or n windows of a clip, as the tower expects them.
 
         Raises:
-            CorruptSampleError: there are no media of this kind, or they cannot be decoded.
+            CorruptSampleError: if media of this kind are missing or cannot be decoded.
         """
         extension = media_extension_of(sample.members, self.kind)
         if extension is None:
-            raise CorruptSampleError(f"{sample}: holds no {self.kind}")
+            raise CorruptSampleError(f"{sample}: contains no {self.kind}")
         try:
             return self.prepare_media(sample.members[extension], extension)
         except MediaError as error:
             raise CorruptSampleError(f"{sample}: .{extension} cannot be decoded: {error}") from None
 
     def prepare_media(self, content: bytes, extension: str) -> Tensor:
-        """Prepares the bytes of a media file; returns the same as `prepare`.
+        """Prepares a media file from its bytes; see `prepare`.
 
         Raises:
-            data_prep.media.decode.MediaError: the bytes cannot be decoded.
+            data_prep.media.decode.MediaError: if the bytes cannot be decoded.
         """
         decoded = self.transform.decode(content, extension)
         parts = [decoded]
@@ -67,7 +67,7 @@ class FrontEnd:
 def windows_of(
     waveform: np.ndarray, clip_samples: int, *, long_clips: LongClips
 ) -> list[np.ndarray]:
-    """Cuts a waveform into the windows to encode; a short waveform is its own only window.
+    """Cuts a waveform into the windows to encode; a short waveform is a single window.
 
     Args:
         waveform: float32 [samples]

@@ -1,4 +1,4 @@
-"""Averages over the evaluations of a suite, of one metric each."""
+"""Averages of the main metrics of several evaluations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ALL = "all"
 
 
 def main_metric_of(outcome: Outcome, section: EvaluationSection) -> str | None:
-    """Returns the metric of an evaluation that averages take; None if it has none.
+    """Returns the metric that an evaluation contributes to averages; None if it has none.
 
     Raises:
-        InputError: if the evaluation lacks the metric that its config names.
+        InputError: if the evaluation does not have the `main_metric` of its config.
     """
     scores = outcome.result.scores
     if section.main_metric is None:
@@ -36,13 +36,13 @@ def main_metric_of(outcome: Outcome, section: EvaluationSection) -> str | None:
 def averages_of(
     outcomes: Sequence[Outcome], evaluations: Mapping[str, EvaluationSection]
 ) -> dict[str, Score]:
-    """Computes the mean of the main metrics of all evaluations, and of each average they name.
+    """Computes the mean main metric over all evaluations, and over the members of each average.
 
-    The intervals treat the evaluations as independent: their half-widths add up as squares.
+    The intervals treat evaluations as independent: their half-widths add in quadrature.
 
     Args:
         outcomes: outcomes of the evaluations.
-        evaluations: sections of their config, by name.
+        evaluations: evaluation name -> config section.
 
     Raises:
         InputError: see `main_metric_of`.

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from data_prep.report.html import INK, SERIES_COLORS, chart, svg_chart
 
-MAX_CLASSES_WITH_COUNTS = 25  # counts in more cells would be unreadable
+MAX_CLASSES_WITH_COUNTS = 25  # with more cells, counts would be unreadable
 CELL_COLOR = (0.2, 0.42, 0.82)
 
 # Series name -> (steps, values)
@@ -23,7 +23,7 @@ def confusion_chart(confusion: np.ndarray, class_names: Sequence[str]) -> Markup
     """Draws a [K, K] confusion matrix, shaded by fractions of its rows, with counts if K is small.
 
     Args:
-        confusion: [K, K] counts; row true class, column predicted class.
+        confusion: [K, K] counts; row: true class, column: predicted class.
         class_names: [K] labels of the axes.
     """
     num_classes = len(class_names)

@@ -1,4 +1,4 @@
-"""Report of a classification with one class per item: confusions, recalls and some items."""
+"""Report section of a single-label classification: confusions, recalls and example items."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def class_blocks(
     targets: np.ndarray,
     groups: Sequence[str] | None = None,
 ) -> list[Markup]:
-    """Builds the confusion matrix, the worst classes, the commonest confusions, and some items.
+    """Builds the confusion matrix, most frequent confusions, class recalls and example items.
 
     Args:
         dataset: Q media items.
         result: result of their classification.
-        class_labels: [K] names of the classes, each once.
+        class_labels: [K] unique names of the classes.
         targets: [Q] index of each item's class.
-        groups: [Q] group of each item; adds a table of accuracies by group.
+        groups: [Q] group of each item; adds a table of accuracies per group.
     """
     matrix = [
         heading("Confusion matrix"),
         confusion_chart(result.confusion, class_labels),
-        heading("Commonest confusions"),
+        heading("Most frequent confusions"),
         _confusion_table(result.confusion, class_labels),
     ]
-    classes = [heading("Recall by class, worst first"), _class_table(result, class_labels)]
+    classes = [heading("Recall per class, worst first"), _class_table(result, class_labels)]
     if groups is not None:
         classes += [
-            heading("Accuracy by group, worst first"),
+            heading("Accuracy per group, worst first"),
             _group_table(groups, result.group_accuracies),
         ]
     return [
         columns([Markup("").join(matrix), Markup("").join(classes)]),
-        heading("Some items, mistakes first"),
+        heading("Example items, mistakes first"),
         _classified_items(dataset, class_labels, targets, result.predictions),
     ]
 
@@ -75,7 +75,7 @@ def _class_table(result: ClassificationResult, class_labels: Sequence[str]) -> M
 
 
 def _recall_bar(recall: float, num_items: int, num_classes: int) -> Markup:
-    """The recall of one class with its Wilson interval, against chance."""
+    """Draws the recall of a class with its Wilson interval and chance level."""
     low, high = wilson_interval(recall * num_items, num_items)
     return interval_bar(recall, low=low, high=high, reference=1 / num_classes)
 
@@ -98,7 +98,7 @@ def _confusion_table(confusion: np.ndarray, class_labels: Sequence[str]) -> Mark
             fraction = wrong[true, predicted] / confusion[true].sum()
             cells = (class_labels[true], class_labels[predicted], str(wrong[true, predicted]))
             rows.append((*cells, f"{100 * fraction:.1f} %"))
-    header = ("true class", "taken for", "items", "share of the class")
+    header = ("true class", "predicted as", "items", "fraction of the class")
     return table(header, rows, numeric={2, 3})
 
 
@@ -108,12 +108,12 @@ def _classified_items(
     targets: np.ndarray,
     predictions: np.ndarray,
 ) -> Markup:
-    """Cards of items with their true class, and with the predicted class where that differs."""
+    """Builds cards of items with their true class, and the predicted class if it differs."""
     views = MediaViews(dataset)
     is_wrong = predictions != targets
     shown = []
     for item in shown_queries(1.0 + is_wrong, num_queries=MAX_CLASSIFIED_ITEMS):
         true, predicted = (class_labels[index] for index in (targets[item], predictions[item]))
-        label = f"{true}, taken for {predicted}" if is_wrong[item] else true
+        label = f"{true}, predicted as {predicted}" if is_wrong[item] else true
         shown.append(card(views.of(item), label, kind="missed" if is_wrong[item] else "good"))
     return cards(shown)

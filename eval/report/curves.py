@@ -1,7 +1,7 @@
-"""Curves of evaluation metrics over the checkpoints of a run, in its TensorBoard.
+"""TensorBoard curves of evaluation metrics over the checkpoints of a run.
 
-Every start rewrites all curves from the results. A watch that was killed between writing results
-and curves therefore neither skips a step nor repeats one.
+Every start rewrites all curves from the results. A step is thus neither missing nor repeated if
+eval.watch was killed between writing results and curves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class EvaluationCurves:
 
     Args:
         run_folder: run folder.
-        output: folder that holds a folder of results for each step.
+        output: folder with one results folder per step.
     """
 
     def __init__(self, run_folder: Path, output: Path) -> None:

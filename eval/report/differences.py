@@ -1,7 +1,7 @@
 """Differences between two results of one evaluation, sample by sample, with paired intervals.
 
-Both results saw the same samples, so their differences are resampled, not their metrics. That
-separates models whose own intervals overlap widely.
+Both results are measured on the same samples, so the bootstrap resamples per-sample differences.
+This distinguishes models whose individual intervals overlap widely.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from data_prep.errors import InputError
 from eval.metrics.intervals import Bootstrap, bootstrap_interval, weighted_mean
 from eval.report.predictions import predictions_file
 
-NUM_FLIPPED = 20  # keys of samples that are named
+NUM_FLIPPED = 20  # samples listed by key
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of one metric between two results."""
+    """Difference of one metric between two results."""
 
     evaluation: str
     metric: str
@@ -33,25 +33,25 @@ class Difference:
     low: float  # 95 % interval of the difference
     high: float
     num_queries: int
-    num_better: int  # queries
+    num_better: int  # number of queries that are better than in the baseline
     num_worse: int
-    better: list[str]  # keys of the first samples with a query that is better
+    better: list[str]  # keys of the first samples with a better query
     worse: list[str]
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes zero."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class ResultPair:
-    """One evaluation in two folders of results.
+    """One evaluation in two results folders.
 
     Args:
         evaluation: name of the evaluation.
-        record: what the first results.json holds about it.
-        folders: both folders of results.
+        record: record of the evaluation in the first results.json.
+        folders: both results folders.
         bootstrap: settings of the intervals.
     """
 
@@ -61,7 +61,7 @@ class ResultPair:
     bootstrap: Bootstrap
 
     def tables(self, suffix: str = "") -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """Reads the predictions of both: {column: values}.
+        """Reads the predictions of both results as {column: values}.
 
         Raises:
             InputError: if predictions are missing.
@@ -75,11 +75,11 @@ class ResultPair:
     def mean_differences(
         self, metric_of_column: Mapping[str, str], suffix: str = ""
     ) -> Iterator[Difference]:
-        """Yields the differences of the means of columns, resampled by media item.
+        """Yields the differences of metrics that are column means, resampling media items.
 
         Args:
-            metric_of_column: {column of the predictions: metric that is its mean}.
-            suffix: suffix of the predictions' file.
+            metric_of_column: column of the predictions -> metric that is its mean.
+            suffix: suffix of the predictions file.
 
         Raises:
             InputError: if predictions are missing.
@@ -100,10 +100,10 @@ class ResultPair:
             )
 
     def rank_differences(self, direction: str) -> Iterator[Difference]:
-        """Yields the differences of recall@k and mean rank in one direction of a retrieval.
+        """Yields the differences of recall@k and mean rank for one retrieval direction.
 
         Args:
-            direction: prefix of the metrics, and suffix of the predictions' file.
+            direction: prefix of the metrics, and suffix of the predictions file.
 
         Raises:
             InputError: if predictions are missing.
@@ -126,13 +126,13 @@ class ResultPair:
         keys: Sequence[str],
         is_rank: bool = False,
     ) -> Difference:
-        """Returns the difference of a metric that is the mean of values.
+        """Builds the difference of a metric that is a mean over queries.
 
         Args:
             metric: name of the metric.
-            values: [queries] values of the first and of the second result.
+            values: [queries] values of the baseline, and of the other result.
             interval: 95 % interval of the difference.
-            keys: [queries] names of the queries.
+            keys: [queries] key of each query's sample.
             is_rank: whether lower values are better.
         """
         gains = values[1] - values[0]

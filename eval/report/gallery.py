@@ -1,7 +1,7 @@
-"""Building blocks of galleries: media items, queries and their nearest answers.
+"""HTML building blocks of galleries: media items, queries and their nearest answers.
 
-Half of the queries shown are those with the worst result; the rest are spread evenly over the
-dataset. The HTML is in templates/gallery.html.
+Half of the queries shown are the hardest ones; the rest are spread evenly over the dataset. The
+markup is in templates/gallery.html.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _macros() -> Any:
 
 
 class MediaViews:
-    """Pictures or players of a dataset's media items, each made once."""
+    """Pictures or audio players of a dataset's media items, each built once."""
 
     def __init__(self, dataset: EvaluationSet) -> None:
         self.dataset = dataset
@@ -57,12 +57,12 @@ class MediaViews:
 def shown_queries(
     first_ranks: np.ndarray, *, num_queries: int, labels: Sequence[str] | None = None
 ) -> list[int]:
-    """Chooses the queries to show: the hardest half first, then some spread over the rest.
+    """Chooses the queries to show: first the hardest, then some spread evenly over the rest.
 
     Args:
-        first_ranks: [queries] rank of the first right answer.
+        first_ranks: [queries] rank of the first relevant answer.
         num_queries: number of queries to show.
-        labels: [queries] labels; of queries with equal labels only the hardest is shown.
+        labels: [queries] labels; only the hardest query of each label is shown.
     """
     by_rank = np.argsort(-first_ranks, kind="stable")
     if labels is not None:
@@ -76,7 +76,7 @@ def shown_queries(
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
-    """Finds the gallery's indices nearest to each query, best first.
+    """Returns the indices of the gallery items nearest to each query, best first.
 
     Args:
         queries: [rows, D], L2-normalised.
@@ -90,29 +90,29 @@ def nearest(queries: Tensor, gallery: Tensor) -> list[list[int]]:
 
 
 def card(view: Markup, label: str | Markup, *, kind: str = "") -> Markup:
-    """Builds a media item with a label; kind "good", "missed" or none."""
+    """Builds a card of a media item and its label; `kind` is "good", "missed" or empty."""
     return _macros().card(view, label, kind)
 
 
 def cards(blocks: Sequence[Markup]) -> Markup:
-    """Joins cards to a grid."""
+    """Joins cards into a grid."""
     return _macros().cards(blocks)
 
 
 def media_query(view: Markup, ranks: QueryRanks, query: int, *, answers: Markup) -> Markup:
-    """Builds a media item as a query, with its rank and answers.
+    """Builds the view of a media query, with its rank and answers.
 
     Args:
         view: view of the media item.
         ranks: ranks of all queries.
-        query: index of this one.
-        answers: see `text_answers` and `media_answers`.
+        query: index of this query.
+        answers: result of `text_answers` or `media_answers`.
     """
     return _macros().media_query(view, _rank_badge(ranks, query), answers)
 
 
 def text_query(text: str, ranks: QueryRanks, query: int, *, answers: Markup) -> Markup:
-    """Builds a text as a query, with its rank and answers; arguments as for `media_query`."""
+    """Builds the view of a text query; other arguments as for `media_query`."""
     return _macros().text_query(text, _rank_badge(ranks, query), answers)
 
 
@@ -123,24 +123,24 @@ def _rank_badge(ranks: QueryRanks, query: int) -> Markup:
 
 
 def text_answers(texts: Sequence[str], found: Sequence[int], *, right: Sequence[int]) -> Markup:
-    """Lists the texts found by a query, and one that it missed if none is right.
+    """Lists the texts that a query found, and a relevant one if all of them are wrong.
 
     Args:
         texts: texts of the gallery.
         found: indices of the answers, best first.
-        right: indices of the right answers.
+        right: indices of the relevant answers.
     """
     missed = None if set(right) & set(found) else texts[right[0]]
     return _macros().text_answers([(texts[text], text in right) for text in found], missed)
 
 
 def media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[int]) -> Markup:
-    """Shows the media items found by a query, and one that it missed if none is right.
+    """Shows the media items that a query found, and a relevant one if all of them are wrong.
 
     Args:
         views: views of the gallery.
         found: indices of the answers, best first.
-        right: indices of the right answers.
+        right: indices of the relevant answers.
     """
     shown = [
         card(views.of(media), str(rank), kind="good" if media in right else "")
@@ -152,24 +152,25 @@ def media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[in
 
 
 def scored_captions(captions: Sequence[str], scores: Sequence[float]) -> Markup:
-    """Lists captions with their scores; the first is marked as the right one."""
+    """Lists captions with their scores; the first is marked as correct."""
     return _macros().scored_captions(
         [(text, f"{score:.3f}") for text, score in zip(captions, scores, strict=True)]
     )
 
 
 def space_blocks(space: EmbeddingSpace, dataset: EvaluationSet) -> list[Markup]:
-    """Describes the shared space of a retrieval, and the media items that most queries find.
+    """Builds the metrics of the embedding space, and the media items found most often.
 
     Args:
-        space: measures of the space.
+        space: metrics of the embedding space.
         dataset: dataset of the media items.
     """
     rows = [(name.replace("_", " "), f"{value:.3f}") for name, value in space.record().items()]
     note = (
         "Modality gap: distance between the means of both kinds. Alignment: mean squared distance "
-        "of right pairs. Uniformity: lower is more evenly spread. Hubness: skewness of how often "
-        "an item is among the ten nearest of a query; above about 1, a few are found by everything."
+        "of matching pairs. Uniformity: lower means more evenly spread. Hubness: skewness of how "
+        "often an item is among the ten nearest to a query; above about 1, a few items are found "
+        "by most queries."
     )
     return [
         heading("The shared space"),
@@ -181,7 +182,7 @@ def space_blocks(space: EmbeddingSpace, dataset: EvaluationSet) -> list[Markup]:
 
 
 def _hubs(space: EmbeddingSpace, dataset: EvaluationSet) -> Markup:
-    """Cards of the media items that most queries find, with the fraction of queries."""
+    """Builds cards of the media items found most often, with the fraction of queries."""
     hubness = space.hubness[1]  # with the media as the gallery
     views = MediaViews(dataset)
     order = np.argsort(-hubness.occurrences, kind="stable")[:MAX_HUBS].tolist()

@@ -1,4 +1,4 @@
-"""The report of an evaluation: metrics against chance, a section per task, training, provenance."""
+"""The HTML report of an evaluation: metrics, a section per task, training curves, provenance."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pretrain.run.attempts import read_metrics
 if TYPE_CHECKING:
     from eval.tasks.task import Outcome, Task
 
-# These limits keep the page below about 5 MB.
-# Browsers refuse to play more than 75 sounds of a page; a query shows up to seven.
+# These limits keep the page smaller than about 5 MB.
+# Browsers play at most 75 sounds per page; a query shows up to seven.
 MAX_QUERIES_IN_ALL = {"image": 24, "audio": 8}
 MAX_QUERIES_PER_DIRECTION = 8
 
@@ -56,12 +56,12 @@ def _subtitle(checkpoint: dict[str, Any]) -> str:
     if checkpoint["step"] is not None:
         subtitle += f", step {checkpoint['step']}"
     if checkpoint["marks"]:
-        subtitle += f". Not a function of its config alone: {', '.join(checkpoint['marks'])}"
+        subtitle += f". Depends on more than its config: {', '.join(checkpoint['marks'])}"
     return subtitle
 
 
 def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Section:
-    """Lists all metrics and averages with their intervals, against chance."""
+    """Builds the table of all metrics and averages, with intervals and chance levels."""
     rows = []
     for name, values in record["averages"].items():
         score = Score(**values)
@@ -83,14 +83,14 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
     return Section(
         "Metrics",
         [table(header, rows, numeric={3, 4, 5, 6})],
-        note="Dark line: 95 % interval. Orange mark: what a model that knows nothing scores. "
-        "Retrieval recall@k is the share of queries with a right answer among the first k, true "
-        "recall@k the share of right answers that are.",
+        note="Dark line: 95 % interval. Orange mark: chance level. Retrieval recall@k is the "
+        "fraction of queries with a relevant answer among the first k, true recall@k the "
+        "fraction of relevant answers among the first k.",
     )
 
 
 def _num_queries(task: Task, outcomes: Sequence[Outcome]) -> int:
-    """Number of queries shown for a task, so that all tasks together fit a page."""
+    """Returns the number of queries to show for a task, so that all tasks fit on one page."""
     kinds = [_kind_shown(each.task) for each in outcomes if each.task.shows_queries]
     own = _kind_shown(task)
     limit = MAX_QUERIES_IN_ALL[own] // max(1, kinds.count(own))
@@ -103,7 +103,7 @@ def _kind_shown(task: Task) -> str:
 
 
 def training_sections(checkpoint: Path) -> list[Section]:
-    """Draws the curves of the run that holds the checkpoint; returns no section if none does."""
+    """Draws the curves of the checkpoint's run; returns no section if it is not in a run."""
     if checkpoint.parent.name != "checkpoints":
         return []
     rows = read_metrics(checkpoint.parent.parent)
@@ -113,7 +113,7 @@ def training_sections(checkpoint: Path) -> list[Section]:
 
 
 def provenance_section(record: dict[str, Any]) -> Section:
-    """Lists everything that the metrics are a function of."""
+    """Lists everything that the metrics depend on."""
     environment, method = record["environment"], record["method"]
     facts = {
         "checkpoint": record["checkpoint"]["folder"],

@@ -1,4 +1,4 @@
-"""Markdown tables with aligned columns, readable as plain text."""
+"""Markdown tables with aligned columns, which are also readable as plain text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a table, without a final line break.
+    """Formats a table, without a trailing newline.
 
     Args:
         header: names of the columns.

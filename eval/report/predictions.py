@@ -1,16 +1,16 @@
-"""Per-sample predictions in Parquet, from which metrics can be computed without the model.
+"""Per-sample predictions in Parquet; metrics can be recomputed from them without the model.
 
-    predictions/<evaluation>.parquet                 a row per media item
+    predictions/<evaluation>.parquet                 one row per media item
       one class per item        key, class_name, predicted, hit@1, rank of the true class
-      few-shot probes           key, class_name, hit@1 after each number of shots
+      few-shot probes           key, class_name, hit@1 for each number of shots
       several classes           key, class_names, scores [K] in the order of results.json
-      association               name of the group as key, cue, Jaccard index
-      caption choice            key of the item, or keys of the group; its metrics
-    predictions/<evaluation>.media_to_text.parquet   key, hit@k, rank of the first right caption
+      association               key (name of the group), cue, Jaccard index
+      caption choice            key (of the item, or of all items of the group), its metrics
+    predictions/<evaluation>.media_to_text.parquet   key, hit@k, rank of the first relevant caption
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
     predictions/<evaluation>.image_to_audio.parquet  and so on: key, hit@k, rank
 
-Ranks begin at 1. With ties, hits and ranks are the mean over all orders.
+Ranks start at 1. Where scores tie, hits and ranks are averaged over all orders of the ties.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Writes the predictions of all evaluations.
 
     Args:
-        folder: folder of the results.
+        folder: results folder.
         outcomes: outcomes of all evaluations.
     """
     for outcome in outcomes:
@@ -51,17 +51,17 @@ def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def rank_columns(ranks: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns the columns hit@k and rank of ranked queries."""
+    """Returns the columns "hit@k" and "rank", one row per query."""
     hits = {f"hit@{k}": ranks.hits_at(k) for k in ks}
     return hits | {"rank": ranks.first_ranks()}
 
 
 def predictions_file(results: Path, evaluation: str, suffix: str) -> Path:
-    """Returns the path of an evaluation's Parquet.
+    """Returns the path of a Parquet file of predictions.
 
     Args:
         results: folder that `python -m eval.evaluate` wrote.
         evaluation: name of the evaluation.
-        suffix: suffix of one of its files, see eval.report.predictions.
+        suffix: suffix of the file's name, listed in the module's docstring.
     """
     return results / FOLDER / f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', evaluation)}{suffix}.parquet"

@@ -1,4 +1,4 @@
-"""Results as files: results.json with full provenance, results.md for people, results.csv."""
+"""Results files: results.json with full provenance, results.md to read, results.csv."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def results_record(
     seconds: float,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the content of results.json: the metrics, and everything they are a function of.
+    """Returns the content of results.json: the metrics, and everything they depend on.
 
     Args:
         outcomes: outcomes of all evaluations.
-        averages: averages over them, by name.
-        encoder: encoder of the embeddings.
+        averages: averages over the evaluations, by name.
+        encoder: encoder that computed the embeddings.
         long_clips: see `EncodingConfig.long_clips`.
         bootstrap: settings of the intervals.
-        skipped: {evaluation: reason for leaving it out}.
+        skipped: skipped evaluation -> reason.
         seconds: duration of the whole evaluation.
-        config: resolved config, as plain values.
+        config: resolved config as JSON values.
     """
     return {
         "checkpoint": _model_record(encoder.origin),
@@ -64,7 +64,7 @@ def results_record(
 
 
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
-    """Returns what results.json holds about one evaluation."""
+    """Returns the entry of one evaluation in results.json."""
     task = outcome.task
     return {
         "dataset": {
@@ -124,7 +124,7 @@ def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
         rows.append((f"average: {name}", "main metrics", *score_cells("", Score(**values))))
     table = markdown_table(COLUMNS, rows)
     notes = [f"\n{each.task.name}: {note}" for each in outcomes for note in each.task.notes()]
-    notes += [f"\n{name} left out: {reason}" for name, reason in record["skipped"].items()]
+    notes += [f"\n{name} skipped: {reason}" for name, reason in record["skipped"].items()]
     return "\n".join([table, *notes]) + "\n"
 
 
@@ -137,7 +137,7 @@ def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]
 
 
 def is_rank(metric: str) -> bool:
-    """Returns whether a metric is a rank, best 1, rather than a fraction of queries."""
+    """Returns whether a metric is a rank (lower is better) rather than a fraction of queries."""
     return metric.endswith("_rank")
 
 
@@ -158,7 +158,7 @@ def _rank_text(rank: float) -> str:
 
 
 def scores_csv(outcomes: Sequence[Outcome]) -> str:
-    """Formats the metrics of all evaluations as CSV, a row each."""
+    """Formats the metrics of all evaluations as CSV, one row per metric."""
     text = io.StringIO()
     names = [field.name for field in fields(Score)]
     writer = csv.writer(text, lineterminator="\n")
@@ -169,14 +169,12 @@ def scores_csv(outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def refuse_missed_goals(
-    evaluations: Mapping[str, EvaluationSection], outcomes: Sequence[Outcome]
-) -> None:
+def check_goals(evaluations: Mapping[str, EvaluationSection], outcomes: Sequence[Outcome]) -> None:
     """Checks the metrics against the goals of the config.
 
     Raises:
-        InputError: if a goal names a metric that the evaluation lacks.
-        RunError: if a metric is below its goal, or a rank above it; names all of them.
+        InputError: if a goal names a metric that the evaluation does not have.
+        RunError: if a metric is below its goal, or a rank above it; lists all of them.
     """
     missed = []
     for outcome in outcomes:
@@ -188,9 +186,9 @@ def refuse_missed_goals(
                 )
             value = scores[metric].value
             if value > goal if is_rank(metric) else value < goal:
-                missed.append(f"  {name}: {metric} is {value:.4g}, the goal {goal:g}")
+                missed.append(f"  {name}: {metric}: expected {goal:g}, found {value:.4g}")
     if missed:
-        raise RunError("goals are missed:\n" + "\n".join(missed))
+        raise RunError("metrics miss their goals:\n" + "\n".join(missed))
 
 
 def write_results(folder: Path, record: dict[str, Any], *, table: str, rows: str) -> None:

@@ -1,6 +1,6 @@
 """The web page of eval.search, which finds media items by text, image or sound.
 
-Only this machine is served, unless the config names another host.
+The server listens on this machine only, unless the config sets another host.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PAGE = Path(__file__).parent / "templates" / "search.html"
 
 
 class SearchEngine:
-    """A dataset, the index of its embeddings, and the model that computed them.
+    """Nearest-neighbour search in a dataset, with its index and the model that built it.
 
     Args:
         dataset: Q media items.
-        encoder: model of the index.
-        index: faiss index of the items, in their order.
-        num_results: number of results of a search.
+        encoder: encoder that computed the indexed embeddings.
+        index: faiss index of the items, in dataset order.
+        num_results: number of results per search.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SearchEngine:
             name: name of the file; its extension selects the decoder.
 
         Raises:
-            InputError: if it cannot be decoded, or the model has no tower for it.
+            InputError: if the file cannot be decoded, or the model has no tower for it.
         """
         extension = PurePosixPath(name).suffix[1:].lower()
         kind = media_kind_of(extension)
@@ -82,7 +82,7 @@ class SearchEngine:
         return self._nearest(query.numpy())
 
     def like(self, ordinal: int) -> list[dict[str, Any]]:
-        """Finds the items nearest to an item of the dataset, which comes first."""
+        """Finds the items nearest to an item of the dataset; the item itself comes first."""
         return self._nearest(self.index.reconstruct(ordinal)[None])
 
     def media(self, ordinal: int) -> tuple[bytes, str]:
@@ -97,14 +97,14 @@ class SearchEngine:
         return [
             self._described(ordinal, score)
             for ordinal, score in zip(ordinals[0].tolist(), scores[0].tolist(), strict=True)
-            if ordinal >= 0  # a graph may find fewer
+            if ordinal >= 0  # an approximate index may find fewer
         ]
 
     def _described(self, ordinal: int, score: float) -> dict[str, Any]:
         sample = self.dataset.read_sample(ordinal, fields=("json", "txt"))
         try:
             captions = texts_of(sample, self.dataset)
-        except InputError:  # a set of classes
+        except InputError:  # a classification set has no captions
             captions = []
         return {
             "ordinal": ordinal,
@@ -190,7 +190,7 @@ def _add_items(app: Flask, engine: SearchEngine) -> None:
 
 
 def serve(engine: SearchEngine, *, host: str, port: int) -> None:
-    """Serves the page until it is interrupted."""
+    """Serves the page until interrupted."""
     torch.set_grad_enabled(False)
-    say(f"http://{host}:{port}  (Ctrl-C ends)")
+    say(f"http://{host}:{port}  (press Ctrl-C to stop)")
     build_app(engine).run(host=host, port=port, threaded=True)

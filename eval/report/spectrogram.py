@@ -10,16 +10,16 @@ import torch
 WINDOW = 512
 NUM_BANDS = 48
 NUM_COLUMNS = 160
-RANGE_DB = 70.0  # levels further below the loudest are shown in the darkest color
-# From dark to light, in perceptually equal steps.
+RANGE_DB = 70.0  # levels more than this below the peak are drawn in the darkest colour
+# From dark to light in perceptually uniform steps.
 COLORS = np.array([[12, 8, 38], [84, 15, 109], [187, 55, 84], [249, 142, 8], [252, 255, 164]])
 
 
 def spectrogram_picture(waveform: np.ndarray) -> np.ndarray:
-    """Draws a spectrogram: frequency upwards on a logarithmic scale, time rightwards.
+    """Draws a spectrogram: time on the x axis, frequency on a logarithmic y axis.
 
     Args:
-        waveform: float32 [samples], mono, of any sample rate.
+        waveform: float32 [samples], mono, at any sample rate.
 
     Returns:
         uint8 [NUM_BANDS, NUM_COLUMNS, 3].

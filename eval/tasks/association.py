@@ -1,4 +1,4 @@
-"""Association: choice of the media items that belong to a cue, among a few."""
+"""Association: choosing the media items that belong to a cue word from a few candidates."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
 class AssociationSection(EvaluationSection):
-    """Chooses the media items that belong to a cue, of a few (WinoGAViL).
+    """Chooses the media items that belong to a cue word from a few candidates (WinoGAViL).
 
-    Samples carry the cue as their caption in .json or .txt, and in .json whether they belong to it.
+    Samples carry the cue as caption in .json or .txt, and in .json whether they belong to it.
     """
 
     task: Literal["association"]
-    group_by: str  # key in .json: the items of one value share a cue and are chosen from
-    right: str = "is_association"  # key in .json: 1 or true, or 0 or false
+    group_by: str  # key in .json; items with the same value share a cue and form the candidates
+    # Key in .json: whether the item belongs to the cue, 1 or 0, true or false
+    right: str = "is_association"
 
 
 @dataclass(frozen=True)
 class AssociationTask(Task, section=AssociationSection):
-    """Choice of the media items that belong to a cue, among a few."""
+    """Choice of the media items that belong to a cue from a few candidates."""
 
-    groups: dict[str, list[int]]  # name of the group -> indices of the items to choose from
+    groups: dict[str, list[int]]  # name of the group -> indices of its candidate items
     cues: list[str]  # [groups]
-    is_right: np.ndarray  # bool [Q]
+    is_correct: np.ndarray  # bool [Q]
 
     dataset_types = ("retrieval",)
     main_metrics = ("jaccard",)
@@ -58,7 +59,7 @@ class AssociationTask(Task, section=AssociationSection):
         sets: EvaluationSets,
         seed: int,
     ) -> AssociationTask:
-        keys, is_right = [], []
+        keys, is_correct = [], []
         groups: dict[str, list[int]] = defaultdict(list)
         cues: dict[str, str] = {}
         for ordinal, sample in enumerate(read_texts(dataset)):
@@ -66,7 +67,7 @@ class AssociationTask(Task, section=AssociationSection):
             flag = value_of(sample, section.right).lower()
             if flag not in FLAGS:
                 raise InputError(f"{sample}: {section.right}: expected 1 or 0, found {flag!r}")
-            is_right.append(FLAGS[flag])
+            is_correct.append(FLAGS[flag])
             group, cue = value_of(sample, section.group_by), texts_of(sample, dataset)[0]
             if cues.setdefault(group, cue) != cue:
                 raise InputError(
@@ -74,7 +75,7 @@ class AssociationTask(Task, section=AssociationSection):
                     f"{cues[group]!r} and {cue!r}"
                 )
             groups[group].append(ordinal)
-        flags = np.array(is_right)
+        flags = np.array(is_correct)
         without = [group for group, indices in groups.items() if not flags[indices].any()]
         if without:
             raise InputError(
@@ -85,7 +86,7 @@ class AssociationTask(Task, section=AssociationSection):
 
     @property
     def texts(self) -> list[str]:
-        """The cues."""
+        """The cues, one per group."""
         return self.cues
 
     @property
@@ -96,31 +97,31 @@ class AssociationTask(Task, section=AssociationSection):
         return "association"
 
     def details(self) -> str:
-        return f"{len(self.groups)} cues, {int(self.is_right.sum())} items that belong to theirs"
+        return f"{len(self.groups)} cues, {int(self.is_correct.sum())} items that belong to a cue"
 
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[AssociationResult, Tensor]:
-        """Returns the result, and the embeddings [groups, D] of the cues."""
+        """Returns the result and the embeddings of the cues, [groups, D]."""
         from eval.metrics.association import associate
 
-        cues = embeddings.of_texts(self)
+        cues = embeddings.texts(self)
         result = associate(
             media,
             cues,
             groups=list(self.groups.values()),
-            is_right=self.is_right,
+            is_correct=self.is_correct,
             bootstrap=bootstrap,
         )
         return result, cues
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
-        from eval.embeddings.store import sum_of_texts
+        from eval.embeddings.store import checksum_of_texts
 
         return {
             "num_queries": len(self.cues),
             "num_media": len(self.dataset),
-            "cues_sha256": sum_of_texts(self.cues),
+            "cues_sha256": checksum_of_texts(self.cues),
         }
 
     def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""Choice of the right caption, or media item, among a few that are nearly alike."""
+"""Choice of the correct caption or media item among a few nearly identical ones."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 
 class CaptionChoiceSection(EvaluationSection):
-    """Chooses the right one of a few nearly equal captions or media items (SugarCrepe, Winoground).
+    """Chooses the correct caption or media item among a few (SugarCrepe, Winoground).
 
-    Samples carry their caption in .txt or .json, and wrong ones as "negative_captions" in .json.
+    Samples carry their caption in .txt or .json, and wrong captions as "negative_captions" in
+    .json.
     """
 
     task: Literal["caption_choice"]
-    # Key in .json: items with the same value are each other's wrong answers; null:
-    # negative_captions are the wrong answers
+    # Key in .json; items with the same value are each other's wrong answers. null: the wrong
+    # answers are negative_captions
     group_by: str | None = None
 
 
 @dataclass(frozen=True)
 class CaptionChoiceTask(Task, section=CaptionChoiceSection):
-    """Choice of the right caption, or media item, among a few."""
+    """Choice of the correct caption or media item among a few."""
 
-    captions: list[list[str]]  # [Q] of each item, the right one first
+    captions: list[list[str]]  # [Q] captions of each item, the correct one first
     groups: list[list[int]] | None  # indices of items that are each other's wrong answers
 
     dataset_types = ("retrieval",)
@@ -78,7 +79,7 @@ class CaptionChoiceTask(Task, section=CaptionChoiceSection):
 
     @property
     def texts(self) -> list[str]:
-        """The captions of the first item, then of the second, and so on."""
+        """All captions, item by item."""
         return list(chain.from_iterable(self.captions))
 
     @property
@@ -96,10 +97,10 @@ class CaptionChoiceTask(Task, section=CaptionChoiceSection):
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[CaptionChoiceResult, Tensor]:
-        """Returns the result, and the embeddings [M, D] of all captions."""
+        """Returns the result and the embeddings of all captions, [M, D]."""
         from eval.metrics.caption_choice import choose_captions, choose_in_groups
 
-        captions = embeddings.of_texts(self)
+        captions = embeddings.texts(self)
         if self.groups is not None:
             result = choose_in_groups(media, captions, groups=self.groups, bootstrap=bootstrap)
         else:
@@ -110,12 +111,12 @@ class CaptionChoiceTask(Task, section=CaptionChoiceSection):
         return result, captions
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
-        from eval.embeddings.store import sum_of_texts
+        from eval.embeddings.store import checksum_of_texts
 
         return {
             "num_queries": len(self.dataset),
             "num_captions": len(self.texts),
-            "captions_sha256": sum_of_texts(self.texts),
+            "captions_sha256": checksum_of_texts(self.texts),
             "num_groups": None if self.groups is None else len(self.groups),
         }
 
@@ -130,7 +131,7 @@ class CaptionChoiceTask(Task, section=CaptionChoiceSection):
         yield from pair.mean_differences({metric: metric for metric in pair.record["scores"]})
 
     def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
-        """Shows items with the captions to choose from, mistakes first."""
+        """Shows items with their candidate captions, mistakes first."""
         from data_prep.report import html
         from eval.metrics.ranking import cosine_scores
         from eval.report.gallery import MediaViews, card, cards, scored_captions, shown_queries
@@ -147,7 +148,7 @@ class CaptionChoiceTask(Task, section=CaptionChoiceSection):
         return html.Section(self.name, [cards(blocks)], note=self.description())
 
     def _hits(self, outcome: Outcome) -> np.ndarray:
-        """[Q] score of each item; items of a group have the group's."""
+        """Returns the score of each item, [Q]; items of a group share the group's score."""
         if self.groups is None:
             return outcome.result.hits["caption_accuracy"]
         hits = np.ones(len(self.captions))

@@ -1,6 +1,6 @@
 """Class names and prompts, and class embeddings as in CLIP's prompt ensembles.
 
-Names and prompts come from the config, a file, the dataset's own text files, or open_clip.
+Names and prompts are read from the config, a file, the dataset's own text files, or open_clip.
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ NAMES_OF_OPEN_CLIP = {
 class ClassPrompts:
     """The prompts of K classes."""
 
-    templates: list[str]  # empty where each class has its own prompts
+    templates: list[str]  # empty if each class has its own prompts
     of_class: list[list[str]]  # [K]
 
     @property
     def texts(self) -> list[str]:
-        """The prompts of the first class, then of the second, and so on."""
+        """All prompts, class by class."""
         return list(chain.from_iterable(self.of_class))
 
     def class_embeddings(self, prompt_embeddings: Tensor) -> Tensor:
-        """Averages the embeddings of `texts` [prompts, D] to class embeddings [K, D]."""
+        """Averages the embeddings of `texts`, [prompts, D], into class embeddings, [K, D]."""
         return average_prompts(
             prompt_embeddings, num_prompts=[len(prompts) for prompts in self.of_class]
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns what results.json holds about the prompts."""
-        from eval.embeddings.store import sum_of_texts
+        """Returns the fields of results.json that describe the prompts."""
+        from eval.embeddings.store import checksum_of_texts
 
         return {
             "num_prompts": len(self.texts),
-            "prompts_sha256": sum_of_texts(self.texts),
+            "prompts_sha256": checksum_of_texts(self.texts),
             "prompt_templates": self.templates,
         }
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:
-    """Returns the templates after checking them.
+    """Checks prompt templates, and returns them.
 
     Raises:
         InputError: if a template has no placeholder for the class name.
     """
     for template in templates:
         if not PLACEHOLDER.search(template):
-            raise InputError(f"prompt template {template!r}: expected {{}} or {{c}} in it")
+            raise InputError(f"prompt template {template!r}: expected a placeholder {{}} or {{c}}")
     return list(templates)
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """Returns [K] prompts of each class: every template filled with its name."""
+    """Returns the prompts of each class, [K]: all templates filled in with its name."""
     return [
         [PLACEHOLDER.sub(lambda _, name=name: name, template) for template in templates]
         for name in class_names
@@ -89,7 +89,7 @@ def average_prompts(prompt_embeddings: Tensor, *, num_prompts: Sequence[int]) ->
     3.1.4, and its code).
 
     Args:
-        prompt_embeddings: [all prompts, D], those of the first class, then of the second, ...
+        prompt_embeddings: [all prompts, D], class by class.
         num_prompts: [K] number of prompts of each class.
 
     Returns:
@@ -111,7 +111,7 @@ def read_class_names(name: str, section: EvaluationSection, dataset: EvaluationS
     """Reads the class names of an evaluation; two classes may share a name, as in ImageNet.
 
     Raises:
-        InputError: see `read_lines`; or if there are none.
+        InputError: if there are no class names; also see `read_lines`.
     """
     return _configured_or_shipped("class_names", name, section, dataset)
 
@@ -122,8 +122,8 @@ def read_prompts(
     """Reads the prompts of an evaluation's classes.
 
     Raises:
-        InputError: see `read_lines`; or if there are none, a template has no placeholder, or a
-            class has no prompts.
+        InputError: if there are no prompts, a template has no placeholder, or a class has no
+            prompts; also see `read_lines`.
     """
     if section.class_prompts is None:
         templates = check_templates(
@@ -148,7 +148,7 @@ def _prompts_of(found: Any, class_name: str, path: Path) -> list[str]:
 def _configured_or_shipped(
     key: str, name: str, section: EvaluationSection, dataset: EvaluationSet
 ) -> list[str]:
-    """Returns the texts of a key of the config, or else those that come with the dataset."""
+    """Returns the texts of a config key, or else those that come with the dataset."""
     found = getattr(section, key)
     if isinstance(found, str) and found.startswith(OPEN_CLIP):
         return _texts_of_open_clip(key, name, found.removeprefix(OPEN_CLIP))
@@ -177,13 +177,13 @@ def _texts_of_open_clip(key: str, name: str, wanted: str) -> list[str]:
 
 
 def index_of_classes(class_names: Sequence[str], dataset: EvaluationSet) -> dict[str, int]:
-    """Returns {class as samples name it: index into class_names}.
+    """Maps the class names used by samples to indices into class_names.
 
-    Names with underscores in place of spaces count as well. If some class folders have unknown
-    names, as in ImageNet, and there is one per class, the sorted folders are the classes in order.
+    Names may have underscores in place of spaces. If some class folders have unknown names, as in
+    ImageNet, and there is one folder per class, the sorted folders are the classes in order.
 
     Raises:
-        InputError: if folders have unknown names, and there is not one per class.
+        InputError: if folders have unknown names, and their number differs from that of classes.
     """
     index_of = {known.replace(" ", "_"): index for index, known in enumerate(class_names)}
     index_of |= {known: index for index, known in enumerate(class_names)}
@@ -193,15 +193,15 @@ def index_of_classes(class_names: Sequence[str], dataset: EvaluationSet) -> dict
         return index_of
     if len(folders) != len(class_names):
         raise InputError(
-            f"{dataset.folder}: expected folders named as the {len(class_names)} classes, or one "
-            f"for each of them in their order; found {len(folders)} folders, and the class "
+            f"{dataset.folder}: expected folders named after the {len(class_names)} classes, or "
+            f"one folder per class in class order; found {len(folders)} folders, and the class "
             f"{unknown[0]!r} is unknown"
         )
     return {folder: index for index, folder in enumerate(folders)}
 
 
 def read_lines(source: list[str] | Path) -> list[str]:
-    """Reads the texts of a list, or of a text file with one per line, without blank lines.
+    """Reads texts from a list, or from a text file with one per line; skips blank lines.
 
     Raises:
         InputError: if the file is missing or not UTF-8, or there are no texts.

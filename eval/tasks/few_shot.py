@@ -1,4 +1,4 @@
-"""Few-shot classification: linear probes on a few training items of each class."""
+"""Few-shot classification: linear probes trained on a few items per class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class FewShotSection(TrainedSection):
-    """Fits linear probes to a few training items of each class, drawn several times.
+    """Fits linear probes to a few training items per class, over several random draws.
 
     Samples carry "class_name" in .json, or an index in .cls.
     """
@@ -40,7 +40,7 @@ class FewShotSection(TrainedSection):
 
 @dataclass(frozen=True)
 class FewShotTask(TrainedTask, section=FewShotSection):
-    """Classification by regressions on a few training items of each class."""
+    """Classification by linear probes trained on a few items per class."""
 
     shots: list[int]
     num_draws: int
@@ -82,10 +82,10 @@ class FewShotTask(TrainedTask, section=FewShotSection):
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[FewShotResult, Tensor]:
-        """Returns the result, and the embeddings [n, D] of the training items."""
+        """Returns the result and the embeddings of the training items, [n, D]."""
         from eval.metrics.few_shot import classify_from_few
 
-        train = embeddings.of_labelled(self.train)
+        train = embeddings.labelled_media(self.train)
         result = classify_from_few(
             media,
             train,
@@ -100,7 +100,7 @@ class FewShotTask(TrainedTask, section=FewShotSection):
         return result, train[0]
 
     def main_metric(self, scores: Mapping[str, Score]) -> str | None:
-        """Returns the accuracy after the largest number of shots."""
+        """Returns the accuracy with the largest number of shots."""
         return [name for name in scores if name.endswith("_shot")][-1]
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
@@ -128,4 +128,4 @@ class FewShotTask(TrainedTask, section=FewShotSection):
         )
 
     def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
-        return Task.report_section(self, outcome, num_queries=num_queries)  # no single confusion
+        return Task.report_section(self, outcome, num_queries=num_queries)  # no confusion matrix

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class LinearProbeSection(TrainedSection):
-    """Classifies by a regression that is fitted to the embeddings of training items.
+    """Classifies by a logistic regression fitted to the embeddings of training items.
 
     Samples carry "class_name" in .json, or an index in .cls.
     """
@@ -39,8 +39,8 @@ class LinearProbeSection(TrainedSection):
     renamed: ClassVar[dict[str, str]] = {"strength": "l2"}
 
     task: Literal["linear_probe"]
-    # Items that the weight of the L2 penalty is chosen on; null: every tenth training item, by a
-    # hash of its key
+    # Validation items for choosing the L2 penalty; null: about every tenth training item, selected
+    # by a hash of its key
     validation: DatasetLocation | None = None
     validation_split: str = "val"
     l2: PositiveFloat | None = None  # weight of the L2 penalty, 1 / C; null: chosen
@@ -52,7 +52,7 @@ class LinearProbeSection(TrainedSection):
 
 @dataclass(frozen=True)
 class LinearProbeTask(TrainedTask, section=LinearProbeSection):
-    """Classification by a regression on embeddings."""
+    """Classification by a logistic regression on embeddings."""
 
     validation: LabelledItems
     l2: float | None  # weight of the L2 penalty; None: chosen on validation items
@@ -82,8 +82,8 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
             validation, train = _chosen(train, is_held_out), _chosen(train, ~is_held_out)
         if not len(train.indices) or not len(validation.indices):
             raise InputError(
-                f"evaluations.{name}: {train.source.dataset.folder}: expected items to train on "
-                f"and to validate; found {len(train.indices)} and {len(validation.indices)}"
+                f"evaluations.{name}: {train.source.dataset.folder}: expected training and "
+                f"validation items; found {len(train.indices)} and {len(validation.indices)}"
             )
         fields["train"] = train
         return cls(**fields, validation=validation, l2=section.l2)
@@ -96,18 +96,18 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
         return "linear probe"
 
     def details(self) -> str:
-        return f"{super().details()} and {len(self.validation.indices)} to validate"
+        return f"{super().details()} and {len(self.validation.indices)} validation items"
 
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[LinearProbeResult, Tensor]:
-        """Returns the result, and weights with biases [K, D + 1]."""
+        """Returns the result, and the weights and biases, [K, D + 1]."""
         from eval.metrics.linear_probe import LinearProbeResult, train_probe, with_ones
         from eval.metrics.zero_shot import classify
 
         probe, accuracies = train_probe(
-            embeddings.of_labelled(self.train),
-            embeddings.of_labelled(self.validation),
+            embeddings.labelled_media(self.train),
+            embeddings.labelled_media(self.validation),
             num_classes=len(self.class_names),
             l2=self.l2,
         )

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 class MediaRetrievalSection(EvaluationSection):
-    """Finds the media items of one dataset by those of another, such as sounds by pictures.
+    """Finds media items of one dataset with queries from another, such as sounds from images.
 
-    A pair of items is right if both have the same key, or the same value of `pair_by` in .json.
+    Two items match if they have the same key, or the same value of `pair_by` in .json.
     """
 
     task: Literal["media_retrieval"]
-    other: DatasetLocation  # as dataset
+    other: DatasetLocation  # the other dataset
     other_split: str = "test"
-    pair_by: str | None = None  # null: the sample's key
-    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
+    pair_by: str | None = None  # key in .json; null: match by sample key
+    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # depths of recall@k
 
     def locations(self) -> list[tuple[str, str]]:
         return [*super().locations(), (self.other, self.other_split)]
@@ -50,7 +50,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
     """Retrieval between the media items of two datasets."""
 
     other: MediaSet  # M items
-    relevance: Relevance  # its "texts" are the other dataset's items
+    relevance: Relevance  # its `texts` are items of the other dataset
     ks: list[int]
 
     dataset_types = ("retrieval",)
@@ -83,7 +83,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
             if unpaired:
                 raise InputError(
                     f"evaluations.{name}: {holder.folder}: {section.pair_by or 'key'} "
-                    f"{unpaired[0]!r} and {len(unpaired) - 1} others have no partner in the other "
+                    f"{unpaired[0]!r} and {len(unpaired) - 1} others have no match in the other "
                     "dataset"
                 )
         relevance = relevance_of_equal_values(values, other_values)
@@ -95,7 +95,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
 
     @property
     def directions(self) -> tuple[str, str]:
-        """Prefixes of the metrics of both directions."""
+        """Metric prefixes of both directions."""
         kind, other = self.dataset.info.media, self.other.dataset.info.media
         return f"{kind}_to_{other}", f"{other}_to_{kind}"
 
@@ -109,14 +109,14 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[RetrievalResult, Tensor]:
-        """Returns the result, and the embeddings [M, D] of the other dataset's items."""
+        """Returns the result and the embeddings of the other dataset's items, [M, D]."""
         from eval.metrics.retrieval import retrieve
 
-        other = embeddings.of_set(self.other)
+        other = embeddings.media(self.other)
         result = retrieve(
             media,
             other,
-            media_of_text=np.arange(len(other)),  # each item is drawn independently
+            media_of_text=np.arange(len(other)),  # every item is its own cluster in the bootstrap
             relevance=self.relevance,
             ks=self.ks,
             bootstrap=bootstrap,
@@ -176,7 +176,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         *,
         num_queries: int,
     ) -> Iterator[Markup]:
-        """Yields queries of one side, 0 or 1, with their answers of the other."""
+        """Yields queries from one side, 0 or 1, with their answers from the other."""
         from eval.report.gallery import media_answers, media_query, nearest, shown_queries
 
         result = outcome.result
@@ -196,7 +196,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
 
 
 def _read_values(dataset: EvaluationSet, key: str | None) -> tuple[list[str], list[str]]:
-    """([Q] keys, [Q] values that pairs are made by)"""
+    """Reads the [Q] keys, and the [Q] values by which items are matched."""
     samples = list(read_texts(dataset))
     keys = [sample.key for sample in samples]
     return keys, keys if key is None else [value_of(sample, key) for sample in samples]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class MultiLabelSection(EvaluationSection):
-    """Ranks all items for each class; an item may belong to several.
+    """Ranks all items for each class; an item may belong to several classes.
 
     Samples carry "class_names" in .json, or one number per class, 0 or 1, in .npy.
     """
@@ -89,17 +89,17 @@ class MultiLabelTask(Task, section=MultiLabelSection):
 
     def details(self) -> str:
         return (
-            f"{len(self.class_names)} classes, {self.is_of_class.sum(axis=1).mean():.2f} of them "
+            f"{len(self.class_names)} classes, {self.is_of_class.sum(axis=1).mean():.2f} "
             f"per item, {len(self.prompts.templates) or 'no'} templates"
         )
 
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[MultiLabelResult, Tensor]:
-        """Returns the result, and the class embeddings [K, D]."""
+        """Returns the result and the class embeddings, [K, D]."""
         from eval.metrics.multi_label import classify_labels
 
-        class_embeddings = self.prompts.class_embeddings(embeddings.of_texts(self))
+        class_embeddings = self.prompts.class_embeddings(embeddings.texts(self))
         result = classify_labels(
             media, class_embeddings, is_of_class=self.is_of_class, bootstrap=bootstrap
         )
@@ -132,7 +132,7 @@ class MultiLabelTask(Task, section=MultiLabelSection):
 
     @classmethod
     def differences(cls, pair: ResultPair) -> Iterator[Difference]:
-        """Compares mean average precision; both are taken over the same draws of items."""
+        """Compares mean average precision over the same resamples of items."""
         from eval.metrics.intervals import percentile_interval
         from eval.metrics.multi_label import average_precisions, resampled_precisions
 
@@ -168,9 +168,9 @@ class MultiLabelTask(Task, section=MultiLabelSection):
             for index in np.argsort(precisions, kind="stable").tolist()
             if num_items[index]
         ]
-        header = ("class", "average precision", "share of the items", "n")
+        header = ("class", "average precision", "fraction of items", "n")
         blocks = [
-            html.heading("Average precision by class, worst first"),
+            html.heading("Average precision per class, worst first"),
             html.table(header, rows[:MAX_CLASS_ROWS], numeric={1, 2, 3}),
         ]
         return html.Section(self.name, blocks, note=self.description())

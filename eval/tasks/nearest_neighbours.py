@@ -27,7 +27,7 @@ class NearestNeighboursSection(TrainedSection):
 
     task: Literal["nearest_neighbours"]
     num_neighbours: PositiveInt = 20
-    temperature: PositiveFloat = 0.07  # a vote weighs exp(cosine / temperature)
+    temperature: PositiveFloat = 0.07  # the weight of a vote is exp(cosine / temperature)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class NearestNeighboursTask(TrainedTask, section=NearestNeighboursSection):
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[ClassificationResult, Tensor]:
-        """Returns the result, and the embeddings [n, D] of the training items."""
+        """Returns the result and the embeddings of the training items, [n, D]."""
         from eval.metrics.knn import neighbour_votes
         from eval.metrics.zero_shot import classification_result, rank_scores
 
-        train, train_targets = embeddings.of_labelled(self.train)
+        train, train_targets = embeddings.labelled_media(self.train)
         votes = neighbour_votes(
             media,
             train,

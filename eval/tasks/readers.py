@@ -1,7 +1,7 @@
 """Reads the inputs of all tasks: samples, labels, class names, captions.
 
-Needs no torch, so that `--dry-run` is quick. Tasks are read before the model is loaded, so that a
-missing label is found before hours of encoding.
+Does not import torch, so that `--dry-run` is fast. Tasks are read before the model is loaded, so
+that a missing label is reported before hours of encoding.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Tasks:
     """The tasks of a config."""
 
     present: list[Task]
-    skipped: dict[str, str]  # evaluation -> reason; only if the config says skip_missing
+    skipped: dict[str, str]  # evaluation -> reason; filled only with skip_missing
 
 
 def fetch_datasets(evaluations: Mapping[str, EvaluationSection]) -> None:
-    """Downloads all datasets that are named by URL and not downloaded yet.
+    """Downloads all datasets that are given by URL and not downloaded yet.
 
     Args:
-        evaluations: sections of the config, by name.
+        evaluations: evaluation name -> config section.
 
     Raises:
-        InputError: if there is nothing at a URL.
-        RunError: if a download fails for now.
+        InputError: if there is no dataset at a URL.
+        RunError: if a download fails; running the command again retries it.
     """
     for section in evaluations.values():
         for location, split in section.locations():
@@ -45,9 +45,9 @@ def read_tasks(
     """Reads and checks every label and caption of all tasks.
 
     Args:
-        evaluations: sections of the config, by name.
-        skip_missing: leave out evaluations whose dataset is missing.
-        seed: seed of whatever the tasks draw.
+        evaluations: evaluation name -> config section.
+        skip_missing: whether to skip evaluations whose dataset is missing.
+        seed: seed of the tasks' random draws.
 
     Raises:
         InputError: if a file is missing, or a sample lacks its label or caption.
@@ -57,7 +57,7 @@ def read_tasks(
     present, skipped = [], {}
     for name, section in evaluations.items():
         try:
-            dataset = sets.of_section(section)
+            dataset = sets.open_section(section)
             _check_dataset_type(name, types[type(section)], dataset)
             task = types[type(section)].read(name, section, dataset, sets=sets, seed=seed)
             present.append(task)
@@ -69,10 +69,10 @@ def read_tasks(
 
 
 def _check_dataset_type(name: str, task: type[Task], dataset: EvaluationSet) -> None:
-    """Checks that tars were not published for another kind of task.
+    """Checks that the tars were published for this kind of task.
 
     Raises:
-        InputError: if dataset_type.txt names a type that other tasks are made for.
+        InputError: if the type in dataset_type.txt belongs to other tasks.
     """
     if not isinstance(dataset, TarDataset) or not task.dataset_types:
         return
@@ -81,6 +81,6 @@ def _check_dataset_type(name: str, task: type[Task], dataset: EvaluationSet) -> 
     suited = [each.task_name for each in task_types().values() if found in each.dataset_types]
     if suited and task.task_name not in suited:
         raise InputError(
-            f"evaluations.{name}: {path} says {found}: set task: {' or '.join(suited)}, found "
-            f"{task.task_name}"
+            f"evaluations.{name}: task: expected {' or '.join(suited)} for a {found} dataset "
+            f"({path}), found {task.task_name}"
         )

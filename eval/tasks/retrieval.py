@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 
 class RetrievalSection(EvaluationSection):
-    """Finds the captions of each media item, and the media item of each caption.
+    """Retrieves the captions of each media item, and the media item of each caption.
 
     Samples carry captions in .json or .txt.
     """
 
     task: Literal["retrieval"]
-    # Text file with one caption per line: wrong captions that join the gallery of media to text.
+    # Text file with one caption per line: wrong captions added to the media-to-text gallery.
     distractor_captions: Path | None = None
-    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # of recall@k
-    # A caption with the words of another item's is right for its own item alone, as in the
-    # literature, or for all of them
+    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # depths of recall@k
+    # Captions with identical words: each is relevant to its own item only, as in the literature, or
+    # to all items with such a caption (merged)
     equal_captions: Literal["own", "merged"] = "own"
 
     @field_validator("ks")
     @classmethod
     def _check_ks(cls, ks: list[int]) -> list[int]:
         if sorted(set(ks)) != ks:
-            raise ValueError(f"expected rising numbers without repeats, found {ks}")
+            raise ValueError(f"expected ascending numbers without duplicates, found {ks}")
         return ks
 
 
@@ -62,9 +62,9 @@ class RetrievalTask(Task, section=RetrievalSection):
 
     captions: list[str]  # [M]
     media_of_text: np.ndarray  # [M] int64: caption m describes media item media_of_text[m]
-    distractor_captions: list[str]  # describe no item; in the gallery of media to text only
+    distractor_captions: list[str]  # describe no item; media-to-text gallery only
     ks: list[int]
-    merges_equal_captions: bool = False  # each is right for all items that have its words
+    merges_equal_captions: bool = False  # each is relevant to all items with that caption
 
     dataset_types = ("retrieval",)
     main_metrics = ("mean_recall@1",)
@@ -104,7 +104,7 @@ class RetrievalTask(Task, section=RetrievalSection):
 
     @property
     def texts(self) -> list[str]:
-        """The captions, then the distractors."""
+        """The captions, followed by the distractors."""
         return self.captions + self.distractor_captions
 
     @property
@@ -113,7 +113,7 @@ class RetrievalTask(Task, section=RetrievalSection):
 
     @cached_property
     def relevance(self) -> Relevance:
-        """Which captions are right for which items."""
+        """Matching pairs of item and caption."""
         if self.merges_equal_captions:
             return relevance_of_equal_captions(self.media_of_text, self.captions)
         return relevance_of_owners(self.media_of_text)
@@ -133,23 +133,23 @@ class RetrievalTask(Task, section=RetrievalSection):
             return []
         if self.merges_equal_captions:
             return [
-                f"{num_repeated} captions repeat the words of another one: each is right for all "
-                "items with a caption of its words (equal_captions: merged); metrics of the "
-                "literature count its own item alone."
+                f"{num_repeated} captions are duplicates of others: each is relevant to all items "
+                "with that caption (equal_captions: merged); metrics in the literature "
+                "count only its own item."
             ]
         return [
-            f"{num_repeated} captions repeat the words of another one: each is right only for its "
-            "own item, which bounds the recall that any model can reach."
+            f"{num_repeated} captions are duplicates of others: each is relevant only to its own "
+            "item, which limits the recall that any model can reach."
         ]
 
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[RetrievalResult, Tensor]:
-        """Returns the result, and the embeddings [M + X, D] of captions and distractors."""
+        """Returns the result and the embeddings of captions and distractors, [M + X, D]."""
         from eval.metrics.retrieval import retrieve
 
         num_captions = len(self.captions)
-        texts = embeddings.of_texts(self)
+        texts = embeddings.texts(self)
         result = retrieve(
             media,
             texts[:num_captions],
@@ -167,13 +167,13 @@ class RetrievalTask(Task, section=RetrievalSection):
         return embedding_space(media, other[: len(self.captions)], self.relevance)
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
-        from eval.embeddings.store import sum_of_texts
+        from eval.embeddings.store import checksum_of_texts
         from eval.metrics.retrieval import DIRECTIONS
 
         return {
             "num_media": len(self.dataset),
             "num_captions": len(self.captions),
-            "captions_sha256": sum_of_texts(self.captions),
+            "captions_sha256": checksum_of_texts(self.captions),
             "num_repeated_captions": len(self.captions) - len(set(self.captions)),
             "num_distractor_captions": len(self.distractor_captions),
             "media_to_text_gallery": outcome.result.media_to_text.gallery_size,
@@ -203,7 +203,7 @@ class RetrievalTask(Task, section=RetrievalSection):
             yield from pair.rank_differences(direction)
 
     def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
-        """Shows queries of both directions with their nearest answers, and the shared space."""
+        """Shows queries in both directions with their nearest answers, and the embedding space."""
         from data_prep.report import html
         from eval.report.gallery import MediaViews, space_blocks
 
@@ -217,7 +217,7 @@ class RetrievalTask(Task, section=RetrievalSection):
         ]
         note = [
             f"{self.description()}.",
-            "In each direction the hardest queries come first, then some from all over the set.",
+            "In each direction the hardest queries come first, then some from the whole set.",
             *self.notes(),
         ]
         return html.Section(self.name, blocks, note=" ".join(note))

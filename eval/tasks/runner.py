@@ -1,4 +1,4 @@
-"""Runs tasks through a model: media and texts to embeddings, embeddings to outcomes."""
+"""Runs tasks: encodes their media and texts, and measures them on the embeddings."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of a store, on the device that measures."""
+    """Embeddings of a store, moved to the device on which tasks are measured."""
 
     store: EmbeddingStore
     device: torch.device
 
-    def of_set(self, source: MediaSet) -> Tensor:
-        """Returns [Q, D] embeddings of a dataset's media items."""
+    def media(self, source: MediaSet) -> Tensor:
+        """Returns the embeddings of a dataset's media items, [Q, D]."""
         return self.store.media(source.dataset, source.keys).to(self.device)
 
-    def of_labelled(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
-        """Returns ([n, D] embeddings, int64 [n] classes) of some items."""
+    def labelled_media(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
+        """Returns ([n, D] embeddings, int64 [n] classes) of labelled items."""
         import torch
 
         indices = torch.from_numpy(items.indices).to(self.device)
-        return self.of_set(items.source)[indices], torch.from_numpy(items.targets).to(self.device)
+        return self.media(items.source)[indices], torch.from_numpy(items.targets).to(self.device)
 
-    def of_texts(self, task: Task) -> Tensor:
-        """Returns [M, D] embeddings of a task's texts, in their order."""
+    def texts(self, task: Task) -> Tensor:
+        """Returns the embeddings of a task's texts, [M, D]."""
         return self.store.texts(task.texts).to(self.device)
 
 
 def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
-    """Checks, before anything is encoded, that the model has a tower for every task's media.
+    """Checks that the model has a tower for every task's media, before anything is encoded.
 
     Raises:
-        InputError: if a tower is missing; names the evaluation.
+        InputError: if a tower is missing; the message names the evaluation.
     """
     from eval.models.encoder import check_tower
 
@@ -67,7 +67,7 @@ def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
-    """Computes this process's part of all missing embeddings.
+    """Computes this process's share of all missing embeddings.
 
     Raises:
         InputError: see `EmbeddingStore`.
@@ -82,7 +82,7 @@ def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
 def measure_tasks(
     tasks: Sequence[Task], embeddings: Embeddings, *, bootstrap: Bootstrap
 ) -> list[Outcome]:
-    """Measures all tasks; every embedding must have been computed.
+    """Measures all tasks; all embeddings must have been computed before.
 
     Raises:
         InputError: see `EmbeddingStore`.
@@ -90,7 +90,7 @@ def measure_tasks(
     outcomes = []
     for task in tasks:
         start = time.monotonic()
-        media = embeddings.of_set(task.media_sets[0])
+        media = embeddings.media(task.media_sets[0])
         result, other = task.measure(media, embeddings, bootstrap=bootstrap)
         seconds = time.monotonic() - start
         media, other = media.cpu(), other.cpu()

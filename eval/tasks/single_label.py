@@ -1,4 +1,4 @@
-"""Base classes of the tasks that classify media items of one class each."""
+"""Base classes of single-label classification tasks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from data_prep.report import html
     from eval.report.differences import Difference, ResultPair
 
-OBJECTIVE = "mean cross-entropy + l2 * |W|^2 / (2 n)"  # of linear probes
+OBJECTIVE = "mean cross-entropy + l2 * |W|^2 / (2 n)"  # minimised by linear probes
 
 
 @dataclass(frozen=True)
 class SingleLabelTask(Task):
-    """Classification of the media items of a dataset, each of one class."""
+    """Classification of a dataset whose media items each have one class."""
 
     class_names: list[str]  # [K]
     targets: np.ndarray  # int64 [Q], index into class_names
@@ -41,7 +41,7 @@ class SingleLabelTask(Task):
 
     @cached_property
     def class_labels(self) -> list[str]:
-        """[K] names, with the index added to names that occur twice."""
+        """[K] class names, with the index appended to duplicate names."""
         counts = Counter(self.class_names)
         return [
             f"{name} ({index})" if counts[name] > 1 else name
@@ -49,7 +49,7 @@ class SingleLabelTask(Task):
         ]
 
     def target_labels(self) -> list[str]:
-        """Returns [Q] the label of each item's class."""
+        """Returns the class label of each item, [Q]."""
         return [self.class_labels[index] for index in self.targets]
 
     def details(self) -> str:
@@ -99,7 +99,7 @@ def read_targets(
     """Reads the class of every sample.
 
     Returns:
-        [Q] keys, and int64 [Q] index of each sample's class in class_names.
+        The [Q] keys, and the index of each sample's class in class_names, int64 [Q].
 
     Raises:
         InputError: see `class_index_of`.
@@ -112,16 +112,16 @@ def read_targets(
     return keys, np.array(targets)
 
 
-# ------------------------------------------------------------------- learning from labelled items
+# ---------------------------------------------------------------------- training on labelled items
 
 
 class TrainedSection(EvaluationSection):
-    """The settings that all tasks share that learn from labelled items."""
+    """Settings shared by all tasks that train on labelled items."""
 
     # A list, or a text file with one name per line, or "open_clip:imagenet"; null: the file that
     # comes with the tars, or the names of the folders
     class_names: list[str] | str | None = None
-    # Dataset of the items to learn from; null: the train_split of `dataset`
+    # Dataset of the training items; null: the train_split of `dataset`
     train: DatasetLocation | None = None
     train_split: str = "train"
     train_subset: Path | None = None
@@ -133,7 +133,7 @@ class TrainedSection(EvaluationSection):
 
 @dataclass(frozen=True)
 class LabelledItems:
-    """Some items of a dataset, with their classes."""
+    """A selection of a dataset's items, with their classes."""
 
     source: MediaSet
     indices: np.ndarray  # int64 [n] items of the source
@@ -142,7 +142,7 @@ class LabelledItems:
 
 @dataclass(frozen=True)
 class TrainedTask(SingleLabelTask):
-    """Classification that learns from labelled items."""
+    """Classification trained on labelled items."""
 
     train: LabelledItems
 
@@ -153,10 +153,10 @@ class TrainedTask(SingleLabelTask):
         return [*super().media_sets, self.train.source]
 
     def details(self) -> str:
-        return f"{super().details()}, {len(self.train.indices)} items to train on"
+        return f"{super().details()}, {len(self.train.indices)} training items"
 
     def train_record(self) -> dict[str, Any]:
-        """Returns what results.json holds about the training items."""
+        """Returns the fields of results.json that describe the training items."""
         return {
             "features": "the embeddings, L2-normalised",
             "num_train": len(self.train.indices),
@@ -167,10 +167,10 @@ class TrainedTask(SingleLabelTask):
 def read_trained(
     name: str, section: TrainedSection, dataset: EvaluationSet, sets: EvaluationSets
 ) -> dict[str, Any]:
-    """Reads the fields of a `TrainedTask`: the classes of its items and of the training items.
+    """Reads the fields of a `TrainedTask`: the classes of its test and training items.
 
     Raises:
-        InputError: if a sample has no known class, or the items to train on are those to test on.
+        InputError: if a sample has no known class, or training and test items are the same dataset.
     """
     class_names = read_class_names(name, section, dataset)
     keys, targets = read_targets(read_texts(dataset), dataset, class_names)
@@ -182,8 +182,8 @@ def read_trained(
     )
     if source is dataset:
         raise InputError(
-            f"evaluations.{name}: {source.folder}: training items are the test's; set train, or "
-            "train_split, to others"
+            f"evaluations.{name}: {source.folder}: expected training items other than the test "
+            "items, found the same dataset; set train or train_split"
         )
     return {
         "name": name,

@@ -1,13 +1,13 @@
 """The interface of an evaluation task, and the registry of all tasks.
 
-A task is one module of this folder with two classes: the section of its config, and the task.
+A task is one module of this folder with two classes, its config section and the task itself:
 
     EvaluationSection    settings, under `evaluations` in the config
     Task                 read -> measure -> record, predictions, differences, report_section
 
-Everything else in eval calls these methods and knows no task by name, so a new benchmark is a new
-module and nothing else. Modules of tasks import torch, pyarrow and the report inside their methods:
-a dry run or a config error needs none of them.
+The rest of eval only calls these methods and mentions no task by name, so a new benchmark needs
+nothing but a new module. Task modules import torch, pyarrow and the report inside their methods,
+because a dry run or a config error needs none of them.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ if TYPE_CHECKING:
     from eval.report.differences import Difference, ResultPair
     from eval.tasks.runner import Embeddings
 
-_TASKS: dict[str, type[Task]] = {}  # by the `task` of the config
+_TASKS: dict[str, type[Task]] = {}  # `task` key of the config -> task
 
 
 class EvaluationSection(Section):
-    """The settings that all evaluations share; each task adds `task: Literal["its_name"]`."""
+    """Settings shared by all evaluations; each task adds `task: Literal["its_name"]`."""
 
     renamed: ClassVar[dict[str, str]] = {"main_figure": "main_metric"}
 
     dataset: DatasetLocation
-    split: str = "test"  # of tars or class folders that have several
-    subset: Path | None = None  # .subset file of Isopair shards: measure only the samples it keeps
+    split: str = "test"  # split to read from tars or class folders that have several
+    subset: Path | None = None  # .subset file of Isopair shards; only its samples are measured
     columns: TableColumns = TableColumns()
-    # Metric -> least value (of ranks: largest); the command fails if one is missed
+    # Metric -> lowest accepted value (highest for ranks); the command fails if a goal is missed
     goals: dict[str, float] = {}
-    expected_items: PositiveInt | None = None  # a dataset of another size is refused
-    how_to_get: str | None = None  # advice in the message for a missing dataset
-    main_metric: str | None = None  # metric that averages take; null: the main one of its task
+    expected_items: PositiveInt | None = None  # the dataset must have exactly this many items
+    how_to_get: str | None = None  # shown in the error message if the dataset is missing
+    main_metric: str | None = None  # metric used in averages; null: the task's main metric
     averages: list[str] = []  # averages that include this evaluation, in addition to "all"
 
     def locations(self) -> list[tuple[str, str]]:
-        """Returns (location, split) of every dataset that the evaluation reads."""
+        """Lists (location, split) of every dataset that the evaluation reads."""
         return [(self.dataset, self.split)]
 
 
 @dataclass(frozen=True)
 class MediaSet:
-    """Media items that a task needs the embeddings of."""
+    """Media items whose embeddings a task needs."""
 
     dataset: EvaluationSet
     keys: list[str]  # [Q] keys of the samples
 
 
 class Result(Protocol):
-    """The result of a measurement; most tasks add fields of their own."""
+    """Result of a measurement; most tasks add fields of their own."""
 
     scores: dict[str, Score]
 
@@ -78,23 +78,23 @@ class Result(Protocol):
 class Task(ABC):
     """One evaluation of a config, with all its inputs except the embeddings.
 
-    A subclass names its config section, `class ToyTask(Task, section=ToySection)`, and is thereby
-    registered under the section's `task`.
+    A subclass declares its config section, `class ToyTask(Task, section=ToySection)`, which
+    registers it under the section's `task`.
     """
 
-    name: str  # of the evaluation
+    name: str  # name of the evaluation
     dataset: EvaluationSet
     keys: list[str]  # [Q] keys of the samples
 
     section_type: ClassVar[type[EvaluationSection]]
-    task_name: ClassVar[str]  # the `task` of the config
-    # Values of dataset_type.txt next to published tars that suit the task; empty: any
+    task_name: ClassVar[str]  # value of `task` in the config
+    # Values of dataset_type.txt (next to published tars) that suit the task; empty: any
     dataset_types: ClassVar[tuple[str, ...]] = ()
-    # Metrics that averages take: the first that the result has
+    # Metrics used in averages: the first one that the result contains
     main_metrics: ClassVar[tuple[str, ...]] = ()
-    # Keys of the record that must be equal for two results to be comparable
+    # Keys of the record that must be equal in comparable results
     conditions: ClassVar[tuple[str, ...]] = ()
-    # Whether the report shows queries of the task: the tasks that do share the space of a page
+    # Whether the report shows queries of the task; such tasks share the page's limit on queries
     shows_queries: ClassVar[bool] = True
 
     def __init_subclass__(
@@ -117,18 +117,18 @@ class Task(ABC):
 
         Args:
             name: name of the evaluation.
-            section: its config, of the type `section_type`.
-            dataset: the dataset that the config names.
-            sets: opens further datasets, each once.
-            seed: seed of whatever the task draws.
+            section: config section of type `section_type`.
+            dataset: dataset of the evaluation.
+            sets: opens further datasets.
+            seed: seed of the task's random draws.
 
         Raises:
-            InputError: if a sample lacks what the task needs.
+            InputError: if a sample lacks a label or caption that the task needs.
         """
 
     @property
     def media_sets(self) -> list[MediaSet]:
-        """All media to encode; the first set is the one that is measured."""
+        """All media sets to encode; the first one is measured."""
         return [MediaSet(self.dataset, self.keys)]
 
     @property
@@ -138,11 +138,11 @@ class Task(ABC):
 
     @property
     def text_name(self) -> str:
-        """A name for the texts, for messages."""
+        """Name of the texts in messages."""
         return f"prompts of {self.name}"
 
     def description(self) -> str:
-        """Describes in one line what is measured."""
+        """Returns a one-line description of the measurement."""
         return (
             f"{self.name}: {self.method()}, {len(self.dataset)} {self.dataset.info.media} items, "
             f"{self.details()} ({self.dataset.folder})"
@@ -150,11 +150,11 @@ class Task(ABC):
 
     @abstractmethod
     def method(self) -> str:
-        """Returns the task in words."""
+        """Returns a short name of the method for descriptions."""
 
     @abstractmethod
     def details(self) -> str:
-        """Returns the counts of classes, captions and the like in words."""
+        """Returns the numbers of classes, captions and so on for descriptions."""
 
     # ---------------------------------------------------------------------------- measuring
 
@@ -166,44 +166,44 @@ class Task(ABC):
 
         Args:
             media: [Q, D] embeddings of the first media set, L2-normalised.
-            embeddings: gives all other embeddings.
+            embeddings: source of all other embeddings.
             bootstrap: settings of the intervals.
 
         Returns:
-            The result, and the embeddings that media are compared with, which the predictions and
-            the report use.
+            The result, and the embeddings that the media are compared with; predictions and report
+            use them.
         """
 
     def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace | None:
-        """Describes the space that both kinds of embeddings share; None for most tasks.
+        """Computes the geometry of the embedding space; None for most tasks.
 
         Args:
-            media: [Q, D] as for `measure`, on the CPU.
-            other: the embeddings that `measure` returned, on the CPU.
+            media: [Q, D] as in `measure`, on the CPU.
+            other: embeddings returned by `measure`, on the CPU.
         """
         return None
 
     # ---------------------------------------------------------------------------- reporting
 
     def main_metric(self, scores: Mapping[str, Score]) -> str | None:
-        """Returns the metric that averages take; None if there is none."""
+        """Returns the metric used in averages; None if there is none."""
         return next((name for name in self.main_metrics if name in scores), None)
 
     def notes(self) -> list[str]:
-        """Returns remarks for the foot of a table of the metrics."""
+        """Returns remarks to print below the table of metrics."""
         return []
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
-        """Returns what results.json holds in addition to dataset and scores."""
+        """Returns the task's fields of results.json, in addition to dataset and scores."""
         return {}
 
     def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:
-        """Returns {suffix of the file's name: {column: values}}, a row per sample or query."""
+        """Returns {file suffix: {column: values}}, with one row per sample or query."""
         return {}
 
     @classmethod
     def differences(cls, pair: ResultPair) -> Iterator[Difference]:
-        """Compares two results sample by sample, from their records and predictions alone."""
+        """Compares two results sample by sample, given only their records and predictions."""
         yield from ()
 
     def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
@@ -220,14 +220,14 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A task, its result, and the embeddings that the report shows neighbours from."""
+    """A task, its result, and the embeddings from which the report finds neighbours."""
 
     task: Task
     result: Result
     media_embeddings: Tensor  # [Q, D], L2-normalised
-    other_embeddings: Tensor  # [..., D], what `Task.measure` returned
+    other_embeddings: Tensor  # [..., D], returned by `Task.measure`
     space: EmbeddingSpace | None
-    seconds: float  # without encoding
+    seconds: float  # duration without encoding
 
 
 # ----------------------------------------------------------------------------------- registry
@@ -241,13 +241,13 @@ def task_types() -> dict[str, type[Task]]:
 
 
 def validate_section(values: Any) -> Any:
-    """Validates the config of one evaluation by the section of its task.
+    """Validates the config of one evaluation with the section class of its task.
 
     Raises:
-        ValueError: if `task` names no known task.
+        ValueError: if `task` is not the name of a task.
     """
     if not isinstance(values, dict):
-        return values  # pydantic accepts a section, and describes what else it found
+        return values  # pydantic accepts a section, and reports anything else as an error
     known, name = task_types(), values.get("task")
     if name not in list(known):
         raise ValueError(f"task: expected one of {', '.join(sorted(known))}; found {name!r}")

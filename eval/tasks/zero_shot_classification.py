@@ -31,11 +31,12 @@ class ZeroShotClassificationSection(EvaluationSection):
     # A list, or a text file with one name per line, or "open_clip:imagenet"; null: the file that
     # comes with the tars, or the names of the folders
     class_names: list[str] | str | None = None
-    # Likewise, {} or {c} stands for the class; or "open_clip:imagenet", "open_clip:simple"
+    # A list or a text file, in which {} or {c} is replaced by the class name; or
+    # "open_clip:imagenet", "open_clip:simple"
     prompt_templates: list[str] | str | None = None
-    # .json of class -> its own prompts, instead of templates (CuPL)
+    # .json file of class name -> its own prompts, instead of templates (CuPL)
     class_prompts: Path | None = None
-    # Key in .json, or npy[i] for a number in .npy: accuracy of the worst group as well
+    # Key in .json, or npy[i] for element i of .npy; also measures worst-group accuracy
     group_by: str | None = None
 
 
@@ -44,7 +45,7 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
     """Zero-shot classification of the media items of a dataset."""
 
     prompts: ClassPrompts
-    groups: list[str] | None = None  # [Q]; the accuracy of the worst group is measured as well
+    groups: list[str] | None = None  # [Q]; if given, worst-group accuracy is also measured
 
     @classmethod
     def read(
@@ -82,10 +83,10 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
     def measure(
         self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
     ) -> tuple[ClassificationResult, Tensor]:
-        """Returns the result, and the class embeddings [K, D]."""
+        """Returns the result and the class embeddings, [K, D]."""
         from eval.metrics.zero_shot import classify
 
-        class_embeddings = self.prompts.class_embeddings(embeddings.of_texts(self))
+        class_embeddings = self.prompts.class_embeddings(embeddings.texts(self))
         result = classify(
             media, class_embeddings, targets=self.targets, bootstrap=bootstrap, groups=self.groups
         )

@@ -1,13 +1,14 @@
-"""Backends that compute logit tiles, chosen by device, type and loss options.
+"""Backends that compute logit tiles, chosen by device, dtype and loss options.
 
-    library  The device's library multiplies matrices, and a few passes use each tile. On a GPU each
-             pass is compiled into one kernel (gpu_compiler.py). Every device, type and option.
-    triton   Kernels of this project use each tile as they compute it (kernels.py). bfloat16 on a
-             GPU, if own pairs are the only targets.
+    library  The device's library multiplies matrices, and a few passes process each tile. On a GPU
+             each pass is compiled into one kernel (gpu_compiler.py). Supports every device, dtype
+             and option.
+    triton   Kernels of this project process each tile while computing it (kernels.py). Supports
+             bfloat16 on a GPU if own pairs are the only targets.
 
-Both give the same numbers up to the order of summation, and no setting chooses one. In float32
-Triton cannot use the tensor cores and is slower than the library. Duplicates, label smoothing and
-teachers are too rare to be worth kernels.
+Both give the same results up to the order of summation, so no setting is needed. In float32 Triton
+cannot use the tensor cores and is slower than the library. Duplicates, label smoothing and teachers
+are too rare to justify kernels of their own.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def choose_backend(
     """Returns the fastest backend that computes a loss on a device.
 
     Args:
-        dtype: type of the features.
-        has_duplicates: some pairs of this batch are excluded from the negatives.
+        dtype: dtype of the features.
+        has_duplicates: whether some pairs of this batch are excluded from the negatives.
     """
     if has_duplicates or label_smoothing or has_teacher:
         return "library"

@@ -1,13 +1,13 @@
 """The contrastive loss over all pairs of the global batch, exact for any number of ranks.
 
-    1. own features and those of all ranks     two_passes: gathers rows, whole or in pieces
+    1. own features and those of all ranks     two_passes: gathers rows, all at once or in pieces
     2. tiles of this rank's row block          logit_tiles: [rows, columns] of the N x N logits
     3. loss, in-batch recall and gradients     softmax, sigmoid, in_batch_recall
        or 2 and 3 in GPU kernels               feature_tiles, fused, kernels; chosen by backend
 
-The formulas stand in reference.py, which computes the same loss from all logits in one process.
+The formulas are in reference.py, which computes the same loss from all logits in one process.
 Gradients are computed in the forward pass, without an autograd graph over logits or collectives:
-the backward pass only scales them. The tensors kept for it have the size of the features.
+the backward pass only scales them. The tensors saved for it are as large as the features.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from pretrain.loss.logit_tiles import (
     exact_products,
     own_logits,
 )
-from pretrain.loss.options import LossOptions, Teacher, refuse_large_scale, refuse_unfit
+from pretrain.loss.options import LossOptions, Teacher, check_arguments, check_scale
 from pretrain.loss.softmax import SoftmaxTargets
 from pretrain.loss.two_passes import LossPasses, TiledLoss, choose_mode, choose_piece_rows
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """The loss of one pairing in one step."""
+    """Loss and in-batch recall of one pairing in one step."""
 
     for_backward: Tensor  # scalar; its gradients, averaged over ranks, are those of the global loss
     value: float  # loss of the global batch, equal on all ranks
@@ -83,42 +83,43 @@ def contrastive_loss(
         options: None for CLIP's softmax loss.
         keys: one or two int64 [B]; pairs with an equal key are duplicates. Ignored if duplicates
             are negatives.
-        teacher: mixes its softmaxes into the targets of the softmax loss.
+        teacher: teacher whose softmaxes are mixed into the targets; softmax loss only.
         counts: pairs of each rank, if known; otherwise they are gathered first.
-        media_gather: result of `begin_gather` for the same media in the same type.
+        media_gather: result of `begin_gather` for the same media and dtype.
 
     Returns:
         The loss and the in-batch recall at 1, equal on all ranks.
 
     Raises:
-        ValueError: if shapes or settings do not fit together.
+        ValueError: if shapes or settings are inconsistent.
     """
     options = options or LossOptions()
-    refuse_unfit(media, text, bias, options, keys, teacher)
+    check_arguments(media, text, bias, options, keys, teacher)
     if counts is None:
         counts = rows_per_rank(len(media), media.device)
     split = RowSplit(tuple(counts))
     if split.total == 0:
         return _loss_of_empty_batch([media, text, scale, *([] if bias is None else [bias])])
     numbers = _read_scale_and_bias(scale, bias)
-    refuse_large_scale(numbers[0], options)
+    check_scale(numbers[0], options)
     inputs = _LossInputs(options, split, tuple(keys), teacher, media_gather, *numbers)
     value, metrics = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
     return _loss_with_metrics(value, metrics, num_pairs=split.total)
 
 
 def begin_gather(media: Tensor, *, options: LossOptions, counts: Sequence[int]) -> RowGather | None:
-    """Starts to gather the media of all ranks, which then overlaps with encoding the captions.
+    """Starts gathering the media of all ranks, to overlap with encoding the captions.
 
-    Every rank must call it. Not for losses with a teacher, whose features are gathered together
-    with the media.
+    Every rank must call it. Do not use it for losses with a teacher, whose features are gathered
+    together with the media.
 
     Args:
         media: [B, D], the tensor that `contrastive_loss` will receive.
         counts: pairs of each rank.
 
     Returns:
-        None with a single rank, or if the media of all ranks are too large to be gathered at once.
+        The started gather. None with a single rank, or if the media of all ranks are too large to
+        be gathered at once.
     """
     split = RowSplit(tuple(counts))
     piece_rows = options.piece_rows or choose_piece_rows(
@@ -208,7 +209,7 @@ class _LossInputs:
 
 
 class _ExactLoss(torch.autograd.Function):
-    """Computes (loss, metrics); the [3] metrics are loss, media hits and caption hits."""
+    """Computes the loss and its metrics: [3] loss, media hits and caption hits."""
 
     @staticmethod
     def forward(
@@ -230,7 +231,7 @@ class _ExactLoss(torch.autograd.Function):
                 media_sum, text_sum = sums.media, sums.text
                 if inputs.media_gather is not None:
                     media_sum, text_sum = text_sum, media_sum
-                # The engine averages over ranks the gradients that each returns.
+                # The engine averages gradients over ranks.
                 factor = world_size() * loss.gradient_factor
                 scale_sum = loss.scale_sum
                 scale_sum = (_dot(media_sum, rows) if scale_sum is None else scale_sum) * factor
@@ -265,7 +266,7 @@ class _ExactLoss(torch.autograd.Function):
 
 
 def _read_scale_and_bias(scale: Tensor, bias: Tensor | None) -> tuple[float, float]:
-    """Scale and bias (0 without one); waits for the GPU, as does reading the loss."""
+    """Returns scale and bias (0 if None) as numbers; waits for the GPU."""
     values = [scale, torch.zeros_like(scale) if bias is None else bias]
     scale_number, bias_number = torch.stack(
         [x.detach().double().squeeze() for x in values]
@@ -274,7 +275,7 @@ def _read_scale_and_bias(scale: Tensor, bias: Tensor | None) -> tuple[float, flo
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """float64 sum of all products of two [B, D]."""
+    """Returns the float64 inner product of two [B, D]."""
     return (left * right.to(left.dtype)).sum(dim=-1).double().sum()
 
 
@@ -284,6 +285,6 @@ def _loss_with_metrics(value: Tensor, metrics: Tensor, *, num_pairs: int) -> Con
 
 
 def _loss_of_empty_batch(inputs: Sequence[Tensor]) -> ContrastiveLoss:
-    """The loss 0, with gradients of 0 for all inputs."""
+    """Returns a loss of 0 with zero gradients for all inputs."""
     zero = sum((values.float().sum() * 0.0 for values in inputs[1:]), inputs[0].float().sum() * 0.0)
     return ContrastiveLoss(zero, 0.0, 0.0, 0.0, num_pairs=0)

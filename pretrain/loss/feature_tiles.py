@@ -1,4 +1,4 @@
-"""Tiles of features, whose logits the kernels of fused.py compute block by block."""
+"""Tiles of features from which the kernels of fused.py compute logits block by block."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TILE_ENTRIES = 4096 * 4096  # 32 MiB of G in bfloat16
 
 @dataclass(frozen=True)
 class Blocks:
-    """Size of the block of a tile that one program computes, and its launch options."""
+    """Size of the block of a tile that one kernel program computes, and its launch options."""
 
     rows: int
     columns: int
-    width: int  # elements of a feature vector that are loaded at once
+    width: int  # elements of a feature vector loaded at once
     num_warps: int
     num_stages: int
 
@@ -41,8 +41,8 @@ class Blocks:
         }
 
 
-# Chosen from the registers and spills that the compiler reports for an H100; bfloat16's are within
-# 2 % of the fastest on an H200 (tests/benchmarks/RESULTS.md).
+# Chosen by the registers and spills that the compiler reports for an H100; for bfloat16 within 2 %
+# of the fastest on an H200 (tests/benchmarks/RESULTS.md).
 BLOCKS = {
     torch.bfloat16: Blocks(128, 128, 64, num_warps=8, num_stages=3),
     torch.float32: Blocks(64, 64, 32, num_warps=4, num_stages=3),
@@ -67,7 +67,7 @@ class FeatureTile:
 
     @property
     def blocks(self) -> Blocks:
-        """Size of the blocks for the type of the features."""
+        """Size of the blocks for the dtype of the features."""
         return BLOCKS[self.media.dtype]
 
     @property
@@ -80,7 +80,7 @@ class FeatureTile:
         """Launches a kernel with one program per block.
 
         Args:
-            kernel: takes the media, the text, `arguments`, and `settings` as constants.
+            kernel: receives media, text, `arguments`, and `settings` as compile-time constants.
         """
         rows, columns = self.num_blocks
         options = self.blocks.launch_options() | {"WIDTH": self.media.shape[1]}
@@ -94,7 +94,7 @@ class FeatureTile:
 
     @property
     def own_shift(self) -> int:
-        """Offset of own pairs: row r of the tile has its own pair in column r + own_shift."""
+        """Column offset of own pairs: that of tile row r is in column r + own_shift."""
         return self.rows.start - self.columns.start
 
 
@@ -113,13 +113,15 @@ class FeatureTiles:
     ) -> None:
         """
         Args:
-            like: features that have the type and device of the tiles' inputs.
+            like: features with the dtype and device of the tiles' inputs.
         """
         assert duplicates is None and not teacher_scale, "backend.py chooses LogitTiles for them"
         self.scale, self.bias = scale, bias
         self.dtype = accumulation_type(like)
 
-    def of(self, media: Features, text: Features) -> Iterator[tuple[FeatureTile, slice, slice]]:
+    def compute(
+        self, media: Features, text: Features
+    ) -> Iterator[tuple[FeatureTile, slice, slice]]:
         """Yields the tiles of all media with all captions.
 
         Yields:
@@ -135,5 +137,5 @@ class FeatureTiles:
 
 
 def ceil_div(length: int, size: int) -> int:
-    """Computes length / size, rounded up."""
+    """Returns length / size, rounded up."""
     return -(-length // size)

@@ -1,8 +1,8 @@
-"""Losses whose logit tiles live only inside Triton kernels; same numbers as softmax and sigmoid.
+"""Losses whose logits exist only inside Triton kernels; equivalent to softmax.py and sigmoid.py.
 
-The logits of a tile never reach memory. The kernels write a few numbers for each row and column of
-each block, and G in the type of the features. Tiles are small enough that the matrix products that
-follow find G in the L2 cache.
+The logits of a tile never reach global memory. The kernels write a few numbers per row and column
+of each block, and G in the dtype of the features. Tiles are small enough for the subsequent matrix
+products to find G in the L2 cache.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pretrain.loss.sigmoid import TiledSigmoidLoss
 from pretrain.loss.softmax import SoftmaxTargets, TiledSoftmaxLoss
 from pretrain.loss.softmax_sums import SoftmaxSums
 
-FOLD_BLOCK = 128  # rows or columns per program of `fold`
+FOLD_BLOCK = 128  # rows or columns per program of the kernel `fold`
 
 
 class BlockResults:
-    """Results of a tile's blocks for its rows and columns, until `add_to` folds them."""
+    """Per-block results for the rows and columns of a tile, combined by `add_to`."""
 
     def __init__(
         self, tile: FeatureTile, sums: SoftmaxSums | None = None, shift: Tensor | None = None
     ) -> None:
         """
         Args:
-            sums: softmax sums that the results are added to; None for the sigmoid loss.
-            shift: float64 [1], the shift of `sums`.
+            sums: softmax sums to add the results to; None for the sigmoid loss.
+            shift: float64 [1], shift of the exponents of `sums`.
         """
         (rows, columns), (row_blocks, column_blocks) = tile.shape, tile.num_blocks
         self.tile, self.softmax_sums, self.shift = tile, sums, shift
@@ -79,7 +79,7 @@ class FusedSoftmaxLoss(TiledSoftmaxLoss):
         scale: float,
     ) -> None:
         super().__init__(positives, split, recall, targets, scale=scale)
-        assert targets.are_own_pairs_alone, "backend.py chooses TiledSoftmaxLoss for others"
+        assert targets.are_one_hot, "backend.py chooses TiledSoftmaxLoss for others"
         self.shift = positives.new_full((1,), self.sums.shift, dtype=torch.float64)
         self.logit_sum = torch.zeros_like(self.targets.gap)
         self.scale = scale
@@ -103,7 +103,7 @@ class FusedSoftmaxLoss(TiledSoftmaxLoss):
 
     @property
     def scale_sum(self) -> Tensor:
-        """Sum of G * cosine over this rank's rows, with G before rounding; float64 scalar."""
+        """Sum of G * cosine over this rank's rows, with unrounded G; float64 scalar."""
         return self.logit_sum / self.scale
 
     def own_coefficients(self, tile: FeatureTile) -> Tensor:
@@ -114,7 +114,7 @@ class FusedSoftmaxLoss(TiledSoftmaxLoss):
         return gradient
 
     def coefficients(self, tile: FeatureTile) -> Tensor:
-        """Returns G of a tile, [rows, columns], in the type of the features."""
+        """Returns G of a tile, [rows, columns], in the dtype of the features."""
         return self._write(tile, None)
 
     def _write(self, tile: FeatureTile, totals: Tensor | None) -> Tensor:
@@ -145,11 +145,11 @@ class FusedSigmoidLoss(TiledSigmoidLoss):
         none = torch.zeros_like(self.loss_sum)
         self.totals = torch.stack([self.loss_sum, none, none])  # in the order of the kernel's
         self.loss_sum, self.bias_sum, self.logit_sum = self.totals
-        self.scale = 1.0  # a rank without rows divides its sum, which is 0, by it
+        self.scale = 1.0  # divides a sum of 0 on ranks without rows
 
     @property
     def scale_sum(self) -> Tensor:
-        """Sum of G * cosine over this rank's rows, with G before rounding; float64 scalar."""
+        """Sum of G * cosine over this rank's rows, with unrounded G; float64 scalar."""
         return self.logit_sum / self.scale
 
     def observe(self, tile: FeatureTile) -> None:
@@ -157,11 +157,11 @@ class FusedSigmoidLoss(TiledSigmoidLoss):
         self._launch(tile, gradient=None, counts=True)
 
     def own_coefficients(self, tile: FeatureTile) -> Tensor:
-        """Returns G of a tile of this rank's rows; adds it to the loss and shared gradients."""
+        """Returns G of a tile of this rank's rows; also adds to the loss and shared gradients."""
         return self._launch(tile, gradient=tile.media.new_empty(tile.shape), counts=True)
 
     def coefficients(self, tile: FeatureTile) -> Tensor:
-        """Returns G of a tile, [rows, columns], in the type of the features."""
+        """Returns G of a tile, [rows, columns], in the dtype of the features."""
         return self._launch(tile, gradient=tile.media.new_empty(tile.shape), counts=False)
 
     def _launch(self, tile: FeatureTile, *, gradient: Tensor | None, counts: bool) -> Tensor | None:

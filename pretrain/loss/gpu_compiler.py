@@ -1,4 +1,4 @@
-"""Functions that Inductor fuses into few kernels on a GPU and that run eagerly elsewhere."""
+"""Compilation on GPUs: Inductor fuses a function into few kernels; CPUs run it eagerly."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_CAPABILITY = (8, 0)  # first compute capability that multiplies bfloat16
+LEAST_CAPABILITY = (8, 0)  # lowest compute capability with bfloat16 products
 
 
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
-    """Returns whether Triton is installed and a GPU can run its bfloat16 kernels.
+    """Returns whether Triton is installed and the GPU can run bfloat16 kernels.
 
     Args:
-        device: of type "cuda".
+        device: device of type "cuda".
     """
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
@@ -26,9 +26,9 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def compiled_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function at its first call whose first argument is a tensor on a GPU.
+    """Compiles a function when it is first called with a tensor on a GPU as first argument.
 
-    One compilation serves all sizes. Numbers that change from step to step must be passed as
+    One compilation is used for all sizes. Numbers that change from step to step must be passed as
     tensors, because Python numbers are compiled in as constants.
     """
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True))

@@ -1,8 +1,8 @@
-"""In-batch recall at 1 from the logit tiles that the loss computes.
+"""In-batch recall at 1, computed from the logit tiles of the loss.
 
 A media or caption is a hit if its own counterpart is the nearest in the global batch. A hit counts
-1, or 1 / k if k counterparts tie. Similarities that differ only by rounding tie, so that neither
-the shape of a matrix product nor the device decides.
+1, or 1 / k if k counterparts tie. Similarities that differ only by rounding count as ties.
+The result therefore depends neither on the shape of a matrix product nor on the device.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pretrain.loss.gpu_compiler import compiled_on_gpu
 
-# Two ways of summing may differ by this many machine epsilons of the largest logit.
+# Different summation orders may differ by this many machine epsilons of the largest logit.
 ROUNDING_STEPS = 16
 
 
 class InBatchRecall:
-    """State of N media and N captions: is another counterpart nearer, and how many tie?"""
+    """Running state for N media and N captions: whether each is beaten, and its number of ties."""
 
     def __init__(self, positives: Tensor, *, largest_logit: float) -> None:
         """
@@ -33,7 +33,7 @@ class InBatchRecall:
         self.num_ties = torch.zeros(2, len(positives), dtype=torch.int32, device=positives.device)
 
     def observe(self, logits: Tensor, *, rows: slice, columns: slice) -> None:
-        """Compares a tile with the own pairs of its rows and columns.
+        """Compares the logits of a tile with the own pairs of its rows and columns.
 
         Args:
             logits: [rows, columns], minus infinity for pairs that do not compete.
@@ -45,7 +45,7 @@ class InBatchRecall:
             self._observe_side(1, columns, logits.T)
 
     def _observe_side(self, side: int, indices: slice, logits: Tensor) -> None:
-        """Counts ties only in rows that may hold some."""
+        """Counts ties only in rows that may have some."""
         own = self.positives[indices]
         largest = nearest(logits)
         self.is_beaten[side, indices] |= largest > own + self.tolerance
@@ -56,7 +56,7 @@ class InBatchRecall:
             self.num_ties[side, indices.start + tied] += ties
 
     def _observe_both(self, logits: Tensor, indices: tuple[slice, slice]) -> None:
-        """Counts ties in all rows and columns: selecting some would wait for the GPU."""
+        """Counts ties in all rows and columns, because selecting rows would wait for the GPU."""
         own = [self.positives[of_side] for of_side in indices]
         found = nearness(logits, *(values - self.tolerance for values in own))
         for side, (largest, ties) in enumerate(found):
@@ -64,14 +64,14 @@ class InBatchRecall:
             self.num_ties[side, indices[side]] += ties
 
     def media_hits(self, own: slice) -> Tensor:
-        """Sums the hits of this rank's media, which have met all captions; float64 scalar."""
+        """Sums the hits of this rank's media after all tiles; float64 scalar."""
         return hit_fraction(self.is_beaten[0, own], self.num_ties[0, own]).sum()
 
     def packed_text_codes(self, num_ranks: int) -> Tensor:
         """Returns numbers for `text_hits`, to be summed over ranks; float64 [N / 2] or [N].
 
         The code of a caption is its number of ties, plus N + 1 if it is beaten. Two codes are
-        packed into one float64 if all their sums stay below 2^53.
+        packed into one float64 if their sums stay below 2^53.
         """
         codes = self.num_ties[1].double() + self.is_beaten[1] * float(self._base)
         if not self._is_packed(num_ranks):
@@ -96,14 +96,14 @@ class InBatchRecall:
         return len(self.positives) + 1
 
     def _packing_base(self, num_ranks: int) -> int:
-        return self._base * (num_ranks + 1)  # larger than any sum of codes
+        return self._base * (num_ranks + 1)  # larger than any sum of codes over ranks
 
     def _is_packed(self, num_ranks: int) -> bool:
         return num_packed_codes(len(self.positives), num_ranks) < len(self.positives)
 
 
 def num_packed_codes(num_pairs: int, num_ranks: int) -> int:
-    """Counts the numbers of `packed_text_codes`: N / 2 unless the batch is huge."""
+    """Returns the length of `packed_text_codes`: N / 2 unless the batch is huge."""
     fit = ((num_pairs + 1) * (num_ranks + 1)) ** 2 < 2**53
     return -(-num_pairs // 2) if fit else num_pairs
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the losses over a tile: see logit_kernels, softmax_sums and sigmoid.
+"""Triton kernels that compute the losses of a tile; see logit_kernels, softmax_sums and sigmoid.
 
 observe_softmax     partial sums of exponentials of rows and columns, and nearness codes
 write_coefficients  G of the softmax loss
@@ -20,7 +20,7 @@ from pretrain.loss.logit_kernels import (
     write_nearness,
 )
 
-LOWEST = tl.constexpr(-1e30)  # replaces the maximum of a row without entries
+LOWEST = tl.constexpr(-1e30)  # stands in for the maximum of a row without entries
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _write_sums(
     AXIS: tl.constexpr,
     IS_PLAIN: tl.constexpr,
 ):
-    """Writes sums of exponentials and, in a second [blocks, rows], the maxima subtracted before."""
+    """Writes sums of exponentials and, as a second [blocks, rows], the subtracted maxima."""
     offset = block.to(tl.int64) * num_indices + indices
     if not IS_PLAIN:
         largest = tl.maximum(largest, LOWEST)
@@ -46,7 +46,7 @@ def _write_sums(
     tl.store(sums + offset, tl.sum(exponentials, AXIS), mask=indices < num_indices)
 
 
-# Slices of vectors start at any address; kernels are not recompiled for each alignment.
+# Slices of vectors may start at any address; do not recompile kernels for each alignment.
 @triton.jit(
     do_not_specialize=["own_shift"], do_not_specialize_on_alignment=["row_own", "column_own"]
 )
@@ -102,7 +102,7 @@ def write_coefficients(
     num_columns,
     own_shift,
     scale,
-    COUNTS: tl.constexpr,  # totals are written
+    COUNTS: tl.constexpr,  # whether totals are written
     IS_PLAIN: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -131,7 +131,7 @@ def write_coefficients(
 
 @triton.jit
 def _log1p(x):
-    """Computes log(1 + x) for 0 <= x <= 1 to float32 precision, also for tiny x."""
+    """Computes log(1 + x) for 0 <= x <= 1 in float32 precision, even for tiny x."""
     z = x / (2.0 + x)  # log(1 + x) = 2 artanh(z), and z <= 1/3
     square = z * z
     series = 1 / 13 * square + 1 / 11
@@ -160,8 +160,8 @@ def compute_sigmoid(
     scale,
     bias,
     tolerance,
-    WRITES: tl.constexpr,  # G is written
-    COUNTS: tl.constexpr,  # totals and codes are written
+    WRITES: tl.constexpr,  # whether G is written
+    COUNTS: tl.constexpr,  # whether totals and codes are written
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -178,7 +178,7 @@ def compute_sigmoid(
         losses = tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
         tl.store(totals + tl.program_id(0), tl.sum(losses))
     if WRITES:
-        # Exponentials of numbers up to 0 do not overflow.
+        # Exponentials of non-positive numbers do not overflow.
         e = tl.exp(-tl.abs(x))
         g = tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
         if may_hold_own(rows, columns, own_shift):

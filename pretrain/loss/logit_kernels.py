@@ -1,11 +1,11 @@
-"""Parts of Triton kernels that are common to both losses; logits are never written to memory.
+"""Triton functions shared by the kernels of both losses; logits are never written to memory.
 
-One program computes one block of a tile from the features. Each block writes its partial results
-to its own slot. `fold` adds them in a fixed order, so that results do not depend on which program
-ends first. Logits and sums are float32; float32 features are multiplied in full precision.
+Each program computes one block of a tile from the features, and writes its partial results to its
+own slot. `fold` adds them in a fixed order, so that results do not depend on which program finishes
+first. Logits and sums are float32; float32 features are multiplied in full precision.
 
-In a block, each row and column has a nearness code. It is -1 if a counterpart is nearer than the
-own one, else the number of counterparts that tie with the own one.
+Each row and column of a block has a nearness code. It is -1 if another counterpart is nearer than
+its own, otherwise the number of counterparts that tie with its own.
 
 Imported only if the kernels are used; see backend.py.
 """
@@ -49,7 +49,7 @@ def block_logits(
 ):
     """Computes the logits of a block, [rows, columns].
 
-    Beyond the tile's edges they repeat its last row or column.
+    Beyond the tile's edges, its last row or column is repeated.
     """
     k = tl.arange(0, BLOCK_WIDTH)
     row = tl.minimum(rows, num_rows - 1).to(tl.int64)
@@ -71,7 +71,7 @@ def block_logits(
 
 @triton.jit
 def may_hold_own(rows, columns, own_shift):
-    """Returns whether the block may hold own pairs, for which row + own_shift = column."""
+    """Returns whether the block may contain own pairs, where row + own_shift = column."""
     first, stop = tl.min(rows, 0) + own_shift, tl.max(rows, 0) + own_shift
     return (first <= tl.max(columns, 0)) & (stop >= tl.min(columns, 0))
 
@@ -110,7 +110,7 @@ def write_nearness(codes, logits, own, indices, num_indices, block, tolerance, A
 
 @triton.jit
 def write_block(gradient, values, rows, columns, num_rows, num_columns):
-    """Writes a block's values [rows, columns] to a tile, in the type of the tile."""
+    """Writes the values of a block, [rows, columns], to a tile in its dtype."""
     offset = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
     mask = inside(rows, columns, num_rows, num_columns)
     tl.store(gradient + offset, values.to(gradient.dtype.element_ty), mask=mask)

@@ -1,8 +1,8 @@
-"""Tiles of the N x N logits, computed one at a time so that the matrix is never held.
+"""Tiles of the N x N logits, computed one at a time so that the full matrix never exists.
 
 A tile holds the logits of some media with some captions. Own pairs (entries of the main diagonal)
-and duplicates that are not negatives are excluded: their entries are minus infinity, and formulas
-add them separately. So a nearly perfect match is not lost in the rounding of large sums.
+and duplicates that are not negatives are excluded: their entries are minus infinity, and their
+terms are added separately. A nearly perfect match is then not lost to rounding in large sums.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows and columns of a tile by device; two tiles of at most 32 MiB each are held.
+# Rows and columns of a tile by device; two tiles of at most 32 MiB each exist at a time.
 TILE_SHAPES = {"cpu": (512, 2048), "cuda": (2048, 4096)}
 
 
 def accumulation_type(features: Tensor) -> torch.dtype:
-    """Returns the type of logits and sums: float64 for float64 features, else float32."""
+    """Returns the dtype of logits and sums: float64 for float64 features, else float32."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
@@ -48,7 +48,7 @@ class Tile:
         return slice(first, stop), slice(first - self.rows.start, stop - self.rows.start)
 
     def diagonal(self, values: Tensor) -> Tensor:
-        """Returns a view of the own pairs' entries, [pairs].
+        """Returns a view of the entries of own pairs, [pairs].
 
         Args:
             values: [rows, columns].
@@ -74,7 +74,7 @@ class Features:
         return len(self.features)
 
     def select(self, rows: slice) -> Features:
-        """Returns some of the rows."""
+        """Returns a slice of the rows."""
         teacher = None if self.teacher is None else self.teacher[rows]
         return Features(self.first + rows.start, self.features[rows], teacher)
 
@@ -85,7 +85,7 @@ class Features:
 
 
 class LogitTiles:
-    """Computes tiles; each overwrites the one before."""
+    """Computes tiles; each overwrites the previous one."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class LogitTiles:
     ) -> None:
         """
         Args:
-            like: features that have the type and device of the tiles' inputs.
+            like: features with the dtype and device of the tiles' inputs.
         """
         self.scale, self.bias, self.teacher_scale = scale, bias, teacher_scale
         self.duplicates, self.masks_duplicates = duplicates, masks_duplicates
@@ -108,7 +108,7 @@ class LogitTiles:
         self.dtype = accumulation_type(like)
         self.memory = [torch.empty(size, dtype=self.dtype, device=like.device) for _ in range(2)]
 
-    def of(self, media: Features, text: Features) -> Iterator[tuple[Tile, slice, slice]]:
+    def compute(self, media: Features, text: Features) -> Iterator[tuple[Tile, slice, slice]]:
         """Yields the tiles of all media with all captions.
 
         Yields:
@@ -161,7 +161,7 @@ def own_logits(media: Tensor, text: Tensor, *, scale: float, bias: float = 0.0) 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Disables autocast and TF32 in the block, so that float32 is multiplied as float32."""
+    """Disables autocast and TF32 in a `with` block, so that float32 is multiplied exactly."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     found = [backend.fp32_precision for backend in backends]
     legacy = _legacy_precision()
@@ -180,9 +180,9 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _legacy_precision() -> str:
-    """Value of torch's older precision flag, which must not contradict the newer ones.
+    """Returns torch's legacy precision flag, which must not contradict the newer ones.
 
-    torch refuses to read it if only the newer ones were set; it then has its default.
+    torch raises an error on reading it if only the newer flags were set; it is then the default.
     """
     try:
         return torch.get_float32_matmul_precision()
@@ -191,19 +191,19 @@ def _legacy_precision() -> str:
 
 
 def is_multiplied_as_is(features: Tensor) -> bool:
-    """Returns whether the device's library multiplies features of this type into float32.
+    """Returns whether the device's library multiplies this dtype with float32 output.
 
-    float16 is converted although the library supports it, because small entries of G underflow.
+    float16 is converted even though the library supports it, because small entries of G underflow.
     """
     return features.is_cuda and features.dtype == torch.bfloat16
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor, factor: float) -> None:
-    """Writes factor * left @ right to `out`, accumulated in the type of `out`.
+    """Writes factor * left @ right to `out`, accumulated in the dtype of `out`.
 
     Args:
-        left: [rows, D]; converted to the type of `out` if the device cannot multiply it as it is.
-        right: [D, columns]; converted in the same way.
+        left: [rows, D]; converted to the dtype of `out` if the device cannot multiply it directly.
+        right: [D, columns]; converted likewise.
         out: [rows, columns].
     """
     if is_multiplied_as_is(left):
@@ -214,7 +214,7 @@ def product(left: Tensor, right: Tensor, *, out: Tensor, factor: float) -> None:
 
 
 def as_factor(gradient: Tensor, features: Tensor) -> Tensor:
-    """Casts G to the type in which the device multiplies it with the features."""
+    """Casts G to the dtype in which the device multiplies it with the features."""
     is_rounded = is_multiplied_as_is(features)
     return gradient.to(features.dtype if is_rounded else accumulation_type(features))
 
@@ -224,7 +224,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
     Args:
         total: [rows, D].
-        left: [rows, columns], result of `as_factor` or its transpose.
+        left: [rows, columns], result of `as_factor`, possibly transposed.
         right: [columns, D] features.
     """
     if is_multiplied_as_is(right):
@@ -234,7 +234,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def consecutive_slices(length: int, size: int) -> list[slice]:
-    """Splits range(length) into consecutive slices of a size; the last may be shorter."""
+    """Splits range(length) into consecutive slices; the last one may be shorter than `size`."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -244,10 +244,10 @@ class PairDuplicates:
     def __init__(self, keys: Sequence[Tensor]) -> None:
         """
         Args:
-            keys: one or two int64 [N]; equal keys mean equal content.
+            keys: one or two int64 [N]; pairs with an equal key have equal content.
         """
         self.keys = list(keys)
-        self.num_alike = num_sharing_a_key(self.keys)  # int64 [N], counts the pair itself
+        self.num_alike = num_sharing_a_key(self.keys)  # int64 [N], including the pair itself
         self.exist = bool((self.num_alike > 1).any())
 
     def within(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
@@ -269,7 +269,7 @@ class PairDuplicates:
 
 
 def num_sharing_a_key(keys: Sequence[Tensor]) -> Tensor:
-    """Counts for each pair how many pairs share a key with it, itself included; int64 [N].
+    """Counts the pairs that share a key with each pair, including the pair itself; int64 [N].
 
     Args:
         keys: one or two int64 [N].

@@ -30,19 +30,19 @@ class LossOptions:
     """Settings of a contrastive loss; see reference.py for the formulas.
 
     Raises:
-        ValueError: if a value is unknown or out of range, or two settings exclude each other.
+        ValueError: if a value is unknown or out of range, or two settings are incompatible.
     """
 
     kind: Kind = "softmax"
     label_smoothing: float = 0.0  # in [0, 1), softmax only
     duplicates: Duplicates = "negatives"
     mode: Mode | Literal["auto"] = "auto"  # see two_passes; affects speed only
-    piece_rows: int | None = None  # rows of each rank that are gathered at once; None: by size
+    piece_rows: int | None = None  # rows of each rank gathered at once; None: chosen by size
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", Kind), ("duplicates", Duplicates)):
-            _refuse_unknown(name, getattr(self, name), get_args(choices))
-        _refuse_unknown("mode", self.mode, ("auto", *get_args(Mode)))
+            _check_choice(name, getattr(self, name), get_args(choices))
+        _check_choice("mode", self.mode, ("auto", *get_args(Mode)))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"label_smoothing: expected 0 <= x < 1, found {self.label_smoothing:g}"
@@ -59,7 +59,7 @@ def build_loss_options(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto
     return LossOptions(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
 
 
-def refuse_unfit(
+def check_arguments(
     media: Tensor,
     text: Tensor,
     bias: Tensor | None,
@@ -67,14 +67,14 @@ def refuse_unfit(
     keys: Sequence[Tensor],
     teacher: Teacher | None,
 ) -> None:
-    """Validates the arguments of `contrastive_loss` against one another.
+    """Checks that the arguments of `contrastive_loss` are consistent.
 
     Raises:
-        ValueError: if shapes or settings do not fit together.
+        ValueError: if shapes or settings are inconsistent.
     """
     if media.ndim != 2 or media.shape != text.shape:
         raise ValueError(
-            f"expected media and text of one shape [B, D], found {tuple(media.shape)} and "
+            f"expected media and text of the same shape [B, D], found {tuple(media.shape)} and "
             f"{tuple(text.shape)}"
         )
     if options.kind == "softmax" and bias is not None:
@@ -87,11 +87,11 @@ def refuse_unfit(
             f"found {len(keys)}"
         )
     if teacher is not None:
-        _refuse_unfit_teacher(media, options, teacher)
+        _check_teacher(media, options, teacher)
 
 
-def refuse_large_scale(scale: float, options: LossOptions) -> None:
-    """Validates the scale of the softmax loss.
+def check_scale(scale: float, options: LossOptions) -> None:
+    """Checks the scale of the softmax loss.
 
     Raises:
         ValueError: if the loss would overflow for some unit vectors.
@@ -103,9 +103,9 @@ def refuse_large_scale(scale: float, options: LossOptions) -> None:
         )
 
 
-def _refuse_unfit_teacher(media: Tensor, options: LossOptions, teacher: Teacher) -> None:
+def _check_teacher(media: Tensor, options: LossOptions, teacher: Teacher) -> None:
     if options.kind != "softmax":
-        raise ValueError(f'a teacher is for the softmax loss only, found kind="{options.kind}"')
+        raise ValueError(f'a teacher requires the softmax loss, found kind="{options.kind}"')
     if not 0 < teacher.weight <= 1:
         raise ValueError(f"teacher.weight: expected 0 < x <= 1, found {teacher.weight:g}")
     if abs(teacher.scale) > LARGEST_LOGIT_SCALE:
@@ -115,11 +115,11 @@ def _refuse_unfit_teacher(media: Tensor, options: LossOptions, teacher: Teacher)
     shapes = tuple(teacher.media.shape), tuple(teacher.text.shape)
     if shapes[0] != shapes[1] or shapes[0][:1] != (len(media),):
         raise ValueError(
-            f"expected teacher features of one shape [{len(media)}, D], found {shapes[0]} and "
+            f"expected teacher features of shape [{len(media)}, D], found {shapes[0]} and "
             f"{shapes[1]}"
         )
 
 
-def _refuse_unknown(name: str, value: str, choices: Sequence[str]) -> None:
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")

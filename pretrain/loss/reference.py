@@ -1,8 +1,8 @@
-"""The contrastive losses in their dense form: start here to read the loss.
+"""Dense reference implementation of the contrastive losses: start reading here.
 
-`dense_loss` holds all N x N logits in one process and leaves the gradients to autograd. The exact
-loss in contrastive_loss.py gives the same numbers for any number of ranks, without ever holding
-that matrix. Its tests compare it with this module.
+`dense_loss` computes all N x N logits in one process and leaves the gradients to autograd. The
+distributed loss in contrastive_loss.py returns the same values for any number of ranks, without
+ever storing that matrix. Its tests compare it with this module.
 
 With I_i and T_j the L2-normalised embeddings of media i and caption j, the logits are
 
@@ -17,7 +17,7 @@ The targets t_i of row i, [N], sum to 1. The targets u_j of column j are built i
 
     plain             t_ij = 1 if j = i, else 0
     duplicates        pairs that share a key. "positives": all P_i duplicates (i included) get
-                      1/P_i. "masked": duplicates other than i leave the softmax and the targets
+                      1/P_i. "masked": duplicates other than i are removed from softmax and targets
     label_smoothing   (1 - e) t_ij + e / K_i over the K_i captions in the softmax
                       (Szegedy et al. 2016, section 7)
     teacher           (1 - w) t_ij + w softmax_j(teacher_scale * <I'_i, T'_j>), with I' and T' the
@@ -27,7 +27,7 @@ kind="sigmoid", SigLIP (Zhai et al. 2023, equation 1), with y_ij = 1 for positiv
 
     L = 1/N * sum_ij [ softplus(l_ij) - y_ij l_ij ]
 
-Masked duplicates are left out of both sums.
+Masked duplicates are excluded from both sums.
 
 The exact loss distributes this over ranks, here two. Rank a holds the media I_a and captions T_a
 of its own pairs, each [B, D]. It computes the row block of its media, tile by tile:
@@ -48,9 +48,9 @@ of its own pairs, each [B, D]. It computes the row block of its media, tile by t
              reduce-scatter  G_ab^T I_a, summed over a             every rank -> rank b
                              -> dL/dT_b = scale / 2N * (G_0b^T I_0 + G_1b^T I_1)
 
-This is mode "strip1". In mode "strip2", pass 1 gathers the media as well, and the all-reduce
-includes [N] row sums. Each rank then also computes the column block of its captions, so that
-nothing is sent in pass 2. The sigmoid loss needs no log-sum-exps: it does all of this in one pass,
+This is mode "strip1". In mode "strip2", pass 1 also gathers the media, and the all-reduce includes
+[N] row sums. Each rank then also computes the column block of its captions, and pass 2 sends
+nothing. The sigmoid loss needs no log-sum-exps: it does all of this in one pass,
 with G_ij = N dL/dl_ij = sigmoid(l_ij) - y_ij.
 """
 
@@ -64,7 +64,7 @@ from torch.nn import functional
 
 from pretrain.loss.options import Duplicates, Kind, Teacher
 
-TIE_TOLERANCE = 1e-12  # similarities in float64 that differ by less are equal but for rounding
+TIE_TOLERANCE = 1e-12  # float64 similarities that differ by less are equal up to rounding
 
 
 def dense_loss(
@@ -121,7 +121,7 @@ def _cross_entropy(
     label_smoothing: float,
     teacher_weight: float | None,
 ) -> Tensor:
-    """Mean cross-entropy of the rows of [N, N] logits."""
+    """Computes the mean cross-entropy over the rows of [N, N] logits."""
     positive, compared = (matrix.to(logits.dtype) for matrix in (is_positive, ~is_masked))
     targets = (1 - label_smoothing) * positive / positive.sum(dim=1, keepdim=True)
     targets = targets + label_smoothing * compared / compared.sum(dim=1, keepdim=True)
@@ -133,7 +133,7 @@ def _cross_entropy(
 
 
 def _share_a_key(keys: Sequence[Tensor], *, like: Tensor) -> Tensor:
-    """[N, N] whether two pairs have an equal key."""
+    """Returns bool [N, N]: whether two pairs share a key."""
     matches = [key[:, None] == key for key in keys]
     return torch.stack(matches).any(dim=0) if matches else torch.zeros_like(like)
 
@@ -148,7 +148,7 @@ def dense_recall(
     """Computes in-batch recall at 1 in both directions by comparing all pairs.
 
     A row counts 1 if its own counterpart is the nearest, and 1 / k if k counterparts tie.
-    Duplicates that are no negatives do not compete.
+    Duplicates that are not negatives do not compete.
 
     Args:
         media: [N, D], L2-normalised.

@@ -4,7 +4,7 @@ With l_ij = scale * <I_i, T_j> + bias, and y_ij = 1 if caption j belongs to medi
 
     L = 1/N * sum_ij [ softplus(l_ij) - y_ij l_ij ]        G_ij = N dL/dl_ij = sigmoid(l_ij) - y_ij
 
-For positives the code computes softplus(-l) and -sigmoid(-l), which stay accurate if l is large.
+For positives the code computes softplus(-l) and -sigmoid(-l), which are accurate for large l.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pretrain.loss.gpu_compiler import compiled_on_gpu
 from pretrain.loss.in_batch_recall import InBatchRecall
 from pretrain.loss.logit_tiles import Tile
 
-# softplus(x) is x above it: exact in float64 at 50, but not at torch's default of 20.
+# Above it, softplus(x) = x, which is exact in float64 at 50 but not at torch's default of 20.
 SOFTPLUS_THRESHOLD = 50
 
 
 def softplus(values: Tensor) -> Tensor:
-    """Computes log(1 + exp(x)) elementwise, accurately for large x as well."""
+    """Computes log(1 + exp(x)) elementwise, also accurately for large x."""
     return functional.softplus(values, threshold=SOFTPLUS_THRESHOLD)
 
 
@@ -34,7 +34,7 @@ def losses_of_negatives(logits: Tensor) -> Tensor:
 
 
 class TiledSigmoidLoss:
-    """Sigmoid loss as a function of logit tiles: running sums, and gradient coefficients."""
+    """Sigmoid loss computed from logit tiles: running sums and gradient coefficients."""
 
     needs_all_tiles_first = False
     scale_sum = None  # computed from the gradient of the media
@@ -61,7 +61,7 @@ class TiledSigmoidLoss:
             self.loss_sum += softplus(-tile.excluded[2].double()).sum()
 
     def merge(self, *, for_all_rows: bool) -> None:
-        """Sums over ranks after all tiles were observed; every rank must call it.
+        """Sums over ranks after all tiles have been observed; every rank must call it.
 
         Sets `value`, `media_hits` and `text_hits`.
         """

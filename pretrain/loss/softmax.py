@@ -6,15 +6,16 @@ sum to 1 over j. Column j has the log-sum-exp c_j and the targets u_ij, which su
     L = 1/2N * [ sum_i (r_i - sum_j t_ij l_ij)  +  sum_j (c_j - sum_i u_ij l_ij) ]
     G_ij = 2N dL/dl_ij = exp(l_ij - r_i) + exp(l_ij - c_j) - t_ij - u_ij
 
-The first pass sums exponentials of rows and columns from the same tiles. A row is complete on its
-rank; columns are completed by one sum over ranks. The second pass computes the tiles again, and G.
+The first pass sums exponentials of rows and columns from the same tiles. Row sums
+are complete on their rank; column sums are completed by one sum over ranks. The second pass
+recomputes the tiles, and computes G from them.
 
-Own pairs p_i = l_ii stay out of the sums, so that nothing cancels at a nearly perfect match. Let
-n_i be the log-sum-exp of row i without its own pair:
+The logits p_i = l_ii of own pairs are excluded from the sums, which avoids cancellation when the
+match is nearly perfect. Let n_i be the log-sum-exp of row i without its own pair:
 
     r_i - p_i = softplus(n_i - p_i)        probability of the own caption = 1 - sigmoid(n_i - p_i)
 
-and likewise for columns. Targets, see reference.py, are made of three parts:
+and likewise for columns. Targets (see reference.py) are the sum of three parts:
 
     own pairs         (1 - w) (1 - e), split evenly among duplicates that are positives
     label smoothing   (1 - w) e / K for each of the K pairs that are not masked
@@ -36,7 +37,7 @@ from pretrain.loss.softmax_sums import SoftmaxSums
 
 
 class TiledSoftmaxLoss:
-    """Softmax loss as a function of logit tiles: running sums, then gradient coefficients."""
+    """Softmax loss computed from logit tiles: running sums, then gradient coefficients."""
 
     needs_all_tiles_first = True
     scale_sum = None  # computed from the gradient of the media
@@ -69,12 +70,12 @@ class TiledSoftmaxLoss:
             self.sums.add_entries(logits, row + tile.rows.start, column + tile.columns.start)
 
     def merge(self, *, for_all_rows: bool) -> None:
-        """Sums over ranks after all tiles were observed; every rank must call it.
+        """Sums over ranks after all tiles have been observed; every rank must call it.
 
         Sets `value`, `media_hits` and `text_hits`.
 
         Args:
-            for_all_rows: coefficients of other ranks' rows are needed as well.
+            for_all_rows: whether coefficients of other ranks' rows are needed too.
         """
         own, num_ranks = self.split.own, len(self.split.counts)
         positives = self.positives.double()
@@ -82,8 +83,8 @@ class TiledSoftmaxLoss:
         target_gap = self.targets.own_gap(positives, own)
         scalars = torch.stack([row_excess.sum(), target_gap, self.recall.media_hits(own)])
         partial = self.sums.partial_sums(for_all_rows=for_all_rows)
-        of_teacher = self.targets.partial_sums(for_all_rows=for_all_rows)
-        parts = [scalars, self.recall.packed_text_codes(num_ranks), *partial, *of_teacher]
+        teacher_sums = self.targets.partial_sums(for_all_rows=for_all_rows)
+        parts = [scalars, self.recall.packed_text_codes(num_ranks), *partial, *teacher_sums]
         merged = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         scalars, codes = merged[:2]
         self.sums.set_merged_sums(merged[2 : 2 + len(partial)])
@@ -100,8 +101,8 @@ class TiledSoftmaxLoss:
         self.others_of_columns = self.sums.log_of_columns() - positives
         self.row_log_sums = positives + softplus(others_of_rows)  # r_i
         self.column_log_sums = positives + softplus(self.others_of_columns)  # c_j
-        of_others = torch.sigmoid(others_of_rows) + torch.sigmoid(self.others_of_columns)
-        self.own_gradient = self.targets.own_target_gap() - of_others  # G_ii without a teacher
+        others = torch.sigmoid(others_of_rows) + torch.sigmoid(self.others_of_columns)
+        self.own_gradient = self.targets.own_target_gap() - others  # G_ii without a teacher
         self.weights = self.sums.weights(self.row_log_sums, self.column_log_sums)
 
     def coefficients(self, tile: Tile) -> Tensor:
@@ -157,7 +158,7 @@ class SoftmaxTargets:
         ones = torch.ones(len(positives), dtype=torch.float64, device=positives.device)
         num_alike = duplicates.num_alike.double() if duplicates else ones
         num_positives = ones if masks_duplicates else num_alike
-        # K: pairs that are not masked in the row or column
+        # K: number of pairs in the row or column that are not masked
         self.num_compared = len(positives) - (num_alike - 1 if masks_duplicates else 0 * ones)
         hard_weight = 1 - teacher_weight
         # [N] target of each positive, and of each pair that is not masked, in a row or column
@@ -169,8 +170,8 @@ class SoftmaxTargets:
             self.teacher = SoftmaxSums(positives, largest_logit=abs(teacher_scale), has_values=True)
 
     @property
-    def are_own_pairs_alone(self) -> bool:
-        """True if the target of every own pair is 1 and all other targets are 0."""
+    def are_one_hot(self) -> bool:
+        """Whether the target of every own pair is 1 and all other targets are 0."""
         return not (self.is_smooth or self.has_duplicates or self.teacher)
 
     def observe(self, tile: Tile, positives: Tensor) -> None:
@@ -204,7 +205,7 @@ class SoftmaxTargets:
         return logits
 
     def own_gap(self, positives: Tensor, own: slice) -> Tensor:
-        """Returns this rank's part of the gap except for the teacher's columns, float64 scalar."""
+        """Returns this rank's part of the gap without the teacher's columns, float64 scalar."""
         per_pair = self.smoothing_targets[own] * self.num_compared[own] * positives[own]
         gap = self.gap + 2 * per_pair.sum()
         if self.teacher is not None:
@@ -217,7 +218,7 @@ class SoftmaxTargets:
         return self.teacher.partial_sums(for_all_rows=for_all_rows) if self.teacher else []
 
     def set_merged_sums(self, sums: Sequence[Tensor]) -> None:
-        """Replaces the result of `partial_sums` by its sums over ranks."""
+        """Stores the sums over ranks of the result of `partial_sums`."""
         if self.teacher is not None:
             self.teacher.set_merged_sums(sums)
             self.weights = self.teacher.weights(

@@ -1,9 +1,9 @@
 """Sums of exponentials of rows and columns of the N x N logits, and softmaxes computed from them.
 
-Logits of unit vectors lie in [-s, s], with s the scale. Sums are kept in float64 as
-sum exp(l - shift), which all fit for s up to 340. They add up over tiles and ranks without a
-running maximum. Inside a float32 tile one exponential serves both rows and columns while exp(s)
-fits; for larger scales each direction subtracts its own maximum first.
+Logits of unit vectors lie in [-s, s], where s is the scale. Sums are stored in float64 as
+sum exp(l - shift), which cannot overflow for s up to 340. They add up over tiles and ranks without
+a running maximum. Within a float32 tile, one exponential serves both rows and columns while exp(s)
+fits. For larger scales, each direction subtracts its own maximum first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pretrain.loss.gpu_compiler import compiled_on_gpu
 
-# Largest |logit| for which exp(l), exp(-l) and sums of millions of them fit the type.
+# Largest |logit| for which exp(l), exp(-l) and sums of millions of them fit the dtype.
 PLAIN_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
-LOWEST = -1e30  # replaces the maximum of a row without entries
+LOWEST = -1e30  # stands in for the maximum of a row without entries
 
 
 def scratch_unless_fused(*memory: Tensor) -> list[Tensor | None]:
-    """Returns the tensors to overwrite, or None for each on a GPU, where kernels are fused."""
+    """Returns the scratch tensors, or None for each on a GPU, where kernels are fused."""
     return [None if tensor.is_cuda else tensor for tensor in memory]
 
 
@@ -36,7 +36,7 @@ def sums_of_exponentials(
         logits: [rows, columns].
         values: [rows, columns] weights of a second sum, or None.
         scratch: [rows, columns] to overwrite; None allocates memory.
-        is_plain: nothing is subtracted.
+        is_plain: whether nothing is subtracted.
 
     Returns:
         For rows and for columns: the sums, the sums weighted by values or None, and the largest
@@ -84,9 +84,9 @@ def sum_of_probabilities(
 class SoftmaxWeights:
     """Computes exp(l - r) + exp(l - c) for any part of the N x N matrix."""
 
-    row_log_sums: Tensor  # [N] r, in the type of the tiles
+    row_log_sums: Tensor  # [N] r, in the dtype of the tiles
     column_log_sums: Tensor  # [N] c
-    is_plain: bool  # the log-sum-exps are stored as exp(-r) and exp(-c)
+    is_plain: bool  # whether log-sum-exps are stored as exp(-r) and exp(-c)
 
     def probabilities(self, logits: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """Returns [rows, columns] for a tile; the logits and `out` may be overwritten."""
@@ -111,14 +111,14 @@ class SoftmaxWeights:
 class SoftmaxSums:
     """Running sums sum_j exp(l_ij - shift) of rows and sum_i exp(l_ij - shift) of columns.
 
-    Optionally also the same sums weighted by a value per entry.
+    Optionally also the same sums with a weight per entry.
     """
 
     def __init__(self, like: Tensor, *, largest_logit: float, has_values: bool = False) -> None:
         """
         Args:
-            like: [N] in the type of the tiles.
-            has_values: also sum exp(l_ij - shift) * value_ij.
+            like: [N] in the dtype of the tiles.
+            has_values: whether to also sum exp(l_ij - shift) * value_ij.
         """
         self.dtype = like.dtype
         self.is_plain = largest_logit <= PLAIN_EXPONENT[like.dtype]
@@ -137,7 +137,7 @@ class SoftmaxSums:
         scratch: Tensor,
         values: Tensor | None = None,
     ) -> None:
-        """Adds a tile, which is not modified.
+        """Adds a tile to the sums, without modifying it.
 
         Args:
             logits: [rows, columns], minus infinity for entries that do not count.
@@ -160,7 +160,7 @@ class SoftmaxSums:
                 value_sums[indices] += of_values * factor
 
     def add_entries(self, logits: Tensor, row: Tensor, column: Tensor) -> None:
-        """Adds single entries of the matrix.
+        """Adds single entries of the matrix to the sums.
 
         Args:
             logits: [entries].
@@ -177,7 +177,7 @@ class SoftmaxSums:
         A rank's own rows are complete; the sums of its columns are not.
 
         Args:
-            for_all_rows: sums of other ranks' rows are needed as well.
+            for_all_rows: whether sums of other ranks' rows are needed too.
         """
         names = ["columns", *(["rows"] if for_all_rows else [])]
         if self.value_columns is not None:
@@ -186,7 +186,7 @@ class SoftmaxSums:
         return [getattr(self, name) for name in names]
 
     def set_merged_sums(self, sums: Sequence[Tensor]) -> None:
-        """Replaces the result of `partial_sums` by its sums over ranks."""
+        """Stores the sums over ranks of the result of `partial_sums`."""
         for name, value in zip(self.merged_names, sums, strict=True):
             setattr(self, name, value)
 

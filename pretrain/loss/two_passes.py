@@ -1,20 +1,19 @@
-"""The two passes over the N x N logits that give the loss and its gradients exactly.
+"""The two passes over the N x N logits that compute the exact loss and its gradients.
 
 Each rank compares its own B media with all N captions (its row block of the logits), tile by tile.
-See reference.py for a drawing of the messages. Two modes give the same numbers:
+See reference.py for a diagram of the communication. Two modes compute the same result:
 
-    strip1  Captions are gathered. A tile's G gives this rank's media their gradient, G T, and adds
-            G^T I to the gradients of the captions, which are summed over ranks at the end.
-    strip2  Captions and media are gathered. The row block gives the gradient of the media, and the
-            column block of the own captions gives the gradient of the captions. Nothing is sent
-            back.
+    strip1  Gathers the captions. Each tile adds G T to the gradient of this rank's media, and G^T I
+            to the gradients of the captions, which are summed over ranks at the end.
+    strip2  Gathers captions and media. The gradient of the media is computed from the row block,
+            that of the captions from the column block of the own captions. Nothing is sent back.
 
-strip1 multiplies less, strip2 sends less. Both either keep the gathered rows until the end or
-stream them in pieces, once per pass, so that memory does not grow with N.
+strip1 computes less, strip2 sends less. Both either keep the gathered rows until the end, or stream
+them in pieces, once per pass, so that memory does not grow with N.
 
 The loss is symmetric in media and captions. If the gather of the media was started while the
-captions were still being encoded, the sides are exchanged: "media" below are then the captions,
-and "text" the media.
+captions were being encoded, the sides are swapped: below, "media" then means the captions and
+"text" the media.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from pretrain.loss.in_batch_recall import num_packed_codes
 from pretrain.loss.logit_tiles import Features, LogitTiles, Tile, add_product, as_factor
 from pretrain.loss.options import LossOptions, Mode
 
-# On a GPU, rows per rank from which fewer products (strip1) are worth sending more bytes. The
-# break-even lies at 1.6k rows with 450 GB/s between GPUs, and at 14k rows with 50 GB/s.
+# On a GPU, rows per rank above which strip1 is faster: it sends more, but computes less. The
+# break-even point is at 1.6k rows with 450 GB/s between GPUs, and at 14k rows with 50 GB/s.
 MIN_ROWS_OF_STRIP1 = 4096
-GATHERED_BYTES = 256 * 2**20  # if the rows of all ranks take more, they are streamed
-# float32 bytes of all ranks together in one piece of a stream. GPUs need larger pieces to be busy.
+GATHERED_BYTES = 256 * 2**20  # rows of all ranks are streamed if they take more
+# float32 bytes of all ranks in one piece of a stream. GPUs need larger pieces to stay busy.
 PIECE_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 
 
 class TiledLoss(Protocol):
     """A loss as a function of logit tiles; implemented in softmax.py, sigmoid.py and fused.py."""
 
-    needs_all_tiles_first: bool  # G depends on all tiles of all ranks, as in the softmax loss
+    needs_all_tiles_first: bool  # whether G depends on all tiles of all ranks (softmax loss)
     positives: Tensor  # [N] logits of the own pairs
     value: Tensor  # float64 scalar, the global loss, after `merge`
     scale_sum: Tensor | None  # float64 scalar, sum of G_ij <I_i, T_j> over own rows, if computed
@@ -58,7 +57,7 @@ class TiledLoss(Protocol):
 
 @dataclass(frozen=True)
 class GradientSums:
-    """Products with G, before their common factors."""
+    """Products with G, without their common factors."""
 
     media: Tensor  # [B, D] sum_j G_ij T_j
     text: Tensor  # [B, D] sum_i G_ij I_i
@@ -68,17 +67,17 @@ class GradientSums:
 class LossPasses:
     """One evaluation of a loss over the global batch."""
 
-    media: Features  # [B, D], this rank's
-    text: Features  # [B, D], this rank's
+    media: Features  # [B, D] of this rank
+    text: Features  # [B, D] of this rank
     loss: TiledLoss
     tiles: LogitTiles
     split: RowSplit
     mode: Mode
-    piece_rows: int  # rows of each rank that are gathered at once
-    media_gather: RowGather | None = None  # of `text.features`, if it was started earlier
+    piece_rows: int  # rows of each rank gathered at once
+    media_gather: RowGather | None = None  # gather of `text.features`, if already started
 
     def compute_value(self) -> None:
-        """Computes the loss and recall only, with one matrix product; every rank must call it."""
+        """Computes only loss and recall, with one matrix product; every rank must call it."""
         self._observe_all(self._stream(with_media=False))
         self.loss.merge(for_all_rows=False)
 
@@ -107,9 +106,9 @@ class LossPasses:
         return RowStream(present, self.split, piece_rows=self.piece_rows, begun=self.media_gather)
 
     def _read(self, block: RowBlock) -> list[Features]:
-        """Captions of a block, then its media if they were gathered; stores its positives."""
+        """Returns a block's captions, then its media if gathered; stores its positives."""
         positives, *features = block.tensors
-        if self.media_gather is not None:  # RowStream appends the rows that were gathered earlier
+        if self.media_gather is not None:  # RowStream puts rows that were gathered earlier last
             features = [features[-1], *features[:-1]]
         self.loss.positives[block.first : block.first + len(positives)] = positives
         per_side = 1 if self.text.teacher is None else 2
@@ -122,14 +121,14 @@ class LossPasses:
         for _, blocks in stream:
             for block in blocks:
                 text = self._read(block)[0]
-                for tile, _, _ in self.tiles.of(self.media, text):
+                for tile, _, _ in self.tiles.compute(self.media, text):
                     self.loss.observe(tile)
 
     def _add_row_block_gradients(
         self, text: Features, media_sum: Tensor, text_sum: Tensor | None
     ) -> None:
-        """Adds G T to the own media and, in strip1, G^T I to some captions."""
-        for tile, rows, columns in self.tiles.of(self.media, text):
+        """Adds G T to the gradients of the media and, in strip1, G^T I to those of captions."""
+        for tile, rows, columns in self.tiles.compute(self.media, text):
             gradient = as_factor(self.loss.own_coefficients(tile), text.features)
             add_product(media_sum[rows], gradient, text.features[columns])
             if text_sum is not None:
@@ -152,7 +151,7 @@ class LossPasses:
         text_sum: Tensor,
         following: tuple[RowSum, range] | None,
     ) -> tuple[RowSum, range] | None:
-        """Stores the sum over ranks of one piece while that of the following piece is in flight."""
+        """Stores the sum over ranks of a piece while that of the next piece is in flight."""
         if pending is not None:
             total, piece = pending
             rows = text_sum[piece.start : piece.stop]
@@ -165,7 +164,7 @@ class LossPasses:
             for block in blocks:
                 text, media = self._read(block)
                 self._add_row_block_gradients(text, media_sum, None)
-                for tile, rows, columns in self.tiles.of(media, self.text):
+                for tile, rows, columns in self.tiles.compute(media, self.text):
                     gradient = as_factor(self.loss.coefficients(tile), media.features)
                     add_product(text_sum[columns], gradient.T, media.features[rows])
         return GradientSums(media_sum, text_sum)
@@ -179,7 +178,7 @@ class LossPasses:
 
 
 def choose_mode(split: RowSplit, device: torch.device) -> Mode:
-    """Returns the faster mode: on CPUs always strip1, which multiplies less."""
+    """Returns the faster mode; on CPUs always strip1, which computes less."""
     rows = split.total / len(split.counts)
     is_bound_by_products = (
         device.type == "cpu" or len(split.counts) == 1 or rows >= MIN_ROWS_OF_STRIP1
@@ -190,7 +189,7 @@ def choose_mode(split: RowSplit, device: torch.device) -> Mode:
 def choose_piece_rows(split: RowSplit, *, width: int, device_type: str = "cpu") -> int:
     """Chooses how many rows of each rank are gathered at once.
 
-    All rows if they fit in GATHERED_BYTES, else as many as fit in PIECE_BYTES.
+    These are all rows if they fit in GATHERED_BYTES, else as many as fit in PIECE_BYTES.
     """
     num_ranks, most = len(split.counts), max(split.counts)
     # Captions, and either their gradients or the media, in float32 at most.
@@ -207,10 +206,10 @@ def received_bytes(
     feature_bytes: int,
     device: torch.device,
 ) -> int:
-    """Computes how many bytes a rank receives for the loss and its gradients, without padding.
+    """Computes the bytes a rank receives for the loss and its gradients, without padding.
 
     Args:
-        counts: pairs of each rank.
+        counts: number of pairs of each rank.
         width: D.
         feature_bytes: bytes of one element of the features.
     """
@@ -220,8 +219,8 @@ def received_bytes(
     piece_rows = options.piece_rows or choose_piece_rows(
         split, width=width, device_type=device.type
     )
-    captions = num_rows * (width * feature_bytes + 4)  # with the logits of own pairs
-    # The softmax loss takes a second pass, for which streamed pieces are gathered again.
+    captions = num_rows * (width * feature_bytes + 4)  # including the logits of own pairs
+    # In the second pass of the softmax loss, streamed pieces are gathered again.
     gathered = captions * (2 if options.kind == "softmax" and piece_rows < max(counts) else 1)
     gathered += num_rows * width * (4 if mode == "strip1" else feature_bytes)  # sums or media
     if options.duplicates != "negatives":

@@ -1,10 +1,10 @@
-"""Bandwidth between ranks: within a node, between neighbouring nodes, and of all together.
+"""Bandwidth between ranks: within a node, between neighbouring nodes, and across all ranks.
 
-A slow node slows every collective it takes part in, and a collective of all ranks cannot tell which
-node is slow. So nodes are measured in pairs, each with both of its neighbours. A node counts as
-fast as the faster of its two pairs, since a slow pair may be the neighbour's fault.
+A slow node slows down every collective it takes part in, so a collective of all ranks does not show
+which node is slow. Nodes are therefore measured in pairs, each with both of its neighbours. The
+faster of its two pairs counts, since a slow pair may be the neighbour's fault.
 
-Numbers are bus bandwidths, which do not depend on the number of ranks n (nccl-tests,
+Results are bus bandwidths, which do not depend on the number of ranks n (nccl-tests,
 PERFORMANCE.md):
 
     all-reduce   2 (n - 1) / n * bytes / time
@@ -32,7 +32,7 @@ class Bandwidth:
 
 
 def node_pairs(num_nodes: int) -> list[list[tuple[int, int]]]:
-    """Returns rounds of disjoint pairs, in which each node meets both of its neighbours in a ring.
+    """Pairs each node with both of its neighbours in a ring, in rounds of disjoint pairs.
 
     Returns:
         [rounds][pairs] of (node, next node).
@@ -50,7 +50,7 @@ def node_pairs(num_nodes: int) -> list[list[tuple[int, int]]]:
 def measure_bandwidth(
     group: dist.ProcessGroup | None, *, num_bytes: int, device: torch.device
 ) -> Bandwidth:
-    """Measures the bandwidth of the best of several exchanges; all ranks of the group must call it.
+    """Measures the best bandwidth of several exchanges; all ranks of the group must call it.
 
     Args:
         group: None for all ranks.
@@ -71,7 +71,7 @@ def measure_bandwidth(
         gather_seconds.append(
             _seconds(lambda: dist.all_gather_single(whole, part, group=group), device)
         )
-    # The first exchange connects the ranks.
+    # The first exchange establishes the connections.
     best_reduce, best_gather = min(reduce_seconds[1:]), min(gather_seconds[1:])
     return Bandwidth(2 * sent / best_reduce / 1e9, sent / best_gather / 1e9)
 
@@ -89,12 +89,12 @@ def _seconds(exchange: Callable[[], object], device: torch.device) -> float:
 def measure_nodes(
     ranks_of_nodes: Sequence[Sequence[int]], *, num_bytes: int, device: torch.device
 ) -> tuple[Bandwidth | None, list[str]]:
-    """Measures this node's bandwidth in the better of its two pairs; every rank must call it.
+    """Measures this node's bandwidth in the faster of its two pairs; every rank must call it.
 
     A single node is measured among its own ranks.
 
     Args:
-        ranks_of_nodes: [nodes] lists of ranks.
+        ranks_of_nodes: [nodes] ranks of each node.
         num_bytes: see `measure_bandwidth`.
         device: device of the tensors.
 
@@ -110,8 +110,8 @@ def measure_nodes(
         if len(ranks) == 1:
             continue
         try:
-            # All ranks create all groups. If only members did (use_local_synchronization), those
-            # that were in other groups before would hang (torch 2.13, gloo).
+            # All ranks create all groups. With use_local_synchronization, ranks that were members
+            # of other groups before would hang (torch 2.13, gloo).
             group = dist.new_group(sorted(ranks))
             if dist.get_rank() in ranks:
                 found.append(measure_bandwidth(group, num_bytes=num_bytes, device=device))

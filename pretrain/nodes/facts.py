@@ -1,6 +1,6 @@
-"""Facts that a rank finds out about its machine: versions, memory, shards and disks.
+"""Facts about the machine of one rank: versions, memory, shards and disks.
 
-Nothing here communicates with other ranks, so that a bad machine can still report its problems.
+No function here communicates with other ranks, so that a bad machine can still report its problems.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import machine_name
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "open_clip_torch", "numpy")
-READ_BYTES = 1 << 20  # bytes of each read
-SECONDS_TO_BE_SEEN = 10.0  # network file systems cache listings
+READ_BYTES = 1 << 20  # bytes per read
+LISTING_TIMEOUT_SECONDS = 10.0  # network file systems cache directory listings
 
 
 @dataclass
 class MachineFacts:
-    """Facts of one rank's machine."""
+    """Facts about the machine of one rank."""
 
     rank: int
     host: str
     versions: dict[str, str] = field(default_factory=dict)
     config_checksum: str = ""
     gpu_free_fraction: float | None = None  # None without a GPU
-    shard_megabytes_per_second: float | None = None  # None if another rank of the node reads
-    free_bytes: dict[str, int] = field(default_factory=dict)  # folder -> free bytes of its disk
+    shard_megabytes_per_second: float | None = None  # None if another rank of the node reads shards
+    free_bytes: dict[str, int] = field(default_factory=dict)  # folder -> free bytes on its disk
     problems: list[str] = field(default_factory=list)
 
 
 def versions_here(device: torch.device) -> dict[str, str]:
-    """Returns the versions of everything that computes, and a checksum of this project's code."""
+    """Returns the versions of all computing libraries, and a checksum of this project's code."""
     found = {name: package_version(name) or "not found" for name in LIBRARIES}
     found |= {"python": platform.python_version(), "processor": platform.machine()}
     found["isopair's sources"] = checksum_of_sources()
@@ -87,14 +87,14 @@ def gpu_free_fraction(device: torch.device) -> float | None:
 def read_shards(
     datasets: Sequence[str], *, first: int, num_shards: int, max_bytes: int
 ) -> tuple[float, list[str]]:
-    """Reads the beginnings of some shards of every dataset.
+    """Reads the beginning of some shards of every dataset.
 
     Args:
         datasets: folders or URLs.
-        first: index of the first shard, modulo the number of shards. Nodes pass different indices,
-            so that they read different shards.
-        num_shards: shards of each dataset.
-        max_bytes: limit for all shards together.
+        first: index of the first shard to read, modulo the number of shards. Each node passes a
+            different index, to read different shards.
+        num_shards: number of shards to read from each dataset.
+        max_bytes: total limit over all shards.
 
     Returns:
         Megabytes per second, and messages for shards that are unreadable or have a wrong size.
@@ -138,7 +138,7 @@ def _read_tar(tar: str, *, expected_bytes: int, max_bytes: int) -> int:
 
 
 def free_bytes_of(folders: Sequence[Path | str]) -> dict[str, int]:
-    """Returns the free bytes of each folder's disk; the folder need not exist. Skips URLs."""
+    """Returns the free bytes on each folder's disk; skips URLs, and folders need not exist."""
     found = {}
     for folder in folders:
         path = local_path(str(folder))
@@ -151,9 +151,9 @@ def free_bytes_of(folders: Sequence[Path | str]) -> dict[str, int]:
     return found
 
 
-def sees_file(path: Path, content: str) -> bool:
-    """Returns whether a file that another machine wrote appears here within a few seconds."""
-    end = time.monotonic() + SECONDS_TO_BE_SEEN
+def wait_for_file(path: Path, content: str) -> bool:
+    """Waits for a file written by another machine; returns whether it appeared in time."""
+    end = time.monotonic() + LISTING_TIMEOUT_SECONDS
     while True:
         try:
             if path.read_text() == content:
@@ -177,18 +177,18 @@ def gather_facts(
     folders: Sequence[Path | str],
     report: Callable[[str], None],
 ) -> MachineFacts:
-    """Gathers the facts that a rank finds out without others.
+    """Gathers the facts about this rank's machine.
 
     Args:
-        settings: how much is read from shards.
+        settings: config section `preflight`.
         rank: this process's rank.
-        local_rank: rank on its machine; local rank 0 reads shards and checks disks.
-        node: index of its machine.
-        device: device that it trains on.
+        local_rank: rank within its machine; local rank 0 reads shards and checks disks.
+        node: index of this machine.
+        device: training device.
         config_checksum: checksum of the whole config.
         datasets: folders or URLs of the training data.
-        folders: where the run writes.
-        report: called with the current activity, for the log of a rank that is late.
+        folders: folders or URLs that the run writes to.
+        report: called with a description of each activity, which is logged if the rank is late.
     """
     facts = MachineFacts(rank, machine_name())
     report("reading versions")

@@ -196,7 +196,7 @@ def test_bad_samples_are_left_out_and_named_and_the_rest_scores_a_subset(
 
     status, printed = embed(folder, max_bad_fraction=0.03)
     assert status == 0
-    assert "81 of 83 samples in 3 shards; 2 are corrupt and left out" in printed
+    assert "81 of 83 samples in 3 shards; 2 are corrupt and were skipped" in printed
     record = json.loads((tmp_path / "out/embeddings.json").read_text())
     bad = [(each["shard"], each["ordinal"]) for each in record["bad_samples"]]
     assert bad == [("00000000", 2), ("00000000", 39)]

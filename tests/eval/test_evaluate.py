@@ -362,7 +362,7 @@ def test_a_missed_goal_fails_the_command_after_everything_is_written(config_path
     missed = "evaluations.tones.goals={text_to_media_recall@1: 0.6, text_to_media_mean_rank: 1.2}"
     assert evaluate(config_path, reached, missed) == 1
     error = capsys.readouterr().err
-    assert "goals are missed:" in error
+    assert "metrics miss their goals:" in error
     assert "tones: text_to_media_recall@1 is 0.5, the goal 0.6" in error
     assert "tones: text_to_media_mean_rank is 1.5, the goal 1.2" in error
     assert (config_path.parent / "out" / "report.html").exists()

@@ -1,4 +1,4 @@
-"""Checks of nodes before a run starts: facts, verdict, and the nodes that are reported."""
+"""Checks of nodes before a run starts: facts, diagnosis, and the nodes that are reported."""
 
 import os
 import socket
@@ -11,8 +11,8 @@ from data_prep.config_file import to_yaml
 from data_prep.errors import RunError
 from pretrain.distributed.launcher import hosts_of_slurm_ranks
 from pretrain.nodes.bandwidth import Bandwidth, node_pairs
-from pretrain.nodes.facts import MachineFacts, free_bytes_of, read_shards, sees_file
-from pretrain.nodes.verdict import NodeFacts, Problem, answer_to_script, judge, table
+from pretrain.nodes.diagnosis import NodeFacts, Problem, answer_to_script, diagnose, table
+from pretrain.nodes.facts import MachineFacts, free_bytes_of, read_shards, wait_for_file
 from pretrain.preflight_config import Preflight
 from tests.support.gloo_processes import ProcessGroup, run_in_processes
 from tests.support.toy_run import toy_config
@@ -47,7 +47,7 @@ def nodes_of(count, **changes):
 
 
 def problems_of(nodes, *, checkpoint_bytes=GIGABYTE, **settings):
-    found = judge(nodes, Preflight(**settings), checkpoint_bytes=checkpoint_bytes)
+    found = diagnose(nodes, Preflight(**settings), checkpoint_bytes=checkpoint_bytes)
     return [(problem.node, problem.text) for problem in found]
 
 
@@ -187,11 +187,11 @@ def test_a_folder_need_not_exist_yet(tmp_path, monkeypatch):
     found = free_bytes_of([tmp_path / "a" / "b", "s3://bucket/x"])
     assert list(found) == [str(tmp_path / "a" / "b")]
     assert found[str(tmp_path / "a" / "b")] > 0
-    monkeypatch.setattr("pretrain.nodes.facts.SECONDS_TO_BE_SEEN", 0.1)
+    monkeypatch.setattr("pretrain.nodes.facts.LISTING_TIMEOUT_SECONDS", 0.1)
     (tmp_path / "file").write_text("mine")
-    assert sees_file(tmp_path / "file", "mine")
-    assert not sees_file(tmp_path / "file", "yours")
-    assert not sees_file(tmp_path / "other", "mine")
+    assert wait_for_file(tmp_path / "file", "mine")
+    assert not wait_for_file(tmp_path / "file", "yours")
+    assert not wait_for_file(tmp_path / "other", "mine")
 
 
 def test_slurm_says_where_every_rank_starts(monkeypatch):

@@ -68,7 +68,7 @@ def test_folders_are_named_classes_or_stand_for_them_in_their_order(tmp_path):
     named = write_folders(tmp_path / "named", ["great_white_shark", "tench"])
     task = task_of("zero_shot_classification", named, class_names=names, prompt_templates=["{}"])
     assert task.targets.tolist() == [2] * 3 + [0] * 3
-    with pytest.raises(InputError, match=r"expected folders named as the 2 classes, .* found 3"):
+    with pytest.raises(InputError, match=r"expected folders named after the 2 classes, .* found 3"):
         task_of("zero_shot_classification", folder, class_names=names[:2], prompt_templates=["{}"])
 
 

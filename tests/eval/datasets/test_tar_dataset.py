@@ -76,7 +76,7 @@ def test_a_multi_label_set_is_read(tmp_path):
     (task,) = tasks_of(folder, "multi_label_classification")
     np.testing.assert_array_equal(task.is_of_class, [[1, 0, 1], [0, 0, 0]])
     with pytest.raises(
-        InputError, match=r"dataset_type.txt says multilabel: set task: multi_label"
+        InputError, match=r"task: expected multi_label.*dataset_type.txt.*, found zero"
     ):
         tasks_of(folder, "zero_shot_classification")
 

@@ -160,7 +160,7 @@ def test_the_jaccard_index_is_the_mean_over_all_orders_of_ties():
     media, cues = unit_rows(20, seed=1), unit_rows(4, seed=2)
     groups = [[*range(5 * n, 5 * n + 5)] for n in range(4)]
     right = np.arange(20) % 5 < 2
-    result = associate(media, cues, groups=groups, is_right=right, bootstrap=BOOTSTRAP)
+    result = associate(media, cues, groups=groups, is_correct=right, bootstrap=BOOTSTRAP)
     cosines = (cues.double() @ media.double().T).numpy()
     for n, group in enumerate(groups):
         best = set(np.argsort(-cosines[n, group])[:2])
@@ -201,12 +201,12 @@ def test_media_find_media_of_another_kind():
     )
     scores = (images.double() @ sounds.double().T).numpy()
     right = np.equal.outer(names, other_names)
-    for direction, matrix, is_right in (
+    for direction, matrix, is_correct in (
         ("image_to_audio", scores, right),
         ("audio_to_image", scores.T, right.T),
     ):
         order = np.argsort(-matrix, axis=1)[:, :5]
-        expected = np.take_along_axis(is_right, order, axis=1).any(axis=1).mean()
+        expected = np.take_along_axis(is_correct, order, axis=1).any(axis=1).mean()
         assert result.scores[f"{direction}_recall@5"].value == pytest.approx(expected)
     both = [result.scores[f"{d}_recall@5"].value for d in ("image_to_audio", "audio_to_image")]
     mean = result.scores["mean_recall@5"]

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from data_prep.errors import RunError
-from pretrain.requeue import refuse_starts_without_attempt
+from pretrain.requeue import check_starts_without_attempt
 from pretrain.run.attempts import claim_attempt, read_attempts, write_attempt
 from pretrain.run.end_causes import causes_of_end, lost_nodes
 from pretrain.status import main
@@ -97,10 +97,10 @@ def test_a_job_whose_starts_do_not_come_to_the_run_is_not_queued_for_ever(tmp_pa
     attempts = read_attempts(tmp_path)
     for job, restarts in (("7", "3"), ("8", "1"), (None, "9")):
         environment = {"SLURM_RESTART_COUNT": restarts} | ({"SLURM_JOB_ID": job} if job else {})
-        refuse_starts_without_attempt(attempts, environment)
+        check_starts_without_attempt(attempts, environment)
     for job, restarts in (("7", "4"), ("8", "2")):
         environment = {"SLURM_RESTART_COUNT": restarts, "SLURM_JOB_ID": job}
         with pytest.raises(
             RunError, match=f"last 3 starts of job {job} ended before the run started"
         ):
-            refuse_starts_without_attempt(attempts, environment)
+            check_starts_without_attempt(attempts, environment)

@@ -1,6 +1,6 @@
-"""Exchange of values among ranks through a key-value store that rank 0 serves.
+"""Exchange of values among ranks through a key-value store hosted by rank 0.
 
-Unlike a collective, it shows which ranks are missing.
+Unlike a collective, it reveals which ranks are missing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from data_prep.errors import RunError
 from pretrain.run.attempts import machine_name
 
 
-class Meeting:
-    """Ranks that send values to rank 0, and receive its answers.
+class Rendezvous:
+    """A key-value store through which ranks send values to rank 0 and receive its answers.
 
     Args:
-        environment: as torchrun sets it.
-        timeout_seconds: limit of every wait for other ranks.
+        environment: environment variables as set by torchrun.
+        timeout_seconds: time limit of each wait for other ranks.
 
     Raises:
         RunError: if rank 0 cannot be reached.
@@ -53,10 +53,10 @@ class Meeting:
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
 
     def collect(self, key: str, *, seconds: float | None = None) -> list[Any]:
-        """Collects on rank 0 what each rank sent: [ranks], None for each that is late.
+        """Returns on rank 0 the value that each rank sent: [ranks], None for late ranks.
 
         Args:
-            seconds: limit of the wait; None for `timeout_seconds`.
+            seconds: time limit of the wait; None: `timeout_seconds`.
         """
         end = time.monotonic() + (self.timeout_seconds if seconds is None else seconds)
         return [
@@ -65,7 +65,7 @@ class Meeting:
         ]
 
     def receive(self, key: str, *, rank: int, seconds: float = 0.0) -> Any:
-        """Returns on rank 0 what one rank sent within a number of seconds, or None."""
+        """Returns on rank 0 the value that one rank sent, or None after a time limit."""
         sent = self._wait(f"{key}/{rank}", seconds=seconds)
         return None if sent is None else json.loads(sent)
 

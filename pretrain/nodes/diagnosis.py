@@ -1,6 +1,6 @@
-"""Verdict on the nodes: which are bad and why, and how srun leaves them out.
+"""Diagnosis of nodes from their facts: which are bad and why, and the srun options to exclude them.
 
-Pure functions of what was measured.
+All functions are pure.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from pretrain.nodes.facts import MachineFacts
 from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import restarts_of_job
 
-NODES_FOR_A_MEDIAN = 3  # with fewer, a median does not tell the slow node from the fast one
-REQUEUE = "requeue"  # answer to the batch script in place of srun's options
-MOST_RESTARTS = 3  # of a job that is requeued because a signal interrupted the checks
+NODES_FOR_A_MEDIAN = 3  # with fewer nodes, the median does not show which one is slow
+REQUEUE = "requeue"  # answer to the batch script instead of srun options
+MAX_RESTARTS = 3  # a job interrupted by a signal during the checks is requeued this often
 
 
 @dataclass
 class NodeFacts:
-    """Facts of one machine."""
+    """Facts about one machine."""
 
     name: str
     ranks: list[MachineFacts]
-    clock_seconds: float | None = None  # difference to rank 0's clock
+    clock_seconds: float | None = None  # seconds ahead of rank 0's clock
     bandwidth: Bandwidth | None = None
     bandwidth_errors: list[str] = field(default_factory=list)
 
     @property
     def shard_speed(self) -> float | None:
-        """Speed of reading shards, in megabytes per second."""
+        """Shard reading speed in megabytes per second."""
         speeds = [r.shard_megabytes_per_second for r in self.ranks]
         return next((speed for speed in speeds if speed is not None), None)
 
     @property
     def gpu_free_fraction(self) -> float | None:
-        """Free fraction of the fullest GPU's memory."""
+        """Lowest fraction of free memory of any GPU."""
         fractions = [r.gpu_free_fraction for r in self.ranks if r.gpu_free_fraction is not None]
         return min(fractions, default=None)
 
@@ -47,20 +47,20 @@ class NodeFacts:
 class Problem:
     """A reason why a run should not start."""
 
-    node: str | None  # bad node; None if no node is to blame
+    node: str | None  # bad node; None if the problem is not specific to a node
     text: str
 
     def __str__(self) -> str:
         return self.text if self.node is None else f"{self.node}: {self.text}"
 
 
-def judge(
+def diagnose(
     nodes: Sequence[NodeFacts], settings: Preflight, *, checkpoint_bytes: int
 ) -> list[Problem]:
     """Returns all problems, in the order of the nodes.
 
     Args:
-        nodes: in the order of their first ranks.
+        nodes: facts about the nodes, in the order of their first ranks.
         settings: limits that nodes must meet.
         checkpoint_bytes: size of one checkpoint.
     """
@@ -74,7 +74,7 @@ def judge(
 
 
 def _different(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
-    """Ranks whose config or versions differ from those of the majority."""
+    """Yields nodes whose config or versions differ from the majority."""
     ranks = [(node.name, rank) for node in nodes for rank in node.ranks]
     found = {"config": [rank.config_checksum for _, rank in ranks]}
     for name in sorted({name for _, rank in ranks for name in rank.versions}):
@@ -89,8 +89,8 @@ def _different(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
         for node, value in others.items():
             yield Problem(
                 node if is_majority else None,
-                f"{name} is {value}, elsewhere {usual}"
-                + ("" if is_majority else f" ({node}; no majority decides which is right)"),
+                f"{name} is {value}, on other nodes {usual}"
+                + ("" if is_majority else f" ({node}; there is no majority)"),
             )
 
 
@@ -104,7 +104,7 @@ def _clocks(nodes: Sequence[NodeFacts], settings: Preflight) -> Iterator[Problem
         if abs(off) > settings.max_clock_difference_seconds:
             yield Problem(
                 node.name,
-                f"its clock differs by {off:+.1f} s from the others, more than "
+                f"its clock differs by {off:+.1f} s from the median, more than "
                 f"preflight.max_clock_difference_seconds="
                 f"{settings.max_clock_difference_seconds:g}",
             )
@@ -119,11 +119,11 @@ def _of_node(node: NodeFacts, settings: Preflight) -> Iterator[Problem]:
             yield Problem(
                 node.name,
                 f"rank {rank.rank}'s GPU has {fraction:.0%} of its memory free, less than "
-                f"preflight.min_free_gpu_share={settings.min_free_gpu_share:.0%}; another process "
-                "uses it",
+                f"preflight.min_free_gpu_share={settings.min_free_gpu_share:.0%}; another "
+                "process uses it",
             )
     if node.bandwidth is None and node.bandwidth_errors:
-        yield Problem(node.name, f"no exchange with a neighbour: {node.bandwidth_errors[0]}")
+        yield Problem(node.name, f"exchange with a neighbour failed: {node.bandwidth_errors[0]}")
 
 
 def _slow(nodes: Sequence[NodeFacts], settings: Preflight) -> Iterator[Problem]:
@@ -142,7 +142,7 @@ def _slow(nodes: Sequence[NodeFacts], settings: Preflight) -> Iterator[Problem]:
             elif has_median and speed < settings.min_share_of_median * median:
                 yield Problem(
                     node,
-                    f"{name}: {speed:.3g} {unit}, the median node {median:.3g} {unit} "
+                    f"{name}: {speed:.3g} {unit}, median of the nodes {median:.3g} {unit} "
                     f"(preflight.min_share_of_median={settings.min_share_of_median:g})",
                 )
 
@@ -156,22 +156,22 @@ def _speed(node: NodeFacts, name: str) -> float | None:
 
 
 def _full(nodes: Sequence[NodeFacts], needed: int) -> Iterator[Problem]:
-    """Folders without room for checkpoints; their disk is shared, so no node is to blame."""
+    """Yields folders without room for checkpoints; their disk is shared by all nodes."""
     folders: Mapping[str, int] = nodes[0].ranks[0].free_bytes
     for folder, free in folders.items():
         if free < needed:
             yield Problem(
                 None,
-                f"{folder}: {free / 1e9:,.2f} GB are free, and {needed / 1e9:,.2f} GB needed "
-                "(preflight.checkpoints_to_fit checkpoints); make room, or choose another folder",
+                f"{folder}: {free / 1e9:,.2f} GB are free, but {needed / 1e9:,.2f} GB are needed "
+                "(preflight.checkpoints_to_fit checkpoints); free space, or choose another folder",
             )
 
 
 def bad_nodes(problems: Collection[Problem]) -> list[str]:
-    """Returns the nodes without which a run can start.
+    """Returns the nodes to exclude so that the run can start.
 
     Returns:
-        Names in alphabetical order; none if there is a problem that no node is to blame for.
+        Names in alphabetical order; empty if a problem is not specific to a node.
     """
     if any(problem.node is None for problem in problems):
         return []
@@ -181,18 +181,19 @@ def bad_nodes(problems: Collection[Problem]) -> list[str]:
 def answer_to_script(
     problems: Collection[Problem], *, was_stopped: bool, environment: Mapping[str, str]
 ) -> str:
-    """Returns the line that tells slurm/pretrain.sbatch what to do instead of starting the run.
+    """Returns the line that instructs slurm/pretrain.sbatch if the run should not start.
 
     Args:
-        was_stopped: a signal asked rank 0 to stop.
-        environment: of a job step; SRUN_OPTIONS holds the answer that the step was started with.
+        was_stopped: whether rank 0 received a stop signal.
+        environment: environment variables of the job step; SRUN_OPTIONS holds the srun options that
+            the step was started with.
 
     Returns:
-        srun's options without the bad nodes ("--nodes=2 --exclude=node2,node5"); "requeue"; or ""
-        if the job is to end.
+        srun options that exclude the bad nodes ("--nodes=2 --exclude=node2,node5"); "requeue"; or
+        "" if the job should end.
     """
     if was_stopped:
-        return REQUEUE if restarts_of_job(environment) < MOST_RESTARTS else ""
+        return REQUEUE if restarts_of_job(environment) < MAX_RESTARTS else ""
     bad, num_nodes = bad_nodes(problems), int(environment.get("SLURM_STEP_NUM_NODES") or 0)
     if not 0 < len(bad) < num_nodes:
         return ""
@@ -202,7 +203,7 @@ def answer_to_script(
 
 
 def table(nodes: Sequence[NodeFacts]) -> list[str]:
-    """Formats the measurements of every node; one line each, after a header."""
+    """Formats the measurements as a table: a header, then one line per node."""
     rows = [("node", "ranks", "all-reduce", "all-gather", "shards", "clock", "GPU memory free")]
     for node in nodes:
         band = node.bandwidth
