@@ -115,7 +115,7 @@ def _check_teacher(media: Tensor, options: LossOptions, teacher: Teacher) -> Non
     shapes = tuple(teacher.media.shape), tuple(teacher.text.shape)
     if shapes[0] != shapes[1] or shapes[0][:1] != (len(media),):
         raise ValueError(
-            f"expected teacher features of shape [{len(media)}, D], found {shapes[0]} and "
+            f"expected teacher features of the same shape [{len(media)}, D], found {shapes[0]} and "
             f"{shapes[1]}"
         )
 

@@ -73,19 +73,19 @@ def test_nodes_that_are_well_have_no_problem():
 @pytest.mark.parametrize(
     ("count", "changes", "settings", "expected"),
     [
-        (3, {"bandwidth": Bandwidth(9.0, 10.0)}, {}, "all-reduce: 9 GB/s, the median node 20 GB/s"),
-        (3, {"bandwidth": Bandwidth(20.0, 4.0)}, {}, "all-gather: 4 GB/s, the median node 10"),
+        (3, {"bandwidth": Bandwidth(9.0, 10.0)}, {}, "all-reduce: 9 GB/s, median of the nodes 20 GB/s"),
+        (3, {"bandwidth": Bandwidth(20.0, 4.0)}, {}, "all-gather: 4 GB/s, median of the nodes 10"),
         (
             2,
             {"bandwidth": Bandwidth(9.0, 10.0)},
             {"min_all_reduce_gigabytes_per_second": 15},
             "all-reduce: 9 GB/s, less than 15 GB/s",
         ),
-        (3, {"clock_seconds": 60.0}, {}, "its clock differs by +60.0 s from the others"),
+        (3, {"clock_seconds": 60.0}, {}, "its clock differs by +60.0 s from the median"),
         (3, {"gpu_free_fraction": 0.4}, {}, "GPU has 40% of its memory free, less than"),
         (3, {"problems": ["x.tar: No such file"]}, {}, "x.tar: No such file"),
-        (3, {"versions": {"torch": "2.12", "NCCL": "2.28"}}, {}, "torch is 2.12, elsewhere 2.13"),
-        (3, {"config_checksum": "xyz"}, {}, "config is xyz, elsewhere abc"),
+        (3, {"versions": {"torch": "2.12", "NCCL": "2.28"}}, {}, "torch is 2.12, on other nodes 2.13"),
+        (3, {"config_checksum": "xyz"}, {}, "config is xyz, on other nodes abc"),
         (
             3,
             {"shard_megabytes_per_second": 5.0},
@@ -96,7 +96,7 @@ def test_nodes_that_are_well_have_no_problem():
             3,
             {"bandwidth": None, "bandwidth_errors": ["timed out"]},
             {},
-            "no exchange with a neighbour: timed out",
+            "exchange with a neighbour failed: timed out",
         ),
     ],
 )
@@ -109,10 +109,10 @@ def test_the_node_that_is_not_well_is_named(count, changes, settings, expected):
 def test_no_node_is_blamed_for_what_all_share():
     [(node, text)] = problems_of(nodes_of(2), checkpoint_bytes=60 * GIGABYTE)
     assert node is None
-    assert text.startswith("runs/x: 100.00 GB are free, and 120.00 GB needed")
+    assert text.startswith("runs/x: 100.00 GB are free, but 120.00 GB are needed")
     [(node, text)] = problems_of(nodes_of(2, config_checksum="xyz"))
     assert node is None
-    assert "config is xyz, elsewhere abc (node2; no majority decides which is right)" in text
+    assert "config is xyz, on other nodes abc (node2; there is no majority)" in text
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def broken_versions(device):
 def test_all_ranks_of_two_nodes_are_well(toy_data, tmp_path):
     config = toy_config(toy_data, tmp_path / "run", preflight={"exchanged_megabytes": 1})
     first, *others = run_in_processes(4, check_as_nodes, config, ["a", "a", "b", "b"], {})
-    assert "2 nodes, 4 ranks together: all-reduce " in first
+    assert "2 nodes, 4 ranks: all-reduce " in first
     rows = [line.split() for line in first.splitlines()]
     assert [row[:2] for row in rows[2:4]] == [["a", "2"], ["b", "2"]]
     assert first.endswith("preflight: no problems found\n")
@@ -253,7 +253,7 @@ def test_srun_is_given_options_without_the_bad_one_of_three_nodes(toy_data, tmp_
     group = ProcessGroup(3, check_as_nodes, config, hosts, changes, answer)
     outcomes = group.outcomes()
     assert not any(is_done for is_done, _ in outcomes)
-    assert "c: torch is 0.1, elsewhere" in outcomes[0][1]
+    assert "c: torch is 0.1, on other nodes" in outcomes[0][1]
     assert "exclude c" in outcomes[0][1]
     assert "see the error of rank 0" in outcomes[1][1]
     assert answer.read_text() == "--nodes=2 --exclude=c\n"
@@ -261,14 +261,14 @@ def test_srun_is_given_options_without_the_bad_one_of_three_nodes(toy_data, tmp_
 
 def check_unless_last(config, hosts):
     """Runs the preflight without the last rank; the time for it to come passes at once."""
-    from pretrain.nodes.meeting import Meeting
+    from pretrain.nodes.rendezvous import Rendezvous
 
-    last, wait = len(hosts) - 1, Meeting._wait
+    last, wait = len(hosts) - 1, Rendezvous._wait
 
-    def wait_unless_last(meeting, key, *, seconds):
-        return wait(meeting, key, seconds=0 if key.endswith(f"/{last}") else seconds)
+    def wait_unless_last(rendezvous, key, *, seconds):
+        return wait(rendezvous, key, seconds=0 if key.endswith(f"/{last}") else seconds)
 
-    Meeting._wait = wait_unless_last
+    Rendezvous._wait = wait_unless_last
     if int(os.environ["RANK"]) < last:
         check_as_nodes(config, hosts, {})
 
@@ -290,7 +290,7 @@ def test_alone_it_checks_what_needs_no_other(toy_data, tmp_path, monkeypatch, ca
     preflight(toy_config(toy_data, tmp_path / "run"))
     assert "preflight: no problems found" in capsys.readouterr().out
     lacking = toy_config(toy_data, tmp_path / "run", preflight={"checkpoints_to_fit": 10**9})
-    with pytest.raises(RunError, match=r"GB are free, and .* GB needed"):
+    with pytest.raises(RunError, match=r"GB are free, but .* GB are needed"):
         preflight(lacking)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -138,7 +138,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     with tarfile.open(tar, "w") as twice:
         for _ in range(2):
             twice.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(InputError, match=r"0\.tar: sample a: two members \.jpg"):
+    with pytest.raises(InputError, match=r"0\.tar: sample a: duplicate member \.jpg"):
         tasks_of(folder, "retrieval")
     tar.write_bytes(b"no tar" * 200)
     with pytest.raises(InputError, match=r"0\.tar: expected an uncompressed tar"):

@@ -161,7 +161,7 @@ def test_a_probe_trains_on_other_items_and_validates_on_some_of_them(tmp_path):
     assert 0 < len(task.validation.indices) < 10
     for items in (task.train, task.validation):
         np.testing.assert_array_equal(items.targets, items.indices % 2)
-    assert f"{len(task.train.indices)} items to train on" in task.description()
+    assert f"{len(task.train.indices)} training items" in task.description()
     separate = config_of(
         tmp_path / "test", **section, train=tmp_path / "train", validation=tmp_path / "test"
     )
@@ -184,7 +184,7 @@ def test_several_classes_come_from_json_or_an_array(tmp_path):
     write_dataset(tmp_path / "toy", [names, npy_of([0, 1]), none])
     (task,) = read_tasks(classification(tmp_path / "toy", task="multi_label_classification"))
     np.testing.assert_array_equal(task.is_of_class, [[1, 1], [0, 1], [0, 0]])
-    assert "2 classes, 1.00 of them per item" in task.description()
+    assert "2 classes, 1.00 per item" in task.description()
 
 
 @pytest.mark.parametrize(
