@@ -186,7 +186,7 @@ def check_goals(evaluations: Mapping[str, EvaluationSection], outcomes: Sequence
                 )
             value = scores[metric].value
             if value > goal if is_rank(metric) else value < goal:
-                missed.append(f"  {name}: {metric}: expected {goal:g}, found {value:.4g}")
+                missed.append(f"  {name}: {metric}: goal {goal:g}, found {value:.4g}")
     if missed:
         raise RunError("metrics miss their goals:\n" + "\n".join(missed))
 

@@ -134,5 +134,5 @@ def test_the_command_writes_a_table_and_refuses_other_samples(results, tmp_path,
     assert "and 'another' in" in error
     values["evaluations"] = {"else": values["evaluations"]["colors"]}
     (worse / "results.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"expected evaluations named as in .*; found else"):
+    with pytest.raises(InputError, match=r"expected evaluations of .*; found else"):
         compare(good, worse, bootstrap=Bootstrap())

@@ -143,7 +143,7 @@ def test_finished_shards_are_kept_and_those_of_another_origin_refused(
     (out / "embeddings.json").unlink()
     (out / ".00000001.parquet.host.1.tmp").write_bytes(b"of an attempt that was killed")
     kept_file = (out / "00000000.parquet").stat().st_ino
-    assert "; 2 are finished already" in embed(toy_data / "colors", "--dry-run")[1]
+    assert "; 2 are already finished" in embed(toy_data / "colors", "--dry-run")[1]
     assert embed(toy_data / "colors")[0] == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == contents
     assert (out / "00000000.parquet").stat().st_ino == kept_file

@@ -297,7 +297,7 @@ def test_dataset_of_media_that_the_model_has_no_tower_for_is_refused(
 
     monkeypatch.setattr("eval.models.encoder.load_model", load_image_model)
     assert evaluate(config_path) == 1
-    assert "sounds holds audio, but the model has towers for ['image']" in capsys.readouterr().err
+    assert "sounds contains audio, but the model has towers for ['image']" in capsys.readouterr().err
 
 
 def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
@@ -305,7 +305,7 @@ def test_diverged_model_is_refused(config_path, capsys, monkeypatch):
         ToyModel, "encode_text", lambda self, tokens: torch.full((len(tokens), 6), torch.nan)
     )
     assert evaluate(config_path) == 1
-    assert "cues of associated: 3 of 3 embeddings hold NaN" in capsys.readouterr().err
+    assert "cues of associated: 3 of 3 embeddings contain NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("checkpoint=absent",), ("checkpoint=absent", "--dry-run")])
@@ -363,8 +363,8 @@ def test_a_missed_goal_fails_the_command_after_everything_is_written(config_path
     assert evaluate(config_path, reached, missed) == 1
     error = capsys.readouterr().err
     assert "metrics miss their goals:" in error
-    assert "tones: text_to_media_recall@1 is 0.5, the goal 0.6" in error
-    assert "tones: text_to_media_mean_rank is 1.5, the goal 1.2" in error
+    assert "tones: text_to_media_recall@1: goal 0.6, found 0.5" in error
+    assert "tones: text_to_media_mean_rank: goal 1.2, found 1.5" in error
     assert (config_path.parent / "out" / "report.html").exists()
     assert evaluate(config_path, "evaluations.colors.goals={accuracy: 1}") == 1
     assert "expected one of top_1_accuracy, top_5_accuracy" in capsys.readouterr().err
