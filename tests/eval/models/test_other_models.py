@@ -148,9 +148,9 @@ def test_what_is_no_model_is_named(tmp_path):
         find_model(tmp_path / "absent")
     file = tmp_path / "weights.pt"
     file.write_bytes(b"")
-    with pytest.raises(InputError, match="for a file of weights set open_clip_architecture"):
+    with pytest.raises(InputError, match="for a weights file set open_clip_architecture"):
         find_model(file)
-    with pytest.raises(InputError, match=r"absent: expected a file of weights"):
+    with pytest.raises(InputError, match=r"absent: expected a weights file"):
         find_model(tmp_path / "absent", architecture="ViT-B-32")
     with pytest.raises(InputError, match=r"expected one of .*ViT-B-32.*; found 'ViT-Q'"):
         encoder_of(file, open_clip_architecture="ViT-Q")
