@@ -17,7 +17,7 @@ from __future__ import annotations
 from data_prep.command import check_command_line, check_output_folder, run_command, say
 from data_prep.config import IndexShards
 
-if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(IndexShards, __doc__)
 
 import glob

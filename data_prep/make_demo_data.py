@@ -14,7 +14,7 @@ from __future__ import annotations
 from data_prep.command import check_command_line, run_command, say
 from data_prep.config import DemoData
 
-if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(DemoData, __doc__)
 
 import sys

@@ -15,7 +15,7 @@ from __future__ import annotations
 from data_prep.command import check_command_line, check_output_folder, run_command, say
 from eval.config import SearchConfig
 
-if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(SearchConfig, __doc__)
 
 import sys

@@ -14,7 +14,7 @@ from __future__ import annotations
 from data_prep.command import check_command_line, check_output_folder, run_command, say
 from eval.config import WatchConfig
 
-if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(WatchConfig, __doc__)
 
 import logging

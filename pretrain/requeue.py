@@ -17,7 +17,7 @@ from __future__ import annotations
 from data_prep.command import check_command_line, run_command, say
 from pretrain.config import PretrainConfig
 
-if __name__ == "__main__":  # --help and a wrong config end here, before the slow imports
+if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(PretrainConfig, __doc__)
 
 import os

@@ -154,7 +154,9 @@ def test_finished_shards_are_kept_and_those_of_another_origin_refused(
     assert "isopair.dataset_fingerprint: " in printed
     origin = origin_of(Dataset(toy_data / "colors"), encoder_of(checkpoint))
     for other in (replace(origin, checkpoint="other"), replace(origin, transform={"size": 224})):
-        with pytest.raises(InputError, match=r"isopair\.(checkpoint|transform): .* in the file, .* now"):
+        with pytest.raises(
+            InputError, match=r"isopair\.(checkpoint|transform): .* in the file, .* now"
+        ):
             is_finished(out / "00000000.parquet", other)
 
 

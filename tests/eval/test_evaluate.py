@@ -297,7 +297,9 @@ def test_dataset_of_media_that_the_model_has_no_tower_for_is_refused(
 
     monkeypatch.setattr("eval.models.encoder.load_model", load_image_model)
     assert evaluate(config_path) == 1
-    assert "sounds contains audio, but the model has towers for ['image']" in capsys.readouterr().err
+    assert (
+        "sounds contains audio, but the model has towers for ['image']" in capsys.readouterr().err
+    )
 
 
 def test_diverged_model_is_refused(config_path, capsys, monkeypatch):

@@ -73,7 +73,12 @@ def test_nodes_that_are_well_have_no_problem():
 @pytest.mark.parametrize(
     ("count", "changes", "settings", "expected"),
     [
-        (3, {"bandwidth": Bandwidth(9.0, 10.0)}, {}, "all-reduce: 9 GB/s, median of the nodes 20 GB/s"),
+        (
+            3,
+            {"bandwidth": Bandwidth(9.0, 10.0)},
+            {},
+            "all-reduce: 9 GB/s, median of the nodes 20 GB/s",
+        ),
         (3, {"bandwidth": Bandwidth(20.0, 4.0)}, {}, "all-gather: 4 GB/s, median of the nodes 10"),
         (
             2,
@@ -84,7 +89,12 @@ def test_nodes_that_are_well_have_no_problem():
         (3, {"clock_seconds": 60.0}, {}, "its clock differs by +60.0 s from the median"),
         (3, {"gpu_free_fraction": 0.4}, {}, "GPU has 40% of its memory free, less than"),
         (3, {"problems": ["x.tar: No such file"]}, {}, "x.tar: No such file"),
-        (3, {"versions": {"torch": "2.12", "NCCL": "2.28"}}, {}, "torch is 2.12, on other nodes 2.13"),
+        (
+            3,
+            {"versions": {"torch": "2.12", "NCCL": "2.28"}},
+            {},
+            "torch is 2.12, on other nodes 2.13",
+        ),
         (3, {"config_checksum": "xyz"}, {}, "config is xyz, on other nodes abc"),
         (
             3,

@@ -432,7 +432,10 @@ def test_options_that_mean_nothing_are_refused(settings, words):
             {"options": LossOptions(duplicates="masked")},
             "expected one or two keys per pair, found 0",
         ),
-        ({"teacher": Teacher(torch.zeros(3, 4), torch.zeros(3, 4), 1.0)}, r"of the same shape \[2, D\]"),
+        (
+            {"teacher": Teacher(torch.zeros(3, 4), torch.zeros(3, 4), 1.0)},
+            r"of the same shape \[2, D\]",
+        ),
         ({"teacher": Teacher(torch.zeros(2, 4), torch.zeros(2, 4), 1.0, 2.0)}, "0 < x <= 1"),
         (
             {
