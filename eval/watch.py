@@ -32,6 +32,7 @@ from data_prep.errors import (
 from eval.config import EvaluateConfig
 from eval.tasks.readers import read_tasks
 from pretrain.checkpoints.store import StoredCheckpoint, store_of_run
+from pretrain.run.attempts import read_attempts
 from pretrain.run.status_file import read_status_file
 
 if TYPE_CHECKING:
@@ -178,7 +179,11 @@ class WatchedRun:
 
     def has_finished(self) -> bool:
         """Returns whether the run has finished all its steps."""
-        return read_status_file(self.folder).get("state") == "finished"
+        status = read_status_file(self.folder)
+        if status:
+            return status["state"] == "finished"
+        attempts = read_attempts(self.folder)  # of a run whose status is damaged or not written yet
+        return bool(attempts) and attempts[-1].outcome == "finished"
 
 
 if __name__ == "__main__":

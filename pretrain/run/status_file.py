@@ -47,7 +47,7 @@ def read_status_file(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except DamagedFileError as error:
-        warn_once(logger, f"{path}: damaged: {error}; the next step of the run writes it anew")
+        warn_once(logger, f"{path}: damaged: {error}; a run that goes on writes it anew")
         return {}
 
 

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.errors import InputError
 from eval.config import WatchConfig
-from eval.watch import dry_run, run
+from eval.watch import WatchedRun, dry_run, run
+from pretrain.run.attempts import claim_attempt, write_attempt
 from pretrain.run.status_file import read_status_file, write_status_file
 from pretrain.train import pretrain
 from tests.support.toy_run import toy_config
@@ -74,3 +75,18 @@ def test_every_checkpoint_is_evaluated_as_it_comes(toy_data, tmp_path, capsys):
     run(config.model_copy(update={"wait": False}))
     assert (output / "step_00000002" / "results.json").stat().st_mtime_ns == kept
     assert curve_of(folder, f"colors/{metric}") == expected
+
+
+def test_a_run_has_finished_also_if_its_status_is_damaged(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    watched = WatchedRun(tmp_path, tmp_path / "out")
+    assert not watched.has_finished()  # no attempt yet
+    attempt = claim_attempt(
+        tmp_path, world_size=1, strategy="ddp", num_micro_batches=1, hosts=["node1"]
+    )
+    (tmp_path / "status.json").write_text('{"state": "fin')
+    assert not watched.has_finished()
+    attempt.outcome = "finished"
+    write_attempt(tmp_path, attempt)
+    assert watched.has_finished()
+    assert f"{tmp_path / 'status.json'}: damaged: expected JSON" in caplog.text

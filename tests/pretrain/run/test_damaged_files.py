@@ -237,7 +237,7 @@ def test_a_config_whose_content_changed_is_named_and_compared(folder, identity, 
     identity.refuse_other_run()  # logging may differ
     assert f"{path}: damaged: expected the sha256 in its first line" in caplog.text
     path.write_bytes(content.replace(b"\nseed: 0", b"\nseed: 1"))
-    with pytest.raises(ConfigError, match=r"seed: 1 there, 0 here"):
+    with pytest.raises(ConfigError, match=r"seed: 1 in the run folder, 0 in this config"):
         identity.refuse_other_run()
     path.write_bytes(content.split(b"\n", 1)[1])  # as earlier versions wrote it
     caplog.clear()
