@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from data_prep.config_file import SectionT, read_config, to_yaml
 from data_prep.errors import ConfigError, InputError, RunError
@@ -21,9 +22,49 @@ OWN_LOGGERS = ("data_prep", "pretrain", "eval")
 SECONDS_TO_LET_RANK_0_SPEAK = 3.0
 
 
-def say(text: object) -> None:
-    """Prints a result to standard output and flushes it, even if the output is a pipe or a file."""
-    print(text, flush=True)  # noqa: T201
+def say(text: object, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Prints a result and flushes it, even if the output is a pipe or a file.
+
+    A reader that has closed the pipe (`| head`) misses the rest; the command still does its work.
+
+    Args:
+        text: result to print.
+        end: characters after it.
+        file: destination (default: standard output).
+
+    Raises:
+        RunError: if the output cannot be written for another reason, such as a full disk.
+    """
+    file = sys.stdout if file is None else file
+    try:
+        print(text, end=end, file=file, flush=True)
+    except BrokenPipeError:
+        _discard_output(file)
+    except OSError as error:
+        _discard_output(file)
+        raise RunError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def _discard_output(file: TextIO) -> None:
+    """Discards what is buffered, which Python would write at its end, and all that follows."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, file.fileno())
+    os.close(null)
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parses a command line (default: sys.argv); --help and wrong usage end the process."""
+    try:
+        return parser.parse_intermixed_args(arguments)
+    except SystemExit:
+        try:
+            say("", end="")  # the help, while a closed pipe can still be handled
+        except RunError as error:
+            print_error(error)
+            sys.exit(1)
+        raise
 
 
 def run_command(
@@ -96,7 +137,7 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
         action="store_true",
         help="check everything without doing it; print the config and what would happen",
     )
-    return parser.parse_intermixed_args(arguments)
+    return parse_arguments(parser, arguments)
 
 
 def check_output_folder(folder: Path, *, key: str) -> None:

@@ -260,6 +260,9 @@ class Pairing(Section):
     # Role of two pairs in a batch that share their caption or media. negatives: as in CLIP;
     # positives: as if they were one pair; masked: excluded from each other's loss.
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
+    # With duplicates=negatives, a new run is refused if this fraction of a step's pairs repeats a
+    # sample of the same step, because a source is small; 1: never
+    max_repeated_fraction: float = Field(0.5, gt=0, le=1)
     teacher: Distillation | None = None
     # pairings_per_step all: weight of this loss in the sum; one: fraction of the steps
     weight: PositiveFloat = 1.0

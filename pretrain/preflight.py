@@ -119,7 +119,7 @@ def finish(rendezvous: Rendezvous, problems: Sequence[Problem], *, answer: TextI
         line = answer_to_script(
             problems, was_stopped=bool(signals.received), environment=os.environ
         )
-        print(line, end="\n" if line else "", file=answer, flush=True)
+        say(line, end="\n" if line else "", file=answer)
     rendezvous.send("done", value=True)
     rendezvous.collect("done", seconds=SHUTDOWN_SECONDS)  # the store ends with this process
     if not is_healthy:

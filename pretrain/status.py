@@ -17,8 +17,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from data_prep.command import print_error, say
-from data_prep.errors import ConfigError, InputError
+from data_prep.command import parse_arguments, print_error, say
+from data_prep.errors import ConfigError, InputError, RunError
 from pretrain.checkpoints.store import store_of_run
 from pretrain.config import END_FRACTION, Engine
 from pretrain.monitoring.progress_log import in_words
@@ -216,15 +216,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--dry-run", action="store_true", help="only check that it is a run folder")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     now = datetime.now(UTC)
     try:
         status = read_status(options.run, at=now)
-    except (InputError, OSError) as error:
+        if not options.dry_run:
+            say("\n".join(status_lines(status, at=now)))
+    except (InputError, RunError, OSError) as error:
         print_error(error)
         return 1
-    if not options.dry_run:
-        say("\n".join(status_lines(status, at=now)))
     return 0
 
 

@@ -31,7 +31,12 @@ from pretrain.data.batch import StepBatch
 from pretrain.data.device_prefetch import prefetch_to_device
 from pretrain.data.loaders import LoadSteps, start_loader
 from pretrain.data.step_loader import StepLoader
-from pretrain.distributed.collectives import gather_objects, rank, world_size
+from pretrain.distributed.collectives import (
+    gather_objects,
+    on_main_process,
+    rank,
+    world_size,
+)
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.launcher import device_type_of, planned_processes
 from pretrain.distributed.start import build_engine, check_engine, start_accelerator
@@ -51,6 +56,7 @@ from pretrain.training.assembly import (
     build_step,
     build_training_model,
     build_training_optimizer,
+    check_repeated_samples,
     fingerprints_of,
     open_step_loader,
     open_teachers,
@@ -143,6 +149,7 @@ def open_loader_of_rank(
     loader = open_step_loader(
         config, tokenizer, rank=rank(), world_size=world_size(), node_ranks=node_ranks
     )
+    on_main_process(lambda: check_repeated_samples(config, loader))
     check_room(loader.node)
     return loader
 
@@ -168,6 +175,7 @@ def dry_run(config: PretrainConfig) -> None:
     num_processes, num_processes_here = planned_processes(os.environ)
     tokenizer = build_tokenizer(config.model.text)
     loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
+    check_repeated_samples(config, loader)
     open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(config, tokenizer)
     lines = describe_plan(

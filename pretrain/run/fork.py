@@ -69,7 +69,8 @@ def check_parent(identity: RunIdentity) -> None:
     """Checks the parent of a run that is about to be created.
 
     Raises:
-        InputError: if there is no run in the parent's folder, or it is the same run.
+        InputError: if there is no run in the parent's folder, it is the same run, or its newest
+            checkpoint leaves no step to train.
     """
     run = identity.config.run
     if run.parent is None or holds_run(run.folder):
@@ -83,6 +84,31 @@ def check_parent(identity: RunIdentity) -> None:
         raise InputError(
             f"{run.parent} holds this same run: a fork of it would compute the same result; "
             "remove run.fork and run.parent to resume it"
+        )
+    for checkpoint in store_of_run(str(run.parent)).checkpoints():
+        try:
+            step = read_record(checkpoint.location).state.step
+        except DamagedCheckpointError:
+            continue  # it is skipped when the fork begins, too
+        refuse_finished_parent(identity.config, step=step)
+        return
+
+
+def refuse_finished_parent(config: PretrainConfig, *, step: int) -> None:
+    """Refuses a fork that would begin at or after its last step, and train nothing.
+
+    Args:
+        config: config of the fork.
+        step: steps done at the parent's checkpoint that the fork begins from.
+
+    Raises:
+        InputError: if there is no step left.
+    """
+    if step >= config.schedule.num_steps:
+        raise InputError(
+            f"schedule.num_steps={config.schedule.num_steps} leaves nothing to train: the fork "
+            f"begins at step {step} of {config.run.parent} (run.fork, run.parent) and continues "
+            f"its count; set schedule.num_steps above {step}"
         )
 
 

@@ -12,7 +12,7 @@ from pretrain.distributed.collectives import on_main_process, rank
 from pretrain.distributed.engine import Engine
 from pretrain.run.compatibility import RunIdentity
 from pretrain.run.folder import RunFolder, begin_attempt
-from pretrain.run.fork import FORK_TAG, record_parent
+from pretrain.run.fork import FORK_TAG, record_parent, refuse_finished_parent
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def newest_checkpoint_of_parent(identity: RunIdentity) -> VerifiedCheckpoint:
     """Returns the checkpoint that a fork starts from and records it in the fork's folder.
 
     Raises:
-        InputError: if the parent has no valid checkpoint.
+        InputError: if the parent has no valid checkpoint, or none before the fork's last step.
     """
     parent = identity.config.run.parent
     newest = newest_checkpoint(store_of_run(str(parent)))
@@ -77,5 +77,7 @@ def newest_checkpoint_of_parent(identity: RunIdentity) -> VerifiedCheckpoint:
             f"{parent}: expected a run with a valid checkpoint to start from (run.fork, "
             "run.parent), found none; train the parent until it saves one"
         )
+    # Again: the parent may have trained further since the fork was created.
+    refuse_finished_parent(identity.config, step=newest.record.state.step)
     on_main_process(lambda: record_parent(identity, newest))
     return newest

@@ -220,6 +220,11 @@ class PairingOrder:
         slots = lane_numbers * self.slots_per_lane + nth
         return StepSamples(slots, source_numbers, epochs, ordinals)
 
+    @property
+    def segment_steps(self) -> list[int]:
+        """First step of each segment."""
+        return [mixture.first_row // self.slots_per_lane for mixture in self._mixtures]
+
     def _segment_at(self, step: int) -> int:
         row = step * self.slots_per_lane
         return max(n for n, mixture in enumerate(self._mixtures) if mixture.first_row <= row)

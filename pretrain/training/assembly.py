@@ -25,10 +25,12 @@ from pretrain.model.activation_checkpointing import checkpoint_blocks
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.run.compatibility import holds_run
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import origin_of_checkpoints
 from pretrain.run.requests import RunRequests
 from pretrain.sampling.order import lanes_of_rank
+from pretrain.sampling.repeats import check_repeats
 from pretrain.sampling.schedule import build_schedule
 from pretrain.training.contrastive_step import ContrastiveStep
 from pretrain.training.distillation import ModelInputs, PairingTeacher, load_teachers
@@ -86,6 +88,23 @@ def open_step_loader(
         rank=rank,
         world_size=world_size,
         node_ranks=node_ranks,
+    )
+
+
+def check_repeated_samples(config: PretrainConfig, loader: StepLoader) -> None:
+    """Warns of samples that a step holds more than once; for the main process.
+
+    Raises:
+        InputError: if the run is new, and too many pairs of its steps are repeats.
+    """
+    check_repeats(
+        config.pairings,
+        loader.schedule,
+        datasets={
+            name: [each.dataset.info.fingerprint for each in reader.sources]
+            for name, reader in loader.readers.items()
+        },
+        is_new_run=not holds_run(config.run.folder),
     )
 
 

@@ -59,7 +59,7 @@ def small_demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "configs").symlink_to(ROOT / "configs")
-        sizes = ["scenes_per_combination=1", "clips_per_sound=4", "workers=1"]
+        sizes = ["scenes_per_combination=1", "clips_per_sound=6", "workers=1"]
         arguments = ["configs/data_prep/demo_data.yaml", *sizes]
         assert run_in_this_process(patch, "data_prep.make_demo_data", arguments) == 0
         for name in ("digits", "scenes", "sounds"):

@@ -1,6 +1,8 @@
 """Commands answer --help and refuse wrong configs before anything slow is imported."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +86,63 @@ def test_a_url_as_output_is_refused_before_a_folder_of_its_name_appears(tmp_path
     prepares = set(COMMANDS) - trains - {"pretrain.status", "data_prep.verify_shards"}
     assert refused == {(each, 2) for each in (prepares if key == "output" else trains)}
     assert not (ROOT / "s3:").exists()
+
+
+@pytest.fixture
+def closed_pipe():
+    """The end of a pipe to write to, whose reader has gone, as after `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    return tmp_path
+
+
+PRINTING = {
+    "data_prep.make_demo_data": ["configs/data_prep/demo_data.yaml", "--dry-run"],
+    "pretrain.train": ["--help"],
+    "pretrain.status": ["RUN"],
+    "eval.evaluate": ["--help"],
+}
+
+
+@pytest.mark.parametrize("command", PRINTING)
+def test_a_closed_standard_output_ends_a_command_quietly(run_folder, closed_pipe, command):
+    words = [str(run_folder) if word == "RUN" else word for word in PRINTING[command]]
+    finished = subprocess.run(
+        [sys.executable, "-m", command, *words],
+        cwd=ROOT,
+        stdout=closed_pipe,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_standard_output_is_reported(run_folder):
+    with Path("/dev/full").open("w") as full:
+        finished = subprocess.run(
+            [sys.executable, "-m", "pretrain.status", str(run_folder)],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    expected = "error: standard output cannot be written: No space left on device\n"
+    assert (finished.returncode, finished.stderr) == (1, expected)
+
+
+def test_every_command_prints_through_say():
+    """So each of them ends quietly; see the tests above."""
+    for command in COMMANDS:
+        source = (ROOT / command.replace(".", "/")).with_suffix(".py").read_text()
+        assert "run_command(" in source or "parse_arguments(" in source, command
+    for package in ("data_prep", "pretrain", "eval"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path != ROOT / "data_prep/command.py":
+                assert "print(" not in re.sub(r"\w+print\(", "", path.read_text()), path

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from data_prep.config_file import read_config
+from data_prep.config_file import read_config, to_yaml
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoints.record import read_record
 from pretrain.config import PretrainConfig
@@ -113,9 +113,50 @@ def test_what_cannot_be_forked_is_refused(toy_data, parent, tmp_path):
             toy_data, tmp_path, run=run | {"folder": tmp_path / "nothing"}
         ),
         "image.projection.weight: (16, 64) in the checkpoint, (24, 64) in the model": small_config(
-            toy_data, parent, run=run, model={"embed_dim": 24}
+            toy_data, parent, run=run, model={"embed_dim": 24}, schedule={"num_steps": 7}
         ),
     }
     [outcomes] = run_in_processes(1, train_each, *cases.values())
     for expected, outcome in zip(cases, outcomes, strict=True):
         assert expected in str(outcome), outcome
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 6])
+def test_a_fork_that_would_train_nothing_is_refused_before_its_folder_appears(
+    toy_data, parent, tmp_path, num_steps
+):
+    before = contents(parent)
+    schedule = {"num_steps": num_steps, "warmup_steps": 0}
+    by_fork = small_config(toy_data, parent, schedule=schedule, run={"fork": True})
+    by_parent = small_config(
+        toy_data, tmp_path / "named", schedule=schedule, run={"parent": parent}
+    )
+    expected = (
+        f"schedule.num_steps={num_steps} leaves nothing to train: the fork begins at step 6 of "
+        f"{parent} (run.fork, run.parent) and continues its count; set schedule.num_steps above 6"
+    )
+    outcomes = run_in_processes(1, train_each, by_fork, by_parent)
+    assert outcomes == [[expected, expected]]
+    assert contents(parent) == before
+    assert not (config_of_fork(by_fork).run.folder / "config.yaml").exists()
+    # The remedy: nothing is in the way.
+    longer = small_config(
+        toy_data, tmp_path / "named", schedule=schedule | {"num_steps": 7}, run={"parent": parent}
+    )
+    assert run_in_processes(1, train_each, longer) == [[None]]
+    [attempt] = read_attempts(tmp_path / "named")
+    assert (attempt.from_step, attempt.to_step) == (6, 7)
+
+
+def test_a_fork_whose_parent_has_trained_on_meanwhile_is_refused(toy_data, parent, tmp_path):
+    """The fork was created, and ended before its first checkpoint."""
+    config = small_config(
+        toy_data, tmp_path / "fork", schedule={"num_steps": 6}, run={"parent": tmp_path / "run"}
+    )
+    shutil.copytree(parent, tmp_path / "run")
+    changed = config.model_copy(update={"seed": 5})
+    (tmp_path / "fork").mkdir()
+    (tmp_path / "fork" / "config.yaml").write_text(to_yaml(changed))
+    shutil.copy(parent / "environment.json", tmp_path / "fork")
+    [[outcome]] = run_in_processes(1, train_each, changed)
+    assert "leaves nothing to train: the fork begins at step 6" in outcome
