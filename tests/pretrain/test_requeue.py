@@ -62,7 +62,7 @@ def test_a_run_that_may_come_further_goes_on(attempts, reason):
         ([attempt(1, "stopped")], "was stopped by its config"),
         (
             [attempt(1, "failed: DivergedError('step 5: loss of image-text is nan')")],
-            "cannot continue by itself",
+            "cannot continue without a change",
         ),
         ([STUCK, DIED_EARLY, STUCK], "none of the last 3 attempts saved a later step"),
         ([attempt(n, "stopped", stop_cause="SIGTERM", steps=(5, 5)) for n in range(4)], "none of"),

@@ -284,7 +284,7 @@ def test_a_run_that_diverges_is_not_queued_again(run_of):
     [attempt] = run.attempts
     assert "DivergedError" in attempt.outcome
     assert run.restarts() == 0
-    assert "not requeued: the run cannot continue by itself" in run.log
+    assert "not requeued: the run cannot continue without a change" in run.log
 
 
 def test_preflight_leaves_out_a_node_that_does_not_see_the_data(run_of, cluster, whole):

@@ -221,7 +221,10 @@ def test_a_lone_rank_0_is_a_group_of_one(given):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (dict.fromkeys(set(TORCHRUN) - {"WORLD_SIZE"}), "WORLD_SIZE=2 says .* but RANK is not set"),
+        (
+            {name: None for name in TORCHRUN if name != "WORLD_SIZE"},
+            "WORLD_SIZE=2 says .* but RANK is not set",
+        ),
         ({"RANK": None}, "WORLD_SIZE=2 says that 2 processes were started, but RANK is not set"),
         ({"LOCAL_RANK": None}, "but LOCAL_RANK is not set; start with torchrun"),
         ({"MASTER_ADDR": None, "MASTER_PORT": None}, "but MASTER_ADDR, MASTER_PORT is not set"),
