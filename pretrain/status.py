@@ -29,7 +29,7 @@ from pretrain.stored_config import CONFIG_FILE, read_values_of_run
 
 NUM_ROWS = 20  # number of newest metrics rows that determine the pace
 TIMEOUT_KEYS = ("timeout_seconds", "start_timeout_seconds")  # after and before the first step
-LARGEST = 1e10  # number in a config
+MAX_CONFIG_NUMBER = 1e10  # larger numbers in a stored config are taken as damage
 MAX_OUTCOME_CHARACTERS = 160
 
 
@@ -103,7 +103,7 @@ def _number(
     config: dict[str, Any], section: str, key: str, default: int | None, *, folder: Path
 ) -> int | None:
     value = config.get(section, {}).get(key, default)
-    if value is not None and not (isinstance(value, int | float) and 0 < value < LARGEST):
+    if value is not None and not (isinstance(value, int | float) and 0 < value < MAX_CONFIG_NUMBER):
         raise ConfigError(
             f"{folder / CONFIG_FILE}: {section}.{key}: expected a positive number, found {value!r}"
         )
@@ -124,7 +124,7 @@ def _state(
         return newest.outcome, f"by {newest.stop_cause}" if newest.stop_cause else ""
     is_own = written.get("attempt") == newest.attempt
     last_heartbeat = datetime.fromisoformat(written["updated"] if is_own else newest.started)
-    timeout = timeouts[TIMEOUT_KEYS[0] if is_own else TIMEOUT_KEYS[1]] or LARGEST
+    timeout = timeouts[TIMEOUT_KEYS[0] if is_own else TIMEOUT_KEYS[1]] or MAX_CONFIG_NUMBER
     # By then, the hang watch has ended all processes of a run that hangs.
     if at - last_heartbeat > timedelta(seconds=END_FRACTION * timeout):
         return "silent", (
