@@ -116,7 +116,7 @@ def test_a_real_run_is_told_of_without_torch(toy_data, tmp_path, capsys):
     ]
     finished = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    assert "expected the folder of a run, found no config.yaml" in finished.stderr
+    assert "expected a run folder, found no config.yaml" in finished.stderr
 
 
 def test_spans_of_time_are_told_in_two_units():

@@ -22,6 +22,7 @@ from pretrain.checkpoints.record import CheckpointRecord, RunState
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PITCHES_HZ = {"low": 200, "middle": 600, "high": 1500}
 SAMPLE_RATE_HZ = 8000
+WRITTEN_BY = {"attempt": "0001"}  # required in checkpoint.json
 
 
 def write_dataset(folder, samples, *, media="image"):
@@ -129,7 +130,7 @@ def write_toy_run(folder, *, num_steps=40):
     """Writes a run folder with metrics, and a checkpoint that records only its step."""
     checkpoint = folder / "checkpoints" / f"step_{num_steps:08d}"
     checkpoint.mkdir(parents=True)
-    record = CheckpointRecord(RunState(num_steps, num_steps), {}, shapes={}, files={})
+    record = CheckpointRecord(RunState(num_steps, num_steps), WRITTEN_BY, shapes={}, files={})
     (checkpoint / "checkpoint.json").write_bytes(record.to_json())
     rows = []
     for step in range(1, num_steps + 1):
