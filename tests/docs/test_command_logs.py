@@ -59,7 +59,7 @@ def test_each_commands_lines_are_shown(toy_data, tmp_path):
         "eval.embed",
         embedding | {"output": str(tmp_path / "out"), "max_bad_fraction": 0.03},
     )
-    assert "WARNING eval.embed: left out: " in log
+    assert "WARNING eval.embed: skipped: " in log
 
     evaluation = {"task": "retrieval", "dataset": str(toy_data / "more_colors")}
     watching = {

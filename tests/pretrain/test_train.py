@@ -149,7 +149,9 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys_that_differ(
     config = toy_config(
         toy_data, tmp_path / "run", schedule=STEPS, optimizer={"learning_rate": 2e-3}
     )
-    with pytest.raises(WorkerFailedError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.002"):
+    with pytest.raises(
+        WorkerFailedError, match=r"optimizer\.learning_rate: 0\.001 in the run folder, 0\.002"
+    ):
         run_in_processes(2, train, config)
 
 

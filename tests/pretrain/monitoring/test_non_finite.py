@@ -112,7 +112,7 @@ def test_a_run_stops_or_skips_and_goes_on_as_if_it_had_never_stopped(toy_data, t
     [(error, _)] = run_in_processes(2, train_with_bad_steps, config_of(toy_data, folder))[0]
     assert error.startswith(f"step 4: {NOT_FINITE}; the step was not applied, and the run stops")
     assert "because watch.on_non_finite=stop" in error
-    with pytest.raises(RunError, match="cannot continue by itself"):
+    with pytest.raises(RunError, match="cannot continue without a change"):
         reason_to_continue(read_attempts(folder), last_checkpoint=3)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
     config = config_of(toy_data, folder, **skip, max_skipped_steps=1)
