@@ -83,7 +83,8 @@ class StateCopy:
         self._files = {
             name: CopiedFile(name, part, self._empty_values(part)) for name, part in slices.items()
         }
-        self._touching = Thread(target=self._touch, name="checkpoint memory", daemon=True)
+        # No daemon thread: one that is in torch when Python ends would abort the process.
+        self._touching = Thread(target=self._touch, name="checkpoint memory")
         self._touching.start()
 
     def _by_file(self) -> dict[str, list[HeldSlice]]:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,3 +36,24 @@ def test_every_element_is_written_by_exactly_one_rank(sizes, world_size, replica
             written[number][place] += 1
     assert all((count == 1).all() for count in written)
     assert max(shares) - min(shares) <= 1
+
+
+ENDS_WHILE_MEMORY_IS_TOUCHED = """
+from types import SimpleNamespace
+
+import torch
+
+from pretrain.checkpoints.state import StateCopy
+from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
+
+length = 1 << 28
+held = HeldSlice(TensorSlice("parameter/w", 0, length), torch.empty(length), is_replicated=True)
+StateCopy(SimpleNamespace(slices=lambda: [held], device=torch.device("cpu")))
+"""
+
+
+def test_a_process_that_ends_early_keeps_its_exit_status():
+    finished = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_MEMORY_IS_TOUCHED], capture_output=True, text=True
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
