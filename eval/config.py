@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+)
 
 from data_prep.config import NearMedia
 from data_prep.config_file import Section
+from data_prep.storage.file_names import file_name_of
 from eval.datasets.columns import DatasetLocation, TableColumns
 from eval.models.encoding import EncodingConfig
 from eval.tasks.task import EvaluationSection, validate_section
@@ -17,13 +25,22 @@ from eval.tasks.task import EvaluationSection, validate_section
 AnyEvaluation = Annotated[SerializeAsAny[EvaluationSection], BeforeValidator(validate_section)]
 
 
+def _check_name(name: str) -> str:
+    file_name_of(name)  # predictions are stored under this name
+    return name
+
+
+EvaluationName = Annotated[str, AfterValidator(_check_name)]
+
+
 class EvaluateConfig(EncodingConfig):
     """The config of `python -m eval.evaluate`."""
 
     output: Path  # folder for results.json, .md and .csv, report.html and predictions/
     # Folder of cached embeddings, which evaluations may share; null: a folder in `output`
     embeddings: Path | None = None
-    evaluations: dict[str, AnyEvaluation] = Field(min_length=1)  # keys: names of your choice
+    # Keys: names of your choice
+    evaluations: dict[EvaluationName, AnyEvaluation] = Field(min_length=1)
     skip_missing: bool = False  # skip and report evaluations whose dataset is missing
     seed: int = Field(0, ge=0)  # seeds the bootstrap and the training items of few-shot probes
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval

@@ -207,7 +207,7 @@ class EmbeddingStore:
             "batch_size": encoder.batch_size,
         }
         content = json.dumps(origin, indent=1, sort_keys=True).encode() + b"\n"
-        readable = re.sub(r"[^\w.-]", "_", name)[:60]
+        readable = re.sub(r"[^\w.-]", "_", name)[:60]  # the hash tells folders apart
         folder = self.folder / f"{readable}_{hashlib.sha256(content).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "origin.json").exists():

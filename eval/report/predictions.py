@@ -10,13 +10,13 @@
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
     predictions/<evaluation>.image_to_audio.parquet  and so on: key, hit@k, rank
 
+Characters of <evaluation> other than letters, digits, "_" and "-" are written as %XX.
 Ranks start at 1. Where scores tie, hits and ranks are averaged over all orders of the ties.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_prep.storage.atomic import write_atomically
+from data_prep.storage.file_names import file_name_of
 
 if TYPE_CHECKING:
     from eval.metrics.ranking import QueryRanks
@@ -64,4 +65,4 @@ def predictions_file(results: Path, evaluation: str, suffix: str) -> Path:
         evaluation: name of the evaluation.
         suffix: suffix of the file's name, listed in the module's docstring.
     """
-    return results / FOLDER / f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', evaluation)}{suffix}.parquet"
+    return results / FOLDER / f"{file_name_of(evaluation)}{suffix}.parquet"
