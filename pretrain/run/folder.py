@@ -49,6 +49,7 @@ from pretrain.run.attempts import (
 from pretrain.run.compatibility import ENVIRONMENT_FILE, FINGERPRINTS_KEY, RunIdentity
 from pretrain.run.end_causes import lost_nodes, write_failure
 from pretrain.run.fork import check_parent
+from pretrain.run.lost_checkpoints import refuse_other_checkpoints
 from pretrain.run.status_file import write_status_file
 from pretrain.stored_config import write_config
 
@@ -65,11 +66,12 @@ def begin_attempt(
 
     Raises:
         InputError: if the run folder holds a run whose config or data differ (the keys are listed),
-            or the run's parent cannot be used.
+            the run's checkpoints are gone, or its parent cannot be used.
     """
     config, environ = identity.config, os.environ
     folder = config.run.folder
     identity.refuse_other_run()
+    refuse_other_checkpoints(config.run)
     check_parent(identity)
     attempt = claim_attempt(
         folder,

@@ -13,6 +13,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.run.compatibility import RunIdentity
 from pretrain.run.folder import RunFolder, begin_attempt
 from pretrain.run.fork import FORK_TAG, record_parent, refuse_finished_parent
+from pretrain.run.lost_checkpoints import refuse_restart
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,13 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
     Every rank must call it.
 
     Raises:
-        InputError: if the run is a fork and its parent has no valid checkpoint.
+        InputError: if the run is a fork and its parent has no valid checkpoint, or if the run has
+            saved checkpoints and none is valid.
     """
     config = identity.config.run
     own = newest_checkpoint(open_store(config.checkpoints), is_of_run=run.includes_checkpoint)
+    if own is None:
+        on_main_process(lambda: refuse_restart(config))
     is_fork = own is None and config.parent is not None
     newest = newest_checkpoint_of_parent(identity) if is_fork else own
     if newest is None:
