@@ -65,8 +65,8 @@ def begin_attempt(
         num_micro_batches: micro-batches per step.
 
     Raises:
-        InputError: if the run folder holds a run whose config or data differ (the keys are listed),
-            the run's checkpoints are gone, or its parent cannot be used.
+        InputError: if the run folder holds a run whose config or data differ, with the keys listed.
+            Also if the run's checkpoints are gone, or its parent cannot be used.
     """
     config, environ = identity.config, os.environ
     folder = config.run.folder
