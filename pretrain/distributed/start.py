@@ -56,6 +56,10 @@ def start_accelerator(config: EngineConfig, *, run: Run) -> Accelerator:
         ),
         **_strategy_arguments(config, device, process_group),
     )
+    if config.strategy != "ddp":
+        from pretrain.distributed.zero import keep_models_whole
+
+        keep_models_whole()
     refuse_unfit_processes(
         strategy=config.strategy,
         device=(device, accelerator.device.type),

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from data_prep.errors import InputError
 from pretrain.config import Engine as EngineConfig
@@ -50,6 +51,15 @@ def deepspeed_plugin(config: EngineConfig) -> DeepSpeedPlugin:
     warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated")
     # Every process builds the full model, so that its weights depend on the seed alone.
     return DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config), zero3_init_flag=False)
+
+
+def keep_models_whole() -> None:
+    """Makes transformers build whole models, not one partition on each process.
+
+    Accelerate registers DeepSpeed's settings with transformers even if `zero3_init_flag` is off.
+    The engine partitions the whole model, and a teacher stays whole.
+    """
+    unset_hf_deepspeed_config()
 
 
 class ZeroEngine(Engine):

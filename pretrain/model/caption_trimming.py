@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pretrain.model.tokenizer import Tokenizer
-from pretrain.model.towers import TransformersText
+from pretrain.model.transformers_backbone import TransformersText
 
 # Lengths are rounded up to a multiple of this, for few distinct shapes that are fast on GPUs.
 TOKENS_MULTIPLE = 8

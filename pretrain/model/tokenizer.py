@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.config import TextTower
+from pretrain.model.library_errors import describe_library_error
 from pretrain.sampling.keyed_random import scramble
 
 # Folder, in a checkpoint's assets, of a tokenizer that was loaded from a folder or a hub.
@@ -37,6 +38,13 @@ class Tokenizer:
     def is_slow(self) -> bool:
         """Whether the backend is one of transformers' slow tokenizers, written in Python."""
         return not getattr(self.backend, "is_fast", True)
+
+    @property
+    def largest_id(self) -> int:
+        """Largest token id that an encoded caption can contain."""
+        if hasattr(self.backend, "get_vocab"):
+            return max(self.backend.get_vocab().values())
+        return self.vocab_size - 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -95,10 +103,11 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
     name = str(assets / TOKENIZER_FOLDER) if assets else (config.tokenizer or config.name)
     try:
         backend = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises errors of any type
         raise InputError(
-            f"model.text.tokenizer: expected a transformers tokenizer at {name!r}: {error}"
-        ) from None
+            f"model.text.tokenizer: expected a transformers tokenizer at {name!r}: "
+            f"{describe_library_error(error)}"
+        ) from error
     if backend.pad_token_id is None:
         raise InputError(
             f"model.text.tokenizer: expected a tokenizer with a padding token, {name!r} has none"
@@ -107,7 +116,8 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
         backend,
         context_length=config.context_length,
         pad_id=backend.pad_token_id,
-        vocab_size=len(backend),
+        # Ids of added tokens may leave gaps.
+        vocab_size=max(len(backend), max(backend.get_vocab().values()) + 1),
     )
 
 

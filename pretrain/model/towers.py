@@ -17,15 +17,42 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 from pretrain.config import MediaKind, MediaTower, TextTower
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
+from pretrain.model.library_errors import describe_library_error
+from pretrain.model.open_clip_backbone import (
+    FROM_SCRATCH_TEXT,
+    build_open_clip_media,
+    build_open_clip_text,
+)
 from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.model.transformers_backbone import (
+    TransformersMedia,
+    TransformersText,
+    build_transformers_media,
+    build_transformers_text,
+)
 
 TowerConfig = MediaTower | TextTower
-# open_clip's text transformer, with sizes from `options` instead of a named model.
-FROM_SCRATCH_TEXT = "TextTransformer"
+
+# Options of the libraries that the run's config decides -> what to use instead.
+REFUSED_OPTIONS = {
+    name: advice
+    for names, advice in [
+        (
+            ("cast_dtype", "dtype", "param_dtype", "precision", "torch_dtype"),
+            "weights are always float32; engine.precision sets the precision of the computation",
+        ),
+        (("device", "device_map"), "engine.device sets the device"),
+        (
+            ("load_in_4bit", "load_in_8bit", "quantization_config"),
+            "weights are always float32; load weights that are not quantized",
+        ),
+    ]
+    for name in names
+}
 
 
-# --------------------------------------------------------------------------------------- timm
+# ------------------------------------------------------------------------------------ building
 
 
 def _build_timm(config: MediaTower, kind: MediaKind, assets: Path | None) -> nn.Module:
@@ -40,126 +67,12 @@ def _build_timm(config: MediaTower, kind: MediaKind, assets: Path | None) -> nn.
     )
 
 
-# ----------------------------------------------------------------------------------- open_clip
-
-
-def _build_open_clip_media(config: MediaTower, kind: MediaKind, assets: Path | None) -> nn.Module:
-    if kind != "image":
-        raise InputError("model.audio: open_clip has no audio towers; use timm or transformers")
-    return _open_clip_model(config, assets).visual
-
-
-def _build_open_clip_text(
-    config: TextTower, tokenizer: Tokenizer, assets: Path | None
-) -> nn.Module:
-    if config.name != FROM_SCRATCH_TEXT:
-        return _open_clip_model(config, assets).text
-    from open_clip.transformer import TextTransformer
-
-    sizes = {"vocab_size": tokenizer.vocab_size, "context_length": config.context_length}
-    return TextTransformer(**(sizes | {"output_dim": None} | config.options))
-
-
-def _open_clip_model(config: TowerConfig, assets: Path | None) -> nn.Module:
-    import open_clip
-
-    if config.name not in open_clip.list_models():
-        raise InputError(f"open_clip has no model {config.name!r}; see open_clip.list_models()")
-    weights = config.pretrained if isinstance(config.pretrained, str) and not assets else None
-    if config.pretrained is True:
-        raise InputError(
-            f"open_clip model {config.name}: pretrained: true does not name the weights; give a "
-            f"tag ({', '.join(open_clip.list_pretrained_tags_by_model(config.name))}) or a file"
-        )
-    return open_clip.create_model(
-        config.name, pretrained=weights, force_custom_text=True, **config.options
-    )
-
-
-# -------------------------------------------------------------------------------- transformers
-
-# Model type of transformers -> its inputs from a log-mel spectrogram [B, 1, F, S].
-_AUDIO_INPUTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
-    "audio-spectrogram-transformer": lambda mel: {"input_values": mel[:, 0].transpose(1, 2)},
-    "clap_audio_model": lambda mel: {"input_features": mel.transpose(2, 3)},
-}
-
-
-class _TransformersMedia(nn.Module):
-    """A transformers vision or audio model with pooled output [B, W]."""
-
-    def __init__(self, backbone: nn.Module, kind: MediaKind) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.kind = kind
-        model_type = backbone.config.model_type
-        if kind == "audio" and model_type not in _AUDIO_INPUTS:
-            raise InputError(
-                f"model.audio: expected a transformers model type that takes log-mel spectrograms "
-                f"({', '.join(_AUDIO_INPUTS)}), found {model_type!r}"
-            )
-
-    def forward(self, pixels_or_mel: Tensor) -> Tensor:
-        if self.kind == "image":
-            inputs = {"pixel_values": pixels_or_mel}
-        else:
-            inputs = _AUDIO_INPUTS[self.backbone.config.model_type](pixels_or_mel)
-        output = self.backbone(**inputs)
-        pooled = getattr(output, "pooler_output", None)
-        return output.last_hidden_state.mean(dim=1) if pooled is None else pooled
-
-
-class TransformersText(nn.Module):
-    """A transformers text model with pooled output [B, W]; padding is masked."""
-
-    def __init__(self, backbone: nn.Module, *, pad_id: int, pooling: str) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.pad_id = pad_id
-        self.pooling = pooling
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        mask = tokens != self.pad_id  # [B, L]
-        hidden = self.backbone(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        if self.pooling == "first":
-            return hidden[:, 0]  # [B, L, W] -> [B, W]
-        weights = mask[..., None].to(hidden.dtype)
-        num_tokens = weights.sum(dim=1).clamp(min=1)  # a caption may be all padding
-        return (hidden * weights).sum(dim=1) / num_tokens  # [B, L, W] -> [B, W]
-
-
-def _transformers_model(config: TowerConfig, assets: Path | None, kind: str) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
-    if assets is not None:
-        return AutoModel.from_config(AutoConfig.from_pretrained(assets / f"{kind}_tower"))
-    if config.pretrained:
-        name = config.name if config.pretrained is True else config.pretrained
-        return AutoModel.from_pretrained(name, **config.options)
-    return AutoModel.from_config(AutoConfig.for_model(config.name, **config.options))
-
-
-def _build_transformers_media(
-    config: MediaTower, kind: MediaKind, assets: Path | None
-) -> nn.Module:
-    return _TransformersMedia(_transformers_model(config, assets, kind), kind)
-
-
-def _build_transformers_text(
-    config: TextTower, tokenizer: Tokenizer, assets: Path | None
-) -> nn.Module:
-    model = _transformers_model(config, assets, "text")
-    return TransformersText(model, pad_id=tokenizer.pad_id, pooling=config.pooling)
-
-
-# ------------------------------------------------------------------------------------ building
-
 _MEDIA_BUILDERS = {
     "timm": _build_timm,
-    "open_clip": _build_open_clip_media,
-    "transformers": _build_transformers_media,
+    "open_clip": build_open_clip_media,
+    "transformers": build_transformers_media,
 }
-_TEXT_BUILDERS = {"open_clip": _build_open_clip_text, "transformers": _build_transformers_text}
+_TEXT_BUILDERS = {"open_clip": build_open_clip_text, "transformers": build_transformers_text}
 
 
 def build_media_backbone(
@@ -175,6 +88,8 @@ def build_media_backbone(
     Raises:
         InputError: if the library cannot build the encoder, or a trained encoder has batch norm.
     """
+    if assets is None:
+        _refuse_options(config.options, f"model.{kind}")
     return _build_backbone(
         lambda: _MEDIA_BUILDERS[config.library](config, kind, assets), f"model.{kind}", config
     )
@@ -191,11 +106,17 @@ def build_text_backbone(
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
-        InputError: if the library cannot build the encoder, or a trained encoder has batch norm.
+        InputError: if the library cannot build the encoder, a trained encoder has batch norm, or
+            its vocabulary is smaller than the tokenizer's.
     """
-    return _build_backbone(
+    if assets is None:
+        _refuse_options(config.options, "model.text")
+    backbone = _build_backbone(
         lambda: _TEXT_BUILDERS[config.library](config, tokenizer, assets), "model.text", config
     )
+    if assets is None:
+        _refuse_small_vocabulary(backbone, tokenizer, config)
+    return backbone
 
 
 def _build_backbone(build: Callable[[], nn.Module], where: str, config: TowerConfig) -> nn.Module:
@@ -203,16 +124,81 @@ def _build_backbone(build: Callable[[], nn.Module], where: str, config: TowerCon
         backbone = build()
     except InputError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
+    except Exception as error:  # libraries raise errors of any type
         raise InputError(
             f"{where}: {config.library} cannot build {config.name!r} with options "
-            f"{config.options}: {error}"
+            f"{config.options}: {describe_library_error(error)}"
         ) from error
+    refuse_quantized_weights(backbone, where)
+    backbone.float()  # weights may be saved in half precision
+    _turn_off_caches(backbone)
     if config.frozen:
         backbone.requires_grad_(False)
     else:
         _refuse_batch_norm(backbone, where)
     return backbone
+
+
+def _refuse_options(options: dict[str, Any], where: str) -> None:
+    """Refuses options, at any depth, that the run's config decides."""
+    for name, value in options.items():
+        if name in REFUSED_OPTIONS:
+            raise InputError(
+                f"{where}: expected no option {name!r}, found {value!r}: {REFUSED_OPTIONS[name]}"
+            )
+        if name == "use_cache" and value:
+            raise InputError(
+                f"{where}: expected no option 'use_cache', found {value!r}: towers never cache "
+                "keys and values; remove it"
+            )
+        if isinstance(value, dict):
+            _refuse_options(value, where)
+
+
+def refuse_quantized_weights(backbone: nn.Module, where: str) -> None:
+    """Refuses weights that are integers.
+
+    Raises:
+        InputError: if a parameter is not of a floating-point type.
+    """
+    for name, parameter in backbone.named_parameters():
+        if not parameter.is_floating_point():
+            raise InputError(
+                f"{where}: expected floating-point weights, found {parameter.dtype} in {name}; "
+                "load weights that are not quantized"
+            )
+
+
+def _turn_off_caches(backbone: nn.Module) -> None:
+    """Stops decoders of transformers from caching keys and values, for which they have no use.
+
+    A block that recomputes its activations would append to the cache a second time.
+    """
+    for module in backbone.modules():
+        settings = getattr(module, "config", None)
+        if getattr(settings, "use_cache", False):
+            settings.use_cache = False
+
+
+def _refuse_small_vocabulary(backbone: nn.Module, tokenizer: Tokenizer, config: TextTower) -> None:
+    table = _token_embedding(backbone)
+    if isinstance(table, nn.Embedding) and table.num_embeddings <= tokenizer.largest_id:
+        raise InputError(
+            f"model.text: the tower has embeddings of {table.num_embeddings} tokens, but the "
+            f"largest token id of the tokenizer is {tokenizer.largest_id}; set "
+            f"model.text.tokenizer to the tokenizer of {config.name!r}, or set options: "
+            f"{{vocab_size: {tokenizer.largest_id + 1}}} if the tower is trained from scratch"
+        )
+
+
+def _token_embedding(backbone: nn.Module) -> nn.Module | None:
+    if hasattr(backbone, "token_embedding"):  # open_clip's text transformer
+        return backbone.token_embedding
+    inner = backbone.backbone if isinstance(backbone, TransformersText) else backbone.transformer
+    try:
+        return inner.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # characters are hashed instead of looked up
+        return None
 
 
 def _refuse_batch_norm(backbone: nn.Module, where: str) -> None:
@@ -253,9 +239,16 @@ def probe_backbone(
             features = _features_in_training(backbone.train(), examples[:1], drop_keys, where=where)
     except InputError:
         raise
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        shape = list(examples[:1].shape)
-        raise InputError(f"{where}: cannot encode input {shape}: {error}") from error
+    except Exception as error:  # libraries raise errors of any type
+        raise InputError(
+            f"{where}: cannot encode input {list(examples[:1].shape)}: "
+            f"{describe_library_error(error)}"
+        ) from error
+    if not isinstance(features, Tensor):
+        raise InputError(
+            f"{where}: expected features [B, W] of input {list(examples[:1].shape)}, found a "
+            f"{type(features).__name__}; choose a model whose tower returns one tensor"
+        )
     if features.requires_grad:
         _freeze_unused(backbone, features)
     backbone.train(was_training)
@@ -291,5 +284,5 @@ def ends_in_joint_space(config: TowerConfig) -> bool:
 
 def save_tower_config(backbone: nn.Module, folder: Path, *, kind: str) -> None:
     """Writes the config of a transformers model, which rebuilding the tower needs."""
-    if isinstance(backbone, _TransformersMedia | TransformersText):
+    if isinstance(backbone, TransformersMedia | TransformersText):
         backbone.backbone.config.save_pretrained(str(folder / f"{kind}_tower"))

@@ -13,7 +13,7 @@ from pretrain.model.caption_trimming import (
     trimmed_length,
 )
 from pretrain.model.tokenizer import Tokenizer
-from pretrain.model.towers import TransformersText
+from pretrain.model.transformers_backbone import TransformersText
 
 CONTEXT_LENGTH = 40
 SIZES = {"context_length": CONTEXT_LENGTH, "vocab_size": 100, "width": 16, "heads": 2, "layers": 2}

@@ -1,8 +1,20 @@
+import pickle
+
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoTokenizer
 
 from data_prep.errors import InputError
-from pretrain.model.tokenizer import build_tokenizer
+from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.model.towers import (
+    REFUSED_OPTIONS,
+    build_media_backbone,
+    build_text_backbone,
+    probe_backbone,
+    refuse_quantized_weights,
+)
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import (
     TINY_BERT,
@@ -153,6 +165,86 @@ def test_pretrained_towers_load_from_files(config_with, tmp_path):
     assert_same_weights(model.towers["text"].backbone, clip.text)
 
 
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_saved_in_any_precision_become_float32(config_with, tmp_path, dtype, is_frozen):
+    import timm
+    from safetensors.torch import save_file
+
+    timm_model = timm.create_model("test_convnext", num_classes=0, patch_size=1).to(dtype)
+    save_file(timm_model.state_dict(), tmp_path / "timm.safetensors")
+    clip = write_tiny_open_clip(tmp_path).to(dtype)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    bert = write_bert(tmp_path / "bert", dtype=dtype)
+    shared = {"frozen": is_frozen}
+    timm_tower = {"library": "timm", "name": "test_convnext", "options": {"patch_size": 1}}
+    clip_tower = {"library": "open_clip", "name": "tiny", "pretrained": str(tmp_path / "clip.pt")}
+    model = build(
+        config_with(
+            audio=shared | timm_tower,
+            image=shared | timm_tower | {"pretrained": str(tmp_path / "timm.safetensors")},
+            text=shared | bert_tower(tmp_path),
+        )
+    )
+    with_clip = build(config_with(image=shared | clip_tower, text=shared | clip_text(clip_tower)))
+    for towers in (model.towers, with_clip.towers):
+        tensors = [*towers.parameters(), *towers.buffers()]
+        assert {each.dtype for each in tensors if each.is_floating_point()} == {torch.float32}
+    assert_same_weights(model.towers["image"].backbone, timm_model.float())
+    assert_same_weights(model.towers["text"].backbone.backbone, bert.float())
+    assert_same_weights(with_clip.towers["image"].backbone, clip.visual.float())
+    assert_same_weights(with_clip.towers["text"].backbone, clip.text.float())
+
+
+def clip_text(tower):
+    return tower | {"options": {}}
+
+
+def write_bert(folder, *, dtype):
+    """Saves a BERT in a folder with weights of a type, and returns it."""
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    bert = AutoModel.from_config(AutoConfig.for_model("bert", **TINY_BERT)).to(dtype)
+    bert.save_pretrained(folder)
+    return bert
+
+
+def bert_tower(folder):
+    return {
+        "library": "transformers",
+        "name": str(folder / "bert"),
+        "pretrained": True,
+        "options": {},
+        "tokenizer": str(write_clip_tokenizer(folder / "tokenizer")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "text"])
+@pytest.mark.parametrize("name", sorted(REFUSED_OPTIONS))
+def test_options_that_the_config_decides_are_refused_by_name(config_with, kind, name):
+    library = {"library": "transformers", "name": "vit" if kind == "image" else "bert"}
+    for options in ({name: "bfloat16"}, {"text_config": {name: "bfloat16"}}):
+        config = config_with(**{kind: library | {"options": options}})
+        message = rf"model\.{kind}: expected no option '{name}', found 'bfloat16': .*(engine|load)"
+        with pytest.raises(InputError, match=message):
+            build_backbone(config, kind)
+
+
+def build_backbone(config, kind):
+    if kind == "text":
+        tokenizer = Tokenizer(None, context_length=12, pad_id=0, vocab_size=49408)
+        return build_text_backbone(config.model.text, tokenizer=tokenizer)
+    return build_media_backbone(getattr(config.model, kind), kind=kind)
+
+
+def test_quantized_weights_are_refused():
+    backbone = nn.Linear(2, 2)
+    backbone.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(InputError, match=r"model\.image: .* found torch\.uint8 in weight"):
+        refuse_quantized_weights(backbone, "model.image")
+
+
 def assert_same_weights(module, expected):
     state = module.state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
@@ -188,6 +280,103 @@ def test_batch_norm_in_a_trained_tower_is_refused_and_frozen_is_accepted(config_
 def test_a_tower_that_cannot_be_built_says_why(config_with, tower, message):
     with pytest.raises(InputError, match=message):
         build(config_with(image=tower))
+
+
+def raising(error):
+    def raise_error(*_):
+        raise error
+
+    return raise_error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("hidden"), "KeyError: 'hidden'"),
+        (AttributeError("no shape"), "AttributeError: no shape"),
+        (IndexError(), "IndexError: "),
+        (pickle.UnpicklingError("weights only"), "weights only"),
+        (StrictDataclassError("two\n  lines"), "two lines"),
+        (ImportError("pip install sentencepiece"), "pip install sentencepiece"),
+        (
+            ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"),
+            "No module named 'tiktoken'; install the package that provides tiktoken",
+        ),
+        (NotImplementedError("x" * 1000), "x" * 400 + "..."),
+        (ZeroDivisionError("division by zero"), "division by zero"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_error_of_a_library_names_the_tower(config_with, monkeypatch, error, reason):
+    monkeypatch.setattr("timm.create_model", raising(error))
+    config = config_with(image={"library": "timm", "name": "any", "options": {"size": 3}})
+    with pytest.raises(InputError) as raised:
+        build_backbone(config, "image")
+    expected = f"model.image: timm cannot build 'any' with options {{'size': 3}}: {reason}"
+    assert str(raised.value).startswith(expected)
+
+
+def test_a_tower_that_returns_no_single_tensor_is_refused():
+    backbone = ReturnsTwo()
+    with pytest.raises(InputError, match=r"model\.image: expected features \[B, W\] .* a tuple"):
+        probe_backbone(backbone, torch.zeros(2, 3), where="model.image")
+
+
+class ReturnsTwo(nn.Module):
+    """A tower like CoCa's, which returns pooled features and tokens."""
+
+    def forward(self, inputs):
+        return inputs, inputs
+
+
+def tiny_text_tower(library, vocab_size):
+    if library == "open_clip":
+        options = {"width": 32, "heads": 2, "layers": 1, "vocab_size": vocab_size}
+        return {"library": "open_clip", "name": "TextTransformer", "options": options}
+    return {
+        "library": "transformers",
+        "name": "bert",
+        "options": TINY_BERT | {"vocab_size": vocab_size},
+    }
+
+
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+def test_a_vocabulary_below_the_largest_token_id_is_refused(config_with, tmp_path, library):
+    """The tokenizer has an added token, which its attribute vocab_size does not count."""
+    folder = write_clip_tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["isopair"])
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.vocab_size == 49408
+    assert tokenizer("isopair")["input_ids"][1] == 49408
+    for vocab_size in (100, 49408):
+        tower = tiny_text_tower(library, vocab_size) | {"tokenizer": str(folder)}
+        message = (
+            rf"model\.text: the tower has embeddings of {vocab_size} tokens, but the largest token "
+            r"id of the tokenizer is 49408; .* options: \{vocab_size: 49409\}"
+        )
+        with pytest.raises(InputError, match=message):
+            build(config_with(text=tower))
+    build(config_with(text=tiny_text_tower(library, 49409) | {"tokenizer": str(folder)}))
+
+
+def test_ids_of_added_tokens_may_leave_gaps(config_with, tmp_path, monkeypatch):
+    folder = write_clip_tokenizer(tmp_path / "tokenizer")
+    tower = tiny_text_tower("open_clip", 49408) | {"tokenizer": str(folder)}
+    tokenizer_class = type(AutoTokenizer.from_pretrained(folder))
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab() | {"isopair": 50000}
+    monkeypatch.setattr(tokenizer_class, "get_vocab", lambda self: vocabulary)
+    tokenizer = build_tokenizer(config_with(text=tower).model.text)
+    assert (tokenizer.largest_id, tokenizer.vocab_size) == (50000, 50001)
+
+
+def test_a_tokenizer_that_cannot_be_read_says_why(config_with, tmp_path):
+    """Tests errors that are neither OSError nor ValueError."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    tower = tiny_text_tower("transformers", 49408) | {"tokenizer": str(tmp_path)}
+    with pytest.raises(InputError, match=r"model\.text\.tokenizer: expected .* AttributeError: "):
+        build_tokenizer(config_with(text=tower).model.text)
 
 
 def test_an_open_clip_model_made_for_another_tokenizer_asks_for_it(config_with):
