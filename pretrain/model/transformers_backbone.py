@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -175,17 +174,16 @@ def refuse_unknown_options(config_class: type, options: dict[str, Any]) -> None:
 
 
 def _known_options(config_class: type) -> set[str]:
-    own = {field.name for field in dataclasses.fields(config_class)}
     settable = {
         name
         for name, value in inspect.getmembers(config_class)
         if isinstance(value, property) and value.fset is not None
     }
     arguments = set(inspect.signature(config_class.__init__).parameters)
-    names = own | settable | arguments | {*config_class.attribute_map, *_NAMES_OF_ALL_CONFIGS}
+    own = set(config_class().to_dict()) | settable | arguments - {"self", "args", "kwargs"}
     if "rope_parameters" in own:
-        names.update(_OLD_ROPE_NAMES)
-    return {name for name in names if not name.startswith("_")} - {"self", "args", "kwargs"}
+        own.update(_OLD_ROPE_NAMES)
+    return own | {*config_class.attribute_map, *_NAMES_OF_ALL_CONFIGS}
 
 
 def _changes_config(config_class: type, options: dict[str, Any], name: str) -> bool:
@@ -193,10 +191,16 @@ def _changes_config(config_class: type, options: dict[str, Any], name: str) -> b
     others = {key: value for key, value in options.items() if key != name}
     try:
         changed, unchanged = config_class(**options).to_dict(), config_class(**others).to_dict()
-    except Exception:  # the model's own construction reports it
+    except Exception:  # building the model reports it
         return True
-    changed.pop(name, None)
-    return changed != unchanged
+    return _without(changed, name) != _without(unchanged, name)
+
+
+def _without(settings: Any, name: str) -> Any:
+    """The settings without a name, at any depth: configs pass options on to nested configs."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _without(value, name) for key, value in settings.items() if key != name}
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

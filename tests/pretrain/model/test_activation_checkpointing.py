@@ -84,6 +84,27 @@ def test_a_tower_without_blocks_is_refused_and_a_frozen_one_is_left_alone(tmp_pa
     checkpoint_blocks(model)
 
 
+DECODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_blocks_of_decoders_are_recomputed_without_a_cache(tmp_path, name):
+    options = {"gpt2": {"attn_pdrop": 0.0}}.get(
+        name, {"intermediate_size": 16, "num_key_value_heads": 2}
+    )
+    config = dropping_config(tmp_path)
+    text = config.model.text.model_copy(
+        update={"name": name, "options": DECODER | {"vocab_size": 49408} | options}
+    )
+    model_config = config.model.model_copy(update={"text": text})
+    config = config.model_copy(update={"model": model_config})
+    pairs = Pairs(config)
+    model = pairs.build_model(config)
+    expected = text_gradients(model, pairs, step=3)
+    checkpoint_blocks(model)
+    assert largest_difference(text_gradients(model, pairs, step=3), expected) < 1e-12
+
+
 def train(config):
     from pretrain.train import pretrain
 

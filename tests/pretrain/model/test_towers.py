@@ -283,7 +283,7 @@ def test_a_tower_that_cannot_be_built_says_why(config_with, tower, message):
 
 
 def raising(error):
-    def raise_error(*_):
+    def raise_error(*_, **__):
         raise error
 
     return raise_error

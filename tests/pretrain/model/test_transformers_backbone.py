@@ -42,7 +42,6 @@ def saved_bert(tmp_path_factory):
         ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
         ({"hidden_size": 15}, r"hidden size \(15\) is not a multiple"),
         ({"hidden_act": "gelo"}, "KeyError: 'gelo'"),
-        ({"id2label": 5}, "AttributeError: "),
         ({"hiden_size": 16}, r"no option 'hiden_size' \(nearest: hidden_size"),
     ],
 )
@@ -95,7 +94,7 @@ def test_known_options_are_accepted(model_type, options):
 def test_every_attribute_of_every_model_type_is_accepted():
     """Walks all model types that AutoModel builds; options are their own attributes."""
     num_types = 0
-    for model_type, config_class in CONFIG_MAPPING.items():
+    for config_class in CONFIG_MAPPING.values():
         if config_class in MODEL_MAPPING:
             written = config_class().to_diff_dict()
             names = set(written) - {"model_type", "transformers_version", "_name_or_path"}
@@ -103,7 +102,6 @@ def test_every_attribute_of_every_model_type_is_accepted():
             with pytest.raises(ValueError, match="no option 'isopair'"):
                 refuse_unknown_options(config_class, {"isopair": 1})
             num_types += 1
-            print(model_type)
     assert num_types > 200
 
 
