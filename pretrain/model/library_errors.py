@@ -19,4 +19,4 @@ def describe_library_error(error: Exception) -> str:
         return f"{text}; install the package that provides {error.name}, then run again"
     # Messages of these are often a bare name, such as "'hidden'".
     is_bare = not text or isinstance(error, LookupError | AttributeError)
-    return f"{type(error).__name__}: {text}" if is_bare else text
+    return f"{type(error).__name__}{': ' if text else ''}{text}" if is_bare else text

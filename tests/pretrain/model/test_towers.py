@@ -3,6 +3,7 @@ import pickle
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -15,6 +16,7 @@ from pretrain.model.towers import (
     probe_backbone,
     refuse_quantized_weights,
 )
+from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import (
     TINY_BERT,
@@ -165,8 +167,18 @@ def test_pretrained_towers_load_from_files(config_with, tmp_path):
     assert_same_weights(model.towers["text"].backbone, clip.text)
 
 
-@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "is_frozen"),
+    [
+        (torch.bfloat16, False),
+        *(
+            pytest.param(dtype, is_frozen, marks=pytest.mark.slow)
+            for dtype in (torch.bfloat16, torch.float16, torch.float64)
+            for is_frozen in (False, True)
+            if (dtype, is_frozen) != (torch.bfloat16, False)
+        ),
+    ],
+)
 def test_weights_saved_in_any_precision_become_float32(config_with, tmp_path, dtype, is_frozen):
     import timm
     from safetensors.torch import save_file
@@ -218,6 +230,40 @@ def bert_tower(folder):
         "options": {},
         "tokenizer": str(write_clip_tokenizer(folder / "tokenizer")),
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_does_not_depend_on_the_precision_of_saved_weights(toy_data, tmp_path, precision):
+    """Compares all parameters and moments to the bit, and their type."""
+    bert = write_bert(tmp_path / "bert", dtype=torch.bfloat16)
+    bert.float().save_pretrained(tmp_path / "bert_float32")
+    tower = bert_tower(tmp_path) | {"context_length": 12}
+    states = []
+    for name in ("bert", "bert_float32"):
+        text = tower | {"name": str(tmp_path / name)}
+        folder = tmp_path / f"run_{name}"
+        config = toy_config(
+            toy_data,
+            folder,
+            model={"text": text},
+            engine={"precision": precision},
+            schedule={"num_steps": 2, "warmup_steps": 1},
+        )
+        run_in_processes(1, train, config)
+        files = sorted((folder / "checkpoints/step_00000002").glob("*-of-00001.safetensors"))
+        states.append({key: value for path in files for key, value in load_file(path).items()})
+    assert {key.partition("/")[0] for key in states[0]} == {"parameter", "exp_avg", "exp_avg_sq"}
+    assert states[0].keys() == states[1].keys()
+    for key, values in states[0].items():
+        assert values.dtype == torch.float32, key
+        assert torch.equal(values, states[1][key]), key
+
+
+def train(config):
+    from pretrain.train import pretrain
+
+    pretrain(config)
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "text"])
@@ -294,7 +340,7 @@ def raising(error):
     [
         (KeyError("hidden"), "KeyError: 'hidden'"),
         (AttributeError("no shape"), "AttributeError: no shape"),
-        (IndexError(), "IndexError: "),
+        (IndexError(), "IndexError"),
         (pickle.UnpicklingError("weights only"), "weights only"),
         (StrictDataclassError("two\n  lines"), "two lines"),
         (ImportError("pip install sentencepiece"), "pip install sentencepiece"),
@@ -330,44 +376,41 @@ class ReturnsTwo(nn.Module):
 
 
 def tiny_text_tower(library, vocab_size):
-    if library == "open_clip":
-        options = {"width": 32, "heads": 2, "layers": 1, "vocab_size": vocab_size}
-        return {"library": "open_clip", "name": "TextTransformer", "options": options}
-    return {
-        "library": "transformers",
-        "name": "bert",
-        "options": TINY_BERT | {"vocab_size": vocab_size},
-    }
+    name, options = {
+        "open_clip": ("TextTransformer", {"width": 32, "heads": 2, "layers": 1}),
+        "transformers": ("bert", TINY_BERT),
+    }[library]
+    options = options | {"vocab_size": vocab_size}
+    return {"library": library, "name": name, "options": options, "tokenizer": "any"}
 
 
-@pytest.mark.parametrize("library", ["open_clip", "transformers"])
-def test_a_vocabulary_below_the_largest_token_id_is_refused(config_with, tmp_path, library):
-    """The tokenizer has an added token, which its attribute vocab_size does not count."""
+def test_a_vocabulary_below_the_largest_token_id_is_refused(config_with, tmp_path, monkeypatch):
+    """Tests a tokenizer with an added token, which its attribute vocab_size does not count."""
     folder = write_clip_tokenizer(tmp_path / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["isopair"])
-    tokenizer.save_pretrained(folder)
-    assert tokenizer.vocab_size == 49408
-    assert tokenizer("isopair")["input_ids"][1] == 49408
-    for vocab_size in (100, 49408):
-        tower = tiny_text_tower(library, vocab_size) | {"tokenizer": str(folder)}
-        message = (
-            rf"model\.text: the tower has embeddings of {vocab_size} tokens, but the largest token "
-            r"id of the tokenizer is 49408; .* options: \{vocab_size: 49409\}"
-        )
-        with pytest.raises(InputError, match=message):
-            build(config_with(text=tower))
-    build(config_with(text=tiny_text_tower(library, 49409) | {"tokenizer": str(folder)}))
-
-
-def test_ids_of_added_tokens_may_leave_gaps(config_with, tmp_path, monkeypatch):
-    folder = write_clip_tokenizer(tmp_path / "tokenizer")
-    tower = tiny_text_tower("open_clip", 49408) | {"tokenizer": str(folder)}
-    tokenizer_class = type(AutoTokenizer.from_pretrained(folder))
-    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab() | {"isopair": 50000}
-    monkeypatch.setattr(tokenizer_class, "get_vocab", lambda self: vocabulary)
-    tokenizer = build_tokenizer(config_with(text=tower).model.text)
+    backend = AutoTokenizer.from_pretrained(folder)
+    backend.add_tokens(["isopair"])
+    assert backend.vocab_size == 49408
+    assert backend("isopair")["input_ids"][1] == 49408
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: backend)
+    for library in ("open_clip", "transformers"):
+        for vocab_size in (100, 49408):
+            message = (
+                rf"model\.text: the tower has embeddings of {vocab_size} tokens, but the largest "
+                r"token id of the tokenizer is 49408; .* options: \{vocab_size: 49409\}"
+            )
+            with pytest.raises(InputError, match=message):
+                build_text(config_with(text=tiny_text_tower(library, vocab_size)))
+        build_text(config_with(text=tiny_text_tower(library, 49409)))
+    # Ids of added tokens may leave gaps.
+    vocabulary = backend.get_vocab() | {"gap": 50000}
+    monkeypatch.setattr(backend, "get_vocab", lambda: vocabulary)
+    tokenizer = build_tokenizer(config_with(text=tiny_text_tower("open_clip", 49408)).model.text)
     assert (tokenizer.largest_id, tokenizer.vocab_size) == (50000, 50001)
+
+
+def build_text(config):
+    tokenizer = build_tokenizer(config.model.text)
+    return build_text_backbone(config.model.text, tokenizer=tokenizer)
 
 
 def test_a_tokenizer_that_cannot_be_read_says_why(config_with, tmp_path):

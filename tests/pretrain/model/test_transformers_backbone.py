@@ -27,7 +27,7 @@ def build_text(name, options, *, pretrained=False):
 
 @pytest.fixture(scope="module")
 def saved_bert(tmp_path_factory):
-    """A saved BERT of 100 tokens."""
+    """Saves a BERT of 100 tokens and returns its folder."""
     folder = tmp_path_factory.mktemp("bert")
     build_text("bert", SIZES).backbone.save_pretrained(folder)
     return folder
