@@ -18,6 +18,7 @@ from eval.config import SearchConfig
 if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(SearchConfig, __doc__)
 
+import hashlib
 import sys
 
 from eval.datasets.datasets import EvaluationSet, open_dataset
@@ -41,10 +42,11 @@ def run(config: SearchConfig) -> None:
     keys = [sample.key for sample in read_texts(dataset)]
     store = EmbeddingStore(config.output / "embeddings", encoder)
     store.encode_media(dataset, keys)
+    embeddings = store.media(dataset, keys).numpy()
     index = open_index(
         config.output,
-        store.media(dataset, keys).numpy(),
-        origin=f"{dataset.fingerprint} {encoder.origin.sha256}",
+        embeddings,
+        origin=hashlib.sha256(embeddings.tobytes()).hexdigest(),
         exact_up_to=config.exact_up_to,
     )
     if config.serve:

@@ -17,7 +17,8 @@ from data_prep.shards.parquet import read_shard_parquet
 if TYPE_CHECKING:
     import pyarrow
 
-ORIGIN = ("checkpoint", "transform", "embed_dim")  # must be equal in all folders
+# Must be equal in all folders
+ORIGIN = ("checkpoint", "model_settings", "transform", "embed_dim")
 MAX_NORM_ERROR = 1e-3  # maximum deviation of an embedding's norm from 1
 
 
@@ -69,10 +70,12 @@ def _check_origins(folders: Sequence[Path]) -> int:
     for folder in folders[1:]:
         record = json.loads((folder / "embeddings.json").read_text("utf-8"))
         for name in ORIGIN:
-            if record[name] != first[name]:
+            # Older embeddings have no model_settings, which are empty for Isopair's checkpoints.
+            expected, found = first.get(name, {}), record.get(name, {})
+            if found != expected:
                 raise InputError(
-                    f"{folder}: expected the {name} of {folders[0]}, {first[name]}, found "
-                    f"{record[name]}; embed all datasets with one checkpoint"
+                    f"{folder}: expected the {name} of {folders[0]}, {expected}, found {found}; "
+                    "embed all datasets with one checkpoint"
                 )
     return first["embed_dim"]
 

@@ -25,6 +25,7 @@ from data_prep.config_file import differing_keys
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.storage.atomic import write_atomically
+from eval.models.loaded_model import encoding_packages
 
 if TYPE_CHECKING:
     from eval.models.encoder import Encoder
@@ -60,14 +61,20 @@ class Origin:
 
     dataset_fingerprint: str
     checkpoint: str  # SHA-256 of the model's files
+    model_settings: dict[str, Any]  # see ModelOrigin.settings
+    packages: dict[str, str | None]  # package -> version, if it determines an embedding
     transform: dict[str, Any]  # settings of the media transform
     dtype: str  # precision of the towers
     embed_dim: int  # D
 
     def as_metadata(self) -> dict[str, str]:
         """Returns the metadata of a Parquet file with this origin."""
-        values = {"transform": json.dumps(self.transform, sort_keys=True)}
-        return {f"isopair.{key}": str(value) for key, value in (asdict(self) | values).items()}
+        return {
+            f"isopair.{key}": json.dumps(value, sort_keys=True)
+            if isinstance(value, dict)
+            else str(value)
+            for key, value in asdict(self).items()
+        }
 
 
 def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
@@ -76,6 +83,8 @@ def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
     return Origin(
         dataset_fingerprint=dataset.info.fingerprint,
         checkpoint=encoder.origin.sha256,
+        model_settings=dict(encoder.origin.settings),
+        packages=encoding_packages(),
         transform=front_end.settings | {"long_clips": front_end.long_clips},
         dtype=str(encoder.dtype).removeprefix("torch."),
         embed_dim=encoder.embed_dim,

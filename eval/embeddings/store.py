@@ -12,13 +12,10 @@ digit for any sharding, order of shards, and number of processes or workers.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,71 +24,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.errors import InputError
 from data_prep.storage.atomic import write_atomically
 from eval.datasets.datasets import EvaluationSet
 from eval.embeddings.batches import media_batches
+from eval.embeddings.parts import Parts
 from eval.models.encoder import Encoder, check_embeddings, check_tower
-from pretrain.distributed.collectives import rank, world_size
-
-logger = logging.getLogger(__name__)
+from eval.models.loaded_model import encoding_packages
 
 MAX_PARTS = 1024  # parts of a set; a failure loses at most the part in progress
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Files of a set's embeddings, and the partition of its items."""
-
-    folder: Path
-    num_items: int
-    part_size: int
-    embed_dim: int
-
-    def __len__(self) -> int:
-        return math.ceil(self.num_items / self.part_size)
-
-    def path(self, part: int) -> Path:
-        return self.folder / f"{part:08d}.npy"
-
-    def items(self, part: int) -> range:
-        return range(part * self.part_size, min((part + 1) * self.part_size, self.num_items))
-
-    def is_finished(self, part: int) -> bool:
-        """Returns whether a part is complete and undamaged."""
-        path = self.path(part)
-        if not path.exists():
-            return False
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        except (ValueError, OSError) as error:
-            logger.warning("%s: damaged (%s); encoding it again", path, error)
-            return False
-        return found == (len(self.items(part)), self.embed_dim)
-
-    def own_missing(self) -> list[int]:
-        """Lists the missing parts assigned to this process."""
-        own = range(rank(), len(self), world_size())
-        return [part for part in own if not self.is_finished(part)]
-
-    def write(self, part: int, embeddings: Tensor) -> None:
-        """Writes a part atomically."""
-        content = io.BytesIO()
-        np.save(content, embeddings.numpy())
-        write_atomically(self.path(part), content.getvalue())
-
-    def read(self) -> Tensor:
-        """Reads and concatenates all parts: [items, D].
-
-        Raises:
-            InputError: if a part is missing or damaged.
-        """
-        try:
-            return torch.from_numpy(
-                np.concatenate([np.load(self.path(part)) for part in range(len(self))])
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}: damaged: {error}; delete this folder") from None
 
 
 class EmbeddingStore:
@@ -105,6 +45,7 @@ class EmbeddingStore:
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self.folder = folder
         self.encoder = encoder
+        self.packages = encoding_packages()
 
     def encode_media(self, dataset: EvaluationSet, keys: Sequence[str]) -> None:
         """Encodes this process's share of the missing media.
@@ -185,7 +126,7 @@ class EmbeddingStore:
         index_of = {text: index for index, text in enumerate(distinct)}
         return self._text_parts(distinct).read()[[index_of[text] for text in texts]]
 
-    def _media_parts(self, dataset: EvaluationSet) -> _Parts:
+    def _media_parts(self, dataset: EvaluationSet) -> Parts:
         front_end = self.encoder.front_ends[dataset.info.media]
         origin = {
             "media": dataset.info.media,
@@ -195,13 +136,15 @@ class EmbeddingStore:
         }
         return self._parts(dataset.folder.name, origin, len(dataset))
 
-    def _text_parts(self, distinct: Sequence[str]) -> _Parts:
+    def _text_parts(self, distinct: Sequence[str]) -> Parts:
         return self._parts("texts", {"texts_sha256": checksum_of_texts(distinct)}, len(distinct))
 
-    def _parts(self, name: str, origin: dict[str, Any], num_items: int) -> _Parts:
+    def _parts(self, name: str, origin: dict[str, Any], num_items: int) -> Parts:
         encoder = self.encoder
         origin |= {
             "model_sha256": encoder.origin.sha256,
+            "model_settings": dict(encoder.origin.settings),
+            "packages": self.packages,
             "dtype": str(encoder.dtype).removeprefix("torch."),
             "device": encoder.device.type,
             "batch_size": encoder.batch_size,
@@ -214,7 +157,7 @@ class EmbeddingStore:
             write_atomically(folder / "origin.json", content)
         batches_per_part = math.ceil(num_items / encoder.batch_size / MAX_PARTS)
         part_size = batches_per_part * encoder.batch_size
-        return _Parts(folder, num_items, part_size, encoder.embed_dim)
+        return Parts(folder, num_items, part_size, encoder.embed_dim)
 
 
 def checksum_of_texts(texts: Iterable[str]) -> str:

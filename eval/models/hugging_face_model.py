@@ -56,6 +56,10 @@ class TextPreparation:
         self.num_tokens = num_tokens
         self.with_mask = with_mask  # false for SigLIP, which was trained to attend to padding
 
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings that are not in the tokenizer's files."""
+        return {"num_tokens": self.num_tokens, "with_mask": self.with_mask}
+
     def __call__(self, texts: list[str]) -> Any:
         tokens = self.tokenizer(
             list(texts),
@@ -117,13 +121,14 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
             "files of the model"
         )
     settings = json.loads(prepare.to_json_string())
+    texts = TextPreparation(tokenizer, num_tokens=_num_tokens(model), with_mask=kind != "siglip")
     medium = "audio" if kind == "clap" else "image"
     return LoadedModel(
         HuggingFaceModel(model),
         {medium: ClapTransform(prepare) if kind == "clap" else _image_transform(prepare)},
         {medium: {"hugging_face": {k: v for k, v in settings.items() if k != "mel_filters"}}},
-        TextPreparation(tokenizer, num_tokens=_num_tokens(model), with_mask=kind != "siglip"),
-        ModelOrigin("hugging_face", source.path, sha256),
+        texts,
+        ModelOrigin("hugging_face", source.path, sha256, settings=texts.settings()),
     )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data_prep.versions import package_version
 from eval.models.model_source import Library
+
+# Packages whose code determines an embedding; another version may compute a different one
+PACKAGES = (
+    *("isopair", "numpy", "open-clip-torch", "pillow", "simplejpeg", "soundfile", "soxr"),
+    *("timm", "tokenizers", "torch", "torchvision", "transformers"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class ModelOrigin:
     sha256: str  # SHA-256 over the model's files
     step: int | None = None  # training step; known only for Isopair's checkpoints
     tags: tuple[str, ...] = ()  # reasons why the model depends on more than its run's config
+    # Everything except the files that determines the model and its tokenizer, in JSON types
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,11 @@ class LoadedModel:
     settings: dict[str, Any]  # kind of media -> settings of its transform, in JSON types
     tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
     origin: ModelOrigin
+
+
+def encoding_packages() -> dict[str, str | None]:
+    """Returns the version of every package in PACKAGES; None if it is not installed."""
+    return {name: package_version(name) for name in PACKAGES}
 
 
 def normalized(embeddings: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pickle import PickleError
 from typing import Any
 
@@ -76,10 +78,31 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError, KeyError, EOFError, PickleError) as error:
         raise InputError(f"{source.path}: open_clip cannot load it: {error}") from None
+    settings = {
+        "architecture": source.architecture,
+        "model_cfg": open_clip.get_model_config(name),
+        "tokenizer": _tokenizer_settings(tokenizer),
+    }
     return LoadedModel(
         OpenClipModel(model),
         {"image": PilTransform(prepare)},
         {"image": {"open_clip": str(prepare)}},
         tokenizer,
-        ModelOrigin("open_clip", source.path, sha256),
+        ModelOrigin("open_clip", source.path, sha256, settings=settings),
     )
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """Identifies a tokenizer; open_clip may have fetched its vocabulary by name from a hub."""
+    backend = getattr(tokenizer, "tokenizer", None)  # of transformers
+    if backend is None:
+        content = json.dumps(tokenizer.encoder, sort_keys=True)
+    elif backend.is_fast:
+        content = backend.backend_tokenizer.to_str()
+    else:
+        content = json.dumps(backend.get_vocab(), sort_keys=True)
+    return {
+        "class": type(tokenizer).__name__,
+        "context_length": tokenizer.context_length,
+        "vocabulary_sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }

@@ -109,6 +109,7 @@ def _model_record(origin: ModelOrigin) -> dict[str, Any]:
         "step": origin.step,
         "marks": list(origin.tags),
         "model_sha256": origin.sha256,
+        "settings": dict(origin.settings),
     }
 
 

@@ -20,7 +20,7 @@ ALLOWED_ROOMS = {
     },
     "eval": {
         "data_prep": (
-            *("errors", "config_file", "command", "config"),
+            *("errors", "config_file", "command", "config", "versions"),
             *("storage", "shards", "media", "report", "dedup", "sources"),
         ),
         "pretrain": ("config", "checkpoint", "checkpoints", "distributed", "model", "run"),
