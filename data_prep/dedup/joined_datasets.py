@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.shards.manifest import read_dataset_files
-from data_prep.shards.parquet import read_shard_parquet
+from data_prep.shards.parquet import check_parquet_sum, read_shard_parquet
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,6 +41,7 @@ class JoinedDatasets:
         self.num_datasets = len(datasets)  # query datasets
         sizes = [info.num_samples for info in self.infos]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._checked: set[Path] = set()  # Parquet files whose checksum was verified
         self._check()
         self.media = self.infos[0].media
 
@@ -89,6 +90,9 @@ class JoinedDatasets:
                         f"{path}: expected the columns of a shard, found no such file; create it "
                         "with python -m data_prep.index_shards"
                     )
+                if path not in self._checked:  # once per run: columns are read one after another
+                    check_parquet_sum(path, row)
+                    self._checked.add(path)
                 table = read_shard_parquet(path, columns=list(columns))
                 _check_table(path, table, columns=columns, num_samples=row.num_samples)
                 yield start, table

@@ -20,6 +20,7 @@ from data_prep.errors import InputError
 from data_prep.selection.scores import local_copies
 from data_prep.shards.embeddings import check_embeddings
 from data_prep.shards.manifest import read_dataset_files
+from data_prep.shards.parquet import check_parquet_sum
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -87,7 +88,8 @@ class SampleTable:
         dataset: dataset folder.
 
     Raises:
-        InputError: if the dataset or a Parquet file is missing, or the number of rows is wrong.
+        InputError: if the dataset or a Parquet file is missing or damaged, or the number of rows is
+            wrong.
     """
 
     def __init__(self, connection: DuckDBPyConnection, dataset: Path) -> None:
@@ -100,6 +102,8 @@ class SampleTable:
             raise InputError(f"{dataset}: expected samples, found an empty dataset")
         files = self._files_of_shards(dataset)
         self._check_row_counts(files)
+        for path, row in zip(files, self.manifest, strict=True):
+            check_parquet_sum(path, row)
         self._write_shards_table(files)
         connection.execute(
             f"CREATE VIEW sidecars AS SELECT p.* EXCLUDE (isopair_file, file_row_number), "

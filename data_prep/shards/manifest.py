@@ -1,11 +1,16 @@
-"""The files `dataset.json` (totals of a dataset) and `manifest.jsonl` (one row per shard)."""
+"""The files `dataset.json` (totals of a dataset) and `manifest.jsonl` (one row per shard).
+
+Both are sealed (data_prep.storage.sealed). A row whose seal does not match is refused. Only a
+warning is logged for dataset.json, because users edit its tar_folder; verify_shards reports it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +20,19 @@ from pydantic import TypeAdapter, ValidationError
 from data_prep.errors import InputError
 from data_prep.shards.index import REPAIR_ADVICE, ShardIndex
 from data_prep.shards.sample import MEDIA_EXTENSIONS
-from data_prep.storage.atomic import write_atomically
+from data_prep.storage.atomic import sha256_of, write_atomically
+from data_prep.storage.sealed import (
+    ROW_SEAL_KEY,
+    SEAL,
+    DamagedFileError,
+    read_sealed_json,
+    read_sealed_row,
+    to_sealed_json,
+    to_sealed_row,
+    warn_once,
+)
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
@@ -31,6 +48,9 @@ class ManifestRow:
     tar_sha256: str
     index_bytes: int
     index_sha256: str
+    # Parquet file; None: there is none, or an earlier version wrote the manifest.
+    parquet_bytes: int | None = None
+    parquet_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +81,15 @@ def fingerprint_of(rows: Sequence[ManifestRow]) -> str:
 
 
 def manifest_row(folder: Path, name: str) -> ManifestRow:
-    """Builds the manifest row of a finished shard from its index.
+    """Builds the manifest row of a finished shard from its index and Parquet file.
 
     Raises:
         InputError: if the index is missing or damaged.
     """
     path = folder / f"{name}.idx"
     index, content = ShardIndex.read(path), path.read_bytes()
+    parquet = folder / f"{name}.parquet"
+    has_parquet = parquet.is_file()
     return ManifestRow(
         name=name,
         num_samples=index.num_samples,
@@ -75,6 +97,8 @@ def manifest_row(folder: Path, name: str) -> ManifestRow:
         tar_sha256=index.tar_sha256,
         index_bytes=len(content),
         index_sha256=hashlib.sha256(content).hexdigest(),
+        parquet_bytes=parquet.stat().st_size if has_parquet else None,
+        parquet_sha256=sha256_of(parquet) if has_parquet else None,
     )
 
 
@@ -82,9 +106,9 @@ def write_dataset_files(
     folder: Path, info: DatasetInfo, *, manifest: Sequence[ManifestRow]
 ) -> None:
     """Writes `manifest.jsonl`, then `dataset.json`, which marks the dataset as complete."""
-    lines = "".join(json.dumps(asdict(row)) + "\n" for row in manifest)
+    lines = "".join(to_sealed_row(asdict(row)) for row in manifest)
     write_atomically(folder / "manifest.jsonl", lines.encode())
-    write_atomically(folder / "dataset.json", json.dumps(asdict(info), indent=2).encode() + b"\n")
+    write_atomically(folder / "dataset.json", to_sealed_json(asdict(info), indent=2))
 
 
 def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
@@ -110,7 +134,22 @@ def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
 
 
 def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
+    """Parses the content of a dataset.json; a seal that does not match is logged.
+
+    Raises:
+        InputError: if it is damaged, or has a different format version.
+    """
+    info, problem = inspect_info(content, path)
+    if problem is not None:
+        warn_once(log, f"{path}: edited or damaged: {problem}; {REPAIR_ADVICE}")
+    return info
+
+
+def inspect_info(content: bytes, path: Path | str) -> tuple[DatasetInfo, str | None]:
     """Parses the content of a dataset.json.
+
+    Returns:
+        (content, reason why the seal does not match; None if it does, or if there is none)
 
     Raises:
         InputError: if it is damaged, or has a different format version.
@@ -118,8 +157,10 @@ def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
     try:
         values = json.loads(content)
         version = values.get("format_version")
+        values.pop(SEAL, None)
         if version == FORMAT_VERSION and values["media"] in MEDIA_EXTENSIONS:
-            return _checked_types(DatasetInfo(**values))
+            info = _checked_types(DatasetInfo(**values))
+            return info, _seal_problem(content)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error}); {REPAIR_ADVICE}") from None
     if version != FORMAT_VERSION:
@@ -127,20 +168,33 @@ def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
     raise InputError(f"{path}: damaged (media {values['media']!r}); {REPAIR_ADVICE}")
 
 
+def _seal_problem(content: bytes) -> str | None:
+    try:
+        read_sealed_json(content, unsealed_keys=[each.name for each in fields(DatasetInfo)])
+    except DamagedFileError as error:
+        return str(error)
+    return None
+
+
 def parse_manifest(content: bytes, path: Path | str) -> list[ManifestRow]:
     """Parses the content of a manifest.jsonl.
 
     Raises:
-        InputError: if a line is damaged, or the name of a shard points outside the folder.
+        InputError: if a line or its seal is damaged, or the name of a shard points outside the
+            folder.
     """
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            row = _checked_types(ManifestRow(**json.loads(line)))
+            values = json.loads(line)
+            values.pop(ROW_SEAL_KEY, None)
+            row = _checked_types(ManifestRow(**values))
             if row.name.startswith("/") or ".." in row.name.split("/"):
                 raise ValueError(f"name {row.name!r} points outside the folder")
+            read_sealed_row(line)
         except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: line {number}: damaged ({error}); {REPAIR_ADVICE}") from None
+            reason = f"line {number}: damaged ({error})"
+            raise InputError(f"{path}: {reason}; {REPAIR_ADVICE}") from None
         rows.append(row)
     return rows
 

@@ -17,13 +17,15 @@ from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.media.preparation import prepare_media
 from data_prep.shards.columns import KeptType, kept_value, own_columns, shard_schema
+from data_prep.shards.index import REPAIR_ADVICE
+from data_prep.shards.manifest import ManifestRow
 from data_prep.shards.sample import (
     Sample,
     captions_of,
     media_extension_of,
     metadata_of,
 )
-from data_prep.storage.atomic import write_atomically
+from data_prep.storage.atomic import sha256_of, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
@@ -92,11 +94,37 @@ def row_of(
 
 def write_shard_parquet(path: Path, table: pyarrow.Table) -> None:
     """Writes a shard's Parquet file atomically."""
+    write_atomically(path, parquet_bytes(table))
+
+
+def check_parquet_sum(path: Path, row: ManifestRow) -> None:
+    """Checks a shard's Parquet file against the checksum in its manifest row, if there is one.
+
+    Pages of a Parquet file have checksums, but its footer, which holds minima and maxima, has none.
+
+    Raises:
+        InputError: if the file is missing or has another content.
+    """
+    if row.parquet_sha256 is None:
+        return
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {REPAIR_ADVICE}") from None
+    if found != row.parquet_sha256:
+        raise InputError(
+            f"{path}: damaged or rewritten: expected sha256 {row.parquet_sha256} "
+            f"(manifest.jsonl), found {found}; {REPAIR_ADVICE}"
+        )
+
+
+def parquet_bytes(table: pyarrow.Table) -> bytes:
+    """Formats a table as a shard's Parquet file; equal tables give equal bytes."""
     import pyarrow.parquet
 
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_atomically(path, sink.getvalue())
+    return sink.getvalue()
 
 
 def read_shard_parquet(path: Path, *, columns: Sequence[str] | None = None) -> pyarrow.Table:

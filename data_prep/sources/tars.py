@@ -23,6 +23,7 @@ from data_prep.shards.index import (
     BLOCK_BYTES,
     ShardIndex,
 )
+from data_prep.shards.parquet import check_parquet_sum
 from data_prep.shards.subset import Subset
 from data_prep.shards.tar_members import BadTarError, read_members
 from data_prep.sources.input_files import MEDIA_SUFFIXES, PairSource, files_of_input, readable_input
@@ -179,6 +180,8 @@ def _samples_of_dataset(source: PairSource, folder: Path) -> Iterator[_TarSample
         name = f"{dataset.info.tar_folder}/{manifest_row.name}.tar".removeprefix("./")
         path = str(dataset.tar_path(number))
         parquet_path = folder / f"{manifest_row.name}.parquet"
+        if wanted and parquet_path.exists():
+            check_parquet_sum(parquet_path, manifest_row)
         rows = _column_rows(parquet_path, wanted, num_samples=index.num_samples)
         with readable_input(path), remote_file.open_binary(path) as file, closing(rows):
             for sample, columns in enumerate(rows):

@@ -22,6 +22,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
 SEAL = "sha256"
+ROW_SEAL_KEY = "crc32"
 ROW_SEAL = re.compile(rb'(\{.*), "crc32": "([0-9a-f]{8})"\}')
 # Also a damaged seal has this form. No row without a seal does.
 ROW_SEAL_FORM = re.compile(rb'.*, ".{5}": ".{8}"\}')
@@ -127,7 +128,7 @@ def read_sealed_row(line: bytes) -> dict[str, Any]:
     sealed = ROW_SEAL.fullmatch(line)
     if sealed is None:
         row = parse_object(line, allows_nan=True)
-        if "crc32" in row or ROW_SEAL_FORM.fullmatch(line):
+        if ROW_SEAL_KEY in row or ROW_SEAL_FORM.fullmatch(line):
             raise DamagedFileError('expected a row that ends in its "crc32"')
         return row
     text, expected = sealed.groups()

@@ -16,6 +16,7 @@ from data_prep.shards.manifest import (
     DatasetInfo,
     ManifestRow,
     fingerprint_of,
+    inspect_info,
     parse_info,
 )
 from data_prep.verify.shard_check import Finding
@@ -88,7 +89,7 @@ def check_dataset(
     folder: Path, info: DatasetInfo, manifest: Sequence[ManifestRow], *, origin: DatasetOrigin
 ) -> list[Finding]:
     """Finds errors in dataset.json and manifest.jsonl, and shards that they do not list."""
-    findings = list(_check_totals(folder, info, manifest, origin=origin))
+    findings = [*_check_seal(folder), *_check_totals(folder, info, manifest, origin=origin)]
     findings += _check_extra(folder, {row.name for row in manifest}, origin=origin)
     if not origin.is_foreign:
         findings += [
@@ -96,6 +97,13 @@ def check_dataset(
             for copy, first in copies_among(manifest).items()
         ]
     return findings
+
+
+def _check_seal(folder: Path) -> Iterator[Finding]:
+    path = folder / "dataset.json"
+    _, problem = inspect_info(path.read_bytes(), path)
+    if problem is not None:
+        yield Finding(f"{path}: edited or damaged: {problem}", "totals")
 
 
 def copies_among(manifest: Iterable[ManifestRow]) -> dict[str, str]:

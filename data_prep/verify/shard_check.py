@@ -95,6 +95,10 @@ def verify_shard(check: ShardCheck) -> list[Finding]:
     findings += found
     table, found = _read_parquet(check)
     findings += found
+    if row.parquet_sha256 is not None and check.parquet_path.is_file():
+        findings += _check_file(
+            check.parquet_path, row.parquet_bytes or 0, row.parquet_sha256, kind="parquet"
+        )[1]
     index = None
     if index_sha256 is not None:
         try:
@@ -121,11 +125,11 @@ def verify_shard(check: ShardCheck) -> list[Finding]:
 
 
 def _check_file(
-    path: Path, num_bytes: int, sha256: str, *, kind: Literal["tar", "index"]
+    path: Path, num_bytes: int, sha256: str, *, kind: Literal["tar", "index", "parquet"]
 ) -> tuple[str | None, list[Finding]]:
     """Returns (sha256 of the file, findings); the sha256 of a missing file is None."""
     if not path.is_file():
-        return None, [Finding(f"{path}: missing", "missing tar" if kind == "tar" else "index")]
+        return None, [Finding(f"{path}: missing", "missing tar" if kind == "tar" else kind)]
     found_sha256, found_bytes = sha256_of(path), path.stat().st_size
     if found_bytes != num_bytes:
         text = f"{path}: expected {num_bytes} bytes, found {found_bytes}"
@@ -235,7 +239,7 @@ def _decoding_problems(sample: Sample, media_kind: str) -> Iterator[str]:
 def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding]]:
     """Returns (table, findings); an absent or damaged table is None."""
     path = check.parquet_path
-    if not check.has_parquet:
+    if not check.has_parquet and check.row.parquet_sha256 is None:
         return None, []
     try:
         table = read_shard_parquet(path)  # all columns, to verify the checksums of all pages

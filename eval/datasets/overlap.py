@@ -21,6 +21,7 @@ from data_prep.errors import InputError
 from data_prep.media.audio_fingerprint import audio_fingerprint, words_of
 from data_prep.media.decode import decode_audio, decode_image
 from data_prep.media.image_fingerprint import image_fingerprint
+from data_prep.shards.parquet import check_parquet_sum
 from data_prep.shards.sample import (
     CorruptSampleError,
     media_extension_of,
@@ -196,6 +197,7 @@ def _tables_of(folder: Path, *, media: str) -> Iterator[pyarrow.Table]:
                 f"{path}: expected the columns of the shard, found no file; create it with "
                 "python -m data_prep.index_shards"
             )
+        check_parquet_sum(path, row)
         waiting.append(pyarrow.parquet.read_table(path, columns=wanted))
         if sum(map(len, waiting)) >= TRAIN_ROWS_AT_ONCE:
             yield pyarrow.concat_tables(waiting)

@@ -20,6 +20,7 @@ from data_prep.report.data_sheet import SheetContent
 from data_prep.report.rejected import rejected_examples
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.subset import Subset
+from tests.support.toy_shards import record_sidecars
 from tests.support.toy_sheets import (
     PICTURE_COLUMNS,
     assert_counts,
@@ -299,6 +300,7 @@ def test_damaged_sidecars_are_named(tmp_path):
         num_rows = 8 if name == "00000000" else 2
         table = pyarrow.table({"key": ["x"] * num_rows, "captions": [["x"]] * num_rows})
         pyarrow.parquet.write_table(table, tmp_path / f"some/{name}.parquet")
+    record_sidecars(tmp_path / "some")
     with pytest.raises(InputError, match="expected Parquet files with a column"):
         content_of(tmp_path / "some")
 

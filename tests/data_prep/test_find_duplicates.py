@@ -19,6 +19,7 @@ from data_prep.make_subset import make_subset
 from data_prep.report.duplicate_statistics import measure_duplicates
 from data_prep.shards.subset import KeptSamples, Subset
 from tests.support.toy_duplicates import wav, write_dataset, write_embeddings
+from tests.support.toy_shards import record_sidecars
 
 RATE_HZ = 16_000
 KINDS = sorted(SOUNDS)
@@ -216,6 +217,7 @@ def test_samples_without_a_fingerprint_are_told(folder, tmp_path, caplog):
     nothing = pyarrow.nulls(table.num_rows, pyarrow.binary())
     table = table.set_column(place, table.schema.field(place), nothing)
     pyarrow.parquet.write_table(table, path)
+    record_sidecars(tmp_path / "part")
     search(tmp_path, tmp_path / "out", datasets=["part"], against=[])
     assert "part: 4 of 8 samples have no fingerprint and are skipped" in caplog.text
 

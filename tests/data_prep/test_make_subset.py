@@ -24,6 +24,7 @@ from data_prep.shards.manifest import (
 )
 from data_prep.shards.subset import Subset
 from data_prep.shards.writer import ShardWriter
+from tests.support.toy_shards import record_sidecars
 
 SIZES = (30, 1, 50, 40)
 NUM_SAMPLES = sum(SIZES)
@@ -343,6 +344,7 @@ def test_a_repeated_uid_of_the_dataset_is_refused_only_when_scores_need_it(
     uids = pyarrow.array([columns["uid"][0], *columns["uid"][82:]])
     table = table.set_column(table.schema.get_field_index("uid"), "uid", uids)
     pyarrow.parquet.write_table(table, copy / "00000003.parquet")
+    record_sidecars(copy)
     assert run(dataset=str(copy), where="height > 200")[0] == 0
     scores = write_table(tmp_path / "s.parquet", {"uid": columns["uid"][:3], "a": [1, 2, 3]})
     status, printed, _ = run(dataset=str(copy), scores=[scores])

@@ -303,14 +303,14 @@ def test_advice_names_make_shards_only_where_it_made_the_dataset(tmp_path):
     assert "delete each listed shard and run make_shards again" in problems_of(made)
 
 
-@pytest.mark.parametrize("file", [TAR, IDX, "manifest.jsonl"])
+@pytest.mark.parametrize("file", [TAR, IDX, PARQUET, "manifest.jsonl", "dataset.json"])
 def test_every_flipped_bit_is_found(dataset, file):
-    """Tests a sample of the bytes of the tar and every byte of the others; the bit is random."""
+    """Tests 250 bytes of large files and every byte of the others; the bit is random."""
     generator = random.Random(0)
     path = dataset / file
     content = path.read_bytes()
     places = range(len(content))
-    for place in generator.sample(places, 250) if file == TAR else places:
+    for place in generator.sample(places, 250) if file in (TAR, PARQUET) else places:
         changed = bytearray(content)
         changed[place] ^= 1 << generator.randrange(8)
         path.write_bytes(changed)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 from PIL import Image
 
 from data_prep.shards.columns import shard_schema
 from data_prep.shards.folder import finish_dataset
+from data_prep.shards.manifest import manifest_row, read_dataset_files, write_dataset_files
+from data_prep.shards.parquet import write_shard_parquet
 from data_prep.shards.sample import (
     Sample,
     captions_of,
@@ -81,4 +82,10 @@ def write_rows(path: Path, numbers: range) -> None:
             }
         )
     schema = shard_schema("image", kept={"licence": "string"})
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+    write_shard_parquet(path, pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def record_sidecars(folder: Path) -> None:
+    """Writes the manifest again after a test has replaced Parquet files."""
+    info, manifest = read_dataset_files(folder)
+    write_dataset_files(folder, info, manifest=[manifest_row(folder, row.name) for row in manifest])
