@@ -28,7 +28,13 @@ from eval.report.results import (
     write_results,
 )
 from eval.tasks.readers import fetch_datasets, read_tasks
-from eval.tasks.runner import Embeddings, check_towers, encode_tasks, measure_tasks
+from eval.tasks.runner import (
+    Embeddings,
+    check_fingerprints,
+    check_towers,
+    encode_tasks,
+    measure_tasks,
+)
 from eval.tasks.task import Outcome, Task
 from pretrain.distributed.collectives import on_main_process, rank
 
@@ -50,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> None:
         reasons = "\n".join(found.skipped.values())
         raise InputError(f"expected at least one dataset, found none:\n{reasons}")
     _share_fingerprints(found.present)
+    check_fingerprints(found.present)
     encoder = load_encoder(config)
     check_towers(found.present, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)

@@ -254,6 +254,13 @@ class KeptSamples:
         """Returns the ranks of ordinals, int64 [n]."""
         return np.asarray(ordinals) if self.subset is None else self.subset.ranks_of(ordinals)
 
+    def identities(self) -> list[tuple[str, int]]:
+        """Returns (fingerprint of the whole dataset, ordinal) of each kept sample."""
+        fingerprint = self.info.fingerprint
+        return [
+            (fingerprint, ordinal) for ordinal in self.ordinals_of(np.arange(len(self))).tolist()
+        ]
+
     def read_sample(self, rank: int, *, fields: Sequence[str] | None = None) -> Sample:
         """Reads a kept sample; see `Dataset.read_sample`."""
         return self.dataset.read_sample(int(self.ordinals_of([rank])[0]), fields=fields)

@@ -88,6 +88,12 @@ class FileDataset:
             total.update(json.dumps([file.key, file.path, file.metadata], sort_keys=True).encode())
         return total.hexdigest()
 
+    def identities(self) -> list[tuple[int, int]]:
+        """Returns (device, inode) of each sample's media file."""
+        return [
+            (stat.st_dev, stat.st_ino) for stat in (self._path(file).stat() for file in self.files)
+        ]
+
     def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
         """Reads a sample's media file and its `.json`.
 

@@ -107,6 +107,11 @@ class TarDataset:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
 
+    def identities(self) -> list[tuple[int, ...]]:
+        """Returns (device, inode of the tar, offset) of each sample."""
+        files = [(stat.st_dev, stat.st_ino) for stat in (tar.stat() for tar in self.tars)]
+        return [(*files[sample.tar], min(sample.members.values())[0]) for sample in self.samples]
+
     def read_sample(self, ordinal: int, *, fields: Sequence[str] | None = None) -> Sample:
         """Reads the members of a sample.
 

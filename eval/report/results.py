@@ -76,6 +76,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
         "task": task.task_name,
         **task.record(outcome),
+        **outcome.counts,
         **({} if outcome.space is None else {"embedding_space": outcome.space.record()}),
         "seconds": round(outcome.seconds, 2),
     }
@@ -124,7 +125,7 @@ def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     for name, values in record["averages"].items():
         rows.append((f"average: {name}", "main metrics", *score_cells("", Score(**values))))
     table = markdown_table(COLUMNS, rows)
-    notes = [f"\n{each.task.name}: {note}" for each in outcomes for note in each.task.notes()]
+    notes = [f"\n{each.task.name}: {note}" for each in outcomes for note in each.task.notes(each)]
     notes += [f"\n{name} skipped: {reason}" for name, reason in record["skipped"].items()]
     return "\n".join([table, *notes]) + "\n"
 

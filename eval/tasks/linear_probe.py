@@ -17,6 +17,7 @@ from eval.tasks.single_label import (
     LabelledItems,
     TrainedSection,
     TrainedTask,
+    check_disjoint,
     read_labelled_items,
     read_trained,
 )
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from eval.metrics.intervals import Bootstrap
     from eval.metrics.linear_probe import LinearProbeResult
     from eval.tasks.runner import Embeddings
+
+
+VALIDATION_ADVICE = "set validation or validation_split"
 
 
 class LinearProbeSection(TrainedSection):
@@ -75,6 +79,10 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
             held_out = sets.open(
                 section.validation, split=section.validation_split, columns=section.columns
             )
+            for role, items in (("test", dataset), ("training", train.source.dataset)):
+                check_disjoint(
+                    name, ("validation", held_out), (role, items), advice=VALIDATION_ADVICE
+                )
             validation = read_labelled_items(held_out, fields["class_names"])
         else:
             hashes = [zlib.crc32(key.encode()) for key in train.source.keys]
@@ -91,6 +99,10 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
     @property
     def media_sets(self) -> list[MediaSet]:
         return [*super().media_sets, self.validation.source]
+
+    @property
+    def learned_items(self) -> list[LabelledItems]:
+        return [self.train, self.validation]
 
     def method(self) -> str:
         return "linear probe"

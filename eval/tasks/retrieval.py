@@ -127,7 +127,7 @@ class RetrievalTask(Task, section=RetrievalSection):
             f"k {self.ks}{', equal captions merged' if self.merges_equal_captions else ''}"
         )
 
-    def notes(self) -> list[str]:
+    def notes(self, outcome: Outcome) -> list[str]:
         num_repeated = len(self.captions) - len(set(self.captions))
         if not num_repeated:
             return []
@@ -218,7 +218,7 @@ class RetrievalTask(Task, section=RetrievalSection):
         note = [
             f"{self.description()}.",
             "In each direction the hardest queries come first, then some from the whole set.",
-            *self.notes(),
+            *self.notes(outcome),
         ]
         return html.Section(self.name, blocks, note=" ".join(note))
 

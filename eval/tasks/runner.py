@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import InputError
@@ -44,6 +45,24 @@ class Embeddings:
     def texts(self, task: Task) -> Tensor:
         """Returns the embeddings of a task's texts, [M, D]."""
         return self.store.texts(task.texts).to(self.device)
+
+
+def check_fingerprints(tasks: Sequence[Task]) -> None:
+    """Checks that datasets which must differ have different contents.
+
+    Raises:
+        InputError: if two of them have the same fingerprint; the message names both.
+    """
+    for task in tasks:
+        folder_of: dict[str, Path] = {}
+        for dataset in task.disjoint_sets:
+            if dataset.fingerprint in folder_of:
+                raise InputError(
+                    f"evaluations.{task.name}: expected training, validation and test items to "
+                    f"differ; found equal contents in {folder_of[dataset.fingerprint]} and "
+                    f"{dataset.folder}; change train, validation or their splits"
+                )
+            folder_of[dataset.fingerprint] = dataset.folder
 
 
 def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
@@ -92,9 +111,10 @@ def measure_tasks(
         start = time.monotonic()
         media = embeddings.media(task.media_sets[0])
         result, other = task.measure(media, embeddings, bootstrap=bootstrap)
+        counts = task.audit(media, embeddings)
         seconds = time.monotonic() - start
         media, other = media.cpu(), other.cpu()
         space = task.embedding_space(media, other)
-        outcomes.append(Outcome(task, result, media, other, space, seconds))
+        outcomes.append(Outcome(task, result, media, other, space, counts, seconds))
         logger.info("%s: %.1f s", task.name, seconds)
     return outcomes

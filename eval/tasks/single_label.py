@@ -21,9 +21,13 @@ from eval.tasks.class_prompts import index_of_classes, read_class_names
 from eval.tasks.task import EvaluationSection, MediaSet, Outcome, Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from data_prep.report import html
     from eval.report.differences import Difference, ResultPair
+    from eval.tasks.runner import Embeddings
 
+TRAIN_ADVICE = "set train, train_split, or a subset and a train_subset without common samples"
 OBJECTIVE = "mean cross-entropy + l2 * |W|^2 / (2 n)"  # minimised by linear probes
 
 
@@ -90,7 +94,7 @@ class SingleLabelTask(Task):
         blocks = class_blocks(
             self.dataset, outcome.result, class_labels=self.class_labels, targets=self.targets
         )
-        return html.Section(self.name, blocks, note=self.description())
+        return html.Section(self.name, blocks, note=self.report_note(outcome))
 
 
 def read_targets(
@@ -155,6 +159,44 @@ class TrainedTask(SingleLabelTask):
     def details(self) -> str:
         return f"{super().details()}, {len(self.train.indices)} training items"
 
+    @property
+    def learned_items(self) -> list[LabelledItems]:
+        """All items that the classifier learns from."""
+        return [self.train]
+
+    @property
+    def disjoint_sets(self) -> list[EvaluationSet]:
+        learned = {
+            id(each): each for each in (items.source.dataset for items in self.learned_items)
+        }
+        return [self.dataset, *learned.values()]
+
+    def audit(self, media: Tensor, embeddings: Embeddings) -> dict[str, int]:
+        """Counts the items with identical media files on both sides."""
+        from eval.embeddings.equal_media import EmbeddedItems, equal_media
+
+        test = EmbeddedItems(self.dataset, range(len(self.keys)), media)
+        is_learned, num_learned = np.zeros(len(self.keys), dtype=bool), 0
+        for items in self.learned_items:
+            vectors, _ = embeddings.labelled_media(items)
+            learned = EmbeddedItems(items.source.dataset, items.indices, vectors)
+            of_test, of_learned = equal_media(test, learned)
+            is_learned[of_test] = True
+            num_learned += len(of_learned)
+        return {
+            "num_train_equal_to_test": num_learned,
+            "num_test_equal_to_train": int(is_learned.sum()),
+        }
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        num_test = outcome.counts["num_test_equal_to_train"]
+        if not num_test:
+            return []
+        return [
+            f"{num_test} of {len(self.keys)} test items have the same media file as one of "
+            f"{outcome.counts['num_train_equal_to_test']} training items, which raises the metrics."
+        ]
+
     def train_record(self) -> dict[str, Any]:
         """Returns the fields of results.json that describe the training items."""
         return {
@@ -180,11 +222,7 @@ def read_trained(
         subset=section.train_subset,
         columns=section.columns,
     )
-    if source is dataset:
-        raise InputError(
-            f"evaluations.{name}: {source.folder}: expected training items other than the test "
-            "items, found the same dataset; set train or train_split"
-        )
+    check_disjoint(name, ("training", source), ("test", dataset), advice=TRAIN_ADVICE)
     return {
         "name": name,
         "dataset": dataset,
@@ -193,6 +231,34 @@ def read_trained(
         "targets": targets,
         "train": read_labelled_items(source, class_names),
     }
+
+
+def check_disjoint(
+    name: str, first: tuple[str, EvaluationSet], second: tuple[str, EvaluationSet], *, advice: str
+) -> None:
+    """Checks that no item of one set is also an item of the other.
+
+    Items are the same if they are the same file, the same member of a tar, or the same ordinal of
+    equal Isopair shards. `Task.disjoint_sets` compares the contents of whole datasets.
+
+    Args:
+        name: name of the evaluation.
+        first: role and items, such as ("training", items).
+        second: role and items.
+        advice: keys that the message asks to set.
+
+    Raises:
+        InputError: if the sets have an item in common.
+    """
+    (role, items), (other_role, other_items) = first, second
+    known = set(other_items.identities())
+    num_shared = sum(identity in known for identity in items.identities())
+    if num_shared:
+        raise InputError(
+            f"evaluations.{name}: {items.folder}: expected {role} items other than the "
+            f"{other_role} items, found {num_shared} of {len(items)} {role} items among the "
+            f"{other_role} items of {other_items.folder}; {advice}"
+        )
 
 
 def read_labelled_items(source: EvaluationSet, class_names: list[str]) -> LabelledItems:

@@ -156,6 +156,11 @@ class Task(ABC):
     def details(self) -> str:
         """Returns the numbers of classes, captions and so on for descriptions."""
 
+    @property
+    def disjoint_sets(self) -> list[EvaluationSet]:
+        """Datasets that must not have equal contents; empty for most tasks."""
+        return []
+
     # ---------------------------------------------------------------------------- measuring
 
     @abstractmethod
@@ -174,6 +179,18 @@ class Task(ABC):
             use them.
         """
 
+    def audit(self, media: Tensor, embeddings: Embeddings) -> dict[str, int]:
+        """Counts items that limit what the metrics mean; the record and the report show them.
+
+        Args:
+            media: [Q, D] as in `measure`.
+            embeddings: source of all other embeddings.
+
+        Returns:
+            {"num_...": count}; empty for most tasks.
+        """
+        return {}
+
     def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace | None:
         """Computes the geometry of the embedding space; None for most tasks.
 
@@ -189,9 +206,13 @@ class Task(ABC):
         """Returns the metric used in averages; None if there is none."""
         return next((name for name in self.main_metrics if name in scores), None)
 
-    def notes(self) -> list[str]:
+    def notes(self, outcome: Outcome) -> list[str]:
         """Returns remarks to print below the table of metrics."""
         return []
+
+    def report_note(self, outcome: Outcome) -> str:
+        """Returns the description, followed by the remarks."""
+        return ". ".join([self.description(), *self.notes(outcome)])
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
         """Returns the task's fields of results.json, in addition to dataset and scores."""
@@ -215,7 +236,7 @@ class Task(ABC):
         """
         from data_prep.report import html
 
-        return html.Section(self.name, [], note=self.description())
+        return html.Section(self.name, [], note=self.report_note(outcome))
 
 
 @dataclass(frozen=True)
@@ -227,6 +248,7 @@ class Outcome:
     media_embeddings: Tensor  # [Q, D], L2-normalised
     other_embeddings: Tensor  # [..., D], returned by `Task.measure`
     space: EmbeddingSpace | None
+    counts: Mapping[str, int]  # returned by `Task.audit`
     seconds: float  # duration without encoding
 
 

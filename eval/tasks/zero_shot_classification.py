@@ -109,4 +109,4 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
             targets=self.targets,
             groups=self.groups,
         )
-        return html.Section(self.name, blocks, note=self.description())
+        return html.Section(self.name, blocks, note=self.report_note(outcome))

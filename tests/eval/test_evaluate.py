@@ -49,7 +49,9 @@ def config_path(tmp_path, monkeypatch):
     ]
     for sample in tints:
         del sample["json"]
-    more_pictures = [picture_sample(list(COLORS)[n % 3], seed=100 + n) for n in range(60)]
+    # The first two are also test items.
+    seeds = [0, 1, *range(102, 160)]
+    more_pictures = [picture_sample(list(COLORS)[n % 3], seed=seeds[n]) for n in range(60)]
     published = [
         {"png": sample["png"], "cls": str(n % 3).encode()} for n, sample in enumerate(pictures)
     ]
@@ -183,6 +185,9 @@ def test_evaluation_writes_metrics_with_their_provenance(config_path, capsys):
     for name, metric in (("neighbours", "top_1_accuracy"), ("few", "top_1_accuracy@2_shot")):
         assert record["evaluations"][name]["scores"][metric]["value"] == 1
         assert record["evaluations"][name]["num_train"] == 60
+    for name in ("probed", "neighbours", "few"):
+        assert record["evaluations"][name]["num_train_equal_to_test"] == 2
+        assert record["evaluations"][name]["num_test_equal_to_train"] == 2
     assert record["averages"]["trained"]["value"] == 1
     assert record["averages"]["all"]["num_queries"] == len(record["evaluations"])
     # Only red pictures tie with the wrong caption "a red picture".
@@ -227,6 +232,8 @@ def test_evaluation_writes_metrics_with_their_provenance(config_path, capsys):
     assert printed[-1] == str(out / "report.html")
     table = (out / "results.md").read_text()
     assert table.strip() in "\n".join(printed)
+    assert "neighbours: 2 of 12 test items have the same media file as one of 2 training" in table
+    assert table.count("the same media file") == 3
     assert re.search(r"\| colors +\| top_1_accuracy +\| 100\.0 % +\| 75\.8 % to 100\.0 % ", table)
 
 
@@ -244,6 +251,8 @@ def test_report_is_complete_and_needs_no_network(config_path):
         "modality gap",
         "average: trained",
         "audio to image",
+        "2 of 12 test items have the same media file as one of 2 training items",
+        "train equal to test 2",
         'alt="spectrogram"',
         "a painting in red &lt;0&gt;",  # captions are escaped
         "a photo in {c}",

@@ -162,11 +162,12 @@ def test_a_probe_trains_on_other_items_and_validates_on_some_of_them(tmp_path):
     for items in (task.train, task.validation):
         np.testing.assert_array_equal(items.targets, items.indices % 2)
     assert f"{len(task.train.indices)} training items" in task.description()
+    write_dataset(tmp_path / "val", [labelled("dog"), labelled("cat"), labelled("cat")])
     separate = config_of(
-        tmp_path / "test", **section, train=tmp_path / "train", validation=tmp_path / "test"
+        tmp_path / "test", **section, train=tmp_path / "train", validation=tmp_path / "val"
     )
     (task,) = read_tasks(separate)
-    assert (len(task.train.indices), task.validation.targets.tolist()) == (40, [1, 0])
+    assert (len(task.train.indices), task.validation.targets.tolist()) == (40, [1, 0, 0])
     same = config_of(tmp_path / "test", **section, train=tmp_path / "test", train_split="test")
     with pytest.raises(InputError, match="expected training items other than the test items"):
         read_tasks(same)
