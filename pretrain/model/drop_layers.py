@@ -176,7 +176,14 @@ def refuse_other_randomness(backbone: nn.Module, *, where: str) -> Iterator[None
         for hook in hooks:
             hook.remove()
     if random_layers:
-        raise InputError(_refusal(*random_layers[0], where=where))
+        name, layer = random_layers[0]
+        if not layer.training:
+            raise InputError(
+                f"{where}: layer {name or '(the backbone)'} ({type(layer).__name__}) draws random "
+                "numbers in evaluation mode, too, so that the features of a frozen tower depend on "
+                "which samples share a process; choose a model without it"
+            )
+        raise InputError(_refusal(name, layer, where=where))
 
 
 def _generator_states() -> tuple[Any, ...]:

@@ -228,13 +228,14 @@ def probe_backbone(
         drop_keys: keys of the dropout layers of a trained tower; None for a frozen tower.
 
     Raises:
-        InputError: if the backbone does not accept the input, does not return [B, W], or has
-            dropout that depends on the batch.
+        InputError: if the backbone does not accept the input or does not return [B, W], or if its
+            random numbers depend on the batch.
     """
     was_training = backbone.training
     try:
         if drop_keys is None:
-            features = backbone.eval()(examples[:1])
+            with refuse_other_randomness(backbone.eval(), where=where):
+                features = backbone(examples[:1])
         else:
             check_rows_of_samples(backbone.eval(), examples, where=where)
             features = _features_in_training(backbone.train(), examples[:1], drop_keys, where=where)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pretrain.config import PairingName
 from pretrain.data.batch import StepBatch
 from pretrain.distributed.engine import Engine
-from pretrain.model.contrastive_model import EncoderInputs
+from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.training.distillation import PairingTeacher
 from pretrain.training.gradient_cache import (
@@ -52,7 +52,8 @@ class ContrastiveStep:
         with timer.phase("forward"):
             micro_batches = self.micro_batches(batch)
             teacher_features = {
-                name: teacher.encode(micro_batches) for name, teacher in self.teachers.items()
+                name: teacher.encode(self._micro_batches_for(teacher.model, batch))
+                for name, teacher in self.teachers.items()
             }
             terms = terms_of_step(self.losses, batch, teacher_features=teacher_features)
         if len(micro_batches) == 1:
@@ -61,8 +62,12 @@ class ContrastiveStep:
 
     def micro_batches(self, batch: StepBatch) -> list[EncoderInputs]:
         """Returns the encoder inputs of this rank's part, one entry per micro-batch."""
+        return self._micro_batches_for(self.engine.model, batch)
+
+    def _micro_batches_for(self, model: ContrastiveModel, batch: StepBatch) -> list[EncoderInputs]:
+        """The same pairs for any model; its own property determines whether captions are cut."""
         return split_into_micro_batches(
             batch,
             num_micro_batches=self.num_micro_batches,
-            trims_captions=self.engine.model.takes_trimmed_captions,
+            trims_captions=model.takes_trimmed_captions,
         )

@@ -299,6 +299,18 @@ def test_a_frozen_tower_may_drop_as_it_likes(build_image_model):
     assert not model.towers["image"].backbone.training
 
 
+TINY_MAE = {key: value for key, value in TINY_DINOV2.items() if "drop" not in key}
+
+
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
+def test_a_tower_that_draws_in_evaluation_mode_is_refused(build_image_model, is_frozen):
+    mode = "in evaluation mode, too" if is_frozen else "that depend on which samples share"
+    message = rf"layer backbone\.embeddings \(ViTMAEEmbeddings\) draws random numbers {mode}"
+    tower = {"library": "transformers", "name": "vit_mae", "options": TINY_MAE}
+    with pytest.raises(InputError, match=message):
+        build_image_model(**tower, frozen=is_frozen)
+
+
 def test_building_draws_nothing_that_would_change_the_weights(build_image_model):
     """Compares towers built after a dropping and after a plain image tower."""
     plain = {key: rate for key, rate in VIT["options"].items() if "drop" not in key}

@@ -19,6 +19,7 @@ from pretrain.training.assembly import (
     open_step_loader,
     open_teachers,
 )
+from pretrain.training.distillation import PairingTeacher
 from pretrain.training.gradient_cache import split_into_micro_batches
 from tests.pretrain.test_train import train
 from tests.support.gloo_processes import run_in_processes
@@ -151,3 +152,42 @@ def test_a_missing_teacher_and_a_sigmoid_loss_are_refused(toy_data, tmp_path):
     pairings["image-text"]["loss"] = "sigmoid"
     with pytest.raises((ConfigError, ValueError), match="distillation is for loss=softmax alone"):
         toy_config(toy_data, tmp_path / "run", pairings=pairings)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_captions_are_trimmed_for_each_model_by_its_own_property(toy_data, tmp_path, is_causal):
+    """Tests a causal student with a bidirectional teacher, and the reverse."""
+    config, student = model_with(toy_data, tmp_path, is_causal=is_causal)
+    _, teacher = model_with(toy_data, tmp_path, is_causal=not is_causal)
+    teachers = {"image-text": PairingTeacher("image-text", teacher.eval(), 0.5, "", False)}
+    engine = Engine(
+        start_accelerator(config.engine, run=config.run),
+        model=student,
+        optimizer=build_training_optimizer(config, student),
+        gradient_clipping=None,
+    )
+    step = build_step(config, engine, num_micro_batches=5, teachers=teachers)
+    tokenizer = build_tokenizer(config.model.text)
+    batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
+    tokens = batch.pairings["image-text"].tokens
+    with torch.no_grad():
+        expected = teacher.towers["text"](tokens)
+    calls = {model: [] for model in (student, teacher)}
+    for model, recorded in calls.items():
+        model.towers["text"].register_forward_hook(
+            lambda _, args, output, recorded=recorded: recorded.append((args[0], output))
+        )
+    step.backward(batch, PhaseTimer(engine.device))
+    torch.testing.assert_close(torch.cat([output for _, output in calls[teacher]]), expected)
+    assert all((tokens.shape[1] < 24) == is_causal for tokens, _ in calls[student])
+    assert all((tokens.shape[1] < 24) != is_causal for tokens, _ in calls[teacher])
+    engine.close()
+
+
+def model_with(toy_data, folder, *, is_causal):
+    """Returns a config and its model; only causal text towers take trimmed captions."""
+    options = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408}
+    options["no_causal_mask"] = not is_causal
+    text = {"library": "open_clip", "context_length": 24, "options": options}
+    config = toy_config(toy_data, folder, model={"text": text})
+    return config, build_toy_model(config)
