@@ -1,13 +1,13 @@
 """Cache folder of downloads, which ensures that each URL is fetched only once.
 
     ab/ab12...          body of the URL with this sha256, unless it was deleted
-    ab/ab12...json      record of the outcome, written after the body
+    ab/ab12...json      record of the outcome with its checksum, written after the body
     urls.lock           one byte is locked for each URL that is being fetched
     hosts.lock          one byte is locked for each open connection to a host
 
-Bodies and records are written without a temporary name or fsync. After a kill or a power failure, a
-partial record is not valid JSON, and a partial body does not match its sha256. In both cases the
-URL is fetched again.
+Bodies and records are written without a temporary name or fsync. A kill, a power failure or a bad
+disk may damage them. Then a record does not match its CRC32, or a body does not match its sha256,
+and the URL is fetched again.
 
 The locks are POSIX locks of single bytes. The system releases them when a process dies, and they do
 not need one file each. On a file system without locks, processes may fetch a URL twice, and each
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import random
@@ -28,8 +27,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from data_prep.errors import RunError
+from data_prep.storage.sealed import (
+    DamagedFileError,
+    check_types,
+    read_sealed_row,
+    to_sealed_row,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,22 @@ class FetchRecord:
     sha256: str = ""
     max_bytes: int = 0  # limit in effect during the download
     time: float = 0.0  # end of the download, in seconds since the epoch
+
+
+RECORD_TYPES = get_type_hints(FetchRecord)
+
+
+def parse_record(content: bytes) -> FetchRecord:
+    """Parses the content of a record.
+
+    Raises:
+        DamagedFileError: if it is damaged.
+    """
+    values = read_sealed_row(content.removesuffix(b"\n"))
+    if unknown := values.keys() - RECORD_TYPES.keys():
+        raise DamagedFileError(f"unknown key {min(unknown)!r}")
+    check_types(values, RECORD_TYPES, optional=RECORD_TYPES)
+    return FetchRecord(**values)
 
 
 class DownloadCache:
@@ -88,7 +110,8 @@ class DownloadCache:
             raise
         except OSError as error:
             raise RunError(
-                f"{self.folder}: cannot store downloads: {error.strerror or error}; free "
+                f"{error.filename or self.folder}: cannot store downloads: "
+                f"{error.strerror or error}; free "
                 "space or repair the disk, and run the same command again: finished downloads are "
                 "kept"
             ) from error
@@ -111,8 +134,8 @@ class DownloadCache:
         """Reads the record of a URL; None if it is missing or damaged."""
         content = self._read(f"{self.body_path(url)}.json")
         try:
-            return None if content is None else FetchRecord(**json.loads(content))
-        except (ValueError, TypeError):
+            return None if content is None else parse_record(content)
+        except DamagedFileError:
             return None
 
     def read_body(self, url: str, record: FetchRecord) -> bytes | None:
@@ -133,7 +156,7 @@ class DownloadCache:
         """Writes the record of a URL, after its body."""
         if record.reason is not None:
             self.forget_body(url)
-        content = json.dumps(vars(record))
+        content = to_sealed_row(vars(record))
         with self.disk_errors(), open(f"{self.body_path(url)}.json", "w") as file:  # noqa: PTH123
             file.write(content)
 

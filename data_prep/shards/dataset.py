@@ -11,25 +11,30 @@ A shard is finished if and only if its `.idx` matches its tar; the `.idx` is wri
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import lru_cache
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.shards.index import BLOCK_BYTES, ShardIndex
+from data_prep.shards.index import REPAIR_ADVICE, ShardIndex
+from data_prep.shards.indexed_sample import read_indexed
 from data_prep.shards.manifest import ManifestRow, _check_fingerprint, read_dataset_files
-from data_prep.shards.sample import BadShardError, CorruptSampleError, Sample, split_member_name
+from data_prep.shards.sample import BadShardError, CorruptSampleError, Sample
+from data_prep.shards.shard_fetcher import ShardFetcher
 
 NUM_OPEN_TARS = 128
-NUM_OPEN_INDEXES = 1024  # memory-mapped, so that all processes of a machine share them
+MAX_OPEN_INDEXES = 1024
+BYTES_OF_OPEN_INDEXES = 128 << 20
 MAX_OPENINGS = 5  # attempts to open a file that is evicted repeatedly
-Opened = TypeVar("Opened")
+MAX_DAMAGED_COPIES = 2  # of a shard; then its samples are read where the dataset is stored
 
 
 class Dataset:
@@ -37,9 +42,8 @@ class Dataset:
 
     Args:
         folder: folder that holds dataset.json.
-        fetch_shard: function that downloads a shard on demand. It is called with the shard's
-            manifest row before the shard's files are opened, and may raise BadShardError or
-            OSError. None: all shards are local, and the constructor checks their sizes.
+        fetch_shard: fetcher of shards that are stored elsewhere; they are fetched before they are
+            opened. None: all shards are local, and the constructor checks their sizes.
         takes_bad_shards: whether to record missing and truncated shards in `bad_shards` instead of
             raising an error. Reading one of their samples then raises BadShardError.
 
@@ -52,7 +56,7 @@ class Dataset:
         self,
         folder: Path,
         *,
-        fetch_shard: Callable[[ManifestRow], None] | None = None,
+        fetch_shard: ShardFetcher | None = None,
         takes_bad_shards: bool = False,
     ):
         self.folder = folder
@@ -63,12 +67,16 @@ class Dataset:
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self.fetch_shard = fetch_shard
         self.bad_shards: dict[int, str] = {}  # index of the shard -> error message
+        self._num_damaged: Counter[int] = Counter()  # index of the shard -> damaged copies found
+        self._corrupt_at_source: set[int] = set()  # ordinals
         self._set_up_caches()
         if fetch_shard is None:
             self._check_tar_sizes(takes_bad_shards=takes_bad_shards)
 
     def _set_up_caches(self) -> None:
-        self._index = lru_cache(maxsize=NUM_OPEN_INDEXES)(self._read_index)
+        most_bytes = max((row.index_bytes for row in self.manifest), default=1)
+        num_indexes = min(BYTES_OF_OPEN_INDEXES // max(most_bytes, 1), MAX_OPEN_INDEXES)
+        self._index = lru_cache(maxsize=max(num_indexes, 1))(self._read_index)
         self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(self._open_tar)
         self._tar_name = lru_cache(maxsize=NUM_OPEN_TARS)(lambda shard: str(self.tar_path(shard)))
 
@@ -100,22 +108,17 @@ class Dataset:
             fields: extensions of the members to read; None reads all.
 
         Raises:
-            CorruptSampleError: if a member is truncated or its CRC32 does not match.
+            CorruptSampleError: if a member is truncated or its CRC32 does not match. A damaged
+                copy of a fetched shard is replaced instead.
             BadShardError: if the shard is missing or damaged.
             OSError: if the tar cannot be read.
         """
         shard, position = self.locate(ordinal)
-        tar = self._tar_descriptor(shard)
-        sample, bad = self._read_checked(tar.number, shard, position, fields)
-        # If the tar was evicted in the meantime (no links remain), a mismatch proves no damage.
-        for _ in range(MAX_OPENINGS):
-            if not bad or os.fstat(tar.number).st_nlink > 0:
-                break
-            self._tar_descriptor.cache_clear()
-            tar = self._tar_descriptor(shard)
-            sample, bad = self._read_checked(tar.number, shard, position, fields)
-        if bad and os.fstat(tar.number).st_nlink == 0:
-            raise OSError(f"{sample}: its tar was evicted {MAX_OPENINGS} times while being read")
+        sample, bad = self._read_current(shard, position, fields)
+        if bad and self.fetch_shard is not None and ordinal not in self._corrupt_at_source:
+            sample, bad = self._read_past_damage(shard, position, fields)
+            if bad:
+                self._corrupt_at_source.add(ordinal)
         if bad:
             raise CorruptSampleError(
                 f"{sample}: .{bad[0]}: CRC32 mismatch with the index; "
@@ -123,81 +126,116 @@ class Dataset:
             )
         return sample
 
+    def _read_current(
+        self, shard: int, position: int, fields: Sequence[str] | None
+    ) -> tuple[Sample, list[str]]:
+        """Reads a sample from a tar that still exists; returns the same as `_read_checked`."""
+        for _ in range(1 + MAX_OPENINGS):
+            tar = self._tar_descriptor(shard)
+            sample, bad = self._read_checked(tar.number, shard, position, fields)
+            if not bad or os.fstat(tar.number).st_nlink > 0:
+                return sample, bad
+            # The tar was evicted in the meantime, so a mismatch proves no damage.
+            self._tar_descriptor.cache_clear()
+        raise OSError(f"{sample}: its tar was evicted {MAX_OPENINGS} times while being read")
+
+    def _read_past_damage(
+        self, shard: int, position: int, fields: Sequence[str] | None
+    ) -> tuple[Sample, list[str]]:
+        """Reads a sample from a new copy of its shard if the current one is damaged.
+
+        After MAX_DAMAGED_COPIES, which only a broken disk explains, it is read where the dataset
+        is stored. Returns the same as `_read_checked`.
+        """
+        row = self.manifest[shard]
+        while self._num_damaged[shard] < MAX_DAMAGED_COPIES:
+            is_damaged = self._replace_if_damaged(shard)
+            self._tar_descriptor.cache_clear()
+            sample, bad = self._read_current(shard, position, fields)
+            if not (bad and is_damaged):
+                return sample, bad
+        return read_indexed(
+            self._index(shard),
+            position,
+            read_at=partial(self.fetch_shard.read_tar_at_source, row),
+            fields=fields,
+            tar_name=self._tar_name(shard),
+        )
+
+    def _replace_if_damaged(self, shard: int) -> bool:
+        with self._recording_if_bad(shard):
+            is_damaged = self.fetch_shard.replace_if_damaged(self.manifest[shard])
+        self._num_damaged[shard] += is_damaged
+        return is_damaged
+
     def _read_checked(
         self, tar: int, shard: int, position: int, fields: Sequence[str] | None
     ) -> tuple[Sample, list[str]]:
         """Returns (sample, extensions of members with a CRC32 mismatch)."""
-        index = self._index(shard)
-        entries = index.entries_at(position)
-        first_block = min(block for block, _, _ in entries.values()) - 1  # header with the key
-        wanted = {
-            name: entry for name, entry in entries.items() if fields is None or name in fields
-        }
-        # Members are adjacent: one read covers them, and the header with the key if all are read.
-        start_block = first_block
-        if len(wanted) < len(entries):
-            start_block = min((block for block, _, _ in wanted.values()), default=first_block)
-        start = start_block * BLOCK_BYTES
-        end = max(
-            (block * BLOCK_BYTES + size for block, size, _ in wanted.values()),
-            default=start + BLOCK_BYTES,
+
+        def read_at(num_bytes: int, start: int) -> bytes:
+            try:
+                return os.pread(tar, num_bytes, start)
+            except OSError:
+                if self.fetch_shard is None:
+                    raise
+                return b""  # a copy that cannot be read counts as damaged
+
+        return read_indexed(
+            self._index(shard),
+            position,
+            read_at=read_at,
+            fields=fields,
+            tar_name=self._tar_name(shard),
         )
-        content = os.pread(tar, end - start, start)
-        header = content
-        if start_block != first_block:
-            header = os.pread(tar, BLOCK_BYTES, first_block * BLOCK_BYTES)
-        key = index.long_keys.get(position) or _key_in(header[:BLOCK_BYTES])
-        sample, bad = Sample(self._tar_name(shard), key, {}), []
-        for name, (block, size, crc32) in wanted.items():
-            first = block * BLOCK_BYTES - start
-            sample.members[name] = content[first : first + size]
-            if len(sample.members[name]) != size or zlib.crc32(sample.members[name]) != crc32:
-                bad.append(name)
-        return sample, bad
 
     def _open_tar(self, shard: int) -> _Descriptor:
         path = self.tar_path(shard)
-
-        def open_tar() -> _Descriptor:
-            try:
-                return _Descriptor(os.open(path, os.O_RDONLY))
-            except (FileNotFoundError, PermissionError) as error:
-                raise BadShardError(f"{path}: cannot open the shard: {error.strerror}") from None
-
-        return self._opened(shard, open_tar)
+        with self._recording_if_bad(shard):
+            if self.fetch_shard is None:
+                return _open_local(path)
+            for _ in range(MAX_OPENINGS):
+                self.fetch_shard(self.manifest[shard])
+                with suppress(FileNotFoundError):  # evicted before it is opened
+                    return _Descriptor(os.open(path, os.O_RDONLY))
+            raise OSError(f"{path}: was evicted {MAX_OPENINGS} times before it was opened")
 
     def _read_index(self, shard: int) -> ShardIndex:
         path = self.folder / f"{self.manifest[shard].name}.idx"
-
-        def read_index() -> ShardIndex:
+        with self._recording_if_bad(shard):
+            if self.fetch_shard is None:
+                content = _read_local_index(path, self.manifest[shard])
+            else:
+                content = self._read_copied_index(shard, path)
             try:
-                index = ShardIndex.read(path, is_mapped=True)
+                return ShardIndex.parse(content, path)
             except InputError as error:
                 raise BadShardError(str(error)) from None
-            if index.tar_sha256 != self.manifest[shard].tar_sha256:
-                raise BadShardError(
-                    f"{path}: belongs to a different tar than manifest.jsonl records"
-                )
-            return index
 
-        return self._opened(shard, read_index)
+    def _read_copied_index(self, shard: int, path: Path) -> bytes:
+        row = self.manifest[shard]
+        for _ in range(MAX_OPENINGS):
+            self.fetch_shard(row)
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # evicted before it is read
+                continue
+            except OSError:  # a copy that cannot be read counts as damaged
+                content = b""
+            if hashlib.sha256(content).hexdigest() == row.index_sha256:
+                return content
+            if self._num_damaged[shard] >= MAX_DAMAGED_COPIES:
+                break
+            self._replace_if_damaged(shard)
+        return self.fetch_shard.read_index_at_source(row)
 
-    def _opened(self, shard: int, open_file: Callable[[], Opened]) -> Opened:
-        """Fetches the shard if needed, and returns the result of `open_file`; records bad shards.
-
-        A file that is evicted before it is opened is fetched again.
-        """
+    @contextmanager
+    def _recording_if_bad(self, shard: int) -> Iterator[None]:
+        """Records a BadShardError, and raises it again for a shard that is recorded already."""
         if shard in self.bad_shards:
             raise BadShardError(self.bad_shards[shard])
         try:
-            if self.fetch_shard is None:
-                return open_file()
-            for _ in range(MAX_OPENINGS - 1):
-                self.fetch_shard(self.manifest[shard])
-                with suppress(BadShardError):
-                    return open_file()
-            self.fetch_shard(self.manifest[shard])
-            return open_file()
+            yield
         except BadShardError as error:
             self.bad_shards[shard] = str(error)
             raise
@@ -236,14 +274,29 @@ class _Descriptor:
         os.close(self.number)
 
 
-def _key_in(header: bytes) -> str:
-    return split_member_name(plain_member_name(header))[0]
+def _open_local(path: Path) -> _Descriptor:
+    try:
+        tar = _Descriptor(os.open(path, os.O_RDONLY))
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise BadShardError(f"{path}: cannot open the shard: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(tar.number).st_mode):
+        raise BadShardError(f"{path}: cannot open the shard: expected a file")
+    return tar
 
 
-def plain_member_name(header: bytes) -> str:
-    """Returns the name in a member's ustar header; preceding PAX and GNU headers are ignored."""
-    name = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].partition(b"\0")[0]
-        name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", errors="replace")
+def _read_local_index(path: Path, row: ManifestRow) -> bytes:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise BadShardError(
+            f"{path}: no index; create it with python -m data_prep.index_shards"
+        ) from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise BadShardError(f"{path}: cannot open the index: {error.strerror}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != row.index_sha256:
+        raise BadShardError(
+            f"{path}: damaged index, or the index of another tar: expected sha256 "
+            f"{row.index_sha256} (manifest.jsonl), found {found}; {REPAIR_ADVICE}"
+        )
+    return content

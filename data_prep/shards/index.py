@@ -14,7 +14,6 @@ A `.idx` file is, little-endian:
 from __future__ import annotations
 
 import json
-import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,26 +68,39 @@ class ShardIndex:
         return INDEX_MAGIC + length + header + self.table.astype("<u4").tobytes()
 
     @classmethod
-    def read(cls, path: Path, *, is_mapped: bool = False) -> ShardIndex:
+    def read(cls, path: Path) -> ShardIndex:
         """Reads an index.
 
         Args:
             path: path of the .idx file.
-            is_mapped: whether to memory-map the table instead of reading it.
 
         Raises:
             InputError: if the file is missing or damaged, or has a different format version.
         """
         try:
-            content = _mapped_bytes(path) if is_mapped else path.read_bytes()
+            return cls.parse(path.read_bytes(), path)
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no index; create it with python -m data_prep.index_shards"
             ) from None
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise InputError(f"{path}: expected an index: {error.strerror}") from None
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path | str) -> ShardIndex:
+        """Parses the content of an index.
+
+        Args:
+            content: content of an .idx file.
+            path: path or URL of the file, for messages.
+
+        Raises:
+            InputError: if the content is damaged, or has a different format version.
+        """
         if content[:8] != INDEX_MAGIC:
             raise InputError(f"{path}: expected an index ({INDEX_MAGIC!r}), found {content[:8]!r}")
         try:
-            header_end = 12 + int(np.frombuffer(content, "<u4", 1, 8)[0])
+            header_end = 12 + int.from_bytes(content[8:12], "little")
             header = json.loads(content[12:header_end])
             shape = (header["num_samples"], len(header["fields"]), 3)
             long_keys = header.get("long_keys", {})
@@ -101,15 +113,7 @@ class ShardIndex:
                 marked=header.get("marked", {}),
                 long_keys={int(position): key for position, key in long_keys.items()},
             )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or recreate the shard"
             ) from None
-
-
-def _mapped_bytes(path: Path) -> mmap.mmap | bytes:
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # an empty file
-            return b""

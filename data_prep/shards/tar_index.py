@@ -19,12 +19,12 @@ import numpy as np
 
 from data_prep.media.decode import MediaError
 from data_prep.shards.columns import KeptType, KeptTypes, shard_schema
-from data_prep.shards.dataset import plain_member_name
 from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
     ShardIndex,
 )
+from data_prep.shards.indexed_sample import plain_member_name
 from data_prep.shards.parquet import measure_media, row_of, write_shard_parquet
 from data_prep.shards.sample import (
     CorruptSampleError,

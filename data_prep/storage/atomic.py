@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import socket
 from pathlib import Path
+
+# Errors of file systems that cannot flush folders, such as mounted object stores, and of folders
+# without read permission.
+NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 def temporary_name(name: str) -> str:
@@ -28,9 +33,31 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise name_file(error, path) from None
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flushes a file, or the names in a folder, from memory to the disk.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    try:
+        flush_to_disk(path)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FLUSH:
+            raise
 
 
 def sha256_of(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 All processes of a node use the same folder, so sizes are read off the disk. A finished shard counts
 with the size of its files. A download counts with the final size, which is in the name of its part
-(`.00000000.tar.<bytes>.part`). A lock makes room for one shard at a time.
+(`.00000000.tar.<bytes>.<random>.part`). A lock makes room for one shard at a time.
 
 The order of the run is known, so the shard whose next use is furthest away is evicted first (Belady
 1966). The node's prefetcher writes this schedule: "folder/shard" -> steps until it is needed.
@@ -11,21 +11,37 @@ Shards that the schedule does not name, such as those of other datasets, are evi
 
 from __future__ import annotations
 
-import fcntl
-import json
+import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.storage.atomic import temporary_name
+from data_prep.storage.sealed import (
+    DamagedFileError,
+    check_types,
+    read_sealed_row,
+    to_sealed_row,
+    warn_once,
+)
+from pretrain.cache.files import (
+    bytes_of_part,
+    lock_path,
+    locked,
+    remove,
+    remove_folder,
+    shard_of_part,
+)
 
-PART = ".part"
+log = logging.getLogger(__name__)
+
 NUM_BYTES_PER_GIGABYTE = 10**9
+SCHEDULE_FILE = "schedule.json"
 SECONDS_BETWEEN_LOOKS = 0.05  # while waiting for downloads to finish, so that they can be evicted
 
 
@@ -40,38 +56,6 @@ class HeldShard:
     name: str  # "<folder of its dataset>/<shard>"
     num_bytes: int
     last_opened: float  # approximate, in seconds since the epoch
-
-
-@contextmanager
-def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
-    """Holds a lock on a file, and yields whether it was acquired.
-
-    The lock ends with the process that holds it. It also excludes threads of the same process,
-    because each opens the file anew.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # even if a child process inherited it
-    finally:
-        os.close(descriptor)
-
-
-def lock_path(shard: Path) -> Path:
-    """Returns the file to lock while a shard (a path without suffix) is fetched."""
-    return shard.with_name(f".{shard.name}.lock")
-
-
-def part_name(name: str, num_bytes: int) -> str:
-    """Returns the name of a file during its download."""
-    return f".{name}.{num_bytes}{PART}"
 
 
 class CachedShards:
@@ -106,11 +90,18 @@ class CachedShards:
 
     def remove_leftovers(self) -> None:
         """Removes the parts of dead processes, whose shards are not locked."""
-        for part in self.folder.rglob(f".*{PART}"):
-            shard_name = part.name[1:].rsplit(".", 3)[0]  # without .tar.<bytes>.part
-            with locked(lock_path(part.with_name(shard_name)), waits=False) as is_locked:
-                if is_locked:
-                    part.unlink(missing_ok=True)
+        for part in list(self.folder.rglob(".*.part")):
+            shard_name = shard_of_part(part.name)
+            if shard_name is not None:
+                with locked(lock_path(part.with_name(shard_name)), waits=False) as is_locked:
+                    if is_locked:
+                        remove(part)
+
+    def remove_parts_of(self, shard: Path) -> None:
+        """Removes the parts of a shard (a path without suffix), which the caller has locked."""
+        for part in list(shard.parent.glob(".*.part")):
+            if shard_of_part(part.name) == shard.name:
+                remove(part)
 
     def _look(self) -> tuple[list[HeldShard], int]:
         """(finished shards, bytes of downloads)"""
@@ -119,7 +110,7 @@ class CachedShards:
         downloading = 0
         for path in _files_below(self.folder):
             if path.name.startswith("."):
-                downloading += _bytes_of_part(path.name)
+                downloading += bytes_of_part(path.name)
             elif path.suffix in (".tar", ".idx"):
                 with suppress(FileNotFoundError):  # evicted meanwhile
                     status = path.stat()
@@ -133,15 +124,24 @@ class CachedShards:
 
     def write_schedule(self, needed_in: Mapping[str, float]) -> None:
         """Publishes the steps until shards are needed, for all processes of the node."""
-        path = self.folder / "schedule.json"
+        path = self.folder / SCHEDULE_FILE
         temporary = path.with_name(temporary_name(path.name))
-        temporary.write_text(json.dumps(needed_in))
+        temporary.write_text(to_sealed_row({"needed_in": needed_in}))
+        remove_folder(path)
         temporary.replace(path)
 
     def _read_schedule(self) -> dict[str, float]:
+        """Reads the schedule; a missing or damaged one counts as empty until the next is written.
+
+        It decides which shards are evicted, and thus which ones are fetched again, nothing else.
+        """
+        path = self.folder / SCHEDULE_FILE
         try:
-            return json.loads((self.folder / "schedule.json").read_bytes())
+            return parse_schedule(path.read_bytes())
         except FileNotFoundError:
+            return {}
+        except (DamagedFileError, OSError) as error:
+            warn_once(log, f"{path}: not readable, shards are evicted without it: {error}")
             return {}
 
     # ------------------------------------------------------------------------------------- room
@@ -150,7 +150,7 @@ class CachedShards:
         """Makes room for the files of a shard, and reserves it with their empty parts.
 
         Args:
-            parts: paths, named by `part_name`.
+            parts: paths, named by `new_part_name`.
             num_bytes: bytes of all these files.
             needed_in: steps until the shard is needed; only shards that are needed later are
                 evicted. 0 if a reader waits for it: then any shard may be evicted.
@@ -160,8 +160,6 @@ class CachedShards:
         """
         while True:
             with locked(self.folder / "room.lock"):
-                for part in parts:  # left by a process that died
-                    part.unlink(missing_ok=True)
                 held, downloading = self._look()
                 missing = self._missing_bytes(held, downloading=downloading, wanted=num_bytes)
                 if missing > 0:
@@ -200,17 +198,18 @@ class CachedShards:
         for shard in sorted(candidates, key=lambda s: (-uses[s.name], s.last_opened)):
             if freed >= num_bytes:
                 break
-            self._remove(shard.name)
+            self.remove(shard.name)
             freed += shard.num_bytes
         return freed
 
-    def _remove(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """Removes a shard's files while readers may hold them open.
 
         Truncating the tar frees its space at once. Readers find its name missing, and fetch the
-        shard again. An index may be mapped, so it is never truncated.
+        shard again.
         """
         tar = self.folder / f"{name}.tar"
+        remove_folder(tar)
         with suppress(FileNotFoundError):
             descriptor = os.open(tar, os.O_RDWR)
             try:
@@ -218,16 +217,21 @@ class CachedShards:
                 os.ftruncate(descriptor, 0)
             finally:
                 os.close(descriptor)
-        (self.folder / f"{name}.idx").unlink(missing_ok=True)
+        remove(self.folder / f"{name}.idx")
+
+
+def parse_schedule(content: bytes) -> dict[str, float]:
+    """Parses the content of a schedule.
+
+    Raises:
+        DamagedFileError: if it is damaged.
+    """
+    row = read_sealed_row(content.rstrip(b"\n"))
+    check_types(row, {"needed_in": dict[str, float]})
+    return row["needed_in"]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
         for name in names:
             yield Path(parent, name)
-
-
-def _bytes_of_part(name: str) -> int:
-    """Bytes that a part reserves; 0 for other hidden files."""
-    stem, _, num_bytes = name.removesuffix(PART).rpartition(".")
-    return int(num_bytes) if name.endswith(PART) and stem and num_bytes.isdecimal() else 0

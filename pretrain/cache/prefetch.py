@@ -30,8 +30,9 @@ from data_prep.shards.manifest import ManifestRow
 from data_prep.shards.sample import BadShardError
 from data_prep.shards.subset import KeptSamples
 from pretrain.cache.eviction import NoRoomError
+from pretrain.cache.remote_shards import RemoteShards
 from pretrain.cache.schedule import NEVER, ShardUses, bytes_of_two_windows, shard_uses
-from pretrain.cache.shard_cache import RemoteShards, ShardCache
+from pretrain.cache.shard_cache import ShardCache
 from pretrain.sampling.order import SourceOrder
 
 log = logging.getLogger(__name__)

@@ -217,3 +217,21 @@ def test_a_shard_that_goes_bad_during_the_run_is_bad_from_then_on(whole, tmp_pat
         bad for step in range(9) for bad in loader.load(step).pairings["image-text"].bad_samples
     ]
     assert sorted(bad.ordinal for bad in bad_samples) == list(range(24, 48))
+
+
+# ------------------------------------------------------------------------------- damaged caches
+
+
+def test_damage_to_the_cache_of_a_node_costs_no_sample_of_a_whole_dataset(whole, tmp_path):
+    cache = {"folder": tmp_path / "cache"}
+    values = config_of(whole, "image", tmp_path / "run", cache=cache).model_dump()
+    values["pairings"]["image-text"]["sources"][0]["dataset"] = whole.as_uri()
+    config = PretrainConfig.model_validate(values)
+    assert load_an_epoch(config) == []
+    [index] = tmp_path.glob("cache/*/datasets/*/00000002.idx")
+    patch_tar(index.parent, block_of(whole, 5) * BLOCK_BYTES + 40, b"\x99\x98")
+    content = index.read_bytes()
+    index.write_bytes(content[:-600] + bytes(600))  # a page of zeros
+    assert load_an_epoch(config) == []
+    for path in (tar_of(index.parent), index):
+        assert path.read_bytes() == (whole / path.name).read_bytes()

@@ -24,13 +24,20 @@ from data_prep.config import DownloadOptions
 from data_prep.download import downloader as downloader_module
 from data_prep.download import fetch
 from data_prep.download.address import DownloadError, is_public, parse_address, redirected_address
-from data_prep.download.cache import DownloadCache, DownloadsEnded
+from data_prep.download.cache import (
+    DownloadCache,
+    DownloadsEnded,
+    FetchRecord,
+    parse_record,
+)
 from data_prep.download.downloader import Downloader
 from data_prep.download.fetch import retry_seconds
 from data_prep.download.robots import check_opt_out
 from data_prep.errors import RunError
 from data_prep.sources.pair import BadItemError
 from data_prep.storage.retry import RetryPolicy
+from data_prep.storage.sealed import DamagedFileError
+from tests.support.damage import edits, outcomes_of, single_bit_flips, truncations
 from tests.support.toy_web_server import BODY, toy_web_server
 from tests.support.waiting import wait_until
 
@@ -418,6 +425,32 @@ def test_half_a_body_or_record_is_never_taken_for_whole(server, tmp_path):
     Path(cache.body_path(urls[2])).unlink()
     assert fetch_all(tmp_path, urls) == whole
     assert [server.requests[f"/good/{number}"] for number in range(3)] == [2, 2, 2]
+
+
+def test_no_damaged_record_is_taken_for_another(tmp_path):
+    cache = DownloadCache(tmp_path, closed=threading.Event())
+    record = FetchRecord("download_refused", "HTTP status 403", status=403, time=1.5, max_bytes=10)
+    cache.write_record("https://a.org/1", record)
+    assert cache.read_record("https://a.org/1") == record
+    content = Path(cache.body_path("https://a.org/1") + ".json").read_bytes()
+    damaged = [*single_bit_flips(content.strip()), *truncations(content.strip())]
+    assert list(outcomes_of(parse_record, damaged, error=DamagedFileError)) == []
+    # Of earlier versions: without a checksum, but of the right types or refused.
+    plain = json.dumps(vars(record)).encode()
+    assert parse_record(plain) == record
+    for _, found in outcomes_of(parse_record, edits(plain), error=DamagedFileError):
+        for key, value in vars(found).items():
+            kinds = {type(vars(record)[key]), type(getattr(FetchRecord(), key))}
+            assert type(value) in kinds | ({int} if key == "time" else set()), key
+
+
+def test_a_folder_in_the_place_of_a_record_is_named(tmp_path):
+    cache = DownloadCache(tmp_path, closed=threading.Event())
+    path = Path(cache.body_path("https://a.org/1") + ".json")
+    path.mkdir()
+    for use in (cache.read_record, lambda url: cache.write_record(url, FetchRecord())):
+        with pytest.raises(RunError, match=rf"{path}: cannot store downloads: Is a directory"):
+            use("https://a.org/1")
 
 
 PROGRAM = """

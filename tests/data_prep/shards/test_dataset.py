@@ -4,15 +4,18 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_prep.shards import dataset as dataset_module
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.sample import (
+    BadShardError,
     CorruptSampleError,
     Sample,
     captions_of,
     media_extension_of,
     split_member_name,
 )
+from tests.support.damage import single_bit_flips
 from tests.support.toy_shards import jpeg, write_toy_dataset
 
 
@@ -48,6 +51,49 @@ def test_wrong_bytes_are_named_by_shard_and_key(dataset):
     tar.write_bytes(content)
     with pytest.raises(CorruptSampleError, match=r"00000001\.tar: sample 000000000003: \.jpg"):
         Dataset(dataset).read_sample(3)
+
+
+def test_a_damaged_index_is_named_and_gives_no_sample(dataset):
+    path = dataset / "00000001.idx"
+    content = path.read_bytes()
+    # With a page of zeros, all members would be empty, and their checksums would match.
+    damaged = [content[:-36] + bytes(36), content[:-1], content + b"\0", b""]
+    damaged += [(dataset / "00000002.idx").read_bytes()]
+    damaged += list(single_bit_flips(content))[::31]
+    for each in damaged:
+        path.write_bytes(each)
+        read = Dataset(dataset)
+        with pytest.raises(BadShardError, match=r"00000001\.idx: damaged index.*repair=true"):
+            read.read_sample(3)
+        assert list(read.bad_shards) == [1]
+    path.unlink()
+    with pytest.raises(BadShardError, match=r"00000001\.idx: no index"):
+        Dataset(dataset).read_sample(3)
+
+
+def test_an_index_that_is_truncated_after_it_was_read_does_no_harm(dataset):
+    read = Dataset(dataset)
+    expected = read.read_sample(3)
+    os.truncate(dataset / "00000001.idx", 0)  # a mapped file would end the process
+    assert read.read_sample(3) == expected
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_a_folder_in_the_place_of_a_shards_file_is_named(dataset, suffix):
+    read = Dataset(dataset)
+    path = dataset / f"00000001{suffix}"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadShardError, match=rf"00000001\{suffix}: cannot open the"):
+        read.read_sample(3)
+
+
+def test_few_indexes_are_held_if_they_are_large(dataset, monkeypatch):
+    monkeypatch.setattr(dataset_module, "BYTES_OF_OPEN_INDEXES", 1000)
+    read = Dataset(dataset)
+    for ordinal in (0, 3, 6, 0, 3, 6):
+        assert read.read_sample(ordinal).members["jpg"] == jpeg(ordinal)
+    assert read._index.cache_info().maxsize == 1000 // max(r.index_bytes for r in read.manifest)
 
 
 def test_an_index_survives_writing_and_reading(tmp_path):

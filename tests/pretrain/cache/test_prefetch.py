@@ -8,7 +8,7 @@ from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import BadShardError
 from data_prep.storage import retry
-from pretrain.cache import prefetch
+from pretrain.cache import prefetch, remote_shards
 from pretrain.cache.eviction import CachedShards
 from pretrain.cache.prefetch import ShardPrefetcher, check_cache
 from pretrain.cache.schedule import bytes_of_two_windows, shard_uses
@@ -44,6 +44,7 @@ def store(running_store):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
+    monkeypatch.setattr(remote_shards, "flush_to_disk", lambda path: None)
     monkeypatch.setattr(prefetch, "SECONDS_BETWEEN_LOOKS", 0.002)
     monkeypatch.setattr(retry, "pause", lambda seconds: None)
 
@@ -147,13 +148,13 @@ def test_in_room_for_two_windows_all_comes_in_time_and_the_order_says_what_goes(
     folder, local, tmp_path, monkeypatch
 ):
     budget, taken, num_taken = two_windows(folder), [], 0
-    remove = CachedShards._remove
+    remove = CachedShards.remove
 
     def note(shards, name):
         taken.append((int(name.rpartition("/")[2]), node.held()))
         remove(shards, name)
 
-    monkeypatch.setattr(CachedShards, "_remove", note)
+    monkeypatch.setattr(CachedShards, "remove", note)
     with Node(f"file://{folder}", tmp_path, max_bytes=budget) as node, MostUsed(node) as peaks:
         node.prefetcher.start()
         for step in range(2 * node.order.lane_length):

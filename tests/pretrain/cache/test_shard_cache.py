@@ -5,6 +5,7 @@ import pickle
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -17,7 +18,10 @@ from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.storage import file_transfer, retry
 from data_prep.storage.failures import WrongContentError
 from data_prep.storage.file_transfer import fetch_file
-from pretrain.cache.eviction import NoRoomError, lock_path, locked
+from pretrain.cache import remote_shards
+from pretrain.cache.eviction import NoRoomError
+from pretrain.cache.files import lock_path, locked
+from pretrain.cache.remote_shards import RemoteShards
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Cache
 from pretrain.data.datasets import open_samples
@@ -54,6 +58,11 @@ def store(running_store, monkeypatch):
     monkeypatch.setattr(retry, "pause", lambda seconds: None)
     running_store.forget()
     return running_store
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    monkeypatch.setattr(remote_shards, "flush_to_disk", lambda path: None)
 
 
 URL = "s3://shards/pictures"
@@ -241,6 +250,33 @@ def test_a_shard_that_is_not_what_the_manifest_records_is_named(change, store, f
     assert files_of(make_cache(tmp_path), "00000001.*") == []
 
 
+@pytest.mark.parametrize("scheme", ["s3", "http", "memory"])
+def test_on_a_disk_that_damages_every_copy_samples_are_read_at_the_url(
+    scheme, store, folder, tmp_path, monkeypatch
+):
+    fsspec.filesystem("memory").put(str(folder), "/pictures", recursive=True)
+    urls = {"http": f"{store.url}/shards/pictures", "memory": "memory://pictures"}
+    dataset = make_cache(tmp_path).open_dataset(urls.get(scheme, URL))
+    fetch = RemoteShards._fetch
+
+    def fetch_and_damage(shards, row, needed_in):
+        fetch(shards, row, needed_in)
+        for suffix in (".tar", ".idx"):
+            path = shards.folder / f"{row.name}{suffix}"
+            path.write_bytes(bytes(path.stat().st_size))
+
+    monkeypatch.setattr(RemoteShards, "_fetch", fetch_and_damage)
+    local = Dataset(folder)
+    for ordinal in (0, 3, 1):
+        assert dataset.read_sample(ordinal).members == local.read_sample(ordinal).members
+    assert dataset.bad_shards == {}
+    store.sent_bytes.clear()
+    caption = dataset.read_sample(2, fields=["txt"])
+    assert caption == replace(local.read_sample(2, fields=["txt"]), shard=caption.shard)
+    if scheme == "s3":
+        assert 0 < store.sent_bytes["00000000.tar"] < local.manifest[0].tar_bytes
+
+
 def test_a_dataset_or_bucket_that_is_not_there_is_an_input_error(store, tmp_path):
     for url in ("s3://nothing/here", "s3://shards/nothing", f"{store.url}/shards/nothing"):
         with pytest.raises(InputError, match=rf"{url}/dataset.json: expected a dataset"):
@@ -413,13 +449,13 @@ def test_a_shard_that_is_taken_away_before_or_after_it_is_opened_comes_again(fol
         fetch(row)
         num_fetches += 1
         if num_fetches % 4 > 0:
-            cache.shards._remove(fetch.name_of(row))
+            cache.shards.remove(fetch.name_of(row))
 
     dataset.fetch_shard = fetch_and_remove
     for ordinal in range(NUM_SAMPLES):
         assert dataset.read_sample(ordinal).members == local[ordinal]
         shard, _ = dataset.locate(ordinal)
-        cache.shards._remove(fetch.name_of(dataset.manifest[shard]))
+        cache.shards.remove(fetch.name_of(dataset.manifest[shard]))
     assert dataset.bad_shards == {}
     assert num_fetches >= 4 * NUM_SAMPLES
 
@@ -430,7 +466,7 @@ def test_readers_of_a_shard_that_is_always_taken_away_stop_with_an_error(folder,
     fetch, read_checked = dataset.fetch_shard, dataset._read_checked
 
     def take_away_and_read(*arguments):
-        cache.shards._remove(fetch.name_of(dataset.manifest[0]))
+        cache.shards.remove(fetch.name_of(dataset.manifest[0]))
         return read_checked(*arguments)
 
     dataset.read_sample(0)
@@ -448,7 +484,7 @@ def test_readers_of_a_shard_that_is_taken_away_read_on(folder, tmp_path):
     def take_away():
         while not stop.wait(0.002):
             for name in cache.shards.held_names():
-                cache.shards._remove(name)
+                cache.shards.remove(name)
 
     thread = threading.Thread(target=take_away)
     thread.start()
