@@ -1,15 +1,17 @@
 """Validation of an SQL condition over the columns of a view.
 
-Statements, subqueries, file access and nondeterministic functions are refused.
+Statements, subqueries, file access, and functions of the time or the session are refused.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import InputError
+from data_prep.selection.missing_values import condition_without_nan
 from data_prep.selection.sample_table import duckdb_errors, unknown_column_message
 
 if TYPE_CHECKING:
@@ -22,8 +24,18 @@ REFUSED_CLASSES = {
 }
 
 
-def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str) -> None:
-    """Checks that a text is a single, reproducible SQL condition.
+# Functions that DuckDB lists as constant, but whose result depends on the time or the session.
+SESSION_FUNCTIONS = re.compile(
+    r"(current|get_current|has|inet)_\w+|pg_(?!typeof$|size_pretty$)\w+|(session_)?user|version|ago"
+    r"|txid_current|getvariable|getenv|get_block_size|in_search_path|currval|nextval|write_log"
+)
+
+
+def checked_condition(connection: DuckDBPyConnection, condition: str, *, view: str) -> str:
+    """Checks that a text is a single SQL condition that is a function of one row.
+
+    Returns:
+        The condition, in which a NaN that a comparison computes counts as NULL.
 
     Args:
         connection: database that contains the view.
@@ -39,7 +51,8 @@ def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str
     what = f"where: {condition!r}"
     with duckdb_errors(f"{what}: expected one SQL condition, such as height >= 256"):
         expression = duckdb.SQLExpression(condition)
-    nodes = list(_nodes(_syntax_tree(connection, condition, what)))
+    tree = _syntax_tree(connection, condition, what)
+    nodes = list(_nodes(tree))
     samples = connection.view(view)
     _check_names(nodes, [view, *samples.columns], what)
     _check_nodes(connection, nodes, what)
@@ -49,6 +62,7 @@ def check_condition(connection: DuckDBPyConnection, condition: str, *, view: str
         raise InputError(
             f"{what}: expected a condition, which is true or false; found {', '.join(types)}"
         )
+    return condition_without_nan(connection, tree, condition)
 
 
 def _syntax_tree(connection: DuckDBPyConnection, condition: str, what: str) -> dict[str, Any]:
@@ -104,5 +118,15 @@ def _check_nodes(connection: DuckDBPyConnection, nodes: list[dict[str, Any]], wh
         if name in changing_functions:
             raise InputError(
                 f"{what}: {name}() returns a different value in every run, but a subset must be "
-                "reproducible; for a random fraction use, for example, hash(uid) % 10 = 0"
+                "reproducible; for a random fraction use, for example, md5_number(uid) % 10 = 0"
+            )
+        if name == "age" and len(node.get("arguments", node.get("children", ()))) == 1:
+            raise InputError(
+                f"{what}: age() with one argument depends on today's date, but a subset must be "
+                "reproducible; use age(TIMESTAMP '2026-01-01', ...)"
+            )
+        if SESSION_FUNCTIONS.fullmatch(name):
+            raise InputError(
+                f"{what}: {name}() depends on the time or the session, but a subset must be "
+                "reproducible: use columns and constants"
             )

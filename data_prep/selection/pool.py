@@ -12,7 +12,8 @@ import numpy as np
 from data_prep.config import TopFraction
 from data_prep.dedup.duplicate_table import name_in_table
 from data_prep.errors import InputError
-from data_prep.selection.condition import check_condition
+from data_prep.selection.condition import checked_condition
+from data_prep.selection.missing_values import FLOAT_TYPES
 from data_prep.selection.sample_table import (
     ORDINAL,
     SampleTable,
@@ -24,7 +25,6 @@ from data_prep.selection.sample_table import (
 )
 
 INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
-FLOAT_TYPES = ("FLOAT", "DOUBLE")
 ORDINALS_AT_ONCE = 10_000_000
 
 
@@ -54,13 +54,14 @@ class SamplePool:
         self.where = where
         self.top = top
         self.connection = table.connection
+        condition = "true"
         if where is not None:
-            check_condition(self.connection, where, view="samples")
+            condition = checked_condition(self.connection, where, view="samples")
         value = "NULL" if top is None else value_of_top(table, top)
         with duckdb_errors(str(table.dataset) if where is None else f"where: {where!r}"):
             self.connection.execute(
                 f"CREATE TABLE pool AS SELECT {ORDINAL} AS ordinal, "
-                f"({where or 'true'}\n) AS is_chosen, {value} AS value FROM samples"
+                f"({condition}\n) AS is_chosen, {value} AS value FROM samples"
             )
         if self._count("true") != table.info.num_samples:
             raise InputError(
@@ -120,7 +121,7 @@ class SamplePool:
 
 
 def value_of_top(table: SampleTable, top: TopFraction) -> str:
-    """Builds the SQL expression for the column of `top`; NaN is replaced by NULL.
+    """Builds the SQL expression for the column of `top`.
 
     Raises:
         InputError: if there is no such column, or it is not numeric.
@@ -130,9 +131,7 @@ def value_of_top(table: SampleTable, top: TopFraction) -> str:
     if kind is None:
         raise InputError(f"top.column: {unknown_column_message(top.column, list(table.columns))}")
     name = name_literal(top.column)
-    if kind in FLOAT_TYPES:
-        return f"CASE WHEN isnan({name}) THEN NULL ELSE {name} END"
     is_decimal = kind.startswith("DECIMAL") and not kind.endswith("]")
-    if is_decimal or kind.removeprefix("U") in INTEGER_TYPES:
+    if kind in FLOAT_TYPES or is_decimal or kind.removeprefix("U") in INTEGER_TYPES:
         return name
     raise InputError(f"top.column={top.column}: expected numbers, found {kind}")

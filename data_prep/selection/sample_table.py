@@ -2,7 +2,8 @@
 
 Each row of the view `samples` is a sample. It has the columns of the shards' Parquet files and of
 joined scores, and isopair_ordinal, the ordinal of the sample. If embeddings are joined, it also has
-a column clip_score. No sample is kept in memory: DuckDB reads the files for each query.
+a column clip_score. NaN is read as NULL. The time zone is UTC. No sample is kept in memory: DuckDB
+reads the files for each query.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.selection.scores import local_copies
+from data_prep.selection.missing_values import holds_floats, without_nan
+from data_prep.selection.scores import check_types_of_scores, local_copies
 from data_prep.shards.embeddings import check_embeddings
 from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.parquet import check_parquet_sum
@@ -35,8 +37,15 @@ def open_duckdb(*, memory_gb: float, workers: int) -> Iterator[DuckDBPyConnectio
     import duckdb
 
     with tempfile.TemporaryDirectory(prefix="isopair-") as folder:
-        settings = {"memory_limit": f"{memory_gb}GB", "threads": workers, "temp_directory": folder}
+        settings = {
+            "memory_limit": f"{memory_gb}GB",
+            "threads": workers,
+            "temp_directory": folder,
+            # It concludes from the minimum and maximum in a Parquet file that there is no NaN.
+            "disabled_optimizers": "statistics_propagation",
+        }
         with duckdb.connect(config=settings) as connection:
+            connection.execute("SET TimeZone = 'UTC'")  # otherwise that of the machine
             yield connection
 
 
@@ -105,9 +114,11 @@ class SampleTable:
         for path, row in zip(files, self.manifest, strict=True):
             check_parquet_sum(path, row)
         self._write_shards_table(files)
+        self._check_types(files)
+        replaced = self._columns_without_nan(f"FROM read_parquet({files_literal(files[:1])})")
         connection.execute(
-            f"CREATE VIEW sidecars AS SELECT p.* EXCLUDE (isopair_file, file_row_number), "
-            f"start + file_row_number AS {ORDINAL}, shard AS isopair_shard FROM "
+            "CREATE VIEW sidecars AS SELECT p.* EXCLUDE (isopair_file, file_row_number) "
+            f"{replaced}, start + file_row_number AS {ORDINAL}, shard AS isopair_shard FROM "
             f"read_parquet({files_literal(files)}, filename = 'isopair_file', "
             "file_row_number = true) p JOIN shards USING (isopair_file)"
         )
@@ -153,6 +164,34 @@ class SampleTable:
         self.connection.execute("CREATE TABLE shards AS FROM shard_columns")
         self.connection.unregister("shard_columns")
 
+    def _check_types(self, files: Sequence[Path]) -> None:
+        """Checks that all Parquet files have the columns of the first: DuckDB takes its types."""
+        with duckdb_errors(str(self.dataset)):
+            rows = self.connection.execute(
+                "SELECT min(file_name), columns FROM (SELECT file_name, "
+                "list_sort(list((name, type, converted_type, logical_type))) AS columns "
+                f"FROM parquet_schema({files_literal(files)}) GROUP BY file_name) "
+                "GROUP BY columns ORDER BY min(file_name)"
+            ).fetchall()
+        if len(rows) > 1:
+            first, other = ({tuple(map(str, each)) for each in columns} for _, columns in rows[:2])
+            different = sorted({name for name, *_ in first ^ other})
+            raise InputError(
+                f"{rows[1][0]}: expected the columns and types of {rows[0][0]}, found differences "
+                f"in {', '.join(different)}; rebuild the file with python -m "
+                "data_prep.verify_shards and repair=true"
+            )
+
+    def _columns_without_nan(self, source: str) -> str:
+        """Returns REPLACE (...) for the columns of a query that may hold NaN."""
+        found = self.connection.sql(source)
+        replaced = [
+            f"{without_nan(name_literal(name), str(kind))} AS {name_literal(name)}"
+            for name, kind in zip(found.columns, found.types, strict=True)
+            if holds_floats(str(kind))
+        ]
+        return f"REPLACE ({', '.join(replaced)})" if replaced else ""
+
     def _make_view(self) -> None:
         self.connection.execute(
             f"CREATE OR REPLACE VIEW samples AS SELECT {', '.join(self._columns)} "
@@ -180,18 +219,21 @@ class SampleTable:
 
         Raises:
             InputError: if there is no file or no column uid, or a uid is duplicate. Also if a
-                column already exists, or no uid belongs to the dataset.
+                column already exists, has different kinds of values in the files, or no uid
+                belongs to the dataset.
         """
         files = local_copies(pattern, downloads=downloads / f"scores_{number}")
         self.files += files
         view = f"scores_{number}"
         with duckdb_errors(f"scores: {pattern}"):
-            source = self.connection.sql(f"FROM read_parquet({files_literal(files)})")
-            names = source.columns
+            check_types_of_scores(self.connection, files, pattern)
+            source = f"FROM read_parquet({files_literal(files)}, union_by_name = true)"
+            names = self.connection.sql(source).columns
             self._check_names_of_scores(pattern, names)
+            replaced = self._columns_without_nan(source)
             self.connection.execute(
                 f"CREATE VIEW {view} AS SELECT * REPLACE (CAST(uid AS VARCHAR) AS uid) "
-                f"FROM read_parquet({files_literal(files)})"
+                f"FROM (SELECT * {replaced} {source})"
             )
             self._check_uids(view, pattern)
         self._columns += [f"{view}.{name_literal(name)}" for name in names if name != "uid"]
@@ -264,11 +306,14 @@ class SampleTable:
                 "unnest(?::VARCHAR[]) AS shard",
                 [list(map(str, files)), [row.name for row in self.manifest]],
             )
+            cosines = (
+                "list_transform(caption_embeddings, lambda caption: "
+                "list_cosine_similarity(caption, media_embedding))"
+            )
+            score = f"list_max({without_nan(cosines, 'FLOAT[]')})"
             # list_cosine_similarity, because Parquet has no lists of fixed length.
             self.connection.execute(
-                "CREATE VIEW embeddings AS SELECT shard, key, "
-                "list_max(list_transform(caption_embeddings, lambda caption: "
-                f"list_cosine_similarity(caption, media_embedding))) AS {CLIP_SCORE} "
+                f"CREATE VIEW embeddings AS SELECT shard, key, {score} AS {CLIP_SCORE} "
                 f"FROM read_parquet({files_literal(files)}, filename = 'file') "
                 "JOIN embedded USING (file)"
             )
