@@ -257,6 +257,10 @@ class Pairing(Section):
     # with model.logit_scale.initial: 10
     loss: LossKind = "softmax"
     label_smoothing: Decay = 0.0  # fraction of the softmax targets that is spread over the batch
+    # softmax only. both: media to captions and back; forward: from each media to the captions alone
+    direction: Literal["both", "forward"] = "both"
+    # softmax only. per_anchor: a softmax for each media and caption; all_pairs: one over all pairs
+    negatives: Literal["per_anchor", "all_pairs"] = "per_anchor"
     # Role of two pairs in a batch that share their caption or media. negatives: as in CLIP;
     # positives: as if they were one pair; masked: excluded from each other's loss.
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
@@ -271,16 +275,24 @@ class Pairing(Section):
 
     @model_validator(mode="after")
     def _has_softmaxes(self) -> Pairing:
-        if self.loss != "softmax" and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing:g} with loss={self.loss}: smoothing is for "
-                "loss=softmax alone; set it to 0"
-            )
-        if self.loss != "softmax" and self.teacher is not None:
-            raise ValueError(
-                f"teacher with loss={self.loss}: distillation is for loss=softmax alone; remove "
-                "teacher"
-            )
+        for name in ("label_smoothing", "direction", "negatives", "teacher"):
+            default = type(self).model_fields[name].default
+            if self.loss != "softmax" and getattr(self, name) != default:
+                value = "" if name == "teacher" else f"={getattr(self, name)}"
+                raise ValueError(
+                    f"{name}{value} with loss={self.loss}: it is for loss=softmax alone; remove it"
+                )
+        if self.negatives == "all_pairs":
+            if self.direction != "both":
+                raise ValueError(
+                    f"direction={self.direction} with negatives=all_pairs: one softmax over all "
+                    "pairs has no direction; remove direction"
+                )
+            if self.teacher is not None:
+                raise ValueError(
+                    "teacher with negatives=all_pairs: a teacher provides targets for the softmax "
+                    "of each anchor; remove teacher, or set negatives to per_anchor"
+                )
         return self
 
     @model_validator(mode="after")

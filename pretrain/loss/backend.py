@@ -7,8 +7,8 @@
              bfloat16 on a GPU if own pairs are the only targets.
 
 Both give the same results up to the order of summation, so no setting is needed. In float32 Triton
-cannot use the tensor cores and is slower than the library. Duplicates, label smoothing and teachers
-are too rare to justify kernels of their own.
+cannot use the tensor cores and is slower than the library. Duplicates, label smoothing, teachers
+and softmaxes over all pairs are too rare to justify kernels of their own.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ def choose_backend(
     has_duplicates: bool = False,
     label_smoothing: float = 0.0,
     has_teacher: bool = False,
+    is_per_anchor: bool = True,
 ) -> Backend:
     """Returns the fastest backend that computes a loss on a device.
 
     Args:
         dtype: dtype of the features.
         has_duplicates: whether some pairs of this batch are excluded from the negatives.
+        is_per_anchor: whether every row and column has its own softmax.
     """
-    if has_duplicates or label_smoothing or has_teacher:
+    if has_duplicates or label_smoothing or has_teacher or not is_per_anchor:
         return "library"
     if dtype != torch.bfloat16 or device.type != "cuda":
         return "library"

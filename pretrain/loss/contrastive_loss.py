@@ -37,7 +37,7 @@ from pretrain.loss.logit_tiles import (
     own_logits,
 )
 from pretrain.loss.options import LossOptions, Teacher, check_arguments, check_scale
-from pretrain.loss.softmax import SoftmaxTargets
+from pretrain.loss.softmax import AllPairsSoftmaxLoss, SoftmaxTargets
 from pretrain.loss.two_passes import LossPasses, TiledLoss, choose_mode, choose_piece_rows
 
 
@@ -71,7 +71,8 @@ def contrastive_loss(
         softmax  -1/2N * sum_i [ (log_softmax_j l_ij)_i + (log_softmax_j l_ji)_i ]
         sigmoid   1/N * sum_ij [ softplus(l_ij) - (1 if i = j else 0) * l_ij ]
 
-    Label smoothing, duplicates and a teacher change the targets; see `reference.dense_loss`.
+    Label smoothing, duplicates and a teacher change the targets; other directions and negatives
+    change the softmaxes; see `reference.dense_loss`.
     Every rank must call it. Ranks may hold different numbers of pairs, including none. Without
     gradients (in evaluation) only the first pass is run.
 
@@ -155,6 +156,7 @@ class _LossInputs:
             has_duplicates=duplicates is not None,
             label_smoothing=options.label_smoothing,
             has_teacher=teacher is not None,
+            is_per_anchor=options.negatives == "per_anchor",
         )
         classes = backend_classes(backend)
         tiles = classes.tiles(
@@ -204,8 +206,17 @@ class _LossInputs:
             masks_duplicates=masks,
             teacher_weight=self.teacher.weight if self.teacher else 0.0,
             teacher_scale=self.teacher.scale if self.teacher else 0.0,
+            side_weights=self._side_weights(),
+            is_per_anchor=self.options.negatives == "per_anchor",
         )
-        return classes.softmax(positives, self.split, recall, targets, scale=self.scale)
+        build = classes.softmax if targets.is_per_anchor else AllPairsSoftmaxLoss
+        return build(positives, self.split, recall, targets, scale=self.scale)
+
+    def _side_weights(self) -> tuple[float, float]:
+        """1 or 0 for rows and for columns of the logits, which begin_gather swaps."""
+        if self.options.direction == "both":
+            return 1.0, 1.0
+        return (1.0, 0.0) if self.media_gather is None else (0.0, 1.0)
 
 
 class _ExactLoss(torch.autograd.Function):

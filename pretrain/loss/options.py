@@ -13,6 +13,8 @@ from pretrain.config import LARGEST_LOGIT_SCALE, Pairing
 Mode = Literal["strip1", "strip2"]  # see two_passes
 Kind = Literal["softmax", "sigmoid"]
 Duplicates = Literal["negatives", "positives", "masked"]
+Direction = Literal["both", "forward"]
+Negatives = Literal["per_anchor", "all_pairs"]
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,46 @@ class LossOptions:
     duplicates: Duplicates = "negatives"
     mode: Mode | Literal["auto"] = "auto"  # see two_passes; affects speed only
     piece_rows: int | None = None  # rows of each rank gathered at once; None: chosen by size
+    direction: Direction = "both"  # softmax only; forward: from each media to the captions
+    negatives: Negatives = "per_anchor"  # softmax only; all_pairs: one softmax over all pairs
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", Kind), ("duplicates", Duplicates)):
+        for name, choices in (
+            ("kind", Kind),
+            ("duplicates", Duplicates),
+            ("direction", Direction),
+            ("negatives", Negatives),
+        ):
             _check_choice(name, getattr(self, name), get_args(choices))
         _check_choice("mode", self.mode, ("auto", *get_args(Mode)))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"label_smoothing: expected 0 <= x < 1, found {self.label_smoothing:g}"
             )
-        if self.kind == "sigmoid" and self.label_smoothing:
+        softmax_only = {"label_smoothing": 0.0, "direction": "both", "negatives": "per_anchor"}
+        for name, default in softmax_only.items():
+            if self.kind == "sigmoid" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is defined for the softmax loss only, "
+                    f'found kind="sigmoid"; set {name} to {default}'
+                )
+        if self.negatives == "all_pairs" and self.direction != "both":
             raise ValueError(
-                f"label_smoothing={self.label_smoothing:g} is defined for the softmax loss only, "
-                'found kind="sigmoid"; set label_smoothing to 0'
+                f'direction="{self.direction}" with negatives="all_pairs": a single softmax over '
+                'all pairs has no direction; set direction to "both"'
             )
 
 
 def build_loss_options(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossOptions:
     """Builds the loss options of a pairing from its config section."""
-    return LossOptions(pairing.loss, pairing.label_smoothing, pairing.duplicates, mode)
+    return LossOptions(
+        pairing.loss,
+        pairing.label_smoothing,
+        pairing.duplicates,
+        mode,
+        direction=pairing.direction,
+        negatives=pairing.negatives,
+    )
 
 
 def check_arguments(
@@ -106,6 +129,11 @@ def check_scale(scale: float, options: LossOptions) -> None:
 def _check_teacher(media: Tensor, options: LossOptions, teacher: Teacher) -> None:
     if options.kind != "softmax":
         raise ValueError(f'a teacher requires the softmax loss, found kind="{options.kind}"')
+    if options.negatives != "per_anchor":
+        raise ValueError(
+            "a teacher provides targets per anchor, found "
+            f'negatives="{options.negatives}"; set negatives to "per_anchor"'
+        )
     if not 0 < teacher.weight <= 1:
         raise ValueError(f"teacher.weight: expected 0 < x <= 1, found {teacher.weight:g}")
     if abs(teacher.scale) > LARGEST_LOGIT_SCALE:

@@ -23,6 +23,13 @@ The targets t_i of row i, [N], sum to 1. The targets u_j of column j are built i
     teacher           (1 - w) t_ij + w softmax_j(teacher_scale * <I'_i, T'_j>), with I' and T' the
                       teacher's embeddings (Hinton et al. 2015, equation 1)
 
+direction="forward" keeps only the first of the two sums, with the factor 1/N.
+
+negatives="all_pairs" takes a single softmax over all N x N logits, and t_ij that sum to 1 over all
+pairs: 1/P for each of the P positives, (1 - e) t_ij + e / K over the K pairs that are not masked.
+
+    L = - sum_ij t_ij log softmax_ij l_ij             at least log P, however good the embeddings
+
 kind="sigmoid", SigLIP (Zhai et al. 2023, equation 1), with y_ij = 1 for positives, else 0:
 
     L = 1/N * sum_ij [ softplus(l_ij) - y_ij l_ij ]
@@ -62,7 +69,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.loss.options import Duplicates, Kind, Teacher
+from pretrain.loss.options import Direction, Duplicates, Kind, Negatives, Teacher
 
 TIE_TOLERANCE = 1e-12  # float64 similarities that differ by less are equal up to rounding
 
@@ -78,6 +85,8 @@ def dense_loss(
     label_smoothing: float = 0.0,
     keys: Sequence[Tensor] = (),
     teacher: Teacher | None = None,
+    direction: Direction = "both",
+    negatives: Negatives = "per_anchor",
 ) -> Tensor:
     """Computes the loss of the global batch from all of its logits at once.
 
@@ -103,11 +112,16 @@ def dense_loss(
         )
         return losses[~is_masked].sum() / len(media)
     matrices = [logits, is_positive, is_masked]
+    if negatives == "all_pairs":  # one row that holds all pairs
+        rows = (matrix.reshape(1, -1) for matrix in matrices)
+        return _cross_entropy(*rows, label_smoothing=label_smoothing, teacher_weight=None)
     if teacher is not None:
         matrices.append(teacher.scale * teacher.media @ teacher.text.T)
     weight = None if teacher is None else teacher.weight
     settings = {"label_smoothing": label_smoothing, "teacher_weight": weight}
     media_to_text = _cross_entropy(*matrices, **settings)
+    if direction == "forward":
+        return media_to_text
     text_to_media = _cross_entropy(*(matrix.T for matrix in matrices), **settings)
     return (media_to_text + text_to_media) / 2
 

@@ -20,10 +20,20 @@ and likewise for columns. Targets (see reference.py) are the sum of three parts:
     own pairs         (1 - w) (1 - e), split evenly among duplicates that are positives
     label smoothing   (1 - w) e / K for each of the K pairs that are not masked
     teacher           w times the teacher's softmax of the row or column
+
+With direction="forward" only the rows count: L = 1/N * sum_i (...), G_ij = exp(l_ij - r_i) - t_ij.
+
+With negatives="all_pairs" there is one softmax over all N x N logits. Z is their log-sum-exp, and
+the targets t_ij sum to N over all pairs:
+
+    L = Z - 1/N * sum_ij t_ij l_ij          G_ij = 2N dL/dl_ij = 2 (N exp(l_ij - Z) - t_ij)
+
+These are the formulas above with u_ij = t_ij. In L, r_i = c_j = Z; in G, r_i = c_j = Z - log N.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +67,8 @@ class TiledSoftmaxLoss:
                 are set as their rows arrive.
         """
         self.positives, self.split, self.recall, self.targets = positives, split, recall, targets
-        self.gradient_factor = 1 / (2 * split.total)  # dL/dl = factor * G
+        self.row_weight, self.column_weight = targets.side_weights
+        self.gradient_factor = 1 / (sum(targets.side_weights) * split.total)  # dL/dl = factor * G
         self.sums = SoftmaxSums(positives, largest_logit=abs(scale))
 
     def observe(self, tile: Tile) -> None:
@@ -79,9 +90,9 @@ class TiledSoftmaxLoss:
         """
         own, num_ranks = self.split.own, len(self.split.counts)
         positives = self.positives.double()
-        row_excess = softplus(self.sums.log_of_rows()[own] - positives[own])  # r_i - p_i
         target_gap = self.targets.own_gap(positives, own)
-        scalars = torch.stack([row_excess.sum(), target_gap, self.recall.media_hits(own)])
+        scalars = [self._row_sum(positives, own), target_gap, self.recall.media_hits(own)]
+        scalars = torch.stack(scalars)
         partial = self.sums.partial_sums(for_all_rows=for_all_rows)
         teacher_sums = self.targets.partial_sums(for_all_rows=for_all_rows)
         parts = [scalars, self.recall.packed_text_codes(num_ranks), *partial, *teacher_sums]
@@ -91,19 +102,31 @@ class TiledSoftmaxLoss:
         self.targets.set_merged_sums(merged[2 + len(partial) :])
         self.text_hits = self.recall.text_hits(codes, num_ranks)
         self.media_hits = scalars[2]
-        self._set_log_sum_exps(positives)
-        column_excess = softplus(self.others_of_columns)  # c_j - p_j
+        excess = self._set_gradients(positives, scalars[0])
         gap = scalars[1] + self.targets.column_gap(positives)
-        self.value = (scalars[0] + column_excess.sum() + gap) * self.gradient_factor
+        self.value = (excess + gap) * self.gradient_factor
 
-    def _set_log_sum_exps(self, positives: Tensor) -> None:
+    def _row_sum(self, positives: Tensor, own: slice) -> Tensor:
+        """Returns what is summed over the rows of all ranks, float64 scalar: r_i - p_i."""
+        return softplus(self.sums.log_of_rows()[own] - positives[own]).sum()
+
+    def _set_gradients(self, positives: Tensor, row_sum: Tensor) -> Tensor:
+        """Prepares G; returns sum_i (r_i - p_i) + sum_j (c_j - p_j), as far as directions count.
+
+        Args:
+            positives: float64 [N].
+            row_sum: sum over ranks of `_row_sum`.
+        """
         others_of_rows = self.sums.log_of_rows() - positives  # n_i - p_i
-        self.others_of_columns = self.sums.log_of_columns() - positives
-        self.row_log_sums = positives + softplus(others_of_rows)  # r_i
-        self.column_log_sums = positives + softplus(self.others_of_columns)  # c_j
-        others = torch.sigmoid(others_of_rows) + torch.sigmoid(self.others_of_columns)
+        others_of_columns = self.sums.log_of_columns() - positives
+        others = self.row_weight * torch.sigmoid(others_of_rows)
+        others += self.column_weight * torch.sigmoid(others_of_columns)
         self.own_gradient = self.targets.own_target_gap() - others  # G_ii without a teacher
-        self.weights = self.sums.weights(self.row_log_sums, self.column_log_sums)
+        self.weights = self.sums.weights(
+            _counted(positives + softplus(others_of_rows), self.row_weight),  # r_i
+            _counted(positives + softplus(others_of_columns), self.column_weight),  # c_j
+        )
+        return self.row_weight * row_sum + self.column_weight * softplus(others_of_columns).sum()
 
     def coefficients(self, tile: Tile) -> Tensor:
         """Returns G of a tile, [rows, columns]; the tile is overwritten."""
@@ -129,6 +152,27 @@ class TiledSoftmaxLoss:
         return self.coefficients(tile)
 
 
+class AllPairsSoftmaxLoss(TiledSoftmaxLoss):
+    """One softmax over the logits of all pairs, computed from logit tiles."""
+
+    def _row_sum(self, positives: Tensor, own: slice) -> Tensor:
+        """Returns sum_j exp(l_ij - shift) over this rank's rows, float64 scalar."""
+        return self.sums.rows[own].sum() + (positives[own] - self.sums.shift).exp().sum()
+
+    def _set_gradients(self, positives: Tensor, row_sum: Tensor) -> Tensor:
+        log_sum = row_sum.log() + self.sums.shift  # Z
+        log_mean = log_sum - math.log(self.split.total)
+        self.own_gradient = 2 * (positives - log_mean).exp() - self.targets.own_targets()
+        log_means = log_mean.expand(self.split.total)
+        self.weights = self.sums.weights(log_means, log_means)
+        return 2 * (log_sum - positives).sum()
+
+
+def _counted(log_sums: Tensor, weight: float) -> Tensor:
+    """Returns the log-sum-exps of a direction, or infinity (probability 0) if it does not count."""
+    return log_sums if weight else torch.full_like(log_sums, torch.inf)
+
+
 class SoftmaxTargets:
     """Target probabilities, and the gap between own logits and expected target logits.
 
@@ -147,23 +191,33 @@ class SoftmaxTargets:
         masks_duplicates: bool,
         teacher_weight: float,
         teacher_scale: float,
+        side_weights: tuple[float, float] = (1.0, 1.0),
+        is_per_anchor: bool = True,
     ) -> None:
         """
         Args:
             positives: [N] logits of the own pairs.
+            side_weights: 1 or 0 for rows and for columns: whether their softmaxes count.
+            is_per_anchor: whether targets sum to 1 in every row and column; otherwise they sum to
+                N over all pairs.
         """
+        self.side_weights, self.is_per_anchor = side_weights, is_per_anchor
         self.masks_duplicates, self.teacher_weight = masks_duplicates, teacher_weight
         self.has_duplicates = duplicates is not None
         self.is_smooth = label_smoothing > 0 and teacher_weight < 1
         ones = torch.ones(len(positives), dtype=torch.float64, device=positives.device)
         num_alike = duplicates.num_alike.double() if duplicates else ones
-        num_positives = ones if masks_duplicates else num_alike
+        self.num_positives = ones if masks_duplicates else num_alike
         # K: number of pairs in the row or column that are not masked
         self.num_compared = len(positives) - (num_alike - 1 if masks_duplicates else 0 * ones)
         hard_weight = 1 - teacher_weight
         # [N] target of each positive, and of each pair that is not masked, in a row or column
+        num_positives, num_compared = (
+            count if is_per_anchor else count.mean().expand_as(count)
+            for count in (self.num_positives, self.num_compared)
+        )
         self.positive_targets = hard_weight * (1 - label_smoothing) / num_positives
-        self.smoothing_targets = hard_weight * label_smoothing / self.num_compared
+        self.smoothing_targets = hard_weight * label_smoothing / num_compared
         self.gap = ones.new_zeros(())
         self.teacher = None
         if teacher_weight:
@@ -178,15 +232,18 @@ class SoftmaxTargets:
         """Adds a tile of this rank's rows to the gap."""
         if tile.excluded and not self.masks_duplicates:
             row, column, logits = tile.excluded
-            for indices in (row + tile.rows.start, column + tile.columns.start):
+            sides = (row + tile.rows.start, column + tile.columns.start)
+            for weight, indices in zip(self.side_weights, sides, strict=True):
                 gap = (positives[indices] - logits).double()
-                self.gap += (self.positive_targets[indices] * gap).sum()
+                self.gap += weight * (self.positive_targets[indices] * gap).sum()
         if not self.is_smooth and self.teacher is None:
             return
         logits = self._finite_logits(tile, positives)
         if self.is_smooth:
-            for dim, indices in ((1, tile.rows), (0, tile.columns)):
-                self.gap -= self.smoothing_targets[indices] @ logits.sum(dim=dim).double()
+            sides = ((1, tile.rows), (0, tile.columns))
+            for weight, (dim, indices) in zip(self.side_weights, sides, strict=True):
+                sums = logits.sum(dim=dim).double()
+                self.gap -= weight * (self.smoothing_targets[indices] @ sums)
         if self.teacher is not None:
             scratch = torch.empty_like(logits)
             self.teacher.add(
@@ -207,10 +264,15 @@ class SoftmaxTargets:
     def own_gap(self, positives: Tensor, own: slice) -> Tensor:
         """Returns this rank's part of the gap without the teacher's columns, float64 scalar."""
         per_pair = self.smoothing_targets[own] * self.num_compared[own] * positives[own]
-        gap = self.gap + 2 * per_pair.sum()
+        gap = self.gap + sum(self.side_weights) * per_pair.sum()
+        if not self.is_per_anchor:  # p_i has the weight 1 in L, whatever the targets of its row
+            of_row = self.positive_targets * self.num_positives
+            of_row = of_row + self.smoothing_targets * self.num_compared
+            gap = gap + sum(self.side_weights) * ((1 - of_row[own]) * positives[own]).sum()
         if self.teacher is not None:
             expected = self.teacher.value_rows[own] / self.teacher.rows[own]
-            gap = gap + self.teacher_weight * (positives[own] - expected).sum()
+            weight = self.side_weights[0] * self.teacher_weight
+            gap = gap + weight * (positives[own] - expected).sum()
         return gap
 
     def partial_sums(self, *, for_all_rows: bool) -> list[Tensor]:
@@ -222,7 +284,8 @@ class SoftmaxTargets:
         if self.teacher is not None:
             self.teacher.set_merged_sums(sums)
             self.weights = self.teacher.weights(
-                self.teacher.log_of_rows(), self.teacher.log_of_columns()
+                _counted(self.teacher.log_of_rows(), self.side_weights[0]),
+                _counted(self.teacher.log_of_columns(), self.side_weights[1]),
             )
 
     def column_gap(self, positives: Tensor) -> Tensor | float:
@@ -230,11 +293,16 @@ class SoftmaxTargets:
         if self.teacher is None:
             return 0.0
         expected = self.teacher.value_columns / self.teacher.columns
-        return self.teacher_weight * (positives - expected).sum()
+        return self.side_weights[1] * self.teacher_weight * (positives - expected).sum()
 
     def own_target_gap(self) -> Tensor:
-        """Returns 2 - t_ii - u_ii without the teacher's part, float64 [N]."""
-        return 2 * (1 - self.positive_targets - self.smoothing_targets)
+        """Returns 2 - t_ii - u_ii without the teacher's part, float64 [N]; 1 - t_ii if forward."""
+        num_sides = sum(self.side_weights)
+        return num_sides * (1 - self.positive_targets - self.smoothing_targets)
+
+    def own_targets(self) -> Tensor:
+        """Returns t_ii + u_ii without the teacher's part, float64 [N]."""
+        return sum(self.side_weights) * (self.positive_targets + self.smoothing_targets)
 
     def duplicate_targets(self, row: Tensor, column: Tensor) -> Tensor:
         """Returns t_ij + u_ij of duplicates that are positives, without the teacher's part.
@@ -244,13 +312,16 @@ class SoftmaxTargets:
             column: [duplicates] indices among the N captions.
         """
         targets = self.positive_targets + self.smoothing_targets
-        return targets[row] + targets[column]
+        row_weight, column_weight = self.side_weights
+        return row_weight * targets[row] + column_weight * targets[column]
 
     def subtract_smoothing(self, gradient: Tensor, tile: Tile) -> None:
         """Subtracts the smoothing targets from G, before excluded entries are written."""
         if self.is_smooth:
             targets = self.smoothing_targets.to(gradient.dtype)
-            gradient.sub_(targets[tile.rows, None]).sub_(targets[tile.columns])
+            row_weight, column_weight = self.side_weights
+            gradient.sub_(row_weight * targets[tile.rows, None])
+            gradient.sub_(column_weight * targets[tile.columns])
 
     def subtract_teacher(self, gradient: Tensor, tile: Tile) -> None:
         """Subtracts the teacher's probabilities from G; the tile's logits are overwritten."""

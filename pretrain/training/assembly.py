@@ -123,7 +123,7 @@ def open_validation_sets(
     """
     return build_validation_sets(
         config.validation,
-        losses={name: pairing.loss for name, pairing in config.pairings.items()},
+        pairings=config.pairings,
         engine=config.engine,
         transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,

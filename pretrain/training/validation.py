@@ -13,7 +13,7 @@ from data_prep.media.decode import MediaError
 from data_prep.shards.sample import CorruptSampleError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Engine as EngineSection
-from pretrain.config import LossKind, MediaKind, PairingName, Validation, media_of_pairing
+from pretrain.config import MediaKind, Pairing, PairingName, Validation, media_of_pairing
 from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import Pair, PairReader
 from pretrain.data.transforms import MediaTransform
@@ -76,7 +76,7 @@ class ValidationSet:
 def build_validation_sets(
     config: Validation,
     *,
-    losses: Mapping[PairingName, LossKind],
+    pairings: Mapping[PairingName, Pairing],
     engine: EngineSection,
     transforms: Mapping[MediaKind, MediaTransform],
     tokenizer: Tokenizer,
@@ -87,7 +87,7 @@ def build_validation_sets(
 
     Args:
         config: config section `validation`.
-        losses: kind of each pairing's loss.
+        pairings: config section of each pairing, for its kind of loss.
         engine: config section `engine`.
         transforms: transform of each kind of media.
         tokenizer: tokenizer of captions.
@@ -115,7 +115,12 @@ def build_validation_sets(
                 reader,
                 tokenizer,
                 source.batch_size,
-                LossOptions(losses[name], mode=engine.loss_mode),
+                LossOptions(
+                    pairings[name].loss,
+                    mode=engine.loss_mode,
+                    direction=pairings[name].direction,
+                    negatives=pairings[name].negatives,
+                ),
                 feature_type(engine.precision),
             )
         )

@@ -65,6 +65,18 @@ def all_loss_options():
             yield replace(options, kind="softmax", label_smoothing=smoothing), has_teacher
 
 
+def softmax_options():
+    """Yields (options, has_teacher) for the other directions and negatives of the softmax loss."""
+    for mode, piece_rows, duplicates in itertools.product(
+        ("strip1", "strip2"), (None, 3), ("negatives", "positives", "masked")
+    ):
+        options = LossOptions("softmax", 0.0, duplicates, mode, piece_rows)
+        yield replace(options, direction="forward"), False
+        yield replace(options, direction="forward", label_smoothing=0.2), True
+        yield replace(options, negatives="all_pairs"), False
+        yield replace(options, negatives="all_pairs", label_smoothing=0.1), False
+
+
 def leaves_of(kind, scale, *, dtype=torch.float64):
     """Returns media, text, scale and, for the sigmoid loss, bias; each requires a gradient."""
     bias = [torch.tensor([-2.5], dtype=dtype)] if kind == "sigmoid" else []
@@ -86,6 +98,8 @@ def truth_of_one_process(options, has_teacher, scale, dtype):
         kind=options.kind,
         label_smoothing=options.label_smoothing,
         teacher=teacher,
+        direction=options.direction,
+        negatives=options.negatives,
         **settings,
     )
     loss.backward()
@@ -155,9 +169,11 @@ def worst_errors(num_processes):
     join_processes()
     logit_tiles.TILE_SHAPES = {"cpu": (5, 6)}  # several in each row block, the last ones smaller
     found = []
-    for number, (options, has_teacher) in enumerate(all_loss_options()):
+    every_options = [*all_loss_options(), *softmax_options()]
+    for number, (options, has_teacher) in enumerate(every_options):
         splits = SPLITS[num_processes]
-        if options.label_smoothing:  # one split for each; all others take every split
+        is_plain = options.direction == "both" and options.negatives == "per_anchor"
+        if options.label_smoothing or not is_plain:  # one split each; all others take every split
             splits = [splits[number % len(splits)]]
         for counts in splits:
             scale = SCALES[options.kind][
@@ -182,15 +198,15 @@ def worst_errors(num_processes):
 )
 def test_all_options_give_the_loss_and_gradients_of_one_process_with_the_whole_batch(num_processes):
     for found in run_in_processes(num_processes, worst_errors, num_processes):
-        num_begun = 6 + 12 * len(SPLITS[num_processes])
-        assert len(found) == 24 + 24 * len(SPLITS[num_processes]) + num_begun
+        num_begun = 6 + 12 * len(SPLITS[num_processes]) + 18
+        assert len(found) == 24 + 24 * len(SPLITS[num_processes]) + 48 + num_begun
         for *settings, (value_error, gradient_error) in found:
             assert value_error < 1e-13, settings
             assert gradient_error < 1e-12, settings
 
 
 def test_losses_of_float32_features_are_right_to_five_digits():
-    for options, has_teacher in all_loss_options():
+    for options, has_teacher in [*all_loss_options(), *softmax_options()]:
         errors = errors_on_this_rank(options, has_teacher, [NUM_PAIRS], 30.0, dtype=torch.float32)
         assert max(errors) < 1e-5, options
 
@@ -415,6 +431,10 @@ def test_a_step_without_pairs_has_no_loss_and_gradients_of_zero():
         ({"mode": "ring"}, "expected one of auto, strip1, strip2"),
         ({"label_smoothing": 1.0}, "expected 0 <= x < 1, found 1"),
         ({"kind": "sigmoid", "label_smoothing": 0.1}, "softmax loss only"),
+        ({"kind": "sigmoid", "direction": "forward"}, "direction=forward is defined for the soft"),
+        ({"kind": "sigmoid", "negatives": "all_pairs"}, "negatives=all_pairs is defined for the s"),
+        ({"direction": "backward"}, "direction: expected one of both, forward"),
+        ({"direction": "forward", "negatives": "all_pairs"}, "has no direction"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(settings, words):
@@ -443,6 +463,13 @@ def test_options_that_mean_nothing_are_refused(settings, words):
                 "options": LossOptions("sigmoid"),
             },
             "a teacher requires the softmax loss",
+        ),
+        (
+            {
+                "teacher": Teacher(torch.zeros(2, 4), torch.zeros(2, 4), 1.0),
+                "options": LossOptions(negatives="all_pairs"),
+            },
+            "a teacher provides targets per anchor",
         ),
     ],
 )

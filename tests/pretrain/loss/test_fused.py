@@ -1,5 +1,6 @@
 import itertools
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -56,14 +57,15 @@ def relative_errors(leaves, exact, own):
     return found
 
 
-def errors_of(kind, mode, scale, sides, counts):
+def errors_of(kind, mode, scale, sides, counts, *, direction="both"):
     """Returns the errors of (loss, recalls, each gradient) against the dense loss in float64."""
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves_of(kind, scale, sides)]
-    truth = dense_loss(*exact, kind=kind)
+    truth = dense_loss(*exact, kind=kind, direction=direction)
     truth.backward()
     own = RowSplit(tuple(counts)).own
     leaves = leaves_of(kind, scale, [side[own] for side in sides])
-    loss = contrastive_loss(*leaves, options=LossOptions(kind, mode=mode))
+    options = LossOptions(kind, mode=mode, direction=direction)
+    loss = contrastive_loss(*leaves, options=options)
     loss.for_backward.backward()
     hits = dense_recall(*(leaf.detach() for leaf in exact[:2]))
     recalls = (loss.media_to_text_recall_at_1, loss.text_to_media_recall_at_1)
@@ -71,7 +73,7 @@ def errors_of(kind, mode, scale, sides, counts):
     values = [loss.value]
     if mode == "strip1":  # without gradients the modes do not differ
         with torch.no_grad():
-            values.append(contrastive_loss(*leaves, options=LossOptions(kind)).value)
+            values.append(contrastive_loss(*leaves, options=replace(options, mode="auto")).value)
     loss_error = max(abs(value - truth.item()) / max(1.0, truth.item()) for value in values)
     return loss_error, recall_error, relative_errors(leaves, exact, own)
 
@@ -89,6 +91,11 @@ def figures_of_one_process():
         sides = features(NUM_PAIRS, WIDTH, dtype, noise=noise)
         mode = "strip1" if dtype == torch.bfloat16 else "strip2"
         errors[kind, scale, dtype] = errors_of(kind, mode, scale, sides, [NUM_PAIRS])
+    for scale, noise in NOISE.items():
+        sides = features(NUM_PAIRS, WIDTH, torch.float32, noise=noise)
+        errors["forward", scale, torch.float32] = errors_of(
+            "softmax", "strip1", scale, sides, [NUM_PAIRS], direction="forward"
+        )
     same = media[:1].expand(NUM_PAIRS, 8)
     with torch.no_grad():
         loss = contrastive_loss(same, same, torch.tensor([10.0]))
@@ -114,7 +121,7 @@ def check(errors, settings):
 
 def test_kernels_give_the_dense_loss_and_gradients(of_one_process):
     errors = of_one_process[0]
-    assert len(errors) == 12
+    assert len(errors) == 15
     for settings, found in errors.items():
         check(found, settings)
 

@@ -150,7 +150,9 @@ def test_a_missing_teacher_and_a_sigmoid_loss_are_refused(toy_data, tmp_path):
         open_teachers(config, tokenizer, device=CPU)
     pairings = config.model_dump(mode="json")["pairings"]
     pairings["image-text"]["loss"] = "sigmoid"
-    with pytest.raises((ConfigError, ValueError), match="distillation is for loss=softmax alone"):
+    with pytest.raises(
+        (ConfigError, ValueError), match="teacher with loss=sigmoid: it is for loss=softmax alone"
+    ):
         toy_config(toy_data, tmp_path / "run", pairings=pairings)
 
 

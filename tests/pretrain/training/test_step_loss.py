@@ -21,8 +21,14 @@ from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import build_toy_model
 
+LOSSES = {
+    "softmax": {"loss": "softmax"},
+    "sigmoid": {"loss": "sigmoid"},
+    "forward": {"loss": "softmax", "direction": "forward"},
+    "all_pairs": {"loss": "softmax", "negatives": "all_pairs"},
+}
 CHOICES = {
-    "loss": ["softmax", "sigmoid"],
+    "loss": list(LOSSES),
     "label_smoothing": [0.0, 0.1],
     "duplicates": ["negatives", "positives", "masked"],
     "loss_mode": ["strip1", "strip2"],
@@ -35,7 +41,7 @@ OPTIONS = [
 
 
 def is_defined(options):
-    return options["loss"] == "softmax" or options["label_smoothing"] == 0
+    return options["loss"] != "sigmoid" or options["label_smoothing"] == 0
 
 
 ACCEPTED = [options for options in OPTIONS if is_defined(options)]
@@ -44,7 +50,8 @@ ACCEPTED = [options for options in OPTIONS if is_defined(options)]
 def config_of(toy_data, folder, options, *, precision="fp32"):
     pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
     for weight, pairing in zip((1.0, 0.5), pairings.values(), strict=True):
-        pairing |= {key: options[key] for key in ("loss", "label_smoothing", "duplicates")}
+        pairing |= {key: options[key] for key in ("label_smoothing", "duplicates")}
+        pairing |= LOSSES[options["loss"]]
         pairing["weight"] = weight
     return toy_config(
         toy_data,
@@ -82,6 +89,8 @@ def true_gradients(config, model, tokenizer):
             model.log_logit_scale[name].exp().double(),
             model.logit_bias[name].double() if pairing.loss == "sigmoid" else None,
             kind=pairing.loss,
+            direction=pairing.direction,
+            negatives=pairing.negatives,
             duplicates=pairing.duplicates,
             label_smoothing=pairing.label_smoothing,
             keys=[pairs.media_keys, pairs.caption_keys],
@@ -134,14 +143,14 @@ def test_a_loss_is_refused_where_it_is_not_defined(toy_data, tmp_path):
         if is_defined(options):
             config_of(toy_data, tmp_path, options)
         else:
-            with pytest.raises(ValidationError, match="smoothing is for loss=softmax alone"):
+            with pytest.raises(ValidationError, match="it is for loss=softmax alone"):
                 config_of(toy_data, tmp_path, options)
 
 
 @pytest.mark.parametrize(
     ("num_processes", "accepted"),
     [
-        (2, ACCEPTED[::7]),  # every choice stands in one of them
+        (2, ACCEPTED[::13]),  # every choice stands in one of them
         pytest.param(1, ACCEPTED, marks=pytest.mark.exhaustive),
         pytest.param(3, ACCEPTED, marks=pytest.mark.exhaustive),
     ],
