@@ -271,6 +271,8 @@ class NearMedia(Section):
     # maximum Hamming distance of the 64-bit hashes of whole images; 4 more for crops
     image_max_distance: int = Field(6, ge=0, le=12)
     image_min_similarity: float = Field(0.94, gt=0, le=1)  # minimum similarity of the thumbnails
+    # whether mirrored images are duplicates; false if captions tell left from right
+    mirrored: bool = True
     # fraction of equal fingerprint bits (chance: 0.5); higher for clips of a few seconds
     audio_min_similarity: float = Field(0.7, gt=0.5, le=1)
 
@@ -287,12 +289,14 @@ class NearCaptions(Section):
 
 
 class Semantic(Section):
-    """Search for semantic duplicates (SemDeDup, Abbas et al. 2023): cosine within clusters."""
+    """Search for semantic duplicates (SemDeDup, Abbas et al. 2023): cosine of embeddings."""
 
     embeddings: tuple[Path, ...]  # output folders of python -m eval.embed, one per dataset
     against_embeddings: tuple[Path, ...] = ()  # one per evaluation dataset, in the same order
     min_cosine: float = Field(0.95, gt=0, le=1)
     samples_per_cluster: int = Field(1000, ge=2)  # average number of samples per cluster
+    # false: only pairs within a cluster are found, as in the paper; faster for 10 million samples
+    across_clusters: bool = True
 
 
 class FindDuplicates(Section):

@@ -69,12 +69,25 @@ def find_duplicates(config: FindDuplicates) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     write_table(config.output / "duplicates.parquet", datasets, found)
     write_subsets(config, datasets, is_remaining)
-    report = render_report(datasets, found, settings=to_yaml(config))
+    report = render_report(datasets, found, settings=to_yaml(config), limits=limits_of(config))
     write_atomically(config.output / "report.html", report.encode(errors="backslashreplace"))
     for number, folder in enumerate(config.datasets):
         kept = is_remaining[datasets.starts[number] : datasets.starts[number + 1]]
         say(f"{folder}: {kept.sum():,} of {len(kept):,} samples are kept")
     say(f"{config.output}: duplicates.parquet, .subset files, report.html")
+
+
+def limits_of(config: FindDuplicates) -> list[str]:
+    """Lists the duplicates that the settings leave in, as sentences for the report."""
+    limits = []
+    if config.semantic is not None and not config.semantic.across_clusters:
+        limits.append(
+            "Pairs across the borders of clusters were not searched (semantic.across_clusters: "
+            "false): some semantic duplicates, also of evaluation samples, remain."
+        )
+    if config.near_media is not None and not config.near_media.mirrored:
+        limits.append("Mirrored images were not searched (near_media.mirrored: false).")
+    return limits
 
 
 def search_all(

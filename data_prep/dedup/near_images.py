@@ -2,7 +2,8 @@
 
 1. classes      images with equal hashes and almost equal thumbnails; only the first is searched
 2. candidates   pairs with hashes within a distance: two whole images, or an image and a window of
-                another image (data_prep.dedup.crop_windows), in both orientations
+                another image (data_prep.dedup.crop_windows), in both orientations unless mirrored
+                images are to be kept
 3. confirmed    candidates with similar thumbnails, compared first roughly and then with exact crops
 
 Windows are searched by the low-frequency bits of the hash, which crops hardly change: one bit of
@@ -85,6 +86,7 @@ def near_images(
     max_distance: int,
     min_similarity: float,
     workers: int,
+    matches_mirrored: bool = True,
 ) -> Matches:
     """Finds the pairs of similar images.
 
@@ -94,10 +96,17 @@ def near_images(
         max_distance: number of bits in which the hashes of whole images may differ.
         min_similarity: threshold of `image_similarity`.
         workers: number of threads; has no effect on the result.
+        matches_mirrored: whether mirrored images are similar.
     """
     firsts = _first_of_class(hashes, min_similarity)
     chosen = np.flatnonzero(firsts == np.arange(len(firsts)))
-    candidates = _candidates(hashes[chosen], is_reference[chosen], max_distance, workers)
+    candidates = _candidates(
+        hashes[chosen],
+        is_reference[chosen],
+        max_distance=max_distance,
+        workers=workers,
+        matches_mirrored=matches_mirrored,
+    )
     similarity = _confirmed(hashes[chosen], candidates, min_similarity, workers)
     is_match = similarity >= min_similarity
     members = np.flatnonzero((firsts != np.arange(len(firsts))) & ~is_reference[firsts])
@@ -164,10 +173,16 @@ def _plain(hashes: ImageHashes, left: np.ndarray, right: np.ndarray) -> np.ndarr
 
 
 def _candidates(
-    hashes: ImageHashes, is_reference: np.ndarray, max_distance: int, workers: int
+    hashes: ImageHashes,
+    is_reference: np.ndarray,
+    *,
+    max_distance: int,
+    workers: int,
+    matches_mirrored: bool,
 ) -> _Candidates:
     """Finds roughly similar pairs, each once, with their best window."""
-    queries = np.concatenate([hashes.phash, hashes.phash_mirrored])
+    orientations = [hashes.phash, hashes.phash_mirrored][: 1 + matches_mirrored]
+    queries = np.concatenate(orientations)
     order = np.argsort(LOW_BITS.keys_of(queries), kind="stable")
     queries = queries[order]  # sorted once instead of in every search
     searches = [(0, max_distance, [band]) for band in exact_bands(max_distance)]

@@ -123,6 +123,7 @@ def _near_images(search: Search, options: NearMedia) -> Pairs:
         is_reference=sample >= search.datasets.num_queries,
         max_distance=options.image_max_distance,
         min_similarity=options.image_min_similarity,
+        matches_mirrored=options.mirrored,
         workers=search.workers,
     )
     return Pairs(
@@ -205,6 +206,7 @@ def find_semantic(search: Search, options: Semantic, *, seed: int) -> Found:
         samples_per_cluster=options.samples_per_cluster,
         seed=seed,
         num_queries=_num_queries(search, sample),
+        across_clusters=options.across_clusters,
     )
     rank = np.zeros(len(search.is_remaining), np.float32)
     rank[sample] = cosine

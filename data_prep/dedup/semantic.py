@@ -1,21 +1,24 @@
 """Semantic duplicates by SemDeDup (Abbas et al. 2023, section 3).
 
-1. The media embeddings are clustered by spherical k-means.
-2. Within each cluster, samples whose cosine reaches the threshold are duplicates. Pairs across
-   clusters are not searched.
-3. Each group keeps the sample with the lowest cosine to the centroid. This is the rule of the paper
+1. Equal embeddings are folded: only the first of them is compared.
+2. The media embeddings are clustered by spherical k-means.
+3. Samples whose cosine reaches the threshold are duplicates: within each cluster and, unlike in the
+   paper, across the borders of clusters (data_prep.dedup.cluster_borders), so that none is missed.
+4. Each group keeps the sample with the lowest cosine to the centroid. This is the rule of the paper
    ("SemDeDup: Data-efficient learning at web-scale through semantic deduplication"); the published
    code differs.
 
-Memory use is limited to the embeddings of one cluster, the centroids and a few numbers per sample.
+Memory use is limited to the embeddings of two clusters, the centroids and a few numbers per sample.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 
+from data_prep.dedup.cluster_borders import ClusterBorders
 from data_prep.dedup.groups import Pairs, first_connected
 
 ROWS_AT_ONCE = 512  # number of rows that are compared with the rest of a cluster at a time
@@ -31,6 +34,7 @@ def semantic_pairs(
     samples_per_cluster: int,
     seed: int,
     num_queries: int,
+    across_clusters: bool = True,
 ) -> tuple[Pairs, np.ndarray]:
     """Finds pairs that connect the samples of each group with the kept sample.
 
@@ -41,6 +45,7 @@ def semantic_pairs(
         seed: seed of k-means.
         num_queries: samples with indices from this number on are evaluation samples, which are
             compared only with queries.
+        across_clusters: whether to search pairs of samples in different clusters, too.
 
     Returns:
         pairs: pairs of duplicates. The similarity of pairs that are connected through other samples
@@ -50,37 +55,79 @@ def semantic_pairs(
     num_clusters = -(-len(embeddings) // samples_per_cluster)
     centroids = fit_centroids(embeddings, num_clusters=num_clusters, seed=seed)
     cluster, rank = assign_clusters(embeddings, centroids)
+    is_query = np.arange(len(embeddings)) < num_queries
+    original = first_equals(embeddings, is_query)
+    searched = np.flatnonzero(original == np.arange(len(original)))
+    members = _members_of(cluster[searched], num_clusters)
+    members = [searched[each] for each in members]
+    label = np.arange(len(embeddings))
+    for each in members:
+        label[each] = each[_first_members(embeddings[each], is_query[each], min_cosine)]
+    if across_clusters:
+        borders = ClusterBorders(
+            embeddings, centroids, cosine=rank, members=members, min_cosine=min_cosine
+        )
+        label = borders.join_groups(label, is_query)
+    return _pairs_of_groups(label[original], embeddings, is_query, rank), rank
+
+
+def _members_of(cluster: np.ndarray, num_clusters: int) -> list[np.ndarray]:
     order = np.argsort(cluster, kind="stable")
     ends = np.cumsum(np.bincount(cluster, minlength=num_clusters))
+    return np.split(order, ends[:-1])
+
+
+def first_equals(embeddings: np.ndarray, is_query: np.ndarray) -> np.ndarray:
+    """Returns the first embedding with the same bytes, int64 [n], among queries or evaluation.
+
+    Args:
+        embeddings: float32 [n, D]; may be a numpy.memmap.
+        is_query: bool [n], whether the sample is a query or an evaluation sample.
+    """
+    keys = np.empty((len(embeddings), 2), np.uint64)
+    rows_at_once = max(1, COSINES_AT_ONCE // max(1, embeddings.shape[1]))
+    for start in range(0, len(embeddings), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        for number, row in enumerate(np.asarray(embeddings[rows]), start=start):
+            keys[number] = np.frombuffer(hashlib.blake2b(row, digest_size=16).digest(), np.uint64)
+    order = np.lexsort((np.arange(len(keys)), is_query, keys[:, 1], keys[:, 0]))
+    is_first = np.ones(len(order), bool)
+    same = (keys[order][1:] == keys[order][:-1]).all(axis=1)
+    is_first[1:] = ~(same & (is_query[order][1:] == is_query[order][:-1]))
+    first = np.empty(len(order), np.int64)
+    first[order] = order[np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
+    return first
+
+
+def _pairs_of_groups(
+    label: np.ndarray, embeddings: np.ndarray, is_query: np.ndarray, rank: np.ndarray
+) -> Pairs:
+    """Pairs the sample to keep of each group with all others of the group.
+
+    Evaluation samples take precedence: if a group contains one, the other samples match it. Equal
+    evaluation samples alone are no group.
+
+    Args:
+        label: int64 [n], first member of each sample's group.
+        embeddings: float32 [n, D].
+        is_query: bool [n], whether the sample is a query or an evaluation sample.
+        rank: float32 [n], a group keeps the lowest.
+    """
+    order = np.lexsort((np.arange(len(label)), rank, is_query, label))
+    sizes = np.unique(label, return_counts=True)[1]
     first, second, similarity = [], [], []
-    for members in np.split(order, ends[:-1]):
-        vectors = np.asarray(embeddings[members])
-        for center, others in _groups(vectors, members < num_queries, rank[members], min_cosine):
-            first.append(np.full(len(others), members[center]))
-            second.append(members[others])
-            similarity.append(vectors[others] @ vectors[center])
+    for group in np.split(order, np.cumsum(sizes)[:-1]):
+        if len(group) > 1 and is_query[group].any():
+            first.append(np.full(len(group) - 1, group[0]))
+            second.append(group[1:])
+            similarity.append(embeddings[group[1:]] @ embeddings[group[0]])
     return Pairs(
         _joined(first, np.int64), _joined(second, np.int64), _joined(similarity, np.float32)
-    ), rank
+    )
 
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *arrays])
-
-
-def _groups(
-    vectors: np.ndarray, is_query: np.ndarray, rank: np.ndarray, min_cosine: float
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (index of the sample to keep, indices of all others) of each group in a cluster.
-
-    Evaluation samples take precedence: if a group contains one, the other samples match it.
-    """
-    label = _first_members(vectors, is_query, min_cosine)
-    order = np.lexsort((np.arange(len(label)), rank, is_query, label))
-    sizes = np.unique(label, return_counts=True)[1]
-    for group in np.split(order, np.cumsum(sizes)[:-1]):
-        if len(group) > 1:
-            yield int(group[0]), group[1:]
 
 
 def _first_members(vectors: np.ndarray, is_query: np.ndarray, min_cosine: float) -> np.ndarray:
@@ -90,6 +137,7 @@ def _first_members(vectors: np.ndarray, is_query: np.ndarray, min_cosine: float)
         rows = slice(start, start + ROWS_AT_ONCE)
         is_similar = vectors[rows] @ vectors[start:].T >= min_cosine  # [rows, c - start]
         is_similar &= is_query[rows, None] | is_query[None, start:]
+        is_similar &= label[rows, None] != label[None, start:]  # joined before
         first, second = np.nonzero(is_similar)
         joined = np.flatnonzero(label != np.arange(len(label)))  # edges to earlier first members
         label = first_connected(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,11 @@ MEMBERS_SHOWN = 4  # per group
 
 
 def render_report(
-    datasets: JoinedDatasets, found: Mapping[str, GroupedSamples], *, settings: str
+    datasets: JoinedDatasets,
+    found: Mapping[str, GroupedSamples],
+    *,
+    settings: str,
+    limits: Sequence[str] = (),
 ) -> str:
     """Renders the report as an HTML page.
 
@@ -43,6 +47,7 @@ def render_report(
         datasets: compared datasets.
         found: method -> groups.
         settings: config of the search as YAML.
+        limits: sentences about duplicates that the settings leave in.
     """
     gallery = _Gallery(datasets)
     sections = [
@@ -53,6 +58,7 @@ def render_report(
             for method, groups in found.items()
             if len(groups.sample)
         ),
+        *([Section("Limits", [paragraph(each) for each in limits])] if limits else []),
         Section("Settings", [folded("The config", preformatted(settings))]),
     ]
     num_dropped = sum(int((~groups.is_kept).sum()) for groups in found.values())

@@ -252,6 +252,7 @@ def _near_images(
         is_reference=is_reference,
         max_distance=near_media.image_max_distance,
         min_similarity=near_media.image_min_similarity,
+        matches_mirrored=near_media.mirrored,
         workers=workers,
     )
     first = np.concatenate([matches.left, matches.member_firsts])

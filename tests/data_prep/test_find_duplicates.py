@@ -14,7 +14,7 @@ from data_prep.errors import (
     ConfigError,
     InputError,
 )
-from data_prep.find_duplicates import find_duplicates
+from data_prep.find_duplicates import find_duplicates, limits_of
 from data_prep.make_subset import make_subset
 from data_prep.report.duplicate_statistics import measure_duplicates
 from data_prep.shards.subset import KeptSamples, Subset
@@ -144,6 +144,18 @@ def test_semantic_duplicates_are_found_by_embeddings(folder, tmp_path):
     assert matches["semantic", "train", 2][0] == "test"
     assert len({("semantic", "train", n) for n in (0, 7)} & set(matches)) == 2
     assert len(kept_of(output, "train")) == 6
+    assert "<h2>Limits</h2>" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_report_names_what_was_not_searched():
+    def limits(**fields):
+        return limits_of(FindDuplicates(datasets=["a"], output="b", **fields))
+
+    semantic = {"embeddings": ["e"]}
+    assert limits(semantic=semantic) == []
+    (borders,) = limits(semantic=semantic | {"across_clusters": False})
+    assert "Pairs across the borders of clusters were not searched" in borders
+    assert limits(near_media={"mirrored": False})[0].startswith("Mirrored images were not")
 
 
 def test_a_method_looks_at_what_those_before_it_left(folder, tmp_path):

@@ -35,7 +35,7 @@ def hashes_of(pictures):
     )
 
 
-def pairs_of(hashes, *, is_reference=None, workers=1):
+def pairs_of(hashes, *, is_reference=None, workers=1, **changed):
     """Returns all pairs of indices that are found, including members of classes."""
     options = NearMedia()
     matches = near_images(
@@ -44,6 +44,7 @@ def pairs_of(hashes, *, is_reference=None, workers=1):
         max_distance=options.image_max_distance,
         min_similarity=options.image_min_similarity,
         workers=workers,
+        **changed,
     )
     left = np.concatenate([matches.left, matches.members])
     right = np.concatenate([matches.right, matches.member_firsts])
@@ -227,6 +228,15 @@ def test_edited_copies_are_found_and_nothing_else(photographs, edit):
     wanted = {(place, place + len(photographs)) for place in range(len(photographs))}
     assert len(wanted - found) <= 1
     assert not found - wanted
+
+
+def test_mirrored_pictures_are_found_unless_they_are_to_be_kept(photographs):
+    mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in photographs]
+    num = len(photographs)
+    hashes = hashes_of([*photographs, *mirrored, *photographs])
+    assert pairs_of(hashes) >= {(n, n + num) for n in range(num)}
+    found = pairs_of(hashes, matches_mirrored=False)
+    assert found == {(n, n + 2 * num) for n in range(num)}
 
 
 def test_references_are_not_compared_with_one_another(photographs):

@@ -129,7 +129,7 @@ def test_nan_is_replaced_in_nested_lists_only_of_floats():
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_numbers_of_several_files_keep_their_values(dataset, tmp_path, order):
-    """The first file alone would make 0.6 an integer, and hide the second file's column."""
+    """Writes integers and then fractions, and a column that only one file has."""
     columns = [{"score": [1, 0, 1, 0, 1, 0]}, {"Score": [0.6, 0.4] * 3, "extra": [7, 8] * 3}]
     parts = zip(order, columns, [range(6), range(6, 12)], strict=True)
     for name, values, numbers in parts:
