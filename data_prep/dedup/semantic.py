@@ -2,8 +2,8 @@
 
 1. Equal embeddings are folded: only the first of them is compared.
 2. The media embeddings are clustered by spherical k-means.
-3. Samples whose cosine reaches the threshold are duplicates: within each cluster and, unlike in the
-   paper, across the borders of clusters (data_prep.dedup.cluster_borders), so that none is missed.
+3. Samples whose cosine reaches the threshold are duplicates. Unlike in the paper, pairs across the
+   borders of clusters are searched, too (data_prep.dedup.cluster_borders).
 4. Each group keeps the sample with the lowest cosine to the centroid. This is the rule of the paper
    ("SemDeDup: Data-efficient learning at web-scale through semantic deduplication"); the published
    code differs.

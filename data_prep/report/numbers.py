@@ -7,7 +7,7 @@ MAX_CHARACTERS = 300
 
 def number_text(value: float) -> str:
     """Formats integers in full, other numbers with four significant digits."""
-    if isinstance(value, int) or 1000 <= abs(value) < 1e15:
+    if isinstance(value, int) or 999.95 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
@@ -16,19 +16,19 @@ def percent_text(part: float, whole: float) -> str:
     """Formats a fraction in percent; "0 %" and "100 %" are used only for exact values."""
     if not whole:
         return "0 %"
-    fraction = part / whole
-    if 0 < fraction < 0.0005:
+    text = f"{100 * (part / whole):.1f}"
+    if text == "0.0" and part > 0:
         return "< 0.1 %"
-    if 0.9995 < fraction < 1:
+    if text == "100.0" and part < whole:
         return "> 99.9 %"
-    return f"{100 * fraction:.1f} %".replace(".0 %", " %")
+    return f"{text.removesuffix('.0')} %"
 
 
 def bytes_text(num_bytes: float) -> str:
     """Formats a size in bytes, kB, MB, GB or TB (powers of 1000)."""
     size, units = float(num_bytes), ["bytes", "kB", "MB", "GB"]
     for unit in units:
-        if size < 1000:
+        if float(f"{size:.3g}") < 1000:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.1f} TB"
@@ -36,9 +36,10 @@ def bytes_text(num_bytes: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """Formats a duration in seconds, minutes or hours."""
-    if seconds < 120:
-        return f"{seconds:.3g} seconds"
-    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+    for unit, length in (("seconds", 1), ("minutes", 60)):
+        if float(f"{seconds / length:.3g}") < 120:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds / 3600:,.1f} hours"
 
 
 def value_text(value: object, unit: str = "") -> str:

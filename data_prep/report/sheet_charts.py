@@ -25,6 +25,7 @@ from data_prep.report.numbers import number_text, percent_text, value_text
 from data_prep.report.value_counts import Histogram, Measure, ValueCounts
 
 MAX_LISTED = 12
+MAX_DIGITS = 17  # identify any floating-point number
 MAX_DECADES_WITH_FRACTIONS = 2.5
 
 
@@ -80,7 +81,9 @@ def histogram_chart(histogram: Histogram, measure: Measure) -> Markup:
         axes.grid(False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: short_number(value, digits_for(axes.get_xticks())))
+        )
         axes.set_xlabel(measure.unit)
     largest = int(np.argmax(histogram.counts))
     low, high = (value_text(edge, measure.unit) for edge in edges[largest : largest + 2].tolist())
@@ -95,12 +98,21 @@ def _set_log_ticks(axes: Axes, *, num_decades: float) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def short_number(value: float) -> str:
+def short_number(value: float, digits: int = 4) -> str:
     """Formats a number for an axis: 1500 as 1.5k, 2000000 as 2M."""
+    rounded = float(f"{value:.{digits}g}")
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.4g}{suffix}"
-    return f"{value:.4g}"
+        if abs(rounded) >= factor:
+            return f"{rounded / factor:.{digits}g}{suffix}"
+    return f"{rounded:.{digits}g}"
+
+
+def digits_for(ticks: Sequence[float]) -> int:
+    """Returns the number of digits, at least 4, with which the labels of an axis differ."""
+    for digits in range(4, MAX_DIGITS):
+        if len({short_number(tick, digits) for tick in ticks}) == len(set(ticks)):
+            return digits
+    return MAX_DIGITS
 
 
 def value_table(counts: ValueCounts, name: str, *, max_listed: int = MAX_LISTED) -> Markup:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,6 +178,7 @@ def _ratio_edges(minimum: float, maximum: float, *, is_whole: bool) -> list[floa
     edges = locator.tick_values(math.ldexp(1, low), math.ldexp(1, high)).tolist()
     if is_whole:
         edges = [int(edge) for edge in edges if edge == int(edge)]
+    edges = _increasing(edges)
     start = max(index for index, edge in enumerate(edges) if edge <= minimum)
     end = min(index for index, edge in enumerate(edges) if edge > maximum)
     return edges[start : end + 1]
@@ -196,4 +198,9 @@ def _step_edges(minimum: float, maximum: float, *, is_whole: bool) -> list[float
     while edges[-1] <= maximum:
         index += 1
         edges.append(number(index * step))
-    return edges
+    return _increasing(edges)
+
+
+def _increasing(edges: list[float]) -> list[float]:
+    """Removes repeated edges: a step may be smaller than the distance of floating-point numbers."""
+    return edges[:1] + [edge for last, edge in pairwise(edges) if edge > last]

@@ -14,6 +14,8 @@ import pyarrow
 from data_prep.errors import InputError
 
 KeptType = Literal["bool", "int64", "double", "string"]
+# While types are collected, integers that a double would round have a type of their own.
+CollectedType = KeptType | Literal["large int64"]
 FIRST_COLUMNS = [
     ("key", pyarrow.string()),  # the sample's key in the tar
     ("uid", pyarrow.string()),  # the user's identifier; the key if there is none
@@ -96,14 +98,14 @@ class KeptTypes:
     """Collects the narrowest type for each column to keep that can represent all its values."""
 
     def __init__(self, columns: Iterable[str]):
-        self.known: dict[str, KeptType | None] = dict.fromkeys(columns)
+        self.known: dict[str, CollectedType | None] = dict.fromkeys(columns)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Adds the values of one sample."""
         for name in self.known:
             self.known[name] = common_type(self.known[name], type_of(values.get(name)))
 
-    def merge(self, other: Mapping[str, KeptType | None]) -> None:
+    def merge(self, other: Mapping[str, CollectedType | None]) -> None:
         """Adds the types of other samples."""
         for name, kind in other.items():
             self.known[name] = common_type(self.known[name], kind)
@@ -123,27 +125,34 @@ class KeptTypes:
                     f"{found_in}: keep_columns: {name!r} has no value in any row; check its "
                     "spelling, or remove it"
                 )
-        return {name: kind for name, kind in self.known.items() if kind is not None}
+        return {
+            name: "int64" if kind == "large int64" else kind
+            for name, kind in self.known.items()
+            if kind is not None
+        }
 
 
-def type_of(value: Any) -> KeptType | None:
+def type_of(value: Any) -> CollectedType | None:
     """Returns the narrowest type that can represent a value; None for a missing value."""
     if value is None:
         return None
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return "int64"
+        return "int64" if float(value) == value else "large int64"
     return "double" if isinstance(value, float) else "string"
 
 
-def common_type(first: KeptType | None, second: KeptType | None) -> KeptType | None:
-    """Returns the narrowest type that can represent the values of two types."""
+def common_type(first: CollectedType | None, second: CollectedType | None) -> CollectedType | None:
+    """Returns the narrowest type that can represent the values of two types without rounding."""
     if first == second or second is None:
         return first
     if first is None:
         return second
-    return "double" if {first, second} == {"int64", "double"} else "string"
+    both = {first, second}
+    if both == {"int64", "large int64"}:
+        return "large int64"
+    return "double" if both == {"int64", "double"} else "string"
 
 
 def kept_value(value: Any, kind: KeptType) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.media.decode import MediaError
-from data_prep.shards.columns import KeptType, KeptTypes, shard_schema
+from data_prep.shards.columns import CollectedType, KeptType, KeptTypes, shard_schema
 from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
@@ -188,7 +188,7 @@ def _write_rows(task: IndexTask, rows: list[dict[str, Any]]) -> None:
     write_shard_parquet(task.parquet_path, pyarrow.Table.from_pylist(rows, schema=schema))
 
 
-def kept_types_of_tar(tar_path: Path, names: tuple[str, ...]) -> dict[str, KeptType | None]:
+def kept_types_of_tar(tar_path: Path, names: tuple[str, ...]) -> dict[str, CollectedType | None]:
     """Finds the type of each key to keep in the .json members of a tar.
 
     The scan stops at the first damage, which indexing reports later.

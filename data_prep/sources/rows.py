@@ -85,14 +85,15 @@ def rejected_media(row: int, media: str, reason: str, detail: str) -> Pair:
 def kept_json(values: Mapping[str, Any], names: Collection[str]) -> str | None:
     """Serializes the values of the kept columns to a JSON object; None if all are missing.
 
-    A value without a JSON type, such as a date, is converted to text.
+    A value without a JSON type, such as a date, is converted to text. NaN is a missing value;
+    infinity is kept, as `Infinity`, which json.loads reads.
     """
     kept = {name: values[name] for name in names if not _is_absent(values.get(name))}
     return json.dumps(kept, ensure_ascii=False, default=str) if kept else None
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def wanted_columns(columns: Columns, keep_columns: Collection[str] = ()) -> dict[str, str]:

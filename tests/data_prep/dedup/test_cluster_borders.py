@@ -35,7 +35,7 @@ def test_no_pair_is_missed_whatever_the_clusters(samples_per_cluster, min_cosine
 
 
 def test_all_planted_leaks_are_found_only_with_the_borders():
-    """Plants copies at a cosine of 0.96 of 40 evaluation samples among 2,000 others."""
+    """Adds copies of 40 evaluation samples, at a cosine of 0.96, to 2,000 others."""
     rng = np.random.default_rng(0)
     others = normalised(rng.normal(size=(2000, 32)))
     evaluation = normalised(rng.normal(size=(40, 32)))
