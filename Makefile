@@ -35,9 +35,10 @@ test-slow: .venv/ready           ## more combinations of strategies, processes a
 test-slurm: demo                 ## jobs on a real Slurm, which it installs: root on Debian, half an hour
 	$(RUN) -m pytest tests/slurm -m slurm $(SLURM_TESTS)
 
-soak: .venv/ready                ## all combinations, 200 runs killed at random: 25 to 45 minutes
+soak: .venv/ready                ## all combinations, 260 random runs: 35 to 60 minutes
 	$(RUN) -m pytest -m exhaustive -n 2 --dist loadgroup
 	$(RUN) -m tests.support.killed_runs 1000 200
+	$(RUN) -m tests.support.random_runs $$(date +%s) 60
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .

@@ -57,7 +57,8 @@ def measure_repeats(
     """
     numbers = np.unique(np.array(datasets), return_inverse=True)[1].astype(np.int64)
     lengths = np.array([source.num_samples for source in order.sources])
-    bounds = [step for step in order.segment_steps if step < num_steps]
+    # A set, because no step may take the pairing between two segments.
+    bounds = sorted({step for step in order.segment_steps if step < num_steps})
     for first, end in pairwise([*bounds, num_steps]):
         drawn = np.array(order.samples_drawn(end)) - np.array(order.samples_drawn(first))
         per_step = drawn / (end - first)

@@ -162,12 +162,15 @@ class UnexpectedEndError(AssertionError):
     """An attempt ended otherwise than it should have."""
 
 
-def run_attempt(data, folder, world_size, strategy, kill):
-    """Runs one attempt; returns whether the moment of its kill came."""
-    sign = folder.parent / "sign"
+def run_attempt(config, world_size, kill, *, target=train_until):
+    """Runs one attempt; returns whether the moment of its kill came.
+
+    Args:
+        target: function of (config, kill, sign) that every process runs.
+    """
+    sign = config.run.folder.parent / "sign"
     sign.unlink(missing_ok=True)
-    config = config_of(data, folder, strategy)
-    group = ProcessGroup(world_size, train_until, config, kill, sign)
+    group = ProcessGroup(world_size, target, config, kill, sign)
     end = time.monotonic() + kill.seconds if kill.moment == "any" else None
     while not sign.exists() and any(process.is_alive() for process in group.processes):
         time.sleep(0.005)
@@ -205,7 +208,11 @@ def _wait(processes, *, ends_the_rest):
 
 def run_case(case, data, folder):
     """Runs a case to its end in a new folder; returns which kills were met."""
-    met = [kill for n, s, kill in case.attempts if run_attempt(data, folder, n, s, kill)]
+    met = [
+        kill
+        for world_size, strategy, kill in case.attempts
+        if run_attempt(config_of(data, folder, strategy), world_size, kill)
+    ]
     world_size, strategy = case.last
     ProcessGroup(world_size, train, config_of(data, folder, strategy)).results()
     return met

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,31 @@ from pretrain.config import PretrainConfig
 COLORS = ("red", "green", "blue", "white")
 
 
-def write_toy_dataset(folder: Path, media: str, *, shard_sizes: tuple[int, ...]) -> Path:
-    """Writes PNGs of one colour or WAVs of one pitch, with one caption; every fourth has two."""
+def write_toy_dataset(
+    folder: Path,
+    media: str,
+    *,
+    shard_sizes: tuple[int, ...],
+    members_of: Callable[[int], dict[str, bytes]] | None = None,
+) -> Path:
+    """Writes PNGs of one colour or WAVs of one pitch, with one caption; every fourth has two.
+
+    Args:
+        members_of: returns the members of a sample instead, from its number.
+    """
     folder.mkdir(parents=True)
     rows, number = [], 0
+    members_of = members_of or (lambda number: toy_members(media, number))
     for shard, size in enumerate(shard_sizes):
         writer = ShardWriter(folder, f"{shard:08d}")
         for _ in range(size):
-            writer.add(f"{number:06d}", members=toy_members(media, number))
+            writer.add(f"{number:06d}", members=members_of(number))
             number += 1
         writer.finish()
         rows.append(manifest_row(folder, f"{shard:08d}"))
     info = DatasetInfo(
         media=media,
-        fields=["txt", "png" if media == "image" else "wav"],
+        fields=["txt", *members_of(0).keys() - {"txt", "json"}],
         num_samples=number,
         num_shards=len(rows),
         tar_bytes=sum(row.tar_bytes for row in rows),

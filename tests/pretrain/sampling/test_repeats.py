@@ -140,3 +140,26 @@ def test_a_small_source_of_a_small_weight_is_reported(caplog):
     assert repeats.drawn[1] == pytest.approx(8, abs=1)
     check(pairing, schedule, "a", "b")
     assert "source 's1': 7.4 drawn a step, of 4 samples" in caplog.text
+
+
+def test_segments_that_begin_at_the_same_step_of_a_rare_pairing_are_measured_once():
+    sources = [[{"name": f"s{n}", "dataset": f"d{n}"}] for n in range(2)]
+    segments = [
+        {"from_step": step, "sources": sources[n]} for step, n in ((103, 1), (104, 0), (299, 1))
+    ]
+    rare = Pairing(global_batch_size=16, weight=0.01, sources=sources[0], segments=segments)
+    schedule = build_schedule(
+        {"image-text": rare, "audio-text": pairing_of(8, 1)},
+        {"image-text": [Shards(20), Shards(30)], "audio-text": [Shards(20)]},
+        pairings_per_step="one",
+        lanes=4,
+        window=8,
+        seed=3,
+        num_steps=300,
+    )
+    order = schedule.orders["image-text"]
+    num_steps = schedule.num_steps_taken("image-text", 300)
+    assert len({step for step in order.segment_steps if step < num_steps}) < 4
+    with np.errstate(all="raise"):
+        measured = list(measure_repeats(order, num_steps=num_steps, datasets=["a", "b"]))
+    assert [each.drawn for each in measured] == [(16, 0), (16, 0)]

@@ -1,0 +1,46 @@
+"""The fields of a config, with the names of a tree that is walked to its leaves.
+
+In a name, `*` is any key or index, as in "pairings.*.sources.*.weight".
+"""
+
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from data_prep.config_file import Section
+
+
+def fields_of(section: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Returns {dotted name: annotation} of all fields that hold no sections."""
+    found = {}
+    for name, field in section.model_fields.items():
+        inner = _fields_in(field.annotation, f"{prefix}{name}")
+        found |= inner or {f"{prefix}{name}": field.annotation}
+    return found
+
+
+def _fields_in(annotation, name):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return fields_of(annotation, f"{name}.")
+    inner = f"{name}.*" if get_origin(annotation) in (dict, list) else name
+    return {
+        key: value
+        for part in get_args(annotation)
+        for key, value in _fields_in(part, inner).items()
+    }
+
+
+def values_of(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (name as in `fields_of`, value) of all fields of a config that hold no sections."""
+    for name in type(config).model_fields:
+        yield from _values_in(getattr(config, name), f"{prefix}{name}")
+
+
+def _values_in(value, name):
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, Section):
+        yield from values_of(value, f"{name}.")
+    elif isinstance(value, dict | list) and any(isinstance(each, Section) for each in inner):
+        for each in inner:
+            yield from _values_in(each, f"{name}.*")
+    else:
+        yield name, value
