@@ -3,6 +3,9 @@
 CLAP's feature extractor crops long clips at random, and its fused variant marks a random clip of
 each batch as long. Embeddings would not be reproducible. Therefore clips are first cut into
 windows of the tower's input length (see eval.models.preprocessing), which are never long.
+
+SigLIP and SigLIP 2 were trained on lower-cased text. SiglipTokenizer lower-cases by itself, but
+many folders of SigLIP 2 name GemmaTokenizer, which does not.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -21,6 +25,7 @@ from data_prep.media.decode import decode_audio
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import ModelSource, checksum_of_files
 from eval.models.open_clip_model import PilTransform
+from pretrain.model.library_errors import describe_library_error
 
 CLAP_TOKENS = 77  # text length in LAION's training; the tokenizer would allow 512
 
@@ -49,18 +54,35 @@ def _pooled(output: Any) -> Tensor:
 
 
 class TextPreparation:
-    """Tokenizer that pads all texts to the same length."""
+    """Tokenizer that pads all texts to the same length.
 
-    def __init__(self, tokenizer: Any, *, num_tokens: int, with_mask: bool) -> None:
+    Args:
+        tokenizer: tokenizer of transformers.
+        num_tokens: length of all texts.
+        with_mask: False for SigLIP, which was trained to attend to padding.
+        lower_case: True if texts must be lower-cased before the tokenizer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, num_tokens: int, with_mask: bool, lower_case: bool
+    ) -> None:
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
-        self.with_mask = with_mask  # false for SigLIP, which was trained to attend to padding
+        self.with_mask = with_mask
+        self.lower_case = lower_case
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that are not in the tokenizer's files."""
-        return {"num_tokens": self.num_tokens, "with_mask": self.with_mask}
+        return {
+            "num_tokens": self.num_tokens,
+            "with_mask": self.with_mask,
+            "lower_case": self.lower_case,
+        }
 
     def __call__(self, texts: list[str]) -> Any:
+        if self.lower_case:
+            lower = Lowercase()  # of Siglip2Tokenizer; str.lower() differs for a final sigma
+            texts = [lower.normalize_str(text) for text in texts]
         tokens = self.tokenizer(
             list(texts),
             padding="max_length",
@@ -113,15 +135,22 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
             prepare = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
         else:
             prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}") from None
+    except Exception as error:  # libraries raise errors of any type
+        raise InputError(
+            f"{folder}: transformers cannot load it: {describe_library_error(error)}"
+        ) from error
     if unused["missing_keys"]:  # transformers would initialise them randomly
         raise InputError(
             f"{folder}: the weights lack {sorted(unused['missing_keys'])[:5]} and others; copy all "
             "files of the model"
         )
     settings = json.loads(prepare.to_json_string())
-    texts = TextPreparation(tokenizer, num_tokens=_num_tokens(model), with_mask=kind != "siglip")
+    texts = TextPreparation(
+        tokenizer,
+        num_tokens=_num_tokens(model),
+        with_mask=kind != "siglip",
+        lower_case=kind == "siglip" and _must_be_lowered(tokenizer),
+    )
     medium = "audio" if kind == "clap" else "image"
     return LoadedModel(
         HuggingFaceModel(model),
@@ -130,6 +159,16 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
         texts,
         ModelOrigin("hugging_face", source.path, sha256, settings=texts.settings()),
     )
+
+
+def _must_be_lowered(tokenizer: Any) -> bool:
+    """Returns whether SigLIP's text must be lower-cased before this tokenizer.
+
+    False if the tokenizer lower-cases by itself, or its config says `do_lower_case: false`.
+    """
+    if hasattr(tokenizer, "do_lower_case"):  # only SiglipTokenizer acts on the setting
+        return False
+    return tokenizer.init_kwargs.get("do_lower_case", True)
 
 
 def _image_transform(processor: Any) -> PilTransform:

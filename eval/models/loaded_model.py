@@ -14,8 +14,8 @@ from eval.models.model_source import Library
 
 # Packages whose code determines an embedding; another version may compute a different one
 PACKAGES = (
-    *("isopair", "numpy", "open-clip-torch", "pillow", "simplejpeg", "soundfile", "soxr"),
-    *("timm", "tokenizers", "torch", "torchvision", "transformers"),
+    *("isopair", "numpy", "open-clip-torch", "pillow", "sentencepiece", "simplejpeg"),
+    *("soundfile", "soxr", "timm", "tokenizers", "torch", "torchvision", "transformers"),
 )
 
 

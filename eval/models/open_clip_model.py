@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pickle import PickleError
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from data_prep.errors import InputError
 from data_prep.media.decode import decode_image
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import LOCAL_DIR, ModelSource, checksum_of_files
+from pretrain.model.library_errors import describe_library_error
 
 
 class OpenClipModel(torch.nn.Module):
@@ -76,8 +76,10 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
             name, pretrained=weights, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError, KeyError, EOFError, PickleError) as error:
-        raise InputError(f"{source.path}: open_clip cannot load it: {error}") from None
+    except Exception as error:  # libraries raise errors of any type
+        raise InputError(
+            f"{source.path}: open_clip cannot load it: {describe_library_error(error)}"
+        ) from error
     settings = {
         "architecture": source.architecture,
         "model_cfg": open_clip.get_model_config(name),

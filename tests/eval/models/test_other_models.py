@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import open_clip
 import pytest
+import sentencepiece
 import soundfile
+import tokenizers
 import torch
 from PIL import Image
 
@@ -23,6 +25,7 @@ from tests.support.toy_models import (
 )
 
 TEXTS = ["a red square", "two dogs on the grass", "it's 5 o'clock &amp; raining"]
+CAPITALS = ["A Red Car on THE ROAD", "\u039f\u0394\u039f\u03a3 \u00c9", "Dog"]
 
 
 def encoder_of(checkpoint, **settings):
@@ -109,6 +112,99 @@ def test_hugging_face_image_models_embed_as_transformers_does(tmp_path, kind):
     torch.testing.assert_close(
         encoder.encode_texts(TEXTS), unit(both.text_embeds), rtol=0, atol=1e-6
     )
+
+
+def write_siglip_tokenizer(folder, tokenizer_class, **settings):
+    """Gives a folder a vocabulary that knows capitals, as SigLIP 2's does.
+
+    SiglipTokenizer reads spiece.model, as of the first SigLIP; the other classes tokenizer.json.
+    """
+    for file in folder.glob("*token*"):
+        file.unlink()
+    words = " ".join([*CAPITALS, "a red car on the road \u03bf\u03b4\u03bf\u03c3 \u00e9 dog"])
+    if tokenizer_class == "SiglipTokenizer":
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([words] * 20),
+            model_prefix=str(folder / "spiece"),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        names = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    else:
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+        tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+        special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=special)
+        tokenizer.train_from_iterator([words] * 20, trainer)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        names = {f"{token[1:-1]}_token": token for token in special}
+    config = {"tokenizer_class": tokenizer_class, "padding_side": "right", **names, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_text_of_siglip_is_lower_cased_whichever_tokenizer_the_folder_names(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = write_hugging_face_folder(tmp_path / "tiny", "siglip")
+    write_siglip_tokenizer(folder, "Siglip2Tokenizer")
+    oracle = AutoTokenizer.from_pretrained(folder)  # the class that lower-cases by itself
+    length = {"padding": "max_length", "max_length": 20}
+    expected = oracle(CAPITALS, **length)["input_ids"]
+    backend = oracle.backend_tokenizer
+    backend.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    with_capitals = oracle(CAPITALS, **length)["input_ids"]
+    assert with_capitals != expected
+    classes = ["GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast"]
+    for tokenizer_class in ["Siglip2Tokenizer", *classes]:
+        for settings in ({}, {"do_lower_case": True}):
+            write_siglip_tokenizer(folder, tokenizer_class, **settings)
+            encoder = encoder_of(folder)
+            assert encoder.tokenizer(CAPITALS)["input_ids"].tolist() == expected, tokenizer_class
+    for tokenizer_class in classes:
+        write_siglip_tokenizer(folder, tokenizer_class, do_lower_case=False)
+        encoder = encoder_of(folder)
+        assert encoder.tokenizer(CAPITALS)["input_ids"].tolist() == with_capitals
+        assert encoder.origin.settings["lower_case"] is False
+
+
+def test_the_first_siglip_reads_its_sentencepiece_vocabulary(tmp_path):
+    folder = write_hugging_face_folder(tmp_path / "tiny", "siglip")
+    write_siglip_tokenizer(folder, "SiglipTokenizer")
+    encoder = encoder_of(folder)
+    found = encoder.tokenizer(["A Red Car!", "a red car", "a  RED, car."])["input_ids"].tolist()
+    assert found[0] == found[1] == found[2]
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    ids = vocabulary.encode("a red car")
+    assert found[1] == [*ids, *[vocabulary.eos_id()] * (20 - len(ids))]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            ImportError("\nX requires the Y library\nbut it was not found"),
+            "X requires the Y library",
+        ),
+        (ModuleNotFoundError("No module named 'yy'", name="yy"), "install the package .* yy"),
+        (AttributeError("odd"), "AttributeError: odd"),
+    ],
+)
+def test_errors_of_libraries_are_one_sentence_that_says_what_to_install(
+    tmp_path, monkeypatch, error, advice
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    folder = write_hugging_face_folder(tmp_path / "tiny", "clip")
+    with pytest.raises(InputError, match=f"tiny: transformers cannot load it: .*{advice}") as found:
+        encoder_of(folder)
+    assert "\n" not in str(found.value)
+    monkeypatch.setattr("open_clip.get_tokenizer", fail)
+    folder = write_open_clip_folder(tmp_path / "open_clip")
+    with pytest.raises(InputError, match=f"open_clip: open_clip cannot load it: .*{advice}"):
+        encoder_of(folder)
 
 
 @pytest.mark.parametrize("kind", ["clap", "fused clap"])
