@@ -5,15 +5,15 @@ The sizes in a header are limited. Missing frames and values that are not finite
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.media.audio_container import check_is_complete
+from data_prep.media.audio_container import complete_audio
 from data_prep.media.formats import FormatMismatchError, MediaError
+from data_prep.media.sound_bytes import SoundBytes
 
 if TYPE_CHECKING:
     import soundfile
@@ -30,18 +30,6 @@ SOUNDFILE_FORMATS = {
     "opus": ("OGG",),
     "aiff": ("AIFF",),
 }
-
-
-class _SoundBytes(io.BytesIO):
-    """In-memory file that clamps seeks before the start to position 0.
-
-    libsndfile seeks before the start of damaged files, and prints the error instead of raising it.
-    """
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a position, or to the start if it is negative."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}
-        return super().seek(max(0, start[whence] + offset))
 
 
 def read_waveform(
@@ -84,9 +72,9 @@ def open_audio(
     """Opens a clip and checks its header; takes the arguments of `read_waveform`."""
     import soundfile
 
-    check_is_complete(content)
+    content = complete_audio(content)
     try:
-        with soundfile.SoundFile(_SoundBytes(content)) as file:
+        with soundfile.SoundFile(SoundBytes(content)) as file:
             if extension is not None and file.format not in SOUNDFILE_FORMATS[extension]:
                 raise FormatMismatchError(f"expected {extension} bytes, found {file.format}")
             _check_channels(file.channels, max_channels)
@@ -95,7 +83,12 @@ def open_audio(
             )
             yield file
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise MediaError(f"unreadable audio: {error}") from None
+        raise MediaError(f"unreadable audio: {_description(error)}") from None
+
+
+def _description(error: Exception) -> str:
+    """Describes an error of libsndfile, without the address of the object that it was reading."""
+    return getattr(error, "error_string", str(error))
 
 
 def read_frames(file: soundfile.SoundFile, num_frames: int) -> np.ndarray:
@@ -162,15 +155,10 @@ def check_is_finite(waveform: np.ndarray) -> None:
 
 
 def audio_seconds(content: bytes) -> tuple[float, int]:
-    """Reads the length in seconds and the sample rate in Hz from the header.
+    """Returns the length in seconds and the sample rate in Hz, without decoding.
 
     Raises:
-        MediaError: if the bytes do not have the header of an audio file.
+        MediaError: in the same cases as `read_waveform`, but damage to the sound may be missed.
     """
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(_SoundBytes(content)) as file:
-            return file.frames / file.samplerate, file.samplerate
-    except (soundfile.SoundFileError, RuntimeError, ZeroDivisionError) as error:
-        raise MediaError(f"unreadable audio: {error}") from None
+    with open_audio(content) as file:
+        return file.frames / file.samplerate, file.samplerate

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import AudioOptions
-from data_prep.media import audio_container, audio_preparation, decode
+from data_prep.media import audio_preparation, decode, mp3_frames
 from data_prep.media.audio_preparation import prepare_audio
 from data_prep.media.decode import decode_audio
 from data_prep.media.formats import MediaError, audio_format
@@ -293,7 +293,7 @@ def test_rates_that_flac_cannot_hold_are_kept_or_named():
 def test_an_mp3_is_walked_frame_by_frame():
     # Without the header that counts the frames, only the walk finds a truncated last frame.
     content = sound("MP3", samples=noise(20_000))
-    first = audio_container._mp3_frame_bytes(content[:4])
+    first = mp3_frames._frame_bytes(content[:4])
     assert b"Xing" in content[:first] or b"Info" in content[:first]
     bare = content[first:]
     assert prepare(bare)
