@@ -96,7 +96,10 @@ def files_to_rebuild(
 
 
 def newest_checkpoint(
-    store: CheckpointStore, *, is_of_run: Callable[[CheckpointRecord], bool] = lambda record: True
+    store: CheckpointStore,
+    *,
+    step: int | None = None,
+    is_of_run: Callable[[CheckpointRecord], bool] = lambda record: True,
 ) -> VerifiedCheckpoint | None:
     """Finds the newest valid checkpoint and logs the damaged ones that it skips.
 
@@ -104,12 +107,13 @@ def newest_checkpoint(
 
     Args:
         store: the store to search.
+        step: step of the checkpoint; None searches all steps.
         is_of_run: returns whether a checkpoint belongs to the run's history; others are skipped.
 
     Raises:
         RunError: if the store cannot be read.
     """
-    found = on_main_process(store.checkpoints)
+    found = [each for each in on_main_process(store.checkpoints) if step in (None, each.step)]
     for each in found:
         try:
             checkpoint = open_checkpoint(each.location)
@@ -198,11 +202,28 @@ def restore(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
     """
     refuse_other_shapes(checkpoint, shapes_of(engine.model))
     _refuse_missing_moments(engine, checkpoint)
-    load_slices(engine, checkpoint.location, checkpoint.index)
+    _load_model(engine, checkpoint, has_moments=True)
+    engine.after_load(num_updates=checkpoint.record.state.num_updates)
+
+
+def restore_weights(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
+    """Loads the parameters and buffers of a checkpoint into an engine; every rank must call it.
+
+    The optimizer keeps the state of a new run: no updates, and moments of zero.
+
+    Raises:
+        InputError: if the checkpoint belongs to a different model.
+    """
+    refuse_other_shapes(checkpoint, shapes_of(engine.model))
+    _load_model(engine, checkpoint, has_moments=False)
+    engine.after_load(num_updates=0)
+
+
+def _load_model(engine: Engine, checkpoint: VerifiedCheckpoint, *, has_moments: bool) -> None:
+    load_slices(engine, checkpoint.location, checkpoint.index, has_moments=has_moments)
     engine.model.load_state_dict(
         _read_buffers(checkpoint.location, checkpoint.record), strict=False
     )
-    engine.after_load(num_updates=checkpoint.record.state.num_updates)
 
 
 def refuse_other_shapes(checkpoint: VerifiedCheckpoint, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -445,6 +447,23 @@ class Validation(Section):
     pairings: dict[PairingName, ValidationSource] = {}
 
 
+class Fork(Section):
+    """How a fork starts; it is recorded in the fork's own config."""
+
+    # Step of the parent's checkpoint that the fork starts from; null: the newest valid checkpoint
+    step: int | None = Field(None, ge=0)
+    # continue: the parent's steps, optimizer state and sample order go on. restart: as in a new run
+    # with the parent's weights, steps, warm-up, decay, optimizer state and sample order begin anew
+    schedule: Literal["continue", "restart"] = "continue"
+
+
+# The discriminator limits an error message to the form that was used.
+ForkOption = Annotated[
+    Annotated[bool, Tag("flag")] | Annotated[Fork, Tag("options")],
+    Discriminator(lambda value: "options" if isinstance(value, dict | Fork) else "flag"),
+]
+
+
 class Run(Section):
     """The run folder and its files."""
 
@@ -463,10 +482,16 @@ class Run(Section):
     keep_every_steps: PositiveInt | None = free(None)
     trackers: list[Literal["tensorboard", "wandb"]] = free(["tensorboard"])
     stop_after_step: PositiveInt | None = free(None)  # end this attempt early, with a checkpoint
-    # Start a new run from the newest checkpoint of the run in `folder`, in a folder next to it
-    fork: bool = free(False)
+    # Start a new run from a checkpoint of the run in `folder`, in a folder next to it; true: from
+    # the newest one; {step: 4000, schedule: restart}: from another one, or with a new schedule
+    fork: ForkOption = free(False)
     # Folder of the run that this one starts from; set by `fork`, or by you to choose `folder`
     parent: Path | None = free(None)
+
+    @property
+    def start(self) -> Fork:
+        """How the run starts if it is a fork."""
+        return self.fork if isinstance(self.fork, Fork) else Fork()
 
     @property
     def checkpoints(self) -> str:
@@ -475,7 +500,7 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _has_one_parent(self) -> Run:
-        if self.fork and self.parent is not None:
+        if self.fork is True and self.parent is not None:
             raise ValueError("fork=true starts from the run in folder; remove fork or parent")
         if self.parent is not None and self.parent.resolve() == self.folder.resolve():
             raise ValueError(f"parent={self.parent} is the run's own folder; use another folder")

@@ -46,7 +46,7 @@ from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 from pretrain.run.attempts import machine_name
 from pretrain.run.compatibility import RunIdentity
 from pretrain.run.folder import RunFolder
-from pretrain.run.fork import config_of_fork
+from pretrain.run.fork import check_start, config_of_fork
 from pretrain.run.requests import RunRequests
 from pretrain.run.resume import open_run, resume
 from pretrain.training.assembly import (
@@ -117,7 +117,7 @@ def run_attempt(
             gradient_clipping=config.optimizer.gradient_clipping,
         )
         with closing(engine):
-            resume(identity, engine, run)
+            is_new_fork = resume(identity, engine, run)
             engine.init_trackers(
                 config.model_dump(), run_folder=run.folder, num_steps_done=run.num_steps_done
             )
@@ -130,7 +130,7 @@ def run_attempt(
             fail_point("loaded")
             session.writer = open_writer(config, engine, tokenizer, run)
             trainer = Trainer(engine, step, loader, session, settings)
-            if run.num_steps_done and run.last_checkpoint is None:
+            if is_new_fork:
                 trainer.save_first()  # a fork: from here on it no longer needs its parent
             trainer.train(batches, validation_sets)
 
@@ -171,6 +171,7 @@ def dry_run(config: PretrainConfig) -> None:
     """Builds everything except the process group, and prints the derived numbers."""
     config = config_of_fork(config)
     check_output_folder(config.run.folder, key="run.folder")
+    check_start(config)
     check_engine(config.engine, trackers=config.run.trackers)
     num_processes, num_processes_here = planned_processes(os.environ)
     tokenizer = build_tokenizer(config.model.text)

@@ -35,17 +35,17 @@ def read_indexed(
         (sample, extensions of members with a CRC32 mismatch)
     """
     entries = index.entries_at(position)
-    first_block = min(block for block, _, _ in entries.values()) - 1  # header with the key
-    wanted = {name: entry for name, entry in entries.items() if fields is None or name in fields}
+    first_block = min(entries.values())[0] - 1  # header with the key
+    wanted = entries
+    if fields is not None:
+        wanted = {name: entry for name, entry in entries.items() if name in fields}
     # One read covers the members, and the header with the key if all are read.
     start_block = first_block
     if len(wanted) < len(entries):
-        start_block = min((block for block, _, _ in wanted.values()), default=first_block)
+        start_block = min(wanted.values(), default=(first_block,))[0]
     start = start_block * BLOCK_BYTES
-    end = max(
-        (block * BLOCK_BYTES + size for block, size, _ in wanted.values()),
-        default=start + BLOCK_BYTES,
-    )
+    last_block, last_size, _ = max(wanted.values(), default=(start_block, BLOCK_BYTES, 0))
+    end = last_block * BLOCK_BYTES + last_size
     content = read_at(end - start, start)
     header = content
     if start_block != first_block:

@@ -141,7 +141,9 @@ def buffer_file(model: ContrastiveModel) -> dict[str, bytes]:
     return {BUFFERS_FILE: save(buffers)} if buffers else {}
 
 
-def load_slices(engine: Engine, location: str, index: SliceIndex) -> None:
+def load_slices(
+    engine: Engine, location: str, index: SliceIndex, *, has_moments: bool = True
+) -> None:
     """Loads a checkpoint's values into an engine; every rank must call it.
 
     Each replicated slice is read by one rank only, which broadcasts it to the others.
@@ -150,12 +152,13 @@ def load_slices(engine: Engine, location: str, index: SliceIndex) -> None:
         engine: engine whose slices are overwritten.
         location: path or URL of the checkpoint.
         index: index of the checkpoint's files.
+        has_moments: whether to load the optimizer's moments with the parameters.
 
     Raises:
         ValueError: if the files lack elements.
         OSError: if a file cannot be read.
     """
-    held = list(engine.slices())
+    held = [each for each in engine.slices() if has_moments or each.slice.key == PARAMETER]
     shared = [each for each in held if each.is_replicated and world_size() > 1]
     readers = _divide([each.slice.length for each in shared])
     read_here = [each for each, reader in zip(shared, readers, strict=True) if reader == rank()]

@@ -1,7 +1,9 @@
 """Forks: runs that start from the state of another run, by run.fork or run.parent.
 
     config of the parent + changes --> new run folder, whose name is a function of both
-    newest checkpoint of the parent --> first checkpoint of the fork; its step count continues
+    a checkpoint of the parent     --> first checkpoint of the fork: at the same step, with the
+                                       parent's optimizer state; or, with run.fork.schedule=restart,
+                                       at step 0, with its weights alone
 
 The parent is only read. The origin of a fork is in its parent.json, in the record of each of its
 checkpoints, and in its tags: its result is not a function of its config alone.
@@ -12,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_prep.config_file import fixed_values
 from data_prep.errors import InputError
@@ -28,12 +32,14 @@ from data_prep.storage.sealed import (
 from pretrain.checkpoint import VerifiedCheckpoint
 from pretrain.checkpoints.record import read_record
 from pretrain.checkpoints.store import DamagedCheckpointError, store_of_run
-from pretrain.config import PretrainConfig
+from pretrain.config import Fork, PretrainConfig, Run
 from pretrain.run.compatibility import RunIdentity, holds_run
+from pretrain.stored_config import read_config_of_run
 
 logger = logging.getLogger(__name__)
 
 PARENT_FILE = "parent.json"
+SCHEDULE_KEY = "schedule"  # missing in files of earlier versions, which always continued
 PARENT_TYPES = {
     "folder": str,
     "checkpoint": str,
@@ -41,6 +47,7 @@ PARENT_TYPES = {
     "model_sha256": str,
     "marks": list[str],
     "differs_in": dict,
+    SCHEDULE_KEY: str,
 }
 FORK_TAG = "forked"
 
@@ -50,14 +57,18 @@ def config_of_fork(config: PretrainConfig) -> PretrainConfig:
 
     Running the same command again resumes the same fork.
     """
-    if not config.run.fork:
+    if not config.run.fork or config.run.parent is not None:
         return config
     parent = config.run.folder
-    values = json.dumps(fixed_values(config), sort_keys=True)
-    suffix = f"_fork_{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+    values = fixed_values(config)
+    has_defaults = config.run.start == Fork()
+    if not has_defaults:
+        values["run"] = {"fork": config.run.start.model_dump()}
+    text = json.dumps(values, sort_keys=True)
+    suffix = f"_fork_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     base = config.run.checkpoint_folder
     changes = {
-        "fork": False,
+        "fork": False if has_defaults else config.run.fork,
         "parent": parent,
         "folder": parent.with_name(parent.name + suffix),
         "checkpoint_folder": None if base is None else base.rstrip("/") + suffix,
@@ -69,29 +80,80 @@ def check_parent(identity: RunIdentity) -> None:
     """Checks the parent of a run that is about to be created.
 
     Raises:
-        InputError: if there is no run in the parent's folder, it is the same run, or its newest
-            checkpoint leaves no step to train.
+        InputError: if the parent is the same run, or as `check_start`.
     """
     run = identity.config.run
-    if run.parent is None or holds_run(run.folder):
+    is_new_fork = run.parent is not None and not holds_run(run.folder)
+    continues = is_new_fork and run.start.schedule == "continue"
+    if continues and holds_run(run.parent) and not _differences_to_parent(identity):
+        raise InputError(
+            f"{run.parent} holds this same run: a fork of it would compute the same result; "
+            "remove run.fork and run.parent to resume it"
+        )
+    check_start(identity.config)
+
+
+def check_start(config: PretrainConfig) -> None:
+    """Checks that a fork can start as run.fork says.
+
+    Raises:
+        InputError: if there is no run in the parent's folder, it has no valid checkpoint to start
+            from, or this leaves no step to train. Also if the fork exists and was created with
+            another run.fork.
+    """
+    run = config.run
+    if run.parent is None:
+        return
+    if holds_run(run.folder):
+        _refuse_other_start(run)
         return
     if not holds_run(run.parent):
         raise InputError(
             f"{run.parent}: expected the run to start from (run.fork, run.parent), found no "
             "config.yaml there; use the folder of a run, or remove these keys"
         )
-    if not _differences_to_parent(identity):
-        raise InputError(
-            f"{run.parent} holds this same run: a fork of it would compute the same result; "
-            "remove run.fork and run.parent to resume it"
-        )
     for checkpoint in store_of_run(str(run.parent)).checkpoints():
-        try:
-            step = read_record(checkpoint.location).state.step
-        except DamagedCheckpointError:
-            continue  # it is skipped when the fork begins, too
-        refuse_finished_parent(identity.config, step=step)
-        return
+        if run.start.step in (None, checkpoint.step):
+            with suppress(DamagedCheckpointError):  # it is skipped when the fork begins, too
+                step = read_record(checkpoint.location).state.step
+                refuse_finished_parent(config, step=step)
+                return
+    refuse_missing_start(run)
+
+
+def _refuse_other_start(run: Run) -> None:
+    stored = read_config_of_run(run.folder).run
+    if stored.parent is not None and stored.start != run.start:
+        raise InputError(
+            f"{run.folder} holds a fork that was created with {_describe(stored.start)}, found "
+            f"{_describe(run.start)}; resume it with its own run.fork, or set run.folder to a new "
+            "folder"
+        )
+
+
+def _describe(start: Fork) -> str:
+    step = "null" if start.step is None else start.step
+    return f"run.fork.step={step} and run.fork.schedule={start.schedule}"
+
+
+def refuse_missing_start(run: Run) -> NoReturn:
+    """Refuses a fork whose parent has no valid checkpoint to start from.
+
+    Raises:
+        InputError: always; if run.fork.step is set, the message lists the steps that exist.
+    """
+    if run.start.step is None:
+        raise InputError(
+            f"{run.parent}: expected a run with a valid checkpoint to start from (run.fork, "
+            "run.parent), found none; train the parent until it saves one"
+        )
+    steps = sorted({each.step for each in store_of_run(str(run.parent)).checkpoints()})
+    others = ", ".join(str(step) for step in steps if step != run.start.step)
+    found = "a damaged one" if run.start.step in steps else "none"
+    raise InputError(
+        f"run.fork.step={run.start.step}: expected a valid checkpoint of {run.parent} at this "
+        f"step, found {found}; {f'use one of the steps {others}' if others else 'it has no other'}"
+    )
 
 
 def refuse_finished_parent(config: PretrainConfig, *, step: int) -> None:
@@ -104,12 +166,18 @@ def refuse_finished_parent(config: PretrainConfig, *, step: int) -> None:
     Raises:
         InputError: if there is no step left.
     """
-    if step >= config.schedule.num_steps:
+    if config.run.start.schedule == "continue" and step >= config.schedule.num_steps:
         raise InputError(
             f"schedule.num_steps={config.schedule.num_steps} leaves nothing to train: the fork "
             f"begins at step {step} of {config.run.parent} (run.fork, run.parent) and continues "
-            f"its count; set schedule.num_steps above {step}"
+            f"its count; set schedule.num_steps above {step}, or run.fork.schedule=restart to "
+            "begin at step 0 with the parent's weights"
         )
+
+
+def first_step_of_fork(parent: Mapping[str, Any]) -> int:
+    """Returns the steps done when a fork was created, from the content of its parent.json."""
+    return 0 if parent.get(SCHEDULE_KEY) == "restart" else parent["step"]
 
 
 def record_parent(identity: RunIdentity, checkpoint: VerifiedCheckpoint) -> None:
@@ -119,6 +187,7 @@ def record_parent(identity: RunIdentity, checkpoint: VerifiedCheckpoint) -> None
         "folder": str(run.parent.resolve()),
         "checkpoint": checkpoint.location,
         "step": checkpoint.record.state.step,
+        SCHEDULE_KEY: run.start.schedule,
         "model_sha256": checkpoint.record.model_sha256,
         "marks": list(checkpoint.record.state.tags),
         "differs_in": {
@@ -165,7 +234,7 @@ def parse_parent(content: bytes) -> dict[str, Any]:
         DamagedFileError: if it is damaged.
     """
     values, _ = read_sealed_json(content, unsealed_keys=PARENT_TYPES)
-    check_types(values, PARENT_TYPES)
+    check_types(values, PARENT_TYPES, optional=(SCHEDULE_KEY,))
     return values
 
 

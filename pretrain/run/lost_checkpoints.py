@@ -14,7 +14,7 @@ from pretrain.checkpoints.store import CheckpointStore, open_store, store_of_run
 from pretrain.config import Run
 from pretrain.run.attempts import last_valid_step, read_attempts, read_metrics
 from pretrain.run.compatibility import holds_run
-from pretrain.run.fork import PARENT_FILE, parse_parent
+from pretrain.run.fork import PARENT_FILE, first_step_of_fork, parse_parent
 from pretrain.run.status_file import read_status_file
 
 
@@ -80,10 +80,10 @@ def _last_saved_step(run: Run) -> int | None:
 
 
 def _first_step(run: Run) -> float:
-    """Steps done when the run was created: those of its parent if it is a fork."""
+    """Steps done when the run was created: those of its parent if it continues them."""
     if run.parent is None:
         return 0
     try:
-        return parse_parent((run.folder / PARENT_FILE).read_bytes())["step"]
+        return first_step_of_fork(parse_parent((run.folder / PARENT_FILE).read_bytes()))
     except (FileNotFoundError, DamagedFileError):
         return float("inf")

@@ -201,7 +201,7 @@ class Trainer:
             f"step {step}: {cause}; the step was not applied, and the run stops because {reason}. "
             f"{dump} lists the samples and layers that caused it. The steps before it are saved: "
             "run the same command with other settings in `watch`, or fork the run with "
-            "run.fork=true and a lower "
+            "run.fork=true, or run.fork.step=<step of an earlier checkpoint>, and a lower "
             f"optimizer.learning_rate={self.settings.optimizer.learning_rate:g}"
         )
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from data_prep.config_file import read_config, to_yaml
+from data_prep.errors import InputError
+from data_prep.storage.sealed import to_sealed_json
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoints.record import read_record
-from pretrain.config import PretrainConfig
+from pretrain.config import Fork, PretrainConfig
 from pretrain.run.attempts import read_attempts
-from pretrain.run.fork import config_of_fork
+from pretrain.run.fork import check_start, config_of_fork, first_step_of_fork, parse_parent
 from tests.pretrain.test_train import steps_of, train
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config
@@ -37,9 +39,10 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def parent(toy_data, tmp_path_factory):
-    """Returns the folder of a run of six steps."""
+    """Returns the folder of a run of six steps with checkpoints at 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("parent") / "run"
-    run_in_processes(1, train, small_config(toy_data, folder))
+    run = {"checkpoint_every_steps": 2, "keep_checkpoints": 9}
+    run_in_processes(1, train, small_config(toy_data, folder, run=run))
     return folder
 
 
@@ -133,7 +136,8 @@ def test_a_fork_that_would_train_nothing_is_refused_before_its_folder_appears(
     )
     expected = (
         f"schedule.num_steps={num_steps} leaves nothing to train: the fork begins at step 6 of "
-        f"{parent} (run.fork, run.parent) and continues its count; set schedule.num_steps above 6"
+        f"{parent} (run.fork, run.parent) and continues its count; set schedule.num_steps above 6, "
+        "or run.fork.schedule=restart to begin at step 0 with the parent's weights"
     )
     outcomes = run_in_processes(1, train_each, by_fork, by_parent)
     assert outcomes == [[expected, expected]]
@@ -160,3 +164,172 @@ def test_a_fork_whose_parent_has_trained_on_meanwhile_is_refused(toy_data, paren
     shutil.copy(parent / "environment.json", tmp_path / "fork")
     [[outcome]] = run_in_processes(1, train_each, changed)
     assert "leaves nothing to train: the fork begins at step 6" in outcome
+
+
+# ------------------------------------------------------------------------- from an earlier step
+
+
+def states_of(*folders, step):
+    return [read_model_state(each / "checkpoints" / f"step_{step:08d}") for each in folders]
+
+
+def test_a_fork_from_an_earlier_step_equals_a_run_that_has_only_this_checkpoint(
+    toy_data, parent, tmp_path
+):
+    before = contents(parent)
+    changes = {"optimizer": {"learning_rate": 5e-4}}  # the six steps are enough
+    fork = small_config(toy_data, parent, **changes, run={"fork": {"step": 4}})
+    plain = small_config(toy_data, tmp_path / "plain", **changes)
+    (tmp_path / "plain" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(
+        parent / "checkpoints" / "step_00000004",
+        tmp_path / "plain" / "checkpoints" / "step_00000004",
+    )
+    stopping = fork.model_copy(update={"run": fork.run.model_copy(update={"stop_after_step": 5})})
+    assert run_in_processes(1, train_each, stopping, fork, plain) == [[None] * 3]
+    assert contents(parent) == before
+    folder = config_of_fork(fork).run.folder
+    assert [(each.from_step, each.to_step) for each in read_attempts(folder)] == [(4, 5), (5, 6)]
+    assert json.loads((folder / "parent.json").read_text())["step"] == 4
+    forked, expected = states_of(folder, plain.run.folder, step=6)
+    assert all(torch.equal(forked[name], expected[name]) for name in expected)
+    own = read_config(PretrainConfig, folder / "config.yaml")
+    assert (own.run.start, own.run.parent) == (Fork(step=4), parent)
+
+
+def test_a_step_without_a_valid_checkpoint_is_refused_with_those_that_exist(
+    toy_data, parent, tmp_path
+):
+    damaged = shutil.copytree(parent, tmp_path / "run")
+    flipped = damaged / "checkpoints" / "step_00000004" / "checkpoint.json"
+    flipped.write_bytes(flipped.read_bytes().replace(b'"step": 4', b'"step": 5'))
+    of_model = next((damaged / "checkpoints" / "step_00000006").glob("model-*"))
+    of_model.write_bytes(bytes(of_model.stat().st_size))
+    cases = {
+        3: "step, found none; use one of the steps 2, 4, 6",
+        0: "step, found none; use one of the steps 2, 4, 6",
+        4: "step, found a damaged one; use one of the steps 2, 6",
+        6: "step, found a damaged one; use one of the steps 2, 4",  # found when it is read
+    }
+    configs = [
+        small_config(
+            toy_data, damaged, schedule={"num_steps": 9}, run={"fork": {"step": step}}, seed=5
+        )
+        for step in cases
+    ]
+    same = small_config(toy_data, parent, run={"fork": {"step": 2}})
+    [[*outcomes, of_same]] = run_in_processes(1, train_each, *configs, same)
+    assert "holds this same run" in of_same
+    for (step, expected), outcome in zip(cases.items(), outcomes, strict=True):
+        assert f"run.fork.step={step}: expected a valid checkpoint of {damaged}" in str(outcome)
+        assert expected in str(outcome)
+    for config in configs[:3]:
+        assert not config_of_fork(config).run.folder.exists()
+        with pytest.raises(InputError, match=r"run\.fork\.step=\d: expected a valid checkpoint"):
+            check_start(config_of_fork(config))  # as the dry run does
+    ended = small_config(toy_data, parent, seed=5, run={"fork": {"step": 6}})
+    with pytest.raises(InputError, match=r"leaves nothing.*run\.fork\.schedule=restart"):
+        check_start(config_of_fork(ended))
+
+
+def test_each_way_to_start_has_a_folder_of_its_own_and_the_default_is_that_of_true(tmp_path):
+    starts = [True, {"step": 3}, {"step": 4}, {"schedule": "restart"}]
+    starts += [{"step": 3, "schedule": "restart"}]
+    configs = [small_config(tmp_path, tmp_path / "run", run={"fork": start}) for start in starts]
+    folders = [config_of_fork(each).run.folder.name for each in configs]
+    assert len(set(folders)) == len(starts)
+    for start in ({}, {"step": None}, {"schedule": "continue"}):
+        config = config_of_fork(small_config(tmp_path, tmp_path / "run", run={"fork": start}))
+        assert (config.run.folder.name, config.run.fork) == (folders[0], False)
+    for config in map(config_of_fork, configs):
+        assert config_of_fork(config) == config  # a fork's own config is that of a run
+        assert PretrainConfig.model_validate(config.model_dump()) == config
+
+
+def test_an_existing_fork_is_not_resumed_as_one_from_another_step(parent, tmp_path):
+    def config(**start):
+        run = {"parent": parent, "fork": start}
+        return small_config(tmp_path, tmp_path / "fork", seed=5, run=run)
+
+    check_start(config(step=4))
+    (tmp_path / "fork").mkdir()
+    (tmp_path / "fork" / "config.yaml").write_text(to_yaml(config(step=4)))
+    check_start(config(step=4))
+    for other in ({}, {"step": 2}, {"step": 4, "schedule": "restart"}):
+        with pytest.raises(
+            InputError, match=r"created with run\.fork\.step=4 and .*continue, found"
+        ):
+            check_start(config(**other))
+
+
+def test_the_first_step_of_a_fork_is_zero_if_its_schedule_was_restarted():
+    parent = {"folder": "p", "checkpoint": "c", "step": 4, "model_sha256": "", "marks": []}
+    parent["differs_in"] = {}
+    content = json.dumps(parent).encode()  # of an earlier version
+    assert first_step_of_fork(parse_parent(content)) == 4
+    for schedule, expected in (("continue", 4), ("restart", 0)):
+        content = to_sealed_json(parent | {"schedule": schedule}, indent=2)
+        assert first_step_of_fork(parse_parent(content)) == expected
+
+
+# ---------------------------------------------------------------------- with the schedule restarted
+
+
+def train_restarted(forks, checkpoint, plain):
+    """Trains forks, and then a new run, if any, with the weights of a checkpoint."""
+    from pretrain import train as train_module
+
+    outcomes = train_each(*forks)
+    assert outcomes == [None] * len(forks), outcomes
+    if plain is None:
+        return
+    build = train_module.build_training_model
+
+    def build_with_weights(*arguments):
+        model = build(*arguments)
+        model.load_state_dict(read_model_state(checkpoint))
+        return model
+
+    train_module.build_training_model = build_with_weights
+    try:
+        train(plain)
+    finally:
+        train_module.build_training_model = build
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"),
+    [("ddp", 1), pytest.param("zero3", 2, marks=pytest.mark.slow)],
+)
+def test_a_restarted_schedule_equals_a_new_run_with_the_parents_weights(
+    toy_data, parent, tmp_path, strategy, num_processes
+):
+    engine = {"strategy": strategy}
+    folder = tmp_path / "fork"
+    run = {"parent": parent, "fork": {"step": 4, "schedule": "restart"}}
+    fork = small_config(toy_data, folder, run=run, engine=engine)  # no other difference
+    stopping = fork.run.model_copy(update={"stop_after_step": 3})
+    plain = small_config(toy_data, tmp_path / "plain", engine=engine)
+    stopped = fork.model_copy(update={"run": stopping})
+    checkpoint = parent / "checkpoints" / "step_00000004"
+    jobs = [([stopped, fork], plain)]
+    if strategy != "ddp":  # DeepSpeed runs once in a process
+        jobs = [([stopped], None), ([fork], None), ([], plain)]
+    for forks, new in jobs:
+        run_in_processes(num_processes, train_restarted, forks, checkpoint, new)
+    assert [(a.from_step, a.to_step) for a in read_attempts(folder)] == [(0, 3), (3, 6)]
+    # The first state is saved: from then on the fork does not need its parent.
+    assert (folder / "checkpoints" / "step_00000000").exists()
+    shown = ("step", "learning_rate", "loss", "sample_digest")
+    rows, expected_rows = (
+        [[row.get(key) for key in shown] for row in steps_of(each)]
+        for each in (folder, plain.run.folder)
+    )
+    assert rows == expected_rows
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 5, 6]
+    forked, expected = states_of(folder, plain.run.folder, step=6)
+    assert all(torch.equal(forked[name], expected[name]) for name in expected)
+    told = json.loads((folder / "parent.json").read_text())
+    assert (told["step"], told["schedule"], told["differs_in"]) == (4, "restart", {})
+    state = read_record(folder / "checkpoints" / "step_00000006").state
+    assert (state.step, state.num_updates, state.skipped_steps) == (6, 6, ())
