@@ -9,7 +9,8 @@ Checks of each shard:
 3. offset and CRC32 of every member, as recorded in the index
 4. one row of the Parquet file for each sample
 
-With repair=true, everything that can be rebuilt is rebuilt first.
+With repair=true, everything that can be rebuilt is rebuilt first. With --dry-run, the repairs are
+only printed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from data_prep.verify.dataset_check import (
     expects_parquet,
     read_origin,
 )
-from data_prep.verify.dataset_repair import repair_dataset
+from data_prep.verify.dataset_repair import print_repairs, repair_dataset
 from data_prep.verify.shard_check import Finding, ShardCheck, verify_shard
 from data_prep.workers import run_tasks
 
@@ -129,8 +130,9 @@ def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
         advice.append(f"all samples are in their tars; rebuild the rest: {VERIFY} with repair=true")
     if "extra shard" in kinds:
         advice.append(
-            "shards that manifest.jsonl does not list: delete their files, or add those that have "
-            f"an index to the dataset: {VERIFY} with repair=true"
+            "shards that manifest.jsonl does not list: move their files out of the folder; or let "
+            f"a repair find their places, or add those that have an index: {VERIFY} with "
+            "repair=true"
         )
     if "media" in kinds:
         advice.append(
@@ -144,15 +146,17 @@ def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
 
 
 def print_plan(config: VerifyShards) -> None:
-    """Prints the size of the dataset.
+    """Prints the size of the dataset, or with repair=true the plan of the repair.
 
     Raises:
-        InputError: if there is no dataset.
+        InputError: if there is no dataset, or a repair would leave manual work.
     """
+    if config.repair:
+        print_repairs(config.dataset, workers=config.workers)
+        return
     info, manifest = read_dataset_files(config.dataset)
-    verb = "repair and verify" if config.repair else "verify"
     say(
-        f"would {verb} {len(manifest)} shards with {info.num_samples:,} samples, "
+        f"would verify {len(manifest)} shards with {info.num_samples:,} samples, "
         f"{info.tar_bytes / 1e6:,.1f} MB"
     )
 

@@ -185,10 +185,12 @@ def finish_dataset(
     preparation: dict[str, Any],
     num_pairs: int | None = None,
     tar_folder: str = ".",
+    isopair_version: str | None = None,
 ) -> DatasetInfo:
     """Writes manifest.jsonl and dataset.json for finished shards.
 
-    Shards without samples stay on disk, but the manifest does not list them.
+    Shards without samples stay on disk, but the manifest does not list them. A repair passes the
+    version that made the dataset; None is the version that runs.
     """
     manifest: list[ManifestRow] = []
     fields: set[str] = set()
@@ -212,7 +214,9 @@ def finish_dataset(
         marked=dict(sorted(marked.items())),
         preparation=preparation,
         num_pairs=num_pairs,
-        isopair_version=package_version("isopair") or "",
+        isopair_version=(
+            package_version("isopair") or "" if isopair_version is None else isopair_version
+        ),
         tar_folder=tar_folder,
     )
     write_dataset_files(folder, info, manifest=manifest)

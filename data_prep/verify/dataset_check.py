@@ -19,6 +19,7 @@ from data_prep.shards.manifest import (
     inspect_info,
     parse_info,
 )
+from data_prep.verify.damaged_files import is_set_aside
 from data_prep.verify.shard_check import Finding
 
 PLAN_PATHS = (PLAN_FILE, f"plan/{PLAN_FILE}")  # written by index_shards and make_shards
@@ -75,8 +76,15 @@ def expects_parquet(folder: Path, origin: DatasetOrigin, names: Iterable[str]) -
 
 
 def shard_names_on_disk(folder: Path, pattern: str) -> set[str]:
-    """Finds the names of shards by a file pattern (*.tar, *.idx), including subfolders."""
-    found = (path.relative_to(folder) for path in folder.rglob(pattern) if path.name[0] != ".")
+    """Finds the names of shards by a file pattern (*.tar, *.idx), including subfolders.
+
+    Files that a repair keeps in `damaged/` are left out.
+    """
+    found = (
+        path.relative_to(folder)
+        for path in folder.rglob(pattern)
+        if path.name[0] != "." and not is_set_aside(path, folder)
+    )
     return {path.with_suffix("").as_posix() for path in found}
 
 
@@ -89,7 +97,13 @@ def check_dataset(
     folder: Path, info: DatasetInfo, manifest: Sequence[ManifestRow], *, origin: DatasetOrigin
 ) -> list[Finding]:
     """Finds errors in dataset.json and manifest.jsonl, and shards that they do not list."""
-    findings = [*_check_seal(folder), *_check_totals(folder, info, manifest, origin=origin)]
+    seal_problem = _seal_problem(folder)
+    findings = list(
+        _check_totals(folder, info, manifest, origin=origin, is_sealed=not seal_problem)
+    )
+    if seal_problem:
+        text = f"{folder / 'dataset.json'}: edited or damaged: {seal_problem}"
+        findings.append(Finding(text, "totals"))
     findings += _check_extra(folder, {row.name for row in manifest}, origin=origin)
     if not origin.is_foreign:
         findings += [
@@ -99,11 +113,9 @@ def check_dataset(
     return findings
 
 
-def _check_seal(folder: Path) -> Iterator[Finding]:
+def _seal_problem(folder: Path) -> str | None:
     path = folder / "dataset.json"
-    _, problem = inspect_info(path.read_bytes(), path)
-    if problem is not None:
-        yield Finding(f"{path}: edited or damaged: {problem}", "totals")
+    return inspect_info(path.read_bytes(), path)[1]
 
 
 def copies_among(manifest: Iterable[ManifestRow]) -> dict[str, str]:
@@ -117,7 +129,12 @@ def copies_among(manifest: Iterable[ManifestRow]) -> dict[str, str]:
 
 
 def _check_totals(
-    folder: Path, info: DatasetInfo, manifest: Sequence[ManifestRow], *, origin: DatasetOrigin
+    folder: Path,
+    info: DatasetInfo,
+    manifest: Sequence[ManifestRow],
+    *,
+    origin: DatasetOrigin,
+    is_sealed: bool,
 ) -> Iterator[Finding]:
     expected: dict[str, tuple[Any, str]] = {
         "num_shards": (len(manifest), "manifest.jsonl"),
@@ -131,7 +148,10 @@ def _check_totals(
         expected[name] = value, "the indexes"
     if "media" in origin.config:
         expected["media"] = origin.config["media"], "its preparation"
-    if origin.planned is not None:
+    if origin.planned is not None and is_sealed and origin.planned != info.preparation:
+        text = f"{folder}: the plan ({PLAN_FILE}) differs from the preparation in dataset.json"
+        yield Finding(text, "totals")
+    elif origin.planned is not None:
         expected["preparation"] = origin.planned, PLAN_FILE
     for name, (value, where) in expected.items():
         if getattr(info, name) != value:

@@ -1,41 +1,45 @@
-"""Repair of a dataset: first each shard separately, then manifest.jsonl and dataset.json."""
+"""Repair of a dataset, so that no sample is lost that stands anywhere in it.
+
+1. metadata   manifest.jsonl and dataset.json are read; flipped bits are undone
+2. plan       checksums say which file is which; misplaced files move to their places
+3. shards     each shard is repaired from its own files (data_prep.verify.shard_repair)
+4. closing    manifest.jsonl and dataset.json are written again if they differ from the shards
+
+A replaced file whose content was not restored exactly is kept in the folder `damaged/`.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep.command import say
 from data_prep.errors import InputError
-from data_prep.shards.columns import KeptType
 from data_prep.shards.folder import finish_dataset, lock_folder
-from data_prep.shards.manifest import (
-    DatasetInfo,
-    ManifestRow,
-    manifest_row,
-    parse_info,
-    parse_manifest,
-    read_dataset_files,
-)
-from data_prep.shards.parquet import kept_types_of, read_shard_parquet
-from data_prep.shards.sample import media_kind_of
-from data_prep.shards.tar_index import IndexTask
-from data_prep.storage.atomic import sha256_of
+from data_prep.shards.manifest import manifest_row, read_dataset_files
+from data_prep.storage.atomic import write_atomically
+from data_prep.verify.damaged_files import DAMAGED_FOLDER
 from data_prep.verify.dataset_check import (
+    PLAN_PATHS,
     DatasetOrigin,
     check_dataset,
-    expects_parquet,
     read_origin,
-    shard_names_on_disk,
-    sort_shards,
-    totals_of_indexes,
 )
-from data_prep.verify.shard_repair import RepairReport, RepairTask, read_index, repair_shard
+from data_prep.verify.metadata_repair import SavedMetadata, read_metadata
+from data_prep.verify.repair_plan import RepairPlan, apply_plan, make_plan
+from data_prep.verify.repair_task import RepairReport, read_index
+from data_prep.verify.shard_repair import repair_shard
+from data_prep.verify.surviving_shards import (
+    media_kind,
+    origin_of,
+    repair_tasks,
+    shard_names,
+    tar_folder_of,
+)
 from data_prep.workers import run_tasks
-
-log = logging.getLogger(__name__)
 
 
 def repair_dataset(folder: Path, *, workers: int) -> None:
@@ -44,10 +48,9 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
     Raises:
         InputError: if manual work remains; everything else has then been repaired.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a dataset folder (dataset), found none")
+    _check_is_folder(folder)
     with lock_folder(folder):
-        report = _repair(folder, workers=workers)
+        report = _repair(folder, tar_base=folder, workers=workers)
     for line in report.done or ["nothing: all files are consistent"] * (not report.refused):
         say(f"repaired: {line}")
     alternative = ""
@@ -63,41 +66,137 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
         say(alternative)
 
 
-def _repair(folder: Path, *, workers: int) -> RepairReport:
-    origin, info = read_origin(folder), _read_info(folder)
-    rows = _read_rows(folder)
-    report = RepairReport()
-    names = _shard_names(folder, origin, rows, report)
+def print_repairs(folder: Path, *, workers: int) -> None:
+    """Prints what `repair_dataset` would do, without changing anything.
+
+    The repair runs in a temporary folder (TMPDIR) of links to the files; rewritten shards take
+    space there.
+
+    Raises:
+        InputError: if manual work would remain.
+    """
+    _check_is_folder(folder)
+    with tempfile.TemporaryDirectory(prefix="isopair-") as temporary:
+        copy = Path(temporary) / folder.name
+        for path in sorted(folder.rglob("*")):
+            target = copy / path.relative_to(folder)
+            if path.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(path.absolute())
+        copy.mkdir(exist_ok=True)
+        report = _repair(copy, tar_base=folder, workers=workers)
+        done, refused = (
+            [line.replace(str(copy), str(folder)) for line in lines]
+            for lines in (report.done, report.refused)
+        )
+    for line in done or ["nothing: all files are consistent"] * (not refused):
+        say(f"would repair: {line}")
+    if refused:
+        lines = "\n".join(f"  {line}" for line in refused)
+        raise InputError(f"{folder}: would not be repaired completely:\n{lines}")
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a dataset folder (dataset), found none")
+
+
+def _repair(folder: Path, *, tar_base: Path, workers: int) -> RepairReport:
+    """Repairs a dataset.
+
+    Args:
+        folder: folder to read and write.
+        tar_base: folder that the tar folder of dataset.json is relative to.
+        workers: number of processes.
+    """
+    saved = read_metadata(folder)
+    origin = origin_of(folder, saved)
+    report = RepairReport(done=list(saved.notes))
+    plan = make_plan(
+        folder,
+        saved.rows,
+        unsealed=saved.unsealed,
+        is_foreign=origin.is_foreign,
+        workers=workers,
+    )
+    apply_plan(plan, folder=folder)
+    report.done += _describe_plan(plan)
+    rows = plan.rows
+    tar_folder = tar_base / tar_folder_of(folder, origin) if origin.is_foreign else folder
+    names = shard_names(folder, origin, rows, report, tar_folder=tar_folder)
     if not names:
         report.refused.append(f"{folder}: contains no shard")
         return report
-    media = _media_kind(folder, origin, info, names)
-    tar_folder = _tar_folder(folder, origin)
-    tasks = _tasks(
-        folder, names, rows=rows, info=info, origin=origin, media=media, tar_folder=tar_folder
+    media = media_kind(folder, origin, saved.info, names)
+    tasks = repair_tasks(
+        folder, names, rows=rows, info=saved.info, origin=origin, media=media, tar_folder=tar_folder
     )
     for found in run_tasks(repair_shard, tasks, workers=workers):
         report.done += found.done
         report.refused += found.refused
+        report.has_stranger |= found.has_stranger
     report.done.sort()
     report.refused.sort()
-    if not _is_closed(folder, names) and all(read_index(folder / f"{name}.idx") for name in names):
-        old = info.fingerprint if info else None
-        new = finish_dataset(
-            folder,
-            names,
-            media=media,
-            preparation=origin.preparation,
-            num_pairs=info.num_pairs if info else None,
-            tar_folder=tar_folder,
-        )
-        report.done.append(f"{folder}: rebuilt manifest.jsonl and dataset.json")
-        if old not in (None, new.fingerprint):
-            report.done.append(
-                f"{folder}: contains different samples than before ({new.num_samples:,}): existing "
-                "subsets, embeddings and runs no longer match it"
-            )
+    if not report.has_stranger:
+        _close(folder, names, saved, origin, media=media, report=report)
     return report
+
+
+def _describe_plan(plan: RepairPlan) -> list[str]:
+    return [
+        *(
+            f"manifest.jsonl: shard {new}: was recorded as {old}"
+            for old, new in sorted(plan.renamed_rows.items())
+        ),
+        *(f"{move.target}: moved here from {move.source}" for move in plan.moves),
+        *(f"{path}: is no recorded file: kept in {DAMAGED_FOLDER}/" for path in plan.displaced),
+    ]
+
+
+# ------------------------------------------------------------------------------------- closing
+
+
+def _close(
+    folder: Path,
+    names: Sequence[str],
+    saved: SavedMetadata,
+    origin: DatasetOrigin,
+    *,
+    media: str,
+    report: RepairReport,
+) -> None:
+    """Writes manifest.jsonl and dataset.json again if they do not describe the shards."""
+    if saved.is_info_sealed:
+        _restore_plan(folder, origin.preparation, report)
+    if not all(read_index(folder / f"{name}.idx") for name in names) or _is_closed(folder, names):
+        return
+    info = saved.info
+    new = finish_dataset(
+        folder,
+        names,
+        media=media,
+        preparation=origin.preparation,
+        num_pairs=info.num_pairs if info else _planned_pairs(folder),
+        tar_folder=origin.tar_folder or ".",
+        isopair_version=info.isopair_version if info else None,
+    )
+    report.done.append(f"{folder}: rebuilt manifest.jsonl and dataset.json")
+    if info is None and not origin.preparation:
+        report.done.append(
+            f"{folder}: dataset.json was unreadable, and there is no plan: lost are the "
+            "preparation and the number of pairs"
+        )
+    if info is not None and saved.seal_problem is not None:
+        report.done.append(
+            f"{folder}: dataset.json was edited or damaged: kept as found are num_pairs "
+            f"{info.num_pairs}, isopair_version {info.isopair_version}, tar_folder "
+            f"{info.tar_folder}" + (", preparation" if origin.planned is None else "")
+        )
+    if info is not None and info.fingerprint != new.fingerprint:
+        report.done.append(
+            f"{folder}: contains different samples than before ({new.num_samples:,}): existing "
+            "subsets, embeddings and runs no longer match it"
+        )
 
 
 def _is_closed(folder: Path, names: Sequence[str]) -> bool:
@@ -112,178 +211,24 @@ def _is_closed(folder: Path, names: Sequence[str]) -> bool:
     return is_as_indexed and all(finding.kind != "totals" for finding in findings)
 
 
-# ------------------------------------------------------------------------- remaining metadata
-
-
-def _read_info(folder: Path) -> DatasetInfo | None:
-    path = folder / "dataset.json"
+def _planned_pairs(folder: Path) -> int | None:
+    """Returns the number of pairs in the plan of make_shards; None if unknown."""
     try:
-        return parse_info(path.read_bytes(), path)
-    except (OSError, InputError):
+        found = json.loads((folder / PLAN_PATHS[1]).read_bytes())["items"]["num_pairs"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return found if isinstance(found, int) else None
 
 
-def _read_rows(folder: Path) -> dict[str, ManifestRow]:
-    """Reads the manifest rows by name; damaged lines are skipped."""
-    path = folder / "manifest.jsonl"
-    rows: dict[str, ManifestRow] = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+def _restore_plan(folder: Path, preparation: dict[str, Any], report: RepairReport) -> None:
+    """Writes the record of dataset.json, whose seal is valid, into a plan that differs."""
+    for path in (folder / name for name in PLAN_PATHS):
         try:
-            found = parse_manifest(line, path)
-        except InputError as error:
-            log.warning("%s", error)
+            plan = json.loads(path.read_bytes())
+            is_equal = plan["made_from"] == preparation
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        rows |= {row.name: row for row in found}
-    return rows
-
-
-def _shard_names(
-    folder: Path, origin: DatasetOrigin, rows: Mapping[str, ManifestRow], report: RepairReport
-) -> list[str]:
-    """Returns the shards of the repaired dataset."""
-    indexed = shard_names_on_disk(folder, "*.idx")
-    tar_folder = folder / _tar_folder(folder, origin)
-    listed = {name for name in rows if (tar_folder / f"{name}.tar").is_file()}
-    for name in sort_shards(rows.keys() - indexed - listed):
-        report.done.append(
-            f"{folder / name}: tar and index are missing; removed its "
-            f"{rows[name].num_samples} samples from the dataset"
-        )
-    if rows:
-        indexed -= _copies(folder, indexed - rows.keys(), rows, report)
-    unlisted = set()
-    if not origin.is_foreign:
-        unlisted = shard_names_on_disk(folder, "*.tar") - shard_names_on_disk(folder, "*.idx")
-        unlisted -= listed
-    if rows and unlisted:
-        report.refused += [
-            f"{folder / name}.tar: neither listed nor indexed: delete it if it does not belong to "
-            "this dataset; otherwise, delete manifest.jsonl and repair again"
-            for name in sort_shards(unlisted)
-        ]
-        unlisted = set()
-    return sort_shards(indexed | listed | unlisted)
-
-
-def _copies(
-    folder: Path, unlisted: set[str], rows: Mapping[str, ManifestRow], report: RepairReport
-) -> set[str]:
-    """Returns the unlisted shards that are copies of listed ones."""
-    names = {row.tar_sha256: row.name for row in rows.values()}
-    copies = set()
-    for name in sort_shards(unlisted):
-        index = read_index(folder / f"{name}.idx")
-        if index is not None and index.tar_sha256 in names:
-            copies.add(name)
-            original = names[index.tar_sha256]
-            report.refused.append(
-                f"{folder / name}: duplicate of shard {original}: delete its files"
-            )
-        elif index is None or index.num_samples:
-            report.done.append(f"{folder / name}: added to manifest.jsonl")
-    return copies
-
-
-def _media_kind(
-    folder: Path, origin: DatasetOrigin, info: DatasetInfo | None, names: Sequence[str]
-) -> str:
-    if "media" in origin.config:
-        return origin.config["media"]
-    if info is not None:
-        return info.media
-    for name in names:
-        index = read_index(folder / f"{name}.idx")
-        kinds = {media_kind_of(extension) for extension in index.fields} if index else set()
-        kinds.discard(None)
-        if len(kinds) == 1:
-            return kinds.pop()
-    raise InputError(
-        f"{folder}: expected the kind of media (image or audio) in dataset.json, the plan or an "
-        "index, found none; restore dataset.json"
-    )
-
-
-def _tar_folder(folder: Path, origin: DatasetOrigin) -> str:
-    if origin.tar_folder is not None:
-        return origin.tar_folder
-    if origin.command == "index_shards":
-        raise InputError(
-            f"{folder / 'dataset.json'}: unreadable, so that the tar folder is unknown; run "
-            "python -m data_prep.index_shards again with the same config: it keeps the indexes"
-        )
-    return "."
-
-
-def _tasks(
-    folder: Path,
-    names: Sequence[str],
-    *,
-    rows: Mapping[str, ManifestRow],
-    info: DatasetInfo | None,
-    origin: DatasetOrigin,
-    media: str,
-    tar_folder: str,
-) -> list[RepairTask]:
-    has_parquet = expects_parquet(folder, origin, names)
-    kept = _kept_types(folder, names, media) if has_parquet else {}
-    counts = _missing_counts(folder, names, rows=rows, info=info)
-    return [
-        RepairTask(
-            folder=folder,
-            tar_folder=folder / tar_folder,
-            name=name,
-            row=rows.get(name),
-            media_kind=media,
-            has_parquet=has_parquet,
-            kept=kept,
-            foreign=IndexTask(
-                tar_path=folder / tar_folder / f"{name}.tar",
-                index_path=folder / f"{name}.idx",
-                name=name,
-                media_kind=media,
-                skip_incomplete=origin.config.get("skip_incomplete", False),
-                measure=has_parquet,
-                kept=kept,
-            )
-            if origin.is_foreign
-            else None,
-            counts=counts,
-        )
-        for name in names
-    ]
-
-
-def _kept_types(folder: Path, names: Sequence[str], media: str) -> dict[str, KeptType]:
-    """Returns the types of kept columns, from the first readable Parquet file."""
-    for name in names:
-        try:
-            table = read_shard_parquet(folder / f"{name}.parquet")
-        except InputError:
-            continue
-        return kept_types_of(table.schema, media)
-    return {}
-
-
-def _missing_counts(
-    folder: Path, names: Sequence[str], *, rows: Mapping[str, ManifestRow], info: DatasetInfo | None
-) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Computes `rejected` and `marked` of a lost index: the totals minus all other indexes.
-
-    Returns None unless exactly one index is lost.
-    """
-    intact = [name for name in names if _is_as_recorded(folder / f"{name}.idx", rows.get(name))]
-    if info is None or len(names) - len(intact) != 1:
-        return None
-    others = totals_of_indexes(folder, intact, listed=set(intact)) or {}
-    rejected, marked = (
-        dict(Counter(getattr(info, counts)) - Counter(others[counts]))
-        for counts in ("rejected", "marked")
-    )
-    return rejected, marked
-
-
-def _is_as_recorded(path: Path, row: ManifestRow | None) -> bool:
-    """Returns True if an index is valid and matches its manifest row, if there is one."""
-    if row is None:
-        return read_index(path) is not None
-    return path.is_file() and sha256_of(path) == row.index_sha256
+        if not is_equal and preparation:
+            content = json.dumps(plan | {"made_from": preparation}, indent=2).encode() + b"\n"
+            write_atomically(path, content)
+            report.done.append(f"{path}: restored the settings from dataset.json")

@@ -67,6 +67,7 @@ class IndexedSample:
     num_members: int
     members: dict[str, bytes] = field(default_factory=dict)  # members with a matching CRC32
     problems: list[str] = field(default_factory=list)
+    shifts: dict[str, int] = field(default_factory=dict)  # of members that damage has moved
 
     @property
     def has_all_bytes(self) -> bool:
@@ -75,7 +76,7 @@ class IndexedSample:
 
 
 def read_indexed(
-    tar: BinaryIO, index: ShardIndex, position: int, *, content: TarContent
+    tar: BinaryIO, index: ShardIndex, position: int, *, content: TarContent, shift: int = 0
 ) -> IndexedSample:
     """Reads a sample of a tar by its index, and records all problems.
 
@@ -84,18 +85,24 @@ def read_indexed(
         index: index of the tar before it was damaged.
         position: row of the sample in the index.
         content: result of `walk_tar`, which includes names that are too long for a ustar header.
+        shift: number of bytes by which damage has moved the members behind it.
     """
     entries = index.entries_at(position)
     headers: dict[str, Member | None] = {}
     payloads: dict[str, bytes] = {}
-    for extension, (block, num_bytes, _) in entries.items():
-        tar.seek(max(block - 1, 0) * BLOCK_BYTES)
-        both = tar.read(BLOCK_BYTES + num_bytes)
+    shifts: dict[str, int] = {}
+    for extension, (block, num_bytes, crc32) in entries.items():
+        start = max(block - 1, 0) * BLOCK_BYTES
+        both = _read_at(tar, start, num_bytes)
+        if shift and zlib.crc32(both[BLOCK_BYTES:]) != crc32:
+            moved = _read_at(tar, max(start + shift, 0), num_bytes)
+            if zlib.crc32(moved[BLOCK_BYTES:]) == crc32:
+                both, shifts[extension] = moved, shift
         found = content.members.get(block) or member_at(both[:BLOCK_BYTES], data_block=block)
         headers[extension], payloads[extension] = found, both[BLOCK_BYTES:]
     keys = [header.key for header in headers.values() if header is not None]
     key = index.long_keys.get(position) or next(iter(keys), None)
-    sample = IndexedSample(key, num_members=len(entries))
+    sample = IndexedSample(key, num_members=len(entries), shifts=shifts)
     for extension, (block, num_bytes, crc32) in entries.items():
         header, payload = headers[extension], payloads[extension]
         if header is None or (header.key, header.extension) != (key, extension):
@@ -108,6 +115,12 @@ def read_indexed(
         if len(payload) == num_bytes and zlib.crc32(payload) == crc32:
             sample.members[extension] = payload
     return sample
+
+
+def _read_at(tar: BinaryIO, start: int, num_bytes: int) -> bytes:
+    """Reads the header and the content of a member."""
+    tar.seek(start)
+    return tar.read(BLOCK_BYTES + num_bytes)
 
 
 def media_sizes(index: ShardIndex, media_kind: str) -> list[int]:

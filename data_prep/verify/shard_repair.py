@@ -1,115 +1,90 @@
 """Repair of a shard from its own files.
 
-1. A damaged or unordered tar is rewritten with the samples that can be recovered.
-2. An index that does not match the tar is rebuilt from it.
-3. Rows of lost samples are removed from the Parquet file, and missing rows are measured again.
+1. A damaged Parquet file is restored byte for byte, if possible.
+2. A damaged or unordered tar is rewritten with the samples that can be recovered.
+3. An index that does not match the tar is rebuilt from it.
+4. Rows of lost samples are removed from the Parquet file, and missing rows are measured again.
 
 Files are replaced atomically, in the order tar, index, Parquet file, so that an interrupted repair
-can be repeated. Foreign tars, which were not written by make_shards, are never changed.
+can be repeated. A file whose content was not restored exactly is kept in `damaged/`. Foreign tars,
+which were not written by make_shards, are never changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import InputError
-from data_prep.shards.columns import KeptType, own_columns
+from data_prep.shards.columns import own_columns
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import (
     ManifestRow,
-    manifest_row,
 )
 from data_prep.shards.parquet import (
     RepairedRows,
+    check_parquet_sum,
+    parquet_bytes,
     read_shard_parquet,
     write_shard_parquet,
 )
-from data_prep.shards.tar_index import IndexTask, TarTable, index_tar, read_tar_samples
+from data_prep.shards.tar_index import TarTable, index_tar, read_tar_samples
 from data_prep.shards.writer import ShardWriter
 from data_prep.storage.atomic import (
     sha256_of,
     write_atomically,
 )
+from data_prep.verify.bit_flips import MAX_BYTES, undo_flip_by_sum
+from data_prep.verify.damaged_files import remove_if_empty, set_aside
 from data_prep.verify.indexed_tar import walk_tar
+from data_prep.verify.repair_task import (
+    DAMAGED,
+    RepairReport,
+    RepairTask,
+    describe_new_samples,
+    describe_stranger,
+    is_of_another_dataset,
+    named_keys,
+    read_index,
+    recorded_keys,
+    row_on_disk,
+)
 from data_prep.verify.shard_check import Finding, ShardCheck, verify_shard
 from data_prep.verify.shard_salvage import SavedSamples, save_by_headers, save_by_index
 
 if TYPE_CHECKING:
     import pyarrow
 
-KEYS_NAMED = 5
-DAMAGED = "damaged"  # reason under which an index counts lost samples
-
-
-@dataclass(frozen=True)
-class RepairTask:
-    """A worker's task: the shard to repair."""
-
-    folder: Path
-    tar_folder: Path
-    name: str
-    row: ManifestRow | None  # None: not listed by manifest.jsonl, or unreadable
-    media_kind: str
-    has_parquet: bool
-    kept: Mapping[str, KeptType]
-    foreign: IndexTask | None  # task that indexes a foreign tar again; None: not foreign
-    # (rejected, marked), if they can be computed from dataset.json and the other shards
-    counts: tuple[dict[str, int], dict[str, int]] | None
-
-    @property
-    def tar_path(self) -> Path:
-        """The path of the tar."""
-        return self.tar_folder / f"{self.name}.tar"
-
-    @property
-    def index_path(self) -> Path:
-        """The path of the index."""
-        return self.folder / f"{self.name}.idx"
-
-    @property
-    def parquet_path(self) -> Path:
-        """The path of the Parquet file."""
-        return self.folder / f"{self.name}.parquet"
-
-
-@dataclass
-class RepairReport:
-    """The result of a repair, as lines for the user."""
-
-    done: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # problems that require manual work
-
 
 def repair_shard(task: RepairTask) -> RepairReport:
     """Makes the files of a shard consistent, and reports repairs and lost samples."""
     report = RepairReport()
     if not task.tar_path.is_file():
+        keys = [] if task.row is None else recorded_keys(task.parquet_path, task.row)
         report.refused.append(
             f"{task.tar_path}: missing: restore or recreate it; to continue without its samples, "
-            f"delete {task.index_path.name} and repair again"
+            f"delete {task.index_path.name} and repair again{named_keys(keys)}"
         )
         return report
+    _restore_parquet(task, report)
     index = read_index(task.index_path)
-    kinds = {finding.kind for finding in _findings(task, index)}
-    if "tar" in kinds:
-        if task.foreign is not None:
-            report.refused.append(
-                f"{task.tar_path}: damaged, but not written by make_shards and therefore never "
-                "rewritten: restore it, or delete its .idx and index the dataset again with "
-                "python -m data_prep.index_shards"
-            )
-        else:
-            _rewrite(task, index, report)
+    if index is not None and task.foreign is None and is_of_another_dataset(task, index):
+        report.refused.append(describe_stranger(task, index))
+        report.has_stranger = True
         return report
-    if task.foreign is not None and kinds & {"index", "parquet"}:
-        problems = index_tar(task.foreign)
-        report.refused += problems
-        report.done += [] if problems else [f"{task.index_path}: rebuilt from the tar"]
+    on_disk = row_on_disk(task, index)
+    if None not in (task.row, on_disk) and on_disk.tar_sha256 != task.row.tar_sha256:
+        report.done.append(describe_new_samples(task, on_disk))
+    task = replace(task, row=on_disk)
+    kinds = {finding.kind for finding in _findings(task, index)}
+    if task.foreign is not None:
+        _repair_foreign(task, kinds, report)
+        return report
+    if "tar" in kinds:
+        _rewrite(task, index, report)
         return report
     if "index" in kinds:
         _rebuild_index(task, index, report)
@@ -119,21 +94,25 @@ def repair_shard(task: RepairTask) -> RepairReport:
     return report
 
 
-def read_index(path: Path) -> ShardIndex | None:
-    """Returns the index, or None if it is missing or damaged."""
-    try:
-        return ShardIndex.read(path)
-    except InputError:
-        return None
+def _repair_foreign(task: RepairTask, kinds: set[str], report: RepairReport) -> None:
+    """Indexes a tar again that make_shards did not write."""
+    if "tar" in kinds:
+        report.refused.append(
+            f"{task.tar_path}: damaged, but not written by make_shards and therefore never "
+            "rewritten: restore it, or delete its .idx and index the dataset again with "
+            "python -m data_prep.index_shards"
+        )
+    elif kinds & {"index", "parquet"}:
+        for path in (task.index_path, task.parquet_path):
+            if path.is_file():
+                set_aside(path, folder=task.folder)
+        problems = index_tar(task.foreign)
+        report.refused += problems
+        report.done += [] if problems else [f"{task.index_path}: rebuilt from the tar"]
 
 
 def _findings(task: RepairTask, index: ShardIndex | None) -> list[Finding]:
-    """Verifies the shard; a tar and an index that match take precedence over the manifest."""
-    tar_sha256 = sha256_of(task.tar_path)
     row = task.row
-    fits_index = index is not None and index.tar_sha256 == tar_sha256
-    if fits_index and (row is None or row.tar_sha256 != tar_sha256):
-        row = manifest_row(task.folder, task.name)
     if row is None:  # no record matches the tar
         kind = "tar" if task.foreign is None or walk_tar(task.tar_path).problems else "index"
         return [Finding(f"{task.index_path}: matches no tar", kind)]
@@ -166,6 +145,8 @@ def _rebuild_index(task: RepairTask, old: ShardIndex | None, report: RepairRepor
     ]
     recorded = task.row.index_sha256 if task.row else None
     exact = [each for each in candidates if hashlib.sha256(each).hexdigest() == recorded]
+    if not exact and task.index_path.is_file():
+        set_aside(task.index_path, folder=task.folder)
     write_atomically(task.index_path, (exact or candidates)[0])
     how = (
         "identical to the index that manifest.jsonl records"
@@ -185,23 +166,45 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
         index = index if index.tar_sha256 in known else None
     saved = _save(task, index, table)
     if not saved.members:
+        lost = named_keys(saved.lost) or (
+            named_keys(recorded_keys(task.parquet_path, task.row)) if task.row is not None else ""
+        )
         report.refused.append(
-            f"{task.tar_path}: none of its samples can be recovered: restore or recreate it; to "
-            "continue without them, delete it with its .idx and repair again"
+            f"{task.tar_path}: holds none of the samples of its index: restore or recreate it; to "
+            f"continue without them, move {task.name}.tar and .idx out of the folder and repair "
+            f"again{lost}"
         )
         return
     num_lost = _num_lost(task, index, saved)
     repaired_rows = RepairedRows(table, media_kind=task.media_kind, kept=task.kept)
-    _write(task, index, saved, repaired_rows=repaired_rows, num_lost=num_lost)
+    kept = _set_aside_old(task) if num_lost or index is None else []
+    try:
+        _write(task, index, saved, repaired_rows=repaired_rows, num_lost=num_lost)
+    except Exception:
+        _forget(kept, folder=task.folder)
+        raise
+    if task.row is not None and sha256_of(task.tar_path) == task.row.tar_sha256:
+        _forget(kept, folder=task.folder)
+        kept = []
     compared = "checked against headers and Parquet" if table else "checked against headers only"
     how = "all match the CRC32 of the old index" if index else compared
     text = f"{task.tar_path}: rewritten with {len(saved.members)} samples ({how})"
     if num_lost:
-        named = ", ".join(saved.lost[:KEYS_NAMED])
-        more = ", ..." if num_lost > KEYS_NAMED else ""
-        text += f"; lost: {num_lost}: {named}{more}"
-    report.done.append(text)
+        text += named_keys(saved.lost) or f"; lost: {num_lost}"
+    report.done.append(text + (f"; the old files are kept in {kept[0].parent}" if kept else ""))
     _report_measured(task, repaired_rows, report)
+
+
+def _set_aside_old(task: RepairTask) -> list[Path]:
+    paths = (task.tar_path, task.parquet_path)
+    return [set_aside(path, folder=task.folder) for path in paths if path.is_file()]
+
+
+def _forget(kept: list[Path], *, folder: Path) -> None:
+    """Removes files from `damaged/` that are not needed there."""
+    for path in kept:
+        path.unlink(missing_ok=True)
+    remove_if_empty(folder)
 
 
 def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | None) -> SavedSamples:
@@ -217,6 +220,7 @@ def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | Non
         index,
         is_as_recorded=sha256_of(task.index_path) == recorded_sha256,
         keys_of_media=keys_of_media,
+        recorded_keys=[row["key"] for row in rows] if len(rows) == index.num_samples else [],
     )
 
 
@@ -262,16 +266,50 @@ def _read_table(task: RepairTask) -> pyarrow.Table | None:
     if not task.has_parquet:
         return None
     try:
+        if task.row is not None:
+            check_parquet_sum(task.parquet_path, task.row)
         table = read_shard_parquet(task.parquet_path)
     except InputError:
         return None
     return table if own_columns(task.media_kind) <= set(table.column_names) else None
 
 
+def _restore_parquet(task: RepairTask, report: RepairReport) -> None:
+    """Restores the recorded bytes of a damaged Parquet file, if they follow from its content."""
+    row, path = task.row, task.parquet_path
+    if row is None or row.parquet_sha256 is None or not path.is_file():
+        return
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() == row.parquet_sha256:
+        return
+    restored = _recorded_bytes(path, content, row)
+    if restored is not None:
+        write_atomically(path, restored)
+        report.done.append(f"{path}: restored, identical to the file that manifest.jsonl records")
+
+
+def _recorded_bytes(path: Path, content: bytes, row: ManifestRow) -> bytes | None:
+    sha256 = row.parquet_sha256
+    footer_bytes = int.from_bytes(content[-8:-4], "little")
+    # Pages have checksums of their own; a flipped bit elsewhere is in the footer or its length.
+    start = max(len(content) - footer_bytes - 8, len(content) - MAX_BYTES, 0)
+    try:
+        written_again = parquet_bytes(read_shard_parquet(path))
+    except InputError:
+        written_again = b""
+    if hashlib.sha256(written_again).hexdigest() == sha256:
+        return written_again
+    if len(content) != row.parquet_bytes:
+        return None
+    return undo_flip_by_sum(content, sha256, start=start)
+
+
 def _repair_parquet(task: RepairTask, report: RepairReport) -> None:
     repaired_rows = RepairedRows(_read_table(task), media_kind=task.media_kind, kept=task.kept)
     for found in read_tar_samples(task.tar_path):
         repaired_rows.add(found.sample)
+    if task.parquet_path.is_file():
+        set_aside(task.parquet_path, folder=task.folder)
     write_shard_parquet(task.parquet_path, repaired_rows.to_table())
     report.done.append(f"{task.parquet_path}: matched to the tar: {len(repaired_rows.rows)} rows")
     _report_measured(task, repaired_rows, report)

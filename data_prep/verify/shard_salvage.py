@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -37,24 +37,33 @@ class SavedSamples:
     # Key -> extension -> member.
     members: dict[str, dict[str, Member]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)  # keys, or positions if a key is unreadable
+    # Key -> extension -> number of bytes by which damage has moved the member.
+    shifts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def read(self, tar_path: Path) -> Iterator[Sample]:
         """Yields the saved samples in order."""
         with tar_path.open("rb") as tar:
             for key, members in self.members.items():
-                yield _read_sample(tar, key, members)
+                yield _read_sample(tar, key, members, shifts=self.shifts.get(key, {}))
 
 
-def _read_sample(tar: BinaryIO, key: str, members: Mapping[str, Member]) -> Sample:
+def _read_sample(
+    tar: BinaryIO, key: str, members: Mapping[str, Member], *, shifts: Mapping[str, int]
+) -> Sample:
     contents = {}
     for extension in sorted(members):
-        tar.seek(members[extension].data_block * BLOCK_BYTES)
+        tar.seek(members[extension].data_block * BLOCK_BYTES + shifts.get(extension, 0))
         contents[extension] = tar.read(members[extension].num_bytes)
     return Sample(shard=tar.name, key=key, members=contents)
 
 
 def save_by_index(
-    tar_path: Path, index: ShardIndex, *, is_as_recorded: bool, keys_of_media: Mapping[str, str]
+    tar_path: Path,
+    index: ShardIndex,
+    *,
+    is_as_recorded: bool,
+    keys_of_media: Mapping[str, str],
+    recorded_keys: Sequence[str],
 ) -> SavedSamples:
     """Selects the samples whose members all match their CRC32 in the old index of the tar.
 
@@ -65,16 +74,20 @@ def save_by_index(
             extensions may be wrong and must agree with the headers of the tar.
         keys_of_media: mapping from sha256 of the media to key, for samples without a readable
             header.
+        recorded_keys: keys of the samples in order; empty if they are unknown.
     """
+    saved = SavedSamples()
+    shift = tar_path.stat().st_size - index.tar_bytes  # of what stands after lost or added bytes
     found: dict[int, tuple[str, dict[str, Member]]] = {}
     labels: dict[int, str] = {}
     with tar_path.open("rb") as tar:
         for position in range(index.num_samples):
-            sample = read_indexed(tar, index, position, content=TarContent())
+            sample = read_indexed(tar, index, position, content=TarContent(), shift=shift)
             key = sample.key or _key_by_media(sample.members, keys_of_media)
-            labels[position] = key or f"number {position}"
+            labels[position] = key if key and sample.members else f"number {position}"
             is_certain = is_as_recorded or not sample.problems
             if key is not None and sample.has_all_bytes and is_certain:
+                saved.shifts[key] = sample.shifts
                 entries = index.entries_at(position).items()
                 found[position] = (
                     key,
@@ -83,9 +96,9 @@ def save_by_index(
                         for name, (block, num_bytes, _) in entries
                     },
                 )
+    labels |= dict(enumerate(recorded_keys))
     missing = [each for each in range(index.num_samples) if each not in found]
     found |= _find_elsewhere(tar_path, index, missing, taken={key for key, _ in found.values()})
-    saved = SavedSamples()
     for position in range(index.num_samples):
         if position in found and found[position][0] not in saved.members:
             saved.members[found[position][0]] = found[position][1]
@@ -112,7 +125,7 @@ def _find_elsewhere(
         for key, members in members_of.items():
             if key in taken:
                 continue
-            contents = _read_sample(tar, key, members).members
+            contents = _read_sample(tar, key, members, shifts={}).members
             checksums = {(name, len(each), zlib.crc32(each)) for name, each in contents.items()}
             groups[frozenset(checksums)].append(key)
     found = {}
@@ -140,7 +153,7 @@ def save_by_headers(
     saved = SavedSamples(lost=left_out)
     with tar_path.open("rb") as tar:
         for key, members in groups.items():
-            sample = _read_sample(tar, key, members)
+            sample = _read_sample(tar, key, members, shifts={})
             found = _media_and_captions(sample, media_kind)
             if found is not None and found == recorded.get(key, found):
                 saved.members[key] = members

@@ -1,0 +1,219 @@
+"""Files that stand elsewhere, interrupted moves, and damaged metadata, with the right values."""
+
+import json
+import random
+import shutil
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from data_prep.config import VerifyShards
+from data_prep.errors import InputError
+from data_prep.shards.manifest import read_dataset_files
+from data_prep.verify.bit_flips import undo_flip_by_sum
+from data_prep.verify.metadata_repair import read_metadata
+from data_prep.verify_shards import verify_shards
+from tests.data_prep.shards.test_parquet import as_written_before
+from tests.data_prep.verify.test_damage_table import files_of
+from tests.support.damage import single_bit_flips
+from tests.support.toy_pairs import shard, write_pictures
+from tests.support.toy_shards import write_toy_dataset
+
+NAMES = ("00000000", "00000001", "00000002")
+SUFFIXES = ("tar", "idx", "parquet")
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return write_toy_dataset(tmp_path_factory.mktemp("toy") / "dataset")
+
+
+@pytest.fixture
+def dataset(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "dataset")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes a dataset with a plan, by make_shards."""
+    folder = tmp_path_factory.mktemp("made")
+    return shard(write_pictures(folder, 5), folder / "dataset")
+
+
+def repair(dataset):
+    verify_shards(VerifyShards(dataset=dataset, repair=True))
+
+
+def permute(dataset, suffix, order):
+    contents = [(dataset / f"{name}.{suffix}").read_bytes() for name in NAMES]
+    for name, number in zip(NAMES, order, strict=True):
+        (dataset / f"{name}.{suffix}").write_bytes(contents[number])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_files_in_any_places_move_back(intact, dataset, seed):
+    rng = random.Random(seed)
+    for suffix in SUFFIXES:
+        permute(dataset, suffix, rng.choice(list(permutations(range(3)))))
+    (dataset / "other").mkdir()
+    stray = dataset / f"{rng.choice(NAMES)}.{rng.choice(SUFFIXES)}"
+    stray.rename(dataset / "other" / f"renamed.{stray.suffix[1:]}")
+    repair(dataset)
+    (dataset / "other").rmdir()
+    assert files_of(dataset) == files_of(intact)
+    assert not (dataset / "damaged").exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def test_killed_anywhere_moves_lose_no_file(intact, tmp_path, monkeypatch):
+    for moment in range(40):
+        dataset = shutil.copytree(intact, tmp_path / f"killed {moment}")
+        permute(dataset, "tar", (1, 2, 0))
+        if not killed(moment, dataset, monkeypatch):
+            break
+        repair(dataset)
+        assert files_of(dataset) == files_of(intact)
+    assert moment > 8
+
+
+def killed(moment, dataset, monkeypatch):
+    """Repairs until a number of files was renamed or removed."""
+    count = [0]
+
+    def dying(method):
+        def call(*arguments, **options):
+            count[0] += 1
+            if count[0] > moment:
+                raise Killed
+            return method(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dying(Path.replace))
+        patch.setattr(Path, "unlink", dying(Path.unlink))
+        try:
+            repair(dataset)
+        except Killed:
+            return True
+    return False
+
+
+def test_a_stranger_in_the_place_of_a_shard_is_not_taken_in(dataset, tmp_path):
+    other = write_toy_dataset(tmp_path / "other", num_samples=3, samples_per_shard=1)
+    for suffix in ("tar", "idx"):
+        shutil.copy(other / f"00000002.{suffix}", dataset / f"00000001.{suffix}")
+    (dataset / "00000001.parquet").write_bytes(b"")
+    before = files_of(dataset)
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"its 1 samples are not those that manifest\.jsonl re"
+        ):
+            repair(dataset)
+        assert files_of(dataset) == before
+
+
+# ------------------------------------------------------------------------------------- metadata
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "dataset.json"])
+def test_every_flipped_bit_of_the_metadata_is_undone(intact, dataset, name):
+    """Flips 30 bits; every bit counts, also those of values without a copy."""
+    content = (intact / name).read_bytes()
+    expected = read_metadata(intact)
+    for damaged in random.Random(1).sample(list(single_bit_flips(content)), 30):
+        (dataset / name).write_bytes(damaged)
+        found = read_metadata(dataset)
+        assert (found.info, found.rows) == (expected.info, expected.rows)
+        assert found.is_info_sealed and not found.unsealed
+    repair(dataset)
+    assert (dataset / name).read_bytes() == content
+
+
+def test_a_flipped_name_in_a_manifest_without_seals_costs_no_shard(intact, dataset):
+    as_written_before(dataset)
+    path = dataset / "manifest.jsonl"
+    text = path.read_text()
+    for name in ("00000003", "0000000q", "x", "00000000/1"):
+        path.write_text(text.replace("00000001", name))
+        repair(dataset)
+        assert files_of(dataset) == files_of(intact)
+
+
+@pytest.mark.parametrize("key", ["num_pairs", "preparation"])
+def test_values_that_no_other_file_holds_are_restored_or_named(made, tmp_path, key, capsys):
+    dataset = shutil.copytree(made, tmp_path / "dataset")
+    content = (made / "dataset.json").read_text()
+    info = json.loads(content)
+    changed = {"num_pairs": 99, "isopair_version": "9", "preparation": {"command": "x"}}
+    changed["media"] = "audio"
+    (dataset / "dataset.json").write_text(json.dumps(info | {key: changed[key]}, indent=2) + "\n")
+    with pytest.raises(InputError, match=r"dataset.json: edited or damaged: expected the recorded"):
+        verify_shards(VerifyShards(dataset=dataset))
+    repair(dataset)
+    said = capsys.readouterr().out
+    if key in ("num_pairs", "isopair_version"):
+        assert "kept as found are num_pairs" in said
+        assert json.loads((dataset / "dataset.json").read_text())[key] == changed[key]
+    else:
+        assert (dataset / "dataset.json").read_text() == content
+    before = files_of(dataset)
+    repair(dataset)
+    assert files_of(dataset) == before
+    assert "repaired: nothing" in capsys.readouterr().out
+
+
+def test_a_lost_dataset_json_is_made_from_the_plan(made, tmp_path):
+    dataset = shutil.copytree(made, tmp_path / "dataset")
+    for damage in (b"", b"{}", None):
+        if damage is None:
+            (dataset / "dataset.json").unlink()
+        else:
+            (dataset / "dataset.json").write_bytes(damage)
+        repair(dataset)
+        assert files_of(dataset) == files_of(made)
+    assert read_dataset_files(dataset)[0].num_pairs == 7
+
+
+def test_a_damaged_plan_does_not_change_what_dataset_json_records(made, tmp_path):
+    dataset = shutil.copytree(made, tmp_path / "dataset")
+    path = dataset / "plan/plan.json"
+    plan = json.loads(path.read_text())
+    plan["made_from"]["config"]["samples_per_shard"] = 4
+    path.write_text(json.dumps(plan))
+    with pytest.raises(
+        InputError, match=r"the plan .* differs from the preparation in dataset\.json"
+    ):
+        verify_shards(VerifyShards(dataset=dataset))
+    repair(dataset)
+    assert (dataset / "dataset.json").read_bytes() == (made / "dataset.json").read_bytes()
+    assert json.loads(path.read_text())["made_from"] == read_dataset_files(made)[0].preparation
+
+
+# ---------------------------------------------------------------------------------- Parquet files
+
+
+def test_every_flip_in_a_footer_is_undone(intact):
+    row = read_dataset_files(intact)[1][1]
+    content = (intact / "00000001.parquet").read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    rng = random.Random(0)
+    for _ in range(5):
+        place = rng.randrange(footer, len(content))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.randrange(8)
+        found = undo_flip_by_sum(bytes(damaged), row.parquet_sha256, start=footer)
+        assert found == content
+
+
+def test_a_damaged_parquet_is_kept_when_its_columns_are_measured_again(dataset, capsys):
+    path = dataset / "00000001.parquet"
+    damaged = path.read_bytes()[:-100]
+    path.write_bytes(damaged)
+    repair(dataset)
+    assert "measured 3 rows again; they lack the columns" in capsys.readouterr().out
+    assert (dataset / "damaged/00000001.parquet").read_bytes() == damaged
