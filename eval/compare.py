@@ -14,7 +14,6 @@ from eval.config import CompareConfig
 if __name__ == "__main__":  # exits on --help or an invalid config, before slow imports
     check_command_line(CompareConfig, __doc__)
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from eval.comparison import compare, shared_evaluations
 from eval.metrics.intervals import Bootstrap
 from eval.report.differences import Difference
 from eval.report.markdown_table import markdown_table
+from eval.report.results import json_text
 
 COLUMNS = (
     "evaluation",
@@ -51,7 +51,7 @@ def run(config: CompareConfig) -> None:
         "seed": config.seed,
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / "compare.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_atomically(config.output / "compare.json", json_text(record).encode())
     write_atomically(config.output / "compare.md", text.encode())
     say(text)
 
@@ -65,7 +65,7 @@ def comparison_table(baseline: Path, other: Path, differences: list[Difference])
             f"{each.baseline:.4g}",
             f"{each.value:.4g}",
             f"{each.difference:+.4g}{' *' if each.is_clear else ''}",
-            f"{each.low:+.4g} to {each.high:+.4g}",
+            "-" if each.low is None else f"{each.low:+.4g} to {each.high:+.4g}",
             str(each.num_better),
             str(each.num_worse),
         )

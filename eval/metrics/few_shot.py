@@ -59,10 +59,10 @@ def classify_from_few(
         for order in orders:
             chosen = torch.from_numpy(np.flatnonzero(order < number)).to(classes.device)
             probe = fit_probe(embeddings[chosen], classes[chosen], num_classes=num_classes, l2=l2)
-            ranks, _ = rank_classes(
+            ranked = rank_classes(
                 with_ones(media_embeddings), probe.as_class_embeddings(), targets=targets
             )
-            hits += ranks.hits_at(1) / num_draws
+            hits += ranked.ranks.hits_at(1) / num_draws
         scores[f"top_1_accuracy@{number}_shot"] = mean_score(
             hits, chance=1 / num_classes, bootstrap=bootstrap
         )

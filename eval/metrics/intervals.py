@@ -23,8 +23,8 @@ class Score:
     """Value of one metric, with its uncertainty and chance level."""
 
     value: float
-    low: float  # 95 % interval
-    high: float
+    low: float | None  # 95 % interval; None: no interval of this metric would be honest
+    high: float | None
     chance: float  # expected value of random embeddings
     num_queries: int
     interval: str  # method of the interval
@@ -51,7 +51,9 @@ def wilson_interval(num_hits: float, num_trials: int) -> tuple[float, float]:
     center = rate + z2 / (2 * num_trials)
     spread = NORMAL_QUANTILE * np.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
     scale = 1 + z2 / num_trials
-    return max(0.0, float((center - spread) / scale)), min(1.0, float((center + spread) / scale))
+    low, high = float((center - spread) / scale), float((center + spread) / scale)
+    # The bound at a rate of 0 or 1 is exact; rounding errors would move it.
+    return max(0.0, low) if num_hits > 0 else 0.0, min(1.0, high) if rate < 1 else 1.0
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:

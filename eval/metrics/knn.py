@@ -1,17 +1,20 @@
 """k-nearest-neighbour classification as in DINO (Caron et al. 2021, after Wu et al. 2018).
 
-The nearest training items vote for their classes, each with weight exp(cosine / temperature).
+The nearest training items vote for their classes, each with weight exp(cosine / temperature). Sums
+of weights are kept as logarithms, so that no temperature overflows or underflows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from eval.metrics.ranking import check_finite, cosine_scores
 
 SCORES_AT_ONCE = 1 << 26
+ROUNDING = 1 << 24
 
 
 def neighbour_votes(
@@ -23,10 +26,11 @@ def neighbour_votes(
     num_neighbours: int,
     temperature: float,
 ) -> Iterator[Tensor]:
-    """Yields the votes for each class, tile by tile: float32 [rows, K].
+    """Yields the logarithm of the votes for each class, tile by tile: float64 [rows, K].
 
-    Training items tied for the last place split the remaining votes evenly, so that the order of
-    training items does not matter.
+    Votes are divided by the weight of the item's nearest neighbour. A class without votes has the
+    lowest float64. Training items tied for the last place split the remaining votes evenly, so that
+    the order of training items does not matter.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
@@ -45,16 +49,43 @@ def neighbour_votes(
     for rows in media_embeddings.split(max(1, SCORES_AT_ONCE // len(train_embeddings))):
         scores = cosine_scores(rows, train_embeddings)  # [rows, n]
         nearest, indices = scores.topk(num_neighbours, dim=-1)
-        weights = (nearest.double() / temperature).exp()
-        votes = weights.new_zeros(len(rows), num_classes)
-        votes.scatter_add_(-1, train_targets[indices], weights)
-        last = nearest[:, -1:]
+        best, last = nearest[:, :1].double(), nearest[:, -1:]
+        exponents = (nearest.double() - best) / temperature
+        votes = _log_sums(
+            exponents, torch.ones_like(exponents), train_targets[indices], num_classes=num_classes
+        )
         is_tied = scores == last
         is_cut = is_tied.sum(dim=-1) > (nearest == last).sum(dim=-1)
         for row in is_cut.nonzero().flatten().tolist():
             above = scores[row] > last[row]
             fraction = (num_neighbours - above.sum()) / is_tied[row].sum()
             counts = above.double() + fraction * is_tied[row].double()
-            weights = counts * (scores[row].double() / temperature).exp()
-            votes[row] = votes.new_zeros(num_classes).scatter_add_(-1, train_targets, weights)
-        yield votes.float()
+            voters = counts.nonzero().flatten()
+            votes[row] = _log_sums(
+                (scores[row, voters].double() - best[row])[None] / temperature,
+                counts[voters][None],
+                train_targets[voters][None],
+                num_classes=num_classes,
+            )[0]
+        yield votes
+
+
+def _log_sums(exponents: Tensor, counts: Tensor, classes: Tensor, *, num_classes: int) -> Tensor:
+    """Computes the logarithm of the sum of counts * exp(exponents) of each class: [rows, K].
+
+    Results are rounded to multiples of 2^-24. Sums of the same terms in different orders may differ
+    in their last bits, which would break ties.
+
+    Args:
+        exponents: float64 [rows, voters]
+        counts: float64 [rows, voters], positive.
+        classes: int64 [rows, voters] from 0 to K - 1.
+        num_classes: K.
+    """
+    lowest = torch.finfo(torch.float64).min
+    greatest = exponents.new_full((len(exponents), num_classes), lowest)
+    greatest.scatter_reduce_(-1, classes, exponents, "amax")
+    terms = counts * (exponents - greatest.gather(-1, classes)).exp()
+    sums = torch.zeros_like(greatest).scatter_add_(-1, classes, terms)
+    rounded = ((greatest + sums.log()) * ROUNDING).round() / ROUNDING
+    return torch.where(sums > 0, rounded, lowest)

@@ -157,6 +157,8 @@ def search_l2(accuracy_at: Callable[[float], float]) -> tuple[float, dict[float,
 
 
 def accuracy_of(probe: Probe, embeddings: Tensor, targets: Tensor) -> float:
-    """Computes the fraction of items whose class has the highest logit."""
+    """Computes the expected fraction of items whose class is first, over random orders of ties."""
     logits = embeddings.double() @ probe.weights.T + probe.biases
-    return (logits.argmax(dim=1) == targets).double().mean().item()
+    is_best = logits == logits.amax(dim=1, keepdim=True)
+    of_target = is_best.gather(1, targets[:, None])[:, 0]
+    return (of_target.double() / is_best.sum(dim=1)).mean().item()

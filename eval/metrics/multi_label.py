@@ -16,6 +16,7 @@ from eval.metrics.ranked_relevance import ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import check_finite, cosine_scores
 
 CLASSES_AT_ONCE = 64
+MAX_MISSING = 0.01  # fraction of resamples that lack a class; exp(-5) for a class of 5 items
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,14 @@ def classify_labels(
         of_class = is_of_class[:, classes].T
         precisions.append(average_precisions(scores, of_class))
         resampled.append(resampled_precisions(scores, of_class, bootstrap))
-    low, high = percentile_interval(np.nanmean(np.concatenate(resampled), axis=0))
+    low, high = class_mean_percentiles(np.concatenate(resampled))
     num_items = is_of_class[:, present].sum(axis=0)
     chance = relevance_at_chance(num_items, gallery_size=len(is_of_class)).average_precision()
     found = np.full(is_of_class.shape[1], np.nan)
     found[present] = np.concatenate(precisions)
     value = float(found[present].mean())
-    score = Score(
-        value, low, high, float(chance.mean()), len(is_of_class), "bootstrap over media items"
-    )
+    method = "none: a class has too few items" if low is None else "bootstrap over media items"
+    score = Score(value, low, high, float(chance.mean()), len(is_of_class), method)
     return MultiLabelResult({"mean_average_precision": score}, found)
 
 
@@ -95,12 +95,23 @@ def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
     return ranked.average_precision()
 
 
+def class_mean_percentiles(resampled: np.ndarray) -> tuple[float | None, float | None]:
+    """Computes the interval of the mean over classes; (None, None) if a class is often not drawn.
+
+    Args:
+        resampled: [classes, resamples] of `resampled_precisions`, or differences of two of them.
+    """
+    if np.isnan(resampled).mean(axis=1).max() > MAX_MISSING:
+        return None, None
+    return percentile_interval(np.nanmean(resampled, axis=0))
+
+
 def resampled_precisions(
     scores: np.ndarray, of_class: np.ndarray, bootstrap: Bootstrap
 ) -> np.ndarray:
     """Computes average precisions on bootstrap resamples of the items.
 
-    All classes use the same draws.
+    All classes use the same draws. Ties are averaged over all orders.
 
     Args:
         scores: [classes, Q] score of every item for every class.
@@ -111,20 +122,52 @@ def resampled_precisions(
         [classes, resamples] float64; NaN if no item of the class was drawn.
     """
     generator = np.random.default_rng(bootstrap.seed)
-    num_items = scores.shape[1]
+    num_classes, num_items = scores.shape
     order = np.argsort(-scores, axis=1, kind="stable")
     is_relevant = np.take_along_axis(of_class, order, axis=1)
-    precisions = np.empty((len(scores), bootstrap.num_samples))
+    classes, positions = np.nonzero(is_relevant)  # [P]
+    first, stop = (
+        bounds[classes, positions]
+        for bounds in _tie_bounds(np.take_along_axis(scores, order, axis=1))
+    )
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, num_items + 2))])
+    before, relevant_before = np.zeros((2, num_classes, num_items + 1), dtype=np.int64)
+    precisions = np.empty((num_classes, bootstrap.num_samples))
     for sample in range(bootstrap.num_samples):
         drawn = np.bincount(generator.integers(num_items, size=num_items), minlength=num_items)
         times = drawn[order]  # [classes, Q]
-        relevant = times * is_relevant
-        num_relevant = relevant.sum(axis=1)
+        np.cumsum(times, axis=1, out=before[:, 1:])
+        np.cumsum(times * is_relevant, axis=1, out=relevant_before[:, 1:])
+        copies = times[classes, positions]  # [P]
         # Copies of an item do not count as relevant to one another. Otherwise resamples would score
         # better, on average, than the original items.
-        earlier = times.cumsum(axis=1) - times
-        relevant_earlier = relevant.cumsum(axis=1) - relevant
-        precision = (relevant_earlier + 1) / (earlier + 1)
+        above, relevant_above = before[classes, first], relevant_before[classes, first]
+        tied = before[classes, stop] - above - copies
+        relevant_tied = relevant_before[classes, stop] - relevant_above - copies
+        # Mean of (relevant_above + 1 + i * relevant_tied / tied) / (above + 1 + i) over i = 0..tied
+        slope = relevant_tied / np.maximum(tied, 1)
+        height = relevant_above + 1 - slope * (above + 1)
+        precision = slope + height * (harmonic[above + tied + 1] - harmonic[above]) / (tied + 1)
+        sums = np.bincount(classes, weights=copies * precision, minlength=num_classes)
         with np.errstate(invalid="ignore"):
-            precisions[:, sample] = (relevant * precision).sum(axis=1) / num_relevant
+            precisions[:, sample] = sums / relevant_before[:, -1]
     return precisions
+
+
+def _tie_bounds(ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first position of each position's tie and the position after its last.
+
+    Args:
+        ranked: [classes, Q] scores in descending order.
+
+    Returns:
+        Two int64 [classes, Q].
+    """
+    num_items = ranked.shape[1]
+    positions = np.broadcast_to(np.arange(num_items), ranked.shape)
+    is_new = np.ones(ranked.shape, dtype=bool)
+    is_new[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    first = np.maximum.accumulate(np.where(is_new, positions, 0), axis=1)
+    is_last = np.roll(is_new, -1, axis=1)  # the last position precedes the first one of a row
+    after = np.where(is_last, positions + 1, num_items)
+    return first, np.minimum.accumulate(after[:, ::-1], axis=1)[:, ::-1]

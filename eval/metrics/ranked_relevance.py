@@ -57,8 +57,9 @@ class RankedRelevance:
     def average_precision(self, k: int | None = None) -> np.ndarray:
         """Computes the mean, over a query's relevant candidates, of the precision at their ranks.
 
-        With k it is AP@k as in trec_eval and ranx. Relevant candidates beyond rank k count as
-        0, and the sum is divided by min(k, number of relevant candidates).
+        With k it is AP@k as in trec_eval (map_cut) and ranx. Relevant candidates beyond rank k
+        count as 0, and the sum is divided by the number of all relevant candidates. With more than
+        k of them, even a perfect ranking scores below 1.
         Ties are averaged over all orders: McSherry and Najork 2008, "Computing information
         retrieval performance measures efficiently in the presence of tied scores", section 2.4.
 
@@ -76,7 +77,7 @@ class RankedRelevance:
         is_among = self.num_above < (k or self.gallery_size)
         alone = is_among * (self.num_relevant_above + 1) / (self.num_above + 1)
         total = self.num_relevant_of_query
-        return self._sum_of_levels(self._at_levels(at_level, alone)) / np.minimum(total, k or total)
+        return self._sum_of_levels(self._at_levels(at_level, alone)) / total
 
     def reciprocal_rank(self) -> np.ndarray:
         """Computes the reciprocal rank of each query's first relevant candidate.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from eval.metrics.intervals import (
     Bootstrap,
     Score,
     class_mean_interval,
-    percentile_interval,
     wilson_interval,
 )
 from eval.metrics.ranking import QueryRanks, chance_ranks, check_finite, cosine_scores
@@ -26,11 +26,23 @@ class ClassificationResult:
     """Metrics of one classification; classes are in the order of class_names."""
 
     scores: dict[str, Score]
-    confusion: np.ndarray  # [K, K] int64; row: true class, column: predicted class
+    # [K, K] row: true class, column: predicted class; an item whose best classes tie is divided
+    # evenly among them
+    confusion: np.ndarray
     class_recalls: np.ndarray  # [K]; NaN for classes without items
-    predictions: np.ndarray  # [Q] predicted class of each item
+    predictions: np.ndarray  # [Q] predicted class of each item; -1 if several classes are tied
     ranks: QueryRanks  # rank of the true class of each item
     group_accuracies: dict[str, float]  # group -> top-1 accuracy; empty if there are no groups
+
+
+@dataclass(frozen=True)
+class RankedClasses:
+    """Ranks of the true classes, and predicted classes."""
+
+    ranks: QueryRanks  # rank of the true class of each item
+    predictions: np.ndarray  # [Q] predicted class; -1 if several classes are tied
+    # [K, K] expected counts over random orders of tied classes; int64 if no item has a tie
+    confusion: np.ndarray
 
 
 def classify(
@@ -53,15 +65,12 @@ def classify(
     Raises:
         ValueError: if an embedding is not finite.
     """
-    ranks, predictions = rank_classes(media_embeddings, class_embeddings, targets=targets)
-    return classification_result(
-        ranks, predictions, targets=targets, bootstrap=bootstrap, groups=groups
-    )
+    ranked = rank_classes(media_embeddings, class_embeddings, targets=targets)
+    return classification_result(ranked, targets=targets, bootstrap=bootstrap, groups=groups)
 
 
 def classification_result(
-    ranks: QueryRanks,
-    predictions: np.ndarray,
+    ranked: RankedClasses,
     *,
     targets: np.ndarray,
     bootstrap: Bootstrap,
@@ -70,26 +79,26 @@ def classification_result(
     """Computes top-1 and top-5 accuracy, mean per-class recall, macro F1 and confusion matrix.
 
     With fewer than 5 classes, top-5 means top-K. Recall and F1 are means over the classes that
-    the dataset contains, as in scikit-learn's balanced accuracy and WILDS' F1.
+    the dataset contains, as in scikit-learn's balanced accuracy and WILDS' F1. The confusion
+    matrix holds expected counts if classes tie, and macro F1 is computed from it.
 
     Args:
-        ranks: rank of the true class of each item among all classes.
-        predictions: [Q] predicted classes.
+        ranked: ranks of the true classes, and predicted classes.
         targets: [Q] integers from 0 to K - 1.
         bootstrap: resampling for the intervals.
         groups: [Q] group of each item; adds the metrics of the worst group.
     """
+    ranks, confusion = ranked.ranks, ranked.confusion
     num_classes = ranks.gallery_size
     chance = chance_ranks(np.ones_like(targets), gallery_size=num_classes)
     hits = ranks.hits_at(1)
-    confusion = confusion_matrix(targets, predictions, num_classes=num_classes)
     scores = {
         "top_1_accuracy": _accuracy(hits, chance.hits_at(1)),
         "top_5_accuracy": _accuracy(ranks.hits_at(5), chance.hits_at(5)),
         "mean_per_class_recall": _mean_per_class_recall(
             hits, targets, chance=1 / num_classes, bootstrap=bootstrap
         ),
-        "macro_f1": _macro_f1(confusion, bootstrap=bootstrap),
+        "macro_f1": _macro_f1(confusion),
     }
     by_group = {}
     if groups is not None:
@@ -102,7 +111,7 @@ def classification_result(
         scores=scores,
         confusion=confusion,
         class_recalls=class_recalls(hits, targets, num_classes=num_classes),
-        predictions=predictions,
+        predictions=ranked.predictions,
         ranks=ranks,
         group_accuracies=by_group,
     )
@@ -110,16 +119,13 @@ def classification_result(
 
 def rank_classes(
     media_embeddings: Tensor, class_embeddings: Tensor, *, targets: np.ndarray
-) -> tuple[QueryRanks, np.ndarray]:
+) -> RankedClasses:
     """Ranks the true class of each item among all classes, and predicts its class.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         class_embeddings: [K, D], L2-normalised.
         targets: [Q] integers from 0 to K - 1.
-
-    Returns:
-        The ranks, and [Q] int64 predictions (the first of tied classes).
 
     Raises:
         ValueError: if an embedding is not finite.
@@ -130,21 +136,26 @@ def rank_classes(
     return rank_scores((cosine_scores(each, class_embeddings) for each in rows), targets=targets)
 
 
-def rank_scores(
-    score_rows: Iterable[Tensor], *, targets: np.ndarray
-) -> tuple[QueryRanks, np.ndarray]:
+def rank_scores(score_rows: Iterable[Tensor], *, targets: np.ndarray) -> RankedClasses:
     """Ranks the true class of each item, as `rank_classes` does, from given scores.
 
     Args:
         score_rows: yields the scores of consecutive items, [rows, K]; they are overwritten.
         targets: [Q] integers from 0 to K - 1.
     """
-    above, tied, predictions, start, num_classes = [], [], [], 0, 0
+    above, tied, predictions, start, confusion = [], [], [], 0, np.zeros((0, 0))
     for scores in score_rows:
         num_rows, num_classes = scores.shape
         own = torch.as_tensor(targets[start : start + num_rows], device=scores.device)[:, None]
+        is_best = scores == scores.amax(dim=-1, keepdim=True)
+        num_best = is_best.sum(dim=-1)
+        predictions.append(torch.where(num_best == 1, scores.argmax(dim=-1), -1))
+        if not start:
+            confusion = np.zeros((num_classes, num_classes))
+        item, predicted = is_best.nonzero().cpu().numpy().T
+        fractions = 1 / num_best.cpu().numpy()[item]
+        np.add.at(confusion, (targets[start : start + num_rows][item], predicted), fractions)
         start += num_rows
-        predictions.append(scores.argmax(dim=-1))
         of_target = scores.gather(-1, own)  # [rows, 1]
         scores.scatter_(-1, own, -torch.inf)  # the true class does not compete with itself
         above.append((scores > of_target).sum(dim=-1))
@@ -153,17 +164,12 @@ def rank_scores(
         num_above=torch.cat(above).cpu().numpy(),
         num_tied=torch.cat(tied).cpu().numpy(),
         num_tied_relevant=np.ones(len(targets), dtype=np.int64),
-        gallery_size=num_classes,
+        gallery_size=len(confusion),
     )
-    return ranks, torch.cat(predictions).cpu().numpy()
-
-
-def confusion_matrix(
-    targets: np.ndarray, predictions: np.ndarray, *, num_classes: int
-) -> np.ndarray:
-    """Counts items by true class (row) and predicted class (column): int64 [K, K]."""
-    cells = np.bincount(targets * num_classes + predictions, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
+    found = torch.cat(predictions).cpu().numpy()
+    if (found >= 0).all():
+        confusion = confusion.astype(np.int64)
+    return RankedClasses(ranks, found, confusion)
 
 
 def class_recalls(hits: np.ndarray, targets: np.ndarray, *, num_classes: int) -> np.ndarray:
@@ -193,7 +199,7 @@ def macro_f1(confusion: np.ndarray) -> np.ndarray:
     """Computes the mean of 2 TP / (2 TP + FP + FN) over the classes with items.
 
     Args:
-        confusion: [..., K, K] counts; row: true class, column: predicted class.
+        confusion: [..., K, K] counts or expected counts; row: true class, column: predicted class.
 
     Returns:
         [...] float64.
@@ -204,27 +210,18 @@ def macro_f1(confusion: np.ndarray) -> np.ndarray:
     return (f1 * (true > 0)).sum(axis=-1) / np.maximum((true > 0).sum(axis=-1), 1)
 
 
-def _macro_f1(confusion: np.ndarray, *, bootstrap: Bootstrap) -> Score:
-    """Bootstraps macro F1; resampling items is a multinomial draw of the confusion matrix."""
-    num_items, num_classes = int(confusion.sum()), len(confusion)
-    cells = np.flatnonzero(confusion)
-    frequencies = confusion.reshape(-1)[cells] / num_items
-    generator = np.random.default_rng(bootstrap.seed)
-    resampled = np.empty(bootstrap.num_samples)
-    for sample in range(bootstrap.num_samples):
-        drawn = np.zeros(num_classes**2, dtype=np.int64)
-        drawn[cells] = generator.multinomial(num_items, frequencies)
-        resampled[sample] = macro_f1(drawn.reshape(num_classes, num_classes))
+def _macro_f1(confusion: np.ndarray) -> Score:
+    """Computes macro F1 without an interval.
+
+    Resampled classes of few items lose their hits more often than they gain any, so a bootstrap
+    is biased: with 397 classes of 10 items, it covered the truth in 10 % of experiments.
+    """
+    num_items, num_classes = round(confusion.sum()), len(confusion)
     # A random guess assigns 1 / K of all items, and 1 / K of each class, to every class.
     sizes = confusion.sum(axis=1)
     precisions = sizes[sizes > 0] / num_items
     chance = (2 * precisions / (1 + precisions * num_classes)).mean()
-    value = float(macro_f1(confusion))
-    if resampled.min() == resampled.max():  # usually because the value is 0 or 1
-        low, high = wilson_interval(value * num_items, num_items)
-        return Score(value, low, high, float(chance), num_items, "Wilson")
-    low, high = percentile_interval(resampled)
-    return Score(value, low, high, float(chance), num_items, "bootstrap over media items")
+    return Score(float(macro_f1(confusion)), None, None, float(chance), num_items, "none")
 
 
 def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
@@ -236,10 +233,12 @@ def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, floa
 def _worst_group_accuracy(
     hits: np.ndarray, chance_hits: np.ndarray, groups: Sequence[str]
 ) -> Score:
-    """Computes the lowest accuracy of any group, with its Wilson interval."""
+    """Computes the lowest accuracy of any group.
+
+    It has no interval: the lowest of several estimates lies below the lowest true accuracy.
+    """
     by_group = _group_accuracies(hits, groups)
-    worst = min(by_group, key=by_group.get)
-    of_worst = np.asarray(groups) == worst
-    low, high = wilson_interval(float(hits[of_worst].sum()), int(of_worst.sum()))
+    sizes = Counter(groups)
+    worst = min(by_group, key=lambda group: (by_group[group], sizes[group], group))
     chance = float(chance_hits.mean())
-    return Score(by_group[worst], low, high, chance, int(of_worst.sum()), f"Wilson, of {worst}")
+    return Score(by_group[worst], None, None, chance, sizes[worst], f"none, of {worst}")

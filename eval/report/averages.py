@@ -62,6 +62,8 @@ def _mean(scores: Sequence[Score]) -> Score:
     value, chance = (
         float(np.mean([getattr(s, key) for s in scores])) for key in ("value", "chance")
     )
+    if any(s.low is None or s.high is None for s in scores):
+        return Score(value, None, None, chance, len(scores), "none: a part has no interval")
     below = np.linalg.norm([s.value - s.low for s in scores]) / len(scores)
     above = np.linalg.norm([s.high - s.value for s in scores]) / len(scores)
     return Score(

@@ -54,7 +54,7 @@ def _write_counts(axes: Axes, confusion: np.ndarray, fractions: np.ndarray) -> N
         axes.text(
             predicted + 0.5,
             true + 0.5,
-            str(confusion[true, predicted]),
+            f"{round(confusion[true, predicted], 1):.10g}",
             ha="center",
             va="center",
             fontsize=8,

@@ -59,7 +59,7 @@ def class_blocks(
 
 
 def _class_table(result: ClassificationResult, class_labels: Sequence[str]) -> Markup:
-    sizes = result.confusion.sum(axis=1)
+    sizes = np.rint(result.confusion.sum(axis=1)).astype(np.int64)  # exact counts despite ties
     present = np.flatnonzero(sizes)
     worst_first = present[np.argsort(result.class_recalls[present], kind="stable")]
     rows = [
@@ -90,13 +90,17 @@ def _group_table(groups: Sequence[str], group_accuracies: Mapping[str, float]) -
 
 
 def _confusion_table(confusion: np.ndarray, class_labels: Sequence[str]) -> Markup:
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=np.int64))
+    wrong = np.where(np.eye(len(confusion), dtype=bool), 0, confusion)
     commonest = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
     rows = []
     for true, predicted in zip(*np.unravel_index(commonest, wrong.shape), strict=True):
         if wrong[true, predicted]:
             fraction = wrong[true, predicted] / confusion[true].sum()
-            cells = (class_labels[true], class_labels[predicted], str(wrong[true, predicted]))
+            cells = (
+                class_labels[true],
+                class_labels[predicted],
+                f"{round(wrong[true, predicted], 1):.10g}",
+            )
             rows.append((*cells, f"{100 * fraction:.1f} %"))
     header = ("true class", "predicted as", "items", "fraction of the class")
     return table(header, rows, numeric={2, 3})
@@ -113,7 +117,8 @@ def _classified_items(
     is_wrong = predictions != targets
     shown = []
     for item in shown_queries(1.0 + is_wrong, num_queries=MAX_CLASSIFIED_ITEMS):
-        true, predicted = (class_labels[index] for index in (targets[item], predictions[item]))
-        label = f"{true}, predicted as {predicted}" if is_wrong[item] else true
+        true, predicted = class_labels[targets[item]], predictions[item]
+        as_class = class_labels[predicted] if predicted >= 0 else "several classes (tied)"
+        label = f"{true}, predicted as {as_class}" if is_wrong[item] else true
         shown.append(card(views.of(item), label, kind="missed" if is_wrong[item] else "good"))
     return cards(shown)

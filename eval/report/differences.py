@@ -30,8 +30,8 @@ class Difference:
     baseline: float
     value: float
     difference: float  # value - baseline
-    low: float  # 95 % interval of the difference
-    high: float
+    low: float | None  # 95 % interval of the difference; None: it has no honest interval
+    high: float | None
     num_queries: int
     num_better: int  # number of queries that are better than in the baseline
     num_worse: int
@@ -41,6 +41,8 @@ class Difference:
     @property
     def is_clear(self) -> bool:
         """Whether the interval excludes 0."""
+        if self.low is None or self.high is None:
+            return False
         return self.low > 0 or self.high < 0
 
 
@@ -122,7 +124,7 @@ class ResultPair:
         metric: str,
         *,
         values: tuple[np.ndarray, np.ndarray],
-        interval: tuple[float, float],
+        interval: tuple[float | None, float | None],
         keys: Sequence[str],
         is_rank: bool = False,
     ) -> Difference:
@@ -131,7 +133,7 @@ class ResultPair:
         Args:
             metric: name of the metric.
             values: [queries] values of the baseline, and of the other result.
-            interval: 95 % interval of the difference.
+            interval: 95 % interval of the difference; None twice if it has none.
             keys: [queries] key of each query's sample.
             is_rank: whether lower values are better.
         """

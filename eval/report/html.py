@@ -65,17 +65,12 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
     rows = []
     for name, values in record["averages"].items():
         score = Score(**values)
-        bar = interval_bar(score.value, low=score.low, high=score.high, reference=score.chance)
-        rows.append((f"average: {name}", "main metrics", bar, *score_cells("", score)))
+        rows.append((f"average: {name}", "main metrics", _bar(score), *score_cells("", score)))
     for outcome in outcomes:
         name = outcome.task.name
         for metric, score in outcome.result.scores.items():
             value, interval, chance, num_queries = score_cells(metric, score)
-            bar = Markup("")
-            if not is_rank(metric):
-                bar = interval_bar(
-                    score.value, low=score.low, high=score.high, reference=score.chance
-                )
+            bar = Markup("") if is_rank(metric) else _bar(score)
             label = metric.replace("_", " ")
             rows.append((name, label, bar, value, interval, chance, num_queries))
             name = ""
@@ -87,6 +82,12 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
         "fraction of queries with a relevant answer among the first k, true recall@k the "
         "fraction of relevant answers among the first k.",
     )
+
+
+def _bar(score: Score) -> Markup:
+    """Draws a fraction; without an interval, the dark line has no length."""
+    low, high = (score.value if end is None else end for end in (score.low, score.high))
+    return interval_bar(score.value, low=low, high=high, reference=score.chance)
 
 
 def _num_queries(task: Task, outcomes: Sequence[Outcome]) -> int:

@@ -1,7 +1,8 @@
 """Per-sample predictions in Parquet; metrics can be recomputed from them without the model.
 
     predictions/<evaluation>.parquet                 one row per media item
-      one class per item        key, class_name, predicted, hit@1, rank of the true class
+      one class per item        key, class_name, predicted (null: several classes are tied), hit@1,
+                                rank of the true class
       few-shot probes           key, class_name, hit@1 for each number of shots
       several classes           key, class_names, scores [K] in the order of results.json
       association               key (name of the group), cue, Jaccard index

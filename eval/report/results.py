@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -89,7 +90,7 @@ def _method_record(encoder: Encoder, long_clips: str, bootstrap: Bootstrap) -> d
         "embedding_dtype": "float32",
         "score_dtype": "float64 products rounded to float32",
         "tf32": False,
-        "ties": "broken at chance",
+        "ties": "expectation over random orders",
         "confidence": CONFIDENCE,
         "bootstrap_samples": bootstrap.num_samples,
         "seed": bootstrap.seed,
@@ -146,7 +147,9 @@ def is_rank(metric: str) -> bool:
 def score_cells(metric: str, score: Score) -> tuple[str, str, str, str]:
     """Formats (value, interval, chance, number of queries) of a metric."""
     show = _rank_text if is_rank(metric) else _percent_text
-    interval = f"{show(score.low)} to {show(score.high)}"
+    interval = "-"
+    if score.low is not None and score.high is not None:
+        interval = f"{show(score.low)} to {show(score.high)}"
     return show(score.value), interval, show(score.chance), str(score.num_queries)
 
 
@@ -193,9 +196,22 @@ def check_goals(evaluations: Mapping[str, EvaluationSection], outcomes: Sequence
         raise RunError("metrics miss their goals:\n" + "\n".join(missed))
 
 
+def json_text(record: Any) -> str:
+    """Formats a record as JSON that every parser reads: NaN and infinity become null."""
+    return json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_results(folder: Path, record: dict[str, Any], *, table: str, rows: str) -> None:
     """Writes results.json, results.md and results.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "results.csv", rows.encode())
-    write_atomically(folder / "results.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_atomically(folder / "results.json", json_text(record).encode())
     write_atomically(folder / "results.md", table.encode())

@@ -133,8 +133,11 @@ class MultiLabelTask(Task, section=MultiLabelSection):
     @classmethod
     def differences(cls, pair: ResultPair) -> Iterator[Difference]:
         """Compares mean average precision over the same resamples of items."""
-        from eval.metrics.intervals import percentile_interval
-        from eval.metrics.multi_label import average_precisions, resampled_precisions
+        from eval.metrics.multi_label import (
+            average_precisions,
+            class_mean_percentiles,
+            resampled_precisions,
+        )
 
         first, second = pair.tables()
         names = pair.record["class_names"]
@@ -148,7 +151,7 @@ class MultiLabelTask(Task, section=MultiLabelSection):
         yield pair.difference(
             "mean_average_precision",
             values=(values[0], values[1]),
-            interval=percentile_interval(np.nanmean(resampled[1] - resampled[0], axis=0)),
+            interval=class_mean_percentiles(resampled[1] - resampled[0]),
             keys=[name for name, is_here in zip(names, present, strict=True) if is_here],
         )
 

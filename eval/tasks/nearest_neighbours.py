@@ -71,10 +71,8 @@ class NearestNeighboursTask(TrainedTask, section=NearestNeighboursSection):
             num_neighbours=self.num_neighbours,
             temperature=self.temperature,
         )
-        ranks, predictions = rank_scores(votes, targets=self.targets)
-        result = classification_result(
-            ranks, predictions, targets=self.targets, bootstrap=bootstrap
-        )
+        ranked = rank_scores(votes, targets=self.targets)
+        result = classification_result(ranked, targets=self.targets, bootstrap=bootstrap)
         return result, train
 
     def record(self, outcome: Outcome) -> dict[str, Any]:

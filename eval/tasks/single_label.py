@@ -77,7 +77,9 @@ class SingleLabelTask(Task):
             "": {
                 "key": self.keys,
                 "class_name": self.target_labels(),
-                "predicted": [self.class_labels[index] for index in result.predictions],
+                "predicted": [
+                    self.class_labels[index] if index >= 0 else None for index in result.predictions
+                ],
                 "hit@1": result.ranks.hits_at(1),
                 "rank": result.ranks.first_ranks(),
             }

@@ -18,12 +18,12 @@ KS = (1, 5, 10)
 def scores_and_right():
     """Draws scores, float32 [40, 200] without ties, and relevance, bool [40, 200].
 
-    Each row has one to six relevant candidates.
+    Each row has one to six relevant candidates, and every fifth 25 more.
     """
     generator = np.random.default_rng(0)
     right = np.zeros((40, 200), dtype=bool)
     for row in range(40):
-        right[row, generator.choice(200, 1 + row % 6, replace=False)] = True
+        right[row, generator.choice(200, 1 + row % 6 + 25 * (row % 5 == 0), replace=False)] = True
     scores = generator.standard_normal((40, 200)) + 1.5 * right
     return scores.astype(np.float32), right
 

@@ -36,7 +36,7 @@ def of_order(right, k):
     return (
         within.mean(),
         (found / ranks).mean(),
-        (found / ranks)[within].sum() / min(k, len(ranks)),
+        (found / ranks)[within].sum() / len(ranks),
         1 / ranks[0],
         (1 / np.log2(ranks[within] + 1)).sum() / gains[: len(ranks)].sum(),
     )

@@ -1,0 +1,28 @@
+"""results.json is read by every JSON parser, whatever the values."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.metrics.intervals import Score
+from eval.report.averages import _mean
+from eval.report.results import json_text, score_cells
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_numbers_that_json_lacks_become_null(value):
+    record = {"a": [value, {"b": value}, (value, 1.5)], "c": 2}
+    found = json.loads(json_text(record), parse_constant=refuse)
+    assert found == {"a": [None, {"b": None}, [None, 1.5]], "c": 2}
+
+
+def test_a_metric_without_an_interval_is_shown_without_one():
+    score = Score(0.5, None, None, 0.1, 20, "none")
+    assert score_cells("macro_f1", score) == ("50.0 %", "-", "10.0 %", "20")
+    average = _mean([score, Score(0.7, 0.6, 0.8, 0.1, 20, "Wilson")])
+    assert (average.value, average.low, average.high) == (0.6, None, None)
