@@ -98,7 +98,7 @@ def run_attempt(
     hosts = gather_objects(machine_name())
     loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
-    model = build_training_model(config, tokenizer)
+    model = build_training_model(config, tokenizer, device=accelerator.device)
     num_micro_batches = choose_num_micro_batches(
         StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
@@ -178,13 +178,15 @@ def dry_run(config: PretrainConfig) -> None:
     loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
     check_repeated_samples(config, loader)
     open_validation_sets(config, tokenizer, cache=loader.cache)
-    model = build_training_model(config, tokenizer)
+    device = torch.device(device_type_of(config.engine.device))
+    model = build_training_model(config, tokenizer, device=device)
+    open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),
         build_losses(config, world_size=num_processes),
         loader=loader,
         model=model,
-        device=torch.device(device_type_of(config.engine.device)),
+        device=device,
         num_processes_here=num_processes_here,
     )
     say("\n".join(lines))

@@ -31,18 +31,31 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
         InputError: if no blocks are found in a tower.
     """
     for kind, tower in model.towers.items():
-        if tower.is_frozen:
-            continue
-        blocks = list(blocks_of(tower.backbone))
-        if not blocks:
-            raise InputError(
-                f"engine.activation_checkpointing: model.{kind} "
-                f"({type(tower.backbone).__name__}) has no list of equal blocks to checkpoint; "
-                "set the key to false and lower micro_batch_size to save memory"
-            )
-        for block in blocks:
-            # A wrapping module would rename the parameters.
-            block.forward = partial(_recomputed, block.forward, tower.drop_keys)
+        if not tower.is_frozen:
+            checkpoint_backbone(tower.backbone, tower.drop_keys, where=f"model.{kind}")
+
+
+def checkpoint_backbone(backbone: nn.Module, drop_keys: TowerDropKeys, *, where: str) -> None:
+    """Makes the blocks of a backbone recompute their activations instead of storing them.
+
+    Args:
+        backbone: backbone of a tower.
+        drop_keys: keys of its dropout layers.
+        where: config key of the tower.
+
+    Raises:
+        InputError: if no blocks are found.
+    """
+    blocks = list(blocks_of(backbone))
+    if not blocks:
+        raise InputError(
+            f"engine.activation_checkpointing: {where} ({type(backbone).__name__}) has no list of "
+            "equal blocks to checkpoint; set the key to false and lower micro_batch_size to save "
+            "memory"
+        )
+    for block in blocks:
+        # A wrapping module would rename the parameters.
+        block.forward = partial(_recomputed, block.forward, drop_keys)
 
 
 def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:

@@ -163,7 +163,7 @@ def refuse_unknown_options(config_class: type, options: dict[str, Any]) -> None:
     """
     known = _known_options(config_class)
     for name in options:
-        if name in known:
+        if name in known or _reads_by_name(config_class, name):
             continue
         is_method = hasattr(config_class, name)
         if is_method or not _changes_config(config_class, options, name):
@@ -184,6 +184,15 @@ def _known_options(config_class: type) -> set[str]:
     if "rope_parameters" in own:
         own.update(_OLD_ROPE_NAMES)
     return own | {*config_class.attribute_map, *_NAMES_OF_ALL_CONFIGS}
+
+
+def _reads_by_name(config_class: type, name: str) -> bool:
+    """Whether the code of a config class reads an option from its keyword arguments."""
+    try:
+        source = inspect.getsource(config_class)
+    except (OSError, TypeError):  # a class without a source file
+        return False
+    return f'kwargs.pop("{name}"' in source or f'kwargs.get("{name}"' in source
 
 
 def _changes_config(config_class: type, options: dict[str, Any], name: str) -> bool:

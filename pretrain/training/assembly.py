@@ -25,6 +25,7 @@ from pretrain.model.activation_checkpointing import checkpoint_blocks
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.probe.towers import ProbeSettings, probe_model
 from pretrain.run.compatibility import holds_run
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import origin_of_checkpoints
@@ -39,6 +40,8 @@ from pretrain.training.optimizer import ClampedAdamW, build_optimizer
 from pretrain.training.session import RunSession
 from pretrain.training.step_loss import PairingLoss, build_pairing_losses
 from pretrain.training.validation import ValidationSet, build_validation_sets
+
+CPU = torch.device("cpu")
 
 
 def open_step_loader(
@@ -132,11 +135,20 @@ def open_validation_sets(
     )
 
 
-def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> ContrastiveModel:
+def build_training_model(
+    config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device = CPU
+) -> ContrastiveModel:
     """Builds the model, with activation checkpointing if the config enables it.
 
+    Every rank must call it: the main process probes the towers as training will run them.
+
+    Args:
+        config: the whole config.
+        tokenizer: tokenizer of captions.
+        device: device of the probe; the model stays on the CPU.
+
     Raises:
-        InputError: if a tower cannot be built, or has no blocks to recompute.
+        InputError: if a tower cannot be built, has no blocks to recompute, or fails the probe.
     """
     model = build_model(
         config.model,
@@ -145,6 +157,16 @@ def build_training_model(config: PretrainConfig, tokenizer: Tokenizer) -> Contra
         pairings=config.pairings,
         seed=config.seed,
         tokenizer=tokenizer,
+    )
+    settings = ProbeSettings(
+        device,
+        is_bf16=config.engine.precision == "bf16",
+        is_checkpointed=config.engine.activation_checkpointing,
+    )
+    model.takes_trimmed_captions = on_main_process(
+        lambda: probe_model(
+            model, tokenizer=tokenizer, image=config.image, audio=config.audio, settings=settings
+        )
     )
     if config.engine.activation_checkpointing:
         checkpoint_blocks(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,11 @@ from pretrain.config import (
     PretrainConfig,
     media_of_pairing,
 )
+from pretrain.distributed.collectives import on_main_process
 from pretrain.loss.options import Teacher
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.probe.towers import ProbeSettings, probe_model
 
 SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
 
@@ -81,6 +84,8 @@ def load_teachers(
 ) -> dict[PairingName, PairingTeacher]:
     """Loads the teachers of the pairings with distillation.
 
+    Every rank must call it: the main process probes the teachers' towers.
+
     Args:
         pairings: section of each pairing.
         inputs: inputs of the model in training.
@@ -89,7 +94,8 @@ def load_teachers(
         is_autocast: whether the teachers compute in bf16.
 
     Raises:
-        InputError: if a checkpoint is missing, or its model expects different inputs.
+        InputError: if a checkpoint is missing, its model expects different inputs, or a tower
+            fails the probe.
     """
     teachers = {}
     for name, pairing in pairings.items():
@@ -98,6 +104,18 @@ def load_teachers(
             _refuse_other_inputs(inputs, name, folder)
             model, _, teacher_tokenizer = load_model(folder, device=str(device))
             _refuse_other_tokens(name, folder, tokenizer, teacher_tokenizer)
+            model.takes_trimmed_captions = on_main_process(
+                partial(
+                    probe_model,
+                    model,
+                    tokenizer=teacher_tokenizer,
+                    image=inputs.image,
+                    audio=inputs.audio,
+                    settings=ProbeSettings(device, is_bf16=is_autocast),
+                    where=f"pairings.{name}.teacher",
+                    kinds=(media_of_pairing(name), "text"),
+                )
+            )
             teachers[name] = PairingTeacher(
                 pairing=name,
                 model=model,

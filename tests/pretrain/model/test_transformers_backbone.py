@@ -83,6 +83,8 @@ def test_unknown_options_are_refused(model_type, options, unknown):
         ("bert", TINY_BERT | {"num_labels": 3, "attn_implementation": "eager"}),
         ("gpt2", {"hidden_size": 16, "n_layer": 1}),  # the first name stands for n_embd
         ("llama", {"rope_theta": 1e4}),  # an old name, here with its default
+        # An old name, here without effect on the layers.
+        ("modernbert", {"num_hidden_layers": 2, "global_attn_every_n_layers": 2}),
         ("distilbert", {"dim": 16, "num_hidden_layers": 1}),
     ],
 )

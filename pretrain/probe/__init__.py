@@ -1,0 +1,1 @@
+"""Probe of towers before training: each is run as training will run it."""
