@@ -12,6 +12,7 @@ from data_prep.config_file import Location, Section, free
 from data_prep.languages import check_language, check_script
 
 MediaKind = Literal["image", "audio"]
+CaptionSource = Literal["json", "txt"]
 SourceFormat = Literal[
     "auto",  # detected from the input's name and content
     "csv",
@@ -202,7 +203,12 @@ class MakeShards(Section):
     media: MediaKind  # image | audio
     columns: Columns = Columns()
     keep_columns: tuple[str, ...] = ()  # additional columns to keep: licence, similarity, ...
+    # folder, webdataset: which caption counts if a sample has one in .json and one in .txt; samples
+    # whose two captions differ are tagged caption_differs, and counted
+    caption_source: CaptionSource = "json"
     caption_template: str = "{}"  # class_folders: {} is the class name
+    # class_folders: whether _ in a folder's name stays, or becomes a space in class and caption
+    underscores: Literal["keep", "spaces"] = "keep"
     subset: Path | None = (
         None  # .subset file: read only its samples; the input must be a dataset folder
     )

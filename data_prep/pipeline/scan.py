@@ -103,7 +103,7 @@ def _clean_pair(pair: Pair, cleaner: CaptionCleaner, mark_only: tuple[str, ...])
         pair,
         caption=cleaned.text,
         language=cleaned.language,
-        marks=cleaned.found,
+        marks=(*pair.marks, *cleaned.found),
         reason=dropping,
         detail=_shown(cleaned.text) if dropping else "",
     )

@@ -21,6 +21,7 @@ from data_prep.shards.index import REPAIR_ADVICE
 from data_prep.shards.manifest import ManifestRow
 from data_prep.shards.sample import (
     Sample,
+    caption_tags,
     captions_of,
     media_extension_of,
     metadata_of,
@@ -81,7 +82,7 @@ def row_of(
         "uid": sample.key if uid is None else str(uid),
         "captions": captions_of(sample),
         "class_name": None if class_name is None else str(class_name),
-        "marks": [],
+        "marks": caption_tags(sample),
         "extension": extension,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),

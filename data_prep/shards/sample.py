@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ MEDIA_EXTENSIONS = {
     "image": ("jpg", "jpeg", "png", "webp"),
     "audio": ("flac", "wav", "mp3", "ogg", "opus"),
 }
+
+CAPTION_KEYS = ("captions", "caption", "text")  # of a .json, in order of preference
+CAPTION_DIFFERS = "caption_differs"  # tag of a sample whose .json and .txt contradict each other
 
 
 class CorruptSampleError(ValueError):
@@ -66,7 +69,7 @@ def captions_of(sample: Sample) -> list[str]:
         CorruptSampleError: if there is no caption, or it is not valid UTF-8 or JSON.
     """
     metadata = metadata_of(sample)
-    for key in ("captions", "caption", "text"):
+    for key in CAPTION_KEYS:
         if metadata.get(key):
             found = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
             captions = [text.strip() for text in found if isinstance(text, str) and text.strip()]
@@ -82,6 +85,40 @@ def captions_of(sample: Sample) -> list[str]:
     if not caption:
         raise CorruptSampleError(f"{sample}: expected a caption in .json or .txt, found none")
     return [caption]
+
+
+def captions_differ(in_json: Any, in_txt: str | None) -> bool:
+    """Returns whether the captions of a `.json` and a `.txt` of one sample contradict each other.
+
+    They agree if the `.txt` holds one of the captions of the `.json`, or all of them, one per line.
+    Whitespace does not matter.
+
+    Args:
+        in_json: text or list of texts in the `.json`; None or empty without one.
+        in_txt: content of the `.txt`; None without one.
+    """
+    if not in_json or in_txt is None or not in_txt.strip():
+        return False
+    listed = in_json if isinstance(in_json, list) else [in_json]
+    captions = [" ".join(str(caption).split()) for caption in listed]
+    lines = [" ".join(line.split()) for line in in_txt.splitlines() if line.strip()]
+    return " ".join(lines) not in captions and lines != captions
+
+
+def caption_tags(sample: Sample) -> list[str]:
+    """Returns CAPTION_DIFFERS in a list if the captions of a sample contradict each other.
+
+    Raises:
+        CorruptSampleError: if the `.json` is not a JSON object.
+    """
+    in_txt = sample.members.get("txt", b"").decode("utf-8", errors="replace")
+    differ = captions_differ(captions_in_json(metadata_of(sample)), in_txt)
+    return [CAPTION_DIFFERS] if differ else []
+
+
+def captions_in_json(metadata: Mapping[str, Any], keys: Sequence[str] = CAPTION_KEYS) -> Any:
+    """Returns the value of the first of the keys that has one; None if none has."""
+    return next((metadata[key] for key in keys if metadata.get(key)), None)
 
 
 def metadata_of(sample: Sample) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from data_prep.shards.parquet import measure_media, row_of, write_shard_parquet
 from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
+    caption_tags,
     captions_of,
     media_kind_of,
     split_member_name,
@@ -111,12 +112,13 @@ class TarTable:
 
 def index_tar(task: IndexTask) -> list[str]:
     """Writes the sidecar files of a tar unless it has problems; returns the problems."""
-    table, rows, left_out = TarTable(), [], []
+    table, rows, left_out, marked = TarTable(), [], [], Counter()
     try:
         for number, found in enumerate(read_tar_samples(task.tar_path), start=1):
             try:
                 rows.append(_checked_row(found.sample, task=task, number=number))
                 table.add(found)
+                marked.update(caption_tags(found.sample))
             except _LeftOutError as error:
                 left_out.append((found.sample.key, error.reason, str(error)))
     except BadTarError as error:
@@ -126,7 +128,9 @@ def index_tar(task: IndexTask) -> list[str]:
             f"{task.tar_path}: sample {key}: {reason}: {detail}" for key, reason, detail in left_out
         ]
     index = table.to_index(
-        task.tar_path, rejected=dict(Counter(reason for _, reason, _ in left_out))
+        task.tar_path,
+        rejected=dict(Counter(reason for _, reason, _ in left_out)),
+        marked=dict(marked),
     )
     task.index_path.parent.mkdir(parents=True, exist_ok=True)
     if task.measure:
@@ -220,8 +224,8 @@ def read_tar_samples(path: Path) -> Iterator[TarSample]:
     """Yields the samples of a tar in order, including incomplete ones.
 
     Raises:
-        BadTarError: in the same cases as `read_members`, or if the members of a sample are not
-            adjacent, or a member or key is duplicate.
+        BadTarError: in the same cases as `read_members`, or if a name is not UTF-8. Also if the
+            members of a sample are not adjacent, or a member or key is duplicate.
     """
     seen: set[str] = set()
     with path.open("rb") as tar:
@@ -237,12 +241,24 @@ def read_tar_samples(path: Path) -> Iterator[TarSample]:
 def _group_by_key(path: Path) -> Iterator[tuple[str, list[Member]]]:
     group: list[Member] = []
     for member in read_members(path):
+        _check_is_utf8(member.name, path)
         if group and member.key != group[0].key:
             yield group[0].key, group
             group = []
         group.append(member)
     if group:
         yield group[0].key, group
+
+
+def _check_is_utf8(name: str, path: Path) -> None:
+    """Checks that a name can be stored as the key of a sample."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise BadTarError(
+            f"{path}: {name!r}: expected a name in UTF-8, because an index stores it as text; use "
+            "python -m data_prep.make_shards, which gives samples new names"
+        ) from None
 
 
 def _read_sample(sample: Sample, members: list[Member], *, tar: BinaryIO) -> TarSample:

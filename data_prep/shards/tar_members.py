@@ -1,12 +1,15 @@
 """Reader of tar headers, with checks for damage and for members that a dataset must not contain.
 
 Python's tarfile stops silently at a damaged header, or if the tar is truncated between two members.
-`read_members` requires the end-of-archive blocks, and only regular files with plain names.
+`read_members` requires the end-of-archive blocks, and only regular files with safe names: relative,
+without '..' and control characters. Names need not be printable: macOS writes U+202F in those of
+screenshots.
 `find_members` continues after damage to recover the remaining members.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ COMPRESSIONS = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
+# They would end a line of a log or act on a terminal.
+CONTROL_CHARACTERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 EXTENSION_HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -64,7 +69,8 @@ def read_members(path: Path) -> Iterator[Member]:
 
     Raises:
         BadTarError: if the tar is compressed, damaged or truncated. Also if it contains a link, a
-            device, a sparse file, or a name that points outside the folder.
+            device, a sparse file, or a name that points outside the folder. A name in a sample must
+            not hold a control character either.
     """
     _refuse_compressed(path)
     with path.open("rb") as file:
@@ -73,7 +79,9 @@ def read_members(path: Path) -> Iterator[Member]:
                 for info in tar:
                     tar.members = []  # otherwise tarfile keeps all headers in memory
                     _check_type(info, path)
-                    if info.isreg() and _is_sample_name(_check_name(info.name, path)):
+                    _check_path(info.name, path)
+                    if info.isreg() and _is_sample_name(info.name):
+                        _check_characters(info.name, path)
                         yield Member(info.name, info.offset_data // BLOCK_BYTES, info.size)
                 end = tar.offset
         except (tarfile.TarError, EOFError) as error:
@@ -119,8 +127,9 @@ def member_at(header: bytes, *, data_block: int) -> Member | None:
         info = _CappedTarInfo.frombuf(header, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, BadTarError):
         return None
-    is_plain = info.isreg() and _is_plain_name(info.name) and _is_sample_name(info.name)
-    return Member(info.name, data_block, info.size) if is_plain else None
+    is_safe = not _points_outside(info.name) and not CONTROL_CHARACTERS.search(info.name)
+    is_member = info.isreg() and is_safe and _is_sample_name(info.name)
+    return Member(info.name, data_block, info.size) if is_member else None
 
 
 class _CappedTarInfo(tarfile.TarInfo):
@@ -158,17 +167,22 @@ def _check_type(info: tarfile.TarInfo, path: Path) -> None:
         raise BadTarError(f"{path}: {info.name}: expected a regular file, found {kind}")
 
 
-def _check_name(name: str, path: Path) -> str:
-    if not _is_plain_name(name):
+def _check_path(name: str, path: Path) -> None:
+    if _points_outside(name):
+        raise BadTarError(f"{path}: {name!r}: expected a relative name without '..' in a tar")
+
+
+def _points_outside(name: str) -> bool:
+    return name.startswith("/") or ".." in PurePosixPath(name).parts
+
+
+def _check_characters(name: str, path: Path) -> None:
+    found = CONTROL_CHARACTERS.search(name)
+    if found:
         raise BadTarError(
-            f"{path}: {name!r}: expected a printable relative name without '..' in a tar"
+            f"{path}: {name!r}: expected a name without control characters, found "
+            f"U+{ord(found[0]):04X}; pack the tar again with another name"
         )
-    return name
-
-
-def _is_plain_name(name: str) -> bool:
-    is_text = name.isprintable()  # neither control characters nor bytes that are not UTF-8
-    return is_text and not name.startswith("/") and ".." not in PurePosixPath(name).parts
 
 
 def _is_sample_name(name: str) -> bool:

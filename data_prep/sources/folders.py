@@ -53,6 +53,7 @@ def read_folder(source: PairSource) -> Iterator[Pair]:
             place=None,
             json_bytes=contents.get(".json"),
             txt_bytes=contents.get(".txt"),
+            caption_source=source.caption_source,
         )
 
 
@@ -100,8 +101,8 @@ def _read_sidecars(
 def read_class_folders(source: PairSource) -> Iterator[Pair]:
     """Yields the pairs of a folder that holds one folder of media per class.
 
-    The class is the name of the first folder below the input; `caption_template` defines the
-    caption.
+    The class is the name of the first folder below the input. `underscores` decides if `_` becomes
+    a space; `caption_template` defines the caption.
 
     Raises:
         InputError: if the input is not a folder, or the template has no {} for the class name.
@@ -121,6 +122,8 @@ def read_class_folders(source: PairSource) -> Iterator[Pair]:
             detail = "expected the file in a class folder"
             yield rejected_media(row, name, "no_class_folder", detail)
             continue
+        if source.underscores == "spaces":
+            class_name = " ".join(class_name.replace("_", " ").split())
         caption = source.caption_template.replace("{}", class_name)
         yield from pairs_of_row(
             row=row, media=name, captions=caption, class_name=class_name, is_file_name=True

@@ -48,7 +48,9 @@ MANIFESTS = ("csv", "tsv", "jsonl", "coco")
 # Settings that only some formats use.
 FORMATS_OF_SETTING = {
     "quotes": ("csv", "tsv"),
+    "caption_source": ("folder", "webdataset"),
     "caption_template": ("class_folders",),
+    "underscores": ("class_folders",),
     "subset": ("webdataset",),
     "media_root": ("csv", "tsv", "jsonl", "parquet", "coco", "huggingface"),
 }

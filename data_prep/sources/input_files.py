@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from data_prep.config import Columns, MakeShards, MediaKind
+from data_prep.config import CaptionSource, Columns, MakeShards, MediaKind
 from data_prep.errors import InputError
 from data_prep.storage import remote_file
 
@@ -51,7 +51,9 @@ class PairSource:
     media_root: str | None
     columns: Columns
     keep_columns: tuple[str, ...]
+    caption_source: CaptionSource
     caption_template: str
+    underscores: Literal["keep", "spaces"]
     subset: Path | None
     quotes: bool | None
 
@@ -100,7 +102,7 @@ def format_of(source: PairSource) -> str:
             folder, names = remote_file.glob_files(path)
             return _format_of_names([remote_file.join(folder, name) for name in names], path)
         if remote_file.is_folder(path):
-            return _format_of_folder(path, caption_template=source.caption_template)
+            return _format_of_folder(path, source)
         if not remote_file.is_web_url(path) and not remote_file.exists(path):
             raise _no_input(path)
     return _format_of_names([path], path)
@@ -123,7 +125,7 @@ def _format_of_names(paths: list[str], given: str) -> str:
     return FORMAT_OF_SUFFIX[suffixes[0]]
 
 
-def _format_of_folder(folder: str, *, caption_template: str) -> str:
+def _format_of_folder(folder: str, source: PairSource) -> str:
     # Tars are checked first, because img2dataset writes Parquet files and statistics next to them.
     if remote_file.exists(remote_file.join(folder, "dataset.json")):
         return "webdataset"
@@ -135,7 +137,8 @@ def _format_of_folder(folder: str, *, caption_template: str) -> str:
     for suffix in (".tar", ".parquet"):
         if suffix in suffixes:
             return FORMAT_OF_SUFFIX[suffix]
-    return "folder" if caption_template == "{}" else "class_folders"
+    has_classes = source.caption_template != "{}" or source.underscores != "keep"
+    return "class_folders" if has_classes else "folder"
 
 
 def files_of_input(path: str, file_format: str) -> InputFiles:

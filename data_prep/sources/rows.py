@@ -11,12 +11,17 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from data_prep.config import Columns
+from data_prep.config import CaptionSource, Columns
 from data_prep.errors import InputError
+from data_prep.shards.sample import (
+    CAPTION_DIFFERS,
+    CAPTION_KEYS,
+    captions_differ,
+    captions_in_json,
+)
 from data_prep.sources.pair import Pair, checked_pair
 from data_prep.storage import remote_file
 
-CAPTION_KEYS = ("captions", "caption", "text")  # in order of preference
 MAX_SIDECAR_BYTES = 1 << 24
 
 
@@ -134,9 +139,12 @@ def pairs_of_sidecar(
     place: str | None,
     json_bytes: bytes | None,
     txt_bytes: bytes | None,
+    caption_source: CaptionSource,
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Pair]:
-    """Yields the pairs of one media file with captions in a .json, or else in a .txt.
+    """Yields the pairs of one media file with captions in a .json or a .txt.
+
+    Pairs are tagged CAPTION_DIFFERS if both files hold captions that contradict each other.
 
     Args:
         columns: keys of the caption, class_name and uid in the .json; None for default keys.
@@ -146,6 +154,7 @@ def pairs_of_sidecar(
         place: location of the bytes in `media`.
         json_bytes: content of the .json file; None if there is none.
         txt_bytes: content of the .txt file; None if there is none.
+        caption_source: file whose caption is taken if both have one.
         defaults: values for keys that are missing from the .json.
     """
     try:
@@ -157,14 +166,19 @@ def pairs_of_sidecar(
     keys = CAPTION_KEYS
     if columns.caption != Columns().caption:
         keys = (columns.caption,)
-    captions = next((values[key] for key in keys if values.get(key)), None)
-    if captions is None and txt_bytes is not None:
-        captions = txt_bytes.decode("utf-8-sig", errors="surrogateescape")
+    in_json = captions_in_json(values, keys)
+    in_txt = None
+    if txt_bytes is not None:
+        in_txt = txt_bytes.decode("utf-8-sig", errors="surrogateescape")
+    has_txt = in_txt is not None and bool(in_txt.strip())
+    prefers_txt = in_json is None or (caption_source == "txt" and has_txt)
+    captions = in_txt if prefers_txt else in_json
     if captions is None:
         detail = f"expected {' or '.join(keys)} in a .json file, or a .txt file next to the media"
         yield rejected_media(row, media, "missing_caption", detail)
         return
-    yield from pairs_of_row(
+    marks = (CAPTION_DIFFERS,) if captions_differ(in_json, in_txt) else ()
+    for pair in pairs_of_row(
         row=row,
         media=media,
         place=place,
@@ -173,7 +187,8 @@ def pairs_of_sidecar(
         uid=values.get(columns.uid or "uid"),
         kept=kept_json(values, keep_columns),
         is_file_name=True,
-    )
+    ):
+        yield dataclasses.replace(pair, marks=marks) if marks else pair
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

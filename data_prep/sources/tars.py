@@ -1,8 +1,8 @@
 """Pairs and media from WebDataset tars and from dataset folders written by this package.
 
-The captions of a sample are in its .json (captions, caption or text), or else in its .txt, as
-img2dataset and LAION write them. The place of a pair's media is "<offset>:<bytes>" in the tar,
-followed by ":<crc32>" if an index records it.
+The captions of a sample are in its .json (captions, caption or text) or in its .txt, as img2dataset
+and LAION write them. `caption_source` decides if both have one. The place of a pair's media is
+"<offset>:<bytes>" in the tar, followed by ":<crc32>" if an index records it.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Ite
         place=media.place,
         json_bytes=contents.get("json"),
         txt_bytes=contents.get("txt"),
+        caption_source=source.caption_source,
         defaults=sample.columns,
     )
 

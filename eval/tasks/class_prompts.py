@@ -161,7 +161,8 @@ def _configured_or_shipped(
             f"evaluations.{name}.{key}: expected a list, or a text file with one per line; found "
             f"none, and no {FILE_OF_KEY[key]} in {dataset.folder}"
         )
-    return read_lines(found if isinstance(found, list) else Path(found))
+    source = found if isinstance(found, list) else Path(found)
+    return read_lines(source, are_numbered=key == "class_names")
 
 
 def _texts_of_open_clip(key: str, name: str, wanted: str) -> list[str]:
@@ -200,11 +201,17 @@ def index_of_classes(class_names: Sequence[str], dataset: EvaluationSet) -> dict
     return {folder: index for index, folder in enumerate(folders)}
 
 
-def read_lines(source: list[str] | Path) -> list[str]:
+def read_lines(source: list[str] | Path, *, are_numbered: bool = False) -> list[str]:
     """Reads texts from a list, or from a text file with one per line; skips blank lines.
 
+    Args:
+        source: list of texts, or path of the text file.
+        are_numbered: True if the number of a line is a class index. A blank line is then skipped
+            only at the end; before another line, it would shift the indices of all later classes.
+
     Raises:
-        InputError: if the file is missing or not UTF-8, or there are no texts.
+        InputError: if the file is missing or not UTF-8, there are no texts, or a line before
+            another one is blank although lines are numbered.
     """
     lines, where = source, "the list"
     if isinstance(source, Path):
@@ -215,7 +222,15 @@ def read_lines(source: list[str] | Path) -> list[str]:
             raise InputError(
                 f"{source}: expected a text file with one entry per line: {error}"
             ) from None
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
+    numbers = [number for number, line in enumerate(lines) if line.strip()]
+    if not numbers:
         raise InputError(f"{where}: expected at least one entry, found none")
-    return texts
+    if are_numbered and len(numbers) != numbers[-1] + 1:
+        blank = next(number for number, line in enumerate(lines) if not line.strip())
+        raise InputError(
+            f"{where}: line {blank + 1} is blank, and {numbers[-1] - blank} lines follow; the "
+            "number of a line is a class index (.cls, .npy), so the line must neither be skipped "
+            "nor be a class without a name: write the name of the class, or remove the line if "
+            "the labels do not count it"
+        )
+    return [lines[number].strip() for number in numbers]

@@ -149,6 +149,19 @@ def test_class_folders_take_captions_from_the_template(tmp_path):
         pairs_of(tmp_path, caption_template="a photo", format="class_folders")
 
 
+def test_underscores_of_class_folders_stay_or_become_spaces(tmp_path):
+    names = ["great_white_shark", "_odd__name_", "a b", "plain"]
+    write(tmp_path, dict.fromkeys((f"{name}/x_1.jpg" for name in names), b"x"))
+    spaces = ["odd name", "a b", "great white shark", "plain"]
+    for template in ("{}", "a photo of a {}."):
+        found = pairs_of(tmp_path, caption_template=template, underscores="spaces")
+        assert [pair.class_name for pair in found] == spaces
+        assert [pair.caption for pair in found] == [template.format(name) for name in spaces]
+        assert {pair.media for pair in found} == {f"{name}/x_1.jpg" for name in names}
+    found = pairs_of(tmp_path, format="class_folders")
+    assert [pair.caption for pair in found] == sorted(names)
+
+
 # ------------------------------------------------------------------------------------- media
 
 

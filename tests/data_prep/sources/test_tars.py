@@ -130,10 +130,57 @@ def test_a_tar_that_is_cut_short_anywhere_names_itself_and_what_to_do(tmp_path):
             pairs_of(path)
 
 
+def test_any_name_that_is_not_dangerous_is_read(tmp_path):
+    keys = ["plain", "3\u202fPM", "caf\udce9", "a\u200db", "folder/\u202ea"]
+    members = [(f"{key}.{ext}", b"x") for key in keys for ext in ("jpg", "txt")]
+    path = write_tar(tmp_path / "0.tar", [("Icon\r", b""), *members])
+    assert [pair.reason for pair in pairs_of(path)] == [None] * len(keys)
+
+
+# In .json, in .txt, taken if .json is preferred, taken if .txt is preferred, whether they differ
+CAPTIONS = [
+    ({"caption": "old"}, "new", ["old"], ["new"], True),
+    ({"caption": "same"}, " same\n", ["same"], ["same"], False),
+    ({"caption": "a  b"}, "a b", ["a  b"], ["a b"], False),
+    ({"captions": ["one", "two"]}, "two", ["one", "two"], ["two"], False),
+    ({"captions": ["a", "b"]}, "a\nb\n", ["a", "b"], ["a\nb"], False),
+    ({"captions": ["one", "two"]}, "three", ["one", "two"], ["three"], True),
+    ({"caption": "old"}, "  ", ["old"], ["old"], False),
+    ({"caption": "old"}, None, ["old"], ["old"], False),
+    ({"caption": ""}, "new", ["new"], ["new"], False),
+    ({"caption": 5}, "5", ["5"], ["5"], False),
+    (None, "new", ["new"], ["new"], False),
+]
+
+
+@pytest.mark.parametrize("preferred", ["json", "txt"])
+def test_the_setting_decides_between_two_captions_and_differing_ones_are_tagged(
+    tmp_path, preferred
+):
+    members = []
+    (tmp_path / "folder").mkdir()
+    for number, (in_json, in_txt, *_) in enumerate(CAPTIONS):
+        contents = {"jpg": b"x", "json": in_json and json.dumps(in_json).encode()}
+        contents["txt"] = None if in_txt is None else in_txt.encode()
+        for extension, content in contents.items():
+            if content is not None:
+                members.append((f"{number:02d}.{extension}", content))
+                (tmp_path / "folder" / members[-1][0]).write_bytes(content)
+    tar = write_tar(tmp_path / "0.tar", members)
+    expected = [
+        (text, ("caption_differs",) * differ)
+        for _, _, by_json, by_txt, differ in CAPTIONS
+        for text in (by_json if preferred == "json" else by_txt)
+    ]
+    for source in (tar, tmp_path / "folder"):
+        found = pairs_of(source, caption_source=preferred)
+        assert [(pair.caption, pair.marks) for pair in found] == expected
+
+
 def test_what_no_tar_may_hold_is_refused(tmp_path):
     for name in ("../a.jpg", "/a.jpg"):
         path = write_tar(tmp_path / "0.tar", [(name, b"x")])
-        with pytest.raises(InputError, match="printable relative name"):
+        with pytest.raises(InputError, match=r"expected a relative name without '\.\.'"):
             pairs_of(path)
     with tarfile.open(path, "w") as tar:
         link = tarfile.TarInfo("a.jpg")

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -130,6 +131,23 @@ def test_text_files_may_come_from_any_system(tmp_path):
         read_lines(path)
     with pytest.raises(InputError, match=r"absent\.txt: expected a text file"):
         read_lines(tmp_path / "absent.txt")
+
+
+def test_a_blank_line_never_shifts_the_classes_after_it(tmp_path):
+    path = tmp_path / "classnames.txt"
+    for lines in itertools.product(["cat", "dog", "", " "], repeat=3):
+        path.write_bytes("\r\n".join([*lines, ""]).encode())
+        named = [number for number, line in enumerate(lines) if line.strip()]
+        if not named:
+            continue
+        first_blank = next((n for n, line in enumerate(lines) if not line.strip()), 3)
+        for source in (path, list(lines)):
+            if first_blank > named[-1]:
+                expected = [line for line in lines if line.strip()]
+                assert read_lines(source, are_numbered=True) == expected
+            else:
+                with pytest.raises(InputError, match=f"line {first_blank + 1} is blank"):
+                    read_lines(source, are_numbered=True)
 
 
 @pytest.mark.parametrize(
