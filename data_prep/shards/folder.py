@@ -40,7 +40,7 @@ PLAN_FILE = "plan.json"
 OWN_NAME = re.compile(
     r".*\.(tar|idx)|\d{8}\.parquet|dataset\.json|manifest\.jsonl|rejected(\.jsonl)?|plan|downloads"
 )
-# Names that storage.atomic.temporary_name builds: .<file>.<host>.<process>.tmp
+# Names that storage.atomic.temporary_name builds: .<file>.<host>.<thread>.tmp
 TEMPORARY_NAME = re.compile(
     r"\.(?P<stem>[^.]+)(\.(tar|idx|parquet|json|jsonl))?\.[A-Za-z0-9-]+\.\d+\.tmp"
 )

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 
 # Errors of file systems that cannot flush folders, such as mounted object stores, and of folders
@@ -15,9 +16,9 @@ NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno
 
 
 def temporary_name(name: str) -> str:
-    """Returns a temporary name in the same folder, unique among processes and machines."""
+    """Returns a temporary name in the same folder, unique among threads and machines."""
     host = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
-    return f".{name}.{host}.{os.getpid()}.tmp"
+    return f".{name}.{host}.{threading.get_native_id()}.tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -90,7 +90,7 @@ class CachedShards:
 
     def remove_leftovers(self) -> None:
         """Removes the parts of dead processes, whose shards are not locked."""
-        for part in list(self.folder.rglob(".*.part")):
+        for part in _files_below(self.folder):
             shard_name = shard_of_part(part.name)
             if shard_name is not None:
                 with locked(lock_path(part.with_name(shard_name)), waits=False) as is_locked:

@@ -126,8 +126,8 @@ def _refuse_other_start(run: Run) -> None:
     if stored.parent is not None and stored.start != run.start:
         raise InputError(
             f"{run.folder} holds a fork that was created with {_describe(stored.start)}, found "
-            f"{_describe(run.start)}; resume it with its own run.fork, or set run.folder to a new "
-            "folder"
+            f"{_describe(run.start)}; resume it with its own run.fork, set run.folder to a new "
+            "folder, or set run.parent=null to fork this fork"
         )
 
 

@@ -1,6 +1,7 @@
 import errno
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", refuse_folders)
     write_atomically(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    path, contents = tmp_path / "file", [bytes([number]) * 10_000 for number in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda content: write_atomically(path, content), contents))
+    assert path.read_bytes() in contents
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_that_cannot_be_flushed_is_named_and_leaves_the_old_one(tmp_path, monkeypatch):
