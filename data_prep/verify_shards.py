@@ -122,8 +122,8 @@ def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
         advice.append(f"missing tars: restore them; or {remake}")
     if "tar" in kinds and not origin.is_foreign:
         advice.append(
-            f"damaged tars: restore them; or {remake}; or keep their intact samples: "
-            f"{VERIFY} with repair=true"
+            "damaged tars: restore them; or put misplaced files in their places and keep intact "
+            f"samples: {VERIFY} with repair=true; for samples that it reports as lost, {remake}"
         )
     rebuilt = [kind for kind in ("index", "parquet", "totals") if kind in kinds]
     if rebuilt and not kinds & {"tar", "missing tar"}:

@@ -62,7 +62,9 @@ def checked_condition(connection: DuckDBPyConnection, condition: str, *, view: s
         raise InputError(
             f"{what}: expected a condition, which is true or false; found {', '.join(types)}"
         )
-    return condition_without_nan(connection, tree, condition)
+    names = {name.lower() for name in samples.columns} - _lambda_parameters(nodes)
+    columns = names | {f"{view}.{name}" for name in names}
+    return condition_without_nan(connection, tree, condition, columns=columns)
 
 
 def _syntax_tree(connection: DuckDBPyConnection, condition: str, what: str) -> dict[str, Any]:
@@ -88,10 +90,13 @@ def _names(nodes: Iterable[dict[str, Any]]) -> list[str]:
     return [node["column_names"][0] for node in nodes if node.get("class") == "COLUMN_REF"]
 
 
-def _check_names(nodes: list[dict[str, Any]], columns: Sequence[str], what: str) -> None:
+def _lambda_parameters(nodes: list[dict[str, Any]]) -> set[str]:
     lambdas = [node for node in nodes if node.get("class") == "LAMBDA"]
-    parameters = [name for node in lambdas for name in _names(_nodes(node["lhs"]))]
-    known = {name.lower() for name in (*columns, *parameters)}
+    return {name.lower() for node in lambdas for name in _names(_nodes(node["lhs"]))}
+
+
+def _check_names(nodes: list[dict[str, Any]], columns: Sequence[str], what: str) -> None:
+    known = {name.lower() for name in columns} | _lambda_parameters(nodes)
     for name in _names(nodes):
         if name.lower() not in known:
             raise InputError(f"{what}: {unknown_column_message(name, columns[1:])}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ def holds_floats(kind: str) -> bool:
 
 
 def condition_without_nan(
-    connection: DuckDBPyConnection, tree: dict[str, Any], condition: str
+    connection: DuckDBPyConnection,
+    tree: dict[str, Any],
+    condition: str,
+    *,
+    columns: Collection[str],
 ) -> str:
     """Returns a condition whose comparisons take a NaN that they compute for NULL.
 
@@ -53,26 +58,27 @@ def condition_without_nan(
         connection: any database.
         tree: result of json_serialize_sql for `SELECT (condition)`.
         condition: returned as it is unless a comparison computes an operand.
+        columns: lower-case names of columns, in which NaN is NULL already.
     """
-    if not _wrap_operands(connection, tree):
+    if not _wrap_operands(connection, tree, columns):
         return condition
     query = connection.execute("SELECT json_deserialize_sql(?)", [json.dumps(tree)]).fetchone()[0]
     return query.removeprefix("SELECT ")
 
 
-def _wrap_operands(connection: DuckDBPyConnection, tree: Any) -> int:
+def _wrap_operands(connection: DuckDBPyConnection, tree: Any, columns: Collection[str]) -> int:
     """Wraps the computed operands of all comparisons, innermost first; returns their number."""
     parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    num_wrapped = sum(_wrap_operands(connection, part) for part in list(parts))
+    num_wrapped = sum(_wrap_operands(connection, part, columns) for part in list(parts))
     if not isinstance(tree, dict):
         return num_wrapped
     if tree.get("class") in COMPARISONS:
         for key in OPERANDS:
-            if key in tree and _is_computed(tree[key]):
+            if key in tree and _is_computed(tree[key], columns):
                 tree[key] = _wrapped(connection, tree[key])
                 num_wrapped += 1
     elif tree.get("type") in LISTED_COMPARISONS:
-        is_computed = [_is_computed(child) for child in tree["children"]]
+        is_computed = [_is_computed(child, columns) for child in tree["children"]]
         tree["children"] = [
             _wrapped(connection, child) if computed else child
             for child, computed in zip(tree["children"], is_computed, strict=True)
@@ -81,9 +87,11 @@ def _wrap_operands(connection: DuckDBPyConnection, tree: Any) -> int:
     return num_wrapped
 
 
-def _is_computed(operand: dict[str, Any]) -> bool:
-    is_column = operand.get("class") == "COLUMN_REF" and len(operand["column_names"]) <= 2
-    return not is_column and operand.get("class") not in CLEAN_CLASSES
+def _is_computed(operand: dict[str, Any], columns: Collection[str]) -> bool:
+    if operand.get("class") == "COLUMN_REF":  # also a field of a struct, or a lambda's parameter
+        name = ".".join(operand["column_names"]).lower()
+        return name not in columns
+    return operand.get("class") not in CLEAN_CLASSES
 
 
 def _wrapped(connection: DuckDBPyConnection, operand: dict[str, Any]) -> dict[str, Any]:

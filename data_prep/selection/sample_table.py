@@ -178,7 +178,7 @@ class SampleTable:
             different = sorted({name for name, *_ in first ^ other})
             raise InputError(
                 f"{rows[1][0]}: expected the columns and types of {rows[0][0]}, found differences "
-                f"in {', '.join(different)}; rebuild the file with python -m "
+                f"in {', '.join(different)}; delete the file, and rebuild it with python -m "
                 "data_prep.verify_shards and repair=true"
             )
 

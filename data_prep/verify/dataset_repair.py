@@ -54,7 +54,8 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
     for line in report.done or ["nothing: all files are consistent"] * (not report.refused):
         say(f"repaired: {line}")
     alternative = ""
-    if read_origin(folder).command == "make_shards" and (report.done or report.refused):
+    is_lost = report.refused or any("lost: " in line for line in report.done)
+    if is_lost and read_origin(folder).command == "make_shards":
         alternative = (
             "to restore lost samples, delete the files of the affected shard and run make_shards "
             "again with the same config: it recreates only this shard"
@@ -124,8 +125,8 @@ def _repair(folder: Path, *, tar_base: Path, workers: int) -> RepairReport:
     rows = plan.rows
     tar_folder = tar_base / tar_folder_of(folder, origin) if origin.is_foreign else folder
     names = shard_names(folder, origin, rows, report, tar_folder=tar_folder)
-    if not names:
-        report.refused.append(f"{folder}: contains no shard")
+    if unfinished := _describe_unfinished(folder, saved, num_shards=len(names)):
+        report.refused.append(unfinished)
         return report
     media = media_kind(folder, origin, saved.info, names)
     tasks = repair_tasks(
@@ -140,6 +141,20 @@ def _repair(folder: Path, *, tar_base: Path, workers: int) -> RepairReport:
     if not report.has_stranger:
         _close(folder, names, saved, origin, media=media, report=report)
     return report
+
+
+def _describe_unfinished(folder: Path, saved: SavedMetadata, *, num_shards: int) -> str | None:
+    """Describes a dataset without shards, or whose making was interrupted; otherwise None."""
+    if not num_shards:
+        return f"{folder}: contains no shard"
+    planned = _planned(folder, "num_shards")
+    if saved.info is not None or saved.rows or planned is None or num_shards >= planned:
+        return None
+    return (
+        f"{folder}: expected {planned} shards (its plan), found {num_shards}, and neither "
+        "dataset.json nor manifest.jsonl: finish the dataset by make_shards with the same config: "
+        "it creates only missing shards"
+    )
 
 
 def _describe_plan(plan: RepairPlan) -> list[str]:
@@ -176,7 +191,7 @@ def _close(
         names,
         media=media,
         preparation=origin.preparation,
-        num_pairs=info.num_pairs if info else _planned_pairs(folder),
+        num_pairs=info.num_pairs if info else _planned(folder, "num_pairs"),
         tar_folder=origin.tar_folder or ".",
         isopair_version=info.isopair_version if info else None,
     )
@@ -211,10 +226,10 @@ def _is_closed(folder: Path, names: Sequence[str]) -> bool:
     return is_as_indexed and all(finding.kind != "totals" for finding in findings)
 
 
-def _planned_pairs(folder: Path) -> int | None:
-    """Returns the number of pairs in the plan of make_shards; None if unknown."""
+def _planned(folder: Path, key: str) -> int | None:
+    """Returns a number in the plan of make_shards; None if unknown."""
     try:
-        found = json.loads((folder / PLAN_PATHS[1]).read_bytes())["items"]["num_pairs"]
+        found = json.loads((folder / PLAN_PATHS[1]).read_bytes())["items"][key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, int) else None

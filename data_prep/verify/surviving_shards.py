@@ -54,9 +54,10 @@ def shard_names(
     listed = {name for name in rows if (tar_folder / f"{name}.tar").is_file()}
     for name in sort_shards(rows.keys() - indexed - listed):
         keys = recorded_keys(folder / f"{name}.parquet", rows[name])
+        num_lost = rows[name].num_samples
         report.done.append(
-            f"{folder / name}: tar and index are missing; removed its "
-            f"{rows[name].num_samples} samples from the dataset{named_keys(keys)}"
+            f"{folder / name}: tar and index are missing; removed its {num_lost} samples from the "
+            f"dataset{named_keys(keys) or f'; lost: {num_lost}'}"
         )
     if rows:
         indexed -= _copies(folder, indexed - rows.keys(), rows, report, tar_folder=tar_folder)

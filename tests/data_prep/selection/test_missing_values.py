@@ -72,6 +72,11 @@ CONDITIONS = {
         lambda a, b: not missing(quotient(a, b)) and (quotient(a, b) > 2) == (a > 2)
     ),
     "list_max(pair) > 3": lambda a, b: max([v for v in (a, b) if not missing(v)], default=0) > 3,
+    "place.x > 2": lambda a, b: not missing(a) and a > 2,
+    "samples.score > 2 AND Score > 2": lambda a, b: not missing(a) and a > 2,
+    "len(list_filter(list_transform(pair, lambda v: v / 0), lambda v: v > 3)) > 0": lambda a, b: (
+        any(not missing(v) and v > 0 for v in (a, b))
+    ),
     "len(list_filter(pair, lambda v: v > 3)) = 1": lambda a, b: (
         sum(not missing(v) and v > 3 for v in (a, b)) == 1
     ),
@@ -85,6 +90,7 @@ def samples(dataset, tmp_path_factory):
     pairs = [[a, b] for a, b in zip(SCORE, OTHER, strict=True)]
     for name, part in (("a", slice(0, 7)), ("b", slice(7, NUM_SAMPLES))):
         columns = {"score": SCORE[part], "other": OTHER[part], "pair": pairs[part]}
+        columns["place"] = [{"x": value} for value in SCORE[part]]
         write_scores(folder / f"{name}.parquet", range(NUM_SAMPLES)[part], **columns)
     with open_duckdb(memory_gb=0.5, workers=1) as connection:
         table = SampleTable(connection, dataset)
