@@ -212,7 +212,10 @@ class MakeShards(Section):
     subset: Path | None = (
         None  # .subset file: read only its samples; the input must be a dataset folder
     )
-    quotes: bool | None = None  # whether fields may be quoted; null: yes in .csv, no in .tsv
+    # whether fields of tables may be quoted; null: yes in .csv, detected in .tsv
+    quotes: bool | None = None
+    # one character between the columns of .csv and .tsv; null: detected from the header
+    separator: str | None = Field(None, pattern=r'^[^"\r\n]$')
     captions_per_item: Literal["group", "row"] = (
         "group"  # group: rows with the same media path form one item; row: each row is an item
     )

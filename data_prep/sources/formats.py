@@ -48,6 +48,7 @@ MANIFESTS = ("csv", "tsv", "jsonl", "coco")
 # Settings that only some formats use.
 FORMATS_OF_SETTING = {
     "quotes": ("csv", "tsv"),
+    "separator": ("csv", "tsv"),
     "caption_source": ("folder", "webdataset"),
     "caption_template": ("class_folders",),
     "underscores": ("class_folders",),

@@ -27,6 +27,8 @@ FORMAT_OF_SUFFIX = {
     ".json": "coco",
     ".tar": "webdataset",
 }
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")  # may be compressed
 MAX_ENTRIES_SCANNED = 10_000  # when the format of a folder is detected
 # Extensions of files and members that may be media; the format is detected by content.
 MEDIA_SUFFIXES = {
@@ -56,6 +58,7 @@ class PairSource:
     underscores: Literal["keep", "spaces"]
     subset: Path | None
     quotes: bool | None
+    separator: str | None
 
     @classmethod
     def from_config(cls, config: MakeShards) -> PairSource:
@@ -88,6 +91,16 @@ def readable_input(path: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def format_suffix(path: str) -> str:
+    """Returns the extension that tells the format: `.csv` for `pairs.csv.gz`."""
+    suffix = remote_file.suffix_of(path)
+    if suffix in COMPRESSED_SUFFIXES:
+        name = path.partition("?")[0] if remote_file.is_web_url(path) else path
+        inner = remote_file.suffix_of(name[: -len(suffix)])
+        return inner if inner in TEXT_SUFFIXES else suffix
+    return suffix
+
+
 def format_of(source: PairSource) -> str:
     """Returns the input's format: the configured one, or the one detected by name and content.
 
@@ -113,7 +126,7 @@ def _no_input(path: str) -> InputError:
 
 
 def _format_of_names(paths: list[str], given: str) -> str:
-    suffixes = sorted({remote_file.suffix_of(path) for path in paths})
+    suffixes = sorted({format_suffix(path) for path in paths})
     if not suffixes:
         raise _no_input(given)
     if len(suffixes) > 1 or suffixes[0] not in FORMAT_OF_SUFFIX:
@@ -157,7 +170,7 @@ def files_of_input(path: str, file_format: str) -> InputFiles:
             files = InputFiles(*remote_file.glob_files(path))
         elif remote_file.is_folder(path):
             found = (file.name for file in remote_file.list_files(path))
-            names = (name for name in found if remote_file.suffix_of(name) in suffixes)
+            names = (name for name in found if format_suffix(name) in suffixes)
             files = InputFiles(path, sorted(names))
         else:
             folder, name = remote_file.split_path(path)

@@ -107,8 +107,16 @@ def wanted_columns(columns: Columns, keep_columns: Collection[str] = ()) -> dict
     return kept | {column: f"columns.{role}" for role, column in columns if column}
 
 
-def check_columns(path: str, found: Collection[str], *, wanted: Mapping[str, str]) -> None:
+def check_columns(
+    path: str, found: Collection[str], *, wanted: Mapping[str, str], advice: str = ""
+) -> None:
     """Checks that a table has all wanted columns.
+
+    Args:
+        path: path of the table.
+        found: names of its columns.
+        wanted: {required column: config key that specifies it}.
+        advice: end of the message about a missing column.
 
     Raises:
         InputError: if a column is missing, or several have the same name.
@@ -123,7 +131,7 @@ def check_columns(path: str, found: Collection[str], *, wanted: Mapping[str, str
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise InputError(
                 f"{path}: expected a column {column!r} ({key}), found "
-                f"{', '.join(found) or 'no columns'}{hint}"
+                f"{', '.join(found) or 'no columns'}{hint}{advice}"
             )
 
 

@@ -5,16 +5,13 @@ Bytes that are not UTF-8 become lone surrogates, so that only their own row is r
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from data_prep.config import Columns
-from data_prep.errors import InputError
-from data_prep.sources.input_files import PairSource, files_of_input, readable_input
+from data_prep.sources.delimited import DelimitedFile
+from data_prep.sources.input_files import PairSource, files_of_input
 from data_prep.sources.pair import Pair, unreadable_row
 from data_prep.sources.rows import (
     check_columns,
@@ -23,11 +20,8 @@ from data_prep.sources.rows import (
     resolve_media_paths,
     wanted_columns,
 )
-from data_prep.storage import remote_file
+from data_prep.sources.text_lines import read_lines
 
-MAX_LINE_CHARACTERS = 1 << 24
-DELIMITERS = {"csv": ",", "tsv": "\t"}
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 MAX_KEYS_LISTED = 1000
 
 
@@ -41,17 +35,10 @@ def read_table(source: PairSource, *, file_format: str) -> Iterator[Pair]:
     Raises:
         InputError: if a file is unreadable, lacks a column, or has unbalanced quotation marks.
     """
-    has_quotes = source.quotes if source.quotes is not None else file_format == "csv"
     files = files_of_input(source.input, file_format)
     first_row = 0
     for name in files.names:
-        reader = _TableReader(
-            files.path_of(name),
-            columns=source.columns,
-            keep_columns=source.keep_columns,
-            delimiter=DELIMITERS[file_format],
-            has_quotes=has_quotes,
-        )
+        reader = _TableReader(files.path_of(name), source, file_format=file_format)
         yield from resolve_media_paths(reader.pairs(first_row), name, media_root=source.media_root)
         first_row += reader.num_lines
 
@@ -76,32 +63,33 @@ def read_jsonl(source: PairSource) -> Iterator[Pair]:
 
 
 class _TableReader:
-    """Reader of one CSV or TSV file."""
+    """Reader of the pairs of one CSV or TSV file."""
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        columns: Columns,
-        keep_columns: tuple[str, ...],
-        delimiter: str,
-        has_quotes: bool,
-    ):
-        self.path = path
-        self.columns = columns
-        self.keep_columns = keep_columns
-        self.delimiter = delimiter
-        self.has_quotes = has_quotes
-        self.num_lines = 0  # read so far
+    def __init__(self, path: str, source: PairSource, *, file_format: str):
+        self.columns, self.keep_columns = source.columns, source.keep_columns
+        wanted = wanted_columns(self.columns, self.keep_columns)
+        self.file = DelimitedFile(
+            path,
+            file_format=file_format,
+            wanted=wanted,
+            separator=source.separator,
+            quotes=source.quotes,
+        )
+        # A header in one piece may have a separator that is not detected.
+        advice = "; if another character separates the columns, set separator"
+        is_one = len(self.file.header) == 1
+        check_columns(path, self.file.header, wanted=wanted, advice=advice if is_one else "")
+
+    @property
+    def num_lines(self) -> int:
+        """Lines read so far."""
+        return self.file.num_lines
 
     def pairs(self, first_row: int) -> Iterator[Pair]:
         """Yields the pairs; their rows are line numbers, counted from `first_row` + 1."""
-        rows = self._quoted_rows() if self.has_quotes else self._plain_rows()
-        header = [name.strip() for name in next(rows, [])]
-        check_columns(self.path, header, wanted=wanted_columns(self.columns, self.keep_columns))
+        header, columns = self.file.header, self.columns
         index_of = {name: header.index(name) for name in header}
-        columns = self.columns
-        for fields in rows:
+        for fields in self.file.rows():
             row = first_row + self.num_lines
             if len(fields) != len(header):
                 detail = f"expected {len(header)} columns, found {len(fields)}"
@@ -116,27 +104,6 @@ class _TableReader:
                 uid=fields[index_of[columns.uid]] if columns.uid else None,
                 kept=kept_json(kept, kept),
             )
-
-    def _plain_rows(self) -> Iterator[list[str]]:
-        for line in read_lines(self.path, newline="\n"):
-            self.num_lines += 1
-            if line.strip():
-                yield line.rstrip("\r\n").split(self.delimiter)
-
-    def _quoted_rows(self) -> Iterator[list[str]]:
-        csv.field_size_limit(MAX_LINE_CHARACTERS)  # the csv module's default is 131,072
-        lines = read_lines(self.path, newline="")
-        reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
-        try:
-            for fields in reader:
-                self.num_lines = reader.line_num
-                if fields:
-                    yield fields
-        except csv.Error as error:
-            raise InputError(
-                f"{self.path}: line {reader.line_num}: {error}; if quotation marks in the "
-                "captions are plain text, set quotes=false"
-            ) from None
 
 
 # --------------------------------------------------------------------------------------- JSONL
@@ -162,12 +129,9 @@ class _JsonlReader:
                 continue
             row = first_row + self.num_lines
             try:
-                values = json.loads(line)
+                values = json_object(line)
             except (ValueError, RecursionError) as error:
                 yield unreadable_row(row, "not_json", str(error))
-                continue
-            if not isinstance(values, dict):
-                yield unreadable_row(row, "not_json", f"expected an object, found {line[:40]!r}")
                 continue
             if missing:
                 missing.difference_update(values)
@@ -193,30 +157,14 @@ class _JsonlReader:
         )
 
 
-# --------------------------------------------------------------------------------------- lines
-
-
-def read_lines(path: str, *, newline: str) -> Iterator[str]:
-    """Yields the lines of a file, with their line endings.
-
-    Args:
-        path: path or URL.
-        newline: as in `open`.
+def json_object(line: str) -> dict[str, Any]:
+    """Parses a line of a JSONL file.
 
     Raises:
-        InputError: if the file is unreadable, is UTF-16, or has a line of
-            `MAX_LINE_CHARACTERS` or more.
+        ValueError: if the line is not JSON, or not an object.
+        RecursionError: if the line is nested too deeply.
     """
-    with readable_input(path), remote_file.open_binary(path) as file:
-        if file.peek(2)[:2] in UTF16_MARKS:
-            raise InputError(f"{path}: expected text in UTF-8, found UTF-16; save it as UTF-8")
-        text = io.TextIOWrapper(
-            file, encoding="utf-8-sig", errors="surrogateescape", newline=newline
-        )
-        for number, line in enumerate(iter(partial(text.readline, MAX_LINE_CHARACTERS), ""), 1):
-            if len(line) == MAX_LINE_CHARACTERS:
-                raise InputError(
-                    f"{path}: line {number} has {MAX_LINE_CHARACTERS:,} characters or more; "
-                    "expected a manifest with one pair per line"
-                )
-            yield line
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, found {line[:40]!r}")
+    return values

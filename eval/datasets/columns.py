@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 from data_prep.config_file import MAY_BE_URL, Section
 
 # Path or URL of Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
-# table (.csv, .tsv or .jsonl; see eval.datasets.file_dataset)
+# table (.csv, .tsv or .jsonl; see eval.datasets.table)
 DatasetLocation = Annotated[str, BeforeValidator(str), MAY_BE_URL]
 
 

@@ -10,13 +10,8 @@ from data_prep.shards.subset import KeptSamples
 from data_prep.storage.remote_file import is_url
 from eval.datasets.columns import TableColumns
 from eval.datasets.download import cached_copy, is_fetched
-from eval.datasets.file_dataset import (
-    TABLE_SUFFIXES,
-    FileDataset,
-    class_folders_in,
-    read_class_folders,
-    read_table,
-)
+from eval.datasets.file_dataset import FileDataset, class_folders_in, read_class_folders
+from eval.datasets.table import is_table, read_table
 from eval.datasets.tar_dataset import TarDataset, holds_tars
 
 if TYPE_CHECKING:
@@ -103,7 +98,7 @@ def open_dataset(
             f"{subset}: expected a subset of shards with an index, but {folder} has no index; "
             "create it with python -m data_prep.index_shards"
         )
-    if folder.suffix in TABLE_SUFFIXES and folder.is_file():
+    if is_table(folder):
         return read_table(folder, columns)
     if holds_tars(folder, split=split):
         return TarDataset(folder, split=split)

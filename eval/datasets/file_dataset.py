@@ -1,16 +1,13 @@
-"""Evaluation sets of media files: one folder per class, or a table of files and their labels.
+"""Evaluation sets of media files, such as a folder with one folder per class.
 
 folder/cat/1.jpg  folder/dog/1.jpg      the class is the folder's name
 folder/test/cat/1.jpg                   the same, with a folder for each split
 
-table.csv, .tsv or .jsonl               one or more rows per file, with captions or classes in
-                                        columns (see eval.datasets.columns); all columns are
-                                        available as the sample's .json
+Tables of media files are read by eval.datasets.table.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -24,11 +21,7 @@ from data_prep.shards.sample import (
     Sample,
     media_kind_of,
 )
-from eval.datasets.columns import TableColumns
 from eval.datasets.tar_dataset import SetInfo
-
-TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": None}
-CSV_FIELD_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -147,53 +140,3 @@ def class_folders_in(folder: Path) -> list[str]:
         for each in folder.iterdir()
         if each.is_dir() and any(media_kind_of(_extension(path.name)) for path in each.rglob("*.*"))
     )
-
-
-def read_table(path: Path, columns: TableColumns) -> FileDataset:
-    """Opens a table of media files; samples are ordered by each file's first row.
-
-    Raises:
-        InputError: if the table cannot be read or lacks a column, or a file is missing.
-    """
-    files: dict[str, MediaFile] = {}
-    for number, row in enumerate(_rows_of(path), start=1):
-        try:
-            media = columns.media.format(**row)
-            key = media if columns.key is None else columns.key.format(**row)
-        except (KeyError, IndexError, ValueError) as error:
-            raise InputError(
-                f"{path}: row {number}: columns.media is {columns.media!r}, columns.key "
-                f"{columns.key!r}; found the columns {sorted(row)} ({error})"
-            ) from None
-        known = files.setdefault(key, MediaFile(key, media, row | {"captions": []})).metadata
-        known["captions"] += [row[name] for name in columns.captions if row.get(name)]
-        if columns.class_name in row:
-            known["class_name"] = row[columns.class_name]
-        if columns.class_names in row:
-            known["class_names"] = _split_cell(row[columns.class_names], columns.class_separator)
-    missing = [file.path for file in files.values() if not (path.parent / file.path).is_file()]
-    if missing:
-        raise InputError(
-            f"{path}: {len(missing)} of {len(files)} files are missing, the first: "
-            f"{path.parent / missing[0]}; fetch them, or remove their rows"
-        )
-    return FileDataset(path.parent, list(files.values()), location=path)
-
-
-def _split_cell(cell: str | list[str], separator: str) -> list[str]:
-    if isinstance(cell, list):
-        return cell
-    return [name.strip() for name in cell.split(separator) if name.strip()]
-
-
-def _rows_of(path: Path) -> list[dict[str, Any]]:
-    delimiter = TABLE_SUFFIXES[path.suffix]
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            if delimiter is None:
-                return [json.loads(line) for line in lines if line.strip()]
-            csv.field_size_limit(CSV_FIELD_BYTES)
-            quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-            return list(csv.DictReader(lines, delimiter=delimiter, quoting=quoting, strict=True))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: expected a table of media: {error}") from None

@@ -56,6 +56,8 @@ def class_index_of(sample: Sample, *, class_names: list[str], index_of: dict[str
     """
     found = _or_input_error(metadata_of, sample).get("class_name")
     if found is not None:
+        if not isinstance(found, str):
+            raise InputError(f"{sample}: class_name: expected text, found {found!r:.80}")
         if class_names.count(found) > 1:
             raise InputError(
                 f"{sample}: class {found!r} is a duplicate in class_names; store the class index "
@@ -97,6 +99,10 @@ def classes_of(sample: Sample, *, class_names: list[str], index_of: dict[str, in
     """
     found = _or_input_error(metadata_of, sample).get("class_names")
     if found is not None:
+        if not isinstance(found, list) or any(isinstance(each, list | dict) for each in found):
+            raise InputError(
+                f"{sample}: class_names: expected a list of names, found {found!r:.80}"
+            )
         unknown = sorted(set(map(str, found)) - set(index_of))
         if unknown:
             raise InputError(
@@ -148,7 +154,11 @@ def negative_captions_of(sample: Sample) -> list[str]:
     """
     metadata = _or_input_error(metadata_of, sample)
     found = metadata.get("negative_captions") or metadata.get("negative_caption") or []
-    captions = [found] if isinstance(found, str) else list(found)
+    captions = [found] if isinstance(found, str) else found
+    if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+        raise InputError(
+            f"{sample}: negative_captions: expected text or a list of texts, found {found!r:.80}"
+        )
     if not captions:
         raise InputError(
             f'{sample}: expected "negative_captions" in .json, found {sorted(metadata)}; for '

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep.config import Columns
 from data_prep.errors import InputError
-from data_prep.sources import tables
+from data_prep.sources import text_lines
 from data_prep.sources.formats import read_pairs
 from tests.support.toy_sources import contents_of, pairs_of, reasons_of, source_of
 
@@ -156,7 +156,7 @@ def test_a_wrong_column_lists_those_found_and_suggests_the_nearest(tmp_path, suf
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(text_lines, "MAX_LINE_CHARACTERS", 1000)
     path = tmp_path / "pairs.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):

@@ -1,5 +1,9 @@
 """Evaluation sets read from class folders, tables and URLs."""
 
+import csv
+import gzip
+import io
+import itertools
 import json
 import shutil
 import threading
@@ -168,13 +172,75 @@ def test_tables_as_esc_50_clotho_audiocaps_and_fsd50k_come_are_read(tmp_path):
         ),
         ("file,caption\n", "found no files|found 'no files'"),
         ("file,caption\naudio/1.wav,\n", r"sample audio/1.wav: expected a caption"),
+        ("file,caption\naudio/1.wav,a,b\n", "line 2: expected 2 columns, found 3"),
+        ("file,caption\naudio/1.wav\n", "line 2: expected 2 columns, found 1"),
+        ('file,caption\naudio/1.wav,"a\n', "quotes=false|unexpected end of data"),
+        ("file,caption,file\naudio/1.wav,a,b\n", "duplicate column 'file'"),
+        ("file,caption\n" + "x" * 300 + ".wav,a\n", "1 of 1 files are missing"),
+        ("file,caption\naudio/1.wav,caf\udce9\n", "line 2: expected text in UTF-8"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path, content, message):
     write_sounds(tmp_path, ["audio/1.wav"])
-    (tmp_path / "table.csv").write_text(content)
+    (tmp_path / "table.csv").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message):
         task_of("retrieval", tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["audio/1.wav", "a"]', "line 1: expected an object"),
+        ('"audio/1.wav"', "line 1: expected an object"),
+        ('{"file": "audio/1.wav"', "line 1: Expecting"),
+        ("[" * 100_000, "line 1: "),
+        ('{"caption": "a"}', r"row 1: columns\.media"),
+        ('{"file": null, "caption": "a"}', "1 of 1 files are missing"),
+        ('{"file": ["audio/1.wav"], "caption": "a"}', "1 of 1 files are missing"),
+        ('{"file": "audio/1.wav", "caption": {"en": "a"}}', "row 1: caption: expected text"),
+        ('{"file": "audio/1.wav", "caption": [["a"]]}', "row 1: caption: expected text"),
+        ('{"file": "audio/1.wav", "caption": "\\ud800"}', "line 1: expected text in UTF-8"),
+        ('{"file": "audio/1.wav", "caption": "a", "class_name": ["x", "y"]}', "one class"),
+        ('{"file": "audio/1.wav", "caption": null}', "expected a caption"),
+    ],
+)
+def test_a_line_of_jsonl_that_does_not_fit_is_named(tmp_path, line, message):
+    write_sounds(tmp_path, ["audio/1.wav"])
+    (tmp_path / "table.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        task_of("retrieval", tmp_path / "table.jsonl")
+
+
+def test_numbers_and_lists_in_a_table_become_text(tmp_path):
+    write_sounds(tmp_path, ["audio/1.wav", "audio/2.wav"])
+    rows = [
+        {"file": "audio/1.wav", "caption": 5, "class_name": 1, "class_names": ["a", 2]},
+        {"file": "audio/2.wav", "caption": ["x", 0.5, None], "class_name": "b", "class_names": "a"},
+    ]
+    path = tmp_path / "table.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert task_of("retrieval", path).captions == ["5", "x", "0.5"]
+    section = {"prompt_templates": ["{}"], "class_names": ["1", "b"]}
+    assert task_of("zero_shot_classification", path, **section).targets.tolist() == [0, 1]
+    section = {"prompt_templates": ["{}"], "class_names": ["a", "2"]}
+    labels = task_of("multi_label_classification", path, **section).is_of_class
+    assert labels.tolist() == [[True, True], [True, False]]
+
+
+def test_tables_are_read_as_data_prep_reads_them(tmp_path):
+    write_sounds(tmp_path, ["audio/1.wav", "audio/2.wav"])
+    texts = ['he said "hi"', "a; b, c"]
+    for separator, suffix in itertools.product(",;\t|", ("csv", "tsv", "csv.gz", "tsv.gz")):
+        sink = io.StringIO(newline="")
+        rows = [("file", "caption"), *zip(("audio/1.wav", "audio/2.wav"), texts, strict=True)]
+        csv.writer(sink, delimiter=separator, lineterminator="\n").writerows(rows)
+        content = sink.getvalue().encode()
+        path = tmp_path / f"table.{suffix}"
+        path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+        assert task_of("retrieval", path).captions == texts
+    plain = tmp_path / "plain.tsv"
+    plain.write_text('file\tcaption\naudio/1.wav\t"open\naudio/2.wav\ta 5" pipe\n')
+    assert task_of("retrieval", plain).captions == ['"open', 'a 5" pipe']
 
 
 def test_what_is_missing_says_how_to_get_it_or_is_left_out(tmp_path):
