@@ -47,6 +47,7 @@ def shared_evaluations(baseline: Path, other: Path) -> dict[str, dict[str, Any]]
     for name, record in shared.items():
         task = _task_of(record, f"{baseline}: evaluation {name}")
         keys = ("task", *task.conditions)
+        # Older results lack some keys, and cannot be compared with results that have them.
         found = [(key, record.get(key), second[name].get(key)) for key in keys]
         found.append(
             ("fingerprint", *(each[name]["dataset"]["fingerprint"] for each in (first, second)))

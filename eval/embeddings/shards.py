@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,7 +21,7 @@ from data_prep.shards.sample import (
     captions_of,
 )
 from eval.embeddings.files import BadSample, ShardEmbeddings
-from eval.models.encoder import Encoder, check_embeddings
+from eval.models.encoder import Encoder, ItemEncoder, check_embeddings
 from eval.models.preprocessing import FrontEnd
 
 
@@ -93,6 +94,8 @@ def embed_shards(
 ) -> Iterator[tuple[int, ShardEmbeddings]]:
     """Yields (shard number, embeddings) of each shard, in order.
 
+    Prepared media are encoded as soon as they fill a batch.
+
     Raises:
         InputError: if a shard cannot be read, or an embedding is not finite.
     """
@@ -103,37 +106,36 @@ def embed_shards(
         num_workers=encoder.workers,
         collate_fn=_join_items,
     )
-    embeddings = ShardEmbeddings()
+    kind, embeddings = dataset.info.media, ShardEmbeddings()
+    items, captions = ItemEncoder(encoder, kind), []
     bar = tqdm(loader, desc=f"encoding {dataset.folder}", unit="batch", disable=None)
     for (shard, ordinals), batch in zip(batches, bar, strict=True):
-        _encode_batch(encoder, dataset, batch, into=embeddings)
+        if batch.errors:
+            raise batch.errors[0]
+        embeddings.indices += batch.indices
+        embeddings.keys += batch.keys
+        embeddings.num_captions += map(len, batch.captions)
+        embeddings.bad_samples += batch.bad_samples
+        captions += [caption for of_item in batch.captions for caption in of_item]
+        if batch.windows is not None:
+            items.add(batch.windows, batch.num_windows)
         if ordinals.stop == dataset.shard_starts[shard + 1]:
+            if embeddings.keys:
+                embeddings.media.append(_checked(items.finish(), f"media of {dataset.folder}"))
+                texts = encoder.encode_texts(captions)
+                embeddings.captions.append(_checked(texts, f"captions of {dataset.folder}"))
             yield shard, embeddings
-            embeddings = ShardEmbeddings()
+            embeddings, items, captions = ShardEmbeddings(), ItemEncoder(encoder, kind), []
 
 
 def _batches(encoder: Encoder, dataset: Dataset, shard: int) -> Iterator[range]:
     """Yields the ordinals of each batch of a shard; an empty shard has one empty batch."""
     first, end = dataset.shard_starts[shard : shard + 2].tolist()
-    for start in range(first, max(end, first + 1), encoder.batch_size):
-        yield range(start, min(start + encoder.batch_size, end))
+    size = encoder.items_at_once if dataset.info.media == "audio" else encoder.batch_size
+    for start in range(first, max(end, first + 1), size):
+        yield range(start, min(start + size, end))
 
 
-def _encode_batch(
-    encoder: Encoder, dataset: Dataset, batch: Batch, *, into: ShardEmbeddings
-) -> None:
-    if batch.errors:
-        raise batch.errors[0]
-    into.indices += batch.indices
-    into.keys += batch.keys
-    into.num_captions += map(len, batch.captions)
-    into.bad_samples += batch.bad_samples
-    if batch.windows is None:
-        return
-    captions = [caption for of_item in batch.captions for caption in of_item]
-    media = encoder.encode_items(dataset.info.media, batch.windows, batch.num_windows)  # [B, D]
-    texts = encoder.encode_texts(captions)  # [M, D]
-    for embeddings, kind in ((media, "media"), (texts, "captions")):
-        check_embeddings(embeddings, name=f"{kind} of {dataset.folder} from {batch.keys[0]} on")
-    into.media.append(media.numpy())
-    into.captions.append(texts.numpy())
+def _checked(embeddings: Tensor, name: str) -> np.ndarray:
+    check_embeddings(embeddings, name=name)
+    return embeddings.numpy()

@@ -28,7 +28,7 @@ from data_prep.storage.atomic import write_atomically
 from eval.datasets.datasets import EvaluationSet
 from eval.embeddings.batches import media_batches
 from eval.embeddings.parts import Parts
-from eval.models.encoder import Encoder, check_embeddings, check_tower
+from eval.models.encoder import Encoder, ItemEncoder, check_embeddings, check_tower
 from eval.models.loaded_model import encoding_packages
 
 MAX_PARTS = 1024  # parts of a set; a failure loses at most the part in progress
@@ -64,7 +64,7 @@ class EmbeddingStore:
         order = _order_of(keys)
         missing = parts.own_missing()
         wanted = [(part, order[parts.items(part)]) for part in missing]
-        size = self.encoder.batch_size
+        size = self.encoder.items_at_once if kind == "audio" else self.encoder.batch_size
         batches = [
             ordinals[start : start + size].tolist()
             for _, ordinals in wanted
@@ -74,12 +74,10 @@ class EmbeddingStore:
         prepared = media_batches(dataset, front_end, batches, workers=self.encoder.workers)
         progress = iter(_shown(prepared, f"encoding {dataset.folder}", total=len(batches)))
         for part, ordinals in wanted:
-            embeddings = torch.cat(
-                [
-                    self.encoder.encode_items(kind, *next(progress))
-                    for _ in range(0, len(ordinals), size)
-                ]
-            )
+            items = ItemEncoder(self.encoder, kind)
+            for _ in range(0, len(ordinals), size):
+                items.add(*next(progress))
+            embeddings = items.finish()
             check_embeddings(embeddings, name=str(dataset.folder))
             parts.write(part, embeddings)
 
@@ -163,6 +161,11 @@ class EmbeddingStore:
 def checksum_of_texts(texts: Iterable[str]) -> str:
     """Computes the SHA-256 of a sequence of texts."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def checksum_of_arrays(*arrays: np.ndarray) -> str:
+    """Computes the SHA-256 of arrays of integers or booleans."""
+    return hashlib.sha256(json.dumps([array.tolist() for array in arrays]).encode()).hexdigest()
 
 
 def _order_of(keys: Sequence[str]) -> np.ndarray:

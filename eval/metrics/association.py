@@ -13,7 +13,7 @@ from math import comb
 import numpy as np
 from torch import Tensor
 
-from eval.metrics.intervals import Bootstrap, Score, mean_score
+from eval.metrics.intervals import Score, mean_score
 from eval.metrics.ranking import check_finite, cosine_scores
 
 
@@ -31,7 +31,6 @@ def associate(
     *,
     groups: Sequence[Sequence[int]],
     is_correct: np.ndarray,
-    bootstrap: Bootstrap,
 ) -> AssociationResult:
     """Computes the mean Jaccard index of chosen and correct items; ties are averaged.
 
@@ -40,7 +39,6 @@ def associate(
         cue_embeddings: [cues, D], L2-normalised.
         groups: [cues] indices of each cue's candidate items.
         is_correct: bool [Q]; at least one item of each group is correct.
-        bootstrap: resampling of cues.
 
     Raises:
         ValueError: if an embedding is not finite.
@@ -54,7 +52,7 @@ def associate(
         found.append(expected_jaccard(scores, right))
         at_chance.append(expected_jaccard(np.zeros(len(right)), right))
     jaccard = np.array(found)
-    score = mean_score(jaccard, chance=float(np.mean(at_chance)), bootstrap=bootstrap)
+    score = mean_score(jaccard, chance=float(np.mean(at_chance)))
     return AssociationResult({"jaccard": score}, jaccard)
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import factorial
 
 import numpy as np
 from torch import Tensor
 
-from eval.metrics.intervals import Bootstrap, Score, mean_score
+from eval.metrics.intervals import Score, mean_score
 from eval.metrics.ranking import QueryRanks, check_finite, cosine_scores
 
 NUM_ORDERS = 1000  # random orders over which the ties of a group are averaged
@@ -38,7 +39,6 @@ def choose_captions(
     caption_embeddings: Tensor,
     *,
     num_captions: Sequence[int],
-    bootstrap: Bootstrap,
 ) -> CaptionChoiceResult:
     """Computes the fraction of items nearer to their own caption than to every wrong one.
 
@@ -46,7 +46,6 @@ def choose_captions(
         media_embeddings: [Q, D], L2-normalised.
         caption_embeddings: [M, D], L2-normalised, item by item; each item's own caption is first.
         num_captions: [Q] number of captions of each item; they sum to M.
-        bootstrap: resampling of items.
 
     Raises:
         ValueError: if an embedding is not finite.
@@ -62,7 +61,7 @@ def choose_captions(
     ranks = QueryRanks(above, tied, np.ones_like(above), gallery_size=max(num_captions))
     hits = ranks.hits_at(1)
     chance = float(np.mean(1 / np.asarray(num_captions)))
-    score = mean_score(hits, chance=chance, bootstrap=bootstrap)
+    score = mean_score(hits, chance=chance)
     return CaptionChoiceResult({"caption_accuracy": score}, {"caption_accuracy": hits})
 
 
@@ -71,7 +70,7 @@ def choose_in_groups(
     caption_embeddings: Tensor,
     *,
     groups: Sequence[Sequence[int]],
-    bootstrap: Bootstrap,
+    seed: int = 0,
 ) -> CaptionChoiceResult:
     """Computes Winoground's text, image and group scores.
 
@@ -79,7 +78,7 @@ def choose_in_groups(
         media_embeddings: [Q, D], L2-normalised.
         caption_embeddings: [Q, D], L2-normalised; one caption per item.
         groups: indices of the items of each group.
-        bootstrap: resampling of groups.
+        seed: seed of the random orders of ties.
 
     Raises:
         ValueError: if an embedding is not finite.
@@ -90,23 +89,30 @@ def choose_in_groups(
         [
             _group_hits(
                 cosine_scores(media_embeddings[indices], caption_embeddings[indices]).cpu().numpy(),
-                seed=bootstrap.seed,
+                seed=seed,
             )
             for indices in map(list, groups)
         ]
     )  # [groups, 3]
-    at_chance = {
-        size: _group_hits(np.zeros((size, size)), seed=0, num_orders=100_000)
-        for size in {len(g) for g in groups}
-    }
-    chances = np.mean([at_chance[len(indices)] for indices in groups], axis=0)
+    chances = np.mean([_chances(len(indices)) for indices in groups], axis=0)
     scores = {
-        metric: mean_score(hits[:, column], chance=float(chances[column]), bootstrap=bootstrap)
+        metric: mean_score(hits[:, column], chance=float(chances[column]))
         for column, metric in enumerate(GROUP_METRICS)
     }
     return CaptionChoiceResult(
         scores, {metric: hits[:, column] for column, metric in enumerate(GROUP_METRICS)}
     )
+
+
+def _chances(size: int) -> tuple[float, float, float]:
+    """Computes the expected (text, image, group) scores of a group with random similarities.
+
+    For the group score, each own pair must exceed all other pairs of its item and of its caption.
+    The k-th lowest own pair limits 2 (size - k) other pairs. The probability is thus the mean of
+    the product of U_k^(2 (size - k)) over ordered uniforms U_k: (size - 1)! / (2 size - 1)!.
+    """
+    one_side = 1 / size**size
+    return one_side, one_side, factorial(size - 1) / factorial(2 * size - 1)
 
 
 def _group_hits(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Bootstrap, Score, mean_score
+from eval.metrics.intervals import Score, mean_score
 from eval.metrics.linear_probe import fit_probe, with_ones
 from eval.metrics.zero_shot import rank_classes
 
@@ -31,10 +31,11 @@ def classify_from_few(
     shots: Sequence[int],
     num_draws: int,
     l2: float,
-    bootstrap: Bootstrap,
     seed: int,
 ) -> FewShotResult:
     """Computes top-1 accuracy for each number of shots, averaged over several draws.
+
+    The interval is for the drawn training items.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
@@ -45,7 +46,6 @@ def classify_from_few(
             subsets of larger ones.
         num_draws: number of random draws of the training items.
         l2: weight of the penalty (see eval.metrics.linear_probe).
-        bootstrap: resampling of test items; the drawn training items stay fixed.
         seed: seed of the draws of training items.
     """
     embeddings, classes = train
@@ -63,9 +63,7 @@ def classify_from_few(
                 with_ones(media_embeddings), probe.as_class_embeddings(), targets=targets
             )
             hits += ranked.ranks.hits_at(1) / num_draws
-        scores[f"top_1_accuracy@{number}_shot"] = mean_score(
-            hits, chance=1 / num_classes, bootstrap=bootstrap
-        )
+        scores[f"top_1_accuracy@{number}_shot"] = mean_score(hits, chance=1 / num_classes)
         all_hits[number] = hits
     return FewShotResult(scores, all_hits)
 

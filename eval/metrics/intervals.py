@@ -1,21 +1,29 @@
-"""95 % confidence intervals: Wilson's for proportions, a bootstrap over media items for retrieval.
+"""95 % confidence intervals, chosen by simulation (tests/benchmarks/coverage.py).
 
-The captions of one media item succeed or fail together, so the bootstrap resamples items.
-Resampling captions would give intervals that are far too narrow.
+    counts of hits        Wilson's score interval
+    means over items      Wilson's with an effective number of items. The captions of one media item
+                          succeed or fail together, so they count as one cluster.
+    means over classes    Wilson's with an effective number of items, by the variance within classes
+    paired differences    a score interval like Tango's, over clusters
+
+Some metrics have no interval, because none covers the truth as often as it says. These are ranks,
+macro F1, the accuracy of the worst group, mean average precision over classes, and means over very
+few items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # 97.5 % quantile of the standard normal
-
-# (values [n], number of times each was drawn [n] int64) -> statistic
-Statistic = Callable[[np.ndarray, np.ndarray], float]
+MIN_CLUSTERS = 20  # fewest items of an interval of a mean
+MIN_CLASS_TRIALS = 10  # fewest items, in effect, of an interval of a mean over classes
+NO_INTERVAL = "none"
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Score:
     """Value of one metric, with its uncertainty and chance level."""
 
     value: float
-    low: float | None  # 95 % interval; None: no interval of this metric would be honest
+    low: float | None  # 95 % interval; None: no interval of this metric can be trusted
     high: float | None
     chance: float  # expected value of random embeddings
     num_queries: int
@@ -38,126 +46,139 @@ class Bootstrap:
     seed: int = 0
 
 
-def wilson_interval(num_hits: float, num_trials: int) -> tuple[float, float]:
+def wilson_interval(
+    num_hits: float, num_trials: float, *, quantile: float = NORMAL_QUANTILE
+) -> tuple[float, float]:
     """Computes the Wilson score interval of a proportion (Wilson 1927).
 
     Unlike the normal approximation, it has a positive width at 0 and 1.
 
     Args:
         num_hits: from 0 to num_trials; may be fractional because of ties.
-        num_trials: at least 1.
+        num_trials: positive; may be fractional, as an effective number of trials.
+        quantile: number of standard errors.
     """
-    rate, z2 = num_hits / num_trials, NORMAL_QUANTILE**2
+    rate, z2 = num_hits / num_trials, quantile**2
     center = rate + z2 / (2 * num_trials)
-    spread = NORMAL_QUANTILE * np.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
+    variance = max(0.0, rate * (1 - rate)) / num_trials
+    spread = quantile * np.sqrt(variance + z2 / (4 * num_trials**2))
     scale = 1 + z2 / num_trials
     low, high = float((center - spread) / scale), float((center + spread) / scale)
     # The bound at a rate of 0 or 1 is exact; rounding errors would move it.
-    return max(0.0, low) if num_hits > 0 else 0.0, min(1.0, high) if rate < 1 else 1.0
+    return max(0.0, low) if rate > 0 else 0.0, min(1.0, high) if rate < 1 else 1.0
 
 
-def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Computes the mean of values, each repeated as often as it was drawn."""
-    return float(values @ weights / weights.sum())
-
-
-def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """Computes the median of the drawn values, rounded down to an integer rank as in papers."""
-    order = np.argsort(values, kind="stable")
-    ends = np.cumsum(weights[order])
-    low, high = np.searchsorted(ends, [(ends[-1] - 1) // 2, ends[-1] // 2], side="right")
-    return float(np.floor((values[order[low]] + values[order[high]]) / 2))
-
-
-def bootstrap_interval(
-    values: np.ndarray, *, clusters: np.ndarray, statistic: Statistic, bootstrap: Bootstrap
-) -> tuple[float, float]:
-    """Computes the percentile interval of a statistic, drawing whole clusters with replacement.
-
-    Args:
-        values: [n], one per query.
-        clusters: [n] media item of each query, numbered from 0 without gaps.
-        statistic: see `Statistic`.
-        bootstrap: number of resamples and seed.
-    """
-    generator = np.random.default_rng(bootstrap.seed)
-    num_clusters = int(clusters.max()) + 1
-    statistics = np.empty(bootstrap.num_samples)
-    for sample in range(bootstrap.num_samples):
-        drawn = generator.integers(num_clusters, size=num_clusters)
-        times_drawn = np.bincount(drawn, minlength=num_clusters)
-        statistics[sample] = statistic(values, times_drawn[clusters])
-    return percentile_interval(statistics)
-
-
-def rate_interval(
-    hits: np.ndarray, *, clusters: np.ndarray, bootstrap: Bootstrap
-) -> tuple[float, float, str]:
-    """Computes the interval of the mean of hits by a bootstrap over clusters.
-
-    If all hits are equal (usually all 0 or all 1), so are all resamples, and the bootstrap interval
-    has no width. The Wilson interval with one trial per cluster is used instead.
-
-    Args:
-        hits: [n] in [0, 1].
-        clusters: [n] cluster of each hit, numbered from 0 without gaps.
-        bootstrap: number of resamples and seed.
-
-    Returns:
-        (low, high, method).
-    """
-    if hits.min() == hits.max():
-        num_clusters = int(clusters.max()) + 1
-        return *wilson_interval(hits[0] * num_clusters, num_clusters), "Wilson over media items"
-    interval = bootstrap_interval(
-        hits, clusters=clusters, statistic=weighted_mean, bootstrap=bootstrap
-    )
-    return *interval, "bootstrap over media items"
-
-
-def mean_score(
-    values: np.ndarray,
-    *,
-    chance: float,
-    bootstrap: Bootstrap,
-    clusters: np.ndarray | None = None,
-) -> Score:
-    """Computes the mean of values in [0, 1], with the interval of `rate_interval`.
+def mean_score(values: np.ndarray, *, chance: float, clusters: np.ndarray | None = None) -> Score:
+    """Computes the mean of values in [0, 1], with its interval.
 
     Args:
         values: [n], one per query.
         chance: expected value of random embeddings.
-        bootstrap: number of resamples and seed.
-        clusters: [n] cluster of each query, numbered from 0 without gaps; None: each query is its
-            own cluster.
+        clusters: [n] media item of each query, numbered from 0 without gaps; None: each query is
+            its own cluster.
     """
     if clusters is None:
         clusters = np.arange(len(values))
-    low, high, method = rate_interval(values, clusters=clusters, bootstrap=bootstrap)
+    low, high, method = mean_interval([(values, clusters)])
     return Score(float(values.mean()), low, high, chance, len(values), method)
 
 
+def mean_interval(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[float | None, float | None, str]:
+    """Computes the interval of the mean, over the parts, of the mean of each part.
+
+    Args:
+        parts: ([n] values in [0, 1], [n] clusters) of each part. Clusters are numbered from 0
+            without gaps, and equal numbers are the same media item in all parts.
+
+    Returns:
+        (low, high, method); None twice if there are too few clusters.
+    """
+    mean = float(np.mean([values.mean() for values, _ in parts]))
+    num_clusters = int(parts[0][1].max()) + 1
+    values = parts[0][0]
+    if len(parts) == 1 and num_clusters == len(values) and np.isin(values, (0, 1)).all():
+        return *wilson_interval(values.sum(), len(values)), "Wilson"
+    if num_clusters < MIN_CLUSTERS:
+        return None, None, NO_INTERVAL
+    deviations = np.mean([cluster_deviations(*part) for part in parts], axis=0)
+    bound = mean * (1 - mean)  # largest variance of values with this mean
+    # Two clusters of the largest variance keep the variance from vanishing where few hits fail.
+    variance = (np.square(deviations).sum() + 2 * bound) / (num_clusters + 1)
+    num_trials = num_clusters * bound / variance if bound > 0 else num_clusters
+    quantile = float(stdtrit(num_clusters + 1, 0.5 + CONFIDENCE / 2))
+    interval = wilson_interval(mean * num_trials, num_trials, quantile=quantile)
+    return *interval, "Wilson over media items"
+
+
+def cluster_deviations(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Computes how far each cluster moves the mean of values: float64 [clusters].
+
+    The variance of the mean is about their mean square divided by the number of clusters.
+
+    Args:
+        values: [n]
+        clusters: [n] cluster of each value, numbered from 0 without gaps.
+    """
+    sums = np.bincount(clusters, weights=values - values.mean())
+    return sums * len(sums) / len(values)
+
+
 def class_mean_interval(
-    recalls: np.ndarray, *, class_sizes: np.ndarray, bootstrap: Bootstrap
-) -> tuple[float, float, str]:
-    """Computes the interval of the mean of class recalls, resampling the items of each class.
+    recalls: np.ndarray, *, class_sizes: np.ndarray
+) -> tuple[float | None, float | None, str]:
+    """Computes the interval of the mean of class recalls, for the given numbers of items.
+
+    The variance within a class is that of its recall, shrunk towards the mean by two items and
+    corrected for the variance that this removes. It is thus positive for a class of one item.
 
     Args:
         recalls: [classes present] mean hit of each class.
         class_sizes: [classes present] number of items of each class, at least 1.
-        bootstrap: number of resamples and seed.
 
     Returns:
-        (low, high, method).
+        (low, high, method); None twice if there are too few items.
     """
-    num_items = int(class_sizes.sum())
-    if recalls.min() == recalls.max() and recalls[0] in (0.0, 1.0):
-        return *wilson_interval(recalls[0] * num_items, num_items), "Wilson"
-    generator = np.random.default_rng(bootstrap.seed)
-    # Drawing n items with replacement from n hits and misses is a binomial draw.
-    drawn = generator.binomial(class_sizes, recalls, (bootstrap.num_samples, len(class_sizes)))
-    means = (drawn / class_sizes).mean(axis=-1)
-    return *percentile_interval(means), "bootstrap within classes"
+    mean, num_classes = float(recalls.mean()), len(recalls)
+    if num_classes / (1 / class_sizes).mean() < MIN_CLASS_TRIALS:
+        return None, None, NO_INTERVAL
+    shrunk = (class_sizes * recalls + 2 * mean) / (class_sizes + 2)
+    correction = 1 - class_sizes / (class_sizes + 2) ** 2
+    variance = (shrunk * (1 - shrunk) / class_sizes / correction).sum() / num_classes**2
+    bound = mean * (1 - mean)
+    num_trials = bound / variance if bound > 0 else num_classes / (1 / class_sizes).mean()
+    return *wilson_interval(mean * num_trials, num_trials), "Wilson over items of classes"
+
+
+def paired_interval(differences: np.ndarray, *, clusters: np.ndarray) -> tuple[float, float]:
+    """Computes the interval of the mean of paired differences in [-1, 1].
+
+    It is a score interval like that of Tango 1998. A mean is inside if the observed one is within
+    1.96 standard errors. Their variance is the observed one, but at least that of the fewest
+    changes that give this mean. Without a single change, the interval thus has a width.
+
+    Args:
+        differences: [n]
+        clusters: [n] media item of each difference, numbered from 0 without gaps.
+    """
+    mean = float(differences.mean())
+    deviations = cluster_deviations(differences, clusters)
+    square = float(np.square(deviations).mean()) + mean**2
+    ratio = NORMAL_QUANTILE**2 / len(deviations)
+    spread = np.sqrt(max(0.0, mean**2 - (1 + ratio) * (mean**2 - ratio * square)))
+    low, high = (mean - spread) / (1 + ratio), (mean + spread) / (1 + ratio)
+    low = min(low, -_fewest_changes(-mean, ratio))
+    high = max(high, _fewest_changes(mean, ratio))
+    return max(-1.0, float(low)), min(1.0, float(high))
+
+
+def _fewest_changes(mean: float, ratio: float) -> float:
+    """Solves (mean - x)^2 = ratio * (x - x^2) for the largest x; -1 if there is none."""
+    discriminant = ratio * (ratio + 4 * mean * (1 - mean))
+    if discriminant < 0:
+        return -1.0
+    return (2 * mean + ratio + np.sqrt(discriminant)) / (2 * (1 + ratio))
 
 
 def percentile_interval(statistics: np.ndarray) -> tuple[float, float]:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Bootstrap, Score, percentile_interval
+from eval.metrics.intervals import NO_INTERVAL, Bootstrap, Score, percentile_interval
 from eval.metrics.ranked_relevance import ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import check_finite, cosine_scores
 
 CLASSES_AT_ONCE = 64
-MAX_MISSING = 0.01  # fraction of resamples that lack a class; exp(-5) for a class of 5 items
+MAX_MISSING = 0.01  # fraction of resamples that lack a class
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ def classify_labels(
     class_embeddings: Tensor,
     *,
     is_of_class: np.ndarray,
-    bootstrap: Bootstrap,
 ) -> MultiLabelResult:
     """Computes mean average precision over the classes that have items.
 
-    The interval is a bootstrap over items. clip_benchmark counts classes without items as 0.
+    clip_benchmark counts classes without items as 0. There is no interval, because the expected
+    average precision is higher for fewer items. A bootstrap of classes of 20 items covers the
+    average precision of all possible items in 85 % of experiments.
 
     Args:
         media_embeddings: [Q, D], L2-normalised.
         class_embeddings: [K, D], L2-normalised.
         is_of_class: bool [Q, K]; at least one class has an item.
-        bootstrap: resampling of items for the interval.
 
     Raises:
         ValueError: if an embedding is not finite.
@@ -50,21 +50,18 @@ def classify_labels(
     check_finite(media_embeddings, name="media_embeddings")
     check_finite(class_embeddings, name="class_embeddings")
     present = np.flatnonzero(is_of_class.any(axis=0))
-    precisions, resampled = [], []
+    precisions = []
     for classes in np.array_split(present, -(-len(present) // CLASSES_AT_ONCE)):
         embeddings = class_embeddings[torch.from_numpy(classes).to(class_embeddings.device)]
         scores = cosine_scores(embeddings, media_embeddings).cpu().numpy()  # [classes, Q]
         of_class = is_of_class[:, classes].T
         precisions.append(average_precisions(scores, of_class))
-        resampled.append(resampled_precisions(scores, of_class, bootstrap))
-    low, high = class_mean_percentiles(np.concatenate(resampled))
     num_items = is_of_class[:, present].sum(axis=0)
     chance = relevance_at_chance(num_items, gallery_size=len(is_of_class)).average_precision()
     found = np.full(is_of_class.shape[1], np.nan)
     found[present] = np.concatenate(precisions)
     value = float(found[present].mean())
-    method = "none: a class has too few items" if low is None else "bootstrap over media items"
-    score = Score(value, low, high, float(chance.mean()), len(is_of_class), method)
+    score = Score(value, None, None, float(chance.mean()), len(is_of_class), NO_INTERVAL)
     return MultiLabelResult({"mean_average_precision": score}, found)
 
 
@@ -95,12 +92,25 @@ def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
     return ranked.average_precision()
 
 
-def class_mean_percentiles(resampled: np.ndarray) -> tuple[float | None, float | None]:
-    """Computes the interval of the mean over classes; (None, None) if a class is often not drawn.
+def difference_interval(
+    first: np.ndarray, second: np.ndarray, of_class: np.ndarray, bootstrap: Bootstrap
+) -> tuple[float | None, float | None]:
+    """Computes the interval of the difference in mean average precision of two models.
+
+    Unlike each model's value, the difference depends little on the number of items.
 
     Args:
-        resampled: [classes, resamples] of `resampled_precisions`, or differences of two of them.
+        first: [classes, Q] scores of the first model.
+        second: [classes, Q] scores of the second model.
+        of_class: bool [classes, Q]; every class has an item.
+        bootstrap: number of resamples and seed.
+
+    Returns:
+        (low, high) of second - first. None twice if more than one in a hundred resamples lack a
+        class, which happens to classes of fewer than five items.
     """
+    resampled = resampled_precisions(second, of_class, bootstrap)
+    resampled -= resampled_precisions(first, of_class, bootstrap)
     if np.isnan(resampled).mean(axis=1).max() > MAX_MISSING:
         return None, None
     return percentile_interval(np.nanmean(resampled, axis=0))

@@ -64,6 +64,23 @@ def relevance_of_equal_values(values: Sequence[str], other_values: Sequence[str]
     )
 
 
+def clusters_of_equal_values(relevance: Relevance) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the distinct values of the items of two datasets that match if values are equal.
+
+    Args:
+        relevance: pairs of `relevance_of_equal_values`; every item has a pair.
+
+    Returns:
+        ([Q], [M]) int64: number of each item's value, from 0 without gaps.
+    """
+    first_media = np.full(relevance.texts.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first_media, relevance.texts, relevance.media)  # first item with the value
+    of_media = np.zeros(relevance.media.max() + 1, dtype=np.int64)
+    of_media[relevance.media] = first_media[relevance.texts]
+    values, of_texts = np.unique(first_media, return_inverse=True)
+    return np.searchsorted(values, of_media), of_texts
+
+
 def _sorted_relevance(pairs: Iterable[tuple[int, int]]) -> Relevance:
     """Sorts (text, item) pairs by text."""
     texts, media = np.array(sorted(pairs), dtype=np.int64).T

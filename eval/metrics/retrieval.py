@@ -14,16 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.metrics.answer_counts import TILE, count_irrelevant
-from eval.metrics.intervals import (
-    Bootstrap,
-    Score,
-    bootstrap_interval,
-    mean_score,
-    percentile_interval,
-    weighted_mean,
-    weighted_median,
-    wilson_interval,
-)
+from eval.metrics.intervals import NO_INTERVAL, Score, mean_interval, mean_score
 from eval.metrics.ranked_relevance import RankedRelevance, ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import QueryRanks, check_finite, median_rank_at_chance
 from eval.metrics.relevance import Relevance, relevance_of_owners
@@ -45,11 +36,11 @@ def retrieve(
     media_embeddings: Tensor,
     text_embeddings: Tensor,
     *,
-    media_of_text: np.ndarray,
+    media_of_text: np.ndarray | None = None,
     relevance: Relevance | None = None,
     distractor_embeddings: Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
-    bootstrap: Bootstrap,
+    clusters: tuple[np.ndarray, np.ndarray] | None = None,
     directions: tuple[str, str] = DIRECTIONS,
 ) -> RetrievalResult:
     """Computes all retrieval metrics in both directions, with intervals and chance levels.
@@ -61,12 +52,13 @@ def retrieve(
         media_embeddings: [Q, D], L2-normalised.
         text_embeddings: [M, D], L2-normalised.
         media_of_text: [M] integers; caption m describes media item media_of_text[m]; every item
-            has at least one caption.
+            has at least one caption. Not needed with both of the following.
         relevance: matching pairs of item and caption; None: each caption matches its own item.
         distractor_embeddings: [X, D], L2-normalised captions that describe no item, added to the
             media-to-text gallery.
         ks: depths of recall@k; clipped to the gallery size.
-        bootstrap: resampling of media items for the intervals.
+        clusters: ([Q], [M]) integers from 0 without gaps. They are equal for items and captions
+            that succeed or fail together; None: for each item and its own captions.
         directions: prefixes of the metrics' names.
 
     Raises:
@@ -79,24 +71,17 @@ def retrieve(
         distractor_embeddings=distractor_embeddings,
     )
     scores = {}
-    clusters_of = (np.arange(len(media_embeddings)), media_of_text)
-    for direction, ranked, clusters in zip(directions, both, clusters_of, strict=True):
+    clusters = clusters or (np.arange(len(media_embeddings)), np.asarray(media_of_text))
+    for direction, ranked, of_queries in zip(directions, both, clusters, strict=True):
         chance = relevance_at_chance(ranked.num_relevant_of_query, gallery_size=ranked.gallery_size)
         chances = dict(_query_metrics(chance, ks))
         for name, values in _query_metrics(ranked, ks):
             scores[f"{direction}_{name}"] = mean_score(
                 values,
                 chance=float(chances[name].mean()),
-                clusters=clusters,
-                bootstrap=bootstrap,
+                clusters=of_queries,
             )
-        scores |= _rank_scores(
-            ranked.query_ranks(),
-            chance.query_ranks(),
-            direction=direction,
-            clusters=clusters,
-            bootstrap=bootstrap,
-        )
+        scores |= _rank_scores(ranked.query_ranks(), chance.query_ranks(), direction=direction)
     ranks = [ranked.query_ranks() for ranked in both]
     scores |= _mean_recalls(
         [np.stack([each.hits_at(k) for k in ks], axis=1) for each in ranks],
@@ -105,8 +90,7 @@ def retrieve(
             np.mean([scores[f"{direction}_recall@{k}"].chance for direction in directions])
             for k in ks
         ],
-        clusters_of=clusters_of,
-        bootstrap=bootstrap,
+        clusters=clusters,
     )
     return RetrievalResult(scores, *ranks)
 
@@ -116,38 +100,23 @@ def _mean_recalls(
     *,
     ks: Sequence[int],
     chances: Sequence[float],
-    clusters_of: Sequence[np.ndarray],
-    bootstrap: Bootstrap,
+    clusters: Sequence[np.ndarray],
 ) -> dict[str, Score]:
     """Averages the recalls of both directions.
-
-    Both directions use the same draws if their clusters are the same media items.
 
     Args:
         hits: [queries, ks] in [0, 1] of each direction.
         ks: depths of recall@k.
         chances: [ks] chance level of each mean.
-        clusters_of: [queries] media item of each query, for each direction.
-        bootstrap: resampling of media items.
+        clusters: [queries] cluster of each query, for each direction.
     """
-    values = np.mean([each.mean(axis=0) for each in hits], axis=0)  # [ks]
-    resampled = np.zeros((bootstrap.num_samples, len(ks)))
-    for each, clusters in zip(hits, clusters_of, strict=True):
-        generator, num_clusters = np.random.default_rng(bootstrap.seed), int(clusters.max()) + 1
-        for sample in range(bootstrap.num_samples):
-            drawn = generator.integers(num_clusters, size=num_clusters)
-            weights = np.bincount(drawn, minlength=num_clusters)[clusters]
-            resampled[sample] += weights @ each / weights.sum() / len(hits)
-    num_items = int(clusters_of[0].max()) + 1
     scores = {}
     for column, k in enumerate(ks):
-        low, high = percentile_interval(resampled[:, column])
-        method = "bootstrap over media items"
-        if all(each[:, column].min() == each[:, column].max() for each in hits):
-            low, high = wilson_interval(values[column] * num_items, num_items)
-            method = "Wilson over media items"
+        of_k = [each[:, column] for each in hits]
+        low, high, method = mean_interval(list(zip(of_k, clusters, strict=True)))
+        value = float(np.mean([each.mean() for each in of_k]))
         scores[f"mean_recall@{k}"] = Score(
-            float(values[column]), low, high, float(chances[column]), sum(map(len, hits)), method
+            value, low, high, float(chances[column]), sum(map(len, hits)), method
         )
     return scores
 
@@ -259,31 +228,19 @@ def _refuse_unmatched(indices: np.ndarray, count: int, *, what: str, needs: str)
         raise ValueError(f"{what} {missing[0]} has no {needs}; every {what} needs at least one")
 
 
-def _rank_scores(
-    ranks: QueryRanks,
-    chance: QueryRanks,
-    *,
-    direction: str,
-    clusters: np.ndarray,
-    bootstrap: Bootstrap,
-) -> dict[str, Score]:
+def _rank_scores(ranks: QueryRanks, chance: QueryRanks, *, direction: str) -> dict[str, Score]:
+    """Computes median rank, rounded down to an integer as in papers, and mean rank.
+
+    They have no interval: the median is discrete, and the mean depends on a few large ranks.
+    """
     first_ranks = ranks.first_ranks()
-    chance_levels = {
-        "median_rank": float(median_rank_at_chance(chance)),
-        "mean_rank": float(chance.first_ranks().mean()),
+    values = {
+        "median_rank": (np.floor(np.median(first_ranks)), median_rank_at_chance(chance)),
+        "mean_rank": (first_ranks.mean(), chance.first_ranks().mean()),
     }
-    once = np.ones(len(first_ranks), dtype=np.int64)
-    scores = {}
-    for name, statistic in (("median_rank", weighted_median), ("mean_rank", weighted_mean)):
-        low, high = bootstrap_interval(
-            first_ranks, clusters=clusters, statistic=statistic, bootstrap=bootstrap
+    return {
+        f"{direction}_{name}": Score(
+            float(value), None, None, float(at_chance), len(first_ranks), NO_INTERVAL
         )
-        scores[f"{direction}_{name}"] = Score(
-            value=statistic(first_ranks, once),
-            low=low,
-            high=high,
-            chance=chance_levels[name],
-            num_queries=len(first_ranks),
-            interval="bootstrap over media items",
-        )
-    return scores
+        for name, (value, at_chance) in values.items()
+    }

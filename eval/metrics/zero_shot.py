@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.metrics.intervals import (
-    Bootstrap,
+    NO_INTERVAL,
     Score,
     class_mean_interval,
     wilson_interval,
@@ -50,7 +50,6 @@ def classify(
     class_embeddings: Tensor,
     *,
     targets: np.ndarray,
-    bootstrap: Bootstrap,
     groups: Sequence[str] | None = None,
 ) -> ClassificationResult:
     """Classifies items by cosine similarity and computes the metrics of `classification_result`.
@@ -59,21 +58,19 @@ def classify(
         media_embeddings: [Q, D], L2-normalised.
         class_embeddings: [K, D], L2-normalised.
         targets: [Q] integers from 0 to K - 1.
-        bootstrap: resampling for the intervals.
         groups: [Q] group of each item; adds the metrics of the worst group.
 
     Raises:
         ValueError: if an embedding is not finite.
     """
     ranked = rank_classes(media_embeddings, class_embeddings, targets=targets)
-    return classification_result(ranked, targets=targets, bootstrap=bootstrap, groups=groups)
+    return classification_result(ranked, targets=targets, groups=groups)
 
 
 def classification_result(
     ranked: RankedClasses,
     *,
     targets: np.ndarray,
-    bootstrap: Bootstrap,
     groups: Sequence[str] | None = None,
 ) -> ClassificationResult:
     """Computes top-1 and top-5 accuracy, mean per-class recall, macro F1 and confusion matrix.
@@ -85,7 +82,6 @@ def classification_result(
     Args:
         ranked: ranks of the true classes, and predicted classes.
         targets: [Q] integers from 0 to K - 1.
-        bootstrap: resampling for the intervals.
         groups: [Q] group of each item; adds the metrics of the worst group.
     """
     ranks, confusion = ranked.ranks, ranked.confusion
@@ -95,9 +91,7 @@ def classification_result(
     scores = {
         "top_1_accuracy": _accuracy(hits, chance.hits_at(1)),
         "top_5_accuracy": _accuracy(ranks.hits_at(5), chance.hits_at(5)),
-        "mean_per_class_recall": _mean_per_class_recall(
-            hits, targets, chance=1 / num_classes, bootstrap=bootstrap
-        ),
+        "mean_per_class_recall": _mean_per_class_recall(hits, targets, chance=1 / num_classes),
         "macro_f1": _macro_f1(confusion),
     }
     by_group = {}
@@ -184,14 +178,12 @@ def _accuracy(hits: np.ndarray, chance_hits: np.ndarray) -> Score:
     return Score(float(hits.mean()), low, high, float(chance_hits.mean()), len(hits), "Wilson")
 
 
-def _mean_per_class_recall(
-    hits: np.ndarray, targets: np.ndarray, *, chance: float, bootstrap: Bootstrap
-) -> Score:
+def _mean_per_class_recall(hits: np.ndarray, targets: np.ndarray, *, chance: float) -> Score:
     """Averages over the classes with items (scikit-learn's balanced accuracy)."""
     present, positions = np.unique(targets, return_inverse=True)
     sizes = np.bincount(positions)
     recalls = class_recalls(hits, positions, num_classes=len(present))
-    low, high, method = class_mean_interval(recalls, class_sizes=sizes, bootstrap=bootstrap)
+    low, high, method = class_mean_interval(recalls, class_sizes=sizes)
     return Score(float(recalls.mean()), low, high, chance, len(hits), method)
 
 
@@ -221,7 +213,7 @@ def _macro_f1(confusion: np.ndarray) -> Score:
     sizes = confusion.sum(axis=1)
     precisions = sizes[sizes > 0] / num_items
     chance = (2 * precisions / (1 + precisions * num_classes)).mean()
-    return Score(float(macro_f1(confusion)), None, None, float(chance), num_items, "none")
+    return Score(float(macro_f1(confusion)), None, None, float(chance), num_items, NO_INTERVAL)
 
 
 def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
@@ -241,4 +233,4 @@ def _worst_group_accuracy(
     sizes = Counter(groups)
     worst = min(by_group, key=lambda group: (by_group[group], sizes[group], group))
     chance = float(chance_hits.mean())
-    return Score(by_group[worst], None, None, chance, sizes[worst], f"none, of {worst}")
+    return Score(by_group[worst], None, None, chance, sizes[worst], f"{NO_INTERVAL}, of {worst}")

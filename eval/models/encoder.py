@@ -58,6 +58,11 @@ class Encoder:
             windows, lambda batch: self.model.encode_media(kind, batch.to(self.device))
         )
 
+    @property
+    def items_at_once(self) -> int:
+        """Number of items to prepare together, such that long clips take little memory."""
+        return max(1, self.batch_size // 16)
+
     def encode_items(self, kind: str, windows: Tensor, num_windows: Sequence[int]) -> Tensor:
         """Encodes items of one or more windows each, as the normalised mean over their windows.
 
@@ -69,15 +74,7 @@ class Encoder:
         Returns:
             [B, D] L2-normalised float32, on the CPU.
         """
-        embeddings = self.encode_windows(kind, windows)
-        if max(num_windows) == 1:
-            return embeddings
-        return torch.cat(
-            [
-                own if len(own) == 1 else normalized(own.mean(dim=0, keepdim=True))
-                for own in embeddings.split(list(num_windows))
-            ]
-        )
+        return _means_of_items(self.encode_windows(kind, windows), num_windows)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encodes M texts: [M, D] L2-normalised float32, on the CPU."""
@@ -100,6 +97,68 @@ class Encoder:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+class ItemEncoder:
+    """Encodes items as `Encoder.encode_items` does, but holds few prepared windows at a time.
+
+    Windows wait until they fill a batch. The embeddings are the same for any grouping of items.
+
+    Args:
+        encoder: encoder of the model.
+        kind: kind of media.
+    """
+
+    def __init__(self, encoder: Encoder, kind: str) -> None:
+        self.encoder = encoder
+        self.kind = kind
+        self.num_windows: list[int] = []  # of each item
+        self._waiting: list[Tensor] = []
+        self._num_waiting = 0
+        self._embeddings: list[Tensor] = []
+
+    def add(self, windows: Tensor, num_windows: Sequence[int]) -> None:
+        """Adds items, and encodes the windows that fill a batch.
+
+        Args:
+            windows: [n, ...] windows of the first item, then of the second, and so on.
+            num_windows: number of windows of each item; they sum to n.
+        """
+        self.num_windows += num_windows
+        size = self.encoder.batch_size
+        for part in windows.split(size):
+            self._waiting.append(part)
+            self._num_waiting += len(part)
+            if self._num_waiting >= size:
+                together = torch.cat(self._waiting)
+                self._encode(together[:size])
+                self._waiting = [together[size:].clone()]  # a copy, which frees the rest
+                self._num_waiting -= size
+
+    def finish(self) -> Tensor:
+        """Encodes the remaining windows, and returns the embeddings of all items: [items, D].
+
+        At least one item must have been added.
+        """
+        if self._num_waiting:
+            self._encode(torch.cat(self._waiting))
+        self._waiting, self._num_waiting = [], 0
+        return _means_of_items(torch.cat(self._embeddings), self.num_windows)
+
+    def _encode(self, windows: Tensor) -> None:
+        self._embeddings.append(self.encoder.encode_windows(self.kind, windows))
+
+
+def _means_of_items(embeddings: Tensor, num_windows: Sequence[int]) -> Tensor:
+    """Computes the normalised mean over the windows of each item: [n, D] -> [items, D]."""
+    if max(num_windows) == 1:
+        return embeddings
+    return torch.cat(
+        [
+            own if len(own) == 1 else normalized(own.mean(dim=0, keepdim=True))
+            for own in embeddings.split(list(num_windows))
+        ]
+    )
 
 
 def _padded(batch: Any, num_rows: int) -> Any:

@@ -1,6 +1,6 @@
 """Differences between two results of one evaluation, sample by sample, with paired intervals.
 
-Both results are measured on the same samples, so the bootstrap resamples per-sample differences.
+Both results are measured on the same samples, so the intervals are those of per-sample differences.
 This distinguishes models whose individual intervals overlap widely.
 """
 
@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow.parquet
 
 from data_prep.errors import InputError
-from eval.metrics.intervals import Bootstrap, bootstrap_interval, weighted_mean
+from eval.metrics.intervals import Bootstrap, paired_interval
 from eval.report.predictions import predictions_file
 
 NUM_FLIPPED = 20  # samples listed by key
+# Columns that identify a query and its relevant candidates
+QUERY_COLUMNS = ("key", "caption", "cue", "class_name", "class_names")
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,23 @@ class ResultPair:
         """Reads the predictions of both results as {column: values}.
 
         Raises:
-            InputError: if predictions are missing.
+            InputError: if predictions are missing, or belong to other queries.
         """
-        first, second = (
-            _read_predictions(predictions_file(folder, self.evaluation, suffix))
-            for folder in self.folders
-        )
+        paths = [predictions_file(folder, self.evaluation, suffix) for folder in self.folders]
+        first, second = (_read_predictions(path) for path in paths)
+        for column in QUERY_COLUMNS:
+            if first.get(column) != second.get(column):
+                raise InputError(
+                    f"{paths[1]}: expected the column {column} of {paths[0]}, in the same order, "
+                    "found other values; evaluate both models on the same dataset with the same "
+                    "settings"
+                )
         return first, second
 
     def mean_differences(
         self, metric_of_column: Mapping[str, str], suffix: str = ""
     ) -> Iterator[Difference]:
-        """Yields the differences of metrics that are column means, resampling media items.
+        """Yields the differences of metrics that are column means; items are clusters.
 
         Args:
             metric_of_column: column of the predictions -> metric that is its mean.
@@ -91,14 +98,12 @@ class ResultPair:
         _, clusters = np.unique(keys, return_inverse=True)
         for column, metric in metric_of_column.items():
             values = (np.array(first[column]), np.array(second[column]))
-            interval = bootstrap_interval(
-                values[1] - values[0],
-                clusters=clusters,
-                statistic=weighted_mean,
-                bootstrap=self.bootstrap,
-            )
+            is_rank = column == "rank"
+            interval = (None, None)  # a mean of ranks depends on a few large ones
+            if not is_rank:
+                interval = paired_interval(values[1] - values[0], clusters=clusters)
             yield self.difference(
-                metric, values=values, interval=interval, keys=keys, is_rank=column == "rank"
+                metric, values=values, interval=interval, keys=keys, is_rank=is_rank
             )
 
     def rank_differences(self, direction: str) -> Iterator[Difference]:
@@ -111,10 +116,11 @@ class ResultPair:
             InputError: if predictions are missing.
         """
         suffix = f".{direction}"
+        first, second = self.tables(suffix)
         metric_of_column = {
             column: f"{direction}_{column.replace('hit', 'recall')}"
-            for column in self.tables(suffix)[0]
-            if column.startswith("hit@")
+            for column in first
+            if column.startswith("hit@") and column in second  # both may have other depths
         }
         metric_of_column["rank"] = f"{direction}_mean_rank"
         yield from self.mean_differences(metric_of_column, suffix)

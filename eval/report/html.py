@@ -137,7 +137,7 @@ def provenance_section(record: dict[str, Any]) -> Section:
     facts |= {
         "scores": f"{method['tower_dtype']} towers, {method['embedding_dtype']} embeddings, "
         f"{method['score_dtype']}, ties {method['ties']}",
-        "intervals": f"95 %, {method['bootstrap_samples']} resamples, seed {method['seed']}",
+        "intervals": f"95 %; random orders of ties with seed {method['seed']}",
         "device": environment["device"],
         "code": environment["git_commit"] or "not in a git checkout",
         "finished": f"{record['finished']}, after {record['seconds']} s",

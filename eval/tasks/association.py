@@ -47,7 +47,7 @@ class AssociationTask(Task, section=AssociationSection):
 
     dataset_types = ("retrieval",)
     main_metrics = ("jaccard",)
-    conditions = ("cues_sha256",)
+    conditions = ("cues_sha256", "right_sha256")
 
     @classmethod
     def read(
@@ -111,17 +111,17 @@ class AssociationTask(Task, section=AssociationSection):
             cues,
             groups=list(self.groups.values()),
             is_correct=self.is_correct,
-            bootstrap=bootstrap,
         )
         return result, cues
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
-        from eval.embeddings.store import checksum_of_texts
+        from eval.embeddings.store import checksum_of_arrays, checksum_of_texts
 
         return {
             "num_queries": len(self.cues),
             "num_media": len(self.dataset),
             "cues_sha256": checksum_of_texts(self.cues),
+            "right_sha256": checksum_of_arrays(self.is_correct),
         }
 
     def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:

@@ -102,12 +102,10 @@ class CaptionChoiceTask(Task, section=CaptionChoiceSection):
 
         captions = embeddings.texts(self)
         if self.groups is not None:
-            result = choose_in_groups(media, captions, groups=self.groups, bootstrap=bootstrap)
+            result = choose_in_groups(media, captions, groups=self.groups, seed=bootstrap.seed)
         else:
             num_captions = [len(of_item) for of_item in self.captions]
-            result = choose_captions(
-                media, captions, num_captions=num_captions, bootstrap=bootstrap
-            )
+            result = choose_captions(media, captions, num_captions=num_captions)
         return result, captions
 
     def record(self, outcome: Outcome) -> dict[str, Any]:

@@ -94,7 +94,6 @@ class FewShotTask(TrainedTask, section=FewShotSection):
             shots=self.shots,
             num_draws=self.num_draws,
             l2=self.l2,
-            bootstrap=bootstrap,
             seed=self.seed,
         )
         return result, train[0]

@@ -61,7 +61,7 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
     validation: LabelledItems
     l2: float | None  # weight of the L2 penalty; None: chosen on validation items
 
-    conditions = ("class_names", "train_fingerprint", "validation_fingerprint")
+    conditions = ("class_names", "train_fingerprint", "validation_fingerprint", "configured_l2")
 
     @classmethod
     def read(
@@ -124,7 +124,7 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
             l2=self.l2,
         )
         weights = probe.as_class_embeddings()
-        classified = classify(with_ones(media), weights, targets=self.targets, bootstrap=bootstrap)
+        classified = classify(with_ones(media), weights, targets=self.targets)
         result = LinearProbeResult(
             **vars(classified), l2=probe.l2, validation_accuracies=accuracies
         )
@@ -137,6 +137,7 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
             **self.train_record(),
             "objective": OBJECTIVE,
             "l2": outcome.result.l2,
+            "configured_l2": self.l2,
             "validation_accuracies": {f"{k:.4g}": v for k, v in accuracies.items()},
             "num_validation": len(self.validation.indices),
             "validation_fingerprint": self.validation.source.dataset.fingerprint,

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import Field, PositiveInt
 
 from data_prep.errors import InputError
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, value_of
-from eval.metrics.relevance import Relevance, relevance_of_equal_values
+from eval.metrics.relevance import (
+    Relevance,
+    clusters_of_equal_values,
+    relevance_of_equal_values,
+)
 from eval.tasks.task import EvaluationSection, MediaSet, Outcome, Task
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
 
     dataset_types = ("retrieval",)
     main_metrics = ("mean_recall@1",)
-    conditions = ("other_fingerprint", "num_right_pairs")
+    conditions = ("other_fingerprint", "right_pairs_sha256")
 
     @classmethod
     def read(
@@ -116,10 +119,9 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         result = retrieve(
             media,
             other,
-            media_of_text=np.arange(len(other)),  # every item is its own cluster in the bootstrap
             relevance=self.relevance,
+            clusters=clusters_of_equal_values(self.relevance),
             ks=self.ks,
-            bootstrap=bootstrap,
             directions=self.directions,
         )
         return result, other
@@ -130,11 +132,14 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         return embedding_space(media, other, self.relevance)
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
+        from eval.embeddings.store import checksum_of_arrays
+
         other = self.other.dataset
         return {
             "num_media": len(self.dataset),
             "num_other_media": len(other),
             "num_right_pairs": len(self.relevance.media),
+            "right_pairs_sha256": checksum_of_arrays(self.relevance.media, self.relevance.texts),
             "other_folder": str(other.folder),
             "other_fingerprint": other.fingerprint,
             "directions": list(self.directions),

@@ -54,7 +54,7 @@ class MultiLabelTask(Task, section=MultiLabelSection):
 
     dataset_types = ("multilabel",)
     main_metrics = ("mean_average_precision",)
-    conditions = ("class_names",)
+    conditions = ("class_names", "prompts_sha256")
 
     @classmethod
     def read(
@@ -100,9 +100,7 @@ class MultiLabelTask(Task, section=MultiLabelSection):
         from eval.metrics.multi_label import classify_labels
 
         class_embeddings = self.prompts.class_embeddings(embeddings.texts(self))
-        result = classify_labels(
-            media, class_embeddings, is_of_class=self.is_of_class, bootstrap=bootstrap
-        )
+        result = classify_labels(media, class_embeddings, is_of_class=self.is_of_class)
         return result, class_embeddings
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
@@ -133,25 +131,21 @@ class MultiLabelTask(Task, section=MultiLabelSection):
     @classmethod
     def differences(cls, pair: ResultPair) -> Iterator[Difference]:
         """Compares mean average precision over the same resamples of items."""
-        from eval.metrics.multi_label import (
-            average_precisions,
-            class_mean_percentiles,
-            resampled_precisions,
-        )
+        from eval.metrics.multi_label import average_precisions, difference_interval
 
         first, second = pair.tables()
         names = pair.record["class_names"]
         of_class = np.array([[name in found for found in first["class_names"]] for name in names])
         present = of_class.any(axis=1)
-        values, resampled = [], []
-        for each in (first, second):
-            scores = np.array(each["scores"], dtype=np.float32).T[present]  # [K, Q]
-            values.append(average_precisions(scores, of_class[present]))
-            resampled.append(resampled_precisions(scores, of_class[present], pair.bootstrap))
+        both = [
+            np.array(each["scores"], dtype=np.float32).T[present]  # [K, Q]
+            for each in (first, second)
+        ]
+        values = [average_precisions(scores, of_class[present]) for scores in both]
         yield pair.difference(
             "mean_average_precision",
             values=(values[0], values[1]),
-            interval=class_mean_percentiles(resampled[1] - resampled[0]),
+            interval=difference_interval(*both, of_class[present], pair.bootstrap),
             keys=[name for name, is_here in zip(names, present, strict=True) if is_here],
         )
 

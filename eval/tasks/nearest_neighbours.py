@@ -72,7 +72,7 @@ class NearestNeighboursTask(TrainedTask, section=NearestNeighboursSection):
             temperature=self.temperature,
         )
         ranked = rank_scores(votes, targets=self.targets)
-        result = classification_result(ranked, targets=self.targets, bootstrap=bootstrap)
+        result = classification_result(ranked, targets=self.targets)
         return result, train
 
     def record(self, outcome: Outcome) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class RetrievalTask(Task, section=RetrievalSection):
 
     dataset_types = ("retrieval",)
     main_metrics = ("mean_recall@1",)
-    conditions = ("equal_captions", "num_captions", "num_distractor_captions")
+    conditions = ("equal_captions", "captions_sha256", "distractor_captions_sha256")
 
     @classmethod
     def read(
@@ -157,7 +157,6 @@ class RetrievalTask(Task, section=RetrievalSection):
             relevance=self.relevance,
             distractor_embeddings=texts[num_captions:],
             ks=self.ks,
-            bootstrap=bootstrap,
         )
         return result, texts
 
@@ -176,6 +175,7 @@ class RetrievalTask(Task, section=RetrievalSection):
             "captions_sha256": checksum_of_texts(self.captions),
             "num_repeated_captions": len(self.captions) - len(set(self.captions)),
             "num_distractor_captions": len(self.distractor_captions),
+            "distractor_captions_sha256": checksum_of_texts(self.distractor_captions),
             "media_to_text_gallery": outcome.result.media_to_text.gallery_size,
             "text_to_media_gallery": outcome.result.text_to_media.gallery_size,
             "recall": "hit rate: a query succeeds if any right answer is among the first k",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from data_prep.config_file import Section
 from eval.datasets.columns import DatasetLocation, TableColumns
@@ -54,6 +54,16 @@ class EvaluationSection(Section):
     how_to_get: str | None = None  # shown in the error message if the dataset is missing
     main_metric: str | None = None  # metric used in averages; null: the task's main metric
     averages: list[str] = []  # averages that include this evaluation, in addition to "all"
+
+    @field_validator("main_metric")
+    @classmethod
+    def _check_main_metric(cls, main_metric: str | None) -> str | None:
+        if main_metric is not None and main_metric.endswith("_rank"):
+            raise ValueError(
+                f"expected a metric from 0 to 1, which can be averaged with others, found the rank "
+                f"{main_metric}; use a recall, such as mean_recall@1"
+            )
+        return main_metric
 
     def locations(self) -> list[tuple[str, str]]:
         """Lists (location, split) of every dataset that the evaluation reads."""
@@ -172,7 +182,7 @@ class Task(ABC):
         Args:
             media: [Q, D] embeddings of the first media set, L2-normalised.
             embeddings: source of all other embeddings.
-            bootstrap: settings of the intervals.
+            bootstrap: settings of resampling; its seed is also that of random orders of ties.
 
         Returns:
             The result, and the embeddings that the media are compared with; predictions and report

@@ -47,6 +47,8 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
     prompts: ClassPrompts
     groups: list[str] | None = None  # [Q]; if given, worst-group accuracy is also measured
 
+    conditions = ("class_names", "prompts_sha256")
+
     @classmethod
     def read(
         cls,
@@ -87,9 +89,7 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
         from eval.metrics.zero_shot import classify
 
         class_embeddings = self.prompts.class_embeddings(embeddings.texts(self))
-        result = classify(
-            media, class_embeddings, targets=self.targets, bootstrap=bootstrap, groups=self.groups
-        )
+        result = classify(media, class_embeddings, targets=self.targets, groups=self.groups)
         return result, class_embeddings
 
     def record(self, outcome: Outcome) -> dict[str, Any]:

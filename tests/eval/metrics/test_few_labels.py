@@ -12,15 +12,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
 from eval.metrics.association import associate, expected_jaccard
-from eval.metrics.caption_choice import choose_captions, choose_in_groups
+from eval.metrics.caption_choice import _chances, choose_captions, choose_in_groups
 from eval.metrics.few_shot import classify_from_few
-from eval.metrics.intervals import Bootstrap
 from eval.metrics.knn import neighbour_votes
-from eval.metrics.relevance import relevance_of_equal_values
+from eval.metrics.relevance import clusters_of_equal_values, relevance_of_equal_values
 from eval.metrics.retrieval import retrieve
 from eval.metrics.zero_shot import classify, rank_scores
-
-BOOTSTRAP = Bootstrap(200)
 
 
 def unit_rows(count, dim=8, seed=0):
@@ -112,7 +109,6 @@ def test_few_shot_probes_learn_from_as_many_items_as_they_say():
         "num_classes": 3,
         "num_draws": 2,
         "l2": 3.0,
-        "bootstrap": BOOTSTRAP,
     }
     labels = torch.from_numpy(train_targets)
     result = classify_from_few(test, (train, labels), shots=[1, 20], seed=0, **arguments)
@@ -132,7 +128,7 @@ def test_few_shot_probes_learn_from_as_many_items_as_they_say():
 def test_an_item_is_right_if_its_own_caption_is_nearest():
     media, captions = unit_rows(40, seed=1), unit_rows(100, seed=2)
     num_captions = [2, 3] * 20
-    result = choose_captions(media, captions, num_captions=num_captions, bootstrap=BOOTSTRAP)
+    result = choose_captions(media, captions, num_captions=num_captions)
     scores = (media.double() @ captions.double().T).numpy()
     starts = np.cumsum([0, *num_captions])
     expected = [
@@ -142,9 +138,7 @@ def test_an_item_is_right_if_its_own_caption_is_nearest():
     score = result.scores["caption_accuracy"]
     assert score.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert score.low < score.value < score.high
-    collapsed = choose_captions(
-        torch.ones(40, 1), torch.ones(100, 1), num_captions=num_captions, bootstrap=BOOTSTRAP
-    )
+    collapsed = choose_captions(torch.ones(40, 1), torch.ones(100, 1), num_captions=num_captions)
     assert collapsed.scores["caption_accuracy"].value == pytest.approx(score.chance)
 
 
@@ -152,7 +146,7 @@ def test_group_scores_are_winogrounds():
     media, captions = unit_rows(61, seed=1), unit_rows(61, seed=2)
     captions = normalize(captions + 0.5 * media, dim=-1)
     groups = [*([n, n + 1] for n in range(0, 58, 2)), [58, 60, 59]]
-    result = choose_in_groups(media, captions, groups=groups, bootstrap=BOOTSTRAP)
+    result = choose_in_groups(media, captions, groups=groups)
     scores = (media.double() @ captions.double().T).numpy()
     for number, group in enumerate(groups):
         pairs = list(itertools.permutations(group, 2))
@@ -160,12 +154,25 @@ def test_group_scores_are_winogrounds():
         image = all(scores[i, i] > scores[j, i] for i, j in pairs)
         found = [result.hits[f"{name}_score"][number] for name in ("text", "image", "group")]
         assert found == [text, image, text and image]
-    collapsed = choose_in_groups(
-        torch.ones(60, 1), torch.ones(60, 1), groups=groups[:29], bootstrap=BOOTSTRAP
-    )
+    collapsed = choose_in_groups(torch.ones(60, 1), torch.ones(60, 1), groups=groups[:29])
     for name, chance in (("text_score", 1 / 4), ("image_score", 1 / 4), ("group_score", 1 / 6)):
         assert collapsed.scores[name].chance == pytest.approx(chance, abs=0.01)
         assert collapsed.scores[name].value == pytest.approx(chance, abs=0.05)
+
+
+def test_group_scores_at_chance_are_those_of_random_similarities():
+    generator = np.random.default_rng(0)
+    for size in (1, 2, 3, 4):
+        scores = generator.random((40_000, size, size))
+        own = np.diagonal(scores, axis1=1, axis2=2)
+        is_text_right, is_image_right = (
+            (own == scores.max(axis=axis)).all(axis=1) for axis in (2, 1)
+        )
+        is_right = (is_text_right, is_image_right, is_text_right & is_image_right)
+        found = [each.mean() for each in is_right]
+        assert _chances(size) == pytest.approx(found, abs=0.01)
+    assert _chances(2) == pytest.approx((1 / 4, 1 / 4, 1 / 6))
+    assert 0 < _chances(40)[2] < 1e-60  # as fast for large groups
 
 
 def test_the_jaccard_index_is_the_mean_over_all_orders_of_ties():
@@ -183,7 +190,7 @@ def test_the_jaccard_index_is_the_mean_over_all_orders_of_ties():
     media, cues = unit_rows(20, seed=1), unit_rows(4, seed=2)
     groups = [[*range(5 * n, 5 * n + 5)] for n in range(4)]
     right = np.arange(20) % 5 < 2
-    result = associate(media, cues, groups=groups, is_correct=right, bootstrap=BOOTSTRAP)
+    result = associate(media, cues, groups=groups, is_correct=right)
     cosines = (cues.double() @ media.double().T).numpy()
     for n, group in enumerate(groups):
         best = set(np.argsort(-cosines[n, group])[:2])
@@ -196,7 +203,7 @@ def test_the_worst_group_and_macro_f1_are_those_of_scikit_learn():
     media, targets = labelled_rows(120, 4, seed=3)
     classes = unit_rows(6, seed=99)  # two of them have no items
     groups = [("north", "south", "west")[n % 7 % 3] for n in range(120)]
-    result = classify(media, classes, targets=targets, bootstrap=BOOTSTRAP, groups=groups)
+    result = classify(media, classes, targets=targets, groups=groups)
     hits = result.predictions == targets
     by_group = {g: hits[np.array(groups) == g].mean() for g in set(groups)}
     assert result.group_accuracies == pytest.approx(by_group)
@@ -211,15 +218,18 @@ def test_the_worst_group_and_macro_f1_are_those_of_scikit_learn():
 
 def test_media_find_media_of_another_kind():
     images, sounds = unit_rows(30, seed=1), unit_rows(40, seed=2)
-    names, other_names = [str(n % 10) for n in range(30)], [str(n % 10) for n in range(40)]
+    names, other_names = [str(n % 25) for n in range(30)], [str(n % 25) for n in range(40)]
     relevance = relevance_of_equal_values(names, other_names)
+    clusters = clusters_of_equal_values(relevance)
+    for first, second in itertools.product(range(30), range(40)):
+        is_same = names[first] == other_names[second]
+        assert (clusters[0][first] == clusters[1][second]) == is_same
     result = retrieve(
         images,
         sounds,
-        media_of_text=np.arange(40),
         relevance=relevance,
+        clusters=clusters,
         ks=(1, 5),
-        bootstrap=BOOTSTRAP,
         directions=("image_to_audio", "audio_to_image"),
     )
     scores = (images.double() @ sounds.double().T).numpy()

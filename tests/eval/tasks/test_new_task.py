@@ -79,7 +79,7 @@ class OddOneOutTask(Task, section=OddOneOutSection):
         likeness = (groups * means).sum(dim=-1)
         found = likeness.argmin(dim=-1).cpu().numpy()
         hits = (found == self.odd).astype(float)
-        score = mean_score(hits, chance=1 / self.group_size, bootstrap=bootstrap)
+        score = mean_score(hits, chance=1 / self.group_size)
         return OddOneOutResult({"odd_accuracy": score}, hits), means[:, 0]
 
     def record(self, outcome):
