@@ -212,7 +212,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if isinstance(place, list):
             place = place[_list_index(place, key, override)]
         elif isinstance(place, dict):
-            place = place.setdefault(key, {})
+            if isinstance(place.get(key), bool | None):  # a section that is absent or has defaults
+                place[key] = {}
+            place = place[key]
         else:
             where = ".".join(parents[:depth])
             raise ConfigError(f"{override!r}: {where} is {place!r}, which holds no keys")

@@ -78,6 +78,23 @@ def test_overrides_reach_into_lists(tmp_path):
         read(tmp_path, text, "sources")
 
 
+@pytest.mark.parametrize("text", ["", "start:\n", "start: false\n", "start: true\n", "start: {}\n"])
+def test_an_override_reaches_into_a_section_that_is_absent_or_only_on_or_off(tmp_path, text):
+    class Start(Section):
+        step: int = 0
+
+    class Run(Section):
+        start: Start | bool = False
+
+    path = tmp_path / "toy.yaml"
+    path.write_text(text or "{}\n")
+    assert read_config(Run, path, overrides=["start.step=4"]).start == Start(step=4)
+    assert read_config(Run, path, overrides=["start.step=4", "start=true"]).start is True
+    path.write_text("start: 3\n")
+    with pytest.raises(ConfigError, match=r"'start\.step=4': start is 3, which holds no keys"):
+        read_config(Run, path, overrides=["start.step=4"])
+
+
 def test_duplicate_keys_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="duplicate key 'mode'"):
         read(tmp_path, "mode: a\nmode: b\n")
