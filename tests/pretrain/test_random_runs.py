@@ -27,6 +27,7 @@ from tests.support.random_runs import (
     compare_parameters,
     draw_accepted_run,
     make_material,
+    refusal_of,
     run_and_compare,
     train_from,
 )
@@ -129,6 +130,19 @@ def material(tmp_path_factory):
     material = make_material(tmp_path_factory.mktemp("material") / "material")
     register_toy_clip(material.folder)
     return material
+
+
+@pytest.mark.slow
+def test_every_tower_is_accepted(material, tmp_path):
+    runs = {}
+    for seed in range(NUM_DRAWN):
+        run = draw_run(seed, material)
+        for kind, tower in run.fixed["model"].items():
+            if kind in ("image", "audio", "text"):
+                options = tuple(sorted(tower.get("options", ())))
+                runs.setdefault((kind, tower.get("name"), options), run)
+    for tower, run in runs.items():
+        assert refusal_of(replace(run, attempts=()), tmp_path / "run") is None, tower
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ NUM_STEPS = 6
 TIMEOUT_SECONDS = 300  # of collectives
 SECONDS_TO_END = 900  # of an attempt, or of processes whose peer was killed
 SECONDS_OF_LAUNCHER = 3  # before it ends those that are left
+SECONDS_OF_LOADER = 60  # before it notices that its process was killed
 # Where an attempt may run: processes and strategy, each as likely as it is often here.
 PLACES = [(1, "ddp")] * 2 + [
     (world_size, strategy)
@@ -185,7 +186,9 @@ def run_attempt(config, world_size, kill, *, target=train_until):
             os.kill(pid, signal.SIGKILL)
     is_starting = is_met and kill.moment in ("start", "any")
     _wait(group.processes, ends_the_rest=is_starting)
-    outcomes = group.outcomes(timeout_seconds=0.1)
+    # A process that has ended leaves its pipe to its loader, which ends a little later.
+    is_over = not any(process.is_alive() for process in group.processes)
+    outcomes = group.outcomes(timeout_seconds=SECONDS_OF_LOADER if is_over else 0.1)
     failures = [str(told) for is_done, told in outcomes if not is_done]
     # At a signal before its handlers are there a process just ends.
     may_fail = is_met and (has_killed or kill.moment == "any")

@@ -14,7 +14,7 @@ from typing import Any
 from pretrain.config import PretrainConfig
 from tests.support.killed_runs import HOW, MOMENTS, OF_MAIN_PROCESS, TIMEOUT_SECONDS, Kill
 from tests.support.random_towers import draw_audio, draw_image, draw_model
-from tests.support.toy_material import TEACHER_TEXTS, ToyMaterial
+from tests.support.toy_material import DATASETS, TEACHER_TEXTS, ToyMaterial
 
 # Field, or section, of PretrainConfig -> the reason why it is never drawn.
 LEFT_OUT = {
@@ -155,7 +155,7 @@ def _draw_fixed(rng, material):
 
 
 def _draw_pairing(rng, kind, material, *, lanes, num_steps, teacher):
-    names = material.datasets[kind]
+    names = DATASETS[kind]
     locations = {
         name: {
             "name": name.replace("_", " " if rng.random() < 0.5 else "_"),
@@ -194,7 +194,7 @@ def _draw_loss(rng, material, *, teacher):
 
 def _draw_optimizer(rng):
     return {
-        "learning_rate": 10 ** rng.uniform(-3.5, -2.5),
+        "learning_rate": 10 ** rng.uniform(-4, -3),
         "betas": (rng.uniform(0.5, 0.95), rng.uniform(0.9, 0.99)),
         "eps": 1e-4,
         "weight_decay": rng.choice((0, 0.2)),

@@ -12,15 +12,16 @@ from tests.support.toy_material import (
 )
 
 PLAIN_SIZE = 16  # of images: that of teachers and of open_clip's tower
-TINY = {
+SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
 }
-DECODER = {"vocab_size": len(VOCABULARY)}
+TINY = SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CAUSAL = ("clip_text_model", "gpt2", "llama")
+VOCABULARY_SIZE = {"vocab_size": len(VOCABULARY)}
+FNET = VOCABULARY_SIZE | {key: SIZES[key] for key in SIZES if key != "num_attention_heads"}
 
 
 def draw_image(rng, *, is_plain):
@@ -153,26 +154,25 @@ def _draw_text_tower(rng, material, *, has_teacher):
     towers = [
         _open_clip(),
         _open_clip(no_causal_mask=True),
-        _open_clip(pool_type=rng.choice(("first", "last"))),
+        _open_clip(pool_type="first", no_causal_mask=True),
+        _open_clip(pool_type="last"),
         _open_clip(embed_cls=True),
         _transformers("bert", BERT | {"hidden_dropout_prob": dropping}),
         _transformers("bert", BERT | {"num_hidden_layers": 2}),
-        _transformers("fnet", BERT | {"hidden_dropout_prob": dropping}),
+        _transformers("fnet", FNET | {"hidden_dropout_prob": dropping}),
         _transformers(
             "clip_text_model",
-            TINY | {"vocab_size": len(VOCABULARY), "max_position_embeddings": 20},
+            SIZES | VOCABULARY_SIZE | {"max_position_embeddings": 20},
         ),
         _transformers(
             "gpt2",
-            DECODER
+            VOCABULARY_SIZE
             | {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20}
             | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         ),
         _transformers(
             "llama",
-            DECODER
-            | {key: TINY[key] for key in TINY if "dropout" not in key}
-            | {"num_key_value_heads": 1},
+            SIZES | VOCABULARY_SIZE | {"num_key_value_heads": 1},
         ),
         {
             "library": "transformers",
@@ -181,11 +181,13 @@ def _draw_text_tower(rng, material, *, has_teacher):
         },
     ]
     tower = rng.choice(towers)
+    # The first token of a causal model does not depend on the caption.
+    poolings = ("mean",) if tower.get("name") in CAUSAL else ("mean", "first")
     has_clip_tokens = not has_teacher and tower["library"] == "open_clip" and rng.random() < 0.2
     return tower | {
         "tokenizer": None if has_clip_tokens else str(material.tokenizer),
         "context_length": CONTEXT_LENGTH if has_teacher else rng.choice((CONTEXT_LENGTH, 8, 15)),
-        "pooling": rng.choice(("mean", "first")),
+        "pooling": rng.choice(poolings),
         "frozen": rng.random() < 0.2,
     }
 

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from data_prep.shards.index import BLOCK_BYTES, ShardIndex
 from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.subset import Subset
+from pretrain.config import PretrainConfig
 from tests.support.toy_run import COLORS, toy_config, toy_members, write_toy_data, write_toy_dataset
 from tests.support.toy_towers import TINY_BERT
 
@@ -25,6 +26,10 @@ CLIP_TEXT = {"width": 16, "heads": 2, "layers": 2}
 CLIP_NAME = "toy_clip"  # in open_clip's registry
 CLIP_SIZE = 16  # of its images, and of its joint space
 CONVNEXT = {"library": "timm", "name": "test_convnext", "options": {"patch_size": 1}}
+DATASETS = {
+    "image": ("colors", "more_colors", "photos", "twins", "bad_colors"),
+    "audio": ("tones", "bells", "lost_tones"),
+}
 BAD_SAMPLES = (3, 17)  # ordinals in bad_colors
 # Texts of the teachers. The captions of the first can be trimmed, those of the others cannot.
 TEACHER_TEXTS = {
@@ -39,12 +44,6 @@ class ToyMaterial:
     """Paths of everything that `random_configs` draws from."""
 
     folder: Path
-    datasets: dict[str, tuple[str, ...]] = field(
-        default_factory=lambda: {
-            "image": ("colors", "more_colors", "photos", "twins", "bad_colors"),
-            "audio": ("tones", "bells", "lost_tones"),
-        }
-    )
 
     def dataset(self, name: str) -> Path:
         return self.folder / "data" / name
@@ -66,18 +65,17 @@ class ToyMaterial:
         """Returns the run folder of a teacher, whose text tower is that of TEACHER_TEXTS."""
         return self.folder / "teachers" / name
 
-    def teacher_configs(self) -> list:
-        """Returns the configs of the runs that train the teachers."""
-        return [self._teacher_config(name, text) for name, text in TEACHER_TEXTS.items()]
-
-    def _teacher_config(self, name, text):
-        values = toy_config(self.folder / "data", self.teacher(name)).model_dump()
-        text = {"tokenizer": str(self.tokenizer), "context_length": CONTEXT_LENGTH} | text
-        values["seed"] = len(name)
-        values["model"]["text"] = text
-        values["schedule"] = {"num_steps": 1}
-        values["run"]["trackers"] = []
-        return type(toy_config(self.folder, self.folder)).model_validate(values)
+    def teacher_config(self, name: str) -> PretrainConfig:
+        """Returns the config of the run that trains a teacher."""
+        text = {"tokenizer": str(self.tokenizer), "context_length": CONTEXT_LENGTH}
+        return toy_config(
+            self.folder / "data",
+            self.teacher(name),
+            seed=len(name),
+            model={"text": text | TEACHER_TEXTS[name]},
+            schedule={"num_steps": 1, "warmup_steps": 0},
+            run={"folder": self.teacher(name), "trackers": []},
+        )
 
 
 def register_toy_clip(folder: Path) -> None:
@@ -86,7 +84,7 @@ def register_toy_clip(folder: Path) -> None:
 
 
 def write_material(folder: Path) -> ToyMaterial:
-    """Writes everything except the teachers, which are runs of `teacher_configs`."""
+    """Writes everything except the teachers, which are runs of `teacher_config`."""
     material = ToyMaterial(folder)
     _write_datasets(material)
     write_word_tokenizer(material.tokenizer)
@@ -117,7 +115,7 @@ def _write_datasets(material):
     write_bad_colors(data)
     write_toy_dataset(data / "lost_tones", "audio", shard_sizes=(20, 16, 4))
     (data / "lost_tones" / "00000002.tar").unlink()
-    for name in (name for names in material.datasets.values() for name in names):
+    for name in (name for names in DATASETS.values() for name in names):
         info, _ = read_dataset_files(data / name)
         kept = np.arange(info.num_samples) * 7 % 11 < 7
         Subset.from_bitmap(info, kept, preparation={}).write(material.subset(name))
