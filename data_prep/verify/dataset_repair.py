@@ -21,7 +21,7 @@ from data_prep.errors import InputError
 from data_prep.shards.folder import finish_dataset, lock_folder
 from data_prep.shards.manifest import manifest_row, read_dataset_files
 from data_prep.storage.atomic import write_atomically
-from data_prep.verify.damaged_files import DAMAGED_FOLDER
+from data_prep.verify.damaged_files import DAMAGED_FOLDER, set_aside
 from data_prep.verify.dataset_check import (
     PLAN_PATHS,
     DatasetOrigin,
@@ -135,10 +135,10 @@ def _repair(folder: Path, *, tar_base: Path, workers: int) -> RepairReport:
     for found in run_tasks(repair_shard, tasks, workers=workers):
         report.done += found.done
         report.refused += found.refused
-        report.has_stranger |= found.has_stranger
+        report.is_undecided |= found.is_undecided
     report.done.sort()
     report.refused.sort()
-    if not report.has_stranger:
+    if not report.is_undecided:
         _close(folder, names, saved, origin, media=media, report=report)
     return report
 
@@ -186,6 +186,8 @@ def _close(
     if not all(read_index(folder / f"{name}.idx") for name in names) or _is_closed(folder, names):
         return
     info = saved.info
+    for path in saved.unreadable:
+        set_aside(path, folder=folder)
     new = finish_dataset(
         folder,
         names,

@@ -42,13 +42,14 @@ class SavedMetadata:
     rows: dict[str, ManifestRow] = field(default_factory=dict)
     unsealed: list[str] = field(default_factory=list)  # names of rows without a seal
     notes: list[str] = field(default_factory=list)  # for the user
+    unreadable: list[Path] = field(default_factory=list)  # files with parts that were left out
 
 
 def read_metadata(folder: Path) -> SavedMetadata:
     """Reads both files, and undoes a flipped bit in each damaged part."""
     saved = _read_info(folder / "dataset.json")
     path = folder / "manifest.jsonl"
-    for line in _saved_lines(path, saved.notes) if path.is_file() else ():
+    for line in _saved_lines(path, saved) if path.is_file() else ():
         (row,) = parse_manifest(line, path)
         saved.rows[row.name] = row
         if not ROW_SEAL.fullmatch(line):
@@ -75,7 +76,8 @@ def _read_info(path: Path) -> SavedMetadata:
         return SavedMetadata(info, is_info_sealed=False, seal_problem=problem)
     except InputError as error:
         log.warning("%s", error)
-        return SavedMetadata(None, is_info_sealed=False)
+        unreadable = [path] if content else []
+        return SavedMetadata(None, is_info_sealed=False, unreadable=unreadable)
 
 
 def _is_sealed_info(content: bytes) -> bool:
@@ -89,20 +91,20 @@ def _is_sealed_info(content: bytes) -> bool:
 # ------------------------------------------------------------------------------ manifest.jsonl
 
 
-def _saved_lines(path: Path, notes: list[str]) -> Iterator[bytes]:
+def _saved_lines(path: Path, saved: SavedMetadata) -> Iterator[bytes]:
     """Yields the lines that can be read, with flipped bits undone."""
     damaged: list[bytes] = []
     for line in [*path.read_bytes().split(b"\n"), None]:
         if line is not None and line and not _is_valid(line):
             damaged.append(line)
             continue
-        yield from _undone(damaged, path, notes)
+        yield from _undone(damaged, path, saved)
         damaged = []
         if line:
             yield line
 
 
-def _undone(damaged: list[bytes], path: Path, notes: list[str]) -> list[bytes]:
+def _undone(damaged: list[bytes], path: Path, saved: SavedMetadata) -> list[bytes]:
     if not damaged:
         return []
     restored = None
@@ -110,8 +112,9 @@ def _undone(damaged: list[bytes], path: Path, notes: list[str]) -> list[bytes]:
         restored = undo_flip(b"\n".join(damaged), _are_sealed_rows)
     if restored is None:
         log.warning("%s: %d damaged lines are left out", path, len(damaged))
+        saved.unreadable += [path] if path not in saved.unreadable else []
         return []
-    notes.append(f"{path}: undid a flipped bit")
+    saved.notes.append(f"{path}: undid a flipped bit")
     return restored.removesuffix(b"\n").split(b"\n")
 
 

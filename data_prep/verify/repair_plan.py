@@ -22,6 +22,7 @@ from data_prep.verify.damaged_files import (
     remove_if_empty,
     set_aside,
 )
+from data_prep.verify.repair_task import read_index
 from data_prep.workers import run_tasks
 
 SUFFIXES = (".tar", ".idx", ".parquet")
@@ -63,7 +64,7 @@ def make_plan(
         workers: number of processes that compute checksums.
     """
     suffixes = SUFFIXES[1:] if is_foreign else SUFFIXES
-    sums = _sums_on_disk(folder, rows.values(), suffixes=suffixes, workers=workers)
+    sums = _sums_on_disk(folder, rows, suffixes=suffixes, workers=workers)
     doubtful = {name: rows[name] for name in unsealed}
     renamed = {} if is_foreign else _damaged_names(folder, doubtful, sums, listed=rows)
     rows = {
@@ -71,6 +72,8 @@ def make_plan(
         for name, row in rows.items()
     }
     expected = _expected_sums(folder, rows.values(), suffixes=suffixes)
+    if not is_foreign:
+        expected = _places_of_unlisted_indexes(folder, sums, recorded=expected) | expected
     moves = _moves(expected, sums)
     sources = {move.source for move in moves}
     displaced = [
@@ -106,26 +109,58 @@ def apply_plan(plan: RepairPlan, *, folder: Path) -> None:
 
 
 def _sums_on_disk(
-    folder: Path, rows: Iterable[ManifestRow], *, suffixes: tuple[str, ...], workers: int
+    folder: Path, rows: Mapping[str, ManifestRow], *, suffixes: tuple[str, ...], workers: int
 ) -> dict[Path, str | None]:
     """Returns the sha256 of the files of shards, also of those in `damaged/`.
 
-    It is None for a file whose size the manifest never records.
+    It is None for a file of a listed shard whose size the manifest never records.
     """
-    sizes = {size for row in rows for size in (row.tar_bytes, row.index_bytes, row.parquet_bytes)}
+    sizes = {
+        size
+        for row in rows.values()
+        for size in (row.tar_bytes, row.index_bytes, row.parquet_bytes)
+    }
     paths = [
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix in suffixes and path.name[0] != "." and path.is_file()
         if path.relative_to(folder).parts[0] != "plan"
     ]
-    hashed = [path for path in paths if path.stat().st_size in sizes]
+    hashed = [
+        path
+        for path in paths
+        if path.stat().st_size in sizes or _shard_name(path, folder) not in rows
+    ]
     sums = dict(run_tasks(_named_sum, hashed, workers=workers))
     return {path: sums.get(path) for path in paths}
 
 
 def _named_sum(path: Path) -> tuple[Path, str]:
     return path, sha256_of(path)
+
+
+def _shard_name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _places_of_unlisted_indexes(
+    folder: Path, sums: Mapping[Path, str | None], *, recorded: Mapping[Path, str]
+) -> dict[Path, str]:
+    """Returns the places of indexes next to the tars that they record, for lost manifests."""
+    tars = {
+        sha256: path
+        for path, sha256 in sums.items()
+        if path.suffix == ".tar" and sha256 is not None and not is_set_aside(path, folder)
+    }
+    known, places = set(recorded.values()), {}
+    for path, sha256 in sums.items():
+        is_unlisted = sha256 is not None and sha256 not in known
+        if path.suffix == ".idx" and is_unlisted and not is_set_aside(path, folder):
+            index = read_index(path)
+            is_in_place = index and sums.get(path.with_suffix(".tar")) == index.tar_sha256
+            if index and not is_in_place and index.tar_sha256 in tars:
+                places[tars[index.tar_sha256].with_suffix(".idx")] = sha256
+    return places
 
 
 def _expected_sums(
@@ -153,13 +188,13 @@ def _damaged_names(
 ) -> dict[str, str]:
     """Maps the names of rows without any file to the unlisted shard whose tar they describe."""
     unlisted = {
-        sha256: path.relative_to(folder).with_suffix("").as_posix()
+        sha256: _shard_name(path, folder)
         for path, sha256 in sums.items()
         if path.suffix == ".tar" and sha256 is not None
         if not is_set_aside(path, folder)
-        if path.relative_to(folder).with_suffix("").as_posix() not in listed
+        if _shard_name(path, folder) not in listed
     }
-    has_files = {path.relative_to(folder).with_suffix("").as_posix() for path in sums}
+    has_files = {_shard_name(path, folder) for path in sums}
     return {
         name: unlisted[row.tar_sha256]
         for name, row in rows.items()

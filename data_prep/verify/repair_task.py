@@ -61,7 +61,7 @@ class RepairReport:
 
     done: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # problems that require manual work
-    has_stranger: bool = False  # whether a shard's files must not be taken into the manifest
+    is_undecided: bool = False  # whether a shard's files must not be taken into the manifest
 
 
 def read_index(path: Path) -> ShardIndex | None:

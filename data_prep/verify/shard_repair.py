@@ -73,7 +73,7 @@ def repair_shard(task: RepairTask) -> RepairReport:
     index = read_index(task.index_path)
     if index is not None and task.foreign is None and is_of_another_dataset(task, index):
         report.refused.append(describe_stranger(task, index))
-        report.has_stranger = True
+        report.is_undecided = True
         return report
     on_disk = row_on_disk(task, index)
     if None not in (task.row, on_disk) and on_disk.tar_sha256 != task.row.tar_sha256:
@@ -174,6 +174,7 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
             f"continue without them, move {task.name}.tar and .idx out of the folder and repair "
             f"again{lost}"
         )
+        report.is_undecided = task.row is None  # no record says which of the two is right
         return
     num_lost = _num_lost(task, index, saved)
     repaired_rows = RepairedRows(table, media_kind=task.media_kind, kept=task.kept)

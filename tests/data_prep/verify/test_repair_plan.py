@@ -65,6 +65,32 @@ def test_files_in_any_places_move_back(intact, dataset, seed):
     assert not (dataset / "damaged").exists()
 
 
+def test_without_a_manifest_indexes_move_to_the_tars_that_they_record(intact, dataset):
+    permute(dataset, "idx", (1, 2, 0))
+    (dataset / "manifest.jsonl").unlink()
+    repair(dataset)
+    assert files_of(dataset) == files_of(intact)
+
+
+def test_nothing_is_concluded_from_a_tar_and_an_index_that_do_not_fit(dataset):
+    permute(dataset, "idx", (1, 0, 2))
+    for name in ("00000000.tar", "00000001.tar"):  # no checksum tells which is which
+        (dataset / name).write_bytes((dataset / name).read_bytes()[:600])
+    (dataset / "manifest.jsonl").write_bytes(b"?")
+    before = files_of(dataset)
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds none of the samples of its index"):
+            repair(dataset)
+        assert files_of(dataset) == before
+
+
+def test_unreadable_metadata_is_kept(intact, dataset):
+    (dataset / "manifest.jsonl").write_bytes(b"?" * 99)
+    repair(dataset)
+    assert files_of(dataset) == files_of(intact)
+    assert (dataset / "damaged/manifest.jsonl").read_bytes() == b"?" * 99
+
+
 class Killed(BaseException):
     """Stands for kill -9."""
 
