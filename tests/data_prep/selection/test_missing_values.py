@@ -146,6 +146,14 @@ def test_numbers_of_several_files_keep_their_values(dataset, tmp_path, order):
     assert chosen(dataset, scores=scores, where="extra = 8") == [7, 9, 11]
 
 
+@pytest.mark.parametrize("values", [["x"] * 6, [0.5] * 6, [True] * 6])
+def test_a_file_without_any_value_of_a_column_fits_the_others(dataset, tmp_path, values):
+    write_scores(tmp_path / "a.parquet", range(6), mark=pyarrow.nulls(6))
+    write_scores(tmp_path / "b.parquet", range(6, 12), mark=values)
+    scores = [str(tmp_path / "*.parquet")]
+    assert chosen(dataset, scores=scores, where="mark IS NOT NULL") == list(range(6, 12))
+
+
 def test_numbers_and_text_in_one_column_are_refused(dataset, tmp_path):
     write_scores(tmp_path / "a.parquet", range(6), score=[1] * 6)
     write_scores(tmp_path / "b.parquet", range(6, 12), score=["1"] * 6)
