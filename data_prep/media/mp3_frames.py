@@ -20,8 +20,9 @@ BIT_RATES = {
 }
 SAMPLE_RATES = (44_100, 48_000, 32_000)  # Hz of version 1
 XING_TAGS = (b"Xing", b"Info")
-VBRI_START, VBRI_COUNT = 36, 14  # bytes from the frame to the tag, and from the tag to the count
-HAS_COUNT = 1  # flag of a Xing tag
+VBRI_START = 36  # bytes from the frame to the tag
+XING_COUNT, VBRI_COUNT = 8, 14  # bytes from the tag to the number of frames
+HAS_COUNT = 1  # flag of a Xing tag: it holds the number of frames
 # Headers in a row that mark the first frame after bytes that are no frame.
 FRAMES_TO_RESUME = 3
 
@@ -39,23 +40,32 @@ def complete_mp3(content: bytes) -> bytes:
     frames = list(_frames(content))
     if not frames:
         return content
-    first = frames[0]
-    count_at = _count_in_tag(content, first)
-    if count_at is not None:
-        num_frames = len(frames) - 1
-        (stated,) = struct.unpack_from(">I", content, count_at)
+    first, tag = frames[0], _tag_start(content, frames[0])
+    if tag is None:
+        length = len(frames) * _samples_per_frame(content, first)
+        is_known = _estimated_samples(content) == length
+        return content if is_known else _with_tag(content, frames, start=first)
+    num_frames = len(frames) - 1
+    if content[tag : tag + 4] == b"VBRI":  # libsndfile ignores it
+        (stated,) = struct.unpack_from(">I", content, tag + VBRI_COUNT)
+        if stated > num_frames + 1:  # some programs count the frame of the tag
+            raise MediaError(
+                f"MP3 truncated: expected {stated} frames, found {num_frames}", reason="truncated"
+            )
+    elif content[tag + 7] & HAS_COUNT:
+        (stated,) = struct.unpack_from(">I", content, tag + XING_COUNT)
         # A larger number is that of a truncated file, which the decoder finds to end early.
         if stated >= num_frames:
             return content
-        return content[:count_at] + struct.pack(">I", num_frames) + content[count_at + 4 :]
-    if _estimated_samples(content) == len(frames) * _samples_per_frame(content, first):
-        return content
-    if _tag_start(content, first) is not None:  # a tag that does not hold the number
-        after = frames[1] if len(frames) > 1 else len(content)
-        content, num_frames = content[:first] + content[after:], len(frames) - 1
-    else:
-        num_frames = len(frames)
-    return content[:first] + _tag_frame(content[first : first + 4], num_frames) + content[first:]
+        count_end = tag + XING_COUNT + 4
+        return content[: tag + XING_COUNT] + struct.pack(">I", num_frames) + content[count_end:]
+    return _with_tag(content, frames[1:], start=first) if num_frames else content
+
+
+def _with_tag(content: bytes, frames: list[int], *, start: int) -> bytes:
+    """Replaces the bytes from `start` to the first frame by a tag with the number of frames."""
+    header = content[frames[0] : frames[0] + 4]
+    return content[:start] + _tag_frame(header, len(frames)) + content[frames[0] :]
 
 
 def _frames(content: bytes) -> Iterator[int]:
@@ -118,21 +128,13 @@ def _side_bytes(header: bytes) -> int:
 
 def _tag_start(content: bytes, frame: int) -> int | None:
     """Returns the first byte of the tag in a frame; None if the frame is one of sound."""
-    xing = frame + 4 + _side_bytes(content[frame : frame + 4])
-    if content[xing : xing + 4] in XING_TAGS:
+    header = content[frame : frame + 4]
+    end = frame + _frame_bytes(header)
+    xing, vbri = frame + 4 + _side_bytes(header), frame + VBRI_START
+    if content[xing : xing + 4] in XING_TAGS and xing + XING_COUNT + 4 <= end:
         return xing
-    vbri = frame + VBRI_START
-    return vbri if content[vbri : vbri + 4] == b"VBRI" else None
-
-
-def _count_in_tag(content: bytes, frame: int) -> int | None:
-    """Returns the first byte of the number of frames in a tag; None if there is no such number."""
-    tag = _tag_start(content, frame)
-    if tag is None:
-        return None
-    if content[tag : tag + 4] == b"VBRI":
-        return tag + VBRI_COUNT
-    return tag + 8 if content[tag + 7] & HAS_COUNT else None
+    is_vbri = content[vbri : vbri + 4] == b"VBRI" and vbri + VBRI_COUNT + 4 <= end
+    return vbri if is_vbri else None
 
 
 def _tag_frame(header: bytes, num_frames: int) -> bytes:

@@ -61,6 +61,10 @@ def test_the_length_of_an_mp3_is_that_of_its_frames_whatever_its_header_says(rat
         "no tag, ID3 before and after": id3 + bare + b"TAG" + bytes(125),
         "no tag, a tag between the frames": frames[0] + id3 + b"".join(frames[1:]),
         "a tag without the number": tag.replace(b"Xing\0\0\0\x0f", b"Xing\0\0\0\x0e") + bare,
+        **{
+            f"a VBRI tag of {stated} frames": vbri(frames, stated) + bare
+            for stated in (0, len(frames) // 2, len(frames), len(frames) + 1)
+        },
     }.items():
         found, found_rate = read_waveform(content)
         delay = ENCODER_DELAY if len(found) % samples_per_frame else ENCODER_DELAY + 529
@@ -77,11 +81,22 @@ def test_the_length_of_an_mp3_is_that_of_its_frames_whatever_its_header_says(rat
         np.testing.assert_array_equal(read_waveform(lying)[0], expected)
 
 
+def vbri(frames, num_frames):
+    """Builds the tag of Fraunhofer's encoders, in a frame as large as the largest."""
+    largest = max(frames, key=len)
+    tag = b"VBRI" + struct.pack(">HHHII", 1, 0, 75, sum(map(len, frames)), num_frames)
+    return (largest[:4] + bytes(32) + tag).ljust(len(largest), b"\0")
+
+
 def test_an_mp3_that_states_more_frames_than_it_has_is_truncated():
     content = mp3(44_100, 1)
     last = mp3_frames(content)[-1]
     with pytest.raises(MediaError, match="ends after") as caught:
         read_waveform(content[: -len(last)])
+    assert caught.value.reason == "truncated"
+    frames = mp3_frames(content)[1:]
+    with pytest.raises(MediaError, match="expected 90 frames") as caught:
+        read_waveform(vbri(frames, 90) + b"".join(frames))
     assert caught.value.reason == "truncated"
 
 
