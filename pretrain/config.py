@@ -321,6 +321,11 @@ class Pairing(Section):
         """Initial sources and those of every segment; a source may be in several segments."""
         return [*self.sources, *(source for each in self.segments for source in each.sources)]
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some steps mix several sources."""
+        return any(len(each.sources) > 1 for each in (self, *self.segments))
+
 
 class Cache(Section):
     """Cache on each node for shards behind URLs, shared by its processes."""

@@ -24,7 +24,7 @@ class EpochReport:
     read: int  # by this attempt, unchanged
     substituted: int  # by this attempt
     read_before: int  # by earlier attempts, in the steps before this attempt's first
-    left_over: int  # fewer than one per lane; different samples in every epoch
+    left_over: int  # fewer than one per lane; chosen at random in every epoch
     in_manifest: int
 
 

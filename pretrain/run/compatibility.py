@@ -30,6 +30,7 @@ class RunIdentity:
     """The config of a run and the fingerprints of everything that it reads.
 
     A fingerprint has the key "<pairing>/<source>", "validation/<pairing>" or "teacher/<pairing>".
+    "mixing/<pairing>" is the version of the order of a pairing with several sources.
     """
 
     config: PretrainConfig
@@ -92,10 +93,11 @@ class RunIdentity:
             for name, pairing in pairings.items()
             for source in pairing.all_sources
         }
+        mixed = {f"mixing/{name}" for name, each in pairings.items() if each.is_mixed}
         fingerprints = {
             key: value
             for key, value in self.fingerprints.items()
-            if key in sources or key.startswith(("validation/", "teacher/"))
+            if key in sources | mixed or key.startswith(("validation/", "teacher/"))
         }
         return RunIdentity(self.config.model_copy(update={"pairings": pairings}), fingerprints)
 

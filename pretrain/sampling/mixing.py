@@ -1,34 +1,45 @@
 """Weighted mixing as a closed-form function of the step: sources in a pairing, pairings in steps.
 
-Fractions stay exact: of r slots, a source with the fraction w of all weight gets w * r, rounded
-down. The largest source gets the rest. No count is kept anywhere.
+Weights become integers with the sum WEIGHT_PARTS, and counts are integers, so neither depends on
+the machine. No count is kept anywhere.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeVar
 
 import numpy as np
 
 from data_prep.errors import InputError
-from pretrain.sampling.keyed_random import key_of, newest, permute
+from pretrain.sampling.keyed_random import key_of
 
-# Within each block of so many slots of a lane, sources are mixed in exact proportion.
-MIXING_BLOCK_SLOTS = 4096
-# Weights are turned into integers, so that counts stay exact in runs of any length.
+# Resolution of the weights. The square fits into int64 (SourceSplit).
 WEIGHT_PARTS = 10**9
+# Version of the order of mixed sources; a run keeps the version that it began with. Version 1 mixed
+# in blocks of 4,096 slots of a lane.
+MIXING_VERSION = 2
+MAX_ROWS = 2**62
+PHASE_BASES = (2, 3, 5, 7, 11, 13)  # of the splits at each depth: enough for 64 sources
 Name = TypeVar("Name", bound=str)
 
 
 class SourceMixture:
     """Sources of one pairing, mixed with constant weights from one row of slots on.
 
-    Row r is slot r of every lane. In every block of MIXING_BLOCK_SLOTS slots of a lane, each source
-    has its exact fraction of slots; rounding errors do not add up. In every row, the lanes together
-    hold each source in proportion, to within one sample. So a step's composition is as even as
-    whole samples allow.
+    Row r is slot r of every lane. A binary tree of SourceSplits divides the slots of a lane evenly.
+    Let d be the depth of the tree, log2(sources) rounded up.
+    After any number of rows, the count of a source differs from its fraction of the slots
+
+        in each lane                 by less than d,
+        in all lanes, two sources    by less than 1,
+        in all lanes, more sources   by less than 1 + (d - 1) * (1 + log2(lanes)).
+
+    The first two follow from the formula. The third is measured: random weights reach about
+    half of it.
 
     Args:
         pairing: the pairing's name, for messages.
@@ -36,7 +47,7 @@ class SourceMixture:
         weights: [sources] non-negative weights; only their ratios count.
         lanes: number of lanes.
         first_row: first row of this mixture.
-        key_parts: parts of the keys of its permutations.
+        key_parts: parts of the key that chooses the lane with the smallest phase.
     """
 
     def __init__(
@@ -51,54 +62,64 @@ class SourceMixture:
     ) -> None:
         self.lanes = lanes
         self.first_row = first_row
-        self._key_parts = key_parts
-        total = sum(weights)
-        self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights]
-        for name, weight, part in zip(source_names, weights, self._parts, strict=True):
+        self.parts = integer_parts(weights)
+        for name, weight, part in zip(source_names, weights, self.parts, strict=True):
             if weight > 0 and part == 0:
                 raise InputError(
                     f"pairing {pairing!r}: the weight of source {name!r} is less than a "
                     f"{WEIGHT_PARTS:,}th of all weights; raise it, or remove the source"
                 )
-        self._largest = int(np.argmax(weights))
-        self._is_single = sum(weight > 0 for weight in weights) == 1
-        self._blocks: dict[tuple[int, range], tuple[np.ndarray, np.ndarray]] = {}
+        used = [number for number, part in enumerate(self.parts) if part > 0]
+        self._tree = self._split(used, depth=0, turn=key_of(*key_parts) % lanes)
 
-    def draw(
-        self, lane_numbers: np.ndarray, rows: np.ndarray, *, lanes: range
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, sources: list[int], *, depth: int, turn: int) -> SourceSplit | int:
+        if len(sources) == 1:
+            return sources[0]
+        half = (len(sources) + 1) // 2
+        left, right = sources[:half], sources[half:]
+        left_parts = sum(self.parts[number] for number in left)
+        all_parts = left_parts + sum(self.parts[number] for number in right)
+        ranks = np.roll(spread_ranks(self.lanes, base=PHASE_BASES[depth]), turn)
+        return SourceSplit(
+            left_parts,
+            all_parts,
+            ranks * all_parts // self.lanes,
+            self._split(left, depth=depth + 1, turn=turn),
+            self._split(right, depth=depth + 1, turn=turn),
+        )
+
+    def draw(self, lane_numbers: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns int64 [n] each: a slot's source, and the samples its lane took of it before.
 
         Args:
-            lane_numbers: int64 [n], lanes of the slots, within `lanes`.
+            lane_numbers: int64 [n], lanes of the slots.
             rows: int64 [n], rows of the slots, counted from the mixture's first.
-            lanes: lanes that this rank carries.
         """
-        source_numbers = np.full_like(rows, self._largest)
-        if self._is_single:
-            return source_numbers, rows
-        counts = np.empty_like(rows)
-        blocks, rows_in_block = np.divmod(rows, MIXING_BLOCK_SLOTS)
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
-            block_sources, block_counts = self._block(block, lanes)
-            at = (lane_numbers[here] - lanes.start, rows_in_block[here])
-            source_numbers[here] = block_sources[at]
-            before = np.array(self._counts_before(block * MIXING_BLOCK_SLOTS))
-            counts[here] = before[source_numbers[here]] + block_counts[at]
+        source_numbers, counts = np.empty_like(rows), np.empty_like(rows)
+        left_to_do = [(self._tree, np.arange(len(rows)), rows)]
+        while left_to_do:
+            node, slots, before = left_to_do.pop()
+            if isinstance(node, int):
+                source_numbers[slots], counts[slots] = node, before
+                continue
+            to_left = node.num_left(lane_numbers[slots], before)
+            is_left = node.num_left(lane_numbers[slots], before + 1) > to_left
+            left_to_do.append((node.left, slots[is_left], to_left[is_left]))
+            left_to_do.append((node.right, slots[~is_left], (before - to_left)[~is_left]))
         return source_numbers, counts
 
     def counts_by_lane(self, row: int) -> np.ndarray:
         """Returns int64 [lanes, sources], the slots before `row` that each source has in a lane."""
-        block, row_in_block = divmod(row, MIXING_BLOCK_SLOTS)
-        before = np.array(self._counts_before(block * MIXING_BLOCK_SLOTS), dtype=np.int64)
-        counts = np.tile(before, (self.lanes, 1))
-        if self._is_single:
-            counts[:, self._largest] += row_in_block
-        elif row_in_block:
-            sources, _ = self._block(block, range(self.lanes))
-            for number in range(len(before)):
-                counts[:, number] += (sources[:, :row_in_block] == number).sum(axis=1)
+        counts = np.zeros((self.lanes, len(self.parts)), dtype=np.int64)
+        lane_numbers = np.arange(self.lanes)
+        left_to_do = [(self._tree, np.full(self.lanes, row, dtype=np.int64))]
+        while left_to_do:
+            node, before = left_to_do.pop()
+            if isinstance(node, int):
+                counts[:, node] = before
+                continue
+            to_left = node.num_left(lane_numbers, before)
+            left_to_do += [(node.left, to_left), (node.right, before - to_left)]
         return counts
 
     def rows_until(self, source: int, needed: np.ndarray) -> int | None:
@@ -109,64 +130,66 @@ class SourceMixture:
             needed: int64 [lanes], slots that each lane needs.
 
         Returns:
-            The number of rows, or None if the source has no weight.
+            The number of rows, at most MAX_ROWS; None if the source has no weight.
         """
         most = int(needed.max())
         if most <= 0:
             return 0
-        if self._parts[source] == 0:
+        if self.parts[source] == 0:
             return None
-        enough = most * WEIGHT_PARTS // self._parts[source] // MIXING_BLOCK_SLOTS + 2
-        blocks = range(enough)
-        after = bisect_left(
-            blocks, most, key=lambda block: self._counts_before(block * MIXING_BLOCK_SLOTS)[source]
+        # A lane has at most one sample less than its fraction for each level of the tree.
+        enough = (most + len(PHASE_BASES)) * WEIGHT_PARTS // self.parts[source] + 1
+        return bisect_left(
+            range(min(enough, MAX_ROWS)),
+            True,
+            key=lambda row: bool((self.counts_by_lane(row)[:, source] >= needed).all()),
         )
-        block = after - 1  # they have had it at its end, but not at its beginning
-        before = self._counts_before(block * MIXING_BLOCK_SLOTS)[source]
-        if self._is_single:
-            return block * MIXING_BLOCK_SLOTS + most - before
-        sources, _ = self._block(block, range(self.lanes))
-        counts = before + np.cumsum(sources == source, axis=1, dtype=np.int16)  # [lanes, slots]
-        has_enough = (counts >= needed[:, None]).all(axis=0)  # [slots]
-        return block * MIXING_BLOCK_SLOTS + int(np.argmax(has_enough)) + 1
 
-    def _block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
-        found = self._blocks.get((block, lanes))
-        if found is None:
-            found = self._make_block(block, lanes)
-            self._blocks = newest(self._blocks) | {(block, lanes): found}
-        return found  # not from the table, which another thread may have replaced
 
-    def _make_block(self, block: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
-        """([lanes, slots] source, [lanes, slots] earlier slots of that source in this block).
+@dataclass(frozen=True)
+class SourceSplit:
+    """Division of some slots of every lane between two groups of sources, as even as possible.
 
-        Picture a dial of MIXING_BLOCK_SLOTS marks, on which every source owns an arc in proportion
-        to its weight. A lane visits every mark once per block, in a keyed order. In every row, the
-        lanes are spread evenly around the dial.
-        """
-        before = self._counts_before(block * MIXING_BLOCK_SLOTS)
-        after = self._counts_before((block + 1) * MIXING_BLOCK_SLOTS)
-        arcs = [end - start for end, start in zip(after, before, strict=True)]
-        source_at_mark = np.repeat(np.arange(len(arcs), dtype=np.uint8), arcs)
-        key = key_of(*self._key_parts, block)
-        marks = permute(np.arange(MIXING_BLOCK_SLOTS), sizes=MIXING_BLOCK_SLOTS, keys=key)
-        spread = permute(np.asarray(lanes), sizes=self.lanes, keys=key)
-        turns = spread * MIXING_BLOCK_SLOTS // self.lanes
-        sources = source_at_mark[(marks[None, :] + turns[:, None]) % MIXING_BLOCK_SLOTS]
-        counts = np.empty(sources.shape, dtype=np.int16)
-        for number in range(len(arcs)):
-            here = sources == number
-            counts[here] = (np.cumsum(here, axis=1, dtype=np.int16) - 1)[here]
-        return sources, counts
+    With w = left_parts / all_parts, floor(k w + phase) of a lane's first k slots go to the left,
+    a Beatty sequence. The phases of the lanes are 0, 1/L, ..., (L-1)/L in some order. At the root,
+    where k is the same in all lanes, the L lanes thus give floor(L k w) slots to the left
+    (Hermite's identity). Below it, lanes differ in k. Phases whose order has low discrepancy keep
+    the sum close (Halton 1960, "On the efficiency of certain quasi-random sequences of points").
+    """
 
-    def _counts_before(self, row: int) -> list[int]:
-        """Slots of a lane before `row`, the first row of a block, that belong to each source.
+    left_parts: int
+    all_parts: int  # at most WEIGHT_PARTS
+    phases: np.ndarray  # int64 [lanes], in units of 1 / all_parts
+    left: SourceSplit | int  # another split, or the index of a source
+    right: SourceSplit | int
 
-        Counts are rounded down; the largest source gets the rest.
-        """
-        counts = [part * row // WEIGHT_PARTS for part in self._parts]
-        counts[self._largest] += row - sum(counts)
-        return counts
+    def num_left(self, lane_numbers: np.ndarray, num_slots: np.ndarray) -> np.ndarray:
+        """Returns int64 [n], the slots that go to the left of a lane's first `num_slots`."""
+        turns, rest = np.divmod(num_slots, self.all_parts)  # the products below fit into int64
+        within = (rest * self.left_parts + self.phases[lane_numbers]) // self.all_parts
+        return turns * self.left_parts + within
+
+
+def integer_parts(weights: Sequence[float]) -> list[int]:
+    """Rounds weights to integers with the sum WEIGHT_PARTS; the largest gets the rest."""
+    total = sum(map(Fraction, weights))
+    parts = [round(Fraction(weight) * WEIGHT_PARTS / total) for weight in weights]
+    parts[weights.index(max(weights))] += WEIGHT_PARTS - sum(parts)
+    return parts
+
+
+def spread_ranks(num: int, *, base: int) -> np.ndarray:
+    """Returns int64 [num], the ranks of 0, ..., num - 1 by their reversed digits in some base.
+
+    Neighbouring numbers have ranks far apart, so that neighbouring lanes, which one rank carries,
+    have different sources in a row.
+    """
+    numbers, reversed_digits, power = np.arange(num), np.zeros(num, dtype=np.int64), 1
+    while power < num:
+        numbers, digits = np.divmod(numbers, base)
+        reversed_digits = reversed_digits * base + digits
+        power *= base
+    return np.argsort(np.argsort(reversed_digits))
 
 
 class PairingChoice:

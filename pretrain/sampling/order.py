@@ -3,7 +3,7 @@
 Each epoch orders a source's samples in four moves (SourceOrder):
 
     1. shards are permuted, and their samples laid end to end on an axis of length N;
-    2. the axis is rotated, so that the N mod lanes samples left over differ between epochs;
+    2. the axis is rotated by a keyed number, which chooses the N mod lanes samples left over;
     3. the axis is cut into equal ranges, one per lane;
     4. inside a lane, each window of neighbouring indices is permuted by a keyed bijection.
 
@@ -157,7 +157,7 @@ class PairingOrder:
     """Mixture of the sources of one pairing, by weight, cut into steps.
 
     Only steps that take this pairing are counted. When a segment begins, every source continues in
-    every lane where it was.
+    every lane where it was, and the mixing counts from zero.
 
     Args:
         name: the pairing's name; part of every key.
@@ -210,7 +210,7 @@ class PairingOrder:
         rows = step * self.slots_per_lane + nth
         number = self._segment_at(step)
         mixture, drawn = self._mixtures[number], self._drawn[number]
-        source_numbers, counts = mixture.draw(lane_numbers, rows - mixture.first_row, lanes=lanes)
+        source_numbers, counts = mixture.draw(lane_numbers, rows - mixture.first_row)
         positions = drawn[lane_numbers, source_numbers] + counts
         epochs, ordinals = np.empty_like(rows), np.empty_like(rows)
         for number in np.unique(source_numbers).tolist():

@@ -30,6 +30,7 @@ from pretrain.run.compatibility import holds_run
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import origin_of_checkpoints
 from pretrain.run.requests import RunRequests
+from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.repeats import check_repeats
 from pretrain.sampling.schedule import build_schedule
@@ -200,7 +201,12 @@ def fingerprints_of(
         f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
     }
     teachers_by_key = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
-    return loader.fingerprints() | held_out | teachers_by_key
+    mixing = {
+        f"mixing/{name}": f"version {MIXING_VERSION}"
+        for name, order in loader.schedule.orders.items()
+        if len(order.sources) > 1
+    }
+    return loader.fingerprints() | held_out | teachers_by_key | mixing
 
 
 def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:

@@ -107,3 +107,20 @@ def test_every_fingerprint_is_compared(run):
             ConfigError, match=f"fingerprint.{key}: .* in the run folder, 'other' in this config"
         ):
             RunIdentity(config, fingerprints | {key: "other"}).refuse_other_run()
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_mixed_run_of_an_older_order_is_refused_and_one_of_a_single_source_is_not(run, is_mixed):
+    config, fingerprints = run
+    pairing = config.pairings["image-text"]
+    sources = [pairing.sources[0], pairing.sources[0].model_copy(update={"name": "more"})]
+    pairing = pairing.model_copy(update={"sources": sources[: 1 + is_mixed]})
+    pairings = config.pairings | {"image-text": pairing}
+    config = config.model_copy(update={"pairings": pairings})
+    (config.run.folder / "config.yaml").write_text(to_yaml(config))
+    identity = RunIdentity(config, fingerprints | {"mixing/image-text": "version 2"})
+    if not is_mixed:
+        identity.refuse_other_run()
+        return
+    with pytest.raises(ConfigError, match=r"fingerprint\.mixing/image-text: None .* 'version 2'"):
+        identity.refuse_other_run()

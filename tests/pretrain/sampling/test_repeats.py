@@ -139,7 +139,7 @@ def test_a_small_source_of_a_small_weight_is_reported(caplog):
     assert 0 < repeats.fraction < 0.01
     assert repeats.drawn[1] == pytest.approx(8, abs=1)
     check(pairing, schedule, "a", "b")
-    assert "source 's1': 7.4 drawn a step, of 4 samples" in caplog.text
+    assert "source 's1': 8.0 drawn a step, of 4 samples" in caplog.text
 
 
 def test_segments_that_begin_at_the_same_step_of_a_rare_pairing_are_measured_once():
