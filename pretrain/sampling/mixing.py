@@ -19,11 +19,12 @@ from pretrain.sampling.keyed_random import key_of
 
 # Resolution of the weights. The square fits into int64 (SourceSplit).
 WEIGHT_PARTS = 10**9
-# Version of the order of mixed sources; a run keeps the version that it began with. Version 1 mixed
-# in blocks of 4,096 slots of a lane.
+# Version of the order of mixed sources; a run of another version is refused. Version 1 mixed in
+# blocks of 4,096 slots of a lane.
 MIXING_VERSION = 2
 MAX_ROWS = 2**62
-PHASE_BASES = (2, 3, 5, 7, 11, 13)  # of the splits at each depth: enough for 64 sources
+# Bases of the phases of the splits at each depth: enough for 2**16 sources
+PHASE_BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
 Name = TypeVar("Name", bound=str)
 
 
