@@ -51,10 +51,16 @@ class RunIdentity:
                 f"  {key}: {old!r} in the run folder, {new!r} in this config"
                 for key, (old, new) in different.items()
             ]
+            resume = "resume it with its own config"
+            if any(key.startswith("fingerprint.mixing/") for key in different):
+                resume = (
+                    "this version of Isopair mixes sources in another order than the one that "
+                    "began the run: finish the run with that version"
+                )
             raise ConfigError(
                 f"{run.folder} holds a run that differs from this config:\n"
                 + "\n".join(lines)
-                + "\nresume it with its own config, set run.folder to a new folder, or set "
+                + f"\n{resume}, set run.folder to a new folder, or set "
                 "run.fork=true to start a run of this config from its newest checkpoint"
             )
 
@@ -68,7 +74,8 @@ class RunIdentity:
         fingerprints = fingerprints_of_run(folder)
         if fingerprints is None:
             fingerprints = self.fingerprints
-        stored = RunIdentity(read_config_of_run(folder), fingerprints)
+        versions = {key: "version 1" for key in self.fingerprints if key.startswith("mixing/")}
+        stored = RunIdentity(read_config_of_run(folder), versions | fingerprints)
         checkpoints = store.checkpoints()
         steps_done = checkpoints[0].step if checkpoints else 0  # valid or not
         old, new = (each._as_used(steps_done) for each in (stored, self))
