@@ -118,7 +118,7 @@ class ProbedBackbone:
         is_float64 = any(p.dtype == torch.float64 for p in self.backbone.parameters())
         precision = ComputeInFloat64() if is_float64 else nullcontext()
         with precision, self.drop_keys.set_pairs(keys if self.is_trained else None):
-            return self.backbone(examples)
+            return self.backbone(examples.clone())  # some backbones change their input in place
 
     def _failing_layer(self, examples: Tensor, first: int) -> str:
         """Name of the innermost layer that raises an error."""

@@ -6,11 +6,14 @@ larger difference has another cause.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,3 +51,29 @@ class FindLowerPrecision(TorchDispatchMode):
         if from_float64 and isinstance(output, Tensor) and output.is_floating_point():
             self.is_found |= output.dtype != torch.float64
         return output
+
+
+def clear_function_caches(backbone: nn.Module) -> None:
+    """Clears the caches of the functions in the modules that define a backbone's layers.
+
+    A cached table that was computed in float64 would otherwise reach the run, as its key names
+    float32.
+
+    Args:
+        backbone: backbone, or a copy of it, that computed in float64.
+    """
+    for name in {type(layer).__module__ for layer in backbone.modules()}:
+        for value in list(vars(sys.modules[name]).values()):
+            members = list(vars(value).values()) if isinstance(value, type) else [value]
+            for function in members:
+                for each in _with_closure(getattr(function, "__func__", function)):
+                    if isinstance(each, functools._lru_cache_wrapper):
+                        each.cache_clear()
+
+
+def _with_closure(function: Any) -> Iterator[Any]:
+    """A function and the values that it closes over, such as the function that it wraps."""
+    yield function
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents

@@ -27,6 +27,7 @@ from pretrain.model.tokenizer import Tokenizer
 from pretrain.probe.backbone_copy import NotCopiedError, ProbedBackbone
 from pretrain.probe.comparison import Call, Tolerance, compare, encode
 from pretrain.probe.examples import backbone_examples
+from pretrain.probe.float64 import clear_function_caches
 from pretrain.probe.mixing import (
     BFLOAT16,
     FLOAT32,
@@ -167,11 +168,9 @@ def probe_tower(
     is_compared = False
     try:
         if probed.num_parameters <= MAX_FLOAT64_PARAMETERS:
-            copied = probed.copy(device=settings.device, dtype=torch.float64, fills_zeros=True)
-            together, alone = calls_of(copied, examples)
-            takes_trimmed = takes_trimmed and encodes_trimmed_equally(copied, together, alone)
-            is_compared = takes_trimmed or refuse_mixing(copied, together, alone)
-            del copied  # frees its memory
+            is_compared, takes_trimmed = _compare_in_float64(
+                probed, examples, settings.device, takes_trimmed
+            )
         refuse_failing_run(
             probed,
             examples,
@@ -183,6 +182,19 @@ def probe_tower(
         reason = str(error).partition("\n")[0]
         logger.warning("%s: not checked for layers that mix samples: %s", probed.where, reason)
     return takes_trimmed
+
+
+def _compare_in_float64(
+    probed: ProbedBackbone, examples: Tensor, device: torch.device, takes_trimmed: bool
+) -> tuple[bool, bool]:
+    """(whether the backbone can be compared in float64, whether it takes trimmed captions)"""
+    copied = probed.copy(device=device, dtype=torch.float64, fills_zeros=True)
+    together, alone = calls_of(copied, examples)
+    try:
+        takes_trimmed = takes_trimmed and encodes_trimmed_equally(copied, together, alone)
+        return takes_trimmed or refuse_mixing(copied, together, alone), takes_trimmed
+    finally:
+        clear_function_caches(probed.backbone)
 
 
 # --------------------------------------------------------------------------------- as in training

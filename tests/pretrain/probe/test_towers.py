@@ -57,6 +57,20 @@ def probe(layer, settings=FP32, *, is_trained=True):
     probe_tower(probed, examples, settings=settings)
 
 
+class ChangesInput(Backbone):
+    """Scales its input in place."""
+
+    def forward(self, rows):
+        return super().forward(rows.mul_(2))
+
+
+def test_a_tower_that_changes_its_input_in_place_is_accepted():
+    probed = ProbedBackbone(ChangesInput(nn.Identity()), TowerDropKeys(), "model.image", True)
+    examples = torch.ones(3, 4, 6)
+    probe_tower(probed, examples, settings=BF16)
+    assert (examples == 1).all()
+
+
 def as_image(norm):
     """Applies a norm of images [B, C, H, W] to [B, 4, 6]."""
     return nn.Sequential(nn.Unflatten(2, (2, 3)), norm, nn.Flatten(2))
