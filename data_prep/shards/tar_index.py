@@ -224,8 +224,8 @@ def read_tar_samples(path: Path) -> Iterator[TarSample]:
     """Yields the samples of a tar in order, including incomplete ones.
 
     Raises:
-        BadTarError: in the same cases as `read_members`, or if a name is not UTF-8. Also if the
-            members of a sample are not adjacent, or a member or key is duplicate.
+        BadTarError: in the same cases as `read_members`, or if the members of a sample are not
+            adjacent, or a member or key is duplicate.
     """
     seen: set[str] = set()
     with path.open("rb") as tar:
@@ -241,24 +241,12 @@ def read_tar_samples(path: Path) -> Iterator[TarSample]:
 def _group_by_key(path: Path) -> Iterator[tuple[str, list[Member]]]:
     group: list[Member] = []
     for member in read_members(path):
-        _check_is_utf8(member.name, path)
         if group and member.key != group[0].key:
             yield group[0].key, group
             group = []
         group.append(member)
     if group:
         yield group[0].key, group
-
-
-def _check_is_utf8(name: str, path: Path) -> None:
-    """Checks that a name can be stored as the key of a sample."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise BadTarError(
-            f"{path}: {name!r}: expected a name in UTF-8, because an index stores it as text; use "
-            "python -m data_prep.make_shards, which gives samples new names"
-        ) from None
 
 
 def _read_sample(sample: Sample, members: list[Member], *, tar: BinaryIO) -> TarSample:

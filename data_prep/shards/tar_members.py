@@ -61,16 +61,21 @@ class BadTarError(InputError):
     """A tar, or a member of it, that cannot be used."""
 
 
-def read_members(path: Path) -> Iterator[Member]:
+def read_members(path: Path, *, any_encoding: bool = False) -> Iterator[Member]:
     """Yields the members of samples in a tar, in order.
 
     Folders and files that WebDataset readers ignore are skipped: names without an extension, hidden
     files and `__name__`.
 
+    Args:
+        path: path of the tar.
+        any_encoding: True to accept names that are not UTF-8, with lone surrogates. An index cannot
+            store such keys.
+
     Raises:
         BadTarError: if the tar is compressed, damaged or truncated. Also if it contains a link, a
             device, a sparse file, or a name that points outside the folder. A name in a sample must
-            not hold a control character either.
+            not hold a control character either, and must be UTF-8 unless `any_encoding` is set.
     """
     _refuse_compressed(path)
     with path.open("rb") as file:
@@ -82,6 +87,8 @@ def read_members(path: Path) -> Iterator[Member]:
                     _check_path(info.name, path)
                     if info.isreg() and _is_sample_name(info.name):
                         _check_characters(info.name, path)
+                        if not any_encoding:
+                            _check_is_utf8(info.name, path)
                         yield Member(info.name, info.offset_data // BLOCK_BYTES, info.size)
                 end = tar.offset
         except (tarfile.TarError, EOFError) as error:
@@ -127,9 +134,11 @@ def member_at(header: bytes, *, data_block: int) -> Member | None:
         info = _CappedTarInfo.frombuf(header, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, BadTarError):
         return None
-    is_safe = not _points_outside(info.name) and not CONTROL_CHARACTERS.search(info.name)
-    is_member = info.isreg() and is_safe and _is_sample_name(info.name)
-    return Member(info.name, data_block, info.size) if is_member else None
+    if not info.isreg() or not _is_sample_name(info.name):
+        return None
+    is_text = _is_utf8(info.name) and not CONTROL_CHARACTERS.search(info.name)
+    is_usable = is_text and not _points_outside(info.name)
+    return Member(info.name, data_block, info.size) if is_usable else None
 
 
 class _CappedTarInfo(tarfile.TarInfo):
@@ -183,6 +192,18 @@ def _check_characters(name: str, path: Path) -> None:
             f"{path}: {name!r}: expected a name without control characters, found "
             f"U+{ord(found[0]):04X}; pack the tar again with another name"
         )
+
+
+def _check_is_utf8(name: str, path: Path) -> None:
+    if not _is_utf8(name):
+        raise BadTarError(
+            f"{path}: {name!r}: expected a name in UTF-8, because an index stores it as text; use "
+            "python -m data_prep.make_shards, which gives samples new names"
+        )
+
+
+def _is_utf8(name: str) -> bool:
+    return all(not "\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_sample_name(name: str) -> bool:

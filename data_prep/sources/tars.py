@@ -150,7 +150,7 @@ def _samples_of_tars(path_of_tars: str) -> Iterator[_TarSample]:
         opened = _RemoteTar(path) if local is None else local
         try:
             with readable_input(path), remote_file.open_binary(path) as file:
-                members = read_members(opened)
+                members = read_members(opened, any_encoding=True)
                 for _, sample in groupby(members, key=lambda member: member.key):
                     found = [
                         TarMember(m.extension, m.data_block * BLOCK_BYTES, m.num_bytes)
