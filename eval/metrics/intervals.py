@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # 97.5 % quantile of the standard normal
@@ -46,9 +45,7 @@ class Bootstrap:
     seed: int = 0
 
 
-def wilson_interval(
-    num_hits: float, num_trials: float, *, quantile: float = NORMAL_QUANTILE
-) -> tuple[float, float]:
+def wilson_interval(num_hits: float, num_trials: float) -> tuple[float, float]:
     """Computes the Wilson score interval of a proportion (Wilson 1927).
 
     Unlike the normal approximation, it has a positive width at 0 and 1.
@@ -56,12 +53,11 @@ def wilson_interval(
     Args:
         num_hits: from 0 to num_trials; may be fractional because of ties.
         num_trials: positive; may be fractional, as an effective number of trials.
-        quantile: number of standard errors.
     """
-    rate, z2 = num_hits / num_trials, quantile**2
+    rate, z2 = num_hits / num_trials, NORMAL_QUANTILE**2
     center = rate + z2 / (2 * num_trials)
     variance = max(0.0, rate * (1 - rate)) / num_trials
-    spread = quantile * np.sqrt(variance + z2 / (4 * num_trials**2))
+    spread = NORMAL_QUANTILE * np.sqrt(variance + z2 / (4 * num_trials**2))
     scale = 1 + z2 / num_trials
     low, high = float((center - spread) / scale), float((center + spread) / scale)
     # The bound at a rate of 0 or 1 is exact; rounding errors would move it.
@@ -102,14 +98,16 @@ def mean_interval(
         return *wilson_interval(values.sum(), len(values)), "Wilson"
     if num_clusters < MIN_CLUSTERS:
         return None, None, NO_INTERVAL
-    deviations = np.mean([cluster_deviations(*part) for part in parts], axis=0)
+    squares = np.square(np.mean([cluster_deviations(*part) for part in parts], axis=0))
     bound = mean * (1 - mean)  # largest variance of values with this mean
-    # Two clusters of the largest variance keep the variance from vanishing where few hits fail.
-    variance = (np.square(deviations).sum() + 2 * bound) / (num_clusters + 1)
-    num_trials = num_clusters * bound / variance if bound > 0 else num_clusters
-    quantile = float(stdtrit(num_clusters + 1, 0.5 + CONFIDENCE / 2))
-    interval = wilson_interval(mean * num_trials, num_trials, quantile=quantile)
-    return *interval, "Wilson over media items"
+    if bound <= 0 or not squares.any():
+        return *wilson_interval(mean * num_clusters, num_clusters), "Wilson over media items"
+    # A few deviating clusters, such as the failures of a good model, say little about the variance.
+    # It is therefore averaged with its bound, which weighs as much as one deviating cluster.
+    num_deviating = squares.sum() ** 2 / np.square(squares).sum()
+    variance = num_deviating * squares.sum() / (num_clusters - 1) + bound
+    num_trials = num_clusters * bound * (num_deviating + 1) / variance
+    return *wilson_interval(mean * num_trials, num_trials), "Wilson over media items"
 
 
 def cluster_deviations(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
