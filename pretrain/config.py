@@ -52,7 +52,8 @@ class MediaTower(Section):
     library: Literal["timm", "open_clip", "transformers"]
     # timm model, open_clip model (its image tower is used), or transformers model or folder
     name: str
-    # weights: true, an open_clip tag, or a file; false: trained from scratch
+    # weights: true, an open_clip tag, or a file; false: trained from scratch. The fingerprint of
+    # the files is part of the identity, here and in TextTower
     pretrained: bool | str = False
     frozen: bool = False  # keep the loaded weights; the projection is still trained
     options: dict[str, Any] = {}  # further arguments of the library's constructor or config
@@ -67,7 +68,9 @@ class TextTower(Section):
     frozen: bool = False
     options: dict[str, Any] = {}
     context_length: PositiveInt = 77  # tokens; captions are truncated or padded to it
-    tokenizer: str | None = None  # transformers tokenizer (name or folder); null: open_clip's BPE
+    # transformers tokenizer (name or folder; its fingerprint is part of the identity); null: that of
+    # `name`, or open_clip's BPE
+    tokenizer: str | None = None
     pooling: Literal["mean", "first"] = "mean"  # over tokens; transformers towers only
 
 

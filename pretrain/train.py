@@ -42,11 +42,12 @@ from pretrain.distributed.launcher import device_type_of, planned_processes
 from pretrain.distributed.start import build_engine, check_engine, start_accelerator
 from pretrain.fail_points import fail_point
 from pretrain.model.activation_checkpointing import compile_towers
-from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.model.tokenizer import Tokenizer
 from pretrain.run.attempts import machine_name
 from pretrain.run.compatibility import RunIdentity
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import check_start, config_of_fork
+from pretrain.run.model_sources import ModelSources
 from pretrain.run.requests import RunRequests
 from pretrain.run.resume import open_run, resume
 from pretrain.training.assembly import (
@@ -56,6 +57,7 @@ from pretrain.training.assembly import (
     build_step,
     build_training_model,
     build_training_optimizer,
+    build_training_tokenizer,
     check_repeated_samples,
     fingerprints_of,
     open_step_loader,
@@ -81,31 +83,34 @@ def pretrain(config: PretrainConfig) -> None:
     requests = RunRequests(
         config.run.folder, save_every_minutes=config.run.checkpoint_every_minutes
     )
-    with requests:  # so that no request made during start-up is lost
-        tokenizer = build_tokenizer(config.model.text)
+    # `requests` first, so that no request made during start-up is lost
+    with requests, ModelSources(config) as sources:
+        tokenizer = build_training_tokenizer(sources)
         # After the tokenizer, whose imports the loader shares; before any threads or connections.
         with start_loader(config.loading) as load_steps:
-            run_attempt(config, tokenizer, load_steps, requests)
+            run_attempt(sources, tokenizer, load_steps, requests)
 
 
 def run_attempt(
-    config: PretrainConfig, tokenizer: Tokenizer, load_steps: LoadSteps, requests: RunRequests
+    sources: ModelSources, tokenizer: Tokenizer, load_steps: LoadSteps, requests: RunRequests
 ) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
+    config = sources.config
     fail_point("start")
     accelerator = start_accelerator(config.engine, run=config.run)
     requests.polls_files = rank() == 0
     hosts = gather_objects(machine_name())
     loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
-    model = build_training_model(config, tokenizer, device=accelerator.device)
+    model = build_training_model(sources, tokenizer, device=accelerator.device)
     num_micro_batches = choose_num_micro_batches(
         StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
     )
     if config.engine.compile:  # after the memory measurement, which traces uncompiled operators
         compile_towers(model)
     teachers = open_teachers(config, tokenizer, device=accelerator.device)
-    identity = RunIdentity(config, fingerprints_of(loader, validation_sets, teachers))
+    fingerprints = fingerprints_of(loader, validation_sets, teachers, sources)
+    identity = RunIdentity(config, fingerprints, copied_sources=sources.copied)
     run = open_run(identity, hosts=hosts, num_micro_batches=num_micro_batches)
     with build_session(config.engine, run, requests, hosts=hosts) as session:
         optimizer = build_training_optimizer(config, model)
@@ -128,7 +133,7 @@ def run_attempt(
             batches = load_batches(load_steps, loader, engine, run, last_step=settings.last_step)
             session.heartbeat(is_slow=True)
             fail_point("loaded")
-            session.writer = open_writer(config, engine, tokenizer, run)
+            session.writer = open_writer(identity, engine, tokenizer, run)
             trainer = Trainer(engine, step, loader, session, settings)
             if is_new_fork:
                 trainer.save_first()  # a fork: from here on it no longer needs its parent
@@ -174,12 +179,13 @@ def dry_run(config: PretrainConfig) -> None:
     check_start(config)
     check_engine(config.engine, trackers=config.run.trackers)
     num_processes, num_processes_here = planned_processes(os.environ)
-    tokenizer = build_tokenizer(config.model.text)
-    loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
-    check_repeated_samples(config, loader)
-    open_validation_sets(config, tokenizer, cache=loader.cache)
     device = torch.device(device_type_of(config.engine.device))
-    model = build_training_model(config, tokenizer, device=device)
+    with ModelSources(config) as sources:
+        tokenizer = build_training_tokenizer(sources)
+        loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
+        check_repeated_samples(config, loader)
+        open_validation_sets(config, tokenizer, cache=loader.cache)
+        model = build_training_model(sources, tokenizer, device=device)
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_FILE = "environment.json"
 FINGERPRINTS_KEY = "dataset_fingerprints"
+OF_MODEL = "model."  # prefix of the fingerprints of a model's files
 ENVIRONMENT_KEYS = (FINGERPRINTS_KEY, "python", "platform", "git_commit", "packages")
 
 
@@ -29,12 +30,17 @@ ENVIRONMENT_KEYS = (FINGERPRINTS_KEY, "python", "platform", "git_commit", "packa
 class RunIdentity:
     """The config of a run and the fingerprints of everything that it reads.
 
-    A fingerprint has the key "<pairing>/<source>", "validation/<pairing>" or "teacher/<pairing>".
-    "mixing/<pairing>" is the version of the order of a pairing with several sources.
+    A fingerprint has the key "<pairing>/<source>", "validation/<pairing>", "teacher/<pairing>" or,
+    for files of the model, a key of pretrain.model.source_files. "mixing/<pairing>" is the version
+    of the order of a pairing with several sources.
+
+    Attributes:
+        copied_sources: keys of the sources that are gone, and replaced by a checkpoint's copy.
     """
 
     config: PretrainConfig
     fingerprints: Mapping[str, str]
+    copied_sources: tuple[str, ...] = ()
 
     def refuse_other_run(self) -> None:
         """Checks that the run folder holds this run or no run.
@@ -47,10 +53,6 @@ class RunIdentity:
             return
         different = self.differences_to(run.folder, store=open_store(run.checkpoints))
         if different:
-            lines = [
-                f"  {key}: {old!r} in the run folder, {new!r} in this config"
-                for key, (old, new) in different.items()
-            ]
             resume = "resume it with its own config"
             if any(key.startswith("fingerprint.mixing/") for key in different):
                 resume = (
@@ -59,7 +61,7 @@ class RunIdentity:
                 )
             raise ConfigError(
                 f"{run.folder} holds a run that differs from this config:\n"
-                + "\n".join(lines)
+                + describe_differences(different, where="in the run folder")
                 + f"\n{resume}, set run.folder to a new folder, or set "
                 "run.fork=true to start a run of this config from its newest checkpoint"
             )
@@ -78,9 +80,26 @@ class RunIdentity:
         stored = RunIdentity(read_config_of_run(folder), versions | fingerprints)
         checkpoints = store.checkpoints()
         steps_done = checkpoints[0].step if checkpoints else 0  # valid or not
+        return self.differences_from(stored, steps_done=steps_done)
+
+    def differences_from(
+        self, stored: RunIdentity, *, steps_done: int
+    ) -> dict[str, tuple[Any, Any]]:
+        """Returns {dotted key: (value of the other, own value)} of all differences.
+
+        Args:
+            stored: identity to compare with.
+            steps_done: number of steps done. Segments that begin later may differ.
+        """
         old, new = (each._as_used(steps_done) for each in (stored, self))
         different = differing_keys(fixed_values(old.config), fixed_values(new.config))
-        different |= differing_keys(old.fingerprints, new.fingerprints, prefix="fingerprint")
+        # Earlier versions stored no fingerprints of the model's files.
+        known = old.fingerprints.keys() & new.fingerprints.keys()
+        fingerprints = [
+            {k: value for k, value in each.items() if k in known or not k.startswith(OF_MODEL)}
+            for each in (old.fingerprints, new.fingerprints)
+        ]
+        different |= differing_keys(*fingerprints, prefix="fingerprint")
         if self.config.schedule.shape == "constant":  # the rates do not depend on num_steps
             different.pop("schedule.num_steps", None)
         return different
@@ -104,9 +123,28 @@ class RunIdentity:
         fingerprints = {
             key: value
             for key, value in self.fingerprints.items()
-            if key in sources | mixed or key.startswith(("validation/", "teacher/"))
+            if key in sources | mixed or key.startswith(("validation/", "teacher/", OF_MODEL))
         }
         return RunIdentity(self.config.model_copy(update={"pairings": pairings}), fingerprints)
+
+
+def describe_differences(different: Mapping[str, tuple[Any, Any]], *, where: str) -> str:
+    """Describes differences, one per line.
+
+    Args:
+        different: {dotted key: (stored value, value in this config)}.
+        where: place of the stored values.
+    """
+    lines = [
+        f"  {key}: {old!r} {where}, {new!r} in this config" for key, (old, new) in different.items()
+    ]
+    changed = [key for key in different if key.startswith(f"fingerprint.{OF_MODEL}")]
+    if changed:
+        lines.append(
+            f"{changed[0]}: the files that this setting names have changed; restore them, or "
+            "delete them, and their copy in the newest checkpoint is used"
+        )
+    return "\n".join(lines)
 
 
 def holds_run(folder: Path) -> bool:

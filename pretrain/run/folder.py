@@ -46,6 +46,7 @@ from pretrain.run.attempts import (
     superseded_error,
     write_attempt,
 )
+from pretrain.run.checkpoint_identity import refuse_checkpoints_of_other_run
 from pretrain.run.compatibility import ENVIRONMENT_FILE, FINGERPRINTS_KEY, RunIdentity
 from pretrain.run.end_causes import lost_nodes, write_failure
 from pretrain.run.fork import check_parent
@@ -65,13 +66,15 @@ def begin_attempt(
         num_micro_batches: micro-batches per step.
 
     Raises:
-        InputError: if the run folder holds a run whose config or data differ, with the keys listed.
-            Also if the run's checkpoints are gone, or its parent cannot be used.
+        InputError: if the run folder or the folder of checkpoints holds a run whose config or data
+            differ, with the keys listed. Also if the run's checkpoints are gone, or its parent
+            cannot be used.
     """
     config, environ = identity.config, os.environ
     folder = config.run.folder
     identity.refuse_other_run()
     refuse_other_checkpoints(config.run)
+    refuse_checkpoints_of_other_run(identity)
     check_parent(identity)
     attempt = claim_attempt(
         folder,

@@ -33,6 +33,7 @@ from pretrain.checkpoint import VerifiedCheckpoint
 from pretrain.checkpoints.record import read_record
 from pretrain.checkpoints.store import DamagedCheckpointError, store_of_run
 from pretrain.config import Fork, PretrainConfig, Run
+from pretrain.run.checkpoint_identity import FINGERPRINTS_IN_RECORD
 from pretrain.run.compatibility import RunIdentity, holds_run
 from pretrain.stored_config import read_config_of_run
 
@@ -203,14 +204,17 @@ def _differences_to_parent(identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
     return identity.differences_to(parent, store=store_of_run(str(parent)))
 
 
-def origin_of_checkpoints(folder: Path, *, strategy: str) -> dict[str, Any]:
+def origin_of_checkpoints(
+    folder: Path, *, strategy: str, fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
     """Returns the origin that the record of every checkpoint stores.
 
-    It consists of the engine's strategy and, if the run is a fork, the content of parent.json.
+    If the run is a fork, it includes the content of parent.json.
 
     Args:
         folder: run folder.
         strategy: strategy of the engine.
+        fingerprints: fingerprints of everything that the run reads.
     """
     path = folder / PARENT_FILE
     parent = None
@@ -224,7 +228,8 @@ def origin_of_checkpoints(folder: Path, *, strategy: str) -> dict[str, Any]:
                 logger,
                 f"{path}: damaged: {error}; {found} taken from the record of a checkpoint",
             )
-    return {"strategy": strategy} | ({} if parent is None else {"parent": parent})
+    origin = {"strategy": strategy, FINGERPRINTS_IN_RECORD: dict(fingerprints)}
+    return origin | ({} if parent is None else {"parent": parent})
 
 
 def parse_parent(content: bytes) -> dict[str, Any]:

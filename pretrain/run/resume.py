@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from data_prep.errors import InputError
 from pretrain.checkpoint import (
     VerifiedCheckpoint,
     newest_checkpoint,
@@ -14,6 +15,7 @@ from pretrain.checkpoint import (
 from pretrain.checkpoints.store import open_store, store_of_run
 from pretrain.distributed.collectives import on_main_process, rank
 from pretrain.distributed.engine import Engine
+from pretrain.run.checkpoint_identity import refuse_checkpoint_of_other_run
 from pretrain.run.compatibility import RunIdentity
 from pretrain.run.folder import RunFolder, begin_attempt
 from pretrain.run.fork import (
@@ -57,11 +59,13 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> bool:
 
     Raises:
         InputError: if the run is a new fork and its parent has no valid checkpoint to start from.
-            Also if the run has saved checkpoints and none is valid.
+            Also if the run has saved checkpoints and none is valid, or if the newest belongs to
+            another run.
     """
     config = identity.config.run
     own = newest_checkpoint(open_store(config.checkpoints), is_of_run=run.includes_checkpoint)
     if own is not None:
+        on_main_process(lambda: refuse_checkpoint_of_other_run(identity, own.location, own.record))
         restore(engine, own)
         _begin_from(own, run, is_new_fork=False)
         return False
@@ -69,8 +73,22 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> bool:
     if config.parent is not None:
         _begin_fork(identity, engine, run)
         return True
+    refuse_copied_sources(identity)
     run.begin_from(0, has_checkpoint=False)
     return False
+
+
+def refuse_copied_sources(identity: RunIdentity) -> None:
+    """Checks that a run that begins at step 0 was built from all its sources.
+
+    Raises:
+        InputError: if a source is gone; its copy has no weights to begin with.
+    """
+    if identity.copied_sources:
+        raise InputError(
+            f"{identity.copied_sources[0]}: cannot be read, and no checkpoint of the run is valid; "
+            "restore what this setting names to begin at step 0"
+        )
 
 
 def _begin_fork(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:

@@ -6,6 +6,7 @@ Only these functions and the command itself take the whole config.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -23,12 +24,14 @@ from pretrain.distributed.collectives import on_main_process, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.model.activation_checkpointing import checkpoint_blocks
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
-from pretrain.model.tokenizer import Tokenizer
+from pretrain.model.source_files import tokenizer_files, tower_files
+from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.probe.towers import ProbeSettings, probe_model
-from pretrain.run.compatibility import holds_run
+from pretrain.run.compatibility import RunIdentity, holds_run
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import origin_of_checkpoints
+from pretrain.run.model_sources import ModelSources
 from pretrain.run.requests import RunRequests
 from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
@@ -136,22 +139,36 @@ def open_validation_sets(
     )
 
 
+def build_training_tokenizer(sources: ModelSources) -> Tokenizer:
+    """Builds the tokenizer of captions.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    config = sources.config.model.text
+    return sources.build(
+        tokenizer_files(config).keys(), lambda assets: build_tokenizer(config, assets=assets)
+    )
+
+
 def build_training_model(
-    config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device = CPU
+    sources: ModelSources, tokenizer: Tokenizer, *, device: torch.device = CPU
 ) -> ContrastiveModel:
     """Builds the model, with activation checkpointing if the config enables it.
 
     Every rank must call it: the main process probes the towers as training will run them.
 
     Args:
-        config: the whole config.
+        sources: sources of the towers, with the whole config.
         tokenizer: tokenizer of captions.
         device: device of the probe; the model stays on the CPU.
 
     Raises:
         InputError: if a tower cannot be built, has no blocks to recompute, or fails the probe.
     """
-    model = build_model(
+    config = sources.config
+    build = partial(
+        build_model,
         config.model,
         image=config.image,
         audio=config.audio,
@@ -159,6 +176,7 @@ def build_training_model(
         seed=config.seed,
         tokenizer=tokenizer,
     )
+    model = sources.build(tower_files(config.model).keys(), lambda assets: build(assets=assets))
     settings = ProbeSettings(
         device,
         is_bf16=config.engine.precision == "bf16",
@@ -195,8 +213,12 @@ def fingerprints_of(
     loader: StepLoader,
     validation_sets: Sequence[ValidationSet],
     teachers: Mapping[PairingName, PairingTeacher],
+    sources: ModelSources,
 ) -> dict[str, str]:
-    """Returns the fingerprints of everything that a run reads: a resumed run must have the same."""
+    """Returns the fingerprints of everything that a run reads: a resumed run must have the same.
+
+    Every rank must call it.
+    """
     held_out = {
         f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
     }
@@ -206,7 +228,8 @@ def fingerprints_of(
         for name, order in loader.schedule.orders.items()
         if len(order.sources) > 1
     }
-    return loader.fingerprints() | held_out | teachers_by_key | mixing
+    of_model = on_main_process(sources.fingerprints)
+    return loader.fingerprints() | held_out | teachers_by_key | mixing | of_model
 
 
 def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:
@@ -272,16 +295,22 @@ def build_session(
 
 
 def open_writer(
-    config: PretrainConfig, engine: Engine, tokenizer: Tokenizer, run: RunFolder
+    identity: RunIdentity, engine: Engine, tokenizer: Tokenizer, run: RunFolder
 ) -> CheckpointWriter:
     """Opens the writer of this attempt's checkpoints; every rank must call it."""
-    strategy = config.engine.strategy
+    config = identity.config
+    origin = partial(
+        origin_of_checkpoints,
+        run.folder,
+        strategy=config.engine.strategy,
+        fingerprints=identity.fingerprints,
+    )
     return CheckpointWriter(
         config.run,
         engine,
         store=open_store(config.run.checkpoints),
         attempt=run.attempt.attempt,
-        origin=on_main_process(lambda: origin_of_checkpoints(run.folder, strategy=strategy)),
+        origin=on_main_process(origin),
         model_files=files_to_rebuild(config, engine.model, tokenizer),
         refuse_if_superseded=run.refuse_if_superseded,
     )

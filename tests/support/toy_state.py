@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from data_prep.config_file import to_yaml
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Run
@@ -57,6 +58,7 @@ def writer_of(
     fence=lambda: None,
     clock=time.perf_counter,
     origin=None,
+    config=None,
     **settings,
 ):
     return CheckpointWriter(
@@ -65,7 +67,7 @@ def writer_of(
         store=store or open_store(folder),
         attempt=attempt,
         origin=origin or {"strategy": "toy"},
-        model_files={"config.yaml": b"seed: 0\n"},
+        model_files={"config.yaml": to_yaml(config).encode() if config else b"seed: 0\n"},
         refuse_if_superseded=fence,
         clock=clock,
     )

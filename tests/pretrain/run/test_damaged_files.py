@@ -63,7 +63,9 @@ def folder(identity, monkeypatch):
             bad = BadSample("colors", 0, step, "00000000.tar", 5, "not readable")
             run.write_bad_samples(step, [("image-text", bad)])
             run.num_steps_done = step
-        writer = writer_of(ToyEngine(), folder / "checkpoints", origin={"parent": PARENT})
+        origin = {"parent": PARENT}
+        config = identity.config
+        writer = writer_of(ToyEngine(), folder / "checkpoints", origin=origin, config=config)
         writer.save(RunState(3, 3))
         writer.finish()
         run.stop_cause = "SIGTERM"
@@ -195,15 +197,18 @@ def test_damaged_fingerprints_are_refused_until_the_file_is_deleted(folder, iden
 
 def test_a_damaged_parent_is_taken_from_a_checkpoint(folder, caplog):
     path = parent_file(folder)
-    expected = {"strategy": "ddp", "parent": PARENT}
-    assert origin_of_checkpoints(folder, strategy="ddp") == expected
+    expected = {"strategy": "ddp", "fingerprints": FINGERPRINTS, "parent": PARENT}
+    assert origin_of_checkpoints(folder, strategy="ddp", fingerprints=FINGERPRINTS) == expected
     assert caplog.text == ""
     path.write_bytes(path.read_bytes().replace(b'"step": 6', b'"step": 7'))
-    assert origin_of_checkpoints(folder, strategy="ddp") == expected
+    assert origin_of_checkpoints(folder, strategy="ddp", fingerprints=FINGERPRINTS) == expected
     assert f"{path}: damaged: " in caplog.text
     assert "it is taken from the record of a checkpoint" in caplog.text
     shutil.rmtree(folder / "checkpoints")
-    assert origin_of_checkpoints(folder, strategy="ddp") == {"strategy": "ddp"}
+    assert origin_of_checkpoints(folder, strategy="ddp", fingerprints=FINGERPRINTS) == {
+        "strategy": "ddp",
+        "fingerprints": FINGERPRINTS,
+    }
 
 
 # ------------------------------------------------------------------------------------- config.yaml

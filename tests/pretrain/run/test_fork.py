@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from data_prep.errors import InputError
 from data_prep.storage.sealed import to_sealed_json
 from pretrain.checkpoint import read_model_state
 from pretrain.checkpoints.record import read_record
+from pretrain.checkpoints.store import write_file
 from pretrain.config import Fork, PretrainConfig
 from pretrain.run.attempts import read_attempts
 from pretrain.run.fork import check_start, config_of_fork, first_step_of_fork, parse_parent
@@ -46,6 +48,14 @@ def parent(toy_data, tmp_path_factory):
     return folder
 
 
+def put_config(checkpoint, config):
+    """Replaces the config of a checkpoint, as if a run of that config had written it."""
+    record = read_record(checkpoint)
+    written = write_file(str(checkpoint), "config.yaml", lambda: [to_yaml(config).encode()])
+    record = replace(record, files={**record.files, "config.yaml": written})
+    (checkpoint / "checkpoint.json").write_bytes(record.to_json())
+
+
 def train_each(*configs):
     """Returns the error of each run, or None, all in one process."""
     outcomes = []
@@ -72,6 +82,7 @@ def test_a_fork_goes_on_from_the_parents_state_and_the_same_command_goes_on_with
     # The obvious way: a copy of the parent's checkpoint in a new folder of the same config.
     plain = small_config(toy_data, tmp_path / "plain", **CHANGES)
     shutil.copytree(parent / "checkpoints", tmp_path / "plain" / "checkpoints")
+    put_config(tmp_path / "plain" / "checkpoints" / "step_00000006", plain)
     outcomes = run_in_processes(
         1, train_each, config.model_copy(update={"run": stopping}), config, plain
     )
@@ -185,6 +196,7 @@ def test_a_fork_from_an_earlier_step_equals_a_run_that_has_only_this_checkpoint(
         parent / "checkpoints" / "step_00000004",
         tmp_path / "plain" / "checkpoints" / "step_00000004",
     )
+    put_config(tmp_path / "plain" / "checkpoints" / "step_00000004", plain)
     stopping = fork.model_copy(update={"run": fork.run.model_copy(update={"stop_after_step": 5})})
     assert run_in_processes(1, train_each, stopping, fork, plain) == [[None] * 3]
     assert contents(parent) == before

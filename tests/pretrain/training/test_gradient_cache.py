@@ -7,6 +7,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.monitoring.timing import PhaseTimer
+from pretrain.run.model_sources import ModelSources
 from pretrain.training.assembly import (
     build_step,
     build_training_model,
@@ -44,7 +45,7 @@ def gradients_of(config, trims_captions=True):
     """Returns (losses, gradients, lengths of the text tower's token batches)."""
     accelerator = start_accelerator(config.engine, run=config.run)
     tokenizer = build_tokenizer(config.model.text)
-    model = build_training_model(config, tokenizer)
+    model = build_training_model(ModelSources(config), tokenizer)
     assert model.takes_trimmed_captions
     model.takes_trimmed_captions = trims_captions
     lengths = []
