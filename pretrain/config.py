@@ -68,8 +68,8 @@ class TextTower(Section):
     frozen: bool = False
     options: dict[str, Any] = {}
     context_length: PositiveInt = 77  # tokens; captions are truncated or padded to it
-    # transformers tokenizer (name or folder; its fingerprint is part of the identity); null: that of
-    # `name`, or open_clip's BPE
+    # transformers tokenizer (name or folder; its fingerprint is part of the identity); null: that
+    # of `name`, or open_clip's BPE
     tokenizer: str | None = None
     pooling: Literal["mean", "first"] = "mean"  # over tokens; transformers towers only
 

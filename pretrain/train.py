@@ -45,6 +45,7 @@ from pretrain.model.activation_checkpointing import compile_towers
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.run.attempts import machine_name
 from pretrain.run.compatibility import RunIdentity
+from pretrain.run.computed_on import describe_computation, kept_num_micro_batches
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import check_start, config_of_fork
 from pretrain.run.model_sources import ModelSources
@@ -103,15 +104,23 @@ def run_attempt(
     loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(sources, tokenizer, device=accelerator.device)
+    computed_on = describe_computation(config, accelerator.device)
     num_micro_batches = choose_num_micro_batches(
-        StepSizes.of_config(config), model, loader.layouts, device=accelerator.device, hosts=hosts
+        StepSizes.of_config(config),
+        model,
+        loader.layouts,
+        device=accelerator.device,
+        hosts=hosts,
+        kept=on_main_process(lambda: kept_num_micro_batches(config, computed_on)),
     )
     if config.engine.compile:  # after the memory measurement, which traces uncompiled operators
         compile_towers(model)
     teachers = open_teachers(config, tokenizer, device=accelerator.device)
     fingerprints = fingerprints_of(loader, validation_sets, teachers, sources)
     identity = RunIdentity(config, fingerprints, copied_sources=sources.copied)
-    run = open_run(identity, hosts=hosts, num_micro_batches=num_micro_batches)
+    run = open_run(
+        identity, hosts=hosts, num_micro_batches=num_micro_batches, computed_on=computed_on
+    )
     with build_session(config.engine, run, requests, hosts=hosts) as session:
         optimizer = build_training_optimizer(config, model)
         engine = build_engine(

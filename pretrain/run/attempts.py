@@ -83,6 +83,8 @@ class Attempt:
     job: str | None = None  # id of the Slurm job
     job_restarts: int = 0  # restarts of that job before this start
     lost_machines: str | None = None  # nodes of the previous attempt that Slurm has lost
+    # machines, libraries and settings that affect rounding (see pretrain.run.computed_on)
+    computed_on: dict[str, str] = field(default_factory=dict)
 
     @property
     def number(self) -> int:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +47,7 @@ from pretrain.run.attempts import (
 )
 from pretrain.run.checkpoint_identity import refuse_checkpoints_of_other_run
 from pretrain.run.compatibility import ENVIRONMENT_FILE, FINGERPRINTS_KEY, RunIdentity
+from pretrain.run.computed_on import git_commit
 from pretrain.run.end_causes import lost_nodes, write_failure
 from pretrain.run.fork import check_parent
 from pretrain.run.lost_checkpoints import refuse_other_checkpoints
@@ -56,7 +56,11 @@ from pretrain.stored_config import write_config
 
 
 def begin_attempt(
-    identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: int
+    identity: RunIdentity,
+    *,
+    hosts: Sequence[str],
+    num_micro_batches: int,
+    computed_on: Mapping[str, str] | None = None,
 ) -> Attempt:
     """Claims the next attempt at a run and writes the run's config; for the main process.
 
@@ -64,6 +68,7 @@ def begin_attempt(
         identity: resolved config, and fingerprints of everything that the run reads.
         hosts: [ranks] machine names.
         num_micro_batches: micro-batches per step.
+        computed_on: result of `describe_computation`.
 
     Raises:
         InputError: if the run folder or the folder of checkpoints holds a run whose config or data
@@ -85,6 +90,7 @@ def begin_attempt(
         job=environ.get("SLURM_JOB_ID"),
         job_restarts=restarts_of_job(environ),
         lost_machines=lost_nodes(read_attempts(folder), environ),
+        computed_on=dict(computed_on or {}),
     )
     for name in ("metrics", "bad_samples"):
         (folder / name).mkdir(exist_ok=True)
@@ -265,22 +271,6 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "packages": package_versions(),
     }
-
-
-def _git_commit() -> str | None:
-    """Commit of the running code, with "-dirty" if it was changed; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()

@@ -1,6 +1,6 @@
 """The tokenizer and the pretrained towers of a run, built from the sources that its config names.
 
-A source that is gone is replaced by the copy in the run's newest checkpoint: the tokenizer and the
+A source that is gone is replaced by the copy in the run's newest checkpoint. The tokenizer and the
 configs of towers are among its assets, and resuming loads all parameters. The fingerprints of the
 sources are part of the run's identity.
 """

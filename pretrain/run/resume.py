@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data_prep.errors import InputError
 from pretrain.checkpoint import (
@@ -17,6 +17,7 @@ from pretrain.distributed.collectives import on_main_process, rank
 from pretrain.distributed.engine import Engine
 from pretrain.run.checkpoint_identity import refuse_checkpoint_of_other_run
 from pretrain.run.compatibility import RunIdentity
+from pretrain.run.computed_on import warn_of_other_rounding
 from pretrain.run.folder import RunFolder, begin_attempt
 from pretrain.run.fork import (
     FORK_TAG,
@@ -29,19 +30,28 @@ from pretrain.run.lost_checkpoints import refuse_restart
 logger = logging.getLogger(__name__)
 
 
-def open_run(identity: RunIdentity, *, hosts: Sequence[str], num_micro_batches: int) -> RunFolder:
+def open_run(
+    identity: RunIdentity,
+    *,
+    hosts: Sequence[str],
+    num_micro_batches: int,
+    computed_on: Mapping[str, str],
+) -> RunFolder:
     """Opens the run folder for this attempt; every rank must call it.
 
     Args:
         identity: config and fingerprints of everything that the run reads.
         hosts: [ranks] machine names.
         num_micro_batches: micro-batches per step.
+        computed_on: result of `describe_computation`.
 
     Raises:
         InputError: on every rank, if the folder holds another run.
     """
     attempt = on_main_process(
-        lambda: begin_attempt(identity, hosts=hosts, num_micro_batches=num_micro_batches)
+        lambda: begin_attempt(
+            identity, hosts=hosts, num_micro_batches=num_micro_batches, computed_on=computed_on
+        )
     )
     config = identity.config
     return RunFolder(
@@ -67,6 +77,8 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> bool:
     if own is not None:
         on_main_process(lambda: refuse_checkpoint_of_other_run(identity, own.location, own.record))
         restore(engine, own)
+        if rank() == 0 and own.record.state.step < run.num_steps:
+            warn_of_other_rounding(config.folder, run.attempt, own.record)
         _begin_from(own, run, is_new_fork=False)
         return False
     on_main_process(lambda: refuse_restart(config))

@@ -162,6 +162,7 @@ def choose_num_micro_batches(
     *,
     device: torch.device,
     hosts: list[str],
+    kept: int | None = None,
 ) -> int:
     """Returns the number of micro-batches per step, equal on all ranks; every rank must call it.
 
@@ -171,12 +172,15 @@ def choose_num_micro_batches(
         layouts: layout and number of rows of this rank's part of a step.
         device: device of this rank.
         hosts: [ranks] machine names.
+        kept: number that a resumed run keeps if `micro_batch_size` is auto; None to choose it.
 
     Raises:
         InputError: if `micro_batch_size` is auto and not even one pair fits on some rank.
     """
     if sizes.micro_batch_size != "auto":
         return num_micro_batches_of_size(sizes, num_processes=world_size())
+    if kept is not None:
+        return kept
     activations = measure(sizes.engine, model, layouts, device)
     # Also a barrier: afterwards every rank has freed the memory of its measurement.
     memories = gather_objects((hosts[rank()], memory_name(device)))

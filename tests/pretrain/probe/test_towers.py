@@ -14,6 +14,7 @@ from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.probe.backbone_copy import ProbedBackbone
 from pretrain.probe.towers import ProbeSettings, probe_model, probe_tower
+from pretrain.run.model_sources import ModelSources
 from pretrain.training.assembly import build_training_model
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import build_toy_model
@@ -359,7 +360,7 @@ def test_a_run_refuses_a_tower_that_mixes_samples(tmp_path):
     model["image"] |= image
     config = toy_config(tmp_path, tmp_path / "run", model=model, image={"size": 64})
     with pytest.raises(InputError, match=r"model\.image: layer bn1 \(EvoNorm2dB0\) mixes samples"):
-        build_training_model(config, build_tokenizer(config.model.text))
+        build_training_model(ModelSources(config), build_tokenizer(config.model.text))
     model["image"]["frozen"] = True
     config = toy_config(tmp_path, tmp_path / "run", model=model, image={"size": 64})
-    build_training_model(config, build_tokenizer(config.model.text))
+    build_training_model(ModelSources(config), build_tokenizer(config.model.text))
