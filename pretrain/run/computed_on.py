@@ -178,8 +178,8 @@ def kept_num_micro_batches(config: PretrainConfig, computed_on: Mapping[str, str
     """Returns the number of micro-batches that a resumed run keeps; for the main process.
 
     It is that of the attempt that wrote the newest checkpoint, so that sums keep their order.
-    Returns None if nothing was saved, if a setting or device that affects memory has changed, or if
-    the number has led to an out-of-memory error since.
+    Returns None if nothing was saved, or if a setting or device that affects memory has changed.
+    The same holds if an attempt with this number has run out of memory since.
 
     Args:
         config: config of the run.
