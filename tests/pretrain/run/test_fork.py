@@ -297,8 +297,8 @@ def train_restarted(forks, checkpoint, plain):
         return
     build = train_module.build_training_model
 
-    def build_with_weights(*arguments):
-        model = build(*arguments)
+    def build_with_weights(*arguments, **settings):
+        model = build(*arguments, **settings)
         model.load_state_dict(read_model_state(checkpoint))
         return model
 
