@@ -63,6 +63,7 @@ def contrastive_loss(
     teacher: Teacher | None = None,
     counts: Sequence[int] | None = None,
     media_gather: RowGather | None = None,
+    feature_type: torch.dtype | None = None,
 ) -> ContrastiveLoss:
     """Computes the loss of a pairing over the global batch, with exact gradients.
 
@@ -86,7 +87,9 @@ def contrastive_loss(
             are negatives.
         teacher: teacher whose softmaxes are mixed into the targets; softmax loss only.
         counts: pairs of each rank, if known; otherwise they are gathered first.
-        media_gather: result of `begin_gather` for the same media and dtype.
+        media_gather: result of `begin_gather` for the same media, in the type of the features.
+        feature_type: type in which features are exchanged and multiplied; None for their own. The
+            gradients have the type of the arguments, and are not rounded to this one.
 
     Returns:
         The loss and the in-batch recall at 1, equal on all ranks.
@@ -103,7 +106,8 @@ def contrastive_loss(
         return _loss_of_empty_batch([media, text, scale, *([] if bias is None else [bias])])
     numbers = _read_scale_and_bias(scale, bias)
     check_scale(numbers[0], options)
-    inputs = _LossInputs(options, split, tuple(keys), teacher, media_gather, *numbers)
+    dtype = feature_type or torch.promote_types(media.dtype, text.dtype)
+    inputs = _LossInputs(options, split, tuple(keys), teacher, media_gather, dtype, *numbers)
     value, metrics = _ExactLoss.apply(media, text, scale, bias, inputs, torch.is_grad_enabled())
     return _loss_with_metrics(value, metrics, num_pairs=split.total)
 
@@ -141,6 +145,7 @@ class _LossInputs:
     keys: tuple[Tensor, ...]
     teacher: Teacher | None
     media_gather: RowGather | None
+    dtype: torch.dtype  # type of the features
     scale: float
     bias: float
 
@@ -232,8 +237,7 @@ class _ExactLoss(torch.autograd.Function):
         inputs: _LossInputs,
         is_training: bool,
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(media.dtype, text.dtype)
-        rows, columns = (side.to(dtype).contiguous() for side in (media, text))
+        rows, columns = (side.to(inputs.dtype).contiguous() for side in (media, text))
         with exact_products(media.device):
             passes = inputs.passes(rows, columns)
             loss = passes.loss

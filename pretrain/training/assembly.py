@@ -20,6 +20,7 @@ from pretrain.data.datasets import build_cache
 from pretrain.data.pairing_reader import open_readers
 from pretrain.data.step_loader import StepLoader
 from pretrain.data.transforms import build_transforms
+from pretrain.distributed.backward_scale import backward_scale, divide_gradients
 from pretrain.distributed.collectives import on_main_process, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.model.activation_checkpointing import checkpoint_blocks
@@ -258,6 +259,8 @@ def build_step(
 ) -> ContrastiveStep:
     """Builds the training step for all processes of the group."""
     losses = build_losses(config, world_size=world_size())
+    scale = backward_scale(config.engine.precision, num_processes=world_size())
+    divide_gradients(engine.model, scale)
     return ContrastiveStep(engine, losses, num_micro_batches=num_micro_batches, teachers=teachers)
 
 

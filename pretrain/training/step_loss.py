@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.config import Pairing, PairingName, Precision
 from pretrain.data.batch import StepBatch
+from pretrain.distributed.backward_scale import backward_scale
 from pretrain.distributed.collectives import RowGather
 from pretrain.loss.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
 from pretrain.loss.options import LossOptions, Mode, Teacher, build_loss_options
@@ -28,6 +29,7 @@ class PairingLoss:
     options: LossOptions
     counts: Sequence[int]  # [ranks] pairs of each rank in a step
     feature_type: torch.dtype
+    backward_scale: float  # factor of its gradients (see pretrain.distributed.backward_scale)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def build_pairing_losses(
                 pairing.global_batch_size // lanes, world_size=world_size, lanes=lanes
             ),
             feature_type=feature_type(precision),
+            backward_scale=backward_scale(precision, num_processes=world_size),
         )
         for name, pairing in pairings.items()
     }
@@ -169,7 +172,8 @@ def compute_losses(
         name: _compute_loss(features[name], term, pending.gathers.get(name))
         for name, term in terms.items()
     }
-    parts = [terms[name].loss.weight * loss.for_backward for name, loss in losses.items()]
+    weights = {name: term.loss.weight * term.loss.backward_scale for name, term in terms.items()}
+    parts = [weights[name] * loss.for_backward for name, loss in losses.items()]
     parts += [_zero_of(features[name]) for name in features if name not in terms]
     return ContrastiveLosses(
         by_pairing=losses,
@@ -184,8 +188,8 @@ def _compute_loss(
     features: PairingFeatures, term: LossTerm, media_gather: RowGather | None
 ) -> ContrastiveLoss:
     return contrastive_loss(
-        features.media.to(term.loss.feature_type),
-        features.text.to(term.loss.feature_type),
+        features.media,
+        features.text,
         features.scale,
         features.bias,
         options=term.loss.options,
@@ -193,6 +197,7 @@ def _compute_loss(
         teacher=term.teacher,
         counts=term.loss.counts,
         media_gather=media_gather,
+        feature_type=term.loss.feature_type,
     )
 
 
