@@ -76,11 +76,15 @@ class RunIdentity:
         fingerprints = fingerprints_of_run(folder)
         if fingerprints is None:
             fingerprints = self.fingerprints
-        versions = {key: "version 1" for key in self.fingerprints if key.startswith("mixing/")}
-        stored = RunIdentity(read_config_of_run(folder), versions | fingerprints)
+        stored = RunIdentity(read_config_of_run(folder), self.first_mixing | fingerprints)
         checkpoints = store.checkpoints()
         steps_done = checkpoints[0].step if checkpoints else 0  # valid or not
         return self.differences_from(stored, steps_done=steps_done)
+
+    @property
+    def first_mixing(self) -> dict[str, str]:
+        """Fingerprints of the order of mixed sources in versions that stored none."""
+        return {key: "version 1" for key in self.fingerprints if key.startswith("mixing/")}
 
     def differences_from(
         self, stored: RunIdentity, *, steps_done: int
