@@ -21,7 +21,8 @@ from torch import Tensor
 from eval.metrics.intervals import Score, mean_score
 from eval.metrics.ranking import QueryRanks, check_finite, cosine_scores
 
-NUM_ORDERS = 1000  # random orders over which the ties of a group are averaged
+MAX_EXACT = 10  # largest number of mutually tied pairs of a group whose orders are all counted
+NUM_ORDERS = 1000  # random orders over which more mutually tied pairs are averaged
 GROUP_METRICS = ("text_score", "image_score", "group_score")
 
 
@@ -78,7 +79,7 @@ def choose_in_groups(
         media_embeddings: [Q, D], L2-normalised.
         caption_embeddings: [Q, D], L2-normalised; one caption per item.
         groups: indices of the items of each group.
-        seed: seed of the random orders of ties.
+        seed: seed of the random orders of more than MAX_EXACT mutually tied pairs.
 
     Raises:
         ValueError: if an embedding is not finite.
@@ -115,19 +116,64 @@ def _chances(size: int) -> tuple[float, float, float]:
     return one_side, one_side, factorial(size - 1) / factorial(2 * size - 1)
 
 
-def _group_hits(
-    scores: np.ndarray, *, seed: int, num_orders: int = NUM_ORDERS
-) -> tuple[float, float, float]:
+def _group_hits(scores: np.ndarray, *, seed: int) -> tuple[float, float, float]:
     """Computes (text, image, group) scores of a group from its similarities [items, captions].
 
-    They are 0 or 1, or a fraction of the random orders if similarities tie.
+    They are 0 or 1 without ties, and otherwise the fraction of all orders of equal similarities.
     """
-    levels = np.unique(scores, return_inverse=True)[1].reshape(1, *scores.shape).astype(float)
-    if len(np.unique(scores)) < scores.size:
-        noise = np.random.default_rng(seed).random((num_orders, *scores.shape))
-        levels = levels + noise  # below 1, so that it reorders only equal scores
-    own = np.diagonal(levels, axis1=1, axis2=2)  # [orders, items]
-    is_text_right = (own == levels.max(axis=2)).all(axis=1)
-    is_image_right = (own == levels.max(axis=1)).all(axis=1)
-    is_both = is_text_right & is_image_right
-    return is_text_right.mean(), is_image_right.mean(), is_both.mean()
+    own = np.diagonal(scores)
+    is_other = ~np.eye(len(scores), dtype=bool)
+    sides = []
+    for each in (scores, scores.T):
+        num_tied = ((each == own[:, None]) & is_other).sum(axis=1)
+        is_beaten = (each > own[:, None]).any()
+        sides.append(0.0 if is_beaten else float(np.prod(1 / (1 + num_tied))))
+    text, image = sides
+    if not text or not image or text == image == 1:
+        return text, image, text * image
+    return text, image, _both_sides(scores, own, is_other, seed=seed)
+
+
+def _both_sides(scores: np.ndarray, own: np.ndarray, is_other: np.ndarray, *, seed: int) -> float:
+    """Computes the fraction of orders of ties in which every own pair is first on both sides.
+
+    Ties are broken by uniform noise, U_i for own pair i. U_i must exceed the noise of each other
+    pair that ties with i alone. min(U_i, U_j) must exceed that of each pair that ties with both.
+    """
+    of_item = (scores == own[:, None]) & is_other
+    of_caption = (scores == own[None, :]) & is_other
+    is_shared = of_item & of_caption
+    alone = (of_item & ~is_shared).sum(axis=1) + (of_caption & ~is_shared).sum(axis=0)
+    shared = is_shared.astype(np.int64) + is_shared.T
+    members = np.flatnonzero(shared.any(axis=1))
+    others = np.setdiff1d(np.arange(len(own)), members)
+    chance = float(np.prod(1 / (1 + alone[others])))
+    if len(members) <= MAX_EXACT:
+        return chance * _mean_of_minima(alone[members], shared[np.ix_(members, members)])
+    if len(members) == len(own) and is_shared.sum() == is_other.sum():
+        return _chances(len(own))[2]
+    noise = np.random.default_rng(seed).random((NUM_ORDERS, len(own)))
+    pairs = np.argwhere(np.triu(shared))
+    minima = noise[:, pairs].min(axis=2) ** shared[tuple(pairs.T)]
+    products = minima.prod(axis=1) * (noise[:, members] ** alone[members]).prod(axis=1)
+    return chance * float(products.mean())
+
+
+def _mean_of_minima(alone: np.ndarray, shared: np.ndarray) -> float:
+    """Computes the mean of prod_i U_i^alone[i] prod_{i<j} min(U_i, U_j)^shared[i, j], U uniform.
+
+    Integrates over all orders of U, from the lowest on. An integral over the lowest members depends
+    on which they are, and not on their order.
+
+    Args:
+        alone: int64 [n]
+        shared: int64 [n, n], symmetric.
+    """
+    num_members, means = len(alone), {0: 1.0}
+    for lowest in range(1, 1 << num_members):
+        inside = [member for member in range(num_members) if lowest >> member & 1]
+        outside = [member for member in range(num_members) if not lowest >> member & 1]
+        pairs = (shared.sum() - shared[np.ix_(outside, outside)].sum()) // 2
+        exponent = len(inside) + alone[inside].sum() + pairs
+        means[lowest] = sum(means[lowest ^ 1 << last] for last in inside) / float(exponent)
+    return means[(1 << num_members) - 1]
