@@ -64,6 +64,7 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
         "image-text/colors",
         "image-text/more_colors",
         "audio-text/tones",
+        "mixing/image-text",
         "validation/image-text",
     }
     [attempt] = read_attempts(alone)
