@@ -139,8 +139,9 @@ def test_every_tower_is_accepted(material, tmp_path):
         run = draw_run(seed, material)
         for kind, tower in run.fixed["model"].items():
             if kind in ("image", "audio", "text"):
-                options = tuple(sorted(tower.get("options", ())))
-                runs.setdefault((kind, tower.get("name"), options), run)
+                options = tower.get("options", {})
+                drops = any(value for key, value in options.items() if "drop" in key)
+                runs.setdefault((kind, tower.get("name"), drops, tuple(sorted(options))), run)
     for tower, run in runs.items():
         assert refusal_of(replace(run, attempts=()), tmp_path / "run") is None, tower
 

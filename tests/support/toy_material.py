@@ -18,7 +18,11 @@ from tests.support.toy_run import COLORS, toy_config, toy_members, write_toy_dat
 from tests.support.toy_towers import TINY_BERT
 
 CONTEXT_LENGTH = 12  # of teachers, and of the models that they teach
-WORDS = ("picture", "is", "sound", "of", "hertz", "also", "number", *COLORS, *"0123456789")
+# Of the toy captions, and of the captions with which pretrain.model checks a tower.
+WORDS = (
+    *("picture", "is", "sound", "of", "hertz", "also", "number", *COLORS, *"0123456789"),
+    *("a", "caption", "one", "more"),
+)
 # The end token has the highest id: open_clip pools there.
 VOCABULARY = ("[PAD]", *WORDS, "[UNK]", "[CLS]", "[SEP]")
 BERT = TINY_BERT | {"vocab_size": len(VOCABULARY)}
