@@ -315,6 +315,27 @@ def fixed_values(section: Any) -> Any:
     return str(section) if isinstance(section, Path) else section
 
 
+def default_values(section: type[Section]) -> dict[str, Any]:
+    """Returns the default of every field that has one and is not marked `free`, as plain values."""
+    return {
+        name: fixed_values(field.get_default(call_default_factory=True))
+        for name, field in section.model_fields.items()
+        if not field.is_required() and not (field.json_schema_extra or {}).get("free")
+    }
+
+
+def with_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns values with defaults for the keys that they lack, at any depth.
+
+    An earlier version did not have these keys, and did what the defaults say.
+    """
+    filled = defaults | values
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(filled[key], dict):
+            filled[key] = with_defaults(filled[key], default)
+    return filled
+
+
 def differing_keys(old: Any, new: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Returns {dotted key: (old, new)} for all differences between two `fixed_values`."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

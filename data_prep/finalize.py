@@ -17,9 +17,9 @@ if __name__ == "__main__":  # exits on --help or an invalid config, before slow 
 import sys
 
 from data_prep.pipeline.dataset_finish import finish_shards, is_shard_finished, shards_of_plan
-from data_prep.pipeline.plan import PLAN_FOLDER, describe_origin, read_plan
+from data_prep.pipeline.plan import check_origin, describe_origin, read_plan
 from data_prep.pipeline.shard import ShardSettings
-from data_prep.shards.folder import check_plan, lock_folder
+from data_prep.shards.folder import lock_folder
 
 
 def finalize(config: MakeShards) -> None:
@@ -30,7 +30,7 @@ def finalize(config: MakeShards) -> None:
             Also if a shard is missing, or too many pairs are bad.
     """
     plan = read_plan(config.output)
-    check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
+    check_origin(config.output, describe_origin(config))
     with lock_folder(config.output):
         finish_shards(
             ShardSettings.from_config(config),
@@ -46,7 +46,7 @@ def print_plan(config: MakeShards) -> None:
         InputError: if no run was started in the folder, or it used a different config or input.
     """
     plan = read_plan(config.output)
-    check_plan(config.output, describe_origin(config), plan_folder=PLAN_FOLDER)
+    check_origin(config.output, describe_origin(config))
     shards = shards_of_plan(ShardSettings.from_config(config), plan)
     num_finished = sum(map(is_shard_finished, shards))
     say(f"{config.output}: {num_finished:,} of {len(shards):,} shards are finished")

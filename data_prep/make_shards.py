@@ -39,12 +39,13 @@ from data_prep.pipeline.plan import (
     ItemPlan,
     PlanSettings,
     build_plan,
+    check_origin,
     describe_origin,
     open_plan,
     read_plan,
 )
 from data_prep.pipeline.shard import ShardSettings, ShardTask, write_shard
-from data_prep.shards.folder import check_plan, lock_folder, remove_leftovers
+from data_prep.shards.folder import lock_folder, remove_leftovers
 from data_prep.shards.index import ShardIndex
 from data_prep.sources.input_files import check_output_outside_input, media_root_of
 from data_prep.workers import run_tasks
@@ -123,7 +124,7 @@ def print_plan(config: MakeShards) -> None:
     check_output_folder(config.output, key="output")
     check_output_outside_input(config.output, config.input)
     made_from = describe_origin(config)
-    check_plan(config.output, made_from, plan_folder=PLAN_FOLDER)
+    check_origin(config.output, made_from)
     with tempfile.TemporaryDirectory() as name:
         settings = PlanSettings.from_config(config)
         build_plan(Path(name) / PLAN_FOLDER, settings, made_from=made_from)

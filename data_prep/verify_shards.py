@@ -108,7 +108,8 @@ def _problem_list(config: VerifyShards, findings: Sequence[Finding]) -> str:
 def _advice(kinds: set[str], origin: DatasetOrigin) -> list[str]:
     """Returns the remedy for each kind of finding, most severe first."""
     remake = (
-        "delete each listed shard and run make_shards again: it recreates only these"
+        "move each listed shard out of the folder and run make_shards again: it recreates only "
+        "these"
         if origin.command == "make_shards"
         else "recreate the dataset"
     )

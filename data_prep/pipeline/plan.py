@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import CaptionOptions, MakeShards
-from data_prep.config_file import fixed_values
+from data_prep.config_file import default_values, fixed_values
 from data_prep.errors import (
     InputError,
     RunError,
@@ -115,7 +115,7 @@ def open_plan(output: Path, settings: PlanSettings, *, made_from: dict[str, Any]
             different config or input.
     """
     folder = output / PLAN_FOLDER
-    check_plan(output, made_from, plan_folder=PLAN_FOLDER)
+    check_origin(output, made_from)
     if not folder.exists():
         temporary = output / temporary_name(PLAN_FOLDER)
         try:
@@ -123,8 +123,22 @@ def open_plan(output: Path, settings: PlanSettings, *, made_from: dict[str, Any]
             _publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        check_plan(output, made_from, plan_folder=PLAN_FOLDER)
+        check_origin(output, made_from)
     return read_plan(output)
+
+
+def check_origin(output: Path, made_from: dict[str, Any]) -> None:
+    """Checks that a dataset folder is new, or was created from the same config and input.
+
+    Args:
+        output: dataset folder.
+        made_from: result of `describe_origin`.
+
+    Raises:
+        InputError: if settings or input differ, or the folder contains other files.
+    """
+    defaults = json.loads(json.dumps({"config": default_values(MakeShards)}))
+    check_plan(output, made_from, plan_folder=PLAN_FOLDER, defaults=defaults)
 
 
 def describe_origin(config: MakeShards) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_file import differing_keys
+from data_prep.config_file import differing_keys, with_defaults
 from data_prep.errors import InputError
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import (
@@ -119,13 +119,20 @@ def remove_leftovers(folder: Path, *, stems: Collection[str] | None = None) -> N
             path.unlink()
 
 
-def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".") -> None:
+def check_plan(
+    folder: Path,
+    made_from: dict[str, Any],
+    *,
+    plan_folder: str = ".",
+    defaults: dict[str, Any] | None = None,
+) -> None:
     """Checks that the folder is new, or was created with the same settings and input.
 
     Args:
         folder: dataset folder.
         made_from: command, settings and input of this attempt; compared with plan.json.
         plan_folder: folder that contains plan.json, relative to `folder`.
+        defaults: values of settings that the plan of an earlier version may lack.
 
     Raises:
         InputError: if settings or input differ, or the folder contains other files. The message
@@ -145,6 +152,7 @@ def check_plan(folder: Path, made_from: dict[str, Any], *, plan_folder: str = ".
         begun = json.loads(path.read_text(encoding="utf-8"))["made_from"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); choose another output") from None
+    begun = with_defaults(begun, defaults or {})
     different = differing_keys(begun, json.loads(json.dumps(made_from)))
     if different:
         lines = [f"  {key}: {old!r}, now {new!r}" for key, (old, new) in different.items()]

@@ -32,7 +32,9 @@ def set_aside(path: Path, *, folder: Path) -> Path:
     relative = path.relative_to(folder)
     number = 0
     while True:
-        name = relative if not number else relative.with_name(f"{relative.name}.{number}")
+        # The suffix stays, because a repair looks for tars, indexes and Parquet files by suffix.
+        numbered = f"{relative.stem}.{number}{relative.suffix}"
+        name = relative if not number else relative.with_name(numbered)
         target = folder / DAMAGED_FOLDER / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ from typing import Any
 from data_prep.command import say
 from data_prep.errors import InputError
 from data_prep.shards.folder import finish_dataset, lock_folder
-from data_prep.shards.manifest import manifest_row, read_dataset_files
+from data_prep.shards.manifest import fingerprint_of, manifest_row, read_dataset_files
 from data_prep.storage.atomic import write_atomically
-from data_prep.verify.damaged_files import DAMAGED_FOLDER, set_aside
+from data_prep.verify.damaged_files import DAMAGED_FOLDER, remove_if_empty, set_aside
 from data_prep.verify.dataset_check import (
     PLAN_PATHS,
     DatasetOrigin,
@@ -41,6 +41,8 @@ from data_prep.verify.surviving_shards import (
 )
 from data_prep.workers import run_tasks
 
+METADATA_FILES = ("manifest.jsonl", "dataset.json")
+
 
 def repair_dataset(folder: Path, *, workers: int) -> None:
     """Rebuilds all files that can be rebuilt, and prints a list of repairs and lost samples.
@@ -57,8 +59,8 @@ def repair_dataset(folder: Path, *, workers: int) -> None:
     is_lost = report.refused or any("lost: " in line for line in report.done)
     if is_lost and read_origin(folder).command == "make_shards":
         alternative = (
-            "to restore lost samples, delete the files of the affected shard and run make_shards "
-            "again with the same config: it recreates only this shard"
+            "to restore lost samples, move the files of the affected shard away and run "
+            "make_shards again with the same config: it recreates only this shard"
         )
     if report.refused:
         lines = "\n".join(f"  {line}" for line in report.refused)
@@ -78,7 +80,7 @@ def print_repairs(folder: Path, *, workers: int) -> None:
     """
     _check_is_folder(folder)
     with tempfile.TemporaryDirectory(prefix="isopair-") as temporary:
-        copy = Path(temporary) / folder.name
+        copy = Path(temporary) / "dataset"  # `folder.name` may be ".."
         for path in sorted(folder.rglob("*")):
             target = copy / path.relative_to(folder)
             if path.is_file():
@@ -186,8 +188,11 @@ def _close(
     if not all(read_index(folder / f"{name}.idx") for name in names) or _is_closed(folder, names):
         return
     info = saved.info
-    for path in saved.unreadable:
+    kept = [
         set_aside(path, folder=folder)
+        for path in dict.fromkeys((*saved.unreadable, *(folder / name for name in METADATA_FILES)))
+        if path.is_file()
+    ]
     new = finish_dataset(
         folder,
         names,
@@ -198,6 +203,15 @@ def _close(
         isopair_version=info.isopair_version if info else None,
     )
     report.done.append(f"{folder}: rebuilt manifest.jsonl and dataset.json")
+    recorded = {fingerprint_of(sorted(saved.rows.values(), key=lambda row: row.name))}
+    if info is not None:
+        recorded.add(info.fingerprint)
+    if new.fingerprint in recorded:  # the new files record the same shards
+        unreadable = {path.name for path in saved.unreadable}
+        for path in kept:
+            if path.name not in unreadable:
+                path.unlink()
+        remove_if_empty(folder)
     if info is None and not origin.preparation:
         report.done.append(
             f"{folder}: dataset.json was unreadable, and there is no plan: lost are the "

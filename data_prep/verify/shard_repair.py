@@ -179,11 +179,8 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
     num_lost = _num_lost(task, index, saved)
     repaired_rows = RepairedRows(table, media_kind=task.media_kind, kept=task.kept)
     kept = _set_aside_old(task) if num_lost or index is None else []
-    try:
-        _write(task, index, saved, repaired_rows=repaired_rows, num_lost=num_lost)
-    except Exception:
-        _forget(kept, folder=task.folder)
-        raise
+    # After an error these files stay in `damaged/`: the tar may have been replaced already.
+    _write(task, index, saved, repaired_rows=repaired_rows, num_lost=num_lost)
     if task.row is not None and sha256_of(task.tar_path) == task.row.tar_sha256:
         _forget(kept, folder=task.folder)
         kept = []

@@ -178,6 +178,8 @@ def _existing(name: str, file_names: Sequence[str]) -> list[Path]:
 def _find(name: str, file_name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
+    if not name:  # Path("") is the working directory
+        return None
     if Path(name).is_dir():
         path = Path(name) / file_name
         return path if path.is_file() else None

@@ -89,7 +89,7 @@ def compare(
         between: called after the first way.
 
     Raises:
-        InputError: if a call fails or gives features that are not finite.
+        InputError: if a call fails, or gives features or gradients that are not finite.
     """
     parameters = dict(copied.backbone.named_parameters())
     copied.backbone.zero_grad()
@@ -124,7 +124,7 @@ def encode(copied: ProbedBackbone, call: Call, *, how: str, sign: int = 1) -> Te
         sign: factor of the gradient, 1 or -1.
 
     Raises:
-        InputError: if the call fails or gives features that are not finite.
+        InputError: if the call fails, or gives features or gradients that are not finite.
     """
     with torch.set_grad_enabled(copied.is_trained):
         features = copied.encode(call.examples, first=call.first, how=how)
@@ -147,6 +147,9 @@ def _backward(copied: ProbedBackbone, loss: Tensor, *, how: str) -> None:
             f"{copied.where}: the backbone's backward pass fails {how}: "
             f"{describe_library_error(error)}"
         ) from error
+    for name, parameter in copied.backbone.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise InputError(f"{copied.where}: the gradient of {name} is not finite {how}")
 
 
 def _largest(values: Tensor) -> float:

@@ -12,6 +12,7 @@ works on copies, one tower at a time, and changes neither the model nor any rand
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +115,7 @@ def probe_model(
                 )
             else:
                 probe_tower(probed, examples[kind], settings=settings)
+    gc.collect()  # checkpointed blocks of a copy refer to themselves
     if is_on_gpu:
         torch.cuda.empty_cache()
     return takes_trimmed

@@ -170,13 +170,14 @@ def fingerprints_of_run(folder: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         warn_once(
             logger,
-            f"{path}: missing: the data of this start is not compared with that of earlier ones",
+            f"{path}: missing: the data of this start is only compared with that of the newest "
+            "checkpoint",
         )
         return None
     except DamagedFileError as error:
         raise ConfigError(
-            f"{path}: damaged: {error}; no other file holds the fingerprints of the data: if the "
-            "data is still the same, delete this file, and the next start writes it anew"
+            f"{path}: damaged: {error}; if the data is still the same, delete this file: the next "
+            "start compares the data with that of the newest checkpoint and writes the file anew"
         ) from None
 
 

@@ -190,7 +190,7 @@ def kept_num_micro_batches(config: PretrainConfig, computed_on: Mapping[str, str
     attempts = read_attempts(config.run.folder)
     record = _newest_record(config)
     earlier = None if record is None else _writer_of(record, attempts)
-    if earlier is None:
+    if earlier is None or not earlier.computed_on:  # written by an earlier version
         return None
     old, new = (
         {key: each[key] for key in MEMORY_KEYS if key in each}

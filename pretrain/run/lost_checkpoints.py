@@ -6,6 +6,7 @@ attempts, metrics and status name their steps.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from data_prep.errors import ConfigError, InputError
@@ -16,6 +17,8 @@ from pretrain.run.attempts import last_valid_step, read_attempts, read_metrics
 from pretrain.run.compatibility import holds_run
 from pretrain.run.fork import PARENT_FILE, first_step_of_fork, parse_parent
 from pretrain.run.status_file import read_status_file
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_other_checkpoints(run: Run) -> None:
@@ -28,7 +31,18 @@ def refuse_other_checkpoints(run: Run) -> None:
     if not holds_run(run.folder):
         return
     here, former = open_store(run.checkpoints), store_of_run(str(run.folder))
-    newest_here, newest_former = _newest_step(here), _newest_step(former)
+    newest_here = newest_former = _newest_step(here)
+    if former.folder != here.folder:
+        try:
+            newest_former = _newest_step(former)
+        except OSError as error:
+            logger.warning(
+                "%s: the former folder of the checkpoints cannot be read (%s), so that it is not "
+                "known whether it holds newer ones than %s",
+                former.folder,
+                error,
+                here.folder,
+            )
     if newest_former > newest_here:
         found = "none" if newest_here < 0 else f"step {newest_here}"
         raise ConfigError(

@@ -202,6 +202,9 @@ class PairingChoice:
     Args:
         weights: weight of every pairing.
         takes_all: whether every step takes all pairings.
+
+    Raises:
+        InputError: if steps take one pairing, and a weight is too small.
     """
 
     def __init__(self, weights: Mapping[Name, float], *, takes_all: bool) -> None:
@@ -209,6 +212,12 @@ class PairingChoice:
         self.takes_all = takes_all
         total = sum(weights.values())
         self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights.values()]
+        if 0 in self._parts and not takes_all:
+            name = self.names[self._parts.index(0)]
+            raise InputError(
+                f"pairing {name!r}: its weight is less than a {WEIGHT_PARTS:,}th of all weights; "
+                "raise it, or remove the pairing"
+            )
 
     def pairings_of_step(self, step: int) -> list[Name]:
         """Returns the pairings that a step takes; steps count from 0."""

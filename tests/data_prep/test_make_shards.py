@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -369,3 +370,19 @@ def test_a_full_disk_during_the_plan_is_named(tmp_path):
     assert "Traceback" not in result.stderr
     assert str(tmp_path / "dataset") in result.stderr
     assert not (tmp_path / "dataset").exists()
+
+
+def test_a_dataset_that_an_earlier_version_began_is_continued(tmp_path):
+    dataset = shard(write_pictures(tmp_path, 3), tmp_path / "dataset")
+    before = contents(dataset)
+    path = dataset / "plan" / "plan.json"
+    plan = json.loads(path.read_text())
+    for name in ("caption_source", "underscores"):
+        del plan["made_from"]["config"][name]
+    del plan["made_from"]["config"]["image"]["first_frame"]
+    path.write_text(json.dumps(plan))
+    (dataset / "00000000.tar").unlink()
+    shard(tmp_path / "pairs.tsv", dataset)
+    assert contents(dataset)["00000000.tar"] == before["00000000.tar"]
+    with pytest.raises(InputError, match=r"config\.caption_source: 'json', now 'txt'"):
+        shard(tmp_path / "pairs.tsv", dataset, caption_source="txt")

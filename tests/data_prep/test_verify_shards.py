@@ -229,7 +229,9 @@ def test_values_of_another_type_are_named_and_made_again(dataset, file, old, new
     (dataset / file).write_text(text.replace(old, new))
     assert f"damaged ({expected}" in problems_of(dataset)
     verify(dataset, repair=True)
-    assert contents(dataset) == before
+    after = contents(dataset)
+    after.pop(f"damaged/{file}", None)  # kept if no checksum says what it was
+    assert after == before
 
 
 def test_another_kind_of_media_than_was_prepared_is_found_and_mended(tmp_path):
@@ -300,7 +302,7 @@ def test_a_dataset_of_another_version_is_refused(dataset):
 def test_advice_names_make_shards_only_where_it_made_the_dataset(tmp_path):
     made = write_toy_dataset(tmp_path / "d", preparation={"command": "make_shards", "config": {}})
     flip(made / TAR, 600)
-    assert "delete each listed shard and run make_shards again" in problems_of(made)
+    assert "move each listed shard out of the folder and run make_shards again" in problems_of(made)
 
 
 @pytest.mark.parametrize("file", [TAR, IDX, PARQUET, "manifest.jsonl", "dataset.json"])

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import pytest
 from data_prep.config import VerifyShards
 from data_prep.errors import InputError
 from data_prep.shards.manifest import read_dataset_files
+from data_prep.shards.writer import ShardWriter
 from data_prep.verify.bit_flips import undo_flip_by_sum
+from data_prep.verify.damaged_files import set_aside
+from data_prep.verify.dataset_repair import print_repairs
 from data_prep.verify.metadata_repair import read_metadata
 from data_prep.verify_shards import verify_shards
 from tests.data_prep.shards.test_parquet import as_written_before
@@ -253,3 +257,58 @@ def test_a_damaged_parquet_is_kept_when_its_columns_are_measured_again(dataset, 
     repair(dataset)
     assert "measured 3 rows again; they lack the columns" in capsys.readouterr().out
     assert (dataset / "damaged/00000001.parquet").read_bytes() == damaged
+
+
+# ------------------------------------------------------------------- what must not be lost
+
+
+def test_a_dry_run_of_the_working_folder_or_its_parent_changes_nothing(
+    dataset, tmp_path, monkeypatch
+):
+    (dataset / "inner").mkdir()
+    permute(dataset, "tar", (1, 0, 2))
+    (tmp_path / "temporary").mkdir()
+    stranger = tmp_path / "temporary" / "stranger.tar"
+    shutil.copy(dataset / "00000002.tar", stranger)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    before = files_of(tmp_path)
+    for place, name in ((dataset, "."), (dataset / "inner", "..")):
+        monkeypatch.chdir(place)
+        print_repairs(Path(name), workers=1)
+        assert files_of(tmp_path) == before
+
+
+def test_a_replaced_tar_is_kept_if_the_repair_fails_after_it(dataset, monkeypatch):
+    content = bytearray((dataset / "00000001.tar").read_bytes())
+    content[600] ^= 255  # in the first member's data
+    (dataset / "00000001.tar").write_bytes(content)
+
+    finish = ShardWriter.finish
+
+    def finish_and_fail(writer, **options):
+        finish(writer, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "finish", finish_and_fail)
+    with pytest.raises(OSError, match="No space left"):
+        verify_shards(VerifyShards(dataset=dataset, repair=True))
+    assert (dataset / "damaged/00000001.tar").read_bytes() == bytes(content)
+
+
+def test_a_second_file_of_one_name_in_damaged_is_found_again(dataset, tmp_path):
+    for number, content in enumerate((b"first", b"second", b"third")):
+        (dataset / "00000001.tar").write_bytes(content)
+        kept = set_aside(dataset / "00000001.tar", folder=dataset)
+        (dataset / "00000001.tar").unlink()
+        assert kept.suffix == ".tar"
+        assert kept.read_bytes() == content, number
+
+
+def test_the_manifest_of_a_shard_that_was_moved_away_is_kept(dataset):
+    before = (dataset / "manifest.jsonl").read_bytes()
+    for suffix in SUFFIXES:
+        (dataset / f"00000001.{suffix}").unlink()
+    with suppress(InputError):
+        repair(dataset)
+    if (dataset / "manifest.jsonl").read_bytes() != before:
+        assert (dataset / "damaged/manifest.jsonl").read_bytes() == before

@@ -223,7 +223,9 @@ def test_make_shards_is_named_as_the_way_to_get_lost_samples_back(tmp_path, caps
     made = write_toy_dataset(tmp_path / "d", preparation={"command": "make_shards", "config": {}})
     flip(made / TAR, 600)
     verify(made, repair=True)
-    assert "delete the files of the affected shard and run make_shards" in capsys.readouterr().out
+    assert (
+        "move the files of the affected shard away and run make_shards" in capsys.readouterr().out
+    )
     assert read_dataset_files(made)[0].preparation["command"] == "make_shards"
 
 

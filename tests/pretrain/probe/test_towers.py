@@ -269,6 +269,8 @@ def test_blocks_that_are_not_recomputed_alike_are_refused():
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(InputError, match="the backbone's features are not finite in training mode"):
         probe(Function(lambda rows: rows / 0))
+    with pytest.raises(InputError, match=r"the gradient of first\.\w+ is not finite in training"):
+        probe(Function(lambda rows: (rows * 0).sqrt()))
 
 
 class Locked(nn.Identity):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from data_prep.errors import ConfigError, InputError
+from pretrain.checkpoints.store import open_store
 from pretrain.run.attempts import claim_attempt, now, write_attempt
 from pretrain.run.lost_checkpoints import refuse_other_checkpoints, refuse_restart
 from pretrain.run.status_file import write_status_file
@@ -122,3 +123,22 @@ def test_a_fork_that_has_saved_nothing_begins_from_its_parent(config, tmp_path, 
     resume_once(config, 6)
     with caplog.at_level(logging.WARNING), pytest.raises(InputError, match="one at step 6"):
         refuse_other_checkpoints(fork)
+
+
+def test_a_former_folder_that_cannot_be_read_does_not_stop_the_run(
+    config, tmp_path, caplog, monkeypatch
+):
+    save(config.run.folder / "checkpoints", 4)
+    shutil.copytree(config.run.folder / "checkpoints", tmp_path / "here")
+    former = str(config.run.folder / "checkpoints")
+    store_type = type(open_store(former))
+    read = store_type.checkpoints
+
+    def forbidden(store):
+        if str(store.folder) == former:
+            raise PermissionError(13, "Permission denied")
+        return read(store)
+
+    monkeypatch.setattr(store_type, "checkpoints", forbidden)
+    refuse_other_checkpoints(section(config, checkpoint_folder=str(tmp_path / "here")))
+    assert "cannot be read" in caplog.text

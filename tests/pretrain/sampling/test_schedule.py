@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from data_prep.errors import InputError
 from pretrain.config import Pairing
 from pretrain.sampling.keyed_random import key_of
+from pretrain.sampling.mixing import PairingChoice
 from pretrain.sampling.order import digest_halves, format_digest, lanes_of_rank
 from pretrain.sampling.schedule import build_schedule, distinct_sources
 
@@ -152,3 +154,9 @@ def test_a_step_and_its_digest_do_not_depend_on_the_number_of_ranks(schedule, wo
 def test_counts_of_the_whole_run(schedule):
     assert schedule.num_samples == sum(map(sum, SIZES.values()))
     assert schedule.num_steps == NUM_STEPS
+
+
+def test_a_pairing_with_a_vanishing_weight_is_refused_if_steps_take_one():
+    with pytest.raises(InputError, match=r"pairing 'audio-text': its weight is less than a 1,000"):
+        PairingChoice({"image-text": 1.0, "audio-text": 1e-12}, takes_all=False)
+    PairingChoice({"image-text": 1.0, "audio-text": 1e-12}, takes_all=True)

@@ -73,6 +73,11 @@ def with_duplicates(pairs):
     return replace(pairs, media_keys=pairs.media_keys % 11, caption_keys=pairs.caption_keys % 11)
 
 
+def rounded(features):
+    """Returns the features rounded to bf16; their gradients are not rounded."""
+    return features + (features.bfloat16().float() - features).detach()
+
+
 def true_gradients(config, model, tokenizer):
     """Returns (loss, gradient of every parameter) of one process with all pairs at once."""
     batch = batch_of(config, tokenizer, rank=0, world_size=1)
@@ -83,7 +88,7 @@ def true_gradients(config, model, tokenizer):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
             media = model.encode_media(media_of_pairing(name), pairs.media)
             text = model.encode_text(pairs.tokens)
-        sides = [x.bfloat16() if is_rounded else x for x in (media, text)]
+        sides = [rounded(x) if is_rounded else x for x in (media, text)]
         loss = dense_loss(
             *(side.double() for side in sides),
             model.log_logit_scale[name].exp().double(),
