@@ -39,7 +39,11 @@ def config_of(data, run, sources, **settings):
     text = {"library": "transformers", "name": "bert", "context_length": 8}
     text |= {"pretrained": str(sources / "bert"), "tokenizer": str(sources / "words")}
     model = {"image": TIMM | {"pretrained": str(sources / "timm.pt")}, "text": text}
-    return small_config(data, run, model=model, schedule={"num_steps": 4}, run=settings)
+    # One source: the order of mixed sources differs from that of earlier versions.
+    source = {"name": "colors", "dataset": data / "colors"}
+    pairings = {"image-text": {"global_batch_size": 16, "sources": [source]}}
+    sections = {"model": model, "schedule": {"num_steps": 4}, "run": settings}
+    return small_config(data, run, pairings=pairings, **sections)
 
 
 def stop(config, step):
