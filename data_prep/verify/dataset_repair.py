@@ -19,9 +19,9 @@ from typing import Any
 from data_prep.command import say
 from data_prep.errors import InputError
 from data_prep.shards.folder import finish_dataset, lock_folder
-from data_prep.shards.manifest import fingerprint_of, manifest_row, read_dataset_files
+from data_prep.shards.manifest import ManifestRow, fingerprint_of, manifest_row, read_dataset_files
 from data_prep.storage.atomic import write_atomically
-from data_prep.verify.damaged_files import DAMAGED_FOLDER, remove_if_empty, set_aside
+from data_prep.verify.damaged_files import DAMAGED_FOLDER, set_aside
 from data_prep.verify.dataset_check import (
     PLAN_PATHS,
     DatasetOrigin,
@@ -185,14 +185,13 @@ def _close(
     """Writes manifest.jsonl and dataset.json again if they do not describe the shards."""
     if saved.is_info_sealed:
         _restore_plan(folder, origin.preparation, report)
-    if not all(read_index(folder / f"{name}.idx") for name in names) or _is_closed(folder, names):
+    if not all(read_index(folder / f"{name}.idx") for name in names):
         return
+    rows = [row for name in names if (row := manifest_row(folder, name)).num_samples]
+    if _is_closed(folder, rows):
+        return
+    _set_aside_metadata(folder, saved, rows)
     info = saved.info
-    kept = [
-        set_aside(path, folder=folder)
-        for path in dict.fromkeys((*saved.unreadable, *(folder / name for name in METADATA_FILES)))
-        if path.is_file()
-    ]
     new = finish_dataset(
         folder,
         names,
@@ -203,15 +202,6 @@ def _close(
         isopair_version=info.isopair_version if info else None,
     )
     report.done.append(f"{folder}: rebuilt manifest.jsonl and dataset.json")
-    recorded = {fingerprint_of(sorted(saved.rows.values(), key=lambda row: row.name))}
-    if info is not None:
-        recorded.add(info.fingerprint)
-    if new.fingerprint in recorded:  # the new files record the same shards
-        unreadable = {path.name for path in saved.unreadable}
-        for path in kept:
-            if path.name not in unreadable:
-                path.unlink()
-        remove_if_empty(folder)
     if info is None and not origin.preparation:
         report.done.append(
             f"{folder}: dataset.json was unreadable, and there is no plan: lost are the "
@@ -230,16 +220,25 @@ def _close(
         )
 
 
-def _is_closed(folder: Path, names: Sequence[str]) -> bool:
-    """Returns True if dataset.json and manifest.jsonl exist and agree with the indexes."""
+def _is_closed(folder: Path, rows: Sequence[ManifestRow]) -> bool:
+    """Returns True if dataset.json and manifest.jsonl exist and agree with the shards."""
     try:
         info, manifest = read_dataset_files(folder)
-        rows = [manifest_row(folder, name) for name in names]
     except InputError:
         return False
     findings = check_dataset(folder, info, manifest, origin=read_origin(folder))
-    is_as_indexed = manifest == [row for row in rows if row.num_samples]
-    return is_as_indexed and all(finding.kind != "totals" for finding in findings)
+    return manifest == rows and all(finding.kind != "totals" for finding in findings)
+
+
+def _set_aside_metadata(folder: Path, saved: SavedMetadata, rows: Sequence[ManifestRow]) -> None:
+    """Keeps the files that are replaced, unless they are readable and record the same shards."""
+    recorded = {fingerprint_of(sorted(saved.rows.values(), key=lambda row: row.name))}
+    if saved.info is not None:
+        recorded.add(saved.info.fingerprint)
+    are_equal = fingerprint_of(rows) in recorded
+    for path in (folder / name for name in METADATA_FILES):
+        if path.is_file() and (path in saved.unreadable or not are_equal):
+            set_aside(path, folder=folder)
 
 
 def _planned(folder: Path, key: str) -> int | None:

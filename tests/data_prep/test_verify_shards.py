@@ -17,16 +17,6 @@ from tests.support.toy_pairs import contents, shard, write_pictures
 from tests.support.toy_shards import toy_sample, write_rows, write_toy_dataset
 
 
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory):
-    return write_toy_dataset(tmp_path_factory.mktemp("toy") / "dataset")
-
-
-@pytest.fixture
-def dataset(intact, tmp_path):
-    return shutil.copytree(intact, tmp_path / "dataset")
-
-
 def verify(dataset, **fields):
     verify_shards(VerifyShards(dataset=dataset, **fields))
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 
 import pytest
 
@@ -16,19 +15,8 @@ from data_prep.sources.input_files import PairSource
 from data_prep.sources.tars import read_webdataset
 from data_prep.verify_shards import verify_shards
 from tests.support.damage import single_bit_flips, truncations
-from tests.support.toy_shards import write_toy_dataset
 
 PARQUET = "00000001.parquet"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory):
-    return write_toy_dataset(tmp_path_factory.mktemp("toy") / "dataset")
-
-
-@pytest.fixture
-def dataset(intact, tmp_path):
-    return shutil.copytree(intact, tmp_path / "dataset")
 
 
 def test_every_damage_to_a_parquet_file_is_found(dataset):

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 
@@ -26,16 +25,6 @@ from tests.support.toy_shards import write_toy_dataset
 
 NAMES = ("00000000", "00000001", "00000002")
 SUFFIXES = ("tar", "idx", "parquet")
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory):
-    return write_toy_dataset(tmp_path_factory.mktemp("toy") / "dataset")
-
-
-@pytest.fixture
-def dataset(intact, tmp_path):
-    return shutil.copytree(intact, tmp_path / "dataset")
 
 
 @pytest.fixture(scope="module")
@@ -295,20 +284,29 @@ def test_a_replaced_tar_is_kept_if_the_repair_fails_after_it(dataset, monkeypatc
     assert (dataset / "damaged/00000001.tar").read_bytes() == bytes(content)
 
 
-def test_a_second_file_of_one_name_in_damaged_is_found_again(dataset, tmp_path):
-    for number, content in enumerate((b"first", b"second", b"third")):
+def test_a_second_file_of_one_name_in_damaged_keeps_its_suffix(dataset):
+    for content in (b"first", b"second", b"third"):
         (dataset / "00000001.tar").write_bytes(content)
         kept = set_aside(dataset / "00000001.tar", folder=dataset)
         (dataset / "00000001.tar").unlink()
         assert kept.suffix == ".tar"
-        assert kept.read_bytes() == content, number
+        assert kept.read_bytes() == content
 
 
-def test_the_manifest_of_a_shard_that_was_moved_away_is_kept(dataset):
-    before = (dataset / "manifest.jsonl").read_bytes()
+def test_the_metadata_of_a_shard_that_was_moved_away_is_kept(dataset):
+    names = ("manifest.jsonl", "dataset.json")
+    before = [(dataset / name).read_bytes() for name in names]
     for suffix in SUFFIXES:
         (dataset / f"00000001.{suffix}").unlink()
-    with suppress(InputError):
+    repair(dataset)
+    assert read_dataset_files(dataset)[0].num_samples == 5
+    assert [(dataset / "damaged" / name).read_bytes() for name in names] == before
+
+
+def test_each_unreadable_manifest_is_kept_beside_earlier_ones(intact, dataset):
+    for content in (b"?" * 99, b"!" * 99):
+        (dataset / "manifest.jsonl").write_bytes(content)
         repair(dataset)
-    if (dataset / "manifest.jsonl").read_bytes() != before:
-        assert (dataset / "damaged/manifest.jsonl").read_bytes() == before
+    assert files_of(dataset) == files_of(intact)
+    assert (dataset / "damaged/manifest.jsonl").read_bytes() == b"?" * 99
+    assert (dataset / "damaged/manifest.1.jsonl").read_bytes() == b"!" * 99

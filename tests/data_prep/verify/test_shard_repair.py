@@ -32,16 +32,6 @@ from tests.support.toy_shards import jpeg, toy_sample, write_toy_dataset
 KEPT_FILES = ("dataset.json", "manifest.jsonl", TAR, IDX)
 
 
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory):
-    return write_toy_dataset(tmp_path_factory.mktemp("toy") / "dataset")
-
-
-@pytest.fixture
-def dataset(intact, tmp_path):
-    return shutil.copytree(intact, tmp_path / "dataset")
-
-
 def contents(folder):
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
     return {path.name: path.read_bytes() for path in files}
