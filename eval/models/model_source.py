@@ -11,7 +11,6 @@ Does not import torch, so that a wrong path is reported before any slow import.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Literal
 
 from data_prep.errors import InputError
 from pretrain.checkpoints.store import find_locations
+from pretrain.model.source_files import fingerprint_of_files
 
 Library = Literal["isopair", "open_clip", "hugging_face"]
 LOCAL_DIR = "local-dir:"
@@ -101,12 +101,7 @@ def checksum_of_files(path: Path) -> str:
             f"{path}: expected weights ({', '.join(WEIGHT_SUFFIXES)}), found none; copy all files "
             "of the model"
         )
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(f"{file.name} {digest}\n".encode())
-    return total.hexdigest()
+    return fingerprint_of_files(files)
 
 
 def _files_of_model(folder: Path) -> Iterable[Path]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.storage.atomic import sha256_of
 from pretrain.config import MediaTower, Model, TextTower
 
 SourceFiles = dict[str, list[Path]]  # config key -> files, none if they are not found
@@ -53,9 +54,7 @@ def fingerprint_of_files(paths: Sequence[Path]) -> str:
     """Computes a sha256 over the names and contents of files; folders do not affect it."""
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.name} {content}\n".encode())
+        total.update(f"{path.name} {sha256_of(path)}\n".encode())
     return total.hexdigest()
 
 
