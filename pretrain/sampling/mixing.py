@@ -65,10 +65,9 @@ class SourceMixture:
         self.first_row = first_row
         self.parts = integer_parts(weights)
         for name, weight, part in zip(source_names, weights, self.parts, strict=True):
-            if weight > 0 and part == 0:
-                raise InputError(
-                    f"pairing {pairing!r}: the weight of source {name!r} is less than a "
-                    f"{WEIGHT_PARTS:,}th of all weights; raise it, or remove the source"
+            if weight > 0:
+                _refuse_vanishing(
+                    part, f"pairing {pairing!r}: the weight of source {name!r}", "the source"
                 )
         used = [number for number, part in enumerate(self.parts) if part > 0]
         self._tree = self._split(used, depth=0, turn=key_of(*key_parts) % lanes)
@@ -179,6 +178,15 @@ def integer_parts(weights: Sequence[float]) -> list[int]:
     return parts
 
 
+def _refuse_vanishing(part: int, weight: str, owner: str) -> None:
+    """Refuses a weight that the resolution of the weights rounds to 0."""
+    if part == 0:
+        raise InputError(
+            f"{weight} is less than a {WEIGHT_PARTS:,}th of all weights; raise it, or remove "
+            f"{owner}"
+        )
+
+
 def spread_ranks(num: int, *, base: int) -> np.ndarray:
     """Returns int64 [num], the ranks of 0, ..., num - 1 by their reversed digits in some base.
 
@@ -212,12 +220,9 @@ class PairingChoice:
         self.takes_all = takes_all
         total = sum(weights.values())
         self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights.values()]
-        if 0 in self._parts and not takes_all:
-            name = self.names[self._parts.index(0)]
-            raise InputError(
-                f"pairing {name!r}: its weight is less than a {WEIGHT_PARTS:,}th of all weights; "
-                "raise it, or remove the pairing"
-            )
+        if not takes_all:
+            for name, part in zip(self.names, self._parts, strict=True):
+                _refuse_vanishing(part, f"pairing {name!r}: its weight", "the pairing")
 
     def pairings_of_step(self, step: int) -> list[Name]:
         """Returns the pairings that a step takes; steps count from 0."""
