@@ -185,12 +185,12 @@ def test_a_damaged_status_is_named(folder, caplog, capsys):
 def test_damaged_fingerprints_are_refused_until_the_file_is_deleted(folder, identity, caplog):
     path = folder / "environment.json"
     path.write_bytes(path.read_bytes().replace(b"0a0a", b"0a0b"))
-    expected = rf"{path}: damaged: expected the recorded sha256 .*: if .* same, delete this file"
+    expected = rf"{path}: damaged: expected the recorded sha256 .*; if .* same, delete this file"
     with pytest.raises(ConfigError, match=expected):
         identity.refuse_other_run()
     path.unlink()
     identity.refuse_other_run()
-    assert f"{path}: missing: the data of this start is not compared" in caplog.text
+    assert f"{path}: missing: the data of this start is only compared" in caplog.text
     begin_attempt(identity, hosts=["node1"], num_micro_batches=1)
     assert fingerprints_of_run(folder) == FINGERPRINTS
 
