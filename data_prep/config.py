@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from data_prep.languages import check_language, check_script
 
 MediaKind = Literal["image", "audio"]
 CaptionSource = Literal["json", "txt"]
+Separator = Annotated[str, Field(pattern=r'^[^"\r\n]$')]  # one character between columns
 SourceFormat = Literal[
     "auto",  # detected from the input's name and content
     "csv",
@@ -215,7 +216,7 @@ class MakeShards(Section):
     # whether fields of tables may be quoted; null: yes in .csv, detected in .tsv
     quotes: bool | None = None
     # one character between the columns of .csv and .tsv; null: detected from the header
-    separator: str | None = Field(None, pattern=r'^[^"\r\n]$')
+    separator: Separator | None = None
     captions_per_item: Literal["group", "row"] = (
         "group"  # group: rows with the same media path form one item; row: each row is an item
     )

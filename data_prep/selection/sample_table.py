@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 ORDINAL = "isopair_ordinal"
 CLIP_SCORE = "clip_score"
+FOREIGN_ADVICE = (
+    "if another program wrote it, put the original back; if that is lost, move the file out of the "
+    "folder and rebuild it with python -m data_prep.verify_shards and repair=true: its rows are "
+    "measured again, but source, language, marks and kept columns are lost"
+)
 
 
 @contextmanager
@@ -148,7 +153,7 @@ class SampleTable:
             if found[str(path)] != row.num_samples:
                 raise InputError(
                     f"{path}: expected {row.num_samples} rows (manifest.jsonl), found "
-                    f"{found[str(path)]}; delete its .idx and prepare the shard again"
+                    f"{found[str(path)]}; {FOREIGN_ADVICE}"
                 )
 
     def _write_shards_table(self, files: Sequence[Path]) -> None:
@@ -178,8 +183,7 @@ class SampleTable:
             different = sorted({name for name, *_ in first ^ other})
             raise InputError(
                 f"{rows[1][0]}: expected the columns and types of {rows[0][0]}, found differences "
-                f"in {', '.join(different)}; delete the file, and rebuild it with python -m "
-                "data_prep.verify_shards and repair=true"
+                f"in {', '.join(different)}; {FOREIGN_ADVICE}"
             )
 
     def _columns_without_nan(self, source: str) -> str:

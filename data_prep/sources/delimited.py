@@ -41,6 +41,7 @@ class DelimitedFile:
         wanted: names of columns that the file must have; they identify the separator.
         separator: separator of columns; None to detect it.
         quotes: whether fields may be quoted; None: yes in CSV files, detected in TSV files.
+        section: config section of these settings in messages, such as "columns.".
 
     Raises:
         InputError: if the file is unreadable.
@@ -54,10 +55,17 @@ class DelimitedFile:
         wanted: Collection[str],
         separator: str | None = None,
         quotes: bool | None = None,
+        section: str = "",
     ):
         self.path = path
+        self.section = section
         self.layout = detect_layout(
-            path, file_format=file_format, wanted=wanted, separator=separator, quotes=quotes
+            path,
+            file_format=file_format,
+            wanted=wanted,
+            separator=separator,
+            quotes=quotes,
+            section=section,
         )
         self.num_lines = 0  # read so far
         self._rows = self._quoted_rows() if self.layout.has_quotes else self._plain_rows()
@@ -87,7 +95,7 @@ class DelimitedFile:
         except csv.Error as error:
             raise InputError(
                 f"{self.path}: line {reader.line_num}: {error}; if quotation marks in the "
-                "captions are plain text, set quotes=false"
+                f"captions are plain text, set {self.section}quotes=false"
             ) from None
 
 
@@ -98,6 +106,7 @@ def detect_layout(
     wanted: Collection[str],
     separator: str | None,
     quotes: bool | None,
+    section: str,
 ) -> TableLayout:
     """Detects the layout of a file, and logs it if it is not the usual one of the format.
 
@@ -110,6 +119,7 @@ def detect_layout(
         wanted: names of columns that the file must have.
         separator: separator of columns; None to detect it.
         quotes: whether fields may be quoted; None: yes in CSV files, detected in TSV files.
+        section: config section of these settings in messages, such as "columns.".
 
     Raises:
         InputError: if the file is unreadable.
@@ -125,8 +135,9 @@ def detect_layout(
         if quotes and file_format == "tsv":
             log.warning(
                 "%s: fields are quoted, and their quotation marks are removed; if they are plain "
-                "text, set quotes=false",
+                "text, set %squotes=false",
                 path,
+                section,
             )
     return TableLayout(separator, quotes)
 

@@ -20,6 +20,7 @@ from data_prep.shards.sample import (
     captions_in_json,
 )
 from data_prep.sources.pair import Pair, checked_pair
+from data_prep.sources.text_lines import utf8_problem
 from data_prep.storage import remote_file
 
 MAX_SIDECAR_BYTES = 1 << 24
@@ -53,10 +54,10 @@ def _rejection(pair: Pair) -> tuple[str | None, str]:
     is_relative = pair.place is None and not remote_file.is_absolute(pair.media)
     if is_relative and ".." in pair.media and remote_file.points_outside(pair.media):
         return "path_outside_root", f"{pair.media}: points outside media_root"
-    try:
-        (pair.kept or "").encode("utf-8")
-    except UnicodeEncodeError as error:
-        return "not_utf8", f"keep_columns: {error.reason}"
+    if pair.kept is not None and utf8_problem(pair.kept):
+        values = json.loads(pair.kept).items()
+        name, problem = next((n, p) for n, v in values if (p := utf8_problem({n: v})))
+        return "not_utf8", f"keep_columns: {name!r}: {problem}"
     return None, ""
 
 

@@ -23,6 +23,8 @@ from data_prep.sources.rows import (
 from data_prep.sources.text_lines import read_lines
 
 MAX_KEYS_LISTED = 1000
+# Advice for a header in one piece, whose separator may be one that is not detected
+NO_SEPARATOR = "; if another character separates the columns, set {}separator"
 
 
 def read_table(source: PairSource, *, file_format: str) -> Iterator[Pair]:
@@ -75,10 +77,8 @@ class _TableReader:
             separator=source.separator,
             quotes=source.quotes,
         )
-        # A header in one piece may have a separator that is not detected.
-        advice = "; if another character separates the columns, set separator"
-        is_one = len(self.file.header) == 1
-        check_columns(path, self.file.header, wanted=wanted, advice=advice if is_one else "")
+        advice = NO_SEPARATOR.format("") if len(self.file.header) == 1 else ""
+        check_columns(path, self.file.header, wanted=wanted, advice=advice)
 
     @property
     def num_lines(self) -> int:

@@ -6,11 +6,12 @@ import bz2
 import contextlib
 import gzip
 import io
+import json
 import lzma
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data_prep.errors import InputError
 from data_prep.sources.input_files import readable_input
@@ -57,6 +58,15 @@ def read_lines(path: str, *, newline: str) -> Iterator[str]:
                     "expected a manifest with one pair per line"
                 )
             yield line
+
+
+def utf8_problem(value: Any) -> str | None:
+    """Returns why a value of JSON, at any depth, is no text in UTF-8; None if it is."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return error.reason
+    return None
 
 
 @contextlib.contextmanager

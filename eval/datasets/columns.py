@@ -1,4 +1,4 @@
-"""Config values that locate a dataset, and that name the columns of a table of media files."""
+"""Config values that locate a dataset, and that describe a table of media files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from data_prep.config import Separator
 from data_prep.config_file import MAY_BE_URL, Section
 
 # Path or URL of Isopair shards, tars (see eval.datasets.tar_dataset), one folder per class, or a
@@ -14,7 +15,7 @@ DatasetLocation = Annotated[str, BeforeValidator(str), MAY_BE_URL]
 
 
 class TableColumns(Section):
-    """Names of the columns of a table of media files."""
+    """Names of the columns of a table of media files, and how its fields are separated."""
 
     # Path of the file relative to the table, with columns in braces, such as "audio/{filename}"
     media: str = "{file}"
@@ -24,3 +25,7 @@ class TableColumns(Section):
     class_name: str = "class_name"
     class_names: str = "class_names"  # column that holds all classes of a file
     class_separator: str = ","  # between the classes of a cell
+    # whether fields may be quoted; null: yes in .csv, detected in .tsv
+    quotes: bool | None = None
+    # one character between the columns of .csv and .tsv; null: detected from the header
+    separator: Separator | None = None

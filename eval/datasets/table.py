@@ -2,7 +2,7 @@
 
 table.csv, .tsv or .jsonl, also compressed: one or more rows per file, with captions or classes in
 columns (see eval.datasets.columns). All columns are available as the sample's .json. Separators and
-quotation marks are detected as by data_prep.
+quotation marks are detected as by data_prep, unless the config states them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from data_prep.errors import InputError
 from data_prep.sources.delimited import DelimitedFile
 from data_prep.sources.input_files import FORMAT_OF_SUFFIX, format_suffix
-from data_prep.sources.tables import json_object
-from data_prep.sources.text_lines import read_lines
+from data_prep.sources.tables import NO_SEPARATOR, json_object
+from data_prep.sources.text_lines import read_lines, utf8_problem
 from eval.datasets.columns import TableColumns
 from eval.datasets.file_dataset import FileDataset, MediaFile
 
@@ -77,15 +77,26 @@ def _rows_of(path: Path, columns: TableColumns) -> Iterator[dict[str, Any]]:
         InputError: if the table cannot be read, or a row is malformed.
     """
     file_format = FORMAT_OF_SUFFIX[format_suffix(path.name)]
+    if file_format == "jsonl":
+        _check_settings(path, columns)
     rows = _json_rows(path) if file_format == "jsonl" else _rows(path, file_format, columns)
     for number, row in rows:
-        try:
-            "".join(map(str, [*row, *row.values()])).encode()
-        except UnicodeEncodeError as error:
+        if utf8_problem(row):
+            found = ((name, utf8_problem({name: value})) for name, value in row.items())
+            name, problem = next((name, problem) for name, problem in found if problem)
             raise InputError(
-                f"{path}: line {number}: expected text in UTF-8: {error.reason}"
-            ) from None
+                f"{path}: line {number}: column {name!r}: expected text in UTF-8: {problem}"
+            )
         yield row
+
+
+def _check_settings(path: Path, columns: TableColumns) -> None:
+    for name in ("quotes", "separator"):
+        if getattr(columns, name) is not None:
+            raise InputError(
+                f"{path}: columns.{name} is for .csv and .tsv, found a table in .jsonl; set it "
+                "to null"
+            )
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -101,8 +112,20 @@ def _rows(
     path: Path, file_format: str, columns: TableColumns
 ) -> Iterator[tuple[int, dict[str, str]]]:
     wanted = {*_fields_of(columns.media), *_fields_of(columns.key or "")}
-    file = DelimitedFile(str(path), file_format=file_format, wanted=wanted)
+    file = DelimitedFile(
+        str(path),
+        file_format=file_format,
+        wanted=wanted,
+        separator=columns.separator,
+        quotes=columns.quotes,
+        section="columns.",
+    )
     header = file.header
+    if len(header) == 1 and not wanted <= set(header):
+        raise InputError(
+            f"{path}: expected the columns {', '.join(sorted(wanted))} (columns.media), found "
+            f"{header[0]!r}{NO_SEPARATOR.format('columns.')}"
+        )
     if len(set(header)) != len(header):
         repeated = next(name for name in header if header.count(name) > 1)
         raise InputError(f"{path}: duplicate column {repeated!r}; rename it")

@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from data_prep.errors import InputError
 from eval.metrics.intervals import Bootstrap, paired_interval
-from eval.report.predictions import predictions_file
+from eval.report.predictions import find_predictions
 
 NUM_FLIPPED = 20  # samples listed by key
 # Columns that identify a query and its relevant candidates
@@ -70,7 +70,7 @@ class ResultPair:
         Raises:
             InputError: if predictions are missing, or belong to other queries.
         """
-        paths = [predictions_file(folder, self.evaluation, suffix) for folder in self.folders]
+        paths = [find_predictions(folder, self.evaluation, suffix) for folder in self.folders]
         first, second = (_read_predictions(path) for path in paths)
         for column in QUERY_COLUMNS:
             if first.get(column) != second.get(column):

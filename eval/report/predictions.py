@@ -11,13 +11,16 @@
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
     predictions/<evaluation>.image_to_audio.parquet  and so on: key, hit@k, rank
 
-Characters of <evaluation> other than letters, digits, "_" and "-" are written as %XX.
+Characters of <evaluation> other than letters, digits, "_" and "-" are written as %XX. Earlier
+versions wrote "_" for them, and kept ".".
 Ranks start at 1. Where scores tie, hits and ranks are averaged over all orders of the ties.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from eval.tasks.task import Outcome
 
 FOLDER = "predictions"
+SUFFIX = r"(\.\w+_to_\w+)?"  # of any file of predictions
 
 
 def write_predictions(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -67,3 +71,28 @@ def predictions_file(results: Path, evaluation: str, suffix: str) -> Path:
         suffix: suffix of the file's name, listed in the module's docstring.
     """
     return results / FOLDER / f"{file_name_of(evaluation)}{suffix}.parquet"
+
+
+def find_predictions(results: Path, evaluation: str, suffix: str) -> Path:
+    """Returns the path of a file of predictions to read, also if an earlier version wrote it.
+
+    Names of earlier versions are not unique. Such a file is used only if it cannot belong to
+    another evaluation of the results. Otherwise, the path is the same as of `predictions_file`.
+
+    Args:
+        results: folder that `python -m eval.evaluate` wrote.
+        evaluation: name of the evaluation.
+        suffix: suffix of the file's name, listed in the module's docstring.
+    """
+    path = predictions_file(results, evaluation, suffix)
+    earlier = path.with_name(f"{_earlier_name(evaluation)}{suffix}.parquet")
+    if path.exists() or not earlier.exists():
+        return path
+    others = json.loads((results / "results.json").read_text())["evaluations"].keys() - {evaluation}
+    names = (name for each in others for name in (file_name_of(each), _earlier_name(each)))
+    is_shared = any(re.fullmatch(re.escape(name) + SUFFIX, earlier.stem) for name in names)
+    return path if is_shared else earlier
+
+
+def _earlier_name(evaluation: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_.-]", "_", evaluation)

@@ -136,6 +136,17 @@ def test_every_bad_line_of_a_jsonl_has_its_reason(tmp_path):
     }
 
 
+def test_a_kept_column_that_is_not_utf8_is_named_at_any_depth(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    values = ('"\\ud800"', '["\\ud800"]', '{"a": [{"\\ud800": 1}]}')
+    path.write_text(
+        "".join(f'{{"path": "a.jpg", "caption": "x", "fine": 1, "kept": {v}}}\n' for v in values)
+    )
+    pairs = pairs_of(path, keep_columns=("fine", "kept"))
+    assert [pair.reason for pair in pairs] == ["not_utf8"] * len(values)
+    assert {pair.detail for pair in pairs} == {"keep_columns: 'kept': surrogates not allowed"}
+
+
 @pytest.mark.parametrize("suffix", ["tsv", "jsonl"])
 def test_a_wrong_column_lists_those_found_and_suggests_the_nearest(tmp_path, suffix):
     path = tmp_path / f"pairs.{suffix}"

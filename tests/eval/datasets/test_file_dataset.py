@@ -177,7 +177,12 @@ def test_tables_as_esc_50_clotho_audiocaps_and_fsd50k_come_are_read(tmp_path):
         ('file,caption\naudio/1.wav,"a\n', "quotes=false|unexpected end of data"),
         ("file,caption,file\naudio/1.wav,a,b\n", "duplicate column 'file'"),
         ("file,caption\n" + "x" * 300 + ".wav,a\n", "1 of 1 files are missing"),
-        ("file,caption\naudio/1.wav,caf\udce9\n", "line 2: expected text in UTF-8"),
+        (
+            "file,caption\naudio/1.wav,caf\udce9\n",
+            "line 2: column 'caption': expected text in UTF-8",
+        ),
+        ('file,caption\naudio/1.wav,"a" b\n', r"line 2: .* set columns\.quotes=false"),
+        ("file^caption\naudio/1.wav^a\n", r"'file\^caption'; .* set columns\.separator"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path, content, message):
@@ -199,7 +204,18 @@ def test_a_table_that_does_not_fit_is_named(tmp_path, content, message):
         ('{"file": ["audio/1.wav"], "caption": "a"}', "1 of 1 files are missing"),
         ('{"file": "audio/1.wav", "caption": {"en": "a"}}', "row 1: caption: expected text"),
         ('{"file": "audio/1.wav", "caption": [["a"]]}', "row 1: caption: expected text"),
-        ('{"file": "audio/1.wav", "caption": "\\ud800"}', "line 1: expected text in UTF-8"),
+        *(
+            (
+                f'{{"file": "audio/1.wav", "caption": "a", "more": {value}}}',
+                r"jsonl: line 1: .*'more'",
+            )
+            for value in (
+                *('"\\ud800"', '["a", "\\ud800"]', '{"a": {"b": ["\\ud800"]}}', '{"\\ud800": 1}'),
+                *('"\\ude00\\ud83d"', '[[["\\ud800"]]]'),
+            )
+        ),
+        ('{"file": "audio/1.wav", "caption": ["a", "\\ud800"]}', "line 1: column 'caption'"),
+        ('{"file": "audio/1.wav", "caption": "a", "\\ud800": 1}', r"line 1: column '\\ud800'"),
         ('{"file": "audio/1.wav", "caption": "a", "class_name": ["x", "y"]}', "one class"),
         ('{"file": "audio/1.wav", "caption": null}', "expected a caption"),
     ],
@@ -241,6 +257,25 @@ def test_tables_are_read_as_data_prep_reads_them(tmp_path):
     plain = tmp_path / "plain.tsv"
     plain.write_text('file\tcaption\naudio/1.wav\t"open\naudio/2.wav\ta 5" pipe\n')
     assert task_of("retrieval", plain).captions == ['"open', 'a 5" pipe']
+
+
+def test_separator_and_quotes_of_a_table_may_be_stated(tmp_path):
+    write_sounds(tmp_path, ["audio/1.wav", "audio/2.wav"])
+    path = tmp_path / "table.csv"
+    path.write_text('file^caption\naudio/1.wav^"open\naudio/2.wav^a 5" pipe\n')
+    columns = {"separator": "^", "quotes": False}
+    assert task_of("retrieval", path, columns=columns).captions == ['"open', 'a 5" pipe']
+    path = tmp_path / "table.tsv"
+    path.write_text('file\tcaption\naudio/1.wav\t"a ""b"""\naudio/2.wav\tc\n')
+    for quotes, caption in ((None, 'a "b"'), (True, 'a "b"'), (False, '"a ""b"""')):
+        assert task_of("retrieval", path, columns={"quotes": quotes}).captions == [caption, "c"]
+    lines = tmp_path / "table.jsonl"
+    lines.write_text('{"file": "audio/1.wav", "caption": "a"}\n')
+    for name, value in columns.items():
+        with pytest.raises(InputError, match=rf"columns\.{name} is for \.csv and \.tsv"):
+            task_of("retrieval", lines, columns={name: value})
+    with pytest.raises(ValueError, match="separator"):
+        config_of("retrieval", path, columns={"separator": ",,"})
 
 
 def test_what_is_missing_says_how_to_get_it_or_is_left_out(tmp_path):

@@ -1,11 +1,14 @@
 """Predictions of different evaluations are stored in different files."""
 
+import json
+import re
+
 import pytest
 from pydantic import ValidationError
 
 from data_prep.storage.file_names import MAX_NAME_BYTES
 from eval.config import EvaluateConfig
-from eval.report.predictions import predictions_file
+from eval.report.predictions import find_predictions, predictions_file
 
 SUFFIXES = ("", ".media_to_text", ".text_to_media")
 NAMES = ["a b", "a_b", "a/b", "a", "a.media_to_text", "\u56fe\u50cf", "\u58f0\u97f3", "%", "%25"]
@@ -23,3 +26,46 @@ def test_config_refuses_a_name_that_is_too_long_for_a_file(tmp_path):
     with pytest.raises(ValidationError, match="shorten it"):
         EvaluateConfig(checkpoint=tmp_path, output=tmp_path, evaluations={name: section})
     EvaluateConfig(checkpoint=tmp_path, output=tmp_path, evaluations={name[:-1]: section})
+
+
+def write_results_of_earlier_version(folder, evaluations, suffixes):
+    """Writes empty predictions under the names of earlier versions."""
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"evaluations": dict.fromkeys(evaluations)}))
+    for name in evaluations:
+        for suffix in suffixes:
+            earlier = re.sub(r"[^a-zA-Z0-9_.-]", "_", name)
+            (folder / "predictions" / f"{earlier}{suffix}.parquet").touch()
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "found"),
+    [
+        (["a.b"], {"a.b": "a.b"}),
+        (["a.b", "a"], {"a.b": "a.b", "a": "a"}),
+        (["a b", "c"], {"a b": "a_b", "c": "c"}),
+        (["a b", "a_b"], {"a b": None, "a_b": "a_b"}),  # the second is also its name of today
+        (["a b", "a/b"], {"a b": None, "a/b": None}),
+        (["\u56fe\u50cf", "\u58f0\u97f3"], {"\u56fe\u50cf": None, "\u58f0\u97f3": None}),
+        (["\u56fe\u50cf"], {"\u56fe\u50cf": "__"}),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".media_to_text"])
+def test_predictions_of_earlier_versions_are_found_if_they_are_unambiguous(
+    tmp_path, evaluations, found, suffix
+):
+    write_results_of_earlier_version(tmp_path, evaluations, [suffix])
+    for name, earlier in found.items():
+        today = predictions_file(tmp_path, name, suffix)
+        expected = today if earlier is None else today.with_name(f"{earlier}{suffix}.parquet")
+        assert find_predictions(tmp_path, name, suffix) == expected
+        today.touch()
+        assert find_predictions(tmp_path, name, suffix) == today
+        if today != expected:
+            today.unlink()
+
+
+def test_a_suffix_in_a_name_is_not_taken_for_another_evaluation(tmp_path):
+    write_results_of_earlier_version(tmp_path, ["a.media_to_text", "a"], [""])
+    name = "a.media_to_text"
+    assert find_predictions(tmp_path, name, "") == predictions_file(tmp_path, name, "")
