@@ -1,6 +1,6 @@
 """Random access to a dataset of shards: WebDataset tars with indexes.
 
-    dataset.json          DatasetInfo: version, media kind, totals, drops by reason, fingerprint
+    dataset.json          DatasetInfo: version, modalities, totals, drops by reason, fingerprint
     manifest.jsonl        one ManifestRow per shard
     00000000.tar          ustar; the members of a sample are adjacent and share their key
     00000000.idx          ShardIndex: offset, size and CRC32 of every member
@@ -15,7 +15,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from data_prep.shards.index import REPAIR_ADVICE, ShardIndex
 from data_prep.shards.indexed_sample import read_indexed
 from data_prep.shards.manifest import ManifestRow, _check_fingerprint, read_dataset_files
 from data_prep.shards.sample import BadShardError, CorruptSampleError, Sample
+from data_prep.shards.sample_contents import SampleContents, contents_of, fields_of
 from data_prep.shards.shard_fetcher import ShardFetcher
 
 NUM_OPEN_TARS = 128
@@ -62,6 +63,7 @@ class Dataset:
         self.folder = folder
         self.info, self.manifest = read_dataset_files(folder)
         _check_fingerprint(folder, self.info, self.manifest)
+        self.modalities = self.info.named_modalities()
         self.tar_folder = folder / self.info.tar_folder
         self.shard_sizes = np.array([row.num_samples for row in self.manifest], dtype=np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
@@ -79,10 +81,13 @@ class Dataset:
         self._index = lru_cache(maxsize=max(num_indexes, 1))(self._read_index)
         self._tar_descriptor = lru_cache(maxsize=NUM_OPEN_TARS)(self._open_tar)
         self._tar_name = lru_cache(maxsize=NUM_OPEN_TARS)(lambda shard: str(self.tar_path(shard)))
+        self._fields_of = lru_cache(maxsize=64)(
+            lambda names: fields_of(self.modalities, names, fields=self.info.fields)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without open files, so that it can be sent to loader processes."""
-        caches = ("_index", "_tar_descriptor", "_tar_name")
+        caches = ("_index", "_tar_descriptor", "_tar_name", "_fields_of")
         return {name: value for name, value in vars(self).items() if name not in caches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -125,6 +130,77 @@ class Dataset:
                 "check the dataset with python -m data_prep.verify_shards"
             )
         return sample
+
+    def read_modalities(
+        self, ordinal: int, *, names: Collection[str] | None = None
+    ) -> SampleContents:
+        """Reads a sample by modality; only the members of the wanted modalities are read.
+
+        Args:
+            ordinal: 0 to len - 1.
+            names: modalities to read, of `modalities`; None reads all. Those that the sample lacks
+                are left out of the result.
+
+        Raises:
+            CorruptSampleError: in the cases of `read_sample`, or if a text or vector cannot be
+                parsed, or a modality is missing that the index records.
+            BadShardError, OSError: as `read_sample`.
+        """
+        wanted = frozenset(self.modalities if names is None else names)
+        sample = self.read_sample(ordinal, fields=self._fields_of(wanted))
+        contents = contents_of(sample, self.modalities, names=wanted)
+        shard, position = self.locate(ordinal)
+        index = self._index(shard)
+        mask = -1 if index.presence is None else int(index.presence[position])
+        recorded = wanted.intersection(self.modalities.names_in(mask))
+        if recorded != contents.present:
+            different = ", ".join(sorted(recorded ^ contents.present))
+            raise CorruptSampleError(
+                f"{sample}: {different}: the members differ from the modalities in the index; "
+                "check the dataset with python -m data_prep.verify_shards"
+            )
+        return contents
+
+    def presence(self, shard: int) -> np.ndarray:
+        """Returns the presence masks of a shard's samples, without reading its tar.
+
+        Returns:
+            Uint32 [number of samples]. Bit k is set if the sample has modality k, in the order of
+            `modalities`.
+
+        Raises:
+            BadShardError: if the index is missing or damaged.
+        """
+        index = self._index_alone(shard)
+        if index.presence is not None:
+            return index.presence
+        complete = self.modalities.mask_of(self.modalities)
+        return np.full(index.num_samples, complete, dtype=np.uint32)
+
+    def has_all(self, shard: int, names: Iterable[str]) -> np.ndarray:
+        """Returns whether each sample of a shard has all of some modalities, without its tar.
+
+        Args:
+            shard: index of the shard.
+            names: names in `modalities`.
+
+        Returns:
+            Bool [number of samples].
+        """
+        mask = np.uint32(self.modalities.mask_of(names))
+        return (self.presence(shard) & mask) == mask
+
+    def _index_alone(self, shard: int) -> ShardIndex:
+        """Reads the index of a shard; a shard stored elsewhere is not fetched for it."""
+        if self.fetch_shard is None:
+            return self._index(shard)
+        row = self.manifest[shard]
+        with self._recording_if_bad(shard):
+            content = self.fetch_shard.read_index_at_source(row)
+            try:
+                return ShardIndex.parse(content, self.folder / f"{row.name}.idx")
+            except InputError as error:
+                raise BadShardError(str(error)) from None
 
     def _read_current(
         self, shard: int, position: int, fields: Sequence[str] | None

@@ -14,17 +14,19 @@ import logging
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data_prep.config_file import differing_keys, with_defaults
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import (
+    FORMAT_VERSION,
     DatasetInfo,
+    IndexTotals,
     ManifestRow,
     fingerprint_of,
     manifest_row,
@@ -189,7 +191,9 @@ def finish_dataset(
     folder: Path,
     names: Iterable[str],
     *,
-    media: str,
+    media: str = "",
+    modalities: Modalities | None = None,
+    labels: Sequence[str] = (),
     preparation: dict[str, Any],
     num_pairs: int | None = None,
     tar_folder: str = ".",
@@ -199,27 +203,43 @@ def finish_dataset(
 
     Shards without samples stay on disk, but the manifest does not list them. A repair passes the
     version that made the dataset; None is the version that runs.
+
+    Args:
+        folder: dataset folder.
+        names: names of all shards, in order.
+        media: "image" or "audio", of a pair dataset.
+        modalities: modalities of any other dataset; their counts and statistics are filled in.
+        labels: names of the label columns.
+        preparation: command, settings and input.
+        num_pairs: number of rows in the input.
+        tar_folder: folder of the tars, relative to `folder`.
+        isopair_version: version that made the dataset.
     """
     manifest: list[ManifestRow] = []
-    fields: set[str] = set()
-    rejected: Counter[str] = Counter()
-    marked: Counter[str] = Counter()
+    totals = IndexTotals(modalities)
     for name in names:
         index = ShardIndex.read(folder / f"{name}.idx")
-        rejected.update(index.rejected)
-        marked.update(index.marked)
+        totals.add(index)
         if index.num_samples:
-            fields.update(index.fields)
             manifest.append(manifest_row(folder, name))
+    counted = totals.modalities()
+    named: dict[str, Any] = {"media": media}
+    if counted is not None:
+        named = {
+            "media": next((counted[name].kind for name in counted.media), ""),
+            "modalities": counted.to_json(),
+            "labels": list(labels),
+            "format_version": FORMAT_VERSION,
+        }
     info = DatasetInfo(
-        media=media,
-        fields=sorted(fields),
+        **named,
+        fields=sorted(totals.fields),
         num_samples=sum(row.num_samples for row in manifest),
         num_shards=len(manifest),
         tar_bytes=sum(row.tar_bytes for row in manifest),
         fingerprint=fingerprint_of(manifest),
-        rejected=dict(sorted(rejected.items())),
-        marked=dict(sorted(marked.items())),
+        rejected=dict(sorted(totals.rejected.items())),
+        marked=dict(sorted(totals.marked.items())),
         preparation=preparation,
         num_pairs=num_pairs,
         isopair_version=(

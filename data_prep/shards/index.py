@@ -1,29 +1,39 @@
-"""The index of a shard: offset, size and CRC32 of every member.
+"""The index of a shard: offset, size and CRC32 of every member, and the modalities of each sample.
 
 A `.idx` file is, little-endian:
 
-    8 bytes               magic b"ISOIDX1\\n"
+    8 bytes               magic b"ISOIDX1\\n" for pair datasets, b"ISOIDX2\\n" for all others
     uint32                length of the header in bytes, a multiple of 4
     header                JSON, padded with spaces: fields, num_samples, tar_bytes, tar_sha256,
                           rejected; also marked and long_keys if they are not empty
     uint32 [n, k, 3]      per sample and field: first block of the member's data (in units of 512
                           bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
                           absent
+
+The header of version 2 also has `modalities`, the names in the dataset's order, and `vectors`,
+{name: [number of rows, width]}. Two more arrays follow the table:
+
+    uint32 [n]            presence masks: bit k is set if the sample has modality k
+    float64 [2, width]    for each of `vectors`: mean and sum of squared deviations of each column
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.errors import InputError
+from data_prep.modalities.vectors import VectorSums
 
 BLOCK_BYTES = 512
 ABSENT = 0xFFFFFFFF
 INDEX_MAGIC = b"ISOIDX1\n"
+INDEX_MAGIC_2 = b"ISOIDX2\n"
 REPAIR_ADVICE = "rebuild it with python -m data_prep.verify_shards and repair=true"
 
 
@@ -40,10 +50,19 @@ class ShardIndex:
     marked: dict[str, int] = field(default_factory=dict)
     # Position in the shard -> key, for foreign tars that store the key in a PAX or GNU header.
     long_keys: dict[int, str] = field(default_factory=dict)
+    modalities: tuple[str, ...] = ()  # names in the order of the bits; (): of a pair dataset
+    presence: np.ndarray | None = None  # uint32 [n]; None: all samples are complete pairs
+    vector_sums: dict[str, VectorSums] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
         return len(self.table)
+
+    def num_having(self, bit: int) -> int:
+        """Returns the number of samples that have the modality of a bit."""
+        if self.presence is None:
+            return self.num_samples
+        return int(np.count_nonzero(self.presence & np.uint32(1 << bit)))
 
     def entries_at(self, position: int) -> dict[str, tuple[int, int, int]]:
         """Returns {extension: (data block, size in bytes, CRC32)} for the members of one sample."""
@@ -62,10 +81,25 @@ class ShardIndex:
             values["marked"] = self.marked
         if self.long_keys:
             values["long_keys"] = self.long_keys
+        if self.presence is not None:
+            values["modalities"] = list(self.modalities)
+            values["vectors"] = {
+                name: [sums.num_rows, len(sums.mean)] for name, sums in self.vector_sums.items()
+            }
         header = json.dumps(values, sort_keys=True).encode()
         header += b" " * (-len(header) % 4)
         length = np.uint32(len(header)).astype("<u4").tobytes()
-        return INDEX_MAGIC + length + header + self.table.astype("<u4").tobytes()
+        magic = INDEX_MAGIC if self.presence is None else INDEX_MAGIC_2
+        return magic + length + header + self.table.astype("<u4").tobytes() + self._tail()
+
+    def _tail(self) -> bytes:
+        """Returns the arrays after the table."""
+        if self.presence is None:
+            return b""
+        sums = [np.stack([each.mean, each.squares]) for _, each in sorted(self.vector_sums.items())]
+        return self.presence.astype("<u4").tobytes() + b"".join(
+            each.astype("<f8").tobytes() for each in sums
+        )
 
     @classmethod
     def read(cls, path: Path) -> ShardIndex:
@@ -97,23 +131,48 @@ class ShardIndex:
         Raises:
             InputError: if the content is damaged, or has a different format version.
         """
-        if content[:8] != INDEX_MAGIC:
-            raise InputError(f"{path}: expected an index ({INDEX_MAGIC!r}), found {content[:8]!r}")
+        if content[:8] not in (INDEX_MAGIC, INDEX_MAGIC_2):
+            raise InputError(
+                f"{path}: expected an index ({INDEX_MAGIC!r} or {INDEX_MAGIC_2!r}), found "
+                f"{content[:8]!r}"
+            )
         try:
             header_end = 12 + int.from_bytes(content[8:12], "little")
             header = json.loads(content[12:header_end])
             shape = (header["num_samples"], len(header["fields"]), 3)
             long_keys = header.get("long_keys", {})
+            table_end = header_end + 4 * math.prod(shape)
+            has_presence = content[:8] == INDEX_MAGIC_2
+            tail = _parse_tail(content[table_end:], header) if has_presence else {}
+            if not has_presence and table_end != len(content):
+                raise ValueError(f"{len(content) - table_end} bytes after the table")
             return cls(
                 fields=tuple(header["fields"]),
-                table=np.frombuffer(content, "<u4", offset=header_end).reshape(shape),
+                table=np.frombuffer(
+                    content, "<u4", count=math.prod(shape), offset=header_end
+                ).reshape(shape),
                 tar_bytes=header["tar_bytes"],
                 tar_sha256=header["tar_sha256"],
                 rejected=header["rejected"],
                 marked=header.get("marked", {}),
                 long_keys={int(position): key for position, key in long_keys.items()},
+                **tail,
             )
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"{path}: damaged index ({error}); {REPAIR_ADVICE}, or recreate the shard"
             ) from None
+
+
+def _parse_tail(tail: bytes, header: dict[str, Any]) -> dict[str, Any]:
+    """Parses the arrays after the table of version 2; returns fields of ShardIndex."""
+    num_samples, start = header["num_samples"], 4 * header["num_samples"]
+    sums = {}
+    for name, (num_rows, width) in sorted(header["vectors"].items()):
+        both = np.frombuffer(tail, "<f8", count=2 * width, offset=start).reshape(2, width)
+        sums[name] = VectorSums(num_rows, both[0], both[1])
+        start += 16 * width
+    if start != len(tail):
+        raise ValueError(f"expected {start} bytes after the table, found {len(tail)}")
+    presence = np.frombuffer(tail, "<u4", count=num_samples)
+    return {"modalities": tuple(header["modalities"]), "presence": presence, "vector_sums": sums}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +19,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import MEDIA_EXTENSIONS, Modalities, Modality
+from data_prep.modalities.vectors import VectorSums
 from data_prep.shards.index import REPAIR_ADVICE, ShardIndex
-from data_prep.shards.sample import MEDIA_EXTENSIONS
 from data_prep.storage.atomic import sha256_of, write_atomically
 from data_prep.storage.sealed import (
     ROW_SEAL_KEY,
@@ -34,7 +36,9 @@ from data_prep.storage.sealed import (
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # with named modalities; pair datasets have PAIR_VERSION
+PAIR_VERSION = 1
+VERSION_2_KEYS = ("modalities", "labels")
 Record = TypeVar("Record", bound="ManifestRow | DatasetInfo")
 
 
@@ -55,9 +59,13 @@ class ManifestRow:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The content of `dataset.json`."""
+    """The content of `dataset.json`.
 
-    media: str  # "image" or "audio"
+    Version 1 is a pair dataset: an image or audio clip with captions in every sample. Version 2 has
+    `modalities` and `labels` instead of `media`.
+    """
+
+    media: str  # "image" or "audio": of the first such modality; "" if there is none
     fields: list[str]
     num_samples: int
     num_shards: int
@@ -71,7 +79,87 @@ class DatasetInfo:
     num_pairs: int | None = None  # pairs in the input, including dropped ones; None: unknown
     isopair_version: str = ""
     tar_folder: str = "."  # relative to this folder
-    format_version: int = FORMAT_VERSION
+    format_version: int = PAIR_VERSION
+    modalities: dict[str, dict[str, Any]] = field(default_factory=dict)  # of version 2, in order
+    labels: list[str] = field(default_factory=list)  # of version 2: names of the label columns
+
+    def named_modalities(self) -> Modalities:
+        """Returns the modalities in order.
+
+        Raises:
+            TypeError, ValueError, InputError: if `modalities` is invalid.
+        """
+        if self.format_version == PAIR_VERSION:
+            return Modalities.pair(self.media, num_samples=self.num_samples)
+        return Modalities.from_json(self.modalities)
+
+    def to_values(self) -> dict[str, Any]:
+        """Returns the object that dataset.json holds, without its seal."""
+        omitted = VERSION_2_KEYS if self.format_version == PAIR_VERSION else ("media",)
+        return {key: value for key, value in asdict(self).items() if key not in omitted}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> DatasetInfo:
+        """Builds the record from the object in a dataset.json, without its seal.
+
+        Raises:
+            TypeError, ValueError, KeyError, InputError: if the object is damaged.
+        """
+        if values["format_version"] == PAIR_VERSION:
+            if values["media"] not in MEDIA_EXTENSIONS or set(VERSION_2_KEYS) & set(values):
+                raise ValueError(f"media {values['media']!r}")
+            return _checked_types(cls(**values))
+        if "media" in values:
+            raise ValueError(f"media {values['media']!r} in format version {FORMAT_VERSION}")
+        modalities = Modalities.from_json(values["modalities"])
+        media = next((modalities[name].kind for name in modalities.media), "")
+        return _checked_types(cls(media=media, **values))
+
+
+class IndexTotals:
+    """The totals of the indexes of a dataset, added in the order of the shards.
+
+    Args:
+        modalities: modalities of the dataset; None or a pair dataset: they are not counted.
+    """
+
+    def __init__(self, modalities: Modalities | None):
+        self.fields: set[str] = set()
+        self.rejected: Counter[str] = Counter()
+        self.marked: Counter[str] = Counter()
+        self._modalities = None if modalities is None or modalities.is_pair else modalities
+        self._num_samples: Counter[str] = Counter()
+        self._sums: dict[str, VectorSums] = {}
+
+    def add(self, index: ShardIndex) -> None:
+        """Adds the next shard."""
+        self.fields.update(index.fields)
+        self.rejected.update(index.rejected)
+        self.marked.update(index.marked)
+        for bit, name in enumerate(index.modalities):
+            self._num_samples[name] += index.num_having(bit)
+        for name, sums in index.vector_sums.items():
+            self._sums.setdefault(name, VectorSums.empty(len(sums.mean))).merge(sums)
+
+    def modalities(self) -> Modalities | None:
+        """Returns the modalities with their counts and statistics; None for a pair dataset."""
+        if self._modalities is None:
+            return None
+        return Modalities(
+            {name: self._counted(name, modality) for name, modality in self._modalities.items()}
+        )
+
+    def _counted(self, name: str, modality: Modality) -> Modality:
+        counted = replace(modality, num_samples=self._num_samples[name])
+        if name not in self._sums:
+            return counted
+        sums = self._sums[name]
+        return replace(
+            counted,
+            num_rows=sums.num_rows,
+            mean=tuple(sums.mean.tolist()),
+            std=tuple(sums.std.tolist()),
+        )
 
 
 def fingerprint_of(rows: Sequence[ManifestRow]) -> str:
@@ -108,7 +196,7 @@ def write_dataset_files(
     """Writes `manifest.jsonl`, then `dataset.json`, which marks the dataset as complete."""
     lines = "".join(to_sealed_row(asdict(row)) for row in manifest)
     write_atomically(folder / "manifest.jsonl", lines.encode())
-    write_atomically(folder / "dataset.json", to_sealed_json(asdict(info), indent=2))
+    write_atomically(folder / "dataset.json", to_sealed_json(info.to_values(), indent=2))
 
 
 def read_dataset_files(folder: Path) -> tuple[DatasetInfo, list[ManifestRow]]:
@@ -158,19 +246,19 @@ def inspect_info(content: bytes, path: Path | str) -> tuple[DatasetInfo, str | N
         values = json.loads(content)
         version = values.get("format_version")
         values.pop(SEAL, None)
-        if version == FORMAT_VERSION and values["media"] in MEDIA_EXTENSIONS:
-            info = _checked_types(DatasetInfo(**values))
-            return info, _seal_problem(content)
+        if version in (PAIR_VERSION, FORMAT_VERSION):
+            return DatasetInfo.from_values(values), _seal_problem(content)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error}); {REPAIR_ADVICE}") from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path}: expected format version {FORMAT_VERSION}, found {version}")
-    raise InputError(f"{path}: damaged (media {values['media']!r}); {REPAIR_ADVICE}")
+    raise InputError(
+        f"{path}: expected format version {PAIR_VERSION} or {FORMAT_VERSION}, found {version}"
+    )
 
 
 def _seal_problem(content: bytes) -> str | None:
     try:
-        read_sealed_json(content, unsealed_keys=[each.name for each in fields(DatasetInfo)])
+        known = [each.name for each in fields(DatasetInfo) if each.name not in VERSION_2_KEYS]
+        read_sealed_json(content, unsealed_keys=known)
     except DamagedFileError as error:
         return str(error)
     return None

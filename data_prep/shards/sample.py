@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.errors import InputError
-
-MEDIA_EXTENSIONS = {
-    "image": ("jpg", "jpeg", "png", "webp"),
-    "audio": ("flac", "wav", "mp3", "ogg", "opus"),
-}
+from data_prep.modalities.modality import MEDIA_EXTENSIONS
 
 CAPTION_KEYS = ("captions", "caption", "text")  # of a .json, in order of preference
 CAPTION_DIFFERS = "caption_differs"  # tag of a sample whose .json and .txt contradict each other

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
     ShardIndex,
 )
+from data_prep.shards.sample_contents import PresenceTable, SampleContents
 from data_prep.storage.atomic import (
     name_file,
     temporary_name,
@@ -46,9 +48,10 @@ class ShardWriter:
     Args:
         folder: folder of the shard.
         name: stem of the shard's files.
+        modalities: modalities of the dataset; None: a pair dataset.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, *, modalities: Modalities | None = None):
         self.tar_path = folder / f"{name}.tar"
         self.index_path = folder / f"{name}.idx"
         self._temporary = folder / temporary_name(f"{name}.tar")
@@ -58,9 +61,17 @@ class ShardWriter:
         self._num_samples = 0
         self._field_numbers: dict[str, int] = {}  # extension -> number, by first appearance
         self._entries: list[int] = []  # per member: position, field number, data block, size, CRC32
+        self._presence = PresenceTable(modalities)
 
-    def add(self, key: str, *, members: dict[str, bytes]) -> None:
+    def add(
+        self, key: str, *, members: dict[str, bytes], contents: SampleContents | None = None
+    ) -> None:
         """Appends a sample; its members are written in the order of their extensions.
+
+        Args:
+            key: key of the sample.
+            members: extension without dot -> bytes.
+            contents: the members sorted by modality; None only for a pair dataset.
 
         Raises:
             ValueError: if the name of a member is too long for ustar.
@@ -80,6 +91,7 @@ class ShardWriter:
             )
             self._num_blocks += 1 + -(-len(content) // BLOCK_BYTES)
         self._num_samples += 1
+        self._presence.add(contents)
 
     def finish(
         self, *, rejected: dict[str, int] | None = None, marked: dict[str, int] | None = None
@@ -106,6 +118,7 @@ class ShardWriter:
             tar_sha256=self._sha256.hexdigest(),
             rejected=rejected or {},
             marked=marked or {},
+            **self._presence.to_fields(),
         )
         write_atomically(self.index_path, index.to_bytes())
         return index

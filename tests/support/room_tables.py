@@ -15,13 +15,13 @@ ALLOWED_ROOMS = {
     "pretrain": {
         "data_prep": (
             *("errors", "config_file", "command", "versions"),
-            *("storage", "shards", "media", "report"),
+            *("storage", "shards", "modalities", "media", "report"),
         ),
     },
     "eval": {
         "data_prep": (
             *("errors", "config_file", "command", "config", "versions"),
-            *("storage", "shards", "media", "report", "dedup", "sources"),
+            *("storage", "shards", "modalities", "media", "report", "dedup", "sources"),
         ),
         "pretrain": ("config", "checkpoint", "checkpoints", "distributed", "model", "run"),
     },

@@ -1,0 +1,1 @@
+"""Names and kinds of modalities, and vectors as arrays with their statistics."""
