@@ -23,6 +23,7 @@ from pydantic import (
 
 from data_prep.config_file import Location, Section, free
 from pretrain.preflight_config import Preflight
+from pretrain.start_config import Start
 
 MediaKind = Literal["image", "audio"]
 PairingName = Literal["image-text", "audio-text"]
@@ -55,6 +56,7 @@ class MediaTower(Section):
     # weights: true, an open_clip tag, or a file; false: trained from scratch. The fingerprint of
     # the files is part of the identity, here and in TextTower
     pretrained: bool | str = False
+    start: Start | None = None  # weights at step 0, of any library's files, or of a run
     frozen: bool = False  # keep the loaded weights; the projection is still trained
     options: dict[str, Any] = {}  # further arguments of the library's constructor or config
 
@@ -65,6 +67,7 @@ class TextTower(Section):
     library: Literal["open_clip", "transformers"]
     name: str = "TextTransformer"  # "TextTransformer" (sized by options), open_clip or HF model
     pretrained: bool | str = False
+    start: Start | None = None
     frozen: bool = False
     options: dict[str, Any] = {}
     context_length: PositiveInt = 77  # tokens; captions are truncated or padded to it
@@ -99,6 +102,17 @@ class Model(Section):
     text: TextTower
     logit_scale: LogitScale = LogitScale()
     initial_logit_bias: float = -10.0  # learned, one per pairing with the sigmoid loss
+
+    @model_validator(mode="after")
+    def _starts_from_one_source(self) -> Model:
+        for kind in ("image", "audio", "text"):
+            tower = getattr(self, kind)
+            if tower is not None and tower.start is not None and tower.pretrained:
+                raise ValueError(
+                    f"{kind}: start and pretrained={tower.pretrained!r} both name weights; remove "
+                    "pretrained"
+                )
+        return self
 
 
 # ------------------------------------------------------------------------------------ transforms

@@ -121,6 +121,7 @@ def run_attempt(
     run = open_run(
         identity, hosts=hosts, num_micro_batches=num_micro_batches, computed_on=computed_on
     )
+    on_main_process(lambda: sources.warm_start.write(run.folder, fingerprints))
     with build_session(config.engine, run, requests, hosts=hosts) as session:
         optimizer = build_training_optimizer(config, model)
         engine = build_engine(
@@ -195,6 +196,7 @@ def dry_run(config: PretrainConfig) -> None:
         check_repeated_samples(config, loader)
         open_validation_sets(config, tokenizer, cache=loader.cache)
         model = build_training_model(sources, tokenizer, device=device)
+        start_lines = sources.warm_start.describe(sources.fingerprints())
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),
@@ -204,7 +206,7 @@ def dry_run(config: PretrainConfig) -> None:
         device=device,
         num_processes_here=num_processes_here,
     )
-    say("\n".join(lines))
+    say("\n".join([*start_lines, *lines]))
 
 
 def main() -> int:

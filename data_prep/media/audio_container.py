@@ -6,11 +6,9 @@ than a header says. Lengths that a header states wrongly, or not at all, are cor
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from data_prep.media.flac_frames import complete_flac
 from data_prep.media.formats import MediaError, audio_format, id3_bytes
@@ -22,11 +20,6 @@ REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 UNKNOWN_LENGTH = 0x7F000000
 UNKNOWN_LONG_LENGTH = 1 << 62  # the same for 64 bits
 RF64_SIZE = 0xFFFFFFFF  # the size is in the ds64 chunk
-# Chunks that programs write after the sound of WAV and AIFF files
-LATER_CHUNKS = re.compile(
-    rb"LIST|[Ii][Dd]3 |bext|fact|PEAK|cue |smpl|inst|acid|plst|labl|note|iXML|axml|_PMX|cart|umid"
-    rb"|chna|levl|link|strc|JUNK|junk|PAD |FLLR|afsp|DISP|NAME|AUTH|\(c\) |ANNO|COMT|MARK|INST|APPL"
-)
 
 
 def complete_audio(content: bytes) -> bytes:
@@ -34,8 +27,7 @@ def complete_audio(content: bytes) -> bytes:
 
     Returns:
         The bytes of the file, unchanged if libsndfile reads it to its end; otherwise with a header
-        that states what the file contains. MP3 files are returned without ID3, APE and Lyrics3
-        tags.
+        that states what the file contains.
 
     Raises:
         MediaError: if it is not. The reason is truncated, bad_sample_rate, chained (an Ogg file of
@@ -64,66 +56,26 @@ def _complete_wav(content: bytes) -> bytes:
                 size_at, width = start - 4, 4
             least_unknown = UNKNOWN_LENGTH if width == 4 else UNKNOWN_LONG_LENGTH
             if size >= least_unknown or (size == 0 and not _are_chunks(content, start)):
-                found = size_field(_sound_end(content, start) - start, width, "little")
+                found = (len(content) - start).to_bytes(width, "little")
                 return content[:size_at] + found + content[size_at + width :]
             _check_sound_bytes(content, start, size, container="WAV")
             return content  # chunks after the audio data do not matter
     return content
 
 
-def size_field(num_bytes: int, width: int, byte_order: Literal["little", "big"]) -> bytes:
-    """Formats the size of a chunk.
-
-    Raises:
-        MediaError: if the field is too small for the size; the reason is too_long.
-    """
-    if num_bytes >= 1 << 8 * width:
-        raise MediaError(
-            f"{num_bytes} bytes of audio of unknown length; expected fewer than 4 GiB",
-            reason="too_long",
-        )
-    return num_bytes.to_bytes(width, byte_order)
-
-
-def _sound_end(content: bytes, start: int, *, byte_order: str = "<") -> int:
-    """Returns the end of sound of unknown length: the file's end, or the first later chunk."""
-    known: set[int] = set()  # chunks that no sequence to the file's end goes through
-    for name in LATER_CHUNKS.finditer(content, start):
-        if _are_chunks(content, name.start(), byte_order=byte_order, known=known):
-            return name.start()
-    return len(content)
-
-
-def _are_chunks(
-    content: bytes, place: int, *, byte_order: str = "<", known: set[int] | None = None
-) -> bool:
-    """Returns whether the rest of a file is empty or consists of chunks, and thus not of sound.
-
-    Args:
-        content: bytes of the file.
-        place: first byte of the rest.
-        byte_order: "<" or ">".
-        known: places for which the answer is no; those that this call finds are added.
-    """
-    known = set() if known is None else known
-    for name, size, start in _chunks(content, byte_order=byte_order, place=place):
-        if start - 8 in known or not (name.isascii() and name.decode("latin-1").isprintable()):
+def _are_chunks(content: bytes, place: int) -> bool:
+    """Returns whether the rest of a file is empty or consists of chunks, and thus not of sound."""
+    for name, size, start in _chunks(content, byte_order="<", place=place):
+        if not (name.isascii() and name.decode("latin-1").isprintable()):
             return False
-        known.add(start - 8)
         place = start + size
     return place in (len(content), len(content) - 1)
 
 
 def _complete_aiff(content: bytes) -> bytes:
     for name, size, start in _chunks(content, byte_order=">"):
-        if name != b"SSND":
-            continue
-        if size >= UNKNOWN_LENGTH or (
-            size == 0 and not _are_chunks(content, start, byte_order=">")
-        ):
-            found = size_field(_sound_end(content, start, byte_order=">") - start, 4, "big")
-            return content[: start - 4] + found + content[start:]
-        _check_sound_bytes(content, start, size, container="AIFF")
+        if name == b"SSND" and size < UNKNOWN_LENGTH:
+            _check_sound_bytes(content, start, size, container="AIFF")
     return content
 
 

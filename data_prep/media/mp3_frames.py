@@ -2,16 +2,13 @@
 
 The length of an MP3 file is in a Xing or VBRI tag, stored as a first frame without sound. If there
 is none, libsndfile computes a length from the bit rate of the first frame. It reads no further than
-that length, so the end of a file with a variable bit rate would be missing. Bytes that are no frame
-(ID3, APE and Lyrics3 tags, padding) are left out wherever they are, so that they change nothing.
+that length, so the end of a file with a variable bit rate would be missing.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
-from itertools import accumulate
 
 from data_prep.media.formats import MediaError, id3_bytes, is_mp3_frame
 from data_prep.media.sound_bytes import SoundBytes
@@ -26,22 +23,16 @@ XING_TAGS = (b"Xing", b"Info")
 VBRI_START = 36  # bytes from the frame to the tag
 XING_COUNT, VBRI_COUNT = 8, 14  # bytes from the tag to the number of frames
 HAS_COUNT = 1  # flag of a Xing tag: it holds the number of frames
-# Headers in a row that mark the first frame after bytes that are neither a frame nor a known tag.
+# Headers in a row that mark the first frame after bytes that are no frame.
 FRAMES_TO_RESUME = 3
-ID3V1_BYTES = {False: 128, True: 227}  # whether it is extended: bytes
-APE_MARK, APE_HEADER_BYTES = b"APETAGEX", 32
-IS_APE_HEADER = 1 << 29  # flag: the tag follows this header; otherwise this is its footer
-LYRICS_MARK, LYRICS_END = b"LYRICSBEGIN", re.compile(rb"LYRICS200|LYRICSEND")
-MAX_LYRICS_BYTES = MAX_HEADLESS_BYTES = 1 << 16
-RESUMING_MARK = re.compile(rb"\xff|ID3[\2-\4]|APETAGEX")  # possible beginnings after other bytes
 
 
 def complete_mp3(content: bytes) -> bytes:
     """Checks that the last frame of a file is complete, and corrects the length in its tag.
 
     Returns:
-        The frames of the file, from which libsndfile reads all of them. The number of frames is in
-        a tag if it would be wrong otherwise.
+        The bytes of the file, unchanged if libsndfile reads all of its frames; otherwise with the
+        number of frames in a tag.
 
     Raises:
         MediaError: if a frame is truncated; the reason is truncated.
@@ -49,7 +40,6 @@ def complete_mp3(content: bytes) -> bytes:
     frames = list(_frames(content))
     if not frames:
         return content
-    content, frames = _without_gaps(content, frames)
     first, tag = frames[0], _tag_start(content, frames[0])
     if tag is None:
         length = len(frames) * _samples_per_frame(content, first)
@@ -72,17 +62,6 @@ def complete_mp3(content: bytes) -> bytes:
     return _with_tag(content, frames[1:], start=first) if num_frames else content
 
 
-def _without_gaps(content: bytes, frames: list[int]) -> tuple[bytes, list[int]]:
-    """Returns (the bytes of the frames alone, first byte of every frame)."""
-    sizes = [_frame_bytes(content[place : place + 4]) for place in frames]
-    if sum(sizes) == len(content):
-        return content, frames
-    whole = b"".join(
-        content[place : place + size] for place, size in zip(frames, sizes, strict=True)
-    )
-    return whole, list(accumulate(sizes[:-1], initial=0))
-
-
 def _with_tag(content: bytes, frames: list[int], *, start: int) -> bytes:
     """Replaces the bytes from `start` to the first frame by a tag with the number of frames."""
     header = content[frames[0] : frames[0] + 4]
@@ -91,63 +70,37 @@ def _with_tag(content: bytes, frames: list[int], *, start: int) -> bytes:
 
 def _frames(content: bytes) -> Iterator[int]:
     """Yields the first byte of every frame; tags and padding between frames are skipped."""
-    place: int | None = 0
-    while place is not None:
-        header = content[place : place + 4]
-        if not is_mp3_frame(header):
-            tag_bytes = _tag_bytes(content, place) or _headless_ape_bytes(content, place)
-            place = place + tag_bytes if tag_bytes else _resumed(content, place)
-            continue
-        size = _frame_bytes(header)
-        if place + size > len(content):
-            raise MediaError(
-                f"MP3 truncated: expected a frame of {size} bytes at byte {place}, "
-                f"found {len(content) - place}",
-                reason="truncated",
-            )
-        yield place
-        place += size
-
-
-def _tag_bytes(content: bytes, place: int) -> int:
-    """Returns the length of the ID3, APE or Lyrics3 tag that begins at a byte; 0 if none does."""
-    head, size = content[place : place + APE_HEADER_BYTES], 0
-    if head.startswith(b"ID3"):
-        size = id3_bytes(head)
-    elif head.startswith(APE_MARK) and len(head) == APE_HEADER_BYTES:
-        num_bytes, _, flags = struct.unpack_from("<III", head, 12)
-        size = APE_HEADER_BYTES + (num_bytes if flags & IS_APE_HEADER else 0)
-    elif head.startswith(LYRICS_MARK):
-        found = LYRICS_END.search(content, place, place + MAX_LYRICS_BYTES)
-        size = found.end() - place if found else 0
-    elif head.startswith(b"TAG"):
-        size = ID3V1_BYTES[head.startswith(b"TAG+")]
-    return size if place + size <= len(content) else 0  # otherwise, its size is damaged
-
-
-def _headless_ape_bytes(content: bytes, place: int) -> int:
-    """Returns the length of the APE tag without a header that begins at a byte; 0 if none does."""
-    footer = content.find(APE_MARK, place, place + MAX_HEADLESS_BYTES)
-    if footer < 0 or footer + APE_HEADER_BYTES > len(content):
-        return 0
-    (num_bytes,) = struct.unpack_from("<I", content, footer + 12)  # of items and footer
-    return num_bytes if place + num_bytes == footer + APE_HEADER_BYTES else 0
+    place = id3_bytes(content)
+    while True:
+        while is_mp3_frame(content[place : place + 4]):
+            size = _frame_bytes(content[place : place + 4])
+            if place + size > len(content):
+                raise MediaError(
+                    f"MP3 truncated: expected a frame of {size} bytes at byte {place}, "
+                    f"found {len(content) - place}",
+                    reason="truncated",
+                )
+            yield place
+            place += size
+        found = _resumed(content, place)
+        if found is None:
+            return
+        place = found
 
 
 def _resumed(content: bytes, place: int) -> int | None:
-    """Returns the first byte of the frames or tags after a gap; None if there are no more."""
-    for mark in RESUMING_MARK.finditer(content, place):
-        following, num_frames = mark.start(), 0
-        if _tag_bytes(content, following):
-            return following
-        while num_frames < FRAMES_TO_RESUME and is_mp3_frame(content[following : following + 4]):
-            following += _frame_bytes(content[following : following + 4])
-            num_frames += 1
-        is_enough = num_frames == FRAMES_TO_RESUME or (
-            num_frames and (following == len(content) or _tag_bytes(content, following))
-        )
-        if is_enough and following <= len(content):
-            return mark.start()
+    """Returns the first byte of the frames after a gap; None if there are no more."""
+    while (place := content.find(b"\xff", place)) >= 0:
+        following = place
+        for _ in range(FRAMES_TO_RESUME):
+            header = content[following : following + 4]
+            if not is_mp3_frame(header):
+                break
+            following += _frame_bytes(header)
+        else:
+            if following <= len(content):
+                return place
+        place += 1
     return None
 
 

@@ -6,6 +6,7 @@
     metrics/<attempt>.jsonl            one row per logged step or validation
     bad_samples/<attempt>.jsonl        one row per substituted sample
     status.json                        state and step of the run
+    warm_start.json                    origin of every tensor (see pretrain.warm_start)
 
 Only the main process writes here.
 """

@@ -29,6 +29,7 @@ from pretrain.config import PretrainConfig
 from pretrain.model.source_files import fingerprint_of_files, tokenizer_files, tower_files
 from pretrain.run.checkpoint_identity import FINGERPRINTS_IN_RECORD, config_of_checkpoint
 from pretrain.run.compatibility import fingerprints_of_run, holds_run
+from pretrain.warm_start.model_start import WarmStart, start_fingerprints
 
 Built = TypeVar("Built")
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class ModelSources:
         self._copy: AssetsCopy | None = None
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._errors: dict[str, InputError] = {}  # key of a source that was replaced -> reason
+        self.warm_start = WarmStart()  # of the model, once it is built
 
     def __enter__(self) -> ModelSources:
         return self
@@ -105,8 +107,8 @@ class ModelSources:
         """
         found = {}
         files = tokenizer_files(self.config.model.text) | tower_files(self.config.model)
-        for key, paths in files.items():
-            fingerprint = fingerprint_of_files(paths) if paths else None
+        computed = {k: fingerprint_of_files(each) if each else None for k, each in files.items()}
+        for key, fingerprint in (computed | start_fingerprints(self.config.model)).items():
             if key in self._errors and fingerprint != self._copy.fingerprints.get(key):
                 logger.warning(
                     "%s cannot be read (%s); its copy in %s is used",

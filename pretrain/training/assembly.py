@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from pretrain.checkpoint import files_to_rebuild
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Engine as EngineSection
-from pretrain.config import PairingName, PretrainConfig
+from pretrain.config import PairingName, PretrainConfig, media_of_pairing
 from pretrain.data.datasets import build_cache
 from pretrain.data.pairing_reader import open_readers
 from pretrain.data.step_loader import StepLoader
@@ -45,6 +46,7 @@ from pretrain.training.optimizer import ClampedAdamW, build_optimizer
 from pretrain.training.session import RunSession
 from pretrain.training.step_loss import PairingLoss, build_pairing_losses
 from pretrain.training.validation import ValidationSet, build_validation_sets
+from pretrain.warm_start.model_start import start_key, start_model, starts_of
 
 CPU = torch.device("cpu")
 
@@ -168,16 +170,24 @@ def build_training_model(
         InputError: if a tower cannot be built, has no blocks to recompute, or fails the probe.
     """
     config = sources.config
-    build = partial(
-        build_model,
-        config.model,
-        image=config.image,
-        audio=config.audio,
-        pairings=config.pairings,
-        seed=config.seed,
-        tokenizer=tokenizer,
-    )
-    model = sources.build(tower_files(config.model).keys(), lambda assets: build(assets=assets))
+
+    def build(assets: Path | None) -> ContrastiveModel:
+        model = build_model(
+            config.model,
+            image=config.image,
+            audio=config.audio,
+            pairings=config.pairings,
+            seed=config.seed,
+            tokenizer=tokenizer,
+            assets=assets,
+        )
+        if assets is None:  # otherwise, resuming loads all weights
+            views = {name: (media_of_pairing(name), "text") for name in config.pairings}
+            sources.warm_start = start_model(model, config.model, views=views)
+        return model
+
+    keys = [*tower_files(config.model), *map(start_key, starts_of(config.model))]
+    model = sources.build(keys, build)
     settings = ProbeSettings(
         device,
         is_bf16=config.engine.precision == "bf16",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_prep.media.audio_container import _ogg_crc32, complete_audio, size_field
+from data_prep.media.audio_container import _ogg_crc32, complete_audio
 from data_prep.media.audio_file import audio_seconds, read_waveform
 from data_prep.media.decode import decode_audio_part
 from data_prep.media.formats import MediaError
@@ -79,62 +79,6 @@ def test_the_length_of_an_mp3_is_that_of_its_frames_whatever_its_header_says(rat
     for stated in (0, 1, len(frames) // 2, len(frames) - 1):
         lying = tag.replace(struct.pack(">I", len(frames)), struct.pack(">I", stated), 1) + bare
         np.testing.assert_array_equal(read_waveform(lying)[0], expected)
-
-
-def ape_tag(num_bytes, *, has_header):
-    item = struct.pack("<II", num_bytes - 12, 0) + b"Key\0" + b"\xff\xfb\x90\0" * (num_bytes // 4)
-    items = item[:num_bytes]
-    ends = [
-        b"APETAGEX" + struct.pack("<IIII8x", 2000, num_bytes + 32, 1, flags)
-        for flags in (0xA0000000, 0x80000000)
-    ]
-    return ends[0] + items + ends[1] if has_header else items + ends[1]
-
-
-def id3v2_tag(num_bytes, version=4):
-    size = bytes(num_bytes >> shift & 127 for shift in (21, 14, 7, 0))
-    sound_like = b"\xff\xfb\x90\0" * (num_bytes // 4 + 1)  # also in the pictures of real tags
-    return b"ID3" + bytes([version, 0, 0]) + size + sound_like[:num_bytes]
-
-
-ID3V1_TAG = b"TAG" + b"\xff\xfb\x90\0" * 31 + b"x"
-MP3_TAGS = {
-    "ID3v2": id3v2_tag(301),
-    "ID3v2.3": id3v2_tag(5000, 3),
-    "APE": ape_tag(200, has_header=True),
-    "long APE": ape_tag(3000, has_header=True),
-    "APE without header": ape_tag(200, has_header=False),
-    "ID3v1": ID3V1_TAG,
-    "extended ID3v1": b"TAG+" + bytes(223) + ID3V1_TAG,
-    "Lyrics3": b"LYRICSBEGININD0000200" + b"\xff\xfb" * 40 + b"000101LYRICS200" + ID3V1_TAG,
-    "padding": bytes(1000),
-    "several": id3v2_tag(20) + ape_tag(40, has_header=True) + ID3V1_TAG,
-}
-
-
-@pytest.mark.parametrize("bitrate_mode", ["VARIABLE", "CONSTANT"])
-@pytest.mark.parametrize(("rate", "channels"), KINDS_OF_MP3)
-def test_an_mp3_sounds_as_without_the_tags_in_it(rate, channels, bitrate_mode):
-    whole = encoded("MP3", rate=rate, channels=channels, samples=9000, bitrate_mode=bitrate_mode)
-    for frames in (mp3_frames(whole), mp3_frames(whole)[1:]):  # with and without Xing's
-        expected, _ = read_waveform(b"".join(frames))
-        for name, tag in MP3_TAGS.items():
-            for place in {1, 2, len(frames) // 2, len(frames) - 1, len(frames)}:
-                content = b"".join([*frames[:place], tag, *frames[place:]])
-                found, _ = read_waveform(content)
-                np.testing.assert_array_equal(found, expected, err_msg=f"{name} at {place}")
-        tagged = id3v2_tag(20) * 2 + b"".join(frames) + MP3_TAGS["Lyrics3"]
-        np.testing.assert_array_equal(read_waveform(tagged)[0], expected)
-
-
-def test_a_tag_with_a_damaged_size_does_not_end_an_mp3():
-    frames = mp3_frames(mp3(44_100, 1))
-    expected, _ = read_waveform(b"".join(frames))
-    for name in ("ID3v2", "APE"):
-        tag = bytearray(MP3_TAGS[name].replace(b"\xff", b"\0"))
-        tag[{"ID3v2": 6, "APE": 15}[name]] = 0x7F
-        content = b"".join([*frames[:9], tag, *frames[9:]])
-        np.testing.assert_array_equal(read_waveform(content)[0], expected)
 
 
 def vbri(frames, num_frames):
@@ -210,68 +154,6 @@ def test_a_wav_without_sound_before_another_chunk_has_no_samples():
         with pytest.raises(MediaError) as caught:
             read_waveform(empty + more)
         assert caught.value.reason == "no_samples"
-
-
-def chunk(name, content, *, byte_order="<"):
-    padding = bytes(len(content) % 2)
-    return name + struct.pack(f"{byte_order}I", len(content)) + content + padding
-
-
-LATER_CHUNKS = {
-    "none": [],
-    "list": [(b"LIST", b"INFOISFT\4\0\0\0abcd")],
-    "odd": [(b"id3 ", b"ID3\4" + bytes(31))],
-    "two": [(b"bext", bytes(602)), (b"LIST", b"INFO")],
-}
-
-
-@pytest.mark.parametrize("later", LATER_CHUNKS)
-@pytest.mark.parametrize(
-    ("sound_format", "subtype", "num_bytes"),
-    [("WAV", "PCM_16", 2), ("WAVEX", "PCM_24", 3), ("WAV", "FLOAT", 4), ("RF64", "PCM_24", 3)],
-)
-@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
-def test_chunks_after_sound_of_unknown_length_are_not_heard(
-    sound_format, subtype, num_bytes, size, later
-):
-    content = encoded(sound_format, subtype=subtype, samples=4001)
-    expected, _ = read_waveform(content)
-    start = content.index(b"data") + 8
-    cut = content[: start + 4001 * num_bytes] + bytes(4001 * num_bytes % 2)
-    if sound_format == "RF64":
-        long_size = {0: 0, 0xFFFFFFFF: 2**64 - 1}.get(size, 2**63 - 1)
-        cut = patched(cut, cut.index(b"ds64") + 16, struct.pack("<Q", long_size))
-    else:
-        cut = patched(cut, start - 4, struct.pack("<I", size))
-    lying = cut + b"".join(chunk(*each) for each in LATER_CHUNKS[later])
-    np.testing.assert_array_equal(read_waveform(lying)[0], expected)
-
-
-@pytest.mark.parametrize("later", LATER_CHUNKS)
-@pytest.mark.parametrize("size", [0, 0x7F000008, 0xFFFFFFFF])
-def test_chunks_after_sound_of_unknown_length_are_not_heard_in_an_aiff(size, later):
-    content = encoded("AIFF", subtype="PCM_24", samples=4001)
-    start = content.index(b"SSND") + 8
-    cut = content[: start + 8 + 4001 * 3] + bytes(1)
-    cut = patched(cut, start - 4, struct.pack(">I", size))
-    cut = patched(cut, cut.index(b"COMM") + 10, bytes(4))
-    lying = cut + b"".join(chunk(*each, byte_order=">") for each in LATER_CHUNKS[later])
-    np.testing.assert_array_equal(read_waveform(lying)[0], read_waveform(content)[0])
-
-
-def test_sound_of_unknown_length_is_searched_for_chunks_in_linear_time():
-    content = patched(encoded("WAV"), 40, bytes(4))[:44]
-    place_after = content + b"JUNK\0\0\0\0" * 20_000 + b"JUNK\xff\0\0\0"
-    assert complete_audio(place_after)[44:] == place_after[44:]
-
-
-def test_a_size_that_does_not_fit_its_field_is_too_long():
-    assert size_field(2**32 - 1, 4, "little") == b"\xff" * 4
-    assert size_field(2**32, 8, "little") == struct.pack("<Q", 2**32)
-    for byte_order in ("little", "big"):
-        with pytest.raises(MediaError, match=r"4294967296 bytes .* fewer than 4 GiB") as caught:
-            size_field(2**32, 4, byte_order)
-        assert caught.value.reason == "too_long"
 
 
 @pytest.mark.parametrize("size", [0, 0x7F000008, 0xFFFFFFFF])

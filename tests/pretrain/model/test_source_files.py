@@ -26,6 +26,11 @@ HARMLESS = {
     "run.parent": "parent.json records the state that a fork begins from",
     "loading.cache.folder": "every file in it has a checksum",
     "engine.deepspeed_config": "tunes memory and communication only",
+    **{
+        f"model.{kind}.start.{name}.*": NAME
+        for kind in ("image", "audio", "text")
+        for name in ("expect_missing", "ignore")
+    },
     "pairings.*.sources.*.name": NAME,
     "pairings.*.segments.*.sources.*.name": NAME,
 }
@@ -43,6 +48,7 @@ FINGERPRINTED = {
         for kind in ("image", "audio", "text")
         for name in ("name", "pretrained", "options.*")
     },
+    **{f"model.{kind}.start.from": f"model.{kind}.start" for kind in ("image", "audio", "text")},
 }
 
 

@@ -1,0 +1,190 @@
+"""The account of a warm start: the origin of every tensor.
+
+    taken       copied from the source
+    resampled   the same after interpolation, or after cutting or extending
+    kept        not in need of a value: constants, and parameters that no feature depends on
+    other part  of the source's other towers, or of its temperature
+    unused      of this tower in the source, without a counterpart here
+    missing     of this tower here, without a counterpart in the source
+
+Unused and missing tensors stop the run unless the config names them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from data_prep.errors import ConfigError
+
+Status = Literal["taken", "resampled", "kept", "other part", "unused", "missing"]
+STATUSES: tuple[Status, ...] = ("taken", "resampled", "kept", "other part", "unused", "missing")
+MOST_LINES = 12  # of an error message
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """One tensor.
+
+    Attributes:
+        status: how the tensor is used.
+        source: names in the source, joined by " + "; empty if it is missing there.
+        tower: name in the tower; empty if it is not used.
+        source_shape: shape in the source.
+        tower_shape: shape in the tower.
+    """
+
+    status: Status
+    source: str = ""
+    tower: str = ""
+    source_shape: tuple[int, ...] | None = None
+    tower_shape: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name that the patterns of a config are compared with."""
+        return self.tower if self.status == "missing" else self.source
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The account of one tower's warm start.
+
+    Attributes:
+        kind: tower.
+        location: path, URL or name of the source.
+        rows: every tensor of the source and of the tower.
+    """
+
+    kind: str
+    location: str
+    rows: tuple[KeyRow, ...]
+
+    def counts(self) -> dict[Status, int]:
+        """Counts the rows of each status."""
+        counted = Counter(row.status for row in self.rows)
+        return {status: counted[status] for status in STATUSES}
+
+    def describe(self, *, sha256: str) -> list[str]:
+        """Describes the table in lines; layers of equal names and shapes share one.
+
+        Args:
+            sha256: fingerprint of the source's files.
+        """
+        counts = ", ".join(f"{number} {status}" for status, number in self.counts().items())
+        return [
+            f"{self.kind} tower starts from {self.location} (sha256 {sha256}): {counts}",
+            *(f"  {line}" for line in _lines(r for r in self.rows if r.status != "other part")),
+        ]
+
+
+def refuse_unnamed_keys(
+    rows: Sequence[KeyRow], *, expect_missing: Sequence[str], ignore: Sequence[str], where: str
+) -> None:
+    """Checks that unused and missing tensors are those that the config names.
+
+    Args:
+        rows: rows of a table.
+        expect_missing: patterns of names in the tower.
+        ignore: patterns of names in the source.
+        where: config key of the warm start.
+
+    Raises:
+        ConfigError: if a tensor is not named, with the lines to write; or if a pattern fits none.
+    """
+    patterns = {"missing": expect_missing, "unused": ignore}
+    unnamed = {
+        status: [
+            row for row in rows if row.status == status and not _fits(row.name, patterns[status])
+        ]
+        for status in patterns
+    }
+    if any(unnamed.values()):
+        raise ConfigError(_describe_unnamed(unnamed, expect_missing, ignore, where))
+    for key, status, names in (
+        ("expect_missing", "missing", [row.tower for row in rows if row.tower]),
+        ("ignore", "unused", [row.source for row in rows if row.source]),
+    ):
+        for pattern in patterns[status]:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"{where}.{key}: {pattern!r} fits no tensor; correct or remove it (names are "
+                    f"such as {', '.join(names[:3])})"
+                )
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _describe_unnamed(
+    unnamed: dict[str, list[KeyRow]],
+    expect_missing: Sequence[str],
+    ignore: Sequence[str],
+    where: str,
+) -> str:
+    rows = [row for status in unnamed.values() for row in status]
+    lines = list(_lines(rows))
+    more = [f"and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
+    advice = []
+    for key, status, named in (
+        ("expect_missing", "missing", expect_missing),
+        ("ignore", "unused", ignore),
+    ):
+        if unnamed[status]:
+            wanted = [*named, *_patterns(row.name for row in unnamed[status])]
+            advice.append(f"{key}: {json.dumps(wanted)}")
+    return "\n  ".join(
+        [
+            f"{where}: expected a value for every tensor of the tower and a place for every tensor "
+            f"of the source, found {len(unnamed['missing'])} missing in the source and "
+            f"{len(unnamed['unused'])} unused:",
+            *lines[:MOST_LINES],
+            *more,
+            f"if this is what you want, write under {where}: {', '.join(advice)}",
+        ]
+    )
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Short patterns for names: layers by *, and many names of one module as one pattern"""
+    starred = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+    if len(starred) <= 4:
+        return starred
+    tops = [f"{name.partition('.')[0]}.*" if "." in name else name for name in starred]
+    return list(dict.fromkeys(tops))
+
+
+def _lines(rows: Iterable[KeyRow]) -> Iterator[str]:
+    grouped: dict[KeyRow, list[KeyRow]] = {}
+    for row in rows:
+        alike = KeyRow(
+            row.status,
+            _NUMBER.sub("*", row.source),
+            _NUMBER.sub("*", row.tower),
+            row.source_shape,
+            row.tower_shape,
+        )
+        grouped.setdefault(alike, []).append(row)
+    for alike, each in sorted(grouped.items(), key=lambda item: STATUSES.index(item[0].status)):
+        row = each[0] if len(each) == 1 else alike
+        times = f" ({len(each)} times)" if len(each) > 1 else ""
+        yield f"{row.status:<10} {_describe_names(row)}{_describe_shapes(row)}{times}"
+
+
+def _describe_names(row: KeyRow) -> str:
+    names = [name for name in (row.source, row.tower) if name]
+    return " -> ".join(dict.fromkeys(names))
+
+
+def _describe_shapes(row: KeyRow) -> str:
+    shapes = [list(shape) for shape in (row.source_shape, row.tower_shape) if shape is not None]
+    if len(shapes) == 2 and shapes[0] == shapes[1]:
+        shapes = shapes[:1]
+    return " " + " -> ".join(str(shape) for shape in shapes)
