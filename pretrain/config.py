@@ -47,7 +47,22 @@ def media_of_pairing(pairing: PairingName) -> MediaKind:
 # --------------------------------------------------------------------------------------- model
 
 
-class MediaTower(Section):
+# own: the model's own pooling; last: the last token that is not padding
+Pooling = Literal["own", "first", "last", "mean", "max"]
+
+
+class TowerOutput(Section):
+    """Settings that media and text towers share."""
+
+    # linear: a matrix; mlp: LAION-CLAP's two layers with ReLU; open_clip_mlp: those of open_clip's
+    # text towers from transformers; none: the backbone ends in embed_dim numbers. Named open_clip
+    # models end in their own projection
+    projection: Literal["linear", "mlp", "open_clip_mlp", "none"] = "linear"
+    # false: dropout of attention weights, which cannot be drawn per sample, is set to 0
+    attention_dropout: bool = True
+
+
+class MediaTower(TowerOutput):
     """An encoder of images or log-mel spectrograms; its output is projected to embed_dim."""
 
     library: Literal["timm", "open_clip", "transformers"]
@@ -59,9 +74,23 @@ class MediaTower(Section):
     start: Start | None = None  # weights at step 0, of any library's files, or of a run
     frozen: bool = False  # keep the loaded weights; the projection is still trained
     options: dict[str, Any] = {}  # further arguments of the library's constructor or config
+    # transformers only; null: the model's own, or the mean over tokens if it has none
+    pooling: Pooling | None = None
+    # frozen: batch norm keeps its loaded or measured statistics, and its weights are trained;
+    # null: refused, because a process's own statistics change with the number of processes
+    batch_norm: Literal["frozen"] | None = None
+
+    @model_validator(mode="after")
+    def _pools_tokens(self) -> MediaTower:
+        if self.pooling is not None and self.library != "transformers":
+            raise ValueError(
+                f"pooling={self.pooling} with library={self.library}: it is for transformers "
+                "alone; remove it (timm: options: {global_pool: avg} or another of its names)"
+            )
+        return self
 
 
-class TextTower(Section):
+class TextTower(TowerOutput):
     """The encoder of captions and its tokenizer."""
 
     library: Literal["open_clip", "transformers"]
@@ -74,7 +103,7 @@ class TextTower(Section):
     # transformers tokenizer (name or folder; its fingerprint is part of the identity); null: that
     # of `name`, or open_clip's BPE
     tokenizer: str | None = None
-    pooling: Literal["mean", "first"] = "mean"  # over tokens; transformers towers only
+    pooling: Pooling = "mean"  # over tokens; transformers towers only
 
 
 class LogitScale(Section):

@@ -35,6 +35,7 @@ from pretrain.model.towers import (
     probe_backbone,
     save_tower_config,
 )
+from pretrain.towers.projection import build_projection
 
 
 class PairingFeatures(NamedTuple):
@@ -267,17 +268,20 @@ def build_model(
     """
     torch.manual_seed(seed)
     build = partial(_build_tower, embed_dim=config.embed_dim)
+    build_media = partial(build_media_backbone, assets=assets)
     towers: dict[str, Tower] = {}
     if config.image is not None:
         pixels = _two_examples(3, image.size, image.size).to(torch.uint8)
         normalize = NormalizedPixels(image)
-        backbone = build_media_backbone(config.image, kind="image", assets=assets)
-        towers["image"] = build(config.image, "image", normalize, backbone, normalize(pixels))
+        examples = normalize(pixels)
+        backbone = build_media(config.image, kind="image", input_shape=examples.shape[2:])
+        towers["image"] = build(config.image, "image", normalize, backbone, examples)
     if config.audio is not None:
         waveforms = _two_examples(round(audio.clip_seconds * audio.sample_rate_hz)) / 256
         log_mel = LogMelSpectrogram(audio)
-        backbone = build_media_backbone(config.audio, kind="audio", assets=assets)
-        towers["audio"] = build(config.audio, "audio", log_mel, backbone, log_mel(waveforms))
+        examples = log_mel(waveforms)
+        backbone = build_media(config.audio, kind="audio", input_shape=examples.shape[2:])
+        towers["audio"] = build(config.audio, "audio", log_mel, backbone, examples)
     backbone = build_text_backbone(config.text, tokenizer=tokenizer, assets=assets)
     tokens = tokenizer(["a caption", "one more"])
     towers["text"] = build(config.text, "text", nn.Identity(), backbone, tokens)
@@ -331,6 +335,4 @@ def _projection(config: TowerConfig, kind: str, width: int, embed_dim: int) -> n
                 f"ends in a joint space of {width}; set embed_dim to {width}"
             )
         return nn.Identity()
-    projection = nn.Linear(width, embed_dim, bias=False)
-    nn.init.normal_(projection.weight, std=width**-0.5)
-    return projection
+    return build_projection(config.projection, width=width, embed_dim=embed_dim)

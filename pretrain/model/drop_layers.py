@@ -43,10 +43,15 @@ DROP_RATES = (
 )
 SUPPORTED_DROPPING = (
     "dropout layers (nn.Dropout), stochastic depth (DropPath) and patch dropout are supported; "
-    "functional dropout is not: on attention weights (timm: attn_drop_rate; transformers: "
-    "attention_dropout or attention_probs_dropout_prob), on entire layers (layerdrop), on a head "
-    "or on activations (drop_rate, dropout, activation_dropout)"
+    "functional dropout is not: on attention weights (set attention_dropout: off in the tower's "
+    "section), on entire layers (layerdrop), on a head or on activations (drop_rate, dropout, "
+    "activation_dropout)"
 )
+# Beginning of a layer's class name -> the option that helps.
+OTHER_RANDOMNESS = {
+    "DINOv3ViTRope": "options: {pos_embed_rescale: null, pos_embed_shift: null, "
+    "pos_embed_jitter: null}",
+}
 
 
 def replace_drop_layers(backbone: nn.Module, *, kind: str) -> TowerDropKeys:
@@ -129,7 +134,7 @@ def _scales_by_keep(layer: nn.Module, name: str) -> bool:
     rate, was_training = layer.drop_prob, layer.training
     layer.drop_prob = 0.5
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        rows = layer.train()(torch.ones(64, 2, 3))
+        rows = layer.train()(torch.ones(64, 2, 3, device="cpu"))
     layer.drop_prob = rate
     layer.train(was_training)
     values = rows.unique().tolist()
@@ -200,6 +205,12 @@ def _refusal(name: str, layer: nn.Module, *, where: str) -> str:
     rates = {key: getattr(layer, key, None) for key in DROP_RATES}
     rates |= {f"{key}.p": layer.p for key, layer in layer.named_children() if hasattr(layer, "p")}
     found = [f"{key}={rate:g}" for key, rate in rates.items() if isinstance(rate, float) and rate]
+    for beginning, help_with in OTHER_RANDOMNESS.items():
+        if type(layer).__name__.startswith(beginning):
+            return (
+                f"{where}: layer {name} ({type(layer).__name__}) draws random numbers that depend "
+                f"on which samples share a process; set {help_with}"
+            )
     return (
         f"{where}: layer {name or '(the backbone)'} ({type(layer).__name__}"
         f"{'; rates: ' if found else ''}{', '.join(found)}) draws random numbers that depend on "
@@ -219,7 +230,7 @@ def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) 
     Raises:
         InputError: if the rows of a sample are not adjacent, so that dropout depends on the batch.
     """
-    if not sample_drops(backbone):
+    if not sample_drops(backbone) or examples.is_meta:  # there are no values to compare
         return
     parameters = _without_zeros(backbone)
     first, second = (

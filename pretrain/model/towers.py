@@ -7,12 +7,15 @@ rejected (see docs/reproducibility.md).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.errors import InputError
 from pretrain.config import MediaKind, MediaTower, TextTower
@@ -31,6 +34,11 @@ from pretrain.model.transformers_backbone import (
     build_transformers_media,
     build_transformers_text,
 )
+from pretrain.towers.attention_dropout import zero_attention_dropout
+from pretrain.towers.frozen_statistics import freeze_batch_norms, has_frozen_statistics
+from pretrain.towers.timm_sizes import timm_size_options
+
+logger = logging.getLogger(__name__)
 
 TowerConfig = MediaTower | TextTower
 
@@ -55,16 +63,27 @@ REFUSED_OPTIONS = {
 # ------------------------------------------------------------------------------------ building
 
 
-def _build_timm(config: MediaTower, kind: MediaKind, assets: Path | None) -> nn.Module:
+def _build_timm(
+    config: MediaTower,
+    kind: MediaKind,
+    assets: Path | None,
+    input_shape: tuple[int, int] | None = None,
+) -> nn.Module:
     import timm
 
     weights: dict[str, Any] = {"pretrained": config.pretrained is True and assets is None}
     if isinstance(config.pretrained, str) and assets is None:
         weights["checkpoint_path"] = config.pretrained
     channels = 3 if kind == "image" else 1
-    return timm.create_model(
-        config.name, num_classes=0, in_chans=channels, **weights, **config.options
-    )
+    build = partial(timm.create_model, config.name, num_classes=0, in_chans=channels)
+    sizes = timm_size_options(config.name, config.options, input_shape)
+    if sizes:
+        try:
+            return build(**weights, **sizes, **config.options)
+        except TypeError as error:  # a model without this argument
+            if "img_size" not in str(error):
+                raise
+    return build(**weights, **config.options)
 
 
 _MEDIA_BUILDERS = {
@@ -76,7 +95,11 @@ _TEXT_BUILDERS = {"open_clip": build_open_clip_text, "transformers": build_trans
 
 
 def build_media_backbone(
-    config: MediaTower, *, kind: MediaKind, assets: Path | None = None
+    config: MediaTower,
+    *,
+    kind: MediaKind,
+    assets: Path | None = None,
+    input_shape: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Builds the encoder of one kind of media, without projection.
 
@@ -84,6 +107,7 @@ def build_media_backbone(
         config: config section of the tower.
         kind: "image" (input [B, 3, H, Wd]) or "audio" (input [B, 1, F, S]).
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
+        input_shape: (H, Wd) or (F, S), for models built for one size; None leaves the model's own.
 
     Raises:
         InputError: if the library cannot build the encoder, or a trained encoder has batch norm.
@@ -91,7 +115,9 @@ def build_media_backbone(
     if assets is None:
         _refuse_options(config.options, f"model.{kind}")
     return _build_backbone(
-        lambda: _MEDIA_BUILDERS[config.library](config, kind, assets), f"model.{kind}", config
+        lambda: _MEDIA_BUILDERS[config.library](config, kind, assets, input_shape),
+        f"model.{kind}",
+        config,
     )
 
 
@@ -133,6 +159,11 @@ def _build_backbone(build: Callable[[], nn.Module], where: str, config: TowerCon
     refuse_quantized_weights(backbone, where)
     backbone.float()  # weights may be saved in half precision
     _turn_off_caches(backbone)
+    if not config.attention_dropout:
+        zero_attention_dropout(backbone)
+        logger.info("%s: dropout of attention weights is off (attention_dropout: off)", where)
+    if getattr(config, "batch_norm", None) == "frozen":
+        freeze_batch_norms(backbone)
     if config.frozen:
         backbone.requires_grad_(False)
     else:
@@ -205,11 +236,11 @@ def _token_embedding(backbone: nn.Module) -> nn.Module | None:
 def _refuse_batch_norm(backbone: nn.Module, where: str) -> None:
     """Refuses batch norm: a rank's own statistics make the result depend on the number of ranks."""
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm) and not has_frozen_statistics(module):
             raise InputError(
                 f"{where}: layer {name} is a {type(module).__name__}, whose output depends on "
-                "which samples share a process; choose a model without it, replace the norm "
-                "(timm: options: {norm_layer: layernorm2d}), or freeze the tower (frozen: true)"
+                "which samples share a process; set batch_norm: frozen to train it with fixed "
+                "statistics, freeze the tower (frozen: true), or choose a model without it"
             )
 
 
@@ -219,7 +250,8 @@ def probe_backbone(
     """Determines the output width W of a backbone and freezes its unused parameters.
 
     Libraries build heads that pooled features never pass through, but engines wait for the gradient
-    of every parameter that is not frozen.
+    of every parameter that is not frozen. On the meta device there are no values: only shapes are
+    determined.
 
     Args:
         backbone: backbone from `build_media_backbone` or `build_text_backbone`.
@@ -233,7 +265,10 @@ def probe_backbone(
     """
     was_training = backbone.training
     try:
-        if drop_keys is None:
+        if examples.is_meta:
+            with torch.no_grad(), (drop_keys or TowerDropKeys()).set_pairs(_first_key(examples)):
+                features = backbone(examples[:1])
+        elif drop_keys is None:
             with refuse_other_randomness(backbone.eval(), where=where):
                 features = backbone(examples[:1])
         else:
@@ -274,13 +309,20 @@ def _features_in_training(
     backbone: nn.Module, example: Tensor, drop_keys: TowerDropKeys, *, where: str
 ) -> Tensor:
     """[1, W], encoded as in training; refuses layers that draw from a random generator."""
-    keys = torch.zeros(1, dtype=torch.int64)
+    keys = _first_key(example)
     with refuse_other_randomness(backbone, where=where), drop_keys.set_pairs(keys):
         return backbone(example)
 
 
+def _first_key(examples: Tensor) -> Tensor:
+    """int64 [1], the key of dropout of a first example"""
+    return torch.zeros(1, dtype=torch.int64, device=examples.device)
+
+
 def ends_in_joint_space(config: TowerConfig) -> bool:
     """Returns whether the backbone includes a projection, as open_clip's models do."""
+    if config.projection == "none":
+        return True
     return config.library == "open_clip" and config.name != FROM_SCRATCH_TEXT
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.errors import InputError
 from pretrain.config import MediaKind, MediaTower, TextTower
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.towers.attention_dropout import attention_rates, turn_off_attention_dropout
+from pretrain.towers.model_classes import (
+    TowerClass,
+    find_class,
+    half_of,
+    options_of_half,
+    tower_class,
+)
+from pretrain.towers.model_inputs import model_inputs, size_options
+from pretrain.towers.pooling import pool_tokens
 
-# Model type of transformers -> its inputs from a log-mel spectrogram [B, 1, F, S].
-_AUDIO_INPUTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
-    "audio-spectrogram-transformer": lambda mel: {"input_values": mel[:, 0].transpose(1, 2)},
-}
 # Names that config classes accept in addition to their own attributes.
 _OLD_ROPE_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 _NAMES_OF_ALL_CONFIGS = ("attn_implementation", "experts_implementation")
+# Models trained on padded captions without a mask: padding is a token like any other.
+SEE_PADDING = ("siglip_text_model", "siglip2_text_model")
 # Options that say where and how to find a saved model.
 _SOURCE_OPTIONS = (
     *("cache_dir", "code_revision", "force_download", "local_files_only", "proxies"),
@@ -30,51 +38,75 @@ _SOURCE_OPTIONS = (
 
 
 class TransformersMedia(nn.Module):
-    """A transformers vision or audio model with pooled output [B, W]."""
+    """A transformers vision or audio model with pooled output [B, W].
 
-    def __init__(self, backbone: nn.Module, kind: MediaKind) -> None:
+    Args:
+        backbone: model of transformers.
+        pooling: pooling of its tokens; None for its own, or the mean if it has none.
+    """
+
+    def __init__(self, backbone: nn.Module, *, pooling: str | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.kind = kind
-        model_type = backbone.config.model_type
-        if kind == "audio" and model_type not in _AUDIO_INPUTS:
-            raise InputError(
-                f"model.audio: expected a transformers model type that takes log-mel spectrograms "
-                f"({', '.join(_AUDIO_INPUTS)}), found {model_type!r}"
-            )
+        self.pooling = pooling
 
     def forward(self, pixels_or_mel: Tensor) -> Tensor:
-        if self.kind == "image":
-            inputs = {"pixel_values": pixels_or_mel}
-        else:
-            inputs = _AUDIO_INPUTS[self.backbone.config.model_type](pixels_or_mel)
-        output = self.backbone(**inputs)
+        output = self.backbone(**model_inputs(pixels_or_mel, self.backbone.config))
         pooled = getattr(output, "pooler_output", None)
-        return output.last_hidden_state.mean(dim=1) if pooled is None else pooled
+        if self.pooling == "own":
+            return _own_pooling(pooled, self.backbone).flatten(1)
+        if self.pooling is None and pooled is not None:
+            return pooled.flatten(1)  # convolutional models: [B, W, 1, 1] -> [B, W]
+        hidden = output.last_hidden_state
+        if hidden.ndim == 4:  # a feature map
+            hidden = hidden.flatten(2).transpose(1, 2)  # [B, W, H, Wd] -> [B, P, W]
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return pool_tokens(hidden, mask, pooling=self.pooling or "mean")
 
 
 class TransformersText(nn.Module):
-    """A transformers text model with pooled output [B, W]; padding is masked."""
+    """A transformers text model with pooled output [B, W]; padding is masked.
+
+    Args:
+        backbone: model of transformers.
+        pad_id: token id of padding.
+        pooling: pooling of its tokens.
+    """
 
     def __init__(self, backbone: nn.Module, *, pad_id: int, pooling: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.pad_id = pad_id
         self.pooling = pooling
+        self.sees_padding = backbone.config.model_type in SEE_PADDING
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = tokens != self.pad_id  # [B, L]
-        hidden = self.backbone(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        if self.pooling == "first":
-            return hidden[:, 0]  # [B, L, W] -> [B, W]
-        weights = mask[..., None].to(hidden.dtype)
-        num_tokens = weights.sum(dim=1).clamp(min=1)  # a caption may be all padding
-        return (hidden * weights).sum(dim=1) / num_tokens  # [B, L, W] -> [B, W]
+        attention_mask = None if self.sees_padding else mask.long()
+        output = self.backbone(input_ids=tokens, attention_mask=attention_mask)
+        if self.pooling == "own":
+            return _own_pooling(getattr(output, "pooler_output", None), self.backbone)
+        return pool_tokens(output.last_hidden_state, mask, pooling=self.pooling)
 
 
-def build_transformers_media(config: MediaTower, kind: MediaKind, assets: Path | None) -> nn.Module:
+def _own_pooling(pooled: Tensor | None, backbone: nn.Module) -> Tensor:
+    if pooled is None:
+        raise ValueError(
+            f"{type(backbone).__name__} has no pooling of its own; set pooling to mean, first, "
+            "last or max"
+        )
+    return pooled
+
+
+def build_transformers_media(
+    config: MediaTower,
+    kind: MediaKind,
+    assets: Path | None,
+    input_shape: tuple[int, int] | None = None,
+) -> nn.Module:
     """Builds a media model of transformers; see `build_media_backbone`."""
-    return TransformersMedia(_transformers_model(config, assets, kind), kind)
+    model = _transformers_model(config, assets, kind, input_shape=input_shape)
+    return TransformersMedia(model, pooling=config.pooling)
 
 
 def build_transformers_text(
@@ -89,22 +121,43 @@ def build_transformers_text(
 
 
 def _transformers_model(
-    config: MediaTower | TextTower, assets: Path | None, kind: str
+    config: MediaTower | TextTower,
+    assets: Path | None,
+    kind: str,
+    *,
+    input_shape: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The model in float32, whichever type its weights are saved in."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     if assets is not None:
-        saved = AutoConfig.from_pretrained(assets / f"{kind}_tower")
-        return AutoModel.from_config(saved, dtype=torch.float32)
+        return _from_config(AutoConfig.from_pretrained(assets / f"{kind}_tower"), kind)
     if config.pretrained:
         name = config.name if config.pretrained is True else config.pretrained
-        model = _load_model(name, config.options)
-    else:
-        refuse_unknown_options(_config_class(config.name), config.options)
-        settings = AutoConfig.for_model(config.name, **config.options)
-        _refuse_missing_class(settings)
-        model = AutoModel.from_config(settings, dtype=torch.float32)
+        return _load_model(name, config, kind)
+    refuse_unknown_options(_config_class(config.name), config.options)
+    options = options_of_half(config.name, config.options, kind=kind)
+    half = half_of(AutoConfig.for_model(config.name, **config.options), kind=kind)
+    if options is not config.options:
+        refuse_unknown_options(type(half), options)
+    # Built again, because a config derives some values from others.
+    sizes = size_options(half.model_type, input_shape)
+    settings = type(half)(**(sizes | options)) if sizes else half
+    turn_off_attention_dropout(settings, is_off=not config.attention_dropout)
+    return _from_config(settings, kind)
+
+
+def _from_config(settings: Any, kind: str) -> nn.Module:
+    from transformers import AutoModel
+
+    known = tower_class(settings.model_type, kind=kind)
+    if known is not None:
+        return find_class(known.name)(settings)
+    _refuse_missing_class(settings)
+    return _refuse_two_towers(AutoModel.from_config(settings, dtype=torch.float32))
+
+
+def _refuse_two_towers(model: nn.Module) -> nn.Module:
     if hasattr(model, "get_text_features"):
         raise ValueError(
             f"expected a model of one modality, found {model.config.model_type!r}, which has a "
@@ -113,18 +166,56 @@ def _transformers_model(
     return model
 
 
-def _load_model(name: str, options: dict[str, Any]) -> nn.Module:
+def _load_model(name: str, config: MediaTower | TextTower, kind: str) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
+    options = config.options
     of_source = {key: value for key, value in options.items() if key in _SOURCE_OPTIONS}
-    settings = AutoConfig.from_pretrained(name, **of_source)
+    whole = AutoConfig.from_pretrained(name, **of_source)
+    settings = half_of(whole, kind=kind)
+    known = tower_class(settings.model_type, kind=kind)
+    if known is not None:
+        return _load_tower(name, known, settings, config, of_source)
     if not hasattr(settings, "auto_map"):  # a model with code of its own
         _refuse_missing_class(settings)
+    rates = {} if config.attention_dropout else attention_rates(settings)
     try:
-        return AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, **(rates | options))
     except TypeError:  # options unknown to the config are arguments of the model
         refuse_unknown_options(type(settings), options)
         raise
+    return _refuse_two_towers(model)
+
+
+def _load_tower(
+    name: str,
+    known: TowerClass,
+    settings: Any,
+    config: MediaTower | TextTower,
+    of_source: dict[str, Any],
+) -> nn.Module:
+    """A class of the table with the weights of a folder, which may hold a whole dual encoder."""
+    options = {key: config.options[key] for key in config.options if key not in of_source}
+    refuse_unknown_options(type(settings), options)
+    for key, value in options.items():
+        setattr(settings, key, value)
+    turn_off_attention_dropout(settings, is_off=not config.attention_dropout)
+    renamed = {} if known.prefix is None else {f"^{re.escape(known.prefix)}": ""}
+    model, loaded = find_class(known.loader or known.name).from_pretrained(
+        name,
+        config=settings,
+        dtype=torch.float32,
+        output_loading_info=True,
+        key_mapping=renamed or None,
+        **of_source,
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"expected weights of a {known.name}, which {name} does not hold: "
+            f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}; choose the "
+            "folder of such a model"
+        )
+    return getattr(model, known.part) if known.part else model
 
 
 def _config_class(model_type: str) -> type:

@@ -15,6 +15,14 @@ SIZES = {
     "intermediate_size": 16,
     "vocab_size": 100,
 }
+SIZES_OF_IMAGES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 16,
+    "patch_size": 8,
+}
 
 
 def build_text(name, options, *, pretrained=False):
@@ -110,14 +118,22 @@ def test_every_attribute_of_every_model_type_is_accepted():
 @pytest.mark.parametrize(
     ("kind", "name", "options", "reason"),
     [
-        ("text", "siglip_text_model", SIZES, "AutoModel does not build .* 'siglip_text_model'"),
-        ("audio", "clap_audio_model", {}, "AutoModel does not build .* 'clap_audio_model'"),
+        ("text", "blip_text_model", SIZES, "AutoModel does not build .* 'blip_text_model'"),
+        ("audio", "wav2vec2", {}, "expected a .* type that takes log-mel .* found 'wav2vec2'"),
+        ("text", "clap_audio_model", {}, "'clap_audio_model' is one of audio towers; choose one"),
+        ("audio", "clip", {}, "model type 'clip' has towers for image and text, none for audio"),
         ("text", "bertt", {}, r"no model type 'bertt' \(nearest: bert"),
         (
             "image",
+            "chinese_clip",
+            {"text_config": SIZES, "vision_config": SIZES_OF_IMAGES},
+            "expected a model of one modality, found 'chinese_clip'",
+        ),
+        (
+            "image",
             "clip",
-            {"text_config": SIZES, "vision_config": {"image_size": 16, "patch_size": 8}},
-            "expected a model of one modality, found 'clip'",
+            {"vision_config": SIZES_OF_IMAGES | {"patch_sise": 8}},
+            "CLIPVisionConfig has no option 'patch_sise'",
         ),
     ],
 )

@@ -1,0 +1,1 @@
+"""Parts of towers: model classes, pooling, projections, frozen statistics and small towers."""
