@@ -328,7 +328,7 @@ def load_model(
         config.model,
         image=config.image,
         audio=config.audio,
-        pairings=config.pairings,
+        temperatures=config.temperatures,
         seed=config.seed,
         tokenizer=tokenizer,
         assets=assets,

@@ -7,28 +7,35 @@ result. All others are part of the run's identity.
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from data_prep.config_file import Location, Section, free
+from data_prep.config_file import STORED, Location, Section, free
+from pretrain.objective_config import ObjectiveSection
+from pretrain.objective_config import validate_section as validate_objective
+from pretrain.old_config import OBJECTIVE_KEYS, describe_new_form, has_old_form, in_new_form
 from pretrain.preflight_config import Preflight
 from pretrain.start_config import Start
 
 MediaKind = Literal["image", "audio"]
-PairingName = Literal["image-text", "audio-text"]
+StreamName = str
+VIEWS = ("image", "audio", "text")
 Precision = Literal["fp32", "bf16"]
-LossKind = Literal["softmax", "sigmoid"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -37,11 +44,6 @@ LARGEST_LOGIT_SCALE = 340.0
 # Mean and standard deviation of RGB in [0, 1] for CLIP's image towers (Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def media_of_pairing(pairing: PairingName) -> MediaKind:
-    """Returns the kind of media that a pairing contrasts with text."""
-    return "image" if pairing == "image-text" else "audio"
 
 
 # --------------------------------------------------------------------------------------- model
@@ -107,7 +109,7 @@ class TextTower(TowerOutput):
 
 
 class LogitScale(Section):
-    """The learned inverse temperature, one per pairing, stored as its logarithm."""
+    """The learned inverse temperature, one per name, stored as its logarithm."""
 
     initial: PositiveFloat = 1 / 0.07
     # clamped to [1, maximum] in the optimizer step
@@ -123,14 +125,14 @@ class LogitScale(Section):
 
 
 class Model(Section):
-    """Towers by modality; each pairing uses one media tower and the text tower."""
+    """Towers by modality, one joint space."""
 
     embed_dim: PositiveInt  # joint embedding width D
     image: MediaTower | None = None
     audio: MediaTower | None = None
     text: TextTower
     logit_scale: LogitScale = LogitScale()
-    initial_logit_bias: float = -10.0  # learned, one per pairing with the sigmoid loss
+    initial_logit_bias: float = -10.0  # learned, one per temperature of the sigmoid loss
 
     @model_validator(mode="after")
     def _starts_from_one_source(self) -> Model:
@@ -261,8 +263,11 @@ class AudioTransform(Section):
 # ---------------------------------------------------------------------------------------- data
 
 
+StreamNameKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
 class Source(Section):
-    """One dataset of a pairing."""
+    """One dataset of a stream."""
 
     name: str  # part of every random key: renaming a source changes the order
     # Folder or URL (s3://, gs://, hf://, http://, file://) with dataset.json; its fingerprint is
@@ -270,7 +275,7 @@ class Source(Section):
     dataset: Location = free()
     # .subset file: only the samples that it lists are read; its fingerprint is part of the identity
     subset: Location | None = free(None)
-    weight: PositiveFloat = 1.0  # fraction of the pairing's batch, relative to its other sources
+    weight: PositiveFloat = 1.0  # fraction of the stream's batch, relative to its other sources
 
 
 def _refuse_equal_names(sources: list[Source]) -> list[Source]:
@@ -290,68 +295,75 @@ class Segment(Section):
     sources: Sources
 
 
-class Distillation(Section):
-    """Distillation: a trained model provides part of the softmax targets."""
-
-    checkpoint: Path = free()  # run folder or checkpoint; its fingerprint is part of the identity
-    weight: float = Field(0.5, gt=0, le=1)  # weight of its softmaxes in the targets
+# Validated by the section of the objective's `kind`
+AnyObjective = Annotated[SerializeAsAny[ObjectiveSection], BeforeValidator(validate_objective)]
+ObjectiveName = Annotated[str, Field(pattern=r"^[a-z0-9_]+(-[a-z0-9_]+)?$")]
 
 
-class Pairing(Section):
-    """A stream of (media, caption) pairs and the loss over it."""
+class Stream(Section):
+    """Samples that are drawn together, and the objectives that read them."""
 
-    global_batch_size: PositiveInt  # pairs contrasted with one another in a step
-    # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
-    # with model.logit_scale.initial: 10
-    loss: LossKind = "softmax"
-    label_smoothing: Decay = 0.0  # fraction of the softmax targets that is spread over the batch
-    # softmax only. both: media to captions and back; forward: from each media to the captions alone
-    direction: Literal["both", "forward"] = "both"
-    # softmax only. per_anchor: a softmax for each media and caption; all_pairs: one over all pairs
-    negatives: Literal["per_anchor", "all_pairs"] = "per_anchor"
-    # Role of two pairs in a batch that share their caption or media. negatives: as in CLIP;
-    # positives: as if they were one pair; masked: excluded from each other's loss.
-    duplicates: Literal["negatives", "positives", "masked"] = "negatives"
-    # With duplicates=negatives, a new run is refused if this fraction of a step's pairs repeats a
+    global_batch_size: PositiveInt  # samples of a step, contrasted with one another
+    # With duplicates=negatives, a new run is refused if this fraction of a step's samples repeats a
     # sample of the same step, because a source is small; 1: never
     max_repeated_fraction: float = Field(0.5, gt=0, le=1)
-    teacher: Distillation | None = None
-    # pairings_per_step all: weight of this loss in the sum; one: fraction of the steps
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = 1.0  # streams_per_step one: fraction of the steps
     sources: Sources
     segments: list[Segment] = []  # more may be added while a run is stopped; none may change
+    objectives: dict[ObjectiveName, AnyObjective] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _show_new_form(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (old := set(OBJECTIVE_KEYS).intersection(values)):
+            raise ValueError(
+                f"{', '.join(sorted(old))}: settings of an objective, which stand under "
+                "`objectives` now, such as objectives: {image-text: {loss: softmax}}"
+            )
+        return values
+
+    @property
+    def views(self) -> list[str]:
+        """Views that the objectives read, each once, in the order in which they are encoded."""
+        views = [each.views(name) for name, each in self.objectives.items()]
+        return list(
+            dict.fromkeys(view for of_one in zip_longest(*views) for view in of_one if view)
+        )
+
+    @property
+    def media(self) -> MediaKind:
+        """Kind of media in its datasets."""
+        return next(view for view in self.views if view != "text")
 
     @model_validator(mode="after")
-    def _has_softmaxes(self) -> Pairing:
-        for name in ("label_smoothing", "direction", "negatives", "teacher"):
-            default = type(self).model_fields[name].default
-            if self.loss != "softmax" and getattr(self, name) != default:
-                value = "" if name == "teacher" else f"={getattr(self, name)}"
+    def _views_are_media_and_text(self) -> Stream:
+        for name, objective in self.objectives.items():
+            views = objective.views(name)
+            unknown = [view for view in views if view not in VIEWS]
+            if unknown:
                 raise ValueError(
-                    f"{name}{value} with loss={self.loss}: it is for loss=softmax alone; remove it"
+                    f"objectives.{name} reads {' and '.join(map(repr, unknown))}: expected views "
+                    f"among {', '.join(VIEWS)}"
                 )
-        if self.negatives == "all_pairs":
-            if self.direction != "both":
-                raise ValueError(
-                    f"direction={self.direction} with negatives=all_pairs: one softmax over all "
-                    "pairs has no direction; remove direction"
-                )
-            if self.teacher is not None:
-                raise ValueError(
-                    "teacher with negatives=all_pairs: a teacher provides targets for the softmax "
-                    "of each anchor; remove teacher, or set negatives to per_anchor"
-                )
+            if len(set(views)) < len(views):
+                raise ValueError(f"objectives.{name} reads {views[0]!r} twice; set left and right")
+        media = [view for view in self.views if view != "text"]
+        if len(media) != 1:
+            raise ValueError(
+                f"expected objectives of one kind of media with text, found {self.views}: a "
+                "dataset holds images or clips, with captions; use a stream for each"
+            )
         return self
 
     @model_validator(mode="after")
-    def _segments_in_order(self) -> Pairing:
+    def _segments_in_order(self) -> Stream:
         steps = [segment.from_step for segment in self.segments]
         if steps != sorted(set(steps)):
             raise ValueError(f"expected segments with rising from_step, found {steps}")
         return self
 
     @model_validator(mode="after")
-    def _names_mean_one_dataset(self) -> Pairing:
+    def _names_mean_one_dataset(self) -> Stream:
         known: dict[str, tuple[str, str | None]] = {}
         for source in self.all_sources:
             location = (source.dataset, source.subset)
@@ -484,7 +496,7 @@ class Watch(Section):
 
 
 class ValidationSource(Section):
-    """Held-out pairs of one pairing."""
+    """Held-out pairs of one stream."""
 
     dataset: Location = free()  # folder or URL
     subset: Location | None = free(None)
@@ -495,7 +507,7 @@ class Validation(Section):
     """Loss and in-batch recall on held-out pairs during training."""
 
     every_steps: PositiveInt = free(1000)
-    pairings: dict[PairingName, ValidationSource] = {}
+    streams: dict[StreamName, ValidationSource] = {}
 
 
 class Fork(Section):
@@ -572,17 +584,16 @@ class PretrainConfig(Section):
     """Config of a run."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    lanes: PositiveInt  # divides every pairing's global_batch_size; at most this many processes
-    # Pairs of a pairing that a process encodes at once; auto: as many as fit into memory.
+    lanes: PositiveInt  # divides every stream's global_batch_size; at most this many processes
+    # Pairs of a stream that a process encodes at once; auto: as many as fit into memory.
     micro_batch_size: PositiveInt | Literal["auto"] = free("auto")
     run: Run
     model: Model
     image: ImageTransform = ImageTransform()
     audio: AudioTransform = AudioTransform()
-    pairings: dict[PairingName, Pairing] = Field(min_length=1)
-    # all: every step uses all pairings and sums weight * loss; one: every step uses one pairing,
-    # chosen by weight.
-    pairings_per_step: Literal["all", "one"] = "all"
+    streams: dict[StreamNameKey, Stream] = Field(min_length=1)
+    # all: every step takes all streams; one: every step takes one stream, chosen by weight
+    streams_per_step: Literal["all", "one"] = "all"
     loading: Loading = Loading()
     optimizer: Optimizer
     schedule: Schedule
@@ -591,36 +602,96 @@ class PretrainConfig(Section):
     validation: Validation = Validation()
     preflight: Preflight = Preflight()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_old_form(cls, values: Any, info: ValidationInfo) -> Any:
+        if not has_old_form(values):
+            return values
+        if info.context == STORED:
+            return in_new_form(values)
+        raise ValueError(
+            "`pairings` are `streams` with objectives now; write:\n" + describe_new_form(values)
+        )
+
     @model_validator(mode="after")
     def _batches_divide(self) -> PretrainConfig:
-        for name, pairing in self.pairings.items():
-            size, lanes = pairing.global_batch_size, self.lanes
+        for name, stream in self.streams.items():
+            size, lanes = stream.global_batch_size, self.lanes
             if size % lanes:
                 fitting = [n for n in (size // lanes * lanes, -(-size // lanes) * lanes) if n]
                 raise ValueError(
-                    f"pairings.{name}.global_batch_size={size} is not a multiple of lanes={lanes}; "
+                    f"streams.{name}.global_batch_size={size} is not a multiple of lanes={lanes}; "
                     f"use {' or '.join(map(str, fitting))}, or lanes={math.gcd(size, lanes)}"
                 )
         return self
 
     @model_validator(mode="after")
     def _towers_exist(self) -> PretrainConfig:
-        for name in self.pairings:
-            kind = media_of_pairing(name)
-            if getattr(self.model, kind) is None:
-                raise ValueError(f"pairings.{name} needs a tower: set model.{kind}")
+        used = {view for stream in self.streams.values() for view in stream.views}
+        for name, stream in self.streams.items():
+            for view in stream.views:
+                if getattr(self.model, view) is None:
+                    raise ValueError(f"streams.{name} needs a tower: set model.{view}")
         for kind in ("image", "audio"):
-            if getattr(self.model, kind) is not None and f"{kind}-text" not in self.pairings:
+            if getattr(self.model, kind) is not None and kind not in used:
                 raise ValueError(
-                    f"model.{kind} is used by no pairing: add pairings.{kind}-text, or remove it"
+                    f"model.{kind} is used by no objective: add {kind}-text to the objectives of "
+                    "a stream, or remove it"
                 )
-        for name in self.validation.pairings:
-            if name not in self.pairings:
+        for name in self.validation.streams:
+            if name not in self.streams:
+                raise ValueError(f"validation.streams.{name}: expected one of {list(self.streams)}")
+        return self
+
+    @model_validator(mode="after")
+    def _temperatures_agree(self) -> PretrainConfig:
+        first: dict[str, tuple[str, bool]] = {}
+        for key, objective in self.objectives.items():
+            name = objective.temperature_name(key.partition("/")[2])
+            if name is None:
+                continue
+            other, has_bias = first.setdefault(name, (key, objective.has_bias))
+            if has_bias != objective.has_bias:
                 raise ValueError(
-                    f"validation.pairings.{name}: expected one of {list(self.pairings)}"
+                    f"{other} and {key} share the temperature {name!r}, but only one of them has a "
+                    "bias (loss=sigmoid); set `temperature` of one of them to another name"
                 )
         return self
 
-    def slots_per_lane(self, pairing: PairingName) -> int:
-        """Returns the number of consecutive positions that a step reads from every lane."""
-        return self.pairings[pairing].global_batch_size // self.lanes
+    @model_validator(mode="after")
+    def _weights_count(self) -> PretrainConfig:
+        for name, stream in self.streams.items():
+            if self.streams_per_step == "all" and stream.weight != 1:
+                raise ValueError(
+                    f"streams.{name}.weight={stream.weight:g} with streams_per_step=all: every "
+                    "step takes all streams; set the weight of its objectives instead"
+                )
+        return self
+
+    @property
+    def temperatures(self) -> dict[str, bool]:
+        """Name of each learned temperature -> whether it has a bias."""
+        return {
+            name: section.has_bias
+            for key, section in self.objectives.items()
+            if (name := section.temperature_name(key.partition("/")[2])) is not None
+        }
+
+    @property
+    def views_of_temperatures(self) -> dict[str, list[str]]:
+        """Views of the objectives that use each learned temperature."""
+        views: dict[str, list[str]] = {name: [] for name in self.temperatures}
+        for key, section in self.objectives.items():
+            objective = key.partition("/")[2]
+            if (name := section.temperature_name(objective)) is not None:
+                views[name] += section.views(objective)
+        return {name: list(dict.fromkeys(each)) for name, each in views.items()}
+
+    @property
+    def objectives(self) -> dict[str, Any]:
+        """All objectives, by "<stream>/<objective>"."""
+        return {
+            f"{name}/{objective}": section
+            for name, stream in self.streams.items()
+            for objective, section in stream.objectives.items()
+        }

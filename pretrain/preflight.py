@@ -90,7 +90,7 @@ def find_problems(rendezvous: Rendezvous, config: PretrainConfig) -> list[Proble
         hosts=hosts,
         device=device,
         config_checksum=checksum_of_config(config),
-        datasets=sorted({s.dataset for p in config.pairings.values() for s in p.all_sources}),
+        datasets=sorted({s.dataset for p in config.streams.values() for s in p.all_sources}),
         folder=config.run.folder,
         checkpoints=config.run.checkpoints,
     )
@@ -143,7 +143,7 @@ def checkpoint_bytes(config: PretrainConfig) -> int:
         config.model,
         image=config.image,
         audio=config.audio,
-        pairings=config.pairings,
+        temperatures=config.temperatures,
         seed=config.seed,
         tokenizer=build_tokenizer(config.model.text),
     )

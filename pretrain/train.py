@@ -52,7 +52,7 @@ from pretrain.run.model_sources import ModelSources
 from pretrain.run.requests import RunRequests
 from pretrain.run.resume import open_run, resume
 from pretrain.training.assembly import (
-    build_losses,
+    build_run_objectives,
     build_session,
     build_settings,
     build_step,
@@ -200,7 +200,7 @@ def dry_run(config: PretrainConfig) -> None:
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),
-        build_losses(config, world_size=num_processes),
+        build_run_objectives(config, world_size=num_processes),
         loader=loader,
         model=model,
         device=device,

@@ -69,10 +69,10 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> Markup:
         rows: rows of `pretrain.run.attempts.read_metrics`.
     """
     panels = {
-        "loss": _by_pairing(rows, "loss"),
+        "loss": _by_stream(rows, "loss"),
         "validation recall@1": _validation_recalls(rows),
         "learning rate": _single(rows, "learning_rate"),
-        "logit scale": _by_pairing(rows, "logit_scale"),
+        "logit scale": _by_stream(rows, "logit_scale"),
     }
     panels = {title: series for title, series in panels.items() if series}
     num_rows = (len(panels) + 1) // 2
@@ -100,22 +100,22 @@ def _draw_series(axes: Axes, title: str, series: Series) -> None:
         axes.legend(fontsize=8)
 
 
-def _by_pairing(rows: Sequence[Mapping[str, Any]], key: str) -> Series:
+def _by_stream(rows: Sequence[Mapping[str, Any]], key: str) -> Series:
     series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for row in rows:
-        for pairing, value in (row.get(key) or {}).items():
-            series[pairing][0].append(row["step"])
-            series[pairing][1].append(value)
+        for stream, value in (row.get(key) or {}).items():
+            series[stream][0].append(row["step"])
+            series[stream][1].append(value)
     return dict(series)
 
 
 def _validation_recalls(rows: Sequence[Mapping[str, Any]]) -> Series:
     series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for row in rows:
-        for pairing, metrics in row.get("validation", {}).items():
+        for stream, metrics in row.get("validation", {}).items():
             for direction in ("media_to_text", "text_to_media"):
                 if f"{direction}_recall@1" in metrics:
-                    name = f"{pairing}, {direction.replace('_', ' ')}"
+                    name = f"{stream}, {direction.replace('_', ' ')}"
                     series[name][0].append(row["step"])
                     series[name][1].append(metrics[f"{direction}_recall@1"])
     return dict(series)

@@ -11,51 +11,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import PairingName
+from pretrain.config import StreamName
 from pretrain.data.pair_reader import BadSample
 
-DEVICE_TENSORS = ("media", "spec_masks", "tokens", "media_keys", "caption_keys")
+ON_CPU = "lengths"  # the tensor that stays on the CPU
 ALIGNMENT = 64  # bytes, of every tensor in a shared buffer
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class PairingBatch:
-    """A rank's pairs of one pairing in one step; B is 0 if the step does not take the pairing.
+class ViewBatch:
+    """One view of a rank's samples: images, clips or texts.
 
-    Rows with equal `media_keys` or `caption_keys` have equal media or captions.
+    Rows with equal `keys` have equal contents.
     """
 
-    media: Tensor  # uint8 [B, 3, H, Wd], channels last, or float32 [B, samples]
-    spec_masks: Tensor  # int32 [B, masks, 2] (start, width) in SpecAugment, frequency masks first
-    tokens: Tensor  # int64 [B, L]
-    caption_lengths: Tensor  # int64 [B] tokens up to the last that is not padding; stays on the CPU
-    media_keys: Tensor  # int64 [B] key of the sample that is shown
-    caption_keys: Tensor  # int64 [B] key of the tokens
+    # uint8 [B, 3, H, Wd], channels last; float32 [B, samples]; or int64 [B, L], tokens
+    values: Tensor
+    keys: Tensor  # int64 [B], of the sample that is shown, or of its tokens
+    # int32 [B, masks, 2] (start, width) in SpecAugment, frequency masks first; clips only
+    masks: Tensor | None = None
+    # int64 [B] tokens up to the last that is not padding; texts only; stays on the CPU
+    lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Tensors for the tower."""
+        return (self.values,) if self.masks is None else (self.values, self.masks)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """A rank's samples of one stream in one step; B is 0 if the step does not take the stream."""
+
+    views: dict[str, ViewBatch]
     first_slot: int  # slot of the first row in the global batch; other rows follow without a gap
     digest: np.ndarray  # int64 [2], see pretrain.sampling.order.digest_halves
     bad_samples: list[BadSample] = field(default_factory=list)
     # (source, epoch) -> rows that show this epoch, substitutes included
     num_read: Counter[tuple[str, int]] = field(default_factory=Counter)
 
+    def __len__(self) -> int:
+        return len(next(iter(self.views.values())))
+
     @property
     def on_device(self) -> list[Tensor]:
         """Tensors that the model's device needs."""
-        return [getattr(self, name) for name in DEVICE_TENSORS]
+        return [
+            tensor
+            for view in self.views.values()
+            for name, tensor in view.tensors.items()
+            if name != ON_CPU
+        ]
 
-    def to(self, device: torch.device) -> PairingBatch:
+    def to(self, device: torch.device) -> StreamBatch:
         """Copies the batch to a device without waiting for the copy."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in DEVICE_TENSORS}
-        # The loader reuses its memory after the copies, also that of tensors that stay here.
-        return replace(self, **moved, caption_lengths=self.caption_lengths.clone())
 
-    def pin_memory(self) -> PairingBatch:
-        """Copies the batch to pinned memory, which a GPU copies from by itself."""
-        pinned = {
-            name: value.pin_memory()
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+        def move(name: str, tensor: Tensor) -> Tensor:
+            # The loader reuses its memory after the copies, also that of tensors that stay here.
+            return tensor.clone() if name == ON_CPU else tensor.to(device, non_blocking=True)
+
+        views = {
+            view: ViewBatch(**{name: move(name, tensor) for name, tensor in each.tensors.items()})
+            for view, each in self.views.items()
         }
-        return replace(self, **pinned)
+        return replace(self, views=views)
+
+    def pin_memory(self) -> StreamBatch:
+        """Copies the batch to pinned memory, which a GPU copies from by itself."""
+        views = {
+            view: ViewBatch(**{name: tensor.pin_memory() for name, tensor in each.tensors.items()})
+            for view, each in self.views.items()
+        }
+        return replace(self, views=views)
 
 
 @dataclass(frozen=True)
@@ -63,82 +99,94 @@ class StepBatch:
     """One rank's batches of one step."""
 
     step: int
-    pairings: dict[PairingName, PairingBatch]
-    taken: list[PairingName]  # pairings whose loss is part of the step; the others have no rows
+    streams: dict[StreamName, StreamBatch]
+    taken: list[StreamName]  # streams whose losses are part of the step; the others have no rows
 
     def to(self, device: torch.device) -> StepBatch:
         """Copies the batches to a device without waiting for the copy."""
-        return replace(self, pairings={n: pairs.to(device) for n, pairs in self.pairings.items()})
+        return replace(self, streams={n: each.to(device) for n, each in self.streams.items()})
 
     def pin_memory(self) -> StepBatch:
         """Copies the batches to pinned memory, which a GPU copies from by itself."""
-        return replace(self, pairings={n: p.pin_memory() for n, p in self.pairings.items()})
+        return replace(self, streams={n: each.pin_memory() for n, each in self.streams.items()})
 
 
 # -------------------------------------------------------------------------------------- memory
 
 
 @dataclass(frozen=True)
-class PairLayout:
-    """Shapes and types of a pairing's rows."""
+class ViewLayout:
+    """Shape and type of a view's rows."""
 
-    media_shape: tuple[int, ...]  # (H, Wd, 3) or (samples,)
-    media_dtype: torch.dtype
-    num_masks: int
-    context_length: int  # tokens
+    shape: Shape  # (H, Wd, 3), (samples,) or (tokens,)
+    dtype: torch.dtype
+    num_masks: int = 0
+    has_lengths: bool = False
 
-    def tensors(self, num_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def tensors(self, num_rows: int) -> dict[str, tuple[Shape, torch.dtype]]:
         """Returns name -> (shape, type) of all tensors of some rows."""
-        return {
-            "media": ((num_rows, *self.media_shape), self.media_dtype),
-            "spec_masks": ((num_rows, self.num_masks, 2), torch.int32),
-            "tokens": ((num_rows, self.context_length), torch.int64),
-            "caption_lengths": ((num_rows,), torch.int64),
-            "media_keys": ((num_rows,), torch.int64),
-            "caption_keys": ((num_rows,), torch.int64),
+        found = {
+            "values": ((num_rows, *self.shape), self.dtype),
+            "keys": ((num_rows,), torch.int64),
         }
+        if self.num_masks:
+            found["masks"] = ((num_rows, self.num_masks, 2), torch.int32)
+        if self.has_lengths:
+            found["lengths"] = ((num_rows,), torch.int64)
+        return found
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """Layout of the rows of every view of a stream."""
+
+    views: Mapping[str, ViewLayout]
 
     def num_bytes(self, num_rows: int) -> int:
-        """Returns the bytes that `PairBuffers.within` needs."""
+        """Returns the bytes that `StreamBuffers.within` needs."""
         return sum(
             _aligned(math.prod(shape) * dtype.itemsize)
-            for shape, dtype in self.tensors(num_rows).values()
+            for view in self.views.values()
+            for shape, dtype in view.tensors(num_rows).values()
         )
 
 
 @dataclass(frozen=True)
-class PairBuffers:
-    """Memory for rows of one pairing, each filled by one thread."""
+class StreamBuffers:
+    """Memory for rows of one stream, each filled by one thread; channels of images are last."""
 
-    media: Tensor  # [B, *media_shape]
-    spec_masks: Tensor  # int32 [B, masks, 2]
-    tokens: Tensor  # int64 [B, L]
-    caption_lengths: Tensor  # int64 [B]
-    media_keys: Tensor  # int64 [B]
-    caption_keys: Tensor  # int64 [B]
+    views: Mapping[str, ViewBatch]
 
     @classmethod
-    def new(cls, layout: PairLayout, *, num_rows: int) -> PairBuffers:
+    def new(cls, layout: StreamLayout, *, num_rows: int) -> StreamBuffers:
         """Allocates buffers."""
-        shapes = layout.tensors(num_rows).items()
-        return cls(**{name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes})
+        memory = torch.empty(layout.num_bytes(num_rows), dtype=torch.uint8)
+        return cls.within(memory, layout, num_rows=num_rows)
 
     @classmethod
-    def within(cls, memory: Tensor, layout: PairLayout, *, num_rows: int) -> PairBuffers:
+    def within(cls, memory: Tensor, layout: StreamLayout, *, num_rows: int) -> StreamBuffers:
         """Places buffers in the first bytes of `memory`, uint8 [bytes]."""
         views, start = {}, 0
-        for name, (shape, dtype) in layout.tensors(num_rows).items():
-            num_bytes = math.prod(shape) * dtype.itemsize
-            views[name] = memory[start : start + num_bytes].view(dtype).view(shape)
-            start += _aligned(num_bytes)
-        return cls(**views)
+        for view, each in layout.views.items():
+            tensors = {}
+            for name, (shape, dtype) in each.tensors(num_rows).items():
+                num_bytes = math.prod(shape) * dtype.itemsize
+                tensors[name] = memory[start : start + num_bytes].view(dtype).view(shape)
+                start += _aligned(num_bytes)
+            views[view] = ViewBatch(**tensors)
+        return cls(views)
 
     def __len__(self) -> int:
-        return len(self.media)
+        return len(next(iter(self.views.values())))
 
-    def first(self, num_rows: int) -> PairBuffers:
+    def first(self, num_rows: int) -> StreamBuffers:
         """Returns buffers of the first rows, in the same memory."""
-        return PairBuffers(**{name: value[:num_rows] for name, value in vars(self).items()})
+        return StreamBuffers(
+            {
+                view: ViewBatch(**{name: t[:num_rows] for name, t in each.tensors.items()})
+                for view, each in self.views.items()
+            }
+        )
 
     def to_batch(
         self,
@@ -147,13 +195,16 @@ class PairBuffers:
         digest: np.ndarray,
         bad_samples: list[BadSample],
         num_read: Counter[tuple[str, int]],
-    ) -> PairingBatch:
+    ) -> StreamBatch:
         """Returns the batch whose tensors are views of this memory."""
-        values = vars(self)
-        if self.media.ndim == 4:
-            values = values | {"media": self.media.movedim(-1, 1)}  # -> [B, 3, H, Wd]
-        return PairingBatch(
-            **values,
+        views = {
+            view: replace(each, values=each.values.movedim(-1, 1))  # -> [B, 3, H, Wd]
+            if each.values.ndim == 4
+            else each
+            for view, each in self.views.items()
+        }
+        return StreamBatch(
+            views,
             first_slot=first_slot,
             digest=digest,
             bad_samples=bad_samples,
@@ -161,18 +212,19 @@ class PairBuffers:
         )
 
 
-def step_bytes(layouts: Mapping[PairingName, tuple[PairLayout, int]]) -> int:
-    """Returns the bytes of a step's buffers, with (layout, rows) of each pairing."""
+Layouts = Mapping[StreamName, tuple[StreamLayout, int]]  # with the largest number of rows
+
+
+def step_bytes(layouts: Layouts) -> int:
+    """Returns the bytes of a step's buffers."""
     return sum(layout.num_bytes(num_rows) for layout, num_rows in layouts.values())
 
 
-def step_buffers(
-    memory: Tensor, layouts: Mapping[PairingName, tuple[PairLayout, int]]
-) -> dict[PairingName, PairBuffers]:
-    """Places the buffers of all pairings one after another in `memory`, uint8 [step_bytes]."""
+def step_buffers(memory: Tensor, layouts: Layouts) -> dict[StreamName, StreamBuffers]:
+    """Places the buffers of all streams one after another in `memory`, uint8 [step_bytes]."""
     buffers, start = {}, 0
     for name, (layout, num_rows) in layouts.items():
-        buffers[name] = PairBuffers.within(memory[start:], layout, num_rows=num_rows)
+        buffers[name] = StreamBuffers.within(memory[start:], layout, num_rows=num_rows)
         start += layout.num_bytes(num_rows)
     return buffers
 

@@ -42,8 +42,8 @@ class CudaCopier:
     def hand_over(self, batch: StepBatch) -> None:
         """Keeps the allocator from reusing the batch's memory before this stream is done."""
         current = torch.cuda.current_stream(self.device)
-        for pairing in batch.pairings.values():
-            for tensor in pairing.on_device:
+        for stream in batch.streams.values():
+            for tensor in stream.on_device:
                 tensor.record_stream(current)
 
 

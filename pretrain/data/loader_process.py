@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import RunError
-from pretrain.config import Loading, PairingName
-from pretrain.data.batch import PairBuffers, StepBatch
+from pretrain.config import Loading, StreamName
+from pretrain.data.batch import StepBatch, StreamBuffers
 from pretrain.data.loader_threads import LoadRequest, StepMessage, serve
 from pretrain.data.step_loader import StepLoader
 
@@ -113,7 +113,7 @@ class LoaderProcess:
 
 
 def _batch(
-    loader: StepLoader, message: StepMessage, buffers: dict[PairingName, PairBuffers]
+    loader: StepLoader, message: StepMessage, buffers: dict[StreamName, StreamBuffers]
 ) -> StepBatch:
     return StepBatch(
         message.step,
@@ -123,7 +123,7 @@ def _batch(
             .to_batch(first_slot=loader.first_slot(name), **vars(rows))
             for name, rows in message.rows.items()
         },
-        loader.schedule.pairings_of_step(message.step),
+        loader.schedule.streams_of_step(message.step),
     )
 
 

@@ -34,11 +34,11 @@ from data_prep.errors import (
     RunError,
 )
 from pretrain.cache.node import Progress, fetching_ahead
-from pretrain.config import PairingName
-from pretrain.data.batch import PairBuffers, step_buffers, step_bytes
+from pretrain.config import StreamName
+from pretrain.data.batch import StreamBuffers, step_buffers, step_bytes
 from pretrain.data.pair_reader import BadSample
-from pretrain.data.pairing_reader import FilledRows
 from pretrain.data.step_loader import StepLoader
+from pretrain.data.stream_reader import FilledRows
 from pretrain.sampling.order import StepSamples
 
 LARGEST_CHUNK = 32  # rows that a thread fills, and captions that are tokenised together
@@ -47,8 +47,8 @@ IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
 
 @dataclass
-class PairingRows:
-    """Everything about the rows of one pairing except the rows themselves."""
+class StreamRows:
+    """Everything about the rows of one stream except the rows themselves."""
 
     digest: np.ndarray
     bad_samples: list[BadSample] = field(default_factory=list)
@@ -61,8 +61,8 @@ class StepMessage:
 
     step: int
     slot: int
-    num_rows: dict[PairingName, int]
-    rows: dict[PairingName, PairingRows]
+    num_rows: dict[StreamName, int]
+    rows: dict[StreamName, StreamRows]
     error: Exception | None = None
 
 
@@ -81,7 +81,7 @@ class LoadRequest:
         """Bytes of one step's buffers."""
         return max(1, step_bytes(self.loader.layouts))
 
-    def map_slots(self, descriptor: int) -> tuple[Tensor, list[dict[PairingName, PairBuffers]]]:
+    def map_slots(self, descriptor: int) -> tuple[Tensor, list[dict[StreamName, StreamBuffers]]]:
         """Returns (uint8 [bytes] of shared memory, [slots] its buffers); closes the descriptor."""
         num_bytes = self.slot_bytes * self.num_slots
         memory = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
@@ -127,9 +127,9 @@ class _StepTask:
 
     step: int
     slot: int
-    samples: dict[PairingName, StepSamples]
-    buffers: dict[PairingName, PairBuffers]
-    rows: dict[PairingName, PairingRows]
+    samples: dict[StreamName, StepSamples]
+    buffers: dict[StreamName, StreamBuffers]
+    rows: dict[StreamName, StreamRows]
     num_chunks_left: int = 0
     error: Exception | None = None
 
@@ -143,10 +143,10 @@ class _StepTask:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Neighbouring rows of one pairing of a step."""
+    """Neighbouring rows of one stream of a step."""
 
     task: _StepTask
-    pairing: PairingName
+    stream: StreamName
     rows: range
 
 
@@ -157,7 +157,7 @@ class _LoaderThreads:
         self,
         request: LoadRequest,
         pipe: Connection,
-        slots: list[dict[PairingName, PairBuffers]],
+        slots: list[dict[StreamName, StreamBuffers]],
         progress: Progress,
     ) -> None:
         self.loader = request.loader
@@ -216,7 +216,7 @@ class _LoaderThreads:
         schedule = self.loader.schedule
         for name in self.loader.readers:
             samples[name] = schedule.samples_of_step(name, step, lanes=self.loader.lanes)
-            rows[name] = PairingRows(schedule.digest(name, samples[name]))
+            rows[name] = StreamRows(schedule.digest(name, samples[name]))
         task = _StepTask(step, slot, samples, self.slots[slot], rows)
         chunks = [
             _Chunk(task, name, part)
@@ -234,10 +234,10 @@ class _LoaderThreads:
             chunk = self._chunks.get()
             filled = FilledRows()
             if chunk.task.error is None:
-                reader = self.loader.readers[chunk.pairing]
-                buffers = chunk.task.buffers[chunk.pairing]
+                reader = self.loader.readers[chunk.stream]
+                buffers = chunk.task.buffers[chunk.stream]
                 try:
-                    samples = chunk.task.samples[chunk.pairing]
+                    samples = chunk.task.samples[chunk.stream]
                     filled = reader.fill_media(buffers, samples, chunk.rows)
                     if reader.tokenizer.is_slow:
                         self._events.put((chunk, filled))
@@ -249,8 +249,8 @@ class _LoaderThreads:
 
     def _tokenise(self, chunk: _Chunk, filled: FilledRows) -> None:
         try:
-            reader = self.loader.readers[chunk.pairing]
-            reader.fill_captions(chunk.task.buffers[chunk.pairing], filled.captions, chunk.rows)
+            reader = self.loader.readers[chunk.stream]
+            reader.fill_captions(chunk.task.buffers[chunk.stream], filled.captions, chunk.rows)
         except Exception as error:
             self._fail(chunk.task, error)
         self._finish(chunk, filled)
@@ -262,8 +262,8 @@ class _LoaderThreads:
     def _finish(self, chunk: _Chunk, filled: FilledRows) -> None:
         task = chunk.task
         with self._lock:
-            task.rows[chunk.pairing].bad_samples.extend(filled.bad_samples)
-            task.rows[chunk.pairing].num_read.update(filled.num_read)
+            task.rows[chunk.stream].bad_samples.extend(filled.bad_samples)
+            task.rows[chunk.stream].num_read.update(filled.num_read)
             task.num_chunks_left -= 1
             is_filled = task.num_chunks_left == 0
         if is_filled:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.cache.node import NodeShare
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import PairingName
-from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
-from pretrain.data.pairing_reader import PairingReader
+from pretrain.config import StreamName
+from pretrain.data.batch import StepBatch, StreamBuffers, StreamLayout
+from pretrain.data.stream_reader import StreamReader
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.schedule import RunSchedule
 
@@ -22,7 +22,7 @@ class StepLoader:
 
     Args:
         schedule: samples of every step.
-        readers: reader of each pairing, with the sources in the schedule's order.
+        readers: reader of each stream, with the sources in the schedule's order.
         cache: this machine's cache, for datasets behind URLs.
         rank: this process's number.
         world_size: number of processes.
@@ -35,7 +35,7 @@ class StepLoader:
     def __init__(
         self,
         schedule: RunSchedule,
-        readers: Mapping[PairingName, PairingReader],
+        readers: Mapping[StreamName, StreamReader],
         *,
         cache: ShardCache | None,
         rank: int,
@@ -63,7 +63,7 @@ class StepLoader:
         batches = {}
         for name, reader in self.readers.items():
             samples = self.schedule.samples_of_step(name, step, lanes=self.lanes)
-            buffers = PairBuffers.new(reader.layout, num_rows=len(samples))
+            buffers = StreamBuffers.new(reader.layout, num_rows=len(samples))
             bad_samples, num_read = reader.fill(buffers, samples, range(len(samples)))
             batches[name] = buffers.to_batch(
                 first_slot=self.first_slot(name),
@@ -71,11 +71,11 @@ class StepLoader:
                 bad_samples=bad_samples,
                 num_read=num_read,
             )
-        return StepBatch(step, batches, self.schedule.pairings_of_step(step))
+        return StepBatch(step, batches, self.schedule.streams_of_step(step))
 
-    def first_slot(self, pairing: PairingName) -> int:
+    def first_slot(self, stream: StreamName) -> int:
         """Returns the slot in the global batch of this rank's first pair."""
-        return self.schedule.first_slot(pairing, lanes=self.lanes)
+        return self.schedule.first_slot(stream, lanes=self.lanes)
 
     @property
     def cache(self) -> ShardCache | None:
@@ -83,15 +83,15 @@ class StepLoader:
         return self.node.cache
 
     @property
-    def layouts(self) -> dict[PairingName, tuple[PairLayout, int]]:
-        """(layout, largest number of rows in a step) of every pairing."""
+    def layouts(self) -> dict[StreamName, tuple[StreamLayout, int]]:
+        """(layout, largest number of rows in a step) of every stream."""
         return {
             name: (reader.layout, self.schedule.num_rows(name, lanes=self.lanes))
             for name, reader in self.readers.items()
         }
 
     def fingerprints(self) -> dict[str, str]:
-        """Returns the fingerprint of each source's samples, under "<pairing>/<source>"."""
+        """Returns the fingerprint of each source's samples, under "<stream>/<source>"."""
         return {
             f"{name}/{each.source}": each.samples.fingerprint
             for name, reader in self.readers.items()

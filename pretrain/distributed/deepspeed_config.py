@@ -16,7 +16,7 @@ from pretrain.config import Engine as EngineConfig
 
 # DeepSpeed key -> the key of the run's config, or the part of the project, that determines it.
 SET_ELSEWHERE = {
-    "train_batch_size": "pairings.*.global_batch_size",
+    "train_batch_size": "streams.*.global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size",
     "gradient_clipping": "optimizer.gradient_clipping",

@@ -25,12 +25,11 @@ from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pretrain.config import PairingName
     from pretrain.model.contrastive_model import (
         ContrastiveModel,
         EncoderInputs,
-        OnMedia,
-        PairingFeatures,
+        OnView,
+        StepFeatures,
     )
 
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -82,14 +81,14 @@ class Engine:
         self._wrapped_model.train(is_training)
 
     def forward(
-        self, micro_batches: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
-    ) -> dict[PairingName, PairingFeatures]:
+        self, micro_batches: Sequence[EncoderInputs], *, on_view: OnView | None = None
+    ) -> StepFeatures:
         """Encodes this rank's pairs, in training and in validation; see ContrastiveModel.forward.
 
         Calls the model through the wrapper. Calling it directly would bypass DDP's hooks, and
         gradients would silently differ between ranks.
         """
-        return self._wrapped_model(micro_batches, on_media=on_media)
+        return self._wrapped_model(micro_batches, on_view=on_view)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Returns a context for the forward and backward of one micro-batch.

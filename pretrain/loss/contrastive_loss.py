@@ -43,7 +43,7 @@ from pretrain.loss.two_passes import LossPasses, TiledLoss, choose_mode, choose_
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """Loss and in-batch recall of one pairing in one step."""
+    """Loss and in-batch recall of one stream in one step."""
 
     for_backward: Tensor  # scalar; its gradients, averaged over ranks, are those of the global loss
     value: float  # loss of the global batch, equal on all ranks
@@ -65,7 +65,7 @@ def contrastive_loss(
     media_gather: RowGather | None = None,
     feature_type: torch.dtype | None = None,
 ) -> ContrastiveLoss:
-    """Computes the loss of a pairing over the global batch, with exact gradients.
+    """Computes the loss of a stream over the global batch, with exact gradients.
 
     With the logits l_ij = scale * <media_i, text_j> + bias over all N pairs, the loss is
 

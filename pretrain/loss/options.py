@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from pretrain.config import LARGEST_LOGIT_SCALE, Pairing
+from pretrain.config import LARGEST_LOGIT_SCALE
 
 Mode = Literal["strip1", "strip2"]  # see two_passes
 Kind = Literal["softmax", "sigmoid"]
@@ -68,18 +68,6 @@ class LossOptions:
                 f'direction="{self.direction}" with negatives="all_pairs": a single softmax over '
                 'all pairs has no direction; set direction to "both"'
             )
-
-
-def build_loss_options(pairing: Pairing, *, mode: Mode | Literal["auto"] = "auto") -> LossOptions:
-    """Builds the loss options of a pairing from its config section."""
-    return LossOptions(
-        pairing.loss,
-        pairing.label_smoothing,
-        pairing.duplicates,
-        mode,
-        direction=pairing.direction,
-        negatives=pairing.negatives,
-    )
 
 
 def check_arguments(

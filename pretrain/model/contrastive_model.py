@@ -1,4 +1,4 @@
-"""The contrastive model: a tower per modality, one joint space, a temperature per pairing."""
+"""The contrastive model: a tower per modality, one joint space, temperatures by name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from pretrain.config import (
     ImageTransform,
     MediaKind,
     Model,
-    Pairing,
-    PairingName,
-    media_of_pairing,
+    StreamName,
 )
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers
@@ -38,26 +36,23 @@ from pretrain.model.towers import (
 from pretrain.towers.projection import build_projection
 
 
-class PairingFeatures(NamedTuple):
-    """Inputs of a pairing's loss."""
+class StepFeatures(NamedTuple):
+    """Inputs of the objectives of a step."""
 
-    media: Tensor  # [B, D], L2-normalised
-    text: Tensor  # [B, D], L2-normalised
-    scale: Tensor  # [1], inverse temperature
-    bias: Tensor | None = None  # [1], for the sigmoid loss
-
-
-class PairInputs(NamedTuple):
-    """Inputs of the towers for the pairs of one pairing; B may be 0."""
-
-    media: Tensor  # uint8 [B, 3, H, Wd] or float32 [B, samples]
-    tokens: Tensor  # int64 [B, L]
-    spec_masks: Tensor | None = None  # [B, masks, 2], SpecAugment (see pretrain.model.log_mel)
-    drop_keys: DropKeys | None = None  # in training: identity of the pairs, for dropout
+    views: dict[StreamName, dict[str, Tensor]]  # [B, D] of each view of a stream, L2-normalised
+    scales: dict[str, Tensor]  # [1], inverse temperatures by name
+    biases: dict[str, Tensor]  # [1], of the temperatures of sigmoid losses
 
 
-EncoderInputs = Mapping[PairingName, PairInputs]
-OnMedia = Callable[[PairingName, Tensor], None]
+class StreamInputs(NamedTuple):
+    """Inputs of the towers for the samples of one stream; B may be 0."""
+
+    views: Mapping[str, tuple[Tensor, ...]]  # tensors [B, ...] of each view, for `Tower.forward`
+    drop_keys: DropKeys | None = None  # in training: identity of the samples, for dropout
+
+
+EncoderInputs = Mapping[StreamName, StreamInputs]
+OnView = Callable[[StreamName, str, Tensor], None]
 
 
 class NormalizedPixels(nn.Module):
@@ -130,10 +125,10 @@ class ContrastiveModel(nn.Module):
         self,
         towers: Mapping[str, Tower],
         *,
-        pairings: list[PairingName],
+        temperatures: Sequence[str],
         initial_scale: float,
         seed: int,
-        initial_biases: Mapping[PairingName, float] | None = None,
+        initial_biases: Mapping[str, float] | None = None,
         takes_trimmed_captions: bool = False,
     ) -> None:
         super().__init__()
@@ -143,7 +138,7 @@ class ContrastiveModel(nn.Module):
         # Shape (1,), because engines that flatten parameters do not support scalars.
         initial = torch.full((1,), math.log(initial_scale))
         self.log_logit_scale = nn.ParameterDict(
-            {name: nn.Parameter(initial.clone()) for name in pairings}
+            {name: nn.Parameter(initial.clone()) for name in temperatures}
         )
         self.logit_bias = nn.ParameterDict(
             {
@@ -153,74 +148,68 @@ class ContrastiveModel(nn.Module):
         )
 
     def forward(
-        self, micro_batches: Sequence[EncoderInputs], *, on_media: OnMedia | None = None
-    ) -> dict[PairingName, PairingFeatures]:
-        """Computes the features of every pairing in the step; B may differ between pairings.
+        self, micro_batches: Sequence[EncoderInputs], *, on_view: OnView | None = None
+    ) -> StepFeatures:
+        """Computes the features of every view of every stream; B may differ between streams.
 
         Args:
             micro_batches: inputs, encoded one after the other; their features are concatenated.
-            on_media: called with (pairing, media features [B, D]) before the pairing's captions
-                are encoded.
+            on_view: called with (stream, view, features [B, D]) as soon as a view is encoded.
         """
-        return {
-            name: self._encode_pairing(name, micro_batches, on_media) for name in micro_batches[0]
-        }
+        return StepFeatures(
+            {name: self._encode_stream(name, micro_batches, on_view) for name in micro_batches[0]},
+            {name: log_scale.exp() for name, log_scale in self.log_logit_scale.items()},
+            {name: bias.clone() for name, bias in self.logit_bias.items()},
+        )
 
-    def _encode_pairing(
-        self, name: PairingName, micro_batches: Sequence[EncoderInputs], on_media: OnMedia | None
-    ) -> PairingFeatures:
-        kind, inputs = media_of_pairing(name), [micro_batch[name] for micro_batch in micro_batches]
+    def _encode_stream(
+        self, name: StreamName, micro_batches: Sequence[EncoderInputs], on_view: OnView | None
+    ) -> dict[str, Tensor]:
+        inputs = [micro_batch[name] for micro_batch in micro_batches]
         keys = [
             None
             if each.drop_keys is None
-            else pair_keys(each.drop_keys, seed=self.seed, pairing=name)
+            else pair_keys(each.drop_keys, seed=self.seed, stream=name)
             for each in inputs
         ]
-        pairs = list(zip(inputs, keys, strict=True))
-        media = torch.cat(
-            [self.encode_media(kind, x.media, x.spec_masks, keys=k) for x, k in pairs]
-        )
-        if on_media is not None:
-            on_media(name, media)
-        text = torch.cat([self.encode_text(x.tokens, keys=k) for x, k in pairs])
-        bias = self.logit_bias[name].clone() if name in self.logit_bias else None
-        return PairingFeatures(media, text, self.log_logit_scale[name].exp(), bias)
+        features = {}
+        for view in inputs[0].views:
+            features[view] = torch.cat(
+                [
+                    self.encode(view, *x.views[view], keys=k)
+                    for x, k in zip(inputs, keys, strict=True)
+                ]
+            )
+            if on_view is not None:
+                on_view(name, view, features[view])
+        return features
 
-    def encode_media(
-        self,
-        kind: MediaKind,
-        media: Tensor,
-        spec_masks: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """Encodes images or clips to L2-normalised embeddings [B, D].
+    def encode(self, view: str, *inputs: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Encodes a view to L2-normalised embeddings [B, D].
 
         Args:
-            kind: kind of media.
-            media: uint8 [B, 3, H, Wd] or float32 [B, samples].
-            spec_masks: [B, masks, 2], SpecAugment's masks in training.
+            view: "image", "audio" or "text".
+            inputs: images, uint8 [B, 3, H, Wd]; waveforms, float32 [B, samples], and in training
+                SpecAugment's masks, int32 [B, masks, 2]; or tokens, int64 [B, L].
             keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
-        inputs = (media,) if spec_masks is None else (media, spec_masks)
-        return _encode(self.towers[kind], *inputs, keys=keys)
+        return _encode(self.towers[view], *inputs, keys=keys)
+
+    def encode_media(self, kind: MediaKind, media: Tensor) -> Tensor:
+        """Encodes images or clips, as `encode_image` and `encode_audio`, to [B, D]."""
+        return self.encode(kind, media)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encodes images, uint8 [B, 3, H, Wd], to L2-normalised embeddings [B, D]."""
-        return self.encode_media("image", pixels)
+        return self.encode("image", pixels)
 
     def encode_audio(self, waveforms: Tensor) -> Tensor:
         """Encodes waveforms, float32 [B, samples], to L2-normalised embeddings [B, D]."""
-        return self.encode_media("audio", waveforms)
+        return self.encode("audio", waveforms)
 
-    def encode_text(self, tokens: Tensor, *, keys: Tensor | None = None) -> Tensor:
-        """Encodes captions, int64 [B, L], to L2-normalised embeddings [B, D].
-
-        Args:
-            tokens: int64 [B, L].
-            keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
-        """
-        return _encode(self.towers["text"], tokens, keys=keys)
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Encodes captions, int64 [B, L], to L2-normalised embeddings [B, D]."""
+        return self.encode("text", tokens)
 
     def save_assets(self, folder: Path) -> None:
         """Writes the files that rebuild the towers, in addition to config and weights."""
@@ -246,7 +235,7 @@ def build_model(
     *,
     image: ImageTransform,
     audio: AudioTransform,
-    pairings: Mapping[PairingName, Pairing],
+    temperatures: Mapping[str, bool],
     seed: int,
     tokenizer: Tokenizer,
     assets: Path | None = None,
@@ -257,8 +246,7 @@ def build_model(
         config: config section `model`.
         image: config section `image`, with the size and normalisation of images.
         audio: config section `audio`, with the length and spectrogram of clips.
-        pairings: config sections `pairings`; each has a logit scale, and a bias if its loss is
-            sigmoid.
+        temperatures: name of each temperature -> whether it has a bias.
         seed: seed of the weights and of dropout in training.
         tokenizer: tokenizer of the text tower.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
@@ -290,13 +278,11 @@ def build_model(
         accept_trimmed_captions(towers["text"].backbone)
     return ContrastiveModel(
         towers,
-        pairings=list(pairings),
+        temperatures=list(temperatures),
         initial_scale=config.logit_scale.initial,
         seed=seed,
         initial_biases={
-            name: config.initial_logit_bias
-            for name, pairing in pairings.items()
-            if pairing.loss == "sigmoid"
+            name: config.initial_logit_bias for name, has_bias in temperatures.items() if has_bias
         },
         takes_trimmed_captions=takes_trimmed,
     )

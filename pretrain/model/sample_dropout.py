@@ -1,7 +1,7 @@
 """Dropout, stochastic depth and patch dropout that do not depend on how the batch is split.
 
 torch draws random numbers from a generator that all rows of a process share. Here, a keyed hash
-determines whether an element is dropped. Its inputs are the seed, pairing, step, slot in the
+determines whether an element is dropped. Its inputs are the seed, stream, step, slot in the
 global batch, layer, call of the layer, and position in the sample. The same integer hash orders
 samples (pretrain.sampling.keyed_random):
 
@@ -74,12 +74,12 @@ class DropKeys(NamedTuple):
     """Identity of the pairs in a batch, from which dropout masks are derived."""
 
     step: Tensor  # int64 [], step of the run
-    slots: Tensor  # int64 [B], positions in the pairing's global batch
+    slots: Tensor  # int64 [B], positions in the stream's global batch
 
 
-def pair_keys(drop_keys: DropKeys, *, seed: int, pairing: str) -> Tensor:
+def pair_keys(drop_keys: DropKeys, *, seed: int, stream: str) -> Tensor:
     """Hashes all inputs of the dropout masks except layer and position: int64 [B]."""
-    step_key = scramble(drop_keys.step ^ signed(key_of(seed, "dropping", pairing)))
+    step_key = scramble(drop_keys.step ^ signed(key_of(seed, "dropping", stream)))
     return scramble(step_key ^ drop_keys.slots)
 
 

@@ -33,14 +33,14 @@ class BadSampleLedger:
         self.num_samples = loader.schedule.num_samples
         self.readers = {
             f"{name}/{reader.source}": reader
-            for name, pairing in loader.readers.items()
-            for reader in pairing.sources
+            for name, stream in loader.readers.items()
+            for reader in stream.sources
         }
         self._known: set[tuple[str, int]] = set()
         self._per_shard: Counter[tuple[str, str]] = Counter()
-        for pairing, bad in on_main_process(run.read_bad_samples):
-            self._count(pairing, bad)
-        # (pairing, source, epoch) -> substitutions of this attempt
+        for stream, bad in on_main_process(run.read_bad_samples):
+            self._count(stream, bad)
+        # (stream, source, epoch) -> substitutions of this attempt
         self.num_substituted: Counter[tuple[str, str, int]] = Counter()
 
     def record(self, batch: StepBatch, *, device: torch.device) -> None:
@@ -49,32 +49,30 @@ class BadSampleLedger:
         Raises:
             RunError: if too many samples are bad, in total or in one shard.
         """
-        own = [
-            (name, bad) for name, pairing in batch.pairings.items() for bad in pairing.bad_samples
-        ]
+        own = [(name, bad) for name, stream in batch.streams.items() for bad in stream.bad_samples]
         if not sum_over_ranks(torch.tensor([len(own)], device=device)).item():
             return
         entries = [entry for rank_entries in gather_objects(own) for entry in rank_entries]
         self.run.write_bad_samples(batch.step + 1, entries)
-        for pairing, bad in entries:
-            self.num_substituted[pairing, bad.source, bad.epoch] += 1
-            self._count(pairing, bad)
+        for stream, bad in entries:
+            self.num_substituted[stream, bad.source, bad.epoch] += 1
+            self._count(stream, bad)
             if bad.is_shard_bad:
                 self.run.add_tag(BAD_SHARD_TAG)
-        for pairing, bad in entries:
-            self._check_limits(pairing, bad)
+        for stream, bad in entries:
+            self._check_limits(stream, bad)
 
-    def _count(self, pairing: str, bad: BadSample) -> None:
+    def _count(self, stream: str, bad: BadSample) -> None:
         """Counts each sample once, even if several epochs substitute it. Samples of bad shards do
         not count."""
-        source = f"{pairing}/{bad.source}"
+        source = f"{stream}/{bad.source}"
         if bad.is_shard_bad or (source, bad.ordinal) in self._known:
             return
         self._known.add((source, bad.ordinal))
         self._per_shard[source, bad.shard] += 1
 
-    def _check_limits(self, pairing: str, bad: BadSample) -> None:
-        source = f"{pairing}/{bad.source}"
+    def _check_limits(self, stream: str, bad: BadSample) -> None:
+        source = f"{stream}/{bad.source}"
         advice = f"all are listed in {self.run.folder / 'bad_samples'}; the last: {bad.reason}"
         if "verify_shards" not in advice:
             advice += "; check the dataset with python -m data_prep.verify_shards"

@@ -19,7 +19,7 @@ from pretrain.sampling.schedule import RunSchedule
 class EpochReport:
     """Counts of one epoch of one source; the other counts add up to in_manifest."""
 
-    source: str  # "<pairing>/<source>"
+    source: str  # "<stream>/<source>"
     epoch: int
     read: int  # by this attempt, unchanged
     substituted: int  # by this attempt
@@ -42,7 +42,7 @@ class EpochAudit:
         self.ledger = ledger
         self.first_step = first_step
         self._num_read: Counter[tuple[str, str, int]] = Counter()
-        # (pairing, number of the source) -> (current epoch, step that ends it)
+        # (stream, number of the source) -> (current epoch, step that ends it)
         self._current: dict[tuple[str, int], tuple[int, float]] = {}
         for name, order in schedule.orders.items():
             for number in range(len(order.sources)):
@@ -56,8 +56,8 @@ class EpochAudit:
         Raises:
             RunError: if an epoch was not read completely.
         """
-        for name, pairing in batch.pairings.items():
-            for (source, epoch), count in pairing.num_read.items():
+        for name, stream in batch.streams.items():
+            for (source, epoch), count in stream.num_read.items():
                 self._num_read[name, source, epoch] += count
         reports = []
         for (name, number), (epoch, last_step) in self._current.items():

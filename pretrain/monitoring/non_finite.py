@@ -2,7 +2,7 @@
 
     non_finite/step_00000123.json
       cause, logit_scale
-      samples    {pairing: samples of the step}, each with slot, source, epoch, ordinal, shard and
+      samples    {stream: samples of the step}, each with slot, source, epoch, ordinal, shard and
                  its non-finite tensors
       norms      norm of each parameter, its moments and, if the loss is finite, its gradient
 
@@ -24,7 +24,7 @@ from pretrain.data.batch import StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.distributed.engine import Engine
-from pretrain.model.contrastive_model import PairingFeatures
+from pretrain.model.contrastive_model import StepFeatures
 from pretrain.monitoring.timing import PhaseTimer
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def dump_step(
     values = {
         "step": batch.step + 1,
         "cause": cause,
-        "logit_scale": {name: each.scale.item() for name, each in features.items()},
+        "logit_scale": {name: scale.item() for name, scale in features.scales.items()},
         "samples": {name: [s for own in samples_by_rank for s in own[name]] for name in samples},
         "norms": norms,
     }
@@ -79,17 +79,14 @@ def dump_step(
 
 
 def _samples_of_step(
-    batch: StepBatch, loader: StepLoader, features: dict[str, PairingFeatures]
+    batch: StepBatch, loader: StepLoader, features: StepFeatures
 ) -> dict[str, list[dict[str, Any]]]:
-    """This rank's samples, by pairing."""
+    """This rank's samples, by stream."""
     described = {}
-    for name, pairs in batch.pairings.items():
+    for name, stream in batch.streams.items():
         samples = loader.schedule.samples_of_step(name, batch.step, lanes=loader.lanes)
-        parts = {
-            "media": pairs.media,
-            "media_embedding": features[name].media,
-            "text_embedding": features[name].text,
-        }
+        parts = {view: each.values for view, each in stream.views.items()}
+        parts |= {f"{view}_embedding": each for view, each in features.views[name].items()}
         bad = {part: _bad_rows(values) for part, values in parts.items()}
         described[name] = []
         for row in range(len(samples)):

@@ -15,7 +15,7 @@ from data_prep.config_file import differing_keys, fixed_values
 from data_prep.errors import ConfigError
 from data_prep.storage.sealed import DamagedFileError, check_types, read_sealed_json, warn_once
 from pretrain.checkpoints.store import CheckpointStore, open_store
-from pretrain.config import Pairing, PairingName, PretrainConfig
+from pretrain.config import PretrainConfig, Stream, StreamName
 from pretrain.stored_config import CONFIG_FILE, read_config_of_run
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ ENVIRONMENT_KEYS = (FINGERPRINTS_KEY, "python", "platform", "git_commit", "packa
 class RunIdentity:
     """The config of a run and the fingerprints of everything that it reads.
 
-    A fingerprint has the key "<pairing>/<source>", "validation/<pairing>", "teacher/<pairing>" or,
-    for files of the model, a key of pretrain.model.source_files. "mixing/<pairing>" is the version
-    of the order of a pairing with several sources.
+    A fingerprint has the key "<stream>/<source>", "validation/<stream>", "teacher/<stream>" or,
+    for files of the model, a key of pretrain.model.source_files. "mixing/<stream>" is the version
+    of the order of a stream with several sources.
 
     Attributes:
         copied_sources: keys of the sources that are gone, and replaced by a checkpoint's copy.
@@ -110,26 +110,26 @@ class RunIdentity:
 
     def _as_used(self, steps_done: int) -> RunIdentity:
         """Returns the identity without segments that no step has used yet, which may change."""
-        pairings: dict[PairingName, Pairing] = {
-            name: pairing.model_copy(
+        streams: dict[StreamName, Stream] = {
+            name: stream.model_copy(
                 update={
-                    "segments": [each for each in pairing.segments if each.from_step < steps_done]
+                    "segments": [each for each in stream.segments if each.from_step < steps_done]
                 }
             )
-            for name, pairing in self.config.pairings.items()
+            for name, stream in self.config.streams.items()
         }
         sources = {
             f"{name}/{source.name}"
-            for name, pairing in pairings.items()
-            for source in pairing.all_sources
+            for name, stream in streams.items()
+            for source in stream.all_sources
         }
-        mixed = {f"mixing/{name}" for name, each in pairings.items() if each.is_mixed}
+        mixed = {f"mixing/{name}" for name, each in streams.items() if each.is_mixed}
         fingerprints = {
             key: value
             for key, value in self.fingerprints.items()
             if key in sources | mixed or key.startswith(("validation/", "teacher/", OF_MODEL))
         }
-        return RunIdentity(self.config.model_copy(update={"pairings": pairings}), fingerprints)
+        return RunIdentity(self.config.model_copy(update={"streams": streams}), fingerprints)
 
 
 def describe_differences(different: Mapping[str, tuple[Any, Any]], *, where: str) -> str:

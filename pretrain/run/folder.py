@@ -195,17 +195,17 @@ class RunFolder:
         return any(r["step"] == step for r in read_metrics(self.folder) if "validation" in r)
 
     def write_bad_samples(self, step: int, entries: Sequence[tuple[str, BadSample]]) -> None:
-        """Appends a step's substitutions, (pairing, bad sample), to the ledger."""
-        rows = [{"step": step, "pairing": pairing} | asdict(bad) for pairing, bad in entries]
+        """Appends a step's substitutions, (stream, bad sample), to the ledger."""
+        rows = [{"step": step, "stream": stream} | asdict(bad) for stream, bad in entries]
         self._append("bad_samples", rows)
 
     def read_bad_samples(self) -> list[tuple[str, BadSample]]:
         """Reads the valid entries of all attempts; for the main process."""
         entries = []
         for row in read_valid_rows(self.folder, "bad_samples", check=check_bad_sample_row):
-            pairing = row.pop("pairing")
+            stream = row.pop("stream")
             del row["step"]
-            entries.append((pairing, BadSample(**row)))
+            entries.append((stream, BadSample(**row)))
         return entries
 
     @property
@@ -260,7 +260,7 @@ def check_bad_sample_row(row: dict[str, Any]) -> None:
     Raises:
         DamagedFileError: if a value is missing or of another type.
     """
-    types = {"step": int, "pairing": str} | get_type_hints(BadSample)
+    types = {"step": int, "stream": str} | get_type_hints(BadSample)
     check_types(row, types, optional=("is_shard_bad",))
     unknown = row.keys() - types.keys()
     if unknown:

@@ -1,4 +1,4 @@
-"""Weighted mixing as a closed-form function of the step: sources in a pairing, pairings in steps.
+"""Weighted mixing as a closed-form function of the step: sources in a stream, streams in steps.
 
 Weights become integers with the sum WEIGHT_PARTS, and counts are integers, so neither depends on
 the machine. No count is kept anywhere.
@@ -29,7 +29,7 @@ Name = TypeVar("Name", bound=str)
 
 
 class SourceMixture:
-    """Sources of one pairing, mixed with constant weights from one row of slots on.
+    """Sources of one stream, mixed with constant weights from one row of slots on.
 
     Row r is slot r of every lane. A binary tree of SourceSplits divides the slots of a lane evenly.
     Let d be the depth of the tree, log2(sources) rounded up.
@@ -43,7 +43,7 @@ class SourceMixture:
     half of it.
 
     Args:
-        pairing: the pairing's name, for messages.
+        stream: the stream's name, for messages.
         source_names: [sources] names, for messages.
         weights: [sources] non-negative weights; only their ratios count.
         lanes: number of lanes.
@@ -53,7 +53,7 @@ class SourceMixture:
 
     def __init__(
         self,
-        pairing: str,
+        stream: str,
         *,
         source_names: Sequence[str],
         weights: Sequence[float],
@@ -67,7 +67,7 @@ class SourceMixture:
         for name, weight, part in zip(source_names, weights, self.parts, strict=True):
             if weight > 0:
                 _refuse_vanishing(
-                    part, f"pairing {pairing!r}: the weight of source {name!r}", "the source"
+                    part, f"stream {stream!r}: the weight of source {name!r}", "the source"
                 )
         used = [number for number, part in enumerate(self.parts) if part > 0]
         self._tree = self._split(used, depth=0, turn=key_of(*key_parts) % lanes)
@@ -201,18 +201,18 @@ def spread_ranks(num: int, *, base: int) -> np.ndarray:
     return np.argsort(np.argsort(reversed_digits))
 
 
-class PairingChoice:
-    """Choice of the pairings that a step takes: all, or one, spread as evenly as weights allow.
+class StreamChoice:
+    """Choice of the streams that a step takes: all, or one, spread as evenly as weights allow.
 
-    With one per step, let w be the first pairing's fraction of all weight. It takes step t if
+    With one per step, let w be the first stream's fraction of all weight. It takes step t if
     floor((t + 1) w) > floor(t w), a Beatty sequence. The others divide the other steps likewise.
 
     Args:
-        weights: weight of every pairing.
-        takes_all: whether every step takes all pairings.
+        weights: weight of every stream.
+        takes_all: whether every step takes all streams.
 
     Raises:
-        InputError: if steps take one pairing, and a weight is too small.
+        InputError: if steps take one stream, and a weight is too small.
     """
 
     def __init__(self, weights: Mapping[Name, float], *, takes_all: bool) -> None:
@@ -222,17 +222,17 @@ class PairingChoice:
         self._parts = [round(weight / total * WEIGHT_PARTS) for weight in weights.values()]
         if not takes_all:
             for name, part in zip(self.names, self._parts, strict=True):
-                _refuse_vanishing(part, f"pairing {name!r}: its weight", "the pairing")
+                _refuse_vanishing(part, f"stream {name!r}: its weight", "the stream")
 
-    def pairings_of_step(self, step: int) -> list[Name]:
-        """Returns the pairings that a step takes; steps count from 0."""
+    def streams_of_step(self, step: int) -> list[Name]:
+        """Returns the streams that a step takes; steps count from 0."""
         if self.takes_all:
             return self.names
         before, after = self.num_taken(step), self.num_taken(step + 1)
         return [name for name in self.names if after[name] > before[name]]
 
     def steps_until(self, name: Name, num_taken: int) -> int:
-        """Returns the smallest number of first steps that take a pairing `num_taken` times."""
+        """Returns the smallest number of first steps that take a stream `num_taken` times."""
         if self.takes_all:
             return num_taken
         part = self._parts[self.names.index(name)]
@@ -240,7 +240,7 @@ class PairingChoice:
         return bisect_left(range(enough), num_taken, key=lambda step: self.num_taken(step)[name])
 
     def num_taken(self, num_steps: int) -> dict[Name, int]:
-        """Returns, for each pairing, how many of the first `num_steps` steps take it."""
+        """Returns, for each stream, how many of the first `num_steps` steps take it."""
         if self.takes_all:
             return dict.fromkeys(self.names, num_steps)
         taken, steps_left, parts_left = {}, num_steps, sum(self._parts)

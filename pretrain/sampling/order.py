@@ -7,7 +7,7 @@ Each epoch orders a source's samples in four moves (SourceOrder):
     3. the axis is cut into equal ranges, one per lane;
     4. inside a lane, each window of neighbouring indices is permuted by a keyed bijection.
 
-A pairing mixes its sources slot by slot (PairingOrder, with sampling.mixing). A lane is an endless
+A stream mixes its sources slot by slot (StreamOrder, with sampling.mixing). A lane is an endless
 sequence of slots, and a step takes the next `global_batch_size / lanes` slots of every lane. The
 number of ranks, and the rank that carries a lane, do not matter.
 """
@@ -129,7 +129,7 @@ class SourceOrder:
         return shard_order, np.cumsum(sizes) - sizes, rotation
 
 
-# ----------------------------------------------------------------------------------- a pairing
+# ----------------------------------------------------------------------------------- a stream
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,14 @@ class Segment:
     weights: Sequence[float]  # [sources]; 0 if a source is not used
 
 
-class PairingOrder:
-    """Mixture of the sources of one pairing, by weight, cut into steps.
+class StreamOrder:
+    """Mixture of the sources of one stream, by weight, cut into steps.
 
-    Only steps that take this pairing are counted. When a segment begins, every source continues in
+    Only steps that take this stream are counted. When a segment begins, every source continues in
     every lane where it was, and the mixing counts from zero.
 
     Args:
-        name: the pairing's name; part of every key.
+        name: the stream's name; part of every key.
         sources: orders of its sources, all with the same lanes.
         segments: weights by step; the first begins at step 0.
         global_batch_size: pairs per step, a multiple of the lanes.
@@ -177,7 +177,7 @@ class PairingOrder:
         seed: int,
     ) -> None:
         if len(sources) > MAX_SOURCES:
-            raise InputError(f"pairing {name!r}: {len(sources)} sources, at most {MAX_SOURCES}")
+            raise InputError(f"stream {name!r}: {len(sources)} sources, at most {MAX_SOURCES}")
         self.name = name
         self.sources = list(sources)
         self.lanes = sources[0].lanes
@@ -287,7 +287,7 @@ def lanes_of_rank(rank: int, *, world_size: int, lanes: int) -> range:
 
 @functools.cache
 def pairs_of_ranks(slots_per_lane: int, *, world_size: int, lanes: int) -> tuple[int, ...]:
-    """Returns [ranks], the pairs of each rank in a step that takes the pairing.
+    """Returns [ranks], the pairs of each rank in a step that takes the stream.
 
     Raises:
         InputError: if there are more ranks than lanes.
@@ -298,9 +298,9 @@ def pairs_of_ranks(slots_per_lane: int, *, world_size: int, lanes: int) -> tuple
     return tuple(len(own) * slots_per_lane for own in carried)
 
 
-def source_key(pairing: str, source: str) -> int:
+def source_key(stream: str, source: str) -> int:
     """Returns the 64-bit key that stands for a source in digests and media keys."""
-    return key_of("source", pairing, source)
+    return key_of("source", stream, source)
 
 
 def digest_halves(samples: StepSamples, *, source_keys: Sequence[int]) -> np.ndarray:

@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 
 from data_prep.errors import InputError
-from pretrain.config import Pairing, PairingName
-from pretrain.sampling.order import PairingOrder, StepSamples
+from pretrain.config import Stream, StreamName
+from pretrain.sampling.order import StepSamples, StreamOrder
 from pretrain.sampling.schedule import RunSchedule
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ PART_TO_MEASURE = 0.1
 
 @dataclass(frozen=True)
 class Repeats:
-    """Repeated samples in the steps of one segment of a pairing."""
+    """Repeated samples in the steps of one segment of a stream."""
 
     fraction: float  # of a step's pairs, those whose sample is in the step already; mean over steps
     drawn: tuple[float, ...]  # [sources] pairs a step
@@ -46,18 +46,18 @@ def repeated_fraction(samples: StepSamples, *, datasets: np.ndarray) -> float:
 
 
 def measure_repeats(
-    order: PairingOrder, *, num_steps: int, datasets: Sequence[str]
+    order: StreamOrder, *, num_steps: int, datasets: Sequence[str]
 ) -> Iterator[Repeats]:
     """Yields the repeats of each segment, from a few of its steps.
 
     Args:
-        order: order of a pairing's samples.
-        num_steps: steps of the run that take the pairing.
+        order: order of a stream's samples.
+        num_steps: steps of the run that take the stream.
         datasets: [sources] fingerprint of each source's dataset.
     """
     numbers = np.unique(np.array(datasets), return_inverse=True)[1].astype(np.int64)
     lengths = np.array([source.num_samples for source in order.sources])
-    # A set, because no step may take the pairing between two segments.
+    # A set, because no step may take the stream between two segments.
     bounds = sorted({step for step in order.segment_steps if step < num_steps})
     for first, end in pairwise([*bounds, num_steps]):
         drawn = np.array(order.samples_drawn(end)) - np.array(order.samples_drawn(first))
@@ -81,22 +81,22 @@ def measure_repeats(
 
 
 def check_repeats(
-    pairings: Mapping[PairingName, Pairing],
+    streams: Mapping[StreamName, Stream],
     schedule: RunSchedule,
     *,
-    datasets: Mapping[PairingName, Sequence[str]],
+    datasets: Mapping[StreamName, Sequence[str]],
     is_new_run: bool,
 ) -> None:
-    """Warns of pairings whose steps repeat samples; refuses a new run with too many.
+    """Warns of streams whose steps repeat samples; refuses a new run with too many.
 
     Args:
-        pairings: sections of the config, by name.
+        streams: sections of the config, by name.
         schedule: samples of every step.
-        datasets: {pairing: [sources] fingerprint of the source's dataset}.
+        datasets: {stream: [sources] fingerprint of the source's dataset}.
         is_new_run: whether no earlier attempt was accepted with these repeats.
 
     Raises:
-        InputError: if the fraction of repeats reaches `max_repeated_fraction` of the pairing.
+        InputError: if the fraction of repeats reaches `max_repeated_fraction` of the stream.
     """
     for name, order in schedule.orders.items():
         num_steps = schedule.num_steps_taken(name, schedule.num_steps)
@@ -104,33 +104,38 @@ def check_repeats(
         worst = max(measured, key=lambda each: each.fraction, default=None)
         if worst is None or not _is_reported(order, worst):
             continue
-        pairing, key = pairings[name], f"pairings.{name}"
+        stream, key = streams[name], f"streams.{name}"
         found = (
             f"{key}.global_batch_size={order.global_batch_size}: {100 * worst.fraction:.1f} % of a "
             f"step's pairs repeat a sample of the same step ({_largest_draw(order, worst)})"
         )
-        if pairing.duplicates != "negatives":
-            logger.warning("%s; duplicates=%s treats them", found, pairing.duplicates)
+        contrasting = [
+            f"{key}.objectives.{objective}.duplicates"
+            for objective, section in stream.objectives.items()
+            if section.contrasts_repeats
+        ]
+        if not contrasting:
+            logger.warning("%s; no objective contrasts them with one another", found)
             continue
-        limit = pairing.max_repeated_fraction
+        limit = stream.max_repeated_fraction
         if is_new_run and worst.fraction >= limit:
             raise InputError(
                 f"{found} and are its negatives; expected a fraction below "
                 f"max_repeated_fraction={limit:g}: lower global_batch_size or the weight of the "
-                f"source, set {key}.duplicates=masked, or allow it with "
+                f"source, set {contrasting[0]}=masked, or allow it with "
                 f"{key}.max_repeated_fraction=1"
             )
-        logger.warning("%s and are its negatives; consider %s.duplicates=masked", found, key)
+        logger.warning("%s and are its negatives; consider %s=masked", found, contrasting[0])
 
 
-def _is_reported(order: PairingOrder, repeats: Repeats) -> bool:
+def _is_reported(order: StreamOrder, repeats: Repeats) -> bool:
     draws = zip(repeats.drawn, order.sources, strict=True)
     return repeats.fraction >= FRACTION_TO_REPORT or any(
         drawn > source.num_samples for drawn, source in draws
     )
 
 
-def _largest_draw(order: PairingOrder, repeats: Repeats) -> str:
+def _largest_draw(order: StreamOrder, repeats: Repeats) -> str:
     """The source that is smallest for what a step draws from it."""
     drawn, source = max(
         zip(repeats.drawn, order.sources, strict=True),

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data_prep.errors import InputError
-from pretrain.config import PairingName
-from pretrain.data.batch import PairBuffers, PairLayout, StepBatch
+from pretrain.config import StreamName
+from pretrain.data.batch import StepBatch, StreamBuffers, StreamLayout
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.training.gradient_cache import split_into_micro_batches
 
@@ -99,12 +99,12 @@ class AllocationTrace(TorchDispatchMode):
 
 def measure_activations(
     model: ContrastiveModel,
-    layouts: Mapping[PairingName, PairLayout],
+    layouts: Mapping[StreamName, StreamLayout],
     *,
     device: torch.device,
     is_bf16: bool,
-) -> dict[PairingName, ActivationBytes]:
-    """Measures the activations of every pairing, with captions of full length.
+) -> dict[StreamName, ActivationBytes]:
+    """Measures the activations of every stream, with captions of full length.
 
     Parameters and the state of random number generators do not change, and gradients are cleared.
     No collective is called.
@@ -139,12 +139,13 @@ def measure_activations(
 
 
 def _inputs_of(
-    name: PairingName, layout: PairLayout, num_rows: int, device: torch.device
+    name: StreamName, layout: StreamLayout, num_rows: int, device: torch.device
 ) -> EncoderInputs:
     """Pairs of ones, in the format of a step's inputs to the model."""
-    buffers = PairBuffers.new(layout, num_rows=num_rows)
-    for values in vars(buffers).values():
-        values.fill_(1)
+    buffers = StreamBuffers.new(layout, num_rows=num_rows)
+    for view in buffers.views.values():
+        for values in view.tensors.values():
+            values.fill_(1)
     pairs = buffers.to_batch(
         first_slot=0, digest=np.zeros(2, np.int64), bad_samples=[], num_read=Counter()
     )
@@ -156,13 +157,14 @@ def _inputs_of(
 def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool) -> np.ndarray:
     """Live bytes of a pass, without parameter gradients, int64 [allocations]."""
     device = next(model.parameters()).device
-    parts = [part for pairs in inputs.values() for part in pairs if isinstance(part, Tensor)]
+    parts = [part for each in inputs.values() for view in each.views.values() for part in view]
     trace = AllocationTrace(device, [*model.parameters(), *model.buffers(), *parts])
     with _untouched(model, device):
         with trace:
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
-                encoded = model([inputs])
-            parts = [part for each in encoded.values() for part in each if part is not None]
+                features = model([inputs])
+            views = [view for each in features.views.values() for view in each.values()]
+            parts = [*views, *features.scales.values(), *features.biases.values()]
             sum(part.float().sum() for part in parts).backward()
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
         return trace.live_bytes(without=gradients)

@@ -16,10 +16,10 @@ from pretrain.checkpoint import files_to_rebuild
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Engine as EngineSection
-from pretrain.config import PairingName, PretrainConfig, media_of_pairing
+from pretrain.config import PretrainConfig, StreamName
 from pretrain.data.datasets import build_cache
-from pretrain.data.pairing_reader import open_readers
 from pretrain.data.step_loader import StepLoader
+from pretrain.data.stream_reader import open_readers
 from pretrain.data.transforms import build_transforms
 from pretrain.distributed.backward_scale import backward_scale, divide_gradients
 from pretrain.distributed.collectives import on_main_process, world_size
@@ -39,12 +39,12 @@ from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.repeats import check_repeats
 from pretrain.sampling.schedule import build_schedule
-from pretrain.training.contrastive_step import ContrastiveStep
-from pretrain.training.distillation import ModelInputs, PairingTeacher, load_teachers
+from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers
 from pretrain.training.loop import TrainerSettings
+from pretrain.training.objective_step import ObjectiveStep
 from pretrain.training.optimizer import ClampedAdamW, build_optimizer
 from pretrain.training.session import RunSession
-from pretrain.training.step_loss import PairingLoss, build_pairing_losses
+from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets
 from pretrain.warm_start.model_start import start_key, start_model, starts_of
 
@@ -75,7 +75,7 @@ def open_step_loader(
     lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)  # before anything is opened
     cache = build_cache(config.loading)
     readers = open_readers(
-        config.pairings,
+        config.streams,
         config.loading,
         transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
@@ -83,9 +83,9 @@ def open_step_loader(
         cache=cache,
     )
     schedule = build_schedule(
-        config.pairings,
+        config.streams,
         {name: [each.samples for each in reader.sources] for name, reader in readers.items()},
-        pairings_per_step=config.pairings_per_step,
+        streams_per_step=config.streams_per_step,
         lanes=config.lanes,
         window=config.loading.window,
         seed=config.seed,
@@ -108,7 +108,7 @@ def check_repeated_samples(config: PretrainConfig, loader: StepLoader) -> None:
         InputError: if the run is new, and too many pairs of its steps are repeats.
     """
     check_repeats(
-        config.pairings,
+        config.streams,
         loader.schedule,
         datasets={
             name: [each.dataset.info.fingerprint for each in reader.sources]
@@ -133,7 +133,7 @@ def open_validation_sets(
     """
     return build_validation_sets(
         config.validation,
-        pairings=config.pairings,
+        streams=config.streams,
         engine=config.engine,
         transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
@@ -176,13 +176,13 @@ def build_training_model(
             config.model,
             image=config.image,
             audio=config.audio,
-            pairings=config.pairings,
+            temperatures=config.temperatures,
             seed=config.seed,
             tokenizer=tokenizer,
             assets=assets,
         )
         if assets is None:  # otherwise, resuming loads all weights
-            views = {name: (media_of_pairing(name), "text") for name in config.pairings}
+            views = config.views_of_temperatures
             sources.warm_start = start_model(model, config.model, views=views)
         return model
 
@@ -205,14 +205,14 @@ def build_training_model(
 
 def open_teachers(
     config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device
-) -> dict[PairingName, PairingTeacher]:
-    """Loads the teachers of the pairings with distillation.
+) -> dict[str, ObjectiveTeacher]:
+    """Loads the teachers of the objectives with distillation.
 
     Raises:
         InputError: if a checkpoint is missing, or its model expects different inputs.
     """
     return load_teachers(
-        config.pairings,
+        config.streams,
         inputs=ModelInputs(config.image, config.audio),
         tokenizer=tokenizer,
         device=device,
@@ -223,7 +223,7 @@ def open_teachers(
 def fingerprints_of(
     loader: StepLoader,
     validation_sets: Sequence[ValidationSet],
-    teachers: Mapping[PairingName, PairingTeacher],
+    teachers: Mapping[str, ObjectiveTeacher],
     sources: ModelSources,
 ) -> dict[str, str]:
     """Returns the fingerprints of everything that a run reads: a resumed run must have the same.
@@ -231,7 +231,7 @@ def fingerprints_of(
     Every rank must call it.
     """
     held_out = {
-        f"validation/{each.pairing}": each.reader.samples.fingerprint for each in validation_sets
+        f"validation/{each.stream}": each.reader.samples.fingerprint for each in validation_sets
     }
     teachers_by_key = {f"teacher/{name}": each.fingerprint for name, each in teachers.items()}
     mixing = {
@@ -248,12 +248,13 @@ def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) ->
     return build_optimizer(config.optimizer, model, max_scale=config.model.logit_scale.maximum)
 
 
-def build_losses(config: PretrainConfig, *, world_size: int) -> dict[PairingName, PairingLoss]:
-    """Builds the loss of every pairing, for a number of processes."""
-    return build_pairing_losses(
-        config.pairings,
+def build_run_objectives(
+    config: PretrainConfig, *, world_size: int
+) -> dict[StreamName, StreamObjectives]:
+    """Builds the objectives of every stream, for a number of processes."""
+    return build_objectives(
+        config.streams,
         lanes=config.lanes,
-        takes_all=config.pairings_per_step == "all",
         mode=config.engine.loss_mode,
         precision=config.engine.precision,
         world_size=world_size,
@@ -265,13 +266,13 @@ def build_step(
     engine: Engine,
     *,
     num_micro_batches: int,
-    teachers: Mapping[PairingName, PairingTeacher] | None = None,
-) -> ContrastiveStep:
+    teachers: Mapping[str, ObjectiveTeacher] | None = None,
+) -> ObjectiveStep:
     """Builds the training step for all processes of the group."""
-    losses = build_losses(config, world_size=world_size())
+    objectives = build_run_objectives(config, world_size=world_size())
     scale = backward_scale(config.engine.precision, num_processes=world_size())
     divide_gradients(engine.model, scale)
-    return ContrastiveStep(engine, losses, num_micro_batches=num_micro_batches, teachers=teachers)
+    return ObjectiveStep(engine, objectives, num_micro_batches=num_micro_batches, teachers=teachers)
 
 
 def build_settings(config: PretrainConfig) -> TrainerSettings:

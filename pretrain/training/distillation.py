@@ -20,11 +20,9 @@ from pretrain.checkpoints.record import read_record
 from pretrain.config import (
     AudioTransform,
     ImageTransform,
-    MediaKind,
-    Pairing,
-    PairingName,
     PretrainConfig,
-    media_of_pairing,
+    Stream,
+    StreamName,
 )
 from pretrain.distributed.collectives import on_main_process
 from pretrain.loss.options import Teacher
@@ -42,10 +40,12 @@ class ModelInputs:
     image: ImageTransform
     audio: AudioTransform
 
-    def sizes(self, kind: MediaKind) -> dict[str, float]:
-        """Returns {key: value} of the settings that determine the shape of an input."""
-        if kind == "image":
+    def sizes(self, view: str) -> dict[str, float]:
+        """Returns {key: value} of the settings that determine the shape of a view's inputs."""
+        if view == "image":
             return {"size": self.image.size}
+        if view == "text":  # its tokens are compared
+            return {}
         return {
             "sample_rate_hz": self.audio.sample_rate_hz,
             "clip_seconds": self.audio.clip_seconds,
@@ -53,10 +53,12 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
-class PairingTeacher:
-    """The teacher of one pairing."""
+class ObjectiveTeacher:
+    """The teacher of one contrastive objective."""
 
-    pairing: PairingName
+    stream: StreamName
+    views: tuple[str, str]  # left, right
+    temperature: str
     model: ContrastiveModel
     weight: float  # weight of its softmaxes in the targets
     fingerprint: str  # SHA-256 of its files
@@ -64,30 +66,32 @@ class PairingTeacher:
 
     @torch.no_grad()
     def encode(self, micro_batches: Sequence[EncoderInputs]) -> Teacher:
-        """Encodes this rank's pairs, without the masks of SpecAugment."""
-        name, kind = self.pairing, media_of_pairing(self.pairing)
-        inputs = [micro_batch[name] for micro_batch in micro_batches]
-        with torch.autocast(inputs[0].tokens.device.type, torch.bfloat16, enabled=self.is_autocast):
-            media = torch.cat([self.model.encode_media(kind, each.media) for each in inputs])
-            text = torch.cat([self.model.encode_text(each.tokens) for each in inputs])
-        scale = self.model.log_logit_scale[name].exp().item()
-        return Teacher(media, text, scale, self.weight)
+        """Encodes this rank's samples, without the masks of SpecAugment."""
+        inputs = [micro_batch[self.stream].views for micro_batch in micro_batches]
+        device = inputs[0][self.views[0]][0].device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.is_autocast):
+            left, right = (
+                torch.cat([self.model.encode(view, each[view][0]) for each in inputs])
+                for view in self.views
+            )
+        scale = self.model.log_logit_scale[self.temperature].exp().item()
+        return Teacher(left, right, scale, self.weight)
 
 
 def load_teachers(
-    pairings: Mapping[PairingName, Pairing],
+    streams: Mapping[StreamName, Stream],
     *,
     inputs: ModelInputs,
     tokenizer: Tokenizer,
     device: torch.device,
     is_autocast: bool,
-) -> dict[PairingName, PairingTeacher]:
-    """Loads the teachers of the pairings with distillation.
+) -> dict[str, ObjectiveTeacher]:
+    """Loads the teachers of the objectives with distillation, by "<stream>/<objective>".
 
     Every rank must call it: the main process probes the teachers' towers.
 
     Args:
-        pairings: section of each pairing.
+        streams: section of each stream.
         inputs: inputs of the model in training.
         tokenizer: tokenizer of the model in training.
         device: device of the teachers.
@@ -98,12 +102,18 @@ def load_teachers(
             fails the probe.
     """
     teachers = {}
-    for name, pairing in pairings.items():
-        if pairing.teacher is not None:
-            folder = find_checkpoint(pairing.teacher.checkpoint)
-            _refuse_other_inputs(inputs, name, folder)
+    for stream_name, stream in streams.items():
+        for name, objective in stream.objectives.items():
+            teacher = getattr(objective, "teacher", None)
+            if teacher is None:
+                continue
+            folder = find_checkpoint(teacher.checkpoint)
+            where = f"streams.{stream_name}.objectives.{name}.teacher.checkpoint={folder}"
+            views = objective.views(name)
+            temperature = objective.temperature_name(name)
+            _refuse_other_inputs(inputs, folder, where, views=views, temperature=temperature)
             model, _, teacher_tokenizer = load_model(folder, device=str(device))
-            _refuse_other_tokens(name, folder, tokenizer, teacher_tokenizer)
+            _refuse_other_tokens(where, tokenizer, teacher_tokenizer)
             model.takes_trimmed_captions = on_main_process(
                 partial(
                     probe_model,
@@ -112,44 +122,49 @@ def load_teachers(
                     image=inputs.image,
                     audio=inputs.audio,
                     settings=ProbeSettings(device, is_bf16=is_autocast),
-                    where=f"pairings.{name}.teacher",
-                    kinds=(media_of_pairing(name), "text"),
+                    where=where,
+                    kinds=views,
                 )
             )
-            teachers[name] = PairingTeacher(
-                pairing=name,
+            teachers[f"{stream_name}/{name}"] = ObjectiveTeacher(
+                stream=stream_name,
+                views=views,
+                temperature=temperature,
                 model=model,
-                weight=pairing.teacher.weight,
+                weight=teacher.weight,
                 fingerprint=read_record(folder).model_sha256,
                 is_autocast=is_autocast,
             )
     return teachers
 
 
-def _refuse_other_inputs(inputs: ModelInputs, name: PairingName, folder: Path) -> None:
-    config = read_stored_config(PretrainConfig, folder / "config.yaml")
-    where = f"pairings.{name}.teacher.checkpoint={folder}"
-    if name not in config.pairings:
-        raise InputError(
-            f"{where}: expected a model trained on {name}, found {', '.join(config.pairings)}"
-        )
-    kind = media_of_pairing(name)
-    found = ModelInputs(config.image, config.audio).sizes(kind)
-    for key, value in inputs.sizes(kind).items():
-        if found[key] != value:
-            raise InputError(
-                f"{where}: the teacher was trained with {kind}.{key}={found[key]}, this run has "
-                f"{value}; teacher and model read the same inputs: use the same value"
-            )
-
-
-def _refuse_other_tokens(
-    name: PairingName, folder: Path, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
+def _refuse_other_inputs(
+    inputs: ModelInputs, folder: Path, where: str, *, views: Sequence[str], temperature: str
 ) -> None:
+    config = read_stored_config(PretrainConfig, folder / "config.yaml")
+    if temperature not in config.temperatures:
+        raise InputError(
+            f"{where}: expected a model with the temperature {temperature!r}, found "
+            f"{', '.join(config.temperatures)}"
+        )
+    found = ModelInputs(config.image, config.audio)
+    for view in views:
+        if getattr(config.model, view) is None:
+            raise InputError(f"{where}: expected a model with a tower for {view}, found none")
+        for key, value in inputs.sizes(view).items():
+            if found.sizes(view)[key] != value:
+                raise InputError(
+                    f"{where}: the teacher was trained with {view}.{key}={found.sizes(view)[key]}, "
+                    f"this run has {value}; teacher and model read the same inputs: use the same "
+                    "value"
+                )
+
+
+def _refuse_other_tokens(where: str, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> None:
     own, found = (each(SAMPLE_CAPTIONS).tolist() for each in (tokenizer, teacher_tokenizer))
     if own != found:
         raise InputError(
-            f"pairings.{name}.teacher.checkpoint={folder}: the teacher was trained with other "
+            f"{where}: the teacher was trained with other "
             f"tokens: its tokens of {SAMPLE_CAPTIONS[0]!r} are {found[0][:8]} ({len(found[0])} in "
             f"total), those of this run {own[0][:8]} ({len(own[0])} in total); use the teacher's "
             "model.text.tokenizer and context_length"

@@ -246,7 +246,7 @@ class Trainer:
                 if found is None:
                     self.lacks_validation = True
                     return request
-                metrics[each.pairing] = found
+                metrics |= found
         self.reporter.report_validation(metrics)
         return request
 

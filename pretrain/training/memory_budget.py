@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from pretrain.config import Engine, PairingName
-from pretrain.data.batch import PairLayout, step_bytes
+from pretrain.config import Engine, StreamName
+from pretrain.data.batch import StreamLayout, step_bytes
 from pretrain.distributed.deepspeed_config import read_deepspeed_file
 from pretrain.loss.logit_tiles import TILE_SHAPES
 from pretrain.loss.two_passes import GATHERED_BYTES
@@ -31,7 +31,7 @@ CGROUP_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 def bytes_without_graph(
     config: Engine,
-    layouts: Mapping[PairingName, tuple[PairLayout, int]],
+    layouts: Mapping[StreamName, tuple[StreamLayout, int]],
     *,
     global_num_pairs: int,
     width: int,
@@ -44,8 +44,8 @@ def bytes_without_graph(
 
     Args:
         config: config section `engine`.
-        layouts: (layout, largest number of rows in a step) of each pairing on this rank.
-        global_num_pairs: largest global batch size of a pairing.
+        layouts: (layout, largest number of rows in a step) of each stream on this rank.
+        global_num_pairs: largest global batch size of a stream.
         width: D.
         batches_ahead: steps loaded ahead.
         num_trained: number of trained parameters.
@@ -105,8 +105,8 @@ def loss_bytes(
     """Returns the bytes of features, their gradients, and the loss's tiles and sums.
 
     Args:
-        num_pairs: pairs of this rank, in all pairings together.
-        global_num_pairs: largest global batch size of a pairing.
+        num_pairs: pairs of this rank, in all streams together.
+        global_num_pairs: largest global batch size of a stream.
         width: D.
         num_processes: number of ranks.
         device_type: type of the device whose memory is counted.

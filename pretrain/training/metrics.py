@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 def digest_of_step(batch: StepBatch, *, device: torch.device) -> dict[str, str]:
-    """Returns {pairing: digest of the step's sample ids}; every rank must call it."""
-    halves = np.stack([pairing.digest for pairing in batch.pairings.values()])
+    """Returns {stream: digest of the step's sample ids}; every rank must call it."""
+    halves = np.stack([stream.digest for stream in batch.streams.values()])
     summed = sum_over_ranks(torch.from_numpy(halves).to(device)).tolist()
-    return {name: format_digest(pair) for name, pair in zip(batch.pairings, summed, strict=True)}
+    return {name: format_digest(pair) for name, pair in zip(batch.streams, summed, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class StepReporter:
         return {"slowest_rank": asdict(slowest) | {"host": self.hosts[slowest.rank]}}
 
     def report_validation(self, metrics: dict[str, dict[str, float]]) -> None:
-        """Writes one metrics row with the validation metrics of each pairing."""
+        """Writes one metrics row with the validation metrics of each "<stream>/<objective>"."""
         if not self.run.is_writer:
             return
         step = self.run.num_steps_done
@@ -222,8 +222,7 @@ class StepReporter:
         self.run.write_metrics(row)
         self.engine.log(flatten_numbers({"validation": metrics}), step=step)
         shown = "; ".join(
-            f"{name} loss {values['loss']:.3f}, "
-            f"R@1 {values['media_to_text_recall@1']:.2f} / {values['text_to_media_recall@1']:.2f}"
+            f"{name} " + ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
             for name, values in metrics.items()
         )
         self._say(f"step {step}: validation: {shown}")

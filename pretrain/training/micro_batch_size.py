@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 
 from data_prep.errors import InputError
-from pretrain.config import Engine, PairingName, PretrainConfig
-from pretrain.data.batch import PairLayout
+from pretrain.config import Engine, PretrainConfig, StreamName
+from pretrain.data.batch import StreamLayout
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
@@ -41,7 +41,7 @@ ADVICE = (
     "set engine.activation_checkpointing, partition more state (engine.strategy), use more "
     "processes or smaller towers, or set micro_batch_size to a number to try it anyway"
 )
-Layouts = Mapping[PairingName, tuple[PairLayout, int]]  # (layout, largest number of rows)
+Layouts = Mapping[StreamName, tuple[StreamLayout, int]]  # (layout, largest number of rows)
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class MemoryEstimate:
 
     free: int  # free bytes of this rank
     other_bytes: dict[str, int]  # {purpose: bytes} needed in addition to graphs
-    num_pairs: dict[PairingName, int]  # pairs of this rank in a step
-    activations: dict[PairingName, ActivationBytes] | None  # None: too large to measure
-    takes_all: bool  # whether a step uses all pairings or one
+    num_pairs: dict[StreamName, int]  # pairs of this rank in a step
+    activations: dict[StreamName, ActivationBytes] | None  # None: too large to measure
+    takes_all: bool  # whether a step uses all streams or one
     fraction_kept_free: float  # fraction of the memory left for graphs that is not used
 
     @property
@@ -83,10 +83,10 @@ class MemoryEstimate:
         others = sum(without_pairs.values())
         return max(graphs[name] + others - without_pairs[name] for name in graphs)
 
-    def _graph_bytes(self, name: PairingName, num_micro_batches: int) -> int:
+    def _graph_bytes(self, name: StreamName, num_micro_batches: int) -> int:
         return self._bytes_of_rows(name, -(-self.num_pairs[name] // num_micro_batches))
 
-    def _bytes_of_rows(self, name: PairingName, num_rows: int) -> int:
+    def _bytes_of_rows(self, name: StreamName, num_rows: int) -> int:
         graph = self.activations[name]
         # A rank without rows encodes one row (see contrastive_model).
         return graph.fixed + graph.per_pair * max(1, num_rows)
@@ -124,8 +124,8 @@ class StepSizes:
 
     micro_batch_size: int | Literal["auto"]
     lanes: int
-    global_batch_sizes: Mapping[PairingName, int]
-    takes_all: bool  # whether a step uses all pairings or one
+    global_batch_sizes: Mapping[StreamName, int]
+    takes_all: bool  # whether a step uses all streams or one
     embed_dim: int
     batches_ahead: int  # steps loaded ahead
     engine: Engine  # config section
@@ -133,12 +133,12 @@ class StepSizes:
     @classmethod
     def of_config(cls, config: PretrainConfig) -> StepSizes:
         """Collects the sizes from a config."""
-        sizes = {name: pairing.global_batch_size for name, pairing in config.pairings.items()}
+        sizes = {name: stream.global_batch_size for name, stream in config.streams.items()}
         return cls(
             config.micro_batch_size,
             config.lanes,
             sizes,
-            takes_all=config.pairings_per_step == "all",
+            takes_all=config.streams_per_step == "all",
             embed_dim=config.model.embed_dim,
             batches_ahead=config.loading.batches_ahead,
             engine=config.engine,
@@ -148,7 +148,7 @@ class StepSizes:
 def num_micro_batches_of_size(sizes: StepSizes, *, num_processes: int) -> int:
     """Returns the number of micro-batches per step for a fixed micro_batch_size, on every rank.
 
-    No micro-batch holds more than micro_batch_size pairs of a pairing.
+    No micro-batch holds more than micro_batch_size pairs of a stream.
     """
     most_lanes = -(-sizes.lanes // num_processes)
     most_pairs = most_lanes * (max(sizes.global_batch_sizes.values()) // sizes.lanes)
@@ -236,7 +236,7 @@ def estimate_for_plan(
 
 def measure(
     config: Engine, model: ContrastiveModel, layouts: Layouts, device: torch.device
-) -> dict[PairingName, ActivationBytes] | None:
+) -> dict[StreamName, ActivationBytes] | None:
     """Calls `measure_activations`; returns None if the device runs out of memory."""
     try:
         return measure_activations(
@@ -254,7 +254,7 @@ def estimate_memory(
     model: ContrastiveModel,
     layouts: Layouts,
     *,
-    activations: dict[PairingName, ActivationBytes] | None,
+    activations: dict[StreamName, ActivationBytes] | None,
     free: int,
     num_processes: int,
 ) -> MemoryEstimate:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from pretrain.config import PairingName
+from pretrain.config import StreamName
 from pretrain.data.batch import step_bytes
 from pretrain.data.pair_reader import PairReader
 from pretrain.data.step_loader import StepLoader
-from pretrain.loss.two_passes import received_bytes
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.training.micro_batch_size import (
@@ -18,12 +17,12 @@ from pretrain.training.micro_batch_size import (
     estimate_for_plan,
     num_micro_batches_of_size,
 )
-from pretrain.training.step_loss import PairingLoss
+from pretrain.training.step_loss import StreamObjectives
 
 
 def describe_plan(
     sizes: StepSizes,
-    losses: Mapping[PairingName, PairingLoss],
+    objectives: Mapping[StreamName, StreamObjectives],
     *,
     loader: StepLoader,
     model: ContrastiveModel,
@@ -34,7 +33,7 @@ def describe_plan(
 
     Args:
         sizes: sizes of a step.
-        losses: loss of every pairing, for all ranks of the run.
+        objectives: objectives of every stream, for all ranks of the run.
         loader: reader of rank 0's rows.
         model: model, not yet wrapped by an engine.
         device: device to train on.
@@ -43,8 +42,8 @@ def describe_plan(
     return [
         *_describe_model(model),
         *(line for name in loader.readers for line in _describe(loader, name)),
-        *_describe_step(sizes, losses, loader, device),
-        _describe_micro_batches(sizes, losses, loader, model, device, num_processes_here),
+        *_describe_step(sizes, objectives, loader, device),
+        _describe_micro_batches(sizes, objectives, loader, model, device, num_processes_here),
     ]
 
 
@@ -55,17 +54,17 @@ def _describe_model(model: ContrastiveModel) -> Iterator[str]:
         yield f"{kind} tower: {total:,} parameters, {trained:,} trained"
 
 
-def _describe(loader: StepLoader, pairing: PairingName) -> Iterator[str]:
-    schedule, order = loader.schedule, loader.schedule.orders[pairing]
+def _describe(loader: StepLoader, stream: StreamName) -> Iterator[str]:
+    schedule, order = loader.schedule, loader.schedule.orders[stream]
     yield (
         f"{order.name}: {order.slots_per_lane * order.lanes} pairs a step, "
         f"{order.slots_per_lane} from each of {order.lanes} lanes"
     )
-    num_steps = schedule.num_steps_taken(pairing, schedule.num_steps)
-    drawn = schedule.samples_drawn(pairing, schedule.num_steps)
+    num_steps = schedule.num_steps_taken(stream, schedule.num_steps)
+    drawn = schedule.samples_drawn(stream, schedule.num_steps)
     if num_steps < schedule.num_steps:
         yield f"  used in {num_steps:,} of {schedule.num_steps:,} steps"
-    readers = loader.readers[pairing].sources
+    readers = loader.readers[stream].sources
     for reader, source, samples in zip(readers, order.sources, drawn, strict=True):
         per_step = samples / max(1, num_steps)
         steps_per_epoch = f"{source.num_samples / per_step:,.1f}" if samples else "inf"
@@ -86,17 +85,17 @@ def _describe_fingerprint(reader: PairReader) -> str:
     return f"{fingerprint}, subset {subset.fingerprint[:12]} of {len(whole):,} samples"
 
 
-def _num_processes(losses: Mapping[PairingName, PairingLoss]) -> int:
-    return len(next(iter(losses.values())).counts)
+def _num_processes(objectives: Mapping[StreamName, StreamObjectives]) -> int:
+    return len(next(iter(objectives.values())).counts)
 
 
 def _describe_step(
     sizes: StepSizes,
-    losses: Mapping[PairingName, PairingLoss],
+    objectives: Mapping[StreamName, StreamObjectives],
     loader: StepLoader,
     device: torch.device,
 ) -> Iterator[str]:
-    world_size = _num_processes(losses)
+    world_size = _num_processes(objectives)
     lane_counts = [
         len(lanes_of_rank(rank, world_size=world_size, lanes=sizes.lanes))
         for rank in range(world_size)
@@ -104,14 +103,9 @@ def _describe_step(
     read = sum(_bytes_read(loader, name) for name in loader.readers) / loader.schedule.num_steps
     ahead_bytes = step_bytes(loader.layouts) * (sizes.batches_ahead + 1)
     received = sum(
-        received_bytes(
-            loss.counts,
-            options=loss.options,
-            width=sizes.embed_dim,
-            feature_bytes=loss.feature_type.itemsize,
-            device=device,
-        )
-        for loss in losses.values()
+        objective.received_bytes(counts=own.counts, width=sizes.embed_dim, device=device)
+        for own in objectives.values()
+        for objective in own.objectives.values()
     )
     yield f"with {world_size} processes: {min(lane_counts)} to {max(lane_counts)} lanes each"
     yield (
@@ -123,29 +117,29 @@ def _describe_step(
 
 def _describe_micro_batches(
     sizes: StepSizes,
-    losses: Mapping[PairingName, PairingLoss],
+    objectives: Mapping[StreamName, StreamObjectives],
     loader: StepLoader,
     model: ContrastiveModel,
     device: torch.device,
     num_processes_here: int,
 ) -> str:
     if sizes.micro_batch_size != "auto":
-        number = num_micro_batches_of_size(sizes, num_processes=_num_processes(losses))
+        number = num_micro_batches_of_size(sizes, num_processes=_num_processes(objectives))
         return f"micro_batch_size {sizes.micro_batch_size}: {number} micro-batches a step"
     estimate = estimate_for_plan(
         sizes,
         model,
         loader.layouts,
         device=device,
-        num_processes=_num_processes(losses),
+        num_processes=_num_processes(objectives),
         num_processes_here=num_processes_here,
     )
     return f"micro_batch_size auto, on this machine's {device.type}: {estimate.describe()}"
 
 
-def _bytes_read(loader: StepLoader, pairing: PairingName) -> float:
-    """Bytes of shards that a pairing reads in a run."""
-    drawn = loader.schedule.samples_drawn(pairing, loader.schedule.num_steps)
-    datasets = [reader.dataset for reader in loader.readers[pairing].sources]
+def _bytes_read(loader: StepLoader, stream: StreamName) -> float:
+    """Bytes of shards that a stream reads in a run."""
+    drawn = loader.schedule.samples_drawn(stream, loader.schedule.num_steps)
+    datasets = [reader.dataset for reader in loader.readers[stream].sources]
     mean_bytes = [dataset.info.tar_bytes / len(dataset) for dataset in datasets]
     return sum(n * size for n, size in zip(drawn, mean_bytes, strict=True))

@@ -1,7 +1,7 @@
 """The interface between the trainer and the training objective.
 
 The trainer fetches batches, applies gradients, validates, saves and reports. An objective only
-needs to implement `TrainingStep`, as `pretrain.training.contrastive_step` does.
+needs to implement `TrainingStep`, as `pretrain.training.objective_step` does.
 """
 
 from __future__ import annotations

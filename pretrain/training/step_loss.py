@@ -1,4 +1,4 @@
-"""The training objective: the sum of weight * loss over a step's pairings, in the global batch."""
+"""The loss of a step: the sum of weight * loss over the objectives of its streams."""
 
 from __future__ import annotations
 
@@ -10,59 +10,54 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pretrain.config import Pairing, PairingName, Precision
+from pretrain.config import Precision, Stream, StreamName
 from pretrain.data.batch import StepBatch
 from pretrain.distributed.backward_scale import backward_scale
-from pretrain.distributed.collectives import RowGather
-from pretrain.loss.contrastive_loss import ContrastiveLoss, begin_gather, contrastive_loss
-from pretrain.loss.options import LossOptions, Mode, Teacher, build_loss_options
-from pretrain.model.contrastive_model import PairingFeatures
+from pretrain.loss.options import Mode, Teacher
+from pretrain.model.contrastive_model import StepFeatures
+from pretrain.objectives.objective import (
+    Objective,
+    ObjectiveInputs,
+    ObjectiveLoss,
+    Temperature,
+    objective_types,
+)
 from pretrain.sampling.order import pairs_of_ranks
 from pretrain.training.step import NonFiniteLossError
 
-
-@dataclass(frozen=True)
-class PairingLoss:
-    """Settings of one pairing's loss, equal in every step."""
-
-    weight: float
-    options: LossOptions
-    counts: Sequence[int]  # [ranks] pairs of each rank in a step
-    feature_type: torch.dtype
-    backward_scale: float  # factor of its gradients (see pretrain.distributed.backward_scale)
+# "<stream>/<objective>" -> teacher features of the stream's samples on this rank
+TeacherFeatures = Mapping[str, Teacher]
 
 
 @dataclass(frozen=True)
-class LossTerm:
-    """Loss of one pairing in one step."""
+class StreamObjectives:
+    """Objectives of one stream, equal in every step."""
 
-    loss: PairingLoss
-    keys: tuple[Tensor, Tensor]  # content hashes of media and captions, int64 [B] each
-    teacher: Teacher | None = None
+    objectives: Mapping[str, Objective]  # by "<stream>/<objective>"
+    counts: Sequence[int]  # [ranks] samples of each rank in a step that takes the stream
+    backward_scale: float  # factor of the gradients (see pretrain.distributed.backward_scale)
 
 
 @dataclass(frozen=True)
-class ContrastiveLosses:
-    """Losses of a step by pairing, with the temperatures and biases that they were computed at."""
+class StepObjectiveLosses:
+    """Losses of a step by "<stream>/<objective>", with the temperatures they were computed at."""
 
-    by_pairing: dict[PairingName, ContrastiveLoss]
-    scales: dict[PairingName, float]
-    biases: dict[PairingName, float]  # pairings with sigmoid loss only
+    by_objective: dict[str, ObjectiveLoss]
+    scales: dict[str, float]
+    biases: dict[str, float]  # temperatures of sigmoid losses only
     total: float  # sum of weight * loss
     for_backward: Tensor
 
     def row(self) -> dict[str, Any]:
         """Returns the columns of a metrics row."""
-        losses = self.by_pairing
+        metrics: dict[str, dict[str, float]] = {}
+        for key, loss in self.by_objective.items():
+            for name, value in loss.metrics.items():
+                metrics.setdefault(name, {})[key] = value
         return {
             "total_loss": self.total,
-            "loss": {name: loss.value for name, loss in losses.items()},
-            "media_to_text_recall@1": {
-                name: loss.media_to_text_recall_at_1 for name, loss in losses.items()
-            },
-            "text_to_media_recall@1": {
-                name: loss.text_to_media_recall_at_1 for name, loss in losses.items()
-            },
+            "loss": {key: loss.value for key, loss in self.by_objective.items()},
+            **metrics,
             "logit_scale": self.scales,
             "logit_bias": self.biases,
         }
@@ -72,59 +67,39 @@ class ContrastiveLosses:
         return "scale " + "/".join(f"{scale:.1f}" for scale in self.scales.values())
 
 
-def build_pairing_losses(
-    pairings: Mapping[PairingName, Pairing],
+def build_objectives(
+    streams: Mapping[StreamName, Stream],
     *,
     lanes: int,
-    takes_all: bool,
     mode: Mode | Literal["auto"],
     precision: Precision,
     world_size: int,
-) -> dict[PairingName, PairingLoss]:
-    """Builds the loss of every pairing.
+) -> dict[StreamName, StreamObjectives]:
+    """Builds the objectives of every stream.
 
     Args:
-        pairings: section of each pairing.
+        streams: section of each stream.
         lanes: number of lanes of the sample order.
-        takes_all: whether a step takes all pairings. Otherwise the weight of a pairing is its
-            fraction of the steps, and does not scale its loss.
-        mode: how the loss is divided among processes.
+        mode: how losses are divided among processes.
         precision: precision of the towers.
         world_size: number of processes.
     """
+    types = objective_types()
     return {
-        name: PairingLoss(
-            weight=pairing.weight if takes_all else 1.0,
-            options=build_loss_options(pairing, mode=mode),
+        name: StreamObjectives(
+            {
+                f"{name}/{objective}": types[section.kind](
+                    objective, section, feature_type(precision), mode
+                )
+                for objective, section in stream.objectives.items()
+            },
             counts=pairs_of_ranks(
-                pairing.global_batch_size // lanes, world_size=world_size, lanes=lanes
+                stream.global_batch_size // lanes, world_size=world_size, lanes=lanes
             ),
-            feature_type=feature_type(precision),
             backward_scale=backward_scale(precision, num_processes=world_size),
         )
-        for name, pairing in pairings.items()
+        for name, stream in streams.items()
     }
-
-
-def terms_of_step(
-    losses: Mapping[PairingName, PairingLoss],
-    batch: StepBatch,
-    *,
-    teacher_features: Mapping[PairingName, Teacher],
-) -> dict[PairingName, LossTerm]:
-    """Returns the loss terms of the pairings in a step.
-
-    Args:
-        losses: loss of every pairing.
-        batch: this rank's part of the step, on the device.
-        teacher_features: teacher features of the pairings with distillation.
-    """
-    terms = {}
-    for name in batch.taken:
-        pairs = batch.pairings[name]
-        keys = (pairs.media_keys, pairs.caption_keys)
-        terms[name] = LossTerm(losses[name], keys, teacher_features.get(name))
-    return terms
 
 
 def feature_type(precision: Precision) -> torch.dtype:
@@ -135,82 +110,113 @@ def feature_type(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-class PendingGather:
-    """Gathers of media features from all ranks, which run while captions are encoded."""
+class BegunObjectives:
+    """Communication of objectives that runs while further views are encoded.
 
-    def __init__(self, terms: Mapping[PairingName, LossTerm]) -> None:
-        self.terms = terms
-        self.gathers: dict[PairingName, RowGather | None] = {}
+    Args:
+        objectives: objectives of every stream in the step.
+    """
 
-    def begin(self, name: PairingName, media: Tensor) -> None:
-        """Starts the gather of this rank's media features; every rank must call it.
+    def __init__(self, objectives: Mapping[StreamName, StreamObjectives]) -> None:
+        self.objectives = objectives
+        self.begun: dict[str, Any] = {}
+
+    def begin(self, stream: StreamName, view: str, features: Tensor) -> None:
+        """Begins what the stream's objectives can do with a view; every rank must call it.
 
         Args:
-            name: pairing.
-            media: [B, D], L2-normalised.
+            stream: name of the stream.
+            view: view of its samples.
+            features: [B, D], L2-normalised.
         """
-        term = self.terms.get(name)
-        if term is not None and term.teacher is None:
-            media = media.to(term.loss.feature_type)
-            self.gathers[name] = begin_gather(
-                media, options=term.loss.options, counts=term.loss.counts
-            )
+        if stream not in self.objectives:
+            return
+        own = self.objectives[stream]
+        for key, objective in own.objectives.items():
+            if view in objective.views and self.begun.get(key) is None:
+                self.begun[key] = objective.begin(view, features, counts=own.counts)
 
 
 def compute_losses(
-    features: Mapping[PairingName, PairingFeatures],
+    features: StepFeatures,
+    batch: StepBatch,
     *,
-    terms: Mapping[PairingName, LossTerm],
-    pending: PendingGather,
-) -> ContrastiveLosses:
-    """Computes the loss of every pairing over its global batch; every rank must call it.
+    objectives: Mapping[StreamName, StreamObjectives],
+    teachers: TeacherFeatures,
+    begun: BegunObjectives,
+) -> StepObjectiveLosses:
+    """Computes every objective over the global batch; every rank must call it.
 
-    A pairing without a term is not part of the step. Its towers still get a zero gradient, so that
+    Views and temperatures that no objective of the step reads still get a zero gradient, so that
     all engines update them in the same way.
+
+    Args:
+        features: features of all streams on this rank.
+        batch: this rank's part of the step, on the device.
+        objectives: objectives of the streams that the step takes.
+        teachers: teacher features of the objectives with distillation.
+        begun: communication that was started while views were encoded.
     """
-    losses = {
-        name: _compute_loss(features[name], term, pending.gathers.get(name))
-        for name, term in terms.items()
-    }
-    weights = {name: term.loss.weight * term.loss.backward_scale for name, term in terms.items()}
-    parts = [weights[name] * loss.for_backward for name, loss in losses.items()]
-    parts += [_zero_of(features[name]) for name in features if name not in terms]
-    return ContrastiveLosses(
-        by_pairing=losses,
-        scales={name: each.scale.item() for name, each in features.items()},
-        biases={name: each.bias.item() for name, each in features.items() if each.bias is not None},
-        total=sum(terms[name].loss.weight * loss.value for name, loss in losses.items()),
+    losses, parts, total = {}, [_zero_of(features, batch, objectives)], 0.0
+    for name, own in objectives.items():
+        views = batch.streams[name].views
+        for key, objective in own.objectives.items():
+            inputs = ObjectiveInputs(
+                {view: features.views[name][view] for view in objective.views},
+                {view: views[view].keys for view in objective.views},
+                _temperature(features, objective.temperature_name),
+                own.counts,
+                begun.begun.get(key),
+                teachers.get(key),
+            )
+            losses[key] = objective.loss(inputs)
+            weight = objective.section.weight
+            parts.append(weight * own.backward_scale * losses[key].for_backward)
+            total += weight * losses[key].value
+    return StepObjectiveLosses(
+        by_objective=losses,
+        scales={name: scale.item() for name, scale in features.scales.items()},
+        biases={name: bias.item() for name, bias in features.biases.items()},
+        total=total,
         for_backward=torch.stack([part.sum() for part in parts]).sum(),
     )
 
 
-def _compute_loss(
-    features: PairingFeatures, term: LossTerm, media_gather: RowGather | None
-) -> ContrastiveLoss:
-    return contrastive_loss(
-        features.media,
-        features.text,
-        features.scale,
-        features.bias,
-        options=term.loss.options,
-        keys=term.keys,
-        teacher=term.teacher,
-        counts=term.loss.counts,
-        media_gather=media_gather,
-        feature_type=term.loss.feature_type,
-    )
+def _temperature(features: StepFeatures, name: str | None) -> Temperature | None:
+    if name is None:
+        return None
+    return Temperature(features.scales[name], features.biases.get(name))
 
 
-def _zero_of(features: PairingFeatures) -> Tensor:
-    return sum(part.sum() for part in features if part is not None) * 0.0
+def _zero_of(
+    features: StepFeatures, batch: StepBatch, objectives: Mapping[StreamName, StreamObjectives]
+) -> Tensor:
+    """Zero, with a graph to everything that no objective of the step reads."""
+    used = {
+        objective.temperature_name
+        for own in objectives.values()
+        for objective in own.objectives.values()
+    }
+    unused = [
+        *(
+            view
+            for name, views in features.views.items()
+            if name not in objectives
+            for view in views.values()
+        ),
+        *(scale for name, scale in features.scales.items() if name not in used),
+        *(bias for name, bias in features.biases.items() if name not in used),
+    ]
+    first = next(iter(features.scales.values()))
+    return sum((each.float().sum() * 0.0 for each in unused), first.new_zeros(()))
 
 
-def refuse_non_finite(losses: ContrastiveLosses) -> None:
-    """Checks that the loss of every pairing is finite.
+def refuse_non_finite(losses: StepObjectiveLosses) -> None:
+    """Checks that the loss of every objective is finite.
 
     Raises:
         NonFiniteLossError: if a loss is not finite; the same on every rank.
     """
-    for name, loss in losses.by_pairing.items():
+    for name, loss in losses.by_objective.items():
         if not math.isfinite(loss.value):
             raise NonFiniteLossError(f"loss of {name} is {loss.value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,32 +13,37 @@ from data_prep.media.decode import MediaError
 from data_prep.shards.sample import CorruptSampleError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Engine as EngineSection
-from pretrain.config import MediaKind, Pairing, PairingName, Validation, media_of_pairing
+from pretrain.config import MediaKind, Stream, StreamName, Validation
 from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import Pair, PairReader
 from pretrain.data.transforms import MediaTransform
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.fail_points import fail_point
-from pretrain.loss.contrastive_loss import ContrastiveLoss, contrastive_loss
-from pretrain.loss.options import LossOptions
-from pretrain.model.contrastive_model import PairInputs
+from pretrain.model.contrastive_model import StepFeatures, StreamInputs
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.objectives.objective import (
+    Objective,
+    ObjectiveInputs,
+    ObjectiveLoss,
+    Temperature,
+    objective_types,
+)
 from pretrain.training.step_loss import feature_type
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Held-out pairs of one pairing, in batches whose pairs are contrasted with one another."""
+    """Held-out pairs of one stream, in batches whose pairs are contrasted with one another."""
 
-    pairing: PairingName
+    stream: StreamName
+    kind: MediaKind
     reader: PairReader
     tokenizer: Tokenizer
     batch_size: int
     # Without label smoothing and with duplicates as negatives, so that runs with different settings
     # can be compared.
-    options: LossOptions
-    feature_type: torch.dtype
+    objectives: Mapping[str, Objective]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (media, tokens) of this rank's part of each batch; the last batch may be smaller.
@@ -68,7 +73,7 @@ class ValidationSet:
             return self.reader.read_exactly(int(self.reader.samples.ordinals_of([rank])[0]))
         except (CorruptSampleError, MediaError) as error:
             raise InputError(
-                f"validation.pairings.{self.pairing}: {error}; samples are not substituted "
+                f"validation.streams.{self.stream}: {error}; samples are not substituted "
                 "in validation: repair the dataset, or prepare it without this sample"
             ) from None
 
@@ -76,7 +81,7 @@ class ValidationSet:
 def build_validation_sets(
     config: Validation,
     *,
-    pairings: Mapping[PairingName, Pairing],
+    streams: Mapping[StreamName, Stream],
     engine: EngineSection,
     transforms: Mapping[MediaKind, MediaTransform],
     tokenizer: Tokenizer,
@@ -87,7 +92,7 @@ def build_validation_sets(
 
     Args:
         config: config section `validation`.
-        pairings: config section of each pairing, for its kind of loss.
+        streams: config section of each stream, for its objectives.
         engine: config section `engine`.
         transforms: transform of each kind of media.
         tokenizer: tokenizer of captions.
@@ -98,31 +103,29 @@ def build_validation_sets(
         InputError: if a dataset is missing, empty, or of the wrong kind.
     """
     sets = []
-    for name, source in config.pairings.items():
-        kind = media_of_pairing(name)
+    types = objective_types()
+    for name, source in config.streams.items():
+        stream = streams[name]
         reader = PairReader(
             f"validation.{name}",
             samples=open_samples(source.dataset, subset=source.subset, cache=cache),
-            kind=kind,
-            transform=transforms[kind],
+            kind=stream.media,
+            transform=transforms[stream.media],
             retries=retries,
         )
         if len(reader.samples) == 0:
-            raise InputError(f"validation.pairings.{name}: {source.dataset} contains no samples")
-        sets.append(
-            ValidationSet(
-                name,
-                reader,
-                tokenizer,
-                source.batch_size,
-                LossOptions(
-                    pairings[name].loss,
-                    mode=engine.loss_mode,
-                    direction=pairings[name].direction,
-                    negatives=pairings[name].negatives,
-                ),
+            raise InputError(f"validation.streams.{name}: {source.dataset} contains no samples")
+        objectives = {
+            f"{name}/{objective}": types[section.kind](
+                objective,
+                section.for_validation(),
                 feature_type(engine.precision),
+                engine.loss_mode,
             )
+            for objective, section in stream.objectives.items()
+        }
+        sets.append(
+            ValidationSet(name, stream.media, reader, tokenizer, source.batch_size, objectives)
         )
     return sets
 
@@ -132,8 +135,8 @@ def validate(
     engine: Engine,
     validation_set: ValidationSet,
     should_abort: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Computes the mean loss and in-batch recall at 1 of a set; every rank must call it.
+) -> dict[str, dict[str, float]] | None:
+    """Computes the mean loss and metrics of a set; every rank must call it.
 
     Args:
         engine: engine that holds the model.
@@ -142,42 +145,53 @@ def validate(
             validation is aborted.
 
     Returns:
-        Means over pairs, or None if the validation was aborted.
+        Means over samples of each "<stream>/<objective>", or None if the validation was aborted.
 
     Raises:
         InputError: if a held-out pair cannot be decoded.
     """
-    name = validation_set.pairing
     engine.train_mode(False)
-    sums: dict[str, float] = {}
-    num_pairs = 0
+    means: dict[str, RunningMean] = {key: RunningMean() for key in validation_set.objectives}
     is_aborted = False
     for media, tokens in validation_set.batches():
-        inputs = PairInputs(media.to(engine.device), tokens.to(engine.device))
-        features = engine.forward([{name: inputs}])[name]
+        views = {validation_set.kind: media.to(engine.device), "text": tokens.to(engine.device)}
+        inputs = StreamInputs({view: (values,) for view, values in views.items()})
+        features = engine.forward([{validation_set.stream: inputs}])
         fail_point("validation")
-        loss = contrastive_loss(
-            features.media.to(validation_set.feature_type),
-            features.text.to(validation_set.feature_type),
-            features.scale,
-            features.bias,
-            options=validation_set.options,
-        )
-        for key, value in _metrics(loss).items():
-            sums[key] = sums.get(key, 0.0) + value * loss.num_pairs
-        num_pairs += loss.num_pairs
+        for key, objective in validation_set.objectives.items():
+            means[key].add(
+                objective.loss(_objective_inputs(objective, features, validation_set.stream))
+            )
         if should_abort():
             is_aborted = True
             break
     engine.train_mode(True)
-    if is_aborted:
-        return None
-    return {key: value / num_pairs for key, value in sums.items()}
+    return None if is_aborted else {key: mean.values() for key, mean in means.items()}
 
 
-def _metrics(loss: ContrastiveLoss) -> dict[str, float]:
-    return {
-        "loss": loss.value,
-        "media_to_text_recall@1": loss.media_to_text_recall_at_1,
-        "text_to_media_recall@1": loss.text_to_media_recall_at_1,
-    }
+def _objective_inputs(
+    objective: Objective, features: StepFeatures, stream: StreamName
+) -> ObjectiveInputs:
+    name = objective.temperature_name
+    temperature = None
+    if name is not None:
+        temperature = Temperature(features.scales[name], features.biases.get(name))
+    return ObjectiveInputs(features.views[stream], {}, temperature, counts=None)
+
+
+@dataclass
+class RunningMean:
+    """Means of an objective's loss and metrics over the samples of several batches."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    num_samples: int = 0
+
+    def add(self, loss: ObjectiveLoss) -> None:
+        """Adds a batch."""
+        for name, value in {"loss": loss.value, **loss.metrics}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * loss.num_samples
+        self.num_samples += loss.num_samples
+
+    def values(self) -> dict[str, float]:
+        """Returns the means; 0 if no sample took part."""
+        return {name: total / max(1, self.num_samples) for name, total in self.sums.items()}

@@ -38,7 +38,7 @@ from pretrain.distributed.start import (
     build_engine,
     start_accelerator,
 )
-from pretrain.model.contrastive_model import PairInputs
+from pretrain.model.contrastive_model import StreamInputs
 from pretrain.training.assembly import build_training_optimizer
 from tests.support.toy_towers import build_toy_model
 
@@ -88,9 +88,10 @@ def config_of(folder: Path, strategy: str) -> PretrainConfig:
         "lanes": 2,
         "run": {"folder": folder / "run", "keep_checkpoints": 2},
         "model": MODEL,
-        "pairings": {
+        "streams": {
             "image-text": {
                 "global_batch_size": 2,
+                "objectives": {"image-text": {}},
                 "sources": [{"name": "none", "dataset": folder / "none"}],
             }
         },
@@ -194,8 +195,10 @@ def take_step(engine: Engine) -> None:
     """Takes a step on one pair per process; the loss is the distance of the embeddings."""
     pixels = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     tokens = torch.ones(1, 77, dtype=torch.int64)
-    features = engine.forward([{"image-text": PairInputs(pixels, tokens)}])["image-text"]
-    engine.backward(features.scale.sum() - (features.media * features.text).sum())
+    inputs = StreamInputs({"image": (pixels,), "text": (tokens,)})
+    features = engine.forward([{"image-text": inputs}])
+    image, text = features.views["image-text"].values()
+    engine.backward(features.scales["image-text"].sum() - (image * text).sum())
     engine.step(learning_rate=1e-6)
 
 

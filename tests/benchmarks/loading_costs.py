@@ -29,7 +29,7 @@ from pretrain.data.step_loader import StepLoader
 from pretrain.data.transforms import ImageToPixels
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.keyed_random import sample_random
-from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
+from pretrain.sampling.order import Segment, SourceOrder, StreamOrder
 from pretrain.training.assembly import open_step_loader
 from tests.benchmarks.loading.photo_shards import photo_dataset
 from tests.benchmarks.loading.process_tree import batches_of, memory
@@ -74,7 +74,7 @@ def show_order() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     source = SourceOrder("pairs", shard_sizes=sizes, lanes=LARGE_LANES, window=32768, seed=0)
-    order = PairingOrder(
+    order = StreamOrder(
         "image-text",
         sources=[source],
         segments=[Segment(0, [1.0])],

@@ -87,8 +87,8 @@ def config_of(
 ) -> PretrainConfig:
     """Returns a config with images alone, whose first and last steps are saved."""
     values: dict[str, Any] = toy_config(data, folder).model_dump(exclude_unset=True)
-    del values["pairings"]["audio-text"], values["audio"]
-    values["pairings"]["image-text"]["global_batch_size"] = NUM_PAIRS
+    del values["streams"]["audio-text"], values["audio"]
+    values["streams"]["image-text"]["global_batch_size"] = NUM_PAIRS
     values["lanes"] = 12
     values["run"] |= {"checkpoint_every_steps": 1, "keep_checkpoints": NUM_STEPS, "trackers": []}
     changes = {

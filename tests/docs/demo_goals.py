@@ -29,8 +29,8 @@ def test_the_demo_reaches(evaluation, metric, goal):
 
 def test_the_loss_falls():
     rows = [row for row in read_metrics(DEMO / "run") if "validation" not in row]
-    for pairing in ("image-text", "audio-text"):
-        first, last = ([row["loss"][pairing] for row in part] for part in (rows[:5], rows[-5:]))
+    for stream in ("image-text/image-text", "audio-text/audio-text"):
+        first, last = ([row["loss"][stream] for row in part] for part in (rows[:5], rows[-5:]))
         assert sum(last) < 0.6 * sum(first)
 
 

@@ -57,11 +57,11 @@ def test_a_missing_config_file(command, config):
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: Input should be a valid number"),
         ("schedule.num_steps=-3", "schedule.num_steps: Input should be greater than 0"),
         (
-            "pairings.image-text.global_batch_size=20",
-            "pairings.image-text.global_batch_size=20 is not a multiple of lanes=8; use 16 or 24",
+            "streams.image-text.global_batch_size=20",
+            "streams.image-text.global_batch_size=20 is not a multiple of lanes=8; use 16 or 24",
         ),
-        ("pairings.video-text={}", "pairings.video-text"),
-        ("model.audio=null", "pairings.audio-text needs a tower: set model.audio"),
+        ("streams.video-text={}", "streams.video-text"),
+        ("model.audio=null", "streams.audio-text needs a tower: set model.audio"),
         ("learning_rate", "'learning_rate': expected section.key=value"),
         ("model.logit_scale.initial=500", "expected 1 <= initial <= maximum, found 500 and 100"),
         ("audio.clip_seconds=0.01", "clip_seconds=0.01 are 40 samples, fewer than"),
@@ -77,7 +77,7 @@ def test_a_wrong_setting_is_named_with_its_key(command, config, override, expect
 
 def test_a_source_that_is_not_there(command, config):
     status, message = command(
-        "pretrain.train", config, "pairings.audio-text.sources.0.dataset=nowhere"
+        "pretrain.train", config, "streams.audio-text.sources.0.dataset=nowhere"
     )
     assert status == 1
     assert "nowhere/dataset.json: expected a dataset of shards" in message
@@ -87,7 +87,7 @@ def test_a_source_that_is_not_there(command, config):
 def test_fewer_samples_than_lanes(command, config, tmp_path):
     write_toy_dataset(tmp_path / "few", "audio", shard_sizes=(5,))
     status, message = command(
-        "pretrain.train", config, f"pairings.audio-text.sources.0.dataset={tmp_path / 'few'}"
+        "pretrain.train", config, f"streams.audio-text.sources.0.dataset={tmp_path / 'few'}"
     )
     assert status == 1
     assert "source 'tones' has 5 samples, fewer than lanes=8; set lanes to at most 5" in message
@@ -110,7 +110,7 @@ def test_the_wrong_kind_of_media(command, config, tmp_path):
     status, message = command(
         "pretrain.train",
         config,
-        f"pairings.image-text.sources.0.dataset={tmp_path / 'data' / 'tones'}",
+        f"streams.image-text.sources.0.dataset={tmp_path / 'data' / 'tones'}",
     )
     assert status == 1
     assert "source 'colors': expected a dataset of image, found audio" in message
@@ -205,7 +205,7 @@ def test_settings_that_may_be_a_url_are_named():
     assert list(url_settings(MakeShards)) == ["input", "media_root"]
     assert list(url_settings(CompareConfig)) == []
     assert "run.checkpoint_folder" in url_settings(PretrainConfig)
-    assert "pairings.*.segments.*.sources.*.dataset" in url_settings(PretrainConfig)
+    assert "streams.*.segments.*.sources.*.dataset" in url_settings(PretrainConfig)
     accepted = MakeShards.model_validate(
         {"input": "s3://bucket/pairs.csv", "output": "s3", "media": "image"}
     )

@@ -40,7 +40,9 @@ def config_of(folder, kind, run, **loading):
     other = "audio" if kind == "image" else "image"
     values["model"][other] = None
     source = {"name": "source", "dataset": folder}
-    values["pairings"] = {f"{kind}-text": {"global_batch_size": 8, "sources": [source]}}
+    name = f"{kind}-text"
+    stream = {"global_batch_size": 8, "objectives": {name: {}}, "sources": [source]}
+    values["streams"] = {name: stream}
     values["loading"] = {"retries": 0} | loading
     return PretrainConfig.model_validate(values)
 
@@ -53,8 +55,8 @@ def load_an_epoch(config):
     bad_samples, num_read = [], Counter()
     with start_loader(THREADS) as load:
         for batch in load(loader, first_step=0, last_step=num_steps):
-            pairs = batch.pairings[name]
-            assert len(pairs.media) == len(pairs.tokens) == 8
+            pairs = batch.streams[name]
+            assert [len(view) for view in pairs.views.values()] == [8, 8]
             bad_samples += pairs.bad_samples
             num_read.update(pairs.num_read)
     assert num_read == {("source", 0): 8 * num_steps}
@@ -214,7 +216,7 @@ def test_a_shard_that_goes_bad_during_the_run_is_bad_from_then_on(whole, tmp_pat
     loader = open_step_loader(config, build_tokenizer(config.model.text), rank=0, world_size=1)
     shutil.move(tar_of(whole), whole / "elsewhere")
     bad_samples = [
-        bad for step in range(9) for bad in loader.load(step).pairings["image-text"].bad_samples
+        bad for step in range(9) for bad in loader.load(step).streams["image-text"].bad_samples
     ]
     assert sorted(bad.ordinal for bad in bad_samples) == list(range(24, 48))
 
@@ -225,7 +227,7 @@ def test_a_shard_that_goes_bad_during_the_run_is_bad_from_then_on(whole, tmp_pat
 def test_damage_to_the_cache_of_a_node_costs_no_sample_of_a_whole_dataset(whole, tmp_path):
     cache = {"folder": tmp_path / "cache"}
     values = config_of(whole, "image", tmp_path / "run", cache=cache).model_dump()
-    values["pairings"]["image-text"]["sources"][0]["dataset"] = whole.as_uri()
+    values["streams"]["image-text"]["sources"][0]["dataset"] = whole.as_uri()
     config = PretrainConfig.model_validate(values)
     assert load_an_epoch(config) == []
     [index] = tmp_path.glob("cache/*/datasets/*/00000002.idx")

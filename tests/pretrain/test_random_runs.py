@@ -108,10 +108,11 @@ def test_runs_are_of_every_kind(drawn):
     assert sum(len(sizes) > 1 for sizes in changes) > NUM_DRAWN / 4
     assert sum(bool(attempt.cached) for attempt in attempts) > len(attempts) / 6
     teachers = [
-        Path(pairing["teacher"]["checkpoint"]).name
+        Path(objective["teacher"]["checkpoint"]).name
         for run in drawn
-        for pairing in run.fixed["pairings"].values()
-        if "teacher" in pairing
+        for stream in run.fixed["streams"].values()
+        for objective in stream["objectives"].values()
+        if "teacher" in objective
     ]
     assert set(teachers) == set(TEACHER_TEXTS)
     assert all(run.attempts[-1].kill is None for run in drawn)

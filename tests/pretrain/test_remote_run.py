@@ -47,8 +47,8 @@ def _fresh(store):
 def remote_config(config, tmp_path, **loading):
     """Returns the config of the same run with its datasets in the store."""
     values = config.model_dump()
-    for pairing in values["pairings"].values():
-        for source in pairing["sources"]:
+    for stream in values["streams"].values():
+        for source in stream["sources"]:
             source["dataset"] = f"s3://shards/{source['name']}"
     cache = {"folder": tmp_path / "cache", "max_gigabytes": 0.01}
     values["loading"] |= {"retries": 3, "cache": cache} | loading
@@ -68,10 +68,10 @@ def loader_of(config, *, rank=0, world_size=1):
 
 def assert_same_batches(found, expected):
     for one, other in zip(found, expected, strict=True):
-        for name, pairs in other.pairings.items():
+        for name, pairs in other.streams.items():
             for key in ("media", "tokens", "media_keys"):
-                assert torch.equal(getattr(one.pairings[name], key), getattr(pairs, key))
-            assert one.pairings[name].bad_samples == []
+                assert torch.equal(getattr(one.streams[name], key), getattr(pairs, key))
+            assert one.streams[name].bad_samples == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_shard_that_is_not_in_the_store_stops_the_run_with_its_name(toy_data, 
         store.upload(toy_data / name, f"incomplete/{name}")
     store.delete("s3://shards/incomplete/tones/00000001.tar")
     values = remote_config(config, tmp_path).model_dump()
-    [tones] = values["pairings"]["audio-text"]["sources"]
+    [tones] = values["streams"]["audio-text"]["sources"]
     tones["dataset"] = "s3://shards/incomplete/tones"
     expected = r"s3://shards/incomplete/tones/00000001\.tar"
     with start_loader(Loading(num_workers=2)) as load, pytest.raises(InputError, match=expected):
@@ -145,7 +145,7 @@ def test_a_store_that_stays_away_stops_the_run_and_nothing_is_substituted(
 def test_a_dataset_that_cannot_be_reached_at_the_start_is_told_as_such(toy_data, tmp_path):
     config = toy_config(toy_data, tmp_path / "run")
     values = remote_config(config, tmp_path, retries=0).model_dump()
-    [tones] = values["pairings"]["audio-text"]["sources"]
+    [tones] = values["streams"]["audio-text"]["sources"]
     tones["dataset"] = "http://127.0.0.1:9/tones"
     with pytest.raises(RunError, match=r"cannot open a dataset now: http://127\.0\.0\.1:9/tones/d"):
         loader_of(PretrainConfig.model_validate(values))

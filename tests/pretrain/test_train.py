@@ -39,7 +39,7 @@ def alone(toy_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     validation = {
         "every_steps": 10,
-        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+        "streams": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
     }
     run_in_processes(1, train, toy_config(toy_data, folder, schedule=STEPS, validation=validation))
     return folder
@@ -77,7 +77,7 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
     assert list((alone / "tensorboard").rglob("events.out.tfevents.*"))
     validations = [row["validation"] for row in read_metrics(alone) if "validation" in row]
     assert len(validations) == 2
-    assert 0 <= validations[0]["image-text"]["media_to_text_recall@1"] <= 1
+    assert 0 <= validations[0]["image-text/image-text"]["image_to_text_recall@1"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_every_epoch_is_accounted_for_also_by_an_attempt_that_begins_within_it(
 
 
 def test_an_epoch_that_is_not_read_whole_stops_the_run(toy_data, tmp_path):
-    from pretrain.data.pairing_reader import PairingReader
+    from pretrain.data.stream_reader import StreamReader
 
-    def fill_all_but_count_one_less(self, buffers, samples, rows, real=PairingReader.fill):
+    def fill_all_but_count_one_less(self, buffers, samples, rows, real=StreamReader.fill):
         bad_samples, num_read = real(self, buffers, samples, rows)
         num_read["tones", 0] -= 1 if num_read["tones", 0] else 0
         return bad_samples, num_read
@@ -265,7 +265,7 @@ def test_an_epoch_that_is_not_read_whole_stops_the_run(toy_data, tmp_path):
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(RunError, match=r"epoch 0 of audio-text/tones ended with \d+ samples"),
     ):
-        patch.setattr(PairingReader, "fill", fill_all_but_count_one_less)
+        patch.setattr(StreamReader, "fill", fill_all_but_count_one_less)
         train(config)
 
 
@@ -299,7 +299,7 @@ def test_substituted_shards_mark_everything_that_comes_of_them(toy_data, tmp_pat
 def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, tmp_path):
     def with_segments(*segments, last_step):
         values = toy_config(toy_data, tmp_path / "run", schedule=STEPS).model_dump()
-        values["pairings"]["image-text"]["segments"] = list(segments)
+        values["streams"]["image-text"]["segments"] = list(segments)
         values["run"]["stop_after_step"] = last_step
         values["run"]["checkpoint_folder"] = str(tmp_path / "elsewhere")
         return PretrainConfig.model_validate(values)
@@ -308,7 +308,7 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
     early, late = ({"from_step": step, "sources": [colors]} for step in (3, 6))
     train(with_segments(early, last_step=6))
     train(with_segments(early, late, last_step=8))
-    with pytest.raises(ConfigError, match=r"pairings\.image-text\.segments"):
+    with pytest.raises(ConfigError, match=r"streams\.image-text\.segments"):
         train(with_segments(late, last_step=9))
     with pytest.raises(
         ConfigError, match=r"segments\.1\.from_step: 6 in the run folder, 7 in this config"
@@ -317,7 +317,7 @@ def test_segments_that_no_step_has_used_may_change_and_others_may_not(toy_data, 
 
 
 @pytest.mark.exhaustive
-def test_one_pairing_per_step_is_the_same_run_on_any_number_of_processes(toy_data, tmp_path):
+def test_one_stream_per_step_is_the_same_run_on_any_number_of_processes(toy_data, tmp_path):
     """Checks that towers not used in a step have a zero gradient in every process."""
     runs = {1: {}, 2: {"micro_batch_size": 3}, 3: {"micro_batch_size": 1}}
     for num_processes, changes in runs.items():
@@ -325,13 +325,16 @@ def test_one_pairing_per_step_is_the_same_run_on_any_number_of_processes(toy_dat
             toy_data,
             tmp_path / f"run{num_processes}",
             schedule=STEPS,
-            pairings_per_step="one",
+            streams_per_step="one",
             loading={"num_workers": 2},
             **changes,
         )
         run_in_processes(num_processes, train, config)
     rows = steps_of(tmp_path / "run1")
-    assert [list(row["loss"]) for row in rows[:4]] == [["audio-text"], ["image-text"]] * 2
+    assert [list(row["loss"]) for row in rows[:4]] == [
+        ["audio-text/audio-text"],
+        ["image-text/image-text"],
+    ] * 2
     assert rows[-1]["samples_seen"] == 10 * 16 + 10 * 8
     assert_same_run(tmp_path / "run2", tmp_path / "run1")
     assert_same_run(tmp_path / "run3", tmp_path / "run1")

@@ -1,12 +1,14 @@
 """The fields of a config, with the names of a tree that is walked to its leaves.
 
-In a name, `*` is any key or index, as in "pairings.*.sources.*.weight".
+In a name, `*` is any key or index, as in "streams.*.sources.*.weight".
 """
 
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 from data_prep.config_file import Section
+from pretrain.objective_config import ObjectiveSection
+from pretrain.objectives.objective import objective_types
 
 
 def fields_of(section: type[Section], prefix: str = "") -> dict[str, Any]:
@@ -18,7 +20,22 @@ def fields_of(section: type[Section], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def objective_sections() -> list[type[ObjectiveSection]]:
+    """Returns the sections of all objectives except those of tests."""
+    return [
+        each.section_type
+        for each in objective_types().values()
+        if each.__module__.startswith("pretrain.")
+    ]
+
+
 def _fields_in(annotation, name):
+    if annotation is ObjectiveSection:  # the section of any objective
+        return {
+            key: value
+            for each in objective_sections()
+            for key, value in fields_of(each, f"{name}.").items()
+        }
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return fields_of(annotation, f"{name}.")
     inner = f"{name}.*" if get_origin(annotation) in (dict, list) else name

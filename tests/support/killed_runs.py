@@ -113,14 +113,14 @@ def case_of(seed, *, places=PLACES):
 def config_of(data, folder, strategy):
     """Returns a config with images alone, six steps, three checkpoints and two validations."""
     values = toy_config(data, folder).model_dump(exclude_unset=True)
-    del values["pairings"]["audio-text"], values["model"]["audio"], values["audio"]
+    del values["streams"]["audio-text"], values["model"]["audio"], values["audio"]
     values["model"]["text"]["options"] |= {"width": 8}
     values["run"] |= {"checkpoint_every_steps": 2, "trackers": []}
     values["schedule"] |= {"num_steps": NUM_STEPS}
     values["engine"] |= {"strategy": strategy}
     values["engine"] |= dict.fromkeys(("timeout_seconds", "start_timeout_seconds"), TIMEOUT_SECONDS)
     held_out = {"dataset": data / "more_colors", "batch_size": 10}
-    values["validation"] = {"every_steps": 3, "pairings": {"image-text": held_out}}
+    values["validation"] = {"every_steps": 3, "streams": {"image-text": held_out}}
     return PretrainConfig.model_validate(values)
 
 

@@ -129,19 +129,22 @@ def _draw_fixed(rng, material):
         rng, kinds, image, audio, material=material, has_teacher=teacher is not None
     )
     num_steps = rng.randint(8, 12)
-    pairings = {
-        name: _draw_pairing(rng, kind, material, lanes=lanes, num_steps=num_steps, teacher=teacher)
+    streams = {
+        name: _draw_stream(rng, kind, material, lanes=lanes, num_steps=num_steps, teacher=teacher)
         for name, kind in zip(names, kinds, strict=True)
     }
-    lost = any("lost" in str(source["dataset"]) for source in _sources_in({"pairings": pairings}))
+    per_step = rng.choice(("all", "all", "one"))
+    for stream in streams.values():
+        stream["weight"] = rng.choice((1, 0.5)) if per_step == "one" else 1
+    lost = any("lost" in str(source["dataset"]) for source in _sources_in({"streams": streams}))
     return {
         "seed": rng.randrange(2**63),
         "lanes": lanes,
         "model": model,
         "image": image,
         "audio": audio,
-        "pairings": pairings,
-        "pairings_per_step": rng.choice(("all", "all", "one")),
+        "streams": streams,
+        "streams_per_step": per_step,
         "loading": {
             "window": rng.choice((1, 2, 3, 5, 16, 1000)),
             "on_bad_shard": "substitute" if lost else "stop",
@@ -155,7 +158,7 @@ def _draw_fixed(rng, material):
     }
 
 
-def _draw_pairing(rng, kind, material, *, lanes, num_steps, teacher):
+def _draw_stream(rng, kind, material, *, lanes, num_steps, teacher):
     names = DATASETS[kind]
     locations = {
         name: {
@@ -173,11 +176,25 @@ def _draw_pairing(rng, kind, material, *, lanes, num_steps, teacher):
     steps = sorted(rng.sample(range(1, num_steps + 2), rng.choice((0, 0, 1, 2))))
     return {
         "global_batch_size": lanes * rng.randint(1, LARGEST_BATCH // lanes),
-        "duplicates": rng.choice(("negatives", "positives", "masked")),
         "max_repeated_fraction": rng.choice((0.9, 1)),
-        "weight": rng.choice((1, 0.5)),
         "sources": draw_sources(),
         "segments": [{"from_step": step, "sources": draw_sources()} for step in steps],
+        "objectives": _draw_objectives(rng, kind, material, teacher=teacher),
+    }
+
+
+def _draw_objectives(rng, kind, material, *, teacher):
+    objectives = {f"{kind}-text": _draw_objective(rng, material, teacher=teacher)}
+    if rng.random() < 0.3:
+        views = {"left": "text", "right": kind, "temperature": rng.choice((None, f"{kind}_2"))}
+        objectives[f"second_{kind}"] = views | _draw_objective(rng, material, teacher=None)
+    return objectives
+
+
+def _draw_objective(rng, material, *, teacher):
+    return {
+        "duplicates": rng.choice(("negatives", "positives", "masked")),
+        "weight": rng.choice((1, 0.5)),
     } | _draw_loss(rng, material, teacher=teacher)
 
 
@@ -214,15 +231,15 @@ def _draw_schedule(rng, num_steps):
 
 
 def _draw_validation(rng, names, material):
-    pairings = {}
+    streams = {}
     for name in rng.sample(names, rng.randint(0, len(names))):
         dataset = "more_colors" if name == "image-text" else "bells"
-        pairings[name] = {
+        streams[name] = {
             "dataset": material.dataset(dataset),
             "subset": material.subset(dataset) if rng.random() < 0.5 else None,
             "batch_size": rng.choice((3, 10)),
         }
-    return {"pairings": pairings}
+    return {"streams": streams}
 
 
 # --------------------------------------------------------------------- what must not decide
@@ -315,8 +332,8 @@ def merged(values, changes):
 
 
 def _sources_in(values):
-    for pairing in values["pairings"].values():
-        yield from pairing["sources"]
-        for segment in pairing["segments"]:
+    for stream in values["streams"].values():
+        yield from stream["sources"]
+        for segment in stream["segments"]:
             yield from segment["sources"]
-    yield from values.get("validation", {}).get("pairings", {}).values()
+    yield from values.get("validation", {}).get("streams", {}).values()

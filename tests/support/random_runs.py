@@ -182,7 +182,7 @@ def rows_of(folder: Path) -> dict[tuple[int, bool], dict]:
 
 def read_bad_samples(folder: Path) -> set[tuple]:
     """Reads which samples were substituted, at which steps, and by which."""
-    keys = ("step", "pairing", "source", "ordinal", "substitute")
+    keys = ("step", "stream", "source", "ordinal", "substitute")
     paths = (folder / "bad_samples").glob("*.jsonl")
     return {tuple(row.get(key) for key in keys) for path in paths for row in read_rows(path)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from pretrain.model.contrastive_model import ContrastiveModel, PairInputs
+from pretrain.model.contrastive_model import ContrastiveModel, StreamInputs
 from pretrain.model.sample_dropout import DropKeys
 from pretrain.model.tokenizer import build_tokenizer
 from tests.support.toy_run import toy_config
@@ -58,7 +58,7 @@ def dropping_config(folder: Path, **sections):
 
 
 class Pairs:
-    """Pairs of one step for both pairings, for a model in float64."""
+    """Pairs of one step for both streams, for a model in float64."""
 
     def __init__(self, config) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -74,11 +74,16 @@ class Pairs:
         """Builds the model in float64 and training mode, with the same weights each time."""
         return build_toy_model(config, self.tokenizer).double().train()
 
-    def micro_batch(self, rows: slice, *, step: int, num_tokens: int = 24) -> dict[str, PairInputs]:
+    def micro_batch(
+        self, rows: slice, *, step: int, num_tokens: int = 24
+    ) -> dict[str, StreamInputs]:
         """Returns the inputs of a micro-batch or a rank."""
         drop_keys = DropKeys(torch.tensor(step), torch.arange(NUM_PAIRS)[rows])
         return {
-            name: PairInputs(media[rows], self.tokens[rows, :num_tokens], drop_keys=drop_keys)
+            name: StreamInputs(
+                {name.partition("-")[0]: (media[rows],), "text": (self.tokens[rows, :num_tokens],)},
+                drop_keys,
+            )
             for name, media in self.media.items()
         }
 
@@ -95,9 +100,10 @@ class Pairs:
         loss = torch.zeros((), dtype=torch.float64)
         for name in self.media:
             media, text = (
-                torch.cat([p[name][n] for p in micro_batches]).double() for n in range(2)
+                torch.cat([p.views[name][view] for p in micro_batches]).double()
+                for view in (name.partition("-")[0], "text")
             )
-            logits = micro_batches[0][name][2] * media @ text.T
+            logits = micro_batches[0].scales[name] * media @ text.T
             loss = loss + functional.cross_entropy(logits, torch.arange(NUM_PAIRS))
         model.zero_grad()
         loss.backward()

@@ -107,9 +107,10 @@ def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
                 "high_hz": 2000.0,
             },
         },
-        "pairings": {
+        "streams": {
             "image-text": {
                 "global_batch_size": 16,
+                "objectives": {"image-text": {}},
                 "sources": [
                     {"name": "colors", "dataset": data / "colors", "weight": 3},
                     {"name": "more_colors", "dataset": data / "more_colors", "weight": 1},
@@ -117,6 +118,7 @@ def toy_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
             },
             "audio-text": {
                 "global_batch_size": 8,
+                "objectives": {"audio-text": {}},
                 "sources": [{"name": "tones", "dataset": data / "tones"}],
             },
         },

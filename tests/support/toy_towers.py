@@ -29,7 +29,7 @@ def build_toy_model(config: PretrainConfig, tokenizer: Tokenizer | None = None) 
         config.model,
         image=config.image,
         audio=config.audio,
-        pairings=config.pairings,
+        temperatures=config.temperatures,
         seed=config.seed,
         tokenizer=tokenizer or build_tokenizer(config.model.text),
     )

@@ -22,9 +22,10 @@ def image_run(dataset: Path, *, global_batch_size: int, **loading: Any) -> Pretr
                 "text": {"library": "open_clip", "name": "ViT-B-32"},
             },
             "image": {"size": 224, "crop_area": [0.9, 1.0], "crop_ratio": [3 / 4, 4 / 3]},
-            "pairings": {
+            "streams": {
                 "image-text": {
                     "global_batch_size": global_batch_size,
+                    "objectives": {"image-text": {}},
                     "sources": [{"name": "photographs", "dataset": str(dataset)}],
                 }
             },

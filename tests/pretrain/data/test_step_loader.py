@@ -29,7 +29,6 @@ from pretrain.sampling.order import format_digest
 from pretrain.training.assembly import open_step_loader
 from tests.support.toy_run import COLORS, toy_config
 
-TENSORS = ("media", "spec_masks", "tokens", "caption_lengths", "media_keys", "caption_keys")
 WORLDS = (1, 2, 3, 4, 7, 8)
 # The training process itself, and a loader process with 1 and 3 threads.
 LOADINGS = (Loading(num_workers=0), Loading(num_workers=1), Loading(num_workers=3))
@@ -51,7 +50,7 @@ def loader(config, tokenizer):
 
 
 def load_steps(config, tokenizer, loading, *, world_size, first_step, last_step):
-    """Returns [steps] {pairing: {tensor: of the global batch}}, as some ranks load them."""
+    """Returns [steps] {stream: {tensor: of the global batch}}, as some ranks load them."""
     of_ranks = []
     for rank in range(world_size):
         loader = open_step_loader(config, tokenizer, rank=rank, world_size=world_size)
@@ -65,13 +64,17 @@ def joined(batches):
     """Joins the batches of all ranks into the global batch of a step."""
     assert len({batch.step for batch in batches}) == 1
     step = {}
-    for name in batches[0].pairings:
-        parts = [batch.pairings[name] for batch in batches]
-        num_rows = [len(part.tokens) for part in parts]
+    for name in batches[0].streams:
+        parts = [batch.streams[name] for batch in batches]
+        num_rows = [len(part) for part in parts]
         if sum(num_rows):
             slots = [sum(num_rows[:rank]) for rank in range(len(parts))]
             assert [part.first_slot for part in parts] == slots
-        step[name] = {key: torch.cat([getattr(part, key) for part in parts]) for key in TENSORS}
+        step[name] = {
+            f"{view}.{key}": torch.cat([part.views[view].tensors[key] for part in parts])
+            for view, each in parts[0].views.items()
+            for key in each.tensors
+        }
         step[name]["digest"] = format_digest(sum(part.digest for part in parts))
         step[name]["num_read"] = sum((part.num_read for part in parts), start=Counter())
     return step
@@ -90,7 +93,7 @@ def assert_same_steps(found, expected):
 def expected_steps(config, tokenizer):
     """Returns steps 0 to 12 as one process reads them; colors and tones end epochs in them."""
     steps = load_steps(config, tokenizer, LOADINGS[0], world_size=1, first_step=0, last_step=12)
-    epochs = {key for step in steps for pairing in step.values() for key in pairing["num_read"]}
+    epochs = {key for step in steps for stream in step.values() for key in stream["num_read"]}
     assert {("colors", 0), ("colors", 1), ("tones", 0), ("tones", 1)} <= epochs
     return steps
 
@@ -145,67 +148,67 @@ def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, mo
     """Reads step ten million alone: resuming is calling a function."""
     loader = open_step_loader(config, tokenizer, rank=0, world_size=1)
     reads = []
-    for pairing in loader.readers.values():
-        for reader in pairing.sources:
+    for stream in loader.readers.values():
+        for reader in stream.sources:
             read = reader.dataset.read_sample
             monkeypatch.setattr(
                 reader.dataset, "read_sample", lambda n, read=read: (reads.append(n), read(n))[1]
             )
     batch = loader.load(10_000_000)
-    assert len(reads) == sum(len(pairs.tokens) for pairs in batch.pairings.values()) == 24
+    assert len(reads) == sum(map(len, batch.streams.values())) == 24
 
 
 def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(loader, monkeypatch):
     expected = joined([loader.load(5)])
     for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
-        monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_PAIRS", pairs)
-        monkeypatch.setattr("pretrain.data.pairing_reader.GROUP_BYTES", num_bytes)
+        monkeypatch.setattr("pretrain.data.stream_reader.GROUP_PAIRS", pairs)
+        monkeypatch.setattr("pretrain.data.stream_reader.GROUP_BYTES", num_bytes)
         assert_same_steps([joined([loader.load(5)])], [expected])
 
 
 def test_a_batch_knows_which_of_its_captions_and_media_are_equal(config, loader):
     more = loader.readers["image-text"].sources[1]
     assert len(more.samples) == 25
-    rows = [loader.load(step).pairings["image-text"] for step in range(30)]
-    tokens = torch.cat([each.tokens for each in rows])
-    caption_keys = torch.cat([each.caption_keys for each in rows])
-    media_keys = torch.cat([each.media_keys for each in rows])
+    rows = [loader.load(step).streams["image-text"] for step in range(30)]
+    tokens = torch.cat([each.views["text"].values for each in rows])
+    caption_keys = torch.cat([each.views["text"].keys for each in rows])
+    media_keys = torch.cat([each.views["image"].keys for each in rows])
     assert len(set(caption_keys.tolist())) == len({tuple(row) for row in tokens.tolist()})
     # 30 steps show each of the 83 + 25 pictures, most of them several times.
     assert len(set(media_keys.tolist())) == 108
-    lengths = torch.cat([each.caption_lengths for each in rows])
+    lengths = torch.cat([each.views["text"].lengths for each in rows])
     assert torch.equal(lengths, (tokens != 0).sum(dim=1))
 
 
-def test_one_pairing_per_step_leaves_the_others_empty_and_orders_each_as_if_alone(
+def test_one_stream_per_step_leaves_the_others_empty_and_orders_each_as_if_alone(
     toy_data, tmp_path, config, tokenizer
 ):
     values = config.model_dump()
-    values["pairings"]["image-text"]["weight"] = 3.0
-    chosen = type(config).model_validate(values | {"pairings_per_step": "one"})
+    values["streams"]["image-text"]["weight"] = 3.0
+    chosen = type(config).model_validate(values | {"streams_per_step": "one"})
     steps = [
-        open_step_loader(chosen, tokenizer, rank=0, world_size=1).load(step).pairings
+        open_step_loader(chosen, tokenizer, rank=0, world_size=1).load(step).streams
         for step in range(8)
     ]
     everything = open_step_loader(config, tokenizer, rank=0, world_size=1)
     for name, count in (("image-text", 6), ("audio-text", 2)):
-        taken = [step[name] for step in steps if len(step[name].tokens)]
+        taken = [step[name] for step in steps if len(step[name])]
         assert len(taken) == count
         for number, batch in enumerate(taken):
-            alone = everything.load(number).pairings[name]
-            assert torch.equal(batch.media, alone.media)
-            assert torch.equal(batch.tokens, alone.tokens)
-    assert all(sum(len(pairs.tokens) > 0 for pairs in step.values()) == 1 for step in steps)
+            alone = everything.load(number).streams[name]
+            for view, each in alone.views.items():
+                assert torch.equal(batch.views[view].values, each.values)
+    assert all(sum(len(stream) > 0 for stream in step.values()) == 1 for step in steps)
 
 
 def test_a_segment_brings_a_new_source_and_leaves_earlier_steps_alone(
     toy_data, config, tokenizer, expected_steps
 ):
     values = config.model_dump()
-    [colors, more] = values["pairings"]["image-text"]["sources"]
-    values["pairings"]["image-text"]["sources"] = [colors, more]
+    [colors, more] = values["streams"]["image-text"]["sources"]
+    values["streams"]["image-text"]["sources"] = [colors, more]
     again = {**more, "name": "again", "weight": 5.0}
-    values["pairings"]["image-text"]["segments"] = [
+    values["streams"]["image-text"]["segments"] = [
         {"from_step": 4, "sources": [{**colors, "weight": 1.0}, again]}
     ]
     changed = type(config).model_validate(values)
@@ -218,7 +221,8 @@ def test_a_segment_brings_a_new_source_and_leaves_earlier_steps_alone(
 def test_readers_survive_pickling_after_use(loader):
     before = loader.load(1)
     after = pickle.loads(pickle.dumps(loader)).load(1)
-    assert torch.equal(after.pairings["image-text"].media, before.pairings["image-text"].media)
+    pixels = [each.streams["image-text"].views["image"].values for each in (before, after)]
+    assert torch.equal(*pixels)
 
 
 def test_every_picture_comes_with_one_of_its_own_captions(loader, tokenizer):
@@ -226,7 +230,7 @@ def test_every_picture_comes_with_one_of_its_own_captions(loader, tokenizer):
     assert reader.read_exactly(3).captions == [f"picture 3 is {COLORS[3]}"]
     captions = {reader.decode_training(4, epoch=epoch).caption for epoch in range(20)}
     assert captions == {f"picture 4 is {COLORS[0]}", "also number 4"}
-    drawn = loader.load(0).pairings["image-text"].tokens
+    drawn = loader.load(0).streams["image-text"].views["text"].values
     own = {
         tuple(tokenizer([caption])[0].tolist())
         for each in loader.readers["image-text"].sources

@@ -26,10 +26,10 @@ from data_prep.shards.manifest import (
 )
 from data_prep.shards.subset import KeptSamples, Subset
 from data_prep.shards.writer import ShardWriter
-from pretrain.data.batch import PairBuffers
+from pretrain.data.batch import StreamBuffers
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
-from pretrain.sampling.order import PairingOrder, Segment, SourceOrder
+from pretrain.sampling.order import Segment, SourceOrder, StreamOrder
 from pretrain.train import pretrain
 from pretrain.training.assembly import open_step_loader, open_validation_sets
 from tests.support.toy_run import toy_config, toy_members
@@ -73,7 +73,7 @@ def order_of(samples, *, window, seed=3):
     source = SourceOrder(
         "a", shard_sizes=samples.shard_sizes, lanes=4, window=window, seed=seed, samples=samples
     )
-    return PairingOrder(
+    return StreamOrder(
         "image-text", sources=[source], segments=[Segment(0, [1])], global_batch_size=8, seed=seed
     )
 
@@ -113,7 +113,7 @@ def test_a_subset_of_everything_is_the_whole_dataset_but_for_its_fingerprint(toy
 def config_with_subset(toy_data, folder, subset, **sections):
     config = toy_config(toy_data, folder, **({"schedule": {"num_steps": 2}} | sections))
     values = config.model_dump()
-    values["pairings"]["image-text"]["sources"][0]["subset"] = subset
+    values["streams"]["image-text"]["sources"][0]["subset"] = subset
     return type(config).model_validate(values)
 
 
@@ -137,11 +137,11 @@ def test_a_sample_is_augmented_as_without_the_subset(toy_data, tmp_path):
     whole = step_loader(toy_config(toy_data, tmp_path / "run")).readers["image-text"]
     batches = []
     for each in (reader, whole):
-        buffers = PairBuffers.new(each.layout, num_rows=len(samples))
+        buffers = StreamBuffers.new(each.layout, num_rows=len(samples))
         each.fill(buffers, samples, range(len(samples)))
         batches.append(buffers)
-    assert torch.equal(batches[0].media, batches[1].media)
-    assert torch.equal(batches[0].tokens, batches[1].tokens)
+    for view in ("image", "text"):
+        assert torch.equal(batches[0].views[view].values, batches[1].views[view].values)
     assert loader.schedule.num_samples == 9 + 25 + 50
 
 
@@ -175,7 +175,7 @@ def test_a_run_on_a_subset_resumes_with_the_same_subset_only(toy_data, tmp_path)
     subset = write_subset(tmp_path / "half.subset", toy_data / "colors", half_of(sum(SIZES)))
     validation = {
         "every_steps": 2,
-        "pairings": {
+        "streams": {
             "image-text": {"dataset": toy_data / "colors", "subset": subset, "batch_size": 20}
         },
     }
@@ -187,7 +187,7 @@ def test_a_run_on_a_subset_resumes_with_the_same_subset_only(toy_data, tmp_path)
 
     run(subset, 1)
     moved = subset.rename(tmp_path / "moved.subset")
-    validation["pairings"]["image-text"]["subset"] = moved
+    validation["streams"]["image-text"]["subset"] = moved
     run(moved, 2)
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 1, 2, 2]
@@ -208,7 +208,7 @@ def test_validation_reads_what_the_subset_keeps(toy_data, tmp_path):
     bitmap = np.isin(np.arange(25), kept)
     subset = write_subset(tmp_path / "two.subset", toy_data / "more_colors", bitmap)
     source = {"dataset": toy_data / "more_colors", "subset": subset, "batch_size": 5}
-    config = toy_config(toy_data, tmp_path / "run", validation={"pairings": {"image-text": source}})
+    config = toy_config(toy_data, tmp_path / "run", validation={"streams": {"image-text": source}})
     tokenizer = build_tokenizer(config.model.text)
     [held_out] = open_validation_sets(config, tokenizer)
     [(media, tokens)] = held_out.batches()

@@ -52,17 +52,15 @@ STRATEGIES = {
 
 def config_of(toy_data, folder, towers, tokenizer, *, teacher=None, **sections):
     text = {"context_length": 12, "tokenizer": str(tokenizer)} | towers["text"]
-    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
+    streams = toy_config(toy_data, folder).model_dump(mode="json")["streams"]
     if teacher is not None:
-        pairings["image-text"]["teacher"] = {"checkpoint": str(teacher)}
+        streams["image-text"]["teacher"] = {"checkpoint": str(teacher)}
     # Gradients of key biases are rounding noise, which a small eps would amplify.
     sections = {
         "schedule": {"num_steps": NUM_STEPS, "warmup_steps": 1},
         "optimizer": {"learning_rate": 1e-3, "eps": 1e-4},
     } | sections
-    return toy_config(
-        toy_data, folder, model=towers | {"text": text}, pairings=pairings, **sections
-    )
+    return toy_config(toy_data, folder, model=towers | {"text": text}, streams=streams, **sections)
 
 
 def train_with_tiny_open_clip(configs, folder):

@@ -30,7 +30,7 @@ from tests.support.toy_run import toy_config
 from tests.support.toy_towers import build_toy_model
 
 HIGHEST_SCALE = 1.0001
-# Towers with dropping layers of every kind; one pairing has a bias.
+# Towers with dropping layers of every kind; one stream has a bias.
 DROPPING = {
     "image": {
         "library": "timm",
@@ -135,12 +135,12 @@ def num_elements(engine):
 def config_of(toy_data, folder, strategy, *, precision="fp32", tuning=None, **sections):
     folder.mkdir(exist_ok=True)
     engine = {"strategy": strategy, "precision": precision} | sections.pop("engine", {})
-    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
-    pairings["audio-text"]["loss"] = "sigmoid"
+    streams = toy_config(toy_data, folder).model_dump(mode="json")["streams"]
+    streams["audio-text"]["objectives"]["audio-text"]["loss"] = "sigmoid"
     if tuning is not None:
         (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": tuning}))
         engine["deepspeed_config"] = folder / "deepspeed.json"
-    return toy_config(toy_data, folder / "run", engine=engine, pairings=pairings, **sections)
+    return toy_config(toy_data, folder / "run", engine=engine, streams=streams, **sections)
 
 
 def observed(toy_data, folder, num_processes, strategy, **changes):
@@ -282,11 +282,11 @@ def test_bfloat16_is_autocast_alone(toy_data, tmp_path):
 
 
 def run(toy_data, folder, num_processes, strategy, *, stop_after_step=None, **sections):
-    """Runs up to 20 steps, each on one of the pairings, and returns the run folder."""
+    """Runs up to 20 steps, each on one of the streams, and returns the run folder."""
     sections = {
         "schedule": {"num_steps": 20, "warmup_steps": 2},
         "optimizer": {"gradient_clipping": 0.5},
-        "pairings_per_step": "one",
+        "streams_per_step": "one",
         "model": DROPPING,
     } | sections
     config = config_of(toy_data, folder, strategy, **sections)

@@ -55,7 +55,7 @@ def bytes_kept_for_backward(model, pairs):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = model([pairs.micro_batch(slice(0, NUM_PAIRS), step=0)])
-    assert features["image-text"][0].requires_grad
+    assert features.views["image-text"]["image"].requires_grad
     return sum(kept.values())
 
 
@@ -115,7 +115,7 @@ def train(config):
 def test_a_run_that_drops_goes_on_elsewhere_with_activations_computed_again(toy_data, tmp_path):
     validation = {
         "every_steps": 2,
-        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+        "streams": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
     }
 
     def config_of(folder, **sections):
@@ -161,12 +161,12 @@ def pairs(tmp_path_factory):
 
 def keys_of(num_pairs, *, step=0):
     drop_keys = DropKeys(torch.tensor(step), torch.arange(NUM_PAIRS)[:num_pairs])
-    return pair_keys(drop_keys, seed=0, pairing="image-text")
+    return pair_keys(drop_keys, seed=0, stream="image-text")
 
 
 def text_gradients(model, pairs, *, step):
     model.zero_grad()
-    embeddings = model.encode_text(pairs.tokens, keys=keys_of(NUM_PAIRS, step=step))
+    embeddings = model.encode("text", pairs.tokens, keys=keys_of(NUM_PAIRS, step=step))
     (embeddings.double() @ torch.arange(16.0).double()).sin().sum().backward()
     return {n: p.grad for n, p in model.towers["text"].named_parameters() if p.requires_grad}
 
@@ -191,7 +191,7 @@ def test_any_number_of_pairs_and_tokens_takes_few_compilations(pairs, num_compil
     model = pairs.build_model(pairs.config)
 
     def encode(num_pairs, num_tokens):
-        return model.encode_text(pairs.tokens[:num_pairs, :num_tokens], keys=keys_of(num_pairs))
+        return model.encode("text", pairs.tokens[:num_pairs, :num_tokens], keys=keys_of(num_pairs))
 
     shapes = [(8, 24), (5, 24), (5, 16), (3, 24), (7, 16), (0, 24)]
     with torch.no_grad():

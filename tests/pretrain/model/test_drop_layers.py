@@ -7,7 +7,7 @@ from timm.layers import DropPath, set_fused_attn
 from torch import nn
 
 from data_prep.errors import InputError
-from pretrain.model.contrastive_model import PairInputs
+from pretrain.model.contrastive_model import StreamInputs
 from pretrain.model.drop_layers import replace_drop_layers, sample_drops
 from pretrain.model.sample_dropout import DropKeys, SampleDropPath, SamplePatchDropout
 from pretrain.model.towers import probe_backbone
@@ -39,9 +39,8 @@ def image_features(model, rows):
     )
     tokens = torch.ones(6, 12, dtype=torch.int64)
     drop_keys = DropKeys(torch.tensor(2), torch.arange(6)[rows])
-    return model([{"image-text": PairInputs(pixels[rows], tokens[rows], drop_keys=drop_keys)}])[
-        "image-text"
-    ][0]
+    inputs = StreamInputs({"image": (pixels[rows],), "text": (tokens[rows],)}, drop_keys)
+    return model([{"image-text": inputs}]).views["image-text"]["image"]
 
 
 TINY_DINOV2 = {
@@ -113,7 +112,8 @@ def test_a_layer_called_twice_draws_twice(build_image_model):
         drop_keys = DropKeys(torch.tensor(step), torch.arange(6))
         pixels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
         tokens = torch.ones(6, 12, dtype=torch.int64)
-        model([{"image-text": PairInputs(pixels, tokens, drop_keys=drop_keys)}])
+        inputs = StreamInputs({"image": (pixels,), "text": (tokens,)}, drop_keys)
+        model([{"image-text": inputs}])
     assert len(drawn) == 16
     assert not torch.equal(torch.cat(drawn[::2]), torch.cat(drawn[1::2]))
 

@@ -20,9 +20,9 @@ from pretrain.sampling.keyed_random import scramble as scramble_by_numpy
 from tests.support.toy_droppers import NUM_PAIRS, Pairs, dropping_config, largest_difference
 
 
-def keys_of(num_slots, *, step=0, seed=0, pairing="image-text", first_slot=0):
+def keys_of(num_slots, *, step=0, seed=0, stream="image-text", first_slot=0):
     slots = torch.arange(first_slot, first_slot + num_slots)
-    return pair_keys(DropKeys(torch.tensor(step), slots), seed=seed, pairing=pairing)
+    return pair_keys(DropKeys(torch.tensor(step), slots), seed=seed, stream=stream)
 
 
 def dropped(layer, drop_keys, values, **keys):
@@ -54,7 +54,7 @@ def assert_independent(one, other):
 
 
 def test_draws_are_independent_of_one_another():
-    """Tests slots, steps, seeds, pairings, layers, calls and neighbouring positions."""
+    """Tests slots, steps, seeds, streams, layers, calls and neighbouring positions."""
     shape = (40, 64)
     masks = [
         keep_mask(keys_of(100, **where), shape, rate=0.5)
@@ -62,7 +62,7 @@ def test_draws_are_independent_of_one_another():
             {},
             {"step": 1},
             {"seed": 1},
-            {"pairing": "audio-text"},
+            {"stream": "audio-text"},
             {"first_slot": 100},
         )
     ]
@@ -206,14 +206,14 @@ def test_another_step_or_seed_drops_otherwise(config, pairs, expected):
     assert largest_difference(pairs.gradients(model), expected) > 0.1
 
 
-def test_pairings_draw_differently_from_a_tower_they_share(model, pairs):
+def test_streams_draw_differently_from_a_tower_they_share(model, pairs):
     features = model([pairs.micro_batch(slice(0, NUM_PAIRS), step=3)])
-    texts = [features[name][1] for name in ("image-text", "audio-text")]
+    texts = [features.views[name]["text"] for name in ("image-text", "audio-text")]
     assert not torch.allclose(*texts, atol=1e-2)
 
 
 def test_nothing_is_dropped_in_evaluation(config, pairs):
     model = pairs.build_model(config).eval()
     one, other = (model([pairs.micro_batch(slice(0, NUM_PAIRS), step=step)]) for step in (3, 4))
-    for name in one:
-        assert all(map(torch.equal, one[name][:3], other[name][:3]))
+    for name, views in one.views.items():
+        assert all(torch.equal(views[view], other.views[name][view]) for view in views)

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModel
 from data_prep.config_file import Section
 from pretrain.config import Model, PretrainConfig, TextTower
 from pretrain.model.source_files import fingerprint_of_files, tokenizer_files, tower_files
+from pretrain.objective_config import ObjectiveSection
+from tests.support.config_fields import objective_sections
 from tests.support.toy_towers import TINY_BERT, write_tiny_open_clip, write_word_tokenizer
 
 DATA = "its dataset has a fingerprint"
@@ -31,17 +33,18 @@ HARMLESS = {
         for kind in ("image", "audio", "text")
         for name in ("expect_missing", "ignore")
     },
-    "pairings.*.sources.*.name": NAME,
-    "pairings.*.segments.*.sources.*.name": NAME,
+    "streams.*.sources.*.name": NAME,
+    "streams.*.segments.*.sources.*.name": NAME,
+    **{f"streams.*.objectives.*.{name}": NAME for name in ("left", "right", "temperature")},
 }
 FINGERPRINTED = {
-    "pairings.*.sources.*.dataset": DATA,
-    "pairings.*.sources.*.subset": DATA,
-    "pairings.*.segments.*.sources.*.dataset": DATA,
-    "pairings.*.segments.*.sources.*.subset": DATA,
-    "pairings.*.teacher.checkpoint": "teacher/<pairing>",
-    "validation.pairings.*.dataset": "validation/<pairing>",
-    "validation.pairings.*.subset": "validation/<pairing>",
+    "streams.*.sources.*.dataset": DATA,
+    "streams.*.sources.*.subset": DATA,
+    "streams.*.segments.*.sources.*.dataset": DATA,
+    "streams.*.segments.*.sources.*.subset": DATA,
+    "streams.*.objectives.*.teacher.checkpoint": "teacher/<stream>/<objective>",
+    "validation.streams.*.dataset": "validation/<stream>",
+    "validation.streams.*.subset": "validation/<stream>",
     "model.text.tokenizer": "model.text.tokenizer",
     **{
         f"model.{kind}.{name}": "pretrain.model.source_files"
@@ -59,7 +62,10 @@ def texts_of(section, key=""):
 
 
 def _texts_in(annotation, key):
-    if annotation in (str, Path, Any):
+    if annotation is ObjectiveSection:  # the section of any objective
+        for section in objective_sections():
+            yield from texts_of(section, key)
+    elif annotation in (str, Path, Any):
         yield key
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield from texts_of(annotation, key)

@@ -40,7 +40,7 @@ def train_with_bad_steps(*configs):
             unchanged.append(all(map(torch.equal, before.pop(), values)))
         now[0] = batch.step + 1
         if now[0] == BAD_LOSS and rank() == 1:
-            batch.pairings["audio-text"].media[2] = math.nan
+            batch.streams["audio-text"].views["audio"].values[2] = math.nan
         try:
             return take_step(engine, objective, batch, **others)
         except FloatingPointError:
@@ -89,7 +89,7 @@ def assert_dumps_tell(folder):
         BAD_GRADIENT,
         NOT_FINITE,
     )
-    assert (loss["step"], loss["cause"]) == (BAD_LOSS, "loss of audio-text is nan")
+    assert (loss["step"], loss["cause"]) == (BAD_LOSS, "loss of audio-text/audio-text is nan")
     for dump in dumps:
         slots = {name: [each["slot"] for each in rows] for name, rows in dump["samples"].items()}
         assert slots == {"image-text": list(range(16)), "audio-text": list(range(8))}
@@ -102,7 +102,7 @@ def assert_dumps_tell(folder):
     assert not any(each["not_finite"] for each in gradient["samples"]["audio-text"])
     [bad] = [each for each in loss["samples"]["audio-text"] if each["not_finite"]]
     assert bad["slot"] == 6  # the third of rank 1's four
-    assert bad["not_finite"] == ["media", "media_embedding"]
+    assert bad["not_finite"] == ["audio", "audio_embedding"]
     assert (bad["source"], bad["epoch"], bad["shard"][:7]) == ("tones", 0, "0000000")
 
 
@@ -117,7 +117,9 @@ def test_a_run_stops_or_skips_and_goes_on_as_if_it_had_never_stopped(toy_data, t
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
     config = config_of(toy_data, folder, **skip, max_skipped_steps=1)
     [(error, unchanged)] = run_in_processes(2, train_with_bad_steps, config)[1]
-    assert error.startswith("step 5: loss of audio-text is nan; the step was not applied")
+    assert error.startswith(
+        "step 5: loss of audio-text/audio-text is nan; the step was not applied"
+    )
     assert "one of 2 within 1000 steps, above watch.max_skipped_steps=1" in error
     assert unchanged == [True]
     configs = (config_of(toy_data, folder, **skip), config_of(toy_data, whole, **skip))

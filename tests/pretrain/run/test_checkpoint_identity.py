@@ -96,13 +96,13 @@ def test_segments_that_begin_after_the_checkpoint_may_differ(config, tmp_path):
 
     def with_segment(step):
         values = json.loads(config.model_dump_json())
-        values["pairings"]["image-text"]["segments"] = [{"from_step": step, "sources": [colors]}]
+        values["streams"]["image-text"]["segments"] = [{"from_step": step, "sources": [colors]}]
         return PretrainConfig.model_validate(values)
 
     save(with_segment(5), 5)
     for step, is_used in ((5, False), (6, False), (4, True)):
         if is_used:
-            with pytest.raises(ConfigError, match=r"pairings\.image-text\.segments"):
+            with pytest.raises(ConfigError, match=r"streams\.image-text\.segments"):
                 refuse(with_segment(step))
         else:
             refuse(with_segment(step))

@@ -16,7 +16,7 @@ FREE = {
     "engine.strategy",
     "engine.loss_mode",
     "validation.every_steps",
-    "pairings.image-text.sources.0.dataset",
+    "streams.image-text.sources.0.dataset",
 }
 FIXED = {
     "seed",
@@ -25,10 +25,10 @@ FIXED = {
     "model.image.name",
     "image.size",
     "audio.log_mel.hop_samples",
-    "pairings.image-text.weight",
-    "pairings.image-text.global_batch_size",
-    "pairings.image-text.sources.1.weight",
-    "pairings.audio-text.sources.0.name",
+    "streams.image-text.weight",
+    "streams.image-text.global_batch_size",
+    "streams.image-text.sources.1.weight",
+    "streams.audio-text.sources.0.name",
     "optimizer.learning_rate",
     "schedule.num_steps",
     "engine.precision",
@@ -112,11 +112,11 @@ def test_every_fingerprint_is_compared(run):
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_a_mixed_run_of_an_older_order_is_refused_and_one_of_a_single_source_is_not(run, is_mixed):
     config, fingerprints = run
-    pairing = config.pairings["image-text"]
-    sources = [pairing.sources[0], pairing.sources[0].model_copy(update={"name": "more"})]
-    pairing = pairing.model_copy(update={"sources": sources[: 1 + is_mixed]})
-    pairings = config.pairings | {"image-text": pairing}
-    config = config.model_copy(update={"pairings": pairings})
+    stream = config.streams["image-text"]
+    sources = [stream.sources[0], stream.sources[0].model_copy(update={"name": "more"})]
+    stream = stream.model_copy(update={"sources": sources[: 1 + is_mixed]})
+    streams = config.streams | {"image-text": stream}
+    config = config.model_copy(update={"streams": streams})
     (config.run.folder / "config.yaml").write_text(to_yaml(config))
     identity = RunIdentity(config, fingerprints | {"mixing/image-text": "version 2"})
     if not is_mixed:

@@ -44,15 +44,15 @@ class Outcome:
 
 def config_of(folder, name, **run):
     values = toy_config(folder / "data", folder / name).model_dump(exclude_unset=True)
-    del values["pairings"]["audio-text"], values["model"]["audio"], values["audio"]
+    del values["streams"]["audio-text"], values["model"]["audio"], values["audio"]
     text = values["model"]["text"]
     text["options"] = {"width": 8, "heads": 2, "layers": 1}
     text["tokenizer"] = str(folder / "tokenizer")
     source = {"name": "bad_colors", "dataset": folder / "data" / "bad_colors"}
-    values["pairings"]["image-text"] |= {"global_batch_size": 24, "sources": [source]}
+    values["streams"]["image-text"] |= {"global_batch_size": 24, "sources": [source]}
     values["loading"] |= {"max_bad_fraction": 1.0, "max_bad_fraction_per_shard": 1.0}
     held_out = {"dataset": folder / "data" / "more_colors", "batch_size": 10}
-    values["validation"] = {"every_steps": 2, "pairings": {"image-text": held_out}}
+    values["validation"] = {"every_steps": 2, "streams": {"image-text": held_out}}
     values["schedule"] = {"num_steps": NUM_STEPS, "shape": "constant"}
     values["run"] |= {"checkpoint_every_steps": 1, "keep_checkpoints": 2, "trackers": []} | run
     return PretrainConfig.model_validate(values)

@@ -25,7 +25,7 @@ from tests.support.toy_run import toy_config
 def small_config(data, folder, **sections):
     """Returns a config with images alone."""
     values = toy_config(data, folder).model_dump(exclude_unset=True)
-    del values["pairings"]["audio-text"], values["model"]["audio"], values["audio"]
+    del values["streams"]["audio-text"], values["model"]["audio"], values["audio"]
     for section, changes in sections.items():
         values[section] = values[section] | changes if isinstance(changes, dict) else changes
     return PretrainConfig.model_validate(values)

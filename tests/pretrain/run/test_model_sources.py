@@ -41,9 +41,9 @@ def config_of(data, run, sources, **settings):
     model = {"image": TIMM | {"pretrained": str(sources / "timm.pt")}, "text": text}
     # One source: the order of mixed sources differs from that of earlier versions.
     source = {"name": "colors", "dataset": data / "colors"}
-    pairings = {"image-text": {"global_batch_size": 16, "sources": [source]}}
+    stream = {"global_batch_size": 16, "sources": [source], "objectives": {"image-text": {}}}
     sections = {"model": model, "schedule": {"num_steps": 4}, "run": settings}
-    return small_config(data, run, pairings=pairings, **sections)
+    return small_config(data, run, streams={"image-text": stream}, **sections)
 
 
 def stop(config, step):

@@ -154,16 +154,16 @@ def train_and_hear_in_validation(config):
     from pretrain.distributed.collectives import rank
     from pretrain.training import validation
 
-    contrast = validation.contrastive_loss
+    inputs_of = validation._objective_inputs
     calls = []
 
-    def hearing_loss(*arguments, **options):
+    def hearing_inputs(*arguments):
         calls.append(None)
         if rank() == 1 and len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return contrast(*arguments, **options)
+        return inputs_of(*arguments)
 
-    validation.contrastive_loss = hearing_loss
+    validation._objective_inputs = hearing_inputs
     train(config)
 
 
@@ -172,7 +172,7 @@ def test_a_signal_within_validation_stops_it_and_the_next_attempt_validates_firs
 ):
     validation = {
         "every_steps": 3,
-        "pairings": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
+        "streams": {"image-text": {"dataset": toy_data / "more_colors", "batch_size": 10}},
     }
     sections = {"schedule": {"num_steps": 6, "warmup_steps": 2}, "validation": validation}
     config = toy_config(toy_data, tmp_path / "run", **sections)
@@ -190,8 +190,9 @@ def test_a_signal_within_validation_stops_it_and_the_next_attempt_validates_firs
     whole = read_metrics(tmp_path / "whole")
     for row, expected in zip(rows, whole, strict=True):
         if "validation" in row:
-            figures = row["validation"]["image-text"]
-            assert figures == pytest.approx(expected["validation"]["image-text"], rel=1e-4)
+            key = "image-text/image-text"
+            figures = pytest.approx(expected["validation"][key], rel=1e-4)
+            assert row["validation"][key] == figures
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert_tracked_once(tmp_path / "run", rows)
 

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from data_prep.errors import InputError
 from pretrain.sampling.keyed_random import permute, sample_random
-from pretrain.sampling.mixing import PairingChoice
+from pretrain.sampling.mixing import StreamChoice
 from pretrain.sampling.order import (
-    PairingOrder,
     Segment,
     SourceOrder,
+    StreamOrder,
     digest_halves,
     format_digest,
     lanes_of_rank,
@@ -24,8 +24,8 @@ def make_source(name="a", shard_sizes=(100, 50, 33), lanes=LANES, window=10, see
     return SourceOrder(name, shard_sizes=shard_sizes, lanes=lanes, window=window, seed=seed)
 
 
-def make_pairing(sources=None, weights=(1.0,), batch=32, seed=0, segments=()):
-    return PairingOrder(
+def make_stream(sources=None, weights=(1.0,), batch=32, seed=0, segments=()):
+    return StreamOrder(
         "image-text",
         sources=sources or [make_source(seed=seed)],
         segments=[Segment(0, weights), *segments],
@@ -34,12 +34,12 @@ def make_pairing(sources=None, weights=(1.0,), batch=32, seed=0, segments=()):
     )
 
 
-def global_step(pairing, step, world_size):
+def global_step(stream, step, world_size):
     """Returns [(slot, source, epoch, ordinal)] of a step, joined over ranks."""
     rows = []
     for rank in range(world_size):
-        lanes = lanes_of_rank(rank, world_size=world_size, lanes=pairing.lanes)
-        samples = pairing.samples_of_step(step, lanes=lanes)
+        lanes = lanes_of_rank(rank, world_size=world_size, lanes=stream.lanes)
+        samples = stream.samples_of_step(step, lanes=lanes)
         columns = (samples.slots, samples.sources, samples.epochs, samples.ordinals)
         rows += list(zip(*(column.tolist() for column in columns), strict=True))
     return rows
@@ -105,20 +105,20 @@ def test_epochs_and_seeds_give_different_orders():
 
 def test_a_step_does_not_depend_on_the_number_of_ranks():
     sources = [make_source("a"), make_source("b", shard_sizes=(400,), window=64)]
-    pairing = make_pairing(sources, weights=(1, 3))
+    stream = make_stream(sources, weights=(1, 3))
     for step in (0, 5, 1023, 1024, 5000):
-        alone = global_step(pairing, step, 1)
+        alone = global_step(stream, step, 1)
         assert [row[0] for row in alone] == list(range(32))
         for world_size in (2, 3, 4, 7, 8):
-            assert global_step(pairing, step, world_size) == alone
+            assert global_step(stream, step, world_size) == alone
 
 
 def test_mixed_sources_still_draw_each_sample_once_per_epoch():
     sources = [make_source("a"), make_source("b", shard_sizes=(400,))]
-    pairing = make_pairing(sources, weights=(1, 1))
+    stream = make_stream(sources, weights=(1, 1))
     drawn = Counter()
     for step in range(100):
-        drawn.update(row[1:] for row in global_step(pairing, step, 1))
+        drawn.update(row[1:] for row in global_step(stream, step, 1))
     assert max(drawn.values()) == 1
     first_epoch_of_a = [row for row in drawn if row[:2] == (0, 0)]
     assert len(first_epoch_of_a) == 183 // LANES * LANES
@@ -127,17 +127,17 @@ def test_mixed_sources_still_draw_each_sample_once_per_epoch():
 @pytest.mark.parametrize("world_size", [1, 3, 7, 24, 64])
 def test_three_shards_and_one_are_enough_for_any_number_of_ranks(world_size):
     for shard_sizes in ((100, 50, 70), (220,)):
-        pairing = make_pairing([make_source(shard_sizes=shard_sizes, lanes=64)], batch=64)
-        drawn = [row for step in range(6) for row in global_step(pairing, step, world_size)]
+        stream = make_stream([make_source(shard_sizes=shard_sizes, lanes=64)], batch=64)
+        drawn = [row for step in range(6) for row in global_step(stream, step, world_size)]
         first_epoch = [ordinal for _, _, epoch, ordinal in drawn if epoch == 0]
         assert len(first_epoch) == len(set(first_epoch)) == 220 // 64 * 64
-        assert drawn == [row for step in range(6) for row in global_step(pairing, step, 1)]
+        assert drawn == [row for step in range(6) for row in global_step(stream, step, 1)]
 
 
 def test_sources_and_weights_change_at_a_step_and_nothing_before_it_does():
     sources = [make_source(name, shard_sizes=(400,), window=16) for name in "abc"]
-    before = make_pairing(sources, weights=(1, 3, 0))
-    changed = make_pairing(sources, weights=(1, 3, 0), segments=[Segment(11, (2, 0, 1))])
+    before = make_stream(sources, weights=(1, 3, 0))
+    changed = make_stream(sources, weights=(1, 3, 0), segments=[Segment(11, (2, 0, 1))])
     for step in range(11):
         assert global_step(changed, step, 3) == global_step(before, step, 1)
     later = [row for step in range(11, 41) for row in global_step(changed, step, 1)]
@@ -152,50 +152,50 @@ def test_sources_and_weights_change_at_a_step_and_nothing_before_it_does():
 def test_positions_of_the_lanes_follow_what_was_drawn_through_segments():
     sources = [make_source("a"), make_source("b", shard_sizes=(400,)), make_source("c")]
     segments = [Segment(3, (5, 1, 2)), Segment(1030, (0, 1, 0)), Segment(1040, (1, 1, 1))]
-    pairing = make_pairing(sources, weights=(1, 2, 0), segments=segments)
+    stream = make_stream(sources, weights=(1, 2, 0), segments=segments)
     counted = np.zeros((LANES, 3), dtype=np.int64)
     per_epoch = Counter()
     for step in range(1100):
         if step in (0, 1, 3, 4, 1024, 1030, 1035, 1041, 1099):
-            assert np.array_equal(pairing.lane_positions(step), counted)
-            assert pairing.samples_drawn(step) == counted.sum(axis=0).tolist()
-        for slot, source, epoch, _ in global_step(pairing, step, 1):
-            counted[slot // pairing.slots_per_lane, source] += 1
+            assert np.array_equal(stream.lane_positions(step), counted)
+            assert stream.samples_drawn(step) == counted.sum(axis=0).tolist()
+        for slot, source, epoch, _ in global_step(stream, step, 1):
+            counted[slot // stream.slots_per_lane, source] += 1
             per_epoch[source, epoch] += 1
     for (source, epoch), count in per_epoch.items():
-        assert pairing.samples_drawn_of_epoch(1100, source=source, epoch=epoch) == count
+        assert stream.samples_drawn_of_epoch(1100, source=source, epoch=epoch) == count
     for source, epoch in [(0, 0), (0, 3), (1, 0), (1, 20), (2, 0), (2, 11)]:
-        end = pairing.steps_to_end_of(source=source, epoch=epoch)
-        length = pairing.sources[source].lane_length
+        end = stream.steps_to_end_of(source=source, epoch=epoch)
+        length = stream.sources[source].lane_length
         for step, has_ended in ((end - 1, False), (end, True)):
-            least = pairing.lane_positions(step)[:, source].min()
+            least = stream.lane_positions(step)[:, source].min()
             assert (least >= (epoch + 1) * length) == has_ended
-    seen = pairing.epochs_seen(1100)
+    seen = stream.epochs_seen(1100)
     assert seen["b"] == counted[:, 1].sum() / 400
 
 
 def test_a_source_that_no_later_segment_uses_never_ends_its_epoch():
     sources = [make_source("a"), make_source("b")]
-    pairing = make_pairing(sources, weights=(1, 1), segments=[Segment(2, (0, 1))])
-    assert pairing.steps_to_end_of(source=0, epoch=0) is None
-    assert pairing.steps_to_end_of(source=1, epoch=0) is not None
+    stream = make_stream(sources, weights=(1, 1), segments=[Segment(2, (0, 1))])
+    assert stream.steps_to_end_of(source=0, epoch=0) is None
+    assert stream.steps_to_end_of(source=1, epoch=0) is not None
 
 
 def test_a_small_source_starts_its_next_epochs_by_itself():
     small, large = make_source("small", shard_sizes=(19,)), make_source("large", shard_sizes=(900,))
-    pairing = make_pairing([small, large], weights=(1, 1))
-    epochs = {(s, e) for step in range(12) for _, s, e, _ in global_step(pairing, step, 1)}
+    stream = make_stream([small, large], weights=(1, 1))
+    epochs = {(s, e) for step in range(12) for _, s, e, _ in global_step(stream, step, 1)}
     assert {epoch for source, epoch in epochs if source == 0} >= set(range(12))
     assert {epoch for source, epoch in epochs if source == 1} == {0}
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0, "c": 0.7}])
-def test_one_pairing_per_step_comes_by_weight_exactly_and_evenly(weights):
-    choice = PairingChoice(weights, takes_all=False)
+def test_one_stream_per_step_comes_by_weight_exactly_and_evenly(weights):
+    choice = StreamChoice(weights, takes_all=False)
     total, counts = sum(weights.values()), Counter()
     for step in range(3000):
         assert choice.num_taken(step) == {name: counts[name] for name in weights}
-        [name] = choice.pairings_of_step(step)
+        [name] = choice.streams_of_step(step)
         counts[name] += 1
         for each, weight in weights.items():
             assert abs(counts[each] - weight / total * (step + 1)) < 2
@@ -203,9 +203,9 @@ def test_one_pairing_per_step_comes_by_weight_exactly_and_evenly(weights):
     assert choice.num_taken(10**12)["a"] == pytest.approx(weights["a"] / total * 10**12, rel=1e-8)
 
 
-def test_all_pairings_per_step_are_taken_in_every_step():
-    choice = PairingChoice({"a": 1.0, "b": 0.1}, takes_all=True)
-    assert choice.pairings_of_step(7) == ["a", "b"]
+def test_all_streams_per_step_are_taken_in_every_step():
+    choice = StreamChoice({"a": 1.0, "b": 0.1}, takes_all=True)
+    assert choice.streams_of_step(7) == ["a", "b"]
     assert choice.num_taken(9) == {"a": 9, "b": 9}
 
 
@@ -226,13 +226,13 @@ def test_lanes_are_dealt_in_neighbouring_runs_of_nearly_equal_length():
 
 
 def test_the_digest_adds_up_over_ranks_and_sees_every_change():
-    pairing = make_pairing()
+    stream = make_stream()
     keys = [7]
 
     def digest(step, world_size):
         halves = sum(
             digest_halves(
-                pairing.samples_of_step(
+                stream.samples_of_step(
                     step, lanes=lanes_of_rank(rank, world_size=world_size, lanes=LANES)
                 ),
                 source_keys=keys,
@@ -266,6 +266,6 @@ def test_the_order_has_not_changed(num_sources, expected):
     A change here breaks every run that is resumed; that of mixed sources needs a new version.
     """
     sources = [make_source("a"), make_source("b", shard_sizes=(400,), window=64)][:num_sources]
-    pairing = make_pairing(sources, weights=(1, 3)[:num_sources])
-    samples = pairing.samples_of_step(1234, lanes=range(LANES))
+    stream = make_stream(sources, weights=(1, 3)[:num_sources])
+    samples = stream.samples_of_step(1234, lanes=range(LANES))
     assert format_digest(digest_halves(samples, source_keys=[1, 2])) == expected

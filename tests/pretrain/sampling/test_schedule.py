@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.config import Pairing
+from pretrain.config import Stream
 from pretrain.sampling.keyed_random import key_of
-from pretrain.sampling.mixing import PairingChoice
+from pretrain.sampling.mixing import StreamChoice
 from pretrain.sampling.order import digest_halves, format_digest, lanes_of_rank
 from pretrain.sampling.schedule import build_schedule, distinct_sources
 
@@ -32,29 +32,34 @@ def source(name, weight=1.0):
     return {"name": name, "dataset": f"nowhere/{name}", "weight": weight}
 
 
-def make_pairings():
+def make_streams():
     images = {
         "global_batch_size": 16,
         "weight": 2.0,
+        "objectives": {"image-text": {}},
         "sources": [source("a", 3.0), source("b")],
         "segments": [{"from_step": 9, "sources": [source("c"), source("a")]}],
     }
-    sounds = {"global_batch_size": 8, "sources": [source("tones")]}
+    sounds = {
+        "global_batch_size": 8,
+        "objectives": {"audio-text": {}},
+        "sources": [source("tones")],
+    }
     values = {"image-text": images, "audio-text": sounds}
-    return {name: Pairing.model_validate(each) for name, each in values.items()}
+    return {name: Stream.model_validate(each) for name, each in values.items()}
 
 
 @pytest.fixture(params=["all", "one"])
 def schedule(request):
-    pairings = make_pairings()
+    streams = make_streams()
     samples = {
-        name: [Sizes(np.array(SIZES[each.name])) for each in distinct_sources(pairing)]
-        for name, pairing in pairings.items()
+        name: [Sizes(np.array(SIZES[each.name])) for each in distinct_sources(stream)]
+        for name, stream in streams.items()
     }
     return build_schedule(
-        pairings,
+        streams,
         samples,
-        pairings_per_step=request.param,
+        streams_per_step=request.param,
         lanes=LANES,
         window=6,
         seed=3,
@@ -63,7 +68,7 @@ def schedule(request):
 
 
 def rows_of_step(schedule, step, *, world_size=1):
-    """Returns [(pairing, slot, source, epoch, ordinal)] of a step, joined over ranks."""
+    """Returns [(stream, slot, source, epoch, ordinal)] of a step, joined over ranks."""
     rows = []
     for rank in range(world_size):
         lanes = lanes_of_rank(rank, world_size=world_size, lanes=LANES)
@@ -102,7 +107,7 @@ def test_what_was_seen_before_a_step_is_what_the_steps_before_it_hold(schedule):
                 assert found == of_epoch
         rows = rows_of_step(schedule, step)
         assert list(dict.fromkeys(name for name, *_ in rows)) == sorted(
-            schedule.pairings_of_step(step)
+            schedule.streams_of_step(step)
         )
         for name, slot, number, epoch, ordinal in rows:
             seen[name, number, epoch, ordinal] += 1
@@ -156,7 +161,7 @@ def test_counts_of_the_whole_run(schedule):
     assert schedule.num_steps == NUM_STEPS
 
 
-def test_a_pairing_with_a_vanishing_weight_is_refused_if_steps_take_one():
-    with pytest.raises(InputError, match=r"pairing 'audio-text': its weight is less than a 1,000"):
-        PairingChoice({"image-text": 1.0, "audio-text": 1e-12}, takes_all=False)
-    PairingChoice({"image-text": 1.0, "audio-text": 1e-12}, takes_all=True)
+def test_a_stream_with_a_vanishing_weight_is_refused_if_steps_take_one():
+    with pytest.raises(InputError, match=r"stream 'audio-text': its weight is less than a 1,000"):
+        StreamChoice({"image-text": 1.0, "audio-text": 1e-12}, takes_all=False)
+    StreamChoice({"image-text": 1.0, "audio-text": 1e-12}, takes_all=True)

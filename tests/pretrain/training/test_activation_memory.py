@@ -8,13 +8,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from data_prep.errors import InputError
-from pretrain.data.batch import PairLayout
+from pretrain.data.batch import StreamLayout, ViewLayout
 from pretrain.model.contrastive_model import ContrastiveModel, Tower
 from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.training.activation_memory import AllocationTrace, _inputs_of, measure_activations
 
 CPU = torch.device("cpu")
-PAIRS = PairLayout((64, 64, 3), torch.uint8, num_masks=0, context_length=20)
+PAIRS = StreamLayout(
+    {
+        "image": ViewLayout((64, 64, 3), torch.uint8),
+        "text": ViewLayout((20,), torch.int64, has_lengths=True),
+    }
+)
 NUM_PAIRS = 40
 
 
@@ -36,7 +41,7 @@ def transformers(*, has_checkpointing=False):
         "image": Tower(Pixels(), vit, nn.Linear(vit.num_features, 32), drop_keys=TowerDropKeys()),
         "text": Tower(nn.Identity(), text, nn.Linear(64, 32), drop_keys=TowerDropKeys()),
     }
-    return ContrastiveModel(towers, pairings=["image-text"], initial_scale=10.0, seed=0)
+    return ContrastiveModel(towers, temperatures=["image-text"], initial_scale=10.0, seed=0)
 
 
 def measured(model, *, is_bf16=False):
@@ -49,8 +54,9 @@ def profiled_peak(model, num_rows, *, is_bf16=False):
     inputs = _inputs_of("image-text", PAIRS, num_rows, CPU)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            features = model([inputs])["image-text"]
-        sum(part.sum() for part in features if part is not None).backward()
+            features = model([inputs])
+        parts = [*features.views["image-text"].values(), *features.scales.values()]
+        sum(part.sum() for part in parts).backward()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return torch.tensor([num_bytes for _, num_bytes in changes]).cumsum(0).max().item()

@@ -7,7 +7,6 @@ from data_prep.errors import (
     ConfigError,
     InputError,
 )
-from pretrain.config import media_of_pairing
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.loss.reference import dense_loss
@@ -19,7 +18,7 @@ from pretrain.training.assembly import (
     open_step_loader,
     open_teachers,
 )
-from pretrain.training.distillation import PairingTeacher
+from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.gradient_cache import split_into_micro_batches
 from tests.pretrain.test_train import train
 from tests.support.gloo_processes import run_in_processes
@@ -42,9 +41,12 @@ def stopping(config, step):
 
 def student_config(toy_data, folder, teacher, *, weight=0.5, **sections):
     """Returns the config of a run with a teacher for images, and none for sounds."""
-    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
-    pairings["image-text"]["teacher"] = {"checkpoint": str(teacher), "weight": weight}
-    return toy_config(toy_data, folder, pairings=pairings, **sections)
+    streams = toy_config(toy_data, folder).model_dump(mode="json")["streams"]
+    streams["image-text"]["objectives"]["image-text"]["teacher"] = {
+        "checkpoint": str(teacher),
+        "weight": weight,
+    }
+    return toy_config(toy_data, folder, streams=streams, **sections)
 
 
 def errors_of_gradients(config, num_micro_batches):
@@ -77,10 +79,10 @@ def true_loss(config, model, tokenizer, teachers):
     batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     [whole] = split_into_micro_batches(batch, num_micro_batches=1, trims_captions=False)
     total = 0
-    for name, pairs in whole.items():
-        media = model.encode_media(media_of_pairing(name), pairs.media)
-        sides = [media.double(), model.encode_text(pairs.tokens).double()]
-        lesson = teachers[name].encode([whole]) if name in teachers else None
+    for name, stream in whole.items():
+        sides = [model.encode(view, *inputs).double() for view, inputs in stream.views.items()]
+        teacher = teachers.get(f"{name}/{name}")
+        lesson = None if teacher is None else teacher.encode([whole])
         total = total + dense_loss(
             *sides, model.log_logit_scale[name].exp().double(), teacher=lesson
         )
@@ -99,7 +101,7 @@ def test_who_knows_what_the_teacher_knows_learns_nothing(toy_data, tmp_path, tea
     config = student_config(toy_data, tmp_path / "run", teacher_run, weight=1.0)
     tokenizer = build_tokenizer(config.model.text)
     teachers = open_teachers(config, tokenizer, device=CPU)
-    model = teachers["image-text"].model.requires_grad_(True)
+    model = teachers["image-text/image-text"].model.requires_grad_(True)
     engine = Engine(
         start_accelerator(config.engine, run=config.run),
         model=model,
@@ -122,7 +124,7 @@ def test_a_run_is_taught_and_keeps_to_its_teacher(toy_data, tmp_path, teacher_ru
     run_in_processes(1, train, config)
     other = tmp_path / "run" / "checkpoints" / "step_00000001"
     changed = student_config(toy_data, tmp_path / "run", other)
-    with pytest.raises(AssertionError, match=r"fingerprint.teacher/image-text"):
+    with pytest.raises(AssertionError, match=r"fingerprint.teacher/image-text/image-text"):
         run_in_processes(1, train, changed)
 
 
@@ -148,12 +150,12 @@ def test_a_missing_teacher_and_a_sigmoid_loss_are_refused(toy_data, tmp_path):
     tokenizer = build_tokenizer(config.model.text)
     with pytest.raises(InputError, match=r"nothing: expected a run folder with a checkpoint"):
         open_teachers(config, tokenizer, device=CPU)
-    pairings = config.model_dump(mode="json")["pairings"]
-    pairings["image-text"]["loss"] = "sigmoid"
+    streams = config.model_dump(mode="json")["streams"]
+    streams["image-text"]["objectives"]["image-text"]["loss"] = "sigmoid"
     with pytest.raises(
         (ConfigError, ValueError), match="teacher with loss=sigmoid: it is for loss=softmax alone"
     ):
-        toy_config(toy_data, tmp_path / "run", pairings=pairings)
+        toy_config(toy_data, tmp_path / "run", streams=streams)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -161,7 +163,13 @@ def test_captions_are_trimmed_for_each_model_by_its_own_property(toy_data, tmp_p
     """Tests a causal student with a bidirectional teacher, and the reverse."""
     config, student = model_with(toy_data, tmp_path, is_causal=is_causal)
     _, teacher = model_with(toy_data, tmp_path, is_causal=not is_causal)
-    teachers = {"image-text": PairingTeacher("image-text", teacher.eval(), 0.5, "", False)}
+    views = ("image", "text")
+    teacher = teacher.eval()
+    teachers = {
+        "image-text/image-text": ObjectiveTeacher(
+            "image-text", views, "image-text", teacher, 0.5, "", False
+        )
+    }
     engine = Engine(
         start_accelerator(config.engine, run=config.run),
         model=student,
@@ -171,7 +179,7 @@ def test_captions_are_trimmed_for_each_model_by_its_own_property(toy_data, tmp_p
     step = build_step(config, engine, num_micro_batches=5, teachers=teachers)
     tokenizer = build_tokenizer(config.model.text)
     batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
-    tokens = batch.pairings["image-text"].tokens
+    tokens = batch.streams["image-text"].views["text"].values
     with torch.no_grad():
         expected = teacher.towers["text"](tokens)
     calls = {model: [] for model in (student, teacher)}

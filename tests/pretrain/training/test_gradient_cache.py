@@ -133,27 +133,28 @@ def test_micro_batches_hold_every_pair_once_and_may_be_empty(toy_data, tmp_path)
     tokenizer = build_tokenizer(config.model.text)
     batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
     micro_batches = split_into_micro_batches(batch, num_micro_batches=20, trims_captions=False)
-    for name, pairs in batch.pairings.items():
-        assert [len(each[name].media) for each in micro_batches][-1] == 0
-        assert torch.equal(torch.cat([each[name].media for each in micro_batches]), pairs.media)
-        assert torch.equal(torch.cat([each[name].tokens for each in micro_batches]), pairs.tokens)
+    for name, stream in batch.streams.items():
+        for view, whole in stream.views.items():
+            parts = [each[name].views[view] for each in micro_batches]
+            assert len(parts[-1][0]) == 0
+            for number, values in enumerate(whole.inputs):
+                assert torch.equal(torch.cat([part[number] for part in parts]), values)
         slots = torch.cat([each[name].drop_keys.slots for each in micro_batches])
-        assert torch.equal(slots, torch.arange(len(pairs.tokens)))
+        assert torch.equal(slots, torch.arange(len(stream)))
         assert {int(each[name].drop_keys.step) for each in micro_batches} == {0}
-    audio = batch.pairings["audio-text"]
-    assert torch.equal(
-        torch.cat([p["audio-text"].spec_masks for p in micro_batches]), audio.spec_masks
-    )
-    assert {each["image-text"].spec_masks for each in micro_batches} == {None}
+    assert batch.streams["audio-text"].views["audio"].masks.shape == (8, 4, 2)
+    assert batch.streams["image-text"].views["image"].masks is None
 
 
 def test_a_micro_batch_is_trimmed_to_its_own_longest_caption(toy_data, tmp_path):
     config = config_of(toy_data, tmp_path / "run")
     tokenizer = build_tokenizer(config.model.text)
     batch = open_step_loader(config, tokenizer, rank=0, world_size=1).load(0)
-    pairs = batch.pairings["image-text"]
-    lengths = torch.tensor([3] * 8 + [11] + [2] * 7)
-    batch = replace(batch, pairings={"image-text": replace(pairs, caption_lengths=lengths)})
+    stream = batch.streams["image-text"]
+    text = replace(stream.views["text"], lengths=torch.tensor([3] * 8 + [11] + [2] * 7))
+    stream = replace(stream, views=stream.views | {"text": text})
+    batch = replace(batch, streams={"image-text": stream})
     micro_batches = split_into_micro_batches(batch, num_micro_batches=2, trims_captions=True)
-    assert [each["image-text"].tokens.shape for each in micro_batches] == [(8, 8), (8, 16)]
-    assert torch.equal(micro_batches[1]["image-text"].tokens, pairs.tokens[8:, :16])
+    tokens = [each["image-text"].views["text"][0] for each in micro_batches]
+    assert [each.shape for each in tokens] == [(8, 8), (8, 16)]
+    assert torch.equal(tokens[1], text.values[8:, :16])

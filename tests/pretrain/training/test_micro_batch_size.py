@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pretrain.data.batch import PairLayout, step_bytes
+from pretrain.data.batch import StreamLayout, ViewLayout, step_bytes
 from pretrain.distributed.collectives import rank
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_attempts
@@ -129,7 +129,11 @@ def test_the_loss_takes_features_and_tiles_but_never_all_logits():
 
 def test_batches_count_where_they_are(toy_data, tmp_path):
     config = toy_config(toy_data, tmp_path)
-    layouts = {"image-text": (PairLayout((16, 16, 3), torch.uint8, 0, 12), 16)}
+    views = {
+        "image": ViewLayout((16, 16, 3), torch.uint8),
+        "text": ViewLayout((12,), torch.int64, has_lengths=True),
+    }
+    layouts = {"image-text": (StreamLayout(views), 16)}
     share = {"num_trained": 1, "num_processes": 1}
     share |= {"global_num_pairs": 16, "width": 8, "batches_ahead": 3}
     on_cpu = bytes_without_graph(config.engine, layouts, device_type="cpu", **share)["batches"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pretrain.config import media_of_pairing
 from pretrain.distributed.collectives import RowGather, counted_traffic
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
@@ -33,7 +32,7 @@ CHOICES = {
     "duplicates": ["negatives", "positives", "masked"],
     "loss_mode": ["strip1", "strip2"],
     "micro_batch_size": [24, 3],
-    "pairings_per_step": ["all", "one"],
+    "streams_per_step": ["all", "one"],
 }
 OPTIONS = [
     dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
@@ -48,16 +47,16 @@ ACCEPTED = [options for options in OPTIONS if is_defined(options)]
 
 
 def config_of(toy_data, folder, options, *, precision="fp32"):
-    pairings = toy_config(toy_data, folder).model_dump(mode="json")["pairings"]
-    for weight, pairing in zip((1.0, 0.5), pairings.values(), strict=True):
-        pairing |= {key: options[key] for key in ("label_smoothing", "duplicates")}
-        pairing |= LOSSES[options["loss"]]
-        pairing["weight"] = weight
+    streams = toy_config(toy_data, folder).model_dump(mode="json")["streams"]
+    for weight, stream in zip((1.0, 0.5), streams.values(), strict=True):
+        [objective] = stream["objectives"].values()
+        objective |= {key: options[key] for key in ("label_smoothing", "duplicates")}
+        objective |= LOSSES[options["loss"]] | {"weight": weight}
     return toy_config(
         toy_data,
         folder,
-        pairings=pairings,
-        pairings_per_step=options["pairings_per_step"],
+        streams=streams,
+        streams_per_step=options["streams_per_step"],
         micro_batch_size=options["micro_batch_size"],
         engine={"precision": precision, "loss_mode": options["loss_mode"]},
     )
@@ -66,11 +65,12 @@ def config_of(toy_data, folder, options, *, precision="fp32"):
 def batch_of(config, tokenizer, **share):
     """Returns a step in which many pairs are duplicates of one another."""
     batch = open_step_loader(config, tokenizer, **share).load(0)
-    return replace(batch, pairings={n: with_duplicates(p) for n, p in batch.pairings.items()})
+    return replace(batch, streams={n: with_duplicates(p) for n, p in batch.streams.items()})
 
 
-def with_duplicates(pairs):
-    return replace(pairs, media_keys=pairs.media_keys % 11, caption_keys=pairs.caption_keys % 11)
+def with_duplicates(stream):
+    views = {name: replace(view, keys=view.keys % 11) for name, view in stream.views.items()}
+    return replace(stream, views=views)
 
 
 def rounded(features):
@@ -84,23 +84,23 @@ def true_gradients(config, model, tokenizer):
     is_rounded = config.engine.precision == "bf16"
     total = 0
     for name in batch.taken:
-        pairs, pairing = batch.pairings[name], config.pairings[name]
+        views = batch.streams[name].views
+        [(objective, section)] = config.streams[name].objectives.items()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
-            media = model.encode_media(media_of_pairing(name), pairs.media)
-            text = model.encode_text(pairs.tokens)
+            media, text = (model.encode(view, each.values) for view, each in views.items())
         sides = [rounded(x) if is_rounded else x for x in (media, text)]
         loss = dense_loss(
             *(side.double() for side in sides),
-            model.log_logit_scale[name].exp().double(),
-            model.logit_bias[name].double() if pairing.loss == "sigmoid" else None,
-            kind=pairing.loss,
-            direction=pairing.direction,
-            negatives=pairing.negatives,
-            duplicates=pairing.duplicates,
-            label_smoothing=pairing.label_smoothing,
-            keys=[pairs.media_keys, pairs.caption_keys],
+            model.log_logit_scale[objective].exp().double(),
+            model.logit_bias[objective].double() if section.loss == "sigmoid" else None,
+            kind=section.loss,
+            direction=section.direction,
+            negatives=section.negatives,
+            duplicates=section.duplicates,
+            label_smoothing=section.label_smoothing,
+            keys=[view.keys for view in views.values()],
         )
-        total = total + loss * (pairing.weight if config.pairings_per_step == "all" else 1)
+        total = total + loss * section.weight
     total.backward()
     return total.item(), taken_gradients(model)
 
@@ -225,7 +225,7 @@ def test_media_travel_while_captions_are_encoded(toy_data, tmp_path):
         assert events == [
             *("image", "1 tensors sent", "text"),
             *("audio", "1 tensors sent", "text"),
-            *("1 tensors sent", "1 tensors sent"),  # positives of both pairings
+            *("1 tensors sent", "1 tensors sent"),  # positives of both streams
         ]
 
 
@@ -237,5 +237,5 @@ def test_micro_batches_cost_one_more_forward_pass_and_nothing_else(toy_data, tmp
     assert whole[1] == {(kind, True): count for kind, count in num_pairs.items()}
     for has_graph in (False, True):
         assert {k: n for (k, g), n in in_micro_batches[1].items() if g == has_graph} == num_pairs
-    assert in_micro_batches[2] == whole[2]  # one loss of each pairing
+    assert in_micro_batches[2] == whole[2]  # one loss of each stream
     assert in_micro_batches[3] == whole[3]  # one reduction of the gradients

@@ -21,7 +21,7 @@ def validated(config):
     optimizer = build_training_optimizer(config, model)
     engine = Engine(accelerator, model=model, optimizer=optimizer, gradient_clipping=None)
     [held_out] = open_validation_sets(config, tokenizer)
-    figures = validate(engine, held_out)
+    figures = validate(engine, held_out)["image-text/image-text"]
     assert engine.model.training
     reader = held_out.reader
     pairs = [reader.read_exactly(ordinal) for ordinal in range(len(reader.dataset))]
@@ -33,7 +33,7 @@ def validated(config):
 
 
 def validating(toy_data, tmp_path, dataset, batch_size):
-    validation = {"pairings": {"image-text": {"dataset": dataset, "batch_size": batch_size}}}
+    validation = {"streams": {"image-text": {"dataset": dataset, "batch_size": batch_size}}}
     return toy_config(toy_data, tmp_path / "run", validation=validation)
 
 
@@ -51,7 +51,7 @@ def test_figures_are_those_of_the_obvious_way_for_any_number_of_processes(toy_da
         hits += (logits.argmax(dim=1) == own).tolist()
     for figures, _, _ in results:
         assert figures["loss"] == pytest.approx(sum(losses) / 25, rel=1e-5)
-        assert figures["media_to_text_recall@1"] == pytest.approx(sum(hits) / 25, abs=1e-6)
+        assert figures["image_to_text_recall@1"] == pytest.approx(sum(hits) / 25, abs=1e-6)
 
 
 def test_a_held_out_pair_that_does_not_decode_is_named(toy_data, tmp_path, monkeypatch):
@@ -63,5 +63,5 @@ def test_a_held_out_pair_that_does_not_decode_is_named(toy_data, tmp_path, monke
     config = validating(toy_data, tmp_path, bad, 4)
     tokenizer = build_tokenizer(config.model.text)
     [held_out] = open_validation_sets(config, tokenizer)
-    with pytest.raises(InputError, match=r"validation\.pairings\.image-text: .*sample 000003"):
+    with pytest.raises(InputError, match=r"validation\.streams\.image-text: .*sample 000003"):
         list(held_out.batches())

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from data_prep.errors import ConfigError, InputError
+from pretrain.config import PretrainConfig
 from tests.support.toy_starts import (
     assert_equal_embeddings_and_gradients,
     randomize,
@@ -89,10 +90,13 @@ def test_a_siglip_of_open_clip_starts_with_its_scale_and_bias(tmp_path):
     tower = {"library": "open_clip", "name": "tiny-siglip"}
     tower |= {"start": {"from": str(tmp_path / "siglip.safetensors")}}
     config = start_config(tmp_path, image_size=160, embed_dim=64, image=tower, text=tower)
-    pairings = {
-        name: each.model_copy(update={"loss": "sigmoid"}) for name, each in config.pairings.items()
-    }
-    model, warm_start = start(config.model_copy(update={"pairings": pairings}))
+    streams = config.model_dump(mode="json")["streams"]
+    for stream in streams.values():
+        for objective in stream["objectives"].values():
+            objective["loss"] = "sigmoid"
+    model, warm_start = start(
+        PretrainConfig.model_validate(config.model_dump() | {"streams": streams})
+    )
     tables = tables_of(warm_start)
     image = model.towers["image"]
     assert_equal_embeddings_and_gradients(

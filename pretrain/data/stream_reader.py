@@ -1,4 +1,4 @@
-"""Reader of one pairing: samples of a step -> rows of its buffers."""
+"""Reader of one stream: samples of a step -> rows of its buffers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import (
     Loading,
     MediaKind,
-    Pairing,
-    PairingName,
     Source,
-    media_of_pairing,
+    Stream,
+    StreamName,
 )
-from pretrain.data.batch import PairBuffers, PairLayout
+from pretrain.data.batch import StreamBuffers, StreamLayout, ViewLayout
 from pretrain.data.datasets import open_samples
 from pretrain.data.pair_reader import BadSample, DrawnPair, PairReader
 from pretrain.data.transforms import MediaTransform
@@ -45,21 +44,23 @@ class FilledRows:
     num_read: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
-class PairingReader:
-    """Reader of all sources of one pairing.
+class StreamReader:
+    """Reader of all sources of one stream.
 
     Args:
-        name: the pairing's name.
+        name: the stream's name.
         sources: readers of its sources, as samples of a step number them.
-        transform: transform of the pairing's kind of media.
+        kind: kind of media of all sources.
+        transform: transform of this kind of media.
         tokenizer: tokenizer of captions.
     """
 
     def __init__(
         self,
-        name: PairingName,
+        name: StreamName,
         *,
         sources: Sequence[PairReader],
+        kind: MediaKind,
         transform: MediaTransform,
         tokenizer: Tokenizer,
     ) -> None:
@@ -69,15 +70,13 @@ class PairingReader:
         self.tokenizer = tokenizer
         keys = [source_key(name, each.source) for each in sources]
         self._source_keys = np.array(keys, dtype=np.uint64)
-        self.layout = PairLayout(
-            media_shape=transform.row_shape,
-            media_dtype=transform.row_dtype,
-            num_masks=transform.num_masks,
-            context_length=tokenizer.context_length,
-        )
+        self.kind = kind
+        of_media = ViewLayout(transform.row_shape, transform.row_dtype, transform.num_masks)
+        of_text = ViewLayout((tokenizer.context_length,), torch.int64, has_lengths=True)
+        self.layout = StreamLayout({kind: of_media, "text": of_text})
 
     def fill(
-        self, buffers: PairBuffers, samples: StepSamples, rows: range
+        self, buffers: StreamBuffers, samples: StepSamples, rows: range
     ) -> tuple[list[BadSample], Counter[tuple[str, int]]]:
         """Reads the samples of some rows into these rows; returns (substitutions, num_read).
 
@@ -87,15 +86,16 @@ class PairingReader:
         self.fill_captions(buffers, filled.captions, rows)
         return filled.bad_samples, filled.num_read
 
-    def fill_media(self, buffers: PairBuffers, samples: StepSamples, rows: range) -> FilledRows:
+    def fill_media(self, buffers: StreamBuffers, samples: StepSamples, rows: range) -> FilledRows:
         """Fills some rows, except for what `fill_captions` fills."""
         part = slice(rows.start, rows.stop)
-        media = buffers.media[part].unbind()
+        view = buffers.views[self.kind]
+        media = view.values[part].unbind()
         filled, ordinals = FilledRows(), []
         for row, (reader, epoch, pair) in enumerate(self._decoded_pairs(samples, rows)):
             masks = self.transform.write_row(pair.part, pair.rng, media[row])
             if masks:
-                buffers.spec_masks[rows[row]] = torch.tensor(masks, dtype=torch.int32)
+                view.masks[rows[row]] = torch.tensor(masks, dtype=torch.int32)
             filled.captions.append(pair.caption)
             ordinals.append(pair.ordinal)
             filled.num_read[reader.source, epoch] += 1
@@ -104,16 +104,16 @@ class PairingReader:
         media_keys = scramble(
             self._source_keys[samples.sources[part]] ^ np.array(ordinals, dtype=np.uint64)
         )
-        buffers.media_keys[part] = torch.from_numpy(media_keys.view(np.int64))
+        view.keys[part] = torch.from_numpy(media_keys.view(np.int64))
         return filled
 
-    def fill_captions(self, buffers: PairBuffers, captions: Sequence[str], rows: range) -> None:
+    def fill_captions(self, buffers: StreamBuffers, captions: Sequence[str], rows: range) -> None:
         """Fills the tokens of some rows, their lengths and their keys."""
         part = slice(rows.start, rows.stop)
-        tokens = self.tokenizer(captions)
-        buffers.tokens[part] = tokens
-        buffers.caption_lengths[part] = self.tokenizer.lengths(tokens)
-        buffers.caption_keys[part] = token_keys(tokens)
+        view, tokens = buffers.views["text"], self.tokenizer(captions)
+        view.values[part] = tokens
+        view.lengths[part] = self.tokenizer.lengths(tokens)
+        view.keys[part] = token_keys(tokens)
 
     def _decoded_pairs(
         self, samples: StepSamples, rows: range
@@ -155,18 +155,18 @@ def _groups(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def open_readers(
-    pairings: Mapping[PairingName, Pairing],
+    streams: Mapping[StreamName, Stream],
     loading: Loading,
     *,
     transforms: Mapping[MediaKind, MediaTransform],
     tokenizer: Tokenizer,
     seed: int,
     cache: ShardCache | None,
-) -> dict[PairingName, PairingReader]:
-    """Opens the datasets of all pairings.
+) -> dict[StreamName, StreamReader]:
+    """Opens the datasets of all streams.
 
     Args:
-        pairings: sections of the config, by name.
+        streams: sections of the config, by name.
         loading: section `loading`.
         transforms: transform of each kind of media.
         tokenizer: tokenizer of captions.
@@ -178,8 +178,8 @@ def open_readers(
         RunError: if a dataset behind a URL cannot be reached now.
     """
     readers = {}
-    for name, pairing in pairings.items():
-        kind = media_of_pairing(name)
+    for name, stream in streams.items():
+        kind = stream.media
         sources = [
             _open_source(
                 source,
@@ -189,10 +189,10 @@ def open_readers(
                 seed=seed,
                 cache=cache,
             )
-            for source in distinct_sources(pairing)
+            for source in distinct_sources(stream)
         ]
-        readers[name] = PairingReader(
-            name, sources=sources, transform=transforms[kind], tokenizer=tokenizer
+        readers[name] = StreamReader(
+            name, sources=sources, kind=kind, transform=transforms[kind], tokenizer=tokenizer
         )
     return readers
 

@@ -1,8 +1,8 @@
-"""The training step of contrastive pretraining: the sum of weight * loss over its pairings.
+"""The training step: the sum of weight * loss over the objectives of the streams in the step.
 
 1. split this rank's part of the batch into micro-batches               gradient_cache
-2. encode them with the teachers, for pairings with distillation        distillation
-3. define the loss of every pairing over its global batch               step_loss
+2. encode it with the teachers, for objectives with distillation        distillation
+3. encode every view, and compute every objective over its batch        step_loss, objectives
 4. run the backward of the whole batch at once, or by gradient caching  gradient_cache
 """
 
@@ -10,52 +10,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pretrain.config import PairingName
+from pretrain.config import StreamName
 from pretrain.data.batch import StepBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.monitoring.timing import PhaseTimer
-from pretrain.training.distillation import PairingTeacher
+from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.gradient_cache import (
+    StepTerms,
     backward_in_micro_batches,
     backward_whole_batch,
     split_into_micro_batches,
 )
-from pretrain.training.step_loss import ContrastiveLosses, PairingLoss, terms_of_step
+from pretrain.training.step_loss import StepObjectiveLosses, StreamObjectives
 
 
-class ContrastiveStep:
-    """A `TrainingStep` (see pretrain.training.step) of contrastive losses.
+class ObjectiveStep:
+    """A `TrainingStep` (see pretrain.training.step) of objectives.
 
     Args:
         engine: engine that holds the model.
-        losses: loss of every pairing.
+        objectives: objectives of every stream.
         num_micro_batches: number of micro-batches per rank, equal on all ranks.
-        teachers: teachers of the pairings with distillation.
+        teachers: teachers of the objectives with distillation, by "<stream>/<objective>".
     """
 
     def __init__(
         self,
         engine: Engine,
-        losses: Mapping[PairingName, PairingLoss],
+        objectives: Mapping[StreamName, StreamObjectives],
         *,
         num_micro_batches: int,
-        teachers: Mapping[PairingName, PairingTeacher] | None = None,
+        teachers: Mapping[str, ObjectiveTeacher] | None = None,
     ) -> None:
         self.engine = engine
-        self.losses = losses
+        self.objectives = objectives
         self.num_micro_batches = num_micro_batches
         self.teachers = teachers or {}
 
-    def backward(self, batch: StepBatch, timer: PhaseTimer) -> ContrastiveLosses:
+    def backward(self, batch: StepBatch, timer: PhaseTimer) -> StepObjectiveLosses:
         """Accumulates the gradient of the losses over the global batch; see `TrainingStep`."""
         with timer.phase("forward"):
             micro_batches = self.micro_batches(batch)
             teacher_features = {
-                name: teacher.encode(self._micro_batches_for(teacher.model, batch))
-                for name, teacher in self.teachers.items()
+                key: teacher.encode(self._micro_batches_for(teacher.model, batch))
+                for key, teacher in self.teachers.items()
             }
-            terms = terms_of_step(self.losses, batch, teacher_features=teacher_features)
+            taken = {name: self.objectives[name] for name in batch.taken}
+            terms = StepTerms(batch, taken, teacher_features)
         if len(micro_batches) == 1:
             return backward_whole_batch(self.engine, micro_batches[0], terms=terms, timer=timer)
         return backward_in_micro_batches(self.engine, micro_batches, terms=terms, timer=timer)
@@ -65,7 +67,7 @@ class ContrastiveStep:
         return self._micro_batches_for(self.engine.model, batch)
 
     def _micro_batches_for(self, model: ContrastiveModel, batch: StepBatch) -> list[EncoderInputs]:
-        """The same pairs for any model; its own property determines whether captions are cut."""
+        """The same samples for any model; its own property determines whether texts are cut."""
         return split_into_micro_batches(
             batch,
             num_micro_batches=self.num_micro_batches,

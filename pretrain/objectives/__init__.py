@@ -1,0 +1,1 @@
+"""Training objectives, one module each: config section, loss and metrics."""

@@ -1,0 +1,163 @@
+"""Contrastive losses between two views of the samples of the global batch (see pretrain.loss)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from data_prep.config_file import Section, free
+from pretrain.objectives.objective import (
+    Objective,
+    ObjectiveInputs,
+    ObjectiveLoss,
+    ObjectiveSection,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pretrain.loss.options import LossOptions
+
+LossKind = Literal["softmax", "sigmoid"]
+
+
+class Distillation(Section):
+    """Distillation: a trained model provides part of the softmax targets."""
+
+    checkpoint: Path = free()  # run folder or checkpoint; its fingerprint is part of the identity
+    weight: float = Field(0.5, gt=0, le=1)  # weight of its softmaxes in the targets
+
+
+class ContrastiveSection(ObjectiveSection):
+    """Contrasts two views of every sample with those of all others in the global batch."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    # Views that are contrasted; null: the halves of the name, such as image and text of image-text
+    left: str | None = None
+    right: str | None = None
+    # Name of the learned temperature and bias, which objectives may share; null: the objective's
+    temperature: str | None = None
+    # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
+    # with model.logit_scale.initial: 10
+    loss: LossKind = "softmax"
+    # fraction of the softmax targets that is spread over the batch
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # softmax only. both: left to right and back; forward: from left to right alone
+    direction: Literal["both", "forward"] = "both"
+    # softmax only. per_anchor: a softmax for each row and column; all_pairs: one over all pairs
+    negatives: Literal["per_anchor", "all_pairs"] = "per_anchor"
+    # Role of two samples in a batch whose left or right views are equal. negatives: as in CLIP;
+    # positives: as if they were one sample; masked: excluded from each other's loss.
+    duplicates: Literal["negatives", "positives", "masked"] = "negatives"
+    teacher: Distillation | None = None
+
+    @model_validator(mode="after")
+    def _has_softmaxes(self) -> ContrastiveSection:
+        for name in ("label_smoothing", "direction", "negatives", "teacher"):
+            default = type(self).model_fields[name].default
+            if self.loss != "softmax" and getattr(self, name) != default:
+                value = "" if name == "teacher" else f"={getattr(self, name)}"
+                raise ValueError(
+                    f"{name}{value} with loss={self.loss}: it is for loss=softmax alone; remove it"
+                )
+        if self.negatives == "all_pairs":
+            if self.direction != "both":
+                raise ValueError(
+                    f"direction={self.direction} with negatives=all_pairs: one softmax over all "
+                    "pairs has no direction; remove direction"
+                )
+            if self.teacher is not None:
+                raise ValueError(
+                    "teacher with negatives=all_pairs: a teacher provides targets for the softmax "
+                    "of each anchor; remove teacher, or set negatives to per_anchor"
+                )
+        return self
+
+    def views(self, name: str) -> tuple[str, str]:
+        """Returns (left, right); see the base class."""
+        left, _, right = name.partition("-")
+        return self.left or left, self.right or right
+
+    def temperature_name(self, name: str) -> str:
+        """Returns the name of its temperature; see the base class."""
+        return self.temperature or name
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the loss is SigLIP's."""
+        return self.loss == "sigmoid"
+
+    @property
+    def contrasts_repeats(self) -> bool:
+        """Whether equal samples are negatives of one another."""
+        return self.duplicates == "negatives"
+
+    def for_validation(self) -> ContrastiveSection:
+        """Returns the plain loss, by which runs with different settings can be compared."""
+        plain = {"label_smoothing": 0.0, "duplicates": "negatives", "teacher": None}
+        return self.model_copy(update=plain)
+
+
+class ContrastiveObjective(Objective, section=ContrastiveSection):
+    """The contrastive loss of two views over the global batch, exact for any number of ranks."""
+
+    @property
+    def options(self) -> LossOptions:
+        """Settings of the loss."""
+        from pretrain.loss.options import LossOptions
+
+        return LossOptions(
+            self.section.loss,
+            self.section.label_smoothing,
+            self.section.duplicates,
+            self.mode,
+            direction=self.section.direction,
+            negatives=self.section.negatives,
+        )
+
+    def begin(self, view: str, features: Tensor, *, counts: Sequence[int]) -> Any:
+        """Starts the gather of the left view, while the right one is encoded."""
+        from pretrain.loss.contrastive_loss import begin_gather
+
+        if view != self.views[0] or self.section.teacher is not None:
+            return None
+        return begin_gather(features.to(self.feature_type), options=self.options, counts=counts)
+
+    def received_bytes(self, *, counts: Sequence[int], width: int, device: torch.device) -> int:
+        """Returns the bytes of features, sums and gradients; see the base class."""
+        from pretrain.loss.two_passes import received_bytes
+
+        return received_bytes(
+            counts,
+            options=self.options,
+            width=width,
+            feature_bytes=self.feature_type.itemsize,
+            device=device,
+        )
+
+    def loss(self, inputs: ObjectiveInputs) -> ObjectiveLoss:
+        """Computes the loss and in-batch recall at 1 in both directions."""
+        from pretrain.loss.contrastive_loss import contrastive_loss
+
+        left, right = self.views
+        found = contrastive_loss(
+            inputs.features[left],
+            inputs.features[right],
+            inputs.temperature.scale,
+            inputs.temperature.bias,
+            options=self.options,
+            keys=tuple(inputs.keys[view] for view in self.views if view in inputs.keys),
+            teacher=inputs.teacher,
+            counts=inputs.counts,
+            media_gather=inputs.begun,
+            feature_type=self.feature_type,
+        )
+        metrics = {
+            f"{left}_to_{right}_recall@1": found.media_to_text_recall_at_1,
+            f"{right}_to_{left}_recall@1": found.text_to_media_recall_at_1,
+        }
+        return ObjectiveLoss(found.for_backward, found.value, found.num_pairs, metrics)
