@@ -25,6 +25,7 @@ from data_prep.errors import ConfigError
 Status = Literal["taken", "resampled", "kept", "other part", "unused", "missing"]
 STATUSES: tuple[Status, ...] = ("taken", "resampled", "kept", "other part", "unused", "missing")
 MOST_LINES = 12  # of an error message
+SEPARATOR = " + "  # of the names that one tensor of a tower comes from
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -106,11 +107,13 @@ def refuse_unnamed_keys(
         for status in patterns
     }
     if any(unnamed.values()):
-        raise ConfigError(_describe_unnamed(unnamed, expect_missing, ignore, where))
-    for key, status, names in (
-        ("expect_missing", "missing", [row.tower for row in rows if row.tower]),
-        ("ignore", "unused", [row.source for row in rows if row.source]),
-    ):
+        raise ConfigError(
+            _describe_unnamed(
+                unnamed, rows, expect_missing=expect_missing, ignore=ignore, where=where
+            )
+        )
+    for key, status in (("expect_missing", "missing"), ("ignore", "unused")):
+        names = [name for row in rows for name in _names(row, key)]
         for pattern in patterns[status]:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
@@ -125,12 +128,13 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 def _describe_unnamed(
     unnamed: dict[str, list[KeyRow]],
+    rows: Sequence[KeyRow],
+    *,
     expect_missing: Sequence[str],
     ignore: Sequence[str],
     where: str,
 ) -> str:
-    rows = [row for status in unnamed.values() for row in status]
-    lines = list(_lines(rows))
+    lines = list(_lines(row for status in unnamed.values() for row in status))
     more = [f"and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
     advice = []
     for key, status, named in (
@@ -138,27 +142,42 @@ def _describe_unnamed(
         ("ignore", "unused", ignore),
     ):
         if unnamed[status]:
-            wanted = [*named, *_patterns(row.name for row in unnamed[status])]
-            advice.append(f"{key}: {json.dumps(wanted)}")
+            others = [name for row in rows if row.status != status for name in _names(row, key)]
+            patterns = _patterns([row.name for row in unnamed[status]], others=others)
+            advice.append(f"{key}: {json.dumps([*named, *patterns])}")
     return "\n  ".join(
         [
-            f"{where}: expected a value for every tensor of the tower and a place for every tensor "
+            f"{where}: expected a value for every tensor of the tower and a use for every tensor "
             f"of the source, found {len(unnamed['missing'])} missing in the source and "
             f"{len(unnamed['unused'])} unused:",
             *lines[:MOST_LINES],
             *more,
-            f"if this is what you want, write under {where}: {', '.join(advice)}",
+            f"if this is intended, write under {where}: {', '.join(advice)}",
         ]
     )
 
 
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Short patterns for names: layers by *, and many names of one module as one pattern"""
-    starred = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
-    if len(starred) <= 4:
-        return starred
-    tops = [f"{name.partition('.')[0]}.*" if "." in name else name for name in starred]
-    return list(dict.fromkeys(tops))
+def _names(row: KeyRow, key: str) -> list[str]:
+    """The names in a row that the patterns of a config key are compared with"""
+    name = row.tower if key == "expect_missing" else row.source
+    return [name, *name.split(SEPARATOR)] if name else []
+
+
+def _patterns(names: Iterable[str], *, others: Sequence[str]) -> list[str]:
+    """Short patterns that fit all names and none of the others"""
+    found: list[str] = []
+    for name in names:
+        if not _fits(name, found):
+            starred = _NUMBER.sub("*", name)
+            candidates = [
+                ".".join([*parts.split(".")[:length], "*"])
+                for length in range(1, name.count(".") + 1)
+                for parts in (starred, name)
+            ]
+            candidates.append(starred)
+            fitting = (p for p in candidates if not any(fnmatchcase(o, p) for o in others))
+            found.append(next(fitting, name))
+    return found
 
 
 def _lines(rows: Iterable[KeyRow]) -> Iterator[str]:

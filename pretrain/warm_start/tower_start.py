@@ -14,7 +14,7 @@ from pretrain.model.contrastive_model import Tower
 from pretrain.model.library_errors import describe_library_error
 from pretrain.start_config import Start
 from pretrain.warm_start.conversion import convert
-from pretrain.warm_start.key_table import KeyRow, Status, refuse_unnamed_keys
+from pretrain.warm_start.key_table import SEPARATOR, KeyRow, Status, refuse_unnamed_keys
 from pretrain.warm_start.layouts import Layout
 from pretrain.warm_start.resampling import filter_by_timm, resample
 from pretrain.warm_start.tower_names import PROJECTION, inner_name, library_names, tower_tensors
@@ -75,7 +75,7 @@ def start_tower(
 
 
 def _row(status: Status, source_names: tuple[str, ...], tensor: Tensor) -> KeyRow:
-    return KeyRow(status, " + ".join(source_names), source_shape=tuple(tensor.shape))
+    return KeyRow(status, SEPARATOR.join(source_names), source_shape=tuple(tensor.shape))
 
 
 def _as_float32(weight: Weight) -> Weight:
