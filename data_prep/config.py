@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import Location, Section, free
 from data_prep.languages import check_language, check_script
+from data_prep.modalities.modality import KINDS, NAME, Kind, Modalities, Modality, check_name
 
 MediaKind = Literal["image", "audio"]
 CaptionSource = Literal["json", "txt"]
@@ -43,13 +44,77 @@ FILTER_REASONS = frozenset(
 )
 
 
+class NamedColumn(Section):
+    """Column of a modality that has a name of its own."""
+
+    kind: Kind  # image | audio | text | vector
+    column: str | tuple[str, ...]  # as in columns.image, columns.text or columns.vector
+
+
 class Columns(Section):
-    """Names of the columns (tables), keys (JSONL) or features (Hugging Face) by role."""
+    """Names of the columns (tables), keys (JSONL) or features (Hugging Face) by role.
+
+    A row is either a pair (`media`, `caption`) or a sample of any modalities (`image` to `named`).
+    In folders and tars, the column of a modality is the name of its members: `scan` for
+    x.scan.png, `image` for x.png. The column of a text is a key of x.json, or x.title.txt.
+    """
 
     media: str = "path"  # path or URL of the image or clip, or its bytes (Parquet)
     caption: str = "caption"  # text; in JSONL, Parquet and Hugging Face, also a list of texts
     class_name: str | None = None  # label for zero-shot evaluation; null: no labels
     uid: str | None = None  # identifier for people; null: the sample's key
+    image: str | None = None  # path or URL of an image, or its bytes
+    audio: str | None = None  # path or URL of an audio clip, or its bytes
+    text: str | None = None  # text or list of texts
+    # numbers: a list column, a path of an .npy file, or several columns of numbers
+    vector: str | tuple[str, ...] | None = None
+    named: dict[str, NamedColumn] = {}  # further modalities: name -> {kind, column}
+    labels: dict[str, str] = {}  # of samples of modalities: label -> column
+
+    @field_validator("named")
+    @classmethod
+    def _check_names(cls, named: dict[str, NamedColumn]) -> dict[str, NamedColumn]:
+        for name, each in named.items():
+            if name in KINDS:
+                raise ValueError(f"{name}: set columns.{name} instead")
+            check_name(name, kind=each.kind)
+            if each.kind != "vector" and not isinstance(each.column, str):
+                raise ValueError(f"{name}: expected one column for kind {each.kind}")
+        return named
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: dict[str, str]) -> dict[str, str]:
+        for name in labels:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r}: expected a name of a-z, 0-9 and _")
+        return labels
+
+    def by_modality(self) -> dict[str, NamedColumn]:
+        """Returns the column of each modality, in order; {} if a row is a pair."""
+        plain = {kind: getattr(self, kind) for kind in KINDS}
+        found = {
+            kind: NamedColumn(kind=kind, column=column) for kind, column in plain.items() if column
+        }
+        return found | self.named
+
+    def modalities(self) -> Modalities | None:
+        """Returns the modalities of a sample, without shapes; None if a row is a pair."""
+        found = {name: Modality(each.kind) for name, each in self.by_modality().items()}
+        return Modalities(found) if found else None
+
+    def keys_of_columns(self) -> dict[str, str]:
+        """Returns {required column: config key that specifies it}."""
+        roles = {role: getattr(self, role) for role in ("class_name", "uid")}
+        by_modality = self.by_modality()
+        if not by_modality:
+            roles = {"media": self.media, "caption": self.caption, **roles}
+        keys = {column: f"columns.{role}" for role, column in roles.items() if column}
+        for name, each in by_modality.items():
+            key = f"columns.{name}" if name in KINDS else f"columns.named.{name}.column"
+            columns = (each.column,) if isinstance(each.column, str) else each.column
+            keys |= dict.fromkeys(columns, key)
+        return keys | {column: f"columns.labels.{name}" for name, column in self.labels.items()}
 
 
 class ImageOptions(Section):
@@ -201,9 +266,14 @@ class MakeShards(Section):
     # base folder of relative media paths; null: the input's folder
     media_root: Location | None = None
     output: Path = free()  # dataset folder to create
-    media: MediaKind  # image | audio
+    media: MediaKind | None = None  # image | audio; null: the rows are samples of modalities
     columns: Columns = Columns()
     keep_columns: tuple[str, ...] = ()  # additional columns to keep: licence, similarity, ...
+    # samples of modalities: rows with fewer modalities are rejected
+    min_modalities: int = Field(2, ge=1)
+    # samples of modalities whose image, clip, text or vector cannot be used: reject the sample, or
+    # keep its other modalities and mark it bad_<modality>
+    bad_modality: Literal["reject", "absent"] = "reject"
     # folder, webdataset: which caption counts if a sample has one in .json and one in .txt; samples
     # whose two captions differ are tagged caption_differs, and counted
     caption_source: CaptionSource = "json"
@@ -244,6 +314,44 @@ class MakeShards(Section):
         return names
 
     @model_validator(mode="after")
+    def _check_modalities(self) -> Self:
+        names = self.columns.by_modality()
+        if not names:
+            if self.media is None:
+                raise ValueError(
+                    "expected media=image or media=audio for pairs, or the columns of modalities "
+                    "(columns.image, columns.audio, columns.text, columns.vector, columns.named)"
+                )
+            if self.columns.labels:
+                raise ValueError(
+                    "columns.labels belongs to samples of modalities: set columns.image or "
+                    "columns.audio and columns.text instead of media, or use columns.class_name"
+                )
+            return self
+        defaults = Columns()
+        for key, value, default in (
+            ("media", self.media, None),
+            ("columns.media", self.columns.media, defaults.media),
+            ("columns.caption", self.columns.caption, defaults.caption),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"{key}={value} belongs to pairs, but columns has the modalities "
+                    f"{', '.join(names)}; remove {key}"
+                )
+        if self.min_modalities > len(names):
+            raise ValueError(
+                f"min_modalities={self.min_modalities}: expected at most the {len(names)} "
+                f"modalities of columns: {', '.join(names)}"
+            )
+        if self.audio.clip_seconds is not None and self.audio.long_clips == "cut":
+            raise ValueError(
+                "audio.long_clips=cut makes several samples of one recording, which a sample of "
+                "modalities cannot be; set audio.long_clips to trim or reject"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_part(self) -> Self:
         if self.part is not None:
             number, total = map(int, self.part.split("/"))
@@ -268,11 +376,33 @@ class IndexShards(Section):
 
     input: str  # folder of .tar files, or a glob of them
     output: Path = free()  # folder for the sidecars; may be the folder of the tars
-    media: MediaKind  # image | audio
+    media: MediaKind | None = None  # image | audio: of pairs; null: `modalities` are set
+    # name -> image | audio | text | vector; the members of a sample have these names
+    modalities: dict[str, Kind] = {}
+    labels: tuple[str, ...] = ()  # keys of `labels` in the .json of samples of modalities
+    min_modalities: int = Field(2, ge=1)  # samples with fewer modalities are incomplete
     skip_incomplete: bool = False  # skip samples without media or caption instead of failing
     measure: bool = True  # decode every sample to fill the Parquet file; false: write only indexes
     keep_columns: tuple[str, ...] = ()  # .json keys to copy to the Parquet file
     workers: int = free(1, ge=1)  # processes
+
+    @model_validator(mode="after")
+    def _check_modalities(self) -> Self:
+        if (self.media is None) == (not self.modalities):
+            raise ValueError(
+                "expected either media=image or media=audio, for pairs, or modalities, such as "
+                "modalities={image: image, scan: image, title: text, values: vector}"
+            )
+        if self.labels and self.media is not None:
+            raise ValueError("labels belong to samples of modalities; remove them")
+        for name, kind in self.modalities.items():
+            check_name(name, kind=kind)
+        if self.modalities and self.min_modalities > len(self.modalities):
+            raise ValueError(
+                f"min_modalities={self.min_modalities}: expected at most the "
+                f"{len(self.modalities)} modalities"
+            )
+        return self
 
 
 class NearMedia(Section):

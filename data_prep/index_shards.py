@@ -7,7 +7,8 @@ with:
 
 - truncation, damage, links, or names that point outside the folder
 - samples whose members are not adjacent
-- samples without media or caption, or with undecodable media, unless skip_incomplete is set
+- samples without media or caption, or with fewer than `min_modalities` of the configured
+  modalities, or with undecodable media, unless skip_incomplete is set
 
 With `measure`, a Parquet file is also written for each tar.
 """
@@ -24,6 +25,7 @@ import glob
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 from data_prep.config_file import fixed_values
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities, Modality
 from data_prep.shards.columns import (
     KeptType,
     KeptTypes,
@@ -45,7 +48,7 @@ from data_prep.shards.folder import (
     lock_folder,
 )
 from data_prep.shards.index import ShardIndex
-from data_prep.shards.tar_index import IndexTask, index_tar, kept_types_of_tar
+from data_prep.shards.tar_index import IndexTask, index_tar, kept_types_of_tar, shapes_in_tar
 from data_prep.workers import run_tasks
 
 NUM_PROBLEMS_SHOWN = 20
@@ -59,10 +62,12 @@ def index_shards(config: IndexShards) -> None:
     """
     check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
-    check_kept_names(config.keep_columns, media_kind=config.media)
+    modalities = _modalities(config, [folder / f"{name}.tar" for name in names])
+    check_kept_names([*config.labels, *config.keep_columns], modalities=modalities)
     with lock_folder(config.output):
         begin_plan(config.output, _plan(config))
-        tasks = _tasks(config, folder, names, kept=_kept_types(config, folder, names))
+        kept = _kept_types(config, folder, names)
+        tasks = _tasks(config, folder, names, modalities=modalities, kept=kept)
         todo = [task for task in tasks if not _is_indexed(task)]
         problems: list[str] = []
         with tqdm(total=len(todo), unit="shard", desc="indexing", disable=None) as bar:
@@ -75,7 +80,9 @@ def index_shards(config: IndexShards) -> None:
         info = finish_dataset(
             config.output,
             names,
-            media=config.media,
+            media=config.media or "",
+            modalities=modalities,
+            labels=config.labels,
             preparation=_plan(config),
             tar_folder=os.path.relpath(folder, config.output),
         )
@@ -93,10 +100,37 @@ def _refuse_empty(config: IndexShards, tasks: list[IndexTask]) -> None:
         if index.num_samples:
             return
         left_out.update(index.rejected)
+    expected, key = f"{config.media} and a caption", f"media={config.media}"
+    if config.modalities:
+        expected = f"{config.min_modalities} of {', '.join(config.modalities)}"
+        key = "modalities"
     raise InputError(
-        f"{config.input}: no sample with {config.media} and a caption; skipped: {dict(left_out)}; "
-        f"check media={config.media}"
+        f"{config.input}: no sample with {expected}; skipped: {dict(left_out)}; check {key}"
     )
+
+
+def _modalities(config: IndexShards, tar_paths: Sequence[Path]) -> Modalities:
+    """Returns the modalities with the shapes of vectors: those of the first usable members.
+
+    Raises:
+        InputError: if a modality of kind vector has no usable member in any tar.
+    """
+    if config.media is not None:
+        return Modalities.pair(config.media)
+    modalities = Modalities({name: Modality(kind) for name, kind in config.modalities.items()})
+    wanted, shapes = modalities.names_of("vector"), {}
+    for path in tar_paths:
+        if len(shapes) == len(wanted):
+            break
+        shapes = shapes_in_tar(path, modalities) | shapes
+    for name in wanted:
+        if name not in shapes:
+            members = " or ".join(f".{each}" for each in modalities.extensions_of(name))
+            raise InputError(
+                f"{config.input}: modalities.{name}: no tar has a usable member {members}; remove "
+                "this modality, or check its name"
+            )
+    return modalities.with_shapes(shapes)
 
 
 def find_tars(pattern: str) -> tuple[Path, list[str]]:
@@ -121,25 +155,32 @@ def find_tars(pattern: str) -> tuple[Path, list[str]]:
 
 def _kept_types(config: IndexShards, folder: Path, names: list[str]) -> dict[str, KeptType]:
     """Returns column types that fit the values in all tars, so that all files have one schema."""
-    if not config.keep_columns:
+    names_kept = (*config.labels, *config.keep_columns)
+    if not names_kept:
         return {}
     paths = [folder / f"{name}.tar" for name in names]
-    types = KeptTypes(config.keep_columns)
-    read_types = partial(kept_types_of_tar, names=config.keep_columns)
+    types = KeptTypes(names_kept)
+    read_types = partial(kept_types_of_tar, names=names_kept)
     for found in run_tasks(read_types, paths, workers=config.workers):
         types.merge(found)
     return types.types(found_in=config.input)
 
 
 def _tasks(
-    config: IndexShards, folder: Path, names: list[str], *, kept: dict[str, KeptType] | None = None
+    config: IndexShards,
+    folder: Path,
+    names: list[str],
+    *,
+    modalities: Modalities,
+    kept: dict[str, KeptType] | None = None,
 ) -> list[IndexTask]:
     return [
         IndexTask(
             tar_path=folder / f"{name}.tar",
             index_path=config.output / f"{name}.idx",
             name=name,
-            media_kind=config.media,
+            modalities=modalities,
+            min_modalities=config.min_modalities,
             skip_incomplete=config.skip_incomplete,
             measure=config.measure,
             kept=kept or {},
@@ -187,7 +228,9 @@ def print_plan(config: IndexShards) -> None:
     check_output_folder(config.output, key="output")
     folder, names = find_tars(config.input)
     check_plan(config.output, _plan(config))
-    todo = [task for task in _tasks(config, folder, names) if not _is_indexed(task)]
+    modalities = _modalities(config, [folder / f"{name}.tar" for name in names])
+    tasks = _tasks(config, folder, names, modalities=modalities)
+    todo = [task for task in tasks if not _is_indexed(task)]
     num_bytes = sum(task.tar_path.stat().st_size for task in todo)
     say(f"would index {len(todo)} of {len(names)} tars in {folder}, {num_bytes / 1e6:,.1f} MB")
 

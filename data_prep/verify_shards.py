@@ -77,7 +77,7 @@ def verify_dataset(
             folder=config.dataset,
             tar_folder=config.dataset / info.tar_folder,
             row=row,
-            media_kind=info.media,
+            modalities=info.named_modalities(),
             decode=config.decode,
             has_parquet=has_parquet,
             is_foreign=origin.is_foreign,

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 from data_prep.errors import InputError
+from data_prep.modalities.vectors import VectorShape
 
 Kind = Literal["image", "audio", "text", "vector"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -168,6 +169,24 @@ class Modalities(Mapping[str, Modality]):
         """
         wanted = self.extensions_of(name)
         return min((extension for extension in extensions if extension in wanted), default=None)
+
+    def with_shapes(self, shapes: Mapping[str, VectorShape]) -> Modalities:
+        """Returns the modalities with the shapes of vectors."""
+        changed = {
+            name: replace(self[name], width=shape.width, is_sequence=shape.is_sequence)
+            for name, shape in shapes.items()
+        }
+        return Modalities({**self, **changed}, is_pair=self.is_pair)
+
+    def without_counts(self) -> Modalities:
+        """Returns the names, kinds and shapes, as an index records them."""
+        return Modalities(
+            {
+                name: Modality(each.kind, width=each.width, is_sequence=each.is_sequence)
+                for name, each in self.items()
+            },
+            is_pair=self.is_pair,
+        )
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Returns the modalities as dataset.json records them."""

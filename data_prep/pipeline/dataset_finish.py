@@ -80,7 +80,9 @@ def finish_shards(settings: ShardSettings, plan: ItemPlan, *, max_rejected_fract
     info = finish_dataset(
         output,
         names,
-        media=source.media,
+        media=source.media or "",
+        modalities=plan.named_modalities(),
+        labels=list(plan.labels),
         preparation=plan.made_from,
         num_pairs=plan.num_pairs,
     )
@@ -88,9 +90,13 @@ def finish_shards(settings: ShardSettings, plan: ItemPlan, *, max_rejected_fract
         shutil.rmtree(output / DOWNLOAD_FOLDER, ignore_errors=True)
     notes = f"; {by_reason(rejected)} rejected, see rejected.jsonl" if rejected else ""
     notes += f"; marked: {by_reason(info.marked)}" if info.marked else ""
+    having = f"{plan.num_pairs - num_bad:,} captions"
+    if info.modalities:
+        named = info.named_modalities().items()
+        having = ", ".join(f"{modality.num_samples or 0:,} {name}" for name, modality in named)
     say(
-        f"{output}: {info.num_samples:,} samples with {plan.num_pairs - num_bad:,} "
-        f"captions in {info.num_shards} shards, {info.tar_bytes / 1e6:,.1f} MB{notes}"
+        f"{output}: {info.num_samples:,} samples with {having} in {info.num_shards} shards, "
+        f"{info.tar_bytes / 1e6:,.1f} MB{notes}"
     )
 
 

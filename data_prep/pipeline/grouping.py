@@ -33,7 +33,8 @@ ITEM_OF_PAIR = {
 # Number of earlier items with an equal caption, ignoring case.
 NUM_EARLIER = """
     SELECT repeated, item, row_number() OVER (PARTITION BY repeated ORDER BY item) - 1 AS earlier
-    FROM (SELECT DISTINCT lower(caption) AS repeated, item FROM pairs WHERE reason IS NULL)
+    FROM (SELECT DISTINCT lower(caption) AS repeated, item FROM pairs
+          WHERE reason IS NULL AND caption <> '')
 """
 PAIRS = "SELECT *, 0 AS earlier FROM pairs ORDER BY item, n"
 PAIRS_WITH_REPEATS = f"""
@@ -138,5 +139,5 @@ def items_of_table(table: pyarrow.Table) -> list[Item]:
 
 
 def _pair_of_row(row: dict[str, Any]) -> Pair:
-    values = {name: row[name] for name in pair_schema().names}
+    values = {name: row.get(name) for name in pair_schema().names}
     return Pair(**{**values, "marks": tuple(values["marks"])})

@@ -61,14 +61,16 @@ class MediaReader:
         self._exits = ExitStack()
         self._downloader: Downloader | None = None
         self._urls: list[str] = []  # URLs fetched so far
-        self._container: Any = None  # container that is currently open
-        self._container_path = ""
+        # Column, or None -> path and container that is currently open. Samples of modalities read
+        # several columns of a container side by side.
+        self._containers: dict[str | None, tuple[str, Any]] = {}
 
     def __enter__(self) -> MediaReader:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._close_container()
+        for column in list(self._containers):
+            self._close_container(column)
         self._exits.__exit__(*error)
 
     def read_all(self, items: Sequence[Item]) -> Iterator[tuple[Item, bytes | BadItemError]]:
@@ -129,26 +131,26 @@ class MediaReader:
 
     def _read_from_container(self, item: Item) -> bytes | BadItemError:
         path = remote_file.join(self._folder, item.media)
-        if path != self._container_path:
-            self._close_container()
-            self._container = self._open_container(path)
-            self._container_path = path
+        open_path, container = self._containers.get(item.column, ("", None))
+        if path != open_path:
+            self._close_container(item.column)
+            container = self._open_container(path, item.column)
+            self._containers[item.column] = path, container
         try:
-            return self._container.read(item.place)
+            return container.read(item.place)
         except BadItemError as error:
             return error
 
-    def _open_container(self, path: str) -> Any:
+    def _open_container(self, path: str, column: str | None) -> Any:
         file_format = format_of(self.source)
         if file_format == "webdataset":
             return TarMedia(path, max_bytes=self.max_bytes)
-        column = self.source.columns.media
+        column = column or self.source.columns.media
         return CONTAINERS[file_format](path, column=column, max_bytes=self.max_bytes)
 
-    def _close_container(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._container, self._container_path = None, ""
+    def _close_container(self, column: str | None) -> None:
+        if column in self._containers:
+            self._containers.pop(column)[1].close()
 
 
 def _is_far(path: str) -> bool:

@@ -15,17 +15,20 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import CaptionOptions, MakeShards
+from data_prep.config import CaptionOptions, DownloadOptions, MakeShards
 from data_prep.config_file import default_values, fixed_values
 from data_prep.errors import (
     InputError,
     RunError,
 )
+from data_prep.modalities.modality import Modalities
 from data_prep.pipeline.grouping import group_pairs, items_of_table, table_of_pairs
+from data_prep.pipeline.media_reader import MediaReader
+from data_prep.pipeline.sample_parts import find_shapes
 from data_prep.pipeline.scan import scan_pairs
 from data_prep.shards.columns import KeptType
 from data_prep.shards.folder import PLAN_FILE, check_plan
@@ -52,6 +55,8 @@ class PlanSettings:
     mark_only: tuple[str, ...]
     samples_per_shard: int
     workers: int
+    download: DownloadOptions
+    max_media_bytes: int
 
     @classmethod
     def from_config(cls, config: MakeShards) -> PlanSettings:
@@ -63,6 +68,8 @@ class PlanSettings:
             mark_only=config.mark_only,
             samples_per_shard=config.samples_per_shard,
             workers=config.workers,
+            download=config.download,
+            max_media_bytes=config.max_media_bytes,
         )
 
 
@@ -79,6 +86,9 @@ class ItemPlan:
             [k * samples_per_shard, (k + 1) * samples_per_shard).
         rejected: number of pairs that the scan rejected, by reason.
         kept: type of each column kept for the user.
+        labels: type of each label; of samples of modalities.
+        modalities: modalities with the shapes of vectors, as Modalities.to_json returns them; empty
+            for pairs.
     """
 
     folder: Path
@@ -88,6 +98,12 @@ class ItemPlan:
     num_shards: int
     rejected: dict[str, int]
     kept: dict[str, KeptType]
+    labels: dict[str, KeptType] = field(default_factory=dict)
+    modalities: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def named_modalities(self) -> Modalities | None:
+        """Returns the modalities of the samples; None for pairs."""
+        return Modalities.from_json(self.modalities) if self.modalities else None
 
     def read_items(self, shard: int) -> list[Item]:
         """Reads the items of one shard, in order."""
@@ -212,7 +228,7 @@ def _write_plan(folder: Path, settings: PlanSettings, *, made_from: dict[str, An
     items = group_pairs(
         rows_path,
         scratch=folder / "spill",
-        captions_per_item=settings.captions_per_item,
+        captions_per_item="row" if source.media is None else settings.captions_per_item,
         max_repeats=settings.captions.max_repeats,
         drops_repeated="caption_repeated" not in mark_only,
     )
@@ -230,8 +246,28 @@ def _write_plan(folder: Path, settings: PlanSettings, *, made_from: dict[str, An
         "rejected": dict(sorted(rejected.items())),
         "kept": scan.kept,
     }
+    modalities = source.columns.modalities()
+    if modalities is not None:
+        plan = ItemPlan(folder, made_from, **summary)
+        shapes = _find_shapes(plan, modalities, settings)
+        summary |= {"labels": scan.labels, "modalities": shapes.to_json()}
     content = json.dumps({"made_from": made_from, "items": summary}, indent=2) + "\n"
     write_atomically(folder / PLAN_FILE, content.encode())
+
+
+def _find_shapes(plan: ItemPlan, modalities: Modalities, settings: PlanSettings) -> Modalities:
+    downloads = plan.folder / "probe"
+    reader = MediaReader(
+        settings.source,
+        downloads=downloads,
+        download=settings.download,
+        max_bytes=settings.max_media_bytes,
+    )
+    items = (item for shard in range(plan.num_shards) for item in plan.read_items(shard))
+    with reader:
+        found = find_shapes(items, modalities, reader)
+    shutil.rmtree(downloads, ignore_errors=True)
+    return found
 
 
 class _ItemWriter:

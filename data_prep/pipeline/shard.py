@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ import pyarrow
 from data_prep.config import AudioOptions, DownloadOptions, ImageOptions, MakeShards
 from data_prep.media.decode import MediaError
 from data_prep.media.preparation import PreparedMedia, prepare_media
+from data_prep.modalities.modality import Modalities
 from data_prep.pipeline.media_reader import MediaReader
 from data_prep.pipeline.plan import ItemPlan
-from data_prep.shards.columns import kept_value, shard_schema
-from data_prep.shards.parquet import write_shard_parquet
+from data_prep.pipeline.sample_parts import (
+    PartSettings,
+    PreparedSample,
+    prepare_sample,
+    read_files,
+    rejected_pair,
+    sources_of,
+)
+from data_prep.shards.columns import kept_value, schema_of
+from data_prep.shards.parquet import row_of_contents, write_shard_parquet
 from data_prep.shards.writer import ShardWriter
 from data_prep.sources.input_files import PairSource
-from data_prep.sources.pair import CLIP_PREFIX, BadItemError, Item, Pair
+from data_prep.sources.pair import CLIP_PREFIX, BadItemError, Item, Pair, SampleParts
 from data_prep.storage.atomic import write_atomically
 
 DOWNLOAD_FOLDER = "downloads"
@@ -70,6 +80,11 @@ class ShardTask:
         """Stem of the shard's file names."""
         return f"{self.number:08d}"
 
+    @cached_property
+    def modalities(self) -> Modalities | None:
+        """Modalities of the samples; None for pairs."""
+        return self.plan.named_modalities()
+
     @property
     def num_items(self) -> int:
         """Number of items that the shard owns, including unusable ones."""
@@ -100,11 +115,12 @@ def write_shard(task: ShardTask) -> int:
     folder = task.settings.output
     # The index of an earlier attempt must never coexist with the new tar.
     (folder / f"{task.name}.idx").unlink(missing_ok=True)
-    writer = ShardWriter(folder, task.name)
+    writer = ShardWriter(folder, task.name, modalities=task.modalities)
     try:
         with _media_reader(task.settings) as reader:
             items = task.plan.read_items(task.number)
-            content = _write_items(items, writer, task=task, reader=reader)
+            write = _write_items if task.modalities is None else _write_samples
+            content = write(items, writer, task=task, reader=reader)
             _write_rejected(rejected_path(folder, task.name), content.rejected)
             write_shard_parquet(folder / f"{task.name}.parquet", _table(content.rows, task))
             rejected = Counter(pair.reason for pair in content.rejected) + content.dropped_clips
@@ -124,7 +140,7 @@ def _media_reader(settings: ShardSettings) -> MediaReader:
         download=settings.download,
         max_bytes=settings.max_media_bytes,
         retried=settings.remake,
-        urls_may_repeat=settings.captions_per_item == "row",
+        urls_may_repeat=settings.captions_per_item == "row" or settings.source.media is None,
     )
 
 
@@ -153,6 +169,59 @@ def _write_items(
             writer.add(key, members=_members(clip, pairs, suffix=suffix))
             content.rows.append(_row(key, clip, pairs, suffix=suffix, task=task))
     return content
+
+
+def _write_samples(
+    items: Sequence[Item], writer: ShardWriter, *, task: ShardTask, reader: MediaReader
+) -> ShardContent:
+    """Writes samples of modalities; each item has one pair."""
+    content, settings = ShardContent(), task.settings
+    parts_settings = PartSettings(
+        modalities=task.modalities,
+        image=settings.image,
+        audio=settings.audio,
+        mark_only=settings.mark_only,
+        min_modalities=settings.source.min_modalities,
+        bad_modality=settings.source.bad_modality,
+    )
+    read = read_files([item for item in items if item.pairs[0].reason is None], reader)
+    for item in items:
+        pair = item.pairs[0]
+        if pair.reason is not None:
+            content.rejected.append(pair)
+            continue
+        _, parts, files = next(read)
+        key = f"{item.number:012d}"
+        try:
+            sample = prepare_sample(key, pair, parts, files, parts_settings)
+        except BadItemError as error:
+            content.rejected.append(rejected_pair(pair, error))
+            continue
+        writer.add(key, members=sample.members, contents=sample.contents)
+        content.rows.append(_sample_row(sample, pair, parts, task=task))
+    return content
+
+
+def _sample_row(
+    sample: PreparedSample, pair: Pair, parts: SampleParts, *, task: ShardTask
+) -> dict[str, Any]:
+    kept, plan = json.loads(pair.kept or "{}"), task.plan
+    return {
+        **row_of_contents(
+            sample.contents,
+            task.modalities,
+            measures=sample.measures,
+            sources=sources_of(parts),
+            members=sample.members,
+        ),
+        "uid": pair.uid or sample.contents.key,
+        "class_name": pair.class_name,
+        "language": pair.language,
+        "marks": sorted(sample.marks),
+        "source_row": pair.row,
+        **{name: kept_value(parts.labels.get(name), kind) for name, kind in plan.labels.items()},
+        **{name: kept_value(kept.get(name), kind) for name, kind in plan.kept.items()},
+    }
 
 
 def _prepare(
@@ -224,7 +293,8 @@ def _row(
 
 
 def _table(rows: Sequence[dict[str, Any]], task: ShardTask) -> pyarrow.Table:
-    schema = shard_schema(task.settings.source.media, kept=task.plan.kept)
+    modalities = task.modalities or Modalities.pair(task.settings.source.media)
+    schema = schema_of(modalities, kept=task.plan.kept, labels=task.plan.labels)
     return pyarrow.Table.from_pylist(list(rows), schema=schema)
 
 
@@ -235,6 +305,7 @@ def _write_rejected(path: Path, pairs: Sequence[Pair]) -> None:
     path.parent.mkdir(exist_ok=True)
     lines = [
         {"row": pair.row, "media": pair.media, "reason": pair.reason, "detail": pair.detail}
+        | ({"modality": pair.modality} if pair.modality else {})
         for pair in pairs
     ]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

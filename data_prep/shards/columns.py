@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 
 KeptType = Literal["bool", "int64", "double", "string"]
 # While types are collected, integers that a double would round have a type of their own.
@@ -52,6 +54,14 @@ MEASURES = {
         ("fingerprint", pyarrow.binary()),  # spectral fingerprint
     ],
 }
+# Columns NAME_... of an image, audio clip or vector of samples of modalities.
+MEMBER_COLUMNS = [
+    ("extension", pyarrow.string()),
+    ("bytes", pyarrow.int64()),
+    ("sha256", pyarrow.string()),
+    ("source", pyarrow.string()),  # path or URL as given in the input
+]
+VECTOR_MEASURES = [("length", pyarrow.int32())]  # of a sequence in time; 1 for any other vector
 LAST_COLUMNS = [
     ("source", pyarrow.string()),  # media path or URL as given in the input
     ("source_row", pyarrow.int64()),  # line or row number in the input, from 1
@@ -76,22 +86,76 @@ def shard_schema(media_kind: str, *, kept: Mapping[str, KeptType]) -> pyarrow.Sc
 
 
 def own_columns(media_kind: str) -> set[str]:
-    """Returns the names of built-in columns, which kept columns must not have."""
+    """Returns the names of built-in columns of pairs, which kept columns must not have."""
     return {name for name, _ in (*FIRST_COLUMNS, *MEASURES[media_kind], *LAST_COLUMNS)}
 
 
-def check_kept_names(names: Iterable[str], *, media_kind: str) -> None:
-    """Checks that no column to keep has the name of a built-in column.
+# ------------------------------------------------------------------------- samples of modalities
+
+
+def schema_of(
+    modalities: Modalities,
+    *,
+    kept: Mapping[str, KeptType],
+    labels: Mapping[str, KeptType] = MappingProxyType({}),
+) -> pyarrow.Schema:
+    """Returns the schema of all Parquet files of a dataset, with the columns of each modality.
+
+    Args:
+        modalities: modalities of the dataset; for a pair dataset this is `shard_schema`.
+        kept: type of each input column that the user keeps.
+        labels: type of each label.
+    """
+    if modalities.is_pair:
+        return shard_schema(modalities.media[0], kept=kept)
+    named = [(name, KEPT_TYPES[kind]) for name, kind in {**labels, **kept}.items()]
+    return pyarrow.schema([*_columns_of(modalities), *named])
+
+
+def _columns_of(modalities: Modalities) -> list[tuple[str, pyarrow.DataType]]:
+    names = ("key", "uid", "class_name", "language", "marks")
+    columns = [(name, kind) for name, kind in FIRST_COLUMNS if name in names]
+    for name, modality in modalities.items():
+        columns.append((f"has_{name}", pyarrow.bool_()))
+        if modality.kind == "text":
+            columns.append((name, pyarrow.list_(pyarrow.string())))
+            continue
+        columns += [(f"{name}_{each}", kind) for each, kind in MEMBER_COLUMNS]
+        measures = MEASURES.get(modality.kind, VECTOR_MEASURES)
+        columns += [(f"{name}_{each}", kind) for each, kind in measures]
+    return [*columns, ("source_row", pyarrow.int64())]
+
+
+def built_in_columns(modalities: Modalities) -> set[str]:
+    """Returns the names of built-in columns, which labels and kept columns must not have."""
+    if modalities.is_pair:
+        return own_columns(modalities.media[0])
+    return {name for name, _ in _columns_of(modalities)}
+
+
+def check_kept_names(names: Iterable[str], *, modalities: Modalities) -> None:
+    """Checks that no column to keep, and no label, has the name of a built-in column.
 
     Raises:
         InputError: if a name is already in use.
     """
-    taken = own_columns(media_kind).intersection(names)
+    names = list(names)
+    taken = built_in_columns(modalities).intersection(names)
     if taken:
         raise InputError(
             f"keep_columns: {', '.join(sorted(taken))}: built-in Parquet columns have these names; "
             "rename your columns in the input, or remove them from keep_columns"
         )
+    columns = names if modalities.is_pair else [*names, *(n for n, _ in _columns_of(modalities))]
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"columns: {', '.join(twice)}: two Parquet columns would have this name; rename a "
+            "modality or label, or remove it from keep_columns"
+        )
+
+
+# ----------------------------------------------------------------------- types of kept columns
 
 
 class KeptTypes:
@@ -110,11 +174,12 @@ class KeptTypes:
         for name, kind in other.items():
             self.known[name] = common_type(self.known[name], kind)
 
-    def types(self, *, found_in: str) -> dict[str, KeptType]:
+    def types(self, *, found_in: str, key: str = "keep_columns") -> dict[str, KeptType]:
         """Returns the type of each column.
 
         Args:
             found_in: name of the input, for the message.
+            key: config key of the columns, for the message.
 
         Raises:
             InputError: if a column to keep has no value in any row.
@@ -122,7 +187,7 @@ class KeptTypes:
         for name, kind in self.known.items():
             if kind is None:
                 raise InputError(
-                    f"{found_in}: keep_columns: {name!r} has no value in any row; check its "
+                    f"{found_in}: {key}: {name!r} has no value in any row; check its "
                     "spelling, or remove it"
                 )
         return {

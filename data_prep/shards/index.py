@@ -10,8 +10,8 @@ A `.idx` file is, little-endian:
                           bytes from the tar's start), size in bytes, crc32; block 0xFFFFFFFF:
                           absent
 
-The header of version 2 also has `modalities`, the names in the dataset's order, and `vectors`,
-{name: [number of rows, width]}. Two more arrays follow the table:
+The header of version 2 also has `modalities`, a list of [name, {"kind": ...}] in the dataset's
+order, and `vectors`, {name: [number of rows, width]}. Two more arrays follow the table:
 
     uint32 [n]            presence masks: bit k is set if the sample has modality k
     float64 [2, width]    for each of `vectors`: mean and sum of squared deviations of each column
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.modalities.vectors import VectorSums
 
 BLOCK_BYTES = 512
@@ -50,7 +51,7 @@ class ShardIndex:
     marked: dict[str, int] = field(default_factory=dict)
     # Position in the shard -> key, for foreign tars that store the key in a PAX or GNU header.
     long_keys: dict[int, str] = field(default_factory=dict)
-    modalities: tuple[str, ...] = ()  # names in the order of the bits; (): of a pair dataset
+    modalities: Modalities | None = None  # in the order of the bits; None: of a pair dataset
     presence: np.ndarray | None = None  # uint32 [n]; None: all samples are complete pairs
     vector_sums: dict[str, VectorSums] = field(default_factory=dict)
 
@@ -82,7 +83,8 @@ class ShardIndex:
         if self.long_keys:
             values["long_keys"] = self.long_keys
         if self.presence is not None:
-            values["modalities"] = list(self.modalities)
+            assert self.modalities is not None
+            values["modalities"] = list(self.modalities.to_json().items())
             values["vectors"] = {
                 name: [sums.num_rows, len(sums.mean)] for name, sums in self.vector_sums.items()
             }
@@ -175,4 +177,5 @@ def _parse_tail(tail: bytes, header: dict[str, Any]) -> dict[str, Any]:
     if start != len(tail):
         raise ValueError(f"expected {start} bytes after the table, found {len(tail)}")
     presence = np.frombuffer(tail, "<u4", count=num_samples)
-    return {"modalities": tuple(header["modalities"]), "presence": presence, "vector_sums": sums}
+    modalities = Modalities.from_json(dict(header["modalities"]))
+    return {"modalities": modalities, "presence": presence, "vector_sums": sums}

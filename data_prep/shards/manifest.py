@@ -136,7 +136,7 @@ class IndexTotals:
         self.fields.update(index.fields)
         self.rejected.update(index.rejected)
         self.marked.update(index.marked)
-        for bit, name in enumerate(index.modalities):
+        for bit, name in enumerate(index.modalities or ()):
             self._num_samples[name] += index.num_having(bit)
         for name, sums in index.vector_sums.items():
             self._sums.setdefault(name, VectorSums.empty(len(sums.mean))).merge(sums)

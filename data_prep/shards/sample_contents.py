@@ -72,8 +72,8 @@ class PresenceTable:
         if self.modalities is None:
             return {}
         presence = np.array(self._masks, dtype=np.uint32)
-        names = tuple(self.modalities)
-        return {"modalities": names, "presence": presence, "vector_sums": self._sums}
+        modalities = self.modalities.without_counts()
+        return {"modalities": modalities, "presence": presence, "vector_sums": self._sums}
 
 
 def fields_of(

@@ -18,14 +18,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.media.decode import MediaError
-from data_prep.shards.columns import CollectedType, KeptType, KeptTypes, shard_schema
+from data_prep.modalities.modality import Modalities
+from data_prep.modalities.vectors import VectorError, VectorShape, from_npy
+from data_prep.shards.columns import CollectedType, KeptType, KeptTypes, schema_of
 from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
     ShardIndex,
 )
 from data_prep.shards.indexed_sample import plain_member_name
-from data_prep.shards.parquet import measure_media, row_of, write_shard_parquet
+from data_prep.shards.parquet import measure_sample, row_of_sample, write_shard_parquet
 from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
@@ -34,6 +36,7 @@ from data_prep.shards.sample import (
     media_kind_of,
     split_member_name,
 )
+from data_prep.shards.sample_contents import PresenceTable, contents_of
 from data_prep.shards.tar_members import BadTarError, Member, read_members
 from data_prep.storage.atomic import write_atomically
 
@@ -45,10 +48,11 @@ class IndexTask:
     tar_path: Path
     index_path: Path
     name: str  # name of the shard
-    media_kind: str
+    modalities: Modalities
     skip_incomplete: bool
     measure: bool
-    kept: Mapping[str, KeptType] = field(default_factory=dict)
+    kept: Mapping[str, KeptType] = field(default_factory=dict)  # labels and kept columns
+    min_modalities: int = 1  # of samples that are not pairs
 
     @property
     def parquet_path(self) -> Path:
@@ -68,11 +72,21 @@ class TarSample:
 class TarTable:
     """The samples that the index of a tar will contain, without their bytes."""
 
+    modalities: Modalities
     keys: list[str] = field(default_factory=list)
     entries: list[dict[str, tuple[int, int, int]]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._presence = PresenceTable(self.modalities)
+
     def add(self, found: TarSample) -> None:
-        """Appends a sample."""
+        """Appends a sample.
+
+        Raises:
+            CorruptSampleError: if a text or vector of a sample of modalities cannot be read.
+        """
+        is_pair = self.modalities.is_pair
+        self._presence.add(None if is_pair else contents_of(found.sample, self.modalities))
         self.keys.append(found.sample.key)
         self.entries.append(found.entries)
 
@@ -96,6 +110,7 @@ class TarTable:
                 tar_bytes=tar_path.stat().st_size,
                 tar_sha256=hashlib.file_digest(tar, "sha256").hexdigest(),
                 long_keys=self._long_keys(tar),
+                **self._presence.to_fields(),
                 **counts,
             )
 
@@ -112,13 +127,13 @@ class TarTable:
 
 def index_tar(task: IndexTask) -> list[str]:
     """Writes the sidecar files of a tar unless it has problems; returns the problems."""
-    table, rows, left_out, marked = TarTable(), [], [], Counter()
+    table, rows, left_out, marked = TarTable(task.modalities), [], [], Counter()
     try:
         for number, found in enumerate(read_tar_samples(task.tar_path), start=1):
             try:
                 rows.append(_checked_row(found.sample, task=task, number=number))
                 table.add(found)
-                marked.update(caption_tags(found.sample))
+                marked.update(caption_tags(found.sample) if task.modalities.is_pair else ())
             except _LeftOutError as error:
                 left_out.append((found.sample.key, error.reason, str(error)))
     except BadTarError as error:
@@ -153,16 +168,19 @@ def _checked_row(sample: Sample, *, task: IndexTask, number: int) -> dict[str, A
     Raises:
         _LeftOutError: if the sample is incomplete, or its media cannot be decoded.
     """
-    check_completeness(sample, task.media_kind)
+    if task.modalities.is_pair:
+        check_completeness(sample, task.modalities.media[0])
+    else:
+        _check_modalities(sample, task)
     if not task.measure:
         return {}
     try:
-        measures = measure_media(sample, task.media_kind)
+        measures = measure_sample(sample, task.modalities)
     except MediaError as error:
         raise _LeftOutError(error.reason, str(error)) from None
-    return row_of(
+    return row_of_sample(
         sample,
-        media_kind=task.media_kind,
+        task.modalities,
         measures=measures,
         kept=task.kept,
         source=f"{task.name}.tar",
@@ -185,10 +203,43 @@ def check_completeness(sample: Sample, media_kind: str) -> None:
         raise _LeftOutError("missing_caption", str(error).removeprefix(f"{sample}: ")) from None
 
 
+def _check_modalities(sample: Sample, task: IndexTask) -> None:
+    try:
+        contents = contents_of(sample, task.modalities)
+    except CorruptSampleError as error:
+        detail = str(error).removeprefix(f"{sample}: ")
+        raise _LeftOutError("bad_modality", detail) from None
+    if len(contents.present) < task.min_modalities:
+        expected = f"expected at least {task.min_modalities} of {', '.join(task.modalities)}"
+        found = ", ".join(sorted(sample.members))
+        raise _LeftOutError("too_few_modalities", f"{expected}; found {found}")
+
+
+def shapes_in_tar(tar_path: Path, modalities: Modalities) -> dict[str, VectorShape]:
+    """Finds the shape of each vector: that of its first usable member in a tar."""
+    found: dict[str, VectorShape] = {}
+    wanted = {name: modalities.extensions_of(name) for name in modalities.names_of("vector")}
+    with tar_path.open("rb") as tar:
+        try:
+            for member in read_members(tar_path):
+                for name in [name for name, known in wanted.items() if member.extension in known]:
+                    tar.seek(member.data_block * BLOCK_BYTES)
+                    try:
+                        found[name] = VectorShape.of(from_npy(tar.read(member.num_bytes)))
+                        del wanted[name]
+                    except VectorError:
+                        continue
+                if not wanted:
+                    break
+        except BadTarError:  # indexing reports it later
+            return found
+    return found
+
+
 def _write_rows(task: IndexTask, rows: list[dict[str, Any]]) -> None:
     import pyarrow
 
-    schema = shard_schema(task.media_kind, kept=task.kept)
+    schema = schema_of(task.modalities, kept=task.kept)
     write_shard_parquet(task.parquet_path, pyarrow.Table.from_pylist(rows, schema=schema))
 
 
@@ -202,7 +253,9 @@ def kept_types_of_tar(tar_path: Path, names: tuple[str, ...]) -> dict[str, Colle
         try:
             for member in read_members(tar_path):
                 if member.extension == "json":
-                    types.add(_json_object(tar, member))
+                    values = _json_object(tar, member)
+                    labels = values.get("labels")
+                    types.add({**values, **(labels if isinstance(labels, dict) else {})})
         except BadTarError:
             return types.known
     return types.known

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.errors import InputError
 from data_prep.sources.columns import (
     ROWS_AT_ONCE,
+    SampleTable,
     TableColumns,
     media_bytes,
 )
@@ -38,6 +39,13 @@ def read_huggingface(source: PairSource) -> Iterator[Pair]:
     first_row = 1
     for name in files.names:
         for offset, batch in _record_batches(files.path_of(name)):
+            if source.media is None:
+                path = files.path_of(name)
+                table = SampleTable(source, batch.schema, path=path, name=name)
+                places = [f"{offset}:{row}" for row in range(batch.num_rows)]
+                yield from table.pairs(batch, first_row=first_row, places=places)
+                first_row += batch.num_rows
+                continue
             columns = TableColumns(
                 source.columns, source.keep_columns, batch.schema, path=files.path_of(name)
             )

@@ -7,13 +7,16 @@ URLs), bytes, or a struct {bytes, path}, as Hugging Face stores images and audio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import Columns
 from data_prep.errors import InputError
-from data_prep.sources.pair import BadItemError, Pair
+from data_prep.modalities.vectors import VectorError, to_npy, to_vector
+from data_prep.sources.input_files import PairSource
+from data_prep.sources.pair import BadItemError, FileRef, Pair
 from data_prep.sources.rows import check_columns, kept_json, pairs_of_row, wanted_columns
+from data_prep.sources.sample_rows import sample_rows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -75,10 +78,7 @@ class TableColumns:
     def values(self, batch: pyarrow.RecordBatch, name: str) -> list[Any]:
         """Returns the values of one column, with class numbers replaced by class names."""
         found = text_values(batch.column(name), name=name, path=self.path)
-        names = self._class_names.get(name)
-        if names is None:
-            return found
-        return [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in found]
+        return _with_class_names(found, self._class_names.get(name))
 
     def media_of_rows(
         self, column: pyarrow.Array | None, *, container: str, places: list[str]
@@ -139,12 +139,110 @@ class TableColumns:
             )
 
 
+class SampleTable:
+    """The columns of one table whose rows are samples of modalities.
+
+    Args:
+        source: input and its settings.
+        schema: schema of the table.
+        path: path of the table, for messages.
+        name: name of the table, relative to the input's folder; the container of inline bytes.
+
+    Raises:
+        InputError: if a column is missing, or has an unsupported type.
+    """
+
+    def __init__(self, source: PairSource, schema: pyarrow.Schema, *, path: str, name: str):
+        self.path, self.container = path, name
+        self.wanted = list(wanted_columns(source.columns, source.keep_columns))
+        check_columns(
+            path, schema.names, wanted=wanted_columns(source.columns, source.keep_columns)
+        )
+        self.rows = sample_rows(source, name)
+        self.types = {column: schema.field(column).type for column in self.wanted}
+        self._class_names = _class_names(schema)
+        self.inline: set[str] = set()  # columns of bytes, or of lists of numbers
+        for modality, each in self.rows.columns.items():
+            for column in (each.column,) if isinstance(each.column, str) else each.column:
+                self._check_type(modality, each.kind, column)
+        for column in self.wanted:
+            kind = self.types[column]
+            if column not in self.inline and (_is_bytes(kind) or _is_media_struct(kind)):
+                raise InputError(f"{path}: column {column!r} contains bytes; expected values")
+
+    def _check_type(self, modality: str, kind: str, column: str) -> None:
+        found = self.types[column]
+        holds_bytes = _is_bytes(found) or _is_media_struct(found)
+        is_usable = {
+            "image": holds_bytes or _is_text(found),
+            "audio": holds_bytes or _is_text(found),
+            "vector": holds_bytes or _is_text(found) or _is_number(found) or _is_list(found),
+            "text": not holds_bytes,
+        }[kind]
+        if not is_usable:
+            expected = "text (paths or URLs), bytes, or a struct of bytes and path"
+            if kind == "vector":
+                expected += ", numbers, or lists of numbers"
+            raise InputError(
+                f"{self.path}: column {column!r} of {modality}: expected {expected}; found {found}"
+            )
+        if holds_bytes or (kind == "vector" and _is_list(found)):
+            self.inline.add(column)
+
+    def pairs(
+        self,
+        batch: pyarrow.RecordBatch,
+        *,
+        first_row: int,
+        places: list[str],
+        complete: Collection[str] = (),
+    ) -> Iterator[Pair]:
+        """Yields the pairs of a batch.
+
+        Args:
+            batch: rows with the wanted columns, except `complete`.
+            first_row: number of the first row in the input.
+            places: place of each row in the table.
+            complete: inline columns without missing values.
+        """
+        cells = {}
+        for column in self.wanted:
+            if column in complete:
+                cells[column] = [FileRef(self.container, place, column) for place in places]
+            elif column in self.inline:
+                cells[column] = self._inline_cells(batch.column(column), column, places)
+            else:
+                found = text_values(batch.column(column), name=column, path=self.path)
+                cells[column] = _with_class_names(found, self._class_names.get(column))
+        for i in range(len(places)):
+            values = {column: found[i] for column, found in cells.items()}
+            yield self.rows.pair(first_row + i, values.get)
+
+    def _inline_cells(self, found: pyarrow.Array, column: str, places: list[str]) -> list[Any]:
+        paths: list[Any] = [None] * len(places)
+        if _is_media_struct(found.type):
+            if found.type.get_field_index("path") >= 0:
+                paths = text_values(struct_field(found, "path"), name=column, path=self.path)
+            found = struct_field(found, "bytes")
+        rows = zip(found.is_valid().to_pylist(), paths, places, strict=True)
+        return [FileRef(self.container, place, column) if ok else path for ok, path, place in rows]
+
+
+def _with_class_names(values: list[Any], names: list[str] | None) -> list[Any]:
+    """Replaces class numbers by class names, if the column has any."""
+    if names is None:
+        return values
+    return [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in values]
+
+
 def media_bytes(column: pyarrow.Array, row: int, *, max_bytes: int) -> bytes:
-    """Returns the bytes in one row of a media column.
+    """Returns the bytes in one row of a media column; numbers of a list as an `.npy` file.
 
     Raises:
         BadItemError: if there are no bytes, or more than `max_bytes`.
     """
+    if _is_list(column.type):
+        return _list_bytes(column[row].as_py())
     if _is_media_struct(column.type):
         column = struct_field(column, "bytes")
     buffer = column[row].as_buffer()
@@ -154,6 +252,13 @@ def media_bytes(column: pyarrow.Array, row: int, *, max_bytes: int) -> bytes:
         detail = f"{buffer.size:,} bytes; expected at most {max_bytes:,}"
         raise BadItemError("too_large", detail)
     return buffer.to_pybytes()
+
+
+def _list_bytes(numbers: Any) -> bytes:
+    try:
+        return to_npy(to_vector(numbers))
+    except VectorError as error:
+        raise BadItemError(error.reason, str(error)) from None
 
 
 def struct_field(column: pyarrow.StructArray, name: str) -> pyarrow.Array:
@@ -214,6 +319,20 @@ def _is_bytes(kind: pyarrow.DataType) -> bool:
         types.is_fixed_size_binary,
     ]
     return any(test(kind) for test in tests)
+
+
+def _is_number(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    return types.is_integer(kind) or types.is_floating(kind)
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    if isinstance(kind, types.lib.BaseExtensionType):
+        return _is_list(kind.storage_type)
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _is_media_struct(kind: pyarrow.DataType) -> bool:

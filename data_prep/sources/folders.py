@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from data_prep.errors import InputError
+from data_prep.shards.sample import split_member_name
 from data_prep.sources.input_files import MEDIA_SUFFIXES, PairSource, readable_input
 from data_prep.sources.item_file import read_item_file
-from data_prep.sources.pair import BadItemError, Pair
+from data_prep.sources.pair import BadItemError, FileRef, Pair
 from data_prep.sources.rows import (
     MAX_SIDECAR_BYTES,
     pairs_of_row,
     pairs_of_sidecar,
     rejected_media,
 )
+from data_prep.sources.sample_rows import SampleMembers, SampleRows, pair_of_members
 from data_prep.storage import remote_file
 from data_prep.workers import map_ahead
 
@@ -33,6 +35,9 @@ def read_folder(source: PairSource) -> Iterator[Pair]:
         InputError: if the input is not a folder, or a sidecar cannot be read.
     """
     names = _sorted_names(source)
+    if source.media is None:
+        yield from _samples(source, names)
+        return
     found = ((name, _sidecars_of(name, names)) for name in names if not _is_sidecar(name))
     media = (
         (name, sidecars)
@@ -55,6 +60,22 @@ def read_folder(source: PairSource) -> Iterator[Pair]:
             txt_bytes=contents.get(".txt"),
             caption_source=source.caption_source,
         )
+
+
+def _samples(source: PairSource, names: Sequence[str]) -> Iterator[Pair]:
+    """Yields the samples of a folder; the files of a sample have the same name up to a dot."""
+    samples = SampleRows(source)
+    files: dict[str, dict[str, str]] = {}
+    for name in names:
+        key, extension = split_member_name(name)
+        if extension and not key.endswith("/") and key:
+            files.setdefault(key, {})[extension] = name
+
+    def read(name: str) -> bytes:
+        return read_item_file(remote_file.join(source.input, name), max_bytes=MAX_SIDECAR_BYTES)
+
+    for row, extensions in enumerate(files.values(), 1):
+        yield pair_of_members(samples, row, SampleMembers(extensions, ref=FileRef, read=read))
 
 
 def _sorted_names(source: PairSource) -> list[str]:

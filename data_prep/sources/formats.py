@@ -45,6 +45,7 @@ READERS: dict[str, Callable[[PairSource], Iterator[Pair]]] = {
     "webdataset": read_webdataset,
 }
 MANIFESTS = ("csv", "tsv", "jsonl", "coco")
+FORMATS_OF_PAIRS = ("class_folders", "coco")
 # Settings that only some formats use.
 FORMATS_OF_SETTING = {
     "quotes": ("csv", "tsv"),
@@ -66,6 +67,11 @@ def read_pairs(source: PairSource) -> Iterator[Pair]:
     """
     file_format = format_of(source)
     _check_settings(source, file_format)
+    if source.media is None and file_format in FORMATS_OF_PAIRS:
+        raise InputError(
+            f"{source.input}: format={file_format} holds pairs: set media to image or audio, and "
+            f"remove {', '.join(source.columns.by_modality())} from columns"
+        )
     return READERS[file_format](source)
 
 

@@ -49,7 +49,7 @@ class PairSource:
 
     input: str
     format: str
-    media: MediaKind
+    media: MediaKind | None  # None: the rows are samples of modalities
     media_root: str | None
     columns: Columns
     keep_columns: tuple[str, ...]
@@ -59,6 +59,8 @@ class PairSource:
     subset: Path | None
     quotes: bool | None
     separator: str | None
+    min_modalities: int
+    bad_modality: Literal["reject", "absent"]
 
     @classmethod
     def from_config(cls, config: MakeShards) -> PairSource:

@@ -6,8 +6,9 @@ counted and listed. A filter either sets such a reason or only adds a mark.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Prefix of the reasons under which dropped clips are counted. If other clips of the recording are
@@ -17,7 +18,7 @@ CLIP_PREFIX = "clip_"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One caption of one media file, or the reason why it cannot be used."""
+    """One caption of one media file, or a sample of modalities, or the reason to reject it."""
 
     row: int  # line of the manifest, or number in the input, from 1
     media: str  # path or URL as given, or the file that holds the bytes
@@ -30,6 +31,8 @@ class Pair:
     marks: tuple[str, ...] = ()  # filters that flagged the pair without dropping it
     reason: str | None = None  # reason of the rejection; None: not rejected so far
     detail: str = ""
+    parts: str | None = None  # modalities of a sample, as SampleParts.to_json returns them
+    modality: str | None = None  # modality that is the reason of the rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,41 @@ class Item:
     media: str
     place: str | None
     pairs: list[Pair]
+    column: str | None = None  # column of the container; None: the column of media
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file, or bytes in a container, that holds one modality of a sample."""
+
+    media: str  # path or URL as given, or the container
+    place: str | None = None  # location in the container; None: `media` is the file
+    column: str | None = None  # column of a container with columns
+
+
+@dataclass(frozen=True)
+class SampleParts:
+    """The modalities of one row; a modality that the row lacks is in none of them."""
+
+    files: dict[str, FileRef] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    vectors: dict[str, list[Any]] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.texts) + len(self.vectors)
+
+    def to_json(self) -> str:
+        files = {name: [r.media, r.place, r.column] for name, r in self.files.items()}
+        values = {"files": files, "texts": self.texts, "vectors": self.vectors}
+        return json.dumps(values | {"labels": self.labels}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> SampleParts:
+        """Parses the result of `to_json`."""
+        values = json.loads(text)
+        files = {name: FileRef(*each) for name, each in values.pop("files").items()}
+        return cls(files=files, **values)
 
 
 class BadItemError(ValueError):
@@ -49,6 +87,14 @@ class BadItemError(ValueError):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+
+class BadModalityError(BadItemError):
+    """One modality of a sample cannot be used."""
+
+    def __init__(self, modality: str, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.modality = modality
 
 
 def checked_pair(
@@ -69,7 +115,7 @@ def checked_pair(
         is_file_name: whether `media` is the name of an existing file, whose spaces are kept.
     """
     values = {"media": media, "caption": caption, "class_name": class_name, "uid": uid}
-    texts = {name: _text_of(value).strip() for name, value in values.items()}
+    texts = {name: text_of(value).strip() for name, value in values.items()}
     if is_file_name or place is not None:
         texts["media"] = media
     reason, detail = _rejection(texts, values)
@@ -86,7 +132,8 @@ def checked_pair(
     )
 
 
-def _text_of(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Returns a value as text; a missing value is empty, and bytes become lone surrogates."""
     # Tables contain NaN for missing values.
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.errors import InputError
 from data_prep.sources.columns import (
     ROWS_AT_ONCE,
+    SampleTable,
     TableColumns,
     media_bytes,
 )
@@ -42,11 +43,15 @@ def read_parquet(source: PairSource) -> Iterator[Pair]:
     for name in files.names:
         path = files.path_of(name)
         with open_parquet(path) as file:
-            columns = TableColumns(
-                source.columns, source.keep_columns, file.schema_arrow, path=path
-            )
-            pairs = _pairs_of_file(file, columns, container=name, first_row=first_row)
-            yield from resolve_media_paths(pairs, name, media_root=source.media_root)
+            if source.media is None:
+                table = SampleTable(source, file.schema_arrow, path=path, name=name)
+                yield from _samples_of_file(file, table, first_row=first_row)
+            else:
+                columns = TableColumns(
+                    source.columns, source.keep_columns, file.schema_arrow, path=path
+                )
+                pairs = _pairs_of_file(file, columns, container=name, first_row=first_row)
+                yield from resolve_media_paths(pairs, name, media_root=source.media_root)
             first_row += file.metadata.num_rows
 
 
@@ -88,6 +93,34 @@ def _pairs_of_file(
                 batch, first_row=first_row + start + 1, media=media, places=places
             )
             start += batch.num_rows
+
+
+def _samples_of_file(
+    file: pyarrow.parquet.ParquetFile, table: SampleTable, *, first_row: int
+) -> Iterator[Pair]:
+    start = 0
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        complete = {column for column in table.inline if _has_all_bytes(metadata, column)}
+        # At least one column is read, so that the rows are counted.
+        wanted = [column for column in table.wanted if column not in complete] or table.wanted
+        for batch in file.iter_batches(
+            ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
+        ):
+            places = [str(start + i) for i in range(batch.num_rows)]
+            yield from table.pairs(
+                batch, first_row=first_row + start + 1, places=places, complete=complete
+            )
+            start += batch.num_rows
+
+
+def _has_all_bytes(group: Any, column: str) -> bool:
+    """Returns whether the statistics of a row group show inline bytes in every row."""
+    parts = [group.column(number) for number in range(group.num_columns)]
+    names = (column, f"{column}.bytes")
+    part = next((part for part in parts if part.path_in_schema in names), None)
+    statistics = part.statistics if part else None
+    return bool(statistics and statistics.has_null_count and statistics.null_count == 0)
 
 
 def _media_column(columns: TableColumns, group: Any) -> str | None:

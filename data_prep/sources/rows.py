@@ -104,8 +104,7 @@ def _is_absent(value: Any) -> bool:
 
 def wanted_columns(columns: Columns, keep_columns: Collection[str] = ()) -> dict[str, str]:
     """Returns {required column: config key that specifies it}."""
-    kept = dict.fromkeys(keep_columns, "keep_columns")
-    return kept | {column: f"columns.{role}" for role, column in columns if column}
+    return dict.fromkeys(keep_columns, "keep_columns") | columns.keys_of_columns()
 
 
 def check_columns(
@@ -167,7 +166,7 @@ def pairs_of_sidecar(
         defaults: values for keys that are missing from the .json.
     """
     try:
-        found = _json_object(json_bytes) if json_bytes is not None else {}
+        found = json_object_of(json_bytes) if json_bytes is not None else {}
     except (ValueError, RecursionError) as error:
         yield rejected_media(row, media, "not_json", f".json: {error}")
         return
@@ -200,7 +199,12 @@ def pairs_of_sidecar(
         yield dataclasses.replace(pair, marks=marks) if marks else pair
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
+def json_object_of(content: bytes) -> dict[str, Any]:
+    """Parses a .json; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        ValueError: if the content is not JSON, or not an object.
+    """
     values = json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
     if not isinstance(values, dict):
         raise ValueError(f"expected an object, found {type(values).__name__}")

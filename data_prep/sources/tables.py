@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.config import Columns
 from data_prep.sources.delimited import DelimitedFile
 from data_prep.sources.input_files import PairSource, files_of_input
 from data_prep.sources.pair import Pair, unreadable_row
@@ -20,6 +19,7 @@ from data_prep.sources.rows import (
     resolve_media_paths,
     wanted_columns,
 )
+from data_prep.sources.sample_rows import SampleRows, sample_rows
 from data_prep.sources.text_lines import read_lines
 
 MAX_KEYS_LISTED = 1000
@@ -41,7 +41,7 @@ def read_table(source: PairSource, *, file_format: str) -> Iterator[Pair]:
     first_row = 0
     for name in files.names:
         reader = _TableReader(files.path_of(name), source, file_format=file_format)
-        yield from resolve_media_paths(reader.pairs(first_row), name, media_root=source.media_root)
+        yield from reader.read(first_row, name)
         first_row += reader.num_lines
 
 
@@ -54,10 +54,8 @@ def read_jsonl(source: PairSource) -> Iterator[Pair]:
     files = files_of_input(source.input, "jsonl")
     first_row = 0
     for name in files.names:
-        reader = _JsonlReader(
-            files.path_of(name), columns=source.columns, keep_columns=source.keep_columns
-        )
-        yield from resolve_media_paths(reader.pairs(first_row), name, media_root=source.media_root)
+        reader = _JsonlReader(files.path_of(name), source)
+        yield from reader.read(first_row, name)
         first_row += reader.num_lines
 
 
@@ -68,6 +66,7 @@ class _TableReader:
     """Reader of the pairs of one CSV or TSV file."""
 
     def __init__(self, path: str, source: PairSource, *, file_format: str):
+        self.source = source
         self.columns, self.keep_columns = source.columns, source.keep_columns
         wanted = wanted_columns(self.columns, self.keep_columns)
         self.file = DelimitedFile(
@@ -85,15 +84,43 @@ class _TableReader:
         """Lines read so far."""
         return self.file.num_lines
 
-    def pairs(self, first_row: int) -> Iterator[Pair]:
-        """Yields the pairs; their rows are line numbers, counted from `first_row` + 1."""
-        header, columns = self.file.header, self.columns
-        index_of = {name: header.index(name) for name in header}
+    def read(self, first_row: int, name: str) -> Iterator[Pair]:
+        """Yields the pairs; their rows are line numbers, counted from `first_row` + 1.
+
+        Args:
+            first_row: number of the last row before this file.
+            name: name of the file, relative to the input's folder.
+        """
+        if self.source.media is None:
+            return self._samples(first_row, sample_rows(self.source, name))
+        pairs = self._pairs(first_row)
+        return resolve_media_paths(pairs, name, media_root=self.source.media_root)
+
+    def _rows(self, first_row: int) -> Iterator[tuple[int, list[str] | Pair]]:
+        """Yields the number of each row with its fields, or with the pair that rejects it."""
+        header = self.file.header
         for fields in self.file.rows():
             row = first_row + self.num_lines
-            if len(fields) != len(header):
-                detail = f"expected {len(header)} columns, found {len(fields)}"
-                yield unreadable_row(row, "wrong_column_count", detail)
+            if len(fields) == len(header):
+                yield row, fields
+                continue
+            detail = f"expected {len(header)} columns, found {len(fields)}"
+            yield row, unreadable_row(row, "wrong_column_count", detail)
+
+    def _samples(self, first_row: int, samples: SampleRows) -> Iterator[Pair]:
+        for row, fields in self._rows(first_row):
+            if isinstance(fields, Pair):
+                yield fields
+                continue
+            cells = dict(zip(self.file.header, map(str.strip, fields), strict=True))
+            yield samples.pair(row, cells.get)
+
+    def _pairs(self, first_row: int) -> Iterator[Pair]:
+        header, columns = self.file.header, self.columns
+        index_of = {name: header.index(name) for name in header}
+        for row, fields in self._rows(first_row):
+            if isinstance(fields, Pair):
+                yield fields
                 continue
             kept = {name: fields[index_of[name]].strip() for name in self.keep_columns}
             yield from pairs_of_row(
@@ -112,16 +139,39 @@ class _TableReader:
 class _JsonlReader:
     """Reader of one JSONL file."""
 
-    def __init__(self, path: str, *, columns: Columns, keep_columns: tuple[str, ...]):
+    def __init__(self, path: str, source: PairSource):
         self.path = path
-        self.columns = columns
-        self.keep_columns = keep_columns
+        self.source = source
+        self.columns = source.columns
+        self.keep_columns = source.keep_columns
         self.num_lines = 0  # read so far
-        self._wanted = wanted_columns(columns)
+        self._wanted = wanted_columns(source.columns)
         self._found: dict[str, None] = {}  # keys seen until all wanted keys were found
 
-    def pairs(self, first_row: int) -> Iterator[Pair]:
-        """Yields the pairs; their rows are line numbers, counted from `first_row` + 1."""
+    def read(self, first_row: int, name: str) -> Iterator[Pair]:
+        """Yields the pairs; their rows are line numbers, counted from `first_row` + 1.
+
+        Args:
+            first_row: number of the last row before this file.
+            name: name of the file, relative to the input's folder.
+        """
+        if self.source.media is None:
+            samples = sample_rows(self.source, name)
+            for row, values in self._objects(first_row):
+                yield values if isinstance(values, Pair) else samples.pair(row, values.get)
+            return
+        pairs = self._pairs(first_row)
+        yield from resolve_media_paths(pairs, name, media_root=self.source.media_root)
+
+    def _pairs(self, first_row: int) -> Iterator[Pair]:
+        for row, values in self._objects(first_row):
+            if isinstance(values, Pair):
+                yield values
+            else:
+                yield from self._pairs_of_object(row, values)
+
+    def _objects(self, first_row: int) -> Iterator[tuple[int, dict[str, Any] | Pair]]:
+        """Yields the number of each line with its object, or with the pair that rejects it."""
         missing = set(self._wanted)
         for line in read_lines(self.path, newline="\n"):
             self.num_lines += 1
@@ -131,12 +181,12 @@ class _JsonlReader:
             try:
                 values = json_object(line)
             except (ValueError, RecursionError) as error:
-                yield unreadable_row(row, "not_json", str(error))
+                yield row, unreadable_row(row, "not_json", str(error))
                 continue
             if missing:
                 missing.difference_update(values)
                 self._list_keys(values)
-            yield from self._pairs_of_object(row, values)
+            yield row, values
         if missing and self._found:
             check_columns(self.path, self._found, wanted=self._wanted)
 

@@ -27,8 +27,9 @@ from data_prep.shards.parquet import check_parquet_sum
 from data_prep.shards.subset import Subset
 from data_prep.shards.tar_members import BadTarError, read_members
 from data_prep.sources.input_files import MEDIA_SUFFIXES, PairSource, files_of_input, readable_input
-from data_prep.sources.pair import BadItemError, Pair
+from data_prep.sources.pair import BadItemError, FileRef, Pair
 from data_prep.sources.rows import MAX_SIDECAR_BYTES, pairs_of_sidecar, rejected_media
+from data_prep.sources.sample_rows import SampleMembers, SampleRows, pair_of_members
 from data_prep.storage import remote_file
 
 SIDECARS = ("json", "txt")
@@ -61,8 +62,12 @@ def read_webdataset(source: PairSource) -> Iterator[Pair]:
     samples = (
         _samples_of_tars(source.input) if folder is None else _samples_of_dataset(source, folder)
     )
+    rows = SampleRows(source) if source.media is None else None
     for row, sample in enumerate(samples, 1):
-        yield from _pairs_of_sample(sample, source, row=row)
+        if rows is None:
+            yield from _pairs_of_sample(sample, source, row=row)
+        else:
+            yield _sample_pair(sample, rows, row=row)
 
 
 def dataset_folder_of(source: PairSource) -> Path | None:
@@ -126,6 +131,26 @@ def _pairs_of_sample(sample: _TarSample, source: PairSource, *, row: int) -> Ite
     )
 
 
+def _sample_pair(sample: _TarSample, rows: SampleRows, *, row: int) -> Pair:
+    """Builds the pair of a sample of modalities."""
+    found = {member.extension: member for member in sample.members}
+    if len(found) != len(sample.members):
+        detail = f"two members with one key among .{' .'.join(m.extension for m in sample.members)}"
+        return rejected_media(row, sample.tar, "duplicate_member", detail)
+
+    def read(member: TarMember) -> bytes:
+        if member.num_bytes > MAX_SIDECAR_BYTES:
+            detail = f".{member.extension}: more than {MAX_SIDECAR_BYTES:,} bytes"
+            raise BadItemError("unreadable_caption", detail)
+        return read_member(sample.file, member.place, path=sample.tar)
+
+    def ref(member: TarMember) -> FileRef:
+        return FileRef(sample.tar, member.place)
+
+    members = SampleMembers(found, ref=ref, read=read, columns=sample.columns)
+    return pair_of_members(rows, row, members)
+
+
 # ---------------------------------------------------------------------------- tars without index
 
 
@@ -166,12 +191,13 @@ def _samples_of_tars(path_of_tars: str) -> Iterator[_TarSample]:
 
 def _samples_of_dataset(source: PairSource, folder: Path) -> Iterator[_TarSample]:
     dataset = Dataset(folder)
-    if dataset.info.media != source.media:
+    if source.media is not None and dataset.info.media != source.media:
         raise InputError(
             f"{folder}: expected a dataset of media={source.media}, found {dataset.info.media}"
         )
     kept = read_subset(source.subset, dataset)
     wanted = {*source.keep_columns, source.columns.class_name, source.columns.uid} - {None}
+    wanted |= set(source.columns.labels.values())
     for number, manifest_row in enumerate(dataset.manifest):
         start, end = dataset.shard_starts[number : number + 2].tolist()
         bitmap = None if kept is None else kept.bitmap[start:end]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.folder import PLAN_FILE
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import (
     DatasetInfo,
+    IndexTotals,
     ManifestRow,
     fingerprint_of,
     inspect_info,
@@ -143,10 +144,15 @@ def _check_totals(
         "fingerprint": (fingerprint_of(manifest), "manifest.jsonl"),
     }
     names = {row.name for row in manifest}
-    totals = totals_of_indexes(folder, names | shard_names_on_disk(folder, "*.idx"), listed=names)
+    totals = totals_of_indexes(
+        folder,
+        names | shard_names_on_disk(folder, "*.idx"),
+        listed=names,
+        modalities=info.named_modalities(),
+    )
     for name, value in (totals or {}).items():
         expected[name] = value, "the indexes"
-    if "media" in origin.config:
+    if origin.config.get("media"):
         expected["media"] = origin.config["media"], "its preparation"
     if origin.planned is not None and is_sealed and origin.planned != info.preparation:
         text = f"{folder}: the plan ({PLAN_FILE}) differs from the preparation in dataset.json"
@@ -160,27 +166,34 @@ def _check_totals(
 
 
 def totals_of_indexes(
-    folder: Path, names: Iterable[str], *, listed: set[str]
+    folder: Path,
+    names: Iterable[str],
+    *,
+    listed: set[str],
+    modalities: Modalities | None = None,
 ) -> dict[str, Any] | None:
     """Computes the totals of dataset.json from the indexes; None if an index is unreadable.
 
     Args:
         names: names of all shards, including those without samples.
         listed: names of the shards that manifest.jsonl lists.
+        modalities: modalities of the dataset; None or a pair dataset: they are not computed.
     """
-    fields: set[str] = set()
-    rejected: Counter[str] = Counter()
-    marked: Counter[str] = Counter()
-    for name in names:
+    totals = IndexTotals(modalities)
+    for name in sort_shards(names):
         try:
             index = ShardIndex.read(folder / f"{name}.idx")
         except InputError:
             return None
         if name in listed or not index.num_samples:
-            fields.update(index.fields)
-            rejected.update(index.rejected)
-            marked.update(index.marked)
-    return {"fields": sorted(fields), "rejected": dict(rejected), "marked": dict(marked)}
+            totals.add(index)
+    counted = totals.modalities()
+    return {
+        "fields": sorted(totals.fields),
+        "rejected": dict(totals.rejected),
+        "marked": dict(totals.marked),
+        **({} if counted is None else {"modalities": counted.to_json()}),
+    }
 
 
 def _check_extra(folder: Path, listed: set[str], *, origin: DatasetOrigin) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.command import say
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.folder import finish_dataset, lock_folder
 from data_prep.shards.manifest import ManifestRow, fingerprint_of, manifest_row, read_dataset_files
 from data_prep.storage.atomic import write_atomically
@@ -33,7 +34,7 @@ from data_prep.verify.repair_plan import RepairPlan, apply_plan, make_plan
 from data_prep.verify.repair_task import RepairReport, read_index
 from data_prep.verify.shard_repair import repair_shard
 from data_prep.verify.surviving_shards import (
-    media_kind,
+    modalities_of,
     origin_of,
     repair_tasks,
     shard_names,
@@ -130,9 +131,15 @@ def _repair(folder: Path, *, tar_base: Path, workers: int) -> RepairReport:
     if unfinished := _describe_unfinished(folder, saved, num_shards=len(names)):
         report.refused.append(unfinished)
         return report
-    media = media_kind(folder, origin, saved.info, names)
+    modalities = modalities_of(folder, origin, saved.info, names)
     tasks = repair_tasks(
-        folder, names, rows=rows, info=saved.info, origin=origin, media=media, tar_folder=tar_folder
+        folder,
+        names,
+        rows=rows,
+        info=saved.info,
+        origin=origin,
+        modalities=modalities,
+        tar_folder=tar_folder,
     )
     for found in run_tasks(repair_shard, tasks, workers=workers):
         report.done += found.done
@@ -141,7 +148,7 @@ def _repair(folder: Path, *, tar_base: Path, workers: int) -> RepairReport:
     report.done.sort()
     report.refused.sort()
     if not report.is_undecided:
-        _close(folder, names, saved, origin, media=media, report=report)
+        _close(folder, names, saved, origin, modalities=modalities, report=report)
     return report
 
 
@@ -179,7 +186,7 @@ def _close(
     saved: SavedMetadata,
     origin: DatasetOrigin,
     *,
-    media: str,
+    modalities: Modalities,
     report: RepairReport,
 ) -> None:
     """Writes manifest.jsonl and dataset.json again if they do not describe the shards."""
@@ -195,7 +202,9 @@ def _close(
     new = finish_dataset(
         folder,
         names,
-        media=media,
+        media=modalities.media[0] if modalities.is_pair else "",
+        modalities=modalities,
+        labels=info.labels if info else _planned_labels(origin),
         preparation=origin.preparation,
         num_pairs=info.num_pairs if info else _planned(folder, "num_pairs"),
         tar_folder=origin.tar_folder or ".",
@@ -239,6 +248,12 @@ def _set_aside_metadata(folder: Path, saved: SavedMetadata, rows: Sequence[Manif
     for path in (folder / name for name in METADATA_FILES):
         if path.is_file() and (path in saved.unreadable or not are_equal):
             set_aside(path, folder=folder)
+
+
+def _planned_labels(origin: DatasetOrigin) -> list[str]:
+    """Returns the names of the labels in the settings of make_shards or index_shards."""
+    columns = origin.config.get("columns", {})
+    return list(columns.get("labels", ()) or origin.config.get("labels", ()))
 
 
 def _planned(folder: Path, key: str) -> int | None:

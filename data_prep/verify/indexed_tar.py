@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.index import (
     ABSENT,
     BLOCK_BYTES,
     ShardIndex,
 )
-from data_prep.shards.sample import media_kind_of
 from data_prep.shards.tar_members import BadTarError, Member, member_at, read_members
 
 PROBLEMS_NAMED = 3  # limit per tar and kind; further problems are only counted
@@ -123,11 +123,12 @@ def _read_at(tar: BinaryIO, start: int, num_bytes: int) -> bytes:
     return tar.read(BLOCK_BYTES + num_bytes)
 
 
-def media_sizes(index: ShardIndex, media_kind: str) -> list[int]:
-    """Returns the size in bytes of each sample's media member; 0 if it has none."""
+def member_sizes(index: ShardIndex, modalities: Modalities, name: str) -> list[int]:
+    """Returns the size in bytes of each sample's member of a modality; 0 if it has none."""
     sizes = np.zeros(index.num_samples, dtype=np.int64)
+    wanted = modalities.extensions_of(name)
     for column, extension in reversed(list(enumerate(index.fields))):
-        if media_kind_of(extension) == media_kind:
+        if extension in wanted:
             is_present = index.table[:, column, 0] != ABSENT
             sizes[is_present] = index.table[is_present, column, 1]
     return sizes.tolist()

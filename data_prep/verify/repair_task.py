@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.columns import KeptType
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import ManifestRow, manifest_row
-from data_prep.shards.parquet import check_parquet_sum, read_shard_parquet
+from data_prep.shards.parquet import check_parquet_sum, checksum_columns, read_shard_parquet
 from data_prep.shards.tar_index import IndexTask, read_tar_samples
 from data_prep.storage.atomic import sha256_of
 from data_prep.verify.indexed_tar import walk_tar
@@ -32,7 +33,7 @@ class RepairTask:
     tar_folder: Path
     name: str
     row: ManifestRow | None  # None: not listed by manifest.jsonl, or unreadable
-    media_kind: str
+    modalities: Modalities
     has_parquet: bool
     kept: Mapping[str, KeptType]
     foreign: IndexTask | None  # task that indexes a foreign tar again; None: not foreign
@@ -110,7 +111,10 @@ def is_of_another_dataset(task: RepairTask, index: ShardIndex) -> bool:
     table = _recorded_table(task.parquet_path, row)
     if table is None:
         return True
-    recorded = set(table["sha256"].to_pylist())
+    columns = checksum_columns(task.modalities)
+    if not set(columns) <= set(table.column_names):
+        return False
+    recorded = {sha256 for column in columns for sha256 in table[column].to_pylist()}
     found = (each.sample.members for each in read_tar_samples(task.tar_path))
     sums = (hashlib.sha256(media).hexdigest() for each in found for media in each.values())
     return recorded.isdisjoint(sums)

@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
-from data_prep.shards.columns import own_columns
+from data_prep.modalities.modality import Modalities
+from data_prep.shards.columns import built_in_columns
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import ManifestRow
-from data_prep.shards.parquet import measure_media, media_extension, read_shard_parquet
+from data_prep.shards.parquet import (
+    measure_media,
+    measure_sample,
+    media_extension,
+    read_shard_parquet,
+)
 from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
@@ -30,7 +38,7 @@ from data_prep.verify.indexed_tar import (
     PROBLEMS_NAMED,
     IndexedSample,
     TarContent,
-    media_sizes,
+    member_sizes,
     read_indexed,
     walk_tar,
 )
@@ -64,7 +72,7 @@ class ShardCheck:
     folder: Path
     tar_folder: Path
     row: ManifestRow
-    media_kind: str
+    modalities: Modalities
     decode: bool
     has_parquet: bool  # whether the shards of this dataset have Parquet files
     is_foreign: bool  # not written by make_shards; the index may omit samples
@@ -215,11 +223,18 @@ def _check_sample(
             kind,
         )
     if check.decode and not indexed.problems:
-        for problem in _decoding_problems(sample, check.media_kind):
+        for problem in _decoding_problems(sample, check.modalities):
             yield Finding(f"{sample}: {problem}", "media")
 
 
-def _decoding_problems(sample: Sample, media_kind: str) -> Iterator[str]:
+def _decoding_problems(sample: Sample, modalities: Modalities) -> Iterator[str]:
+    if not modalities.is_pair:
+        try:
+            measure_sample(sample, modalities)
+        except (MediaError, CorruptSampleError) as error:
+            yield str(error).removeprefix(f"{sample}: ")
+        return
+    media_kind = modalities.media[0]
     try:
         captions_of(sample)
     except CorruptSampleError as error:
@@ -245,7 +260,7 @@ def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding
         table = read_shard_parquet(path)  # all columns, to verify the checksums of all pages
     except InputError as error:
         return None, [Finding(str(error), "parquet")]
-    missing = own_columns(check.media_kind).difference(table.column_names)
+    missing = built_in_columns(check.modalities).difference(table.column_names)
     if missing:
         text = f"{path}: has no column {', '.join(sorted(missing))}"
     elif table.num_rows != check.row.num_samples:
@@ -260,11 +275,29 @@ def _check_rows(
     check: ShardCheck, index: ShardIndex, table: pyarrow.Table, *, keys: Sequence[str | None]
 ) -> list[Finding]:
     """Finds the first row that does not match the sample in the tar."""
-    sizes = media_sizes(index, check.media_kind)
-    rows = zip(table["key"].to_pylist(), table["bytes"].to_pylist(), keys, sizes, strict=True)
-    for number, (key, num_bytes, tar_key, tar_bytes) in enumerate(rows):
-        if tar_key is not None and (key, num_bytes) != (tar_key, tar_bytes):
-            expected = f"expected {tar_key} with {tar_bytes} bytes of {check.media_kind}"
-            text = f"{check.parquet_path}: row {number}: {expected}, found {key} with {num_bytes}"
-            return [Finding(text, "parquet")]
+    for name, modality in check.modalities.items():
+        if modality.kind == "text":
+            continue
+        column = "bytes" if check.modalities.is_pair else f"{name}_bytes"
+        found = [num_bytes or 0 for num_bytes in table[column].to_pylist()]
+        sizes = member_sizes(index, check.modalities, name)
+        rows = zip(table["key"].to_pylist(), found, keys, sizes, strict=True)
+        for number, (key, num_bytes, tar_key, tar_bytes) in enumerate(rows):
+            if tar_key is not None and (key, num_bytes) != (tar_key, tar_bytes):
+                expected = f"expected {tar_key} with {tar_bytes} bytes of {name}"
+                found = f"found {key} with {num_bytes}"
+                text = f"{check.parquet_path}: row {number}: {expected}, {found}"
+                return [Finding(text, "parquet")]
+    return _check_presence(check, index, table)
+
+
+def _check_presence(check: ShardCheck, index: ShardIndex, table: pyarrow.Table) -> list[Finding]:
+    """Finds the first modality whose presence in the rows differs from the index."""
+    for bit, name in enumerate(check.modalities if index.presence is not None else ()):
+        recorded = (index.presence >> np.uint32(bit)) & np.uint32(1)
+        found = np.array(table[f"has_{name}"].to_pylist(), dtype=bool)
+        different = np.flatnonzero(recorded.astype(bool) != found)
+        if len(different):
+            text = f"row {different[0]}: has_{name} differs from the index"
+            return [Finding(f"{check.parquet_path}: {text}", "parquet")]
     return []

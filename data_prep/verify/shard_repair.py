@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import InputError
-from data_prep.shards.columns import own_columns
+from data_prep.shards.columns import built_in_columns
 from data_prep.shards.index import ShardIndex
 from data_prep.shards.manifest import (
     ManifestRow,
@@ -27,10 +27,13 @@ from data_prep.shards.manifest import (
 from data_prep.shards.parquet import (
     RepairedRows,
     check_parquet_sum,
+    checksum_columns,
     parquet_bytes,
     read_shard_parquet,
+    signature_in,
     write_shard_parquet,
 )
+from data_prep.shards.sample_contents import contents_of
 from data_prep.shards.tar_index import TarTable, index_tar, read_tar_samples
 from data_prep.shards.writer import ShardWriter
 from data_prep.storage.atomic import (
@@ -120,7 +123,7 @@ def _findings(task: RepairTask, index: ShardIndex | None) -> list[Finding]:
         folder=task.folder,
         tar_folder=task.tar_folder,
         row=row,
-        media_kind=task.media_kind,
+        modalities=task.modalities,
         decode=False,
         has_parquet=task.has_parquet,
         is_foreign=task.foreign is not None,
@@ -132,7 +135,7 @@ def _findings(task: RepairTask, index: ShardIndex | None) -> list[Finding]:
 
 
 def _rebuild_index(task: RepairTask, old: ShardIndex | None, report: RepairReport) -> None:
-    table = TarTable()
+    table = TarTable(task.modalities)
     for found in read_tar_samples(task.tar_path):
         table.add(found)
     counts = [task.counts, ({}, {})]
@@ -177,7 +180,7 @@ def _rewrite(task: RepairTask, index: ShardIndex | None, report: RepairReport) -
         report.is_undecided = task.row is None  # no record says which of the two is right
         return
     num_lost = _num_lost(task, index, saved)
-    repaired_rows = RepairedRows(table, media_kind=task.media_kind, kept=task.kept)
+    repaired_rows = RepairedRows(table, modalities=task.modalities, kept=task.kept)
     kept = _set_aside_old(task) if num_lost or index is None else []
     # After an error these files stay in `damaged/`: the tar may have been replaced already.
     _write(task, index, saved, repaired_rows=repaired_rows, num_lost=num_lost)
@@ -206,12 +209,15 @@ def _forget(kept: list[Path], *, folder: Path) -> None:
 
 
 def _save(task: RepairTask, index: ShardIndex | None, table: pyarrow.Table | None) -> SavedSamples:
-    rows = [] if table is None else table.select(["key", "sha256", "captions"]).to_pylist()
+    rows = [] if table is None else table.to_pylist()
     if index is None:
-        recorded = {row["key"]: (row["sha256"], row["captions"]) for row in rows}
-        return save_by_headers(task.tar_path, media_kind=task.media_kind, recorded=recorded)
-    num_rows = Counter(row["sha256"] for row in rows)
-    keys_of_media = {row["sha256"]: row["key"] for row in rows if num_rows[row["sha256"]] == 1}
+        recorded = {row["key"]: signature_in(row, task.modalities) for row in rows}
+        return save_by_headers(task.tar_path, modalities=task.modalities, recorded=recorded)
+    checksums = [
+        (row[column], row["key"]) for column in checksum_columns(task.modalities) for row in rows
+    ]
+    num_rows = Counter(sha256 for sha256, _ in checksums)
+    keys_of_media = {sha256: key for sha256, key in checksums if sha256 and num_rows[sha256] == 1}
     recorded_sha256 = task.row.index_sha256 if task.row else None
     return save_by_index(
         task.tar_path,
@@ -240,10 +246,12 @@ def _write(
     if index is not None:
         rejected, marked = index.rejected, index.marked
     rejected = dict(Counter(rejected) + Counter({DAMAGED: num_lost}))
-    writer = ShardWriter(task.folder, task.name)
+    modalities = task.modalities
+    writer = ShardWriter(task.folder, task.name, modalities=modalities)
     try:
         for sample in saved.read(task.tar_path):
-            writer.add(sample.key, members=sample.members)
+            contents = None if modalities.is_pair else contents_of(sample, modalities)
+            writer.add(sample.key, members=sample.members, contents=contents)
             if task.has_parquet:
                 repaired_rows.add(sample)
         marked = repaired_rows.count_tags() if task.has_parquet else marked
@@ -269,7 +277,7 @@ def _read_table(task: RepairTask) -> pyarrow.Table | None:
         table = read_shard_parquet(task.parquet_path)
     except InputError:
         return None
-    return table if own_columns(task.media_kind) <= set(table.column_names) else None
+    return table if built_in_columns(task.modalities) <= set(table.column_names) else None
 
 
 def _restore_parquet(task: RepairTask, report: RepairReport) -> None:
@@ -303,7 +311,7 @@ def _recorded_bytes(path: Path, content: bytes, row: ManifestRow) -> bytes | Non
 
 
 def _repair_parquet(task: RepairTask, report: RepairReport) -> None:
-    repaired_rows = RepairedRows(_read_table(task), media_kind=task.media_kind, kept=task.kept)
+    repaired_rows = RepairedRows(_read_table(task), modalities=task.modalities, kept=task.kept)
     for found in read_tar_samples(task.tar_path):
         repaired_rows.add(found.sample)
     if task.parquet_path.is_file():

@@ -13,19 +13,15 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.index import (
     BLOCK_BYTES,
     ShardIndex,
 )
-from data_prep.shards.parquet import media_extension
-from data_prep.shards.sample import (
-    CorruptSampleError,
-    Sample,
-    captions_of,
-    media_kind_of,
-)
+from data_prep.shards.parquet import signature_of
+from data_prep.shards.sample import Sample
 from data_prep.shards.tar_members import Member, find_members
 from data_prep.verify.indexed_tar import TarContent, read_indexed
 
@@ -108,8 +104,7 @@ def save_by_index(
 
 
 def _key_by_media(members: Mapping[str, bytes], keys_of_media: Mapping[str, str]) -> str | None:
-    media = (content for name, content in members.items() if media_kind_of(name))
-    keys = (keys_of_media.get(hashlib.sha256(content).hexdigest()) for content in media)
+    keys = (keys_of_media.get(hashlib.sha256(each).hexdigest()) for each in members.values())
     return next((key for key in keys if key is not None), None)
 
 
@@ -139,14 +134,14 @@ def _find_elsewhere(
 
 
 def save_by_headers(
-    tar_path: Path, *, media_kind: str, recorded: Mapping[str, tuple[str, list[str]]]
+    tar_path: Path, *, modalities: Modalities, recorded: Mapping[str, tuple[Any, ...]]
 ) -> SavedSamples:
-    """Selects the samples with media and captions that agree with the recorded ones.
+    """Selects the samples whose media, vectors and texts agree with the recorded ones.
 
     Args:
         tar_path: path of the tar, whose members may be damaged and in any order.
-        media_kind: "image" or "audio".
-        recorded: mapping from key to (sha256 of the media, captions). Samples without an entry are
+        modalities: modalities of the dataset.
+        recorded: mapping from key to the result of `signature_in`. Samples without an entry are
             accepted.
     """
     groups, left_out = group_members(tar_path)
@@ -154,24 +149,12 @@ def save_by_headers(
     with tar_path.open("rb") as tar:
         for key, members in groups.items():
             sample = _read_sample(tar, key, members, shifts={})
-            found = _media_and_captions(sample, media_kind)
+            found = signature_of(sample, modalities)
             if found is not None and found == recorded.get(key, found):
                 saved.members[key] = members
             else:
                 saved.lost.append(key)
     return saved
-
-
-def _media_and_captions(sample: Sample, media_kind: str) -> tuple[str, list[str]] | None:
-    """Returns (sha256 of the media, captions), or None if one is missing or unreadable."""
-    if not any(media_kind_of(extension) == media_kind for extension in sample.members):
-        return None
-    try:
-        captions = captions_of(sample)
-    except CorruptSampleError:
-        return None
-    content = sample.members[media_extension(sample, media_kind)]
-    return hashlib.sha256(content).hexdigest(), captions
 
 
 def group_members(tar_path: Path) -> tuple[dict[str, dict[str, Member]], list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.columns import KeptType
 from data_prep.shards.manifest import DatasetInfo, ManifestRow
 from data_prep.shards.parquet import check_parquet_sum, kept_types_of, read_shard_parquet
@@ -105,27 +106,29 @@ def _copies(
     return copies
 
 
-def media_kind(
+def modalities_of(
     folder: Path, origin: DatasetOrigin, info: DatasetInfo | None, names: Sequence[str]
-) -> str:
-    """Returns the kind of media: "image" or "audio".
+) -> Modalities:
+    """Returns the modalities of a dataset, from its settings, dataset.json or an index.
 
     Raises:
-        InputError: if no file tells it.
+        InputError: if no file tells them.
     """
-    if "media" in origin.config:
-        return origin.config["media"]
+    if origin.config.get("media"):
+        return Modalities.pair(origin.config["media"])
     if info is not None:
-        return info.media
+        return info.named_modalities()
     for name in names:
         index = read_index(folder / f"{name}.idx")
+        if index is not None and index.modalities is not None:
+            return index.modalities
         kinds = {media_kind_of(extension) for extension in index.fields} if index else set()
         kinds.discard(None)
         if len(kinds) == 1:
-            return kinds.pop()
+            return Modalities.pair(kinds.pop())
     raise InputError(
-        f"{folder}: expected the kind of media (image or audio) in dataset.json, the plan or an "
-        "index, found none; restore dataset.json"
+        f"{folder}: expected the kind of media (image or audio) or the modalities in dataset.json, "
+        "the plan or an index, found none; restore dataset.json"
     )
 
 
@@ -152,13 +155,13 @@ def repair_tasks(
     rows: Mapping[str, ManifestRow],
     info: DatasetInfo | None,
     origin: DatasetOrigin,
-    media: str,
+    modalities: Modalities,
     tar_folder: Path,
 ) -> list[RepairTask]:
     """Builds the task of each shard."""
     has_parquet = expects_parquet(folder, origin, names)
     has_parquet = has_parquet or any(row.parquet_sha256 is not None for row in rows.values())
-    kept = _kept_types(folder, names, media, rows=rows) if has_parquet else {}
+    kept = _kept_types(folder, names, modalities, rows=rows) if has_parquet else {}
     counts = _missing_counts(folder, names, rows=rows, info=info)
     return [
         RepairTask(
@@ -166,15 +169,16 @@ def repair_tasks(
             tar_folder=tar_folder,
             name=name,
             row=rows.get(name),
-            media_kind=media,
+            modalities=modalities,
             has_parquet=has_parquet,
             kept=kept,
             foreign=IndexTask(
                 tar_path=tar_folder / f"{name}.tar",
                 index_path=folder / f"{name}.idx",
                 name=name,
-                media_kind=media,
+                modalities=modalities,
                 skip_incomplete=origin.config.get("skip_incomplete", False),
+                min_modalities=origin.config.get("min_modalities", 1),
                 measure=has_parquet,
                 kept=kept,
             )
@@ -187,7 +191,11 @@ def repair_tasks(
 
 
 def _kept_types(
-    folder: Path, names: Sequence[str], media: str, *, rows: Mapping[str, ManifestRow]
+    folder: Path,
+    names: Sequence[str],
+    modalities: Modalities,
+    *,
+    rows: Mapping[str, ManifestRow],
 ) -> dict[str, KeptType]:
     """Returns the types of kept columns, from the first intact Parquet file."""
     for name in names:
@@ -197,7 +205,7 @@ def _kept_types(
             table = read_shard_parquet(folder / f"{name}.parquet")
         except InputError:
             continue
-        return kept_types_of(table.schema, media)
+        return kept_types_of(table.schema, modalities)
     return {}
 
 

@@ -286,7 +286,7 @@ def test_a_shard_that_is_listed_twice_is_found(dataset):
 
 def test_a_dataset_of_another_version_is_refused(dataset):
     edit_json(dataset / "dataset.json", format_version=99)
-    assert "expected format version 1, found 99" in problems_of(dataset)
+    assert "expected format version 1 or 2, found 99" in problems_of(dataset)
 
 
 def test_advice_names_make_shards_only_where_it_made_the_dataset(tmp_path):

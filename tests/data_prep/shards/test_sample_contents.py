@@ -121,7 +121,7 @@ def test_an_index_with_modalities_survives_and_every_truncation_is_detected(subs
     content = (subsets / "00000003.idx").read_bytes()
     index = ShardIndex.parse(content, "x")
     assert index.to_bytes() == content
-    assert index.modalities == tuple(FOUR) and index.vector_sums["values"].num_rows == 3
+    assert tuple(index.modalities) == tuple(FOUR) and index.vector_sums["values"].num_rows == 3
     for size in range(0, len(content), 7):
         with pytest.raises(ValueError, match="index"):
             ShardIndex.parse(content[:size], "x")
