@@ -106,6 +106,10 @@ class TextTower(TowerOutput):
     # of `name`, or open_clip's BPE
     tokenizer: str | None = None
     pooling: Pooling = "mean"  # over tokens; transformers towers only
+    # Cleaning of captions before the tokenizer. whitespace: repaired encodings and single spaces;
+    # lower: also lower case; canonicalize: also without punctuation (SigLIP). null: that of the
+    # named open_clip model with a tokenizer of transformers, otherwise none
+    cleaning: Literal["none", "whitespace", "lower", "canonicalize"] | None = None
 
 
 class LogitScale(Section):
@@ -167,6 +171,12 @@ class ImageTransform(Section):
 
     size: PositiveInt = 224  # pixels
     resize: Literal["shortest", "squash"] = "shortest"  # evaluation: shorter side, then centre crop
+    # evaluation with shortest: size over the resized shorter side (timm's crop_pct)
+    crop_fraction: float = Field(1.0, gt=0, le=1)
+    # evaluation with shortest: how the longer side becomes a whole number of pixels; open_clip's,
+    # timm's and transformers' processors truncate it
+    longer_side: Literal["round", "truncate"] = "round"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # antialiased
     # training: fraction of the area kept
     crop_area: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)  # training: width over height
@@ -187,17 +197,48 @@ class ImageTransform(Section):
 
 
 class LogMel(Section):
-    """Log-mel spectrogram in decibels, standardised by constants."""
+    """Log-mel spectrogram, standardised by constants.
 
-    fft_samples: PositiveInt = 1024  # also the length of the Hann window
+    decibel: frames centred on multiples of hop_samples, in decibels (LAION-CLAP). whisper: the
+    same without the last frame, as log10, at most 8 below the clip's maximum; mean_db: -4 and
+    std_db: 4 are Whisper's. kaldi: whole frames without padding, without offset and pre-emphasised
+    by 0.97, as natural logarithm (AST, ImageBind).
+    """
+
+    frontend: Literal["decibel", "whisper", "kaldi"] = "decibel"
+    fft_samples: PositiveInt = 1024
+    window_samples: PositiveInt | None = None  # length of the Hann window; null: fft_samples
     hop_samples: PositiveInt = 480
     num_mel_bins: PositiveInt = 64
     low_hz: float = Field(50.0, ge=0)
     high_hz: PositiveFloat = 14000.0
-    mel_scale: Literal["htk", "slaney"] = "slaney"
+    mel_scale: Literal["htk", "slaney", "kaldi"] = "slaney"
     mel_norm: Literal["slaney"] | None = "slaney"  # null: triangles of height 1
-    mean_db: float = -30.0  # subtracted, then divided by std_db
+    mean_db: float = -30.0  # subtracted, then divided by std_db; in the unit of the front end
     std_db: PositiveFloat = 20.0
+    # frames are cut or padded at the end to this number, with silence (kaldi: 0); null: none
+    num_frames: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _fits_kaldi(self) -> LogMel:
+        is_kaldi = self.frontend == "kaldi"
+        if is_kaldi != (self.mel_scale == "kaldi") or (is_kaldi and self.mel_norm is not None):
+            raise ValueError(
+                f"frontend={self.frontend} with mel_scale={self.mel_scale} and "
+                f"mel_norm={self.mel_norm}: frontend kaldi has mel_scale kaldi and mel_norm null, "
+                "which no other front end has"
+            )
+        if self.frame_samples > self.fft_samples:
+            raise ValueError(
+                f"window_samples={self.window_samples} is longer than "
+                f"fft_samples={self.fft_samples}; use at most that"
+            )
+        return self
+
+    @property
+    def frame_samples(self) -> int:
+        """Length of the window."""
+        return self.window_samples or self.fft_samples
 
 
 class SpecAugment(Section):
@@ -218,9 +259,26 @@ class AudioTransform(Section):
     sample_rate_hz: PositiveInt = 48000
     # longer clips are cropped: at a random position in training, at the centre in evaluation
     clip_seconds: PositiveFloat = 10.0
-    padding: Literal["repeat", "silence"] = "repeat"  # how shorter clips are filled up
+    # How shorter clips are filled up. repeat: cut in the last repetition; repeatpad: whole
+    # repetitions, then silence (LAION-CLAP)
+    padding: Literal["repeat", "repeatpad", "silence"] = "repeat"
     log_mel: LogMel = LogMel()
     spec_augment: SpecAugment | None = None  # training
+
+    @property
+    def clip_samples(self) -> int:
+        """Length of a waveform."""
+        return round(self.clip_seconds * self.sample_rate_hz)
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames S of a spectrogram."""
+        mel = self.log_mel
+        if mel.num_frames is not None:
+            return mel.num_frames
+        if mel.frontend == "kaldi":
+            return 1 + (self.clip_samples - mel.frame_samples) // mel.hop_samples
+        return self.clip_samples // mel.hop_samples + (mel.frontend == "decibel")
 
     @model_validator(mode="after")
     def _below_nyquist(self) -> AudioTransform:
@@ -250,8 +308,7 @@ class AudioTransform(Section):
     def _masks_fit(self) -> AudioTransform:
         if self.spec_augment is None:
             return self
-        num_frames = 1 + round(self.clip_seconds * self.sample_rate_hz) // self.log_mel.hop_samples
-        for key, length in (("mel_bins", self.log_mel.num_mel_bins), ("frames", num_frames)):
+        for key, length in (("mel_bins", self.log_mel.num_mel_bins), ("frames", self.num_frames)):
             if (width := getattr(self.spec_augment, key)) > length:
                 raise ValueError(
                     f"spec_augment.{key}={width} is wider than the spectrogram; use at most "

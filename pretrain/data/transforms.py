@@ -93,7 +93,7 @@ class ImageToPixels:
         is_mirrored = rng.random() < self.config.flip_probability
         is_grey = rng.random() < self.config.grey_probability
         if not (is_mirrored or is_grey or self.config.color_jitter):
-            _resize_into(row, part)
+            self._resize_into(row, part)
             return []
         pixels = self._resize(part, self._square)
         if is_mirrored:
@@ -114,7 +114,11 @@ class ImageToPixels:
         size = self.config.size
         shorter = min(image.shape[:2])
         image = _central_part(image, longest=LONGEST_RATIO * shorter)
-        height, width = (max(size, round(side * size / shorter)) for side in image.shape[:2])
+        shorter_side = int(size / self.config.crop_fraction)
+        whole = round if self.config.longer_side == "round" else int
+        height, width = (
+            max(shorter_side, whole(shorter_side * side / shorter)) for side in image.shape[:2]
+        )
         pixels = self._resize(image, (height, width))
         top, left = (height - size) // 2, (width - size) // 2
         return pixels[:, top : top + size, left : left + size].contiguous()
@@ -159,22 +163,26 @@ class ImageToPixels:
         left = int(rng.random() * (width - crop_width + 1))
         return top, left, crop_height, crop_width
 
-    @staticmethod
-    def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased bicubic; within one level of PIL's."""
+    def _resize(self, image: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """uint8 [H, Wd, 3] -> uint8 [3, *size], antialiased; within one level of PIL's."""
         pixels = torch.empty(*size, 3, dtype=torch.uint8)
-        _resize_into(pixels, np.require(image, requirements="CW"))
+        self._resize_into(pixels, np.require(image, requirements="CW"))
         return pixels.permute(2, 0, 1)
 
+    def _resize_into(self, row: Tensor, image: np.ndarray) -> None:
+        """Resizes a contiguous image of any size into a row, uint8 [H, Wd, 3]."""
+        # With a batch axis: without it, torch resizes three planes, which is slower.
+        pixels = torch.from_numpy(image[None].transpose(0, 3, 1, 2))  # [1, 3, H, Wd], channels last
+        # torch's interpolate calls these functions, but has no `out`.
+        _RESIZE[self.config.interpolation](
+            pixels, row.shape[:2], False, None, out=row[None].permute(0, 3, 1, 2)
+        )
 
-def _resize_into(row: Tensor, image: np.ndarray) -> None:
-    """Resizes a contiguous image of any size into a row, uint8 [H, Wd, 3]."""
-    # With a batch axis: without it, torch resizes three planes, which is slower.
-    pixels = torch.from_numpy(image[None].transpose(0, 3, 1, 2))  # [1, 3, H, Wd], channels last
-    # torch's interpolate calls this function, but has no `out`.
-    torch._C._nn._upsample_bicubic2d_aa(
-        pixels, row.shape[:2], False, None, out=row[None].permute(0, 3, 1, 2)
-    )
+
+_RESIZE = {
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+}
 
 
 def _jittered(pixels: Tensor, jitter: ColorJitter, rng: SampleRandom) -> Tensor:
@@ -216,7 +224,7 @@ class AudioToWaveform:
 
     def __init__(self, config: AudioTransform) -> None:
         self.config = config
-        self.clip_samples = round(config.clip_seconds * config.sample_rate_hz)
+        self.clip_samples = config.clip_samples
         self.row_shape: tuple[int, ...] = (self.clip_samples,)
         self.row_dtype = torch.float32
         spec = config.spec_augment
@@ -268,11 +276,12 @@ class AudioToWaveform:
         spec, mel = self.config.spec_augment, self.config.log_mel
         if spec is None:
             return []
-        num_frames = 1 + self.clip_samples // mel.hop_samples
         freq_masks = [
             _mask(mel.num_mel_bins, spec.mel_bins, rng) for _ in range(spec.num_mel_stripes)
         ]
-        time_masks = [_mask(num_frames, spec.frames, rng) for _ in range(spec.num_time_stripes)]
+        time_masks = [
+            _mask(self.config.num_frames, spec.frames, rng) for _ in range(spec.num_time_stripes)
+        ]
         return freq_masks + time_masks
 
     def __call__(self, waveform: np.ndarray) -> Tensor:
@@ -284,6 +293,8 @@ class AudioToWaveform:
 
     def _cut(self, waveform: np.ndarray, start: int) -> Tensor:
         clip = waveform[start : start + self.clip_samples]
+        if len(clip) and self.config.padding == "repeatpad":
+            clip = np.tile(clip, self.clip_samples // len(clip))
         missing = self.clip_samples - len(clip)
         if missing:
             clip = np.pad(clip, (0, missing), mode="wrap" if self._repeats else "constant")

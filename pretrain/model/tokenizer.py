@@ -15,6 +15,7 @@ from data_prep.errors import InputError
 from pretrain.config import TextTower
 from pretrain.model.library_errors import describe_library_error
 from pretrain.sampling.keyed_random import scramble
+from pretrain.towers.caption_cleaning import NO_CLEANING, CaptionCleaning, caption_cleaning
 
 # Folder, in a checkpoint's assets, of a tokenizer that was loaded from a folder or a hub.
 TOKENIZER_FOLDER = "tokenizer"
@@ -27,8 +28,17 @@ class Tokenizer:
     their own settings in every call.
     """
 
-    def __init__(self, backend: Any, *, context_length: int, pad_id: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        context_length: int,
+        pad_id: int,
+        vocab_size: int,
+        cleaning: CaptionCleaning = NO_CLEANING,
+    ) -> None:
         self.backend = backend
+        self.cleaning = cleaning
         self.context_length = context_length
         self.pad_id = pad_id
         self.vocab_size = vocab_size
@@ -58,13 +68,16 @@ class Tokenizer:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         with self._lock:
             if hasattr(self.backend, "save_pretrained"):
-                return self.backend(
-                    list(captions),
+                tokens = self.backend(
+                    self.cleaning.clean(captions),
                     padding="max_length",
                     truncation=True,
                     max_length=self.context_length,
                     return_tensors="pt",
                 )["input_ids"]
+                if self.cleaning.strips_separators:
+                    tokens[tokens == self.backend.sep_token_id] = 0
+                return tokens
             return self.backend(list(captions), context_length=self.context_length)
 
     def lengths(self, tokens: Tensor) -> Tensor:
@@ -97,6 +110,11 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
         InputError: if the tokenizer cannot be loaded.
     """
     if config.library == "open_clip" and config.tokenizer is None:
+        if config.cleaning is not None:
+            raise InputError(
+                f"model.text.cleaning={config.cleaning}: CLIP's tokenizer has its own cleaning; "
+                "remove it, or set model.text.tokenizer"
+            )
         return _open_clip_tokenizer(config)
     from transformers import AutoTokenizer
 
@@ -118,6 +136,7 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
         pad_id=backend.pad_token_id,
         # Ids of added tokens may leave gaps.
         vocab_size=max(len(backend), max(backend.get_vocab().values()) + 1),
+        cleaning=caption_cleaning(config),
     )
 
 

@@ -39,6 +39,7 @@ from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.repeats import check_repeats
 from pretrain.sampling.schedule import build_schedule
+from pretrain.towers.own_preprocessing import refuse_other_preprocessing
 from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers
 from pretrain.training.loop import TrainerSettings
 from pretrain.training.objective_step import ObjectiveStep
@@ -47,6 +48,7 @@ from pretrain.training.session import RunSession
 from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets
 from pretrain.warm_start.model_start import start_key, start_model, starts_of
+from pretrain.warm_start.source import folder_of
 
 CPU = torch.device("cpu")
 
@@ -168,10 +170,15 @@ def build_training_model(
 
     Raises:
         InputError: if a tower cannot be built, has no blocks to recompute, or fails the probe.
+        ConfigError: if the preprocessing of media differs from that of a tower's weights.
     """
     config = sources.config
 
     def build(assets: Path | None) -> ContrastiveModel:
+        if assets is None:
+            refuse_other_preprocessing(
+                config.model, image=config.image, audio=config.audio, folder_of=folder_of
+            )
         model = build_model(
             config.model,
             image=config.image,

@@ -21,6 +21,7 @@ from pretrain.model.source_files import fingerprint_of_files
 from pretrain.warm_start.hub import (
     WEIGHTS,
     HubModel,
+    cached_folder,
     cached_or_refused,
     model_of_tag,
     parse_hub_name,
@@ -96,6 +97,15 @@ def find_source(location: str, *, where: str) -> WeightSource:
             f"open_clip:<model>/<tag> or timm:<model>.<tag>; found {location!r}, which is none"
         )
     return _in_cache(location, model, where)
+
+
+def folder_of(location: str) -> Path | None:
+    """Returns the folder of a location, also in the hub's cache; None for files and tags."""
+    path = Path(location.removeprefix(LOCAL_DIR))
+    if path.is_dir():
+        return path
+    model = None if path.is_file() else parse_hub_name(location)
+    return None if model is None else cached_folder(model)
 
 
 def _holds_checkpoint(folder: Path) -> bool:
