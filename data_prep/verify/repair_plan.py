@@ -1,7 +1,8 @@
 """Plan of a repair: which file on disk is which, by the checksums that the manifest records.
 
 A tar, index or Parquet file may stand in the place of another, or under another name. Its checksum
-says where it belongs. The plan is computed without changing anything:
+says where it belongs; for the Parquet files of earlier versions, which have none in the manifest,
+their rows do. The plan is computed without changing anything:
 
 1. rows of the manifest whose name is damaged take the name of the shard that they describe
 2. misplaced files move to their places
@@ -23,6 +24,7 @@ from data_prep.verify.damaged_files import (
     set_aside,
 )
 from data_prep.verify.repair_task import read_index
+from data_prep.verify.unsealed_parquet import parquet_sums
 from data_prep.workers import run_tasks
 
 SUFFIXES = (".tar", ".idx", ".parquet")
@@ -74,6 +76,7 @@ def make_plan(
     expected = _expected_sums(folder, rows.values(), suffixes=suffixes)
     if not is_foreign:
         expected = _places_of_unlisted_indexes(folder, sums, recorded=expected) | expected
+    expected |= parquet_sums(rows.values(), sums, folder=folder, workers=workers)
     moves = _moves(expected, sums)
     sources = {move.source for move in moves}
     displaced = [
@@ -113,13 +116,15 @@ def _sums_on_disk(
 ) -> dict[Path, str | None]:
     """Returns the sha256 of the files of shards, also of those in `damaged/`.
 
-    It is None for a file of a listed shard whose size the manifest never records.
+    It is None for a file of a listed shard whose size the manifest never records. Parquet files
+    always have one if the manifest does not record those of all shards.
     """
     sizes = {
         size
         for row in rows.values()
         for size in (row.tar_bytes, row.index_bytes, row.parquet_bytes)
     }
+    is_unsealed = any(row.parquet_sha256 is None for row in rows.values())
     paths = [
         path
         for path in sorted(folder.rglob("*"))
@@ -129,7 +134,9 @@ def _sums_on_disk(
     hashed = [
         path
         for path in paths
-        if path.stat().st_size in sizes or _shard_name(path, folder) not in rows
+        if path.stat().st_size in sizes
+        or _shard_name(path, folder) not in rows
+        or (is_unsealed and path.suffix == ".parquet")
     ]
     sums = dict(run_tasks(_named_sum, hashed, workers=workers))
     return {path: sums.get(path) for path in paths}

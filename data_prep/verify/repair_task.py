@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from data_prep.errors import InputError
 from data_prep.modalities.modality import Modalities
 from data_prep.shards.columns import KeptType
-from data_prep.shards.index import ShardIndex
+from data_prep.shards.index import BLOCK_BYTES, ShardIndex
 from data_prep.shards.manifest import ManifestRow, manifest_row
 from data_prep.shards.parquet import check_parquet_sum, checksum_columns, read_shard_parquet
-from data_prep.shards.tar_index import IndexTask, read_tar_samples
+from data_prep.shards.tar_index import IndexTask
+from data_prep.shards.tar_members import find_members
 from data_prep.storage.atomic import sha256_of
+from data_prep.verify.damaged_files import DAMAGED_FOLDER
 from data_prep.verify.indexed_tar import walk_tar
 
 if TYPE_CHECKING:
@@ -80,12 +82,16 @@ def recorded_keys(path: Path, row: ManifestRow) -> list[str]:
 
 
 def _recorded_table(path: Path, row: ManifestRow) -> pyarrow.Table | None:
-    """Reads a Parquet file whose checksum is that in the manifest; None if it is not."""
+    """Reads a Parquet file that is as the manifest records; None if it is not.
+
+    Earlier versions recorded only the number of rows.
+    """
     try:
         check_parquet_sum(path, row)
-        return None if row.parquet_sha256 is None else read_shard_parquet(path)
+        table = read_shard_parquet(path)
     except InputError:
         return None
+    return table if "key" in table.column_names and table.num_rows == row.num_samples else None
 
 
 def named_keys(keys: Sequence[str]) -> str:
@@ -100,29 +106,60 @@ def is_of_another_dataset(task: RepairTask, index: ShardIndex) -> bool:
     """Returns True for a tar and an index that fit each other, but hold no recorded sample.
 
     Such files may also be the work of an interrupted repair. Then some samples are recorded, or the
-    index counts damaged ones.
+    index counts damaged ones and `damaged/` holds the tar before the repair.
     """
     row = task.row
-    if row is None or row.parquet_sha256 is None or index.rejected.get(DAMAGED):
+    if row is None or sha256_of(task.index_path) == row.index_sha256:
         return False
     tar_sha256 = sha256_of(task.tar_path)
     if tar_sha256 == row.tar_sha256 or index.tar_sha256 != tar_sha256:
         return False
-    table = _recorded_table(task.parquet_path, row)
+    recorded, found = _recorded_media(task), _media_in_tar(task)
+    if recorded is not None:
+        return recorded.isdisjoint(found)
+    was_repaired = (task.folder / DAMAGED_FOLDER / f"{task.name}.tar").is_file()
+    return not (index.rejected.get(DAMAGED) and was_repaired)
+
+
+def _recorded_media(task: RepairTask) -> set[str] | None:
+    """Returns the sha256 of the media that the manifest records by its Parquet file.
+
+    None if they are unknown. This includes a Parquet file that fits the tar but not the manifest,
+    which may be of the same other dataset.
+    """
+    table = _recorded_table(task.parquet_path, task.row)
     if table is None:
-        return True
+        return None
     columns = checksum_columns(task.modalities)
-    if not set(columns) <= set(table.column_names):
-        return False
-    recorded = {sha256 for column in columns for sha256 in table[column].to_pylist()}
-    found = (each.sample.members for each in read_tar_samples(task.tar_path))
-    sums = (hashlib.sha256(media).hexdigest() for each in found for media in each.values())
-    return recorded.isdisjoint(sums)
+    if not columns or not set(columns) <= set(table.column_names):
+        return None
+    recorded = {sha256 for column in columns for sha256 in table[column].to_pylist()} - {None}
+    is_sealed = task.row.parquet_sha256 is not None
+    return recorded if is_sealed or recorded != _media_in_tar(task) else None
+
+
+def _media_in_tar(task: RepairTask) -> set[str]:
+    """Returns the sha256 of all media and vectors in the tar."""
+    modalities = task.modalities
+    wanted = {
+        extension
+        for name, modality in modalities.items()
+        if modality.kind != "text"
+        for extension in modalities.extensions_of(name)
+    }
+    sums = set()
+    with task.tar_path.open("rb") as tar:
+        for member in find_members(task.tar_path):
+            if member is not None and member.extension in wanted:
+                tar.seek(member.data_block * BLOCK_BYTES)
+                sums.add(hashlib.sha256(tar.read(member.num_bytes)).hexdigest())
+    return sums
 
 
 def describe_stranger(task: RepairTask, index: ShardIndex) -> str:
     """Describes the files of another dataset, and the recorded samples, which are lost."""
-    keys = recorded_keys(task.parquet_path, task.row)
+    is_known = task.row.parquet_sha256 is not None or _recorded_media(task) is not None
+    keys = recorded_keys(task.parquet_path, task.row) if is_known else []
     lost = named_keys(keys) or f"; lost: {task.row.num_samples}"
     return (
         f"{task.tar_path}: its {index.num_samples} samples are not those that manifest.jsonl "

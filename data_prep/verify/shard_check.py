@@ -8,6 +8,7 @@ The text of a finding describes the problem and its location; its kind determine
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
     captions_of,
+    media_extension_of,
     media_kind_of,
 )
 from data_prep.storage.atomic import sha256_of
@@ -42,6 +44,7 @@ from data_prep.verify.indexed_tar import (
     read_indexed,
     walk_tar,
 )
+from data_prep.verify.unsealed_parquet import footer_problem
 
 if TYPE_CHECKING:
     import pyarrow
@@ -182,15 +185,19 @@ def _check_samples(
     labels = [f"number {position}" for position in range(index.num_samples)]
     if table is not None and table.num_rows == index.num_samples:
         labels = table["key"].to_pylist()
+    sums = _unsealed_sums(check, index, table)
     keys: list[str | None] = []
     findings: list[Finding] = []
     num_bad = last_bad = 0
+    of_other_media = None  # first row of the Parquet file that describes other media
     with check.tar_path.open("rb") as tar:
         for position in range(index.num_samples):
             sample = read_indexed(tar, index, position, content=content)
             label = sample.key or labels[position]
             found = list(_check_sample(sample, label, check=check, content=content, kind=kind))
             keys.append(sample.key)
+            if sums is not None and of_other_media is None and not sample.problems:
+                of_other_media = None if _has_media(sample, sums[position], check) else label
             if found:
                 num_bad, last_bad = num_bad + 1, position
                 findings += found if num_bad <= PROBLEMS_NAMED else []
@@ -202,7 +209,26 @@ def _check_samples(
                 kind,
             )
         )
+    if of_other_media is not None:
+        text = f"{check.parquet_path}: the row of {of_other_media} describes other media"
+        findings.append(Finding(text, "parquet"))
     return keys, findings
+
+
+def _unsealed_sums(
+    check: ShardCheck, index: ShardIndex, table: pyarrow.Table | None
+) -> list[str] | None:
+    """Returns the sha256 of each sample's media, if the manifest does not vouch for them."""
+    is_sealed = check.row.parquet_sha256 is not None
+    is_readable = table is not None and table.num_rows == index.num_samples
+    if is_sealed or not is_readable or not check.modalities.is_pair:
+        return None
+    return table["sha256"].to_pylist()
+
+
+def _has_media(sample: IndexedSample, sha256: str, check: ShardCheck) -> bool:
+    extension = media_extension_of(sample.members, check.modalities.media[0])
+    return extension is None or (hashlib.sha256(sample.members[extension]).hexdigest() == sha256)
 
 
 def _check_sample(
@@ -261,11 +287,14 @@ def _read_parquet(check: ShardCheck) -> tuple[pyarrow.Table | None, list[Finding
     except InputError as error:
         return None, [Finding(str(error), "parquet")]
     missing = built_in_columns(check.modalities).difference(table.column_names)
+    problem = footer_problem(path, table) if check.row.parquet_sha256 is None else None
     if missing:
         text = f"{path}: has no column {', '.join(sorted(missing))}"
     elif table.num_rows != check.row.num_samples:
         expected = f"expected {check.row.num_samples} rows (manifest.jsonl)"
         text = f"{path}: {expected}, found {table.num_rows}"
+    elif problem is not None:
+        text = problem
     else:
         return table, []
     return None, [Finding(text, "parquet")]

@@ -14,7 +14,12 @@ from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.writer import ShardWriter
 from data_prep.verify_shards import verify_dataset, verify_shards
 from tests.support.toy_pairs import contents, shard, write_pictures
-from tests.support.toy_shards import toy_sample, write_rows, write_toy_dataset
+from tests.support.toy_shards import (
+    record_sidecars,
+    toy_sample,
+    write_rows,
+    write_toy_dataset,
+)
 
 
 def verify(dataset, **fields):
@@ -250,6 +255,7 @@ def test_decoding_names_media_and_captions_that_cannot_be_read(tmp_path):
     for key, members in [("a", {"jpg": b"text", "txt": b"x"}), ("b", {"txt": b"\xff"})]:
         writer.add(key, members=members)
     writer.finish(rejected={"empty_caption": 2}, marked={"image_too_small": 1})
+    record_sidecars(dataset)
     verify(dataset, repair=True)
     found = problems_of(dataset, decode=True)
     assert "sample a: .jpg:" in found

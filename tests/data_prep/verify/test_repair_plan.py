@@ -11,6 +11,7 @@ import pytest
 from data_prep.config import VerifyShards
 from data_prep.errors import InputError
 from data_prep.shards.manifest import read_dataset_files
+from data_prep.shards.parquet import read_shard_parquet, write_shard_parquet
 from data_prep.shards.writer import ShardWriter
 from data_prep.verify.bit_flips import undo_flip_by_sum
 from data_prep.verify.damaged_files import set_aside
@@ -21,7 +22,7 @@ from tests.data_prep.shards.test_parquet import as_written_before
 from tests.data_prep.verify.test_damage_table import files_of
 from tests.support.damage import single_bit_flips
 from tests.support.toy_pairs import shard, write_pictures
-from tests.support.toy_shards import write_toy_dataset
+from tests.support.toy_shards import jpeg, write_toy_dataset
 
 NAMES = ("00000000", "00000001", "00000002")
 SUFFIXES = ("tar", "idx", "parquet")
@@ -310,3 +311,80 @@ def test_each_unreadable_manifest_is_kept_beside_earlier_ones(intact, dataset):
     assert files_of(dataset) == files_of(intact)
     assert (dataset / "damaged/manifest.jsonl").read_bytes() == b"?" * 99
     assert (dataset / "damaged/manifest.1.jsonl").read_bytes() == b"!" * 99
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0)])
+@pytest.mark.parametrize("lost", [None, "tar"])
+def test_swapped_parquet_files_of_an_earlier_version_move_back(intact, dataset, order, lost):
+    """The rows say where a file belongs: those of the tar, or else the sizes in the index."""
+    as_written_before(dataset)
+    permute(dataset, "parquet", order)
+    with pytest.raises(InputError, match=r"00000000.parquet: row 0: expected 000000000000"):
+        verify_shards(VerifyShards(dataset=dataset))
+    expected = files_of(intact)
+    if lost is not None:
+        (dataset / f"00000001.{lost}").unlink()
+        with pytest.raises(InputError, match="lost: 3: 000000000003, 000000000004"):
+            repair(dataset)
+        expected = {name: each for name, each in expected.items() if name.endswith(".parquet")}
+        assert files_of(dataset).items() >= expected.items()
+        return
+    repair(dataset)
+    assert files_of(dataset) == expected
+    assert not (dataset / "damaged").exists()
+
+
+def test_a_parquet_of_other_media_with_equal_keys_and_sizes_is_noticed(dataset):
+    """Clips of one length have equal sizes, so that only their checksums differ."""
+    as_written_before(dataset)
+    path = dataset / "00000001.parquet"
+    table = read_shard_parquet(path)
+    sums = [*table["sha256"].to_pylist()[:-1], "0" * 64]
+    place = table.column_names.index("sha256")
+    write_shard_parquet(path, table.set_column(place, "sha256", [sums]))
+    with pytest.raises(InputError, match="parquet: the row of 000000000005 describes other media"):
+        verify_shards(VerifyShards(dataset=dataset))
+    repair(dataset)
+    assert read_shard_parquet(path)["sha256"].equals(table["sha256"])
+    verify_shards(VerifyShards(dataset=dataset))
+
+
+def test_flipped_minima_in_a_parquet_of_an_earlier_version_are_found(intact, dataset):
+    """Flips each bit of the recorded maximum of a column, by which a reader would skip rows."""
+    as_written_before(dataset)
+    path = dataset / "00000001.parquet"
+    content = path.read_bytes()
+    start = content.rindex((24).to_bytes(4, "little"))  # the greatest height
+    for bit in range(4):
+        damaged = bytearray(content)
+        damaged[start] ^= 1 << bit
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"footer: it contradicts the rows of column height"):
+            verify_shards(VerifyShards(dataset=dataset))
+    repair(dataset)
+    assert files_of(dataset) == files_of(intact)
+
+
+@pytest.mark.parametrize("is_sealed", [True, False])
+@pytest.mark.parametrize("has_parquet", [True, False])
+def test_a_repaired_shard_of_another_dataset_is_not_taken_in(
+    dataset, tmp_path, is_sealed, has_parquet
+):
+    """Counts of damaged samples do not show that a shard is the work of an interrupted repair."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.support.toy_shards.jpeg", lambda number: jpeg(number + 100))
+        other = write_toy_dataset(tmp_path / "other")
+    tar = other / "00000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    repair(other)
+    if not is_sealed:
+        as_written_before(dataset)
+    for suffix in SUFFIXES[: 3 if has_parquet else 2]:
+        shutil.copy(other / f"00000001.{suffix}", dataset)
+    before = {name: each for name, each in files_of(dataset).items() if name[:8] == "00000001"}
+    expected = "lost: 3" if has_parquet else "lost: 3: 000000000003, 000000000004"
+    with pytest.raises(InputError, match=expected):
+        repair(dataset)
+    assert files_of(dataset).items() >= before.items()

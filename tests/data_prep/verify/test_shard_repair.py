@@ -27,7 +27,7 @@ from tests.data_prep.test_verify_shards import (
     rewrite_tar,
     verify,
 )
-from tests.support.toy_shards import jpeg, toy_sample, write_toy_dataset
+from tests.support.toy_shards import jpeg, record_sidecars, toy_sample, write_toy_dataset
 
 KEPT_FILES = ("dataset.json", "manifest.jsonl", TAR, IDX)
 
@@ -190,6 +190,7 @@ def test_a_key_that_was_written_twice_is_kept_once(tmp_path):
     for number in (3, 4, 3):
         writer.add("same" if number == 3 else "other", members=toy_sample(number)[1])
     writer.finish()
+    record_sidecars(dataset)
     with pytest.raises(
         InputError, match="sample same: duplicate key, or its members are not adjacent"
     ):
