@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.storage.atomic import sha256_of
 from pretrain.config import MediaTower, Model, TextTower
+from pretrain.hub import parse_hub_name
 
 SourceFiles = dict[str, list[Path]]  # config key -> files, none if they are not found
 
@@ -182,8 +183,8 @@ def _find(name: str, file_name: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name) / file_name
         return path if path.is_file() else None
-    try:
-        found = try_to_load_from_cache(name, file_name)
-    except ValueError:  # not the name of a repository
+    model = parse_hub_name(name, needs_owner=False)
+    if model is None:
         return None
+    found = try_to_load_from_cache(model.repository, file_name, revision=model.revision)
     return Path(found) if isinstance(found, str) else None

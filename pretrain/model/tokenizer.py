@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.config import TextTower
+from pretrain.hub import TOKENIZER_FILES_OF_HUB, local_folder
 from pretrain.model.library_errors import describe_library_error
 from pretrain.sampling.keyed_random import scramble
 from pretrain.towers.caption_cleaning import NO_CLEANING, CaptionCleaning, caption_cleaning
@@ -119,6 +120,9 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
     from transformers import AutoTokenizer
 
     name = str(assets / TOKENIZER_FOLDER) if assets else (config.tokenizer or config.name)
+    if assets is None:
+        key = "tokenizer" if config.tokenizer else "name"
+        name = local_folder(name, where=f"model.text.{key}", needs=TOKENIZER_FILES_OF_HUB)
     try:
         backend = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises errors of any type

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import MediaKind, MediaTower, TextTower
+from pretrain.hub import local_folder, parse_hub_name
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.towers.attention_dropout import attention_rates, turn_off_attention_dropout
 from pretrain.towers.model_classes import (
@@ -25,6 +26,7 @@ from pretrain.towers.model_classes import (
 from pretrain.towers.model_inputs import model_inputs, size_options
 from pretrain.towers.pooling import pool_tokens
 
+CONFIG_FILE = "config.json"
 # Names that config classes accept in addition to their own attributes.
 _OLD_ROPE_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 _NAMES_OF_ALL_CONFIGS = ("attn_implementation", "experts_implementation")
@@ -135,6 +137,20 @@ def _transformers_model(
     if config.pretrained:
         name = config.name if config.pretrained is True else config.pretrained
         return _load_model(name, config, kind)
+    if Path(config.name).is_dir() or parse_hub_name(config.name):
+        settings = _saved_settings(config, kind, input_shape)
+    else:
+        settings = _new_settings(config, kind, input_shape)
+    turn_off_attention_dropout(settings, is_off=not config.attention_dropout)
+    return _from_config(settings, kind)
+
+
+def _new_settings(
+    config: MediaTower | TextTower, kind: str, input_shape: tuple[int, int] | None
+) -> Any:
+    """The config of a model type."""
+    from transformers import AutoConfig
+
     refuse_unknown_options(_config_class(config.name), config.options)
     options = options_of_half(config.name, config.options, kind=kind)
     half = half_of(AutoConfig.for_model(config.name, **config.options), kind=kind)
@@ -142,9 +158,22 @@ def _transformers_model(
         refuse_unknown_options(type(half), options)
     # Built again, because a config derives some values from others.
     sizes = size_options(half.model_type, input_shape)
-    settings = type(half)(**(sizes | options)) if sizes else half
-    turn_off_attention_dropout(settings, is_off=not config.attention_dropout)
-    return _from_config(settings, kind)
+    return type(half)(**(sizes | options)) if sizes else half
+
+
+def _saved_settings(
+    config: MediaTower | TextTower, kind: str, input_shape: tuple[int, int] | None
+) -> Any:
+    """The config of a saved model, whose weights are not read; options replace its values."""
+    from transformers import AutoConfig
+
+    of_source = {key: value for key, value in config.options.items() if key in _SOURCE_OPTIONS}
+    options = {key: value for key, value in config.options.items() if key not in of_source}
+    folder = local_folder(config.name, where=f"model.{kind}.name", needs=[CONFIG_FILE])
+    half = half_of(AutoConfig.from_pretrained(folder, **of_source), kind=kind)
+    refuse_unknown_options(type(half), options)
+    sizes = size_options(half.model_type, input_shape)
+    return type(half).from_dict(half.to_dict() | sizes | options)
 
 
 def _from_config(settings: Any, kind: str) -> nn.Module:
@@ -171,6 +200,8 @@ def _load_model(name: str, config: MediaTower | TextTower, kind: str) -> nn.Modu
 
     options = config.options
     of_source = {key: value for key, value in options.items() if key in _SOURCE_OPTIONS}
+    if "cache_dir" not in of_source:
+        name = local_folder(name, where=f"model.{kind}", needs=[CONFIG_FILE])
     whole = AutoConfig.from_pretrained(name, **of_source)
     settings = half_of(whole, kind=kind)
     known = tower_class(settings.model_type, kind=kind)
@@ -224,7 +255,7 @@ def _config_class(model_type: str) -> type:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers has no model type {model_type!r}{_nearest(model_type, CONFIG_MAPPING)}; "
-            "give a model type, or a folder or model of a hub with pretrained: true"
+            "give a model type, or a folder or model of a hub (owner/name)"
         )
     return CONFIG_MAPPING[model_type]
 

@@ -48,6 +48,7 @@ from pretrain.training.session import RunSession
 from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets
 from pretrain.warm_start.model_start import start_key, start_model, starts_of
+from pretrain.warm_start.needs import refuse_unfetched
 from pretrain.warm_start.source import folder_of
 
 CPU = torch.device("cpu")
@@ -176,6 +177,7 @@ def build_training_model(
 
     def build(assets: Path | None) -> ContrastiveModel:
         if assets is None:
+            refuse_unfetched(config.model)
             refuse_other_preprocessing(
                 config.model, image=config.image, audio=config.audio, folder_of=folder_of
             )

@@ -17,8 +17,8 @@ from data_prep.storage.remote_file import is_url
 from pretrain.checkpoint import find_checkpoint, read_model_state
 from pretrain.checkpoints.record import read_record
 from pretrain.checkpoints.store import RECORD, find_locations
-from pretrain.model.source_files import fingerprint_of_files
-from pretrain.warm_start.hub import (
+from pretrain.hub import (
+    CONFIG_FILES_OF_HUB,
     WEIGHTS,
     HubModel,
     cached_folder,
@@ -26,6 +26,7 @@ from pretrain.warm_start.hub import (
     model_of_tag,
     parse_hub_name,
 )
+from pretrain.model.source_files import fingerprint_of_files
 from pretrain.warm_start.inert_pickle import read_pickle
 
 LOCAL_DIR = "local-dir:"
@@ -105,7 +106,7 @@ def folder_of(location: str) -> Path | None:
     if path.is_dir():
         return path
     model = None if path.is_file() else parse_hub_name(location)
-    return None if model is None else cached_folder(model)
+    return None if model is None else cached_folder(model, needs=(*CONFIG_FILES_OF_HUB, *WEIGHTS))
 
 
 def _holds_checkpoint(folder: Path) -> bool:

@@ -31,7 +31,28 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Files with the sizes of a model and its preprocessing; a repository has some of them.
+CONFIG_FILES_OF_HUB = (
+    "config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+# Files of a tokenizer of transformers; a repository has some of them.
+TOKENIZER_FILES_OF_HUB = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY_OR_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")  # old models have no owner
 _REVISION = re.compile(r"[\w./-]+")
 
 
@@ -55,16 +76,22 @@ class HubModel:
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 
 
-def parse_hub_name(name: str) -> HubModel | None:
+def parse_hub_name(name: str, *, needs_owner: bool = True) -> HubModel | None:
     """Parses "<owner>/<name>", "<owner>/<name>@<revision>" or the same after "hf-hub:".
 
-    Returns None if it is none of them, or an existing path.
+    Args:
+        name: name in a config.
+        needs_owner: whether a name without a slash is none of a hub.
+
+    Returns:
+        The model, or None for an existing path and for other names.
     """
     is_explicit = name.startswith(HUB_PREFIX)
     if not is_explicit and Path(name).exists():
         return None
     repository, at, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    if not _REPOSITORY.fullmatch(repository) or (at and not _REVISION.fullmatch(revision)):
+    form = _REPOSITORY if needs_owner else _REPOSITORY_OR_NAME
+    if not form.fullmatch(repository) or (at and not _REVISION.fullmatch(revision)):
         return None
     return HubModel(repository, revision or None)
 
@@ -107,7 +134,10 @@ def _open_clip_model(name: str, where: str) -> HubModel:
 def _timm_model(name: str, where: str) -> HubModel:
     import timm
 
-    found = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        found = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # an unknown model or tag
+        found = None
     if found is None or not found.has_weights:
         architecture = name.partition(".")[0]
         tags = timm.list_pretrained(f"{architecture}*")
@@ -125,17 +155,20 @@ def _no_repository(where: str, name: str, url: str | None) -> InputError:
     )
 
 
-def cached_folder(model: HubModel) -> Path | None:
-    """Returns the folder of a model in the hub's local cache, or None; never connects."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def cached_folder(model: HubModel, *, needs: Sequence[str]) -> Path | None:
+    """Returns the folder of a model in the hub's local cache, or None; never connects.
 
-    try:
-        return Path(
-            snapshot_download(model.repository, revision=model.revision, local_files_only=True)
-        )
-    except LocalEntryNotFoundError:
-        return None
+    Args:
+        model: model on a hub.
+        needs: names of files; at least one must be there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in needs:
+        found = try_to_load_from_cache(model.repository, name, revision=model.revision)
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
 
 
 def cached_or_refused(model: HubModel, *, where: str, needs: Sequence[str]) -> Path:
@@ -149,11 +182,27 @@ def cached_or_refused(model: HubModel, *, where: str, needs: Sequence[str]) -> P
     Raises:
         InputError: if the files have not been fetched.
     """
-    folder = cached_folder(model)
-    if folder is None or not any((folder / name).is_file() for name in needs):
-        found = "no file of it" if folder is None else f"none of {', '.join(needs)} in {folder}"
+    folder = cached_folder(model, needs=needs)
+    if folder is None:
+        files = needs[0] if len(needs) == 1 else f"any of {', '.join(needs[:4])}"
         raise InputError(
-            f"{where}: expected {model.name} in the hub's cache on this machine, found {found}; "
-            "fetch it where there is internet: python -m pretrain.fetch CONFIG.yaml"
+            f"{where}: expected a path, or {model.name} in the hub's cache on this machine; found "
+            f"neither ({files}); fetch it where there is internet: python -m pretrain.fetch "
+            "CONFIG.yaml"
         )
     return folder
+
+
+def local_folder(name: str, *, where: str, needs: Sequence[str]) -> str:
+    """Returns the folder of a model on this machine: a path, or one in the hub's cache.
+
+    Args:
+        name: path of a folder, or name on a hub.
+        where: config key that names it, for messages.
+        needs: names of files; at least one must be there, in the cache.
+
+    Raises:
+        InputError: if the model is on a hub and has not been fetched.
+    """
+    model = parse_hub_name(name, needs_owner=False)
+    return name if model is None else str(cached_or_refused(model, where=where, needs=needs))

@@ -1,0 +1,105 @@
+"""Everything of a config that is on a hub: weights, configs of models, and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pretrain.config import MediaTower, Model, TextTower
+from pretrain.hub import (
+    CONFIG_FILES_OF_HUB,
+    HUB_PREFIX,
+    OPEN_CLIP_PREFIX,
+    TIMM_PREFIX,
+    TOKENIZER_FILES_OF_HUB,
+    WEIGHTS,
+    HubModel,
+    cached_or_refused,
+    model_of_tag,
+    parse_hub_name,
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """A model of a hub that a setting names.
+
+    Attributes:
+        key: config key of the setting.
+        model: model on the hub.
+        with_weights: whether its weights are needed.
+        files: further files that are needed if they exist.
+    """
+
+    key: str
+    model: HubModel
+    with_weights: bool
+    files: tuple[str, ...] = CONFIG_FILES_OF_HUB
+
+
+def find_needs(config: Model) -> list[Need]:
+    """Returns what a config needs from a hub; paths that exist need nothing.
+
+    Raises:
+        InputError: if a library has no weights of the name that a setting gives.
+    """
+    needs = []
+    for kind in ("image", "audio", "text"):
+        tower: MediaTower | TextTower | None = getattr(config, kind)
+        if tower is not None:
+            needs += _start_needs(tower, f"model.{kind}")
+            needs += _model_needs(tower, f"model.{kind}")
+    return [*needs, *_tokenizer_needs(config.text)]
+
+
+def refuse_unfetched(config: Model) -> None:
+    """Checks that everything on a hub has been fetched, before a library tries to download it.
+
+    Raises:
+        InputError: if it has not, with the command that fetches it.
+    """
+    for need in find_needs(config):
+        files = need.files
+        if need.with_weights:
+            files = (need.model.weights,) if need.model.weights else WEIGHTS
+        cached_or_refused(need.model, where=need.key, needs=files)
+
+
+def _start_needs(tower: MediaTower | TextTower, where: str) -> Iterator[Need]:
+    if tower.start is not None:
+        key, location = f"{where}.start.from", tower.start.location
+        model = model_of_tag(location, where=key) or parse_hub_name(location)
+        if model is not None:
+            yield Need(key, model, with_weights=True)
+
+
+def _model_needs(tower: MediaTower | TextTower, where: str) -> Iterator[Need]:
+    """The model that a tower is built as, with the weights of `pretrained`"""
+    key = f"{where}.pretrained"
+    is_named = isinstance(tower.pretrained, str)
+    if tower.library == "transformers":
+        if is_named and (model := parse_hub_name(tower.pretrained, needs_owner=False)):
+            yield Need(key, model, with_weights=True)
+        elif model := parse_hub_name(tower.name, needs_owner=tower.pretrained is not True):
+            yield Need(f"{where}.name", model, with_weights=tower.pretrained is True)
+    elif tower.name.startswith(HUB_PREFIX):
+        if model := parse_hub_name(tower.name):
+            yield Need(f"{where}.name", model, with_weights=tower.pretrained is True)
+    elif tower.pretrained is True and ":" not in tower.name:
+        if model := model_of_tag(f"{TIMM_PREFIX}{tower.name}", where=key):
+            yield Need(key, model, with_weights=True)
+    elif tower.library == "open_clip" and is_named:
+        import open_clip
+
+        if open_clip.get_pretrained_cfg(tower.name, tower.pretrained):
+            tag = f"{OPEN_CLIP_PREFIX}{tower.name}/{tower.pretrained}"
+            yield Need(key, model_of_tag(tag, where=key), with_weights=True)
+
+
+def _tokenizer_needs(text: TextTower) -> Iterator[Need]:
+    if text.library == "open_clip" and text.tokenizer is None:
+        return
+    key = "model.text.tokenizer" if text.tokenizer else "model.text.name"
+    if model := parse_hub_name(text.tokenizer or text.name, needs_owner=False):
+        files = (*TOKENIZER_FILES_OF_HUB, "config.json")
+        yield Need(key, model, with_weights=False, files=files)
