@@ -446,6 +446,10 @@ class FindDuplicates(Section):
     # evaluation datasets; samples that match one of theirs are dropped
     against: tuple[Path, ...] = ()
     output: Path  # folder for duplicates.parquet, report.html, and a .subset file per dataset
+    # of samples of modalities: the image, clip or vector that is compared, and the text of
+    # near_captions; null: the only one
+    modality: str | None = None
+    text: str | None = None
     exact: bool = True  # equal media bytes
     near_media: NearMedia | None = NearMedia()  # null: skip this method
     near_captions: NearCaptions | None = None

@@ -21,7 +21,14 @@ import sys
 from data_prep.dedup.duplicate_table import name_in_table
 from data_prep.errors import ConfigError
 from data_prep.report.data_sheet import SheetContent, render_sheet
-from data_prep.report.dataset_statistics import DatasetStatistics, count_members, measure_dataset
+from data_prep.report.dataset_statistics import (
+    DatasetStatistics,
+    count_members,
+    count_subsets,
+    measure_dataset,
+    measure_modality,
+    measure_samples,
+)
 from data_prep.report.described_samples import missing_sidecars, open_described_samples
 from data_prep.report.duplicate_statistics import measure_duplicates
 from data_prep.report.numbers import bytes_text
@@ -69,6 +76,8 @@ def measure(config: Describe) -> SheetContent:
         kept=kept,
         missing_sidecars=missing,
         statistics=None if missing else _measure_samples(kept, config),
+        by_modality={} if missing else _measure_modalities(kept, config),
+        subsets={} if kept.dataset.modalities.is_pair else count_subsets(kept),
         members=count_members(kept),
         rejections=read_rejections(config.dataset, kept.info),
         duplicates=duplicates,
@@ -79,7 +88,19 @@ def measure(config: Describe) -> SheetContent:
 def _measure_samples(kept: KeptSamples, config: Describe) -> DatasetStatistics:
     options = {"memory_gb": config.memory_gb, "workers": config.workers}
     with open_described_samples(kept, **options) as connection:
-        return measure_dataset(connection, kept.info.media)
+        if kept.dataset.modalities.is_pair:
+            return measure_dataset(connection, kept.info.media)
+        return measure_samples(connection, kept.dataset.modalities)
+
+
+def _measure_modalities(kept: KeptSamples, config: Describe) -> dict[str, DatasetStatistics]:
+    """Measures each modality of samples of modalities; {} for pairs."""
+    modalities = kept.dataset.modalities
+    if modalities.is_pair:
+        return {}
+    options = {"memory_gb": config.memory_gb, "workers": config.workers}
+    with open_described_samples(kept, **options) as connection:
+        return {name: measure_modality(connection, modalities, name) for name in modalities}
 
 
 def _check_output(config: Describe) -> None:

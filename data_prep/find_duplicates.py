@@ -48,11 +48,12 @@ from data_prep.dedup.search import (
     find_near_media,
     find_semantic,
 )
-from data_prep.errors import ConfigError
+from data_prep.errors import ConfigError, InputError
 from data_prep.report.duplicate_report import render_report
 from data_prep.shards.subset import Subset
 from data_prep.storage.atomic import write_atomically
 
+SIZES = {"image": ("height", "width"), "audio": ("seconds",)}
 logger = logging.getLogger("data_prep.find_duplicates")
 
 
@@ -63,7 +64,7 @@ def find_duplicates(config: FindDuplicates) -> None:
         InputError: if a dataset, its Parquet files or its embeddings are missing or do not match.
     """
     check_config(config)
-    datasets = JoinedDatasets(config.datasets, against=config.against)
+    datasets = joined_datasets(config)
     with tempfile.TemporaryDirectory(prefix="isopair-") as folder:
         found, is_remaining = search_all(config, datasets, folder=Path(folder))
     config.output.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,23 @@ def find_duplicates(config: FindDuplicates) -> None:
         kept = is_remaining[datasets.starts[number] : datasets.starts[number + 1]]
         say(f"{folder}: {kept.sum():,} of {len(kept):,} samples are kept")
     say(f"{config.output}: duplicates.parquet, .subset files, report.html")
+
+
+def joined_datasets(config: FindDuplicates) -> JoinedDatasets:
+    """Opens the datasets, and checks that the modalities to compare exist.
+
+    Raises:
+        InputError: in the cases of `JoinedDatasets`, or if `keep` does not fit the modality.
+    """
+    datasets = JoinedDatasets(
+        config.datasets, against=config.against, modality=config.modality, text=config.text
+    )
+    if config.keep == "largest" and datasets.media not in SIZES:
+        raise InputError(
+            f"keep=largest compares pixels or seconds, but {datasets.compared[0]} is of kind "
+            f"{datasets.media}; set keep=first"
+        )
+    return datasets
 
 
 def limits_of(config: FindDuplicates) -> list[str]:
@@ -146,8 +164,8 @@ def rank_of_samples(datasets: JoinedDatasets, *, keep: str) -> np.ndarray:
     """
     if keep == "first":
         return np.zeros(len(datasets))
-    sizes = {"image": ("height", "width"), "audio": ("seconds",)}[datasets.media]
-    return -np.prod([number_column(datasets, name)[0].astype(float) for name in sizes], axis=0)
+    sizes = [number_column(datasets, name)[0].astype(float) for name in SIZES[datasets.media]]
+    return -np.prod(sizes, axis=0)
 
 
 def write_subsets(
@@ -201,7 +219,7 @@ def check_config(config: FindDuplicates) -> None:
 def dry_run(config: FindDuplicates) -> None:
     """Checks settings and datasets without reading samples, and prints the plan."""
     check_config(config)
-    datasets = JoinedDatasets(config.datasets, against=config.against)
+    datasets = joined_datasets(config)
     num_against = len(datasets) - datasets.num_queries
     say(
         f"would compare {datasets.num_queries:,} {datasets.media} samples of "

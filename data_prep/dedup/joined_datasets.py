@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.parquet import check_parquet_sum, read_shard_parquet
 
@@ -25,15 +26,28 @@ MEASURE_ADVICE = "create the Parquet files with python -m data_prep.index_shards
 class JoinedDatasets:
     """Datasets of one kind of media; query datasets come before evaluation datasets.
 
+    Samples of modalities are compared by one image, clip or vector, and by one text. The columns of
+    these modalities have the names that they have in a pair dataset: `sha256`, `captions`.
+
     Args:
         datasets: folders of the query datasets, whose duplicates are dropped.
         against: folders of the evaluation datasets.
+        modality: name of the image, clip or vector; None: the only one of each dataset.
+        text: name of the text; None: the only one of each dataset.
 
     Raises:
         InputError: if a dataset is missing, damaged or listed twice, or the kinds of media differ.
+            Also if a dataset has no such modality, or several.
     """
 
-    def __init__(self, datasets: Sequence[Path], *, against: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Path],
+        *,
+        against: Sequence[Path],
+        modality: str | None = None,
+        text: str | None = None,
+    ) -> None:
         self.folders = (*datasets, *against)
         files = [read_dataset_files(folder) for folder in self.folders]
         self.infos = [info for info, _ in files]
@@ -42,16 +56,28 @@ class JoinedDatasets:
         sizes = [info.num_samples for info in self.infos]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._checked: set[Path] = set()  # Parquet files whose checksum was verified
+        self._text = text
+        self.modalities = [info.named_modalities() for info in self.infos]
+        self.compared = [
+            _compared(folder, modalities, modality)
+            for folder, modalities in zip(self.folders, self.modalities, strict=True)
+        ]
         self._check()
-        self.media = self.infos[0].media
+
+    @property
+    def media(self) -> str:
+        """The kind of the compared modality: image, audio or vector."""
+        return self._kind(0)
+
+    def _kind(self, number: int) -> str:
+        return self.modalities[number][self.compared[number]].kind
 
     def _check(self) -> None:
         for number, (folder, info) in enumerate(zip(self.folders, self.infos, strict=True)):
-            first = self.infos[0]
-            if info.media != first.media:
+            if self._kind(number) != self.media:
                 raise InputError(
-                    f"{folder}: expected {first.media} as in {self.folders[0]}, found {info.media};"
-                    " run find_duplicates separately for each kind of media"
+                    f"{folder}: expected {self.media} as in {self.folders[0]}, found "
+                    f"{self._kind(number)}; run find_duplicates separately for each kind of media"
                 )
             fingerprints = [other.fingerprint for other in self.infos[:number]]
             if info.num_samples and info.fingerprint in fingerprints:
@@ -80,9 +106,10 @@ class JoinedDatasets:
             InputError: if a Parquet file is missing or damaged, lacks a column, or has the wrong
                 number of rows.
         """
-        for folder, manifest, start in zip(
-            self.folders, self.manifests, self.starts[:-1].tolist(), strict=True
+        for number, (folder, manifest, start) in enumerate(
+            zip(self.folders, self.manifests, self.starts[:-1].tolist(), strict=True)
         ):
+            stored = self._stored_columns(number, columns)
             for row in manifest:
                 path = folder / f"{row.name}.parquet"
                 if not path.exists():
@@ -93,10 +120,45 @@ class JoinedDatasets:
                 if path not in self._checked:  # once per run: columns are read one after another
                     check_parquet_sum(path, row)
                     self._checked.add(path)
-                table = read_shard_parquet(path, columns=list(columns))
-                _check_table(path, table, columns=columns, num_samples=row.num_samples)
-                yield start, table
+                table = read_shard_parquet(path, columns=stored)
+                _check_table(path, table, columns=stored, num_samples=row.num_samples)
+                yield start, table.select(stored).rename_columns(list(columns))
                 start += row.num_samples
+
+    def _stored_columns(self, number: int, columns: Sequence[str]) -> list[str]:
+        """Returns the names that columns of a pair dataset have in one of the datasets."""
+        modalities, folder = self.modalities[number], self.folders[number]
+        if modalities.is_pair:
+            return list(columns)
+        prefix = f"{self.compared[number]}_"
+        stored = []
+        for column in columns:
+            if column == "captions":
+                stored.append(_only(folder, modalities, ("text",), self._text, key="text"))
+            else:
+                stored.append(column if column in ("key", "uid") else prefix + column)
+        return stored
+
+
+def _compared(folder: Path, modalities: Modalities, name: str | None) -> str:
+    if modalities.is_pair:  # for example an evaluation set
+        return modalities.media[0]
+    return _only(folder, modalities, ("image", "audio", "vector"), name, key="modality")
+
+
+def _only(
+    folder: Path, modalities: Modalities, kinds: Sequence[str], name: str | None, *, key: str
+) -> str:
+    """Returns the given modality, or the only one of some kinds."""
+    found = modalities.names_of(*kinds)
+    if name in found:
+        return str(name)
+    if name is None and len(found) == 1:
+        return found[0]
+    raise InputError(
+        f"{folder}: {key}={name}: expected one of {', '.join(found) or 'none'}; set {key} to the "
+        f"modality of kind {' or '.join(kinds)} to compare"
+    )
 
 
 def _check_table(

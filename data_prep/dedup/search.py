@@ -94,6 +94,11 @@ def find_near_media(search: Search, options: NearMedia) -> Found:
         InputError: if a dataset has no fingerprints.
     """
     by_media = {"image": _near_images, "audio": _near_audio}
+    if search.datasets.media not in by_media:
+        raise InputError(
+            f"{search.datasets.folders[0]}: modality {search.datasets.compared[0]} is of kind "
+            f"{search.datasets.media}, which near_media cannot compare; set near_media to null"
+        )
     return Found(by_media[search.datasets.media](search, options))
 
 
@@ -232,12 +237,22 @@ def _check_measured(datasets: JoinedDatasets, has_value: np.ndarray, *, column: 
     """
     for number, folder in enumerate(datasets.folders):
         part = has_value[datasets.starts[number] : datasets.starts[number + 1]]
+        is_pair = datasets.modalities[number].is_pair
         if len(part) and not part.any():
             raise InputError(
                 f"{folder}: expected Parquet files with values in the column {column}, found none; "
                 f"{MEASURE_ADVICE}"
             )
-        if not part.all():
+        if not part.all() and not is_pair:
+            log.info(
+                "%s: %s of %s samples have no %s %s and are skipped",
+                folder,
+                f"{len(part) - part.sum():,}",
+                f"{len(part):,}",
+                datasets.compared[number],
+                column,
+            )
+        elif not part.all():
             log.warning(
                 "%s: %s of %s samples have no %s and are skipped; %s",
                 folder,

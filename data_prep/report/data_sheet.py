@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from markupsafe import Markup
@@ -21,6 +21,11 @@ from data_prep.report.html import (
     render_page,
     table,
     warning,
+)
+from data_prep.report.modality_sections import (
+    modality_sections,
+    num_having,
+    subset_section,
 )
 from data_prep.report.numbers import bytes_text, counted, duration_text, number_text, percent_text
 from data_prep.report.rejected import Rejection
@@ -56,11 +61,16 @@ class SheetContent:
     rejections: list[Rejection]
     duplicates: DuplicateStatistics | None  # None: not configured
     shown: list[int]  # ranks of the samples in the gallery
+    # of samples of modalities:
+    by_modality: dict[str, DatasetStatistics] = field(default_factory=dict)
+    subsets: dict[tuple[str, ...], int] = field(default_factory=dict)  # modalities -> samples
 
 
 def render_sheet(content: SheetContent) -> str:
     """Renders the data sheet as an HTML page."""
     kept, statistics = content.kept, content.statistics
+    if not kept.dataset.modalities.is_pair:
+        return _render_samples(content)
     media, num_samples = kept.info.media, len(kept)
     views = MediaViews(kept)
     sections = [overview_section(content), origin_section(kept)]
@@ -84,6 +94,35 @@ def render_sheet(content: SheetContent) -> str:
     )
 
 
+def _render_samples(content: SheetContent) -> str:
+    """Renders the data sheet of a dataset of samples of modalities."""
+    kept, statistics = content.kept, content.statistics
+    num_samples, views = len(kept), MediaViews(kept)
+    sections = [overview_section(content), origin_section(kept)]
+    if content.shown:
+        sections.append(sample_section(views, content.shown))
+    sections.append(
+        subset_section(
+            kept.dataset.modalities, content.subsets, content.members, num_samples=num_samples
+        )
+    )
+    for name, found in content.by_modality.items():
+        modality = kept.dataset.modalities[name]
+        sections += modality_sections(name, modality, found, views, subsets=content.subsets)
+    if statistics is not None:
+        sections += class_section(statistics) + licence_section(statistics, num_samples=num_samples)
+        sections += column_section(statistics, num_samples=num_samples)
+    sections.append(drop_section(content.rejections, statistics, kept))
+    sections += duplicate_section(None, content.duplicates, views)
+    sections.append(shard_section(kept))
+    return render_page(
+        f"Data sheet: {kept.folder.resolve().name}",
+        subtitle=f"{num_samples:,} samples of {', '.join(kept.dataset.modalities)}, fingerprint "
+        f"{kept.fingerprint}",
+        sections=sections,
+    )
+
+
 # ------------------------------------------------------------------------------------- overview
 
 
@@ -94,19 +133,24 @@ def overview_section(content: SheetContent) -> Section:
     if kept.subset is not None:
         percent = percent_text(len(kept), info.num_samples)
         facts["samples"] = f"{len(kept):,} kept by the subset: {percent} of {info.num_samples:,}"
-    if content.statistics is not None:
+    modalities = kept.dataset.modalities
+    if not modalities.is_pair:
+        facts |= {f"with {name}": f"{num:,}" for name, num in num_having(content.subsets).items()}
+    elif content.statistics is not None:
         facts |= _statistics_facts(content.statistics, len(kept))
     facts["shards"] = f"{info.num_shards:,}, {bytes_text(info.tar_bytes)}"
     facts["dropped"] = _dropped_text(content.rejections)
     blocks = [fact_list(facts)]
     if content.missing_sidecars:
         blocks.append(_missing_note(content))
-    noun = {"image": "image", "audio": "audio clip"}[info.media]
+    sample = f"has any of {', '.join(modalities)}"
+    if modalities.is_pair:
+        noun = {"image": "image", "audio": "audio clip"}[info.media]
+        sample = f"is one {noun} with its captions"
     return Section(
         "At a glance",
         blocks,
-        note=f"A sample is one {noun} with its captions. Samples are stored in tar files, the "
-        "shards.",
+        note=f"A sample {sample}. Samples are stored in tar files, the shards.",
     )
 
 
@@ -190,11 +234,13 @@ def _settings(values: dict) -> Markup:
 
 def sample_section(views: MediaViews, shown: list[int]) -> Section:
     """Builds the gallery of samples."""
+    modalities = views.kept.dataset.modalities
+    kinds = dict.fromkeys(modalities[name].kind for name in modalities.media)
+    notes = [f"{len(shown)} of {len(views.kept):,}, drawn at random from all parts of the dataset."]
     return Section(
         "Samples",
         [sample_cards(views, shown)],
-        note=f"{len(shown)} of {len(views.kept):,}, drawn at random from all parts of the dataset. "
-        + SCALING_NOTES[views.kept.info.media],
+        note=" ".join([*notes, *(SCALING_NOTES[kind] for kind in kinds)]),
     )
 
 

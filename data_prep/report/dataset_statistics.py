@@ -6,13 +6,14 @@ statistics, because neither sums of rounded numbers nor sketches are used.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.report.described_samples import column_types
+from data_prep.modalities.modality import Modalities
+from data_prep.report.described_samples import column_types, show_all, show_modality
 from data_prep.report.value_counts import (
     Measure,
     ValueCounts,
@@ -21,7 +22,7 @@ from data_prep.report.value_counts import (
     one_row,
 )
 from data_prep.selection.sample_table import ORDINAL
-from data_prep.shards.columns import own_columns
+from data_prep.shards.columns import built_in_columns, own_columns
 from data_prep.shards.index import (
     ABSENT,
     ShardIndex,
@@ -71,25 +72,36 @@ MEDIA_MEASURES = {
         Measure("Channels", "channels"),
         Measure("Size of a clip", "bytes", "bytes"),
     ),
+    "vector": (Measure("Length in time", "length"),),
 }
+
+
+NO_COUNTS = ValueCounts()
 
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Statistics from the Parquet files."""
+    """Statistics from the Parquet files.
 
-    measures: dict[Measure, ValueCounts]  # only measures that some sample has
-    captions: ValueCounts
-    words: ValueCounts
-    scripts: dict[str, int]  # script -> number of captions with a letter of this script
-    languages: ValueCounts
-    class_names: ValueCounts
-    tags: ValueCounts  # filters that flagged samples without dropping them
-    num_reencoded: int | None  # None: not recorded
-    total_seconds: float | None  # None: images, or not recorded
-    hashes: ValueCounts  # sha256 of the media
-    duplicate_keys: list[tuple[int, list[str]]]  # (samples with equal media, first keys)
-    kept: dict[str, tuple[str, ValueCounts]]  # kept column -> (type, values)
+    Those of one modality, and those of all samples of modalities, leave the other fields empty.
+    """
+
+    # only measures that some sample has
+    measures: dict[Measure, ValueCounts] = field(default_factory=dict)
+    captions: ValueCounts = NO_COUNTS
+    words: ValueCounts = NO_COUNTS
+    # script -> number of captions with a letter of this script
+    scripts: dict[str, int] = field(default_factory=dict)
+    languages: ValueCounts = NO_COUNTS
+    class_names: ValueCounts = NO_COUNTS
+    tags: ValueCounts = NO_COUNTS  # filters that flagged samples without dropping them
+    num_reencoded: int | None = None  # None: not recorded
+    total_seconds: float | None = None  # None: images, or not recorded
+    hashes: ValueCounts = NO_COUNTS  # sha256 of the media
+    # (samples with equal media, first keys)
+    duplicate_keys: list[tuple[int, list[str]]] = field(default_factory=list)
+    # kept column -> (type, values)
+    kept: dict[str, tuple[str, ValueCounts]] = field(default_factory=dict)
 
 
 def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetStatistics:
@@ -120,6 +132,70 @@ def measure_dataset(connection: DuckDBPyConnection, media: str) -> DatasetStatis
         duplicate_keys=duplicate_keys(connection, hashes),
         kept={name: (types[name], count_column(connection, name)) for name in kept},
     )
+
+
+def measure_modality(
+    connection: DuckDBPyConnection, modalities: Modalities, name: str
+) -> DatasetStatistics:
+    """Computes the statistics of one modality over the samples that have it.
+
+    Args:
+        connection: connection of `open_described_samples`.
+        modalities: modalities of the dataset.
+        name: name of the modality.
+    """
+    show_modality(connection, modalities, name)
+    kind = modalities[name].kind
+    if kind == "text":
+        counted = {each: count_values(connection, each) for each in CAPTION_MEASURES}
+        return DatasetStatistics(
+            measures={each: counts for each, counts in counted.items() if counts.num_filled},
+            captions=count_values(connection, Measure("captions", "caption", view="captions")),
+            words=count_values(connection, Measure("words", "word", view=_WORDS)),
+            scripts=count_scripts(connection),
+        )
+    counted = {each: count_values(connection, each) for each in MEDIA_MEASURES[kind]}
+    hashes = count_column(connection, "sha256")
+    is_media = kind in ("image", "audio")
+    return DatasetStatistics(
+        measures={each: counts for each, counts in counted.items() if counts.num_filled},
+        num_reencoded=one_row(connection, _NUM_REENCODED)[0] if is_media else None,
+        total_seconds=_total_seconds(connection) if kind == "audio" else None,
+        hashes=hashes,
+        duplicate_keys=duplicate_keys(connection, hashes),
+    )
+
+
+def measure_samples(connection: DuckDBPyConnection, modalities: Modalities) -> DatasetStatistics:
+    """Computes the statistics of samples of modalities that belong to no modality."""
+    show_all(connection)
+    types = column_types(connection)
+    kept = [name for name in types if name not in built_in_columns(modalities)]
+    return DatasetStatistics(
+        languages=count_column(connection, "language"),
+        class_names=count_column(connection, "class_name"),
+        tags=count_values(connection, Measure("tags", "tag", view=_TAGS)),
+        kept={name: (types[name], count_column(connection, name)) for name in kept},
+    )
+
+
+def count_subsets(kept: KeptSamples) -> dict[tuple[str, ...], int]:
+    """Counts the kept samples by the modalities that they have, the most frequent first.
+
+    Raises:
+        InputError: if an index is missing or damaged.
+    """
+    counts: Counter[int] = Counter()
+    dataset = kept.dataset
+    for shard in range(len(dataset.manifest)):
+        masks = dataset.presence(shard)
+        if kept.subset is not None:
+            start, end = dataset.shard_starts[shard : shard + 2]
+            masks = masks[kept.subset.bitmap[start:end]]
+        found, numbers = np.unique(masks, return_counts=True)
+        counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
+    order = sorted(counts, key=lambda mask: (-counts[mask], mask))
+    return {dataset.modalities.names_in(mask): counts[mask] for mask in order}
 
 
 def count_scripts(connection: DuckDBPyConnection) -> dict[str, int]:

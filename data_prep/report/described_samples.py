@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.selection.sample_table import ORDINAL, SampleTable, duckdb_errors, open_duckdb
-from data_prep.shards.columns import own_columns
+from data_prep.modalities.modality import Modalities
+from data_prep.selection.sample_table import (
+    ORDINAL,
+    SampleTable,
+    duckdb_errors,
+    name_literal,
+    open_duckdb,
+)
+from data_prep.shards.columns import built_in_columns, member_columns
 from data_prep.shards.subset import KeptSamples
 
 if TYPE_CHECKING:
@@ -36,6 +43,8 @@ def open_described_samples(
 ) -> Iterator[DuckDBPyConnection]:
     """Opens a connection with the views `kept_samples` and `captions`.
 
+    For samples of modalities, `show_modality` and `show_all` make these views.
+
     Args:
         kept: dataset with all its Parquet files, and optionally a subset.
         memory_gb: memory limit of DuckDB, which spills to a temporary folder on disk (TMPDIR).
@@ -55,15 +64,47 @@ def open_described_samples(
         if kept.subset is not None:
             _add_kept_ordinals(connection, kept)
             condition = f" WHERE {ORDINAL} IN (SELECT ordinal FROM kept_ordinals)"
-        connection.execute(f"CREATE VIEW kept_samples AS SELECT * FROM samples{condition}")
-        connection.execute(
-            "CREATE VIEW captions AS SELECT unnest(captions) AS caption FROM kept_samples"
-        )
+        connection.execute(f"CREATE VIEW all_samples AS SELECT * FROM samples{condition}")
+        if kept.dataset.modalities.is_pair:
+            _make_views(connection, "SELECT * FROM all_samples")
         yield connection
 
 
+def show_modality(connection: DuckDBPyConnection, modalities: Modalities, name: str) -> None:
+    """Makes the views show the samples that have one modality, with the columns of a pair.
+
+    Args:
+        connection: connection of `open_described_samples`.
+        modalities: modalities of the dataset.
+        name: modality to show.
+    """
+    columns = ["key", ORDINAL]
+    if modalities[name].kind == "text":
+        columns.append(f"{name_literal(name)} AS captions")
+    else:
+        columns.append("NULL::VARCHAR[] AS captions")
+        columns += [
+            f"{name_literal(f'{name}_{column}')} AS {name_literal(column)}"
+            for column, _ in member_columns(modalities[name].kind)
+        ]
+    query = f"SELECT {', '.join(columns)} FROM all_samples WHERE {name_literal('has_' + name)}"
+    _make_views(connection, query)
+
+
+def show_all(connection: DuckDBPyConnection) -> None:
+    """Makes the view `kept_samples` show all columns of all samples of modalities."""
+    _make_views(connection, "SELECT *, NULL::VARCHAR[] AS captions FROM all_samples")
+
+
+def _make_views(connection: DuckDBPyConnection, query: str) -> None:
+    connection.execute(f"CREATE OR REPLACE VIEW kept_samples AS {query}")
+    connection.execute(
+        "CREATE OR REPLACE VIEW captions AS SELECT unnest(captions) AS caption FROM kept_samples"
+    )
+
+
 def _check_columns(connection: DuckDBPyConnection, kept: KeptSamples) -> None:
-    missing = own_columns(kept.info.media) - set(column_types(connection))
+    missing = built_in_columns(kept.dataset.modalities) - set(column_types(connection))
     if missing:
         raise InputError(
             f"{kept.folder}: expected Parquet files with a column {min(missing)!r}, found none; "

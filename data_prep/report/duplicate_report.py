@@ -23,10 +23,9 @@ from data_prep.report.html import (
     table,
 )
 from data_prep.report.numbers import counted, number_text, percent_text, shortened
-from data_prep.report.sheet_gallery import MediaViews
+from data_prep.report.sheet_gallery import MediaViews, texts_of_sample
 from data_prep.shards.sample import (
     CorruptSampleError,
-    captions_of,
 )
 from data_prep.shards.subset import KeptSamples
 
@@ -180,8 +179,8 @@ class _Gallery:
             return badge("not available", kind="plain"), views
         view, _ = views.of(ordinal)
         try:
-            sample = views.kept.dataset.read_sample(ordinal, fields=("txt", "json"))
-            return view, f"{sample.key}: {shortened(' | '.join(captions_of(sample)))}"
+            key, texts, _ = texts_of_sample(views.kept.dataset, ordinal)
+            return view, f"{key}: {shortened(' | '.join(texts))}"
         except CorruptSampleError as error:
             return view, str(error)
 

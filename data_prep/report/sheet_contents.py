@@ -30,7 +30,9 @@ TYPE_NAMES = {
 LICENCE_NAMES = {"licence", "license", "licences", "licenses"}
 
 
-def caption_section(statistics: DatasetStatistics, *, num_samples: int) -> Section:
+def caption_section(
+    statistics: DatasetStatistics, *, num_samples: int, title: str = "Captions"
+) -> Section:
     """Builds the section on lengths, languages and frequent words of captions."""
     captions, languages = statistics.captions, statistics.languages
     blocks = [_measures(CAPTION_MEASURES, statistics, num_samples=num_samples)]
@@ -45,7 +47,7 @@ def caption_section(statistics: DatasetStatistics, *, num_samples: int) -> Secti
     blocks += [heading("Most frequent words"), chips(_word_labels(statistics.words))]
     blocks += [heading("Duplicate captions"), _repeated_captions(captions)]
     return Section(
-        "Captions",
+        title,
         blocks,
         note="Words are separated by spaces. Captions in Chinese, Japanese or Thai therefore have "
         "few words; use their length in characters instead.",
@@ -86,12 +88,8 @@ def media_section(
     """Builds the section on sizes and formats of the media."""
     blocks = []
     if statistics is not None:
-        blocks.append(_measures(MEDIA_MEASURES[media], statistics, num_samples=num_samples))
-        if statistics.num_reencoded is not None:
-            percent = percent_text(statistics.num_reencoded, num_samples)
-            text = f"{statistics.num_reencoded:,} of {num_samples:,} samples ({percent})"
-            blocks.append(paragraph(f"Re-encoded when the dataset was created: {text}."))
-    blocks += [heading("Files in the shards"), _member_table(members, num_samples=num_samples)]
+        blocks += media_blocks(statistics, media=media, num_samples=num_samples)
+    blocks += [heading("Files in the shards"), member_table(members, num_samples=num_samples)]
     return Section(
         {"image": "Pictures", "audio": "Sounds"}[media],
         blocks,
@@ -99,7 +97,18 @@ def media_section(
     )
 
 
-def _member_table(members: Mapping[str, MemberCount], *, num_samples: int) -> Markup:
+def media_blocks(statistics: DatasetStatistics, *, media: str, num_samples: int) -> list[Markup]:
+    """Builds the charts of the sizes of images, clips or vectors."""
+    blocks = [_measures(MEDIA_MEASURES[media], statistics, num_samples=num_samples)]
+    if statistics.num_reencoded is not None:
+        percent = percent_text(statistics.num_reencoded, num_samples)
+        text = f"{statistics.num_reencoded:,} of {num_samples:,} samples ({percent})"
+        blocks.append(paragraph(f"Re-encoded when the dataset was created: {text}."))
+    return blocks
+
+
+def member_table(members: Mapping[str, MemberCount], *, num_samples: int) -> Markup:
+    """Builds the table of the members by extension."""
     rows = [
         (
             f".{extension}",

@@ -70,7 +70,7 @@ def duplicate_section(
     """Builds the section on exact copies and on the results of find_duplicates."""
     blocks = []
     if statistics is not None and statistics.hashes.num_filled:
-        blocks += _copies(statistics)
+        blocks += copy_blocks(statistics)
     if duplicates is not None:
         blocks += _found(duplicates, views)
     if not blocks:
@@ -81,7 +81,8 @@ def duplicate_section(
     return [Section("Duplicates", blocks, note=note)]
 
 
-def _copies(statistics: DatasetStatistics) -> list[Markup]:
+def copy_blocks(statistics: DatasetStatistics) -> list[Markup]:
+    """Builds the summary of exact copies."""
     hashes = statistics.hashes
     num_extra = hashes.num_filled - hashes.num_distinct
     if not num_extra:

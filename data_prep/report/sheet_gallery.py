@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -13,6 +14,7 @@ from data_prep.media.audio_file import audio_seconds
 from data_prep.media.decode import MediaError, decode_audio, decode_image
 from data_prep.report.html import OWN_PACKAGE, badge, media_frame, render, sound, thumbnail
 from data_prep.report.numbers import bytes_text, number_text, shortened
+from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
@@ -48,23 +50,40 @@ class MediaViews:
     def _make(self, ordinal: int) -> tuple[Markup, str]:
         """Returns (thumbnail or player, description of the size); a badge for a damaged sample."""
         try:
-            sample = self.kept.dataset.read_sample(ordinal)
-            view, size = _small_media(sample, self.kept.info.media)
+            view, size = _views_of_sample(self.kept.dataset, ordinal)
         except (CorruptSampleError, MediaError) as error:
             view, size = badge("damaged", kind="bad"), f"{error}; run data_prep.verify_shards"
         return media_frame(view), size
+
+
+def _views_of_sample(dataset: Dataset, ordinal: int) -> tuple[Markup, str]:
+    """Returns the views of all images and clips of a sample, and their sizes."""
+    if dataset.modalities.is_pair:
+        return _small_media(dataset.read_sample(ordinal), dataset.info.media)
+    contents = dataset.read_modalities(ordinal)
+    views, sizes = [], []
+    for name, content in contents.media.items():
+        kind, extension = dataset.modalities[name].kind, contents.extensions[name]
+        view, size = _view(content, extension, kind, key=contents.key)
+        views.append(view)
+        sizes.append(f"{name}: {size}")
+    sizes += [f"{name}: {list(each.shape)} numbers" for name, each in contents.vectors.items()]
+    return Markup("").join(views or [badge("no media", kind="plain")]), "; ".join(sizes)
 
 
 def _small_media(sample: Sample, media: str) -> tuple[Markup, str]:
     extension = media_extension_of(sample.members, media)
     if extension is None:
         raise CorruptSampleError(f"{sample}: expected {media}, found {sorted(sample.members)}")
-    content = sample.members[extension]
+    return _view(sample.members[extension], extension, media, key=sample.key)
+
+
+def _view(content: bytes, extension: str, media: str, *, key: str) -> tuple[Markup, str]:
     size = f"{extension}, {bytes_text(len(content))}"
     if media == "image":
         pixels = decode_image(content, extension)
         height, width = pixels.shape[:2]
-        view = thumbnail(pixels, max_side=MAX_SIDE, alt=f"image of sample {sample.key}")
+        view = thumbnail(pixels, max_side=MAX_SIDE, alt=f"image of sample {key}")
         return view, f"{width} x {height}, {size}"
     waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
     seconds, rate = audio_seconds(content)
@@ -94,14 +113,15 @@ def sample_cards(views: MediaViews, ranks: list[int]) -> Markup:
 def _sample_card(views: MediaViews, ordinal: int) -> _SampleCard:
     view, size = views.of(ordinal)
     try:
-        sample = views.kept.dataset.read_sample(ordinal, fields=("txt", "json"))
-        captions, metadata = captions_of(sample), metadata_of(sample)
+        key, captions, metadata = texts_of_sample(views.kept.dataset, ordinal)
     except CorruptSampleError as error:
         return _SampleCard(view, size, error=str(error))
-    facts = [f"key {sample.key}"]
+    facts = [f"key {key}"]
     for name in ("uid", "class_name"):
         if isinstance(metadata.get(name), str):
             facts.append(f"{name.replace('_name', '')} {shortened(metadata[name])}")
+    labels = metadata.get("labels")
+    facts += [f"{name} {shortened(str(value))}" for name, value in _items_of(labels)]
     return _SampleCard(
         view,
         size,
@@ -109,3 +129,23 @@ def _sample_card(views: MediaViews, ordinal: int) -> _SampleCard:
         num_more=max(0, len(captions) - MAX_CAPTIONS),
         facts=", ".join(facts),
     )
+
+
+def _items_of(labels: Any) -> list[tuple[str, Any]]:
+    return list(labels.items()) if isinstance(labels, dict) else []
+
+
+def texts_of_sample(dataset: Dataset, ordinal: int) -> tuple[str, list[str], dict[str, Any]]:
+    """Returns (key, texts, content of the .json) of a sample.
+
+    The texts of a sample of modalities start with the names of their modalities.
+
+    Raises:
+        CorruptSampleError: if a text cannot be read.
+    """
+    if dataset.modalities.is_pair:
+        sample = dataset.read_sample(ordinal, fields=("txt", "json"))
+        return sample.key, captions_of(sample), metadata_of(sample)
+    contents = dataset.read_modalities(ordinal, names=dataset.modalities.names_of("text"))
+    texts = [f"{name}: {text}" for name, each in contents.texts.items() for text in each]
+    return contents.key, texts, {"labels": contents.labels}

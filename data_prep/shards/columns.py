@@ -120,10 +120,13 @@ def _columns_of(modalities: Modalities) -> list[tuple[str, pyarrow.DataType]]:
         if modality.kind == "text":
             columns.append((name, pyarrow.list_(pyarrow.string())))
             continue
-        columns += [(f"{name}_{each}", kind) for each, kind in MEMBER_COLUMNS]
-        measures = MEASURES.get(modality.kind, VECTOR_MEASURES)
-        columns += [(f"{name}_{each}", kind) for each, kind in measures]
+        columns += [(f"{name}_{each}", kind) for each, kind in member_columns(modality.kind)]
     return [*columns, ("source_row", pyarrow.int64())]
+
+
+def member_columns(kind: str) -> list[tuple[str, pyarrow.DataType]]:
+    """Returns the columns NAME_... of an image, audio clip or vector, without the prefix."""
+    return [*MEMBER_COLUMNS, *MEASURES.get(kind, VECTOR_MEASURES)]
 
 
 def built_in_columns(modalities: Modalities) -> set[str]:
