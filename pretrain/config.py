@@ -81,6 +81,8 @@ class MediaTower(TowerOutput):
     # frozen: batch norm keeps its loaded or measured statistics, and its weights are trained;
     # null: refused, because a process's own statistics change with the number of processes
     batch_norm: Literal["frozen"] | None = None
+    # Number of the run's first samples that statistics are measured on, if no weights are loaded
+    batch_norm_samples: PositiveInt = 256
 
     @model_validator(mode="after")
     def _pools_tokens(self) -> MediaTower:

@@ -61,6 +61,7 @@ from pretrain.training.assembly import (
     build_training_tokenizer,
     check_repeated_samples,
     fingerprints_of,
+    measure_batch_norms,
     open_step_loader,
     open_teachers,
     open_validation_sets,
@@ -104,6 +105,7 @@ def run_attempt(
     loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(sources, tokenizer, device=accelerator.device)
+    measure_batch_norms(config, model, loader)
     computed_on = describe_computation(config, accelerator.device)
     num_micro_batches = choose_num_micro_batches(
         StepSizes.of_config(config),

@@ -58,27 +58,36 @@ def checkpoint_backbone(backbone: nn.Module, drop_keys: TowerDropKeys, *, where:
         block.forward = partial(_recomputed, block.forward, drop_keys)
 
 
+# Names of lists whose members are blocks, also if they are of several classes.
+BLOCK_LISTS = ("blocks", "layers")
+
+
 def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
     """Finds the blocks of a backbone.
 
-    A transformers model marks its blocks. In other models, blocks are the members of lists of equal
-    modules; if lists are nested (stages), the members of the innermost.
+    A transformers model marks its blocks; of a marked stage (HTSAT, Swin), the blocks inside are
+    taken. In other models, blocks are the members of lists of equal modules, or of a list named
+    `blocks`. If lists are nested (stages), they are the members of the innermost.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     marked = [each for each in backbone.modules() if isinstance(each, GradientCheckpointingLayer)]
-    return iter(marked) if marked else _listed_blocks(backbone)
+    if not marked:
+        yield from _listed_blocks(backbone)
+    for layer in marked:
+        inner = [list(_listed_blocks(getattr(layer, name, None), name)) for name in BLOCK_LISTS]
+        yield from next((blocks for blocks in inner if blocks), [layer])
 
 
-def _listed_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def _listed_blocks(module: nn.Module | None, name: str = "") -> Iterator[nn.Module]:
     is_list = isinstance(module, nn.ModuleList | nn.Sequential)
-    children = list(module.children())
-    are_equal = is_list and len({type(child) for child in children}) == 1
-    for child in children:
-        inner = list(_listed_blocks(child))
+    children = [] if module is None else list(module.named_children())
+    are_equal = is_list and len({type(child) for _, child in children}) == 1
+    for child_name, child in children:
+        inner = list(_listed_blocks(child, child_name))
         if inner:
             yield from inner
-        elif are_equal and any(True for _ in child.children()):
+        elif (are_equal or (is_list and name == "blocks")) and any(True for _ in child.children()):
             yield child
 
 

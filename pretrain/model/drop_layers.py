@@ -242,7 +242,7 @@ def check_rows_of_samples(backbone: nn.Module, examples: Tensor, *, where: str) 
                 raise InputError(
                     f"{where}: layer {name.partition('.')[2]} drops from {list(a.shape)} for 2 "
                     "samples; expected the rows of a sample next to each other on the first axis; "
-                    "set its rate to 0 in options"
+                    "set its rate to 0 in options, or attention_dropout: off"
                 )
 
 

@@ -5,6 +5,7 @@ Only these functions and the command itself take the whole config.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Engine as EngineSection
 from pretrain.config import PretrainConfig, StreamName
 from pretrain.data.datasets import build_cache
+from pretrain.data.first_samples import first_samples
 from pretrain.data.step_loader import StepLoader
 from pretrain.data.stream_reader import open_readers
 from pretrain.data.transforms import build_transforms
@@ -39,6 +41,7 @@ from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.repeats import check_repeats
 from pretrain.sampling.schedule import build_schedule
+from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.towers.own_preprocessing import refuse_other_preprocessing
 from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers
 from pretrain.training.loop import TrainerSettings
@@ -50,6 +53,8 @@ from pretrain.training.validation import ValidationSet, build_validation_sets
 from pretrain.warm_start.model_start import start_key, start_model, starts_of
 from pretrain.warm_start.needs import refuse_unfetched
 from pretrain.warm_start.source import folder_of
+
+logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
@@ -210,6 +215,52 @@ def build_training_model(
     if config.engine.activation_checkpointing:
         checkpoint_blocks(model)
     return model
+
+
+def measure_batch_norms(
+    config: PretrainConfig, model: ContrastiveModel, loader: StepLoader
+) -> None:
+    """Sets the statistics of frozen batch norms in towers that begin without weights.
+
+    The main process measures them on the first samples of the run; every rank must call it. A run
+    with a checkpoint, or with a parent, loads them instead.
+
+    Raises:
+        InputError: if a dataset cannot be read.
+    """
+    kinds = [
+        kind
+        for kind in ("image", "audio")
+        if (tower := getattr(config.model, kind)) is not None
+        and tower.batch_norm == "frozen"
+        and not (tower.pretrained or tower.start)
+    ]
+    if not kinds or config.run.parent is not None:
+        return
+    if on_main_process(lambda: bool(open_store(config.run.checkpoints).checkpoints())):
+        return
+    for kind in kinds:
+        buffers = on_main_process(lambda: _measured(config, model, loader, kind))  # noqa: B023
+        model.towers[kind].backbone.load_state_dict(buffers, strict=False)
+
+
+def _measured(
+    config: PretrainConfig, model: ContrastiveModel, loader: StepLoader, kind: str
+) -> dict[str, torch.Tensor]:
+    tower, section = model.towers[kind], getattr(config.model, kind)
+    samples = first_samples(
+        loader,
+        kind,
+        num_samples=section.batch_norm_samples,
+        num_steps=config.schedule.num_steps,
+    )
+    buffers = measure_statistics(tower.backbone, map(tower.input_stage, samples))
+    num_samples = max((int(each) for each in buffers.values() if each.ndim == 0), default=0)
+    logger.info(
+        "model.%s: statistics of batch norm measured on the run's first %d samples",
+        *(kind, num_samples),
+    )
+    return buffers
 
 
 def open_teachers(

@@ -306,6 +306,18 @@ def test_timm_models_of_a_fixed_size_are_built_for_the_size_of_their_input(name,
     assert width_of(kind, library="timm", name=name, input_shape=shape, **options)
 
 
+def test_dropout_in_the_position_bias_of_swin_v2_is_refused_or_turned_off():
+    options = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "window_size": 4}
+    check_row(
+        "image",
+        help_with={"attention_dropout": False},
+        expected=ATTENTION,
+        device="cpu",
+        **timm_row("swinv2_cr_tiny_224", options=options | {"img_size": 32})
+        | {"input_shape": (3, 32, 32)},
+    )
+
+
 # ---------------------------------------------------------------------------------- transformers
 
 
