@@ -82,9 +82,15 @@ class Tokenizer:
             return self.backend(list(captions), context_length=self.context_length)
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        """Counts the tokens of each row of [M, L] without trailing padding: int64 [M]."""
+        """Counts the tokens of each row of [M, L] without trailing padding: int64 [M].
+
+        If captions are padded with the end token, as in Hugging Face's CLIP, the first one counts.
+        """
         positions = torch.arange(1, tokens.shape[1] + 1)
-        return ((tokens != self.pad_id) * positions).amax(dim=1)
+        lengths = ((tokens != self.pad_id) * positions).amax(dim=1)
+        if getattr(self.backend, "eos_token_id", None) == self.pad_id:
+            lengths = (lengths + 1).clamp(max=tokens.shape[1])
+        return lengths
 
     def save(self, folder: Path) -> None:
         """Writes the files that `build_tokenizer` needs and installed libraries do not ship."""

@@ -30,8 +30,9 @@ CONFIG_FILE = "config.json"
 # Names that config classes accept in addition to their own attributes.
 _OLD_ROPE_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 _NAMES_OF_ALL_CONFIGS = ("attn_implementation", "experts_implementation")
-# Models trained on padded captions without a mask: padding is a token like any other.
-SEE_PADDING = ("siglip_text_model", "siglip2_text_model")
+# Models without a mask. To SigLIP, padding is a token like any other. CLIP's tokens only depend on
+# those before them; it may pad with its end token, or with a token that captions contain ("!").
+SEE_PADDING = ("clip_text_model", "siglip_text_model", "siglip2_text_model")
 # Options that say where and how to find a saved model.
 _SOURCE_OPTIONS = (
     *("cache_dir", "code_revision", "force_download", "local_files_only", "proxies"),
