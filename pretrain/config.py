@@ -97,21 +97,42 @@ class MediaTower(TowerOutput):
 class TextTower(TowerOutput):
     """The encoder of captions and its tokenizer."""
 
-    library: Literal["open_clip", "transformers"]
-    name: str = "TextTransformer"  # "TextTransformer" (sized by options), open_clip or HF model
+    # torch: small towers for small data
+    library: Literal["open_clip", "transformers", "torch"]
+    # "TextTransformer" (sized by options), open_clip or HF model; torch: "word_vectors" (a file in
+    # text format as `pretrained`) or "gru" (options: width, num_layers, is_bidirectional)
+    name: str = "TextTransformer"
     pretrained: bool | str = False
     start: Start | None = None
     frozen: bool = False
     options: dict[str, Any] = {}
     context_length: PositiveInt = 77  # tokens; captions are truncated or padded to it
     # transformers tokenizer (name or folder; its fingerprint is part of the identity); null: that
-    # of `name`, or open_clip's BPE
+    # of `name`, or open_clip's BPE; word_vectors: the words of the file
     tokenizer: str | None = None
-    pooling: Pooling = "mean"  # over tokens; transformers towers only
+    pooling: Pooling = "mean"  # over tokens; not for open_clip's towers
     # Cleaning of captions before the tokenizer. whitespace: repaired encodings and single spaces;
     # lower: also lower case; canonicalize: also without punctuation (SigLIP). null: that of the
     # named open_clip model with a tokenizer of transformers, otherwise none
     cleaning: Literal["none", "whitespace", "lower", "canonicalize"] | None = None
+
+
+class VectorTower(Section):
+    """The encoder of a modality of kind `vector`."""
+
+    name: Literal["mlp", "gru"] = "mlp"  # gru: for arrays [time, width], over their rows
+    width: PositiveInt = 256  # numbers of a layer; gru: numbers of a state
+    num_layers: PositiveInt = 2
+    is_bidirectional: bool = False  # gru only: half of a state for each direction
+
+    @model_validator(mode="after")
+    def _has_directions(self) -> VectorTower:
+        if self.is_bidirectional and (self.name == "mlp" or self.width % 2):
+            raise ValueError(
+                f"is_bidirectional with name={self.name} and width={self.width}: it is for gru "
+                "with an even width"
+            )
+        return self
 
 
 class LogitScale(Section):

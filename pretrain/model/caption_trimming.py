@@ -38,6 +38,8 @@ def takes_trimmed_captions(backbone: nn.Module, tokenizer: Tokenizer) -> bool:
     if isinstance(backbone, TransformersText):
         is_last = getattr(tokenizer.backend, "padding_side", "right") == "right"
         return is_last and backbone.backbone.config.model_type in MASKS_PADDING
+    if getattr(backbone, "ignores_padding", False):
+        return True
     if not isinstance(backbone, TextTransformer) or backbone.output_tokens:
         return False
     if backbone.attn_mask is None or backbone.cls_emb is not None:

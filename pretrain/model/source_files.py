@@ -61,8 +61,9 @@ def fingerprint_of_files(paths: Sequence[Path]) -> str:
 
 def tokenizer_files(config: TextTower) -> SourceFiles:
     """Returns the files that the tokenizer is built from; nothing for CLIP's own."""
-    if config.library == "open_clip" and config.tokenizer is None:
-        return {}
+    if config.library != "transformers" and config.tokenizer is None:
+        has_words = config.library == "torch" and config.pretrained
+        return {TOKENIZER_KEY: _as_files(str(config.pretrained))} if has_words else {}
     name = config.tokenizer or config.name
     if not Path(name).is_dir():
         return {TOKENIZER_KEY: _existing(name, CACHED_TOKENIZER_FILES)}
@@ -138,6 +139,7 @@ _WEIGHT_FILES: dict[str, Callable[[MediaTower | TextTower], list[Path]]] = {
     "timm": _timm_files,
     "open_clip": _open_clip_files,
     "transformers": _transformers_files,
+    "torch": lambda config: _as_files(str(config.pretrained)),
 }
 
 

@@ -17,6 +17,8 @@ from pretrain.hub import TOKENIZER_FILES_OF_HUB, local_folder
 from pretrain.model.library_errors import describe_library_error
 from pretrain.sampling.keyed_random import scramble
 from pretrain.towers.caption_cleaning import NO_CLEANING, CaptionCleaning, caption_cleaning
+from pretrain.towers.small_text import WORD_VECTORS
+from pretrain.towers.word_vectors import read_word_vectors, word_tokenizer
 
 # Folder, in a checkpoint's assets, of a tokenizer that was loaded from a folder or a hub.
 TOKENIZER_FOLDER = "tokenizer"
@@ -116,7 +118,9 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
     Raises:
         InputError: if the tokenizer cannot be loaded.
     """
-    if config.library == "open_clip" and config.tokenizer is None:
+    if _has_words(config) and assets is None:
+        return _word_tokenizer(config)
+    if config.library != "transformers" and config.tokenizer is None and not _has_words(config):
         if config.cleaning is not None:
             raise InputError(
                 f"model.text.cleaning={config.cleaning}: CLIP's tokenizer has its own cleaning; "
@@ -146,6 +150,28 @@ def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokeniz
         pad_id=backend.pad_token_id,
         # Ids of added tokens may leave gaps.
         vocab_size=max(len(backend), max(backend.get_vocab().values()) + 1),
+        cleaning=caption_cleaning(config),
+    )
+
+
+def _has_words(config: TextTower) -> bool:
+    """Whether the tokenizer looks up the words of a file of word vectors."""
+    return config.library == "torch" and config.name == WORD_VECTORS and config.tokenizer is None
+
+
+def _word_tokenizer(config: TextTower) -> Tokenizer:
+    if not isinstance(config.pretrained, str):
+        raise InputError(
+            f"model.text.pretrained={config.pretrained}: word_vectors needs the path of a text "
+            "file with a word and its numbers in each line"
+        )
+    vectors = read_word_vectors(Path(config.pretrained), max_words=config.options.get("max_words"))
+    backend = word_tokenizer(vectors.words)
+    return Tokenizer(
+        backend,
+        context_length=config.context_length,
+        pad_id=backend.pad_token_id,
+        vocab_size=len(backend),
         cleaning=caption_cleaning(config),
     )
 

@@ -36,6 +36,7 @@ from pretrain.model.transformers_backbone import (
 )
 from pretrain.towers.attention_dropout import zero_attention_dropout
 from pretrain.towers.frozen_statistics import freeze_batch_norms, has_frozen_statistics
+from pretrain.towers.small_text import build_small_text, save_sizes
 from pretrain.towers.timm_sizes import timm_size_options
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,11 @@ _MEDIA_BUILDERS = {
     "open_clip": build_open_clip_media,
     "transformers": build_transformers_media,
 }
-_TEXT_BUILDERS = {"open_clip": build_open_clip_text, "transformers": build_transformers_text}
+_TEXT_BUILDERS = {
+    "open_clip": build_open_clip_text,
+    "transformers": build_transformers_text,
+    "torch": build_small_text,
+}
 
 
 def build_media_backbone(
@@ -327,6 +332,7 @@ def ends_in_joint_space(config: TowerConfig) -> bool:
 
 
 def save_tower_config(backbone: nn.Module, folder: Path, *, kind: str) -> None:
-    """Writes the config of a transformers model, which rebuilding the tower needs."""
+    """Writes the config of a transformers model or of word vectors, for rebuilding the tower."""
     if isinstance(backbone, TransformersMedia | TransformersText):
         backbone.backbone.config.save_pretrained(str(folder / f"{kind}_tower"))
+    save_sizes(backbone, folder / f"{kind}_tower")

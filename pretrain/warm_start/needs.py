@@ -97,7 +97,7 @@ def _model_needs(tower: MediaTower | TextTower, where: str) -> Iterator[Need]:
 
 
 def _tokenizer_needs(text: TextTower) -> Iterator[Need]:
-    if text.library == "open_clip" and text.tokenizer is None:
+    if text.library != "transformers" and text.tokenizer is None:
         return
     key = "model.text.tokenizer" if text.tokenizer else "model.text.name"
     if model := parse_hub_name(text.tokenizer or text.name, needs_owner=False):
