@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 MAX_NAME_BYTES = 180  # suffixes need the rest of the 255 bytes
 
 
@@ -29,6 +31,12 @@ def file_name_of(name: str) -> str:
             f"{num_bytes}; shorten it"
         )
     return encoded
+
+
+def readable_part(name: str) -> str:
+    """Returns a readable part of a file name; a hash next to it must tell names apart."""
+    readable = re.sub(r"[^\w.-]", "_", name)[:60]
+    return readable.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _escaped(character: str) -> str:

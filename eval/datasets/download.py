@@ -19,6 +19,7 @@ from data_prep.errors import (
     RunError,
 )
 from data_prep.shards.manifest import read_dataset_files
+from data_prep.storage.file_names import readable_part
 from data_prep.storage.file_transfer import fetch_file
 from data_prep.storage.remote_file import is_url, join
 from eval.datasets.tar_dataset import CLASS_NAMES, NUM_TARS, TEMPLATES, TYPE
@@ -32,7 +33,7 @@ def cached_copy(location: str) -> Path:
     if not is_url(location):
         return Path(location)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isopair"
-    name = re.sub(r"[^\w.-]", "_", location.rstrip("/").rpartition("/")[2])[:60]
+    name = readable_part(location.rstrip("/").rpartition("/")[2])
     return (
         cache / "evaluation_sets" / f"{name}_{hashlib.sha256(location.encode()).hexdigest()[:16]}"
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.storage.atomic import write_atomically
+from data_prep.storage.file_names import readable_part
 from eval.datasets.datasets import EvaluationSet
 from eval.embeddings.batches import media_batches
 from eval.embeddings.parts import Parts
@@ -148,8 +148,7 @@ class EmbeddingStore:
             "batch_size": encoder.batch_size,
         }
         content = json.dumps(origin, indent=1, sort_keys=True).encode() + b"\n"
-        readable = re.sub(r"[^\w.-]", "_", name)[:60]  # the hash tells folders apart
-        folder = self.folder / f"{readable}_{hashlib.sha256(content).hexdigest()[:16]}"
+        folder = self.folder / f"{readable_part(name)}_{hashlib.sha256(content).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "origin.json").exists():
             write_atomically(folder / "origin.json", content)

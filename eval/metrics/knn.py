@@ -15,6 +15,7 @@ from eval.metrics.ranking import check_finite, cosine_scores
 
 SCORES_AT_ONCE = 1 << 26
 ROUNDING = 1 << 24
+LOWEST_EXPONENT = -1e300  # times ROUNDING, it is finite
 
 
 def neighbour_votes(
@@ -82,6 +83,7 @@ def _log_sums(exponents: Tensor, counts: Tensor, classes: Tensor, *, num_classes
         classes: int64 [rows, voters] from 0 to K - 1.
         num_classes: K.
     """
+    exponents = exponents.clamp(min=LOWEST_EXPONENT)
     lowest = torch.finfo(torch.float64).min
     greatest = exponents.new_full((len(exponents), num_classes), lowest)
     greatest.scatter_reduce_(-1, classes, exponents, "amax")

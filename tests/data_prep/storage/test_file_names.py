@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.storage.file_names import MAX_NAME_BYTES, file_name_of
+from data_prep.storage.file_names import MAX_NAME_BYTES, file_name_of, readable_part
 
 LOOK_ALIKE = ["a b", "a_b", "a.b", "a/b", "a%20b", "e\u0301", "\u00e9", "A\n", ".", "..", "-"]
 NAMES = [*LOOK_ALIKE, "\u56fe\u50cf", "\u58f0\u97f3"]
@@ -34,3 +34,11 @@ def test_every_name_is_one_path_component_and_can_be_read_back(name):
 def test_a_name_that_cannot_be_a_file_name_is_refused(name):
     with pytest.raises(ValueError, match="name"):
         file_name_of(name)
+
+
+@given(st.text(max_size=300))
+def test_the_readable_part_of_any_name_fits_into_a_file_name(name):
+    readable = readable_part(name)
+    assert len(readable.encode()) <= MAX_NAME_BYTES
+    assert not set(readable) & set("/\\\0 \n:")
+    assert readable_part("\U00020000" * 300) == "\U00020000" * 45

@@ -130,7 +130,7 @@ def repair(dataset):
 
 
 def assert_is_restored(intact, dataset, *, has_sums):
-    """Without sums in the manifest, bits of a Parquet file that hold no values may stay flipped."""
+    """Compares all files; without recorded sums, unused bits of a Parquet file may stay flipped."""
     expected, found = files_of(intact), files_of(dataset)
     for name in [] if has_sums else [name for name in expected if name.endswith(".parquet")]:
         if found[name] != expected[name]:

@@ -316,7 +316,7 @@ def test_each_unreadable_manifest_is_kept_beside_earlier_ones(intact, dataset):
 @pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0)])
 @pytest.mark.parametrize("lost", [None, "tar"])
 def test_swapped_parquet_files_of_an_earlier_version_move_back(intact, dataset, order, lost):
-    """The rows say where a file belongs: those of the tar, or else the sizes in the index."""
+    """Finds the place of each file by the rows of the tar, or else by the sizes in the index."""
     as_written_before(dataset)
     permute(dataset, "parquet", order)
     with pytest.raises(InputError, match=r"00000000.parquet: row 0: expected 000000000000"):

@@ -101,6 +101,20 @@ def test_no_temperature_overflows_or_underflows(temperature):
         assert slow[ranked.predictions[item]] == max(slow)
 
 
+@pytest.mark.parametrize("temperature", [1e-290, 1e-300, 1e-302, 1e-310, 5e-324])
+def test_the_least_temperatures_follow_the_nearest_neighbour(temperature):
+    train, targets = labelled_rows(40, 8, seed=1)
+    test, _ = labelled_rows(30, 8, seed=2)
+    arguments = {"num_classes": 8, "num_neighbours": 5, "temperature": temperature}
+    votes = torch.cat(list(neighbour_votes(test, train, torch.from_numpy(targets), **arguments)))
+    nearest = (test @ train.T).topk(5, dim=-1).indices.numpy()
+    assert votes.isfinite().all()
+    assert votes.argmax(dim=-1).tolist() == targets[nearest[:, 0]].tolist()
+    lowest = torch.finfo(torch.float64).min
+    for row, voters in zip(votes, nearest, strict=True):
+        assert set((row > lowest).nonzero().flatten().tolist()) == set(targets[voters].tolist())
+
+
 def test_few_shot_probes_learn_from_as_many_items_as_they_say():
     train, train_targets = labelled_rows(60, 3, seed=1)
     test, targets = labelled_rows(45, 3, seed=2)
