@@ -15,6 +15,7 @@ from pretrain.config import Model
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.start_config import Start
 from pretrain.warm_start.key_table import KeyTable
+from pretrain.warm_start.laion_clap import refuse_other_spectrogram
 from pretrain.warm_start.layouts import read_layout
 from pretrain.warm_start.source import WeightSource, find_source
 from pretrain.warm_start.temperature import common_source, start_temperature
@@ -120,6 +121,11 @@ def start_model(
     for kind, start in starts.items():
         layout = read_layout(tensors[start.location], kind=start.tower or kind)
         library = getattr(config, kind).library
+        refuse_other_spectrogram(
+            tensors[start.location],
+            model.towers[kind].input_stage,
+            where=f"{start_key(kind)}.from={start.location}",
+        )
         rows = start_tower(model.towers[kind], layout, start, kind=kind, library=library)
         temperatures[start.location] = layout.temperatures
         tables.append(KeyTable(kind, start.location, tuple(rows)))

@@ -36,7 +36,7 @@ def weights():
 
 
 def hostile_objects(flag):
-    """Objects whose unpickling would write a file, by several ways of reaching code."""
+    """Builds objects whose unpickling would write a file, by several ways of reaching code."""
     write = f"open({str(flag)!r}, 'w').close()"
     return {
         "system": Calls(os.system, f"touch {flag}"),
@@ -98,7 +98,7 @@ def test_a_pickle_alone_is_refused_and_not_executed(tmp_path):
 
 
 def test_a_pickle_cannot_change_what_it_names(tmp_path):
-    """The opcode BUILD sets attributes of any object that a pickle names."""
+    """Uses the opcode BUILD, which sets attributes of any object that a pickle names."""
     build = (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
         b"N}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."

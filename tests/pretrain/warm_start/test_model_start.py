@@ -186,7 +186,7 @@ def test_a_file_of_timm_is_resampled_by_timm_for_spectrograms(vit, tmp_path):
 
 
 def test_each_layout_of_open_clip_starts_a_tower_of_timm(clip, tmp_path):
-    """CLIP's Vision Transformer is one of timm's, too; timm's own loader is the oracle."""
+    """Compares with open_clip: CLIP's Vision Transformer is one of timm's, too."""
     folder, oracle = clip
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     tower = {"library": "timm", "name": "vit_base_patch32_clip_224", "options": options}

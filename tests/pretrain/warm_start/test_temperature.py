@@ -26,7 +26,7 @@ def model(*, has_bias=False):
 
 
 def as_model(modules):
-    """The attributes of a contrastive model that a temperature has"""
+    """Returns the attributes of a contrastive model that a temperature has."""
     return SimpleNamespace(
         log_logit_scale=modules["log_logit_scale"], logit_bias=modules["logit_bias"]
     )

@@ -9,11 +9,14 @@ import transformers
 from torch import nn
 from torch.nn.functional import normalize
 
-from data_prep.errors import ConfigError
+from data_prep.errors import ConfigError, InputError
+from pretrain.config import AudioTransform
 from pretrain.model.contrastive_model import Tower
+from pretrain.model.log_mel import LogMelSpectrogram
 from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.start_config import Start
 from pretrain.warm_start.key_table import KeyTable
+from pretrain.warm_start.laion_clap import refuse_other_spectrogram
 from pretrain.warm_start.layouts import read_layout
 from pretrain.warm_start.source import find_source
 from pretrain.warm_start.tower_start import start_tower
@@ -112,11 +115,11 @@ def dual_encoder(name):
     ]
 
 
-def start(half, location, **settings):
+def start(half, location, *, library="transformers", **settings):
     source = find_source(str(location), where="model.x.start.from")
     layout = read_layout(source.read(), kind=half.kind)
     section = Start(**{"from": str(location)} | settings)
-    rows = start_tower(half.tower, layout, section, kind=half.kind, library="transformers")
+    rows = start_tower(half.tower, layout, section, kind=half.kind, library=library)
     return KeyTable(half.kind, str(location), tuple(rows)), layout
 
 
@@ -157,7 +160,7 @@ def test_shards_and_pickles_of_transformers_are_read_alike(tmp_path):
 
 
 def test_patches_and_positions_of_another_size_are_resampled(tmp_path):
-    """Reference: timm's functions, on the layouts of each model."""
+    """Compares with timm's functions, on the layout of each model."""
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
     for name, prefixes in (("CLIP", 1), ("Siglip", 0), ("Siglip2", 0)):
@@ -200,7 +203,7 @@ def test_a_longer_text_keeps_its_positions_and_a_shorter_one_the_first(tmp_path)
 
 
 def test_a_model_with_a_head_starts_a_tower_without_it(tmp_path):
-    """Files of a language model name the encoder "bert"; old ones have gamma and beta."""
+    """Reads a file that names the encoder "bert", and norms gamma and beta as old ones do."""
     settings = ROBERTA | {"pad_token_id": 0}
     model = randomize(transformers.BertForMaskedLM(transformers.BertConfig(**settings)))
     state = model.state_dict()
@@ -258,6 +261,31 @@ def test_laion_clap_embeds_as_its_own_code_did():
     assert {n: t.item() for n, t in layout.temperatures.items()}["logit_scale_a"] == 3.0
 
 
+def test_laion_claps_filters_are_compared_with_those_of_the_tower():
+    tensors = find_source(str(laion.CHECKPOINT), where="").read()
+    bank = {"fft_samples": 64, "hop_samples": 32, "num_mel_bins": 16, "high_hz": 2000.0}
+    bank |= {"mean_db": 0.0, "std_db": 1.0}
+
+    def compare(**changes):
+        section = AudioTransform(sample_rate_hz=4000, clip_seconds=1.0, log_mel=bank | changes)
+        refuse_other_spectrogram(tensors, LogMelSpectrogram(section), where="x")
+
+    compare()
+    for changes in (
+        {"mel_scale": "htk"},
+        {"mel_norm": None},
+        {"low_hz": 40.0},
+        {"num_mel_bins": 8},
+        {"fft_samples": 128},
+        {"mean_db": -30.0},
+        {"std_db": 20.0},
+    ):
+        with pytest.raises(ConfigError, match=r"x: expected the spectrogram that .*mean_db: 0"):
+            compare(**changes)
+    refuse_other_spectrogram(tensors, nn.Identity(), where="x")
+    refuse_other_spectrogram({}, LogMelSpectrogram(AudioTransform()), where="x")
+
+
 def test_every_tensor_of_laion_clap_is_accounted_for():
     stored = find_source(str(laion.CHECKPOINT), where="").read()
     half = Half("audio", tower(build("ClapAudio", laion.AUDIO), mlp()), None, {})
@@ -266,3 +294,58 @@ def test_every_tensor_of_laion_clap_is_accounted_for():
     advised = json.loads(str(raised.value).partition("ignore: ")[2])
     table, _ = start(half, laion.CHECKPOINT, ignore=advised)
     assert {name for row in table.rows for name in [row.source] if name} == set(stored)
+
+
+def test_clip_moves_between_open_clip_and_transformers_and_back(tmp_path):
+    """Compares each way with the other library's own computation, and the round trip exactly."""
+    model, halves = dual_encoder("CLIP")
+    model.save_pretrained(tmp_path / "transformers")
+    image, text = open_clip_halves()
+    for own, half in ((image, halves[0]), (text, halves[1])):
+        table, _ = start(half._replace(tower=own), tmp_path / "transformers", library="open_clip")
+        counts = table.counts()
+        assert counts["unused"] == counts["missing"] == 0
+        whole = getattr(model, f"get_{half.kind}_features")
+        main = half.tower.backbone.backbone.main_input_name
+        expected = whole(**{main: half.inputs}).pooler_output
+        torch.testing.assert_close(own(half.inputs), expected, atol=1e-5, rtol=0)
+    state = {f"visual.{n}": t for n, t in image.backbone.state_dict().items()}
+    state |= {f"text.{n}": t for n, t in text.backbone.state_dict().items() if n != "attn_mask"}
+    torch.save(state, tmp_path / "open_clip.pt")
+    for half in halves:
+        table, _ = start(half, tmp_path / "open_clip.pt")
+        assert table.counts()["missing"] == table.counts()["unused"] == 0
+    found = halves[0].tower.state_dict() | {
+        "t." + n: t for n, t in halves[1].tower.state_dict().items()
+    }
+    own = {
+        "projection.weight": model.visual_projection.weight,
+        "t.projection.weight": model.text_projection.weight,
+        **{f"backbone.backbone.{n}": t for n, t in model.vision_model.state_dict().items()},
+        **{f"t.backbone.backbone.{n}": t for n, t in model.text_model.state_dict().items()},
+    }
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+def open_clip_halves():
+    """Builds towers of open_clip with the sizes of the tiny CLIP, and its activation."""
+    from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
+
+    sizes = {"width": 16, "layers": 2, "heads": 2, "mlp_ratio": 1.0, "output_dim": EMBED_DIM}
+    image = VisionTransformer(image_size=16, patch_size=8, act_layer=QuickGELU, **sizes)
+    text = TextTransformer(
+        context_length=8, vocab_size=50, act_layer=QuickGELU, pool_type="eos", eos_id=49, **sizes
+    )
+    return [
+        Tower(nn.Identity(), each, nn.Identity(), drop_keys=TowerDropKeys()).eval()
+        for each in (image, text)
+    ]
+
+
+def test_towers_without_a_counterpart_are_refused_with_the_library_to_use(tmp_path):
+    model, (half, _) = dual_encoder("Siglip")
+    model.save_pretrained(tmp_path)
+    for library, advice in (("open_clip", "only CLIP's towers"), ("timm", "library: transformers")):
+        with pytest.raises(InputError, match=advice):
+            start(half, tmp_path, library=library)

@@ -111,7 +111,7 @@ def test_towers_start_from_a_run_and_embed_as_it_does(toy_data, started, tmp_pat
 
 @pytest.mark.slow
 def test_a_tower_alone_starts_from_a_run(toy_data, started, tmp_path, capsys):
-    """A new image tower next to the text tower of an earlier run, as for another medium."""
+    """Starts the text tower from an earlier run, with a new image tower."""
     image = {"library": "timm", "name": "test_convnext", "options": {"patch_size": 1}}
     dry_run(config_of(toy_data, tmp_path / "run", started, image=image))
     output = capsys.readouterr().out
