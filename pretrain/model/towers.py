@@ -61,6 +61,14 @@ REFUSED_OPTIONS = {
 }
 
 
+# The size of the input is the usual reason why a backbone cannot encode it.
+_SIZE_ADVICE = {
+    "model.image": "; if the size is the reason, set image.size to one that the model takes",
+    "model.audio": "; if the size is the reason, set audio.log_mel.num_frames and num_mel_bins to "
+    "those that the model takes",
+}
+
+
 # ------------------------------------------------------------------------------------ building
 
 
@@ -284,7 +292,7 @@ def probe_backbone(
     except Exception as error:  # libraries raise errors of any type
         raise InputError(
             f"{where}: cannot encode input {list(examples[:1].shape)}: "
-            f"{describe_library_error(error)}"
+            f"{describe_library_error(error)}{_SIZE_ADVICE.get(where, '')}"
         ) from error
     if not isinstance(features, Tensor):
         raise InputError(

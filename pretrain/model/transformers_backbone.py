@@ -182,6 +182,7 @@ def _from_config(settings: Any, kind: str) -> nn.Module:
 
     known = tower_class(settings.model_type, kind=kind)
     if known is not None:
+        _refuse_fusion(settings)
         return find_class(known.name)(settings)
     _refuse_missing_class(settings)
     return _refuse_two_towers(AutoModel.from_config(settings, dtype=torch.float32))
@@ -231,6 +232,7 @@ def _load_tower(
     refuse_unknown_options(type(settings), options)
     for key, value in options.items():
         setattr(settings, key, value)
+    _refuse_fusion(settings)
     turn_off_attention_dropout(settings, is_off=not config.attention_dropout)
     renamed = {} if known.prefix is None else {f"^{re.escape(known.prefix)}": ""}
     model, loaded = find_class(known.loader or known.name).from_pretrained(
@@ -248,6 +250,14 @@ def _load_tower(
             "folder of such a model"
         )
     return getattr(model, known.part) if known.part else model
+
+
+def _refuse_fusion(settings: Any) -> None:
+    if getattr(settings, "enable_fusion", False):
+        raise ValueError(
+            "fusion of long clips (enable_fusion) is not supported; set options: {enable_fusion: "
+            "false}, with which clips of up to clip_seconds are encoded as before"
+        )
 
 
 def _config_class(model_type: str) -> type:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ModelInputs = dict[str, Tensor]
+ModelInputs = dict[str, Tensor | None]
 
 
 def _patches(pixels: Tensor, config: Any) -> ModelInputs:
@@ -25,13 +25,7 @@ def _patches(pixels: Tensor, config: Any) -> ModelInputs:
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     # On the CPU: the model reads the sizes in Python.
     shapes = torch.tensor([[num_rows, num_columns]], device="cpu").expand(len(pixels), 2)
-    return {
-        "pixel_values": patches,
-        "pixel_attention_mask": torch.ones(
-            patches.shape[:2], dtype=torch.int64, device=pixels.device
-        ),
-        "spatial_shapes": shapes,
-    }
+    return {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": shapes}
 
 
 # Model type -> inputs from pixels [B, 3, H, Wd] or mel [B, 1, F, S], and the model's config.

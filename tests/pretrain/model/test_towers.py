@@ -375,13 +375,13 @@ class ReturnsTwo(nn.Module):
         return inputs, inputs
 
 
-def tiny_text_tower(library, vocab_size):
+def tiny_text_tower(library, vocab_size, *, tokenizer):
     name, options = {
         "open_clip": ("TextTransformer", {"width": 32, "heads": 2, "layers": 1}),
         "transformers": ("bert", TINY_BERT),
     }[library]
     options = options | {"vocab_size": vocab_size}
-    return {"library": library, "name": name, "options": options, "tokenizer": "any"}
+    return {"library": library, "name": name, "options": options, "tokenizer": str(tokenizer)}
 
 
 def test_a_vocabulary_below_the_largest_token_id_is_refused(config_with, tmp_path, monkeypatch):
@@ -399,8 +399,8 @@ def test_a_vocabulary_below_the_largest_token_id_is_refused(config_with, tmp_pat
                 r"token id of the tokenizer is 49408; .* options: \{vocab_size: 49409\}"
             )
             with pytest.raises(InputError, match=message):
-                build_text(config_with(text=tiny_text_tower(library, vocab_size)))
-        build_text(config_with(text=tiny_text_tower(library, 49409)))
+                build_text(config_with(text=tiny_text_tower(library, vocab_size, tokenizer=folder)))
+        build_text(config_with(text=tiny_text_tower(library, 49409, tokenizer=folder)))
     # Ids of added tokens may leave gaps.
     vocabulary = backend.get_vocab() | {"gap": 50000}
     monkeypatch.setattr(backend, "get_vocab", lambda: vocabulary)

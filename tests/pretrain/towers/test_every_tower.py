@@ -20,6 +20,7 @@ from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import build_media_backbone, build_text_backbone, probe_backbone
 
 BATCH_NORM = "set batch_norm: frozen"
+NAFLEX_VIT = "naflexvit_base_patch16_gap"
 FROM_TRANSFORMERS = "build it with library: transformers, name: "
 
 # Without batch norm: these build as they are.
@@ -166,6 +167,13 @@ TRANSFORMERS = [
         {"batch_norm": "frozen"},
     ),
     ("text", "clap", {"text_config": TEXT_SIZES}, ATTENTION, {"attention_dropout": False}),
+    (
+        "audio",
+        "clap_audio_model",
+        HTSAT | {"enable_fusion": True},
+        "set options: {enable_fusion: false}",
+        {"options": {"enable_fusion": False}, "batch_norm": "frozen"},
+    ),
     ("audio", "audio-spectrogram-transformer", SIZES | {"patch_size": 8}, None, {}),
     ("audio", "whisper", WHISPER, None, {}),
     ("audio", "wav2vec2", {}, "audio-spectrogram-transformer, clap_audio_model, whisper", {}),
@@ -304,6 +312,28 @@ def test_timm_models_of_a_fixed_size_are_built_for_the_size_of_their_input(name,
     if "swin" in name and kind == "image":
         shape = (3, 112, 112)
     assert width_of(kind, library="timm", name=name, input_shape=shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "tower", "expected"),
+    [
+        (
+            "audio",
+            (1, 64, 1001),
+            ("timm", "naflexvit_base_patch16_gap"),
+            "audio.log_mel.num_frames",
+        ),
+        ("audio", (1, 80, 2999), ("transformers", "whisper"), "audio.log_mel.num_frames"),
+        ("image", (3, 96, 96), ("open_clip", "ViTamin-S"), "set image.size to one that"),
+        ("image", (3, 40, 40), ("open_clip", "ViT-B-16"), None),
+        ("audio", (1, 64, 1008), ("timm", NAFLEX_VIT), None),
+        ("audio", (1, 64, 1024), ("timm", "hiera_tiny_224"), None),
+    ],
+)
+def test_sizes_that_a_model_cannot_take_are_refused_with_the_setting(kind, shape, tower, expected):
+    library, name = tower
+    row = {"library": library, "name": name, "input_shape": shape}
+    check_row(kind, help_with={}, expected=expected, **row)
 
 
 def test_dropout_in_the_position_bias_of_swin_v2_is_refused_or_turned_off():
