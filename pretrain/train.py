@@ -123,7 +123,8 @@ def run_attempt(
     run = open_run(
         identity, hosts=hosts, num_micro_batches=num_micro_batches, computed_on=computed_on
     )
-    on_main_process(lambda: sources.warm_start.write(run.folder, fingerprints))
+    if config.run.parent is None:  # a fork has the weights of its parent
+        on_main_process(lambda: sources.warm_start.write(run.folder, fingerprints))
     with build_session(config.engine, run, requests, hosts=hosts) as session:
         optimizer = build_training_optimizer(config, model)
         engine = build_engine(

@@ -36,7 +36,33 @@ _PATCHES = (
 )
 
 
-def resample(name: str, tensor: Tensor, own: Tensor, *, names: Collection[str]) -> Tensor | None:
+Grid = tuple[int, int]
+
+
+def grid_of(backbone: nn.Module) -> Grid | None:
+    """Returns the rows and columns of a tower's patches if they are no square, as of sounds.
+
+    Args:
+        backbone: backbone of a tower.
+    """
+    config = getattr(getattr(backbone, "backbone", None), "config", None)
+    if getattr(config, "model_type", None) != "audio-spectrogram-transformer":
+        return None
+    side = config.patch_size
+    return (
+        (config.num_mel_bins - side) // config.frequency_stride + 1,
+        (config.max_length - side) // config.time_stride + 1,
+    )
+
+
+def resample(
+    name: str,
+    tensor: Tensor,
+    own: Tensor,
+    *,
+    names: Collection[str],
+    grid: Grid | None = None,
+) -> Tensor | None:
     """Resizes a tensor of a source to the shape that it has in a tower.
 
     Args:
@@ -44,6 +70,7 @@ def resample(name: str, tensor: Tensor, own: Tensor, *, names: Collection[str]) 
         tensor: tensor of the source.
         own: tensor of the new tower, of the wanted shape.
         names: names of all tensors of the tower.
+        grid: result of `grid_of`; the source has as many rows.
 
     Returns:
         The tensor in the wanted shape, or None if it depends on no input size.
@@ -51,7 +78,7 @@ def resample(name: str, tensor: Tensor, own: Tensor, *, names: Collection[str]) 
     is_text = not any(patch in names for patch in _PATCHES)
     if name in _GRIDS and not is_text:
         num_prefixes = sum(prefix in names for prefix in _GRIDS[name])
-        return _resample_grid(tensor, own, num_prefixes=num_prefixes)
+        return _resample_grid(tensor, own, num_prefixes=num_prefixes, grid=grid)
     if name in _PATCHES:
         return _resample_patches(tensor, own)
     if _CAPTION_POSITIONS.fullmatch(name):
@@ -59,20 +86,25 @@ def resample(name: str, tensor: Tensor, own: Tensor, *, names: Collection[str]) 
     return None
 
 
-def _resample_grid(tensor: Tensor, own: Tensor, *, num_prefixes: int) -> Tensor | None:
+def _resample_grid(
+    tensor: Tensor, own: Tensor, *, num_prefixes: int, grid: Grid | None
+) -> Tensor | None:
     from timm.layers import resample_abs_pos_embed
 
     if tensor.shape[-1] != own.shape[-1]:
         return None
-    sides = [math.isqrt(each.shape[-2] - num_prefixes) for each in (tensor, own)]
-    if any(
-        side**2 != each.shape[-2] - num_prefixes
-        for side, each in zip(sides, (tensor, own), strict=True)
-    ):
-        return None  # not a square
-    rows = tensor.reshape(1, *tensor.shape[-2:])
-    rows = resample_abs_pos_embed(rows, [sides[1], sides[1]], num_prefix_tokens=num_prefixes)
-    return rows.reshape(own.shape)
+    num_patches = [each.shape[-2] - num_prefixes for each in (tensor, own)]
+    rows = [math.isqrt(number) for number in num_patches] if grid is None else [grid[0]] * 2
+    sizes = [(row, number // row) for row, number in zip(rows, num_patches, strict=True) if row]
+    if [height * width for height, width in sizes] != num_patches:
+        return None
+    if grid is None and any(height != width for height, width in sizes):
+        return None
+    positions = tensor.reshape(1, *tensor.shape[-2:])
+    positions = resample_abs_pos_embed(
+        positions, list(sizes[1]), old_size=list(sizes[0]), num_prefix_tokens=num_prefixes
+    )
+    return positions.reshape(own.shape)
 
 
 def _resample_patches(tensor: Tensor, own: Tensor) -> Tensor | None:

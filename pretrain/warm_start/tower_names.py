@@ -24,9 +24,27 @@ def library_names(tower: Tower, library: str) -> dict[str, str]:
     outside = [name for name in tower_tensors(tower) if not name.startswith(PROJECTION)]
     if library == "transformers":
         names = {inner_name(name): name for name in outside}
+        model = tower.backbone.backbone
+        names |= {
+            old: names[new] for old, new in _names_in_files(model).items() if old not in names
+        }
     else:
         names = {name.removeprefix(_BACKBONE): name for name in outside}
     return names | _projection_names(tower.projection)
+
+
+def _names_in_files(model: nn.Module) -> dict[str, str]:
+    """{name in a file: name in the model} of a transformers model, as its save_pretrained writes.
+
+    Files keep the names of older versions, such as encoder.layer.0 for layers.0.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    own = {(tensor.data_ptr(), tensor.shape): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, state)
+    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in saved.items()}
+    return {name: own[place] for name, place in places.items() if place in own}
 
 
 def inner_name(name: str) -> str:

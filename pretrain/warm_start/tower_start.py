@@ -16,7 +16,7 @@ from pretrain.start_config import Start
 from pretrain.warm_start.conversion import convert
 from pretrain.warm_start.key_table import SEPARATOR, KeyRow, Status, refuse_unnamed_keys
 from pretrain.warm_start.layouts import Layout
-from pretrain.warm_start.resampling import filter_by_timm, resample
+from pretrain.warm_start.resampling import filter_by_timm, grid_of, resample
 from pretrain.warm_start.tower_names import PROJECTION, inner_name, library_names, tower_tensors
 from pretrain.warm_start.weights import Weight, Weights
 
@@ -168,7 +168,8 @@ class _Fit:
         value = tensor.reshape(own.shape) if tensor.numel() == own.numel() == 1 else tensor
         if value.shape != own.shape:
             inner_names = {inner_name(each) for each in self.names}
-            value = resample(inner_name(name), tensor, own, names=inner_names)
+            grid = grid_of(self.tower.backbone)
+            value = resample(inner_name(name), tensor, own, names=inner_names, grid=grid)
         if value is None or not value.is_floating_point():
             raise InputError(
                 f"{self.where}: {row.source}: expected {list(own.shape)} as in the tower, found "

@@ -53,7 +53,7 @@ def write_siglip_of_open_clip(folder: Path) -> nn.Module:
 
 
 def start_config(folder: Path, *, image_size: int = 16, **model) -> PretrainConfig:
-    """A toy config whose section `model` is replaced; "text" is completed from the toy's."""
+    """Returns a toy config whose section `model` is replaced."""
     config = toy_config(folder, folder / "run", image={"size": image_size})
     values = config.model.model_dump(mode="json")
     for kind, tower in model.items():
@@ -103,7 +103,7 @@ def assert_equal_embeddings_and_gradients(own, tower, oracle, encode, inputs, ta
 
 
 def tables_of(warm_start: WarmStart) -> dict:
-    """The tables by kind; every tensor must have been taken."""
+    """Returns the tables by kind; every tensor must have been taken."""
     for table in warm_start.tables:
         counts = table.counts()
         assert counts["unused"] == counts["missing"] == 0

@@ -187,6 +187,39 @@ def test_patches_and_positions_of_another_size_are_resampled(tmp_path):
         torch.testing.assert_close(kernels[1], expected, atol=0, rtol=0)
 
 
+def test_spectrograms_of_another_length_are_resampled_along_time(tmp_path):
+    from timm.layers import resample_abs_pos_embed
+
+    sizes = SIZES | {"num_mel_bins": 16, "patch_size": 4, "time_stride": 3, "frequency_stride": 4}
+    model = randomize(build("AST", sizes | {"max_length": 64}))
+    model.save_pretrained(tmp_path)
+    own = tower(build("AST", sizes | {"max_length": 40}), linear())
+    table, _ = start(Half("audio", own, None, {}), tmp_path, expect_missing=["projection.*"])
+    assert table.counts()["resampled"] == 1
+    old, new = (each.embeddings.position_embeddings for each in (model, own.backbone.backbone))
+    expected = resample_abs_pos_embed(old, [4, 13], old_size=[4, 21], num_prefix_tokens=2)
+    torch.testing.assert_close(new, expected, atol=0, rtol=0)
+
+
+def test_whispers_encoder_keeps_its_first_positions(tmp_path):
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 16}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 50}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "pad_token_id": 0}
+    config = transformers.WhisperConfig(max_source_positions=30, **sizes)
+    model = randomize(transformers.WhisperForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    short = transformers.WhisperConfig(max_source_positions=12, **sizes)
+    own = tower(WhisperEncoder(short), linear())
+    named = {"expect_missing": ["projection.*"], "ignore": ["model.decoder.*"]}
+    table, _ = start(Half("audio", own, None, {}), tmp_path, **named)
+    assert table.counts()["resampled"] == 1
+    found, expected = own.backbone.backbone.state_dict(), model.model.encoder.state_dict()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name][: len(tensor)]), name
+
+
 def test_a_longer_text_keeps_its_positions_and_a_shorter_one_the_first(tmp_path):
     model, _ = dual_encoder("CLIP")
     model.save_pretrained(tmp_path)
