@@ -116,8 +116,8 @@ def _sums_on_disk(
 ) -> dict[Path, str | None]:
     """Returns the sha256 of the files of shards, also of those in `damaged/`.
 
-    It is None for a file of a listed shard whose size the manifest never records. Parquet files
-    always have one if the manifest does not record those of all shards.
+    It is None for a file of a listed shard whose size the manifest never records. If the manifest
+    lists not all shards, or not their Parquet files, its sizes are not complete and play no role.
     """
     sizes = {
         size
@@ -131,11 +131,14 @@ def _sums_on_disk(
         if path.suffix in suffixes and path.name[0] != "." and path.is_file()
         if path.relative_to(folder).parts[0] != "plan"
     ]
+    unlisted = {path for path in paths if _shard_name(path, folder) not in rows}
+    lists_all = all(is_set_aside(path, folder) for path in unlisted)
     hashed = [
         path
         for path in paths
         if path.stat().st_size in sizes
-        or _shard_name(path, folder) not in rows
+        or path in unlisted
+        or not lists_all
         or (is_unsealed and path.suffix == ".parquet")
     ]
     sums = dict(run_tasks(_named_sum, hashed, workers=workers))
@@ -153,7 +156,10 @@ def _shard_name(path: Path, folder: Path) -> str:
 def _places_of_unlisted_indexes(
     folder: Path, sums: Mapping[Path, str | None], *, recorded: Mapping[Path, str]
 ) -> dict[Path, str]:
-    """Returns the places of indexes next to the tars that they record, for lost manifests."""
+    """Returns the places of indexes next to the tars that they record, for lost manifests.
+
+    If the manifest records another tar in that place, the tar belongs next to its index.
+    """
     tars = {
         sha256: path
         for path, sha256 in sums.items()
@@ -165,8 +171,13 @@ def _places_of_unlisted_indexes(
         if path.suffix == ".idx" and is_unlisted and not is_set_aside(path, folder):
             index = read_index(path)
             is_in_place = index and sums.get(path.with_suffix(".tar")) == index.tar_sha256
-            if index and not is_in_place and index.tar_sha256 in tars:
-                places[tars[index.tar_sha256].with_suffix(".idx")] = sha256
+            if not index or is_in_place or index.tar_sha256 not in tars:
+                continue
+            tar = tars[index.tar_sha256]
+            if tar in recorded:
+                places[path.with_suffix(".tar")] = index.tar_sha256
+            else:
+                places[tar.with_suffix(".idx")] = sha256
     return places
 
 

@@ -12,7 +12,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         header: names of the columns.
         rows: rows, each with a cell for every column.
     """
-    lines = [header, *rows]
+    lines = [[_escaped(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     texts = [
         "| "
@@ -22,3 +22,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def _escaped(cell: str) -> str:
+    """Returns a cell without the characters that end cells and rows."""
+    return " ".join(cell.splitlines()).replace("|", "\\|")

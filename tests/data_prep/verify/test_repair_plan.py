@@ -388,3 +388,15 @@ def test_a_repaired_shard_of_another_dataset_is_not_taken_in(
     with pytest.raises(InputError, match=expected):
         repair(dataset)
     assert files_of(dataset).items() >= before.items()
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
+@pytest.mark.parametrize("lost", range(3))
+def test_swapped_tars_move_back_if_a_row_of_the_manifest_is_lost(intact, dataset, order, lost):
+    permute(dataset, "tar", order)
+    path = dataset / "manifest.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[lost] = lines[lost][:200] + b"\n"
+    path.write_bytes(b"".join(lines))
+    repair(dataset)
+    assert files_of(dataset) == files_of(intact)

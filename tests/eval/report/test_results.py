@@ -7,6 +7,7 @@ import pytest
 
 from eval.metrics.intervals import Score
 from eval.report.averages import _mean
+from eval.report.markdown_table import markdown_table
 from eval.report.results import json_text, score_cells
 
 
@@ -26,3 +27,14 @@ def test_a_metric_without_an_interval_is_shown_without_one():
     assert score_cells("macro_f1", score) == ("50.0 %", "-", "10.0 %", "20")
     average = _mean([score, Score(0.7, 0.6, 0.8, 0.1, 20, "Wilson")])
     assert (average.value, average.low, average.high) == (0.6, None, None)
+
+
+def test_names_do_not_break_a_markdown_table():
+    table = markdown_table(["name", "value"], [["x|y", "1"], ["new\nline", "2"], ["plain", "3"]])
+    assert table.splitlines() == [
+        "| name     | value |",
+        "|----------|-------|",
+        "| x\\|y     | 1     |",
+        "| new line | 2     |",
+        "| plain    | 3     |",
+    ]
