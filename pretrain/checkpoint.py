@@ -53,12 +53,12 @@ from pretrain.checkpoints.store import (
     retry_remote,
     verify_file,
 )
-from pretrain.config import MediaKind, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.data.transforms import MediaTransform, build_transforms
 from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
 from pretrain.distributed.tensor_slice import TensorSlice
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
-from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 
 if TYPE_CHECKING:
     from pretrain.distributed.engine import Engine
@@ -79,7 +79,7 @@ class VerifiedCheckpoint:
 
 
 def files_to_rebuild(
-    config: PretrainConfig, model: ContrastiveModel, tokenizer: Tokenizer
+    config: PretrainConfig, model: ContrastiveModel, tokenizer: Tokenizer | None
 ) -> dict[str, bytes]:
     """Returns {name: content} of the files that rebuild the model, in addition to its tensors.
 
@@ -88,7 +88,8 @@ def files_to_rebuild(
     with tempfile.TemporaryDirectory() as folder:
         assets = Path(folder) / "assets"
         assets.mkdir()
-        tokenizer.save(assets)
+        if tokenizer is not None:
+            tokenizer.save(assets)
         model.save_assets(assets)
         paths = sorted(path for path in assets.rglob("*") if path.is_file())
         files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -307,7 +308,7 @@ def find_checkpoint(folder: str | Path) -> Path:
 
 def load_model(
     folder: str | Path, *, device: str = "cpu"
-) -> tuple[ContrastiveModel, dict[MediaKind, MediaTransform], Tokenizer]:
+) -> tuple[ContrastiveModel, dict[str, MediaTransform], Tokenizer | None]:
     """Loads a trained model in evaluation mode.
 
     Args:
@@ -315,7 +316,7 @@ def load_model(
         device: device of the model.
 
     Returns:
-        (model, {media kind: transform}, tokenizer)
+        (model, {modality: transform} of images and clips, tokenizer of texts or None)
 
     Raises:
         InputError: if there is no checkpoint, or it is damaged.
@@ -323,7 +324,7 @@ def load_model(
     checkpoint = find_checkpoint(folder)
     config = read_stored_config(PretrainConfig, checkpoint / "config.yaml")
     assets = checkpoint / "assets"
-    tokenizer = build_tokenizer(config.model.text, assets=assets)
+    tokenizer = build_text_tokenizer(config.model, assets=assets)
     model = build_model(
         config.model,
         image=config.image,
@@ -338,7 +339,10 @@ def load_model(
     except DamagedCheckpointError as error:
         raise InputError(f"damaged checkpoint: {error}; name an older one") from None
     model = model.to(torch.device(device)).eval().requires_grad_(False)
-    transforms = build_transforms(config.model, image=config.image, audio=config.audio)
+    by_kind = build_transforms(config.model, image=config.image, audio=config.audio)
+    transforms = {
+        modality: by_kind[kind] for modality, kind in config.model.kinds.items() if kind in by_kind
+    }
     return model, transforms, tokenizer
 
 

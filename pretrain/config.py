@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,15 +26,16 @@ from pydantic import (
 )
 
 from data_prep.config_file import STORED, Location, Section, free
+from data_prep.modalities.modality import Kind
 from pretrain.objective_config import ObjectiveSection
 from pretrain.objective_config import validate_section as validate_objective
 from pretrain.old_config import OBJECTIVE_KEYS, describe_new_form, has_old_form, in_new_form
 from pretrain.preflight_config import Preflight
 from pretrain.start_config import Start
+from pretrain.views import View
 
 MediaKind = Literal["image", "audio"]
 StreamName = str
-VIEWS = ("image", "audio", "text")
 Precision = Literal["fp32", "bf16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -120,6 +121,12 @@ class TextTower(TowerOutput):
 class VectorTower(Section):
     """The encoder of a modality of kind `vector`."""
 
+    # settings of other towers that these do not have
+    library: ClassVar[str] = "torch"
+    projection: ClassVar[str] = "linear"
+    frozen: ClassVar[bool] = False
+    start: ClassVar[None] = None
+
     name: Literal["mlp", "gru"] = "mlp"  # gru: for arrays [time, width], over their rows
     width: PositiveInt = 256  # numbers of a layer; gru: numbers of a state
     num_layers: PositiveInt = 2
@@ -151,23 +158,205 @@ class LogitScale(Section):
         return self
 
 
+def _own_or_shared(value: Any) -> str:
+    return "shared" if isinstance(value, str) else "own"
+
+
+class ImageModality(Section):
+    """Further images of a sample, such as a second photograph; transformed as `image` is."""
+
+    kind: Literal["image"]
+    # A tower of its own, or the name of another modality of this kind that has one
+    tower: Annotated[
+        Annotated[str, Tag("shared")] | Annotated[MediaTower, Tag("own")],
+        Discriminator(_own_or_shared),
+    ]
+
+
+class AudioModality(Section):
+    """Further sounds of a sample; transformed as `audio` is."""
+
+    kind: Literal["audio"]
+    tower: Annotated[
+        Annotated[str, Tag("shared")] | Annotated[MediaTower, Tag("own")],
+        Discriminator(_own_or_shared),
+    ]
+
+
+class TextModality(Section):
+    """Further texts of a sample, such as a title; tokenised as `text` is."""
+
+    kind: Literal["text"]
+    tower: Annotated[
+        Annotated[str, Tag("shared")] | Annotated[TextTower, Tag("own")],
+        Discriminator(_own_or_shared),
+    ]
+
+
+class VectorModality(Section):
+    """Numbers of fixed width: features made by hand or by another model, readings of sensors.
+
+    They are standardised by the statistics of the datasets that a run starts with.
+    """
+
+    kind: Literal["vector"]
+    width: PositiveInt  # columns; the same in every dataset
+    # [time, width] with any length, cut after this many rows; null: [width]
+    max_rows: PositiveInt | None = None
+    # without a name, an mlp for [width] and a gru for [time, width]
+    tower: Annotated[
+        Annotated[str, Tag("shared")] | Annotated[VectorTower, Tag("own")],
+        Discriminator(_own_or_shared),
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_the_tower(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        tower = values.get("tower", {})
+        if isinstance(tower, dict):
+            name = "mlp" if values.get("max_rows") is None else "gru"
+            values = values | {"tower": {"name": name} | tower}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_the_tower(self) -> VectorModality:
+        wanted = "mlp" if self.max_rows is None else "gru"
+        if isinstance(self.tower, VectorTower) and self.tower.name != wanted:
+            raise ValueError(
+                f"tower.name={self.tower.name} with max_rows="
+                f"{'null' if self.max_rows is None else self.max_rows}: expected {wanted}; mlp is "
+                "for vectors [width], gru for [time, width]"
+            )
+        return self
+
+
+def _as_modality(value: Any) -> Any:
+    """`scan: image` means a modality of kind image that shares the tower of `image`."""
+    return {"kind": value, "tower": value} if isinstance(value, str) else value
+
+
+def _kind_of(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+ModalitySection = Annotated[
+    Annotated[
+        Annotated[ImageModality, Tag("image")]
+        | Annotated[AudioModality, Tag("audio")]
+        | Annotated[TextModality, Tag("text")]
+        | Annotated[VectorModality, Tag("vector")],
+        Discriminator(_kind_of),
+    ],
+    BeforeValidator(_as_modality),
+]
+ModalityName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+PLAIN_NAMES = ("image", "audio", "text")
+TowerSection = MediaTower | TextTower | VectorTower
+
+
 class Model(Section):
     """Towers by modality, one joint space."""
 
     embed_dim: PositiveInt  # joint embedding width D
     image: MediaTower | None = None
     audio: MediaTower | None = None
-    text: TextTower
+    text: TextTower | None = None
+    # Further modalities; `scan: image` is one of kind image that shares the tower of `image`
+    modalities: dict[ModalityName, ModalitySection] = {}
     logit_scale: LogitScale = LogitScale()
     initial_logit_bias: float = -10.0  # learned, one per temperature of the sigmoid loss
 
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Kind of each modality."""
+        plain: dict[str, Any] = {
+            name: name for name in PLAIN_NAMES if getattr(self, name) is not None
+        }
+        return plain | {name: each.kind for name, each in self.modalities.items()}
+
+    @property
+    def towers(self) -> dict[str, TowerSection]:
+        """Section of each tower, by the name of the modality that it is declared for."""
+        plain = {name: getattr(self, name) for name in PLAIN_NAMES}
+        own = {
+            name: each.tower
+            for name, each in self.modalities.items()
+            if not isinstance(each.tower, str)
+        }
+        return {name: each for name, each in plain.items() if each is not None} | own
+
+    def tower_of(self, modality: str) -> str:
+        """Returns the name of a modality's tower."""
+        section = self.modalities.get(modality)
+        shared = section is not None and isinstance(section.tower, str)
+        return section.tower if shared else modality
+
+    def tower_key(self, tower: str) -> str:
+        """Returns the config key of a tower."""
+        return f"model.modalities.{tower}.tower" if tower in self.modalities else f"model.{tower}"
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Model:
+        for name, section in self.modalities.items():
+            if name in (*PLAIN_NAMES, "vector") and name != section.kind:
+                raise ValueError(
+                    f"modalities.{name}: the name of kind {name} for a modality of kind "
+                    f"{section.kind}; choose another"
+                )
+            if name in PLAIN_NAMES:
+                raise ValueError(f"modalities.{name}: write it as model.{name}")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_towers_fit(self) -> Model:
+        kinds, towers = self.kinds, self.towers
+        for name, section in self.modalities.items():
+            if section.kind == "text" and self.text is None:
+                raise ValueError(f"modalities.{name}: texts are tokenised as model.text is; set it")
+            if not isinstance(section.tower, str):
+                continue
+            fitting = [each for each in towers if kinds[each] == section.kind]
+            if section.tower not in fitting:
+                raise ValueError(
+                    f"modalities.{name}.tower={section.tower}: expected a tower of its own, or the "
+                    f"name of a modality of kind {section.kind} that has one "
+                    f"({', '.join(fitting) or 'there is none'})"
+                )
+            other = self.modalities.get(section.tower)
+            if isinstance(section, VectorModality) and (section.width, section.max_rows) != (
+                other.width,
+                other.max_rows,
+            ):
+                raise ValueError(
+                    f"modalities.{name} shares the tower of {section.tower}: expected the same "
+                    "width and max_rows"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _texts_have_one_tokenizer(self) -> Model:
+        for name, section in self.modalities.items():
+            if not isinstance(section, TextModality) or isinstance(section.tower, str):
+                continue
+            for key in ("tokenizer", "context_length"):
+                own, of_text = getattr(section.tower, key), getattr(self.text, key)
+                if own != of_text:
+                    raise ValueError(
+                        f"modalities.{name}.tower.{key}={own}: all texts are tokenised alike; "
+                        f"expected that of model.text, {of_text}"
+                    )
+        return self
+
+        return self
+
     @model_validator(mode="after")
     def _starts_from_one_source(self) -> Model:
-        for kind in ("image", "audio", "text"):
-            tower = getattr(self, kind)
-            if tower is not None and tower.start is not None and tower.pretrained:
+        for name, tower in self.towers.items():
+            if tower.start is not None and tower.pretrained:
                 raise ValueError(
-                    f"{kind}: start and pretrained={tower.pretrained!r} both name weights; remove "
+                    f"{name}: start and pretrained={tower.pretrained!r} both name weights; remove "
                     "pretrained"
                 )
         return self
@@ -390,6 +579,9 @@ class Stream(Section):
     weight: PositiveFloat = 1.0  # streams_per_step one: fraction of the steps
     sources: Sources
     segments: list[Segment] = []  # more may be added while a run is stopped; none may change
+    # all: only samples that have every modality of the objectives. any: samples that lack one take
+    # no part in the objectives that read it
+    require: Literal["all", "any"] = "any"
     objectives: dict[ObjectiveName, AnyObjective] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -411,28 +603,21 @@ class Stream(Section):
         )
 
     @property
-    def media(self) -> MediaKind:
-        """Kind of media in its datasets."""
-        return next(view for view in self.views if view != "text")
+    def requires_all(self) -> bool:
+        """Whether samples that lack a modality are left out of the order."""
+        return self.require == "all"
 
     @model_validator(mode="after")
-    def _views_are_media_and_text(self) -> Stream:
+    def _objectives_read_different_views(self) -> Stream:
         for name, objective in self.objectives.items():
             views = objective.views(name)
-            unknown = [view for view in views if view not in VIEWS]
-            if unknown:
-                raise ValueError(
-                    f"objectives.{name} reads {' and '.join(map(repr, unknown))}: expected views "
-                    f"among {', '.join(VIEWS)}"
-                )
+            for view in views:
+                View.parse(view)
             if len(set(views)) < len(views):
-                raise ValueError(f"objectives.{name} reads {views[0]!r} twice; set left and right")
-        media = [view for view in self.views if view != "text"]
-        if len(media) != 1:
-            raise ValueError(
-                f"expected objectives of one kind of media with text, found {self.views}: a "
-                "dataset holds images or clips, with captions; use a stream for each"
-            )
+                raise ValueError(
+                    f"objectives.{name} reads {views[0]!r} twice; set left and right, such as "
+                    f"{{left: {views[0]}, right: {{{views[0]}: 2}}}} for two augmentations"
+                )
         return self
 
     @model_validator(mode="after")
@@ -707,17 +892,26 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _towers_exist(self) -> PretrainConfig:
-        used = {view for stream in self.streams.values() for view in stream.views}
-        for name, stream in self.streams.items():
-            for view in stream.views:
-                if getattr(self.model, view) is None:
-                    raise ValueError(f"streams.{name} needs a tower: set model.{view}")
-        for kind in ("image", "audio"):
-            if getattr(self.model, kind) is not None and kind not in used:
+        kinds, used = self.model.kinds, set()
+        for key, objective in self.objectives.items():
+            for view in map(View.parse, objective.views(key.partition("/")[2])):
+                if view.modality not in kinds:
+                    raise ValueError(
+                        f"streams.{key.replace('/', '.objectives.')} reads {str(view)!r}: expected "
+                        f"a modality of the model ({', '.join(kinds)}); set model."
+                        f"{view.modality if view.modality in PLAIN_NAMES else 'modalities'}"
+                    )
+                used.add(self.model.tower_of(view.modality))
+        for tower in self.model.towers:
+            if tower not in used:
                 raise ValueError(
-                    f"model.{kind} is used by no objective: add {kind}-text to the objectives of "
-                    "a stream, or remove it"
+                    f"model.{tower} is used by no objective: add an objective that reads it, such "
+                    f"as {tower}-text, to a stream, or remove it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_streams_exist(self) -> PretrainConfig:
         for name in self.validation.streams:
             if name not in self.streams:
                 raise ValueError(f"validation.streams.{name}: expected one of {list(self.streams)}")
@@ -758,14 +952,17 @@ class PretrainConfig(Section):
         }
 
     @property
-    def views_of_temperatures(self) -> dict[str, list[str]]:
-        """Views of the objectives that use each learned temperature."""
-        views: dict[str, list[str]] = {name: [] for name in self.temperatures}
+    def towers_of_temperatures(self) -> dict[str, list[str]]:
+        """Names of the towers whose features each learned temperature scales."""
+        towers: dict[str, list[str]] = {name: [] for name in self.temperatures}
         for key, section in self.objectives.items():
             objective = key.partition("/")[2]
             if (name := section.temperature_name(objective)) is not None:
-                views[name] += section.views(objective)
-        return {name: list(dict.fromkeys(each)) for name, each in views.items()}
+                towers[name] += [
+                    self.model.tower_of(View.parse(view).modality)
+                    for view in section.views(objective)
+                ]
+        return {name: list(dict.fromkeys(each)) for name, each in towers.items()}
 
     @property
     def objectives(self) -> dict[str, Any]:

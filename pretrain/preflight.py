@@ -37,7 +37,7 @@ import torch
 from data_prep.errors import RunError
 from pretrain.distributed.launcher import adopt_environment, device_type_of
 from pretrain.model.contrastive_model import build_model
-from pretrain.model.tokenizer import build_tokenizer
+from pretrain.model.tokenizer import build_text_tokenizer
 from pretrain.nodes.checks import (
     MissingRanksError,
     compare_clocks,
@@ -145,7 +145,7 @@ def checkpoint_bytes(config: PretrainConfig) -> int:
         audio=config.audio,
         temperatures=config.temperatures,
         seed=config.seed,
-        tokenizer=build_tokenizer(config.model.text),
+        tokenizer=build_text_tokenizer(config.model),
     )
     return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
 

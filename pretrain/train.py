@@ -66,6 +66,7 @@ from pretrain.training.assembly import (
     open_teachers,
     open_validation_sets,
     open_writer,
+    standardize_inputs,
 )
 from pretrain.training.loop import Trainer
 from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
@@ -94,7 +95,7 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 def run_attempt(
-    sources: ModelSources, tokenizer: Tokenizer, load_steps: LoadSteps, requests: RunRequests
+    sources: ModelSources, tokenizer: Tokenizer | None, load_steps: LoadSteps, requests: RunRequests
 ) -> None:
     """Joins the other processes, builds everything, resumes and trains."""
     config = sources.config
@@ -105,6 +106,7 @@ def run_attempt(
     loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(sources, tokenizer, device=accelerator.device)
+    standardize_inputs(config, model, loader)
     measure_batch_norms(config, model, loader)
     computed_on = describe_computation(config, accelerator.device)
     num_micro_batches = choose_num_micro_batches(
@@ -154,7 +156,7 @@ def run_attempt(
 
 
 def open_loader_of_rank(
-    config: PretrainConfig, tokenizer: Tokenizer, *, hosts: list[str]
+    config: PretrainConfig, tokenizer: Tokenizer | None, *, hosts: list[str]
 ) -> StepLoader:
     """Opens the datasets on this rank; every rank must call it.
 

@@ -213,15 +213,19 @@ class KeptSamples:
 
     Args:
         dataset: the dataset or its folder.
-        subset: path of the `.subset` file. None keeps all samples; ranks are then ordinals.
+        subset: the subset or its file. None keeps all samples; ranks are then ordinals.
+        required: modalities that every sample of the subset has.
 
     Raises:
         InputError: if the dataset or subset is missing or damaged, or they do not belong together.
     """
 
-    def __init__(self, dataset: Path | Dataset, *, subset: Path | None) -> None:
+    def __init__(
+        self, dataset: Path | Dataset, *, subset: Path | Subset | None, required: Sequence[str] = ()
+    ) -> None:
         self.dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
-        self.subset = None if subset is None else Subset.read(subset)
+        self.subset = Subset.read(subset) if isinstance(subset, Path) else subset
+        self.required = frozenset(required)
         self.shard_sizes = self.dataset.shard_sizes  # int64 [shards]: kept samples per shard
         if self.subset is not None:
             self.subset.check_belongs_to(self.dataset.info)
@@ -253,6 +257,30 @@ class KeptSamples:
     def ranks_of(self, ordinals: np.ndarray | Sequence[int]) -> np.ndarray:
         """Returns the ranks of ordinals, int64 [n]."""
         return np.asarray(ordinals) if self.subset is None else self.subset.ranks_of(ordinals)
+
+    def having_all(self, names: Sequence[str]) -> KeptSamples:
+        """Returns the samples among these that have all of some modalities.
+
+        Only indexes are read. Where every sample has them, these samples are returned.
+
+        Args:
+            names: modalities of the dataset.
+
+        Raises:
+            InputError: if the dataset does not have one of them, or no sample has all.
+        """
+        modalities = self.dataset.modalities
+        modalities.check_known(names, where=str(self.folder))
+        if all(modalities[name].num_samples in (None, len(self.dataset)) for name in names):
+            return self
+        shards = range(len(self.dataset.manifest))
+        bitmap = np.concatenate([self.dataset.has_all(shard, names) for shard in shards])
+        if self.subset is not None:
+            bitmap &= self.subset.bitmap
+        if not bitmap.any():
+            raise InputError(f"{self.folder}: no sample has all of {', '.join(names)}")
+        selected = Subset.from_bitmap(self.info, bitmap, preparation={})
+        return KeptSamples(self.dataset, subset=selected, required=names)
 
     def identities(self) -> list[tuple[str, int]]:
         """Returns (fingerprint of the whole dataset, ordinal) of each kept sample."""

@@ -12,27 +12,44 @@ import torch
 from torch import Tensor
 
 from pretrain.config import StreamName
-from pretrain.data.pair_reader import BadSample
 
-ON_CPU = "lengths"  # the tensor that stays on the CPU
+ON_CPU = ("lengths", "present")  # tensors that stay on the CPU
 ALIGNMENT = 64  # bytes, of every tensor in a shared buffer
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class BadSample:
+    """One substitution."""
+
+    source: str
+    epoch: int
+    ordinal: int
+    shard: str
+    substitute: int  # ordinal of the sample that was read instead
+    reason: str
+    is_shard_bad: bool = False  # the whole shard is missing or damaged
+
+
+@dataclass(frozen=True)
 class ViewBatch:
-    """One view of a rank's samples: images, clips or texts.
+    """One view of a rank's samples: images, clips, texts or vectors.
 
     Rows with equal `keys` have equal contents.
     """
 
-    # uint8 [B, 3, H, Wd], channels last; float32 [B, samples]; or int64 [B, L], tokens
+    # uint8 [B, 3, H, Wd], channels last; float32 [B, samples]; int64 [B, L], tokens; or float32
+    # [B, width] or [B, time, width], vectors
     values: Tensor
     keys: Tensor  # int64 [B], of the sample that is shown, or of its tokens
     # int32 [B, masks, 2] (start, width) in SpecAugment, frequency masks first; clips only
     masks: Tensor | None = None
     # int64 [B] tokens up to the last that is not padding; texts only; stays on the CPU
     lengths: Tensor | None = None
+    # int64 [B] rows up to the padding; vectors of shape [time, width] only
+    num_rows: Tensor | None = None
+    # bool [B] whether the sample has the modality; stays on the CPU; None: all samples have it
+    present: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -40,7 +57,8 @@ class ViewBatch:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """Tensors for the tower."""
-        return (self.values,) if self.masks is None else (self.values, self.masks)
+        inputs = (self.values, self.masks, self.num_rows)
+        return tuple(each for each in inputs if each is not None)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -69,7 +87,7 @@ class StreamBatch:
             tensor
             for view in self.views.values()
             for name, tensor in view.tensors.items()
-            if name != ON_CPU
+            if name not in ON_CPU
         ]
 
     def to(self, device: torch.device) -> StreamBatch:
@@ -77,7 +95,7 @@ class StreamBatch:
 
         def move(name: str, tensor: Tensor) -> Tensor:
             # The loader reuses its memory after the copies, also that of tensors that stay here.
-            return tensor.clone() if name == ON_CPU else tensor.to(device, non_blocking=True)
+            return tensor.clone() if name in ON_CPU else tensor.to(device, non_blocking=True)
 
         views = {
             view: ViewBatch(**{name: move(name, tensor) for name, tensor in each.tensors.items()})
@@ -118,10 +136,20 @@ class StepBatch:
 class ViewLayout:
     """Shape and type of a view's rows."""
 
-    shape: Shape  # (H, Wd, 3), (samples,) or (tokens,)
+    shape: Shape  # (H, Wd, 3), (samples,), (tokens,), (width,) or (time, width)
     dtype: torch.dtype
     num_masks: int = 0
     has_lengths: bool = False
+    has_num_rows: bool = False
+    may_lack: bool = False  # whether samples may lack the modality
+
+    def no_rows(self) -> tuple[Tensor, ...]:
+        """Returns the inputs of a tower for no sample, without the masks of training."""
+        buffers = StreamBuffers.new(StreamLayout({"": replace(self, num_masks=0)}), num_rows=0)
+        batch = buffers.to_batch(
+            first_slot=0, digest=np.zeros(2, np.int64), bad_samples=[], num_read=Counter()
+        )
+        return batch.views[""].inputs
 
     def tensors(self, num_rows: int) -> dict[str, tuple[Shape, torch.dtype]]:
         """Returns name -> (shape, type) of all tensors of some rows."""
@@ -133,6 +161,10 @@ class ViewLayout:
             found["masks"] = ((num_rows, self.num_masks, 2), torch.int32)
         if self.has_lengths:
             found["lengths"] = ((num_rows,), torch.int64)
+        if self.has_num_rows:
+            found["num_rows"] = ((num_rows,), torch.int64)
+        if self.may_lack:
+            found["present"] = ((num_rows,), torch.bool)
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import (
@@ -33,6 +34,7 @@ def open_samples(
     dataset: str,
     *,
     subset: str | None,
+    required: Sequence[str] = (),
     cache: ShardCache | None = None,
     takes_bad_shards: bool = False,
 ) -> KeptSamples:
@@ -41,6 +43,7 @@ def open_samples(
     Args:
         dataset: folder, which is read in place, or URL, which is read through the cache.
         subset: path or URL of a `.subset` file; None keeps everything.
+        required: modalities; samples that lack one are left out.
         cache: this node's cache; None if no URL is expected.
         takes_bad_shards: see data_prep.shards.dataset.Dataset.
 
@@ -50,7 +53,8 @@ def open_samples(
         RunError: if a URL cannot be read now.
     """
     try:
-        return _open(dataset, subset, cache, takes_bad_shards=takes_bad_shards)
+        samples = _open(dataset, subset, cache, takes_bad_shards=takes_bad_shards)
+        return samples.having_all(required) if required else samples
     except OSError as error:
         if not is_url(dataset) and not is_url(subset or ""):
             raise

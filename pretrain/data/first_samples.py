@@ -25,8 +25,8 @@ def first_samples(
 
     Args:
         loader: loader of any rank.
-        view: "image" or "audio".
-        num_samples: number of samples.
+        view: name of the view, of images or audio clips.
+        num_samples: number of samples; those that lack the modality count, but are left out.
         num_steps: number of steps of the run; if they hold fewer samples, all are read.
 
     Raises:
@@ -42,7 +42,9 @@ def first_samples(
         num_rows = min(len(samples), num_samples)
         for start in range(0, num_rows, BATCH):
             rows = slice(start, min(start + BATCH, num_rows))
-            yield _read(loader.readers[name], _part(samples, rows), view)
+            values = _read(loader.readers[name], _part(samples, rows), view)
+            if len(values):
+                yield values
         num_samples -= num_rows
         if num_samples == 0:
             return
@@ -57,6 +59,7 @@ def _part(samples: StepSamples, rows: slice) -> StepSamples:
 def _read(reader: StreamReader, samples: StepSamples, view: str) -> Tensor:
     """Values of a view, as a batch has them"""
     buffers = StreamBuffers.new(reader.layout, num_rows=len(samples))
-    reader.fill_media(buffers, samples, range(len(samples)))
-    values = buffers.views[view].values
+    reader.fill_rows(buffers, samples, range(len(samples)))
+    values, present = buffers.views[view].values, buffers.views[view].present
+    values = values if present is None else values[present]
     return values.movedim(-1, 1) if values.ndim == 4 else values  # -> [B, 3, H, Wd]

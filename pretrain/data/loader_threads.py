@@ -1,7 +1,7 @@
 """The inside of the loader process: threads that fill the steps of a ring of shared buffers.
 
 A step is cut into chunks of rows. Each thread takes a chunk, reads and decodes its media in place,
-tokenises its captions, and takes the next chunk, also of a later step. The main thread begins
+tokenises its texts, and takes the next chunk, also of a later step. The main thread begins
 steps, and tokenises with a slow tokenizer: its Python code would only block the threads.
 
 When the last chunk of a step is done, a message tells the training process. That process sends back
@@ -35,13 +35,12 @@ from data_prep.errors import (
 )
 from pretrain.cache.node import Progress, fetching_ahead
 from pretrain.config import StreamName
-from pretrain.data.batch import StreamBuffers, step_buffers, step_bytes
-from pretrain.data.pair_reader import BadSample
+from pretrain.data.batch import BadSample, StreamBuffers, step_buffers, step_bytes
 from pretrain.data.step_loader import StepLoader
 from pretrain.data.stream_reader import FilledRows
 from pretrain.sampling.order import StepSamples
 
-LARGEST_CHUNK = 32  # rows that a thread fills, and captions that are tokenised together
+LARGEST_CHUNK = 32  # rows that a thread fills, and texts that are tokenised together
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -168,7 +167,7 @@ class _LoaderThreads:
         self._steps = iter(range(request.first_step, request.last_step))
         self._unfinished: set[int] = set()  # steps
         self._chunks: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
-        # Work of the main thread: a free slot, captions to tokenise, or the error that ends it.
+        # Work of the main thread: a free slot, texts to tokenise, or the error that ends it.
         self._events: queue.SimpleQueue[int | tuple[_Chunk, FilledRows] | BaseException] = (
             queue.SimpleQueue()
         )
@@ -238,11 +237,11 @@ class _LoaderThreads:
                 buffers = chunk.task.buffers[chunk.stream]
                 try:
                     samples = chunk.task.samples[chunk.stream]
-                    filled = reader.fill_media(buffers, samples, chunk.rows)
-                    if reader.tokenizer.is_slow:
+                    filled = reader.fill_rows(buffers, samples, chunk.rows)
+                    if reader.is_slow:
                         self._events.put((chunk, filled))
                         continue
-                    reader.fill_captions(buffers, filled.captions, chunk.rows)
+                    reader.fill_texts(buffers, filled, chunk.rows)
                 except Exception as error:
                     self._fail(chunk.task, error)
             self._finish(chunk, filled)
@@ -250,7 +249,7 @@ class _LoaderThreads:
     def _tokenise(self, chunk: _Chunk, filled: FilledRows) -> None:
         try:
             reader = self.loader.readers[chunk.stream]
-            reader.fill_captions(chunk.task.buffers[chunk.stream], filled.captions, chunk.rows)
+            reader.fill_texts(chunk.task.buffers[chunk.stream], filled, chunk.rows)
         except Exception as error:
             self._fail(chunk.task, error)
         self._finish(chunk, filled)

@@ -58,7 +58,7 @@ class StepLoader:
         """Returns this rank's rows of a step, in new memory.
 
         Raises:
-            InputError, OSError: as `PairReader.decode_training`.
+            InputError, OSError: as `SampleReader.decode_training`.
         """
         batches = {}
         for name, reader in self.readers.items():

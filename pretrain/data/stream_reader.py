@@ -4,41 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from data_prep.errors import InputError
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import (
-    Loading,
-    MediaKind,
-    Source,
-    Stream,
-    StreamName,
-)
-from pretrain.data.batch import StreamBuffers, StreamLayout, ViewLayout
+from pretrain.config import Loading, Model, Source, Stream, StreamName
+from pretrain.data.batch import BadSample, StreamBuffers, StreamLayout
 from pretrain.data.datasets import open_samples
-from pretrain.data.pair_reader import BadSample, DrawnPair, PairReader
+from pretrain.data.sample_reader import DrawnSample, SampleReader
 from pretrain.data.transforms import MediaTransform
-from pretrain.model.tokenizer import Tokenizer, token_keys
+from pretrain.data.view_formats import TextFormat, ViewFormat, build_formats
+from pretrain.model.tokenizer import Tokenizer
 from pretrain.sampling.keyed_random import scramble
 from pretrain.sampling.order import StepSamples, source_key
 from pretrain.sampling.schedule import distinct_sources
 
-# Pairs are read, decoded and resized in small groups: one kind of work at a time keeps the
-# processor's caches warm, a tenth faster than taking each pair from its bytes to its row.
-GROUP_PAIRS = 16
+# Samples are read, decoded and resized in small groups: one kind of work at a time keeps the
+# processor's caches warm, a tenth faster than taking each sample from its bytes to its row.
+GROUP_SAMPLES = 16
 GROUP_BYTES = 4 << 20
 T = TypeVar("T", bound=tuple)
 
 
 @dataclass
 class FilledRows:
-    """Result of filling the media of some rows."""
+    """Result of filling some rows, except for texts."""
 
-    captions: list[str] = field(default_factory=list)  # one per row
+    texts: dict[str, list[str | None]] = field(default_factory=dict)  # of each view, one per row
     bad_samples: list[BadSample] = field(default_factory=list)
     # (source, epoch) -> rows that show this epoch, substitutes included
     num_read: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -50,30 +46,49 @@ class StreamReader:
     Args:
         name: the stream's name.
         sources: readers of its sources, as samples of a step number them.
-        kind: kind of media of all sources.
-        transform: transform of this kind of media.
-        tokenizer: tokenizer of captions.
+        formats: format of each view.
+
+    Raises:
+        InputError: if no source has the modality of a view.
     """
 
     def __init__(
         self,
         name: StreamName,
         *,
-        sources: Sequence[PairReader],
-        kind: MediaKind,
-        transform: MediaTransform,
-        tokenizer: Tokenizer,
+        sources: Sequence[SampleReader],
+        formats: Mapping[str, ViewFormat],
     ) -> None:
         self.name = name
         self.sources = list(sources)
-        self.transform = transform
-        self.tokenizer = tokenizer
+        self.formats = dict(formats)
         keys = [source_key(name, each.source) for each in sources]
         self._source_keys = np.array(keys, dtype=np.uint64)
-        self.kind = kind
-        of_media = ViewLayout(transform.row_shape, transform.row_dtype, transform.num_masks)
-        of_text = ViewLayout((tokenizer.context_length,), torch.int64, has_lengths=True)
-        self.layout = StreamLayout({kind: of_media, "text": of_text})
+        self.texts = {view: each for view, each in formats.items() if isinstance(each, TextFormat)}
+        for view in formats:
+            if not any(view in each.formats for each in sources):
+                member = formats[view].view.member
+                found = ", ".join(
+                    f"{each.source} has {', '.join(each.dataset.modalities)}" for each in sources
+                )
+                raise InputError(
+                    f"streams.{name} reads the view {view!r}: expected a source with the modality "
+                    f"{member!r}, found none ({found})"
+                )
+        self.layout = StreamLayout(
+            {
+                view: replace(
+                    each.layout,
+                    may_lack=any(source.may_lack(each.view.member) for source in sources),
+                )
+                for view, each in formats.items()
+            }
+        )
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its tokenizer blocks other threads."""
+        return any(each.tokenizer.is_slow for each in self.texts.values())
 
     def fill(
         self, buffers: StreamBuffers, samples: StepSamples, rows: range
@@ -82,43 +97,55 @@ class StreamReader:
 
         Several threads may call it at once, each for other rows.
         """
-        filled = self.fill_media(buffers, samples, rows)
-        self.fill_captions(buffers, filled.captions, rows)
+        filled = self.fill_rows(buffers, samples, rows)
+        self.fill_texts(buffers, filled, rows)
         return filled.bad_samples, filled.num_read
 
-    def fill_media(self, buffers: StreamBuffers, samples: StepSamples, rows: range) -> FilledRows:
-        """Fills some rows, except for what `fill_captions` fills."""
-        part = slice(rows.start, rows.stop)
-        view = buffers.views[self.kind]
-        media = view.values[part].unbind()
-        filled, ordinals = FilledRows(), []
-        for row, (reader, epoch, pair) in enumerate(self._decoded_pairs(samples, rows)):
-            masks = self.transform.write_row(pair.part, pair.rng, media[row])
-            if masks:
-                view.masks[rows[row]] = torch.tensor(masks, dtype=torch.int32)
-            filled.captions.append(pair.caption)
-            ordinals.append(pair.ordinal)
+    def fill_rows(self, buffers: StreamBuffers, samples: StepSamples, rows: range) -> FilledRows:
+        """Fills some rows, except for what `fill_texts` fills."""
+        filled = FilledRows({view: [] for view in self.texts})
+        ordinals = []
+        for row, (reader, epoch, sample) in zip(rows, self._decoded(samples, rows), strict=True):
+            for view, each in self.formats.items():
+                self._fill(buffers, view, each, sample, row)
+            for view, texts in filled.texts.items():
+                drawn = sample.views.get(view)
+                texts.append(None if drawn is None else drawn.part)
+            ordinals.append(sample.ordinal)
             filled.num_read[reader.source, epoch] += 1
-            if pair.bad_sample is not None:
-                filled.bad_samples.append(pair.bad_sample)
-        media_keys = scramble(
+            if sample.bad_sample is not None:
+                filled.bad_samples.append(sample.bad_sample)
+        part = slice(rows.start, rows.stop)
+        keys = scramble(
             self._source_keys[samples.sources[part]] ^ np.array(ordinals, dtype=np.uint64)
         )
-        view.keys[part] = torch.from_numpy(media_keys.view(np.int64))
+        for view, batch in buffers.views.items():
+            if view not in self.texts:
+                batch.keys[part] = torch.from_numpy(keys.view(np.int64))
         return filled
 
-    def fill_captions(self, buffers: StreamBuffers, captions: Sequence[str], rows: range) -> None:
-        """Fills the tokens of some rows, their lengths and their keys."""
-        part = slice(rows.start, rows.stop)
-        view, tokens = buffers.views["text"], self.tokenizer(captions)
-        view.values[part] = tokens
-        view.lengths[part] = self.tokenizer.lengths(tokens)
-        view.keys[part] = token_keys(tokens)
+    @staticmethod
+    def _fill(
+        buffers: StreamBuffers, view: str, form: ViewFormat, sample: DrawnSample, row: int
+    ) -> None:
+        batch, drawn = buffers.views[view], sample.views.get(view)
+        if batch.present is not None:
+            batch.present[row] = drawn is not None
+        if drawn is not None:
+            form.write(drawn.part, drawn.rng, batch, row)
+        elif not isinstance(form, TextFormat):
+            for each in batch.inputs:
+                each[row] = 0  # not encoded; memory is reused, and its content must not matter
 
-    def _decoded_pairs(
+    def fill_texts(self, buffers: StreamBuffers, filled: FilledRows, rows: range) -> None:
+        """Fills the tokens of some rows, their lengths and their keys."""
+        for view, each in self.texts.items():
+            each.write_texts(filled.texts[view], buffers.views[view], rows)
+
+    def _decoded(
         self, samples: StepSamples, rows: range
-    ) -> Iterator[tuple[PairReader, int, DrawnPair]]:
-        """(reader, epoch, pair) of each row; read and decoded in groups."""
+    ) -> Iterator[tuple[SampleReader, int, DrawnSample]]:
+        """(reader, epoch, sample) of each row; read and decoded in groups."""
         part = slice(rows.start, rows.stop)
         wanted = zip(
             [self.sources[number] for number in samples.sources[part].tolist()],
@@ -132,20 +159,20 @@ class StreamReader:
         )
         for group in _groups(opened):
             decoded = (
-                (reader, epoch, reader.decode_training(ordinal, epoch=epoch, opened=pair))
-                for reader, epoch, ordinal, pair in group
+                (reader, epoch, reader.decode_training(ordinal, epoch=epoch, opened=sample))
+                for reader, epoch, ordinal, sample in group
             )
             for each in _groups(decoded):
                 yield from each
 
 
 def _groups(items: Iterable[T]) -> Iterator[list[T]]:
-    """Runs of tuples that end with a pair or None: at most GROUP_PAIRS, or about GROUP_BYTES."""
+    """Runs of tuples that end with a sample or None, within GROUP_SAMPLES and GROUP_BYTES."""
     group, size = [], 0
     for item in items:
         group.append(item)
         size += item[-1].num_bytes if item[-1] is not None else 0
-        if len(group) >= GROUP_PAIRS or size >= GROUP_BYTES:
+        if len(group) >= GROUP_SAMPLES or size >= GROUP_BYTES:
             yield group
             group, size = [], 0
     yield group
@@ -158,8 +185,9 @@ def open_readers(
     streams: Mapping[StreamName, Stream],
     loading: Loading,
     *,
-    transforms: Mapping[MediaKind, MediaTransform],
-    tokenizer: Tokenizer,
+    model: Model,
+    transforms: Mapping[str, MediaTransform],
+    tokenizer: Tokenizer | None,
     seed: int,
     cache: ShardCache | None,
 ) -> dict[StreamName, StreamReader]:
@@ -168,8 +196,9 @@ def open_readers(
     Args:
         streams: sections of the config, by name.
         loading: section `loading`.
+        model: section `model`.
         transforms: transform of each kind of media.
-        tokenizer: tokenizer of captions.
+        tokenizer: tokenizer of texts; None without a text tower.
         seed: the run's seed.
         cache: this machine's cache, for datasets behind URLs.
 
@@ -179,21 +208,15 @@ def open_readers(
     """
     readers = {}
     for name, stream in streams.items():
-        kind = stream.media
+        formats = build_formats(stream.views, model, transforms=transforms, tokenizer=tokenizer)
+        required = [each.view.member for each in formats.values()] if stream.requires_all else []
         sources = [
             _open_source(
-                source,
-                loading,
-                kind=kind,
-                transform=transforms[kind],
-                seed=seed,
-                cache=cache,
+                source, loading, formats=formats, required=required, seed=seed, cache=cache
             )
             for source in distinct_sources(stream)
         ]
-        readers[name] = StreamReader(
-            name, sources=sources, kind=kind, transform=transforms[kind], tokenizer=tokenizer
-        )
+        readers[name] = StreamReader(name, sources=sources, formats=formats)
     return readers
 
 
@@ -201,20 +224,23 @@ def _open_source(
     source: Source,
     loading: Loading,
     *,
-    kind: MediaKind,
-    transform: MediaTransform,
+    formats: Mapping[str, ViewFormat],
+    required: Sequence[str],
     seed: int,
     cache: ShardCache | None,
-) -> PairReader:
+) -> SampleReader:
     takes_bad_shards = loading.on_bad_shard == "substitute"
     samples = open_samples(
-        source.dataset, subset=source.subset, cache=cache, takes_bad_shards=takes_bad_shards
+        source.dataset,
+        subset=source.subset,
+        required=required,
+        cache=cache,
+        takes_bad_shards=takes_bad_shards,
     )
-    return PairReader(
+    return SampleReader(
         source.name,
         samples=samples,
-        kind=kind,
-        transform=transform,
+        formats=formats,
         seed=seed,
         retries=loading.retries,
         takes_bad_shards=takes_bad_shards,

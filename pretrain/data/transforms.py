@@ -28,7 +28,6 @@ from pretrain.config import (
     AudioTransform,
     ColorJitter,
     ImageTransform,
-    MediaKind,
     Model,
 )
 from pretrain.sampling.keyed_random import SampleRandom
@@ -316,17 +315,17 @@ MediaTransform = ImageToPixels | AudioToWaveform
 
 def build_transforms(
     model: Model, *, image: ImageTransform, audio: AudioTransform
-) -> dict[MediaKind, MediaTransform]:
-    """Builds the transform of every kind of media that a model has a tower for.
+) -> dict[str, MediaTransform]:
+    """Builds the transform of every kind of media that a model has modalities of.
 
     Args:
         model: section `model`.
         image: section `image`.
         audio: section `audio`.
     """
-    transforms: dict[MediaKind, MediaTransform] = {}
-    if model.image is not None:
+    kinds, transforms = set(model.kinds.values()), {}
+    if "image" in kinds:
         transforms["image"] = ImageToPixels(image)
-    if model.audio is not None:
+    if "audio" in kinds:
         transforms["audio"] = AudioToWaveform(audio)
     return transforms

@@ -1,4 +1,4 @@
-"""The contrastive model: a tower per modality, one joint space, temperatures by name."""
+"""The contrastive model: towers of modalities, one joint space, temperatures by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ from data_prep.errors import InputError
 from pretrain.config import (
     AudioTransform,
     ImageTransform,
-    MediaKind,
+    MediaTower,
     Model,
     StreamName,
+    TextTower,
+    VectorTower,
 )
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.log_mel import LogMelSpectrogram
+from pretrain.model.named_modules import NamedParameters, NamedTowers
 from pretrain.model.sample_dropout import DropKeys, TowerDropKeys, pair_keys
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import (
@@ -33,15 +36,25 @@ from pretrain.model.towers import (
     probe_backbone,
     save_tower_config,
 )
+from pretrain.model.vector_inputs import StandardizedVectors, build_backbone_of_vectors
 from pretrain.towers.projection import build_projection
+from pretrain.views import View
 
 
 class StepFeatures(NamedTuple):
     """Inputs of the objectives of a step."""
 
-    views: dict[StreamName, dict[str, Tensor]]  # [B, D] of each view of a stream, L2-normalised
+    # [B, D] of each view of a stream, L2-normalised; zero where a sample lacks the modality
+    views: dict[StreamName, dict[str, Tensor]]
     scales: dict[str, Tensor]  # [1], inverse temperatures by name
     biases: dict[str, Tensor]  # [1], of the temperatures of sigmoid losses
+
+
+class PresentRows(NamedTuple):
+    """Which of B samples have a modality: P of them."""
+
+    rows: Tensor  # int64 [P]
+    num_samples: int  # B
 
 
 class StreamInputs(NamedTuple):
@@ -49,6 +62,7 @@ class StreamInputs(NamedTuple):
 
     views: Mapping[str, tuple[Tensor, ...]]  # tensors [B, ...] of each view, for `Tower.forward`
     drop_keys: DropKeys | None = None  # in training: identity of the samples, for dropout
+    present: Mapping[str, PresentRows] = {}  # of views with tensors [P, ...] of some samples alone
 
 
 EncoderInputs = Mapping[StreamName, StreamInputs]
@@ -111,14 +125,17 @@ class Tower(nn.Module):
 
 
 class ContrastiveModel(nn.Module):
-    """Encodes media and captions into a joint space.
+    """Encodes samples of several modalities into a joint space.
 
-    Use `encode_image`, `encode_audio` and `encode_text`, except in training, which uses `forward`.
+    Use `encode`, `encode_image`, `encode_audio` and `encode_text`, except in training, which uses
+    `forward`.
 
     Attributes:
+        kinds: kind of each modality.
+        tower_names: name of each modality's tower; modalities may share one.
         seed: seed of dropout in training.
-        takes_trimmed_captions: whether tokens can be cut to the longest caption of a batch without
-            changing any embedding.
+        takes_trimmed_captions: whether tokens of the tower `text` can be cut to the longest caption
+            of a batch without changing any embedding.
     """
 
     def __init__(
@@ -128,19 +145,23 @@ class ContrastiveModel(nn.Module):
         temperatures: Sequence[str],
         initial_scale: float,
         seed: int,
+        kinds: Mapping[str, str] | None = None,
+        tower_names: Mapping[str, str] | None = None,
         initial_biases: Mapping[str, float] | None = None,
         takes_trimmed_captions: bool = False,
     ) -> None:
         super().__init__()
+        self.kinds = dict(kinds or {name: name for name in towers})
+        self.tower_names = dict(tower_names or {name: name for name in towers})
         self.seed = seed
         self.takes_trimmed_captions = takes_trimmed_captions
-        self.towers = nn.ModuleDict(towers)
+        self.towers = NamedTowers(towers)
         # Shape (1,), because engines that flatten parameters do not support scalars.
         initial = torch.full((1,), math.log(initial_scale))
-        self.log_logit_scale = nn.ParameterDict(
+        self.log_logit_scale = NamedParameters(
             {name: nn.Parameter(initial.clone()) for name in temperatures}
         )
-        self.logit_bias = nn.ParameterDict(
+        self.logit_bias = NamedParameters(
             {
                 name: nn.Parameter(torch.full((1,), bias))
                 for name, bias in (initial_biases or {}).items()
@@ -166,38 +187,44 @@ class ContrastiveModel(nn.Module):
         self, name: StreamName, micro_batches: Sequence[EncoderInputs], on_view: OnView | None
     ) -> dict[str, Tensor]:
         inputs = [micro_batch[name] for micro_batch in micro_batches]
-        keys = [
-            None
-            if each.drop_keys is None
-            else pair_keys(each.drop_keys, seed=self.seed, stream=name)
-            for each in inputs
-        ]
         features = {}
         for view in inputs[0].views:
-            features[view] = torch.cat(
-                [
-                    self.encode(view, *x.views[view], keys=k)
-                    for x, k in zip(inputs, keys, strict=True)
-                ]
-            )
+            features[view] = torch.cat([self.encode_view(name, view, each) for each in inputs])
             if on_view is not None:
                 on_view(name, view, features[view])
         return features
+
+    def encode_view(self, stream: StreamName, view: str, inputs: StreamInputs) -> Tensor:
+        """Encodes a view of a stream's samples to [B, D]; zero where one lacks the modality."""
+        present, keys = inputs.present.get(view), None
+        if inputs.drop_keys is not None:
+            keys = pair_keys(inputs.drop_keys, seed=self.seed, stream=stream, view=view)
+            keys = keys if present is None else keys[present.rows]
+        encoded = self.encode(view, *inputs.views[view], keys=keys)
+        if present is None:
+            return encoded
+        return encoded.new_zeros(present.num_samples, encoded.shape[1]).index_copy(
+            0, present.rows, encoded
+        )
+
+    def _tower_name(self, view: str) -> str:
+        return self.tower_names[View.parse(view).modality]
 
     def encode(self, view: str, *inputs: Tensor, keys: Tensor | None = None) -> Tensor:
         """Encodes a view to L2-normalised embeddings [B, D].
 
         Args:
-            view: "image", "audio" or "text".
-            inputs: images, uint8 [B, 3, H, Wd]; waveforms, float32 [B, samples], and in training
-                SpecAugment's masks, int32 [B, masks, 2]; or tokens, int64 [B, L].
+            view: a modality, such as "image", or a view of it (see pretrain.views).
+            inputs: tensors of its kind. Images: uint8 [B, 3, H, Wd]. Clips: float32 [B, samples],
+                and in training SpecAugment's masks, int32 [B, masks, 2]. Tokens: int64 [B, L].
+                Vectors: float32 [B, width], or [B, time, width] and their lengths, int64 [B].
             keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
-        return _encode(self.towers[view], *inputs, keys=keys)
+        return _encode(self.towers[self._tower_name(view)], *inputs, keys=keys)
 
-    def encode_media(self, kind: MediaKind, media: Tensor) -> Tensor:
+    def encode_media(self, modality: str, media: Tensor) -> Tensor:
         """Encodes images or clips, as `encode_image` and `encode_audio`, to [B, D]."""
-        return self.encode(kind, media)
+        return self.encode(modality, media)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encodes images, uint8 [B, 3, H, Wd], to L2-normalised embeddings [B, D]."""
@@ -213,8 +240,8 @@ class ContrastiveModel(nn.Module):
 
     def save_assets(self, folder: Path) -> None:
         """Writes the files that rebuild the towers, in addition to config and weights."""
-        for kind, tower in self.towers.items():
-            save_tower_config(tower.backbone, folder, kind=kind)
+        for name, tower in self.towers.items():
+            save_tower_config(tower.backbone, folder, name=name)
 
 
 def _encode(tower: Tower, *inputs: Tensor, keys: Tensor | None) -> Tensor:
@@ -237,7 +264,7 @@ def build_model(
     audio: AudioTransform,
     temperatures: Mapping[str, bool],
     seed: int,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     assets: Path | None = None,
 ) -> ContrastiveModel:
     """Builds a model whose weights are initialised from a seed or from pretrained towers.
@@ -248,37 +275,32 @@ def build_model(
         audio: config section `audio`, with the length and spectrogram of clips.
         temperatures: name of each temperature -> whether it has a bias.
         seed: seed of the weights and of dropout in training.
-        tokenizer: tokenizer of the text tower.
+        tokenizer: tokenizer of the text towers; None without one.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
         InputError: if a tower cannot be built, or has a layer that pretrain.model.towers rejects.
     """
     torch.manual_seed(seed)
-    build = partial(_build_tower, embed_dim=config.embed_dim)
-    build_media = partial(build_media_backbone, assets=assets)
-    towers: dict[str, Tower] = {}
-    if config.image is not None:
-        pixels = _two_examples(3, image.size, image.size).to(torch.uint8)
-        normalize = NormalizedPixels(image)
-        examples = normalize(pixels)
-        backbone = build_media(config.image, kind="image", input_shape=examples.shape[2:])
-        towers["image"] = build(config.image, "image", normalize, backbone, examples)
-    if config.audio is not None:
-        waveforms = _two_examples(round(audio.clip_seconds * audio.sample_rate_hz)) / 256
-        log_mel = LogMelSpectrogram(audio)
-        examples = log_mel(waveforms)
-        backbone = build_media(config.audio, kind="audio", input_shape=examples.shape[2:])
-        towers["audio"] = build(config.audio, "audio", log_mel, backbone, examples)
-    backbone = build_text_backbone(config.text, tokenizer=tokenizer, assets=assets)
-    tokens = tokenizer(["a caption", "one more"])
-    towers["text"] = build(config.text, "text", nn.Identity(), backbone, tokens)
-    takes_trimmed = takes_trimmed_captions(towers["text"].backbone, tokenizer)
+    kinds = config.kinds
+    builders = {
+        "image": partial(_build_image_tower, transform=image, assets=assets),
+        "audio": partial(_build_audio_tower, transform=audio, assets=assets),
+        "text": partial(_build_text_tower, tokenizer=tokenizer, assets=assets),
+        "vector": partial(_build_vector_tower, modalities=config.modalities),
+    }
+    towers = {
+        name: builders[kinds[name]](section, name, embed_dim=config.embed_dim)
+        for name, section in config.towers.items()
+    }
+    takes_trimmed = "text" in towers and takes_trimmed_captions(towers["text"].backbone, tokenizer)
     if takes_trimmed:
         accept_trimmed_captions(towers["text"].backbone)
     return ContrastiveModel(
         towers,
         temperatures=list(temperatures),
+        kinds=kinds,
+        tower_names={modality: config.tower_of(modality) for modality in kinds},
         initial_scale=config.logit_scale.initial,
         seed=seed,
         initial_biases={
@@ -288,9 +310,52 @@ def build_model(
     )
 
 
+def _build_image_tower(
+    config: MediaTower, name: str, *, transform: ImageTransform, embed_dim: int, assets: Path | None
+) -> Tower:
+    pixels = _two_examples(3, transform.size, transform.size).to(torch.uint8)
+    normalize = NormalizedPixels(transform)
+    examples = normalize(pixels)
+    backbone = build_media_backbone(
+        config, kind="image", name=name, assets=assets, input_shape=examples.shape[2:]
+    )
+    return _build_tower(config, name, normalize, backbone, examples, embed_dim=embed_dim)
+
+
+def _build_audio_tower(
+    config: MediaTower, name: str, *, transform: AudioTransform, embed_dim: int, assets: Path | None
+) -> Tower:
+    waveforms = _two_examples(round(transform.clip_seconds * transform.sample_rate_hz)) / 256
+    log_mel = LogMelSpectrogram(transform)
+    examples = log_mel(waveforms)
+    backbone = build_media_backbone(
+        config, kind="audio", name=name, assets=assets, input_shape=examples.shape[2:]
+    )
+    return _build_tower(config, name, log_mel, backbone, examples, embed_dim=embed_dim)
+
+
+def _build_text_tower(
+    config: TextTower, name: str, *, tokenizer: Tokenizer, embed_dim: int, assets: Path | None
+) -> Tower:
+    backbone = build_text_backbone(config, name=name, tokenizer=tokenizer, assets=assets)
+    tokens = tokenizer(["a caption", "one more"])
+    return _build_tower(config, name, nn.Identity(), backbone, tokens, embed_dim=embed_dim)
+
+
+def _build_vector_tower(
+    config: VectorTower, name: str, *, modalities: Mapping[str, Any], embed_dim: int
+) -> Tower:
+    sizes = {"width": modalities[name].width, "max_rows": modalities[name].max_rows}
+    stage = StandardizedVectors(**sizes)
+    num_rows = () if sizes["max_rows"] is None else (torch.tensor([1, sizes["max_rows"]]),)
+    examples = stage(_two_examples(*stage.shape).float(), *num_rows)
+    backbone = build_backbone_of_vectors(config, **sizes)
+    return _build_tower(config, name, stage, backbone, examples, embed_dim=embed_dim)
+
+
 def _build_tower(
     config: TowerConfig,
-    kind: str,
+    name: str,
     input_stage: nn.Module,
     backbone: nn.Module,
     examples: Tensor,
@@ -298,11 +363,11 @@ def _build_tower(
     embed_dim: int,
 ) -> Tower:
     """Builds a tower around a backbone, whose output width is determined with two examples."""
-    drop_keys = TowerDropKeys() if config.frozen else replace_drop_layers(backbone, kind=kind)
+    drop_keys = TowerDropKeys() if config.frozen else replace_drop_layers(backbone, kind=name)
     width = probe_backbone(
-        backbone, examples, where=f"model.{kind}", drop_keys=None if config.frozen else drop_keys
+        backbone, examples, where=f"model.{name}", drop_keys=None if config.frozen else drop_keys
     )
-    projection = _projection(config, kind, width, embed_dim)
+    projection = _projection(config, name, width, embed_dim)
     return Tower(input_stage, backbone, projection, drop_keys=drop_keys)
 
 

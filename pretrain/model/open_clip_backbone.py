@@ -26,7 +26,7 @@ _FORCED_OPTIONS = {
 def build_open_clip_media(
     config: MediaTower,
     kind: MediaKind,
-    assets: Path | None,
+    saved: Path | None,
     input_shape: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Builds the image tower of an open_clip model; see `build_media_backbone`."""
@@ -35,7 +35,7 @@ def build_open_clip_media(
     options = dict(config.options)
     if input_shape is not None:
         options.setdefault("force_image_size", input_shape[0])
-    if _pretrained(config, assets) is not None:
+    if _pretrained(config, saved) is not None:
         return _returns_one_tensor(_whole_model(config, options).visual)
     from open_clip.model import _build_vision_tower
 
@@ -45,14 +45,14 @@ def build_open_clip_media(
     )
 
 
-def build_open_clip_text(config: TextTower, tokenizer: Tokenizer, assets: Path | None) -> nn.Module:
+def build_open_clip_text(config: TextTower, tokenizer: Tokenizer, saved: Path | None) -> nn.Module:
     """Builds the text tower of an open_clip model; see `build_text_backbone`."""
     from open_clip.transformer import TextTransformer
 
     if config.name == FROM_SCRATCH_TEXT:
         sizes = {"vocab_size": tokenizer.vocab_size, "context_length": config.context_length}
         return TextTransformer(**(sizes | {"output_dim": None} | config.options))
-    if _pretrained(config, assets) is not None:
+    if _pretrained(config, saved) is not None:
         return _returns_one_tensor(_whole_model(config, config.options).text)
     from open_clip.model import _build_text_tower
 
@@ -65,7 +65,7 @@ def build_open_clip_text(config: TextTower, tokenizer: Tokenizer, assets: Path |
     )
 
 
-def _pretrained(config: MediaTower | TextTower, assets: Path | None) -> str | None:
+def _pretrained(config: MediaTower | TextTower, saved: Path | None) -> str | None:
     """The tag or file of the weights to load; None to build the tower from scratch."""
     import open_clip
 
@@ -74,7 +74,7 @@ def _pretrained(config: MediaTower | TextTower, assets: Path | None) -> str | No
             f"open_clip model {config.name}: pretrained: true does not name the weights; give a "
             f"tag ({', '.join(open_clip.list_pretrained_tags_by_model(config.name))}) or a file"
         )
-    return config.pretrained if config.pretrained and not assets else None
+    return config.pretrained if config.pretrained and not saved else None
 
 
 def _whole_model(config: MediaTower | TextTower, options: dict[str, Any]) -> nn.Module:

@@ -77,9 +77,9 @@ class DropKeys(NamedTuple):
     slots: Tensor  # int64 [B], positions in the stream's global batch
 
 
-def pair_keys(drop_keys: DropKeys, *, seed: int, stream: str) -> Tensor:
+def pair_keys(drop_keys: DropKeys, *, seed: int, stream: str, view: str) -> Tensor:
     """Hashes all inputs of the dropout masks except layer and position: int64 [B]."""
-    step_key = scramble(drop_keys.step ^ signed(key_of(seed, "dropping", stream)))
+    step_key = scramble(drop_keys.step ^ signed(key_of(seed, "dropping", stream, view)))
     return scramble(step_key ^ drop_keys.slots)
 
 

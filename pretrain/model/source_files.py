@@ -5,6 +5,8 @@
     model.<kind>.name           the model's config in a folder of timm ("local-dir:")
     model.<kind>.options.<key>  a file or folder that an option of the library names
 
+Towers of further modalities have the keys model.modalities.<name>.tower.<...>.
+
 Names of a hub are looked up in its local cache, where the libraries download them to.
 """
 
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.storage.atomic import sha256_of
-from pretrain.config import MediaTower, Model, TextTower
+from pretrain.config import MediaTower, Model, TextTower, VectorTower
 from pretrain.hub import parse_hub_name
 
 SourceFiles = dict[str, list[Path]]  # config key -> files, none if they are not found
@@ -59,8 +61,10 @@ def fingerprint_of_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def tokenizer_files(config: TextTower) -> SourceFiles:
+def tokenizer_files(config: TextTower | None) -> SourceFiles:
     """Returns the files that the tokenizer is built from; nothing for CLIP's own."""
+    if config is None:
+        return {}
     if config.library != "transformers" and config.tokenizer is None:
         has_words = config.library == "torch" and config.pretrained
         return {TOKENIZER_KEY: _as_files(str(config.pretrained))} if has_words else {}
@@ -74,15 +78,16 @@ def tokenizer_files(config: TextTower) -> SourceFiles:
 def tower_files(config: Model) -> SourceFiles:
     """Returns the files that the towers are built from: weights, configs, and those of options."""
     found: SourceFiles = {}
-    for kind in ("image", "audio", "text"):
-        tower: MediaTower | TextTower | None = getattr(config, kind)
-        if tower is not None:
-            if tower.pretrained:
-                found[f"model.{kind}.pretrained"] = _WEIGHT_FILES[tower.library](tower)
-            if tower.name.startswith(TIMM_FOLDER):
-                name = tower.name.removeprefix(TIMM_FOLDER)
-                found[f"model.{kind}.name"] = _existing(name, ("config.json",))
-            found |= _files_in_options(tower.options, f"model.{kind}.options")
+    for tower_name, tower in config.towers.items():
+        if isinstance(tower, VectorTower):
+            continue
+        key = config.tower_key(tower_name)
+        if tower.pretrained:
+            found[f"{key}.pretrained"] = _WEIGHT_FILES[tower.library](tower)
+        if tower.name.startswith(TIMM_FOLDER):
+            name = tower.name.removeprefix(TIMM_FOLDER)
+            found[f"{key}.name"] = _existing(name, ("config.json",))
+        found |= _files_in_options(tower.options, f"{key}.options")
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import TextTower
+from pretrain.config import Model, TextTower
 from pretrain.hub import TOKENIZER_FILES_OF_HUB, local_folder
 from pretrain.model.library_errors import describe_library_error
 from pretrain.sampling.keyed_random import scramble
@@ -106,6 +106,19 @@ def token_keys(tokens: Tensor) -> Tensor:
     hashes = scramble(tokens.numpy().astype(np.uint64) ^ positions)  # [M, L]
     keys = scramble(hashes.sum(axis=1, dtype=np.uint64))  # [M, L] -> [M]
     return torch.from_numpy(keys.view(np.int64))
+
+
+def build_text_tokenizer(config: Model, *, assets: Path | None = None) -> Tokenizer | None:
+    """Builds the tokenizer of a model's texts; None if it has no text tower.
+
+    Args:
+        config: config section `model`.
+        assets: see `build_tokenizer`.
+
+    Raises:
+        InputError: if the tokenizer cannot be loaded.
+    """
+    return None if config.text is None else build_tokenizer(config.text, assets=assets)
 
 
 def build_tokenizer(config: TextTower, *, assets: Path | None = None) -> Tokenizer:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.errors import InputError
-from pretrain.config import MediaKind, MediaTower, TextTower
+from pretrain.config import MediaKind, MediaTower, TextTower, TowerSection
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
 from pretrain.model.library_errors import describe_library_error
 from pretrain.model.open_clip_backbone import (
@@ -41,7 +41,7 @@ from pretrain.towers.timm_sizes import timm_size_options
 
 logger = logging.getLogger(__name__)
 
-TowerConfig = MediaTower | TextTower
+TowerConfig = TowerSection
 
 # Options of the libraries that the run's config decides -> what to use instead.
 REFUSED_OPTIONS = {
@@ -75,13 +75,13 @@ _SIZE_ADVICE = {
 def _build_timm(
     config: MediaTower,
     kind: MediaKind,
-    assets: Path | None,
+    saved: Path | None,
     input_shape: tuple[int, int] | None = None,
 ) -> nn.Module:
     import timm
 
-    weights: dict[str, Any] = {"pretrained": config.pretrained is True and assets is None}
-    if isinstance(config.pretrained, str) and assets is None:
+    weights: dict[str, Any] = {"pretrained": config.pretrained is True and saved is None}
+    if isinstance(config.pretrained, str) and saved is None:
         weights["checkpoint_path"] = config.pretrained
     channels = 3 if kind == "image" else 1
     build = partial(timm.create_model, config.name, num_classes=0, in_chans=channels)
@@ -111,6 +111,7 @@ def build_media_backbone(
     config: MediaTower,
     *,
     kind: MediaKind,
+    name: str | None = None,
     assets: Path | None = None,
     input_shape: tuple[int, int] | None = None,
 ) -> nn.Module:
@@ -119,29 +120,33 @@ def build_media_backbone(
     Args:
         config: config section of the tower.
         kind: "image" (input [B, 3, H, Wd]) or "audio" (input [B, 1, F, S]).
+        name: name of the tower; None: its kind.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
         input_shape: (H, Wd) or (F, S), for models built for one size; None leaves the model's own.
 
     Raises:
         InputError: if the library cannot build the encoder, or a trained encoder has batch norm.
     """
+    name = name or kind
     if assets is None:
-        _refuse_options(config.options, f"model.{kind}")
+        _refuse_options(config.options, f"model.{name}")
+    saved = None if assets is None else tower_folder(assets, name)
     return _build_backbone(
-        lambda: _MEDIA_BUILDERS[config.library](config, kind, assets, input_shape),
-        f"model.{kind}",
+        lambda: _MEDIA_BUILDERS[config.library](config, kind, saved, input_shape),
+        f"model.{name}",
         config,
     )
 
 
 def build_text_backbone(
-    config: TextTower, *, tokenizer: Tokenizer, assets: Path | None = None
+    config: TextTower, *, tokenizer: Tokenizer, name: str = "text", assets: Path | None = None
 ) -> nn.Module:
     """Builds the encoder of captions: int64 [B, L] -> [B, W], without projection.
 
     Args:
         config: config section of the tower.
         tokenizer: tokenizer of the captions.
+        name: name of the tower.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
 
     Raises:
@@ -149,9 +154,10 @@ def build_text_backbone(
             its vocabulary is smaller than the tokenizer's.
     """
     if assets is None:
-        _refuse_options(config.options, "model.text")
+        _refuse_options(config.options, f"model.{name}")
+    saved = None if assets is None else tower_folder(assets, name)
     backbone = _build_backbone(
-        lambda: _TEXT_BUILDERS[config.library](config, tokenizer, assets), "model.text", config
+        lambda: _TEXT_BUILDERS[config.library](config, tokenizer, saved), f"model.{name}", config
     )
     if assets is None:
         _refuse_small_vocabulary(backbone, tokenizer, config)
@@ -339,8 +345,13 @@ def ends_in_joint_space(config: TowerConfig) -> bool:
     return config.library == "open_clip" and config.name != FROM_SCRATCH_TEXT
 
 
-def save_tower_config(backbone: nn.Module, folder: Path, *, kind: str) -> None:
+def tower_folder(assets: Path, name: str) -> Path:
+    """Returns the folder of a tower's config among a checkpoint's assets."""
+    return assets / f"{name}_tower"
+
+
+def save_tower_config(backbone: nn.Module, assets: Path, *, name: str) -> None:
     """Writes the config of a transformers model or of word vectors, for rebuilding the tower."""
     if isinstance(backbone, TransformersMedia | TransformersText):
-        backbone.backbone.config.save_pretrained(str(folder / f"{kind}_tower"))
-    save_sizes(backbone, folder / f"{kind}_tower")
+        backbone.backbone.config.save_pretrained(str(tower_folder(assets, name)))
+    save_sizes(backbone, tower_folder(assets, name))

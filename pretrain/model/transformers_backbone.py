@@ -104,19 +104,19 @@ def _own_pooling(pooled: Tensor | None, backbone: nn.Module) -> Tensor:
 def build_transformers_media(
     config: MediaTower,
     kind: MediaKind,
-    assets: Path | None,
+    saved: Path | None,
     input_shape: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Builds a media model of transformers; see `build_media_backbone`."""
-    model = _transformers_model(config, assets, kind, input_shape=input_shape)
+    model = _transformers_model(config, saved, kind, input_shape=input_shape)
     return TransformersMedia(model, pooling=config.pooling)
 
 
 def build_transformers_text(
-    config: TextTower, tokenizer: Tokenizer, assets: Path | None
+    config: TextTower, tokenizer: Tokenizer, saved: Path | None
 ) -> nn.Module:
     """Builds a text model of transformers; see `build_text_backbone`."""
-    model = _transformers_model(config, assets, "text")
+    model = _transformers_model(config, saved, "text")
     return TransformersText(model, pad_id=tokenizer.pad_id, pooling=config.pooling)
 
 
@@ -125,7 +125,7 @@ def build_transformers_text(
 
 def _transformers_model(
     config: MediaTower | TextTower,
-    assets: Path | None,
+    saved: Path | None,
     kind: str,
     *,
     input_shape: tuple[int, int] | None = None,
@@ -133,8 +133,8 @@ def _transformers_model(
     """The model in float32, whichever type its weights are saved in."""
     from transformers import AutoConfig
 
-    if assets is not None:
-        return _from_config(AutoConfig.from_pretrained(assets / f"{kind}_tower"), kind)
+    if saved is not None:
+        return _from_config(AutoConfig.from_pretrained(saved), kind)
     if config.pretrained:
         name = config.name if config.pretrained is True else config.pretrained
         return _load_model(name, config, kind)

@@ -8,8 +8,7 @@ import torch
 
 from data_prep.errors import RunError
 from pretrain.config import Loading
-from pretrain.data.batch import StepBatch
-from pretrain.data.pair_reader import BadSample
+from pretrain.data.batch import BadSample, StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.run.folder import RunFolder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,12 +16,13 @@ from pretrain.objectives.objective import (
     ObjectiveLoss,
     ObjectiveSection,
 )
+from pretrain.views import ViewName
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pretrain.loss.options import LossOptions
+    from pretrain.loss.options import LossOptions, Teacher
 
 LossKind = Literal["softmax", "sigmoid"]
 
@@ -36,9 +38,10 @@ class ContrastiveSection(ObjectiveSection):
     """Contrasts two views of every sample with those of all others in the global batch."""
 
     kind: Literal["contrastive"] = "contrastive"
-    # Views that are contrasted; null: the halves of the name, such as image and text of image-text
-    left: str | None = None
-    right: str | None = None
+    # Views that are contrasted, such as image, {image: 2} (a second augmentation) or {text: title};
+    # null: the halves of the name, such as image and text of image-text
+    left: ViewName | None = None
+    right: ViewName | None = None
     # Name of the learned temperature and bias, which objectives may share; null: the objective's
     temperature: str | None = None
     # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
@@ -145,14 +148,16 @@ class ContrastiveObjective(Objective, section=ContrastiveSection):
 
         left, right = self.views
         found = contrastive_loss(
-            inputs.features[left],
-            inputs.features[right],
+            inputs.of_rows(inputs.features[left]),
+            inputs.of_rows(inputs.features[right]),
             inputs.temperature.scale,
             inputs.temperature.bias,
             options=self.options,
-            keys=tuple(inputs.keys[view] for view in self.views if view in inputs.keys),
-            teacher=inputs.teacher,
-            counts=inputs.counts,
+            keys=tuple(
+                inputs.of_rows(inputs.keys[view]) for view in self.views if view in inputs.keys
+            ),
+            teacher=_rows_of_teacher(inputs),
+            counts=inputs.counts if inputs.rows is None else None,
             media_gather=inputs.begun,
             feature_type=self.feature_type,
         )
@@ -161,3 +166,12 @@ class ContrastiveObjective(Objective, section=ContrastiveSection):
             f"{right}_to_{left}_recall@1": found.text_to_media_recall_at_1,
         }
         return ObjectiveLoss(found.for_backward, found.value, found.num_pairs, metrics)
+
+
+def _rows_of_teacher(inputs: ObjectiveInputs) -> Teacher | None:
+    """Teacher features of the samples that take part."""
+    teacher = inputs.teacher
+    if teacher is None or inputs.rows is None:
+        return teacher
+    left, right = inputs.of_rows(teacher.media), inputs.of_rows(teacher.text)
+    return replace(teacher, media=left, text=right)

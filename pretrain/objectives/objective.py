@@ -46,6 +46,13 @@ class ObjectiveInputs:
     counts: Sequence[int] | None  # [ranks] samples of each rank; None: not known
     begun: Any = None  # result of `Objective.begin`
     teacher: Teacher | None = None
+    # int64 [P], samples that have the modalities of all views; the other rows of features are zero
+    # and take no part. None: no sample can lack one
+    rows: Tensor | None = None
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Returns the rows of [B, ...] that take part."""
+        return values if self.rows is None else values[self.rows]
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,22 @@ NUM_SAMPLES = 3
 
 def backbone_examples(
     towers: Mapping[str, Tower],
+    kinds: Mapping[str, str],
     *,
     image: ImageTransform,
     audio: AudioTransform,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Tensor]:
-    """Returns {kind: inputs of its backbone [3, ...]}, on the device of its tower.
+    """Returns {tower: inputs of its backbone [3, ...]}, on the device of the tower.
 
     The second caption has the shortest length to which training trims.
 
     Args:
         towers: towers of a model.
+        kinds: kind of each tower.
         image: config section `image`.
         audio: config section `audio`.
-        tokenizer: tokenizer of the captions.
+        tokenizer: tokenizer of the texts; None without a text tower.
     """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(
@@ -38,14 +40,26 @@ def backbone_examples(
     )
     num_values = round(audio.clip_seconds * audio.sample_rate_hz)
     waveforms = 0.1 * torch.randn(NUM_SAMPLES, num_values, generator=generator)
-    length = tokenizer.context_length
-    tokens = token_rows(tokenizer, [length, min(length, TOKENS_MULTIPLE), max(1, length // 2)])
-    inputs = {"image": pixels, "audio": waveforms, "text": tokens}
-    with torch.no_grad():
-        return {
-            kind: tower.input_stage(inputs[kind].to(next(tower.parameters()).device))
-            for kind, tower in towers.items()
-        }
+    inputs = {"image": (pixels,), "audio": (waveforms,)}
+    if tokenizer is not None:
+        length = tokenizer.context_length
+        lengths = [length, min(length, TOKENS_MULTIPLE), max(1, length // 2)]
+        inputs["text"] = (token_rows(tokenizer, lengths),)
+    examples = {}
+    for name, tower in towers.items():
+        kind, device = kinds[name], next(tower.parameters()).device
+        of_tower = _vectors(tower, generator) if kind == "vector" else inputs[kind]
+        with torch.no_grad():
+            examples[name] = tower.input_stage(*(each.to(device) for each in of_tower))
+    return examples
+
+
+def _vectors(tower: Tower, generator: torch.Generator) -> tuple[Tensor, ...]:
+    shape = tower.input_stage.shape
+    values = torch.randn(NUM_SAMPLES, *shape, generator=generator)
+    if len(shape) == 1:
+        return (values,)
+    return values, torch.tensor([shape[0], 1, max(1, shape[0] // 2)])
 
 
 def token_rows(tokenizer: Tokenizer, lengths: Sequence[int]) -> Tensor:

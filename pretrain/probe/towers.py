@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,12 +74,12 @@ class ProbeSettings:
 def probe_model(
     model: ContrastiveModel,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     image: ImageTransform,
     audio: AudioTransform,
     settings: ProbeSettings,
     where: str = "model",
-    kinds: Sequence[str] = ("image", "audio", "text"),
+    names: Collection[str] | None = None,
 ) -> bool:
     """Checks that a run can use every tower, and that no tower mixes samples.
 
@@ -87,12 +87,12 @@ def probe_model(
 
     Args:
         model: model without activation checkpointing.
-        tokenizer: tokenizer of the captions.
+        tokenizer: tokenizer of the texts; None without a text tower.
         image: config section `image`.
         audio: config section `audio`.
         settings: settings of the run.
         where: name of the model for messages.
-        kinds: towers to probe, if the model has them.
+        names: towers to probe; None: all.
 
     Returns:
         Whether the model takes trimmed captions.
@@ -100,21 +100,22 @@ def probe_model(
     Raises:
         InputError: if a tower cannot be used by the run, or mixes samples.
     """
-    towers = {kind: tower for kind, tower in model.towers.items() if kind in kinds}
-    examples = backbone_examples(towers, image=image, audio=audio, tokenizer=tokenizer)
+    towers = {name: model.towers[name] for name in names or model.towers}
+    examples = backbone_examples(towers, model.kinds, image=image, audio=audio, tokenizer=tokenizer)
     is_on_gpu = settings.device.type == "cuda"
     takes_trimmed = model.takes_trimmed_captions
     with torch.random.fork_rng(devices=[settings.device] if is_on_gpu else []):
-        for kind, tower in towers.items():
+        for name, tower in towers.items():
             is_trained = tower.training and not tower.is_frozen
-            probed = ProbedBackbone(tower.backbone, tower.drop_keys, f"{where}.{kind}", is_trained)
-            if kind == "text":
-                refuse_unknown_tokens(probed, examples[kind][MIDDLE : MIDDLE + 1])
+            probed = ProbedBackbone(tower.backbone, tower.drop_keys, f"{where}.{name}", is_trained)
+            if model.kinds[name] == "text":
+                refuse_unknown_tokens(probed, examples[name][MIDDLE : MIDDLE + 1])
+            if name == "text":
                 takes_trimmed = probe_tower(
-                    probed, examples[kind], settings=settings, takes_trimmed=takes_trimmed
+                    probed, examples[name], settings=settings, takes_trimmed=takes_trimmed
                 )
             else:
-                probe_tower(probed, examples[kind], settings=settings)
+                probe_tower(probed, examples[name], settings=settings)
     gc.collect()  # checkpointed blocks of a copy refer to themselves
     if is_on_gpu:
         torch.cuda.empty_cache()

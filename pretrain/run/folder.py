@@ -30,7 +30,7 @@ from data_prep.storage.sealed import (
 )
 from data_prep.versions import package_versions
 from pretrain.checkpoints.record import CheckpointRecord
-from pretrain.data.pair_reader import BadSample
+from pretrain.data.batch import BadSample
 from pretrain.distributed.collectives import rank
 from pretrain.run.attempts import (
     Attempt,

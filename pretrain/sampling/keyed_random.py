@@ -87,12 +87,12 @@ class SampleRandom:
         return int(self.random() * bound)
 
 
-def sample_random(seed: int, *, source: str, epoch: int, ordinal: int) -> SampleRandom:
-    """Returns a sample's random numbers in an epoch (for caption, crop, flip, ...).
+def sample_random(seed: int, *, source: str, epoch: int, ordinal: int, view: str) -> SampleRandom:
+    """Returns the random numbers of a view of a sample in an epoch, for its crop, caption, ...
 
     They are the same on every rank and in every attempt.
     """
-    return SampleRandom(key_of(seed, source, epoch, ordinal))
+    return SampleRandom(key_of(seed, source, epoch, ordinal, view))
 
 
 def newest(tables: dict) -> dict:

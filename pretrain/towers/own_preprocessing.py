@@ -49,24 +49,24 @@ def refuse_other_preprocessing(
         InputError: if the weights' own settings cannot be read.
     """
     sections: dict[str, ImageTransform | AudioTransform] = {"image": image, "audio": audio}
-    for kind, section in sections.items():
-        tower: MediaTower | None = getattr(model, kind)
-        if tower is None or not (tower.start or tower.pretrained):
+    for name, tower in model.towers.items():
+        kind = model.kinds[name]
+        if not isinstance(tower, MediaTower) or not (tower.start or tower.pretrained):
             continue
+        section = sections[kind]
         source = tower.start.location if tower.start else str(tower.pretrained)
         own = _own_settings(tower, kind, folder_of)
         if own is None:
             logger.info(
-                "model.%s: %s does not say how its %s were preprocessed; compare the section %s "
-                "yourself",
-                *(kind, source, "images" if kind == "image" else "sounds", kind),
+                "%s: %s does not say how its %s were preprocessed; compare the section %s yourself",
+                *(model.tower_key(name), source, "images" if kind == "image" else "sounds", kind),
             )
             continue
         if tower.start is not None and tower.start.resample:
             for key in ("size", "log_mel.num_frames"):  # positions are resampled to them
                 own.pop(key, None)
-        name = tower.name if source == "True" else source
-        refuse_differences(own, section, kind=kind, source=name)
+        weights = tower.name if source == "True" else source
+        refuse_differences(own, section, kind=kind, source=weights)
 
 
 def refuse_differences(

@@ -17,7 +17,7 @@ from pretrain.checkpoint import files_to_rebuild
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Engine as EngineSection
-from pretrain.config import PretrainConfig, StreamName
+from pretrain.config import MediaTower, PretrainConfig, StreamName
 from pretrain.data.datasets import build_cache
 from pretrain.data.first_samples import first_samples
 from pretrain.data.step_loader import StepLoader
@@ -29,7 +29,8 @@ from pretrain.distributed.engine import Engine
 from pretrain.model.activation_checkpointing import checkpoint_blocks
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.source_files import tokenizer_files, tower_files
-from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
+from pretrain.model.vector_inputs import standardize_vectors
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.probe.towers import ProbeSettings, probe_model
 from pretrain.run.compatibility import RunIdentity, holds_run
@@ -50,6 +51,7 @@ from pretrain.training.optimizer import ClampedAdamW, build_optimizer
 from pretrain.training.session import RunSession
 from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets
+from pretrain.views import View
 from pretrain.warm_start.model_start import start_key, start_model, starts_of
 from pretrain.warm_start.needs import refuse_unfetched
 from pretrain.warm_start.source import folder_of
@@ -61,7 +63,7 @@ CPU = torch.device("cpu")
 
 def open_step_loader(
     config: PretrainConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     rank: int,
     world_size: int,
@@ -71,7 +73,7 @@ def open_step_loader(
 
     Args:
         config: the whole config.
-        tokenizer: tokenizer of captions.
+        tokenizer: tokenizer of texts; None without a text tower.
         rank: rank that reads.
         world_size: number of processes.
         node_ranks: all ranks on the same machine; None if `rank` is the only one.
@@ -85,6 +87,7 @@ def open_step_loader(
     readers = open_readers(
         config.streams,
         config.loading,
+        model=config.model,
         transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
         seed=config.seed,
@@ -127,13 +130,13 @@ def check_repeated_samples(config: PretrainConfig, loader: StepLoader) -> None:
 
 
 def open_validation_sets(
-    config: PretrainConfig, tokenizer: Tokenizer, *, cache: ShardCache | None = None
+    config: PretrainConfig, tokenizer: Tokenizer | None, *, cache: ShardCache | None = None
 ) -> list[ValidationSet]:
     """Opens the held-out pairs of a run.
 
     Args:
         config: the whole config.
-        tokenizer: tokenizer of captions.
+        tokenizer: tokenizer of texts; None without a text tower.
         cache: this machine's cache, for datasets behind URLs.
 
     Raises:
@@ -143,6 +146,7 @@ def open_validation_sets(
         config.validation,
         streams=config.streams,
         engine=config.engine,
+        model=config.model,
         transforms=build_transforms(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
         retries=config.loading.retries,
@@ -150,20 +154,21 @@ def open_validation_sets(
     )
 
 
-def build_training_tokenizer(sources: ModelSources) -> Tokenizer:
-    """Builds the tokenizer of captions.
+def build_training_tokenizer(sources: ModelSources) -> Tokenizer | None:
+    """Builds the tokenizer of texts; None if the model has no text tower.
 
     Raises:
         InputError: if it cannot be loaded.
     """
-    config = sources.config.model.text
+    config = sources.config.model
     return sources.build(
-        tokenizer_files(config).keys(), lambda assets: build_tokenizer(config, assets=assets)
+        tokenizer_files(config.text).keys(),
+        lambda assets: build_text_tokenizer(config, assets=assets),
     )
 
 
 def build_training_model(
-    sources: ModelSources, tokenizer: Tokenizer, *, device: torch.device = CPU
+    sources: ModelSources, tokenizer: Tokenizer | None, *, device: torch.device = CPU
 ) -> ContrastiveModel:
     """Builds the model, with activation checkpointing if the config enables it.
 
@@ -171,7 +176,7 @@ def build_training_model(
 
     Args:
         sources: sources of the towers, with the whole config.
-        tokenizer: tokenizer of captions.
+        tokenizer: tokenizer of texts; None without a text tower.
         device: device of the probe; the model stays on the CPU.
 
     Raises:
@@ -196,8 +201,8 @@ def build_training_model(
             assets=assets,
         )
         if assets is None:  # otherwise, resuming loads all weights
-            views = config.views_of_temperatures
-            sources.warm_start = start_model(model, config.model, views=views)
+            towers = config.towers_of_temperatures
+            sources.warm_start = start_model(model, config.model, towers=towers)
         return model
 
     keys = [*tower_files(config.model), *map(start_key, starts_of(config.model))]
@@ -228,43 +233,66 @@ def measure_batch_norms(
     Raises:
         InputError: if a dataset cannot be read.
     """
-    kinds = [
-        kind
-        for kind in ("image", "audio")
-        if (tower := getattr(config.model, kind)) is not None
+    names = [
+        name
+        for name, tower in config.model.towers.items()
+        if isinstance(tower, MediaTower)
         and tower.batch_norm == "frozen"
         and not (tower.pretrained or tower.start)
     ]
-    if not kinds or config.run.parent is not None:
+    if not names or config.run.parent is not None:
         return
     if on_main_process(lambda: bool(open_store(config.run.checkpoints).checkpoints())):
         return
-    for kind in kinds:
-        buffers = on_main_process(lambda: _measured(config, model, loader, kind))  # noqa: B023
-        model.towers[kind].backbone.load_state_dict(buffers, strict=False)
+    for name in names:
+        buffers = on_main_process(lambda: _measured(config, model, loader, name))  # noqa: B023
+        model.towers[name].backbone.load_state_dict(buffers, strict=False)
 
 
 def _measured(
-    config: PretrainConfig, model: ContrastiveModel, loader: StepLoader, kind: str
+    config: PretrainConfig, model: ContrastiveModel, loader: StepLoader, name: str
 ) -> dict[str, torch.Tensor]:
-    tower, section = model.towers[kind], getattr(config.model, kind)
+    tower, section = model.towers[name], config.model.towers[name]
+    views = [view for stream in config.streams.values() for view in stream.views]
     samples = first_samples(
         loader,
-        kind,
+        next(v for v in views if config.model.tower_of(View.parse(v).modality) == name),
         num_samples=section.batch_norm_samples,
         num_steps=config.schedule.num_steps,
     )
     buffers = measure_statistics(tower.backbone, map(tower.input_stage, samples))
     num_samples = max((int(each) for each in buffers.values() if each.ndim == 0), default=0)
     logger.info(
-        "model.%s: statistics of batch norm measured on the run's first %d samples",
-        *(kind, num_samples),
+        "%s: statistics of batch norm measured on the run's first %d samples",
+        config.model.tower_key(name),
+        num_samples,
     )
     return buffers
 
 
+def standardize_inputs(config: PretrainConfig, model: ContrastiveModel, loader: StepLoader) -> None:
+    """Sets the statistics of the vector towers to those of the data that the run starts with.
+
+    Raises:
+        InputError: if a dataset does not record them.
+    """
+    first = {
+        name: {each.name for each in stream.sources} for name, stream in config.streams.items()
+    }
+    standardize_vectors(
+        model,
+        config.model,
+        [
+            source
+            for name, reader in loader.readers.items()
+            for source in reader.sources
+            if source.source in first[name]
+        ],
+    )
+
+
 def open_teachers(
-    config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device
+    config: PretrainConfig, tokenizer: Tokenizer | None, *, device: torch.device
 ) -> dict[str, ObjectiveTeacher]:
     """Loads the teachers of the objectives with distillation.
 
@@ -369,7 +397,7 @@ def build_session(
 
 
 def open_writer(
-    identity: RunIdentity, engine: Engine, tokenizer: Tokenizer, run: RunFolder
+    identity: RunIdentity, engine: Engine, tokenizer: Tokenizer | None, run: RunFolder
 ) -> CheckpointWriter:
     """Opens the writer of this attempt's checkpoints; every rank must call it."""
     config = identity.config

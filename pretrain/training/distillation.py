@@ -26,9 +26,10 @@ from pretrain.config import (
 )
 from pretrain.distributed.collectives import on_main_process
 from pretrain.loss.options import Teacher
-from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
+from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs, StreamInputs
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.probe.towers import ProbeSettings, probe_model
+from pretrain.views import View
 
 SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
 
@@ -40,16 +41,16 @@ class ModelInputs:
     image: ImageTransform
     audio: AudioTransform
 
-    def sizes(self, view: str) -> dict[str, float]:
-        """Returns {key: value} of the settings that determine the shape of a view's inputs."""
-        if view == "image":
+    def sizes(self, kind: str) -> dict[str, float]:
+        """Returns {key: value} of the settings that determine the shape of a kind's inputs."""
+        if kind == "image":
             return {"size": self.image.size}
-        if view == "text":  # its tokens are compared
-            return {}
-        return {
-            "sample_rate_hz": self.audio.sample_rate_hz,
-            "clip_seconds": self.audio.clip_seconds,
-        }
+        if kind == "audio":
+            return {
+                "sample_rate_hz": self.audio.sample_rate_hz,
+                "clip_seconds": self.audio.clip_seconds,
+            }
+        return {}  # tokens are compared, and the config sets the width of vectors
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,31 @@ class ObjectiveTeacher:
     @torch.no_grad()
     def encode(self, micro_batches: Sequence[EncoderInputs]) -> Teacher:
         """Encodes this rank's samples, without the masks of SpecAugment."""
-        inputs = [micro_batch[self.stream].views for micro_batch in micro_batches]
-        device = inputs[0][self.views[0]][0].device
+        inputs = [self._without_randomness(each[self.stream]) for each in micro_batches]
+        device = inputs[0].views[self.views[0]][0].device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.is_autocast):
             left, right = (
-                torch.cat([self.model.encode(view, each[view][0]) for each in inputs])
+                torch.cat([self.model.encode_view(self.stream, view, each) for each in inputs])
                 for view in self.views
             )
         scale = self.model.log_logit_scale[self.temperature].exp().item()
         return Teacher(left, right, scale, self.weight)
+
+    def _without_randomness(self, inputs: StreamInputs) -> StreamInputs:
+        """The inputs without dropout and without the masks of SpecAugment."""
+        kinds = {view: self.model.kinds[View.parse(view).modality] for view in self.views}
+        views = {
+            view: inputs.views[view][:1] if kind == "audio" else inputs.views[view]
+            for view, kind in kinds.items()
+        }
+        return inputs._replace(views=views, drop_keys=None)
 
 
 def load_teachers(
     streams: Mapping[StreamName, Stream],
     *,
     inputs: ModelInputs,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     device: torch.device,
     is_autocast: bool,
 ) -> dict[str, ObjectiveTeacher]:
@@ -113,7 +123,8 @@ def load_teachers(
             temperature = objective.temperature_name(name)
             _refuse_other_inputs(inputs, folder, where, views=views, temperature=temperature)
             model, _, teacher_tokenizer = load_model(folder, device=str(device))
-            _refuse_other_tokens(where, tokenizer, teacher_tokenizer)
+            if any(model.kinds[View.parse(view).modality] == "text" for view in views):
+                _refuse_other_tokens(where, tokenizer, teacher_tokenizer)
             model.takes_trimmed_captions = on_main_process(
                 partial(
                     probe_model,
@@ -123,7 +134,7 @@ def load_teachers(
                     audio=inputs.audio,
                     settings=ProbeSettings(device, is_bf16=is_autocast),
                     where=where,
-                    kinds=views,
+                    names=[model.tower_names[View.parse(view).modality] for view in views],
                 )
             )
             teachers[f"{stream_name}/{name}"] = ObjectiveTeacher(
@@ -148,13 +159,14 @@ def _refuse_other_inputs(
             f"{', '.join(config.temperatures)}"
         )
     found = ModelInputs(config.image, config.audio)
-    for view in views:
-        if getattr(config.model, view) is None:
-            raise InputError(f"{where}: expected a model with a tower for {view}, found none")
-        for key, value in inputs.sizes(view).items():
-            if found.sizes(view)[key] != value:
+    for modality in dict.fromkeys(View.parse(view).modality for view in views):
+        kind = config.model.kinds.get(modality)
+        if kind is None:
+            raise InputError(f"{where}: expected a model with a tower for {modality}, found none")
+        for key, value in inputs.sizes(kind).items():
+            if found.sizes(kind)[key] != value:
                 raise InputError(
-                    f"{where}: the teacher was trained with {view}.{key}={found.sizes(view)[key]}, "
+                    f"{where}: the teacher was trained with {kind}.{key}={found.sizes(kind)[key]}, "
                     f"this run has {value}; teacher and model read the same inputs: use the same "
                     "value"
                 )

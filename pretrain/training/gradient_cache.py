@@ -22,7 +22,12 @@ from pretrain.config import StreamName
 from pretrain.data.batch import StepBatch, StreamBatch, ViewBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.caption_trimming import trimmed_length
-from pretrain.model.contrastive_model import EncoderInputs, StepFeatures, StreamInputs
+from pretrain.model.contrastive_model import (
+    EncoderInputs,
+    PresentRows,
+    StepFeatures,
+    StreamInputs,
+)
 from pretrain.model.sample_dropout import DropKeys
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.training.step_loss import (
@@ -68,7 +73,7 @@ def backward_whole_batch(
     Raises:
         NonFiniteLossError: if the loss is not finite; no gradient was computed.
     """
-    begun = BegunObjectives(terms.objectives)
+    begun = BegunObjectives(terms.objectives, terms.batch)
     with timer.phase("forward"):
         features = engine.forward([inputs], on_view=begun.begin)
     with timer.phase("gather"):
@@ -86,7 +91,7 @@ def backward_in_micro_batches(
     Raises:
         NonFiniteLossError: if the loss is not finite; no gradient was computed.
     """
-    begun = BegunObjectives(terms.objectives)
+    begun = BegunObjectives(terms.objectives, terms.batch)
     with timer.phase("forward"), torch.no_grad():
         features = engine.forward(micro_batches, on_view=begun.begin)
     for each in _tensors_of(features):
@@ -131,9 +136,32 @@ def _split(
     }
     drop_keys = _drop_keys(batch, step, num_micro_batches)
     return [
-        StreamInputs({view: parts[number] for view, parts in views.items()}, drop_keys[number])
+        _present_alone(
+            StreamInputs({view: parts[number] for view, parts in views.items()}, drop_keys[number]),
+            {
+                view: each.present.tensor_split(num_micro_batches)[number]
+                for view, each in batch.views.items()
+                if each.present is not None
+            },
+        )
         for number in range(num_micro_batches)
     ]
+
+
+def _present_alone(inputs: StreamInputs, present: Mapping[str, Tensor]) -> StreamInputs:
+    """The inputs without the rows of samples that lack a view's modality.
+
+    Args:
+        inputs: inputs of all samples.
+        present: view -> bool [B], on the CPU.
+    """
+    views, rows = dict(inputs.views), {}
+    for view, has_it in present.items():
+        device = views[view][0].device
+        numbers = has_it.nonzero()[:, 0].to(device, non_blocking=True)
+        views[view] = tuple(values[numbers] for values in views[view])
+        rows[view] = PresentRows(numbers, len(has_it))
+    return inputs._replace(views=views, present=rows)
 
 
 def _split_view(

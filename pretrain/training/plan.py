@@ -8,7 +8,7 @@ import torch
 
 from pretrain.config import StreamName
 from pretrain.data.batch import step_bytes
-from pretrain.data.pair_reader import PairReader
+from pretrain.data.sample_reader import SampleReader
 from pretrain.data.step_loader import StepLoader
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.sampling.order import lanes_of_rank
@@ -77,7 +77,7 @@ def _describe(loader: StepLoader, stream: StreamName) -> Iterator[str]:
         )
 
 
-def _describe_fingerprint(reader: PairReader) -> str:
+def _describe_fingerprint(reader: SampleReader) -> str:
     whole, subset = reader.dataset, reader.samples.subset
     fingerprint = f"fingerprint {whole.info.fingerprint[:12]}"
     if subset is None:

@@ -115,10 +115,19 @@ class BegunObjectives:
 
     Args:
         objectives: objectives of every stream in the step.
+        batch: this rank's part of the step. Nothing is begun for objectives with views that samples
+            may lack.
     """
 
-    def __init__(self, objectives: Mapping[StreamName, StreamObjectives]) -> None:
+    def __init__(self, objectives: Mapping[StreamName, StreamObjectives], batch: StepBatch) -> None:
         self.objectives = objectives
+        self.lacking = {
+            key
+            for name, own in objectives.items()
+            for key, objective in own.objectives.items()
+            for view in objective.views
+            if batch.streams[name].views[view].present is not None
+        }
         self.begun: dict[str, Any] = {}
 
     def begin(self, stream: StreamName, view: str, features: Tensor) -> None:
@@ -133,7 +142,9 @@ class BegunObjectives:
             return
         own = self.objectives[stream]
         for key, objective in own.objectives.items():
-            if view in objective.views and self.begun.get(key) is None:
+            if key in self.lacking or view not in objective.views:
+                continue
+            if self.begun.get(key) is None:
                 self.begun[key] = objective.begin(view, features, counts=own.counts)
 
 
@@ -168,6 +179,9 @@ def compute_losses(
                 own.counts,
                 begun.begun.get(key),
                 teachers.get(key),
+                rows=rows_with_all(
+                    [views[view].present for view in objective.views], features.views[name]
+                ),
             )
             losses[key] = objective.loss(inputs)
             weight = objective.section.weight
@@ -180,6 +194,25 @@ def compute_losses(
         total=total,
         for_backward=torch.stack([part.sum() for part in parts]).sum(),
     )
+
+
+def rows_with_all(
+    present: Sequence[Tensor | None], features: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Returns the samples that have the modalities of all of some views.
+
+    Args:
+        present: bool [B] of each view, on the CPU; None if no sample can lack the modality.
+        features: features of the samples, for their device.
+
+    Returns:
+        int64 [P] on that device; None if no sample can lack one of them, on any rank.
+    """
+    masks = [each for each in present if each is not None]
+    if not masks:
+        return None
+    device = next(iter(features.values())).device
+    return torch.stack(masks).all(dim=0).nonzero()[:, 0].to(device)
 
 
 def _temperature(features: StepFeatures, name: str | None) -> Temperature | None:

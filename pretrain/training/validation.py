@@ -1,4 +1,4 @@
-"""Loss and in-batch recall on held-out pairs, equal for any number of ranks."""
+"""Loss and in-batch recall on held-out samples, equal for any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from data_prep.media.decode import MediaError
 from data_prep.shards.sample import CorruptSampleError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Engine as EngineSection
-from pretrain.config import MediaKind, Stream, StreamName, Validation
+from pretrain.config import Model, Stream, StreamName, Validation
 from pretrain.data.datasets import open_samples
-from pretrain.data.pair_reader import Pair, PairReader
+from pretrain.data.sample_reader import SampleReader
 from pretrain.data.transforms import MediaTransform
+from pretrain.data.view_formats import build_formats
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.fail_points import fail_point
-from pretrain.model.contrastive_model import StepFeatures, StreamInputs
+from pretrain.model.contrastive_model import PresentRows, StepFeatures, StreamInputs
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.objectives.objective import (
     Objective,
@@ -29,46 +30,46 @@ from pretrain.objectives.objective import (
     Temperature,
     objective_types,
 )
-from pretrain.training.step_loss import feature_type
+from pretrain.training.step_loss import feature_type, rows_with_all
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Held-out pairs of one stream, in batches whose pairs are contrasted with one another."""
+    """Held-out samples of one stream, in batches whose samples are contrasted with one another."""
 
     stream: StreamName
-    kind: MediaKind
-    reader: PairReader
-    tokenizer: Tokenizer
+    reader: SampleReader
     batch_size: int
     # Without label smoothing and with duplicates as negatives, so that runs with different settings
     # can be compared.
     objectives: Mapping[str, Objective]
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (media, tokens) of this rank's part of each batch; the last batch may be smaller.
+    def batches(self) -> Iterator[HeldOutBatch]:
+        """Yields this rank's part of each batch; the last batch may be smaller.
 
         Raises:
-            InputError: if a held-out pair cannot be decoded.
+            InputError: if a held-out sample cannot be decoded.
         """
-        num_pairs = len(self.reader.samples)
-        for start in range(0, num_pairs, self.batch_size):
-            stop = min(start + self.batch_size, num_pairs)
+        num_samples = len(self.reader.samples)
+        for start in range(0, num_samples, self.batch_size):
+            stop = min(start + self.batch_size, num_samples)
             first, last = (
                 start + (stop - start) * number // world_size() for number in (rank(), rank() + 1)
             )
-            pairs = [self._read(rank) for rank in range(first, last)]
-            media = [self.reader.transform(pair.media) for pair in pairs]
-            tokens = self.tokenizer([pair.captions[0] for pair in pairs])
-            yield self._stack(media), tokens
+            yield self._batch([self._read(rank) for rank in range(first, last)])
 
-    def _stack(self, media: list[Tensor]) -> Tensor:
-        if media:
-            return torch.stack(media)
-        example = self.reader.transform(self._read(0).media)
-        return example.new_zeros(0, *example.shape)
+    def _batch(self, samples: list[dict[str, tuple[Tensor, ...]]]) -> HeldOutBatch:
+        inputs, present = {}, {}
+        for view, form in self.reader.formats.items():
+            rows = [sample[view] for sample in samples if view in sample]
+            inputs[view] = (
+                tuple(map(torch.stack, zip(*rows, strict=True))) if rows else form.layout.no_rows()
+            )
+            if self.reader.may_lack(form.view.member):
+                present[view] = torch.tensor([view in each for each in samples], dtype=torch.bool)
+        return HeldOutBatch(inputs, present)
 
-    def _read(self, rank: int) -> Pair:
+    def _read(self, rank: int) -> dict[str, tuple[Tensor, ...]]:
         try:
             return self.reader.read_exactly(int(self.reader.samples.ordinals_of([rank])[0]))
         except (CorruptSampleError, MediaError) as error:
@@ -78,13 +79,34 @@ class ValidationSet:
             ) from None
 
 
+@dataclass(frozen=True)
+class HeldOutBatch:
+    """This rank's part of a batch of held-out samples."""
+
+    inputs: Mapping[str, tuple[Tensor, ...]]  # view -> inputs of its tower, present samples alone
+    present: Mapping[str, Tensor]  # bool [B] of each view that samples may lack
+
+    def on(self, device: torch.device) -> StreamInputs:
+        """Returns the inputs of the model on a device."""
+        views = {
+            view: tuple(values.to(device) for values in inputs)
+            for view, inputs in self.inputs.items()
+        }
+        rows = {
+            view: PresentRows(has_it.nonzero()[:, 0].to(device), len(has_it))
+            for view, has_it in self.present.items()
+        }
+        return StreamInputs(views, present=rows)
+
+
 def build_validation_sets(
     config: Validation,
     *,
     streams: Mapping[StreamName, Stream],
     engine: EngineSection,
-    transforms: Mapping[MediaKind, MediaTransform],
-    tokenizer: Tokenizer,
+    model: Model,
+    transforms: Mapping[str, MediaTransform],
+    tokenizer: Tokenizer | None,
     retries: int,
     cache: ShardCache | None = None,
 ) -> list[ValidationSet]:
@@ -94,8 +116,9 @@ def build_validation_sets(
         config: config section `validation`.
         streams: config section of each stream, for its objectives.
         engine: config section `engine`.
+        model: config section `model`.
         transforms: transform of each kind of media.
-        tokenizer: tokenizer of captions.
+        tokenizer: tokenizer of texts; None without a text tower.
         retries: retries of a read after a transient error.
         cache: this machine's cache, for datasets behind URLs.
 
@@ -106,15 +129,15 @@ def build_validation_sets(
     types = objective_types()
     for name, source in config.streams.items():
         stream = streams[name]
-        reader = PairReader(
+        where = f"validation.streams.{name}"
+        reader = SampleReader(
             f"validation.{name}",
             samples=open_samples(source.dataset, subset=source.subset, cache=cache),
-            kind=stream.media,
-            transform=transforms[stream.media],
+            formats=build_formats(stream.views, model, transforms=transforms, tokenizer=tokenizer),
             retries=retries,
         )
         if len(reader.samples) == 0:
-            raise InputError(f"validation.streams.{name}: {source.dataset} contains no samples")
+            raise InputError(f"{where}: {source.dataset} contains no samples")
         objectives = {
             f"{name}/{objective}": types[section.kind](
                 objective,
@@ -123,10 +146,14 @@ def build_validation_sets(
                 engine.loss_mode,
             )
             for objective, section in stream.objectives.items()
+            if set(section.views(objective)) <= set(reader.formats)
         }
-        sets.append(
-            ValidationSet(name, stream.media, reader, tokenizer, source.batch_size, objectives)
-        )
+        if not objectives:
+            raise InputError(
+                f"{where}: {source.dataset} has {', '.join(reader.dataset.modalities)}; expected "
+                f"the views of an objective of the stream, which reads {', '.join(stream.views)}"
+            )
+        sets.append(ValidationSet(name, reader, source.batch_size, objectives))
     return sets
 
 
@@ -153,14 +180,12 @@ def validate(
     engine.train_mode(False)
     means: dict[str, RunningMean] = {key: RunningMean() for key in validation_set.objectives}
     is_aborted = False
-    for media, tokens in validation_set.batches():
-        views = {validation_set.kind: media.to(engine.device), "text": tokens.to(engine.device)}
-        inputs = StreamInputs({view: (values,) for view, values in views.items()})
-        features = engine.forward([{validation_set.stream: inputs}])
+    for batch in validation_set.batches():
+        features = engine.forward([{validation_set.stream: batch.on(engine.device)}])
         fail_point("validation")
         for key, objective in validation_set.objectives.items():
             means[key].add(
-                objective.loss(_objective_inputs(objective, features, validation_set.stream))
+                objective.loss(_objective_inputs(objective, features, batch, validation_set.stream))
             )
         if should_abort():
             is_aborted = True
@@ -170,13 +195,15 @@ def validate(
 
 
 def _objective_inputs(
-    objective: Objective, features: StepFeatures, stream: StreamName
+    objective: Objective, features: StepFeatures, batch: HeldOutBatch, stream: StreamName
 ) -> ObjectiveInputs:
     name = objective.temperature_name
     temperature = None
     if name is not None:
         temperature = Temperature(features.scales[name], features.biases.get(name))
-    return ObjectiveInputs(features.views[stream], {}, temperature, counts=None)
+    views = features.views[stream]
+    rows = rows_with_all([batch.present.get(view) for view in objective.views], views)
+    return ObjectiveInputs(views, {}, temperature, counts=None, rows=rows)
 
 
 @dataclass

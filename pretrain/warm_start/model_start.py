@@ -21,7 +21,6 @@ from pretrain.warm_start.source import WeightSource, find_source
 from pretrain.warm_start.temperature import common_source, start_temperature
 from pretrain.warm_start.tower_start import start_tower
 
-KINDS = ("image", "audio", "text")
 WARM_START_FILE = "warm_start.json"  # in the run folder
 
 
@@ -69,13 +68,8 @@ class WarmStart:
 
 
 def starts_of(config: Model) -> dict[str, Start]:
-    """Returns {kind: config section} of the towers that have a source."""
-    towers = {kind: getattr(config, kind) for kind in KINDS}
-    return {
-        kind: tower.start
-        for kind, tower in towers.items()
-        if tower is not None and tower.start is not None
-    }
+    """Returns {tower: config section} of the towers that have a source."""
+    return {name: each.start for name, each in config.towers.items() if each.start is not None}
 
 
 def start_key(kind: str) -> str:
@@ -102,14 +96,14 @@ def start_model(
     model: ContrastiveModel,
     config: Model,
     *,
-    views: Mapping[str, Collection[str]],
+    towers: Mapping[str, Collection[str]],
 ) -> WarmStart:
     """Sets the weights of a new model to those of the sources that its config names.
 
     Args:
         model: new model, changed in place.
         config: config section `model`.
-        views: name of each temperature -> kinds of the towers that use it.
+        towers: name of each temperature -> towers whose features it scales.
 
     Raises:
         InputError: if a source cannot be used, or does not account for every tensor.
@@ -118,22 +112,26 @@ def start_model(
     temperatures: dict[str, Mapping[str, Tensor]] = {}
     tables = []
     tensors = {place: source.read() for place, source in _find_sources(starts).items()}
-    for kind, start in starts.items():
-        layout = read_layout(tensors[start.location], kind=start.tower or kind)
-        library = getattr(config, kind).library
+    for name, start in starts.items():
+        part = start.tower or config.kinds[name]
+        layout = read_layout(tensors[start.location], kind=part)
+        library = config.towers[name].library
+        where = f"{config.tower_key(name)}.start"
         refuse_other_spectrogram(
             tensors[start.location],
-            model.towers[kind].input_stage,
-            where=f"{start_key(kind)}.from={start.location}",
+            model.towers[name].input_stage,
+            where=f"{where}.from={start.location}",
         )
-        rows = start_tower(model.towers[kind], layout, start, kind=kind, library=library)
+        rows = start_tower(
+            model.towers[name], layout, start, part=part, where=where, library=library
+        )
         temperatures[start.location] = layout.temperatures
-        tables.append(KeyTable(kind, start.location, tuple(rows)))
+        tables.append(KeyTable(name, start.location, tuple(rows)))
     done = [
         start_temperature(
             model,
             name,
-            common_source(views[name], starts, temperatures),
+            common_source(towers[name], starts, temperatures),
             maximum=config.logit_scale.maximum,
         )
         for name in (model.log_logit_scale if starts else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pretrain.config import MediaTower, Model, TextTower
+from pretrain.config import MediaTower, Model, TextTower, VectorTower
 from pretrain.hub import (
     CONFIG_FILES_OF_HUB,
     HUB_PREFIX,
@@ -44,12 +44,11 @@ def find_needs(config: Model) -> list[Need]:
         InputError: if a library has no weights of the name that a setting gives.
     """
     needs = []
-    for kind in ("image", "audio", "text"):
-        tower: MediaTower | TextTower | None = getattr(config, kind)
-        if tower is not None:
-            needs += _start_needs(tower, f"model.{kind}")
-            needs += _model_needs(tower, f"model.{kind}")
-    return [*needs, *_tokenizer_needs(config.text)]
+    for name, tower in config.towers.items():
+        if not isinstance(tower, VectorTower):
+            needs += _start_needs(tower, config.tower_key(name))
+            needs += _model_needs(tower, config.tower_key(name))
+    return needs if config.text is None else [*needs, *_tokenizer_needs(config.text)]
 
 
 def refuse_unfetched(config: Model) -> None:

@@ -45,23 +45,23 @@ class TemperatureSource:
 
 
 def common_source(
-    views: Collection[str],
+    towers: Collection[str],
     starts: Mapping[str, Start],
     temperatures: Mapping[str, Mapping[str, Tensor]],
 ) -> TemperatureSource | None:
     """Returns the source from which all towers of a temperature start; None if they differ.
 
     Args:
-        views: kinds of the towers.
-        starts: kind -> config section of its warm start.
+        towers: names of the towers.
+        starts: tower -> config section of its warm start.
         temperatures: location of a source -> its logit scales and biases.
     """
-    if not all(view in starts for view in views):
+    if not all(name in starts for name in towers):
         return None
-    locations = {starts[view].location for view in views}
+    locations = {starts[name].location for name in towers}
     if len(locations) > 1:
         return None
-    ignored = tuple(pattern for view in views for pattern in starts[view].ignore)
+    ignored = tuple(pattern for name in towers for pattern in starts[name].ignore)
     (location,) = locations
     return TemperatureSource(location, temperatures[location], ignored)
 

@@ -24,7 +24,7 @@ _TRUNK = "trunk."  # of open_clip's image towers that timm builds
 
 
 def start_tower(
-    tower: Tower, layout: Layout, start: Start, *, kind: str, library: str
+    tower: Tower, layout: Layout, start: Start, *, part: str, where: str, library: str
 ) -> list[KeyRow]:
     """Sets the weights of a tower to those of a source.
 
@@ -32,7 +32,8 @@ def start_tower(
         tower: new tower, changed in place.
         layout: tensors of the source.
         start: config section of the warm start.
-        kind: kind of the tower.
+        part: tower of the source.
+        where: config key of the section, for messages.
         library: library of its backbone.
 
     Returns:
@@ -42,8 +43,6 @@ def start_tower(
         InputError: if the source has no such tower, or a shape differs beyond resampling.
         ConfigError: if the config does not name a tensor that is unused or missing.
     """
-    where = f"model.{kind}.start"
-    part = start.tower or kind
     if part not in layout.towers:
         raise ConfigError(
             f"{where}.from={start.location}: expected a tower for {part}, found towers for "

@@ -97,7 +97,7 @@ def show(what: str, clips: Sequence[bytes], extension: str, loaders: dict[str, L
         for name, load in loaders.items():
             start = time.process_time()
             for ordinal, clip in enumerate(clips):
-                rng = sample_random(0, source="sounds", epoch=epoch, ordinal=ordinal)
+                rng = sample_random(0, source="sounds", epoch=epoch, ordinal=ordinal, view="image")
                 assert load(clip, extension, rng).shape == (CLIP_SAMPLES,)
             seconds[name].append(time.process_time() - start)
     ours, theirs = (len(clips) / min(each) for each in seconds.values())

@@ -107,7 +107,7 @@ def show_exactness(dataset: Path, long_side: int) -> None:
     ratios = []
     for ordinal in range(NUM_COMPARED):
         jpeg = samples.read_sample(ordinal).members["jpg"]
-        numbers = {"source": "photographs", "epoch": 0, "ordinal": ordinal}
+        numbers = {"source": "photographs", "epoch": 0, "ordinal": ordinal, "view": "image"}
         found = training_row(transform, jpeg, "jpg", sample_random(0, **numbers))[0].numpy()
         picture = Image.open(io.BytesIO(jpeg))
         # The same numbers give the same crop.

@@ -69,7 +69,7 @@ def described(times: dict[str, float]) -> str:
 def microseconds(load: Callable[[SampleRandom], object], num_runs: int = 60) -> float:
     times = []
     for ordinal in range(num_runs):
-        rng = sample_random(0, source="a", epoch=0, ordinal=ordinal)
+        rng = sample_random(0, source="a", epoch=0, ordinal=ordinal, view="image")
         start = time.thread_time()
         load(rng)
         times.append(time.thread_time() - start)

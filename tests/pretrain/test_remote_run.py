@@ -69,8 +69,9 @@ def loader_of(config, *, rank=0, world_size=1):
 def assert_same_batches(found, expected):
     for one, other in zip(found, expected, strict=True):
         for name, pairs in other.streams.items():
-            for key in ("media", "tokens", "media_keys"):
-                assert torch.equal(getattr(one.streams[name], key), getattr(pairs, key))
+            for view, each in pairs.views.items():
+                assert torch.equal(one.streams[name].views[view].values, each.values)
+                assert torch.equal(one.streams[name].views[view].keys, each.keys)
             assert one.streams[name].bad_samples == []
 
 

@@ -67,7 +67,7 @@ def start_config(folder: Path, *, image_size: int = 16, **model) -> PretrainConf
 def start(config: PretrainConfig) -> tuple[nn.Module, WarmStart]:
     """Builds a model and starts it from the sources of its config."""
     model = build_toy_model(config)
-    return model.eval(), start_model(model, config.model, views=config.views_of_temperatures)
+    return model.eval(), start_model(model, config.model, towers=config.towers_of_temperatures)
 
 
 def assert_equal_embeddings_and_gradients(own, tower, oracle, encode, inputs, table):

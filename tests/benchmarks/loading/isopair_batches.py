@@ -30,7 +30,7 @@ def main(dataset: str, *settings: str) -> None:
             last_step=config.schedule.num_steps,
         )
         for _, batch in zip(range(num_batches), steps, strict=False):
-            assert len(batch.streams["image-text"].media) == batch_size
+            assert len(batch.streams["image-text"]) == batch_size
             print("batch", flush=True)
 
 

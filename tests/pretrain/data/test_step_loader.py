@@ -19,6 +19,7 @@ from data_prep.errors import (
 )
 from data_prep.media.decode import decode_image
 from data_prep.shards.dataset import Dataset
+from data_prep.shards.sample import captions_of
 from data_prep.storage import retry
 from pretrain.config import Loading
 from pretrain.data.loader_process import LoaderProcess
@@ -152,7 +153,9 @@ def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, mo
         for reader in stream.sources:
             read = reader.dataset.read_sample
             monkeypatch.setattr(
-                reader.dataset, "read_sample", lambda n, read=read: (reads.append(n), read(n))[1]
+                reader.dataset,
+                "read_sample",
+                lambda n, read=read, **own: (reads.append(n), read(n, **own))[1],
             )
     batch = loader.load(10_000_000)
     assert len(reads) == sum(map(len, batch.streams.values())) == 24
@@ -161,7 +164,7 @@ def test_a_step_far_ahead_is_found_without_those_before_it(config, tokenizer, mo
 def test_rows_do_not_depend_on_how_many_are_read_and_decoded_together(loader, monkeypatch):
     expected = joined([loader.load(5)])
     for pairs, num_bytes in ((1, 1 << 20), (3, 1 << 20), (16, 1)):
-        monkeypatch.setattr("pretrain.data.stream_reader.GROUP_PAIRS", pairs)
+        monkeypatch.setattr("pretrain.data.stream_reader.GROUP_SAMPLES", pairs)
         monkeypatch.setattr("pretrain.data.stream_reader.GROUP_BYTES", num_bytes)
         assert_same_steps([joined([loader.load(5)])], [expected])
 
@@ -227,15 +230,16 @@ def test_readers_survive_pickling_after_use(loader):
 
 def test_every_picture_comes_with_one_of_its_own_captions(loader, tokenizer):
     reader = loader.readers["image-text"].sources[0]
-    assert reader.read_exactly(3).captions == [f"picture 3 is {COLORS[3]}"]
-    captions = {reader.decode_training(4, epoch=epoch).caption for epoch in range(20)}
+    [tokens] = tokenizer([f"picture 3 is {COLORS[3]}"])
+    assert torch.equal(reader.read_exactly(3)["text"][0], tokens)
+    captions = {reader.decode_training(4, epoch=epoch).views["text"].part for epoch in range(20)}
     assert captions == {f"picture 4 is {COLORS[0]}", "also number 4"}
     drawn = loader.load(0).streams["image-text"].views["text"].values
     own = {
         tuple(tokenizer([caption])[0].tolist())
         for each in loader.readers["image-text"].sources
         for ordinal in range(len(each.samples))
-        for caption in each.read_exactly(ordinal).captions
+        for caption in captions_of(each.dataset.read_sample(ordinal))
     }
     assert {tuple(row) for row in drawn.tolist()} <= own
 
@@ -257,7 +261,7 @@ def test_a_shard_that_disappears_stops_the_run_with_its_name(
 
 @pytest.mark.parametrize("loading", LOADINGS[::2], ids=lambda each: f"{each.num_workers} threads")
 def test_a_fault_that_may_pass_is_told_as_such(loader, monkeypatch, loading):
-    def fails(*_):
+    def fails(*_, **__):
         raise OSError(110, "Connection timed out", "tones/00000001.tar")
 
     monkeypatch.setattr(retry, "pause", lambda seconds: None)

@@ -161,7 +161,7 @@ def pairs(tmp_path_factory):
 
 def keys_of(num_pairs, *, step=0):
     drop_keys = DropKeys(torch.tensor(step), torch.arange(NUM_PAIRS)[:num_pairs])
-    return pair_keys(drop_keys, seed=0, stream="image-text")
+    return pair_keys(drop_keys, seed=0, stream="image-text", view="text")
 
 
 def text_gradients(model, pairs, *, step):

@@ -22,7 +22,7 @@ from tests.support.toy_droppers import NUM_PAIRS, Pairs, dropping_config, larges
 
 def keys_of(num_slots, *, step=0, seed=0, stream="image-text", first_slot=0):
     slots = torch.arange(first_slot, first_slot + num_slots)
-    return pair_keys(DropKeys(torch.tensor(step), slots), seed=seed, stream=stream)
+    return pair_keys(DropKeys(torch.tensor(step), slots), seed=seed, stream=stream, view="text")
 
 
 def dropped(layer, drop_keys, values, **keys):

@@ -353,7 +353,7 @@ def test_captions_are_trimmed_only_if_it_changes_nothing(tmp_path):
     options = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408, "no_causal_mask": True}
     config, tokenizer, model = toy_model(tmp_path, text={"options": options})
     model.takes_trimmed_captions = True
-    assert not probe_toy_model(config, tokenizer, model, kinds=["text"])
+    assert not probe_toy_model(config, tokenizer, model, names=["text"])
 
 
 def test_a_run_refuses_a_tower_that_mixes_samples(tmp_path):

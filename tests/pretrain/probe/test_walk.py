@@ -95,7 +95,7 @@ def probe(config, tokenizer, model, kind):
         image=config.image,
         audio=config.audio,
         settings=ProbeSettings(torch.device("cpu")),
-        kinds=[kind],
+        names=[kind],
     )
 
 

@@ -16,7 +16,7 @@ from data_prep.storage.sealed import (
 )
 from pretrain.checkpoints.record import RunState
 from pretrain.checkpoints.store import store_of_run
-from pretrain.data.pair_reader import BadSample
+from pretrain.data.batch import BadSample
 from pretrain.requeue import main as requeue
 from pretrain.run.attempts import parse_attempt, read_attempts, read_metrics
 from pretrain.run.compatibility import RunIdentity, fingerprints_of_run, parse_fingerprints

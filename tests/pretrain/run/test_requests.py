@@ -206,5 +206,5 @@ def assert_tracked_once(folder, rows):
     shown = [(event.step, event.value) for event in events.Scalars("total_loss")]
     assert [step for step, _ in shown] == [step for step, _ in losses]
     assert [value for _, value in shown] == pytest.approx([loss for _, loss in losses])
-    validations = events.Scalars("validation/image-text/loss")
+    validations = events.Scalars("validation/image-text/image-text/loss")
     assert [event.step for event in validations] == [3, 6]

@@ -245,14 +245,14 @@ def test_the_digest_adds_up_over_ranks_and_sees_every_change():
     assert digest(3, 1) != digest(4, 1)
 
 
-def test_the_randomness_of_a_sample_depends_on_seed_source_epoch_and_ordinal_alone():
+def test_the_randomness_of_a_sample_depends_on_seed_source_epoch_ordinal_and_view_alone():
     def draw(**changes):
-        place = {"seed": 0, "source": "a", "epoch": 2, "ordinal": 5} | changes
+        place = {"seed": 0, "source": "a", "epoch": 2, "ordinal": 5, "view": "image"} | changes
         return sample_random(place.pop("seed"), **place).random()
 
     assert draw() == draw()
-    others = [draw(seed=1), draw(source="b"), draw(epoch=3), draw(ordinal=6)]
-    assert len({draw(), *others}) == 5
+    others = [draw(seed=1), draw(source="b"), draw(epoch=3), draw(ordinal=6), draw(view="image.2")]
+    assert len({draw(), *others}) == 6
 
 
 @pytest.mark.parametrize(

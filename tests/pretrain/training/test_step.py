@@ -35,10 +35,10 @@ def train_with_another_objective(config):
                 with self.engine.micro_batch(is_last=number == len(micro_batches) - 1):
                     with timer.phase("forward"):
                         features = self.engine.forward([each])
-                        used = [part for pair in features.values() for part in pair[:2]]
-                        loss = -sum(part[:, 0].sum() for part in used)
+                        used = [view for each in features.views.values() for view in each.values()]
+                        loss = -sum(view[:, 0].sum() for view in used)
                         # All parameters take part, so that no process waits for a gradient.
-                        loss = loss + 0.0 * sum(pair.scale.sum() for pair in features.values())
+                        loss = loss + 0.0 * sum(scale.sum() for scale in features.scales.values())
                     with timer.phase("backward"):
                         self.engine.backward(loss)
                 total += loss.item()

@@ -24,10 +24,10 @@ def validated(config):
     figures = validate(engine, held_out)["image-text/image-text"]
     assert engine.model.training
     reader = held_out.reader
-    pairs = [reader.read_exactly(ordinal) for ordinal in range(len(reader.dataset))]
+    samples = [reader.read_exactly(ordinal) for ordinal in range(len(reader.dataset))]
     with torch.no_grad():
-        media = model.encode_image(torch.stack([reader.transform(pair.media) for pair in pairs]))
-        text = model.encode_text(tokenizer([pair.captions[0] for pair in pairs]))
+        media = model.encode_image(torch.stack([sample["image"][0] for sample in samples]))
+        text = model.encode_text(torch.stack([sample["text"][0] for sample in samples]))
     engine.close()
     return figures, media.tolist(), text.tolist()
 

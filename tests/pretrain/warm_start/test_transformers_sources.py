@@ -119,7 +119,9 @@ def start(half, location, *, library="transformers", **settings):
     source = find_source(str(location), where="model.x.start.from")
     layout = read_layout(source.read(), kind=half.kind)
     section = Start(**{"from": str(location)} | settings)
-    rows = start_tower(half.tower, layout, section, kind=half.kind, library=library)
+    rows = start_tower(
+        half.tower, layout, section, part=half.kind, where="model.x.start", library=library
+    )
     return KeyTable(half.kind, str(location), tuple(rows)), layout
 
 

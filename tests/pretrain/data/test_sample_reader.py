@@ -11,11 +11,14 @@ from data_prep.shards.index import (
 )
 from data_prep.shards.sample import BadShardError
 from data_prep.storage import retry
-from pretrain.config import ImageTransform
+from pretrain.config import ImageTransform, TextTower
 from pretrain.data.datasets import open_samples
-from pretrain.data.pair_reader import PairReader
+from pretrain.data.sample_reader import SampleReader
 from pretrain.data.transforms import ImageToPixels
+from pretrain.data.view_formats import MediaFormat, TextFormat
+from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.keyed_random import key_of, permute
+from pretrain.views import View
 from tests.support import toy_run
 from tests.support.toy_run import write_toy_dataset
 
@@ -35,11 +38,14 @@ def damaged_copy(source, folder, *, indices):
 
 def reader_of(folder, *, takes_bad_shards=False, **settings):
     samples = open_samples(str(folder), subset=None, takes_bad_shards=takes_bad_shards)
-    return PairReader(
+    transform = ImageToPixels(ImageTransform(size=16))
+    return SampleReader(
         "colors",
         samples=samples,
-        kind="image",
-        transform=ImageToPixels(ImageTransform(size=16)),
+        formats={
+            "image": MediaFormat(View.parse("image"), "image", transform),
+            "text": TextFormat(View.parse("text"), build_tokenizer(TextTower(library="open_clip"))),
+        },
         takes_bad_shards=takes_bad_shards,
         **settings,
     )
@@ -47,9 +53,14 @@ def reader_of(folder, *, takes_bad_shards=False, **settings):
 
 def row_of(reader, pair):
     """Returns the row of a batch that a pair fills."""
-    row = torch.empty(reader.transform.row_shape, dtype=reader.transform.row_dtype)
-    reader.transform.write_row(pair.part, pair.rng, row)
+    transform, drawn = reader.formats["image"].transform, pair.views["image"]
+    row = torch.empty(transform.row_shape, dtype=transform.row_dtype)
+    transform.write_row(drawn.part, drawn.rng, row)
     return row
+
+
+def caption_of(pair):
+    return pair.views["text"].part
 
 
 def test_a_substitute_comes_from_the_shard_and_depends_on_the_place_alone(toy_data, tmp_path):
@@ -73,7 +84,7 @@ def test_a_substitute_is_shown_as_its_own_epoch_would_show_it(toy_data, tmp_path
     pair = reader.decode_training(20, epoch=5)
     itself = reader.decode_training(pair.ordinal, epoch=5)
     assert torch.equal(row_of(reader, pair), row_of(reader, itself))
-    assert pair.caption == itself.caption
+    assert caption_of(pair) == caption_of(itself)
 
 
 def test_without_a_good_neighbour_the_sample_is_named(toy_data, tmp_path):
@@ -107,9 +118,9 @@ def test_a_pair_opened_before_it_is_decoded_is_the_same_or_has_the_same_substitu
 ):
     reader = reader_of(damaged_copy(toy_data / "colors", tmp_path / "data", indices=[20]))
     assert reader.open_training(20, epoch=0) is None
-    decode = reader.transform.decode_training
+    decode = reader.formats["image"].transform.decode_training
     monkeypatch.setattr(
-        reader.transform,
+        reader.formats["image"].transform,
         "decode_training",
         lambda *arguments: raise_media_error() if arguments[0] == of_21 else decode(*arguments),
     )
@@ -118,8 +129,8 @@ def test_a_pair_opened_before_it_is_decoded_is_the_same_or_has_the_same_substitu
         opened = reader.open_training(ordinal, epoch=0)
         pair = reader.decode_training(ordinal, epoch=0, opened=opened)
         expected = reader.decode_training(ordinal, epoch=0)
-        assert (pair.ordinal, pair.caption) == (expected.ordinal, expected.caption)
-        assert (pair.part == expected.part).all()
+        assert (pair.ordinal, caption_of(pair)) == (expected.ordinal, caption_of(expected))
+        assert (pair.views["image"].part == expected.views["image"].part).all()
         assert pair.bad_sample == expected.bad_sample
         assert (pair.bad_sample is None) == (ordinal == 22)
 

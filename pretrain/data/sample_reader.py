@@ -7,24 +7,22 @@ and attempt. Substitutions are recorded. Transient errors are retried, and then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
-from data_prep.shards.sample import (
-    BadShardError,
-    CorruptSampleError,
-    Sample,
-    captions_of,
-    media_extension_of,
-)
+from data_prep.shards.sample import BadShardError, CorruptSampleError
+from data_prep.shards.sample_contents import SampleContents
 from data_prep.shards.subset import KeptSamples
 from data_prep.storage.retry import RetryPolicy
-from pretrain.data.transforms import MediaTransform
+from pretrain.data.batch import BadSample
+from pretrain.data.view_formats import ViewFormat
 from pretrain.sampling.keyed_random import SampleRandom, key_of, permute, sample_random
 
 MAX_SUBSTITUTES = 16
@@ -34,57 +32,31 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A decoded image or clip and its captions."""
+class DrawnView:
+    """A view of a sample as an epoch draws it."""
 
-    ordinal: int
-    media: Any
-    captions: list[str]
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """One substitution."""
-
-    source: str
-    epoch: int
-    ordinal: int
-    shard: str
-    substitute: int  # ordinal of the sample that was read instead
-    reason: str
-    is_shard_bad: bool = False  # the whole shard is missing or damaged
+    part: Any  # what its format opens and then decodes
+    rng: SampleRandom  # of this view in this epoch
 
 
 @dataclass(frozen=True)
-class DrawnPair:
-    """A sample with what an epoch draws for it: its caption and its random numbers.
-
-    It holds its bytes until it is decoded, and then the part of its media that is shown.
-    """
+class DrawnSample:
+    """A sample with what an epoch draws for each view; first opened, then decoded."""
 
     ordinal: int  # of the sample that is read, which may be a substitute
-    caption: str
-    rng: SampleRandom  # next number: the transform's
-    sample: Sample | None  # None after decoding
-    part: np.ndarray | None = None  # None before decoding
+    views: Mapping[str, DrawnView]  # without those whose modality the sample lacks
+    num_bytes: int  # of what it holds, about
+    name: str  # for messages
     bad_sample: BadSample | None = None  # the sample that this one substitutes
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it holds."""
-        if self.sample is None:
-            return self.part.nbytes
-        return sum(map(len, self.sample.members.values()))
 
-
-class PairReader:
-    """Reader of the pairs of one source, by ordinal.
+class SampleReader:
+    """Reader of the samples of one source, by ordinal.
 
     Args:
         source: the source's name.
         samples: samples of its dataset, all or those that a subset keeps.
-        kind: kind of media that the dataset must hold.
-        transform: transform of this kind of media.
+        formats: format of each view that is read.
         seed: the run's seed.
         retries: retries of a read after a transient error. Shards behind URLs are not read again,
             because fetching them has its own retries.
@@ -92,7 +64,7 @@ class PairReader:
             shard.
 
     Raises:
-        InputError: if the dataset holds another kind of media.
+        InputError: if the dataset has a modality of another kind or shape.
     """
 
     def __init__(
@@ -100,8 +72,7 @@ class PairReader:
         source: str,
         *,
         samples: KeptSamples,
-        kind: str,
-        transform: MediaTransform,
+        formats: Mapping[str, ViewFormat],
         seed: int = 0,
         retries: int = 0,
         takes_bad_shards: bool = False,
@@ -109,50 +80,72 @@ class PairReader:
         self.source = source
         self.samples = samples
         self.dataset = samples.dataset
-        self.transform = transform
         self.seed = seed
         self.retry_policy = RetryPolicy(retries if samples.dataset.fetch_shard is None else 0)
         self.takes_bad_shards = takes_bad_shards
         self._ranks_before = np.cumsum(samples.shard_sizes) - samples.shard_sizes
-        if self.dataset.info.media != kind:
-            raise InputError(
-                f"source {source!r}: expected a dataset of {kind}, found {self.dataset.info.media} "
-                f"in {self.dataset.folder}"
-            )
+        self.formats = {
+            name: each
+            for name, each in formats.items()
+            if each.view.member in self.dataset.modalities
+        }
+        for each in self.formats.values():
+            where = f"source {source!r}: {self.dataset.folder}"
+            each.check(self.dataset.modalities[each.view.member], where)
+
+    @cached_property
+    def modalities(self) -> frozenset[str]:
+        """Modalities of the dataset that the views show."""
+        return frozenset(each.view.member for each in self.formats.values())
+
+    def may_lack(self, member: str) -> bool:
+        """Returns whether some samples of the dataset may lack a modality."""
+        modality = self.dataset.modalities.get(member)
+        if modality is None:
+            return True
+        is_selected = member in self.samples.required
+        return not is_selected and modality.num_samples != self.dataset.info.num_samples
 
     # ---------------------------------------------------------------------- without substitution
 
-    def read_exactly(self, ordinal: int) -> Pair:
-        """Reads a pair without substitution.
+    def read_exactly(self, ordinal: int) -> dict[str, tuple[Tensor, ...]]:
+        """Reads a sample without substitution and without anything random.
+
+        Returns:
+            {view: inputs of its tower, without batch dimension}; absent modalities are left out.
 
         Raises:
             CorruptSampleError, MediaError: if its bytes are bad.
-            BadShardError, OSError: as `Dataset.read_sample`.
+            BadShardError, OSError: as `Dataset.read_modalities`.
         """
-        sample = self._retry(lambda: self.dataset.read_sample(ordinal))
-        media = self._decode(sample, self.transform.decode)
-        return Pair(ordinal, media, captions_of(sample))
+        contents = self._read(ordinal)
+        views = {
+            name: self._named(contents, lambda each=each: each.exactly(contents))
+            for name, each in self.formats.items()
+        }
+        return {name: inputs for name, inputs in views.items() if inputs is not None}
 
-    def _decode(self, sample: Sample, decode: Callable[[bytes, str], Result]) -> Result:
-        kind = self.dataset.info.media
-        extension = media_extension_of(sample.members, kind)
-        if extension is None:
-            raise CorruptSampleError(f"{sample}: no {kind} among {sorted(sample.members)}")
+    def _read(self, ordinal: int) -> SampleContents:
+        return self.retry_policy.call(
+            lambda: self.dataset.read_modalities(ordinal, names=self.modalities),
+            is_transient=_is_os_error,
+        )
+
+    @staticmethod
+    def _named(sample: SampleContents | str, decode: Callable[[], Result]) -> Result:
+        """The result of `decode`, whose errors get the name of the sample."""
         try:
-            return decode(sample.members[extension], extension)
+            return decode()
         except MediaError as error:
-            raise MediaError(f"{sample}: .{extension}: {error}", reason=error.reason) from None
-
-    def _retry(self, read: Callable[[], Result]) -> Result:
-        return self.retry_policy.call(read, is_transient=_is_os_error)
+            raise MediaError(f"{sample}: {error}", reason=error.reason) from None
 
     # ------------------------------------------------------------------------------ for training
 
-    def open_training(self, ordinal: int, *, epoch: int) -> DrawnPair | None:
+    def open_training(self, ordinal: int, *, epoch: int) -> DrawnSample | None:
         """Reads the bytes of a sample ahead of `decode_training`.
 
         Returns:
-            The pair, or None if its bytes are bad; `decode_training` then finds them bad again.
+            The sample, or None if its bytes are bad; `decode_training` then finds them bad again.
 
         Raises:
             OSError: if the shard cannot be read now.
@@ -163,8 +156,8 @@ class PairReader:
             return None
 
     def decode_training(
-        self, ordinal: int, *, epoch: int, opened: DrawnPair | None = None
-    ) -> DrawnPair:
+        self, ordinal: int, *, epoch: int, opened: DrawnSample | None = None
+    ) -> DrawnSample:
         """Decodes a sample as an epoch shows it, or a substitute if its bytes are bad.
 
         Args:
@@ -173,7 +166,7 @@ class PairReader:
             opened: result of `open_training`.
 
         Returns:
-            The pair, for `transform.write_row`.
+            The sample, for `StreamReader.fill_rows`.
 
         Raises:
             InputError: if neither the sample nor its substitutes can be decoded.
@@ -184,34 +177,45 @@ class PairReader:
         num_tried = 0
         for candidate in self._candidates(ordinal):
             try:
-                pair = self._decoded(opened or self._open(candidate, epoch))
+                sample = self._decoded(opened or self._open(candidate, epoch))
             except BAD_BYTES as raised:
                 if isinstance(raised, BadShardError) and not self.takes_bad_shards:
                     raise
                 error, num_tried, opened = error or raised, num_tried + 1, None
                 continue
             if error is None:
-                return pair
-            return replace(pair, bad_sample=self._bad_sample(ordinal, epoch, candidate, error))
+                return sample
+            return replace(sample, bad_sample=self._bad_sample(ordinal, epoch, candidate, error))
         raise InputError(
             f"source {self.source!r}: neither this sample nor {num_tried - 1} neighbours can be "
             f"read: {error}; check the dataset with python -m data_prep.verify_shards"
         )
 
-    def _open(self, ordinal: int, epoch: int) -> DrawnPair:
-        sample = self._retry(lambda: self.dataset.read_sample(ordinal))
-        captions = captions_of(sample)
-        rng = sample_random(self.seed, source=self.source, epoch=epoch, ordinal=ordinal)
-        return DrawnPair(ordinal, captions[rng.below(len(captions))], rng, sample)
+    def _open(self, ordinal: int, epoch: int) -> DrawnSample:
+        contents, views = self._read(ordinal), {}
+        for name, each in self.formats.items():
+            rng = sample_random(
+                self.seed, source=self.source, epoch=epoch, ordinal=ordinal, view=name
+            )
+            part = each.open(contents, rng)
+            if part is not None:
+                views[name] = DrawnView(part, rng)
+        num_bytes = sum(map(len, contents.media.values()))
+        return DrawnSample(ordinal, views, num_bytes, str(contents))
 
-    def _decoded(self, opened: DrawnPair) -> DrawnPair:
-        part = self._decode(
-            opened.sample,
-            lambda content, extension: self.transform.decode_training(
-                content, extension, opened.rng
-            ),
-        )
-        return replace(opened, sample=None, part=part)
+    def _decoded(self, opened: DrawnSample) -> DrawnSample:
+        views = {
+            name: replace(
+                drawn,
+                part=self._named(
+                    opened.name,
+                    lambda name=name, drawn=drawn: self.formats[name].decode(drawn.part, drawn.rng),
+                ),
+            )
+            for name, drawn in opened.views.items()
+        }
+        num_bytes = sum(getattr(each.part, "nbytes", 0) for each in views.values())
+        return replace(opened, views=views, num_bytes=num_bytes)
 
     def _bad_sample(self, ordinal: int, epoch: int, substitute: int, error: Exception) -> BadSample:
         shard = self.dataset.manifest[self.dataset.locate(ordinal)[0]].name
