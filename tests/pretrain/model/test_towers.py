@@ -404,7 +404,9 @@ def test_a_vocabulary_below_the_largest_token_id_is_refused(config_with, tmp_pat
     # Ids of added tokens may leave gaps.
     vocabulary = backend.get_vocab() | {"gap": 50000}
     monkeypatch.setattr(backend, "get_vocab", lambda: vocabulary)
-    tokenizer = build_tokenizer(config_with(text=tiny_text_tower("open_clip", 49408)).model.text)
+    tokenizer = build_tokenizer(
+        config_with(text=tiny_text_tower("open_clip", 49408, tokenizer=folder)).model.text
+    )
     assert (tokenizer.largest_id, tokenizer.vocab_size) == (50000, 50001)
 
 
@@ -417,7 +419,7 @@ def test_a_tokenizer_that_cannot_be_read_says_why(config_with, tmp_path):
     """Tests errors that are neither OSError nor ValueError."""
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    tower = tiny_text_tower("transformers", 49408) | {"tokenizer": str(tmp_path)}
+    tower = tiny_text_tower("transformers", 49408, tokenizer=tmp_path)
     with pytest.raises(InputError, match=r"model\.text\.tokenizer: expected .* AttributeError: "):
         build_tokenizer(config_with(text=tower).model.text)
 
