@@ -57,12 +57,24 @@ Pooling = Literal["own", "first", "last", "mean", "max"]
 class TowerOutput(Section):
     """Settings that media and text towers share."""
 
+    library: str
+    name: str
     # linear: a matrix; mlp: LAION-CLAP's two layers with ReLU; open_clip_mlp: those of open_clip's
     # text towers from transformers; none: the backbone ends in embed_dim numbers. Named open_clip
     # models end in their own projection
     projection: Literal["linear", "mlp", "open_clip_mlp", "none"] = "linear"
     # false: dropout of attention weights, which cannot be drawn per sample, is set to 0
     attention_dropout: bool = True
+
+    @model_validator(mode="after")
+    def _has_one_projection(self) -> TowerOutput:
+        is_named = self.library == "open_clip" and self.name != "TextTransformer"
+        if is_named and self.projection != "linear":
+            raise ValueError(
+                f"projection={self.projection} with the open_clip model {self.name}, which ends "
+                "in its own projection; remove it"
+            )
+        return self
 
 
 class MediaTower(TowerOutput):

@@ -31,11 +31,13 @@ def turn_off_attention_dropout(settings: Any, *, is_off: bool) -> None:
 def zero_attention_dropout(backbone: nn.Module) -> None:
     """Sets the rates that no config of transformers names to 0, in place.
 
-    T5's attention has a functional rate. Swin V2's position bias (timm) is a network with dropout.
+    T5's attention has a functional rate, and timm's a layer `attn_drop`. Swin V2's position bias
+    (timm) is a network with dropout.
     """
     for name, layer in backbone.named_modules():
+        parts = name.split(".")
         is_attention = "Attention" in type(layer).__name__
         if is_attention and isinstance(getattr(layer, "dropout", None), float):
             layer.dropout = 0.0
-        if isinstance(layer, nn.Dropout) and "meta_mlp" in name.split("."):
+        if isinstance(layer, nn.Dropout) and ("meta_mlp" in parts or parts[-1] == "attn_drop"):
             layer.p = 0.0

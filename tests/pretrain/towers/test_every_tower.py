@@ -6,6 +6,7 @@ are tiny models on the CPU, where dropout draws from generators.
 
 import json
 import logging
+from functools import partial
 
 import open_clip
 import pytest
@@ -17,7 +18,12 @@ from pretrain.config import MediaTower, TextTower
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.model.tokenizer import Tokenizer
-from pretrain.model.towers import build_media_backbone, build_text_backbone, probe_backbone
+from pretrain.model.towers import (
+    build_media_backbone,
+    build_text_backbone,
+    probe_backbone,
+    save_tower_config,
+)
 
 BATCH_NORM = "set batch_norm: frozen"
 NAFLEX_VIT = "naflexvit_base_patch16_gap"
@@ -348,6 +354,17 @@ def test_dropout_in_the_position_bias_of_swin_v2_is_refused_or_turned_off():
     )
 
 
+def test_dropout_of_timms_attention_is_refused_or_turned_off():
+    options = {"depth": 1, "embed_dim": 16, "num_heads": 2, "attn_drop_rate": 0.1}
+    check_row(
+        "image",
+        help_with={"attention_dropout": False},
+        expected=ATTENTION,
+        device="cpu",
+        **timm_row("vit_tiny_patch16_224", options=options),
+    )
+
+
 # ---------------------------------------------------------------------------------- transformers
 
 
@@ -364,3 +381,28 @@ def test_every_transformers_type_builds_or_names_what_helps(
     if kind == "text":
         row["context_length"] = 16
     check_row(kind, help_with=help_with, expected=expected, device="cpu", **row)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options", "help_with"),
+    [(*row[:3], row[4]) for row in TRANSFORMERS if row[3] is None or row[4]],
+    ids=[f"{kind} {name}" for kind, name, _, why, keys in TRANSFORMERS if why is None or keys],
+)
+def test_every_transformers_type_is_built_again_from_a_checkpoints_assets(
+    kind, name, options, help_with, tmp_path
+):
+    tower = {"library": "transformers", "name": name} | help_with
+    tower["options"] = options | help_with.get("options", {})
+    if kind == "text":
+        tokenizer = Tokenizer(None, context_length=16, pad_id=0, vocab_size=100)
+        build = partial(build_text_backbone, TextTower(**tower), tokenizer=tokenizer)
+    else:
+        shape = (16, 16) if kind == "image" else (32, 64)
+        build = partial(build_media_backbone, MediaTower(**tower), kind=kind, input_shape=shape)
+    backbone = build()
+    save_tower_config(backbone, tmp_path, kind=kind)
+    again = build(assets=tmp_path)
+    shapes, found = (
+        {key: value.shape for key, value in each.state_dict().items()} for each in (backbone, again)
+    )
+    assert found == shapes
