@@ -170,10 +170,13 @@ def _build_backbone(build: Callable[[], nn.Module], where: str, config: TowerCon
     except InputError:
         raise
     except Exception as error:  # libraries raise errors of any type
-        weights = f" and pretrained: {config.pretrained!r}" if config.pretrained else ""
+        weights, advice = "", ""
+        if config.pretrained:
+            weights = f" and pretrained: {config.pretrained!r}"
+            advice = "; `start` (docs/warm-starts.md) takes weights of other sizes and with a head"
         raise InputError(
             f"{where}: {config.library} cannot build {config.name!r} with options "
-            f"{config.options}{weights}: {describe_library_error(error)}"
+            f"{config.options}{weights}: {describe_library_error(error)}{advice}"
         ) from error
     refuse_quantized_weights(backbone, where)
     backbone.float()  # weights may be saved in half precision

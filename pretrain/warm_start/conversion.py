@@ -79,6 +79,15 @@ def _transformers_to_open_clip(weights: Weights, kind: str, names: Collection[st
     )
 
 
+def _transformers_to_timm(weights: Weights, kind: str, names: Collection[str]) -> Weights:
+    if kind == "image" and is_clip_of_transformers(weights):
+        return to_timm(from_transformers(weights, kind=kind))
+    raise InputError(
+        "of the models of transformers, only CLIP's image tower has a counterpart in timm; use "
+        "library: transformers"
+    )
+
+
 def _single_to_open_clip(weights: Weights, kind: str, names: Collection[str]) -> Weights:
     if not weights.keys() & set(names) and any(name.startswith(_TRUNK) for name in names):
         return renamed(weights, {name: f"{_TRUNK}{name}" for name in weights})
@@ -129,6 +138,7 @@ _CONVERSIONS: dict[tuple[str, str], Convert] = {
     ("open_clip", "timm"): _open_clip_to_timm,
     ("open_clip", "transformers"): _open_clip_to_transformers,
     ("transformers", "open_clip"): _transformers_to_open_clip,
+    ("transformers", "timm"): _transformers_to_timm,
     ("single", "open_clip"): _single_to_open_clip,
     ("single", "timm"): _unchanged,
     ("single", "transformers"): _single_to_transformers,

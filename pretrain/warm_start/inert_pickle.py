@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from data_prep.errors import InputError
+from pretrain.model.library_errors import describe_library_error
 
 # Types that containers around tensors consist of; none can be changed by a pickle.
 _TYPES: dict[tuple[str, str], Any] = {
@@ -95,14 +96,17 @@ def read_pickle(path: Path) -> Any:
     Raises:
         InputError: if the file is a TorchScript archive, or torch.save did not write it.
     """
-    _refuse_torchscript(path)
-    _refuse_tar(path)
     load: Callable[..., Any] = torch.load
     try:
+        _refuse_torchscript(path)
+        _refuse_tar(path)
         return load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
-    except Exception as error:  # damaged pickles raise errors of any type
+    except InputError:
+        raise
+    except Exception as error:  # damaged files raise errors of any type
         raise InputError(
-            f"{path}: expected weights that torch.save wrote: {type(error).__name__}: {error}"
+            f"{path}: expected weights that torch.save wrote, which cannot be read: "
+            f"{describe_library_error(error)}"
         ) from None
 
 

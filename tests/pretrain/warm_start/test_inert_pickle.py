@@ -132,3 +132,26 @@ def test_torchscript_and_tar_archives_are_refused_by_name(tmp_path):
         archive.add(__file__, "storages")
     with pytest.raises(InputError, match="found a tar archive"):
         read_pickle(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_damaged_files_are_refused_or_read(tmp_path, is_zip):
+    """Flips one bit of every third byte, and cuts the file at as many places."""
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=is_zip)
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, len(content), 3):
+        flipped = content[place] ^ (1 << place % 8)
+        for damaged in (
+            content[:place] + bytes([flipped]) + content[place + 1 :],
+            content[:place],
+        ):
+            path.write_bytes(damaged)
+            try:
+                read_pickle(path)
+            except InputError as error:
+                refused += 1
+                assert str(error).startswith(f"{path}: expected weights")
+    assert refused > len(content) // 3

@@ -4,6 +4,7 @@ import json
 from typing import NamedTuple
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import nn
@@ -363,6 +364,19 @@ def test_clip_moves_between_open_clip_and_transformers_and_back(tmp_path):
     assert all(torch.equal(found[name], own[name]) for name in own)
 
 
+def test_clips_image_tower_of_transformers_starts_one_of_timm(tmp_path):
+    model, (half, _) = dual_encoder("CLIP")
+    model.save_pretrained(tmp_path)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    name = "vit_base_patch32_clip_quickgelu_224"
+    vit = timm.create_model(name, num_classes=0, mlp_ratio=1.0, **sizes)
+    own = Tower(nn.Identity(), vit, linear(), drop_keys=TowerDropKeys()).eval()
+    table, _ = start(half._replace(tower=own), tmp_path, library="timm")
+    assert table.counts()["unused"] == table.counts()["missing"] == 0
+    expected = model.get_image_features(pixel_values=half.inputs).pooler_output
+    torch.testing.assert_close(own(half.inputs), expected, atol=1e-5, rtol=0)
+
+
 def open_clip_halves():
     """Builds towers of open_clip with the sizes of the tiny CLIP, and its activation."""
     from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
@@ -381,6 +395,6 @@ def open_clip_halves():
 def test_towers_without_a_counterpart_are_refused_with_the_library_to_use(tmp_path):
     model, (half, _) = dual_encoder("Siglip")
     model.save_pretrained(tmp_path)
-    for library, advice in (("open_clip", "only CLIP's towers"), ("timm", "library: transformers")):
+    for library, advice in (("open_clip", "CLIP's towers"), ("timm", "CLIP's image tower")):
         with pytest.raises(InputError, match=advice):
             start(half, tmp_path, library=library)
