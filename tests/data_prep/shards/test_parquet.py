@@ -10,7 +10,11 @@ from data_prep.dedup.joined_datasets import JoinedDatasets
 from data_prep.errors import InputError
 from data_prep.make_subset import choose_samples
 from data_prep.shards.manifest import parse_manifest, read_dataset_files
-from data_prep.shards.parquet import check_parquet_sum
+from data_prep.shards.parquet import (
+    check_parquet_sum,
+    read_shard_parquet,
+    write_shard_parquet,
+)
 from data_prep.sources.input_files import PairSource
 from data_prep.sources.tars import read_webdataset
 from data_prep.verify_shards import verify_shards
@@ -87,3 +91,22 @@ def test_every_flipped_bit_of_a_manifest_row_is_found(intact):
     for damaged in single_bit_flips(line):
         with pytest.raises(InputError, match=r"manifest.jsonl: line \d: damaged"):
             parse_manifest(damaged, "manifest.jsonl")
+
+
+@pytest.mark.parametrize("change", ["more columns", "fewer rows"])
+def test_a_foreign_parquet_is_moved_away_and_never_deleted(dataset, change):
+    as_written_before(dataset)
+    path = dataset / PARQUET
+    table = read_shard_parquet(path)
+    changed = table.append_column("score", [[1, 2, 3]]) if change == "more columns" else table[:2]
+    write_shard_parquet(path, changed)
+    with pytest.raises(InputError, match="move the file out of the folder") as caught:
+        READERS["subset"](dataset)
+    assert "kept columns are lost" in str(caught.value)
+    assert "delete" not in str(caught.value)
+    path.rename(dataset.parent / PARQUET)
+    verify_shards(VerifyShards(dataset=dataset, repair=True))
+    found = read_shard_parquet(path)
+    assert found.schema.names == table.schema.names
+    assert found.select(["key", "sha256"]).equals(table.select(["key", "sha256"]))
+    READERS["subset"](dataset)
