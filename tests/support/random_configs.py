@@ -16,6 +16,22 @@ from tests.support.killed_runs import HOW, MOMENTS, OF_MAIN_PROCESS, TIMEOUT_SEC
 from tests.support.random_towers import draw_audio, draw_image, draw_model
 from tests.support.toy_material import DATASETS, TEACHER_TEXTS, ToyMaterial
 
+OF_VIEWS = "tests/pretrain/training/test_views.py has them"
+OF_PREPROCESSING = "it is a function of one sample; tests/pretrain/towers compare it"
+# Settings of towers that are never drawn.
+OF_TOWERS = {
+    "start": "only step 0 depends on it; tests/pretrain/warm_start compare it",
+    "attention_dropout": "it only sets options of the library",
+    "pooling": "tests/pretrain/towers compare poolings",
+    "batch_norm": "tests/pretrain/towers train HTSAT with it",
+    "batch_norm_samples": "tests/pretrain/towers train HTSAT with it",
+    "cleaning": OF_PREPROCESSING,
+}
+NOT_OF_TOWERS = {
+    ("text", "pooling"),  # drawn
+    *(("text", name) for name in ("batch_norm", "batch_norm_samples")),  # these do not exist
+    *((kind, "cleaning") for kind in ("image", "audio")),
+}
 # Field, or section, of PretrainConfig -> the reason why it is never drawn.
 LEFT_OUT = {
     "run.folder": "the folder of the comparison",
@@ -28,11 +44,32 @@ LEFT_OUT = {
     "engine.compile": "it compiles for minutes",
     "engine.timeout_seconds": "the result of a time-out depends on how busy the machine is",
     "engine.start_timeout_seconds": "the result of a time-out depends on how busy the machine is",
+    "model.modalities": f"pairs have no others; {OF_VIEWS}",
+    "streams.*.require": f"all samples are complete pairs; {OF_VIEWS}",
+    "streams.*.objectives.*.kind": "contrastive is the only objective",
+    "image.longer_side": OF_PREPROCESSING,
+    "image.crop_fraction": OF_PREPROCESSING,
+    "audio.log_mel.frontend": OF_PREPROCESSING,
+    "audio.log_mel.num_frames": OF_PREPROCESSING,
+    "audio.log_mel.window_samples": OF_PREPROCESSING,
+    **{
+        f"model.{kind}.{name}": reason
+        for kind in ("image", "audio", "text")
+        for name, reason in OF_TOWERS.items()
+        if (kind, name) not in NOT_OF_TOWERS
+    },
 }
 # Field -> choices that are never drawn.
 LEFT_OUT_VALUES = {
     "run.trackers": ["wandb"],  # it needs an account
     "model.audio.library": ["open_clip"],  # it has no audio towers
+    "model.text.library": ["torch"],  # its towers are those of tests/pretrain/towers
+    "model.text.pooling": ["own", "last", "max"],  # not every text tower has them
+    "audio.log_mel.mel_scale": ["kaldi"],  # of a front end that is left out
+    **{
+        f"model.{kind}.projection": ["open_clip_mlp", "none"]  # mlp is alike; none needs a width
+        for kind in ("image", "audio", "text")
+    },
 }
 # zero3 takes several times as long: it is drawn more rarely, and with few processes.
 STRATEGIES = ("zero0", "zero1", "zero1", "zero2", "zero2", "zero3")

@@ -29,6 +29,7 @@ def draw_image(rng, *, is_plain):
     return {
         "size": PLAIN_SIZE if is_plain else rng.choice((PLAIN_SIZE, PLAIN_SIZE, 20)),
         "resize": rng.choice(("shortest", "squash")),
+        "interpolation": rng.choice(("bicubic", "bilinear")),
         "crop_area": sorted((rng.uniform(0.2, 1), rng.uniform(0.2, 1))),
         "crop_ratio": sorted((rng.uniform(0.6, 1.6), rng.uniform(0.6, 1.6))),
         "flip_probability": rng.choice((0, 0.5)),
@@ -69,7 +70,7 @@ def draw_audio(rng, *, is_plain):
     return {
         "sample_rate_hz": rate,
         "clip_seconds": seconds,
-        "padding": rng.choice(("repeat", "silence")),
+        "padding": rng.choice(("repeat", "silence", "repeatpad")),
         "log_mel": log_mel,
         "spec_augment": rng.choice((None, masks)),
     }
@@ -97,6 +98,9 @@ def draw_model(rng, kinds, image, audio, *, material, has_teacher):
     if "audio" in kinds:
         model["audio"], audio = _draw_audio_tower(rng, audio, material)
     model["text"] = _draw_text_tower(rng, material, has_teacher=has_teacher)
+    for kind in sorted({*kinds, "text"}.intersection(model)):
+        if model[kind]["library"] != "open_clip" or "name" not in model[kind]:
+            model[kind] = model[kind] | {"projection": rng.choice(("linear", "linear", "mlp"))}
     initial = rng.uniform(1, 20)
     model["logit_scale"] = {
         "initial": initial,
