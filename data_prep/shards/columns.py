@@ -189,8 +189,9 @@ class KeptTypes:
         """
         for name, kind in self.known.items():
             if kind is None:
+                value = "value" if key == "keep_columns" else "text or number"
                 raise InputError(
-                    f"{found_in}: {key}: {name!r} has no value in any row; check its "
+                    f"{found_in}: {key}: {name!r} has no {value} in any row; check its "
                     "spelling, or remove it"
                 )
         return {

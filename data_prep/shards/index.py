@@ -143,16 +143,14 @@ class ShardIndex:
             header = json.loads(content[12:header_end])
             shape = (header["num_samples"], len(header["fields"]), 3)
             long_keys = header.get("long_keys", {})
-            table_end = header_end + 4 * math.prod(shape)
-            has_presence = content[:8] == INDEX_MAGIC_2
-            tail = _parse_tail(content[table_end:], header) if has_presence else {}
-            if not has_presence and table_end != len(content):
-                raise ValueError(f"{len(content) - table_end} bytes after the table")
+            tail: dict[str, Any] = {}
+            if content[:8] == INDEX_MAGIC_2:
+                table_end = header_end + 4 * math.prod(shape)
+                tail = _parse_tail(content[table_end:], header)
+                content = content[:table_end]
             return cls(
                 fields=tuple(header["fields"]),
-                table=np.frombuffer(
-                    content, "<u4", count=math.prod(shape), offset=header_end
-                ).reshape(shape),
+                table=np.frombuffer(content, "<u4", offset=header_end).reshape(shape),
                 tar_bytes=header["tar_bytes"],
                 tar_sha256=header["tar_sha256"],
                 rejected=header["rejected"],

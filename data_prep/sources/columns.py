@@ -181,6 +181,8 @@ class SampleTable:
         }[kind]
         if not is_usable:
             expected = "text (paths or URLs), bytes, or a struct of bytes and path"
+            if kind == "text":
+                expected = "text or lists of text"
             if kind == "vector":
                 expected += ", numbers, or lists of numbers"
             raise InputError(
@@ -324,7 +326,7 @@ def _is_bytes(kind: pyarrow.DataType) -> bool:
 def _is_number(kind: pyarrow.DataType) -> bool:
     from pyarrow import types
 
-    return types.is_integer(kind) or types.is_floating(kind)
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
 
 def _is_list(kind: pyarrow.DataType) -> bool:

@@ -206,8 +206,7 @@ def _numbers(value: Any) -> Any:
             return None
     if isinstance(value, list):
         return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return [value] if is_number else None
+    return [value] if isinstance(value, int | float) else None
 
 
 def _vector_of_cells(name: str, cells: Mapping[str, Any]) -> list[float] | None:

@@ -35,6 +35,7 @@ from data_prep.shards.sample import (
     media_extension_of,
     media_kind_of,
 )
+from data_prep.shards.sample_contents import contents_of
 from data_prep.storage.atomic import sha256_of
 from data_prep.verify.indexed_tar import (
     PROBLEMS_NAMED,
@@ -194,7 +195,12 @@ def _check_samples(
         for position in range(index.num_samples):
             sample = read_indexed(tar, index, position, content=content)
             label = sample.key or labels[position]
-            found = list(_check_sample(sample, label, check=check, content=content, kind=kind))
+            recorded = -1 if index.presence is None else int(index.presence[position])
+            found = list(
+                _check_sample(
+                    sample, label, check=check, content=content, kind=kind, recorded=recorded
+                )
+            )
             keys.append(sample.key)
             if sums is not None and of_other_media is None and not sample.problems:
                 of_other_media = None if _has_media(sample, sums[position], check) else label
@@ -238,6 +244,7 @@ def _check_sample(
     check: ShardCheck,
     content: TarContent,
     kind: FindingKind,
+    recorded: int,
 ) -> Iterator[Finding]:
     sample = Sample(shard=str(check.tar_path), key=label, members=indexed.members)
     if indexed.problems:
@@ -249,14 +256,17 @@ def _check_sample(
             kind,
         )
     if check.decode and not indexed.problems:
-        for problem in _decoding_problems(sample, check.modalities):
+        for problem in _decoding_problems(sample, check.modalities, recorded=recorded):
             yield Finding(f"{sample}: {problem}", "media")
 
 
-def _decoding_problems(sample: Sample, modalities: Modalities) -> Iterator[str]:
+def _decoding_problems(sample: Sample, modalities: Modalities, *, recorded: int) -> Iterator[str]:
     if not modalities.is_pair:
         try:
             measure_sample(sample, modalities)
+            found = contents_of(sample, modalities).present
+            if found != set(modalities.names_in(recorded)):
+                yield f"has {', '.join(sorted(found))}, which differs from its index"
         except (MediaError, CorruptSampleError) as error:
             yield str(error).removeprefix(f"{sample}: ")
         return

@@ -197,14 +197,15 @@ def test_a_dataset_of_samples_is_an_input_and_gives_the_same_shards(tmp_path):
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
 
 
-def test_shards_do_not_depend_on_workers_or_parts(tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_do_not_depend_on_workers_or_parts(tmp_path, workers):
     folder = tmp_path / "in"
     folder.mkdir()
     source = write_parquet_bytes(folder)
     first = made(tmp_path, source).folder
     second = tmp_path / "second"
     settings = {"columns": COLUMNS, "input": str(source), "output": second / "out"} | SETTINGS
-    make_shards(MakeShards(**settings, part="1/2", workers=2))
+    make_shards(MakeShards(**settings, part="1/2", workers=workers))
     make_shards(MakeShards(**settings))
     for path in first.iterdir():
         if path.is_file() and path.suffix in (".tar", ".idx", ".parquet", ".json", ".jsonl"):

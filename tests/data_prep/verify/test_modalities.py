@@ -10,6 +10,10 @@ from data_prep.errors import InputError
 from data_prep.index_shards import index_shards
 from data_prep.make_shards import make_shards
 from data_prep.shards.dataset import Dataset
+from data_prep.shards.folder import finish_dataset
+from data_prep.shards.sample import Sample
+from data_prep.shards.sample_contents import contents_of
+from data_prep.shards.writer import ShardWriter
 from data_prep.verify_shards import verify_shards
 from tests.support.toy_modalities import FOUR, SUBSETS, members_of, vector
 
@@ -171,8 +175,6 @@ def test_incomplete_and_bad_samples_of_foreign_tars_are_named_or_left_out(tars, 
 def test_labels_of_foreign_tars_are_columns(tmp_path):
     import pyarrow.parquet
 
-    from data_prep.shards.writer import ShardWriter
-
     (tmp_path / "tars").mkdir()
     writer = ShardWriter(tmp_path / "tars", "00000000")
     for number in range(3):
@@ -201,3 +203,16 @@ def test_labels_of_foreign_tars_are_columns(tmp_path):
 def test_settings_of_pairs_and_modalities_are_not_mixed(tmp_path, settings):
     with pytest.raises(ValueError, match=r"modalit|image"):
         IndexShards(input="x", output=tmp_path, **settings)
+
+
+def test_an_index_that_records_other_modalities_is_found_by_decoding(tmp_path):
+    writer = ShardWriter(tmp_path, "00000000", modalities=FOUR)
+    recorded = members_of(0, SUBSETS[0]) | members_of(0, SUBSETS[2])
+    members = recorded | {"json": b"{}"}
+    contents_of_both = contents_of(Sample("", "0", recorded), FOUR)
+    writer.add("0", members=members, contents=contents_of_both)
+    writer.finish()
+    finish_dataset(tmp_path, ["00000000"], modalities=FOUR, preparation={})
+    verify(tmp_path)
+    with pytest.raises(InputError, match="has scan, which differs from its index"):
+        verify(tmp_path, decode=True)
