@@ -208,7 +208,7 @@ def _load_model(name: str, config: MediaTower | TextTower, kind: str) -> nn.Modu
     settings = half_of(whole, kind=kind)
     known = tower_class(settings.model_type, kind=kind)
     if known is not None:
-        return _load_tower(name, known, settings, config, of_source)
+        return _load_tower(name, known, settings, config, whole_type=whole.model_type, kind=kind)
     if not hasattr(settings, "auto_map"):  # a model with code of its own
         _refuse_missing_class(settings)
     rates = {} if config.attention_dropout else attention_rates(settings)
@@ -225,10 +225,14 @@ def _load_tower(
     known: TowerClass,
     settings: Any,
     config: MediaTower | TextTower,
-    of_source: dict[str, Any],
+    *,
+    whole_type: str,
+    kind: str,
 ) -> nn.Module:
     """A class of the table with the weights of a folder, which may hold a whole dual encoder."""
-    options = {key: config.options[key] for key in config.options if key not in of_source}
+    arguments = (*_SOURCE_OPTIONS, *_NAMES_OF_ALL_CONFIGS)  # of from_pretrained
+    own = {key: value for key, value in config.options.items() if key not in arguments}
+    options = options_of_half(whole_type, own, kind=kind)
     refuse_unknown_options(type(settings), options)
     for key, value in options.items():
         setattr(settings, key, value)
@@ -241,7 +245,7 @@ def _load_tower(
         dtype=torch.float32,
         output_loading_info=True,
         key_mapping=renamed or None,
-        **of_source,
+        **{key: value for key, value in config.options.items() if key in arguments},
     )
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(

@@ -92,9 +92,22 @@ def options_of_half(model_type: str, options: dict[str, Any], *, kind: str) -> d
         model_type: model type that the tower's config names.
         options: its options; those of a dual encoder's half are a dictionary of their own.
         kind: "image", "audio" or "text".
+
+    Raises:
+        ValueError: if an option of a dual encoder is in no half's dictionary.
     """
-    section = HALVES.get(model_type, {}).get(kind)
-    return options if section is None else dict(options.get(section) or {})
+    halves = HALVES.get(model_type, {})
+    if kind not in halves:  # no dual encoder; or `half_of` refuses it
+        return options
+    others = sorted(options.keys() - set(halves.values()))
+    own = options.get(halves[kind], {})
+    if others or not isinstance(own, dict):
+        inner = ", ".join(f"{key}: ..." for key in others) or "..."
+        raise ValueError(
+            f"the options of {model_type}'s tower for {kind} belong to its half's section; write "
+            f"options: {{{halves[kind]}: {{{inner}}}}}"
+        )
+    return dict(own)
 
 
 def tower_class(model_type: str, *, kind: str) -> TowerClass | None:

@@ -63,8 +63,8 @@ def refuse_other_preprocessing(
             )
             continue
         if tower.start is not None and tower.start.resample:
-            for key in ("size", "log_mel.num_frames"):  # positions are resampled to them
-                own.pop(key, None)
+            for size in ("size", "log_mel.num_frames"):  # positions are resampled to them
+                own.pop(size, None)
         weights = tower.name if source == "True" else source
         refuse_differences(own, section, kind=kind, source=weights)
 

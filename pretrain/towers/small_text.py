@@ -99,7 +99,7 @@ def _with_a_word(tokens: Tensor, *, pad_id: int, unknown_id: int) -> tuple[Tenso
 # ------------------------------------------------------------------------------------- building
 
 
-def build_small_text(config: TextTower, tokenizer: Any, assets: Path | None) -> nn.Module:
+def build_small_text(config: TextTower, tokenizer: Any, saved: Path | None) -> nn.Module:
     """Builds a text tower of torch.nn; see `build_text_backbone`.
 
     Raises:
@@ -114,10 +114,10 @@ def build_small_text(config: TextTower, tokenizer: Any, assets: Path | None) -> 
         raise InputError(
             "model.text.tokenizer: expected a tokenizer that pads at the end; choose another one"
         )
-    return _BUILDERS[config.name](config, tokenizer, assets)
+    return _BUILDERS[config.name](config, tokenizer, saved)
 
 
-def _build_word_vectors(config: TextTower, tokenizer: Any, assets: Path | None) -> nn.Module:
+def _build_word_vectors(config: TextTower, tokenizer: Any, saved: Path | None) -> nn.Module:
     _options(config, {"max_words": None})
     if config.pooling == "own":
         raise InputError(
@@ -134,8 +134,8 @@ def _build_word_vectors(config: TextTower, tokenizer: Any, assets: Path | None) 
         "unknown_id": tokenizer.backend.unk_token_id,
         "pooling": config.pooling,
     }
-    if assets is not None:
-        sizes = json.loads((assets / "text_tower" / _SIZES_FILE).read_bytes())
+    if saved is not None:
+        sizes = json.loads((saved / _SIZES_FILE).read_bytes())
         return WordVectorText(sizes["num_words"], sizes["width"], **common)
     vectors = read_word_vectors(
         Path(str(config.pretrained)), max_words=config.options.get("max_words")
@@ -151,7 +151,7 @@ def _build_word_vectors(config: TextTower, tokenizer: Any, assets: Path | None) 
     return tower
 
 
-def _build_gru(config: TextTower, tokenizer: Any, assets: Path | None) -> nn.Module:
+def _build_gru(config: TextTower, tokenizer: Any, saved: Path | None) -> nn.Module:
     if config.pretrained:
         raise InputError(
             "model.text.pretrained: a gru has no released weights; remove it, or use start"

@@ -135,6 +135,12 @@ def test_every_attribute_of_every_model_type_is_accepted():
             {"vision_config": SIZES_OF_IMAGES | {"patch_sise": 8}},
             "CLIPVisionConfig has no option 'patch_sise'",
         ),
+        (
+            "image",
+            "clip",
+            {"projection_dim": 8},
+            r"the options of clip's tower for image .* {vision_config: {projection_dim: ...}}",
+        ),
     ],
 )
 def test_models_that_are_no_tower_are_refused(kind, name, options, reason):

@@ -400,7 +400,7 @@ def test_every_transformers_type_is_built_again_from_a_checkpoints_assets(
         shape = (16, 16) if kind == "image" else (32, 64)
         build = partial(build_media_backbone, MediaTower(**tower), kind=kind, input_shape=shape)
     backbone = build()
-    save_tower_config(backbone, tmp_path, kind=kind)
+    save_tower_config(backbone, tmp_path, name=kind)
     again = build(assets=tmp_path)
     shapes, found = (
         {key: value.shape for key, value in each.state_dict().items()} for each in (backbone, again)

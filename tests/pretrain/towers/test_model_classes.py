@@ -89,6 +89,17 @@ def test_the_text_half_equals_that_of_the_whole_model(saved):
     assert torch.equal(backbone(tokens), expected)
 
 
+def test_options_of_a_saved_half_are_in_its_section(saved):
+    model, folder, _ = saved
+    options = {"text_config": {"output_attentions": True}, "attn_implementation": "eager"}
+    backbone = loaded(folder, kind="text", options=options, attention_dropout=False)
+    assert backbone.backbone.config.output_attentions
+    assert backbone.backbone.config._attn_implementation == "eager"
+    with pytest.raises(InputError, match=r"write options: {text_config: {output_attentions: ...}}"):
+        loaded(folder, kind="text", options={"output_attentions": True})
+    assert model.config.text_config.output_attentions is False
+
+
 def test_the_folder_of_the_other_half_is_refused(saved, tmp_path):
     model, _, kind = saved
     model.text_model.save_pretrained(tmp_path)
