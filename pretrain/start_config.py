@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import create_model
 
 from data_prep.config_file import Location, Section, free
@@ -22,8 +20,9 @@ _From = create_model(
 class Start(_From):
     """Weights of a tower at step 0, from another model or run."""
 
-    # tower of the source to take; null: the one of the same kind
-    tower: Literal["image", "audio", "text"] | None = None
+    # tower of the source to take: image, audio, text, or a name of a run's modalities; null: the
+    # one of the same name or kind
+    tower: str | None = None
     # interpolate positions and patches of another size; cut or extend positions of captions
     resample: bool = True
     # Patterns (* is anything) of tensors of the tower that the source need not have: they keep

@@ -113,8 +113,9 @@ def start_model(
     tables = []
     tensors = {place: source.read() for place, source in _find_sources(starts).items()}
     for name, start in starts.items():
-        part = start.tower or config.kinds[name]
-        layout = read_layout(tensors[start.location], kind=part)
+        kind = config.kinds[name]
+        layout = read_layout(tensors[start.location], kind=start.tower or kind)
+        part = start.tower or (name if name in layout.towers else kind)
         library = config.towers[name].library
         where = f"{config.tower_key(name)}.start"
         refuse_other_spectrogram(

@@ -21,6 +21,7 @@ from tests.support.toy_towers import TINY_BERT, write_tiny_open_clip, write_word
 DATA = "its dataset has a fingerprint"
 OUTPUT = "only written, or holds what the run wrote"
 NAME = "part of the identity as text; names no file"
+TOWERS = (*(f"model.{kind}" for kind in ("image", "audio", "text")), "model.modalities.*.tower")
 # Key of a text or path of the config -> why the run cannot read another content there.
 HARMLESS = {
     "run.folder": OUTPUT,
@@ -29,10 +30,11 @@ HARMLESS = {
     "loading.cache.folder": "every file in it has a checksum",
     "engine.deepspeed_config": "tunes memory and communication only",
     **{
-        f"model.{kind}.start.{name}.*": NAME
-        for kind in ("image", "audio", "text")
-        for name in ("expect_missing", "ignore")
+        f"{tower}.start.{name}": NAME
+        for tower in TOWERS
+        for name in ("tower", "expect_missing.*", "ignore.*")
     },
+    "model.modalities.*.tower": NAME,
     "streams.*.sources.*.name": NAME,
     "streams.*.segments.*.sources.*.name": NAME,
     **{f"streams.*.objectives.*.{name}": NAME for name in ("left", "right", "temperature")},
@@ -46,12 +48,13 @@ FINGERPRINTED = {
     "validation.streams.*.dataset": "validation/<stream>",
     "validation.streams.*.subset": "validation/<stream>",
     "model.text.tokenizer": "model.text.tokenizer",
+    "model.modalities.*.tower.tokenizer": "the tokenizer of model.text is used",
     **{
-        f"model.{kind}.{name}": "pretrain.model.source_files"
-        for kind in ("image", "audio", "text")
+        f"{tower}.{name}": "pretrain.model.source_files"
+        for tower in TOWERS
         for name in ("name", "pretrained", "options.*")
     },
-    **{f"model.{kind}.start.from": f"model.{kind}.start" for kind in ("image", "audio", "text")},
+    **{f"{tower}.start.from": "model.<tower>.start" for tower in TOWERS},
 }
 
 
