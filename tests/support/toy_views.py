@@ -112,7 +112,5 @@ def views_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
             "objectives": {"title-text": {}, "image-text": {}},
         },
     }
-    values = toy_config(data, run, **sections).model_dump(mode="json")
-    return PretrainConfig.model_validate(
-        values | {"model": model, "streams": sections.get("streams", streams)}
-    )
+    values = toy_config(data, run).model_dump(mode="json")
+    return PretrainConfig.model_validate(values | {"model": model, "streams": streams} | sections)
