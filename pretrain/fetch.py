@@ -21,6 +21,7 @@ from pretrain.model.library_errors import describe_library_error
 from pretrain.warm_start.needs import Need, find_needs
 
 MAIN = "main"  # revision of a name without one
+NOTHING = "the config names nothing on a hub"
 
 
 def fetch(config: PretrainConfig) -> None:
@@ -32,7 +33,7 @@ def fetch(config: PretrainConfig) -> None:
     """
     needs = find_needs(config.model)
     if not needs:
-        say("the config names nothing on a hub")
+        say(NOTHING)
     for need in needs:
         commit, folder = fetch_need(need)
         pinned = f"{need.model.repository}@{commit}"
@@ -93,7 +94,10 @@ def _weights_among(names: set[str], need: Need) -> list[str]:
 
 def describe_needs(config: PretrainConfig) -> None:
     """Prints what would be fetched, without a connection."""
-    for need in find_needs(config.model):
+    needs = find_needs(config.model)
+    if not needs:
+        say(NOTHING)
+    for need in needs:
         what = "weights and configs" if need.with_weights else "configs or tokenizer"
         say(f"{need.key}: {what} of {need.model.name}")
 

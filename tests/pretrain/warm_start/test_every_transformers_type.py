@@ -92,7 +92,9 @@ def test_a_type_starts_from_its_own_folder(tmp_path, kind, model_type):
     tower = Tower(nn.Identity(), TransformersMedia(own), nn.Identity(), drop_keys=TowerDropKeys())
     layout = read_layout(find_source(str(tmp_path), where="").read(), kind=kind)
     start = Start(**{"from": str(tmp_path)})
-    rows = start_tower(tower, layout, start, kind=kind, library="transformers")
+    rows = start_tower(
+        tower, layout, start, part=kind, where="model.x.start", library="transformers"
+    )
     counts = KeyTable(kind, "", tuple(rows)).counts()
     assert counts["unused"] == counts["missing"] == counts["resampled"] == 0
     found, expected = own.state_dict(), oracle.state_dict()
