@@ -11,16 +11,18 @@ A `.idx` file is, little-endian:
                           absent
 
 The header of version 2 also has `modalities`, a list of [name, {"kind": ...}] in the dataset's
-order, and `vectors`, {name: [number of rows, width]}. Two more arrays follow the table:
+order, and `vectors`, {name: [number of rows, width]}. After the table:
 
     uint32 [n]            presence masks: bit k is set if the sample has modality k
     float64 [2, width]    for each of `vectors`: mean and sum of squared deviations of each column
+    uint32                crc32 of everything before
 """
 
 from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,14 @@ class ShardIndex:
         header = json.dumps(values, sort_keys=True).encode()
         header += b" " * (-len(header) % 4)
         length = np.uint32(len(header)).astype("<u4").tobytes()
-        magic = INDEX_MAGIC if self.presence is None else INDEX_MAGIC_2
-        return magic + length + header + self.table.astype("<u4").tobytes() + self._tail()
+        table = self.table.astype("<u4").tobytes()
+        if self.presence is None:
+            return INDEX_MAGIC + length + header + table
+        content = INDEX_MAGIC_2 + length + header + table + self._tail()
+        return content + np.uint32(zlib.crc32(content)).astype("<u4").tobytes()
 
     def _tail(self) -> bytes:
-        """Returns the arrays after the table."""
-        if self.presence is None:
-            return b""
+        """Returns the arrays after the table of version 2."""
         sums = [np.stack([each.mean, each.squares]) for _, each in sorted(self.vector_sums.items())]
         return self.presence.astype("<u4").tobytes() + b"".join(
             each.astype("<f8").tobytes() for each in sums
@@ -145,8 +148,10 @@ class ShardIndex:
             long_keys = header.get("long_keys", {})
             tail: dict[str, Any] = {}
             if content[:8] == INDEX_MAGIC_2:
+                if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
+                    raise ValueError("crc32 mismatch")
                 table_end = header_end + 4 * math.prod(shape)
-                tail = _parse_tail(content[table_end:], header)
+                tail = _parse_tail(content[table_end:-4], header)
                 content = content[:table_end]
             return cls(
                 fields=tuple(header["fields"]),

@@ -117,7 +117,7 @@ def test_presence_of_random_datasets_is_that_of_their_samples(tmp_path):
         assert masks.tolist() == [FOUR.mask_of(subset) for subset in chosen]
 
 
-def test_an_index_with_modalities_survives_and_every_truncation_is_detected(subsets):
+def test_an_index_with_modalities_survives_and_every_damage_is_detected(subsets):
     content = (subsets / "00000003.idx").read_bytes()
     index = ShardIndex.parse(content, "x")
     assert index.to_bytes() == content
@@ -127,6 +127,11 @@ def test_an_index_with_modalities_survives_and_every_truncation_is_detected(subs
             ShardIndex.parse(content[:size], "x")
     with pytest.raises(ValueError, match="damaged index"):
         ShardIndex.parse(content + b"\0", "x")
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(ValueError, match="index"):
+            ShardIndex.parse(bytes(damaged), "x")
 
 
 def test_two_texts_and_captions_are_kept_apart():
