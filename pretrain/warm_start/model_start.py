@@ -73,18 +73,18 @@ def starts_of(config: Model) -> dict[str, Start]:
 
 
 def start_key(kind: str) -> str:
-    """Returns the config key of a tower's warm start, under which its fingerprint is stored."""
+    """Returns the key of a tower's warm start among the fingerprints of a run."""
     return f"model.{kind}.start"
 
 
 def start_fingerprints(config: Model) -> dict[str, str | None]:
-    """Computes {config key: fingerprint of the source's files}; None for a source that is gone."""
+    """Computes {key: fingerprint of the source's files}; None for a source that is gone."""
     found: dict[str, str | None] = {}
     known: dict[str, str | None] = {}
     for kind, start in starts_of(config).items():
         if start.location not in known:
             try:
-                source = find_source(start.location, where=f"{start_key(kind)}.from")
+                source = find_source(start.location, where=start_key(kind))
                 known[start.location] = source.fingerprint()
             except InputError:
                 known[start.location] = None
@@ -111,7 +111,7 @@ def start_model(
     starts = starts_of(config)
     temperatures: dict[str, Mapping[str, Tensor]] = {}
     tables = []
-    tensors = {place: source.read() for place, source in _find_sources(starts).items()}
+    tensors = {place: source.read() for place, source in _find_sources(config).items()}
     for name, start in starts.items():
         kind = config.kinds[name]
         layout = read_layout(tensors[start.location], kind=start.tower or kind)
@@ -140,9 +140,9 @@ def start_model(
     return WarmStart(tuple(tables), tuple(done))
 
 
-def _find_sources(starts: Mapping[str, Start]) -> dict[str, WeightSource]:
+def _find_sources(config: Model) -> dict[str, WeightSource]:
     """{location: source}; two towers of one source read it once"""
     return {
-        start.location: find_source(start.location, where=f"{start_key(kind)}.from")
-        for kind, start in starts.items()
+        start.location: find_source(start.location, where=f"{config.tower_key(name)}.start.from")
+        for name, start in starts_of(config).items()
     }
