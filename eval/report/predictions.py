@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from data_prep.errors import InputError
 from data_prep.storage.atomic import write_atomically
 from data_prep.storage.file_names import file_name_of
 
@@ -76,22 +77,33 @@ def predictions_file(results: Path, evaluation: str, suffix: str) -> Path:
 def find_predictions(results: Path, evaluation: str, suffix: str) -> Path:
     """Returns the path of a file of predictions to read, also if an earlier version wrote it.
 
-    Names of earlier versions are not unique. Such a file is used only if it cannot belong to
-    another evaluation of the results. Otherwise, the path is the same as of `predictions_file`.
-
     Args:
         results: folder that `python -m eval.evaluate` wrote.
         evaluation: name of the evaluation.
         suffix: suffix of the file's name, listed in the module's docstring.
+
+    Raises:
+        InputError: if an earlier version wrote the predictions of several evaluations to the file,
+            because their names differ only in characters that it replaced.
     """
     path = predictions_file(results, evaluation, suffix)
     earlier = path.with_name(f"{_earlier_name(evaluation)}{suffix}.parquet")
-    if path.exists() or not earlier.exists():
+    found = path if path.exists() else earlier
+    if found != earlier or not earlier.exists():
         return path
-    others = json.loads((results / "results.json").read_text())["evaluations"].keys() - {evaluation}
-    names = (name for each in others for name in (file_name_of(each), _earlier_name(each)))
-    is_shared = any(re.fullmatch(re.escape(name) + SUFFIX, earlier.stem) for name in names)
-    return path if is_shared else earlier
+    evaluations = json.loads((results / "results.json").read_text())["evaluations"]
+    others = []
+    for other in evaluations.keys() - {evaluation}:
+        match = re.fullmatch(re.escape(_earlier_name(other)) + SUFFIX, earlier.stem)
+        if match:
+            of_other = predictions_file(results, other, match[1] or "")
+            others += [other] if of_other == earlier or not of_other.exists() else []
+    if others:
+        raise InputError(
+            f"{earlier}: an earlier version stored the predictions of {evaluation!r} and "
+            f"{min(others)!r} in this file; evaluate again with python -m eval.evaluate"
+        )
+    return earlier
 
 
 def _earlier_name(evaluation: str) -> str:

@@ -180,10 +180,10 @@ def test_pairs_among_what_is_not_queried_are_left_out(many):
 
 
 def test_many_copies_of_one_clip_are_connected_but_not_all_compared(many):
-    copies = [many[0]] * 200
+    copies = [many[0]] * 60  # 1,770 pairs
     found = pairs_of(joined(copies))
-    assert len(found) <= 200 * NEIGHBOURS
-    assert {(n, n + 1) for n in range(199)} <= found
+    assert len(found) <= 60 * NEIGHBOURS
+    assert {(n, n + 1) for n in range(59)} <= found
 
 
 def test_nothing_comes_of_nothing():

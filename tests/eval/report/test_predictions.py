@@ -6,6 +6,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
+from data_prep.errors import InputError
 from data_prep.storage.file_names import MAX_NAME_BYTES
 from eval.config import EvaluateConfig
 from eval.report.predictions import find_predictions, predictions_file
@@ -44,7 +45,7 @@ def write_results_of_earlier_version(folder, evaluations, suffixes):
         (["a.b"], {"a.b": "a.b"}),
         (["a.b", "a"], {"a.b": "a.b", "a": "a"}),
         (["a b", "c"], {"a b": "a_b", "c": "c"}),
-        (["a b", "a_b"], {"a b": None, "a_b": "a_b"}),  # the second is also its name of today
+        (["a b", "a_b"], {"a b": None, "a_b": None}),
         (["a b", "a/b"], {"a b": None, "a/b": None}),
         (["\u56fe\u50cf", "\u58f0\u97f3"], {"\u56fe\u50cf": None, "\u58f0\u97f3": None}),
         (["\u56fe\u50cf"], {"\u56fe\u50cf": "__"}),
@@ -57,15 +58,28 @@ def test_predictions_of_earlier_versions_are_found_if_they_are_unambiguous(
     write_results_of_earlier_version(tmp_path, evaluations, [suffix])
     for name, earlier in found.items():
         today = predictions_file(tmp_path, name, suffix)
-        expected = today if earlier is None else today.with_name(f"{earlier}{suffix}.parquet")
-        assert find_predictions(tmp_path, name, suffix) == expected
-        today.touch()
-        assert find_predictions(tmp_path, name, suffix) == today
-        if today != expected:
-            today.unlink()
+        if earlier is None:
+            with pytest.raises(InputError, match="in this file; evaluate again"):
+                find_predictions(tmp_path, name, suffix)
+        else:
+            expected = today.with_name(f"{earlier}{suffix}.parquet")
+            assert find_predictions(tmp_path, name, suffix) == expected
 
 
-def test_a_suffix_in_a_name_is_not_taken_for_another_evaluation(tmp_path):
+def test_a_suffix_in_the_name_of_another_evaluation_is_ambiguous(tmp_path):
     write_results_of_earlier_version(tmp_path, ["a.media_to_text", "a"], [""])
-    name = "a.media_to_text"
-    assert find_predictions(tmp_path, name, "") == predictions_file(tmp_path, name, "")
+    with pytest.raises(InputError, match=r"'a\.media_to_text' and 'a' in this file"):
+        find_predictions(tmp_path, "a.media_to_text", "")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_predictions_of_this_version_are_found_whatever_the_names(tmp_path, suffix):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "results.json").write_text(json.dumps({"evaluations": dict.fromkeys(NAMES)}))
+    for name in NAMES:
+        for each in SUFFIXES:
+            predictions_file(tmp_path, name, each).touch()
+    for name in NAMES:
+        assert find_predictions(tmp_path, name, suffix) == predictions_file(tmp_path, name, suffix)
+    missing = predictions_file(tmp_path, "a%", suffix)
+    assert find_predictions(tmp_path, "a%", suffix) == missing
