@@ -330,6 +330,7 @@ def load_model(
         image=config.image,
         audio=config.audio,
         temperatures=config.temperatures,
+        heads=config.heads,
         seed=config.seed,
         tokenizer=tokenizer,
         assets=assets,

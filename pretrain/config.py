@@ -32,7 +32,7 @@ from pretrain.objective_config import validate_section as validate_objective
 from pretrain.old_config import OBJECTIVE_KEYS, describe_new_form, has_old_form, in_new_form
 from pretrain.preflight_config import Preflight
 from pretrain.start_config import Start
-from pretrain.views import View
+from pretrain.views import View, own_features
 
 MediaKind = Literal["image", "audio"]
 StreamName = str
@@ -975,6 +975,20 @@ class PretrainConfig(Section):
                     for view in section.views(objective)
                 ]
         return {name: list(dict.fromkeys(each)) for name, each in towers.items()}
+
+    @property
+    def heads(self) -> dict[StreamName, list[tuple[str, str, str]]]:
+        """Projections of objectives: (name of the features, of the projection, of its tower).
+
+        Objectives of the same name share them.
+        """
+        heads: dict[StreamName, list[tuple[str, str, str]]] = {name: [] for name in self.streams}
+        for key, section in self.objectives.items():
+            stream, _, objective = key.partition("/")
+            for view in section.views(objective) if section.projects else ():
+                tower = self.model.tower_of(View.parse(view).modality)
+                heads[stream].append((own_features(view, objective), f"{objective}:{tower}", tower))
+        return heads
 
     @property
     def objectives(self) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class ObjectiveSection(Section):
         return False
 
     @property
+    def projects(self) -> bool:
+        """Whether it has a projection of its own for each tower."""
+        return False
+
+    @property
     def contrasts_repeats(self) -> bool:
         """Whether a sample that is twice in a step is a negative of itself."""
         return False

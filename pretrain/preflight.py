@@ -144,6 +144,7 @@ def checkpoint_bytes(config: PretrainConfig) -> int:
         image=config.image,
         audio=config.audio,
         temperatures=config.temperatures,
+        heads=config.heads,
         seed=config.seed,
         tokenizer=build_text_tokenizer(config.model),
     )

@@ -55,6 +55,16 @@ class View:
         return ".".join(parts)
 
 
+def own_features(view: str, objective: str) -> str:
+    """Returns the name of a view's features under the projection of one objective."""
+    return f"{view}@{objective}"
+
+
+def view_of_features(name: str) -> str:
+    """Returns the view of features."""
+    return name.partition("@")[0]
+
+
 def _name_of(value: Any) -> Any:
     """The name of a view that a config writes as a mapping, such as {text: title}."""
     if isinstance(value, dict):

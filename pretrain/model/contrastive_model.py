@@ -38,7 +38,7 @@ from pretrain.model.towers import (
 )
 from pretrain.model.vector_inputs import StandardizedVectors, build_backbone_of_vectors
 from pretrain.towers.projection import build_projection
-from pretrain.views import View
+from pretrain.views import View, view_of_features
 
 
 class StepFeatures(NamedTuple):
@@ -67,6 +67,8 @@ class StreamInputs(NamedTuple):
 
 EncoderInputs = Mapping[StreamName, StreamInputs]
 OnView = Callable[[StreamName, str, Tensor], None]
+# stream -> (name of the features, name of the head, name of its tower)
+Heads = Mapping[StreamName, Sequence[tuple[str, str, str]]]
 
 
 class NormalizedPixels(nn.Module):
@@ -88,6 +90,7 @@ class Tower(nn.Module):
         input_stage: module that maps the tensors of a batch to the backbone's input.
         backbone: backbone from pretrain.model.towers.
         projection: module that maps [B, W] to [B, D].
+        width: W.
         drop_keys: keys shared by the backbone's dropout layers.
     """
 
@@ -97,24 +100,39 @@ class Tower(nn.Module):
         backbone: nn.Module,
         projection: nn.Module,
         *,
+        width: int,
         drop_keys: TowerDropKeys,
     ) -> None:
         super().__init__()
+        self.width = width
         self.drop_keys = drop_keys
         self.input_stage = input_stage
         self.backbone = backbone
         self.projection = projection
         self.is_frozen = not any(p.requires_grad for p in backbone.parameters())
 
-    def forward(self, *inputs: Tensor, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        *inputs: Tensor,
+        keys: Tensor | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
         """Encodes [B, ...] -> [B, D].
 
         Args:
             inputs: tensors for the input stage.
             keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
+            heads: further modules that map [B, W] to [B, D], by name.
+
+        Returns:
+            [B, D]; with heads, {name: [B, D]}, where "" is the name of the projection.
         """
         with self.drop_keys.set_pairs(keys):
-            return self.projection(self.backbone(self.input_stage(*inputs)))  # [B, W] -> [B, D]
+            features = self.backbone(self.input_stage(*inputs))  # [B, W]
+            projected = self.projection(features)
+            if not heads:
+                return projected
+            return {"": projected} | {name: head(features) for name, head in heads.items()}
 
     def train(self, mode: bool = True) -> Tower:
         """Sets the mode; a frozen backbone stays in evaluation mode to keep its statistics."""
@@ -147,6 +165,8 @@ class ContrastiveModel(nn.Module):
         seed: int,
         kinds: Mapping[str, str] | None = None,
         tower_names: Mapping[str, str] | None = None,
+        heads: Heads | None = None,
+        embed_dim: int = 0,
         initial_biases: Mapping[str, float] | None = None,
         takes_trimmed_captions: bool = False,
     ) -> None:
@@ -156,6 +176,14 @@ class ContrastiveModel(nn.Module):
         self.seed = seed
         self.takes_trimmed_captions = takes_trimmed_captions
         self.towers = NamedTowers(towers)
+        self._heads_of = heads or {}
+        named = {name: tower for each in self._heads_of.values() for _, name, tower in each}
+        self.heads = NamedTowers(
+            {
+                name: build_projection("mlp", width=towers[tower].width, embed_dim=embed_dim)
+                for name, tower in named.items()
+            }
+        )
         # Shape (1,), because engines that flatten parameters do not support scalars.
         initial = torch.full((1,), math.log(initial_scale))
         self.log_logit_scale = NamedParameters(
@@ -175,7 +203,7 @@ class ContrastiveModel(nn.Module):
 
         Args:
             micro_batches: inputs, encoded one after the other; their features are concatenated.
-            on_view: called with (stream, view, features [B, D]) as soon as a view is encoded.
+            on_view: called with (stream, name, features [B, D]) as soon as they are encoded.
         """
         return StepFeatures(
             {name: self._encode_stream(name, micro_batches, on_view) for name in micro_batches[0]},
@@ -189,23 +217,38 @@ class ContrastiveModel(nn.Module):
         inputs = [micro_batch[name] for micro_batch in micro_batches]
         features = {}
         for view in inputs[0].views:
-            features[view] = torch.cat([self.encode_view(name, view, each) for each in inputs])
-            if on_view is not None:
-                on_view(name, view, features[view])
+            parts = [self.encode_view(name, view, each) for each in inputs]
+            for feature in parts[0]:
+                features[feature] = torch.cat([part[feature] for part in parts])
+                if on_view is not None:
+                    on_view(name, feature, features[feature])
         return features
 
-    def encode_view(self, stream: StreamName, view: str, inputs: StreamInputs) -> Tensor:
-        """Encodes a view of a stream's samples to [B, D]; zero where one lacks the modality."""
+    def encode_view(self, stream: StreamName, view: str, inputs: StreamInputs) -> dict[str, Tensor]:
+        """Encodes a view of a stream's samples, once for all objectives that read it.
+
+        Returns:
+            {name of the features: [B, D], L2-normalised, zero where a sample lacks the modality}.
+            The names are that of the view, and those of `own_features` for objectives with a
+            projection of their own.
+        """
         present, keys = inputs.present.get(view), None
         if inputs.drop_keys is not None:
             keys = pair_keys(inputs.drop_keys, seed=self.seed, stream=stream, view=view)
             keys = keys if present is None else keys[present.rows]
-        encoded = self.encode(view, *inputs.views[view], keys=keys)
-        if present is None:
-            return encoded
-        return encoded.new_zeros(present.num_samples, encoded.shape[1]).index_copy(
-            0, present.rows, encoded
-        )
+        heads = {
+            feature: self.heads[name]
+            for feature, name, _ in self._heads_of.get(stream, ())
+            if view_of_features(feature) == view
+        }
+        tower = self.towers[self._tower_name(view)]
+        found = _encode(tower, *inputs.views[view], keys=keys, heads=heads)
+        found[view] = found.pop("")
+        if present is not None:
+            for feature, encoded in found.items():
+                zeros = encoded.new_zeros(present.num_samples, encoded.shape[1])
+                found[feature] = zeros.index_copy(0, present.rows, encoded)
+        return found
 
     def _tower_name(self, view: str) -> str:
         return self.tower_names[View.parse(view).modality]
@@ -220,7 +263,8 @@ class ContrastiveModel(nn.Module):
                 Vectors: float32 [B, width], or [B, time, width] and their lengths, int64 [B].
             keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
-        return _encode(self.towers[self._tower_name(view)], *inputs, keys=keys)
+        tower = self.towers[self._tower_name(view)]
+        return _encode(tower, *inputs, keys=keys, heads={})[""]
 
     def encode_media(self, modality: str, media: Tensor) -> Tensor:
         """Encodes images or clips, as `encode_image` and `encode_audio`, to [B, D]."""
@@ -244,8 +288,10 @@ class ContrastiveModel(nn.Module):
             save_tower_config(tower.backbone, folder, name=name)
 
 
-def _encode(tower: Tower, *inputs: Tensor, keys: Tensor | None) -> Tensor:
-    """[B, D] L2-normalised; B may be 0.
+def _encode(
+    tower: Tower, *inputs: Tensor, keys: Tensor | None, heads: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """{name: [B, D], L2-normalised}, as `Tower.forward` names them; B may be 0.
 
     Many backbones cannot encode an empty batch, so one row is encoded and then removed from the
     output. All parameters still receive a gradient, of zero.
@@ -254,7 +300,11 @@ def _encode(tower: Tower, *inputs: Tensor, keys: Tensor | None) -> Tensor:
     if num_rows == 0:
         inputs = tuple(each.new_ones(1, *each.shape[1:]) for each in inputs)
         keys = None if keys is None else keys.new_ones(1)
-    return functional.normalize(tower(*inputs, keys=keys).float(), dim=-1)[:num_rows]
+    found = tower(*inputs, keys=keys, heads=heads) if heads else {"": tower(*inputs, keys=keys)}
+    return {
+        name: functional.normalize(features.float(), dim=-1)[:num_rows]
+        for name, features in found.items()
+    }
 
 
 def build_model(
@@ -263,6 +313,7 @@ def build_model(
     image: ImageTransform,
     audio: AudioTransform,
     temperatures: Mapping[str, bool],
+    heads: Heads | None = None,
     seed: int,
     tokenizer: Tokenizer | None,
     assets: Path | None = None,
@@ -274,6 +325,7 @@ def build_model(
         image: config section `image`, with the size and normalisation of images.
         audio: config section `audio`, with the length and spectrogram of clips.
         temperatures: name of each temperature -> whether it has a bias.
+        heads: projections of objectives, see `PretrainConfig.heads`.
         seed: seed of the weights and of dropout in training.
         tokenizer: tokenizer of the text towers; None without one.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
@@ -301,6 +353,8 @@ def build_model(
         temperatures=list(temperatures),
         kinds=kinds,
         tower_names={modality: config.tower_of(modality) for modality in kinds},
+        heads=heads,
+        embed_dim=config.embed_dim,
         initial_scale=config.logit_scale.initial,
         seed=seed,
         initial_biases={
@@ -368,7 +422,7 @@ def _build_tower(
         backbone, examples, where=f"model.{name}", drop_keys=None if config.frozen else drop_keys
     )
     projection = _projection(config, name, width, embed_dim)
-    return Tower(input_stage, backbone, projection, drop_keys=drop_keys)
+    return Tower(input_stage, backbone, projection, width=width, drop_keys=drop_keys)
 
 
 def _two_examples(*shape: int) -> Tensor:

@@ -44,6 +44,9 @@ class ContrastiveSection(ObjectiveSection):
     right: ViewName | None = None
     # Name of the learned temperature and bias, which objectives may share; null: the objective's
     temperature: str | None = None
+    # own: an mlp on the features of each tower, instead of the tower's projection (Mu et al. 2022,
+    # "SLIP"); only training uses it
+    projection: Literal["shared", "own"] = "shared"
     # softmax: CLIP's (Radford et al. 2021); sigmoid: SigLIP's (Zhai et al. 2023), which starts well
     # with model.logit_scale.initial: 10
     loss: LossKind = "softmax"
@@ -93,6 +96,11 @@ class ContrastiveSection(ObjectiveSection):
     def has_bias(self) -> bool:
         """Whether the loss is SigLIP's."""
         return self.loss == "sigmoid"
+
+    @property
+    def projects(self) -> bool:
+        """Whether it has a projection of its own; see the base class."""
+        return self.projection == "own"
 
     @property
     def contrasts_repeats(self) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pretrain.objective_config import ObjectiveSection, import_objectives
+from pretrain.views import own_features
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,10 @@ class Objective(ABC):
     def views(self) -> tuple[str, ...]:
         """Views of a sample whose features it reads."""
         return self.section.views(self.name)
+
+    def features_of(self, view: str) -> str:
+        """Returns the name of the features that it reads of a view."""
+        return own_features(view, self.name) if self.section.projects else view
 
     @property
     def temperature_name(self) -> str | None:

@@ -196,6 +196,7 @@ def build_training_model(
             image=config.image,
             audio=config.audio,
             temperatures=config.temperatures,
+            heads=config.heads,
             seed=config.seed,
             tokenizer=tokenizer,
             assets=assets,

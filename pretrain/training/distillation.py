@@ -72,7 +72,7 @@ class ObjectiveTeacher:
         device = inputs[0].views[self.views[0]][0].device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.is_autocast):
             left, right = (
-                torch.cat([self.model.encode_view(self.stream, view, each) for each in inputs])
+                torch.cat([self.model.encode_view("", view, each)[view] for each in inputs])
                 for view in self.views
             )
         scale = self.model.log_logit_scale[self.temperature].exp().item()

@@ -130,21 +130,22 @@ class BegunObjectives:
         }
         self.begun: dict[str, Any] = {}
 
-    def begin(self, stream: StreamName, view: str, features: Tensor) -> None:
+    def begin(self, stream: StreamName, name: str, features: Tensor) -> None:
         """Begins what the stream's objectives can do with a view; every rank must call it.
 
         Args:
             stream: name of the stream.
-            view: view of its samples.
+            name: name of the features of its samples.
             features: [B, D], L2-normalised.
         """
         if stream not in self.objectives:
             return
         own = self.objectives[stream]
         for key, objective in own.objectives.items():
-            if key in self.lacking or view not in objective.views:
-                continue
-            if self.begun.get(key) is None:
+            views = [view for view in objective.views if objective.features_of(view) == name]
+            for view in views:
+                if key in self.lacking or self.begun.get(key) is not None:
+                    continue
                 self.begun[key] = objective.begin(view, features, counts=own.counts)
 
 
@@ -170,10 +171,10 @@ def compute_losses(
     """
     losses, parts, total = {}, [_zero_of(features, batch, objectives)], 0.0
     for name, own in objectives.items():
-        views = batch.streams[name].views
+        views, found = batch.streams[name].views, features.views[name]
         for key, objective in own.objectives.items():
             inputs = ObjectiveInputs(
-                {view: features.views[name][view] for view in objective.views},
+                {view: found[objective.features_of(view)] for view in objective.views},
                 {view: views[view].keys for view in objective.views},
                 _temperature(features, objective.temperature_name),
                 own.counts,
@@ -230,12 +231,18 @@ def _zero_of(
         for own in objectives.values()
         for objective in own.objectives.values()
     }
+    read = {
+        (name, objective.features_of(view))
+        for name, own in objectives.items()
+        for objective in own.objectives.values()
+        for view in objective.views
+    }
     unused = [
         *(
-            view
-            for name, views in features.views.items()
-            if name not in objectives
-            for view in views.values()
+            found
+            for stream, of_stream in features.views.items()
+            for name, found in of_stream.items()
+            if (stream, name) not in read
         ),
         *(scale for name, scale in features.scales.items() if name not in used),
         *(bias for name, bias in features.biases.items() if name not in used),

@@ -203,7 +203,8 @@ def _objective_inputs(
         temperature = Temperature(features.scales[name], features.biases.get(name))
     views = features.views[stream]
     rows = rows_with_all([batch.present.get(view) for view in objective.views], views)
-    return ObjectiveInputs(views, {}, temperature, counts=None, rows=rows)
+    features = {view: views[objective.features_of(view)] for view in objective.views}
+    return ObjectiveInputs(features, {}, temperature, counts=None, rows=rows)
 
 
 @dataclass

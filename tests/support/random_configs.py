@@ -46,6 +46,7 @@ LEFT_OUT = {
     "engine.start_timeout_seconds": "the result of a time-out depends on how busy the machine is",
     "model.modalities": f"pairs have no others; {OF_VIEWS}",
     "streams.*.require": f"all samples are complete pairs; {OF_VIEWS}",
+    "streams.*.objectives.*.projection": OF_VIEWS,
     "streams.*.objectives.*.kind": "contrastive is the only objective",
     "image.longer_side": OF_PREPROCESSING,
     "image.crop_fraction": OF_PREPROCESSING,

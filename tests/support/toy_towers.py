@@ -30,6 +30,7 @@ def build_toy_model(config: PretrainConfig, tokenizer: Tokenizer | None = None) 
         image=config.image,
         audio=config.audio,
         temperatures=config.temperatures,
+        heads=config.heads,
         seed=config.seed,
         tokenizer=tokenizer or build_tokenizer(config.model.text),
     )

@@ -34,7 +34,12 @@ CLIPS = {
     "image-scan": {"duplicates": "positives"},
     "values-text": {"weight": 0.5, "temperature": "image-text"},
     "series-scan": {"negatives": "all_pairs"},
-    "augmented": {"left": "image", "right": {"image": 2}, "direction": "forward"},
+    "augmented": {
+        "left": "image",
+        "right": {"image": 2},
+        "direction": "forward",
+        "projection": "own",
+    },
     "texts": {"left": {"text": "title"}, "right": "text"},
 }
 

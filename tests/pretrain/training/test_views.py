@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional
 
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
@@ -61,7 +62,7 @@ def true_loss(config, model, batch):
             if not rows.any():
                 continue
             left, right = (
-                model.encode(view, *(values[rows] for values in side.inputs)).double()
+                features_of(model, key, section, view, [values[rows] for values in side.inputs])
                 for view, side in zip(section.views(key), sides, strict=True)
             )
             temperature = section.temperature_name(key)
@@ -79,6 +80,15 @@ def true_loss(config, model, batch):
             )
             total = total + section.weight * loss
     return total, counts
+
+
+def features_of(model, key, section, view, inputs):
+    """Returns [B, D] in float64, L2-normalised, under the objective's projection."""
+    if section.projection == "shared":
+        return model.encode(view, *inputs).double()
+    tower = model.towers["image"]
+    features = tower.backbone(tower.input_stage(*inputs))
+    return functional.normalize(model.heads[f"{key}:image"](features).double(), dim=-1)
 
 
 def errors_of_steps(data, folder):
