@@ -177,5 +177,6 @@ def save_sizes(backbone: nn.Module, folder: Path) -> None:
     """Writes the sizes of word vectors, which rebuilding the tower needs without their file."""
     if isinstance(backbone, WordVectorText):
         folder.mkdir(parents=True, exist_ok=True)
-        num_words, width = backbone.token_embedding.weight.shape
-        (folder / _SIZES_FILE).write_text(json.dumps({"num_words": num_words, "width": width}))
+        table = backbone.token_embedding  # its weight is empty where ZeRO partitions parameters
+        sizes = {"num_words": table.num_embeddings, "width": table.embedding_dim}
+        (folder / _SIZES_FILE).write_text(json.dumps(sizes))

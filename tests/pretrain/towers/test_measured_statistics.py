@@ -154,7 +154,7 @@ def test_htsat_trains_on_the_demos_sounds_the_same_on_two_processes(sounds, tmp_
     run_in_processes(1, train, htsat_config(sounds, alone, stop_after_step=10))
     run_in_processes(1, train, htsat_config(sounds, alone))  # keeps the statistics
     run_in_processes(2, train, htsat_config(sounds, two))
-    losses = [[row["loss"] for row in read_metrics(each)] for each in (alone, two)]
+    losses = [[sum(row["loss"].values()) for row in read_metrics(each)] for each in (alone, two)]
     assert len(losses[0]) == 20
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert losses[0][-1] < losses[0][0]

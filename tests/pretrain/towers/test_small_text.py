@@ -137,8 +137,8 @@ def test_small_towers_train_and_are_loaded_without_the_file(toy_data, tmp_path, 
         engine = config.engine.model_copy(update=strategy)
         run_in_processes(number, train, config.model_copy(update={"engine": engine}))
     vectors.unlink()
-    models = [load_model(folder) for folder in folders]
-    embeddings = [
-        each.model.encode_text(each.tokenizer(["picture 3 is red", "a sound"])) for each in models
-    ]
+    embeddings = []
+    for folder in folders:
+        model, _, tokenizer = load_model(folder)
+        embeddings.append(model.encode_text(tokenizer(["picture 3 is red", "a sound"])))
     torch.testing.assert_close(embeddings[0], embeddings[1], rtol=0, atol=1e-4)
