@@ -65,7 +65,7 @@ def comparison_table(baseline: Path, other: Path, differences: list[Difference])
             f"{each.baseline:.4g}",
             f"{each.value:.4g}",
             f"{each.difference:+.4g}{' *' if each.is_clear else ''}",
-            "-" if each.low is None else f"{each.low:+.4g} to {each.high:+.4g}",
+            each.interval if each.low is None else f"{each.low:+.4g} to {each.high:+.4g}",
             str(each.num_better),
             str(each.num_worse),
         )

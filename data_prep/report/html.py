@@ -229,10 +229,22 @@ def fraction_bar(fraction: float) -> Markup:
     return _block("fraction_bar", _percent(_clamp(fraction)))
 
 
-def interval_bar(value: float, *, low: float, high: float, reference: float) -> Markup:
-    """Builds a bar from 0 to 1, filled up to `value`, with an interval and a reference mark."""
-    value, low, high, reference = map(_clamp, (value, low, high, reference))
-    return _block("interval_bar", *map(_percent, (value, low, high - low, reference)))
+def interval_bar(
+    value: float, *, low: float | None, high: float | None, reference: float
+) -> Markup:
+    """Builds a bar from 0 to 1, filled up to `value`, with an interval and a reference mark.
+
+    Args:
+        value: from 0 to 1.
+        low: start of the interval; None: no interval.
+        high: end of the interval; None: no interval.
+        reference: position of the mark.
+    """
+    bounds = None
+    if low is not None and high is not None:
+        low, high = _clamp(low), _clamp(high)
+        bounds = (_percent(low), _percent(high - low))
+    return _block("interval_bar", _percent(_clamp(value)), bounds, _percent(_clamp(reference)))
 
 
 def _clamp(fraction: float) -> float:

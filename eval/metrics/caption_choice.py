@@ -62,7 +62,7 @@ def choose_captions(
     ranks = QueryRanks(above, tied, np.ones_like(above), gallery_size=max(num_captions))
     hits = ranks.hits_at(1)
     chance = float(np.mean(1 / np.asarray(num_captions)))
-    score = mean_score(hits, chance=chance)
+    score = mean_score(hits, chance=chance, are_hits=True)
     return CaptionChoiceResult({"caption_accuracy": score}, {"caption_accuracy": hits})
 
 
@@ -97,7 +97,7 @@ def choose_in_groups(
     )  # [groups, 3]
     chances = np.mean([_chances(len(indices)) for indices in groups], axis=0)
     scores = {
-        metric: mean_score(hits[:, column], chance=float(chances[column]))
+        metric: mean_score(hits[:, column], chance=float(chances[column]), are_hits=True)
         for column, metric in enumerate(GROUP_METRICS)
     }
     return CaptionChoiceResult(

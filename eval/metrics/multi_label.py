@@ -11,12 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import NO_INTERVAL, Bootstrap, Score, percentile_interval
+from eval.metrics.intervals import (
+    ROUNDING,
+    Bootstrap,
+    Interval,
+    Score,
+    no_interval,
+    percentile_interval,
+    score_without_interval,
+)
 from eval.metrics.ranked_relevance import ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import check_finite, cosine_scores
 
 CLASSES_AT_ONCE = 64
-MAX_MISSING = 0.01  # fraction of resamples that lack a class
+MIN_CLASS_ITEMS = 5  # fewest items of a class; one in a hundred resamples lacks a class of five
+MIN_LABELS = 20  # fewest items of all classes
+MAX_UNCHANGED = 0.0025  # fraction of resamples without a change, as if six items changed
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,9 @@ def classify_labels(
     chance = relevance_at_chance(num_items, gallery_size=len(is_of_class)).average_precision()
     found = np.full(is_of_class.shape[1], np.nan)
     found[present] = np.concatenate(precisions)
-    value = float(found[present].mean())
-    score = Score(value, None, None, float(chance.mean()), len(is_of_class), NO_INTERVAL)
+    score = score_without_interval(
+        found[present].mean(), chance.mean(), len(is_of_class), reason="biased"
+    )
     return MultiLabelResult({"mean_average_precision": score}, found)
 
 
@@ -94,7 +105,7 @@ def average_precisions(scores: np.ndarray, of_class: np.ndarray) -> np.ndarray:
 
 def difference_interval(
     first: np.ndarray, second: np.ndarray, of_class: np.ndarray, bootstrap: Bootstrap
-) -> tuple[float | None, float | None]:
+) -> Interval:
     """Computes the interval of the difference in mean average precision of two models.
 
     Unlike each model's value, the difference depends little on the number of items.
@@ -104,16 +115,18 @@ def difference_interval(
         second: [classes, Q] scores of the second model.
         of_class: bool [classes, Q]; every class has an item.
         bootstrap: number of resamples and seed.
-
-    Returns:
-        (low, high) of second - first. None twice if more than one in a hundred resamples lack a
-        class, which happens to classes of fewer than five items.
     """
+    sizes = of_class.sum(axis=1)
+    if sizes.min() < MIN_CLASS_ITEMS:
+        return no_interval(f"a class of fewer than {MIN_CLASS_ITEMS} items")
+    if sizes.sum() < MIN_LABELS:
+        return no_interval(f"fewer than {MIN_LABELS} labels")
     resampled = resampled_precisions(second, of_class, bootstrap)
     resampled -= resampled_precisions(first, of_class, bootstrap)
-    if np.isnan(resampled).mean(axis=1).max() > MAX_MISSING:
-        return None, None
-    return percentile_interval(np.nanmean(resampled, axis=0))
+    differences = np.nanmean(resampled, axis=0)
+    if (np.abs(differences) < ROUNDING).mean() > MAX_UNCHANGED:
+        return no_interval("few items changed")
+    return percentile_interval(differences, num_items=sizes.sum(), num_classes=len(sizes))
 
 
 def resampled_precisions(

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.metrics.answer_counts import TILE, count_irrelevant
-from eval.metrics.intervals import NO_INTERVAL, Score, mean_interval, mean_score
+from eval.metrics.intervals import Score, mean_interval, mean_score, score_without_interval
 from eval.metrics.ranked_relevance import RankedRelevance, ranked_relevance, relevance_at_chance
 from eval.metrics.ranking import QueryRanks, check_finite, median_rank_at_chance
 from eval.metrics.relevance import Relevance, relevance_of_owners
@@ -80,6 +80,7 @@ def retrieve(
                 values,
                 chance=float(chances[name].mean()),
                 clusters=of_queries,
+                are_hits=name.startswith("recall@"),
             )
         scores |= _rank_scores(ranked.query_ranks(), chance.query_ranks(), direction=direction)
     ranks = [ranked.query_ranks() for ranked in both]
@@ -239,8 +240,8 @@ def _rank_scores(ranks: QueryRanks, chance: QueryRanks, *, direction: str) -> di
         "mean_rank": (first_ranks.mean(), chance.first_ranks().mean()),
     }
     return {
-        f"{direction}_{name}": Score(
-            float(value), None, None, float(at_chance), len(first_ranks), NO_INTERVAL
+        f"{direction}_{name}": score_without_interval(
+            value, at_chance, len(first_ranks), reason="of ranks"
         )
         for name, (value, at_chance) in values.items()
     }

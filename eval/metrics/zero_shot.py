@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from eval.metrics.intervals import (
-    NO_INTERVAL,
     Score,
     class_mean_interval,
-    wilson_interval,
+    mean_score,
+    score_without_interval,
 )
 from eval.metrics.ranking import QueryRanks, chance_ranks, check_finite, cosine_scores
 
@@ -89,8 +89,11 @@ def classification_result(
     chance = chance_ranks(np.ones_like(targets), gallery_size=num_classes)
     hits = ranks.hits_at(1)
     scores = {
-        "top_1_accuracy": _accuracy(hits, chance.hits_at(1)),
-        "top_5_accuracy": _accuracy(ranks.hits_at(5), chance.hits_at(5)),
+        f"top_{k}_accuracy": mean_score(
+            ranks.hits_at(k), chance=float(chance.hits_at(k).mean()), are_hits=True
+        )
+        for k in (1, 5)
+    } | {
         "mean_per_class_recall": _mean_per_class_recall(hits, targets, chance=1 / num_classes),
         "macro_f1": _macro_f1(confusion),
     }
@@ -173,11 +176,6 @@ def class_recalls(hits: np.ndarray, targets: np.ndarray, *, num_classes: int) ->
     return np.divide(num_hits, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
 
 
-def _accuracy(hits: np.ndarray, chance_hits: np.ndarray) -> Score:
-    low, high = wilson_interval(float(hits.sum()), len(hits))
-    return Score(float(hits.mean()), low, high, float(chance_hits.mean()), len(hits), "Wilson")
-
-
 def _mean_per_class_recall(hits: np.ndarray, targets: np.ndarray, *, chance: float) -> Score:
     """Averages over the classes with items (scikit-learn's balanced accuracy)."""
     present, positions = np.unique(targets, return_inverse=True)
@@ -213,7 +211,7 @@ def _macro_f1(confusion: np.ndarray) -> Score:
     sizes = confusion.sum(axis=1)
     precisions = sizes[sizes > 0] / num_items
     chance = (2 * precisions / (1 + precisions * num_classes)).mean()
-    return Score(float(macro_f1(confusion)), None, None, float(chance), num_items, NO_INTERVAL)
+    return score_without_interval(macro_f1(confusion), chance, num_items, reason="biased")
 
 
 def _group_accuracies(hits: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
@@ -232,5 +230,6 @@ def _worst_group_accuracy(
     by_group = _group_accuracies(hits, groups)
     sizes = Counter(groups)
     worst = min(by_group, key=lambda group: (by_group[group], sizes[group], group))
-    chance = float(chance_hits.mean())
-    return Score(by_group[worst], None, None, chance, sizes[worst], f"{NO_INTERVAL}, of {worst}")
+    return score_without_interval(
+        by_group[worst], chance_hits.mean(), sizes[worst], reason=f"lowest group, {worst}"
+    )

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.errors import InputError
-from eval.metrics.intervals import Score
+from eval.metrics.intervals import (
+    Score,
+    class_mean_interval,
+    score_without_interval,
+    trials_of_interval,
+)
 
 if TYPE_CHECKING:
     from eval.tasks.task import EvaluationSection, Outcome
@@ -38,7 +43,8 @@ def averages_of(
 ) -> dict[str, Score]:
     """Computes the mean main metric over all evaluations, and over the members of each average.
 
-    The intervals treat evaluations as independent: their half-widths add in quadrature.
+    The intervals treat evaluations as independent, like classes of as many items as they have in
+    effect.
 
     Args:
         outcomes: outcomes of the evaluations.
@@ -55,17 +61,20 @@ def averages_of(
             continue
         for name in (ALL, *section.averages):
             members.setdefault(name, []).append(outcome.result.scores[metric])
-    return {name: _mean(scores) for name, scores in members.items() if len(scores) > 1}
+    return {name: mean_of_scores(scores) for name, scores in members.items() if len(scores) > 1}
 
 
-def _mean(scores: Sequence[Score]) -> Score:
+def mean_of_scores(scores: Sequence[Score]) -> Score:
+    """Averages the scores of independent evaluations; see `averages_of`."""
     value, chance = (
         float(np.mean([getattr(s, key) for s in scores])) for key in ("value", "chance")
     )
     if any(s.low is None or s.high is None for s in scores):
-        return Score(value, None, None, chance, len(scores), "none: a part has no interval")
-    below = np.linalg.norm([s.value - s.low for s in scores]) / len(scores)
-    above = np.linalg.norm([s.high - s.value for s in scores]) / len(scores)
-    return Score(
-        value, value - float(below), value + float(above), chance, len(scores), "of its parts"
+        return score_without_interval(
+            value, chance, len(scores), reason="an evaluation has no interval"
+        )
+    low, high, method = class_mean_interval(
+        np.array([score.value for score in scores]),
+        class_sizes=np.array([trials_of_interval(s.value, s.low, s.high) for s in scores]),
     )
+    return Score(value, low, high, chance, len(scores), method)

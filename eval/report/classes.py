@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from data_prep.report.html import columns, heading, interval_bar, table
 from eval.datasets.datasets import EvaluationSet
-from eval.metrics.intervals import wilson_interval
+from eval.metrics.intervals import hits_interval
 from eval.report.charts import confusion_chart
 from eval.report.gallery import MediaViews, card, cards, shown_queries
 
@@ -75,8 +75,8 @@ def _class_table(result: ClassificationResult, class_labels: Sequence[str]) -> M
 
 
 def _recall_bar(recall: float, num_items: int, num_classes: int) -> Markup:
-    """Draws the recall of a class with its Wilson interval and chance level."""
-    low, high = wilson_interval(recall * num_items, num_items)
+    """Draws the recall of a class with its interval, if it has one, and chance level."""
+    low, high, _ = hits_interval(recall * num_items, num_items)
     return interval_bar(recall, low=low, high=high, reference=1 / num_classes)
 
 

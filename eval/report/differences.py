@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 
 from data_prep.errors import InputError
-from eval.metrics.intervals import Bootstrap, paired_interval
+from eval.metrics.intervals import Bootstrap, Interval, no_interval, paired_interval
 from eval.report.predictions import find_predictions
 
 NUM_FLIPPED = 20  # samples listed by key
@@ -32,8 +32,9 @@ class Difference:
     baseline: float
     value: float
     difference: float  # value - baseline
-    low: float | None  # 95 % interval of the difference; None: it has no honest interval
+    low: float | None  # 95 % interval of the difference; None: no interval can be trusted
     high: float | None
+    interval: str  # method of the interval; "none: " and the reason if there is none
     num_queries: int
     num_better: int  # number of queries that are better than in the baseline
     num_worse: int
@@ -99,9 +100,12 @@ class ResultPair:
         for column, metric in metric_of_column.items():
             values = (np.array(first[column]), np.array(second[column]))
             is_rank = column == "rank"
-            interval = (None, None)  # a mean of ranks depends on a few large ones
-            if not is_rank:
-                interval = paired_interval(values[1] - values[0], clusters=clusters)
+            # A mean of ranks depends on a few large ones.
+            interval = (
+                no_interval("of ranks")
+                if is_rank
+                else paired_interval(values[1] - values[0], clusters=clusters)
+            )
             yield self.difference(
                 metric, values=values, interval=interval, keys=keys, is_rank=is_rank
             )
@@ -130,7 +134,7 @@ class ResultPair:
         metric: str,
         *,
         values: tuple[np.ndarray, np.ndarray],
-        interval: tuple[float | None, float | None],
+        interval: Interval,
         keys: Sequence[str],
         is_rank: bool = False,
     ) -> Difference:
@@ -139,7 +143,7 @@ class ResultPair:
         Args:
             metric: name of the metric.
             values: [queries] values of the baseline, and of the other result.
-            interval: 95 % interval of the difference; None twice if it has none.
+            interval: 95 % interval of the difference.
             keys: [queries] key of each query's sample.
             is_rank: whether lower values are better.
         """
@@ -154,6 +158,7 @@ class ResultPair:
             difference=float(gains.mean()),
             low=interval[0],
             high=interval[1],
+            interval=interval[2],
             num_queries=len(gains),
             num_better=int(better.sum()),
             num_worse=int(worse.sum()),

@@ -85,9 +85,7 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
 
 
 def _bar(score: Score) -> Markup:
-    """Draws a fraction; without an interval, the dark line has no length."""
-    low, high = (score.value if end is None else end for end in (score.low, score.high))
-    return interval_bar(score.value, low=low, high=high, reference=score.chance)
+    return interval_bar(score.value, low=score.low, high=score.high, reference=score.chance)
 
 
 def _num_queries(task: Task, outcomes: Sequence[Outcome]) -> int:

@@ -147,7 +147,7 @@ def is_rank(metric: str) -> bool:
 def score_cells(metric: str, score: Score) -> tuple[str, str, str, str]:
     """Formats (value, interval, chance, number of queries) of a metric."""
     show = _rank_text if is_rank(metric) else _percent_text
-    interval = "-"
+    interval = score.interval  # the reason if there is none
     if score.low is not None and score.high is not None:
         interval = f"{show(score.low)} to {show(score.high)}"
     return show(score.value), interval, show(score.chance), str(score.num_queries)

@@ -1,6 +1,7 @@
 """Comparison of two models that embed pictures differently and sounds alike."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from torch.nn.functional import normalize
 
 from data_prep.command import run_command
 from data_prep.errors import InputError
-from eval.compare import dry_run, run
+from eval.compare import comparison_table, dry_run, run
 from eval.comparison import compare
 from eval.config import CompareConfig
 from eval.metrics.intervals import Bootstrap
+from eval.report.differences import Difference
 from tests.eval.test_evaluate import config_path, evaluate  # noqa: F401  a fixture
 from tests.support.toy_evaluation import ToyModel, load_toy_model
 
@@ -86,7 +88,8 @@ def test_differences_are_those_of_the_metrics_with_paired_intervals(results):
     wrong = [n for n in range(12) if n % 5 % 2 == 0 and n % 3]
     assert colors.num_worse == len(wrong)
     assert colors.worse == [f"{n:04d}" for n in wrong]
-    assert (colors.is_clear, colors.num_better) == (True, 0)
+    assert (colors.num_better, colors.is_clear) == (0, False)  # 12 items are too few
+    assert (colors.low, colors.interval) == (None, "none: fewer than 30 items")
     backwards = compare(worse, good, bootstrap=Bootstrap(400))
     assert [each.difference for each in backwards] == [-each.difference for each in found]
     assert [each.num_better for each in backwards] == [each.num_worse for each in found]
@@ -102,8 +105,21 @@ def test_paired_intervals_separate_models_whose_own_intervals_overlap():
     clusters = np.arange(2000)
     intervals = [mean_interval([(hits, clusters)])[:2] for hits in (first, second)]
     assert intervals[0][0] < intervals[1][1]
-    _, high = paired_interval(second - first, clusters=clusters)
+    _, high, _ = paired_interval(second - first, clusters=clusters)
     assert high < 0
+
+
+def test_the_table_marks_clear_differences_and_says_why_an_interval_is_missing():
+    baseline = ("good", 0.5, 0.4, -0.1)
+    clear, unknown = (
+        Difference("colors", *baseline, *interval, 100, 0, 10, [], ["a"])
+        for interval in ((-0.17, -0.05, "Tango"), (None, None, "none: fewer than 6 items changed"))
+    )
+    assert (clear.is_clear, unknown.is_clear) == (True, False)
+    table = comparison_table(Path("a"), Path("b"), [clear, unknown])
+    assert table.startswith("b compared with a: 1 of 2 metrics differ (*)\n")
+    assert "| -0.1 *     | -0.17 to -0.05 " in table
+    assert "| -0.1       | none: fewer than 6 items changed |" in table
 
 
 def compare_command(*arguments):

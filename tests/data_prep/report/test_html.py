@@ -84,6 +84,16 @@ def test_interval_bar_stays_inside_its_frame(value, low, high, expected):
         assert number in html
 
 
+def test_interval_bar_without_an_interval_has_no_line():
+    with_line, without = (
+        interval_bar(0.5, low=low, high=high, reference=0.1)
+        for low, high in ((0.5, 0.5), (None, None))
+    )
+    line = '<i class="interval" style="left:50.00%;width:0.00%"></i>'
+    assert line in with_line
+    assert with_line.replace(line, "") == without
+
+
 def test_a_package_extends_the_frame_with_templates_of_its_own(tmp_path, monkeypatch):
     templates = tmp_path / "toy_package/templates"
     templates.mkdir(parents=True)

@@ -4,7 +4,8 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn.functional import normalize
 
-from eval.metrics.multi_label import classify_labels
+from eval.metrics.intervals import Bootstrap
+from eval.metrics.multi_label import average_precisions, classify_labels, difference_interval
 
 
 def embeddings(num_items, num_classes, *, width=8, seed=0):
@@ -31,7 +32,7 @@ def test_average_precisions_are_scikit_learns_and_absent_classes_do_not_count():
     assert np.isnan(result.average_precisions[[3, 40]]).all()
     score = result.scores["mean_average_precision"]
     assert score.value == pytest.approx(np.mean(expected), rel=1e-6)
-    assert (score.low, score.high, score.interval) == (None, None, "none")
+    assert (score.low, score.high, score.interval) == (None, None, "none: biased")
     assert score.num_queries == 200
 
 
@@ -47,3 +48,24 @@ def test_a_model_that_knows_nothing_scores_chance():
         for _ in range(300)
     ]
     assert score.chance == pytest.approx(np.mean(drawn), abs=0.01)
+
+
+def test_differences_of_precisions_have_no_interval_for_few_labels_or_changes():
+    generator = np.random.default_rng(0)
+    of_class = np.arange(200) % 10 < 2  # 40 items
+    first, second = generator.normal(size=(2, 1, 200)).astype(np.float32) + of_class
+    low, high, method = difference_interval(first, second, of_class[None], Bootstrap(100))
+    difference = average_precisions(second, of_class[None]) - average_precisions(
+        first, of_class[None]
+    )
+    assert low < difference[0] < high
+    assert method == "expanded bootstrap percentiles"
+    for num_items, reason in ((4, "a class of fewer than 5 items"), (19, "fewer than 20 labels")):
+        few = np.arange(200) < num_items
+        found = difference_interval(first, second, few[None], Bootstrap(100))
+        assert found == (None, None, f"none: {reason}")
+    changed = first.copy()
+    changed[0, 0] += 10  # one item rises to the top
+    for other in (first, changed):
+        found = difference_interval(first, other, of_class[None], Bootstrap(400))
+        assert found == (None, None, "none: few items changed")
