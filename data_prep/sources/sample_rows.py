@@ -68,10 +68,10 @@ class SampleRows:
         columns = self.source.columns
         pair = Pair(row=row, media="", caption="")
         try:
-            uid = _text(cell(columns.uid), "uid") if columns.uid else None
-            class_name = (
-                _text(cell(columns.class_name), "class_name") if columns.class_name else None
-            )
+            # Files and members have default keys, as those of pairs.
+            defaults = (None, None) if modalities is None else ("uid", "class_name")
+            keys = (columns.uid or defaults[0], columns.class_name or defaults[1])
+            uid, class_name = (_text(cell(key), key) if key else None for key in keys)
             parts.labels.update(self._labels(cell))
             kept = {name: cell(name) for name in self.source.keep_columns}
             pair = replace(
@@ -87,6 +87,7 @@ class SampleRows:
                     found_marks.append(f"bad_{name}")
         except BadItemError as error:
             failed = getattr(error, "modality", None)
+            failed = failed if failed in self.columns else None  # for example the uid
             return replace(
                 pair, kept=None, reason=error.reason, detail=error.detail, modality=failed
             )

@@ -197,6 +197,22 @@ def test_a_dataset_of_samples_is_an_input_and_gives_the_same_shards(tmp_path):
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
 
 
+def test_uids_and_class_names_of_files_are_kept_when_shards_are_made_again(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        values = {"title": f"t {number}", "uid": f"u {number}", "class_name": "c", "ocr": "o"}
+        (tmp_path / f"in/{number}.json").write_text(json.dumps(values))
+    names = ("title", "ocr")
+    columns = {"named": {name: {"kind": "text", "column": name} for name in names}}
+    first = made(tmp_path, tmp_path / "in", columns=columns)
+    (tmp_path / "again").mkdir()
+    second = made(tmp_path / "again", first.folder, columns=columns)
+    for dataset in (first, second):
+        table = pyarrow.parquet.read_table(dataset.folder / "00000000.parquet").to_pylist()
+        assert [(row["uid"], row["class_name"]) for row in table] == [("u 0", "c"), ("u 1", "c")]
+    assert first.info.fingerprint == second.info.fingerprint
+
+
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_shards_do_not_depend_on_workers_or_parts(tmp_path, workers):
     folder = tmp_path / "in"
