@@ -71,6 +71,7 @@ from pretrain.training.assembly import (
 from pretrain.training.loop import Trainer
 from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
 from pretrain.training.plan import describe_plan
+from pretrain.warm_start.model_start import start_fingerprints
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -201,7 +202,7 @@ def dry_run(config: PretrainConfig) -> None:
         check_repeated_samples(config, loader)
         open_validation_sets(config, tokenizer, cache=loader.cache)
         model = build_training_model(sources, tokenizer, device=device)
-        start_lines = sources.warm_start.describe(sources.fingerprints())
+        start_lines = sources.warm_start.describe(start_fingerprints(config.model))
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),
