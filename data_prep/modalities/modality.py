@@ -18,10 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from data_prep.errors import InputError
-from data_prep.modalities.vectors import VectorShape
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Kind = Literal["image", "audio", "text", "vector"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,6 +38,22 @@ MAX_MODALITIES = 32  # bits of a presence mask
 RESERVED_NAMES = frozenset(
     {"captions", "class_name", "class_names", "uid", "labels", "json", "txt"}
 )
+
+
+@dataclass(frozen=True)
+class VectorShape:
+    """The shape that all vectors of a modality have."""
+
+    width: int  # number of columns
+    is_sequence: bool = False  # [time, width] with any length; otherwise [width]
+
+    @classmethod
+    def of(cls, vector: np.ndarray) -> VectorShape:
+        """Returns the shape of a vector, whose length in time is left open."""
+        return cls(vector.shape[-1], is_sequence=vector.ndim == 2)
+
+    def __str__(self) -> str:
+        return f"[time, {self.width}]" if self.is_sequence else f"[{self.width}]"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.modalities.modality import VectorShape
+
 MAX_WIDTH = 65_536
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -29,22 +31,6 @@ class VectorError(ValueError):
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class VectorShape:
-    """The shape that all vectors of a modality have."""
-
-    width: int  # number of columns
-    is_sequence: bool = False  # [time, width] with any length; otherwise [width]
-
-    @classmethod
-    def of(cls, vector: np.ndarray) -> VectorShape:
-        """Returns the shape of a vector, whose length in time is left open."""
-        return cls(vector.shape[-1], is_sequence=vector.ndim == 2)
-
-    def __str__(self) -> str:
-        return f"[time, {self.width}]" if self.is_sequence else f"[{self.width}]"
 
 
 def to_vector(values: Any, *, shape: VectorShape | None = None) -> np.ndarray:

@@ -15,14 +15,8 @@ from data_prep.config import AudioOptions, ImageOptions
 from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.media.preparation import prepare_media
-from data_prep.modalities.modality import Modalities
-from data_prep.modalities.vectors import (
-    VectorError,
-    VectorShape,
-    from_npy,
-    to_npy,
-    to_vector,
-)
+from data_prep.modalities.modality import Modalities, VectorShape
+from data_prep.modalities.vectors import VectorError, from_npy, to_npy, to_vector
 from data_prep.pipeline.media_reader import MediaReader
 from data_prep.shards.parquet import with_prefix
 from data_prep.shards.sample_contents import SampleContents

@@ -8,14 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.modalities.modality import Modalities, file_extension
-from data_prep.modalities.vectors import (
-    VectorError,
-    VectorShape,
-    VectorSums,
-    add_vectors,
-    from_npy,
-)
+from data_prep.modalities.modality import Modalities, VectorShape, file_extension
+from data_prep.modalities.vectors import VectorError, VectorSums, add_vectors, from_npy
 from data_prep.shards.sample import (
     CAPTION_KEYS,
     CorruptSampleError,

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.media.decode import MediaError
-from data_prep.modalities.modality import Modalities
-from data_prep.modalities.vectors import VectorError, VectorShape, from_npy
+from data_prep.modalities.modality import Modalities, VectorShape
+from data_prep.modalities.vectors import VectorError, from_npy
 from data_prep.shards.columns import CollectedType, KeptType, KeptTypes, schema_of
 from data_prep.shards.index import (
     ABSENT,

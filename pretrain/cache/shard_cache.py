@@ -30,7 +30,7 @@ from data_prep.storage.remote_file import join
 from pretrain.cache.eviction import NUM_BYTES_PER_GIGABYTE, CachedShards
 from pretrain.cache.files import make_folder, open_file, remove_folder
 from pretrain.cache.remote_shards import RemoteShards
-from pretrain.config import Cache
+from pretrain.settings.data import Cache
 
 DIGEST_DIGITS = 32
 STEP_BYTES = 8

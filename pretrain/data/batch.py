@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import StreamName
+from pretrain.settings.data import StreamName
 
 ON_CPU = ("lengths", "present")  # tensors that stay on the CPU
 ALIGNMENT = 64  # bytes, of every tensor in a shared buffer

@@ -13,7 +13,7 @@ from data_prep.shards.dataset import Dataset
 from data_prep.shards.subset import KeptSamples
 from data_prep.storage.remote_file import is_url
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import Loading
+from pretrain.settings.data import Loading
 
 
 def build_cache(loading: Loading) -> ShardCache | None:

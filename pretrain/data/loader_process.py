@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import RunError
-from pretrain.config import Loading, StreamName
 from pretrain.data.batch import StepBatch, StreamBuffers
 from pretrain.data.loader_threads import LoadRequest, StepMessage, serve
 from pretrain.data.step_loader import StepLoader
+from pretrain.settings.data import Loading, StreamName
 
 
 class LoaderProcess:

@@ -34,11 +34,11 @@ from data_prep.errors import (
     RunError,
 )
 from pretrain.cache.node import Progress, fetching_ahead
-from pretrain.config import StreamName
 from pretrain.data.batch import BadSample, StreamBuffers, step_buffers, step_bytes
 from pretrain.data.step_loader import StepLoader
 from pretrain.data.stream_reader import FilledRows
 from pretrain.sampling.order import StepSamples
+from pretrain.settings.data import StreamName
 
 LARGEST_CHUNK = 32  # rows that a thread fills, and texts that are tokenised together
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl

@@ -15,10 +15,10 @@ import torch
 
 from data_prep.errors import RunError
 from pretrain.cache.node import fetching_ahead
-from pretrain.config import Loading
 from pretrain.data.batch import StepBatch
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.step_loader import StepLoader
+from pretrain.settings.data import Loading
 
 
 class LoadSteps(Protocol):

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.cache.node import NodeShare
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import StreamName
 from pretrain.data.batch import StepBatch, StreamBuffers, StreamLayout
 from pretrain.data.stream_reader import StreamReader
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.schedule import RunSchedule
+from pretrain.settings.data import StreamName
 
 
 class StepLoader:

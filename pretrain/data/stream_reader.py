@@ -12,7 +12,6 @@ import torch
 
 from data_prep.errors import InputError
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import Loading, Model, Source, Stream, StreamName
 from pretrain.data.batch import BadSample, StreamBuffers, StreamLayout
 from pretrain.data.datasets import open_samples
 from pretrain.data.sample_reader import DrawnSample, SampleReader
@@ -22,6 +21,8 @@ from pretrain.model.tokenizer import Tokenizer
 from pretrain.sampling.keyed_random import scramble
 from pretrain.sampling.order import StepSamples, source_key
 from pretrain.sampling.schedule import distinct_sources
+from pretrain.settings.data import Loading, Source, Stream, StreamName
+from pretrain.settings.model import Model
 
 # Samples are read, decoded and resized in small groups: one kind of work at a time keeps the
 # processor's caches warm, a tenth faster than taking each sample from its bytes to its row.
@@ -47,9 +48,10 @@ class StreamReader:
         name: the stream's name.
         sources: readers of its sources, as samples of a step number them.
         formats: format of each view.
+        objectives: name -> views that it reads.
 
     Raises:
-        InputError: if no source has the modality of a view.
+        InputError: if a source has the views of no objective, or no source has those of one.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StreamReader:
         *,
         sources: Sequence[SampleReader],
         formats: Mapping[str, ViewFormat],
+        objectives: Mapping[str, Sequence[str]],
     ) -> None:
         self.name = name
         self.sources = list(sources)
@@ -65,16 +68,7 @@ class StreamReader:
         keys = [source_key(name, each.source) for each in sources]
         self._source_keys = np.array(keys, dtype=np.uint64)
         self.texts = {view: each for view, each in formats.items() if isinstance(each, TextFormat)}
-        for view in formats:
-            if not any(view in each.formats for each in sources):
-                member = formats[view].view.member
-                found = ", ".join(
-                    f"{each.source} has {', '.join(each.dataset.modalities)}" for each in sources
-                )
-                raise InputError(
-                    f"streams.{name} reads the view {view!r}: expected a source with the modality "
-                    f"{member!r}, found none ({found})"
-                )
+        self._refuse_useless(objectives)
         self.layout = StreamLayout(
             {
                 view: replace(
@@ -84,6 +78,27 @@ class StreamReader:
                 for view, each in formats.items()
             }
         )
+
+    def _refuse_useless(self, objectives: Mapping[str, Sequence[str]]) -> None:
+        """Refuses sources that no objective can use, and objectives that no source serves."""
+        read = ", ".join(f"{name} reads {' and '.join(v)}" for name, v in objectives.items())
+        for source in self.sources:
+            if not any(set(views) <= set(source.formats) for views in objectives.values()):
+                raise InputError(
+                    f"source {source.source!r}: expected the views of an objective of streams."
+                    f"{self.name} ({read}), found {', '.join(source.dataset.modalities)} in "
+                    f"{source.dataset.folder}"
+                )
+        for objective, views in objectives.items():
+            if not any(set(views) <= set(source.formats) for source in self.sources):
+                found = ", ".join(
+                    f"{each.source} has {', '.join(each.dataset.modalities)}"
+                    for each in self.sources
+                )
+                raise InputError(
+                    f"streams.{self.name}.objectives.{objective} reads {' and '.join(views)}: "
+                    f"expected a source with both, found none ({found})"
+                )
 
     @property
     def is_slow(self) -> bool:
@@ -216,7 +231,8 @@ def open_readers(
             )
             for source in distinct_sources(stream)
         ]
-        readers[name] = StreamReader(name, sources=sources, formats=formats)
+        objectives = {each: section.views(each) for each, section in stream.objectives.items()}
+        readers[name] = StreamReader(name, sources=sources, formats=formats, objectives=objectives)
     return readers
 
 

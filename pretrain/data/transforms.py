@@ -24,13 +24,9 @@ from data_prep.media.decode import (
     decode_image,
     jpeg_size,
 )
-from pretrain.config import (
-    AudioTransform,
-    ColorJitter,
-    ImageTransform,
-    Model,
-)
 from pretrain.sampling.keyed_random import SampleRandom
+from pretrain.settings.model import Model
+from pretrain.settings.transforms import AudioTransform, ColorJitter, ImageTransform
 
 # Of longer images, only the centre is resized: the crop keeps no more, and a picture one pixel high
 # would otherwise grow without bound.

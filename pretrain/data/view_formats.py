@@ -20,12 +20,12 @@ from data_prep.errors import InputError
 from data_prep.media.decode import MediaError
 from data_prep.modalities.modality import Kind, Modality
 from data_prep.shards.sample_contents import SampleContents
-from pretrain.config import Model, VectorModality
 from pretrain.data.batch import ViewBatch, ViewLayout
 from pretrain.data.transforms import MediaTransform
 from pretrain.model.tokenizer import Tokenizer, token_keys
 from pretrain.sampling.keyed_random import SampleRandom
-from pretrain.views import View
+from pretrain.settings.model import Model, VectorModality
+from pretrain.settings.views import View
 
 
 class ViewFormat(Protocol):

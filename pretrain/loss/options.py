@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from pretrain.config import LARGEST_LOGIT_SCALE
+from pretrain.settings.model import LARGEST_LOGIT_SCALE
 
 Mode = Literal["strip1", "strip2"]  # see two_passes
 Kind = Literal["softmax", "sigmoid"]

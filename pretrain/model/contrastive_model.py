@@ -13,15 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_prep.errors import InputError
-from pretrain.config import (
-    AudioTransform,
-    ImageTransform,
-    MediaTower,
-    Model,
-    StreamName,
-    TextTower,
-    VectorTower,
-)
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.log_mel import LogMelSpectrogram
@@ -37,8 +28,11 @@ from pretrain.model.towers import (
     save_tower_config,
 )
 from pretrain.model.vector_inputs import StandardizedVectors, build_backbone_of_vectors
+from pretrain.settings.data import StreamName
+from pretrain.settings.model import MediaTower, Model, TextTower, VectorTower
+from pretrain.settings.transforms import AudioTransform, ImageTransform
+from pretrain.settings.views import View, view_of_features
 from pretrain.towers.projection import build_projection
-from pretrain.views import View, view_of_features
 
 
 class StepFeatures(NamedTuple):
@@ -257,7 +251,7 @@ class ContrastiveModel(nn.Module):
         """Encodes a view to L2-normalised embeddings [B, D].
 
         Args:
-            view: a modality, such as "image", or a view of it (see pretrain.views).
+            view: a modality, such as "image", or a view of it (see pretrain.settings.views).
             inputs: tensors of its kind. Images: uint8 [B, 3, H, Wd]. Clips: float32 [B, samples],
                 and in training SpecAugment's masks, int32 [B, masks, 2]. Tokens: int64 [B, L].
                 Vectors: float32 [B, width], or [B, time, width] and their lengths, int64 [B].

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.config import AudioTransform, LogMel
+from pretrain.settings.transforms import AudioTransform, LogMel
 
 # 10 log10 of this is -100 dB, the level of silence.
 SMALLEST_POWER = 1e-10

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from data_prep.errors import InputError
-from pretrain.config import MediaKind, MediaTower, TextTower
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.settings.model import MediaKind, MediaTower, TextTower
 
 # open_clip's text transformer, with sizes from `options` instead of a named model.
 FROM_SCRATCH_TEXT = "TextTransformer"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.storage.atomic import sha256_of
-from pretrain.config import MediaTower, Model, TextTower, VectorTower
 from pretrain.hub import parse_hub_name
+from pretrain.settings.model import MediaTower, Model, TextTower, VectorTower
 
 SourceFiles = dict[str, list[Path]]  # config key -> files, none if they are not found
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import Model, TextTower
 from pretrain.hub import TOKENIZER_FILES_OF_HUB, local_folder
 from pretrain.model.library_errors import describe_library_error
 from pretrain.sampling.keyed_random import scramble
+from pretrain.settings.model import Model, TextTower
 from pretrain.towers.caption_cleaning import NO_CLEANING, CaptionCleaning, caption_cleaning
 from pretrain.towers.small_text import WORD_VECTORS
 from pretrain.towers.word_vectors import read_word_vectors, word_tokenizer

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.errors import InputError
-from pretrain.config import MediaKind, MediaTower, TextTower, TowerSection
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
 from pretrain.model.library_errors import describe_library_error
 from pretrain.model.open_clip_backbone import (
@@ -34,6 +33,7 @@ from pretrain.model.transformers_backbone import (
     build_transformers_media,
     build_transformers_text,
 )
+from pretrain.settings.model import MediaKind, MediaTower, TextTower, TowerSection
 from pretrain.towers.attention_dropout import zero_attention_dropout
 from pretrain.towers.frozen_statistics import freeze_batch_norms, has_frozen_statistics
 from pretrain.towers.small_text import build_small_text, save_sizes

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import MediaKind, MediaTower, TextTower
 from pretrain.hub import local_folder, parse_hub_name
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.settings.model import MediaKind, MediaTower, TextTower
 from pretrain.towers.attention_dropout import attention_rates, turn_off_attention_dropout
 from pretrain.towers.model_classes import (
     TowerClass,

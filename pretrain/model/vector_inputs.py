@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from pretrain.config import Model, VectorTower
+from pretrain.settings.model import Model, VectorTower
 from pretrain.towers.vector_towers import build_vector_backbone
 
 if TYPE_CHECKING:

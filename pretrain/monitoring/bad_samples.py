@@ -7,11 +7,11 @@ from collections import Counter
 import torch
 
 from data_prep.errors import RunError
-from pretrain.config import Loading
 from pretrain.data.batch import BadSample, StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import gather_objects, on_main_process, sum_over_ranks
 from pretrain.run.folder import RunFolder
+from pretrain.settings.data import Loading
 
 # Tag of a run with substituted shards: its result depends on the state of the storage.
 BAD_SHARD_TAG = "substituted_shards"

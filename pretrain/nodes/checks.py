@@ -23,8 +23,8 @@ from pretrain.nodes.bandwidth import Bandwidth, measure_bandwidth, measure_nodes
 from pretrain.nodes.diagnosis import NodeFacts, Problem
 from pretrain.nodes.facts import MachineFacts, gather_facts, wait_for_file
 from pretrain.nodes.rendezvous import Rendezvous
-from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import machine_name
+from pretrain.settings.preflight import Preflight
 
 PROBE_FILE = ".preflight"  # written by rank 0 to test that all nodes share the run folder
 

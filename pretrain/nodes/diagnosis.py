@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from pretrain.nodes.bandwidth import Bandwidth
 from pretrain.nodes.facts import MachineFacts
-from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import restarts_of_job
+from pretrain.settings.preflight import Preflight
 
 NODES_FOR_A_MEDIAN = 3  # with fewer nodes, the median does not show which one is slow
 REQUEUE = "requeue"  # answer to the batch script instead of srun options

@@ -24,8 +24,8 @@ from data_prep.shards.manifest import (
 )
 from data_prep.storage.remote_file import join, local_path, open_binary, read_bytes, size_of
 from data_prep.versions import package_version
-from pretrain.preflight_config import Preflight
 from pretrain.run.attempts import machine_name
+from pretrain.settings.preflight import Preflight
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "open_clip_torch", "numpy")
 READ_BYTES = 1 << 20  # bytes per read

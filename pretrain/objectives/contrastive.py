@@ -16,7 +16,7 @@ from pretrain.objectives.objective import (
     ObjectiveLoss,
     ObjectiveSection,
 )
-from pretrain.views import ViewName
+from pretrain.settings.views import ViewName
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 An objective is one module of this folder with two classes, its config section and the objective:
 
-    ObjectiveSection     settings, under `streams.*.objectives` in the config (objective_config)
+    ObjectiveSection     settings, under `streams.*.objectives` in the config (settings.objectives)
     Objective            the views that it reads, its loss over the global batch, its metrics
 
 The trainer only calls these methods and mentions no objective by name, so a new one needs nothing
@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from pretrain.objective_config import ObjectiveSection, import_objectives
-from pretrain.views import own_features
+from pretrain.settings.objectives import ObjectiveSection, import_objectives
+from pretrain.settings.views import own_features
 
 if TYPE_CHECKING:
     import torch

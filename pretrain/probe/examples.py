@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pretrain.config import AudioTransform, ImageTransform
 from pretrain.model.caption_trimming import TOKENS_MULTIPLE
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.tokenizer import Tokenizer
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 
 NUM_SAMPLES = 3
 

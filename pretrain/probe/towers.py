@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import AudioTransform, ImageTransform
 from pretrain.model.activation_checkpointing import checkpoint_backbone
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.tokenizer import Tokenizer
@@ -39,6 +38,7 @@ from pretrain.probe.mixing import (
     refuse_mixing,
     trimmed,
 )
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from data_prep.config_file import differing_keys, fixed_values
 from data_prep.errors import ConfigError
 from data_prep.storage.sealed import DamagedFileError, check_types, read_sealed_json, warn_once
 from pretrain.checkpoints.store import CheckpointStore, open_store
-from pretrain.config import PretrainConfig, Stream, StreamName
+from pretrain.config import PretrainConfig
+from pretrain.settings.data import Stream, StreamName
 from pretrain.stored_config import CONFIG_FILE, read_config_of_run
 
 logger = logging.getLogger(__name__)

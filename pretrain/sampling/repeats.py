@@ -13,9 +13,9 @@ from itertools import pairwise
 import numpy as np
 
 from data_prep.errors import InputError
-from pretrain.config import Stream, StreamName
 from pretrain.sampling.order import StepSamples, StreamOrder
 from pretrain.sampling.schedule import RunSchedule
+from pretrain.settings.data import Stream, StreamName
 
 logger = logging.getLogger(__name__)
 

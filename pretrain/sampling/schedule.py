@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from pretrain.config import Source, Stream, StreamName
 from pretrain.sampling.mixing import StreamChoice
 from pretrain.sampling.order import (
     KeptOrdinals,
@@ -23,6 +22,7 @@ from pretrain.sampling.order import (
     digest_halves,
     source_key,
 )
+from pretrain.settings.data import Source, Stream, StreamName
 
 
 class SourceSamples(KeptOrdinals, Protocol):

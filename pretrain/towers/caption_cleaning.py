@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config import TextTower
+from pretrain.settings.model import TextTower
 
 
 @dataclass(frozen=True)

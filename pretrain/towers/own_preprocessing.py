@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import ConfigError, InputError
-from pretrain.config import AudioTransform, ImageTransform, MediaTower, Model
+from pretrain.settings.model import MediaTower, Model
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from pretrain.config import TextTower
+from pretrain.settings.model import TextTower
 from pretrain.towers.masked_gru import MaskedGru
 from pretrain.towers.pooling import pool_tokens
 from pretrain.towers.word_vectors import read_word_vectors

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pretrain.config import VectorTower
+from pretrain.settings.model import VectorTower
 from pretrain.towers.masked_gru import MaskedGru
 
 

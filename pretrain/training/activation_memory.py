@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data_prep.errors import InputError
-from pretrain.config import StreamName
 from pretrain.data.batch import StepBatch, StreamBuffers, StreamLayout
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
+from pretrain.settings.data import StreamName
 from pretrain.training.gradient_cache import split_into_micro_batches
 
 # Numbers of pairs that are measured. Not 1, because kernels may treat a single row differently.

@@ -17,7 +17,7 @@ from pretrain.checkpoint import files_to_rebuild
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Engine as EngineSection
-from pretrain.config import MediaTower, PretrainConfig, StreamName
+from pretrain.config import PretrainConfig
 from pretrain.data.datasets import build_cache
 from pretrain.data.first_samples import first_samples
 from pretrain.data.step_loader import StepLoader
@@ -42,6 +42,9 @@ from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.repeats import check_repeats
 from pretrain.sampling.schedule import build_schedule
+from pretrain.settings.data import StreamName
+from pretrain.settings.model import MediaTower
+from pretrain.settings.views import View
 from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.towers.own_preprocessing import refuse_other_preprocessing
 from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers
@@ -51,7 +54,6 @@ from pretrain.training.optimizer import ClampedAdamW, build_optimizer
 from pretrain.training.session import RunSession
 from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets
-from pretrain.views import View
 from pretrain.warm_start.model_start import start_key, start_model, starts_of
 from pretrain.warm_start.needs import refuse_unfetched
 from pretrain.warm_start.source import folder_of

@@ -17,19 +17,15 @@ from data_prep.config_file import read_stored_config
 from data_prep.errors import InputError
 from pretrain.checkpoint import find_checkpoint, load_model
 from pretrain.checkpoints.record import read_record
-from pretrain.config import (
-    AudioTransform,
-    ImageTransform,
-    PretrainConfig,
-    Stream,
-    StreamName,
-)
+from pretrain.config import PretrainConfig
 from pretrain.distributed.collectives import on_main_process
 from pretrain.loss.options import Teacher
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs, StreamInputs
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.probe.towers import ProbeSettings, probe_model
-from pretrain.views import View
+from pretrain.settings.data import Stream, StreamName
+from pretrain.settings.transforms import AudioTransform, ImageTransform
+from pretrain.settings.views import View
 
 SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.config import StreamName
 from pretrain.data.batch import StepBatch, StreamBatch, ViewBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.caption_trimming import trimmed_length
@@ -30,6 +29,7 @@ from pretrain.model.contrastive_model import (
 )
 from pretrain.model.sample_dropout import DropKeys
 from pretrain.monitoring.timing import PhaseTimer
+from pretrain.settings.data import StreamName
 from pretrain.training.step_loss import (
     BegunObjectives,
     StepObjectiveLosses,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pretrain.config import Loading, Optimizer, Run, Schedule, Validation, Watch
+from pretrain.config import Optimizer, Run, Schedule, Validation, Watch
 from pretrain.data.batch import StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import is_lost_peer_error, on_main_process, set_timeout
@@ -21,6 +21,7 @@ from pretrain.monitoring.non_finite import dump_step
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.run.attempts import DivergedError, read_metrics
 from pretrain.run.requests import Request
+from pretrain.settings.data import Loading
 from pretrain.training.metrics import SkippedStep, StepOutcome, StepReporter, digest_of_step
 from pretrain.training.optimizer import learning_rate_at
 from pretrain.training.session import RunSession

@@ -8,11 +8,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from pretrain.config import Engine, StreamName
+from pretrain.config import Engine
 from pretrain.data.batch import StreamLayout, step_bytes
 from pretrain.distributed.deepspeed_config import read_deepspeed_file
 from pretrain.loss.logit_tiles import TILE_SHAPES
 from pretrain.loss.two_passes import GATHERED_BYTES
+from pretrain.settings.data import StreamName
 
 FLOAT_BYTES = 4  # parameters, gradients, moments and features are fp32
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's default

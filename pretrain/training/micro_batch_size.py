@@ -20,10 +20,11 @@ from typing import Literal
 import torch
 
 from data_prep.errors import InputError
-from pretrain.config import Engine, PretrainConfig, StreamName
+from pretrain.config import Engine, PretrainConfig
 from pretrain.data.batch import StreamLayout
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
+from pretrain.settings.data import StreamName
 from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
 from pretrain.training.memory_budget import (
     bytes_without_graph,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pretrain.config import StreamName
 from pretrain.data.batch import StepBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.monitoring.timing import PhaseTimer
+from pretrain.settings.data import StreamName
 from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.gradient_cache import (
     StepTerms,

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from pretrain.config import StreamName
 from pretrain.data.batch import step_bytes
 from pretrain.data.sample_reader import SampleReader
 from pretrain.data.step_loader import StepLoader
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.sampling.order import lanes_of_rank
+from pretrain.settings.data import StreamName
 from pretrain.training.micro_batch_size import (
     StepSizes,
     estimate_for_plan,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pretrain.config import Precision, Stream, StreamName
+from pretrain.config import Precision
 from pretrain.data.batch import StepBatch
 from pretrain.distributed.backward_scale import backward_scale
 from pretrain.loss.options import Mode, Teacher
@@ -23,6 +23,7 @@ from pretrain.objectives.objective import (
     objective_types,
 )
 from pretrain.sampling.order import pairs_of_ranks
+from pretrain.settings.data import Stream, StreamName
 from pretrain.training.step import NonFiniteLossError
 
 # "<stream>/<objective>" -> teacher features of the stream's samples on this rank

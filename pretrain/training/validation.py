@@ -13,7 +13,7 @@ from data_prep.media.decode import MediaError
 from data_prep.shards.sample import CorruptSampleError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.config import Engine as EngineSection
-from pretrain.config import Model, Stream, StreamName, Validation
+from pretrain.config import Validation
 from pretrain.data.datasets import open_samples
 from pretrain.data.sample_reader import SampleReader
 from pretrain.data.transforms import MediaTransform
@@ -30,6 +30,8 @@ from pretrain.objectives.objective import (
     Temperature,
     objective_types,
 )
+from pretrain.settings.data import Stream, StreamName
+from pretrain.settings.model import Model
 from pretrain.training.step_loss import feature_type, rows_with_all
 
 

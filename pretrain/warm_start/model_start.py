@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.storage.atomic import write_atomically
-from pretrain.config import Model
 from pretrain.model.contrastive_model import ContrastiveModel
-from pretrain.start_config import Start
+from pretrain.settings.model import Model
+from pretrain.settings.warm_start import Start
 from pretrain.warm_start.key_table import KeyTable
 from pretrain.warm_start.laion_clap import refuse_other_spectrogram
 from pretrain.warm_start.layouts import read_layout

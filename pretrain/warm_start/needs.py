@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pretrain.config import MediaTower, Model, TextTower, VectorTower
 from pretrain.hub import (
     CONFIG_FILES_OF_HUB,
     HUB_PREFIX,
@@ -18,6 +17,7 @@ from pretrain.hub import (
     model_of_tag,
     parse_hub_name,
 )
+from pretrain.settings.model import MediaTower, Model, TextTower, VectorTower
 
 
 @dataclass(frozen=True)

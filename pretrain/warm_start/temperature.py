@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import ConfigError
-from pretrain.config import LARGEST_LOGIT_SCALE
 from pretrain.model.contrastive_model import ContrastiveModel
-from pretrain.start_config import Start
+from pretrain.settings.model import LARGEST_LOGIT_SCALE
+from pretrain.settings.warm_start import Start
 
 # Names of the logarithm of the scale in sources that are not Isopair's, the first that exists.
 # CLAP has one for each direction; LAION's files hold the second at its first value.

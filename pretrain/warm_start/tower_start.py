@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_prep.errors import ConfigError, InputError
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.library_errors import describe_library_error
-from pretrain.start_config import Start
+from pretrain.settings.warm_start import Start
 from pretrain.warm_start.conversion import convert
 from pretrain.warm_start.key_table import SEPARATOR, KeyRow, Status, refuse_unnamed_keys
 from pretrain.warm_start.layouts import Layout

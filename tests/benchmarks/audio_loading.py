@@ -18,10 +18,10 @@ import numpy as np
 import soundfile
 import torch
 
-from pretrain.config import AudioTransform
 from pretrain.data.transforms import AudioToWaveform
 from pretrain.model.log_mel import LogMelSpectrogram
 from pretrain.sampling.keyed_random import SampleRandom, sample_random
+from pretrain.settings.transforms import AudioTransform
 from tests.support.training_rows import training_row
 
 CONFIG = AudioTransform()  # 10 s at 48 kHz, as LAION-CLAP

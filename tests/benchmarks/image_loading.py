@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from pretrain.config import CLIP_MEAN, CLIP_STD
+from pretrain.settings.transforms import CLIP_MEAN, CLIP_STD
 from tests.benchmarks.loading.peer_environment import peer_python
 from tests.benchmarks.loading.photo_shards import photo_dataset
 from tests.benchmarks.loading.process_tree import Cost, stream_cost

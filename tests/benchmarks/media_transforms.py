@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from data_prep.media.decode import decode_audio
-from pretrain.config import AudioTransform, ImageTransform
 from pretrain.data.transforms import AudioToWaveform, ImageToPixels
 from pretrain.sampling.keyed_random import SampleRandom, sample_random
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 from tests.support.training_rows import training_row
 
 PICTURES = ((256, 256, 95), (384, 512, 90), (768, 1024, 85))  # height, width, JPEG quality

@@ -61,7 +61,10 @@ def test_a_missing_config_file(command, config):
             "streams.image-text.global_batch_size=20 is not a multiple of lanes=8; use 16 or 24",
         ),
         ("streams.video-text={}", "streams.video-text"),
-        ("model.audio=null", "streams.audio-text needs a tower: set model.audio"),
+        (
+            "model.audio=null",
+            "reads 'audio': expected a modality of the model (image, text); set model.audio",
+        ),
         ("learning_rate", "'learning_rate': expected section.key=value"),
         ("model.logit_scale.initial=500", "expected 1 <= initial <= maximum, found 500 and 100"),
         ("audio.clip_seconds=0.01", "clip_seconds=0.01 are 40 samples, fewer than"),
@@ -113,7 +116,8 @@ def test_the_wrong_kind_of_media(command, config, tmp_path):
         f"streams.image-text.sources.0.dataset={tmp_path / 'data' / 'tones'}",
     )
     assert status == 1
-    assert "source 'colors': expected a dataset of image, found audio" in message
+    assert "source 'colors': expected the views of an objective of streams.image-text" in message
+    assert "(image-text reads image and text), found audio, text in " in message
 
 
 def test_a_class_named_in_no_list(command, tmp_path):

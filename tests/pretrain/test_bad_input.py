@@ -13,9 +13,10 @@ from data_prep.shards.index import (
     ShardIndex,
 )
 from data_prep.shards.writer import ShardWriter
-from pretrain.config import Loading, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.data.loaders import start_loader
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.settings.data import Loading
 from pretrain.training.assembly import open_step_loader
 from tests.support.bad_media import BAD_MEDIA, picture, sound
 from tests.support.toy_run import toy_config, write_toy_dataset

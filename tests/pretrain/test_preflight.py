@@ -13,7 +13,7 @@ from pretrain.distributed.launcher import hosts_of_slurm_ranks
 from pretrain.nodes.bandwidth import Bandwidth, node_pairs
 from pretrain.nodes.diagnosis import NodeFacts, Problem, answer_to_script, diagnose, table
 from pretrain.nodes.facts import MachineFacts, free_bytes_of, read_shards, wait_for_file
-from pretrain.preflight_config import Preflight
+from pretrain.settings.preflight import Preflight
 from tests.support.gloo_processes import ProcessGroup, run_in_processes
 from tests.support.toy_run import toy_config
 

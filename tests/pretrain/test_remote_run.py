@@ -16,10 +16,11 @@ from pretrain.cache.node import check_room
 from pretrain.checkpoint import load_model, newest_checkpoint, restore
 from pretrain.checkpoints.record import RunState
 from pretrain.checkpoints.store import open_store
-from pretrain.config import Loading, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.data.loaders import start_loader
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.run.attempts import read_metrics
+from pretrain.settings.data import Loading
 from pretrain.training.assembly import open_step_loader
 from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_object_store import CREDENTIALS, toy_object_store

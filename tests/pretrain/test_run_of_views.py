@@ -199,5 +199,7 @@ def test_a_view_that_no_source_has_is_refused(data, tmp_path):
         "right": "text",
     }
     config = PretrainConfig.model_validate(values)
-    with pytest.raises(InputError, match=r"reads the view 'text\.subtitle': expected a source"):
+    with pytest.raises(
+        InputError, match=r"objectives\.texts reads text\.subtitle and text: expected a source"
+    ):
         open_step_loader(config, build_text_tokenizer(config.model), rank=0, world_size=1)

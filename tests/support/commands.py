@@ -9,6 +9,7 @@ COMMANDS = (
     "data_prep.make_shards",
     "data_prep.make_subset",
     "data_prep.verify_shards",
+    "pretrain.fetch",
     "pretrain.preflight",
     "pretrain.requeue",
     "pretrain.status",

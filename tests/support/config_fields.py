@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 from data_prep.config_file import Section
-from pretrain.objective_config import ObjectiveSection
 from pretrain.objectives.objective import objective_types
+from pretrain.settings.objectives import ObjectiveSection
 
 
 def fields_of(section: type[Section], prefix: str = "") -> dict[str, Any]:

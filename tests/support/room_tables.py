@@ -23,7 +23,9 @@ ALLOWED_ROOMS = {
             *("errors", "config_file", "command", "config", "versions"),
             *("storage", "shards", "modalities", "media", "report", "dedup", "sources"),
         ),
-        "pretrain": ("config", "checkpoint", "checkpoints", "distributed", "model", "run"),
+        "pretrain": (
+            *("config", "settings", "checkpoint", "checkpoints", "distributed", "model", "run"),
+        ),
     },
 }
 ROOM_HEADER = "| room | content |\n|---|---|\n"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eval.metrics.ranked_relevance import ranked_relevance
-from pretrain.config import AudioTransform
 from pretrain.model.log_mel import LogMelSpectrogram
+from pretrain.settings.transforms import AudioTransform
 from tests.support.stored_oracles import KS, RATE_HZ, chirp, scores_and_right
 
 STORED = json.loads((Path(__file__).parent / "stored_oracles.json").read_text())

@@ -3,14 +3,8 @@ import io
 import numpy as np
 import pytest
 
-from data_prep.modalities.vectors import (
-    VectorError,
-    VectorShape,
-    VectorSums,
-    from_npy,
-    to_npy,
-    to_vector,
-)
+from data_prep.modalities.modality import VectorShape
+from data_prep.modalities.vectors import VectorError, VectorSums, from_npy, to_npy, to_vector
 
 
 def npy(array, **settings):

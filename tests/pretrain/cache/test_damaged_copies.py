@@ -21,8 +21,8 @@ from pretrain.cache.eviction import SCHEDULE_FILE, parse_schedule
 from pretrain.cache.files import bytes_of_part, new_part_name, remove, shard_of_part
 from pretrain.cache.remote_shards import RemoteShards
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import Cache
 from pretrain.data.datasets import open_samples
+from pretrain.settings.data import Cache
 from tests.support.damage import edits, outcomes_of, single_bit_flips, truncations
 from tests.support.shard_fetching import read_all
 from tests.support.toy_shards import write_toy_dataset

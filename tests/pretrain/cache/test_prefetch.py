@@ -13,9 +13,9 @@ from pretrain.cache.eviction import CachedShards
 from pretrain.cache.prefetch import ShardPrefetcher, check_cache
 from pretrain.cache.schedule import bytes_of_two_windows, shard_uses
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import Cache
 from pretrain.data.datasets import open_samples
 from pretrain.sampling.order import SourceOrder
+from pretrain.settings.data import Cache
 from tests.support.toy_object_store import toy_object_store
 from tests.support.toy_shards import write_toy_dataset
 

@@ -23,8 +23,8 @@ from pretrain.cache.eviction import NoRoomError
 from pretrain.cache.files import lock_path, locked
 from pretrain.cache.remote_shards import RemoteShards
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.config import Cache
 from pretrain.data.datasets import open_samples
+from pretrain.settings.data import Cache
 from tests.support.shard_fetching import (
     announce_fetches,
     open_and_read_all,

@@ -11,14 +11,15 @@ from data_prep.shards.index import (
 )
 from data_prep.shards.sample import BadShardError
 from data_prep.storage import retry
-from pretrain.config import ImageTransform, TextTower
 from pretrain.data.datasets import open_samples
 from pretrain.data.sample_reader import SampleReader
 from pretrain.data.transforms import ImageToPixels
 from pretrain.data.view_formats import MediaFormat, TextFormat
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.keyed_random import key_of, permute
-from pretrain.views import View
+from pretrain.settings.model import TextTower
+from pretrain.settings.transforms import ImageTransform
+from pretrain.settings.views import View
 from tests.support import toy_run
 from tests.support.toy_run import write_toy_dataset
 

@@ -21,12 +21,12 @@ from data_prep.media.decode import decode_image
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.sample import captions_of
 from data_prep.storage import retry
-from pretrain.config import Loading
 from pretrain.data.loader_process import LoaderProcess
 from pretrain.data.loaders import start_loader
 from pretrain.model.clip_tokenizer import ClipTokenizer
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.sampling.order import format_digest
+from pretrain.settings.data import Loading
 from pretrain.training.assembly import open_step_loader
 from tests.support.toy_run import COLORS, toy_config
 

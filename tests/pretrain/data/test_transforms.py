@@ -10,9 +10,9 @@ from torchvision.transforms.v2 import functional as colors
 
 from data_prep.media import decode
 from data_prep.media.decode import MediaError, decode_image
-from pretrain.config import AudioTransform, ImageTransform
 from pretrain.data.transforms import AudioToWaveform, ImageToPixels, _with_contrast
 from pretrain.sampling.keyed_random import sample_random
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 from tests.support.bad_media import saved, sound
 from tests.support.training_rows import training_row
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from transformers import ClapFeatureExtractor
 
-from pretrain.config import AudioTransform
 from pretrain.model.log_mel import LogMelSpectrogram, fill_masks
+from pretrain.settings.transforms import AudioTransform
 
 
 def spectrogram(waveform, **log_mel):

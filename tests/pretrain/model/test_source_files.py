@@ -12,9 +12,10 @@ from huggingface_hub import file_download
 from transformers import AutoConfig, AutoModel
 
 from data_prep.config_file import Section
-from pretrain.config import Model, PretrainConfig, TextTower
+from pretrain.config import PretrainConfig
 from pretrain.model.source_files import fingerprint_of_files, tokenizer_files, tower_files
-from pretrain.objective_config import ObjectiveSection
+from pretrain.settings.model import Model, TextTower
+from pretrain.settings.objectives import ObjectiveSection
 from tests.support.config_fields import objective_sections
 from tests.support.toy_towers import TINY_BERT, write_tiny_open_clip, write_word_tokenizer
 

@@ -2,10 +2,10 @@ import pytest
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from data_prep.errors import InputError
-from pretrain.config import MediaTower, TextTower
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import build_media_backbone, build_text_backbone
 from pretrain.model.transformers_backbone import refuse_unknown_options
+from pretrain.settings.model import MediaTower, TextTower
 from tests.support.toy_towers import TINY_BERT
 
 SIZES = {

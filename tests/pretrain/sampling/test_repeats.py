@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.config import Source, Stream
 from pretrain.sampling.repeats import check_repeats, measure_repeats, repeated_fraction
 from pretrain.sampling.schedule import build_schedule
+from pretrain.settings.data import Source, Stream
 
 
 class Shards:

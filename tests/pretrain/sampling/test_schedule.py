@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.config import Stream
 from pretrain.sampling.keyed_random import key_of
 from pretrain.sampling.mixing import StreamChoice
 from pretrain.sampling.order import digest_halves, format_digest, lanes_of_rank
 from pretrain.sampling.schedule import build_schedule, distinct_sources
+from pretrain.settings.data import Stream
 
 LANES, NUM_STEPS = 4, 60
 SIZES = {"a": (20, 7, 14), "b": (25,), "c": (9, 9), "tones": (18, 5)}

@@ -6,8 +6,8 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 
 from data_prep.errors import InputError
-from pretrain.config import TextTower
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.settings.model import TextTower
 from tests.support.toy_towers import write_clip_tokenizer
 
 CAPTIONS = [

@@ -14,7 +14,6 @@ import timm
 import torch
 
 from data_prep.errors import InputError
-from pretrain.config import MediaTower, TextTower
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.model.tokenizer import Tokenizer
@@ -24,6 +23,7 @@ from pretrain.model.towers import (
     probe_backbone,
     save_tower_config,
 )
+from pretrain.settings.model import MediaTower, TextTower
 
 BATCH_NORM = "set batch_norm: frozen"
 NAFLEX_VIT = "naflexvit_base_patch16_gap"

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, ClapModel, CLIPModel, MetaClip2Model, Siglip2Model, SiglipModel
 
 from data_prep.errors import InputError
-from pretrain.config import MediaTower, TextTower
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.model.towers import build_media_backbone, build_text_backbone
+from pretrain.settings.model import MediaTower, TextTower
 from tests.pretrain.towers.test_every_tower import HTSAT, NAFLEX, SIZES, TEXT_SIZES
 
 PAD = 1

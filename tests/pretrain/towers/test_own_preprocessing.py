@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from data_prep.errors import ConfigError
-from pretrain.config import AudioTransform, ImageTransform, Model
 from pretrain.data.transforms import AudioToWaveform, ImageToPixels
 from pretrain.model.contrastive_model import NormalizedPixels
 from pretrain.model.log_mel import LogMelSpectrogram
+from pretrain.settings.model import Model
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.towers.model_inputs import model_inputs
 from pretrain.towers.own_preprocessing import (
     refuse_differences,

@@ -6,10 +6,10 @@ import torch
 
 from data_prep.errors import InputError
 from pretrain.checkpoint import load_model
-from pretrain.config import TextTower
 from pretrain.model.caption_trimming import takes_trimmed_captions
 from pretrain.model.tokenizer import build_tokenizer
 from pretrain.model.towers import build_text_backbone
+from pretrain.settings.model import TextTower
 from pretrain.towers.word_vectors import read_word_vectors
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config

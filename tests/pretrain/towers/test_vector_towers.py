@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pretrain.config import VectorTower
+from pretrain.settings.model import VectorTower
 from pretrain.towers.vector_towers import build_vector_backbone
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.sample_dropout import TowerDropKeys
 from pretrain.model.transformers_backbone import TransformersMedia, _from_config
-from pretrain.start_config import Start
+from pretrain.settings.warm_start import Start
 from pretrain.warm_start.key_table import KeyTable
 from pretrain.warm_start.layouts import read_layout
 from pretrain.warm_start.source import find_source

@@ -10,7 +10,7 @@ from torch import nn
 
 from data_prep.errors import ConfigError
 from pretrain.config import Optimizer
-from pretrain.start_config import Start
+from pretrain.settings.warm_start import Start
 from pretrain.training.optimizer import build_optimizer
 from pretrain.warm_start.temperature import (
     TemperatureSource,

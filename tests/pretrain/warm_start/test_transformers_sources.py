@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from data_prep.errors import ConfigError, InputError
-from pretrain.config import AudioTransform
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.log_mel import LogMelSpectrogram
 from pretrain.model.sample_dropout import TowerDropKeys
-from pretrain.start_config import Start
+from pretrain.settings.transforms import AudioTransform
+from pretrain.settings.warm_start import Start
 from pretrain.warm_start.key_table import KeyTable
 from pretrain.warm_start.laion_clap import refuse_other_spectrogram
 from pretrain.warm_start.layouts import read_layout

@@ -13,9 +13,9 @@ import transformers
 from PIL import Image
 from torch.nn.functional import normalize
 
-from pretrain.config import AudioTransform, ImageTransform
 from pretrain.data.transforms import build_transforms
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.towers.own_preprocessing import refuse_other_preprocessing, settings_of_folder
 from pretrain.warm_start.source import folder_of
 from tests.pretrain.towers.test_own_preprocessing import jpeg, own_section, wav

@@ -1,0 +1,1 @@
+"""Sections of the training config, which `pretrain.config` joins."""
