@@ -257,12 +257,13 @@ class PretrainConfig(Section):
                         f"a modality of the model ({', '.join(kinds)}); set model."
                         f"{view.modality if view.modality in PLAIN_NAMES else 'modalities'}"
                     )
-                used.add(self.model.tower_of(view.modality))
+                if not objective.projects:
+                    used.add(self.model.tower_of(view.modality))
         for tower in self.model.towers:
             if tower not in used:
                 raise ValueError(
-                    f"model.{tower} is used by no objective: add an objective that reads it, such "
-                    f"as {tower}-text, to a stream, or remove it"
+                    f"model.{tower} is used by no objective that trains its projection: add one, "
+                    f"such as {tower}-text, to a stream, or remove the tower"
                 )
         return self
 

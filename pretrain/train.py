@@ -202,6 +202,7 @@ def dry_run(config: PretrainConfig) -> None:
         check_repeated_samples(config, loader)
         open_validation_sets(config, tokenizer, cache=loader.cache)
         model = build_training_model(sources, tokenizer, device=device)
+        standardize_inputs(config, model, loader)
         start_lines = sources.warm_start.describe(start_fingerprints(config.model))
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(

@@ -44,7 +44,8 @@ class ViewBatch:
     keys: Tensor  # int64 [B], of the sample that is shown, or of its tokens
     # int32 [B, masks, 2] (start, width) in SpecAugment, frequency masks first; clips only
     masks: Tensor | None = None
-    # int64 [B] tokens up to the last that is not padding; texts only; stays on the CPU
+    # int64 [B] tokens up to the last that is not padding; texts of the tower `text` only; stays on
+    # the CPU
     lengths: Tensor | None = None
     # int64 [B] rows up to the padding; vectors of shape [time, width] only
     num_rows: Tensor | None = None

@@ -125,10 +125,10 @@ class TextFormat:
 
     kind: Kind = "text"
 
-    def __init__(self, view: View, tokenizer: Tokenizer) -> None:
+    def __init__(self, view: View, tokenizer: Tokenizer, *, has_lengths: bool) -> None:
         self.view = view
         self.tokenizer = tokenizer
-        self.layout = ViewLayout((tokenizer.context_length,), torch.int64, has_lengths=True)
+        self.layout = ViewLayout((tokenizer.context_length,), torch.int64, has_lengths=has_lengths)
 
     def check(self, modality: Modality, where: str) -> None:
         refuse_other_kind(self.view, self.kind, modality, where)
@@ -154,7 +154,8 @@ class TextFormat:
         part = slice(rows.start, rows.stop)
         tokens = self.tokenizer([text or "" for text in texts])
         batch.values[part] = tokens
-        batch.lengths[part] = self.tokenizer.lengths(tokens)
+        if batch.lengths is not None:
+            batch.lengths[part] = self.tokenizer.lengths(tokens)
         batch.keys[part] = token_keys(tokens)
 
     def exactly(self, contents: SampleContents) -> tuple[Tensor, ...] | None:
@@ -237,7 +238,8 @@ def _build_format(
     kind = model.kinds[view.modality]
     if kind == "text":
         assert tokenizer is not None
-        return TextFormat(view, tokenizer)
+        # By the lengths, tokens are trimmed; only the tower `text` is checked to allow it.
+        return TextFormat(view, tokenizer, has_lengths=model.tower_of(view.modality) == "text")
     if kind == "vector":
         return VectorFormat(view, model.modalities[view.modality])
     return MediaFormat(view, kind, transforms[kind])

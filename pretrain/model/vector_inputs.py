@@ -85,7 +85,7 @@ def standardize_vectors(
         sources: readers of the sources that the run starts with.
 
     Raises:
-        InputError: if a dataset does not record the statistics.
+        InputError: if a dataset does not record the statistics, or none of them has the vectors.
     """
     for tower in config.towers:
         if config.kinds[tower] != "vector":
@@ -96,12 +96,23 @@ def standardize_vectors(
             for form in reader.formats.values()
             if config.tower_of(form.view.modality) == tower
         }
+        if not found:
+            raise InputError(
+                f"{config.tower_key(tower)}: no source that the run starts with has its vectors, "
+                "by which they are standardised; add one to `sources` of a stream"
+            )
         modalities = [
             _with_statistics(dataset.modalities[member], f"{dataset.folder}: {member}")
             for (_, member), dataset in sorted(found.items())
         ]
         stage = model.towers[tower].input_stage
-        mean, std = pooled_statistics([each for each in modalities if each.num_rows])
+        with_rows = [each for each in modalities if each.num_rows]
+        if not with_rows:
+            raise InputError(
+                f"{config.tower_key(tower)}: no sample of the sources that the run starts with has "
+                "these vectors"
+            )
+        mean, std = pooled_statistics(with_rows)
         stage.mean.copy_(mean)
         stage.std.copy_(torch.where(std > 0, std, 1.0))  # a constant column becomes zero
 

@@ -43,7 +43,7 @@ class ContrastiveSection(ObjectiveSection):
     left: ViewName | None = None
     right: ViewName | None = None
     # Name of the learned temperature and bias, which objectives may share; null: the objective's
-    temperature: str | None = None
+    temperature: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     # own: an mlp on the features of each tower, instead of the tower's projection (Mu et al. 2022,
     # "SLIP"); only training uses it
     projection: Literal["shared", "own"] = "shared"

@@ -82,7 +82,7 @@ def identity_in_checkpoint(
         ConfigError: if this version cannot read the config.
         DamagedCheckpointError: if the config is damaged.
     """
-    earlier = {**unknown.fingerprints, **unknown.first_mixing}
+    earlier = {**unknown.fingerprints, **unknown.first_versions}
     fingerprints = record.written_by.get(FINGERPRINTS_IN_RECORD, earlier)
     return RunIdentity(config_of_checkpoint(location, record), fingerprints)
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_FILE = "environment.json"
 FINGERPRINTS_KEY = "dataset_fingerprints"
+DRAWS = "draws"  # key of the version of random numbers
 OF_MODEL = "model."  # prefix of the fingerprints of a model's files
 ENVIRONMENT_KEYS = (FINGERPRINTS_KEY, "python", "platform", "git_commit", "packages")
 
@@ -60,6 +61,11 @@ class RunIdentity:
                     "this version of Isopair mixes sources in another order than the one that "
                     "began the run: finish the run with that version"
                 )
+            elif f"fingerprint.{DRAWS}" in different:
+                resume = (
+                    "this version of Isopair draws other crops and captions than the one that "
+                    "began the run: finish the run with that version"
+                )
             raise ConfigError(
                 f"{run.folder} holds a run that differs from this config:\n"
                 + describe_differences(different, where="in the run folder")
@@ -77,15 +83,19 @@ class RunIdentity:
         fingerprints = fingerprints_of_run(folder)
         if fingerprints is None:
             fingerprints = self.fingerprints
-        stored = RunIdentity(read_config_of_run(folder), self.first_mixing | fingerprints)
+        stored = RunIdentity(read_config_of_run(folder), self.first_versions | fingerprints)
         checkpoints = store.checkpoints()
         steps_done = checkpoints[0].step if checkpoints else 0  # valid or not
         return self.differences_from(stored, steps_done=steps_done)
 
     @property
-    def first_mixing(self) -> dict[str, str]:
-        """Fingerprints of the order of mixed sources in versions that stored none."""
-        return {key: "version 1" for key in self.fingerprints if key.startswith("mixing/")}
+    def first_versions(self) -> dict[str, str]:
+        """Fingerprints of mixed sources and of random numbers in versions that stored none."""
+        return {
+            key: "version 1"
+            for key in self.fingerprints
+            if key.startswith("mixing/") or key == DRAWS
+        }
 
     def differences_from(
         self, stored: RunIdentity, *, steps_done: int
@@ -125,10 +135,11 @@ class RunIdentity:
             for source in stream.all_sources
         }
         mixed = {f"mixing/{name}" for name, each in streams.items() if each.is_mixed}
+        known = sources | mixed | {DRAWS}
         fingerprints = {
             key: value
             for key, value in self.fingerprints.items()
-            if key in sources | mixed or key.startswith(("validation/", "teacher/", OF_MODEL))
+            if key in known or key.startswith(("validation/", "teacher/", OF_MODEL))
         }
         return RunIdentity(self.config.model_copy(update={"streams": streams}), fingerprints)
 

@@ -13,6 +13,8 @@ FEISTEL_ROUNDS = 6
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # increment of splitmix64
 MASK = (1 << 64) - 1
 NUM_TABLES_KEPT = 8
+# Of the random numbers of samples and dropout; 1 did not depend on the view.
+DRAWS_VERSION = 2
 
 
 def key_of(*parts: int | str) -> int:

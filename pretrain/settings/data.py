@@ -103,6 +103,11 @@ class Stream(Section):
     def _objectives_read_different_views(self) -> Stream:
         for name, objective in self.objectives.items():
             views = objective.views(name)
+            if not all(views):
+                raise ValueError(
+                    f"objectives.{name}: its name is not that of two views, such as image-text; "
+                    "set left and right"
+                )
             for view in views:
                 View.parse(view)
             if len(set(views)) < len(views):

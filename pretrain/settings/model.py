@@ -97,6 +97,16 @@ class TextTower(TowerOutput):
     # of `name`, or open_clip's BPE; word_vectors: the words of the file
     tokenizer: str | None = None
     pooling: Pooling = "mean"  # over tokens; not for open_clip's towers
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        """What names the tokenizer if `tokenizer` does not; None if it does."""
+        if self.tokenizer is not None:
+            return None
+        if self.library == "torch" and self.pretrained:
+            return f"words of {self.pretrained}"
+        return "CLIP's" if self.library == "open_clip" else f"that of {self.name}"
+
     # Cleaning of captions before the tokenizer. whitespace: repaired encodings and single spaces;
     # lower: also lower case; canonicalize: also without punctuation (SigLIP). null: that of the
     # named open_clip model with a tokenizer of transformers, otherwise none
@@ -325,15 +335,18 @@ class Model(Section):
         for name, section in self.modalities.items():
             if not isinstance(section, TextModality) or isinstance(section.tower, str):
                 continue
-            for key in ("tokenizer", "context_length"):
+            for key in ("tokenizer", "context_length", "cleaning"):
                 own, of_text = getattr(section.tower, key), getattr(self.text, key)
                 if own != of_text:
                     raise ValueError(
                         f"modalities.{name}.tower.{key}={own}: all texts are tokenised alike; "
                         f"expected that of model.text, {of_text}"
                     )
-        return self
-
+            if section.tower.own_tokenizer != self.text.own_tokenizer:
+                raise ValueError(
+                    f"modalities.{name}.tower: its tokenizer ({section.tower.own_tokenizer}) is "
+                    f"not that of model.text ({self.text.own_tokenizer}); set `tokenizer` of both"
+                )
         return self
 
     @model_validator(mode="after")

@@ -21,10 +21,13 @@ def in_new_form(values: dict[str, Any]) -> dict[str, Any]:
     per_step = values.get("pairings_per_step", "all")
     if "pairings_per_step" in values:
         new["streams_per_step"] = per_step
-    new["streams"] = {
-        name: _stream(name, pairing, takes_all=per_step == "all")
-        for name, pairing in values.get("pairings", {}).items()
-    }
+    pairings = values.get("pairings")
+    new["streams"] = pairings
+    if isinstance(pairings, dict):
+        new["streams"] = {
+            name: _stream(name, pairing, takes_all=per_step == "all")
+            for name, pairing in pairings.items()
+        }
     validation = values.get("validation")
     if isinstance(validation, dict) and "pairings" in validation:
         others = {key: value for key, value in validation.items() if key != "pairings"}
@@ -32,7 +35,9 @@ def in_new_form(values: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _stream(name: str, pairing: dict[str, Any], *, takes_all: bool) -> dict[str, Any]:
+def _stream(name: str, pairing: Any, *, takes_all: bool) -> Any:
+    if not isinstance(pairing, dict):
+        return pairing
     objective = {key: pairing[key] for key in OBJECTIVE_KEYS if key in pairing}
     stream = {key: value for key, value in pairing.items() if key not in OBJECTIVE_KEYS}
     if takes_all and "weight" in stream:

@@ -42,8 +42,8 @@ class View:
                 f"{name!r}: expected a modality such as image, an augmentation such as image.2, or "
                 "another text of the dataset such as text.title"
             )
-        if augmentation > MAX_AUGMENTATIONS:
-            raise ValueError(f"{name!r}: expected at most {MAX_AUGMENTATIONS} augmentations")
+        if not 1 <= augmentation <= MAX_AUGMENTATIONS:
+            raise ValueError(f"{name!r}: expected an augmentation from 1 to {MAX_AUGMENTATIONS}")
         return view
 
     def __str__(self) -> str:

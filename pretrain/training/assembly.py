@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from data_prep.errors import InputError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.checkpoint import files_to_rebuild
 from pretrain.checkpoints.store import open_store
@@ -33,11 +34,12 @@ from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 from pretrain.model.vector_inputs import standardize_vectors
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.probe.towers import ProbeSettings, probe_model
-from pretrain.run.compatibility import RunIdentity, holds_run
+from pretrain.run.compatibility import DRAWS, RunIdentity, holds_run
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import origin_of_checkpoints
 from pretrain.run.model_sources import ModelSources
 from pretrain.run.requests import RunRequests
+from pretrain.sampling.keyed_random import DRAWS_VERSION
 from pretrain.sampling.mixing import MIXING_VERSION
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.repeats import check_repeats
@@ -47,7 +49,7 @@ from pretrain.settings.model import MediaTower
 from pretrain.settings.views import View
 from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.towers.own_preprocessing import refuse_other_preprocessing
-from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers
+from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers, shape_of
 from pretrain.training.loop import TrainerSettings
 from pretrain.training.objective_step import ObjectiveStep
 from pretrain.training.optimizer import ClampedAdamW, build_optimizer
@@ -264,6 +266,12 @@ def _measured(
         num_steps=config.schedule.num_steps,
     )
     buffers = measure_statistics(tower.backbone, map(tower.input_stage, samples))
+    if not buffers:
+        raise InputError(
+            f"{config.model.tower_key(name)}.batch_norm: none of the run's first "
+            f"{section.batch_norm_samples} samples has its modality; raise batch_norm_samples, or "
+            "start from weights"
+        )
     num_samples = max((int(each) for each in buffers.values() if each.ndim == 0), default=0)
     logger.info(
         "%s: statistics of batch norm measured on the run's first %d samples",
@@ -277,21 +285,18 @@ def standardize_inputs(config: PretrainConfig, model: ContrastiveModel, loader: 
     """Sets the statistics of the vector towers to those of the data that the run starts with.
 
     Raises:
-        InputError: if a dataset does not record them.
+        InputError: if a dataset does not record them, or only a later segment has the vectors.
     """
     first = {
         name: {each.name for each in stream.sources} for name, stream in config.streams.items()
     }
-    standardize_vectors(
-        model,
-        config.model,
-        [
-            source
-            for name, reader in loader.readers.items()
-            for source in reader.sources
-            if source.source in first[name]
-        ],
-    )
+    sources = [
+        source
+        for name, reader in loader.readers.items()
+        for source in reader.sources
+        if source.source in first[name]
+    ]
+    standardize_vectors(model, config.model, sources)
 
 
 def open_teachers(
@@ -304,7 +309,11 @@ def open_teachers(
     """
     return load_teachers(
         config.streams,
-        inputs=ModelInputs(config.image, config.audio),
+        inputs=ModelInputs(
+            config.image,
+            config.audio,
+            {modality: shape_of(config.model, modality) for modality in config.model.kinds},
+        ),
         tokenizer=tokenizer,
         device=device,
         is_autocast=config.engine.precision == "bf16",
@@ -331,7 +340,8 @@ def fingerprints_of(
         if len(order.sources) > 1
     }
     of_model = on_main_process(sources.fingerprints)
-    return loader.fingerprints() | held_out | teachers_by_key | mixing | of_model
+    draws = {DRAWS: f"version {DRAWS_VERSION}"}
+    return loader.fingerprints() | held_out | teachers_by_key | mixing | draws | of_model
 
 
 def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:

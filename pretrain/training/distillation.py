@@ -7,7 +7,7 @@ The teacher encodes the same images, clips and tokens as the model in training (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +24,22 @@ from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs, St
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.probe.towers import ProbeSettings, probe_model
 from pretrain.settings.data import Stream, StreamName
+from pretrain.settings.model import Model, VectorModality
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.settings.views import View
 
 SAMPLE_CAPTIONS = ("a photo of a dog", "It's 3 o'clock: rain, wind & a BELL.")
+
+
+Shape = tuple[str, int | None, int | None]  # kind; width and max_rows of vectors
+
+
+def shape_of(model: Model, modality: str) -> Shape:
+    """Returns what two models must have in common to read the same inputs of a modality."""
+    section = model.modalities.get(modality)
+    if isinstance(section, VectorModality):
+        return ("vector", section.width, section.max_rows)
+    return (model.kinds[modality], None, None)
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class ModelInputs:
 
     image: ImageTransform
     audio: AudioTransform
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # of each modality, by `shape_of`
 
     def sizes(self, kind: str) -> dict[str, float]:
         """Returns {key: value} of the settings that determine the shape of a kind's inputs."""
@@ -121,7 +134,7 @@ def load_teachers(
             model, _, teacher_tokenizer = load_model(folder, device=str(device))
             if any(model.kinds[View.parse(view).modality] == "text" for view in views):
                 _refuse_other_tokens(where, tokenizer, teacher_tokenizer)
-            model.takes_trimmed_captions = on_main_process(
+            trims = on_main_process(
                 partial(
                     probe_model,
                     model,
@@ -133,6 +146,7 @@ def load_teachers(
                     names=[model.tower_names[View.parse(view).modality] for view in views],
                 )
             )
+            model.takes_trimmed_captions = trims and not _has_other_texts(model, views)
             teachers[f"{stream_name}/{name}"] = ObjectiveTeacher(
                 stream=stream_name,
                 views=views,
@@ -159,6 +173,12 @@ def _refuse_other_inputs(
         kind = config.model.kinds.get(modality)
         if kind is None:
             raise InputError(f"{where}: expected a model with a tower for {modality}, found none")
+        shape = shape_of(config.model, modality)
+        if (own := inputs.shapes.get(modality, shape)) != shape:
+            raise InputError(
+                f"{where}: the teacher's {modality} is of {shape}, this run's of {own} (kind, and "
+                "width and max_rows of vectors); teacher and model read the same inputs"
+            )
         for key, value in inputs.sizes(kind).items():
             if found.sizes(kind)[key] != value:
                 raise InputError(
@@ -166,6 +186,13 @@ def _refuse_other_inputs(
                     f"this run has {value}; teacher and model read the same inputs: use the same "
                     "value"
                 )
+
+
+def _has_other_texts(model: ContrastiveModel, views: Sequence[str]) -> bool:
+    """Whether a text of some views is encoded by another tower than `text`."""
+    modalities = {View.parse(view).modality for view in views}
+    texts = [each for each in modalities if model.kinds[each] == "text"]
+    return any(model.tower_names[each] != "text" for each in texts)
 
 
 def _refuse_other_tokens(where: str, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> None:

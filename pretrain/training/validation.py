@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,7 @@ from pretrain.objectives.objective import (
 )
 from pretrain.settings.data import Stream, StreamName
 from pretrain.settings.model import Model
+from pretrain.settings.views import View
 from pretrain.training.step_loss import feature_type, rows_with_all
 
 
@@ -148,15 +149,21 @@ def build_validation_sets(
                 engine.loss_mode,
             )
             for objective, section in stream.objectives.items()
-            if set(section.views(objective)) <= set(reader.formats)
+            if _is_measured(section.views(objective), reader)
         }
         if not objectives:
             raise InputError(
                 f"{where}: {source.dataset} has {', '.join(reader.dataset.modalities)}; expected "
-                f"the views of an objective of the stream, which reads {', '.join(stream.views)}"
+                f"different views of an objective among {', '.join(stream.views)}"
             )
         sets.append(ValidationSet(name, reader, source.batch_size, objectives))
     return sets
+
+
+def _is_measured(views: Sequence[str], reader: SampleReader) -> bool:
+    """Whether the data has the views of an objective, and they differ without augmentation."""
+    shown = {(View.parse(view).modality, View.parse(view).member) for view in views}
+    return set(views) <= set(reader.formats) and len(shown) == len(views)
 
 
 @torch.no_grad()
@@ -174,7 +181,8 @@ def validate(
             validation is aborted.
 
     Returns:
-        Means over samples of each "<stream>/<objective>", or None if the validation was aborted.
+        Means over samples of each "<stream>/<objective>" that some sample can serve, or None if the
+        validation was aborted.
 
     Raises:
         InputError: if a held-out pair cannot be decoded.
@@ -193,7 +201,9 @@ def validate(
             is_aborted = True
             break
     engine.train_mode(True)
-    return None if is_aborted else {key: mean.values() for key, mean in means.items()}
+    return (
+        None if is_aborted else {k: each.values() for k, each in means.items() if each.num_samples}
+    )
 
 
 def _objective_inputs(

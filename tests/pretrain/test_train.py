@@ -65,6 +65,7 @@ def test_a_run_writes_what_it_is_and_what_it_did(alone):
         "image-text/more_colors",
         "audio-text/tones",
         "mixing/image-text",
+        "draws",
         "validation/image-text",
     }
     [attempt] = read_attempts(alone)

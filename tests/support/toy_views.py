@@ -101,7 +101,7 @@ def views_config(data: Path, run: Path, /, **sections) -> PretrainConfig:
     model = toy_config(data, run).model.model_dump(mode="json")
     model["modalities"] = {
         "scan": "image",
-        "title": "text",
+        "title": {"kind": "text", "tower": model["text"]},
         "values": {"kind": "vector", "width": 3, "tower": {"width": 8}},
         "series": {"kind": "vector", "width": 2, "max_rows": 4, "tower": {"width": 8}},
     }

@@ -45,7 +45,11 @@ def reader_of(folder, *, takes_bad_shards=False, **settings):
         samples=samples,
         formats={
             "image": MediaFormat(View.parse("image"), "image", transform),
-            "text": TextFormat(View.parse("text"), build_tokenizer(TextTower(library="open_clip"))),
+            "text": TextFormat(
+                View.parse("text"),
+                build_tokenizer(TextTower(library="open_clip")),
+                has_lengths=True,
+            ),
         },
         takes_bad_shards=takes_bad_shards,
         **settings,
