@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+from scipy.stats import norm
 
 from eval.metrics.intervals import (
     Bootstrap,
@@ -18,7 +19,7 @@ from eval.metrics.intervals import (
     mean_score,
     paired_interval,
 )
-from eval.metrics.multi_label import average_precisions, difference_interval
+from eval.metrics.multi_label import difference_interval
 from eval.report.averages import mean_of_scores
 
 Measured = tuple[float | None, float | None, float]
@@ -170,7 +171,7 @@ def precision_difference(
     low, high, _ = difference_interval(
         first, second, of_class, Bootstrap(200, seed=int(rng.integers(1 << 30)))
     )
-    return low, high, true_gain(gain)
+    return low, high, true_precision(1 + gain) - true_precision(1.0)
 
 
 def class_scores(
@@ -178,7 +179,6 @@ def class_scores(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws scores of two models and the classes of items, [num_classes, num_items] each."""
     of_class = rng.random((num_classes, num_items)) < 0.1
-    of_class[:, 0] = True  # a class without items would not be measured
     shared = rng.normal(0, 0.7, of_class.shape)
     first, second = (
         (shared + rng.normal(0, 0.7, of_class.shape) + shift * of_class).astype(np.float32)
@@ -188,11 +188,9 @@ def class_scores(
 
 
 @cache
-def true_gain(gain: float) -> float:
-    """Computes the difference of mean average precisions of many items."""
-    if not gain:
-        return 0.0
-    first, second, of_class = class_scores(np.random.default_rng(0), 4, 100_000, gain)
-    return float(
-        (average_precisions(second, of_class) - average_precisions(first, of_class)).mean()
-    )
+def true_precision(shift: float) -> float:
+    """Computes the average precision over all possible items, by integration."""
+    spread, fractions = np.sqrt(2) * 0.7, (np.arange(400_000) + 0.5) / 400_000
+    scores = shift + spread * norm.ppf(fractions)
+    right, wrong = 0.1 * (1 - fractions), 0.9 * norm.sf(scores, 0, spread)
+    return float((right / (right + wrong)).mean())

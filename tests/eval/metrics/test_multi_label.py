@@ -64,6 +64,9 @@ def test_differences_of_precisions_have_no_interval_for_few_labels_or_changes():
         few = np.arange(200) < num_items
         found = difference_interval(first, second, few[None], Bootstrap(100))
         assert found == (None, None, f"none: {reason}")
+    many = np.arange(200) % 41 == np.arange(6)[:, None]  # six classes
+    found = difference_interval(*np.repeat([first, second], 6, axis=1), many, Bootstrap(100))
+    assert found == (None, None, "none: biased for more than 5 classes")
     changed = first.copy()
     changed[0, 0] += 10  # one item rises to the top
     for other in (first, changed):
