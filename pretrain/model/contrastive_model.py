@@ -84,7 +84,7 @@ class Tower(nn.Module):
         input_stage: module that maps the tensors of a batch to the backbone's input.
         backbone: backbone from pretrain.model.towers.
         projection: module that maps [B, W] to [B, D].
-        width: W.
+        width: W; None if no objective has a projection of its own.
         drop_keys: keys shared by the backbone's dropout layers.
     """
 
@@ -94,7 +94,7 @@ class Tower(nn.Module):
         backbone: nn.Module,
         projection: nn.Module,
         *,
-        width: int,
+        width: int | None = None,
         drop_keys: TowerDropKeys,
     ) -> None:
         super().__init__()

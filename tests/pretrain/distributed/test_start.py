@@ -54,7 +54,8 @@ def config_of(toy_data, folder, towers, tokenizer, *, teacher=None, **sections):
     text = {"context_length": 12, "tokenizer": str(tokenizer)} | towers["text"]
     streams = toy_config(toy_data, folder).model_dump(mode="json")["streams"]
     if teacher is not None:
-        streams["image-text"]["teacher"] = {"checkpoint": str(teacher)}
+        objective = streams["image-text"]["objectives"]["image-text"]
+        objective["teacher"] = {"checkpoint": str(teacher)}
     # Gradients of key biases are rounding noise, which a small eps would amplify.
     sections = {
         "schedule": {"num_steps": NUM_STEPS, "warmup_steps": 1},
