@@ -325,16 +325,7 @@ def load_model(
     config = read_stored_config(PretrainConfig, checkpoint / "config.yaml")
     assets = checkpoint / "assets"
     tokenizer = build_text_tokenizer(config.model, assets=assets)
-    model = build_model(
-        config.model,
-        image=config.image,
-        audio=config.audio,
-        temperatures=config.temperatures,
-        heads=config.heads,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        assets=assets,
-    )
+    model = build_model_of(config, tokenizer, assets=assets)
     try:
         model.load_state_dict(read_model_state(checkpoint))
     except DamagedCheckpointError as error:
@@ -345,6 +336,31 @@ def load_model(
         modality: by_kind[kind] for modality, kind in config.model.kinds.items() if kind in by_kind
     }
     return model, transforms, tokenizer
+
+
+def build_model_of(
+    config: PretrainConfig, tokenizer: Tokenizer | None, *, assets: Path | None = None
+) -> ContrastiveModel:
+    """Builds the model of a run; see `build_model`.
+
+    Args:
+        config: config of the run.
+        tokenizer: tokenizer of texts; None without a text tower.
+        assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
+
+    Raises:
+        InputError: if a tower cannot be built.
+    """
+    return build_model(
+        config.model,
+        image=config.image,
+        audio=config.audio,
+        temperatures=config.temperatures,
+        heads=config.heads,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        assets=assets,
+    )
 
 
 def read_model_state(checkpoint: Path) -> dict[str, Tensor]:

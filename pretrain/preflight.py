@@ -35,8 +35,8 @@ from typing import TextIO
 import torch
 
 from data_prep.errors import RunError
+from pretrain.checkpoint import build_model_of
 from pretrain.distributed.launcher import adopt_environment, device_type_of
-from pretrain.model.contrastive_model import build_model
 from pretrain.model.tokenizer import build_text_tokenizer
 from pretrain.nodes.checks import (
     MissingRanksError,
@@ -139,15 +139,7 @@ def describe_problems(problems: Sequence[Problem]) -> str:
 
 def checkpoint_bytes(config: PretrainConfig) -> int:
     """Computes the approximate size of a checkpoint."""
-    model = build_model(
-        config.model,
-        image=config.image,
-        audio=config.audio,
-        temperatures=config.temperatures,
-        heads=config.heads,
-        seed=config.seed,
-        tokenizer=build_text_tokenizer(config.model),
-    )
+    model = build_model_of(config, build_text_tokenizer(config.model))
     return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
 
 

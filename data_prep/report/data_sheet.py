@@ -81,12 +81,7 @@ def render_sheet(content: SheetContent) -> str:
     sections.append(
         media_section(statistics, content.members, media=media, num_samples=num_samples)
     )
-    if statistics is not None:
-        sections += class_section(statistics) + licence_section(statistics, num_samples=num_samples)
-        sections += column_section(statistics, num_samples=num_samples)
-    sections.append(drop_section(content.rejections, statistics, kept))
-    sections += duplicate_section(statistics, content.duplicates, views)
-    sections.append(shard_section(kept))
+    sections += _last_sections(content, views, captions=statistics)
     return render_page(
         f"Data sheet: {kept.folder.resolve().name}",
         subtitle=f"{num_samples:,} {media} samples, fingerprint {kept.fingerprint}",
@@ -96,7 +91,7 @@ def render_sheet(content: SheetContent) -> str:
 
 def _render_samples(content: SheetContent) -> str:
     """Renders the data sheet of a dataset of samples of modalities."""
-    kept, statistics = content.kept, content.statistics
+    kept = content.kept
     num_samples, views = len(kept), MediaViews(kept)
     sections = [overview_section(content), origin_section(kept)]
     if content.shown:
@@ -109,12 +104,7 @@ def _render_samples(content: SheetContent) -> str:
     for name, found in content.by_modality.items():
         modality = kept.dataset.modalities[name]
         sections += modality_sections(name, modality, found, views, subsets=content.subsets)
-    if statistics is not None:
-        sections += class_section(statistics) + licence_section(statistics, num_samples=num_samples)
-        sections += column_section(statistics, num_samples=num_samples)
-    sections.append(drop_section(content.rejections, statistics, kept))
-    sections += duplicate_section(None, content.duplicates, views)
-    sections.append(shard_section(kept))
+    sections += _last_sections(content, views, captions=None)
     return render_page(
         f"Data sheet: {kept.folder.resolve().name}",
         subtitle=f"{num_samples:,} samples of {', '.join(kept.dataset.modalities)}, fingerprint "
@@ -264,3 +254,23 @@ def shard_section(kept: KeptSamples) -> Section:
         [whole, shards],
         note="Verify all shards with python -m data_prep.verify_shards, or one with sha256sum.",
     )
+
+
+def _last_sections(
+    content: SheetContent, views: MediaViews, *, captions: DatasetStatistics | None
+) -> list[str]:
+    """Renders what the sheets of all datasets end with.
+
+    Args:
+        content: contents of the sheet.
+        views: views of the samples.
+        captions: statistics of the captions, for duplicates; None for a dataset of modalities.
+    """
+    kept, statistics, sections = content.kept, content.statistics, []
+    if statistics is not None:
+        sections += class_section(statistics) + licence_section(statistics, num_samples=len(kept))
+        sections += column_section(statistics, num_samples=len(kept))
+    sections.append(drop_section(content.rejections, statistics, kept))
+    sections += duplicate_section(captions, content.duplicates, views)
+    sections.append(shard_section(kept))
+    return sections

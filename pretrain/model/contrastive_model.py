@@ -29,7 +29,7 @@ from pretrain.model.towers import (
 )
 from pretrain.model.vector_inputs import StandardizedVectors, build_backbone_of_vectors
 from pretrain.settings.data import StreamName
-from pretrain.settings.model import MediaTower, Model, TextTower, VectorTower
+from pretrain.settings.model import MediaKind, MediaTower, Model, TextTower, VectorTower
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.settings.views import View, view_of_features
 from pretrain.towers.projection import build_projection
@@ -362,24 +362,32 @@ def _build_image_tower(
     config: MediaTower, name: str, *, transform: ImageTransform, embed_dim: int, assets: Path | None
 ) -> Tower:
     pixels = _two_examples(3, transform.size, transform.size).to(torch.uint8)
-    normalize = NormalizedPixels(transform)
-    examples = normalize(pixels)
-    backbone = build_media_backbone(
-        config, kind="image", name=name, assets=assets, input_shape=examples.shape[2:]
-    )
-    return _build_tower(config, name, normalize, backbone, examples, embed_dim=embed_dim)
+    stage = NormalizedPixels(transform)
+    return _build_media_tower(config, name, "image", stage, pixels, embed_dim, assets)
 
 
 def _build_audio_tower(
     config: MediaTower, name: str, *, transform: AudioTransform, embed_dim: int, assets: Path | None
 ) -> Tower:
     waveforms = _two_examples(round(transform.clip_seconds * transform.sample_rate_hz)) / 256
-    log_mel = LogMelSpectrogram(transform)
-    examples = log_mel(waveforms)
+    stage = LogMelSpectrogram(transform)
+    return _build_media_tower(config, name, "audio", stage, waveforms, embed_dim, assets)
+
+
+def _build_media_tower(
+    config: MediaTower,
+    name: str,
+    kind: MediaKind,
+    stage: nn.Module,
+    media: Tensor,
+    embed_dim: int,
+    assets: Path | None,
+) -> Tower:
+    examples = stage(media)
     backbone = build_media_backbone(
-        config, kind="audio", name=name, assets=assets, input_shape=examples.shape[2:]
+        config, kind=kind, name=name, assets=assets, input_shape=examples.shape[2:]
     )
-    return _build_tower(config, name, log_mel, backbone, examples, embed_dim=embed_dim)
+    return _build_tower(config, name, stage, backbone, examples, embed_dim=embed_dim)
 
 
 def _build_text_tower(

@@ -126,7 +126,7 @@ class TowerDropKeys:
         if self._keys is None:
             raise RuntimeError(
                 f"{layer.name} has dropout in training and needs the keys of its pairs; pass "
-                "PairInputs.drop_keys, or call eval() on the model"
+                "StreamInputs.drop_keys, or call eval() on the model"
             )
         if num_rows % len(self._keys):
             raise RuntimeError(

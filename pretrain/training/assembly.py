@@ -14,7 +14,7 @@ import torch
 
 from data_prep.errors import InputError
 from pretrain.cache.shard_cache import ShardCache
-from pretrain.checkpoint import files_to_rebuild
+from pretrain.checkpoint import build_model_of, files_to_rebuild
 from pretrain.checkpoints.store import open_store
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import Engine as EngineSection
@@ -28,7 +28,7 @@ from pretrain.distributed.backward_scale import backward_scale, divide_gradients
 from pretrain.distributed.collectives import on_main_process, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.model.activation_checkpointing import checkpoint_blocks
-from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.source_files import tokenizer_files, tower_files
 from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 from pretrain.model.vector_inputs import standardize_vectors
@@ -195,16 +195,7 @@ def build_training_model(
             refuse_other_preprocessing(
                 config.model, image=config.image, audio=config.audio, folder_of=folder_of
             )
-        model = build_model(
-            config.model,
-            image=config.image,
-            audio=config.audio,
-            temperatures=config.temperatures,
-            heads=config.heads,
-            seed=config.seed,
-            tokenizer=tokenizer,
-            assets=assets,
-        )
+        model = build_model_of(config, tokenizer, assets=assets)
         if assets is None:  # otherwise, resuming loads all weights
             towers = config.towers_of_temperatures
             sources.warm_start = start_model(model, config.model, towers=towers)

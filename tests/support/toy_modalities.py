@@ -8,6 +8,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from data_prep.config import MakeShards
+from data_prep.make_shards import make_shards
 from data_prep.modalities.modality import Modalities, Modality
 from data_prep.modalities.vectors import to_npy
 from data_prep.shards.folder import finish_dataset
@@ -24,6 +26,12 @@ FOUR = Modalities(
         "values": Modality("vector", width=WIDTH),
     }
 )
+# Columns of all but `audio`, for make_shards.
+NAMED = {
+    "scan": {"kind": "image", "column": "scan"},
+    "title": {"kind": "text", "column": "title"},
+    "values": {"kind": "vector", "column": "values"},
+}
 SUBSETS = [subset for size in range(1, 5) for subset in combinations(FOUR, size)]
 
 
@@ -54,6 +62,18 @@ def members_of(number, subset):
         "values": ("values.npy", to_npy(vector(number))),
     }
     return dict(found[name] for name in subset)
+
+
+def make_from_folder(folder, members_of=members_of):
+    """Makes a dataset by make_shards, from files of a sample per subset; returns its folder."""
+    (folder / "in").mkdir()
+    for number, subset in enumerate(SUBSETS):
+        for extension, content in members_of(number, subset).items():
+            (folder / f"in/{number:03d}.{extension}").write_bytes(content)
+    config = {"input": str(folder / "in"), "output": folder / "out", "samples_per_shard": 4}
+    columns = {"audio": "audio", "named": NAMED}
+    make_shards(MakeShards(**config, columns=columns, min_modalities=1))
+    return folder / "out"
 
 
 def write_subsets(folder, *, subsets=SUBSETS, samples_per_shard=4):

@@ -8,8 +8,9 @@ import open_clip
 import torch
 from open_clip.tokenizer import default_bpe
 
+from pretrain.checkpoint import build_model_of
 from pretrain.config import PretrainConfig
-from pretrain.model.contrastive_model import ContrastiveModel, build_model
+from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
 
 TINY_BERT = {
@@ -25,15 +26,7 @@ TINY_BERT = {
 
 def build_toy_model(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> ContrastiveModel:
     """Builds the model of a whole config."""
-    return build_model(
-        config.model,
-        image=config.image,
-        audio=config.audio,
-        temperatures=config.temperatures,
-        heads=config.heads,
-        seed=config.seed,
-        tokenizer=tokenizer or build_tokenizer(config.model.text),
-    )
+    return build_model_of(config, tokenizer or build_tokenizer(config.model.text))
 
 
 def write_clip_tokenizer(folder: Path) -> Path:

@@ -16,14 +16,9 @@ from data_prep.make_shards import make_shards
 from data_prep.make_subset import make_subset
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.subset import Subset
-from tests.support.toy_modalities import SUBSETS, image, members_of, sound
+from tests.support.toy_modalities import NAMED, SUBSETS, image, make_from_folder, members_of, sound
 
 NAMES = ("audio", "scan", "title", "values")
-NAMED = {
-    "scan": {"kind": "image", "column": "scan"},
-    "title": {"kind": "text", "column": "title"},
-    "values": {"kind": "vector", "column": "values"},
-}
 COPY = 12  # this sample has the picture and title of sample 14, and the vector of sample 13
 
 
@@ -40,15 +35,7 @@ def members(number, subset):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """Makes a dataset from a folder."""
-    folder = tmp_path_factory.mktemp("modalities")
-    (folder / "in").mkdir()
-    for number, subset in enumerate(SUBSETS):
-        for extension, content in members(number, subset).items():
-            (folder / f"in/{number:03d}.{extension}").write_bytes(content)
-    config = {"input": str(folder / "in"), "output": folder / "out", "samples_per_shard": 4}
-    columns = {"audio": "audio", "named": NAMED}
-    make_shards(MakeShards(**config, columns=columns, min_modalities=1))
-    return folder / "out"
+    return make_from_folder(tmp_path_factory.mktemp("modalities"), members)
 
 
 def test_the_sheet_counts_subsets_and_measures_each_modality(dataset, tmp_path):

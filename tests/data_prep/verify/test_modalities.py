@@ -5,37 +5,22 @@ import shutil
 
 import pytest
 
-from data_prep.config import IndexShards, MakeShards, VerifyShards
+from data_prep.config import IndexShards, VerifyShards
 from data_prep.errors import InputError
 from data_prep.index_shards import index_shards
-from data_prep.make_shards import make_shards
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.folder import finish_dataset
 from data_prep.shards.sample import Sample
 from data_prep.shards.sample_contents import contents_of
 from data_prep.shards.writer import ShardWriter
 from data_prep.verify_shards import verify_shards
-from tests.support.toy_modalities import FOUR, SUBSETS, members_of, vector
-
-NAMED = {
-    "scan": {"kind": "image", "column": "scan"},
-    "title": {"kind": "text", "column": "title"},
-    "values": {"kind": "vector", "column": "values"},
-}
+from tests.support.toy_modalities import FOUR, SUBSETS, make_from_folder, members_of, vector
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Makes a dataset from a folder."""
-    folder = tmp_path_factory.mktemp("modalities")
-    (folder / "in").mkdir()
-    for number, subset in enumerate(SUBSETS):
-        for extension, content in members_of(number, subset).items():
-            (folder / f"in/{number:03d}.{extension}").write_bytes(content)
-    config = {"input": str(folder / "in"), "output": folder / "out", "samples_per_shard": 4}
-    columns = {"audio": "audio", "named": NAMED}
-    make_shards(MakeShards(**config, columns=columns, min_modalities=1))
-    return folder / "out"
+    return make_from_folder(tmp_path_factory.mktemp("modalities"))
 
 
 @pytest.fixture
