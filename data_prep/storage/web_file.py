@@ -18,6 +18,10 @@ from data_prep.storage.failures import PermanentError, with_retries
 
 SKIPPED_BYTES = 1 << 18  # a shorter seek forward reads over the gap instead of a new request
 RETRIES = 4
+# Number of bytes that are requested after a response broke off. aiohttp discards what it received
+# of such a response, so each further failure divides the number; each complete range doubles it.
+RANGE_BYTES = 1 << 18
+RANGE_DIVISOR = 4
 TIMEOUT_SECONDS = 30.0  # maximum time without receiving a byte
 URL_CHARACTERS = "/%?&=#+,;:@~!$'()*"  # not percent-encoded
 
@@ -61,6 +65,9 @@ class WebFile(io.RawIOBase):
         self._files = file_system
         self._path = path
         self._position = 0
+        self._range_bytes: int | None = None  # bytes of the next request; None: to the end
+        self._range_end: int | None = None  # where the open stream ends; None: with the file
+        self.num_bytes: int | None = None
         self._stream: Any = with_retries(url, self._request, retries=RETRIES)
         headers = self._stream.r.headers
         length = headers.get("Content-Length")
@@ -70,8 +77,11 @@ class WebFile(io.RawIOBase):
     def _request(self) -> Any:
         """Opens a stream at the current position."""
         headers = {}
-        if self._position:
-            headers["Range"] = f"bytes={self._position}-"
+        end = None
+        if self._range_bytes is not None and self.num_bytes is not None:
+            end = min(self._position + self._range_bytes, self.num_bytes)
+        if self._position or end is not None:
+            headers["Range"] = f"bytes={self._position}-{'' if end is None else end - 1}"
             if self._tag and not self._tag.startswith("W/"):
                 headers["If-Range"] = self._tag
         # With any given size, fsspec does not send a separate request to find the size.
@@ -83,6 +93,7 @@ class WebFile(io.RawIOBase):
                 f"{stream.r.status}: the server does not support range requests, or the file has "
                 "changed; download it and use its local path"
             )
+        self._range_end = end if stream.r.status == 206 else None
         return stream
 
     def readable(self) -> bool:
@@ -118,21 +129,26 @@ class WebFile(io.RawIOBase):
         return len(content)
 
     def _read(self, num_bytes: int) -> bytes:
+        if self._range_bytes is not None and self._position == self._range_end:
+            self._close_stream()
+            self._range_bytes *= 2
+        if self._stream is None:
+            self._stream = self._request()
         try:
-            if self._stream is None:
-                self._stream = self._request()
             content = self._stream.read(num_bytes)
             if not content and self.num_bytes is not None:
                 raise ConnectionError(f"the response ended early, at byte {self._position}")
             return content
         except BaseException:
             self._close_stream()
+            known = self._range_bytes
+            self._range_bytes = max(known // RANGE_DIVISOR, 1) if known else RANGE_BYTES
             raise
 
     def _close_stream(self) -> None:
         if self._stream is not None:
             self._stream.close()
-            self._stream = None
+            self._stream = self._range_end = None
 
     def close(self) -> None:
         if not self.closed and hasattr(self, "_stream"):

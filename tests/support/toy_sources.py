@@ -74,16 +74,17 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(403 if "secret" in self.path else 404)
             return
-        start = 0
+        first, last, status = 0, len(content) - 1, 200
         tag = f'"{zlib.crc32(content)}"'
         asked = self.headers.get("Range")
         if self.knows_ranges and asked and self.headers.get("If-Range", tag) == tag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+            begin, end = asked.removeprefix("bytes=").split("-")
+            first, last, status = int(begin), min(int(end or last), last), 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(last + 1 - first))
         self.send_header("ETag", tag)
         self.end_headers()
-        self.wfile.write(content[start : start + self.most_bytes])
+        self.wfile.write(content[first : last + 1][: self.most_bytes])
 
     def log_message(self, *_):
         pass

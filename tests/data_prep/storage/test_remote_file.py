@@ -1,4 +1,5 @@
 import json
+import time
 from urllib.parse import quote
 
 import fsspec
@@ -32,6 +33,20 @@ def test_any_part_of_a_file_on_a_web_server_can_be_read():
 def test_a_body_that_breaks_off_is_continued_where_it_broke_off():
     content = np.random.default_rng(0).bytes(400_000)
     with served({"/x": content}, most_bytes=150_000) as root:
+        assert remote_file.read_bytes(f"{root}/x") == content
+
+
+def test_a_body_that_broke_off_before_it_was_read_is_asked_for_in_shorter_ranges(monkeypatch):
+    def request_and_wait(file, request=web_file.WebFile._request):
+        stream = request(file)
+        while not (stream.r.content.is_eof() or stream.r.content.exception()):
+            time.sleep(0)  # until all that the server sends has arrived
+        return stream
+
+    monkeypatch.setattr(web_file.WebFile, "_request", request_and_wait)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
+    content = np.random.default_rng(0).bytes(120_000)
+    with served({"/x": content}, most_bytes=30_000) as root:
         assert remote_file.read_bytes(f"{root}/x") == content
 
 
