@@ -24,48 +24,15 @@ from data_prep.config_file import STORED, Location, Section, free
 from pretrain.settings.data import Loading, Stream, StreamName, StreamNameKey
 from pretrain.settings.model import PLAIN_NAMES, Model
 from pretrain.settings.old_form import describe_new_form, has_old_form, in_new_form
+from pretrain.settings.optimizer import Optimizer, Schedule
 from pretrain.settings.preflight import Preflight
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.settings.views import View, own_features
 
 Precision = Literal["fp32", "bf16"]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 # ------------------------------------------------------------------------------------ training
-
-
-class Optimizer(Section):
-    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
-
-    learning_rate: PositiveFloat  # peak
-    betas: tuple[Decay, Decay] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-6
-    weight_decay: float = Field(0.2, ge=0)  # none for norms, biases and logit scales
-    gradient_clipping: PositiveFloat | None = 1.0  # largest global gradient norm
-
-
-class Schedule(Section):
-    """Learning rate over steps: linear warm-up, then one of three shapes."""
-
-    num_steps: PositiveInt
-    warmup_steps: int = Field(0, ge=0)
-    shape: Literal["cosine", "constant", "constant_with_cooldown"] = "cosine"
-    cooldown_steps: int = Field(0, ge=0)  # last steps, with the rate decaying linearly to zero
-
-    @model_validator(mode="after")
-    def _fits(self) -> Schedule:
-        if (self.shape == "constant_with_cooldown") != (self.cooldown_steps > 0):
-            raise ValueError(
-                f"shape={self.shape} with cooldown_steps={self.cooldown_steps}; "
-                "constant_with_cooldown needs cooldown_steps above 0, other shapes need 0"
-            )
-        if self.warmup_steps + self.cooldown_steps > self.num_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} "
-                f"do not fit into num_steps={self.num_steps}"
-            )
-        return self
 
 
 # Fraction of a time-out after which a process without a heartbeat is ended. By then the other

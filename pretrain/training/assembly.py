@@ -33,6 +33,7 @@ from pretrain.model.source_files import tokenizer_files, tower_files
 from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 from pretrain.model.vector_inputs import standardize_vectors
 from pretrain.monitoring.hang_watch import HangWatch
+from pretrain.optimization.optimizer import ClampedAdamW, build_optimizer
 from pretrain.probe.towers import ProbeSettings, probe_model
 from pretrain.run.compatibility import DRAWS, RunIdentity, holds_run
 from pretrain.run.folder import RunFolder
@@ -52,7 +53,6 @@ from pretrain.towers.own_preprocessing import refuse_other_preprocessing
 from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers, shape_of
 from pretrain.training.loop import TrainerSettings
 from pretrain.training.objective_step import ObjectiveStep
-from pretrain.training.optimizer import ClampedAdamW, build_optimizer
 from pretrain.training.session import RunSession
 from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets

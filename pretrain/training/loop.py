@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pretrain.config import Optimizer, Run, Schedule, Validation, Watch
+from pretrain.config import Run, Validation, Watch
 from pretrain.data.batch import StepBatch
 from pretrain.data.step_loader import StepLoader
 from pretrain.distributed.collectives import is_lost_peer_error, on_main_process, set_timeout
@@ -19,11 +19,12 @@ from pretrain.monitoring.bad_samples import BadSampleLedger
 from pretrain.monitoring.epoch_audit import EpochAudit
 from pretrain.monitoring.non_finite import dump_step
 from pretrain.monitoring.timing import PhaseTimer
+from pretrain.optimization.learning_rate import learning_rate_at
 from pretrain.run.attempts import DivergedError, read_metrics
 from pretrain.run.requests import Request
 from pretrain.settings.data import Loading
+from pretrain.settings.optimizer import Optimizer, Schedule
 from pretrain.training.metrics import SkippedStep, StepOutcome, StepReporter, digest_of_step
-from pretrain.training.optimizer import learning_rate_at
 from pretrain.training.session import RunSession
 from pretrain.training.step import NonFiniteLossError, TrainingStep
 from pretrain.training.validation import ValidationSet, validate

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from data_prep.errors import ConfigError
-from pretrain.config import Optimizer
+from pretrain.optimization.optimizer import build_optimizer
+from pretrain.settings.optimizer import Optimizer
 from pretrain.settings.warm_start import Start
-from pretrain.training.optimizer import build_optimizer
 from pretrain.warm_start.temperature import (
     TemperatureSource,
     common_source,

@@ -1,0 +1,1 @@
+"""Optimizer, parameter groups and the learning rate of every step."""
