@@ -357,6 +357,7 @@ def build_model_of(
         audio=config.audio,
         temperatures=config.temperatures,
         heads=config.heads,
+        module_uses=config.modules,
         seed=config.seed,
         tokenizer=tokenizer,
         assets=assets,

@@ -23,6 +23,7 @@ from pydantic import (
 from data_prep.config_file import STORED, Location, Section, free
 from pretrain.settings.data import Loading, Stream, StreamName, StreamNameKey
 from pretrain.settings.model import PLAIN_NAMES, Model
+from pretrain.settings.objectives import ModuleUse
 from pretrain.settings.old_form import describe_new_form, has_old_form, in_new_form
 from pretrain.settings.optimizer import Optimizer, Schedule
 from pretrain.settings.preflight import Preflight
@@ -224,7 +225,7 @@ class PretrainConfig(Section):
                         f"a modality of the model ({', '.join(kinds)}); set model."
                         f"{view.modality if view.modality in PLAIN_NAMES else 'modalities'}"
                     )
-                if not objective.projects:
+                if not (objective.projects or objective.reads_tokens):
                     used.add(self.model.tower_of(view.modality))
         for tower in self.model.towers:
             if tower not in used:
@@ -235,15 +236,17 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _nested_embeddings_are_shorter(self) -> PretrainConfig:
-        for key, objective in self.objectives.items():
-            longest = max(objective.nested_dims, default=0)
-            if longest >= self.model.embed_dim:
-                raise ValueError(
-                    f"streams.{key.replace('/', '.objectives.')}.matryoshka_dims: expected numbers "
-                    f"below model.embed_dim={self.model.embed_dim}, found {longest}; the loss of "
-                    "all numbers is always included"
-                )
+    def _modules_agree(self) -> PretrainConfig:
+        first: dict[str, ModuleUse] = {}
+        for uses in self.modules.values():
+            for use in uses:
+                other = first.setdefault(use.module, use)
+                if use.section.model_copy(update={"weight": other.section.weight}) != other.section:
+                    raise ValueError(
+                        f"{other.where} and {use.where} share a module, because their names and "
+                        "towers are equal: expected the same settings but for their weights; "
+                        "rename one of them, or set them alike"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -315,18 +318,18 @@ class PretrainConfig(Section):
         return heads
 
     @property
-    def matryoshka_dims(self) -> list[int]:
-        """Numbers of first elements of an embedding that some objective trains, in rising order."""
-        return sorted({dim for each in self.objectives.values() for dim in each.nested_dims})
-
-    @property
-    def contrasted_width(self) -> int:
-        """Most numbers per sample and view that a stream's losses read, with nested embeddings."""
-        nested = (
-            sum(sum(each.nested_dims) for each in stream.objectives.values())
-            for stream in self.streams.values()
-        )
-        return self.model.embed_dim + max(nested)
+    def modules(self) -> dict[StreamName, list[ModuleUse]]:
+        """Modules of objectives that read tokens; those of the same name and towers share one."""
+        uses: dict[StreamName, list[ModuleUse]] = {name: [] for name in self.streams}
+        for key, section in self.objectives.items():
+            stream, _, objective = key.partition("/")
+            if section.reads_tokens:
+                views = section.views(objective)
+                towers = tuple(self.model.tower_of(View.parse(view).modality) for view in views)
+                where = f"streams.{stream}.objectives.{objective}"
+                module = f"{objective}:{'-'.join(towers)}"
+                uses[stream].append(ModuleUse(objective, module, views, towers, section, where))
+        return uses
 
     @property
     def objectives(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ from pretrain.training.assembly import (
 from pretrain.training.loop import Trainer
 from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
 from pretrain.training.plan import describe_plan
-from pretrain.warm_start.model_start import start_fingerprints
+from pretrain.warm_start.model_start import all_starts, start_fingerprints
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -203,7 +203,7 @@ def dry_run(config: PretrainConfig) -> None:
         open_validation_sets(config, tokenizer, cache=loader.cache)
         model = build_training_model(sources, tokenizer, device=device)
         standardize_inputs(config, model, loader)
-        start_lines = sources.warm_start.describe(start_fingerprints(config.model))
+        start_lines = sources.warm_start.describe(start_fingerprints(all_starts(config)))
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),

@@ -25,7 +25,7 @@ MAX_COMPILATIONS = 32
 
 
 def checkpoint_blocks(model: ContrastiveModel) -> None:
-    """Makes the blocks of all trained towers recompute their activations instead of storing them.
+    """Makes blocks of trained towers and of modules of objectives recompute their activations.
 
     Raises:
         InputError: if no blocks are found in a tower.
@@ -33,6 +33,8 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
     for kind, tower in model.towers.items():
         if not tower.is_frozen:
             checkpoint_backbone(tower.backbone, tower.drop_keys, where=f"model.{kind}")
+    for name, module in model.objective_modules.items():
+        checkpoint_backbone(module, TowerDropKeys(), where=name)
 
 
 def checkpoint_backbone(backbone: nn.Module, drop_keys: TowerDropKeys, *, where: str) -> None:

@@ -40,7 +40,7 @@ def takes_trimmed_captions(backbone: nn.Module, tokenizer: Tokenizer) -> bool:
         return is_last and backbone.backbone.config.model_type in MASKS_PADDING
     if getattr(backbone, "ignores_padding", False):
         return True
-    if not isinstance(backbone, TextTransformer) or backbone.output_tokens:
+    if not isinstance(backbone, TextTransformer):
         return False
     if backbone.attn_mask is None or backbone.cls_emb is not None:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_prep.errors import InputError
+from pretrain.captioning.sample_outputs import outputs_of_samples
+from pretrain.captioning.tower_tokens import ViewTokens, give_tokens, pooled, token_width
 from pretrain.model.caption_trimming import accept_trimmed_captions, takes_trimmed_captions
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.model.log_mel import LogMelSpectrogram
@@ -30,15 +32,17 @@ from pretrain.model.towers import (
 from pretrain.model.vector_inputs import StandardizedVectors, build_backbone_of_vectors
 from pretrain.settings.data import StreamName
 from pretrain.settings.model import MediaKind, MediaTower, Model, TextTower, VectorTower
+from pretrain.settings.objectives import ModuleUse
 from pretrain.settings.transforms import AudioTransform, ImageTransform
-from pretrain.settings.views import View, view_of_features
+from pretrain.settings.views import View, own_outputs, view_of_features
 from pretrain.towers.projection import build_projection
 
 
 class StepFeatures(NamedTuple):
     """Inputs of the objectives of a step."""
 
-    # [B, D] of each view of a stream, L2-normalised; zero where a sample lacks the modality
+    # [B, D] of each view of a stream, L2-normalised; zero where a sample lacks the modality. Also
+    # [B, K] of each module of an objective (see `own_outputs`)
     views: dict[StreamName, dict[str, Tensor]]
     scales: dict[str, Tensor]  # [1], inverse temperatures by name
     biases: dict[str, Tensor]  # [1], of the temperatures of sigmoid losses
@@ -48,7 +52,7 @@ class PresentRows(NamedTuple):
     """Which of B samples have a modality: P of them."""
 
     rows: Tensor  # int64 [P]
-    num_samples: int  # B
+    mask: Tensor  # bool [B], on the CPU
 
 
 class StreamInputs(NamedTuple):
@@ -63,6 +67,16 @@ EncoderInputs = Mapping[StreamName, StreamInputs]
 OnView = Callable[[StreamName, str, Tensor], None]
 # stream -> (name of the features, name of the head, name of its tower)
 Heads = Mapping[StreamName, Sequence[tuple[str, str, str]]]
+ModuleUses = Mapping[StreamName, Sequence[ModuleUse]]
+TOKENS = "@tokens"  # name of a tower's tokens among its outputs
+
+
+class EncodedView(NamedTuple):
+    """Outputs of a tower for P samples of a view; one row if P is 0."""
+
+    features: dict[str, Tensor]  # [P, D] or, in `EncodedView.of_rows`, [B, D], by name
+    tokens: Tensor | None  # [max(1, P), L, W], if the tower gives tokens
+    inputs: tuple[Tensor, ...]  # inputs of the tower, as many rows as tokens
 
 
 class NormalizedPixels(nn.Module):
@@ -85,6 +99,7 @@ class Tower(nn.Module):
         backbone: backbone from pretrain.model.towers.
         projection: module that maps [B, W] to [B, D].
         width: W; None if no objective has a projection of its own.
+        token_width: width of the tokens of a backbone that gives tokens; None if it does not.
         drop_keys: keys shared by the backbone's dropout layers.
     """
 
@@ -95,10 +110,12 @@ class Tower(nn.Module):
         projection: nn.Module,
         *,
         width: int | None = None,
+        token_width: int | None = None,
         drop_keys: TowerDropKeys,
     ) -> None:
         super().__init__()
         self.width = width
+        self.token_width = token_width
         self.drop_keys = drop_keys
         self.input_stage = input_stage
         self.backbone = backbone
@@ -110,6 +127,7 @@ class Tower(nn.Module):
         *inputs: Tensor,
         keys: Tensor | None = None,
         heads: Mapping[str, nn.Module] | None = None,
+        with_tokens: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Encodes [B, ...] -> [B, D].
 
@@ -117,16 +135,21 @@ class Tower(nn.Module):
             inputs: tensors for the input stage.
             keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
             heads: further modules that map [B, W] to [B, D], by name.
+            with_tokens: whether to return tokens, too.
 
         Returns:
-            [B, D]; with heads, {name: [B, D]}, where "" is the name of the projection.
+            [B, D]; with heads or tokens, {name: [B, D]}, where "" is the name of the projection,
+            and {TOKENS: [B, L, W]}.
         """
         with self.drop_keys.set_pairs(keys):
-            features = self.backbone(self.input_stage(*inputs))  # [B, W]
+            output = self.backbone(self.input_stage(*inputs))
+            features = pooled(self.backbone, output)  # [B, W]
             projected = self.projection(features)
-            if not heads:
+            if not heads and not with_tokens:
                 return projected
-            return {"": projected} | {name: head(features) for name, head in heads.items()}
+            tokens = {TOKENS: output[1]} if with_tokens else {}
+            of_heads = {name: head(features) for name, head in (heads or {}).items()}
+            return {"": projected} | of_heads | tokens
 
     def train(self, mode: bool = True) -> Tower:
         """Sets the mode; a frozen backbone stays in evaluation mode to keep its statistics."""
@@ -160,6 +183,8 @@ class ContrastiveModel(nn.Module):
         kinds: Mapping[str, str] | None = None,
         tower_names: Mapping[str, str] | None = None,
         heads: Heads | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+        module_uses: ModuleUses | None = None,
         embed_dim: int = 0,
         initial_biases: Mapping[str, float] | None = None,
         takes_trimmed_captions: bool = False,
@@ -178,6 +203,8 @@ class ContrastiveModel(nn.Module):
                 for name, tower in named.items()
             }
         )
+        self._module_uses = module_uses or {}
+        self.objective_modules = NamedTowers(modules or {})
         # Shape (1,), because engines that flatten parameters do not support scalars.
         initial = torch.full((1,), math.log(initial_scale))
         self.log_logit_scale = NamedParameters(
@@ -209,14 +236,56 @@ class ContrastiveModel(nn.Module):
         self, name: StreamName, micro_batches: Sequence[EncoderInputs], on_view: OnView | None
     ) -> dict[str, Tensor]:
         inputs = [micro_batch[name] for micro_batch in micro_batches]
+        parts: dict[str, list[Tensor]] = {}
         features = {}
-        for view in inputs[0].views:
-            parts = [self.encode_view(name, view, each) for each in inputs]
-            for feature in parts[0]:
-                features[feature] = torch.cat([part[feature] for part in parts])
-                if on_view is not None:
-                    on_view(name, feature, features[feature])
+        for part in self._encode_parts(name, inputs):
+            for feature, values in part.items():
+                parts.setdefault(feature, []).append(values)
+                if len(parts[feature]) == len(inputs):
+                    features[feature] = torch.cat(parts.pop(feature))
+                    if on_view is not None:
+                        on_view(name, feature, features[feature])
         return features
+
+    def _encode_parts(
+        self, name: StreamName, inputs: Sequence[StreamInputs]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yields the features of a view of a micro-batch, and outputs of modules, by name.
+
+        Without modules, a view is complete as early as possible. Modules need all views of a
+        micro-batch, whose tokens are then freed.
+        """
+        uses = self._module_uses.get(name, ())
+        if not uses:
+            yield from (
+                self.encode_view(name, view, each) for view in inputs[0].views for each in inputs
+            )
+            return
+        for each in inputs:
+            encoded = {}
+            for view in each.views:
+                encoded[view] = self._encode_view(name, view, each)
+                yield encoded[view].features
+            yield {own_outputs(use.objective): self._run_module(use, encoded, each) for use in uses}
+
+    def _run_module(
+        self, use: ModuleUse, encoded: Mapping[str, EncodedView], inputs: StreamInputs
+    ) -> Tensor:
+        """[B, K] of an objective's module; zero for samples that lack one of its views."""
+        views = [
+            ViewTokens(encoded[v].tokens, encoded[v].inputs[0] if self._is_text(v) else None)
+            for v in use.views
+        ]
+        masks = [inputs.present[v].mask if v in inputs.present else None for v in use.views]
+        return outputs_of_samples(
+            self.objective_modules[use.module],
+            views,
+            masks,
+            num_samples=len(encoded[use.views[0]].features[use.views[0]]),
+        )
+
+    def _is_text(self, view: str) -> bool:
+        return self.kinds[View.parse(view).modality] == "text"
 
     def encode_view(self, stream: StreamName, view: str, inputs: StreamInputs) -> dict[str, Tensor]:
         """Encodes a view of a stream's samples, once for all objectives that read it.
@@ -226,6 +295,9 @@ class ContrastiveModel(nn.Module):
             The names are that of the view, and those of `own_features` for objectives with a
             projection of their own.
         """
+        return self._encode_view(stream, view, inputs).features
+
+    def _encode_view(self, stream: StreamName, view: str, inputs: StreamInputs) -> EncodedView:
         present, keys = inputs.present.get(view), None
         if inputs.drop_keys is not None:
             keys = pair_keys(inputs.drop_keys, seed=self.seed, stream=stream, view=view)
@@ -236,13 +308,17 @@ class ContrastiveModel(nn.Module):
             if view_of_features(feature) == view
         }
         tower = self.towers[self._tower_name(view)]
-        found = _encode(tower, *inputs.views[view], keys=keys, heads=heads)
+        reads_tokens = any(view in use.views for use in self._module_uses.get(stream, ()))
+        encoded = _encode(
+            tower, *inputs.views[view], keys=keys, heads=heads, with_tokens=reads_tokens
+        )
+        found = encoded.features
         found[view] = found.pop("")
         if present is not None:
-            for feature, encoded in found.items():
-                zeros = encoded.new_zeros(present.num_samples, encoded.shape[1])
-                found[feature] = zeros.index_copy(0, present.rows, encoded)
-        return found
+            for feature, values in found.items():
+                zeros = values.new_zeros(len(present.mask), values.shape[1])
+                found[feature] = zeros.index_copy(0, present.rows, values)
+        return encoded
 
     def _tower_name(self, view: str) -> str:
         return self.tower_names[View.parse(view).modality]
@@ -258,7 +334,7 @@ class ContrastiveModel(nn.Module):
             keys: int64 [B] from `pair_keys`; required in training if the backbone has dropout.
         """
         tower = self.towers[self._tower_name(view)]
-        return _encode(tower, *inputs, keys=keys, heads={})[""]
+        return _encode(tower, *inputs, keys=keys, heads={}).features[""]
 
     def encode_media(self, modality: str, media: Tensor) -> Tensor:
         """Encodes images or clips, as `encode_image` and `encode_audio`, to [B, D]."""
@@ -283,9 +359,13 @@ class ContrastiveModel(nn.Module):
 
 
 def _encode(
-    tower: Tower, *inputs: Tensor, keys: Tensor | None, heads: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """{name: [B, D], L2-normalised}, as `Tower.forward` names them; B may be 0.
+    tower: Tower,
+    *inputs: Tensor,
+    keys: Tensor | None,
+    heads: Mapping[str, nn.Module],
+    with_tokens: bool = False,
+) -> EncodedView:
+    """{name: [B, D], L2-normalised}, as `Tower.forward` names them, and tokens; B may be 0.
 
     Many backbones cannot encode an empty batch, so one row is encoded and then removed from the
     output. All parameters still receive a gradient, of zero.
@@ -294,11 +374,14 @@ def _encode(
     if num_rows == 0:
         inputs = tuple(each.new_ones(1, *each.shape[1:]) for each in inputs)
         keys = None if keys is None else keys.new_ones(1)
-    found = tower(*inputs, keys=keys, heads=heads) if heads else {"": tower(*inputs, keys=keys)}
-    return {
+    found = tower(*inputs, keys=keys, heads=heads, with_tokens=with_tokens)
+    found = found if isinstance(found, dict) else {"": found}
+    tokens = found.pop(TOKENS, None)
+    normalised = {
         name: functional.normalize(features.float(), dim=-1)[:num_rows]
         for name, features in found.items()
     }
+    return EncodedView(normalised, tokens, inputs)
 
 
 def build_model(
@@ -308,6 +391,7 @@ def build_model(
     audio: AudioTransform,
     temperatures: Mapping[str, bool],
     heads: Heads | None = None,
+    module_uses: ModuleUses | None = None,
     seed: int,
     tokenizer: Tokenizer | None,
     assets: Path | None = None,
@@ -320,6 +404,7 @@ def build_model(
         audio: config section `audio`, with the length and spectrogram of clips.
         temperatures: name of each temperature -> whether it has a bias.
         heads: projections of objectives, see `PretrainConfig.heads`.
+        module_uses: modules of objectives, see `PretrainConfig.modules`.
         seed: seed of the weights and of dropout in training.
         tokenizer: tokenizer of the text towers; None without one.
         assets: folder of a checkpoint's assets; pretrained weights are then not loaded.
@@ -329,6 +414,8 @@ def build_model(
     """
     torch.manual_seed(seed)
     kinds = config.kinds
+    uses = [use for of_stream in (module_uses or {}).values() for use in of_stream]
+    with_tokens = {tower for use in uses for tower in use.towers}
     builders = {
         "image": partial(_build_image_tower, transform=image, assets=assets),
         "audio": partial(_build_audio_tower, transform=audio, assets=assets),
@@ -336,7 +423,9 @@ def build_model(
         "vector": partial(_build_vector_tower, modalities=config.modalities),
     }
     towers = {
-        name: builders[kinds[name]](section, name, embed_dim=config.embed_dim)
+        name: builders[kinds[name]](
+            section, name, embed_dim=config.embed_dim, with_tokens=name in with_tokens
+        )
         for name, section in config.towers.items()
     }
     takes_trimmed = "text" in towers and takes_trimmed_captions(towers["text"].backbone, tokenizer)
@@ -348,6 +437,8 @@ def build_model(
         kinds=kinds,
         tower_names={modality: config.tower_of(modality) for modality in kinds},
         heads=heads,
+        modules=_build_modules(uses, towers, tokenizer),
+        module_uses=module_uses,
         embed_dim=config.embed_dim,
         initial_scale=config.logit_scale.initial,
         seed=seed,
@@ -358,20 +449,33 @@ def build_model(
     )
 
 
+def _build_modules(
+    uses: Sequence[ModuleUse], towers: Mapping[str, Tower], tokenizer: Tokenizer | None
+) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for use in uses:
+        if use.module not in modules:
+            of_views = [towers[name] for name in use.towers]
+            modules[use.module] = use.section.build_module(
+                of_views, tokenizer=tokenizer, where=use.where
+            )
+    return modules
+
+
 def _build_image_tower(
-    config: MediaTower, name: str, *, transform: ImageTransform, embed_dim: int, assets: Path | None
+    config: MediaTower, name: str, *, transform: ImageTransform, **options: Any
 ) -> Tower:
     pixels = _two_examples(3, transform.size, transform.size).to(torch.uint8)
     stage = NormalizedPixels(transform)
-    return _build_media_tower(config, name, "image", stage, pixels, embed_dim, assets)
+    return _build_media_tower(config, name, "image", stage, pixels, **options)
 
 
 def _build_audio_tower(
-    config: MediaTower, name: str, *, transform: AudioTransform, embed_dim: int, assets: Path | None
+    config: MediaTower, name: str, *, transform: AudioTransform, **options: Any
 ) -> Tower:
     waveforms = _two_examples(round(transform.clip_seconds * transform.sample_rate_hz)) / 256
     stage = LogMelSpectrogram(transform)
-    return _build_media_tower(config, name, "audio", stage, waveforms, embed_dim, assets)
+    return _build_media_tower(config, name, "audio", stage, waveforms, **options)
 
 
 def _build_media_tower(
@@ -380,33 +484,34 @@ def _build_media_tower(
     kind: MediaKind,
     stage: nn.Module,
     media: Tensor,
-    embed_dim: int,
+    *,
     assets: Path | None,
+    **options: Any,
 ) -> Tower:
     examples = stage(media)
     backbone = build_media_backbone(
         config, kind=kind, name=name, assets=assets, input_shape=examples.shape[2:]
     )
-    return _build_tower(config, name, stage, backbone, examples, embed_dim=embed_dim)
+    return _build_tower(config, name, stage, backbone, examples, **options)
 
 
 def _build_text_tower(
-    config: TextTower, name: str, *, tokenizer: Tokenizer, embed_dim: int, assets: Path | None
+    config: TextTower, name: str, *, tokenizer: Tokenizer, assets: Path | None, **options: Any
 ) -> Tower:
     backbone = build_text_backbone(config, name=name, tokenizer=tokenizer, assets=assets)
     tokens = tokenizer(["a caption", "one more"])
-    return _build_tower(config, name, nn.Identity(), backbone, tokens, embed_dim=embed_dim)
+    return _build_tower(config, name, nn.Identity(), backbone, tokens, **options)
 
 
 def _build_vector_tower(
-    config: VectorTower, name: str, *, modalities: Mapping[str, Any], embed_dim: int
+    config: VectorTower, name: str, *, modalities: Mapping[str, Any], **options: Any
 ) -> Tower:
     sizes = {"width": modalities[name].width, "max_rows": modalities[name].max_rows}
     stage = StandardizedVectors(**sizes)
     num_rows = () if sizes["max_rows"] is None else (torch.tensor([1, sizes["max_rows"]]),)
     examples = stage(_two_examples(*stage.shape).float(), *num_rows)
     backbone = build_backbone_of_vectors(config, **sizes)
-    return _build_tower(config, name, stage, backbone, examples, embed_dim=embed_dim)
+    return _build_tower(config, name, stage, backbone, examples, **options)
 
 
 def _build_tower(
@@ -417,14 +522,21 @@ def _build_tower(
     examples: Tensor,
     *,
     embed_dim: int,
+    with_tokens: bool,
 ) -> Tower:
     """Builds a tower around a backbone, whose output width is determined with two examples."""
+    where = f"model.{name}"
+    if with_tokens:
+        give_tokens(backbone, where=where)
     drop_keys = TowerDropKeys() if config.frozen else replace_drop_layers(backbone, kind=name)
     width = probe_backbone(
-        backbone, examples, where=f"model.{name}", drop_keys=None if config.frozen else drop_keys
+        backbone, examples, where=where, drop_keys=None if config.frozen else drop_keys
     )
+    tokens = token_width(backbone, examples[:1], where=where) if with_tokens else None
     projection = _projection(config, name, width, embed_dim)
-    return Tower(input_stage, backbone, projection, width=width, drop_keys=drop_keys)
+    return Tower(
+        input_stage, backbone, projection, width=width, token_width=tokens, drop_keys=drop_keys
+    )
 
 
 def _two_examples(*shape: int) -> Tensor:

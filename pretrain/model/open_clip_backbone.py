@@ -59,6 +59,12 @@ def build_open_clip_text(config: TextTower, tokenizer: Tokenizer, saved: Path | 
     sizes = _model_config(config.name, config.options)
     _refuse_hub_model(config, sizes["text_cfg"])
     own_length = sizes["text_cfg"].get("context_length", 77)
+    if sizes["text_cfg"].get("embed_cls") and config.context_length != own_length:
+        raise InputError(
+            f"model.text.context_length={config.context_length}: open_clip's {config.name} has a "
+            f"class token with a position of its own behind {own_length} tokens; set "
+            f"context_length: {own_length}"
+        )
     sizes["text_cfg"]["context_length"] = max(own_length, config.context_length)
     return _returns_one_tensor(
         _build_text_tower(sizes["embed_dim"], sizes["text_cfg"], sizes.get("quick_gelu", False))

@@ -8,7 +8,7 @@ rejected (see docs/reproducibility.md).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.errors import InputError
+from pretrain.captioning.tower_tokens import pooled
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
 from pretrain.model.library_errors import describe_library_error
 from pretrain.model.open_clip_backbone import (
@@ -289,13 +290,13 @@ def probe_backbone(
     try:
         if examples.is_meta:
             with torch.no_grad(), (drop_keys or TowerDropKeys()).set_pairs(_first_key(examples)):
-                features = backbone(examples[:1])
+                output = backbone(examples[:1])
         elif drop_keys is None:
             with refuse_other_randomness(backbone.eval(), where=where):
-                features = backbone(examples[:1])
+                output = backbone(examples[:1])
         else:
             check_rows_of_samples(backbone.eval(), examples, where=where)
-            features = _features_in_training(backbone.train(), examples[:1], drop_keys, where=where)
+            output = _output_in_training(backbone.train(), examples[:1], drop_keys, where=where)
     except InputError:
         raise
     except Exception as error:  # libraries raise errors of any type
@@ -303,13 +304,14 @@ def probe_backbone(
             f"{where}: cannot encode input {list(examples[:1].shape)}: "
             f"{describe_library_error(error)}{_SIZE_ADVICE.get(where, '')}"
         ) from error
+    features = pooled(backbone, output)
     if not isinstance(features, Tensor):
         raise InputError(
             f"{where}: expected features [B, W] of input {list(examples[:1].shape)}, found a "
             f"{type(features).__name__}; choose a model whose tower returns one tensor"
         )
     if features.requires_grad:
-        _freeze_unused(backbone, features)
+        _freeze_unused(backbone, [output] if isinstance(output, Tensor) else output)
     backbone.train(was_training)
     if features.ndim != 2:
         raise InputError(
@@ -319,18 +321,18 @@ def probe_backbone(
     return features.shape[-1]
 
 
-def _freeze_unused(backbone: nn.Module, features: Tensor) -> None:
-    features.sum().backward()
+def _freeze_unused(backbone: nn.Module, outputs: Sequence[Tensor]) -> None:
+    sum(each.sum() for each in outputs).backward()
     unused = [p for p in backbone.parameters() if p.requires_grad and p.grad is None]
     for parameter in unused:
         parameter.requires_grad_(False)
     backbone.zero_grad()
 
 
-def _features_in_training(
+def _output_in_training(
     backbone: nn.Module, example: Tensor, drop_keys: TowerDropKeys, *, where: str
-) -> Tensor:
-    """[1, W], encoded as in training; refuses layers that draw from a random generator."""
+) -> Any:
+    """Output of a backbone as in training; refuses layers that draw from a random generator."""
     keys = _first_key(example)
     with refuse_other_randomness(backbone, where=where), drop_keys.set_pairs(keys):
         return backbone(example)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.captioning.tower_tokens import tokens_of_map
 from pretrain.hub import local_folder, parse_hub_name
 from pretrain.model.tokenizer import Tokenizer
 from pretrain.settings.model import MediaKind, MediaTower, TextTower
@@ -52,17 +53,21 @@ class TransformersMedia(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
+        self.gives_tokens = False
 
-    def forward(self, pixels_or_mel: Tensor) -> Tensor:
+    def forward(self, pixels_or_mel: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         output = self.backbone(**model_inputs(pixels_or_mel, self.backbone.config))
+        if self.gives_tokens:
+            return self._pool(output), tokens_of_map(output.last_hidden_state)
+        return self._pool(output)
+
+    def _pool(self, output: Any) -> Tensor:
         pooled = getattr(output, "pooler_output", None)
         if self.pooling == "own":
             return _own_pooling(pooled, self.backbone).flatten(1)
         if self.pooling is None and pooled is not None:
             return pooled.flatten(1)  # convolutional models: [B, W, 1, 1] -> [B, W]
-        hidden = output.last_hidden_state
-        if hidden.ndim == 4:  # a feature map
-            hidden = hidden.flatten(2).transpose(1, 2)  # [B, W, H, Wd] -> [B, P, W]
+        hidden = tokens_of_map(output.last_hidden_state)
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return pool_tokens(hidden, mask, pooling=self.pooling or "mean")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pretrain.settings.objectives import ObjectiveSection, import_objectives
-from pretrain.settings.views import own_features
+from pretrain.settings.views import own_features, own_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ class ObjectiveInputs:
     # int64 [P], samples that have the modalities of all views; the other rows of features are zero
     # and take no part. None: no sample can lack one
     rows: Tensor | None = None
+    # [B, K] from the objective's module, zero for samples that take no part; None without a module
+    outputs: Tensor | None = None
 
     def of_rows(self, values: Tensor) -> Tensor:
         """Returns the rows of [B, ...] that take part."""
@@ -64,6 +66,7 @@ class ObjectiveLoss:
     value: float  # loss over the global batch
     num_samples: int  # samples of the global batch that take part
     metrics: Mapping[str, float] = field(default_factory=dict)
+    num_averaged: int | None = None  # terms of its mean, such as tokens; None: num_samples
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,23 @@ class Objective(ABC):
     def features_of(self, view: str) -> str:
         """Returns the name of the features that it reads of a view."""
         return own_features(view, self.name) if self.section.projects else view
+
+    @property
+    def read_names(self) -> tuple[str, ...]:
+        """Names of the features, or of the outputs of its module, that it reads."""
+        if self.section.reads_tokens:
+            return (own_outputs(self.name),)
+        return tuple(map(self.features_of, self.views))
+
+    def read(self, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Returns what `ObjectiveInputs.features` and `ObjectiveInputs.outputs` hold.
+
+        Args:
+            found: features of the samples of its stream, by name.
+        """
+        if self.section.reads_tokens:
+            return {}, found[own_outputs(self.name)]
+        return {view: found[self.features_of(view)] for view in self.views}, None
 
     @property
     def temperature_name(self) -> str | None:

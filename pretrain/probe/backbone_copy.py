@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
+from pretrain.captioning.tower_tokens import pooled
 from pretrain.model.library_errors import describe_library_error
 from pretrain.model.sample_dropout import TowerDropKeys, scramble
 from pretrain.probe.float64 import ComputeInFloat64
@@ -118,7 +119,8 @@ class ProbedBackbone:
         is_float64 = any(p.dtype == torch.float64 for p in self.backbone.parameters())
         precision = ComputeInFloat64() if is_float64 else nullcontext()
         with precision, self.drop_keys.set_pairs(keys if self.is_trained else None):
-            return self.backbone(examples.clone())  # some backbones change their input in place
+            # Some backbones change their input in place.
+            return pooled(self.backbone, self.backbone(examples.clone()))
 
     def _failing_layer(self, examples: Tensor, first: int) -> str:
         """Name of the innermost layer that raises an error."""

@@ -29,7 +29,7 @@ from pretrain.config import PretrainConfig
 from pretrain.model.source_files import fingerprint_of_files, tokenizer_files, tower_files
 from pretrain.run.checkpoint_identity import FINGERPRINTS_IN_RECORD, config_of_checkpoint
 from pretrain.run.compatibility import fingerprints_of_run, holds_run
-from pretrain.warm_start.model_start import WarmStart, start_fingerprints
+from pretrain.warm_start.model_start import WarmStart, all_starts, start_fingerprints
 
 Built = TypeVar("Built")
 logger = logging.getLogger(__name__)
@@ -107,8 +107,9 @@ class ModelSources:
         """
         found = {}
         files = tokenizer_files(self.config.model.text) | tower_files(self.config.model)
+        of_starts = start_fingerprints(all_starts(self.config))
         computed = {k: fingerprint_of_files(each) if each else None for k, each in files.items()}
-        for key, fingerprint in (computed | start_fingerprints(self.config.model)).items():
+        for key, fingerprint in (computed | of_starts).items():
             if key in self._errors and fingerprint != self._copy.fingerprints.get(key):
                 logger.warning(
                     "%s cannot be read (%s); its copy in %s is used",

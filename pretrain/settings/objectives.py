@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any, Self, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import PositiveFloat
 
 from data_prep.config_file import Section
+from pretrain.settings.warm_start import Start
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OBJECTIVES = "pretrain.objectives"  # package with one module per objective
 DEFAULT_KIND = "contrastive"
@@ -53,18 +59,70 @@ class ObjectiveSection(Section):
         return False
 
     @property
-    def nested_dims(self) -> list[int]:
-        """Numbers of first elements of an embedding that are trained to be embeddings as well."""
-        return []
-
-    @property
     def contrasts_repeats(self) -> bool:
         """Whether a sample that is twice in a step is a negative of itself."""
         return False
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it reads tokens of the towers through a module of its own, and no features."""
+        return False
+
+    @property
+    def module_start(self) -> Start | None:
+        """Weights of its module at step 0; None for random ones."""
+        return None
+
+    def build_module(self, towers: Sequence[Any], *, tokenizer: Any, where: str) -> nn.Module:
+        """Builds the module of an objective that reads tokens.
+
+        The module takes a `ViewTokens` (see pretrain.captioning) of each view, for samples that
+        have all of them, and returns [B, K], numbers of each sample.
+
+        Args:
+            towers: tower of each view, which gives tokens.
+            tokenizer: tokenizer of texts; None without a text tower.
+            where: config key of the objective, for messages.
+
+        Raises:
+            InputError: if the towers do not fit.
+        """
+        raise NotImplementedError
+
     def for_validation(self) -> Self:
         """Returns the settings for held-out data, without what only regularises training."""
         return self
+
+
+@dataclass(frozen=True)
+class ModuleUse:
+    """The use of a module by an objective of a stream.
+
+    Attributes:
+        objective: name of the objective.
+        module: name of the module, which objectives of the same name and towers share.
+        views: views whose tokens it takes.
+        towers: tower of each view.
+        section: settings of the objective.
+        where: config key of the objective.
+    """
+
+    objective: str
+    module: str
+    views: tuple[str, ...]
+    towers: tuple[str, ...]
+    section: ObjectiveSection
+    where: str
+
+
+def starts_of_modules(uses: Mapping[str, Sequence[ModuleUse]]) -> dict[str, ModuleUse]:
+    """Returns {module: one of its uses} of the modules of objectives that have a source.
+
+    Args:
+        uses: see `PretrainConfig.modules`.
+    """
+    flat = [use for of_stream in uses.values() for use in of_stream]
+    return {use.module: use for use in flat if use.section.module_start is not None}
 
 
 def import_objectives() -> None:

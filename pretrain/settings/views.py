@@ -60,6 +60,11 @@ def own_features(view: str, objective: str) -> str:
     return f"{view}@{objective}"
 
 
+def own_outputs(objective: str) -> str:
+    """Returns the name of the numbers that the module of an objective computes of each sample."""
+    return f"@{objective}"
+
+
 def view_of_features(name: str) -> str:
     """Returns the view of features."""
     return name.partition("@")[0]

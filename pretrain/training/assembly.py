@@ -56,8 +56,8 @@ from pretrain.training.objective_step import ObjectiveStep
 from pretrain.training.session import RunSession
 from pretrain.training.step_loss import StreamObjectives, build_objectives
 from pretrain.training.validation import ValidationSet, build_validation_sets
-from pretrain.warm_start.model_start import start_key, start_model, starts_of
-from pretrain.warm_start.needs import refuse_unfetched
+from pretrain.warm_start.model_start import all_starts, start_key, start_model
+from pretrain.warm_start.needs import module_starts, refuse_unfetched
 from pretrain.warm_start.source import folder_of
 
 logger = logging.getLogger(__name__)
@@ -191,17 +191,19 @@ def build_training_model(
 
     def build(assets: Path | None) -> ContrastiveModel:
         if assets is None:
-            refuse_unfetched(config.model)
+            refuse_unfetched(config.model, module_starts(config))
             refuse_other_preprocessing(
                 config.model, image=config.image, audio=config.audio, folder_of=folder_of
             )
         model = build_model_of(config, tokenizer, assets=assets)
         if assets is None:  # otherwise, resuming loads all weights
             towers = config.towers_of_temperatures
-            sources.warm_start = start_model(model, config.model, towers=towers)
+            sources.warm_start = start_model(
+                model, config.model, towers=towers, modules=config.modules
+            )
         return model
 
-    keys = [*tower_files(config.model), *map(start_key, starts_of(config.model))]
+    keys = [*tower_files(config.model), *map(start_key, all_starts(config))]
     model = sources.build(keys, build)
     settings = ProbeSettings(
         device,

@@ -160,7 +160,7 @@ def _present_alone(inputs: StreamInputs, present: Mapping[str, Tensor]) -> Strea
         device = views[view][0].device
         numbers = has_it.nonzero()[:, 0].to(device, non_blocking=True)
         views[view] = tuple(values[numbers] for values in views[view])
-        rows[view] = PresentRows(numbers, len(has_it))
+        rows[view] = PresentRows(numbers, has_it)
     return inputs._replace(views=views, present=rows)
 
 

@@ -52,6 +52,8 @@ def _describe_model(model: ContrastiveModel) -> Iterator[str]:
         total = sum(p.numel() for p in tower.parameters())
         trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
         yield f"{kind} tower: {total:,} parameters, {trained:,} trained"
+    for name, module in model.objective_modules.items():
+        yield f"module {name}: {sum(p.numel() for p in module.parameters()):,} parameters"
 
 
 def _describe(loader: StepLoader, stream: StreamName) -> Iterator[str]:

@@ -174,8 +174,9 @@ def compute_losses(
     for name, own in objectives.items():
         views, found = batch.streams[name].views, features.views[name]
         for key, objective in own.objectives.items():
+            read, outputs = objective.read(found)
             inputs = ObjectiveInputs(
-                {view: found[objective.features_of(view)] for view in objective.views},
+                read,
                 {view: views[view].keys for view in objective.views},
                 _temperature(features, objective.temperature_name),
                 own.counts,
@@ -184,6 +185,7 @@ def compute_losses(
                 rows=rows_with_all(
                     [views[view].present for view in objective.views], features.views[name]
                 ),
+                outputs=outputs,
             )
             losses[key] = objective.loss(inputs)
             weight = objective.section.weight
@@ -233,10 +235,10 @@ def _zero_of(
         for objective in own.objectives.values()
     }
     read = {
-        (name, objective.features_of(view))
+        (name, each)
         for name, own in objectives.items()
         for objective in own.objectives.values()
-        for view in objective.views
+        for each in objective.read_names
     }
     unused = [
         *(

@@ -96,7 +96,7 @@ class HeldOutBatch:
             for view, inputs in self.inputs.items()
         }
         rows = {
-            view: PresentRows(has_it.nonzero()[:, 0].to(device), len(has_it))
+            view: PresentRows(has_it.nonzero()[:, 0].to(device), has_it)
             for view, has_it in self.present.items()
         }
         return StreamInputs(views, present=rows)
@@ -213,25 +213,31 @@ def _objective_inputs(
     temperature = None
     if name is not None:
         temperature = Temperature(features.scales[name], features.biases.get(name))
-    views = features.views[stream]
-    rows = rows_with_all([batch.present.get(view) for view in objective.views], views)
-    features = {view: views[objective.features_of(view)] for view in objective.views}
-    return ObjectiveInputs(features, {}, temperature, counts=None, rows=rows)
+    found = features.views[stream]
+    rows = rows_with_all([batch.present.get(view) for view in objective.views], found)
+    read, outputs = objective.read(found)
+    return ObjectiveInputs(read, {}, temperature, counts=None, rows=rows, outputs=outputs)
 
 
 @dataclass
 class RunningMean:
-    """Means of an objective's loss and metrics over the samples of several batches."""
+    """Means of an objective's loss and metrics over the samples of several batches.
+
+    Those of a mean over other terms, such as tokens, are weighted by their number.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     num_samples: int = 0
+    num_averaged: int = 0
 
     def add(self, loss: ObjectiveLoss) -> None:
         """Adds a batch."""
+        num_averaged = loss.num_samples if loss.num_averaged is None else loss.num_averaged
         for name, value in {"loss": loss.value, **loss.metrics}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * loss.num_samples
+            self.sums[name] = self.sums.get(name, 0.0) + value * num_averaged
         self.num_samples += loss.num_samples
+        self.num_averaged += num_averaged
 
     def values(self) -> dict[str, float]:
         """Returns the means; 0 if no sample took part."""
-        return {name: total / max(1, self.num_samples) for name, total in self.sums.items()}
+        return {name: total / max(1, self.num_averaged) for name, total in self.sums.items()}

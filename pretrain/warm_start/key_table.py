@@ -55,10 +55,10 @@ class KeyRow:
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The account of one tower's warm start.
+    """The account of the warm start of one tower, or of one module of an objective.
 
     Attributes:
-        kind: tower.
+        kind: name of the tower or module; that of a module has a colon.
         location: path, URL or name of the source.
         rows: every tensor of the source and of the tower.
     """
@@ -79,8 +79,9 @@ class KeyTable:
             sha256: fingerprint of the source's files.
         """
         counts = ", ".join(f"{number} {status}" for status, number in self.counts().items())
+        what = "module" if ":" in self.kind else "tower"
         return [
-            f"{self.kind} tower starts from {self.location} (sha256 {sha256}): {counts}",
+            f"{self.kind} {what} starts from {self.location} (sha256 {sha256}): {counts}",
             *(f"  {line}" for line in _lines(r for r in self.rows if r.status != "other part")),
         ]
 

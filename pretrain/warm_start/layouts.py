@@ -2,6 +2,7 @@
 
     isopair        towers.<kind>.*                     log_logit_scale.*, logit_bias.*
     open_clip      visual.*  text.* (or at the top)    logit_scale, logit_bias
+                   text_decoder.* (CoCa)
     transformers   vision_model.*  text_model.*  audio_model.*  *_projection.*   logit_scale*
     laion_clap     audio_branch.*  text_branch.*  *_projection.*                 logit_scale_a, _t
     single         any other names: one tower
@@ -34,6 +35,7 @@ _TRANSFORMERS_PROJECTIONS = {
     "text_projection": "text",
     "audio_projection": "audio",
 }
+TEXT_DECODER = "text_decoder"  # of CoCa in open_clip
 _LAYERS_OF_PROJECTION = {"linear1": "0", "linear2": "1"}  # of CLAP
 # Names of CLIP's text tower in open_clip's models whose text tower is not separate.
 _TEXT_AT_TOP = (
@@ -48,7 +50,7 @@ class Layout:
 
     Attributes:
         form: naming of the towers' tensors.
-        towers: kind of tower -> weights.
+        towers: kind of tower, or name of a module of an objective -> weights.
         temperatures: logit scales and biases, by name.
         rest: all other tensors.
     """
@@ -102,15 +104,15 @@ def _assigned(form: Form, weights: Weights, place: Place) -> Layout:
 
 def _place_in_isopair(name: str) -> tuple[str, str] | None:
     top, kind, rest = (*name.split(".", 2), "", "")[:3]
-    return (kind, rest) if top == "towers" else None
+    return (kind, rest) if top in ("towers", "objective_modules") else None
 
 
 def _place_in_open_clip(name: str) -> tuple[str, str] | None:
     first, _, rest = name.partition(".")
     if first == "visual":
         return "image", rest
-    if first == "text":
-        return "text", rest
+    if first in ("text", TEXT_DECODER):
+        return first, rest
     return ("text", name) if first in _TEXT_AT_TOP else None
 
 

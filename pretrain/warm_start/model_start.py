@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,15 +11,17 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.storage.atomic import write_atomically
+from pretrain.config import PretrainConfig
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.settings.model import Model
+from pretrain.settings.objectives import ModuleUse, starts_of_modules
 from pretrain.settings.warm_start import Start
 from pretrain.warm_start.key_table import KeyTable
 from pretrain.warm_start.laion_clap import refuse_other_spectrogram
-from pretrain.warm_start.layouts import read_layout
-from pretrain.warm_start.source import WeightSource, find_source
+from pretrain.warm_start.layouts import TEXT_DECODER, read_layout
+from pretrain.warm_start.source import find_source
 from pretrain.warm_start.temperature import common_source, start_temperature
-from pretrain.warm_start.tower_start import start_tower
+from pretrain.warm_start.tower_start import start_module, start_tower
 
 WARM_START_FILE = "warm_start.json"  # in the run folder
 
@@ -29,7 +31,7 @@ class WarmStart:
     """The account of a model's warm start.
 
     Attributes:
-        tables: one per tower that has a source.
+        tables: one per tower, and per module of an objective, that has a source.
         temperatures: a sentence for each temperature.
     """
 
@@ -72,16 +74,32 @@ def starts_of(config: Model) -> dict[str, Start]:
     return {name: each.start for name, each in config.towers.items() if each.start is not None}
 
 
-def start_key(kind: str) -> str:
-    """Returns the key of a tower's warm start among the fingerprints of a run."""
-    return f"model.{kind}.start"
+def all_starts(config: PretrainConfig) -> dict[str, Start]:
+    """Returns {tower or module of an objective: config section} of those that have a source."""
+    of_modules = starts_of_modules(config.modules)
+    return starts_of(config.model) | {
+        name: use.section.module_start for name, use in of_modules.items()
+    }
 
 
-def start_fingerprints(config: Model) -> dict[str, str | None]:
-    """Computes {key: fingerprint of the source's files}; None for a source that is gone."""
+def start_key(name: str) -> str:
+    """Returns the key of a warm start among the fingerprints of a run.
+
+    Args:
+        name: name of a tower, or of a module of an objective, which has a colon.
+    """
+    return f"{'objectives' if ':' in name else 'model'}.{name}.start"
+
+
+def start_fingerprints(starts: Mapping[str, Start]) -> dict[str, str | None]:
+    """Computes {key: fingerprint of the source's files}; None for a source that is gone.
+
+    Args:
+        starts: result of `all_starts`.
+    """
     found: dict[str, str | None] = {}
     known: dict[str, str | None] = {}
-    for kind, start in starts_of(config).items():
+    for kind, start in starts.items():
         if start.location not in known:
             try:
                 source = find_source(start.location, where=start_key(kind))
@@ -97,6 +115,7 @@ def start_model(
     config: Model,
     *,
     towers: Mapping[str, Collection[str]],
+    modules: Mapping[str, Sequence[ModuleUse]] | None = None,
 ) -> WarmStart:
     """Sets the weights of a new model to those of the sources that its config names.
 
@@ -104,6 +123,7 @@ def start_model(
         model: new model, changed in place.
         config: config section `model`.
         towers: name of each temperature -> towers whose features it scales.
+        modules: modules of objectives, see `PretrainConfig.modules`.
 
     Raises:
         InputError: if a source cannot be used, or does not account for every tensor.
@@ -111,7 +131,13 @@ def start_model(
     starts = starts_of(config)
     temperatures: dict[str, Mapping[str, Tensor]] = {}
     tables = []
-    tensors = {place: source.read() for place, source in _find_sources(config).items()}
+    of_modules = starts_of_modules(modules or {})
+    places = {
+        start.location: f"{config.tower_key(name)}.start.from" for name, start in starts.items()
+    } | {
+        use.section.module_start.location: f"{use.where}.start.from" for use in of_modules.values()
+    }
+    tensors = {place: find_source(place, where=key).read() for place, key in places.items()}
     for name, start in starts.items():
         kind = config.kinds[name]
         layout = read_layout(tensors[start.location], kind=start.tower or kind)
@@ -128,6 +154,14 @@ def start_model(
         )
         temperatures[start.location] = layout.temperatures
         tables.append(KeyTable(name, start.location, tuple(rows)))
+    for name, use in of_modules.items():
+        start = use.section.module_start
+        layout = read_layout(tensors[start.location], kind=TEXT_DECODER)
+        part = start.tower or (name if name in layout.towers else TEXT_DECODER)
+        rows = start_module(
+            model.objective_modules[name], layout, start, part=part, where=f"{use.where}.start"
+        )
+        tables.append(KeyTable(name, start.location, tuple(rows)))
     done = [
         start_temperature(
             model,
@@ -138,11 +172,3 @@ def start_model(
         for name in (model.log_logit_scale if starts else ())
     ]
     return WarmStart(tuple(tables), tuple(done))
-
-
-def _find_sources(config: Model) -> dict[str, WeightSource]:
-    """{location: source}; two towers of one source read it once"""
-    return {
-        start.location: find_source(start.location, where=f"{config.tower_key(name)}.start.from")
-        for name, start in starts_of(config).items()
-    }

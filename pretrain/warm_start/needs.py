@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from pretrain.config import PretrainConfig
 from pretrain.hub import (
     CONFIG_FILES_OF_HUB,
     HUB_PREFIX,
@@ -18,6 +19,8 @@ from pretrain.hub import (
     parse_hub_name,
 )
 from pretrain.settings.model import MediaTower, Model, TextTower, VectorTower
+from pretrain.settings.objectives import starts_of_modules
+from pretrain.settings.warm_start import Start
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,12 @@ class Need:
     files: tuple[str, ...] = CONFIG_FILES_OF_HUB
 
 
-def find_needs(config: Model) -> list[Need]:
+def find_needs(config: Model, starts: Mapping[str, Start] | None = None) -> list[Need]:
     """Returns what a config needs from a hub; paths that exist need nothing.
+
+    Args:
+        config: config section `model`.
+        starts: config key -> warm start of modules of objectives.
 
     Raises:
         InputError: if a library has no weights of the name that a setting gives.
@@ -46,30 +53,42 @@ def find_needs(config: Model) -> list[Need]:
     needs = []
     for name, tower in config.towers.items():
         if not isinstance(tower, VectorTower):
-            needs += _start_needs(tower, config.tower_key(name))
+            if tower.start is not None:
+                needs += _start_needs(tower.start, f"{config.tower_key(name)}.start")
             needs += _model_needs(tower, config.tower_key(name))
+    for where, start in (starts or {}).items():
+        needs += _start_needs(start, where)
     return needs if config.text is None else [*needs, *_tokenizer_needs(config.text)]
 
 
-def refuse_unfetched(config: Model) -> None:
+def module_starts(config: PretrainConfig) -> dict[str, Start]:
+    """Returns {config key: warm start} of the modules of objectives."""
+    found = starts_of_modules(config.modules).values()
+    return {f"{use.where}.start": use.section.module_start for use in found}
+
+
+def refuse_unfetched(config: Model, starts: Mapping[str, Start] | None = None) -> None:
     """Checks that everything on a hub has been fetched, before a library tries to download it.
+
+    Args:
+        config: config section `model`.
+        starts: see `find_needs`.
 
     Raises:
         InputError: if it has not, with the command that fetches it.
     """
-    for need in find_needs(config):
+    for need in find_needs(config, starts):
         files = need.files
         if need.with_weights:
             files = (need.model.weights,) if need.model.weights else WEIGHTS
         cached_or_refused(need.model, where=need.key, needs=files)
 
 
-def _start_needs(tower: MediaTower | TextTower, where: str) -> Iterator[Need]:
-    if tower.start is not None:
-        key, location = f"{where}.start.from", tower.start.location
-        model = model_of_tag(location, where=key) or parse_hub_name(location)
-        if model is not None:
-            yield Need(key, model, with_weights=True)
+def _start_needs(start: Start, where: str) -> Iterator[Need]:
+    key, location = f"{where}.from", start.location
+    model = model_of_tag(location, where=key) or parse_hub_name(location)
+    if model is not None:
+        yield Need(key, model, with_weights=True)
 
 
 def _model_needs(tower: MediaTower | TextTower, where: str) -> Iterator[Need]:

@@ -16,10 +16,11 @@ from pretrain.settings.warm_start import Start
 from pretrain.warm_start.conversion import convert
 from pretrain.warm_start.key_table import SEPARATOR, KeyRow, Status, refuse_unnamed_keys
 from pretrain.warm_start.layouts import Layout
-from pretrain.warm_start.resampling import filter_by_timm, grid_of, resample
+from pretrain.warm_start.resampling import Grid, filter_by_timm, grid_of, resample
 from pretrain.warm_start.tower_names import PROJECTION, inner_name, library_names, tower_tensors
 from pretrain.warm_start.weights import Weight, Weights
 
+_DECODER = "decoder."  # of a module that decodes captions
 _TRUNK = "trunk."  # of open_clip's image towers that timm builds
 
 
@@ -43,16 +44,7 @@ def start_tower(
         InputError: if the source has no such tower, or a shape differs beyond resampling.
         ConfigError: if the config does not name a tensor that is unused or missing.
     """
-    if part not in layout.towers:
-        raise ConfigError(
-            f"{where}.from={start.location}: expected a tower for {part}, found towers for "
-            f"{' and '.join(sorted(layout.towers)) or 'nothing'}; set {where}.tower to one of them"
-        )
-    named = {
-        name: weight
-        for name, weight in layout.towers[part].items()
-        if not any(fnmatchcase(each, p) for each in weight.names for p in start.ignore)
-    }
+    named = _named(layout, start, part=part, where=where)
     is_checkpoint = layout.form == "isopair"
     names = {n: n for n in tower_tensors(tower)} if is_checkpoint else library_names(tower, library)
     weights = {name: _as_float32(weight) for name, weight in named.items()}
@@ -61,14 +53,72 @@ def start_tower(
         filtered = _filtered(weights, tower, "backbone." if is_checkpoint else "", library)
     except InputError as error:
         raise InputError(f"{where}.from={start.location}: {error}") from None
-    rows = [
+    fit = _Fit(
+        tower,
+        tower_tensors(tower),
+        names,
+        may_resample=start.resample,
+        where=f"{where}.from={start.location}",
+        grid=grid_of(tower.backbone),
+        is_frozen=tower.is_frozen,
+    )
+    rows = list(fit.take_over(filtered, shapes={n: w.tensor.shape for n, w in weights.items()}))
+    return _all_rows(rows, layout, start, named=named, part=part, where=where)
+
+
+def start_module(
+    module: nn.Module, layout: Layout, start: Start, *, part: str, where: str
+) -> list[KeyRow]:
+    """Sets the weights of a module of an objective to those of a source; see `start_tower`.
+
+    open_clip's decoder of captions is the part `decoder` of a `CaptionDecoder`.
+
+    Args:
+        module: new module, changed in place.
+        layout: tensors of the source.
+        start: config section of the warm start.
+        part: part of the source.
+        where: config key of the section, for messages.
+    """
+    named = _named(layout, start, part=part, where=where)
+    tensors: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    prefix = "" if layout.form == "isopair" else _DECODER
+    fit = _Fit(
+        module,
+        tensors,
+        {name.removeprefix(prefix): name for name in tensors},
+        may_resample=start.resample,
+        where=f"{where}.from={start.location}",
+    )
+    weights = {name: _as_float32(weight) for name, weight in named.items()}
+    rows = list(fit.take_over(weights, shapes={n: w.tensor.shape for n, w in weights.items()}))
+    return _all_rows(rows, layout, start, named=named, part=part, where=where)
+
+
+def _named(layout: Layout, start: Start, *, part: str, where: str) -> Weights:
+    """The weights of a part of a source that the config does not ignore"""
+    if part not in layout.towers:
+        raise ConfigError(
+            f"{where}.from={start.location}: expected a tower for {part}, found towers for "
+            f"{' and '.join(sorted(layout.towers)) or 'nothing'}; set {where}.tower to one of them"
+        )
+    return {
+        name: weight
+        for name, weight in layout.towers[part].items()
+        if not any(fnmatchcase(each, p) for each in weight.names for p in start.ignore)
+    }
+
+
+def _all_rows(
+    rows: list[KeyRow], layout: Layout, start: Start, *, named: Weights, part: str, where: str
+) -> list[KeyRow]:
+    """The rows with those of all other tensors of the source, once the config names them"""
+    ignored = [
         _row("unused", weight.names, weight.tensor)
         for name, weight in layout.towers[part].items()
         if name not in named
     ]
-    fit = _Fit(tower, names, start.resample, f"{where}.from={start.location}")
-    rows += fit.take_over(filtered, shapes={n: w.tensor.shape for n, w in weights.items()})
-    rows += _other_parts(layout, part)
+    rows = [*ignored, *rows, *_other_parts(layout, part)]
     refuse_unnamed_keys(rows, expect_missing=start.expect_missing, ignore=start.ignore, where=where)
     return rows
 
@@ -120,20 +170,32 @@ class _Fit:
     """Copies weights into a tower, with interpolation where shapes differ.
 
     Args:
-        tower: tower, changed in place.
+        tower: tower or other module, changed in place.
+        tensors: its tensors that are accounted for, by name.
         names: name in the library -> name in the tower.
         may_resample: whether shapes may differ.
         where: config key and value of the source, for messages.
+        grid: see `grid_of`.
+        is_frozen: whether the tower is not trained.
     """
 
     def __init__(
-        self, tower: Tower, names: Mapping[str, str], may_resample: bool, where: str
+        self,
+        tower: nn.Module,
+        tensors: Mapping[str, Tensor],
+        names: Mapping[str, str],
+        *,
+        may_resample: bool,
+        where: str,
+        grid: Grid | None = None,
+        is_frozen: bool = False,
     ) -> None:
-        self.tower = tower
+        self.tensors = tensors
         self.names = names
         self.may_resample = may_resample
         self.where = where
-        self.tensors = tower_tensors(tower)
+        self.grid = grid
+        self.is_frozen = is_frozen
         self.saved = tower.state_dict().keys()
 
     def take_over(
@@ -167,8 +229,7 @@ class _Fit:
         value = tensor.reshape(own.shape) if tensor.numel() == own.numel() == 1 else tensor
         if value.shape != own.shape:
             inner_names = {inner_name(each) for each in self.names}
-            grid = grid_of(self.tower.backbone)
-            value = resample(inner_name(name), tensor, own, names=inner_names, grid=grid)
+            value = resample(inner_name(name), tensor, own, names=inner_names, grid=self.grid)
         if value is None or not value.is_floating_point():
             raise InputError(
                 f"{self.where}: {row.source}: expected {list(own.shape)} as in the tower, found "
@@ -197,4 +258,4 @@ class _Fit:
         is_constant = not own.is_floating_point() or name not in self.saved
         # Of a trained tower, the probe has frozen the parameters that no feature depends on.
         is_idle = isinstance(own, nn.Parameter) and not own.requires_grad
-        return not (is_constant or (is_idle and not self.tower.is_frozen))
+        return not (is_constant or (is_idle and not self.is_frozen))

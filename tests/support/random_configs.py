@@ -16,6 +16,7 @@ from tests.support.killed_runs import HOW, MOMENTS, OF_MAIN_PROCESS, TIMEOUT_SEC
 from tests.support.random_towers import draw_audio, draw_image, draw_model
 from tests.support.toy_material import DATASETS, TEACHER_TEXTS, ToyMaterial
 
+OF_CAPTIONS = "captions need a causal text tower; tests/pretrain/objectives/test_captioning.py"
 OF_VIEWS = "tests/pretrain/training/test_views.py has them"
 OF_PREPROCESSING = "it is a function of one sample; tests/pretrain/towers compare it"
 # Settings of towers that are never drawn.
@@ -47,7 +48,14 @@ LEFT_OUT = {
     "model.modalities": f"pairs have no others; {OF_VIEWS}",
     "streams.*.require": f"all samples are complete pairs; {OF_VIEWS}",
     "streams.*.objectives.*.projection": OF_VIEWS,
-    "streams.*.objectives.*.kind": "contrastive is the only objective",
+    "streams.*.objectives.*.kind": OF_CAPTIONS,
+    **{
+        f"streams.*.objectives.*.{name}": OF_CAPTIONS
+        for name in (
+            *("media", "text", "name", "layers", "heads", "num_queries", "pooler_heads"),
+            "start",
+        )
+    },
     "image.longer_side": OF_PREPROCESSING,
     "image.crop_fraction": OF_PREPROCESSING,
     "audio.log_mel.frontend": OF_PREPROCESSING,
@@ -233,16 +241,7 @@ def _draw_objective(rng, material, *, teacher):
     return {
         "duplicates": rng.choice(("negatives", "positives", "masked")),
         "weight": rng.choice((1, 0.5)),
-        **_draw_nested_dims(rng),
     } | _draw_loss(rng, material, teacher=teacher)
-
-
-def _draw_nested_dims(rng):
-    if rng.random() < 0.7:
-        return {}
-    dims = sorted(rng.sample((2, 3, 5), rng.randint(1, 2)))
-    weights = [rng.choice((0.5, 1.0)) for _ in dims]
-    return {"matryoshka_dims": dims, "matryoshka_weights": rng.choice((None, weights))}
 
 
 def _draw_loss(rng, material, *, teacher):

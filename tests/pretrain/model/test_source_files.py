@@ -38,7 +38,13 @@ HARMLESS = {
     "model.modalities.*.tower": NAME,
     "streams.*.sources.*.name": NAME,
     "streams.*.segments.*.sources.*.name": NAME,
-    **{f"streams.*.objectives.*.{name}": NAME for name in ("left", "right", "temperature")},
+    **{
+        f"streams.*.objectives.*.{name}": NAME
+        for name in (
+            *("left", "right", "temperature", "media", "text", "name"),
+            *("start.tower", "start.expect_missing.*", "start.ignore.*"),
+        )
+    },
 }
 FINGERPRINTED = {
     "streams.*.sources.*.dataset": DATA,
@@ -46,6 +52,7 @@ FINGERPRINTED = {
     "streams.*.segments.*.sources.*.dataset": DATA,
     "streams.*.segments.*.sources.*.subset": DATA,
     "streams.*.objectives.*.teacher.checkpoint": "teacher/<stream>/<objective>",
+    "streams.*.objectives.*.start.from": "objectives.<module>.start",
     "validation.streams.*.dataset": "validation/<stream>",
     "validation.streams.*.subset": "validation/<stream>",
     "model.text.tokenizer": "model.text.tokenizer",

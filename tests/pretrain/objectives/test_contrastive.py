@@ -17,7 +17,7 @@ def config_with(toy_data, folder, objectives, **sections):
     [
         ({"image-text": {"image-words": {}}}, "reads 'words': expected a modality of the model"),
         ({"image-text": {"image-image": {}}}, "reads 'image' twice"),
-        ({"image-text": {"image-text": {"kind": "captioning"}}}, "expected one of contrastive"),
+        ({"image-text": {"image-text": {"kind": "generation"}}}, "expected one of .*contrastive"),
         ({"image-text": {}}, "at least 1 item"),
         (
             {

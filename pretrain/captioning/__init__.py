@@ -1,0 +1,1 @@
+"""Captioning: tokens of towers, and text decoders that attend to them."""
