@@ -331,7 +331,8 @@ def load_model(
     except DamagedCheckpointError as error:
         raise InputError(f"damaged checkpoint: {error}; name an older one") from None
     model = model.to(torch.device(device)).eval().requires_grad_(False)
-    by_kind = build_transforms(config.model, image=config.image, audio=config.audio)
+    image = config.image.after(read_record(checkpoint).state.step)
+    by_kind = build_transforms(config.model, image=image, audio=config.audio)
     transforms = {
         modality: by_kind[kind] for modality, kind in config.model.kinds.items() if kind in by_kind
     }

@@ -26,6 +26,7 @@ from pretrain.data.batch import StepBatch, StreamBuffers
 from pretrain.data.loader_threads import LoadRequest, StepMessage, serve
 from pretrain.data.step_loader import StepLoader
 from pretrain.settings.data import Loading, StreamName
+from pretrain.settings.transforms import value_at
 
 
 class LoaderProcess:
@@ -81,7 +82,8 @@ class LoaderProcess:
             message = arrived.pop(step)
             if message.error is not None:
                 raise message.error
-            yield _batch(loader, message, slots[message.slot])
+            buffers = value_at(slots[message.slot], message.step)
+            yield _batch(loader, message, buffers)
             self._send(message.slot)
 
     def _send(self, value: Any) -> None:

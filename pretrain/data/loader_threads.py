@@ -39,10 +39,15 @@ from pretrain.data.step_loader import StepLoader
 from pretrain.data.stream_reader import FilledRows
 from pretrain.sampling.order import StepSamples
 from pretrain.settings.data import StreamName
+from pretrain.settings.transforms import value_at
 
 LARGEST_CHUNK = 32  # rows that a thread fills, and texts that are tokenised together
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+# Number of steps done -> buffers from then on, in the same memory
+SlotBuffers = dict[int, dict[StreamName, StreamBuffers]]
 
 
 @dataclass
@@ -80,13 +85,16 @@ class LoadRequest:
         """Bytes of one step's buffers."""
         return max(1, step_bytes(self.loader.layouts))
 
-    def map_slots(self, descriptor: int) -> tuple[Tensor, list[dict[StreamName, StreamBuffers]]]:
+    def map_slots(self, descriptor: int) -> tuple[Tensor, list[SlotBuffers]]:
         """Returns (uint8 [bytes] of shared memory, [slots] its buffers); closes the descriptor."""
         num_bytes = self.slot_bytes * self.num_slots
         memory = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
         os.close(descriptor)
         parts = memory.view(self.num_slots, self.slot_bytes)
-        return memory, [step_buffers(part, self.loader.layouts) for part in parts]
+        layouts = {start: self.loader.layouts_at(start) for start in self.loader.changes}
+        return memory, [
+            {start: step_buffers(part, each) for start, each in layouts.items()} for part in parts
+        ]
 
 
 def serve(pipe: Connection, parent: int) -> None:
@@ -156,7 +164,7 @@ class _LoaderThreads:
         self,
         request: LoadRequest,
         pipe: Connection,
-        slots: list[dict[StreamName, StreamBuffers]],
+        slots: list[SlotBuffers],
         progress: Progress,
     ) -> None:
         self.loader = request.loader
@@ -216,7 +224,7 @@ class _LoaderThreads:
         for name in self.loader.readers:
             samples[name] = schedule.samples_of_step(name, step, lanes=self.loader.lanes)
             rows[name] = StreamRows(schedule.digest(name, samples[name]))
-        task = _StepTask(step, slot, samples, self.slots[slot], rows)
+        task = _StepTask(step, slot, samples, value_at(self.slots[slot], step), rows)
         chunks = [
             _Chunk(task, name, part)
             for name in samples
@@ -233,7 +241,7 @@ class _LoaderThreads:
             chunk = self._chunks.get()
             filled = FilledRows()
             if chunk.task.error is None:
-                reader = self.loader.readers[chunk.stream]
+                reader = self.loader.readers_at(chunk.task.step)[chunk.stream]
                 buffers = chunk.task.buffers[chunk.stream]
                 try:
                     samples = chunk.task.samples[chunk.stream]
@@ -248,7 +256,7 @@ class _LoaderThreads:
 
     def _tokenise(self, chunk: _Chunk, filled: FilledRows) -> None:
         try:
-            reader = self.loader.readers[chunk.stream]
+            reader = self.loader.readers_at(chunk.task.step)[chunk.stream]
             reader.fill_texts(chunk.task.buffers[chunk.stream], filled, chunk.rows)
         except Exception as error:
             self._fail(chunk.task, error)

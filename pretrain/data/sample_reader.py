@@ -8,6 +8,7 @@ and attempt. Substitutions are recorded. Transient errors are retried, and then 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -84,14 +85,23 @@ class SampleReader:
         self.retry_policy = RetryPolicy(retries if samples.dataset.fetch_shard is None else 0)
         self.takes_bad_shards = takes_bad_shards
         self._ranks_before = np.cumsum(samples.shard_sizes) - samples.shard_sizes
+        self._set_formats(formats)
+        for each in self.formats.values():
+            where = f"source {source!r}: {self.dataset.folder}"
+            each.check(self.dataset.modalities[each.view.member], where)
+
+    def with_formats(self, formats: Mapping[str, ViewFormat]) -> SampleReader:
+        """Returns a reader of the same samples that shows the same views in other formats."""
+        other = copy(self)
+        other._set_formats(formats)
+        return other
+
+    def _set_formats(self, formats: Mapping[str, ViewFormat]) -> None:
         self.formats = {
             name: each
             for name, each in formats.items()
             if each.view.member in self.dataset.modalities
         }
-        for each in self.formats.values():
-            where = f"source {source!r}: {self.dataset.folder}"
-            each.check(self.dataset.modalities[each.view.member], where)
 
     @cached_property
     def modalities(self) -> frozenset[str]:

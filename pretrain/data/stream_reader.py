@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -64,16 +65,26 @@ class StreamReader:
     ) -> None:
         self.name = name
         self.sources = list(sources)
-        self.formats = dict(formats)
         keys = [source_key(name, each.source) for each in sources]
         self._source_keys = np.array(keys, dtype=np.uint64)
-        self.texts = {view: each for view, each in formats.items() if isinstance(each, TextFormat)}
+        self._set_formats(formats)
         self._refuse_useless(objectives)
+
+    def with_formats(self, formats: Mapping[str, ViewFormat]) -> StreamReader:
+        """Returns a reader of the same samples that shows the same views in other formats."""
+        other = copy(self)
+        other.sources = [each.with_formats(formats) for each in self.sources]
+        other._set_formats(formats)
+        return other
+
+    def _set_formats(self, formats: Mapping[str, ViewFormat]) -> None:
+        self.formats = dict(formats)
+        self.texts = {view: each for view, each in formats.items() if isinstance(each, TextFormat)}
         self.layout = StreamLayout(
             {
                 view: replace(
                     each.layout,
-                    may_lack=any(source.may_lack(each.view.member) for source in sources),
+                    may_lack=any(source.may_lack(each.view.member) for source in self.sources),
                 )
                 for view, each in formats.items()
             }
@@ -234,6 +245,31 @@ def open_readers(
         objectives = {each: section.views(each) for each, section in stream.objectives.items()}
         readers[name] = StreamReader(name, sources=sources, formats=formats, objectives=objectives)
     return readers
+
+
+def with_transforms(
+    readers: Mapping[StreamName, StreamReader],
+    streams: Mapping[StreamName, Stream],
+    *,
+    model: Model,
+    transforms: Mapping[str, MediaTransform],
+    tokenizer: Tokenizer | None,
+) -> dict[StreamName, StreamReader]:
+    """Returns readers of the same samples with other transforms.
+
+    Args:
+        readers: readers of all streams.
+        streams: sections of the config, by name.
+        model: section `model`.
+        transforms: transform of each kind of media.
+        tokenizer: tokenizer of texts; None without a text tower.
+    """
+    return {
+        name: readers[name].with_formats(
+            build_formats(stream.views, model, transforms=transforms, tokenizer=tokenizer)
+        )
+        for name, stream in streams.items()
+    }
 
 
 def _open_source(

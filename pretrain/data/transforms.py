@@ -325,3 +325,19 @@ def build_transforms(
     if "audio" in kinds:
         transforms["audio"] = AudioToWaveform(audio)
     return transforms
+
+
+def build_transforms_by_step(
+    model: Model, *, image: ImageTransform, audio: AudioTransform
+) -> dict[int, dict[str, MediaTransform]]:
+    """Returns {number of steps done: transforms from then on}; the first number is 0.
+
+    Args:
+        model: section `model`.
+        image: section `image`, whose segments may change the size.
+        audio: section `audio`.
+    """
+    return {
+        step: build_transforms(model, image=image.at_step(step), audio=audio)
+        for step in image.sizes
+    }

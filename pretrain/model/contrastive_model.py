@@ -467,7 +467,15 @@ def _build_image_tower(
 ) -> Tower:
     pixels = _two_examples(3, transform.size, transform.size).to(torch.uint8)
     stage = NormalizedPixels(transform)
-    return _build_media_tower(config, name, "image", stage, pixels, **options)
+    tower = _build_media_tower(config, name, "image", stage, pixels, **options)
+    sizes = set(transform.sizes.values()) - {transform.size}
+    if sizes:
+        from pretrain.towers.image_sizes import refuse_other_sizes, resample_positions
+
+        resample_positions(tower.backbone)
+        others = (_two_examples(3, size, size).to(torch.uint8) for size in sorted(sizes))
+        refuse_other_sizes(tower.backbone, map(stage, others), where=f"model.{name}")
+    return tower
 
 
 def _build_audio_tower(

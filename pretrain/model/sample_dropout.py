@@ -216,7 +216,7 @@ class SamplePatchDropout(SampleDrop):
 
     Args:
         name, drop_keys: see SampleDrop.
-        prob: fraction of patches to drop.
+        prob: fraction of patches to drop; `set_patch_dropout` changes it.
         num_prefix_tokens: number of tokens before the patches, which are never dropped.
         is_ordered: whether kept patches stay in order.
         returns_indices: whether to return (patches, indices of the kept patches or None).
@@ -233,13 +233,13 @@ class SamplePatchDropout(SampleDrop):
         returns_indices: bool = False,
     ) -> None:
         super().__init__(name, drop_keys)
-        self.prob = prob
+        self.prob = self.first_prob = prob
         self.num_prefix_tokens = num_prefix_tokens
         self.is_ordered = is_ordered
         self.returns_indices = returns_indices
 
     def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        if not self.training:
+        if not self.training or self.prob == 0:
             return (tokens, None) if self.returns_indices else tokens
         num_prefix = self.num_prefix_tokens
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
@@ -254,3 +254,19 @@ class SamplePatchDropout(SampleDrop):
         kept = patches.gather(1, where.expand(-1, -1, *patches.shape[2:]))
         kept = torch.cat([prefix, kept], dim=1)
         return (kept, indices) if self.returns_indices else kept
+
+
+def patch_dropouts(model: nn.Module) -> list[SamplePatchDropout]:
+    """Returns all layers that drop patches."""
+    return [each for each in model.modules() if isinstance(each, SamplePatchDropout)]
+
+
+def set_patch_dropout(model: nn.Module, rate: float | None) -> None:
+    """Sets the fraction of patches that every patch dropout of a model drops in training.
+
+    Args:
+        model: model with any number of them.
+        rate: fraction in [0, 1); None for the one that each layer was built with.
+    """
+    for layer in patch_dropouts(model):
+        layer.prob = layer.first_prob if rate is None else rate

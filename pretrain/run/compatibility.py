@@ -141,7 +141,11 @@ class RunIdentity:
             for key, value in self.fingerprints.items()
             if key in known or key.startswith(("validation/", "teacher/", OF_MODEL))
         }
-        return RunIdentity(self.config.model_copy(update={"streams": streams}), fingerprints)
+        image = self.config.image
+        used = [each for each in image.segments if each.from_step < steps_done]
+        image = image.model_copy(update={"segments": used})
+        config = self.config.model_copy(update={"streams": streams, "image": image})
+        return RunIdentity(config, fingerprints)
 
 
 def describe_differences(different: Mapping[str, tuple[Any, Any]], *, where: str) -> str:

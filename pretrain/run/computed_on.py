@@ -52,7 +52,9 @@ SETTINGS_OF_BOTH = (
     "engine.deterministic",
 )
 WORLD_SIZE, DEVICE, DEVICE_MEMORY = "processes", "device", "device memory"
-MEMORY_KEYS = (WORLD_SIZE, DEVICE, DEVICE_MEMORY, *SETTINGS_OF_MEMORY, *SETTINGS_OF_BOTH)
+LARGEST_IMAGES = "largest images"  # of segments
+KEYS_OF_MEMORY = (DEVICE_MEMORY, LARGEST_IMAGES, *SETTINGS_OF_MEMORY)  # do not affect rounding
+MEMORY_KEYS = (WORLD_SIZE, DEVICE, *KEYS_OF_MEMORY, *SETTINGS_OF_BOTH)
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|can't allocate memory")
 
 
@@ -109,6 +111,9 @@ def _settings(config: PretrainConfig) -> dict[str, str]:
         for name in key.split("."):
             value = value[name]
         found[key] = str(value)
+    if config.image.segments:
+        size, rates = max(config.image.sizes.values()), config.image.patch_dropouts.values()
+        found[LARGEST_IMAGES] = f"{size} pixels, patch dropout from {min(rates, default=None)}"
     if config.engine.deepspeed_config is not None:
         content = config.engine.deepspeed_config.read_bytes()
         found["engine.deepspeed_config"] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
@@ -147,9 +152,8 @@ def warn_of_other_rounding(folder: Path, attempt: Attempt, record: CheckpointRec
     earlier = _writer_of(record, read_attempts(folder))
     if earlier is None or not earlier.computed_on:  # of an earlier version
         return
-    ignored = (DEVICE_MEMORY, *SETTINGS_OF_MEMORY)
     old, new = (
-        {k: v for k, v in each.computed_on.items() if k not in ignored}
+        {k: v for k, v in each.computed_on.items() if k not in KEYS_OF_MEMORY}
         | {"micro-batches": str(each.num_micro_batches)}
         for each in (earlier, attempt)
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     Field,
@@ -33,10 +34,28 @@ class ColorJitter(Section):
     hue: float = Field(0.08, ge=0, le=0.5)
 
 
+class ImageSegment(Section):
+    """Another size of images, or fraction of patches to drop, from a step on."""
+
+    from_step: PositiveInt  # number of steps done before the segment
+    size: PositiveInt | None = None  # pixels; null: as before
+    # training: fraction of the patches that image towers with patch dropout drop; null: as before
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> ImageSegment:
+        if self.size is None and self.patch_dropout is None:
+            raise ValueError(f"the segment from step {self.from_step}: set size or patch_dropout")
+        return self
+
+
 class ImageTransform(Section):
     """Transform of a decoded image to the tower's square input."""
 
-    size: PositiveInt = 224  # pixels
+    size: PositiveInt = 224  # pixels; the towers' positions are those of this size
+    # Cheap pretraining with small or masked images, and full images at the end (Li et al. 2023,
+    # "FLIP", and "CLIPA"); more may be added while a run is stopped, none may change
+    segments: list[ImageSegment] = []
     resize: Literal["shortest", "squash"] = "shortest"  # evaluation: shorter side, then centre crop
     # evaluation with shortest: size over the resized shorter side (timm's crop_pct)
     crop_fraction: float = Field(1.0, gt=0, le=1)
@@ -61,6 +80,50 @@ class ImageTransform(Section):
         if bounds[0] > bounds[1]:
             raise ValueError(f"expected [low, high], found {list(bounds)}")
         return bounds
+
+    @field_validator("segments")
+    @classmethod
+    def _in_order(cls, segments: list[ImageSegment]) -> list[ImageSegment]:
+        steps = [segment.from_step for segment in segments]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"expected segments with rising from_step, found {steps}")
+        return segments
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Number of steps done -> size from then on, for each change of the size."""
+        sizes = {0: self.size}
+        for segment in self.segments:
+            if segment.size not in (None, list(sizes.values())[-1]):
+                sizes[segment.from_step] = segment.size
+        return sizes
+
+    @property
+    def patch_dropouts(self) -> dict[int, float]:
+        """Number of steps done -> fraction of patches to drop from then on, set by a segment."""
+        rates = {each.from_step: each.patch_dropout for each in self.segments}
+        return {step: rate for step, rate in rates.items() if rate is not None}
+
+    def at_step(self, step: int) -> ImageTransform:
+        """Returns the settings of a step, without segments.
+
+        Args:
+            step: number of steps done before it.
+        """
+        size = value_at(self.sizes, step)
+        return self.model_copy(update={"size": size, "segments": []})
+
+    def after(self, num_steps: int) -> ImageTransform:
+        """Returns the settings of the last of `num_steps` steps, without segments."""
+        return self.at_step(max(0, num_steps - 1))
+
+
+T = TypeVar("T")
+
+
+def value_at(values: Mapping[int, T], step: int) -> T:
+    """Returns the value with the largest key that is at most `step`."""
+    return values[max(start for start in values if start <= step)]
 
 
 class LogMel(Section):

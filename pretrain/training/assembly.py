@@ -22,13 +22,14 @@ from pretrain.config import PretrainConfig
 from pretrain.data.datasets import build_cache
 from pretrain.data.first_samples import first_samples
 from pretrain.data.step_loader import StepLoader
-from pretrain.data.stream_reader import open_readers
-from pretrain.data.transforms import build_transforms
+from pretrain.data.stream_reader import open_readers, with_transforms
+from pretrain.data.transforms import build_transforms_by_step
 from pretrain.distributed.backward_scale import backward_scale, divide_gradients
 from pretrain.distributed.collectives import on_main_process, world_size
 from pretrain.distributed.engine import Engine
 from pretrain.model.activation_checkpointing import checkpoint_blocks
 from pretrain.model.contrastive_model import ContrastiveModel
+from pretrain.model.sample_dropout import patch_dropouts
 from pretrain.model.source_files import tokenizer_files, tower_files
 from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 from pretrain.model.vector_inputs import standardize_vectors
@@ -88,11 +89,12 @@ def open_step_loader(
     """
     lanes_of_rank(rank, world_size=world_size, lanes=config.lanes)  # before anything is opened
     cache = build_cache(config.loading)
+    transforms = build_transforms_by_step(config.model, image=config.image, audio=config.audio)
     readers = open_readers(
         config.streams,
         config.loading,
         model=config.model,
-        transforms=build_transforms(config.model, image=config.image, audio=config.audio),
+        transforms=transforms.pop(0),
         tokenizer=tokenizer,
         seed=config.seed,
         cache=cache,
@@ -113,6 +115,12 @@ def open_step_loader(
         rank=rank,
         world_size=world_size,
         node_ranks=node_ranks,
+        later_readers={
+            step: with_transforms(
+                readers, config.streams, model=config.model, transforms=each, tokenizer=tokenizer
+            )
+            for step, each in transforms.items()
+        },
     )
 
 
@@ -151,7 +159,7 @@ def open_validation_sets(
         streams=config.streams,
         engine=config.engine,
         model=config.model,
-        transforms=build_transforms(config.model, image=config.image, audio=config.audio),
+        transforms=build_transforms_by_step(config.model, image=config.image, audio=config.audio),
         tokenizer=tokenizer,
         retries=config.loading.retries,
         cache=cache,
@@ -205,6 +213,12 @@ def build_training_model(
 
     keys = [*tower_files(config.model), *map(start_key, all_starts(config))]
     model = sources.build(keys, build)
+    if config.image.patch_dropouts and not patch_dropouts(model):
+        raise InputError(
+            "image.segments set patch_dropout: expected an image tower that drops patches from the "
+            "first step on, found none; set its options: {patch_drop_rate: 0.5} (timm) or "
+            "{force_patch_dropout: 0.5} (open_clip)"
+        )
     settings = ProbeSettings(
         device,
         is_bf16=config.engine.precision == "bf16",
@@ -366,7 +380,13 @@ def build_step(
     objectives = build_run_objectives(config, world_size=world_size())
     scale = backward_scale(config.engine.precision, num_processes=world_size())
     divide_gradients(engine.model, scale)
-    return ObjectiveStep(engine, objectives, num_micro_batches=num_micro_batches, teachers=teachers)
+    return ObjectiveStep(
+        engine,
+        objectives,
+        num_micro_batches=num_micro_batches,
+        teachers=teachers,
+        patch_dropouts=config.image.patch_dropouts,
+    )
 
 
 def build_settings(config: PretrainConfig) -> TrainerSettings:

@@ -244,7 +244,8 @@ class Trainer:
         metrics = {}
         with self.timer.phase("validation"):
             for each in self.validation_sets:
-                found = None if request.stops else validate(self.engine, each, should_abort)
+                current = each.after(self.run.num_steps_done)
+                found = None if request.stops else validate(self.engine, current, should_abort)
                 if found is None:
                     self.lacks_validation = True
                     return request

@@ -24,6 +24,7 @@ from pretrain.config import Engine, PretrainConfig
 from pretrain.data.batch import StreamLayout
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
+from pretrain.model.sample_dropout import patch_dropouts, set_patch_dropout
 from pretrain.settings.data import StreamName
 from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
 from pretrain.training.memory_budget import (
@@ -130,6 +131,8 @@ class StepSizes:
     embed_dim: int
     batches_ahead: int  # steps loaded ahead
     engine: Engine  # config section
+    # least fraction of patches that a step drops, if segments set it: its activations are largest
+    patch_dropout: float | None = None
 
     @classmethod
     def of_config(cls, config: PretrainConfig) -> StepSizes:
@@ -143,6 +146,7 @@ class StepSizes:
             embed_dim=config.model.embed_dim,
             batches_ahead=config.loading.batches_ahead,
             engine=config.engine,
+            patch_dropout=min(config.image.patch_dropouts.values(), default=None),
         )
 
 
@@ -182,7 +186,7 @@ def choose_num_micro_batches(
         return num_micro_batches_of_size(sizes, num_processes=world_size())
     if kept is not None:
         return kept
-    activations = measure(sizes.engine, model, layouts, device)
+    activations = measure(sizes, model, layouts, device)
     # Also a barrier: afterwards every rank has freed the memory of its measurement.
     memories = gather_objects((hosts[rank()], memory_name(device)))
     estimate = estimate_memory(
@@ -223,7 +227,7 @@ def estimate_for_plan(
         num_processes: number of processes.
         num_processes_here: number of processes on this machine.
     """
-    activations = measure(sizes.engine, model, layouts, device)
+    activations = measure(sizes, model, layouts, device)
     num_sharing = num_processes_here if device.type == "cpu" else 1
     return estimate_memory(
         sizes,
@@ -236,18 +240,27 @@ def estimate_for_plan(
 
 
 def measure(
-    config: Engine, model: ContrastiveModel, layouts: Layouts, device: torch.device
+    sizes: StepSizes, model: ContrastiveModel, layouts: Layouts, device: torch.device
 ) -> dict[StreamName, ActivationBytes] | None:
-    """Calls `measure_activations`; returns None if the device runs out of memory."""
+    """Calls `measure_activations`; returns None if the device runs out of memory.
+
+    With segments of images, `layouts` have the largest size, and the fewest patches are dropped,
+    so that the result holds for all segments.
+    """
+    if sizes.patch_dropout is not None:
+        first = (layer.first_prob for layer in patch_dropouts(model))
+        set_patch_dropout(model, min(sizes.patch_dropout, *first))
     try:
         return measure_activations(
             model,
             {name: layout for name, (layout, _) in layouts.items()},
             device=device,
-            is_bf16=config.precision == "bf16",
+            is_bf16=sizes.engine.precision == "bf16",
         )
     except torch.OutOfMemoryError:
         return None
+    finally:
+        set_patch_dropout(model, None)
 
 
 def estimate_memory(

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pretrain.data.batch import StepBatch
 from pretrain.distributed.engine import Engine
 from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
+from pretrain.model.sample_dropout import set_patch_dropout
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.settings.data import StreamName
+from pretrain.settings.transforms import value_at
 from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.gradient_cache import (
     StepTerms,
@@ -33,6 +35,7 @@ class ObjectiveStep:
         objectives: objectives of every stream.
         num_micro_batches: number of micro-batches per rank, equal on all ranks.
         teachers: teachers of the objectives with distillation, by "<stream>/<objective>".
+        patch_dropouts: number of steps done -> fraction of patches to drop from then on.
     """
 
     def __init__(
@@ -42,14 +45,18 @@ class ObjectiveStep:
         *,
         num_micro_batches: int,
         teachers: Mapping[str, ObjectiveTeacher] | None = None,
+        patch_dropouts: Mapping[int, float] | None = None,
     ) -> None:
         self.engine = engine
         self.objectives = objectives
         self.num_micro_batches = num_micro_batches
         self.teachers = teachers or {}
+        self.patch_dropouts = {0: None} | dict(patch_dropouts or {})
 
     def backward(self, batch: StepBatch, timer: PhaseTimer) -> StepObjectiveLosses:
         """Accumulates the gradient of the losses over the global batch; see `TrainingStep`."""
+        if len(self.patch_dropouts) > 1:
+            set_patch_dropout(self.engine.model, value_at(self.patch_dropouts, batch.step))
         with timer.phase("forward"):
             micro_batches = self.micro_batches(batch)
             teacher_features = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from pretrain.objectives.objective import (
 )
 from pretrain.settings.data import Stream, StreamName
 from pretrain.settings.model import Model
+from pretrain.settings.transforms import value_at
 from pretrain.settings.views import View
 from pretrain.training.step_loss import feature_type, rows_with_all
 
@@ -46,6 +47,13 @@ class ValidationSet:
     # Without label smoothing and with duplicates as negatives, so that runs with different settings
     # can be compared.
     objectives: Mapping[str, Objective]
+    # Number of steps done -> reader from then on, of images of another size
+    later_readers: Mapping[int, SampleReader] = field(default_factory=dict)
+
+    def after(self, num_steps: int) -> ValidationSet:
+        """Returns the set with images of the size of the last of `num_steps` steps."""
+        readers = {0: self.reader, **self.later_readers}
+        return replace(self, reader=value_at(readers, max(0, num_steps - 1)))
 
     def batches(self) -> Iterator[HeldOutBatch]:
         """Yields this rank's part of each batch; the last batch may be smaller.
@@ -108,7 +116,7 @@ def build_validation_sets(
     streams: Mapping[StreamName, Stream],
     engine: EngineSection,
     model: Model,
-    transforms: Mapping[str, MediaTransform],
+    transforms: Mapping[int, Mapping[str, MediaTransform]],
     tokenizer: Tokenizer | None,
     retries: int,
     cache: ShardCache | None = None,
@@ -120,7 +128,7 @@ def build_validation_sets(
         streams: config section of each stream, for its objectives.
         engine: config section `engine`.
         model: config section `model`.
-        transforms: transform of each kind of media.
+        transforms: number of steps done -> transform of each kind of media from then on.
         tokenizer: tokenizer of texts; None without a text tower.
         retries: retries of a read after a transient error.
         cache: this machine's cache, for datasets behind URLs.
@@ -133,10 +141,14 @@ def build_validation_sets(
     for name, source in config.streams.items():
         stream = streams[name]
         where = f"validation.streams.{name}"
+        formats = {
+            step: build_formats(stream.views, model, transforms=each, tokenizer=tokenizer)
+            for step, each in transforms.items()
+        }
         reader = SampleReader(
             f"validation.{name}",
             samples=open_samples(source.dataset, subset=source.subset, cache=cache),
-            formats=build_formats(stream.views, model, transforms=transforms, tokenizer=tokenizer),
+            formats=formats.pop(0),
             retries=retries,
         )
         if len(reader.samples) == 0:
@@ -156,7 +168,8 @@ def build_validation_sets(
                 f"{where}: {source.dataset} has {', '.join(reader.dataset.modalities)}; expected "
                 f"different views of an objective among {', '.join(stream.views)}"
             )
-        sets.append(ValidationSet(name, reader, source.batch_size, objectives))
+        later = {step: reader.with_formats(each) for step, each in formats.items()}
+        sets.append(ValidationSet(name, reader, source.batch_size, objectives, later))
     return sets
 
 

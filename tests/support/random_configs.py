@@ -56,6 +56,7 @@ LEFT_OUT = {
             "start",
         )
     },
+    "image.segments": "tests/pretrain/training/test_image_segments.py has them",
     "image.longer_side": OF_PREPROCESSING,
     "image.crop_fraction": OF_PREPROCESSING,
     "audio.log_mel.frontend": OF_PREPROCESSING,
