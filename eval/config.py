@@ -44,6 +44,9 @@ class EvaluateConfig(EncodingConfig):
     skip_missing: bool = False  # skip and report evaluations whose dataset is missing
     seed: int = Field(0, ge=0)  # seeds the bootstrap and the training items of few-shot probes
     bootstrap_samples: int = Field(1000, ge=100)  # resamples per interval
+    # Every evaluation is repeated on the first d numbers of the embeddings, normalised again, for
+    # each d; null: those of the run's matryoshka_dims, and none for models of other libraries
+    matryoshka_dims: list[PositiveInt] | None = None
 
 
 class WatchConfig(EvaluateConfig):

@@ -15,7 +15,7 @@ from eval.datasets.file_dataset import FileDataset
 from eval.datasets.tar_dataset import TarDataset
 from eval.embeddings.store import EmbeddingStore
 from eval.metrics.intervals import Bootstrap
-from eval.models.encoder import load_encoder
+from eval.models.encoder import Encoder, load_encoder
 from eval.processes import wait_for_all
 from eval.report.averages import averages_of
 from eval.report.html import write_report
@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> None:
     check_fingerprints(found.present)
     encoder = load_encoder(config)
     check_towers(found.present, encoder)
+    dims = dims_to_measure(config, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
     encode_tasks(found.present, store)
     wait_for_all()  # every process has encoded its part
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> None:
         return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
     embeddings = Embeddings(store, encoder.device)
-    outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap)
+    outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap, matryoshka_dims=dims)
     seconds = time.monotonic() - start
     record = results_record(
         outcomes,
@@ -80,6 +81,23 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     _write(config.output, outcomes, record)
     check_goals(config.evaluations, outcomes)
+
+
+def dims_to_measure(config: EvaluateConfig, encoder: Encoder) -> list[int]:
+    """Returns the numbers of first elements of the embeddings to measure as well.
+
+    Raises:
+        InputError: if one of them is not below the width of the embeddings.
+    """
+    if config.matryoshka_dims is None:
+        return list(encoder.matryoshka_dims)
+    for dim in config.matryoshka_dims:
+        if dim >= encoder.embed_dim:
+            raise InputError(
+                f"matryoshka_dims: expected numbers below {encoder.embed_dim}, the width of the "
+                f"model's embeddings, found {dim}; all numbers are always measured"
+            )
+    return sorted(set(config.matryoshka_dims))
 
 
 def _share_fingerprints(tasks: Sequence[Task]) -> None:

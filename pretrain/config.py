@@ -250,6 +250,18 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _nested_embeddings_are_shorter(self) -> PretrainConfig:
+        for key, objective in self.objectives.items():
+            longest = max(objective.nested_dims, default=0)
+            if longest >= self.model.embed_dim:
+                raise ValueError(
+                    f"streams.{key.replace('/', '.objectives.')}.matryoshka_dims: expected numbers "
+                    f"below model.embed_dim={self.model.embed_dim}, found {longest}; the loss of "
+                    "all numbers is always included"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _validation_streams_exist(self) -> PretrainConfig:
         for name in self.validation.streams:
             if name not in self.streams:
@@ -330,6 +342,20 @@ class PretrainConfig(Section):
                 module = f"{objective}:{'-'.join(towers)}"
                 uses[stream].append(ModuleUse(objective, module, views, towers, section, where))
         return uses
+
+    @property
+    def matryoshka_dims(self) -> list[int]:
+        """Numbers of first elements of an embedding that some objective trains, in rising order."""
+        return sorted({dim for each in self.objectives.values() for dim in each.nested_dims})
+
+    @property
+    def contrasted_width(self) -> int:
+        """Most numbers per sample and view that a stream's losses read, with nested embeddings."""
+        nested = (
+            sum(sum(each.nested_dims) for each in stream.objectives.values())
+            for stream in self.streams.values()
+        )
+        return self.model.embed_dim + max(nested)
 
     @property
     def objectives(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.config_file import read_stored_config
 from data_prep.errors import InputError
 from eval.metrics.ranking import check_finite
 from eval.models.encoding import EncodingConfig
@@ -24,6 +25,7 @@ from eval.models.model_source import ModelSource, find_model
 from eval.models.preprocessing import FrontEnd
 from pretrain.checkpoint import find_checkpoint, load_model
 from pretrain.checkpoints.record import read_record
+from pretrain.config import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Encoder:
     dtype: torch.dtype
     batch_size: int
     workers: int
+    matryoshka_dims: tuple[int, ...] = ()  # see LoadedModel
 
     @cached_property
     def embed_dim(self) -> int:
@@ -197,6 +200,7 @@ def load_encoder(config: EncodingConfig) -> Encoder:
         dtype=getattr(torch, config.dtype),
         batch_size=config.batch_size,
         workers=config.workers,
+        matryoshka_dims=loaded.matryoshka_dims,
     )
 
 
@@ -228,7 +232,9 @@ def _load_isopair(path: Path) -> LoadedModel:
     origin = ModelOrigin(
         "isopair", checkpoint, record.model_sha256, record.state.step, tuple(record.state.tags)
     )
-    return LoadedModel(model, transforms, settings, tokenizer, origin)
+    config = read_stored_config(PretrainConfig, checkpoint / "config.yaml")
+    dims = tuple(config.matryoshka_dims)
+    return LoadedModel(model, transforms, settings, tokenizer, origin, matryoshka_dims=dims)
 
 
 def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:

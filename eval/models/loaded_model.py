@@ -42,11 +42,23 @@ class LoadedModel:
     settings: dict[str, Any]  # kind of media -> settings of its transform, in JSON types
     tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
     origin: ModelOrigin
+    # Numbers of first elements of an embedding that were trained to be embeddings as well
+    matryoshka_dims: tuple[int, ...] = ()
 
 
 def encoding_packages() -> dict[str, str | None]:
     """Returns the version of every package in PACKAGES; None if it is not installed."""
     return {name: package_version(name) for name in PACKAGES}
+
+
+def first_numbers(embeddings: Tensor, dim: int | None) -> Tensor:
+    """Returns the first numbers of embeddings, normalised again: [B, D] -> [B, dim].
+
+    Args:
+        embeddings: [B, D].
+        dim: None for all numbers, unchanged.
+    """
+    return embeddings if dim is None else normalized(embeddings[:, :dim])
 
 
 def normalized(embeddings: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def main_metric_of(outcome: Outcome, section: EvaluationSection) -> str | None:
     Raises:
         InputError: if the evaluation does not have the `main_metric` of its config.
     """
-    scores = outcome.result.scores
+    scores = outcome.scores
     if section.main_metric is None:
         return outcome.task.main_metric(scores)
     if section.main_metric not in scores:
@@ -60,7 +60,7 @@ def averages_of(
         if metric is None:
             continue
         for name in (ALL, *section.averages):
-            members.setdefault(name, []).append(outcome.result.scores[metric])
+            members.setdefault(name, []).append(outcome.scores[metric])
     return {name: mean_of_scores(scores) for name, scores in members.items() if len(scores) > 1}
 
 

@@ -68,7 +68,7 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
         rows.append((f"average: {name}", "main metrics", _bar(score), *score_cells("", score)))
     for outcome in outcomes:
         name = outcome.task.name
-        for metric, score in outcome.result.scores.items():
+        for metric, score in outcome.scores.items():
             value, interval, chance, num_queries = score_cells(metric, score)
             bar = Markup("") if is_rank(metric) else _bar(score)
             label = metric.replace("_", " ")

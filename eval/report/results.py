@@ -74,7 +74,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
             "num_samples": len(task.dataset),
             "fingerprint": task.dataset.fingerprint,
         },
-        "scores": {name: asdict(score) for name, score in outcome.result.scores.items()},
+        "scores": {name: asdict(score) for name, score in outcome.scores.items()},
         "task": task.task_name,
         **task.record(outcome),
         **outcome.counts,
@@ -135,7 +135,7 @@ def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]
     return [
         (outcome.task.name, (metric, *score_cells(metric, score)))
         for outcome in outcomes
-        for metric, score in outcome.result.scores.items()
+        for metric, score in outcome.scores.items()
     ]
 
 
@@ -169,7 +169,7 @@ def scores_csv(outcomes: Sequence[Outcome]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["evaluation", "metric", *names])
     for outcome in outcomes:
-        for metric, score in outcome.result.scores.items():
+        for metric, score in outcome.scores.items():
             writer.writerow([outcome.task.name, metric, *asdict(score).values()])
     return text.getvalue()
 
@@ -183,7 +183,7 @@ def check_goals(evaluations: Mapping[str, EvaluationSection], outcomes: Sequence
     """
     missed = []
     for outcome in outcomes:
-        name, scores = outcome.task.name, outcome.result.scores
+        name, scores = outcome.task.name, outcome.scores
         for metric, goal in evaluations[name].goals.items():
             if metric not in scores:
                 raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from eval.embeddings.store import EmbeddingStore
-    from eval.metrics.intervals import Bootstrap
+    from eval.metrics.intervals import Bootstrap, Score
     from eval.models.encoder import Encoder
     from eval.tasks.single_label import LabelledItems
 
@@ -30,10 +30,11 @@ class Embeddings:
 
     store: EmbeddingStore
     device: torch.device
+    num_dims: int | None = None  # first numbers of an embedding that are measured; None: all
 
     def media(self, source: MediaSet) -> Tensor:
         """Returns the embeddings of a dataset's media items, [Q, D]."""
-        return self.store.media(source.dataset, source.keys).to(self.device)
+        return self._shortened(self.store.media(source.dataset, source.keys))
 
     def labelled_media(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
         """Returns ([n, D] embeddings, int64 [n] classes) of labelled items."""
@@ -44,7 +45,12 @@ class Embeddings:
 
     def texts(self, task: Task) -> Tensor:
         """Returns the embeddings of a task's texts, [M, D]."""
-        return self.store.texts(task.texts).to(self.device)
+        return self._shortened(self.store.texts(task.texts))
+
+    def _shortened(self, embeddings: Tensor) -> Tensor:
+        from eval.models.loaded_model import first_numbers
+
+        return first_numbers(embeddings.to(self.device), self.num_dims)
 
 
 def check_fingerprints(tasks: Sequence[Task]) -> None:
@@ -99,9 +105,19 @@ def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
 
 
 def measure_tasks(
-    tasks: Sequence[Task], embeddings: Embeddings, *, bootstrap: Bootstrap
+    tasks: Sequence[Task],
+    embeddings: Embeddings,
+    *,
+    bootstrap: Bootstrap,
+    matryoshka_dims: Sequence[int] = (),
 ) -> list[Outcome]:
     """Measures all tasks; all embeddings must have been computed before.
+
+    Args:
+        tasks: tasks to measure.
+        embeddings: embeddings of the tasks' media and texts.
+        bootstrap: settings of resampling.
+        matryoshka_dims: numbers of first elements of the embeddings to measure as well.
 
     Raises:
         InputError: see `EmbeddingStore`.
@@ -112,9 +128,17 @@ def measure_tasks(
         media = embeddings.media(task.media_sets[0])
         result, other = task.measure(media, embeddings, bootstrap=bootstrap)
         counts = task.audit(media, embeddings)
+        of_dims: dict[str, Score] = {}
+        for dim in matryoshka_dims:
+            of_dims |= _scores_of_dim(task, replace(embeddings, num_dims=dim), bootstrap)
         seconds = time.monotonic() - start
         media, other = media.cpu(), other.cpu()
         space = task.embedding_space(media, other)
-        outcomes.append(Outcome(task, result, media, other, space, counts, seconds))
+        outcomes.append(Outcome(task, result, media, other, space, counts, seconds, of_dims))
         logger.info("%s: %.1f s", task.name, seconds)
     return outcomes
+
+
+def _scores_of_dim(task: Task, embeddings: Embeddings, bootstrap: Bootstrap) -> dict[str, Score]:
+    result, _ = task.measure(embeddings.media(task.media_sets[0]), embeddings, bootstrap=bootstrap)
+    return {f"dim{embeddings.num_dims}_{name}": score for name, score in result.scores.items()}

@@ -17,7 +17,7 @@ import pkgutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args
 
@@ -260,6 +260,13 @@ class Outcome:
     space: EmbeddingSpace | None
     counts: Mapping[str, int]  # returned by `Task.audit`
     seconds: float  # duration without encoding
+    # Scores on the first numbers of the embeddings, by "dim<numbers>_<metric>"
+    scores_of_dims: Mapping[str, Score] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """All scores; those on all numbers of the embeddings come first."""
+        return {**self.result.scores, **self.scores_of_dims}
 
 
 # ----------------------------------------------------------------------------------- registry

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_prep.config_file import Section, free
 from pretrain.objectives.objective import (
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pretrain.loss.contrastive_loss import ContrastiveLoss
     from pretrain.loss.options import LossOptions, Teacher
 
 LossKind = Literal["softmax", "sigmoid"]
@@ -60,6 +61,24 @@ class ContrastiveSection(ObjectiveSection):
     # positives: as if they were one sample; masked: excluded from each other's loss.
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     teacher: Distillation | None = None
+    # The loss is also computed on the first d numbers of the embeddings, normalised again, for each
+    # d of this list, at the same temperature: they then serve as shorter embeddings (Kusupati et
+    # al. 2022, "Matryoshka Representation Learning", equation 1). All numbers always take part
+    matryoshka_dims: list[PositiveInt] = []
+    # factor of the loss of each of matryoshka_dims; that of all numbers has 1. null: 1 for each
+    matryoshka_weights: list[PositiveFloat] | None = None
+
+    @model_validator(mode="after")
+    def _weighs_each_dim(self) -> ContrastiveSection:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims != sorted(set(dims)):
+            raise ValueError(f"expected rising matryoshka_dims, found {dims}")
+        if weights is not None and len(weights) != len(dims):
+            raise ValueError(
+                f"expected one of matryoshka_weights for each of matryoshka_dims={dims}, found "
+                f"{weights}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_softmaxes(self) -> ContrastiveSection:
@@ -103,14 +122,29 @@ class ContrastiveSection(ObjectiveSection):
         return self.projection == "own"
 
     @property
+    def nested_dims(self) -> list[int]:
+        """The list matryoshka_dims; see the base class."""
+        return self.matryoshka_dims
+
+    @property
+    def weights_of_dims(self) -> dict[int, float]:
+        """Factor of the loss of each of matryoshka_dims."""
+        weights = self.matryoshka_weights or [1.0] * len(self.matryoshka_dims)
+        return dict(zip(self.matryoshka_dims, weights, strict=True))
+
+    @property
     def contrasts_repeats(self) -> bool:
         """Whether equal samples are negatives of one another."""
         return self.duplicates == "negatives"
 
     def for_validation(self) -> ContrastiveSection:
-        """Returns the plain loss, by which runs with different settings can be compared."""
+        """Returns the plain loss, by which runs with different settings can be compared.
+
+        The losses of matryoshka_dims are metrics, which the loss does not include.
+        """
         plain = {"label_smoothing": 0.0, "duplicates": "negatives", "teacher": None}
-        return self.model_copy(update=plain)
+        only_measured = {"matryoshka_weights": [0.0] * len(self.matryoshka_dims)}
+        return self.model_copy(update=plain | only_measured)
 
 
 class ContrastiveObjective(Objective, section=ContrastiveSection):
@@ -142,22 +176,37 @@ class ContrastiveObjective(Objective, section=ContrastiveSection):
         """Returns the bytes of features, sums and gradients; see the base class."""
         from pretrain.loss.two_passes import received_bytes
 
-        return received_bytes(
-            counts,
-            options=self.options,
-            width=width,
-            feature_bytes=self.feature_type.itemsize,
-            device=device,
+        return sum(
+            received_bytes(
+                counts,
+                options=self.options,
+                width=each,
+                feature_bytes=self.feature_type.itemsize,
+                device=device,
+            )
+            for each in (width, *self.section.nested_dims)
         )
 
     def loss(self, inputs: ObjectiveInputs) -> ObjectiveLoss:
-        """Computes the loss and in-batch recall at 1 in both directions."""
+        """Computes the loss and in-batch recall at 1 in both directions, for each nested width."""
+        sides = [inputs.of_rows(inputs.features[view]) for view in self.views]
+        whole = self._contrast(sides, inputs, media_gather=inputs.begun)
+        total, value, metrics = whole.for_backward, whole.value, self._recalls(whole)
+        for dim, weight in self.section.weights_of_dims.items():
+            found = self._contrast([first_numbers(side, dim) for side in sides], inputs)
+            total = total + weight * found.for_backward
+            value += weight * found.value
+            own = {"loss": found.value} | self._recalls(found)
+            metrics |= {f"dim{dim}_{name}": metric for name, metric in own.items()}
+        return ObjectiveLoss(total, value, whole.num_pairs, metrics)
+
+    def _contrast(
+        self, sides: Sequence[Tensor], inputs: ObjectiveInputs, *, media_gather: Any = None
+    ) -> ContrastiveLoss:
         from pretrain.loss.contrastive_loss import contrastive_loss
 
-        left, right = self.views
-        found = contrastive_loss(
-            inputs.of_rows(inputs.features[left]),
-            inputs.of_rows(inputs.features[right]),
+        return contrastive_loss(
+            *sides,
             inputs.temperature.scale,
             inputs.temperature.bias,
             options=self.options,
@@ -166,14 +215,26 @@ class ContrastiveObjective(Objective, section=ContrastiveSection):
             ),
             teacher=_rows_of_teacher(inputs),
             counts=inputs.counts if inputs.rows is None else None,
-            media_gather=inputs.begun,
+            media_gather=media_gather,
             feature_type=self.feature_type,
         )
-        metrics = {
+
+    def _recalls(self, found: ContrastiveLoss) -> dict[str, float]:
+        left, right = self.views
+        return {
             f"{left}_to_{right}_recall@1": found.media_to_text_recall_at_1,
             f"{right}_to_{left}_recall@1": found.text_to_media_recall_at_1,
         }
-        return ObjectiveLoss(found.for_backward, found.value, found.num_pairs, metrics)
+
+
+def first_numbers(embeddings: Tensor, dim: int) -> Tensor:
+    """Returns the first numbers of embeddings, normalised again: [B, D] -> [B, dim].
+
+    The rows are L2-normalised.
+    """
+    from torch.nn import functional
+
+    return functional.normalize(embeddings[:, :dim], dim=-1)
 
 
 def _rows_of_teacher(inputs: ObjectiveInputs) -> Teacher | None:

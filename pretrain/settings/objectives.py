@@ -59,6 +59,11 @@ class ObjectiveSection(Section):
         return False
 
     @property
+    def nested_dims(self) -> list[int]:
+        """Numbers of first elements of an embedding that are trained to be embeddings as well."""
+        return []
+
+    @property
     def contrasts_repeats(self) -> bool:
         """Whether a sample that is twice in a step is a negative of itself."""
         return False

@@ -129,6 +129,7 @@ class StepSizes:
     global_batch_sizes: Mapping[StreamName, int]
     takes_all: bool  # whether a step uses all streams or one
     embed_dim: int
+    contrasted_width: int  # numbers per sample and view that the losses of a stream read
     batches_ahead: int  # steps loaded ahead
     engine: Engine  # config section
     # least fraction of patches that a step drops, if segments set it: its activations are largest
@@ -144,6 +145,7 @@ class StepSizes:
             sizes,
             takes_all=config.streams_per_step == "all",
             embed_dim=config.model.embed_dim,
+            contrasted_width=config.contrasted_width,
             batches_ahead=config.loading.batches_ahead,
             engine=config.engine,
             patch_dropout=min(config.image.patch_dropouts.values(), default=None),
@@ -287,7 +289,7 @@ def estimate_memory(
         sizes.engine,
         layouts,
         global_num_pairs=max(sizes.global_batch_sizes.values()),
-        width=sizes.embed_dim,
+        width=sizes.contrasted_width,
         batches_ahead=sizes.batches_ahead,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_processes=num_processes,

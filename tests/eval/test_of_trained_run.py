@@ -10,7 +10,9 @@ from tests.support.toy_run import toy_config
 
 
 def test_run_folder_evaluates_on_images_and_audio(toy_data, tmp_path):
-    pretrain(toy_config(toy_data, tmp_path / "run", schedule={"num_steps": 3}))
+    streams = toy_config(toy_data, tmp_path / "run").model_dump(mode="json")["streams"]
+    streams["image-text"]["objectives"]["image-text"]["matryoshka_dims"] = [4]
+    pretrain(toy_config(toy_data, tmp_path / "run", schedule={"num_steps": 3}, streams=streams))
     config = {
         "checkpoint": str(tmp_path / "run"),
         "output": str(tmp_path / "out"),
@@ -29,6 +31,7 @@ def test_run_folder_evaluates_on_images_and_audio(toy_data, tmp_path):
     assert record["checkpoint"]["step"] == 3
     assert len(record["checkpoint"]["model_sha256"]) == 64
     for evaluation in record["evaluations"].values():
+        assert "dim4_mean_recall@1" in evaluation["scores"]
         for score in evaluation["scores"].values():
             if score["low"] is not None:
                 assert score["low"] <= score["value"] <= score["high"]

@@ -242,7 +242,16 @@ def _draw_objective(rng, material, *, teacher):
     return {
         "duplicates": rng.choice(("negatives", "positives", "masked")),
         "weight": rng.choice((1, 0.5)),
+        **_draw_nested_dims(rng),
     } | _draw_loss(rng, material, teacher=teacher)
+
+
+def _draw_nested_dims(rng):
+    if rng.random() < 0.7:
+        return {}
+    dims = sorted(rng.sample((2, 3, 5), rng.randint(1, 2)))
+    weights = [rng.choice((0.5, 1.0)) for _ in dims]
+    return {"matryoshka_dims": dims, "matryoshka_weights": rng.choice((None, weights))}
 
 
 def _draw_loss(rng, material, *, teacher):
