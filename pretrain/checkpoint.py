@@ -202,9 +202,11 @@ def restore(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
         InputError: if the checkpoint belongs to a different model.
     """
     refuse_other_shapes(checkpoint, shapes_of(engine.model))
+    state = checkpoint.record.state
+    engine.open_groups(state.step, updates_before=state.num_updates_before)
     _refuse_missing_moments(engine, checkpoint)
     _load_model(engine, checkpoint, has_moments=True)
-    engine.after_load(num_updates=checkpoint.record.state.num_updates)
+    engine.after_load(num_updates=state.num_updates)
 
 
 def restore_weights(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
@@ -261,7 +263,8 @@ def _refuse_missing_moments(engine: Engine, checkpoint: VerifiedCheckpoint) -> N
             f"{checkpoint.location}: expected optimizer moments for every parameter that this run "
             f"trains, found none for {', '.join(missing[:10])}"
             f"{f' and {len(missing) - 10} more' if len(missing) > 10 else ''}, which were frozen "
-            "in the checkpoint's run: train the same parameters as that run"
+            "in the checkpoint's run: train the same parameters as that run, or freeze them and "
+            "open them from a later step on (optimizer.frozen, optimizer.unfreeze)"
         )
 
 

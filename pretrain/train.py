@@ -60,6 +60,7 @@ from pretrain.training.assembly import (
     build_training_optimizer,
     build_training_tokenizer,
     check_repeated_samples,
+    describe_parameter_groups,
     fingerprints_of,
     measure_batch_norms,
     open_step_loader,
@@ -204,6 +205,7 @@ def dry_run(config: PretrainConfig) -> None:
         model = build_training_model(sources, tokenizer, device=device)
         standardize_inputs(config, model, loader)
         start_lines = sources.warm_start.describe(start_fingerprints(all_starts(config)))
+    group_lines = describe_parameter_groups(config, model)
     open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),
@@ -213,7 +215,7 @@ def dry_run(config: PretrainConfig) -> None:
         device=device,
         num_processes_here=num_processes_here,
     )
-    say("\n".join([*start_lines, *lines]))
+    say("\n".join([*start_lines, *group_lines, *lines]))
 
 
 def main() -> int:

@@ -56,6 +56,10 @@ class RunState:
     skipped_steps: tuple[int, ...] = ()
     tags: tuple[str, ...] = ()  # reasons why the result is not a function of the config alone
 
+    def num_updates_before(self, step: int) -> int:
+        """Returns the optimizer updates in the first `step` steps."""
+        return step - sum(each <= step for each in self.skipped_steps)
+
 
 @dataclass(frozen=True)
 class CheckpointRecord:

@@ -74,15 +74,14 @@ class StateCopy:
     A thread touches the memory in advance, because allocating it takes longer than a copy.
 
     Args:
-        engine: engine to copy from; the layout of its slices must not change afterwards.
+        engine: engine to copy from. If the layout of its slices changes, because parameters are
+            opened, the next copy needs new memory.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        slices = {name: [each.slice for each in held] for name, held in self._by_file().items()}
-        self._files = {
-            name: CopiedFile(name, part, self._empty_values(part)) for name, part in slices.items()
-        }
+        self._files: dict[str, CopiedFile] = {}
+        self._reserve(self._by_file())
         # No daemon thread: one that is in torch when Python ends would abort the process.
         self._touching = Thread(target=self._touch, name="checkpoint memory")
         self._touching.start()
@@ -97,6 +96,14 @@ class StateCopy:
             files.setdefault(name, []).append(each)
         return files
 
+    def _reserve(self, by_file: Mapping[str, Sequence[HeldSlice]]) -> None:
+        """Allocates memory for slices, unless it is there."""
+        slices = {name: [each.slice for each in held] for name, held in by_file.items()}
+        if slices != {name: file.slices for name, file in self._files.items()}:
+            self._files.clear()  # first, so that both never need memory
+            for name, part in slices.items():
+                self._files[name] = CopiedFile(name, part, self._empty_values(part))
+
     def _empty_values(self, slices: Sequence[TensorSlice]) -> Tensor:
         num_values = sum(each.length for each in slices)
         return torch.empty(num_values, pin_memory=self._engine.device.type == "cuda")
@@ -108,7 +115,9 @@ class StateCopy:
     def take(self) -> list[CopiedFile]:
         """Copies the current state; the result of the previous call must no longer be in use."""
         self._touching.join()
-        for name, held in self._by_file().items():
+        by_file = self._by_file()
+        self._reserve(by_file)
+        for name, held in by_file.items():
             start = 0
             for each in held:
                 stop = start + each.slice.length

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
+from pretrain.optimization.unfreezing import Unfreezing, learning_rates
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,6 +59,7 @@ class Engine:
         self.num_updates = 0  # optimizer updates applied so far
         self.model = model.to(accelerator.device)
         self.optimizer = optimizer
+        self.unfreezing = Unfreezing(self.model, optimizer)
         self._wrap()
 
     def _wrap(self) -> None:
@@ -79,6 +81,24 @@ class Engine:
     def train_mode(self, is_training: bool) -> None:
         """Switches the trained towers between training and evaluation mode."""
         self._wrapped_model.train(is_training)
+
+    def begin_step(self, step: int) -> None:
+        """Opens the parameter groups that are trained from this step on; see Unfreezing.
+
+        Args:
+            step: number of the step, from 0.
+        """
+        if self.unfreezing.open_groups(step, updates_before=lambda _: self.num_updates):
+            self.train_mode(True)
+
+    def open_groups(self, num_steps_done: int, *, updates_before: Callable[[int], int]) -> None:
+        """Opens the parameter groups that steps have trained; must precede loading to `slices`.
+
+        Args:
+            num_steps_done: steps done at the checkpoint to load.
+            updates_before: function that returns the number of updates before a step.
+        """
+        self.unfreezing.open_groups(num_steps_done - 1, updates_before=updates_before)
 
     def forward(
         self, micro_batches: Sequence[EncoderInputs], *, on_view: OnView | None = None
@@ -153,21 +173,30 @@ class Engine:
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_scale", 1.0)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of the last step by part of the model; empty if all are equal."""
+        return learning_rates(self.optimizer.param_groups)
 
     def slices(self) -> Iterator[HeldSlice]:
         """Yields the slices that this rank holds of all parameters and optimizer moments.
 
-        Frozen parameters have no moments.
+        Frozen parameters, and those that are not trained yet, have no moments.
         """
         for name, parameter in self.model.named_parameters():
             values_by_key = {"parameter": parameter.data}
-            if parameter.requires_grad:
+            if self._is_trained(name, parameter):
                 state = self._state_of(parameter)
                 values_by_key |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
             for key, values in values_by_key.items():
                 held = TensorSlice(f"{key}/{name}", 0, values.numel())
                 yield HeldSlice(held, values.view(-1), is_replicated=True)
+
+    def _is_trained(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter is trained now, and has moments."""
+        return parameter.requires_grad and self.unfreezing.is_open(name)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The optimizer's state of a tensor, created before the first step."""
@@ -180,8 +209,15 @@ class Engine:
     def after_load(self, *, num_updates: int) -> None:
         """Sets the optimizer's step count; must be called after writing to `slices`."""
         self.num_updates = num_updates
-        for state in self.optimizer.state.values():
-            state["step"].fill_(float(num_updates))
+        for name, tensor in self._tensors_of_state():
+            updates = num_updates - self.unfreezing.missed_updates(name)
+            self._state_of(tensor)["step"].fill_(float(updates))
+
+    def _tensors_of_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name of a parameter that is trained now, tensor that the optimizer updates for it)"""
+        for name, parameter in self.model.named_parameters():
+            if self._is_trained(name, parameter):
+                yield name, parameter
 
     def init_trackers(
         self, config: Mapping[str, Any], *, run_folder: Path, num_steps_done: int

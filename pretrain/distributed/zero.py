@@ -153,13 +153,12 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             yield from super().slices()
             return
-        locate = self._locate_at_stage_3 if self.stage == 3 else self._locate_at_stages_1_and_2
         for name, parameter in self.model.named_parameters():
-            flat, start, offset, length = locate(parameter)
+            flat, start, offset, length = self._locate(parameter)
             if length == 0:
                 continue
             values_by_key = {"parameter": flat}
-            if parameter.requires_grad:
+            if self._is_trained(name, parameter):
                 state = self._state_of(flat)
                 values_by_key |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
             is_replicated = self.stage < 3 and not parameter.requires_grad
@@ -167,8 +166,22 @@ class ZeroEngine(Engine):
                 held = TensorSlice(f"{key}/{name}", offset, length)
                 yield HeldSlice(held, values.detach().narrow(0, start, length), is_replicated)
 
-    def _locate_at_stages_1_and_2(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
+    def _tensors_of_state(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage == 0:
+            yield from super()._tensors_of_state()
+            return
+        for name, parameter in self.model.named_parameters():
+            flat, _, _, length = self._locate(parameter)
+            if length > 0 and self._is_trained(name, parameter):
+                yield name, flat
+
+    def _locate(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
         """(flat tensor, start of the slice in it, offset in the parameter, length)"""
+        if self.stage == 3:
+            return self._locate_at_stage_3(parameter)
+        return self._locate_at_stages_1_and_2(parameter)
+
+    def _locate_at_stages_1_and_2(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
         if not parameter.requires_grad:
             return parameter.data.view(-1), 0, 0, parameter.numel()
         mapping = parameter._hp_mapping
@@ -179,7 +192,7 @@ class ZeroEngine(Engine):
         return flat, in_flat.start, in_parameter.start, in_flat.numel
 
     def _locate_at_stage_3(self, parameter: Tensor) -> tuple[Tensor, int, int, int]:
-        """The same tuple at stage 3, where parts have equal length; the last may be padded."""
+        # Parts have equal length; the last may be padded.
         part = parameter.partition_numel()
         offset = min(self.accelerator.process_index * part, parameter.ds_numel)
         length = min(part, parameter.ds_numel - offset)

@@ -7,7 +7,7 @@ names. Recomputed dropout uses the same keys, so no generator state is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from data_prep.errors import InputError
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.sample_dropout import TowerDropKeys
+from pretrain.towers.blocks import blocks_of
 
 # Enough for all graphs of a tower: with and without gradients, in evaluation, for one row, for any
 # number of rows, for any caption length.
@@ -58,39 +59,6 @@ def checkpoint_backbone(backbone: nn.Module, drop_keys: TowerDropKeys, *, where:
     for block in blocks:
         # A wrapping module would rename the parameters.
         block.forward = partial(_recomputed, block.forward, drop_keys)
-
-
-# Names of lists whose members are blocks, also if they are of several classes.
-BLOCK_LISTS = ("blocks", "layers")
-
-
-def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
-    """Finds the blocks of a backbone.
-
-    A transformers model marks its blocks; of a marked stage (HTSAT, Swin), the blocks inside are
-    taken. In other models, blocks are the members of lists of equal modules, or of a list named
-    `blocks`. If lists are nested (stages), they are the members of the innermost.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    marked = [each for each in backbone.modules() if isinstance(each, GradientCheckpointingLayer)]
-    if not marked:
-        yield from _listed_blocks(backbone)
-    for layer in marked:
-        inner = [list(_listed_blocks(getattr(layer, name, None), name)) for name in BLOCK_LISTS]
-        yield from next((blocks for blocks in inner if blocks), [layer])
-
-
-def _listed_blocks(module: nn.Module | None, name: str = "") -> Iterator[nn.Module]:
-    is_list = isinstance(module, nn.ModuleList | nn.Sequential)
-    children = [] if module is None else list(module.named_children())
-    are_equal = is_list and len({type(child) for _, child in children}) == 1
-    for child_name, child in children:
-        inner = list(_listed_blocks(child, child_name))
-        if inner:
-            yield from inner
-        elif (are_equal or (is_list and name == "blocks")) and any(True for _ in child.children()):
-            yield child
 
 
 def _recomputed(

@@ -35,6 +35,7 @@ from pretrain.settings.model import MediaKind, MediaTower, Model, TextTower, Vec
 from pretrain.settings.objectives import ModuleUse
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.settings.views import View, own_outputs, view_of_features
+from pretrain.towers.blocks import Layers, layers_of
 from pretrain.towers.projection import build_projection
 
 
@@ -101,6 +102,12 @@ class Tower(nn.Module):
         width: W; None if no objective has a projection of its own.
         token_width: width of the tokens of a backbone that gives tokens; None if it does not.
         drop_keys: keys shared by the backbone's dropout layers.
+        layers: layers of the backbone; None if no setting needs them.
+
+    Attributes:
+        is_frozen: whether no parameter of the backbone is ever trained.
+        held: backbone or blocks of it that stay in evaluation mode, because they are not trained
+            now.
     """
 
     def __init__(
@@ -112,11 +119,14 @@ class Tower(nn.Module):
         width: int | None = None,
         token_width: int | None = None,
         drop_keys: TowerDropKeys,
+        layers: Layers | None = None,
     ) -> None:
         super().__init__()
         self.width = width
         self.token_width = token_width
         self.drop_keys = drop_keys
+        self.layers = layers
+        self.held: list[nn.Module] = []
         self.input_stage = input_stage
         self.backbone = backbone
         self.projection = projection
@@ -152,10 +162,13 @@ class Tower(nn.Module):
             return {"": projected} | of_heads | tokens
 
     def train(self, mode: bool = True) -> Tower:
-        """Sets the mode; a frozen backbone stays in evaluation mode to keep its statistics."""
+        """Sets the mode; parts that are not trained stay in evaluation mode.
+
+        They keep their statistics and drop nothing.
+        """
         super().train(mode)
-        if self.is_frozen:
-            self.backbone.eval()
+        for part in (self.backbone,) if self.is_frozen else self.held:
+            part.eval()
         return self
 
 
@@ -542,8 +555,19 @@ def _build_tower(
     )
     tokens = token_width(backbone, examples[:1], where=where) if with_tokens else None
     projection = _projection(config, name, width, embed_dim)
+    layers = None
+    if config.layer_decay is not None or config.frozen_blocks is not None:
+        was_training = backbone.training
+        layers = layers_of(backbone.eval(), lambda: backbone(examples[:1]))
+        backbone.train(was_training)
     return Tower(
-        input_stage, backbone, projection, width=width, token_width=tokens, drop_keys=drop_keys
+        input_stage,
+        backbone,
+        projection,
+        width=width,
+        token_width=tokens,
+        drop_keys=drop_keys,
+        layers=layers,
     )
 
 

@@ -37,8 +37,8 @@ from pretrain.model.transformers_backbone import (
 from pretrain.settings.model import MediaKind, MediaTower, TextTower, TowerSection
 from pretrain.towers.attention_dropout import zero_attention_dropout
 from pretrain.towers.frozen_statistics import freeze_batch_norms, has_frozen_statistics
+from pretrain.towers.model_inputs import timm_size_options
 from pretrain.towers.small_text import build_small_text, save_sizes
-from pretrain.towers.timm_sizes import timm_size_options
 
 logger = logging.getLogger(__name__)
 

@@ -120,7 +120,10 @@ class RunIdentity:
         return different
 
     def _as_used(self, steps_done: int) -> RunIdentity:
-        """Returns the identity without segments that no step has used yet, which may change."""
+        """Returns the identity without segments, and entries of `unfreeze`, that no step has used.
+
+        These may change.
+        """
         streams: dict[StreamName, Stream] = {
             name: stream.model_copy(
                 update={
@@ -144,7 +147,10 @@ class RunIdentity:
         image = self.config.image
         used = [each for each in image.segments if each.from_step < steps_done]
         image = image.model_copy(update={"segments": used})
-        config = self.config.model_copy(update={"streams": streams, "image": image})
+        opened = [each for each in self.config.optimizer.unfreeze if each.from_step < steps_done]
+        optimizer = self.config.optimizer.model_copy(update={"unfreeze": opened})
+        changes = {"streams": streams, "image": image, "optimizer": optimizer}
+        config = self.config.model_copy(update=changes)
         return RunIdentity(config, fingerprints)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +35,7 @@ from pretrain.checkpoints.store import DamagedCheckpointError, store_of_run
 from pretrain.config import Fork, PretrainConfig, Run
 from pretrain.run.checkpoint_identity import FINGERPRINTS_IN_RECORD
 from pretrain.run.compatibility import RunIdentity, holds_run
+from pretrain.settings.optimizer import Unfreeze
 from pretrain.stored_config import read_config_of_run
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,37 @@ def refuse_finished_parent(config: PretrainConfig, *, step: int) -> None:
             f"its count; set schedule.num_steps above {step}, or run.fork.schedule=restart to "
             "begin at step 0 with the parent's weights"
         )
+
+
+def refuse_other_openings(config: PretrainConfig, *, step: int) -> None:
+    """Refuses a fork that continues after parameters were opened at other steps than its own.
+
+    The number of updates of each parameter follows from the step that opened it.
+
+    Args:
+        config: config of the fork.
+        step: steps done at the parent's checkpoint that the fork begins from.
+
+    Raises:
+        InputError: if entries of `unfreeze` before that step differ from the parent's.
+    """
+    parent = read_config_of_run(config.run.parent)
+    ours, theirs = (
+        [each for each in one.optimizer.unfreeze if each.from_step < step]
+        for one in (config, parent)
+    )
+    if ours != theirs:
+        raise InputError(
+            f"optimizer.unfreeze: before step {step}, at which the fork begins, expected the "
+            f"entries of {config.run.parent} ({_describe_entries(theirs)}), found "
+            f"{_describe_entries(ours)}; keep them and add later ones, or set "
+            "run.fork.schedule=restart"
+        )
+
+
+def _describe_entries(entries: Sequence[Unfreeze]) -> str:
+    described = [f"{{from_step: {each.from_step}, ...}}" for each in entries]
+    return ", ".join(described) or "none"
 
 
 def first_step_of_fork(parent: Mapping[str, Any]) -> int:

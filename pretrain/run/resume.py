@@ -24,6 +24,7 @@ from pretrain.run.fork import (
     record_parent,
     refuse_finished_parent,
     refuse_missing_start,
+    refuse_other_openings,
 )
 from pretrain.run.lost_checkpoints import refuse_restart
 
@@ -68,9 +69,9 @@ def resume(identity: RunIdentity, engine: Engine, run: RunFolder) -> bool:
         Whether the run is a new fork, whose first state is not saved yet.
 
     Raises:
-        InputError: if the run is a new fork and its parent has no valid checkpoint to start from.
-            Also if the run has saved checkpoints and none is valid, or if the newest belongs to
-            another run.
+        InputError: if the run is a new fork and its parent has no valid checkpoint to start from,
+            or opened other parameters before it. Also if the run has saved checkpoints and none is
+            valid, or if the newest belongs to another run.
     """
     config = identity.config.run
     own = newest_checkpoint(open_store(config.checkpoints), is_of_run=run.includes_checkpoint)
@@ -106,6 +107,8 @@ def refuse_copied_sources(identity: RunIdentity) -> None:
 def _begin_fork(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
     checkpoint = checkpoint_of_parent(identity)
     if identity.config.run.start.schedule == "continue":
+        step = checkpoint.record.state.step
+        on_main_process(lambda: refuse_other_openings(identity.config, step=step))
         restore(engine, checkpoint)
         _begin_from(checkpoint, run, is_new_fork=True)
         return

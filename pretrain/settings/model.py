@@ -32,12 +32,32 @@ class TowerOutput(Section):
 
     library: str
     name: str
+    frozen: bool
     # linear: a matrix; mlp: LAION-CLAP's two layers with ReLU; open_clip_mlp: those of open_clip's
     # text towers from transformers; none: the backbone ends in embed_dim numbers. Named open_clip
     # models end in their own projection
     projection: Literal["linear", "mlp", "open_clip_mlp", "none"] = "linear"
     # false: dropout of attention weights, which cannot be drawn per sample, is set to 0
     attention_dropout: bool = True
+    # learning rate of the tower and its projections, relative to optimizer.learning_rate
+    learning_rate_scale: PositiveFloat = 1.0
+    # Learning rate of a block, relative to that of the next one, as in BEiT and timm; that of the
+    # last block relative to what follows it (norm, projections); that of the embeddings relative
+    # to the first block. null: all have the tower's rate
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    # The first n blocks are frozen, with the embeddings before them; 0: the embeddings alone; -n:
+    # all but the last n blocks; null: none
+    frozen_blocks: int | None = None
+
+    @model_validator(mode="after")
+    def _trains_its_blocks(self) -> TowerOutput:
+        for name in ("layer_decay", "frozen_blocks"):
+            if getattr(self, name) is not None and self.frozen:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with frozen=true, which freezes the backbone; "
+                    "remove one of them"
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_one_projection(self) -> TowerOutput:
@@ -121,11 +141,14 @@ class VectorTower(Section):
     projection: ClassVar[str] = "linear"
     frozen: ClassVar[bool] = False
     start: ClassVar[None] = None
+    layer_decay: ClassVar[None] = None
+    frozen_blocks: ClassVar[None] = None
 
     name: Literal["mlp", "gru"] = "mlp"  # gru: for arrays [time, width], over their rows
     width: PositiveInt = 256  # numbers of a layer; gru: numbers of a state
     num_layers: PositiveInt = 2
     is_bidirectional: bool = False  # gru only: half of a state for each direction
+    learning_rate_scale: PositiveFloat = 1.0  # relative to optimizer.learning_rate
 
     @model_validator(mode="after")
     def _has_directions(self) -> VectorTower:

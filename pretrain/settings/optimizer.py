@@ -11,6 +11,18 @@ from data_prep.config_file import Section
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Pattern of names of parameters, such as towers.image.backbone.blocks.0.*; * is anything
+Pattern = Annotated[str, Field(min_length=1)]
+
+
+class Unfreeze(Section):
+    """Frozen parameters that are trained from a step on."""
+
+    from_step: PositiveInt  # number of steps done before
+    # Names of parameters that `frozen` or a tower's frozen_blocks freezes
+    parameters: list[Pattern] = Field(min_length=1)
+
+
 class Optimizer(Section):
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
@@ -19,6 +31,17 @@ class Optimizer(Section):
     eps: PositiveFloat = 1e-6
     weight_decay: float = Field(0.2, ge=0)  # none for norms, biases and logit scales
     gradient_clipping: PositiveFloat | None = 1.0  # largest global gradient norm
+    # Patterns of names of parameters (* is anything), such as towers.image.backbone.blocks.0.*:
+    no_decay: list[Pattern] = []  # without weight decay, in addition to norms, biases and scales
+    frozen: list[Pattern] = []  # not trained
+    unfreeze: list[Unfreeze] = []  # more may be added while a run is stopped; none may change
+
+    @model_validator(mode="after")
+    def _opens_in_order(self) -> Optimizer:
+        steps = [each.from_step for each in self.unfreeze]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"expected entries of unfreeze with rising from_step, found {steps}")
+        return self
 
 
 class Schedule(Section):

@@ -1,4 +1,4 @@
-"""Inputs of transformers' media models, from pixels or log-mel spectrograms.
+"""Inputs of transformers' media models, and sizes for models that are built for one size.
 
 Most vision models take pixel_values, [B, 3, H, Wd]. The others, and sizes that a model's config
 must name, are listed here.
@@ -79,3 +79,28 @@ def size_options(model_type: str, input_shape: tuple[int, int] | None) -> dict[s
     if input_shape is None or model_type not in _SIZES:
         return {}
     return _SIZES[model_type](*input_shape)
+
+
+# Options with which a model takes any size.
+_ANY_SIZE = ("img_size", "dynamic_img_size", "strict_img_size")
+
+
+def timm_size_options(
+    name: str, options: dict[str, Any], input_shape: tuple[int, int] | None
+) -> dict[str, tuple[int, int]]:
+    """Returns {"img_size": ...} for a timm model of a fixed size that differs from its input's.
+
+    Args:
+        name: name of a timm model.
+        options: options of the tower; those about sizes are left as they are.
+        input_shape: (H, Wd) or (F, S); None leaves the model's own.
+    """
+    import timm
+
+    if input_shape is None or any(option in options for option in _ANY_SIZE):
+        return {}
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if known is None or not known.fixed_input_size:
+        return {}
+    size = tuple(input_shape)
+    return {} if size == tuple(known.input_size[1:]) else {"img_size": size}

@@ -35,6 +35,8 @@ from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 from pretrain.model.vector_inputs import standardize_vectors
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.optimization.optimizer import ClampedAdamW, build_optimizer
+from pretrain.optimization.parameter_groups import describe_groups
+from pretrain.optimization.parameter_traits import set_traits
 from pretrain.probe.towers import ProbeSettings, probe_model
 from pretrain.run.compatibility import DRAWS, RunIdentity, holds_run
 from pretrain.run.folder import RunFolder
@@ -193,7 +195,8 @@ def build_training_model(
 
     Raises:
         InputError: if a tower cannot be built, has no blocks to recompute, or fails the probe.
-        ConfigError: if the preprocessing of media differs from that of a tower's weights.
+        ConfigError: if the preprocessing of media differs from that of a tower's weights, or a
+            setting of parameters does not fit the model.
     """
     config = sources.config
 
@@ -209,6 +212,7 @@ def build_training_model(
             sources.warm_start = start_model(
                 model, config.model, towers=towers, modules=config.modules
             )
+        set_traits(model, config.optimizer, sections=config.model)
         return model
 
     keys = [*tower_files(config.model), *map(start_key, all_starts(config))]
@@ -352,8 +356,25 @@ def fingerprints_of(
 
 
 def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:
-    """Builds the optimizer of all trained parameters."""
-    return build_optimizer(config.optimizer, model, max_scale=config.model.logit_scale.maximum)
+    """Builds the optimizer of all parameters that are trained at any step."""
+    return build_optimizer(
+        config.optimizer,
+        model,
+        max_scale=config.model.logit_scale.maximum,
+        traits=set_traits(model, config.optimizer, sections=config.model),
+    )
+
+
+def describe_parameter_groups(config: PretrainConfig, model: ContrastiveModel) -> list[str]:
+    """Describes learning rate, weight decay and first step of all parameters, line by line."""
+    optimizer = config.optimizer
+    lines = describe_groups(
+        model,
+        weight_decay=optimizer.weight_decay,
+        learning_rate=optimizer.learning_rate,
+        traits=set_traits(model, optimizer, sections=config.model),
+    )
+    return list(lines)
 
 
 def build_run_objectives(

@@ -304,8 +304,9 @@ def train_step(
         FloatingPointError: if loss or gradient is not finite; the step was not applied.
     """
     fail_point("step")
+    engine.begin_step(batch.step)
     losses = step.backward(batch, timer)
     fail_point("update")
     with timer.phase("optimizer"):
         grad_norm = engine.step(learning_rate=learning_rate)
-    return StepOutcome(losses, learning_rate, grad_norm)
+    return StepOutcome(losses, learning_rate, grad_norm, engine.learning_rates)

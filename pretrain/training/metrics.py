@@ -47,13 +47,15 @@ class StepOutcome:
 
     losses: StepLosses
     learning_rate: float
-    grad_norm: float  # over all parameters, before clipping
+    grad_norm: float  # over all trained parameters, before clipping
+    learning_rates: dict[str, float]  # by part of the model, if they differ
 
     def row(self) -> dict[str, Any]:
         """Returns the columns of a metrics row."""
         return {
             **self.losses.row(),
             "learning_rate": self.learning_rate,
+            **({"learning_rates": self.learning_rates} if self.learning_rates else {}),
             "grad_norm": self.grad_norm,
         }
 

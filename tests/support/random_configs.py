@@ -196,7 +196,7 @@ def _draw_fixed(rng, material):
             "window": rng.choice((1, 2, 3, 5, 16, 1000)),
             "on_bad_shard": "substitute" if lost else "stop",
         },
-        "optimizer": _draw_optimizer(rng),
+        "optimizer": _draw_optimizer(rng, num_steps),
         "schedule": _draw_schedule(rng, num_steps),
         "engine": {"device": "cpu", "precision": "fp32"},
         "validation": _draw_validation(rng, names, material),
@@ -266,8 +266,13 @@ def _draw_loss(rng, material, *, teacher):
     return values | {"direction": rng.choice(("both", "both", "forward"))}
 
 
-def _draw_optimizer(rng):
+def _draw_optimizer(rng, num_steps):
+    frozen = rng.choice(([], [], ["towers.text.*"], ["log_logit_scale.*", "*.text.projection.*"]))
+    opened = {"from_step": rng.randint(1, num_steps), "parameters": frozen}
     return {
+        "no_decay": rng.choice(([], [], ["*.projection.*"])),
+        "frozen": frozen,
+        "unfreeze": [opened] if frozen and rng.random() < 0.7 else [],
         "learning_rate": 10 ** rng.uniform(-4, -3),
         "betas": (rng.uniform(0.5, 0.95), rng.uniform(0.9, 0.99)),
         "eps": 1e-4,

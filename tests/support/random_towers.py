@@ -101,6 +101,7 @@ def draw_model(rng, kinds, image, audio, *, material, has_teacher):
     for kind in sorted({*kinds, "text"}.intersection(model)):
         if model[kind]["library"] != "open_clip" or "name" not in model[kind]:
             model[kind] = model[kind] | {"projection": rng.choice(("linear", "linear", "mlp"))}
+        model[kind] = model[kind] | _draw_rates(rng, is_frozen=model[kind]["frozen"])
     initial = rng.uniform(1, 20)
     model["logit_scale"] = {
         "initial": initial,
@@ -108,6 +109,14 @@ def draw_model(rng, kinds, image, audio, *, material, has_teacher):
     }
     model["initial_logit_bias"] = rng.choice((-10, -1))
     return model, audio
+
+
+def _draw_rates(rng, *, is_frozen):
+    return {
+        "learning_rate_scale": rng.choice((1, 1, 0.3)),
+        "layer_decay": None if is_frozen else rng.choice((None, None, 0.7)),
+        "frozen_blocks": None if is_frozen else rng.choice((None, None, 0, -1)),
+    }
 
 
 def _draw_image_tower(rng, size, embed_dim, material):

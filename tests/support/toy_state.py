@@ -42,6 +42,9 @@ class ToyEngine:
                 held = TensorSlice(f"exp_avg/{name}", first, len(moment))
                 yield HeldSlice(held, moment, is_replicated=False)
 
+    def open_groups(self, num_steps_done, *, updates_before):
+        pass
+
     def after_load(self, *, num_updates):
         self.num_updates = num_updates
 

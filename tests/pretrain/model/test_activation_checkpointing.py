@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from data_prep.errors import InputError
-from pretrain.model.activation_checkpointing import blocks_of, checkpoint_blocks, compile_towers
+from pretrain.model.activation_checkpointing import checkpoint_blocks, compile_towers
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.sample_dropout import (
     DropKeys,
@@ -17,6 +17,7 @@ from pretrain.model.sample_dropout import (
     pair_keys,
 )
 from pretrain.run.attempts import read_metrics
+from pretrain.towers.blocks import blocks_of
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_droppers import NUM_PAIRS, VIT, Pairs, dropping_config, largest_difference
 from tests.support.toy_run import toy_config

@@ -45,6 +45,10 @@ HARMLESS = {
             *("start.tower", "start.expect_missing.*", "start.ignore.*"),
         )
     },
+    **{
+        f"optimizer.{name}": "patterns of names of parameters"
+        for name in ("no_decay.*", "frozen.*", "unfreeze.*.parameters.*")
+    },
 }
 FINGERPRINTED = {
     "streams.*.sources.*.dataset": DATA,

@@ -108,6 +108,21 @@ def test_segments_that_begin_after_the_checkpoint_may_differ(config, tmp_path):
             refuse(with_segment(step))
 
 
+def test_entries_of_unfreeze_that_no_step_has_used_may_differ(config):
+    def with_entries(*steps):
+        entries = [{"from_step": step, "parameters": ["towers.text.*"]} for step in steps]
+        values = json.loads(config.model_dump_json())
+        values["optimizer"] |= {"frozen": ["towers.text.*"], "unfreeze": entries}
+        return PretrainConfig.model_validate(values)
+
+    save(with_entries(3, 5), 5)
+    for steps in ((3,), (3, 5), (3, 6, 8)):
+        refuse(with_entries(*steps))
+    for steps in ((), (2,), (3, 4), (5,)):
+        with pytest.raises(ConfigError, match=r"optimizer\.unfreeze.*in the checkpoint"):
+            refuse(with_entries(*steps))
+
+
 def test_a_config_of_another_version_is_named_with_its_checkpoint(config, tmp_path, monkeypatch):
     newer = to_yaml(config) + "new_key: 1\n"
     monkeypatch.setattr("tests.support.toy_state.to_yaml", lambda config: newer)

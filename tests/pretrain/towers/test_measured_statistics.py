@@ -11,10 +11,10 @@ from data_prep.demo.sounds import SOUNDS, encode_sound, sound_caption, synthesis
 from pretrain.checkpoint import find_checkpoint, read_model_state
 from pretrain.config import PretrainConfig
 from pretrain.data.first_samples import first_samples
-from pretrain.model.activation_checkpointing import blocks_of
 from pretrain.model.drop_layers import replace_drop_layers
 from pretrain.run.attempts import read_metrics
 from pretrain.run.model_sources import ModelSources
+from pretrain.towers.blocks import blocks_of
 from pretrain.towers.frozen_statistics import freeze_batch_norms
 from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.training.assembly import build_training_tokenizer, open_step_loader
