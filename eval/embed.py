@@ -50,14 +50,15 @@ def run(config: EmbedConfig) -> None:
 
 def _embed(config: EmbedConfig) -> None:
     from eval.embeddings.files import origin_of, write_summary
-    from eval.models.encoder import check_tower, load_encoder
+    from eval.models.encoder import check_view, load_encoder
     from eval.processes import wait_for_all
     from pretrain.distributed.collectives import rank
 
     check_output_folder(config.output, key="output")
     dataset = Dataset(config.dataset)
     encoder = load_encoder(config)
-    check_tower(encoder, dataset.info.media, folder=dataset.folder)
+    media = dataset.info.media
+    check_view(encoder, media, dataset.modalities[media], folder=dataset.folder)
     origin = origin_of(dataset, encoder)
     config.output.mkdir(parents=True, exist_ok=True)
     write_missing_shards(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.manifest import DatasetInfo
 from data_prep.shards.sample import Sample
+from data_prep.shards.sample_contents import SampleContents
 from data_prep.storage.atomic import write_atomically
 
 SUBSET_MAGIC = b"ISOSUB1\n"
@@ -292,6 +293,10 @@ class KeptSamples:
     def read_sample(self, rank: int, *, fields: Sequence[str] | None = None) -> Sample:
         """Reads a kept sample; see `Dataset.read_sample`."""
         return self.dataset.read_sample(int(self.ordinals_of([rank])[0]), fields=fields)
+
+    def read_modalities(self, rank: int, *, names: Collection[str] | None = None) -> SampleContents:
+        """Reads a kept sample by modality; see `Dataset.read_modalities`."""
+        return self.dataset.read_modalities(int(self.ordinals_of([rank])[0]), names=names)
 
 
 def _in_chunks(search: Any, numbers: np.ndarray | Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reads and prepares batches of an evaluation set's media, optionally in worker processes."""
+"""Reads and prepares batches of an evaluation set's items, optionally in worker processes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_prep.errors import InputError
-from data_prep.shards.sample import (
-    CorruptSampleError,
-    media_kind_of,
-)
+from data_prep.shards.sample import CorruptSampleError
 from eval.datasets.datasets import EvaluationSet
+from eval.datasets.views import read_contents
 from eval.models.preprocessing import FrontEnd
 
 
@@ -31,20 +29,18 @@ class _PreparedMedia(torch.utils.data.Dataset):
     An error raised in a worker process would have the worker's traceback as its message.
     """
 
-    def __init__(self, dataset: EvaluationSet, front_end: FrontEnd) -> None:
+    def __init__(self, dataset: EvaluationSet, front_end: FrontEnd, member: str) -> None:
         self.dataset = dataset
         self.front_end = front_end
-        self.fields = [
-            name for name in dataset.info.fields if media_kind_of(name) == front_end.kind
-        ]
+        self.member = member
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, ordinal: int) -> Tensor | InputError:
         try:
-            sample = self.dataset.read_sample(ordinal, fields=self.fields)
-            return self.front_end.prepare(sample)
+            contents = read_contents(self.dataset, ordinal, members=[self.member])
+            return self.front_end.prepare(contents, self.member)
         except CorruptSampleError as error:
             return InputError(
                 f"{error}; evaluation never skips samples; repair this sample, or evaluate a "
@@ -63,15 +59,27 @@ def _joined(items: list[Tensor | InputError]) -> MediaBatch | InputError:
 
 
 def media_batches(
-    dataset: EvaluationSet, front_end: FrontEnd, batches: Sequence[Sequence[int]], *, workers: int
+    dataset: EvaluationSet,
+    front_end: FrontEnd,
+    batches: Sequence[Sequence[int]],
+    *,
+    member: str,
+    workers: int,
 ) -> Iterator[MediaBatch]:
-    """Yields the prepared media of each batch of ordinals, in order.
+    """Yields the prepared images, clips or vectors of each batch of ordinals, in order.
+
+    Args:
+        dataset: dataset of the samples.
+        front_end: preparation of the modality.
+        batches: ordinals of each batch.
+        member: modality of the dataset to prepare.
+        workers: number of worker processes; 0: the main process prepares them.
 
     Raises:
         InputError: if a sample cannot be read or decoded; the message names shard and key.
     """
     loader = DataLoader(
-        _PreparedMedia(dataset, front_end),
+        _PreparedMedia(dataset, front_end, member),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_joined,

@@ -20,6 +20,7 @@ from data_prep.shards.sample import (
     CorruptSampleError,
     captions_of,
 )
+from data_prep.shards.sample_contents import contents_of
 from eval.embeddings.files import BadSample, ShardEmbeddings
 from eval.models.encoder import Encoder, ItemEncoder, check_embeddings
 from eval.models.preprocessing import FrontEnd
@@ -65,7 +66,8 @@ class _Items(torch.utils.data.Dataset):
         shard, index = self.dataset.locate(ordinal)
         try:
             sample = self.dataset.read_sample(ordinal)
-            windows = self.front_end.prepare(sample)
+            contents = contents_of(sample, self.dataset.modalities, names=[self.dataset.info.media])
+            windows = self.front_end.prepare(contents, self.dataset.info.media)
             return Item(index, sample.key, windows, captions_of(sample))
         except CorruptSampleError as error:
             return BadSample(self.dataset.manifest[shard].name, ordinal, str(error))

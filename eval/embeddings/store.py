@@ -26,10 +26,12 @@ from tqdm import tqdm
 from data_prep.storage.atomic import write_atomically
 from data_prep.storage.file_names import readable_part
 from eval.datasets.datasets import EvaluationSet
+from eval.datasets.views import media_view, modalities_of
 from eval.embeddings.batches import media_batches
 from eval.embeddings.parts import Parts
-from eval.models.encoder import Encoder, ItemEncoder, check_embeddings, check_tower
+from eval.models.encoder import Encoder, ItemEncoder, check_embeddings, check_view
 from eval.models.loaded_model import encoding_packages
+from pretrain.settings.views import View
 
 MAX_PARTS = 1024  # parts of a set; a failure loses at most the part in progress
 
@@ -47,46 +49,56 @@ class EmbeddingStore:
         self.encoder = encoder
         self.packages = encoding_packages()
 
-    def encode_media(self, dataset: EvaluationSet, keys: Sequence[str]) -> None:
-        """Encodes this process's share of the missing media.
+    def encode_media(
+        self, dataset: EvaluationSet, keys: Sequence[str], *, view: str | None = None
+    ) -> None:
+        """Encodes this process's share of the missing images, clips or vectors.
 
         Args:
-            dataset: evaluation set of Q media items.
+            dataset: evaluation set of Q samples that have the view.
             keys: [Q] sample keys.
+            view: view to encode; None: the dataset's images or audio clips.
 
         Raises:
-            InputError: if the model has no tower for this kind of media, a sample cannot be
-                decoded, or an embedding is not finite.
+            InputError: if the model has no tower for this view, a sample cannot be decoded, or an
+                embedding is not finite.
         """
-        kind = dataset.info.media
-        check_tower(self.encoder, kind, folder=dataset.folder)
-        parts = self._media_parts(dataset)
+        view = view or media_view(dataset)
+        shown = View.parse(view)
+        modality = modalities_of(dataset)[shown.member]
+        check_view(self.encoder, view, modality, folder=dataset.folder)
+        parts = self._media_parts(dataset, view)
         order = _order_of(keys)
         missing = parts.own_missing()
         wanted = [(part, order[parts.items(part)]) for part in missing]
-        size = self.encoder.items_at_once if kind == "audio" else self.encoder.batch_size
+        front_end = self.encoder.front_ends[shown.modality]
+        is_audio = front_end.kind == "audio"
+        size = self.encoder.items_at_once if is_audio else self.encoder.batch_size
         batches = [
             ordinals[start : start + size].tolist()
             for _, ordinals in wanted
             for start in range(0, len(ordinals), size)
         ]
-        front_end = self.encoder.front_ends[kind]
-        prepared = media_batches(dataset, front_end, batches, workers=self.encoder.workers)
+        workers = self.encoder.workers
+        prepared = media_batches(dataset, front_end, batches, member=shown.member, workers=workers)
         progress = iter(_shown(prepared, f"encoding {dataset.folder}", total=len(batches)))
         for part, ordinals in wanted:
-            items = ItemEncoder(self.encoder, kind)
+            items = ItemEncoder(self.encoder, shown.modality)
             for _ in range(0, len(ordinals), size):
                 items.add(*next(progress))
             embeddings = items.finish()
             check_embeddings(embeddings, name=str(dataset.folder))
             parts.write(part, embeddings)
 
-    def media(self, dataset: EvaluationSet, keys: Sequence[str]) -> Tensor:
-        """Reads the media embeddings of a dataset, in dataset order.
+    def media(
+        self, dataset: EvaluationSet, keys: Sequence[str], *, view: str | None = None
+    ) -> Tensor:
+        """Reads the embeddings of a dataset's images, clips or vectors, in dataset order.
 
         Args:
-            dataset: evaluation set of Q media items.
+            dataset: evaluation set of Q samples that have the view.
             keys: [Q] sample keys.
+            view: encoded view; None: the dataset's images or audio clips.
 
         Returns:
             [Q, D] L2-normalised float32, on the CPU.
@@ -94,48 +106,58 @@ class EmbeddingStore:
         Raises:
             InputError: if a part is missing or damaged.
         """
-        return _in_order(self._media_parts(dataset).read(), _order_of(keys))
+        return _in_order(self._media_parts(dataset, view).read(), _order_of(keys))
 
-    def encode_texts(self, texts: Sequence[str], *, name: str) -> None:
+    def encode_texts(self, texts: Sequence[str], *, name: str, modality: str = "text") -> None:
         """Encodes this process's share of the missing texts.
 
         Args:
             texts: M texts.
             name: description of the texts, shown in messages.
+            modality: modality of the model that encodes them.
 
         Raises:
             InputError: if an embedding is not finite.
         """
         distinct = sorted(set(texts))
-        parts = self._text_parts(distinct)
+        parts = self._text_parts(distinct, modality)
         for part in _shown(parts.own_missing(), f"encoding {name}"):
             items = parts.items(part)
-            embeddings = self.encoder.encode_texts(distinct[items.start : items.stop])
+            own = distinct[items.start : items.stop]
+            embeddings = self.encoder.encode_texts(own, modality=modality)
             check_embeddings(embeddings, name=name)
             parts.write(part, embeddings)
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def texts(self, texts: Sequence[str], *, modality: str = "text") -> Tensor:
         """Reads the embeddings of M texts: [M, D] L2-normalised float32, on the CPU.
+
+        Args:
+            texts: M texts.
+            modality: modality of the model that encodes them.
 
         Raises:
             InputError: if a part is missing or damaged.
         """
         distinct = sorted(set(texts))
         index_of = {text: index for index, text in enumerate(distinct)}
-        return self._text_parts(distinct).read()[[index_of[text] for text in texts]]
+        parts = self._text_parts(distinct, modality)
+        return parts.read()[[index_of[text] for text in texts]]
 
-    def _media_parts(self, dataset: EvaluationSet) -> Parts:
-        front_end = self.encoder.front_ends[dataset.info.media]
+    def _media_parts(self, dataset: EvaluationSet, view: str | None = None) -> Parts:
+        view = view or media_view(dataset)
+        front_end = self.encoder.front_ends[View.parse(view).modality]
         origin = {
-            "media": dataset.info.media,
+            "media": view,
             "dataset_fingerprint": dataset.fingerprint,
             "transform": front_end.settings,
-            "long_clips": front_end.long_clips if dataset.info.media == "audio" else None,
+            "long_clips": front_end.long_clips if front_end.kind == "audio" else None,
         }
         return self._parts(dataset.folder.name, origin, len(dataset))
 
-    def _text_parts(self, distinct: Sequence[str]) -> Parts:
-        return self._parts("texts", {"texts_sha256": checksum_of_texts(distinct)}, len(distinct))
+    def _text_parts(self, distinct: Sequence[str], modality: str = "text") -> Parts:
+        origin = {"texts_sha256": checksum_of_texts(distinct)}
+        origin |= {} if modality == "text" else {"modality": modality}
+        return self._parts("texts", origin, len(distinct))
 
     def _parts(self, name: str, origin: dict[str, Any], num_items: int) -> Parts:
         encoder = self.encoder

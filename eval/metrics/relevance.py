@@ -1,4 +1,4 @@
-"""Relevance judgements: pairs of a media item and a caption that match."""
+"""Relevance judgements: pairs of a media item and a caption, or of items of two views."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,78 @@ def clusters_of_equal_values(relevance: Relevance) -> tuple[np.ndarray, np.ndarr
     of_media[relevance.media] = first_media[relevance.texts]
     values, of_texts = np.unique(first_media, return_inverse=True)
     return np.searchsorted(values, of_media), of_texts
+
+
+@dataclass(frozen=True)
+class SampleItems:
+    """Items of one view of the samples of a dataset."""
+
+    samples: np.ndarray  # int64 [n] sample of each item
+    contents: np.ndarray  # int64 [n] number of each item's content, from 0 without gaps
+
+
+def relevance_of_equal_contents(left: SampleItems, right: SampleItems) -> Relevance:
+    """Pairs the items of two views whose contents occur together in some sample.
+
+    An item thus matches those of its own sample, and those of every sample with an equal item.
+
+    Args:
+        left: Q items of the first view.
+        right: M items of the second view, which act as captions.
+    """
+    lefts, rights = (_rows_by_number(side.contents) for side in (left, right))
+    together = {
+        (one, other)
+        for ones, others in zip(*_contents_by_sample(left, right), strict=True)
+        for one in ones
+        for other in others
+    }
+    return _sorted_relevance(
+        (text, item) for one, other in together for text in rights[other] for item in lefts[one]
+    )
+
+
+def relevance_of_samples(left: SampleItems, right: SampleItems) -> Relevance:
+    """Pairs the items of two views that belong to one sample; see `relevance_of_equal_contents`."""
+    items_of = _rows_by_number(left.samples)
+    return _sorted_relevance(
+        (text, item) for text, sample in enumerate(right.samples) for item in items_of[sample]
+    )
+
+
+def clusters_of_equal_contents(
+    left: SampleItems, right: SampleItems
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the groups of samples that are linked by equal items of either view.
+
+    Returns:
+        ([Q], [M]) int64: group of each item, from 0 without gaps.
+    """
+    num_samples, num_lefts, num_rights = (
+        int(numbers.max()) + 1 for numbers in (left.samples, left.contents, right.contents)
+    )
+    links = np.concatenate([left.contents, right.contents + num_lefts]) + num_samples
+    samples = np.concatenate([left.samples, right.samples])
+    num_nodes = num_samples + num_lefts + num_rights
+    graph = coo_array((np.ones(len(links)), (samples, links)), shape=(num_nodes, num_nodes))
+    _, groups = connected_components(graph, directed=False)
+    _, of_sample = np.unique(groups[:num_samples], return_inverse=True)
+    return of_sample[left.samples], of_sample[right.samples]
+
+
+def _contents_by_sample(*sides: SampleItems) -> list[list[list[int]]]:
+    """Lists the contents of each sample, for each side."""
+    found = []
+    for side in sides:
+        of_sample = _rows_by_number(side.samples)
+        found.append([np.unique(side.contents[rows]).tolist() for rows in of_sample])
+    return found
+
+
+def _rows_by_number(numbers: np.ndarray) -> list[np.ndarray]:
+    """Returns the indices of each number, which are numbered from 0 without gaps."""
+    order = np.argsort(numbers, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(numbers))[:-1])
 
 
 def _sorted_relevance(pairs: Iterable[tuple[int, int]]) -> Relevance:

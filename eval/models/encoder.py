@@ -1,4 +1,4 @@
-"""Encodes media and texts with a trained model of any supported library.
+"""Encodes images, clips, vectors and texts with a trained model of any supported library.
 
 Every batch has the same number of rows; the last one is padded. On a given device, an item's
 embedding is therefore bitwise the same regardless of how many items are encoded together.
@@ -18,47 +18,60 @@ from torch import Tensor
 
 from data_prep.config_file import read_stored_config
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Kind, Modality, VectorShape
 from eval.metrics.ranking import check_finite
 from eval.models.encoding import EncodingConfig
 from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import ModelSource, find_model
-from eval.models.preprocessing import FrontEnd
+from eval.models.preprocessing import FrontEnd, MediaFrontEnd, VectorFrontEnd
 from pretrain.checkpoint import find_checkpoint, load_model
-from pretrain.checkpoints.record import read_record
+from pretrain.checkpoints.record import CheckpointRecord, read_record
 from pretrain.config import PretrainConfig
+from pretrain.settings.views import View
 
 
 @dataclass(frozen=True)
 class Encoder:
     """A model with its input preparation, device, precision and batch size."""
 
-    model: Any  # encode_media(kind, batch) and encode_text(tokens), each to [B, D]
-    front_ends: dict[str, FrontEnd]  # kind of media -> preparation
-    tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
+    model: Any  # encode(modality, *inputs) to [B, D]
+    front_ends: dict[str, FrontEnd]  # image, audio or vector modality -> preparation
+    tokenizer: Callable[[list[str]], Any] | None  # M texts -> input of encode; None: no texts
     origin: ModelOrigin
     device: torch.device
     dtype: torch.dtype
     batch_size: int
     workers: int
     matryoshka_dims: tuple[int, ...] = ()  # see LoadedModel
+    text_modalities: tuple[str, ...] = ("text",)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Kind of each modality."""
+        media = {modality: each.kind for modality, each in self.front_ends.items()}
+        return media | dict.fromkeys(self.text_modalities, "text")
 
     @cached_property
     def embed_dim(self) -> int:
         """Joint embedding width D."""
-        return self.encode_texts([""]).shape[1]
+        if self.text_modalities:
+            return self.encode_texts([""], modality=self.text_modalities[0]).shape[1]
+        modality, front_end = next(iter(self.front_ends.items()))
+        return self.encode_windows(modality, front_end.example()).shape[1]
 
-    def encode_windows(self, kind: str, windows: Tensor) -> Tensor:
+    def encode_windows(self, modality: str, windows: Tensor) -> Tensor:
         """Encodes prepared windows.
 
         Args:
-            kind: kind of media.
-            windows: [n, ...], prepared by the front end of this kind of media.
+            modality: modality of the model.
+            windows: [n, ...], prepared by the front end of this modality.
 
         Returns:
             [n, D] L2-normalised float32, on the CPU.
         """
+        inputs = self.front_ends[modality].inputs
         return self._in_batches(
-            windows, lambda batch: self.model.encode_media(kind, batch.to(self.device))
+            windows, lambda batch: self.model.encode(modality, *inputs(batch.to(self.device)))
         )
 
     @property
@@ -66,24 +79,24 @@ class Encoder:
         """Number of items to prepare together, such that long clips take little memory."""
         return max(1, self.batch_size // 16)
 
-    def encode_items(self, kind: str, windows: Tensor, num_windows: Sequence[int]) -> Tensor:
+    def encode_items(self, modality: str, windows: Tensor, num_windows: Sequence[int]) -> Tensor:
         """Encodes items of one or more windows each, as the normalised mean over their windows.
 
         Args:
-            kind: kind of media.
+            modality: modality of the model.
             windows: [n, ...] windows of the first item, then of the second, and so on.
             num_windows: [B] number of windows of each item; they sum to n.
 
         Returns:
             [B, D] L2-normalised float32, on the CPU.
         """
-        return _means_of_items(self.encode_windows(kind, windows), num_windows)
+        return means_of_items(self.encode_windows(modality, windows), num_windows)
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def encode_texts(self, texts: Sequence[str], *, modality: str = "text") -> Tensor:
         """Encodes M texts: [M, D] L2-normalised float32, on the CPU."""
         return self._in_batches(
             list(texts),
-            lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)),
+            lambda batch: self.model.encode(modality, self.tokenizer(batch).to(self.device)),
         )
 
     def _in_batches(self, rows: Any, encode: Callable[[Any], Tensor]) -> Tensor:
@@ -109,12 +122,12 @@ class ItemEncoder:
 
     Args:
         encoder: encoder of the model.
-        kind: kind of media.
+        modality: modality of the model.
     """
 
-    def __init__(self, encoder: Encoder, kind: str) -> None:
+    def __init__(self, encoder: Encoder, modality: str) -> None:
         self.encoder = encoder
-        self.kind = kind
+        self.modality = modality
         self.num_windows: list[int] = []  # of each item
         self._waiting: list[Tensor] = []
         self._num_waiting = 0
@@ -146,20 +159,27 @@ class ItemEncoder:
         if self._num_waiting:
             self._encode(torch.cat(self._waiting))
         self._waiting, self._num_waiting = [], 0
-        return _means_of_items(torch.cat(self._embeddings), self.num_windows)
+        return means_of_items(torch.cat(self._embeddings), self.num_windows)
 
     def _encode(self, windows: Tensor) -> None:
-        self._embeddings.append(self.encoder.encode_windows(self.kind, windows))
+        self._embeddings.append(self.encoder.encode_windows(self.modality, windows))
 
 
-def _means_of_items(embeddings: Tensor, num_windows: Sequence[int]) -> Tensor:
-    """Computes the normalised mean over the windows of each item: [n, D] -> [items, D]."""
-    if max(num_windows) == 1:
+def means_of_items(embeddings: Tensor, num_rows: Sequence[int]) -> Tensor:
+    """Computes the normalised mean over the rows of each item: [n, D] -> [items, D].
+
+    An item of one row keeps it as it is.
+
+    Args:
+        embeddings: [n, D] L2-normalised rows of the first item, then of the second, and so on.
+        num_rows: [items] number of rows of each item, at least 1; they sum to n.
+    """
+    if max(num_rows) == 1:
         return embeddings
     return torch.cat(
         [
             own if len(own) == 1 else normalized(own.mean(dim=0, keepdim=True))
-            for own in embeddings.split(list(num_windows))
+            for own in embeddings.split(list(num_rows))
         ]
     )
 
@@ -187,10 +207,14 @@ def load_encoder(config: EncodingConfig) -> Encoder:
     torch.backends.cudnn.allow_tf32 = False
     source = find_model(config.checkpoint, architecture=config.open_clip_architecture)
     loaded = load_any_model(source)
-    front_ends = {
-        kind: FrontEnd(kind, transform, loaded.settings[kind], config.long_clips)
-        for kind, transform in loaded.transforms.items()
+    front_ends: dict[str, FrontEnd] = {
+        modality: MediaFrontEnd(
+            loaded.kinds[modality], transform, loaded.settings[modality], config.long_clips
+        )
+        for modality, transform in loaded.transforms.items()
     }
+    for modality, shape in loaded.vector_shapes.items():
+        front_ends[modality] = VectorFrontEnd(shape)
     return Encoder(
         model=loaded.model.to(device).eval().requires_grad_(False),
         front_ends=front_ends,
@@ -201,6 +225,7 @@ def load_encoder(config: EncodingConfig) -> Encoder:
         batch_size=config.batch_size,
         workers=config.workers,
         matryoshka_dims=loaded.matryoshka_dims,
+        text_modalities=tuple(name for name, kind in loaded.kinds.items() if kind == "text"),
     )
 
 
@@ -227,26 +252,67 @@ def _load_isopair(path: Path) -> LoadedModel:
     model, transforms, tokenizer = load_model(checkpoint)
     record = read_record(checkpoint)
     settings = {
-        kind: transform.config.model_dump(mode="json") for kind, transform in transforms.items()
+        modality: transform.config.model_dump(mode="json")
+        for modality, transform in transforms.items()
+    }
+    shapes = {
+        modality: model.towers[model.tower_names[modality]].input_stage.shape
+        for modality, kind in model.kinds.items()
+        if kind == "vector"
     }
     origin = ModelOrigin(
         "isopair", checkpoint, record.model_sha256, record.state.step, tuple(record.state.tags)
     )
-    config = read_stored_config(PretrainConfig, checkpoint / "config.yaml")
-    dims = tuple(config.matryoshka_dims)
-    return LoadedModel(model, transforms, settings, tokenizer, origin, matryoshka_dims=dims)
+    config = _stored_config(checkpoint, record)
+    return LoadedModel(
+        model,
+        model.kinds,
+        transforms,
+        settings,
+        tokenizer,
+        origin,
+        vector_shapes=shapes,
+        matryoshka_dims=() if config is None else tuple(config.matryoshka_dims),
+    )
 
 
-def check_tower(encoder: Encoder, kind: str, *, folder: Path) -> None:
-    """Checks that a model can encode a dataset's kind of media.
+def _stored_config(checkpoint: Path, record: CheckpointRecord) -> PretrainConfig | None:
+    """Returns the config of the run; None for a checkpoint that holds none."""
+    if "config.yaml" not in record.files:
+        return None
+    return read_stored_config(PretrainConfig, checkpoint / "config.yaml")
+
+
+def check_view(encoder: Encoder, view: str, modality: Modality, *, folder: Path) -> None:
+    """Checks that a model can encode a view of a dataset.
+
+    Args:
+        encoder: encoder of the model.
+        view: name of the view.
+        modality: modality of the dataset that the view shows.
+        folder: folder of the dataset, for the message.
 
     Raises:
-        InputError: if the model has no tower for this kind.
+        InputError: if the model has no tower for it, or one of another kind or width.
     """
-    if kind not in encoder.front_ends:
+    wanted, kind = View.parse(view), encoder.kinds.get(View.parse(view).modality)
+    if kind is None:
+        towers = sorted(encoder.kinds if modality.kind == "text" else encoder.front_ends)
         raise InputError(
-            f"{folder} contains {kind}, but the model has towers for {sorted(encoder.front_ends)}"
+            f"{folder} contains {wanted.member}, but the model has towers for {towers}"
         )
+    if kind != modality.kind:
+        raise InputError(
+            f"{folder}: expected {wanted.member!r} of kind {kind}, which the view {view!r} shows; "
+            f"found kind {modality.kind}"
+        )
+    if isinstance(front_end := encoder.front_ends.get(wanted.modality), VectorFrontEnd):
+        found = VectorShape(modality.width, is_sequence=modality.is_sequence)
+        if found != front_end.vector_shape:
+            raise InputError(
+                f"{folder}: expected vectors {wanted.member!r} of shape {front_end.vector_shape}, "
+                f"as the model encodes, found {found}"
+            )
 
 
 def check_embeddings(embeddings: Tensor, *, name: str) -> None:

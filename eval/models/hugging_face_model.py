@@ -31,22 +31,31 @@ CLAP_TOKENS = 77  # text length in LAION's training; the tokenizer would allow 5
 
 
 class HuggingFaceModel(torch.nn.Module):
-    """Adapts a Hugging Face model to encode_media and encode_text."""
+    """Adapts a Hugging Face model to `encode`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def encode_media(self, kind: str, inputs: Tensor) -> Tensor:
-        """Encodes images [B, 3, H, Wd] or log-mels [B, 1 or 4, S, F] to L2-normalised [B, D]."""
-        if kind == "image":
-            return normalized(_pooled(self.model.get_image_features(pixel_values=inputs)))
-        is_longer = torch.zeros(len(inputs), 1, dtype=torch.bool, device=inputs.device)
-        return normalized(_pooled(self.model.get_audio_features(inputs, is_longer=is_longer)))
+    def encode(self, modality: str, inputs: Any) -> Tensor:
+        """Encodes a batch to L2-normalised [B, D].
 
-    def encode_text(self, tokens: Any) -> Tensor:
-        """Encodes the tokenizer's output to L2-normalised [B, D]."""
-        return normalized(_pooled(self.model.get_text_features(**tokens)))
+        Args:
+            modality: "image", "audio" or "text".
+            inputs: images [B, 3, H, Wd], log-mels [B, 1 or 4, S, F], or the tokenizer's output.
+        """
+        encoders = {"image": self._image, "audio": self._audio, "text": self._text}
+        return normalized(_pooled(encoders[modality](inputs)))
+
+    def _image(self, pixels: Tensor) -> Any:
+        return self.model.get_image_features(pixel_values=pixels)
+
+    def _audio(self, log_mels: Tensor) -> Any:
+        is_longer = torch.zeros(len(log_mels), 1, dtype=torch.bool, device=log_mels.device)
+        return self.model.get_audio_features(log_mels, is_longer=is_longer)
+
+    def _text(self, tokens: Any) -> Any:
+        return self.model.get_text_features(**tokens)
 
 
 def _pooled(output: Any) -> Tensor:
@@ -154,6 +163,7 @@ def load_hugging_face(source: ModelSource) -> LoadedModel:
     medium = "audio" if kind == "clap" else "image"
     return LoadedModel(
         HuggingFaceModel(model),
+        {medium: medium, "text": "text"},
         {medium: ClapTransform(prepare) if kind == "clap" else _image_transform(prepare)},
         {medium: {"hugging_face": {k: v for k, v in settings.items() if k != "mel_filters"}}},
         texts,

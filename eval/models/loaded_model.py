@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_prep.modalities.modality import Kind
 from data_prep.versions import package_version
 from eval.models.model_source import Library
 
@@ -36,14 +37,17 @@ class ModelOrigin:
 class LoadedModel:
     """A model with its transforms and tokenizer."""
 
-    model: Any  # encode_media(kind, batch) and encode_text(tokens), each to [B, D], L2-normalised
-    # Kind of media -> object with decode(content, extension) and __call__(decoded)
+    model: Any  # encode(modality, *inputs) to [B, D], L2-normalised
+    kinds: Mapping[str, Kind]  # kind of each modality
+    # Image or audio modality -> object with decode(content, extension) and __call__(decoded)
     transforms: dict[str, Any]
-    settings: dict[str, Any]  # kind of media -> settings of its transform, in JSON types
-    tokenizer: Callable[[list[str]], Any]  # M texts -> input of encode_text
+    settings: dict[str, Any]  # image or audio modality -> settings of its transform, in JSON types
+    tokenizer: Callable[[list[str]], Any] | None  # M texts -> input of encode; None: no texts
     origin: ModelOrigin
     # Numbers of first elements of an embedding that were trained to be embeddings as well
     matryoshka_dims: tuple[int, ...] = ()
+    # Vector modality -> (width,), or (rows, width) of sequences
+    vector_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def encoding_packages() -> dict[str, str | None]:

@@ -20,19 +20,16 @@ from pretrain.model.library_errors import describe_library_error
 
 
 class OpenClipModel(torch.nn.Module):
-    """Adapts an open_clip model to encode_media and encode_text."""
+    """Adapts an open_clip model to `encode`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def encode_media(self, kind: str, pixels: Tensor) -> Tensor:
-        """Encodes images [B, 3, H, Wd] to L2-normalised [B, D]."""
-        return normalized(self.model.encode_image(pixels))
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encodes int64 tokens [B, L] to L2-normalised [B, D]."""
-        return normalized(self.model.encode_text(tokens))
+    def encode(self, modality: str, inputs: Tensor) -> Tensor:
+        """Encodes images [B, 3, H, Wd] or int64 tokens [B, L] to L2-normalised [B, D]."""
+        encoders = {"image": self.model.encode_image, "text": self.model.encode_text}
+        return normalized(encoders[modality](inputs))
 
 
 class PilTransform:
@@ -87,6 +84,7 @@ def load_open_clip(source: ModelSource) -> LoadedModel:
     }
     return LoadedModel(
         OpenClipModel(model),
+        {"image": "image", "text": "text"},
         {"image": PilTransform(prepare)},
         {"image": {"open_clip": str(prepare)}},
         tokenizer,

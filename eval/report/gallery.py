@@ -17,8 +17,11 @@ from torch import Tensor
 
 from data_prep.media.decode import decode_audio, decode_image
 from data_prep.report.html import badge, heading, macros, paragraph, sound, table, thumbnail
-from data_prep.shards.sample import media_extension_of
+from data_prep.shards.sample import media_kind_of
+from data_prep.shards.sample_contents import SampleContents
 from eval.datasets.datasets import EvaluationSet
+from eval.datasets.views import members_of, read_contents
+from eval.embeddings.items import ItemSet, MediaSet, TextSet
 from eval.metrics.ranking import QueryRanks, cosine_scores
 from eval.report.spectrogram import spectrogram_picture
 
@@ -28,30 +31,83 @@ if TYPE_CHECKING:
 NUM_ANSWERS = 5
 MAX_HUBS = 5
 SOUND_RATE_HZ = 16_000
+MAX_VECTOR_SIDE = 64  # rows and columns of a vector that are drawn
 
 
 def _macros() -> Any:
     return macros("eval.report", "gallery.html")
 
 
-class MediaViews:
-    """Pictures or audio players of a dataset's media items, each built once."""
+class ItemViews:
+    """Pictures, audio players, texts or numbers of items, each built once."""
 
-    def __init__(self, dataset: EvaluationSet) -> None:
-        self.dataset = dataset
+    def __init__(self, items: ItemSet) -> None:
+        self.items = items
         self.of = lru_cache(maxsize=None)(self._make)
 
-    def _make(self, ordinal: int) -> Markup:
-        sample = self.dataset.read_sample(ordinal)
-        extension = media_extension_of(sample.members, self.dataset.info.media)
-        content = sample.members[extension]
-        if self.dataset.info.media != "audio":
-            return _macros().image(thumbnail(decode_image(content, extension), alt=sample.key))
-        waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
-        return _macros().sound(
-            thumbnail(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
-            sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
-        )
+    def _make(self, item: int) -> Markup:
+        if isinstance(self.items, TextSet):
+            return paragraph(self.items.texts[item])
+        members = members_of(self.items.views)
+        contents = read_contents(self.items.dataset, item, members=members)
+        return Markup("").join(_view_of(contents, member) for member in members)
+
+    def query(self, query: int, ranks: QueryRanks, *, answers: Markup) -> Markup:
+        """Builds the view of a query, with its rank and answers.
+
+        Args:
+            query: index of the item.
+            ranks: ranks of all items as queries.
+            answers: result of `answers`.
+        """
+        if isinstance(self.items, TextSet):
+            return text_query(self.items.texts[query], ranks, query, answers=answers)
+        return media_query(self.of(query), ranks, query, answers=answers)
+
+    def answers(self, found: Sequence[int], *, right: Sequence[int]) -> Markup:
+        """Shows the items that a query found, and a relevant one if all of them are wrong.
+
+        Args:
+            found: indices of the answers, best first.
+            right: indices of the relevant answers.
+        """
+        if isinstance(self.items, TextSet):
+            return text_answers(self.items.texts, found, right=right)
+        return media_answers(self, found, right=right)
+
+
+class MediaViews(ItemViews):
+    """Views of a dataset's images or audio clips."""
+
+    def __init__(self, dataset: EvaluationSet) -> None:
+        super().__init__(MediaSet(dataset, []))
+
+
+def _view_of(contents: SampleContents, member: str) -> Markup:
+    """Builds the view of one modality of a sample."""
+    if member in contents.texts:
+        return paragraph(" / ".join(contents.texts[member]))
+    if member in contents.vectors:
+        return _macros().image(_numbers_picture(contents.vectors[member]))
+    content, extension = contents.media[member], contents.extensions[member]
+    if media_kind_of(extension) == "image":
+        return _macros().image(thumbnail(decode_image(content, extension), alt=contents.key))
+    waveform = decode_audio(content, sample_rate_hz=SOUND_RATE_HZ)
+    return _macros().sound(
+        thumbnail(spectrogram_picture(waveform), max_side=160, alt="spectrogram"),
+        sound(waveform, sample_rate_hz=SOUND_RATE_HZ, max_seconds=3),
+    )
+
+
+def _numbers_picture(vector: np.ndarray) -> Markup:
+    """Draws numbers as shades of grey: a row of columns, or one row per time."""
+    rows = np.atleast_2d(vector)[:MAX_VECTOR_SIDE, :MAX_VECTOR_SIDE].astype(np.float64)
+    low, high = rows.min(), rows.max()
+    shades = (255 * (rows - low) / (high - low or 1)).astype(np.uint8)
+    if len(shades) == 1:
+        shades = np.repeat(shades, max(1, shades.shape[1] // 8), axis=0)
+    picture = np.repeat(shades[..., None], 3, axis=2)
+    return thumbnail(picture, alt=f"{list(vector.shape)} numbers, {low:.3g} to {high:.3g}")
 
 
 def shown_queries(
@@ -134,7 +190,7 @@ def text_answers(texts: Sequence[str], found: Sequence[int], *, right: Sequence[
     return _macros().text_answers([(texts[text], text in right) for text in found], missed)
 
 
-def media_answers(views: MediaViews, found: Sequence[int], *, right: Sequence[int]) -> Markup:
+def media_answers(views: ItemViews, found: Sequence[int], *, right: Sequence[int]) -> Markup:
     """Shows the media items that a query found, and a relevant one if all of them are wrong.
 
     Args:
@@ -158,12 +214,12 @@ def scored_captions(captions: Sequence[str], scores: Sequence[float]) -> Markup:
     )
 
 
-def space_blocks(space: EmbeddingSpace, dataset: EvaluationSet) -> list[Markup]:
+def space_blocks(space: EmbeddingSpace, views: ItemViews) -> list[Markup]:
     """Builds the metrics of the embedding space, and the media items found most often.
 
     Args:
         space: metrics of the embedding space.
-        dataset: dataset of the media items.
+        views: views of the media items.
     """
     rows = [(name.replace("_", " "), f"{value:.3f}") for name, value in space.record().items()]
     note = (
@@ -177,14 +233,13 @@ def space_blocks(space: EmbeddingSpace, dataset: EvaluationSet) -> list[Markup]:
         paragraph(note),
         table(("metric", "value"), rows, numeric={1}),
         heading("Found by most queries"),
-        _hubs(space, dataset),
+        _hubs(space, views),
     ]
 
 
-def _hubs(space: EmbeddingSpace, dataset: EvaluationSet) -> Markup:
+def _hubs(space: EmbeddingSpace, views: ItemViews) -> Markup:
     """Builds cards of the media items found most often, with the fraction of queries."""
     hubness = space.hubness[1]  # with the media as the gallery
-    views = MediaViews(dataset)
     order = np.argsort(-hubness.occurrences, kind="stable")[:MAX_HUBS].tolist()
     return cards(
         [

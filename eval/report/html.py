@@ -97,7 +97,7 @@ def _num_queries(task: Task, outcomes: Sequence[Outcome]) -> int:
 
 
 def _kind_shown(task: Task) -> str:
-    kinds = {source.dataset.info.media for source in task.media_sets}
+    kinds = set().union(*(source.kinds for source in task.media_sets))
     return "audio" if "audio" in kinds else "image"
 
 

@@ -74,7 +74,7 @@ class SearchEngine:
             known = " and ".join(sorted(self.encoder.front_ends))
             raise InputError(f"{name}: expected {known}, found .{extension}")
         try:
-            windows = self.encoder.front_ends[kind].prepare_media(content, extension)
+            windows = self.encoder.front_ends[kind].prepare_file(content, extension)
         except MediaError as error:
             raise InputError(f"{name}: cannot be decoded: {error}") from None
         with self._turn:

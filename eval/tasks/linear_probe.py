@@ -12,6 +12,7 @@ from pydantic import PositiveFloat
 from data_prep.errors import InputError
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
+from eval.embeddings.items import ItemSet
 from eval.tasks.single_label import (
     OBJECTIVE,
     LabelledItems,
@@ -21,7 +22,7 @@ from eval.tasks.single_label import (
     read_labelled_items,
     read_trained,
 )
-from eval.tasks.task import MediaSet, Outcome
+from eval.tasks.task import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +98,7 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
         return cls(**fields, validation=validation, l2=section.l2)
 
     @property
-    def media_sets(self) -> list[MediaSet]:
+    def media_sets(self) -> list[ItemSet]:
         return [*super().media_sets, self.validation.source]
 
     @property

@@ -12,12 +12,13 @@ from data_prep.errors import InputError
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, value_of
+from eval.embeddings.items import ItemSet, MediaSet
 from eval.metrics.relevance import (
     Relevance,
     clusters_of_equal_values,
     relevance_of_equal_values,
 )
-from eval.tasks.task import EvaluationSection, MediaSet, Outcome, Task
+from eval.tasks.task import EvaluationSection, Outcome, Task
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -93,7 +94,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         return cls(name, dataset, keys, MediaSet(other, other_keys), relevance, list(section.ks))
 
     @property
-    def media_sets(self) -> list[MediaSet]:
+    def media_sets(self) -> list[ItemSet]:
         return [*super().media_sets, self.other]
 
     @property
@@ -126,7 +127,9 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         )
         return result, other
 
-    def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace:
+    def embedding_space(
+        self, media: Tensor, other: Tensor, result: RetrievalResult
+    ) -> EmbeddingSpace:
         from eval.metrics.embedding_space import embedding_space
 
         return embedding_space(media, other, self.relevance)
@@ -170,7 +173,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         for side, direction in enumerate(self.directions):
             blocks.append(html.heading(direction.replace("_", " ")))
             blocks += self._queries(outcome, views, side, num_queries=num_queries)
-        blocks += space_blocks(outcome.space, self.dataset)
+        blocks += space_blocks(outcome.space, views[0])
         return html.Section(self.name, blocks, note=self.description())
 
     def _queries(

@@ -160,7 +160,9 @@ class RetrievalTask(Task, section=RetrievalSection):
         )
         return result, texts
 
-    def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace:
+    def embedding_space(
+        self, media: Tensor, other: Tensor, result: RetrievalResult
+    ) -> EmbeddingSpace:
         from eval.metrics.embedding_space import embedding_space
 
         return embedding_space(media, other[: len(self.captions)], self.relevance)
@@ -213,7 +215,7 @@ class RetrievalTask(Task, section=RetrievalSection):
             *self._media_queries(outcome, views, num_queries=num_queries),
             html.heading(f"text to {kind}"),
             *self._text_queries(outcome, views, num_queries=num_queries),
-            *space_blocks(outcome.space, self.dataset),
+            *space_blocks(outcome.space, views),
         ]
         note = [
             f"{self.description()}.",

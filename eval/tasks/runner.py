@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import InputError
-from eval.tasks.task import MediaSet, Outcome, Task
+from eval.embeddings.items import ItemSet
+from eval.tasks.task import Outcome, Task
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,9 @@ class Embeddings:
     device: torch.device
     num_dims: int | None = None  # first numbers of an embedding that are measured; None: all
 
-    def media(self, source: MediaSet) -> Tensor:
-        """Returns the embeddings of a dataset's media items, [Q, D]."""
-        return self._shortened(self.store.media(source.dataset, source.keys))
+    def media(self, source: ItemSet) -> Tensor:
+        """Returns the embeddings of a set of items, [Q, D]."""
+        return source.embeddings(self.store, num_dims=self.num_dims).to(self.device)
 
     def labelled_media(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
         """Returns ([n, D] embeddings, int64 [n] classes) of labelled items."""
@@ -72,23 +73,25 @@ def check_fingerprints(tasks: Sequence[Task]) -> None:
 
 
 def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
-    """Checks that the model has a tower for every task's media, before anything is encoded.
+    """Checks that the model has a tower for everything to encode, before anything is encoded.
 
     Raises:
         InputError: if a tower is missing; the message names the evaluation.
     """
-    from eval.models.encoder import check_tower
-
     for task in tasks:
-        for source in task.media_sets:
-            dataset = source.dataset
-            try:
-                check_tower(encoder, dataset.info.media, folder=dataset.folder)
-            except InputError as error:
+        try:
+            for source in task.media_sets:
+                source.check(encoder)
+            if task.texts and "text" not in encoder.kinds:
                 raise InputError(
-                    f"evaluations.{task.name}: {error}; remove this evaluation, or name another "
-                    "checkpoint"
-                ) from None
+                    f"expected a model with a tower for text, which encodes the {task.text_name}; "
+                    f"found towers for {sorted(encoder.kinds)}"
+                )
+        except InputError as error:
+            raise InputError(
+                f"evaluations.{task.name}: {error}; remove this evaluation, or name another "
+                "checkpoint"
+            ) from None
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
@@ -99,7 +102,7 @@ def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
     """
     for task in tasks:
         for source in task.media_sets:
-            store.encode_media(source.dataset, source.keys)
+            source.encode(store)
         if task.texts:
             store.encode_texts(task.texts, name=task.text_name)
 
@@ -133,7 +136,7 @@ def measure_tasks(
             of_dims |= _scores_of_dim(task, replace(embeddings, num_dims=dim), bootstrap)
         seconds = time.monotonic() - start
         media, other = media.cpu(), other.cpu()
-        space = task.embedding_space(media, other)
+        space = task.embedding_space(media, other, result)
         outcomes.append(Outcome(task, result, media, other, space, counts, seconds, of_dims))
         logger.info("%s: %.1f s", task.name, seconds)
     return outcomes

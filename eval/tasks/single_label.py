@@ -17,8 +17,9 @@ from data_prep.shards.sample import Sample
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import class_index_of, read_texts
+from eval.embeddings.items import ItemSet, MediaSet
 from eval.tasks.class_prompts import index_of_classes, read_class_names
-from eval.tasks.task import EvaluationSection, MediaSet, Outcome, Task
+from eval.tasks.task import EvaluationSection, Outcome, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ class TrainedSection(EvaluationSection):
 class LabelledItems:
     """A selection of a dataset's items, with their classes."""
 
-    source: MediaSet
+    source: ItemSet
     indices: np.ndarray  # int64 [n] items of the source
     targets: np.ndarray  # int64 [n], index into class_names
 
@@ -155,7 +156,7 @@ class TrainedTask(SingleLabelTask):
     conditions = ("class_names", "train_fingerprint")
 
     @property
-    def media_sets(self) -> list[MediaSet]:
+    def media_sets(self) -> list[ItemSet]:
         return [*super().media_sets, self.train.source]
 
     def details(self) -> str:
@@ -177,11 +178,11 @@ class TrainedTask(SingleLabelTask):
         """Counts the items with identical media files on both sides."""
         from eval.embeddings.equal_media import EmbeddedItems, equal_media
 
-        test = EmbeddedItems(self.dataset, range(len(self.keys)), media)
+        test = EmbeddedItems(self.media_sets[0], range(len(self.keys)), media)
         is_learned, num_learned = np.zeros(len(self.keys), dtype=bool), 0
         for items in self.learned_items:
             vectors, _ = embeddings.labelled_media(items)
-            learned = EmbeddedItems(items.source.dataset, items.indices, vectors)
+            learned = EmbeddedItems(items.source, items.indices, vectors)
             of_test, of_learned = equal_media(test, learned)
             is_learned[of_test] = True
             num_learned += len(of_learned)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from data_prep.report import html
     from eval.datasets.datasets import EvaluationSet, EvaluationSets
+    from eval.embeddings.items import ItemSet
     from eval.metrics.embedding_space import EmbeddingSpace
     from eval.metrics.intervals import Bootstrap, Score
     from eval.report.differences import Difference, ResultPair
@@ -68,14 +69,6 @@ class EvaluationSection(Section):
     def locations(self) -> list[tuple[str, str]]:
         """Lists (location, split) of every dataset that the evaluation reads."""
         return [(self.dataset, self.split)]
-
-
-@dataclass(frozen=True)
-class MediaSet:
-    """Media items whose embeddings a task needs."""
-
-    dataset: EvaluationSet
-    keys: list[str]  # [Q] keys of the samples
 
 
 class Result(Protocol):
@@ -137,8 +130,10 @@ class Task(ABC):
         """
 
     @property
-    def media_sets(self) -> list[MediaSet]:
-        """All media sets to encode; the first one is measured."""
+    def media_sets(self) -> list[ItemSet]:
+        """All sets of items to encode; the first one is measured."""
+        from eval.embeddings.items import MediaSet
+
         return [MediaSet(self.dataset, self.keys)]
 
     @property
@@ -201,12 +196,15 @@ class Task(ABC):
         """
         return {}
 
-    def embedding_space(self, media: Tensor, other: Tensor) -> EmbeddingSpace | None:
+    def embedding_space(
+        self, media: Tensor, other: Tensor, result: Result
+    ) -> EmbeddingSpace | None:
         """Computes the geometry of the embedding space; None for most tasks.
 
         Args:
             media: [Q, D] as in `measure`, on the CPU.
             other: embeddings returned by `measure`, on the CPU.
+            result: result returned by `measure`.
         """
         return None
 

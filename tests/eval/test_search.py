@@ -14,7 +14,7 @@ from data_prep.shards.subset import KeptSamples
 from eval.config import SearchConfig
 from eval.embeddings.index import open_index
 from eval.models.encoder import Encoder
-from eval.models.preprocessing import FrontEnd
+from eval.models.preprocessing import MediaFrontEnd
 from eval.report.search_page import SearchEngine, build_app
 from eval.search import dry_run, run
 from tests.support.toy_evaluation import (
@@ -59,12 +59,12 @@ def engine(tmp_path_factory):
     samples = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(12)]
     dataset = KeptSamples(write_dataset(folder / "pictures", samples), subset=None)
     _, transforms, tokenizer = load_toy_model(folder)
-    front_ends = {k: FrontEnd(k, each, {}, "windows") for k, each in transforms.items()}
+    front_ends = {k: MediaFrontEnd(k, each, {}, "windows") for k, each in transforms.items()}
     origin = SimpleNamespace(folder="toy")
     encoder = Encoder(
         ToyModel(), front_ends, tokenizer, origin, torch.device("cpu"), torch.float32, 4, 0
     )
-    windows = [front_ends["image"].prepare(dataset.read_sample(n)) for n in range(12)]
+    windows = [front_ends["image"].prepare(dataset.read_modalities(n), "image") for n in range(12)]
     embeddings = encoder.encode_items("image", torch.cat(windows), [1] * 12).numpy()
     index = open_index(folder, embeddings, origin="toy", exact_up_to=100)
     return SearchEngine(dataset, encoder, index, num_results=4)

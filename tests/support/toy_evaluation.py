@@ -71,6 +71,12 @@ def sound_sample(pitch, *, seed):
 class ToyModel(torch.nn.Module):
     """Model with six dimensions: three colours, three pitches."""
 
+    kinds = {"image": "image", "audio": "audio", "text": "text"}
+
+    def encode(self, modality, inputs):
+        encode = {"text": self.encode_text}.get(modality)
+        return encode(inputs) if encode else self.encode_media(modality, inputs)
+
     def encode_media(self, kind, batch):
         if kind == "image":
             means = batch.float().mean(dim=(-2, -1))  # [B, 3, H, Wd] -> [B, 3]

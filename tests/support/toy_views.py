@@ -71,12 +71,21 @@ def views_members(number: int, present) -> dict[str, bytes]:
     return members | ({"json": json.dumps(named).encode()} if named else {})
 
 
-def write_views(folder: Path, *, fraction: float = 0.6, seed: int = 0, always=(), never=()) -> Path:
+def write_views(
+    folder: Path,
+    *,
+    fraction: float = 0.6,
+    seed: int = 0,
+    always=(),
+    never=(),
+    members_of=views_members,
+) -> Path:
     """Writes samples that have each modality with a probability.
 
     Args:
         always: modalities of every sample.
         never: modalities of none.
+        members_of: returns the members of a sample from its number and its modalities.
     """
     folder.mkdir(parents=True)
     rng, number, names = np.random.default_rng(seed), 0, []
@@ -86,7 +95,7 @@ def write_views(folder: Path, *, fraction: float = 0.6, seed: int = 0, always=()
         for _ in range(size):
             drawn = {name for name in SIX if rng.random() < fraction}
             present = (drawn - set(never)) | set(always) or {"text"}
-            members = views_members(number, present)
+            members = members_of(number, present)
             key = f"{number:06d}"
             contents = contents_of(Sample(names[-1], key, members), SIX)
             writer.add(key, members=members, contents=contents)

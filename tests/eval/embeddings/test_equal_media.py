@@ -7,6 +7,7 @@ import torch
 from eval.datasets.columns import TableColumns
 from eval.datasets.datasets import open_dataset
 from eval.embeddings.equal_media import EmbeddedItems, equal_media
+from eval.embeddings.items import MediaSet
 from tests.eval.tasks.test_test_items_in_training import (
     NUM_ITEMS,
     write_class_folders,
@@ -21,7 +22,8 @@ def embedded(location, embedding_of):
     dataset = open_dataset(str(location), split="test", subset=None, columns=TableColumns())
     contents = [dataset.read_sample(n, fields=["jpg"]).members["jpg"] for n in range(len(dataset))]
     rows = torch.tensor([embedding_of(each) for each in contents])
-    return EmbeddedItems(dataset, range(len(dataset)), rows), contents
+    items = MediaSet(dataset, list(map(str, range(len(dataset)))))
+    return EmbeddedItems(items, range(len(dataset)), rows), contents
 
 
 def test_equal_files_are_counted_by_content_whatever_else_is_equal(tmp_path):
@@ -48,8 +50,8 @@ def test_equal_files_are_counted_by_content_whatever_else_is_equal(tmp_path):
 
 def test_only_chosen_items_are_compared(tmp_path):
     items, _ = embedded(write_tars(tmp_path / "tars"), lambda content: [1.0])
-    chosen = EmbeddedItems(items.dataset, [2, 5], items.embeddings[:2])
+    chosen = EmbeddedItems(items.source, [2, 5], items.embeddings[:2])
     found, others = equal_media(items, chosen)
     assert (found.tolist(), others.tolist()) == ([2, 5], [0, 1])
-    none = EmbeddedItems(items.dataset, [], items.embeddings[:0])
+    none = EmbeddedItems(items.source, [], items.embeddings[:0])
     assert [each.tolist() for each in equal_media(items, none)] == [[], []]

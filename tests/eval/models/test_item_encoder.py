@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eval.models.encoder import Encoder, ItemEncoder
+from eval.models.preprocessing import MediaFrontEnd
 
 WIDTH = 6
 
@@ -17,7 +18,7 @@ class CountingModel:
     def __init__(self):
         self.batches = []
 
-    def encode_media(self, kind, batch):
+    def encode(self, modality, batch):
         self.batches.append(len(batch))
         return torch.nn.functional.normalize(torch.cat([batch, batch.square()], dim=1), dim=-1)
 
@@ -25,7 +26,8 @@ class CountingModel:
 def encoder_of(batch_size):
     origin = SimpleNamespace(folder="toy")
     device = torch.device("cpu")
-    return Encoder(CountingModel(), {}, None, origin, device, torch.float32, batch_size, 0)
+    front_ends = {"audio": MediaFrontEnd("audio", None, {}, "windows")}
+    return Encoder(CountingModel(), front_ends, None, origin, device, torch.float32, batch_size, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 100])

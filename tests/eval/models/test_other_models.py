@@ -60,7 +60,7 @@ def wav(num_samples, seed):
 
 
 def embedded(encoder, kind, contents, extension):
-    prepared = [encoder.front_ends[kind].prepare_media(each, extension) for each in contents]
+    prepared = [encoder.front_ends[kind].prepare_file(each, extension) for each in contents]
     return encoder.encode_items(kind, torch.cat(prepared), [len(each) for each in prepared])
 
 

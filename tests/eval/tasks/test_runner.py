@@ -24,7 +24,7 @@ class ToyStore:
     of_media: torch.Tensor
     of_texts: torch.Tensor
 
-    def media(self, dataset, keys):
+    def media(self, dataset, keys, *, view=None):
         return self.of_media
 
     def texts(self, texts):

@@ -1,0 +1,247 @@
+"""Retrieval in both directions between two modalities of the samples of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from eval.datasets.datasets import EvaluationSet, EvaluationSets
+from eval.datasets.labels import read_texts
+from eval.datasets.views import EvaluatedView, samples_having
+from eval.embeddings.items import ItemSet, read_items
+from eval.tasks.task import EvaluationSection, Outcome, Task
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from torch import Tensor
+
+    from data_prep.report import html
+    from eval.metrics.embedding_space import EmbeddingSpace
+    from eval.metrics.intervals import Bootstrap
+    from eval.metrics.relevance import Relevance
+    from eval.metrics.retrieval import RetrievalResult
+    from eval.report.differences import Difference, ResultPair
+    from eval.report.gallery import ItemViews
+    from eval.tasks.runner import Embeddings
+
+
+class ModalityRetrievalSection(EvaluationSection):
+    """Finds the `right` of each sample with its `left`, such as sounds with images, and vice versa.
+
+    Samples that lack either take no part and are counted.
+    """
+
+    task: Literal["modality_retrieval"]
+    # A modality that the dataset and the model have, such as image, or {text: title}: a text of the
+    # dataset that is encoded as the modality `text`. Every text of a sample is an item
+    left: EvaluatedView
+    right: EvaluatedView
+    ks: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # depths of recall@k
+    # Items with equal bytes or words: each matches all samples with such an item (merged), or its
+    # own sample only
+    equal_contents: Literal["merged", "own"] = "merged"
+
+    @model_validator(mode="after")
+    def _check_views(self) -> ModalityRetrievalSection:
+        if self.left == self.right:
+            raise ValueError(f"expected two views, found {self.left!r} as left and as right")
+        if sorted(set(self.ks)) != self.ks:
+            raise ValueError(f"ks: expected ascending numbers without duplicates, found {self.ks}")
+        return self
+
+
+@dataclass(frozen=True)
+class ModalityRetrievalResult:
+    """Result of a retrieval, with the pairs that match."""
+
+    retrieval: RetrievalResult
+    relevance: Relevance  # its `texts` are items of the right side
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """Metrics of the retrieval."""
+        return self.retrieval.scores
+
+
+@dataclass(frozen=True)
+class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
+    """Retrieval between two modalities of the same samples."""
+
+    left: ItemSet
+    right: ItemSet
+    ks: list[int]
+    merges_equal_contents: bool
+    num_in_dataset: int  # samples, also those that take no part
+
+    dataset_types = ("retrieval",)
+    main_metrics = ("mean_recall@1",)
+    conditions = ("left", "right", "equal_contents", "right_pairs_sha256")
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        section: ModalityRetrievalSection,
+        dataset: EvaluationSet,
+        *,
+        sets: EvaluationSets,
+        seed: int,
+    ) -> ModalityRetrievalTask:
+        having = samples_having(dataset, [section.left, section.right])
+        keys = [sample.key for sample in read_texts(having)]
+        return cls(
+            name,
+            having,
+            keys,
+            left=read_items(having, keys, section.left),
+            right=read_items(having, keys, section.right),
+            ks=list(section.ks),
+            merges_equal_contents=section.equal_contents == "merged",
+            num_in_dataset=len(dataset),
+        )
+
+    @property
+    def media_sets(self) -> list[ItemSet]:
+        return [self.left, self.right]
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        """Metric prefixes of both directions."""
+        left, right = self.left.name, self.right.name
+        return f"{left}_to_{right}", f"{right}_to_{left}"
+
+    def description(self) -> str:
+        return (
+            f"{self.name}: {self.method()}, {self.details()}, {len(self.keys)} of "
+            f"{self.num_in_dataset} samples ({self.dataset.folder})"
+        )
+
+    def method(self) -> str:
+        return "retrieval between modalities"
+
+    def details(self) -> str:
+        sides = [f"{len(each.owners)} {each.views[0]} items" for each in self.media_sets]
+        merged = ", equal contents merged" if self.merges_equal_contents else ""
+        return f"{' and '.join(sides)}, k {self.ks}{merged}"
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        num_lacking = self.num_in_dataset - len(self.keys)
+        if not num_lacking:
+            return []
+        return [
+            f"{num_lacking} of {self.num_in_dataset} samples lack {self.left.views[0]} or "
+            f"{self.right.views[0]} and take no part."
+        ]
+
+    def measure(
+        self, media: Tensor, embeddings: Embeddings, *, bootstrap: Bootstrap
+    ) -> tuple[ModalityRetrievalResult, Tensor]:
+        """Returns the result and the embeddings of the right side, [M, D]."""
+        from eval.embeddings.equal_media import number_contents
+        from eval.metrics.relevance import (
+            SampleItems,
+            clusters_of_equal_contents,
+            relevance_of_equal_contents,
+            relevance_of_samples,
+        )
+        from eval.metrics.retrieval import retrieve
+
+        other = embeddings.media(self.right)
+        left, right = (
+            SampleItems(items.owners, number_contents(items, found))
+            for items, found in ((self.left, media), (self.right, other))
+        )
+        pair = relevance_of_equal_contents if self.merges_equal_contents else relevance_of_samples
+        relevance = pair(left, right)
+        result = retrieve(
+            media,
+            other,
+            relevance=relevance,
+            clusters=clusters_of_equal_contents(left, right),
+            ks=self.ks,
+            directions=self.directions,
+        )
+        return ModalityRetrievalResult(result, relevance), other
+
+    def embedding_space(
+        self, media: Tensor, other: Tensor, result: ModalityRetrievalResult
+    ) -> EmbeddingSpace:
+        from eval.metrics.embedding_space import embedding_space
+
+        return embedding_space(media, other, result.relevance)
+
+    def record(self, outcome: Outcome) -> dict[str, Any]:
+        from eval.embeddings.store import checksum_of_arrays
+
+        relevance = outcome.result.relevance
+        return {
+            "left": self.left.views[0],
+            "right": self.right.views[0],
+            "num_in_dataset": self.num_in_dataset,
+            "num_lacking": self.num_in_dataset - len(self.keys),
+            "num_left": len(self.left.owners),
+            "num_right": len(self.right.owners),
+            "num_right_pairs": len(relevance.media),
+            "right_pairs_sha256": checksum_of_arrays(relevance.media, relevance.texts),
+            "equal_contents": "merged" if self.merges_equal_contents else "own",
+            "directions": list(self.directions),
+        }
+
+    def predictions(self, outcome: Outcome) -> dict[str, Mapping[str, Any]]:
+        from eval.report.predictions import rank_columns
+
+        result = outcome.result.retrieval
+        return {
+            f".{direction}": {
+                "key": [self.keys[sample] for sample in items.owners],
+                **rank_columns(ranks, self.ks),
+            }
+            for direction, items, ranks in zip(
+                self.directions,
+                self.media_sets,
+                (result.media_to_text, result.text_to_media),
+                strict=True,
+            )
+        }
+
+    @classmethod
+    def differences(cls, pair: ResultPair) -> Iterator[Difference]:
+        for direction in pair.record["directions"]:
+            yield from pair.rank_differences(direction)
+
+    def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
+        """Shows queries of each side with the nearest items of the other."""
+        from data_prep.report import html
+        from eval.report.gallery import ItemViews, space_blocks
+
+        views = (ItemViews(self.left), ItemViews(self.right))
+        blocks = []
+        for side, direction in enumerate(self.directions):
+            blocks.append(html.heading(direction.replace("_", " ")))
+            blocks += self._queries(outcome, views, side, num_queries=num_queries)
+        blocks += space_blocks(outcome.space, views[0])
+        return html.Section(self.name, blocks, note=self.report_note(outcome))
+
+    def _queries(
+        self,
+        outcome: Outcome,
+        views: tuple[ItemViews, ItemViews],
+        side: int,
+        *,
+        num_queries: int,
+    ) -> Iterator[Markup]:
+        """Yields queries from one side, 0 or 1, with their answers from the other."""
+        from eval.report.gallery import nearest, shown_queries
+
+        result, relevance = outcome.result.retrieval, outcome.result.relevance
+        embeddings = (outcome.media_embeddings, outcome.other_embeddings)
+        ranks = (result.media_to_text, result.text_to_media)[side]
+        right_of = (relevance.texts_of, relevance.media_of)[side]
+        queries = shown_queries(ranks.first_ranks(), num_queries=num_queries)
+        answers = nearest(embeddings[side][queries], embeddings[1 - side])
+        for query, found in zip(queries, answers, strict=True):
+            right = views[1 - side].answers(found, right=right_of(query).tolist())
+            yield views[side].query(query, ranks, answers=right)
