@@ -146,6 +146,21 @@ def value_of(sample: Sample, key: str) -> str:
         raise InputError(f"{sample}: expected {key} in .npy: {error}") from None
 
 
+def read_values(dataset: EvaluationSet, key: str | None) -> tuple[list[str], list[str]]:
+    """Reads the [Q] keys of all samples, and the [Q] values by which they are matched.
+
+    Args:
+        dataset: Q samples.
+        key: key in `.json`; None: the values are the keys.
+
+    Raises:
+        InputError: if a sample has no such value, or is damaged.
+    """
+    samples = list(read_texts(dataset))
+    keys = [sample.key for sample in samples]
+    return keys, keys if key is None else [value_of(sample, key) for sample in samples]
+
+
 def negative_captions_of(sample: Sample) -> list[str]:
     """Returns a sample's wrong captions, from "negative_captions" or "negative_caption" in `.json`.
 

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from data_prep.errors import InputError
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
-from eval.datasets.labels import read_texts, value_of
+from eval.datasets.labels import read_values
 from eval.embeddings.items import ItemSet, MediaSet
 from eval.metrics.relevance import (
     Relevance,
@@ -77,8 +77,8 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
                 f"evaluations.{name}: expected media of two kinds, found {other.info.media} in "
                 f"{dataset.folder} and in {other.folder}"
             )
-        keys, values = _read_values(dataset, section.pair_by)
-        other_keys, other_values = _read_values(other, section.pair_by)
+        keys, values = read_values(dataset, section.pair_by)
+        other_keys, other_values = read_values(other, section.pair_by)
         for own, others, holder in (
             (values, other_values, dataset),
             (other_values, values, other),
@@ -201,10 +201,3 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
                 query,
                 answers=media_answers(views[1 - side], found, right=right),
             )
-
-
-def _read_values(dataset: EvaluationSet, key: str | None) -> tuple[list[str], list[str]]:
-    """Reads the [Q] keys, and the [Q] values by which items are matched."""
-    samples = list(read_texts(dataset))
-    keys = [sample.key for sample in samples]
-    return keys, keys if key is None else [value_of(sample, key) for sample in samples]

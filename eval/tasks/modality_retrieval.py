@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
-from eval.datasets.labels import read_texts
+from eval.datasets.labels import read_values
 from eval.datasets.views import EvaluatedView, samples_having
 from eval.embeddings.items import ItemSet, read_items
 from eval.tasks.task import EvaluationSection, Outcome, Task
@@ -43,6 +44,8 @@ class ModalityRetrievalSection(EvaluationSection):
     # Items with equal bytes or words: each matches all samples with such an item (merged), or its
     # own sample only
     equal_contents: Literal["merged", "own"] = "merged"
+    # Key in .json, such as class_name: samples with equal values count as one; null: each by itself
+    pair_by: str | None = None
 
     @model_validator(mode="after")
     def _check_views(self) -> ModalityRetrievalSection:
@@ -75,6 +78,8 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
     ks: list[int]
     merges_equal_contents: bool
     num_in_dataset: int  # samples, also those that take no part
+    pair_by: str | None
+    groups: np.ndarray  # int64 [Q] samples of equal number match; from 0 without gaps
 
     dataset_types = ("retrieval",)
     main_metrics = ("mean_recall@1",)
@@ -91,7 +96,10 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
         seed: int,
     ) -> ModalityRetrievalTask:
         having = samples_having(dataset, [section.left, section.right])
-        keys = [sample.key for sample in read_texts(having)]
+        keys, values = read_values(having, section.pair_by)
+        groups = np.arange(len(keys))
+        if section.pair_by is not None:
+            _, groups = np.unique(values, return_inverse=True)
         return cls(
             name,
             having,
@@ -101,6 +109,8 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
             ks=list(section.ks),
             merges_equal_contents=section.equal_contents == "merged",
             num_in_dataset=len(dataset),
+            pair_by=section.pair_by,
+            groups=groups,
         )
 
     @property
@@ -125,7 +135,8 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
     def details(self) -> str:
         sides = [f"{len(each.owners)} {each.views[0]} items" for each in self.media_sets]
         merged = ", equal contents merged" if self.merges_equal_contents else ""
-        return f"{' and '.join(sides)}, k {self.ks}{merged}"
+        paired = f", paired by {self.pair_by}" if self.pair_by else ""
+        return f"{' and '.join(sides)}, k {self.ks}{merged}{paired}"
 
     def notes(self, outcome: Outcome) -> list[str]:
         num_lacking = self.num_in_dataset - len(self.keys)
@@ -155,11 +166,14 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
             for items, found in ((self.left, media), (self.right, other))
         )
         pair = relevance_of_equal_contents if self.merges_equal_contents else relevance_of_samples
-        relevance = pair(left, right)
+        relevance = pair(
+            *(replace(each, samples=self.groups[each.samples]) for each in (left, right))
+        )
         result = retrieve(
             media,
             other,
             relevance=relevance,
+            # Samples with equal values of pair_by are still drawn independently of one another.
             clusters=clusters_of_equal_contents(left, right),
             ks=self.ks,
             directions=self.directions,
@@ -187,6 +201,7 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
             "num_right_pairs": len(relevance.media),
             "right_pairs_sha256": checksum_of_arrays(relevance.media, relevance.texts),
             "equal_contents": "merged" if self.merges_equal_contents else "own",
+            "pair_by": self.pair_by,
             "directions": list(self.directions),
         }
 

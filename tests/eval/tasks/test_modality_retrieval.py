@@ -32,16 +32,29 @@ PAIRS = [
 KS = [1, 5, 10]
 
 
+PAIRINGS = [
+    {"equal_contents": "merged"},
+    {"equal_contents": "own"},
+    {"equal_contents": "merged", "pair_by": "kind"},
+    {"equal_contents": "own", "pair_by": "kind"},
+]
+
+
+def kind_of(number):
+    return number % 6
+
+
 def members_with_duplicates(number, present):
-    """Returns members in which every third image is one of four."""
+    """Returns members in which every third image is one of four; all have a kind."""
     members = views_members(number, present)
     if "png" in members and number % 3 == 0:
         members["png"] = image(number % 4)
-    return members
+    metadata = json.loads(members.get("json", "{}")) | {"kind": kind_of(number)}
+    return members | {"json": json.dumps(metadata).encode()}
 
 
-def name_of(left, right, equal_contents):
-    return f"{left} {right} {equal_contents}"
+def name_of(left, right, pairing):
+    return " ".join([left, right, *pairing.values()])
 
 
 def config_of(folder, evaluations):
@@ -61,15 +74,15 @@ def evaluated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     data = write_views(folder / "data", members_of=members_with_duplicates)
     evaluations = {
-        name_of(left, right, equal): {
+        name_of(left, right, pairing): {
             "task": "modality_retrieval",
             "dataset": str(data),
             "left": left,
             "right": right,
-            "equal_contents": equal,
+            **pairing,
         }
         for left, right in PAIRS
-        for equal in ("merged", "own")
+        for pairing in PAIRINGS
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("eval.models.encoder.load_model", load_views_model)
@@ -108,11 +121,12 @@ def both_sides(data, left, right):
     return len(common), [[item for item in side if item[0] in common] for side in sides]
 
 
-def matches(one, other, lefts, rights, equal):
-    if equal == "own":
-        return one[0] == other[0]
-    samples = {item[0] for item in lefts if item[1] == one[1]}
-    return bool(samples & {item[0] for item in rights if item[1] == other[1]})
+def matches(one, other, lefts, rights, pairing):
+    group = kind_of if "pair_by" in pairing else int
+    if pairing["equal_contents"] == "own":
+        return group(one[0]) == group(other[0])
+    groups = {group(item[0]) for item in lefts if item[1] == one[1]}
+    return bool(groups & {group(item[0]) for item in rights if item[1] == other[1]})
 
 
 def probability_of_a_hit(scores, is_relevant, k):
@@ -126,11 +140,11 @@ def probability_of_a_hit(scores, is_relevant, k):
     return 1 - math.comb(num_wrong, num_left) / math.comb(is_tied.sum(), num_left)
 
 
-@pytest.mark.parametrize("equal", ["merged", "own"])
+@pytest.mark.parametrize("pairing", PAIRINGS, ids=lambda pairing: " ".join(pairing.values()))
 @pytest.mark.parametrize(("left", "right"), PAIRS)
-def test_recalls_are_those_of_a_loop(evaluated, left, right, equal):
+def test_recalls_are_those_of_a_loop(evaluated, left, right, pairing):
     data, out, records = evaluated
-    record = records[name_of(left, right, equal)]
+    record = records[name_of(left, right, pairing)]
     num_samples, (lefts, rights) = both_sides(data, left, right)
     assert 0 < num_samples < sum(SHARD_SIZES)
     assert record["num_in_dataset"] == sum(SHARD_SIZES)
@@ -140,7 +154,7 @@ def test_recalls_are_those_of_a_loop(evaluated, left, right, equal):
     assert record["directions"] == ["_to_".join(names), "_to_".join(reversed(names))]
 
     is_match = np.array(
-        [[matches(one, other, lefts, rights, equal) for other in rights] for one in lefts]
+        [[matches(one, other, lefts, rights, pairing) for other in rights] for one in lefts]
     )
     assert record["num_right_pairs"] == is_match.sum()
     scores = np.array([[float(one[2] @ other[2]) for other in rights] for one in lefts])
@@ -173,6 +187,7 @@ BAD = [
     ({"left": "image.audio", "right": "text"}, "expected 'audio' of kind image.*found kind audio"),
     ({"left": "values.series", "right": "text"}, r"expected vectors 'series' of shape \[3\]"),
     ({"left": "image", "right": "title"}, "model has towers for"),
+    ({"left": "image", "right": "text", "pair_by": "kind"}, "expected 'kind' in .json, found"),
 ]
 
 
