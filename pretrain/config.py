@@ -225,6 +225,12 @@ class PretrainConfig(Section):
                         f"a modality of the model ({', '.join(kinds)}); set model."
                         f"{view.modality if view.modality in PLAIN_NAMES else 'modalities'}"
                     )
+                if kinds[view.modality] == "vector" and view.augmentation > 1:
+                    raise ValueError(
+                        f"streams.{key.replace('/', '.objectives.')} reads {str(view)!r}: a vector "
+                        f"has no second augmentation; expected {view.modality!r} (an embedding "
+                        "that eval.embed stored is that of one crop: use the images and a tower)"
+                    )
                 if not (objective.projects or objective.reads_tokens):
                     used.add(self.model.tower_of(view.modality))
         for tower in self.model.towers:
@@ -314,6 +320,20 @@ class PretrainConfig(Section):
                     for view in section.views(objective)
                 ]
         return {name: list(dict.fromkeys(each)) for name, each in towers.items()}
+
+    @property
+    def parts_of_streams(self) -> dict[StreamName, list[str]]:
+        """Names of the towers, temperatures, projections and modules that each stream trains."""
+        parts = {
+            name: [each for _, each, _ in self.heads[name]] + [u.module for u in self.modules[name]]
+            for name in self.streams
+        }
+        for key, section in self.objectives.items():
+            stream, _, objective = key.partition("/")
+            views = map(View.parse, section.views(objective))
+            parts[stream] += [self.model.tower_of(view.modality) for view in views]
+            parts[stream] += [section.temperature_name(objective) or ""]
+        return {name: [n for n in dict.fromkeys(each) if n] for name, each in parts.items()}
 
     @property
     def heads(self) -> dict[StreamName, list[tuple[str, str, str]]]:

@@ -7,7 +7,7 @@ strategy and in checkpoints.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -124,7 +124,7 @@ def _num_frozen_blocks(tower: Tower, frozen_blocks: int | None, key: str) -> int
     if frozen_blocks is None:
         return None
     where = f"{key}.frozen_blocks={frozen_blocks}"
-    num_blocks = len(tower.layers.blocks)
+    num_blocks = tower.layers.num_blocks
     if num_blocks == 0:
         raise ConfigError(f"{where}: {_no_blocks(tower)}")
     if not -num_blocks <= frozen_blocks <= num_blocks:
@@ -188,6 +188,29 @@ def _open(
             )
         for name in opened:
             traits[name] = replace(traits[name], from_step=entry.from_step)
+
+
+def refuse_untrained_streams(model: ContrastiveModel, parts: Mapping[str, Collection[str]]) -> None:
+    """Refuses a stream whose loss depends on no parameter that is trained.
+
+    Args:
+        model: model with frozen parameters.
+        parts: stream -> names of its towers, temperatures, heads and modules in the model.
+
+    Raises:
+        ConfigError: if all of them are frozen.
+    """
+    for stream, names in parts.items():
+        groups = (model.towers, model.heads, model.objective_modules)
+        found = [each[name] for each in groups for name in names if name in each]
+        parameters = [parameter for part in found for parameter in part.parameters()]
+        for each in (model.log_logit_scale, model.logit_bias):
+            parameters += [each[name] for name in names if name in each]
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise ConfigError(
+                f"optimizer.frozen: nothing is left to train in streams.{stream} "
+                f"({', '.join(names)}); remove a pattern, or the stream"
+            )
 
 
 # ---------------------------------------------------------------------------- evaluation mode

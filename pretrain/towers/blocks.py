@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 # Names of lists whose members are blocks, also if they are of several classes.
 BLOCK_LISTS = ("blocks", "layers")
+# Name in the place of the parameters that follow a model of timm; no pattern of timm matches it.
+PROJECTION = "projection_of_tower"
 
 
 def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
@@ -47,34 +49,53 @@ def _listed_blocks(module: nn.Module | None, name: str = "") -> Iterator[nn.Modu
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of a backbone, by the order in which a forward pass uses them.
+    """Layers of a backbone.
 
     Attributes:
-        blocks: blocks, in the order of their first calls.
-        of_parameter: name of a parameter -> its layer. 0: used before the first block; n: in block
-            number n, or between it and the block before; len(blocks) + 1: after the last block.
+        num_blocks: number of blocks.
+        of_parameter: name of a parameter -> its layer. 0: embeddings; n: block number n;
+            num_blocks + 1: what follows the last block.
     """
 
-    blocks: list[nn.Module]
+    num_blocks: int
     of_parameter: Mapping[str, int]
 
     @property
     def top(self) -> int:
         """Number of the layer after the last block."""
-        return len(self.blocks) + 1
+        return self.num_blocks + 1
 
 
-@torch.no_grad()
 def layers_of(backbone: nn.Module, encode: Callable[[], Any]) -> Layers:
     """Finds the layer of every parameter of a backbone.
+
+    Models of timm know their layers. Those of other models follow from the order in which a forward
+    pass uses the parameters. A parameter that is used between two blocks is in the layer of the
+    second one.
 
     Args:
         backbone: backbone of a tower.
         encode: function that encodes an example with it.
-
-    Returns:
-        The layers; there are no blocks if the backbone has none that it calls.
     """
+    for prefix, model in (("", backbone), ("trunk.", getattr(backbone, "trunk", None))):
+        if hasattr(model, "group_matcher"):
+            return _layers_of_timm(backbone, model, prefix)
+    return _layers_by_use(backbone, encode)
+
+
+def _layers_of_timm(backbone: nn.Module, model: nn.Module, prefix: str) -> Layers:
+    """Layers as in timm's layer decay, for a model that is followed by a projection."""
+    from timm.models._manipulate import group_with_matcher
+
+    named = [*model.named_parameters(), (PROJECTION, None)]
+    layers = group_with_matcher(named, model.group_matcher(coarse=False), reverse=True)
+    top = layers[PROJECTION]
+    names = [name for name, _ in backbone.named_parameters()]
+    return Layers(top - 1, {name: layers.get(name.removeprefix(prefix), top) for name in names})
+
+
+@torch.no_grad()
+def _layers_by_use(backbone: nn.Module, encode: Callable[[], Any]) -> Layers:
     uses = _FirstUses(backbone)
     with ExitStack() as hooks:
         for block in blocks_of(backbone):
@@ -82,11 +103,9 @@ def layers_of(backbone: nn.Module, encode: Callable[[], Any]) -> Layers:
             hooks.callback(block.register_forward_hook(uses.leave).remove)
         with uses:
             encode()
-    top = len(uses.blocks) + 1
-    return Layers(
-        uses.blocks,
-        {name: uses.layer.get(id(each), top) for name, each in backbone.named_parameters()},
-    )
+    num_blocks = len(uses.blocks)
+    names = backbone.named_parameters()
+    return Layers(num_blocks, {n: uses.layer.get(id(p), num_blocks + 1) for n, p in names})
 
 
 class _FirstUses(TorchFunctionMode):

@@ -36,7 +36,7 @@ from pretrain.model.vector_inputs import standardize_vectors
 from pretrain.monitoring.hang_watch import HangWatch
 from pretrain.optimization.optimizer import ClampedAdamW, build_optimizer
 from pretrain.optimization.parameter_groups import describe_groups
-from pretrain.optimization.parameter_traits import set_traits
+from pretrain.optimization.parameter_traits import refuse_untrained_streams, set_traits
 from pretrain.probe.towers import ProbeSettings, probe_model
 from pretrain.run.compatibility import DRAWS, RunIdentity, holds_run
 from pretrain.run.folder import RunFolder
@@ -213,6 +213,7 @@ def build_training_model(
                 model, config.model, towers=towers, modules=config.modules
             )
         set_traits(model, config.optimizer, sections=config.model)
+        refuse_untrained_streams(model, config.parts_of_streams)
         return model
 
     keys = [*tower_files(config.model), *map(start_key, all_starts(config))]

@@ -74,6 +74,8 @@ def scale_of(name):
     """Returns the learning rate of a parameter, relative to that of the run, by its name alone."""
     if not name.startswith("towers.image."):
         return 1.0
+    if name.startswith("towers.image.backbone.norm."):
+        return 0.5 * 0.75  # timm counts it to the last block
     if name.startswith("towers.image.backbone.blocks."):
         return 0.5 * 0.75 ** (3 - int(name.split(".")[4]))
     is_embedding = ".patch_embed." in name or name.endswith(("cls_token", "pos_embed"))

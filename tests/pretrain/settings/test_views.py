@@ -41,6 +41,11 @@ CLIPS = ("streams", "clips", "objectives")
         ((*CLIPS, "new"), {"left": "image"}, "its name is not that of two views"),
         ((*CLIPS, "new"), {"left": "image", "right": {"image": 0}}, "from 1 to 16"),
         ((*CLIPS, "image-image"), {}, "reads 'image' twice"),
+        (
+            ("streams", "texts", "objectives", "new"),
+            {"left": "values", "right": {"values": 2}},
+            "a vector has no second augmentation",
+        ),
         ((*CLIPS, "image-words"), {}, "reads 'words': expected a modality of the model"),
         ((*CLIPS, "image-text"), {"temperature": "a.b"}, "should match pattern"),
         ((*CLIPS, "image-text"), {"temperature": ""}, "should match pattern"),
