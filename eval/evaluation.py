@@ -32,6 +32,7 @@ from eval.tasks.runner import (
     Embeddings,
     check_fingerprints,
     check_towers,
+    compute_tasks,
     encode_tasks,
     measure_tasks,
 )
@@ -62,11 +63,12 @@ def evaluate(config: EvaluateConfig) -> None:
     dims = dims_to_measure(config, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
     encode_tasks(found.present, store)
+    computed = compute_tasks(found.present, encoder)
     wait_for_all()  # every process has encoded its part
     if rank() > 0:
         return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
-    embeddings = Embeddings(store, encoder.device)
+    embeddings = Embeddings(store, encoder.device, computed=computed)
     outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap, matryoshka_dims=dims)
     seconds = time.monotonic() - start
     record = results_record(

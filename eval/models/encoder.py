@@ -104,12 +104,13 @@ class Encoder:
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             num_rows = len(batch)
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), self.precision():
                 found = encode(_padded(batch, self.batch_size))
             embeddings.append(found.float().cpu()[:num_rows])
         return torch.cat(embeddings)
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """Returns a context in which the towers compute in `dtype`."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)

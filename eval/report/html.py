@@ -12,7 +12,7 @@ from data_prep.report.html import Section, fact_list, interval_bar, render_page,
 from data_prep.storage.atomic import write_atomically
 from eval.metrics.intervals import Score
 from eval.report.charts import training_charts
-from eval.report.results import is_rank, score_cells
+from eval.report.results import is_fraction, score_cells
 from pretrain.run.attempts import read_metrics
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
         name = outcome.task.name
         for metric, score in outcome.scores.items():
             value, interval, chance, num_queries = score_cells(metric, score)
-            bar = Markup("") if is_rank(metric) else _bar(score)
+            bar = _bar(score) if is_fraction(metric) else Markup("")
             label = metric.replace("_", " ")
             rows.append((name, label, bar, value, interval, chance, num_queries))
             name = ""

@@ -7,6 +7,8 @@
       several classes           key, class_names, scores [K] in the order of results.json
       association               key (name of the group), cue, Jaccard index
       caption choice            key (of the item, or of all items of the group), its metrics
+      captioning                key, references, written caption, exact match, CIDEr-D, sum of the
+                                references' loss and number of their tokens
     predictions/<evaluation>.media_to_text.parquet   key, hit@k, rank of the first relevant caption
     predictions/<evaluation>.text_to_media.parquet   key of the caption's item, caption, hit@k, rank
     predictions/<evaluation>.image_to_audio.parquet  and so on: key, hit@k, rank

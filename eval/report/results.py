@@ -144,9 +144,15 @@ def is_rank(metric: str) -> bool:
     return metric.endswith("_rank")
 
 
+def is_fraction(metric: str) -> bool:
+    """Returns whether a metric is a fraction from 0 to 1; others are ranks, losses and CIDEr."""
+    return not (is_rank(metric) or metric.endswith("_loss") or metric == "cider")
+
+
 def score_cells(metric: str, score: Score) -> tuple[str, str, str, str]:
     """Formats (value, interval, chance, number of queries) of a metric."""
-    show = _rank_text if is_rank(metric) else _percent_text
+    show = _percent_text if is_fraction(metric) else _number_text
+    show = _rank_text if is_rank(metric) else show
     interval = score.interval  # the reason if there is none
     if score.low is not None and score.high is not None:
         interval = f"{show(score.low)} to {show(score.high)}"
@@ -156,6 +162,10 @@ def score_cells(metric: str, score: Score) -> tuple[str, str, str, str]:
 def _percent_text(fraction: float) -> str:
     digits = ".1f" if fraction >= 0.001 or fraction == 0 else ".2g"
     return f"{100 * fraction:{digits}} %"
+
+
+def _number_text(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _rank_text(rank: float) -> str:
@@ -179,7 +189,7 @@ def check_goals(evaluations: Mapping[str, EvaluationSection], outcomes: Sequence
 
     Raises:
         InputError: if a goal names a metric that the evaluation does not have.
-        RunError: if a metric is below its goal, or a rank above it; lists all of them.
+        RunError: if a metric is below its goal, or a rank or loss above it; lists all of them.
     """
     missed = []
     for outcome in outcomes:
@@ -190,7 +200,8 @@ def check_goals(evaluations: Mapping[str, EvaluationSection], outcomes: Sequence
                     f"evaluations.{name}.goals: expected one of {', '.join(scores)}; found {metric}"
                 )
             value = scores[metric].value
-            if value > goal if is_rank(metric) else value < goal:
+            is_low_better = is_rank(metric) or metric.endswith("_loss")
+            if value > goal if is_low_better else value < goal:
                 missed.append(f"  {name}: {metric}: goal {goal:g}, found {value:.4g}")
     if missed:
         raise RunError("metrics miss their goals:\n" + "\n".join(missed))

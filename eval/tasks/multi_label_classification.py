@@ -13,7 +13,7 @@ import numpy as np
 from data_prep.errors import InputError
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import classes_of, read_texts
-from eval.tasks.class_prompts import (
+from eval.prompts.class_prompts import (
     ClassPrompts,
     index_of_classes,
     read_class_names,

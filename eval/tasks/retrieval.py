@@ -18,7 +18,7 @@ from eval.metrics.relevance import (
     relevance_of_equal_captions,
     relevance_of_owners,
 )
-from eval.tasks.class_prompts import read_lines
+from eval.prompts.class_prompts import read_lines
 from eval.tasks.task import EvaluationSection, Outcome, Task
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import InputError
 from eval.embeddings.items import ItemSet
@@ -32,6 +32,7 @@ class Embeddings:
     store: EmbeddingStore
     device: torch.device
     num_dims: int | None = None  # first numbers of an embedding that are measured; None: all
+    computed: Mapping[str, Any] = field(default_factory=dict)  # task -> result of `Task.compute`
 
     def media(self, source: ItemSet) -> Tensor:
         """Returns the embeddings of a set of items, [Q, D]."""
@@ -92,6 +93,7 @@ def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
                 f"evaluations.{task.name}: {error}; remove this evaluation, or name another "
                 "checkpoint"
             ) from None
+        task.check_model(encoder)
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
@@ -105,6 +107,15 @@ def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
             source.encode(store)
         if task.texts:
             store.encode_texts(task.texts, name=task.text_name)
+
+
+def compute_tasks(tasks: Sequence[Task], encoder: Encoder) -> dict[str, Any]:
+    """Computes what tasks need in addition to embeddings; every process must call it.
+
+    Raises:
+        InputError: if a sample cannot be read.
+    """
+    return {task.name: task.compute(encoder) for task in tasks}
 
 
 def measure_tasks(
@@ -132,7 +143,7 @@ def measure_tasks(
         result, other = task.measure(media, embeddings, bootstrap=bootstrap)
         counts = task.audit(media, embeddings)
         of_dims: dict[str, Score] = {}
-        for dim in matryoshka_dims:
+        for dim in matryoshka_dims if task.measures_embeddings else ():
             of_dims |= _scores_of_dim(task, replace(embeddings, num_dims=dim), bootstrap)
         seconds = time.monotonic() - start
         media, other = media.cpu(), other.cpu()

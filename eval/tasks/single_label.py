@@ -18,7 +18,7 @@ from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import class_index_of, read_texts
 from eval.embeddings.items import ItemSet, MediaSet
-from eval.tasks.class_prompts import index_of_classes, read_class_names
+from eval.prompts.class_prompts import index_of_classes, read_class_names
 from eval.tasks.task import EvaluationSection, Outcome, Task
 
 if TYPE_CHECKING:

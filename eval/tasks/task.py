@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from eval.embeddings.items import ItemSet
     from eval.metrics.embedding_space import EmbeddingSpace
     from eval.metrics.intervals import Bootstrap, Score
+    from eval.models.encoder import Encoder
     from eval.report.differences import Difference, ResultPair
     from eval.tasks.runner import Embeddings
 
@@ -63,6 +64,11 @@ class EvaluationSection(Section):
             raise ValueError(
                 f"expected a metric from 0 to 1, which can be averaged with others, found the rank "
                 f"{main_metric}; use a recall, such as mean_recall@1"
+            )
+        if main_metric in ("cider", "token_loss"):
+            raise ValueError(
+                "expected a metric from 0 to 1, which can be averaged with others, found "
+                f"{main_metric}; use exact_match or token_accuracy"
             )
         return main_metric
 
@@ -97,6 +103,8 @@ class Task(ABC):
     main_metrics: ClassVar[tuple[str, ...]] = ()
     # Keys of the record that must be equal in comparable results
     conditions: ClassVar[tuple[str, ...]] = ()
+    # Whether the metrics depend on embeddings, and thus on how many of their numbers are measured
+    measures_embeddings: ClassVar[bool] = True
     # Whether the report shows queries of the task; such tasks share the page's limit on queries
     shows_queries: ClassVar[bool] = True
 
@@ -166,7 +174,25 @@ class Task(ABC):
         """Datasets that must not have equal contents; empty for most tasks."""
         return []
 
+    def check_model(self, encoder: Encoder) -> None:  # noqa: B027 (most tasks need nothing else)
+        """Checks that a model can do what the task needs, beyond encoding its media and texts.
+
+        Raises:
+            InputError: if it cannot.
+        """
+
     # ---------------------------------------------------------------------------- measuring
+
+    def compute(self, encoder: Encoder) -> Any:
+        """Computes what the task needs in addition to embeddings; every process must call it.
+
+        Returns:
+            What `measure` finds in `Embeddings.computed`.
+
+        Raises:
+            InputError: if a sample cannot be read.
+        """
+        return None
 
     @abstractmethod
     def measure(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, value_of
-from eval.tasks.class_prompts import ClassPrompts, read_class_names, read_prompts
+from eval.prompts.class_prompts import ClassPrompts, read_class_names, read_prompts
 from eval.tasks.single_label import SingleLabelTask, read_targets
 from eval.tasks.task import EvaluationSection, Outcome
 

@@ -349,6 +349,16 @@ class ContrastiveModel(nn.Module):
         tower = self.towers[self._tower_name(view)]
         return _encode(tower, *inputs, keys=keys, heads={}).features[""]
 
+    def encode_tokens(self, modality: str, *inputs: Tensor) -> Tensor:
+        """Returns the tokens [B, P, W] of a tower that gives tokens; inputs as in `encode`."""
+        tower = self.towers[self._tower_name(modality)]
+        return tower(*inputs, with_tokens=True)[TOKENS]
+
+    @property
+    def module_uses(self) -> list[ModuleUse]:
+        """Uses of modules of objectives, of all streams."""
+        return [use for uses in self._module_uses.values() for use in uses]
+
     def encode_media(self, modality: str, media: Tensor) -> Tensor:
         """Encodes images or clips, as `encode_image` and `encode_audio`, to [B, D]."""
         return self.encode(modality, media)

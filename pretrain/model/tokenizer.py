@@ -94,6 +94,12 @@ class Tokenizer:
             lengths = (lengths + 1).clamp(max=tokens.shape[1])
         return lengths
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids without start, end and padding."""
+        if hasattr(self.backend, "save_pretrained"):
+            return self.backend.decode(list(ids), skip_special_tokens=True).strip()
+        return self.backend.decode(list(ids)).strip()
+
     def save(self, folder: Path) -> None:
         """Writes the files that `build_tokenizer` needs and installed libraries do not ship."""
         if hasattr(self.backend, "save_pretrained"):

@@ -25,6 +25,7 @@ ALLOWED_ROOMS = {
         ),
         "pretrain": (
             *("config", "settings", "checkpoint", "checkpoints", "distributed", "model", "run"),
+            "captioning",
         ),
     },
 }

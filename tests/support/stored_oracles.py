@@ -1,9 +1,10 @@
-"""Stored results of ranx for a matrix of scores, and of librosa for a sound.
+"""Stored results of ranx for a matrix of scores, librosa for a sound, pycocoevalcap for captions.
 
 The tests do not install these packages. To compute the results again:
 
     python3.11 -m venv oracle
     oracle/bin/pip install ranx librosa "numpy<2.3"
+    oracle/bin/pip install --no-deps pycocoevalcap
     oracle/bin/python -m tests.support.stored_oracles > tests/support/stored_oracles.json
 """
 
@@ -35,6 +36,33 @@ def chirp():
     return (0.5 * np.sin(2 * np.pi * (200 + 20_000 * time) * time) + 0.01 * noise).astype(
         np.float32
     )
+
+
+def captions_and_references():
+    """Draws 12 captions and one to five references of each, of few words, so that many match."""
+    generator = np.random.default_rng(0)
+    words = ["a", "red", "dog", "on", "the", "grass", "runs", "and", "jumps"]
+
+    def draw(shortest, longest):
+        count = generator.integers(shortest, longest)
+        return " ".join(words[each] for each in generator.integers(len(words), size=count))
+
+    references = [[draw(1, 14) for _ in range(1 + number % 5)] for number in range(12)]
+    captions = [draw(0, 14) for _ in references]
+    captions[3] = references[3][0]
+    captions[7] = references[7][1] + " never seen"
+    captions[8] = "grass"
+    return captions, references
+
+
+def pycocoevalcap_cider():
+    """Computes CIDEr-D of every item."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for caption, own in zip(*captions_and_references(), strict=True):
+        scorer += (caption, own)
+    return scorer.compute_score()[1].tolist()
 
 
 def ranx_metrics():
@@ -72,4 +100,5 @@ def librosa_decibels():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"ranx": ranx_metrics(), "librosa": librosa_decibels()}, indent=None))
+    found = {"ranx": ranx_metrics(), "librosa": librosa_decibels(), "cider": pycocoevalcap_cider()}
+    print(json.dumps(found, indent=None))

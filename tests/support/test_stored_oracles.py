@@ -1,4 +1,4 @@
-"""Ranking metrics compared with ranx, log-mels with librosa (tests/support/stored_oracles.py)."""
+"""Metrics compared with ranx and pycocoevalcap, log-mels with librosa (see stored_oracles.py)."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from eval.captions.cider import cider_d
 from eval.metrics.ranked_relevance import ranked_relevance
 from pretrain.model.log_mel import LogMelSpectrogram
 from pretrain.settings.transforms import AudioTransform
-from tests.support.stored_oracles import KS, RATE_HZ, chirp, scores_and_right
+from tests.support.stored_oracles import (
+    KS,
+    RATE_HZ,
+    captions_and_references,
+    chirp,
+    scores_and_right,
+)
 
 STORED = json.loads((Path(__file__).parent / "stored_oracles.json").read_text())
 
@@ -50,3 +57,13 @@ def test_decibels_are_those_of_librosa(mel_scale, mel_norm):
     theirs = torch.tensor(STORED["librosa"][mel_scale])
     assert ours.shape == theirs.shape == (21, 64)
     assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_cider_is_that_of_pycocoevalcap():
+    captions, references = captions_and_references()
+    found = cider_d(
+        [text.split() for text in captions], [[text.split() for text in own] for own in references]
+    )
+    np.testing.assert_allclose(found, STORED["cider"], rtol=1e-12, atol=1e-12)
+    assert found.min() == 0
+    assert found.max() > 1

@@ -15,7 +15,7 @@ from data_prep.errors import (
 from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.subset import Subset
 from eval.config import EvaluateConfig
-from eval.tasks.class_prompts import read_lines
+from eval.prompts.class_prompts import read_lines
 from eval.tasks.readers import read_tasks as read_all_tasks
 from tests.support.toy_evaluation import write_dataset
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
-from eval.tasks.class_prompts import average_prompts, check_templates, class_prompts
+from eval.prompts.class_prompts import average_prompts, check_templates, class_prompts
 
 
 def test_templates_take_both_placeholders_and_leave_other_braces():

@@ -17,10 +17,11 @@ from data_prep.errors import InputError
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.file_dataset import FileDataset
 from eval.datasets.tar_dataset import CLASS_NAMES, TEMPLATES, TarDataset
-from eval.tasks.task import EvaluationSection
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from eval.tasks.task import EvaluationSection
 
 PLACEHOLDER = re.compile(r"\{c?\}")
 FILE_OF_KEY = {"class_names": CLASS_NAMES, "prompt_templates": TEMPLATES}

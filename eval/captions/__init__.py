@@ -1,0 +1,1 @@
+"""Captions that models write: decoders, greedy and beam search, CIDEr-D."""

@@ -1,0 +1,1 @@
+"""Class names and prompts, and class embeddings of prompt ensembles."""
