@@ -17,7 +17,7 @@ from pydantic import (
 from data_prep.config import NearMedia
 from data_prep.config_file import Section
 from data_prep.storage.file_names import file_name_of
-from eval.datasets.columns import DatasetLocation, TableColumns
+from eval.datasets.columns import DatasetLocation, EvaluatedView, TableColumns
 from eval.models.encoding import EncodingConfig
 from eval.tasks.task import EvaluationSection, validate_section
 
@@ -103,5 +103,8 @@ class EmbedConfig(EncodingConfig):
 
     dataset: Path  # folder of shards
     output: Path  # folder for one Parquet per shard, and embeddings.json
+    # Views to embed, each into a folder of `output` named after it, such as [image, {text: title}].
+    # null: media and captions in one file; of shards with named modalities, every modality
+    views: list[EvaluatedView] | None = Field(None, min_length=1)
     # Fraction of unreadable samples above which the job fails
     max_bad_fraction: float = Field(1e-3, ge=0, le=1)

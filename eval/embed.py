@@ -1,4 +1,4 @@
-"""Embeds a dataset's media and captions with a checkpoint, and writes them as Parquet files.
+"""Embeds a dataset's media and captions, or any views, and writes them as Parquet files.
 
     python -m eval.embed configs/eval/embed.yaml
     python -m eval.embed configs/eval/embed.yaml checkpoint=runs/mine dataset=datasets/mine
@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 from data_prep.errors import RunError
 from data_prep.shards.dataset import Dataset
 from eval.models.model_source import find_model
+from pretrain.settings.views import View
 
 if TYPE_CHECKING:
-    from eval.embeddings.files import Origin
+    from eval.embeddings.files import FileViews, Origin
     from eval.models.encoder import Encoder
 
 logger = logging.getLogger("eval.embed")
@@ -49,33 +50,71 @@ def run(config: EmbedConfig) -> None:
 
 
 def _embed(config: EmbedConfig) -> None:
-    from eval.embeddings.files import origin_of, write_summary
     from eval.models.encoder import check_view, load_encoder
-    from eval.processes import wait_for_all
-    from pretrain.distributed.collectives import rank
 
     check_output_folder(config.output, key="output")
     dataset = Dataset(config.dataset)
+    parts = _parts_of(config, dataset)
     encoder = load_encoder(config)
-    media = dataset.info.media
-    check_view(encoder, media, dataset.modalities[media], folder=dataset.folder)
-    origin = origin_of(dataset, encoder)
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_missing_shards(
-        config.output, encoder, dataset, origin, max_bad_fraction=config.max_bad_fraction
-    )
+    for views, _ in parts:
+        for view in filter(None, (views.media, views.text)):
+            modality = dataset.modalities[View.parse(view).member]
+            check_view(encoder, view, modality, folder=dataset.folder)
+    for views, folder in parts:
+        _embed_views(config, encoder, dataset, views, folder=folder)
+
+
+def _parts_of(config: EmbedConfig, dataset: Dataset) -> list[tuple[FileViews, Path]]:
+    """Returns the views of each folder of files, and the folder.
+
+    Raises:
+        InputError: if the dataset does not have a modality.
+    """
+    from eval.embeddings.files import FileViews
+
+    if config.views is None and dataset.modalities.is_pair:
+        return [(FileViews.pair(dataset.info.media), config.output)]
+    names = list(dataset.modalities) if config.views is None else config.views
+    members = {name: View.parse(name).member for name in names}
+    dataset.modalities.check_known(members.values(), where=str(dataset.folder))
+    return [
+        (FileViews.single(name, kind=dataset.modalities[member].kind), config.output / name)
+        for name, member in members.items()
+    ]
+
+
+def _embed_views(
+    config: EmbedConfig, encoder: Encoder, dataset: Dataset, views: FileViews, *, folder: Path
+) -> None:
+    """Writes the files of one folder."""
+    from eval.embeddings.files import origin_of, write_summary
+    from eval.processes import wait_for_all
+    from pretrain.distributed.collectives import rank
+
+    origin = origin_of(dataset, encoder, views)
+    folder.mkdir(parents=True, exist_ok=True)
+    fraction = config.max_bad_fraction
+    write_missing_shards(folder, encoder, dataset, origin, views=views, max_bad_fraction=fraction)
     wait_for_all()  # the other processes have finished their shards
     if rank() > 0:
         return
-    record = write_summary(config.output, dataset=dataset, origin=origin, model=encoder.origin)
+    record = write_summary(
+        folder, dataset=dataset, origin=origin, model=encoder.origin, views=views
+    )
     say(
-        f"{config.output}: {record['num_embedded']:,} of {len(dataset):,} samples in "
+        f"{folder}: {record['num_embedded']:,} of {len(dataset):,} samples in "
         f"{record['num_shards']} shards; {len(record['bad_samples'])} are corrupt and were skipped"
     )
 
 
 def write_missing_shards(
-    output: Path, encoder: Encoder, dataset: Dataset, origin: Origin, *, max_bad_fraction: float
+    output: Path,
+    encoder: Encoder,
+    dataset: Dataset,
+    origin: Origin,
+    *,
+    views: FileViews,
+    max_bad_fraction: float,
 ) -> None:
     """Embeds this process's part of the unfinished shards, and writes one file per shard.
 
@@ -84,6 +123,7 @@ def write_missing_shards(
         encoder: encoder of the model.
         dataset: dataset to embed.
         origin: origin of the embeddings.
+        views: views in each file.
         max_bad_fraction: fraction of corrupt samples above which the command fails.
 
     Raises:
@@ -99,10 +139,10 @@ def write_missing_shards(
     own = range(rank(), len(paths), world_size())
     missing = [shard for shard in own if paths[shard] not in finished]
     bad_samples = [bad for path in sorted(finished) for bad in bad_samples_of(path)]
-    for shard, embeddings in embed_shards(encoder, dataset, missing):
+    for shard, embeddings in embed_shards(encoder, dataset, missing, views=views):
         uids = uids_of_shard(dataset, shard)
         paths[shard].parent.mkdir(parents=True, exist_ok=True)  # a shard's name may contain folders
-        write_shard(paths[shard], embeddings, uids=uids, origin=origin)
+        write_shard(paths[shard], embeddings, uids=uids, origin=origin, views=views)
         for bad in embeddings.bad_samples:
             logger.warning("skipped: %s", bad.reason)
         bad_samples += embeddings.bad_samples
@@ -120,11 +160,15 @@ def dry_run(config: EmbedConfig) -> None:
     find_model(config.checkpoint, architecture=config.open_clip_architecture)
     dataset = Dataset(config.dataset)
     names = [row.name for row in dataset.manifest]
-    num_there = sum((config.output / f"{name}.parquet").exists() for name in names)
-    say(
-        f"would embed {len(dataset):,} {dataset.info.media} samples and their captions in "
-        f"{len(names)} shards; {num_there} are already finished"
-    )
+    for views, folder in _parts_of(config, dataset):
+        num_there = sum((folder / f"{name}.parquet").exists() for name in names)
+        what = f"{dataset.info.media} samples and their captions"
+        if views.view is not None:
+            what = f"samples by {views.view}"
+        say(
+            f"would embed {len(dataset):,} {what} in {len(names)} shards; {num_there} are already "
+            "finished"
+        )
 
 
 def main() -> int:

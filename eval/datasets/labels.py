@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from data_prep.errors import InputError
+from data_prep.modalities.modality import Modalities
 from data_prep.shards.sample import (
     CorruptSampleError,
     Sample,
     captions_of,
     metadata_of,
 )
+from data_prep.shards.sample_contents import texts_of as texts_of_modality
+from data_prep.shards.subset import KeptSamples
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.tar_dataset import TarDataset
 
@@ -29,8 +32,18 @@ def read_texts(dataset: EvaluationSet) -> Iterator[Sample]:
     Raises:
         InputError: if a member is damaged; the message names shard and key.
     """
+    modalities = named_modalities(dataset)
+    has_vectors = modalities is not None and "vector" in modalities  # stored as .npy, not classes
+    fields = tuple(name for name in TEXT_FIELDS if name != "npy" or not has_vectors)
     for ordinal in range(len(dataset)):
-        yield _or_input_error(dataset.read_sample, ordinal, fields=TEXT_FIELDS)
+        yield _or_input_error(dataset.read_sample, ordinal, fields=fields)
+
+
+def named_modalities(dataset: EvaluationSet) -> Modalities | None:
+    """Returns the modalities of shards that name them; None for media with captions."""
+    if not isinstance(dataset, KeptSamples) or dataset.dataset.modalities.is_pair:
+        return None
+    return dataset.dataset.modalities
 
 
 def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
@@ -39,22 +52,36 @@ def texts_of(sample: Sample, dataset: EvaluationSet) -> list[str]:
     Raises:
         InputError: if the sample has no caption.
     """
+    modalities = named_modalities(dataset)
+    if modalities is not None:
+        metadata = _or_input_error(metadata_of, sample)
+        options = {"modalities": modalities, "metadata": metadata}
+        texts = _or_input_error(texts_of_modality, sample, "text", **options)
+        if not texts:
+            raise InputError(f"{sample}: expected a text, found members {sorted(sample.members)}")
+        return texts
     read = dataset.captions_of if isinstance(dataset, TarDataset) else captions_of
     return _or_input_error(read, sample)
 
 
-def class_index_of(sample: Sample, *, class_names: list[str], index_of: dict[str, int]) -> int:
+def class_index_of(
+    sample: Sample, *, class_names: list[str], index_of: dict[str, int], label: str | None = None
+) -> int:
     """Returns the index of a sample's class, from "class_name" in `.json`, else from `.cls`.
 
     Args:
         sample: sample without its media.
         class_names: [K]
         index_of: class name -> index in `class_names`.
+        label: label column, or other key in `.json`, that holds the class name instead.
 
     Raises:
         InputError: if the sample has no class, or its class is not in `class_names`.
     """
-    found = _or_input_error(metadata_of, sample).get("class_name")
+    if label is None:
+        found = _or_input_error(metadata_of, sample).get("class_name")
+    else:
+        found = value_of(sample, label)
     if found is not None:
         if not isinstance(found, str):
             raise InputError(f"{sample}: class_name: expected text, found {found!r:.80}")
@@ -128,7 +155,7 @@ def classes_of(sample: Sample, *, class_names: list[str], index_of: dict[str, in
 
 
 def value_of(sample: Sample, key: str) -> str:
-    """Returns the value of a key in a sample's `.json`; for "npy[i]", element i of `.npy`.
+    """Returns a label of a sample or another key in its `.json`; "npy[i]": element i of `.npy`.
 
     Raises:
         InputError: if the sample has no such value.
@@ -136,6 +163,9 @@ def value_of(sample: Sample, key: str) -> str:
     in_array = NUMBER_OF_ARRAY.fullmatch(key)
     if in_array is None:
         metadata = _or_input_error(metadata_of, sample)
+        labels = metadata.get("labels")
+        if isinstance(labels, dict) and labels.get(key) is not None:
+            return str(labels[key])
         if metadata.get(key) is None:
             raise InputError(f"{sample}: expected {key!r} in .json, found {sorted(metadata)}")
         return str(metadata[key])

@@ -8,9 +8,6 @@ other set has images or audio clips, and captions as `text`. Does not import tor
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 from data_prep.errors import InputError
 from data_prep.modalities.modality import Modalities
@@ -19,20 +16,7 @@ from data_prep.shards.sample_contents import SampleContents
 from data_prep.shards.subset import KeptSamples
 from eval.datasets.datasets import EvaluationSet
 from eval.datasets.labels import texts_of
-from pretrain.settings.views import View, ViewName
-
-
-def _check_has_no_augmentation(name: str) -> str:
-    view = View.parse(name)
-    if view.augmentation != 1:
-        plain = str(View(view.modality, view.member))
-        raise ValueError(f"{name!r}: evaluation augments nothing; write {plain!r}")
-    return name
-
-
-# A modality of the model, such as image, or {text: title}: another text of the dataset, encoded as
-# the modality `text`
-EvaluatedView = Annotated[ViewName, AfterValidator(_check_has_no_augmentation)]
+from pretrain.settings.views import View
 
 
 def modalities_of(dataset: EvaluationSet) -> Modalities:

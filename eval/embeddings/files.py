@@ -5,7 +5,11 @@
                        embeddings and the skipped corrupt samples.
     embeddings.json    written last; a folder without it is incomplete
 
-Look up rows by uid or key, not by position: corrupt samples have no row.
+With `views`, each view has a folder of such files, named after it. An image, audio clip or vector
+has the column media_embedding, a text caption_embeddings.
+
+Look up rows by uid or key, not by position: corrupt samples, and those that lack a view, have no
+row.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.storage.atomic import write_atomically
 from eval.models.loaded_model import encoding_packages
+from pretrain.settings.views import View
 
 if TYPE_CHECKING:
     from eval.models.encoder import Encoder
@@ -56,6 +61,30 @@ class ShardEmbeddings:
 
 
 @dataclass(frozen=True)
+class FileViews:
+    """Views of a sample whose embeddings are in one file."""
+
+    media: str | None  # image, audio clip or vector
+    text: str | None
+    view: str | None = None  # the only one of both, if the config names views
+
+    @classmethod
+    def pair(cls, media: str) -> FileViews:
+        """Returns the views of a pair dataset: its media and captions."""
+        return cls(media, "text")
+
+    @classmethod
+    def single(cls, view: str, *, kind: str) -> FileViews:
+        """Returns a single view, of a modality of this kind."""
+        return cls(None, view, view) if kind == "text" else cls(view, None, view)
+
+    @property
+    def members(self) -> list[str]:
+        """Modalities of the dataset that are read."""
+        return [View.parse(view).member for view in (self.media, self.text) if view is not None]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Everything that the embeddings depend on. Files of different origins are never mixed."""
 
@@ -66,6 +95,7 @@ class Origin:
     transform: dict[str, Any]  # settings of the media transform
     dtype: str  # precision of the towers
     embed_dim: int  # D
+    view: str | None = None  # None: media and captions of a pair dataset
 
     def as_metadata(self) -> dict[str, str]:
         """Returns the metadata of a Parquet file with this origin."""
@@ -74,20 +104,32 @@ class Origin:
             if isinstance(value, dict)
             else str(value)
             for key, value in asdict(self).items()
+            if value is not None
         }
 
 
-def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
-    """Returns the origin of a dataset's embeddings under a model."""
-    front_end = encoder.front_ends[dataset.info.media]
+def origin_of(dataset: Dataset, encoder: Encoder, views: FileViews | None = None) -> Origin:
+    """Returns the origin of a dataset's embeddings under a model.
+
+    Args:
+        dataset: dataset to embed.
+        encoder: encoder of the model.
+        views: views in one file; None: media and captions of a pair dataset.
+    """
+    views = views or FileViews.pair(dataset.info.media)
+    transform: dict[str, Any] = {}
+    if views.media is not None:
+        front_end = encoder.front_ends[View.parse(views.media).modality]
+        transform = front_end.settings | {"long_clips": front_end.long_clips}
     return Origin(
         dataset_fingerprint=dataset.info.fingerprint,
         checkpoint=encoder.origin.sha256,
         model_settings=dict(encoder.origin.settings),
         packages=encoding_packages(),
-        transform=front_end.settings | {"long_clips": front_end.long_clips},
+        transform=transform,
         dtype=str(encoder.dtype).removeprefix("torch."),
         embed_dim=encoder.embed_dim,
+        view=views.view,
     )
 
 
@@ -95,7 +137,12 @@ def origin_of(dataset: Dataset, encoder: Encoder) -> Origin:
 
 
 def write_shard(
-    path: Path, shard: ShardEmbeddings, *, uids: Sequence[str] | None, origin: Origin
+    path: Path,
+    shard: ShardEmbeddings,
+    *,
+    uids: Sequence[str] | None,
+    origin: Origin,
+    views: FileViews,
 ) -> None:
     """Writes the embeddings of one shard atomically.
 
@@ -104,18 +151,20 @@ def write_shard(
         shard: embeddings of the shard.
         uids: uids of all samples of the shard; None: the keys are used as uids.
         origin: origin of the embeddings.
+        views: views in the file.
     """
-    offsets = np.concatenate([[0], np.cumsum(shard.num_captions)]).astype(np.int32)
-    captions = pyarrow.ListArray.from_arrays(
-        pyarrow.array(offsets), _vectors(shard.captions, origin.embed_dim)
-    )
     own_uids = shard.keys if uids is None else [uids[index] for index in shard.indices]
     columns = {
         "uid": pyarrow.array(own_uids, pyarrow.string()),
         "key": pyarrow.array(shard.keys, pyarrow.string()),
-        "media_embedding": _vectors(shard.media, origin.embed_dim),
-        "caption_embeddings": captions,
     }
+    if views.media is not None:
+        columns["media_embedding"] = _vectors(shard.media, origin.embed_dim)
+    if views.text is not None:
+        offsets = np.concatenate([[0], np.cumsum(shard.num_captions)]).astype(np.int32)
+        columns["caption_embeddings"] = pyarrow.ListArray.from_arrays(
+            pyarrow.array(offsets), _vectors(shard.captions, origin.embed_dim)
+        )
     bad_samples = json.dumps([asdict(bad) for bad in shard.bad_samples])
     metadata = origin.as_metadata() | {BAD_SAMPLES: bad_samples}
     content = io.BytesIO()
@@ -186,18 +235,21 @@ def uids_of_shard(dataset: Dataset, shard: int) -> list[str] | None:
 
 
 def write_summary(
-    folder: Path, *, dataset: Dataset, origin: Origin, model: ModelOrigin
+    folder: Path, *, dataset: Dataset, origin: Origin, model: ModelOrigin, views: FileViews
 ) -> dict[str, Any]:
     """Writes embeddings.json, which marks the folder as complete, and returns its content."""
+    shards = range(len(dataset.manifest))
+    num_having = sum(int(dataset.has_all(shard, views.members).sum()) for shard in shards)
     paths = [folder / f"{row.name}.parquet" for row in dataset.manifest]
     bad_samples = [asdict(bad) for path in paths for bad in bad_samples_of(path)]
     record = {
-        **asdict(origin),
+        **{key: value for key, value in asdict(origin).items() if value is not None},
         "dataset": str(dataset.folder),
         "checkpoint_folder": str(model.folder),
-        "media": dataset.info.media,
+        **({"media": dataset.info.media} if views.view is None else {}),
         "num_samples": len(dataset),
-        "num_embedded": len(dataset) - len(bad_samples),
+        **({} if views.view is None else {"num_lacking": len(dataset) - num_having}),
+        "num_embedded": num_having - len(bad_samples),
         "num_shards": len(paths),
         "bad_samples": bad_samples,
     }

@@ -1,6 +1,7 @@
-"""Encodes media and captions of a dataset shard by shard; each sample is read and encoded once.
+"""Encodes media and captions, or one view, of a dataset shard by shard.
 
-Corrupt samples are skipped and reported. A file that cannot be read is an error.
+Each sample is read and encoded once. Those that lack a view are skipped. Corrupt samples are
+skipped and reported. A file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ from tqdm import tqdm
 
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
-from data_prep.shards.sample import (
-    CorruptSampleError,
-    captions_of,
-)
-from data_prep.shards.sample_contents import contents_of
-from eval.embeddings.files import BadSample, ShardEmbeddings
+from data_prep.shards.sample import CorruptSampleError
+from eval.embeddings.files import BadSample, FileViews, ShardEmbeddings
 from eval.models.encoder import Encoder, ItemEncoder, check_embeddings
 from eval.models.preprocessing import FrontEnd
+from pretrain.settings.views import View
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Item:
 
     index: int  # index within its shard
     key: str
-    windows: Tensor  # [n, ...], prepared by eval.models.preprocessing
+    windows: Tensor | None  # [n, ...], prepared by eval.models.preprocessing; None: text alone
     captions: list[str]
 
 
@@ -43,7 +41,7 @@ class Batch:
     indices: list[int]  # index of each item within the shard
     keys: list[str]
     captions: list[list[str]]
-    windows: Tensor | None  # [n, ...] of all items; None if all samples are corrupt
+    windows: Tensor | None  # [n, ...] of all items; None without items, or for text alone
     num_windows: list[int]  # number of windows of each item
     bad_samples: list[BadSample]
     errors: list[InputError]  # errors to raise
@@ -55,9 +53,12 @@ class _Items(torch.utils.data.Dataset):
     An error raised in a worker process would have the worker's traceback as its message.
     """
 
-    def __init__(self, dataset: Dataset, front_end: FrontEnd) -> None:
+    def __init__(self, dataset: Dataset, front_end: FrontEnd | None, views: FileViews) -> None:
         self.dataset = dataset
         self.front_end = front_end
+        self.members = views.members
+        self.media = None if views.media is None else View.parse(views.media).member
+        self.text = None if views.text is None else View.parse(views.text).member
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -65,10 +66,12 @@ class _Items(torch.utils.data.Dataset):
     def __getitem__(self, ordinal: int) -> Item | BadSample | InputError:
         shard, index = self.dataset.locate(ordinal)
         try:
-            sample = self.dataset.read_sample(ordinal)
-            contents = contents_of(sample, self.dataset.modalities, names=[self.dataset.info.media])
-            windows = self.front_end.prepare(contents, self.dataset.info.media)
-            return Item(index, sample.key, windows, captions_of(sample))
+            contents = self.dataset.read_modalities(ordinal, names=self.members)
+            windows = None
+            if self.media is not None:
+                windows = self.front_end.prepare(contents, self.media)
+            captions = [] if self.text is None else contents.texts[self.text]
+            return Item(index, contents.key, windows, captions)
         except CorruptSampleError as error:
             return BadSample(self.dataset.manifest[shard].name, ordinal, str(error))
         except OSError as error:
@@ -79,39 +82,51 @@ class _Items(torch.utils.data.Dataset):
 
 def _join_items(items: list[Item | BadSample | InputError]) -> Batch:
     good = [item for item in items if isinstance(item, Item)]
+    windows = [item.windows for item in good if item.windows is not None]
     return Batch(
         indices=[item.index for item in good],
         keys=[item.key for item in good],
         captions=[item.captions for item in good],
         # One tensor, because each tensor sent by a worker keeps a file open in the main process.
-        windows=torch.cat([item.windows for item in good]) if good else None,
-        num_windows=[len(item.windows) for item in good],
+        windows=torch.cat(windows) if windows else None,
+        num_windows=list(map(len, windows)),
         bad_samples=[item for item in items if isinstance(item, BadSample)],
         errors=[item for item in items if isinstance(item, InputError)],
     )
 
 
 def embed_shards(
-    encoder: Encoder, dataset: Dataset, shards: Sequence[int]
+    encoder: Encoder, dataset: Dataset, shards: Sequence[int], *, views: FileViews
 ) -> Iterator[tuple[int, ShardEmbeddings]]:
     """Yields (shard number, embeddings) of each shard, in order.
 
     Prepared media are encoded as soon as they fill a batch.
 
+    Args:
+        encoder: encoder of the model.
+        dataset: dataset to embed.
+        shards: numbers of the shards.
+        views: views to encode.
+
     Raises:
         InputError: if a shard cannot be read, or an embedding is not finite.
     """
-    batches = [(shard, batch) for shard in shards for batch in _batches(encoder, dataset, shard)]
+    front_end, modality = None, ""
+    if views.media is not None:
+        modality = View.parse(views.media).modality
+        front_end = encoder.front_ends[modality]
+    is_audio = front_end is not None and front_end.kind == "audio"
+    size = encoder.items_at_once if is_audio else encoder.batch_size
+    batches = [batch for shard in shards for batch in _batches(dataset, shard, size, views)]
     loader = DataLoader(
-        _Items(dataset, encoder.front_ends[dataset.info.media]),
-        batch_sampler=[ordinals for _, ordinals in batches],
+        _Items(dataset, front_end, views),
+        batch_sampler=[ordinals for _, ordinals, _ in batches],
         num_workers=encoder.workers,
         collate_fn=_join_items,
     )
-    kind, embeddings = dataset.info.media, ShardEmbeddings()
-    items, captions = ItemEncoder(encoder, kind), []
+    embeddings, items, captions = ShardEmbeddings(), ItemEncoder(encoder, modality), []
     bar = tqdm(loader, desc=f"encoding {dataset.folder}", unit="batch", disable=None)
-    for (shard, ordinals), batch in zip(batches, bar, strict=True):
+    for (shard, _, is_last), batch in zip(batches, bar, strict=True):
         if batch.errors:
             raise batch.errors[0]
         embeddings.indices += batch.indices
@@ -121,21 +136,28 @@ def embed_shards(
         captions += [caption for of_item in batch.captions for caption in of_item]
         if batch.windows is not None:
             items.add(batch.windows, batch.num_windows)
-        if ordinals.stop == dataset.shard_starts[shard + 1]:
-            if embeddings.keys:
+        if is_last:
+            if embeddings.keys and views.media is not None:
                 embeddings.media.append(_checked(items.finish(), f"media of {dataset.folder}"))
-                texts = encoder.encode_texts(captions)
+            if captions:
+                of_texts = View.parse(views.text).modality
+                texts = encoder.encode_texts(captions, modality=of_texts)
                 embeddings.captions.append(_checked(texts, f"captions of {dataset.folder}"))
             yield shard, embeddings
-            embeddings, items, captions = ShardEmbeddings(), ItemEncoder(encoder, kind), []
+            embeddings, items, captions = ShardEmbeddings(), ItemEncoder(encoder, modality), []
 
 
-def _batches(encoder: Encoder, dataset: Dataset, shard: int) -> Iterator[range]:
-    """Yields the ordinals of each batch of a shard; an empty shard has one empty batch."""
-    first, end = dataset.shard_starts[shard : shard + 2].tolist()
-    size = encoder.items_at_once if dataset.info.media == "audio" else encoder.batch_size
-    for start in range(first, max(end, first + 1), size):
-        yield range(start, min(start + size, end))
+def _batches(
+    dataset: Dataset, shard: int, size: int, views: FileViews
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Yields (shard, ordinals, whether it is the last batch) of each batch of a shard.
+
+    A shard without such samples has one empty batch.
+    """
+    having = dataset.shard_starts[shard] + np.flatnonzero(dataset.has_all(shard, views.members))
+    for start in range(0, max(len(having), 1), size):
+        ordinals = having[start : start + size].tolist()
+        yield shard, ordinals, start + size >= len(having)
 
 
 def _checked(embeddings: Tensor, name: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Encoder:
     workers: int
     matryoshka_dims: tuple[int, ...] = ()  # see LoadedModel
     text_modalities: tuple[str, ...] = ("text",)
+    trained_pairs: frozenset[frozenset[str]] | None = None  # see LoadedModel
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -226,6 +228,7 @@ def load_encoder(config: EncodingConfig) -> Encoder:
         batch_size=config.batch_size,
         workers=config.workers,
         matryoshka_dims=loaded.matryoshka_dims,
+        trained_pairs=loaded.trained_pairs,
         text_modalities=tuple(name for name, kind in loaded.kinds.items() if kind == "text"),
     )
 
@@ -274,7 +277,17 @@ def _load_isopair(path: Path) -> LoadedModel:
         origin,
         vector_shapes=shapes,
         matryoshka_dims=() if config is None else tuple(config.matryoshka_dims),
+        trained_pairs=None if config is None else _trained_pairs(config),
     )
+
+
+def _trained_pairs(config: PretrainConfig) -> frozenset[frozenset[str]]:
+    """Returns the pairs of modalities that some objective of a run reads together."""
+    read = [
+        [View.parse(view).modality for view in section.views(key.partition("/")[2])]
+        for key, section in config.objectives.items()
+    ]
+    return frozenset(frozenset(pair) for modalities in read for pair in combinations(modalities, 2))
 
 
 def _stored_config(checkpoint: Path, record: CheckpointRecord) -> PretrainConfig | None:

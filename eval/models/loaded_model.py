@@ -46,6 +46,8 @@ class LoadedModel:
     origin: ModelOrigin
     # Numbers of first elements of an embedding that were trained to be embeddings as well
     matryoshka_dims: tuple[int, ...] = ()
+    # Sets of modalities that an objective of the run reads together; None: not known
+    trained_pairs: frozenset[frozenset[str]] | None = None
     # Vector modality -> (width,), or (rows, width) of sequences
     vector_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

@@ -9,10 +9,10 @@ import numpy as np
 from markupsafe import Markup
 
 from data_prep.report.html import columns, heading, interval_bar, table
-from eval.datasets.datasets import EvaluationSet
+from eval.embeddings.items import ItemSet
 from eval.metrics.intervals import hits_interval
 from eval.report.charts import confusion_chart
-from eval.report.gallery import MediaViews, card, cards, shown_queries
+from eval.report.gallery import ItemViews, card, cards, shown_queries
 
 if TYPE_CHECKING:
     from eval.metrics.zero_shot import ClassificationResult
@@ -23,7 +23,7 @@ MAX_CONFUSIONS = 10
 
 
 def class_blocks(
-    dataset: EvaluationSet,
+    items: ItemSet,
     result: ClassificationResult,
     *,
     class_labels: Sequence[str],
@@ -33,7 +33,7 @@ def class_blocks(
     """Builds the confusion matrix, most frequent confusions, class recalls and example items.
 
     Args:
-        dataset: Q media items.
+        items: Q items.
         result: result of their classification.
         class_labels: [K] unique names of the classes.
         targets: [Q] index of each item's class.
@@ -54,7 +54,7 @@ def class_blocks(
     return [
         columns([Markup("").join(matrix), Markup("").join(classes)]),
         heading("Example items, mistakes first"),
-        _classified_items(dataset, class_labels, targets, result.predictions),
+        _classified_items(items, class_labels, targets, result.predictions),
     ]
 
 
@@ -107,13 +107,13 @@ def _confusion_table(confusion: np.ndarray, class_labels: Sequence[str]) -> Mark
 
 
 def _classified_items(
-    dataset: EvaluationSet,
+    items: ItemSet,
     class_labels: Sequence[str],
     targets: np.ndarray,
     predictions: np.ndarray,
 ) -> Markup:
     """Builds cards of items with their true class, and the predicted class if it differs."""
-    views = MediaViews(dataset)
+    views = ItemViews(items)
     is_wrong = predictions != targets
     shown = []
     for item in shown_queries(1.0 + is_wrong, num_queries=MAX_CLASSIFIED_ITEMS):

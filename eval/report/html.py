@@ -67,7 +67,7 @@ def headline_section(outcomes: Sequence[Outcome], record: dict[str, Any]) -> Sec
         score = Score(**values)
         rows.append((f"average: {name}", "main metrics", _bar(score), *score_cells("", score)))
     for outcome in outcomes:
-        name = outcome.task.name
+        name = outcome.task.row_name(outcome)
         for metric, score in outcome.scores.items():
             value, interval, chance, num_queries = score_cells(metric, score)
             bar = _bar(score) if is_fraction(metric) else Markup("")

@@ -76,6 +76,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         },
         "scores": {name: asdict(score) for name, score in outcome.scores.items()},
         "task": task.task_name,
+        **task.record_of_items(),
         **task.record(outcome),
         **outcome.counts,
         **({} if outcome.space is None else {"embedding_space": outcome.space.record()}),
@@ -133,7 +134,7 @@ def scores_table(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
 
 def _table_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...]]]:
     return [
-        (outcome.task.name, (metric, *score_cells(metric, score)))
+        (outcome.task.row_name(outcome), (metric, *score_cells(metric, score)))
         for outcome in outcomes
         for metric, score in outcome.scores.items()
     ]

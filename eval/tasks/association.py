@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.errors import InputError
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, texts_of, value_of
-from eval.tasks.task import EvaluationSection, Outcome, Task
+from eval.tasks.task import CaptionedSection, Outcome, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
-class AssociationSection(EvaluationSection):
+class AssociationSection(CaptionedSection):
     """Chooses the media items that belong to a cue word from a few candidates (WinoGAViL).
 
     Samples carry the cue as caption in .json or .txt, and in .json whether they belong to it.

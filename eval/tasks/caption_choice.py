@@ -13,7 +13,7 @@ import numpy as np
 from data_prep.errors import InputError
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import negative_captions_of, read_texts, texts_of, value_of
-from eval.tasks.task import EvaluationSection, Outcome, Task
+from eval.tasks.task import CaptionedSection, Outcome, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eval.tasks.runner import Embeddings
 
 
-class CaptionChoiceSection(EvaluationSection):
+class CaptionChoiceSection(CaptionedSection):
     """Chooses the correct caption or media item among a few (SugarCrepe, Winoground).
 
     Samples carry their caption in .txt or .json, and wrong captions as "negative_captions" in

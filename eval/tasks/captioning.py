@@ -16,7 +16,7 @@ from data_prep.errors import InputError
 from eval.captions.cider import caption_words, cider_d
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, texts_of
-from eval.tasks.task import EvaluationSection, Outcome, Task
+from eval.tasks.task import CaptionedSection, Outcome, Task
 from pretrain.settings.views import View
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from eval.tasks.runner import Embeddings
 
 
-class CaptioningSection(EvaluationSection):
+class CaptioningSection(CaptionedSection):
     """Writes a caption of each media item; for models with a decoder, such as CoCa.
 
     Samples carry references in .json or .txt.

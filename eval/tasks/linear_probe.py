@@ -12,6 +12,7 @@ from pydantic import PositiveFloat
 from data_prep.errors import InputError
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
+from eval.datasets.views import samples_having
 from eval.embeddings.items import ItemSet
 from eval.tasks.single_label import (
     OBJECTIVE,
@@ -80,11 +81,12 @@ class LinearProbeTask(TrainedTask, section=LinearProbeSection):
             held_out = sets.open(
                 section.validation, split=section.validation_split, columns=section.columns
             )
+            held_out = samples_having(held_out, section.views_of(held_out))
             for role, items in (("test", dataset), ("training", train.source.dataset)):
                 check_disjoint(
                     name, ("validation", held_out), (role, items), advice=VALIDATION_ADVICE
                 )
-            validation = read_labelled_items(held_out, fields["class_names"])
+            validation = read_labelled_items(held_out, fields["class_names"], section)
         else:
             hashes = [zlib.crc32(key.encode()) for key in train.source.keys]
             is_held_out = np.array(hashes) % 10 == 0

@@ -12,6 +12,7 @@ from data_prep.errors import InputError
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_values
+from eval.datasets.views import samples_having
 from eval.embeddings.items import ItemSet, MediaSet
 from eval.metrics.relevance import (
     Relevance,
@@ -72,6 +73,7 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
         seed: int,
     ) -> MediaRetrievalTask:
         other = sets.open(section.other, split=section.other_split, columns=section.columns)
+        other = samples_having(other, section.views_of(other))
         if other.info.media == dataset.info.media:
             raise InputError(
                 f"evaluations.{name}: expected media of two kinds, found {other.info.media} in "

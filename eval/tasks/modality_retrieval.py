@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
+from eval.datasets.columns import EvaluatedView
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_values
-from eval.datasets.views import EvaluatedView, samples_having
 from eval.embeddings.items import ItemSet, read_items
 from eval.tasks.task import EvaluationSection, Outcome, Task
+from pretrain.settings.views import View
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -44,8 +45,13 @@ class ModalityRetrievalSection(EvaluationSection):
     # Items with equal bytes or words: each matches all samples with such an item (merged), or its
     # own sample only
     equal_contents: Literal["merged", "own"] = "merged"
-    # Key in .json, such as class_name: samples with equal values count as one; null: each by itself
+    # Label of the samples or other key in .json, such as class_name: samples with equal values
+    # count as one; null: each by itself
     pair_by: str | None = None
+
+    def views_of(self, dataset: EvaluationSet) -> list[str]:
+        """Returns both views; see the base class."""
+        return [self.left, self.right]
 
     @model_validator(mode="after")
     def _check_views(self) -> ModalityRetrievalSection:
@@ -62,6 +68,8 @@ class ModalityRetrievalResult:
 
     retrieval: RetrievalResult
     relevance: Relevance  # its `texts` are items of the right side
+    # Whether an objective of the run reads both modalities; None: not known
+    were_trained_together: bool | None
 
     @property
     def scores(self) -> Mapping[str, Any]:
@@ -77,13 +85,12 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
     right: ItemSet
     ks: list[int]
     merges_equal_contents: bool
-    num_in_dataset: int  # samples, also those that take no part
     pair_by: str | None
     groups: np.ndarray  # int64 [Q] samples of equal number match; from 0 without gaps
 
     dataset_types = ("retrieval",)
     main_metrics = ("mean_recall@1",)
-    conditions = ("left", "right", "equal_contents", "right_pairs_sha256")
+    conditions = ("left", "right", "equal_contents", "pair_by", "right_pairs_sha256")
 
     @classmethod
     def read(
@@ -95,20 +102,18 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
         sets: EvaluationSets,
         seed: int,
     ) -> ModalityRetrievalTask:
-        having = samples_having(dataset, [section.left, section.right])
-        keys, values = read_values(having, section.pair_by)
+        keys, values = read_values(dataset, section.pair_by)
         groups = np.arange(len(keys))
         if section.pair_by is not None:
             _, groups = np.unique(values, return_inverse=True)
         return cls(
             name,
-            having,
+            dataset,
             keys,
-            left=read_items(having, keys, section.left),
-            right=read_items(having, keys, section.right),
+            left=read_items(dataset, keys, section.left),
+            right=read_items(dataset, keys, section.right),
             ks=list(section.ks),
             merges_equal_contents=section.equal_contents == "merged",
-            num_in_dataset=len(dataset),
             pair_by=section.pair_by,
             groups=groups,
         )
@@ -125,8 +130,8 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
 
     def description(self) -> str:
         return (
-            f"{self.name}: {self.method()}, {self.details()}, {len(self.keys)} of "
-            f"{self.num_in_dataset} samples ({self.dataset.folder})"
+            f"{self.name}: {self.method()}, {self.details()}, {len(self.keys)} samples "
+            f"({self.dataset.folder})"
         )
 
     def method(self) -> str:
@@ -138,13 +143,19 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
         paired = f", paired by {self.pair_by}" if self.pair_by else ""
         return f"{' and '.join(sides)}, k {self.ks}{merged}{paired}"
 
+    def row_name(self, outcome: Outcome) -> str:
+        """Returns the name, with a remark if the model was never trained on both views together."""
+        if outcome.result.were_trained_together is not False:
+            return self.name
+        return f"{self.name} (emergent)"
+
     def notes(self, outcome: Outcome) -> list[str]:
-        num_lacking = self.num_in_dataset - len(self.keys)
-        if not num_lacking:
-            return []
+        if outcome.result.were_trained_together is not False:
+            return super().notes(outcome)
         return [
-            f"{num_lacking} of {self.num_in_dataset} samples lack {self.left.views[0]} or "
-            f"{self.right.views[0]} and take no part."
+            *super().notes(outcome),
+            f"Emergent: no objective of the run reads {self.left.views[0]} and "
+            f"{self.right.views[0]} together.",
         ]
 
     def measure(
@@ -178,7 +189,10 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
             ks=self.ks,
             directions=self.directions,
         )
-        return ModalityRetrievalResult(result, relevance), other
+        pairs = embeddings.store.encoder.trained_pairs
+        modalities = frozenset(View.parse(items.views[0]).modality for items in self.media_sets)
+        together = None if pairs is None else modalities in pairs
+        return ModalityRetrievalResult(result, relevance, together), other
 
     def embedding_space(
         self, media: Tensor, other: Tensor, result: ModalityRetrievalResult
@@ -194,8 +208,9 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
         return {
             "left": self.left.views[0],
             "right": self.right.views[0],
-            "num_in_dataset": self.num_in_dataset,
-            "num_lacking": self.num_in_dataset - len(self.keys),
+            "trained_together": outcome.result.were_trained_together,
+            "num_samples": len(self.keys),
+            "num_lacking": self.num_lacking,
             "num_left": len(self.left.owners),
             "num_right": len(self.right.owners),
             "num_right_pairs": len(relevance.media),

@@ -19,7 +19,7 @@ from eval.prompts.class_prompts import (
     read_class_names,
     read_prompts,
 )
-from eval.tasks.task import EvaluationSection, Outcome, Task
+from eval.tasks.task import ClassificationSection, Outcome, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from eval.tasks.runner import Embeddings
 
 
-class MultiLabelSection(EvaluationSection):
+class MultiLabelSection(ClassificationSection):
     """Ranks all items for each class; an item may belong to several classes.
 
     Samples carry "class_names" in .json, or one number per class, 0 or 1, in .npy.
@@ -78,7 +78,8 @@ class MultiLabelTask(Task, section=MultiLabelSection):
             raise InputError(
                 f"evaluations.{name}: {dataset.folder}: expected samples with classes, found none"
             )
-        return cls(name, dataset, keys, class_names, prompts, is_of_class)
+        items = section.items_of(dataset, keys)
+        return cls(name, dataset, keys, class_names, prompts, is_of_class, items=items)
 
     @property
     def texts(self) -> list[str]:

@@ -7,12 +7,13 @@ that a missing label is reported before hours of encoding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_prep.errors import InputError
 from eval.datasets.datasets import EvaluationSet, EvaluationSets, MissingDatasetError
 from eval.datasets.download import fetch_dataset
 from eval.datasets.tar_dataset import TYPE, TarDataset
+from eval.datasets.views import samples_having
 from eval.tasks.task import EvaluationSection, Task, task_types
 
 
@@ -50,7 +51,8 @@ def read_tasks(
         seed: seed of the tasks' random draws.
 
     Raises:
-        InputError: if a file is missing, or a sample lacks its label or caption.
+        InputError: if a file is missing, a sample lacks its label or caption, or no sample has the
+            views of an evaluation.
     """
     types = {each.section_type: each for each in task_types().values()}
     sets = EvaluationSets()
@@ -59,8 +61,11 @@ def read_tasks(
         try:
             dataset = sets.open_section(section)
             _check_dataset_type(name, types[type(section)], dataset)
-            task = types[type(section)].read(name, section, dataset, sets=sets, seed=seed)
-            present.append(task)
+            views = section.views_of(dataset)
+            having = samples_having(dataset, views)
+            task = types[type(section)].read(name, section, having, sets=sets, seed=seed)
+            num_lacking = len(dataset) - len(having)
+            present.append(replace(task, needed_views=tuple(views), num_lacking=num_lacking))
         except MissingDatasetError as error:
             if not skip_missing:
                 raise InputError(f"evaluations.{name}: {error}") from None

@@ -19,7 +19,7 @@ from eval.metrics.relevance import (
     relevance_of_owners,
 )
 from eval.prompts.class_prompts import read_lines
-from eval.tasks.task import EvaluationSection, Outcome, Task
+from eval.tasks.task import CaptionedSection, Outcome, Task
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from eval.tasks.runner import Embeddings
 
 
-class RetrievalSection(EvaluationSection):
+class RetrievalSection(CaptionedSection):
     """Retrieves the captions of each media item, and the media item of each caption.
 
     Samples carry captions in .json or .txt.
@@ -130,16 +130,18 @@ class RetrievalTask(Task, section=RetrievalSection):
     def notes(self, outcome: Outcome) -> list[str]:
         num_repeated = len(self.captions) - len(set(self.captions))
         if not num_repeated:
-            return []
+            return super().notes(outcome)
         if self.merges_equal_captions:
             return [
+                *super().notes(outcome),
                 f"{num_repeated} captions are duplicates of others: each is relevant to all items "
                 "with that caption (equal_captions: merged); metrics in the literature "
-                "count only its own item."
+                "count only its own item.",
             ]
         return [
+            *super().notes(outcome),
             f"{num_repeated} captions are duplicates of others: each is relevant only to its own "
-            "item, which limits the recall that any model can reach."
+            "item, which limits the recall that any model can reach.",
         ]
 
     def measure(

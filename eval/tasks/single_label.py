@@ -17,9 +17,10 @@ from data_prep.shards.sample import Sample
 from eval.datasets.columns import DatasetLocation
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import class_index_of, read_texts
+from eval.datasets.views import samples_having
 from eval.embeddings.items import ItemSet, MediaSet
 from eval.prompts.class_prompts import index_of_classes, read_class_names
-from eval.tasks.task import EvaluationSection, Outcome, Task
+from eval.tasks.task import ClassificationSection, Outcome, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,15 +96,28 @@ class SingleLabelTask(Task):
         from eval.report.classes import class_blocks
 
         blocks = class_blocks(
-            self.dataset, outcome.result, class_labels=self.class_labels, targets=self.targets
+            self.media_sets[0],
+            outcome.result,
+            class_labels=self.class_labels,
+            targets=self.targets,
         )
         return html.Section(self.name, blocks, note=self.report_note(outcome))
 
 
 def read_targets(
-    samples: Iterable[Sample], dataset: EvaluationSet, class_names: list[str]
+    samples: Iterable[Sample],
+    dataset: EvaluationSet,
+    class_names: list[str],
+    *,
+    label: str | None,
 ) -> tuple[list[str], np.ndarray]:
     """Reads the class of every sample.
+
+    Args:
+        samples: samples without their media.
+        dataset: dataset of the samples.
+        class_names: [K]
+        label: see `SingleLabelSection`.
 
     Returns:
         The [Q] keys, and the index of each sample's class in class_names, int64 [Q].
@@ -115,14 +129,23 @@ def read_targets(
     keys, targets = [], []
     for sample in samples:
         keys.append(sample.key)
-        targets.append(class_index_of(sample, class_names=class_names, index_of=index_of))
+        targets.append(
+            class_index_of(sample, class_names=class_names, index_of=index_of, label=label)
+        )
     return keys, np.array(targets)
 
 
 # ---------------------------------------------------------------------- training on labelled items
 
 
-class TrainedSection(EvaluationSection):
+class SingleLabelSection(ClassificationSection):
+    """Settings shared by all classifications with one class per item."""
+
+    # Label of the samples, or other key in .json, with the class name; null: class_name, or .cls
+    label: str | None = None
+
+
+class TrainedSection(SingleLabelSection):
     """Settings shared by all tasks that train on labelled items."""
 
     # A list, or a text file with one name per line, or "open_clip:imagenet"; null: the file that
@@ -194,10 +217,12 @@ class TrainedTask(SingleLabelTask):
     def notes(self, outcome: Outcome) -> list[str]:
         num_test = outcome.counts["num_test_equal_to_train"]
         if not num_test:
-            return []
+            return super().notes(outcome)
         return [
+            *super().notes(outcome),
             f"{num_test} of {len(self.keys)} test items have the same media file as one of "
-            f"{outcome.counts['num_train_equal_to_test']} training items, which raises the metrics."
+            f"{outcome.counts['num_train_equal_to_test']} training items, which raises the "
+            "metrics.",
         ]
 
     def train_record(self) -> dict[str, Any]:
@@ -218,13 +243,14 @@ def read_trained(
         InputError: if a sample has no known class, or training and test items are the same dataset.
     """
     class_names = read_class_names(name, section, dataset)
-    keys, targets = read_targets(read_texts(dataset), dataset, class_names)
+    keys, targets = read_targets(read_texts(dataset), dataset, class_names, label=section.label)
     source = sets.open(
         section.train or section.dataset,
         split=section.train_split,
         subset=section.train_subset,
         columns=section.columns,
     )
+    source = samples_having(source, section.views_of(source))
     check_disjoint(name, ("training", source), ("test", dataset), advice=TRAIN_ADVICE)
     return {
         "name": name,
@@ -232,7 +258,8 @@ def read_trained(
         "keys": keys,
         "class_names": class_names,
         "targets": targets,
-        "train": read_labelled_items(source, class_names),
+        "train": read_labelled_items(source, class_names, section),
+        "items": section.items_of(dataset, keys),
     }
 
 
@@ -264,11 +291,19 @@ def check_disjoint(
         )
 
 
-def read_labelled_items(source: EvaluationSet, class_names: list[str]) -> LabelledItems:
+def read_labelled_items(
+    source: EvaluationSet, class_names: list[str], section: SingleLabelSection
+) -> LabelledItems:
     """Reads the classes of all items of a dataset.
+
+    Args:
+        source: samples that have the section's views.
+        class_names: [K]
+        section: section of the evaluation.
 
     Raises:
         InputError: see `class_index_of`.
     """
-    keys, targets = read_targets(read_texts(source), source, class_names)
-    return LabelledItems(MediaSet(source, keys), np.arange(len(keys)), targets)
+    keys, targets = read_targets(read_texts(source), source, class_names, label=section.label)
+    items = section.items_of(source, keys) or MediaSet(source, keys)
+    return LabelledItems(items, np.arange(len(keys)), targets)

@@ -19,12 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, get_args
 
-from pydantic import PositiveInt, field_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from data_prep.config_file import Section
-from eval.datasets.columns import DatasetLocation, TableColumns
+from eval.datasets.columns import DatasetLocation, EvaluatedView, TableColumns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,67 @@ class EvaluationSection(Section):
         """Lists (location, split) of every dataset that the evaluation reads."""
         return [(self.dataset, self.split)]
 
+    def views_of(self, dataset: EvaluationSet) -> list[str]:
+        """Returns the views that a sample must have to take part.
+
+        Args:
+            dataset: dataset of the evaluation, or one of its training items.
+
+        Raises:
+            InputError: if the dataset has neither images nor audio, and the section names no views.
+        """
+        from eval.datasets.views import media_view
+
+        return [media_view(dataset)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
+class ClassificationSection(EvaluationSection):
+    """Settings shared by all classifications."""
+
+    # View of a sample that is classified, such as audio, or {text: title}. A list: the mean of
+    # several, whose embeddings are averaged and normalised again; the texts of a sample are
+    # averaged first. null: the images or audio clips
+    views: Annotated[list[EvaluatedView] | None, BeforeValidator(_as_list), Field(min_length=1)] = (
+        None
+    )
+
+    @field_validator("views")
+    @classmethod
+    def _check_views(cls, views: list[str] | None) -> list[str] | None:
+        if views is not None and len(set(views)) < len(views):
+            raise ValueError(f"expected different views, found {views}")
+        return views
+
+    def views_of(self, dataset: EvaluationSet) -> list[str]:
+        """Returns the views that are classified; see the base class."""
+        return super().views_of(dataset) if self.views is None else self.views
+
+    def items_of(self, dataset: EvaluationSet, keys: list[str]) -> ItemSet | None:
+        """Returns the items to classify, one per sample; None for the dataset's media.
+
+        Args:
+            dataset: samples that have the views.
+            keys: keys of the samples.
+
+        Raises:
+            InputError: if a text cannot be read.
+        """
+        from eval.embeddings.items import read_samples
+
+        return None if self.views is None else read_samples(dataset, keys, self.views)
+
+
+class CaptionedSection(EvaluationSection):
+    """Settings of evaluations that need media with captions."""
+
+    def views_of(self, dataset: EvaluationSet) -> list[str]:
+        """Returns the media and the captions; see the base class."""
+        return [*super().views_of(dataset), "text"]
+
 
 class Result(Protocol):
     """Result of a measurement; most tasks add fields of their own."""
@@ -94,6 +155,10 @@ class Task(ABC):
     name: str  # name of the evaluation
     dataset: EvaluationSet
     keys: list[str]  # [Q] keys of the samples
+    items: ItemSet | None = field(default=None, kw_only=True)  # None: the dataset's media
+    # Set after reading: views that a sample must have, and number of samples that lack one
+    needed_views: tuple[str, ...] = field(default=(), kw_only=True)
+    num_lacking: int = field(default=0, kw_only=True)
 
     section_type: ClassVar[type[EvaluationSection]]
     task_name: ClassVar[str]  # value of `task` in the config
@@ -129,7 +194,7 @@ class Task(ABC):
         Args:
             name: name of the evaluation.
             section: config section of type `section_type`.
-            dataset: dataset of the evaluation.
+            dataset: samples of the evaluation that have the section's views.
             sets: opens further datasets.
             seed: seed of the task's random draws.
 
@@ -142,7 +207,7 @@ class Task(ABC):
         """All sets of items to encode; the first one is measured."""
         from eval.embeddings.items import MediaSet
 
-        return [MediaSet(self.dataset, self.keys)]
+        return [self.items or MediaSet(self.dataset, self.keys)]
 
     @property
     def texts(self) -> list[str]:
@@ -157,8 +222,9 @@ class Task(ABC):
     def description(self) -> str:
         """Returns a one-line description of the measurement."""
         return (
-            f"{self.name}: {self.method()}, {len(self.dataset)} {self.dataset.info.media} items, "
-            f"{self.details()} ({self.dataset.folder})"
+            f"{self.name}: {self.method()}, {len(self.dataset)} "
+            f"{' + '.join(self.media_sets[0].views)} items, {self.details()} "
+            f"({self.dataset.folder})"
         )
 
     @abstractmethod
@@ -240,9 +306,23 @@ class Task(ABC):
         """Returns the metric used in averages; None if there is none."""
         return next((name for name in self.main_metrics if name in scores), None)
 
+    def row_name(self, outcome: Outcome) -> str:
+        """Returns the name of the evaluation in tables of metrics."""
+        return self.name
+
     def notes(self, outcome: Outcome) -> list[str]:
         """Returns remarks to print below the table of metrics."""
-        return []
+        if not self.num_lacking:
+            return []
+        return [
+            f"{self.num_lacking} of {len(self.dataset) + self.num_lacking} samples lack "
+            f"{' or '.join(self.needed_views)} and take no part."
+        ]
+
+    def record_of_items(self) -> dict[str, Any]:
+        """Returns the fields of results.json that describe the views and the samples."""
+        found: dict[str, Any] = {"num_lacking": self.num_lacking} if self.num_lacking else {}
+        return found | ({"views": list(self.items.views)} if self.items is not None else {})
 
     def report_note(self, outcome: Outcome) -> str:
         """Returns the description, followed by the remarks."""

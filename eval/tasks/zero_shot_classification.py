@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, value_of
 from eval.prompts.class_prompts import ClassPrompts, read_class_names, read_prompts
-from eval.tasks.single_label import SingleLabelTask, read_targets
-from eval.tasks.task import EvaluationSection, Outcome
+from eval.tasks.single_label import SingleLabelSection, SingleLabelTask, read_targets
+from eval.tasks.task import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from eval.tasks.runner import Embeddings
 
 
-class ZeroShotClassificationSection(EvaluationSection):
+class ZeroShotClassificationSection(SingleLabelSection):
     """Predicts the class of each media item by the nearest class prompt.
 
     Samples carry "class_name" in .json, or an index in .cls.
@@ -62,11 +62,12 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
         class_names = read_class_names(name, section, dataset)
         prompts = read_prompts(name, section, dataset, class_names)
         samples = list(read_texts(dataset))
-        keys, targets = read_targets(samples, dataset, class_names)
+        keys, targets = read_targets(samples, dataset, class_names, label=section.label)
         groups = None
         if section.group_by is not None:
             groups = [value_of(sample, section.group_by) for sample in samples]
-        return cls(name, dataset, keys, class_names, targets, prompts, groups)
+        items = section.items_of(dataset, keys)
+        return cls(name, dataset, keys, class_names, targets, prompts, groups, items=items)
 
     @property
     def texts(self) -> list[str]:
@@ -103,7 +104,7 @@ class ZeroShotClassificationTask(SingleLabelTask, section=ZeroShotClassification
         from eval.report.classes import class_blocks
 
         blocks = class_blocks(
-            self.dataset,
+            self.media_sets[0],
             outcome.result,
             class_labels=self.class_labels,
             targets=self.targets,
