@@ -18,10 +18,17 @@ from data_prep.errors import InputError, RunError
 from pretrain.config import PretrainConfig
 from pretrain.hub import WEIGHTS
 from pretrain.model.library_errors import describe_library_error
-from pretrain.warm_start.needs import Need, find_needs, module_starts
+from pretrain.warm_start.needs import Need, find_needs, find_teacher_needs, module_starts
 
 MAIN = "main"  # revision of a name without one
 NOTHING = "the config names nothing on a hub"
+
+
+def _needs_of(config: PretrainConfig) -> list[Need]:
+    return [
+        *find_needs(config.model, module_starts(config)),
+        *find_teacher_needs(config.objectives),
+    ]
 
 
 def fetch(config: PretrainConfig) -> None:
@@ -31,7 +38,7 @@ def fetch(config: PretrainConfig) -> None:
         InputError: if the hub has no such model or revision, or the model has no weights.
         RunError: if the hub cannot be reached.
     """
-    needs = find_needs(config.model, module_starts(config))
+    needs = _needs_of(config)
     if not needs:
         say(NOTHING)
     for need in needs:
@@ -94,7 +101,7 @@ def _weights_among(names: set[str], need: Need) -> list[str]:
 
 def describe_needs(config: PretrainConfig) -> None:
     """Prints what would be fetched, without a connection."""
-    needs = find_needs(config.model, module_starts(config))
+    needs = _needs_of(config)
     if not needs:
         say(NOTHING)
     for need in needs:

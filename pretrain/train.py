@@ -21,7 +21,7 @@ if __name__ == "__main__":  # exits on --help or an invalid config, before slow 
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 import torch
@@ -69,6 +69,7 @@ from pretrain.training.assembly import (
     open_writer,
     standardize_inputs,
 )
+from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.loop import Trainer
 from pretrain.training.micro_batch_size import StepSizes, choose_num_micro_batches
 from pretrain.training.plan import describe_plan
@@ -105,7 +106,8 @@ def run_attempt(
     accelerator = start_accelerator(config.engine, run=config.run)
     requests.polls_files = rank() == 0
     hosts = gather_objects(machine_name())
-    loader = open_loader_of_rank(config, tokenizer, hosts=hosts)
+    teachers = open_teachers(config, tokenizer, device=accelerator.device)
+    loader = open_loader_of_rank(config, tokenizer, hosts=hosts, teachers=teachers)
     validation_sets = open_validation_sets(config, tokenizer, cache=loader.cache)
     model = build_training_model(sources, tokenizer, device=accelerator.device)
     standardize_inputs(config, model, loader)
@@ -121,7 +123,6 @@ def run_attempt(
     )
     if config.engine.compile:  # after the memory measurement, which traces uncompiled operators
         compile_towers(model)
-    teachers = open_teachers(config, tokenizer, device=accelerator.device)
     fingerprints = fingerprints_of(loader, validation_sets, teachers, sources)
     identity = RunIdentity(config, fingerprints, copied_sources=sources.copied)
     run = open_run(
@@ -158,7 +159,11 @@ def run_attempt(
 
 
 def open_loader_of_rank(
-    config: PretrainConfig, tokenizer: Tokenizer | None, *, hosts: list[str]
+    config: PretrainConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    hosts: list[str],
+    teachers: Mapping[str, ObjectiveTeacher],
 ) -> StepLoader:
     """Opens the datasets on this rank; every rank must call it.
 
@@ -166,10 +171,16 @@ def open_loader_of_rank(
         config: the whole config.
         tokenizer: tokenizer of captions.
         hosts: [ranks] machine names.
+        teachers: teachers of the objectives with distillation.
     """
     node_ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
     loader = open_step_loader(
-        config, tokenizer, rank=rank(), world_size=world_size(), node_ranks=node_ranks
+        config,
+        tokenizer,
+        rank=rank(),
+        world_size=world_size(),
+        node_ranks=node_ranks,
+        teachers=teachers,
     )
     on_main_process(lambda: check_repeated_samples(config, loader))
     check_room(loader.node)
@@ -199,14 +210,16 @@ def dry_run(config: PretrainConfig) -> None:
     device = torch.device(device_type_of(config.engine.device))
     with ModelSources(config) as sources:
         tokenizer = build_training_tokenizer(sources)
-        loader = open_step_loader(config, tokenizer, rank=0, world_size=num_processes)
+        teachers = open_teachers(config, tokenizer, device=device)
+        loader = open_step_loader(
+            config, tokenizer, rank=0, world_size=num_processes, teachers=teachers
+        )
         check_repeated_samples(config, loader)
         open_validation_sets(config, tokenizer, cache=loader.cache)
         model = build_training_model(sources, tokenizer, device=device)
         standardize_inputs(config, model, loader)
         start_lines = sources.warm_start.describe(start_fingerprints(all_starts(config)))
     group_lines = describe_parameter_groups(config, model)
-    open_teachers(config, tokenizer, device=device)
     lines = describe_plan(
         StepSizes.of_config(config),
         build_run_objectives(config, world_size=num_processes),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.settings.data import StreamName
+from pretrain.settings.views import is_of_teacher
 
 ON_CPU = ("lengths", "present")  # tensors that stay on the CPU
 ALIGNMENT = 64  # bytes, of every tensor in a shared buffer
@@ -80,6 +81,12 @@ class StreamBatch:
 
     def __len__(self) -> int:
         return len(next(iter(self.views.values())))
+
+    @property
+    def without_teachers(self) -> StreamBatch:
+        """The batch without the views that only teachers read."""
+        views = {view: each for view, each in self.views.items() if not is_of_teacher(view)}
+        return replace(self, views=views)
 
     @property
     def on_device(self) -> list[Tensor]:

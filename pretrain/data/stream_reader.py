@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 from pretrain.cache.shard_cache import ShardCache
 from pretrain.data.batch import BadSample, StreamBuffers, StreamLayout
 from pretrain.data.datasets import open_samples
-from pretrain.data.sample_reader import DrawnSample, SampleReader
+from pretrain.data.sample_reader import DrawnSample, DrawnView, SampleReader
 from pretrain.data.transforms import MediaTransform
 from pretrain.data.view_formats import TextFormat, ViewFormat, build_formats
 from pretrain.model.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ class StreamReader:
         sources: readers of its sources, as samples of a step number them.
         formats: format of each view.
         objectives: name -> views that it reads.
+        teacher_formats: name of a view of a teacher -> (view whose content it shows, its format).
 
     Raises:
         InputError: if a source has the views of no objective, or no source has those of one.
@@ -62,8 +63,10 @@ class StreamReader:
         sources: Sequence[SampleReader],
         formats: Mapping[str, ViewFormat],
         objectives: Mapping[str, Sequence[str]],
+        teacher_formats: Mapping[str, tuple[str, ViewFormat]] | None = None,
     ) -> None:
         self.name = name
+        self.teacher_formats = dict(teacher_formats or {})
         self.sources = list(sources)
         keys = [source_key(name, each.source) for each in sources]
         self._source_keys = np.array(keys, dtype=np.uint64)
@@ -80,13 +83,14 @@ class StreamReader:
     def _set_formats(self, formats: Mapping[str, ViewFormat]) -> None:
         self.formats = dict(formats)
         self.texts = {view: each for view, each in formats.items() if isinstance(each, TextFormat)}
+        of_teachers = {name: form for name, (_, form) in self.teacher_formats.items()}
         self.layout = StreamLayout(
             {
                 view: replace(
                     each.layout,
                     may_lack=any(source.may_lack(each.view.member) for source in self.sources),
                 )
-                for view, each in formats.items()
+                for view, each in (self.formats | of_teachers).items()
             }
         )
 
@@ -114,7 +118,8 @@ class StreamReader:
     @property
     def is_slow(self) -> bool:
         """Whether its tokenizer blocks other threads."""
-        return any(each.tokenizer.is_slow for each in self.texts.values())
+        forms = [*self.texts.values(), *(form for _, form in self.teacher_formats.values())]
+        return any(each.tokenizer.is_slow for each in forms if isinstance(each, TextFormat))
 
     def fill(
         self, buffers: StreamBuffers, samples: StepSamples, rows: range
@@ -132,8 +137,12 @@ class StreamReader:
         filled = FilledRows({view: [] for view in self.texts})
         ordinals = []
         for row, (reader, epoch, sample) in zip(rows, self._decoded(samples, rows), strict=True):
+            for name, (view, each) in self.teacher_formats.items():
+                drawn = sample.views.get(view)
+                again = None if drawn is None else replace(drawn, rng=copy(drawn.rng))
+                self._fill(buffers, name, each, again, row)
             for view, each in self.formats.items():
-                self._fill(buffers, view, each, sample, row)
+                self._fill(buffers, view, each, sample.views.get(view), row)
             for view, texts in filled.texts.items():
                 drawn = sample.views.get(view)
                 texts.append(None if drawn is None else drawn.part)
@@ -152,9 +161,9 @@ class StreamReader:
 
     @staticmethod
     def _fill(
-        buffers: StreamBuffers, view: str, form: ViewFormat, sample: DrawnSample, row: int
+        buffers: StreamBuffers, view: str, form: ViewFormat, drawn: DrawnView | None, row: int
     ) -> None:
-        batch, drawn = buffers.views[view], sample.views.get(view)
+        batch = buffers.views[view]
         if batch.present is not None:
             batch.present[row] = drawn is not None
         if drawn is not None:
@@ -167,6 +176,9 @@ class StreamReader:
         """Fills the tokens of some rows, their lengths and their keys."""
         for view, each in self.texts.items():
             each.write_texts(filled.texts[view], buffers.views[view], rows)
+        for name, (view, each) in self.teacher_formats.items():
+            if isinstance(each, TextFormat):
+                each.write_texts(filled.texts[view], buffers.views[name], rows)
 
     def _decoded(
         self, samples: StepSamples, rows: range
@@ -216,6 +228,7 @@ def open_readers(
     tokenizer: Tokenizer | None,
     seed: int,
     cache: ShardCache | None,
+    teacher_formats: Mapping[StreamName, Mapping[str, tuple[str, ViewFormat]]] | None = None,
 ) -> dict[StreamName, StreamReader]:
     """Opens the datasets of all streams.
 
@@ -227,6 +240,7 @@ def open_readers(
         tokenizer: tokenizer of texts; None without a text tower.
         seed: the run's seed.
         cache: this machine's cache, for datasets behind URLs.
+        teacher_formats: further formats of each stream, see `StreamReader`.
 
     Raises:
         InputError: if a dataset cannot be used.
@@ -243,7 +257,13 @@ def open_readers(
             for source in distinct_sources(stream)
         ]
         objectives = {each: section.views(each) for each, section in stream.objectives.items()}
-        readers[name] = StreamReader(name, sources=sources, formats=formats, objectives=objectives)
+        readers[name] = StreamReader(
+            name,
+            sources=sources,
+            formats=formats,
+            objectives=objectives,
+            teacher_formats=(teacher_formats or {}).get(name),
+        )
     return readers
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from data_prep.config_file import Section, free
+from data_prep.config_file import Location, Section, free
 from pretrain.objectives.objective import (
     Objective,
     ObjectiveInputs,
@@ -31,7 +30,9 @@ LossKind = Literal["softmax", "sigmoid"]
 class Distillation(Section):
     """Distillation: a trained model provides part of the softmax targets."""
 
-    checkpoint: Path = free()  # run folder or checkpoint; its fingerprint is part of the identity
+    # Run folder or checkpoint (path or URL), folder of open_clip or Hugging Face, model of a hub,
+    # or open_clip:<model>/<tag>; the fingerprint of its files is part of the identity
+    checkpoint: Location = free()
     weight: float = Field(0.5, gt=0, le=1)  # weight of its softmaxes in the targets
 
 

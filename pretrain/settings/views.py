@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator
 
 MAX_AUGMENTATIONS = 16
+_OF_TEACHER = "~"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ def own_features(view: str, objective: str) -> str:
 def own_outputs(objective: str) -> str:
     """Returns the name of the numbers that the module of an objective computes of each sample."""
     return f"@{objective}"
+
+
+def view_of_teacher(view: str, objective: str) -> str:
+    """Returns the name of a view's content in the form that an objective's teacher reads."""
+    return f"{view}{_OF_TEACHER}{objective}"
+
+
+def is_of_teacher(view: str) -> bool:
+    """Returns whether only a teacher reads a view."""
+    return _OF_TEACHER in view
 
 
 def view_of_features(name: str) -> str:

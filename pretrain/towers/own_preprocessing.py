@@ -56,7 +56,7 @@ def refuse_other_preprocessing(
             continue
         section = sections[kind]
         source = tower.start.location if tower.start else str(tower.pretrained)
-        own = _own_settings(tower, kind, folder_of)
+        own = own_preprocessing(tower, kind, folder_of)
         if own is None:
             logger.info(
                 "%s: %s does not say how its %s were preprocessed; compare the section %s yourself",
@@ -124,7 +124,17 @@ def _as_yaml(settings: Settings) -> str:
 # ------------------------------------------------------------------------------------- sources
 
 
-def _own_settings(tower: MediaTower, kind: str, folder_of: FolderOf) -> Settings | None:
+def own_preprocessing(tower: MediaTower, kind: str, folder_of: FolderOf) -> Settings | None:
+    """Reads the settings of the weights that a tower begins with.
+
+    Args:
+        tower: section of the tower, with weights.
+        kind: "image" or "audio".
+        folder_of: finds the folder of a location; None if there is none.
+
+    Returns:
+        {dotted key in the section of the kind: value}, or None if the weights do not say them.
+    """
     if tower.start is not None:
         location = tower.start.location
         if location.startswith(OPEN_CLIP):

@@ -51,9 +51,11 @@ from pretrain.sampling.schedule import build_schedule
 from pretrain.settings.data import StreamName
 from pretrain.settings.model import MediaTower
 from pretrain.settings.views import View
+from pretrain.teachers.loaded_teacher import shapes_of
+from pretrain.teachers.teacher_inputs import ModelInputs
 from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.towers.own_preprocessing import refuse_other_preprocessing
-from pretrain.training.distillation import ModelInputs, ObjectiveTeacher, load_teachers, shape_of
+from pretrain.training.distillation import ObjectiveTeacher, formats_of_teachers, load_teachers
 from pretrain.training.loop import TrainerSettings
 from pretrain.training.objective_step import ObjectiveStep
 from pretrain.training.session import RunSession
@@ -75,6 +77,7 @@ def open_step_loader(
     rank: int,
     world_size: int,
     node_ranks: Sequence[int] | None = None,
+    teachers: Mapping[str, ObjectiveTeacher] | None = None,
 ) -> StepLoader:
     """Opens the datasets of a run and builds the schedule of their samples.
 
@@ -84,6 +87,7 @@ def open_step_loader(
         rank: rank that reads.
         world_size: number of processes.
         node_ranks: all ranks on the same machine; None if `rank` is the only one.
+        teachers: teachers, which may read images and texts in a form of their own.
 
     Raises:
         InputError: if a dataset cannot be used, or there are more processes than lanes.
@@ -100,6 +104,7 @@ def open_step_loader(
         tokenizer=tokenizer,
         seed=config.seed,
         cache=cache,
+        teacher_formats=formats_of_teachers(teachers or {}),
     )
     schedule = build_schedule(
         config.streams,
@@ -317,16 +322,11 @@ def open_teachers(
     """Loads the teachers of the objectives with distillation.
 
     Raises:
-        InputError: if a checkpoint is missing, or its model expects different inputs.
+        InputError: if a model is missing, or cannot read what the model in training reads.
     """
     return load_teachers(
         config.streams,
-        inputs=ModelInputs(
-            config.image,
-            config.audio,
-            {modality: shape_of(config.model, modality) for modality in config.model.kinds},
-        ),
-        tokenizer=tokenizer,
+        inputs=ModelInputs(config.image, config.audio, tokenizer, shapes_of(config.model)),
         device=device,
         is_autocast=config.engine.precision == "bf16",
     )

@@ -108,7 +108,7 @@ def backward_in_micro_batches(
 
 
 def split_into_micro_batches(
-    batch: StepBatch, *, num_micro_batches: int, trims_captions: bool
+    batch: StepBatch, *, num_micro_batches: int, trims_captions: bool, is_taught: bool = False
 ) -> list[EncoderInputs]:
     """Splits this rank's part of a step into micro-batches; some may hold no sample.
 
@@ -116,9 +116,15 @@ def split_into_micro_batches(
         batch: this rank's part of a step, on the device.
         num_micro_batches: number of micro-batches, equal on all ranks.
         trims_captions: whether tokens are cut to the longest text of each micro-batch.
+        is_taught: whether the inputs include those that only teachers read.
     """
     micro_batches = {
-        name: _split(each, batch.step, num_micro_batches, trims_captions)
+        name: _split(
+            each if is_taught else each.without_teachers,
+            batch.step,
+            num_micro_batches,
+            trims_captions,
+        )
         for name, each in batch.streams.items()
     }
     return [

@@ -60,7 +60,7 @@ class ObjectiveStep:
         with timer.phase("forward"):
             micro_batches = self.micro_batches(batch)
             teacher_features = {
-                key: teacher.encode(self._micro_batches_for(teacher.model, batch))
+                key: teacher.encode(self._micro_batches_of_teacher(teacher.model, batch))
                 for key, teacher in self.teachers.items()
             }
             taken = {name: self.objectives[name] for name in batch.taken}
@@ -71,12 +71,19 @@ class ObjectiveStep:
 
     def micro_batches(self, batch: StepBatch) -> list[EncoderInputs]:
         """Returns the encoder inputs of this rank's part, one entry per micro-batch."""
-        return self._micro_batches_for(self.engine.model, batch)
-
-    def _micro_batches_for(self, model: ContrastiveModel, batch: StepBatch) -> list[EncoderInputs]:
-        """The same samples for any model; its own property determines whether texts are cut."""
         return split_into_micro_batches(
             batch,
             num_micro_batches=self.num_micro_batches,
-            trims_captions=model.takes_trimmed_captions,
+            trims_captions=self.engine.model.takes_trimmed_captions,
+        )
+
+    def _micro_batches_of_teacher(
+        self, teacher: ContrastiveModel, batch: StepBatch
+    ) -> list[EncoderInputs]:
+        """The same samples; the teacher's own property determines whether texts are cut."""
+        return split_into_micro_batches(
+            batch,
+            num_micro_batches=self.num_micro_batches,
+            trims_captions=teacher.takes_trimmed_captions,
+            is_taught=True,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pretrain.checkpoints.store import find_locations
 from pretrain.config import PretrainConfig
 from pretrain.hub import (
     CONFIG_FILES_OF_HUB,
@@ -65,6 +67,28 @@ def module_starts(config: PretrainConfig) -> dict[str, Start]:
     """Returns {config key: warm start} of the modules of objectives."""
     found = starts_of_modules(config.modules).values()
     return {f"{use.where}.start": use.section.module_start for use in found}
+
+
+def find_teacher_needs(objectives: Mapping[str, Any]) -> list[Need]:
+    """Returns what the teachers of a config's objectives need from a hub.
+
+    Args:
+        objectives: sections by "<stream>/<objective>".
+
+    Raises:
+        InputError: if a library has no weights of the name that a setting gives.
+    """
+    needs = []
+    for name, section in objectives.items():
+        teacher = getattr(section, "teacher", None)
+        if teacher is None or find_locations(teacher.checkpoint):
+            continue
+        key = f"streams.{name.replace('/', '.objectives.')}.teacher.checkpoint"
+        model = model_of_tag(teacher.checkpoint, where=key) or parse_hub_name(teacher.checkpoint)
+        if model is not None:
+            files = (*CONFIG_FILES_OF_HUB, *TOKENIZER_FILES_OF_HUB)
+            needs.append(Need(key, model, with_weights=True, files=files))
+    return needs
 
 
 def refuse_unfetched(config: Model, starts: Mapping[str, Start] | None = None) -> None:
