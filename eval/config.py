@@ -73,10 +73,13 @@ class SearchConfig(EncodingConfig):
     split: str = "test"
     subset: Path | None = None
     columns: TableColumns = TableColumns()
-    output: Path  # folder for embeddings and the index
+    # Views to search in, such as [image, {text: title}]. null: the images or audio clips; of shards
+    # with named modalities, all that the model has
+    views: list[EvaluatedView] | None = Field(None, min_length=1)
+    output: Path  # folder for embeddings and the indexes
     # Number of items; above it the index is approximate, and finds nearly all nearest items
     exact_up_to: int = Field(500_000, ge=0)
-    num_results: PositiveInt = 24
+    num_results: PositiveInt = 24  # of each view
     serve: bool = True  # false: only build the index
     # 127.0.0.1: only this machine; 0.0.0.0: everyone who can reach it, without a password
     host: str = "127.0.0.1"

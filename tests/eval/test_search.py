@@ -13,9 +13,11 @@ from werkzeug.serving import make_server
 from data_prep.shards.subset import KeptSamples
 from eval.config import SearchConfig
 from eval.embeddings.index import open_index
+from eval.embeddings.items import MediaSet
 from eval.models.encoder import Encoder
 from eval.models.preprocessing import MediaFrontEnd
-from eval.report.search_page import SearchEngine, build_app
+from eval.report.search_engine import SearchEngine, ViewIndex
+from eval.report.search_page import build_app
 from eval.search import dry_run, run
 from tests.support.toy_evaluation import (
     COLORS,
@@ -67,7 +69,8 @@ def engine(tmp_path_factory):
     windows = [front_ends["image"].prepare(dataset.read_modalities(n), "image") for n in range(12)]
     embeddings = encoder.encode_items("image", torch.cat(windows), [1] * 12).numpy()
     index = open_index(folder, embeddings, origin="toy", exact_up_to=100)
-    return SearchEngine(dataset, encoder, index, num_results=4)
+    items = MediaSet(dataset, [f"{n:04d}" for n in range(12)])
+    return SearchEngine(dataset, encoder, [ViewIndex(items, index)], num_results=4)
 
 
 def keys_of(color):
