@@ -99,9 +99,9 @@ def check_start(config: PretrainConfig) -> None:
     """Checks that a fork can start as run.fork says.
 
     Raises:
-        InputError: if there is no run in the parent's folder, it has no valid checkpoint to start
-            from, or this leaves no step to train. Also if the fork exists and was created with
-            another run.fork.
+        InputError: if there is no run in the parent's folder, or it has no valid checkpoint to
+            start from. Also if it leaves no step to train, or opened other parameters, or if the
+            fork exists and was created with another run.fork.
     """
     run = config.run
     if run.parent is None:
@@ -119,6 +119,7 @@ def check_start(config: PretrainConfig) -> None:
             with suppress(DamagedCheckpointError):  # it is skipped when the fork begins, too
                 step = read_record(checkpoint.location).state.step
                 refuse_finished_parent(config, step=step)
+                refuse_other_openings(config, step=step)
                 return
     refuse_missing_start(run)
 
@@ -178,9 +179,9 @@ def refuse_finished_parent(config: PretrainConfig, *, step: int) -> None:
 
 
 def refuse_other_openings(config: PretrainConfig, *, step: int) -> None:
-    """Refuses a fork that continues after parameters were opened at other steps than its own.
+    """Refuses a fork that continues after its parent has opened other parameters than its own.
 
-    The number of updates of each parameter follows from the step that opened it.
+    The number of updates of a parameter follows from the step that opened it.
 
     Args:
         config: config of the fork.
@@ -189,6 +190,8 @@ def refuse_other_openings(config: PretrainConfig, *, step: int) -> None:
     Raises:
         InputError: if entries of `unfreeze` before that step differ from the parent's.
     """
+    if config.run.start.schedule == "restart":
+        return
     parent = read_config_of_run(config.run.parent)
     ours, theirs = (
         [each for each in one.optimizer.unfreeze if each.from_step < step]

@@ -107,8 +107,6 @@ def refuse_copied_sources(identity: RunIdentity) -> None:
 def _begin_fork(identity: RunIdentity, engine: Engine, run: RunFolder) -> None:
     checkpoint = checkpoint_of_parent(identity)
     if identity.config.run.start.schedule == "continue":
-        step = checkpoint.record.state.step
-        on_main_process(lambda: refuse_other_openings(identity.config, step=step))
         restore(engine, checkpoint)
         _begin_from(checkpoint, run, is_new_fork=True)
         return
@@ -139,13 +137,15 @@ def checkpoint_of_parent(identity: RunIdentity) -> VerifiedCheckpoint:
 
     Raises:
         InputError: if the parent has no valid checkpoint at run.fork.step or at any step, or it
-            leaves no step to train.
+            leaves no step to train. Also if the parent opened other parameters before it.
     """
     run = identity.config.run
     checkpoint = newest_checkpoint(store_of_run(str(run.parent)), step=run.start.step)
     if checkpoint is None:
         refuse_missing_start(run)
     # Again: the parent may have trained further since the fork was created.
-    refuse_finished_parent(identity.config, step=checkpoint.record.state.step)
+    step = checkpoint.record.state.step
+    refuse_finished_parent(identity.config, step=step)
+    on_main_process(lambda: refuse_other_openings(identity.config, step=step))
     on_main_process(lambda: record_parent(identity, checkpoint))
     return checkpoint

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import open_checkpoint
+from pretrain.checkpoints.record import RunState
 from pretrain.checkpoints.state import read_whole
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
@@ -16,7 +17,7 @@ from pretrain.optimization.learning_rate import learning_rate_at
 from pretrain.run.attempts import read_metrics
 from pretrain.training.assembly import build_step, build_training_optimizer, open_step_loader
 from tests.pretrain.test_train import train
-from tests.support.gloo_processes import run_in_processes
+from tests.support.gloo_processes import WorkerFailedError, run_in_processes
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import build_toy_model
 
@@ -163,6 +164,43 @@ def test_the_steps_are_those_of_torch_with_groups_that_are_added_later(toy_data,
     engine.close()
 
 
+def test_a_group_counts_the_updates_since_it_was_opened(toy_data, tmp_path):
+    config = grouped_config(toy_data, tmp_path / "run")
+    model = build_toy_model(config)
+    engine = build_engine(config, model)
+    state = RunState(6, 3, skipped_steps=(1, 3, 6))  # of the first two steps, one was applied
+    assert [state.num_updates_before(step) for step in range(7)] == [0, 0, 1, 1, 2, 3, 3]
+    engine.open_groups(state.step, updates_before=state.num_updates_before)
+    engine.after_load(num_updates=state.num_updates)
+    for name, parameter in model.named_parameters():
+        updates = [each["step"].item() for each in [engine.optimizer.state[parameter]] if each]
+        if is_frozen(name):
+            assert updates == [], name
+        else:
+            assert updates == [2.0 if name.startswith(LATER) else 3.0], name
+    assert engine.learning_rates["text.from_step_100"] == 0
+    engine.close()
+
+
+def test_gradients_that_are_not_finite_do_not_count_before_a_group_is_open(toy_data, tmp_path):
+    config = grouped_config(toy_data, tmp_path / "run")
+    model = build_toy_model(config)
+    engine = build_engine(config, model)
+    parameter = model.log_logit_scale["audio-text"]
+
+    def step_with_nan(number):
+        engine.begin_step(number)
+        others = sum(each.sum() for each in model.parameters() if each is not parameter)
+        engine.backward(others + (parameter * math.nan).sum())
+        return engine.step(learning_rate=1e-3)
+
+    assert math.isfinite(step_with_nan(OPENED_AT - 1))
+    with pytest.raises(FloatingPointError):
+        step_with_nan(OPENED_AT)
+    assert (engine.num_updates, len(engine.optimizer.state[parameter])) == (1, 0)
+    engine.close()
+
+
 # --------------------------------------------------------------------------- every strategy
 
 
@@ -180,10 +218,11 @@ def tensors_at(folder, step):
 
 def run(toy_data, folder, num_processes, strategy, **sections):
     own = {"log_every_steps": 1, "checkpoint_every_steps": 1, "keep_checkpoints": 9}
+    own |= {"folder": folder, "trackers": [], "stop_after_step": sections.pop("last_step", None)}
     config = grouped_config(
         toy_data,
         folder,
-        run=own | {"folder": folder, "trackers": []},
+        run=own,
         engine={"strategy": strategy},
         **sections,
     )
@@ -239,3 +278,19 @@ def test_every_strategy_trains_and_resumes_the_same_groups(toy_data, tmp_path, a
     rates = [row["learning_rates"] for row in read_metrics(other)[:NUM_STEPS]]
     assert [row["audio.from_step_2"] for row in rates] == pytest.approx([0, 0, 1e-3, 5e-4])
     assert rates[2]["image.block_2"] == pytest.approx(1e-3 * 0.5 * 0.75**2)
+
+
+@pytest.mark.slow
+def test_an_entry_that_is_added_while_a_run_is_stopped_changes_nothing_before(
+    toy_data, tmp_path, alone
+):
+    without = OPTIMIZER | {"unfreeze": []}
+    folder = tmp_path / "run"
+    run(toy_data, folder, 1, "ddp", optimizer=without, last_step=OPENED_AT)
+    with pytest.raises(WorkerFailedError, match=r"optimizer\.unfreeze"):
+        early = [OPTIMIZER["unfreeze"][0] | {"from_step": 1}]
+        run(toy_data, folder, 1, "ddp", optimizer=OPTIMIZER | {"unfreeze": early})
+    run(toy_data, folder, 1, "ddp")
+    ours, theirs = (tensors_at(each, NUM_STEPS) for each in (folder, alone))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

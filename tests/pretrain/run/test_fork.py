@@ -135,6 +135,48 @@ def test_what_cannot_be_forked_is_refused(toy_data, parent, tmp_path):
         assert expected in str(outcome), outcome
 
 
+TEXT = ["towers.text.*"]
+
+
+def opening(step):
+    """Returns a section of an optimizer that trains the text tower from a step on."""
+    return {"frozen": TEXT, "unfreeze": [{"from_step": step, "parameters": TEXT}]}
+
+
+@pytest.mark.slow
+def test_forks_open_parameters_from_their_first_step_on(toy_data, parent, tmp_path):
+    def fork(name, optimizer, *, of=parent, step=4, **start):
+        run = {"parent": of, "folder": tmp_path / name, "fork": {"step": step} | start}
+        return small_config(
+            toy_data, tmp_path, optimizer=optimizer, run=run, schedule={"num_steps": 8}
+        )
+
+    later, past = fork("later", opening(6)), fork("past", opening(3))
+    restarted = fork("restarted", opening(1), schedule="restart")
+    stopping = restarted.run.model_copy(update={"stop_after_step": 2})
+    closed = fork("closed", {"frozen": TEXT})
+    forks = [later, past, restarted.model_copy(update={"run": stopping}), closed]
+    longer = later.schedule.model_copy(update={"num_steps": 10})
+    trained = fork("trained", {}, of=closed.run.folder, step=None)
+    forks.append(trained.model_copy(update={"schedule": longer}))
+    [outcomes] = run_in_processes(1, train_each, *forks)
+    assert [outcome is None for outcome in outcomes] == [True, False, True, True, False]
+    expected = "before step 4, at which the fork begins, expected the entries of"
+    assert expected in outcomes[1]
+    assert "(none), found {from_step: 3, ...}" in outcomes[1]
+    assert not past.run.folder.exists()
+    assert "expected optimizer moments for every parameter that this run trains" in outcomes[4]
+    assert "optimizer.unfreeze" in outcomes[4]
+    ends = [read_model_state(c.run.folder / "checkpoints/step_00000008") for c in (later, closed)]
+    start = read_model_state(parent / "checkpoints/step_00000004")
+    moved = [
+        {name for name, value in end.items() if not torch.equal(value, start[name])} for end in ends
+    ]
+    of_text = {name for name in start if name.startswith("towers.text.")}
+    assert moved[0] >= of_text
+    assert not moved[1] & of_text
+
+
 @pytest.mark.parametrize("num_steps", [2, 5, 6])
 def test_a_fork_that_would_train_nothing_is_refused_before_its_folder_appears(
     toy_data, parent, tmp_path, num_steps
