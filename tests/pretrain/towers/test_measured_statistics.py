@@ -20,6 +20,7 @@ from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.training.assembly import build_training_tokenizer, open_step_loader
 from tests.pretrain.towers.test_every_tower import HTSAT
 from tests.support.gloo_processes import run_in_processes
+from tests.support.step_gradients import SOME_STEPS, assert_exact, errors_of_steps
 from tests.support.toy_run import toy_config, write_toy_dataset
 from tests.support.toy_towers import build_toy_model
 
@@ -80,7 +81,7 @@ def sounds(tmp_path_factory):
     return write_toy_dataset(folder, "audio", shard_sizes=(24, 24), members_of=sound_members)
 
 
-def htsat_config(sounds, run, **changes):
+def htsat_config(sounds, run, *, engine=None, **changes):
     audio = {
         "library": "transformers",
         "name": "clap_audio_model",
@@ -107,6 +108,7 @@ def htsat_config(sounds, run, **changes):
     }
     values["schedule"] = {"num_steps": 20}
     values["run"] |= changes
+    values["engine"] |= engine or {}
     return PretrainConfig.model_validate(values)
 
 
@@ -165,3 +167,34 @@ def test_htsat_trains_on_the_demos_sounds_the_same_on_two_processes(sounds, tmp_
     assert states[0][name.replace("running_mean", "num_batches_tracked")] == NUM_SAMPLES
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=0, atol=3e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_htsat_has_the_gradient_of_one_process(sounds, tmp_path, strategy):
+    engine = {"strategy": strategy}
+    config = htsat_config(sounds, tmp_path / "steps", engine=engine)
+    steps = SOME_STEPS if strategy == "ddp" else SOME_STEPS[:1]
+    of_ranks = run_in_processes(2, errors_of_steps, config, steps)
+    assert_exact(of_ranks)
+
+
+@pytest.mark.slow
+def test_htsat_trains_under_deepspeed_as_on_one_process(sounds, tmp_path):
+    folders = {"ddp": tmp_path / "ddp"}
+    run_in_processes(1, train, htsat_config(sounds, folders["ddp"]))
+    for strategy in ("zero1", "zero2", "zero3"):
+        folders[strategy] = tmp_path / strategy
+        config = htsat_config(sounds, folders[strategy], engine={"strategy": strategy})
+        run_in_processes(2, train, config)
+    losses = {
+        name: [sum(row["loss"].values()) for row in read_metrics(folder)]
+        for name, folder in folders.items()
+    }
+    states = {name: read_model_state(find_checkpoint(folder)) for name, folder in folders.items()}
+    for strategy in list(folders)[1:]:
+        assert len(losses[strategy]) == 20
+        np.testing.assert_allclose(losses[strategy], losses["ddp"], rtol=1e-4)
+        assert states[strategy].keys() == states["ddp"].keys()
+        for key, value in states["ddp"].items():
+            torch.testing.assert_close(states[strategy][key], value, rtol=0, atol=3e-4)
