@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from data_prep.errors import InputError
@@ -170,10 +171,7 @@ class Modalities(Mapping[str, Modality]):
 
     def extensions_of(self, name: str) -> tuple[str, ...]:
         """Returns the extensions of members that may hold a modality; a text has also `json`."""
-        kind = self[name].kind
-        prefix = "" if name == kind else f"{name}."
-        found = tuple(prefix + extension for extension in EXTENSIONS[kind])
-        return ("json", *found) if kind == "text" else found
+        return _extensions_of(name, self._by_name[name].kind)
 
     def member_of(self, name: str, extensions: Collection[str]) -> str | None:
         """Returns the extension of the member that holds an image, audio clip or vector.
@@ -219,6 +217,13 @@ class Modalities(Mapping[str, Modality]):
             InputError: if a name is not allowed.
         """
         return cls({name: Modality.from_json(each) for name, each in values.items()})
+
+
+@cache
+def _extensions_of(name: str, kind: Kind) -> tuple[str, ...]:
+    prefix = "" if name == kind else f"{name}."
+    found = tuple(prefix + extension for extension in EXTENSIONS[kind])
+    return ("json", *found) if kind == "text" else found
 
 
 def check_name(name: str, *, kind: str) -> None:

@@ -84,10 +84,13 @@ class Dataset:
         self._fields_of = lru_cache(maxsize=64)(
             lambda names: fields_of(self.modalities, names, fields=self.info.fields)
         )
+        self._names_in = lru_cache(maxsize=1024)(
+            lambda mask, names: names.intersection(self.modalities.names_in(mask))
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without open files, so that it can be sent to loader processes."""
-        caches = ("_index", "_tar_descriptor", "_tar_name", "_fields_of")
+        caches = ("_index", "_tar_descriptor", "_tar_name", "_fields_of", "_names_in")
         return {name: value for name, value in vars(self).items() if name not in caches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,7 +102,7 @@ class Dataset:
 
     def locate(self, ordinal: int) -> tuple[int, int]:
         """Returns (index of the shard, position in the shard) of a sample."""
-        shard = int(np.searchsorted(self.shard_starts, ordinal, side="right")) - 1
+        shard = int(self.shard_starts.searchsorted(ordinal, side="right")) - 1
         return shard, ordinal - int(self.shard_starts[shard])
 
     def tar_path(self, shard: int) -> Path:
@@ -118,7 +121,11 @@ class Dataset:
             BadShardError: if the shard is missing or damaged.
             OSError: if the tar cannot be read.
         """
-        shard, position = self.locate(ordinal)
+        return self._read_located(ordinal, *self.locate(ordinal), fields)
+
+    def _read_located(
+        self, ordinal: int, shard: int, position: int, fields: Sequence[str] | None
+    ) -> Sample:
         sample, bad = self._read_current(shard, position, fields)
         if bad and self.fetch_shard is not None and ordinal not in self._corrupt_at_source:
             sample, bad = self._read_past_damage(shard, position, fields)
@@ -147,12 +154,12 @@ class Dataset:
             BadShardError, OSError: as `read_sample`.
         """
         wanted = frozenset(self.modalities if names is None else names)
-        sample = self.read_sample(ordinal, fields=self._fields_of(wanted))
-        contents = contents_of(sample, self.modalities, names=wanted)
         shard, position = self.locate(ordinal)
-        index = self._index(shard)
-        mask = -1 if index.presence is None else int(index.presence[position])
-        recorded = wanted.intersection(self.modalities.names_in(mask))
+        sample = self._read_located(ordinal, shard, position, self._fields_of(wanted))
+        contents = contents_of(sample, self.modalities, names=wanted)
+        presence = self._index(shard).presence
+        mask = -1 if presence is None else int(presence[position])
+        recorded = self._names_in(mask, wanted)
         if recorded != contents.present:
             different = ", ".join(sorted(recorded ^ contents.present))
             raise CorruptSampleError(

@@ -136,22 +136,25 @@ class ShardIndex:
         Raises:
             InputError: if the content is damaged, or has a different format version.
         """
-        if content[:8] not in (INDEX_MAGIC, INDEX_MAGIC_2):
+        magic = content[:8]
+        if magic not in (INDEX_MAGIC, INDEX_MAGIC_2):
             raise InputError(
                 f"{path}: expected an index ({INDEX_MAGIC!r} or {INDEX_MAGIC_2!r}), found "
-                f"{content[:8]!r}"
+                f"{magic!r}"
             )
         try:
             header_end = 12 + int.from_bytes(content[8:12], "little")
             header = json.loads(content[12:header_end])
             shape = (header["num_samples"], len(header["fields"]), 3)
-            long_keys = header.get("long_keys", {})
-            tail: dict[str, Any] = {}
-            if content[:8] == INDEX_MAGIC_2:
+            rest: dict[str, Any] = {}
+            if "long_keys" in header:
+                long_keys = header["long_keys"].items()
+                rest["long_keys"] = {int(position): key for position, key in long_keys}
+            if magic == INDEX_MAGIC_2:
                 if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
                     raise ValueError("crc32 mismatch")
                 table_end = header_end + 4 * math.prod(shape)
-                tail = _parse_tail(content[table_end:-4], header)
+                rest |= _parse_tail(content[table_end:-4], header)
                 content = content[:table_end]
             return cls(
                 fields=tuple(header["fields"]),
@@ -160,8 +163,7 @@ class ShardIndex:
                 tar_sha256=header["tar_sha256"],
                 rejected=header["rejected"],
                 marked=header.get("marked", {}),
-                long_keys={int(position): key for position, key in long_keys.items()},
-                **tail,
+                **rest,
             )
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(

@@ -58,13 +58,16 @@ def media_extension_of(members: Iterable[str], media_kind: str) -> str | None:
     return next(known, None)
 
 
-def captions_of(sample: Sample) -> list[str]:
+def captions_of(sample: Sample, *, metadata: Mapping[str, Any] | None = None) -> list[str]:
     """Returns the captions of a sample: from `.json` (captions, caption or text), else from `.txt`.
+
+    Args:
+        metadata: content of the `.json` if it was parsed already.
 
     Raises:
         CorruptSampleError: if there is no caption, or it is not valid UTF-8 or JSON.
     """
-    metadata = metadata_of(sample)
+    metadata = metadata_of(sample) if metadata is None else metadata
     for key in CAPTION_KEYS:
         if metadata.get(key):
             found = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]

@@ -38,7 +38,7 @@ class SampleContents:
     @property
     def present(self) -> frozenset[str]:
         """Names of the modalities that were read and found."""
-        return frozenset([*self.media, *self.texts, *self.vectors])
+        return frozenset((*self.media, *self.texts, *self.vectors))
 
 
 class PresenceTable:
@@ -130,7 +130,7 @@ def texts_of(
             sample of a pair dataset has no captions.
     """
     if modalities.is_pair:
-        return captions_of(sample)
+        return captions_of(sample, metadata=metadata)
     keys: Iterable[str] = (name,)
     if name == "text":  # `caption` may be the name of another modality
         keys = [key for key in CAPTION_KEYS if key == name or key not in modalities]

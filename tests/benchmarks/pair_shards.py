@@ -1,4 +1,4 @@
-"""Pair datasets made and read, compared with another commit of this repository, in turns.
+"""Pair datasets made, read and loaded, compared with another commit of this repository, in turns.
 
     git worktree add /tmp/before COMMIT --detach
     python -m tests.benchmarks.pair_shards /tmp/before
@@ -32,6 +32,9 @@ from data_prep.config import MakeShards
 from data_prep.make_shards import make_shards
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.writer import ShardWriter
+from pretrain.model.tokenizer import build_tokenizer
+from pretrain.training.assembly import open_step_loader
+from tests.benchmarks.loading.run_config import image_run
 
 source, output = map(Path, sys.argv[1:])
 seconds = {}
@@ -64,6 +67,13 @@ with timed("add every sample to a shard, 10 times"):
     for number in range(10 * len(dataset)):
         writer.add(f"{number:012d}", members=samples[number % len(samples)].members)
 writer.discard()
+config = image_run(output, global_batch_size=64)
+tokenizer = build_tokenizer(config.model.text)
+loader = open_step_loader(config, tokenizer, rank=0, world_size=1)
+loader.load(0)  # reads the indexes
+with timed("load 20 steps of 64 pairs for training"):
+    for step in range(1, 21):
+        loader.load(step)
 print(json.dumps(seconds))
 """
 
