@@ -36,7 +36,7 @@ def undisturbed(tmp_path_factory):
 def check_killed_run(undisturbed, tmp_path, seed):
     """Runs the case of a seed to its end, and compares it."""
     case = case_of(seed, places=PLACES)
-    run_case(case, undisturbed.data, tmp_path / "run")
+    run_case(case, undisturbed, tmp_path / "run")
     check_case(case, undisturbed, tmp_path / "run")
 
 

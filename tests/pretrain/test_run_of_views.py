@@ -8,14 +8,15 @@ import torch
 
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
-from data_prep.shards.index import BLOCK_BYTES, ShardIndex
+from data_prep.shards.index import ABSENT, BLOCK_BYTES, ShardIndex
 from pretrain.checkpoint import load_model
 from pretrain.config import PretrainConfig
 from pretrain.model.tokenizer import build_text_tokenizer
 from pretrain.training.assembly import open_step_loader
 from tests.pretrain.test_train import steps_of
 from tests.support.gloo_processes import run_in_processes
-from tests.support.killed_runs import train
+from tests.support.killed_runs import Undisturbed, case_of, check_case, run_case, train
+from tests.support.random_runs import read_bad_samples
 from tests.support.toy_views import SHARD_SIZES, vectors_of, views_config, write_views
 
 NUM_SAMPLES = sum(SHARD_SIZES)
@@ -74,6 +75,45 @@ def test_a_run_that_stops_and_resumes_on_other_processes_is_the_whole_run(data, 
     assert stage.std[2] == 1  # of a constant column
 
 
+# ----------------------------------------------------------------------------------------- kills
+
+PLACES = [(1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "zero1")]
+KILLED = {"ways": ("KILL one", "KILL all"), "places": PLACES, "steady_fraction": 0.0}
+SEEDS = (2, 34)  # from 2 processes to 1, and from 1 to 3
+
+
+def write_damaged(folder):
+    """Writes samples of which one in eight has a damaged image."""
+    write_views(folder / "clips")
+    write_views(folder / "texts", seed=1, always=["title", "text"], never=["image"])
+    for number in range(0, NUM_SAMPLES, 8):
+        damage(folder / "clips", number, "scan.png")
+
+
+def config_of_kills(data, folder, strategy):
+    values = config_of(data, folder).model_dump(mode="json")
+    held_out = {"dataset": data / "texts", "batch_size": 20}  # which refuses damaged samples
+    values["validation"]["streams"] = {"texts": held_out}
+    values["run"] |= {"checkpoint_every_steps": 2, "trackers": []}
+    values["engine"] |= {"strategy": strategy}
+    values["loading"] |= dict.fromkeys(("max_bad_fraction", "max_bad_fraction_per_shard"), 1.0)
+    return PretrainConfig.model_validate(values)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_they_had_never_been_killed(tmp_path):
+    undisturbed = Undisturbed(
+        tmp_path / "undisturbed", write_data=write_damaged, config_of=config_of_kills
+    )
+    ledger = read_bad_samples(undisturbed.run_of(1, "ddp"))
+    assert len(ledger) > 2
+    for seed in SEEDS:
+        case, folder = case_of(seed, **KILLED), tmp_path / str(seed) / "run"
+        assert run_case(case, undisturbed, folder), str(case)
+        check_case(case, undisturbed, folder)
+        assert read_bad_samples(folder) == ledger, str(case)
+
+
 def test_a_model_without_texts_trains_and_is_loaded(data, tmp_path):
     config = without_text(data, tmp_path / "run")
     run_in_processes(2, train, config)
@@ -119,14 +159,21 @@ def test_rows_are_those_of_one_process_and_two_augmentations_differ(data, tmp_pa
     assert same[~present].all()
 
 
+def damage(folder, ordinal, field):
+    """Flips a bit of a member, if the sample has it."""
+    shard, position = Dataset(folder).locate(ordinal)
+    index = ShardIndex.read(folder / f"{shard:08d}.idx")
+    block = int(index.table[position, index.fields.index(field), 0])
+    if block != ABSENT:
+        path = folder / f"{shard:08d}.tar"
+        content = bytearray(path.read_bytes())
+        content[block * BLOCK_BYTES + 30] ^= 1
+        path.write_bytes(content)
+
+
 def test_bad_bytes_of_one_modality_substitute_the_whole_sample(data, tmp_path):
     write_views(tmp_path / "clips", fraction=1.0)
-    folder = tmp_path / "clips"
-    index = ShardIndex.read(folder / "00000000.idx")
-    content = bytearray((folder / "00000000.tar").read_bytes())
-    block = int(index.table[5, index.fields.index("scan.png"), 0])
-    content[block * BLOCK_BYTES + 30] ^= 1
-    (folder / "00000000.tar").write_bytes(content)
+    damage(tmp_path / "clips", 5, "scan.png")
     write_views(tmp_path / "texts", seed=1, fraction=1.0)
     config = config_of(tmp_path, tmp_path / "run")
     loader = open_step_loader(config, build_text_tokenizer(config.model), rank=0, world_size=1)

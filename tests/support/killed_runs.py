@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,16 +92,16 @@ class Case:
         return f"seed {self.seed}: " + "; ".join(attempts) + "; last {} x {}".format(*self.last)
 
 
-def case_of(seed, *, places=PLACES):
+def case_of(seed, *, places=PLACES, ways=HOW, steady_fraction=0.7):
     """Returns the case of a seed."""
     rng = random.Random(seed)
-    last, is_steady = rng.choice(places), rng.random() < 0.7
+    last, is_steady = rng.choice(places), rng.random() < steady_fraction
     attempts = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         world_size, strategy = last if is_steady else rng.choice(places)
         moment = rng.choice(MOMENTS)
         kill = Kill(
-            how=rng.choice(HOW),
+            how=rng.choice(ways),
             moment=moment,
             count=rng.randint(1, 3) if moment in ("step", "update", "writing", "commit") else 1,
             rank=0 if moment in OF_MAIN_PROCESS else rng.randrange(world_size),
@@ -209,15 +210,15 @@ def _wait(processes, *, ends_the_rest):
         time.sleep(0.01)
 
 
-def run_case(case, data, folder):
+def run_case(case, undisturbed, folder):
     """Runs a case to its end in a new folder; returns which kills were met."""
     met = [
         kill
         for world_size, strategy, kill in case.attempts
-        if run_attempt(config_of(data, folder, strategy), world_size, kill)
+        if run_attempt(undisturbed.config_of(folder, strategy), world_size, kill)
     ]
     world_size, strategy = case.last
-    ProcessGroup(world_size, train, config_of(data, folder, strategy)).results()
+    ProcessGroup(world_size, train, undisturbed.config_of(folder, strategy)).results()
     return met
 
 
@@ -226,11 +227,15 @@ class Undisturbed:
 
     Args:
         folder: for data and runs.
+        write_data: function that writes the data of a new folder.
+        config_of: function of (data, run folder, strategy).
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, write_data=write_toy_data, config_of=config_of):
         self.folder = folder
-        self.data = write_toy_data(folder / "data")
+        self.data = folder / "data"
+        write_data(self.data)
+        self.config_of = partial(config_of, self.data)
         self._runs = {}
 
     def run_of(self, world_size, strategy):
@@ -238,7 +243,7 @@ class Undisturbed:
         key = (world_size, strategy)
         if key not in self._runs:
             folder = self.folder / f"whole_{world_size}_{strategy}"
-            ProcessGroup(world_size, train, config_of(self.data, folder, strategy)).results()
+            ProcessGroup(world_size, train, self.config_of(folder, strategy)).results()
             self._runs[key] = folder
         return self._runs[key]
 
@@ -281,7 +286,7 @@ def check_case(case, undisturbed, folder):
         assert not different, f"{case}: not bit-identical: {different}"
     alone = final_state(undisturbed.run_of(1, "ddp"))
     share = travelled_share(
-        state, alone, first=first_state(config_of(undisturbed.data, undisturbed.folder, "ddp"))
+        state, alone, first=first_state(undisturbed.config_of(undisturbed.folder, "ddp"))
     )
     assert share < 0.01, f"{case}: {share:.4f} of the distance travelled away"
     return share
@@ -308,7 +313,7 @@ def main(first_seed, num_cases):
             case = case_of(seed)
             with tempfile.TemporaryDirectory(dir=place) as folder:
                 try:
-                    kills = run_case(case, undisturbed.data, Path(folder) / "run")
+                    kills = run_case(case, undisturbed, Path(folder) / "run")
                     met.update(f"{kill.how} at {kill.moment}" for kill in kills)
                     shares.append(check_case(case, undisturbed, Path(folder) / "run"))
                 except AssertionError as error:
