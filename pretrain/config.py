@@ -236,8 +236,8 @@ class PretrainConfig(Section):
         for tower in self.model.towers:
             if tower not in used:
                 raise ValueError(
-                    f"model.{tower} is used by no objective that trains its projection: add one, "
-                    f"such as {tower}-text, to a stream, or remove the tower"
+                    f"{self.model.tower_key(tower)} is used by no objective that trains its "
+                    f"projection: add one, such as {tower}-text, to a stream, or remove the tower"
                 )
         return self
 

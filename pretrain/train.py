@@ -68,6 +68,7 @@ from pretrain.training.assembly import (
     open_validation_sets,
     open_writer,
     standardize_inputs,
+    warn_of_unused_parts,
 )
 from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.loop import Trainer
@@ -183,6 +184,7 @@ def open_loader_of_rank(
         teachers=teachers,
     )
     on_main_process(lambda: check_repeated_samples(config, loader))
+    on_main_process(lambda: warn_of_unused_parts(config, loader))
     check_room(loader.node)
     return loader
 
@@ -215,6 +217,7 @@ def dry_run(config: PretrainConfig) -> None:
             config, tokenizer, rank=0, world_size=num_processes, teachers=teachers
         )
         check_repeated_samples(config, loader)
+        warn_of_unused_parts(config, loader)
         open_validation_sets(config, tokenizer, cache=loader.cache)
         model = build_training_model(sources, tokenizer, device=device)
         standardize_inputs(config, model, loader)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.manifest import DatasetInfo
-from data_prep.shards.sample import Sample
+from data_prep.shards.sample import BadShardError, Sample
 from data_prep.shards.sample_contents import SampleContents
 from data_prep.storage.atomic import write_atomically
 
@@ -282,6 +283,30 @@ class KeptSamples:
             raise InputError(f"{self.folder}: no sample has all of {', '.join(names)}")
         selected = Subset.from_bitmap(self.info, bitmap, preparation={})
         return KeptSamples(self.dataset, subset=selected, required=names)
+
+    def has_any_with(self, names: Sequence[str]) -> bool:
+        """Returns whether one of these samples has all of some modalities.
+
+        Indexes are read until one is found; shards with a missing or damaged index are skipped.
+
+        Args:
+            names: modalities of the dataset.
+        """
+        counts = [self.dataset.modalities[name].num_samples for name in names]
+        if 0 in counts:
+            return False
+        if all(count in (None, len(self.dataset)) for count in counts):
+            return len(self) > 0
+        kept = None if self.subset is None else self.subset.bitmap
+        for shard in np.flatnonzero(self.shard_sizes).tolist():
+            with suppress(BadShardError):
+                has_all = self.dataset.has_all(shard, names)
+                if kept is not None:
+                    start, stop = self.dataset.shard_starts[shard : shard + 2]
+                    has_all = has_all & kept[start:stop]
+                if has_all.any():
+                    return True
+        return False
 
     def identities(self) -> list[tuple[str, int]]:
         """Returns (fingerprint of the whole dataset, ordinal) of each kept sample."""

@@ -7,7 +7,7 @@ and attempt. Substitutions are recorded. Transient errors are retried, and then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,6 +115,12 @@ class SampleReader:
             return True
         is_selected = member in self.samples.required
         return not is_selected and modality.num_samples != self.dataset.info.num_samples
+
+    def has_any_with(self, views: Sequence[str]) -> bool:
+        """Returns whether a sample has the modalities of all of some views."""
+        if not set(views) <= set(self.formats):
+            return False
+        return self.samples.has_any_with([self.formats[view].view.member for view in views])
 
     # ---------------------------------------------------------------------- without substitution
 

@@ -70,8 +70,9 @@ class StreamReader:
         self.sources = list(sources)
         keys = [source_key(name, each.source) for each in sources]
         self._source_keys = np.array(keys, dtype=np.uint64)
+        self.objectives = dict(objectives)
         self._set_formats(formats)
-        self._refuse_useless(objectives)
+        self._refuse_useless()
 
     def with_formats(self, formats: Mapping[str, ViewFormat]) -> StreamReader:
         """Returns a reader of the same samples that shows the same views in other formats."""
@@ -94,8 +95,9 @@ class StreamReader:
             }
         )
 
-    def _refuse_useless(self, objectives: Mapping[str, Sequence[str]]) -> None:
+    def _refuse_useless(self) -> None:
         """Refuses sources that no objective can use, and objectives that no source serves."""
+        objectives = self.objectives
         read = ", ".join(f"{name} reads {' and '.join(v)}" for name, v in objectives.items())
         for source in self.sources:
             if not any(set(views) <= set(source.formats) for views in objectives.values()):
@@ -114,6 +116,14 @@ class StreamReader:
                     f"streams.{self.name}.objectives.{objective} reads {' and '.join(views)}: "
                     f"expected a source with both, found none ({found})"
                 )
+
+    def unserved(self) -> list[str]:
+        """Returns the objectives whose views no sample of any source has."""
+        return [
+            name
+            for name, views in self.objectives.items()
+            if not any(source.has_any_with(views) for source in self.sources)
+        ]
 
     @property
     def is_slow(self) -> bool:

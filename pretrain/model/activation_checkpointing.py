@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from data_prep.errors import InputError
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.sample_dropout import TowerDropKeys
+from pretrain.settings.model import tower_key
 from pretrain.towers.blocks import blocks_of
 
 # Enough for all graphs of a tower: with and without gradients, in evaluation, for one row, for any
@@ -31,9 +32,9 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
     Raises:
         InputError: if no blocks are found in a tower.
     """
-    for kind, tower in model.towers.items():
+    for name, tower in model.towers.items():
         if not tower.is_frozen:
-            checkpoint_backbone(tower.backbone, tower.drop_keys, where=f"model.{kind}")
+            checkpoint_backbone(tower.backbone, tower.drop_keys, where=tower_key(name))
     for name, module in model.objective_modules.items():
         checkpoint_backbone(module, TowerDropKeys(), where=name)
 

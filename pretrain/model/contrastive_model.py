@@ -31,7 +31,14 @@ from pretrain.model.towers import (
 )
 from pretrain.model.vector_inputs import StandardizedVectors, build_backbone_of_vectors
 from pretrain.settings.data import StreamName
-from pretrain.settings.model import MediaKind, MediaTower, Model, TextTower, VectorTower
+from pretrain.settings.model import (
+    MediaKind,
+    MediaTower,
+    Model,
+    TextTower,
+    VectorTower,
+    tower_key,
+)
 from pretrain.settings.objectives import ModuleUse
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.settings.views import View, own_outputs, view_of_features
@@ -556,7 +563,7 @@ def _build_tower(
     with_tokens: bool,
 ) -> Tower:
     """Builds a tower around a backbone, whose output width is determined with two examples."""
-    where = f"model.{name}"
+    where = tower_key(name)
     if with_tokens:
         give_tokens(backbone, where=where)
     drop_keys = TowerDropKeys() if config.frozen else replace_drop_layers(backbone, kind=name)
@@ -592,8 +599,8 @@ def _projection(config: TowerConfig, kind: str, width: int, embed_dim: int) -> n
     if ends_in_joint_space(config):
         if width != embed_dim:
             raise InputError(
-                f"model.embed_dim={embed_dim}: {config.library}'s {config.name} (model.{kind}) "
-                f"ends in a joint space of {width}; set embed_dim to {width}"
+                f"model.embed_dim={embed_dim}: {config.library}'s {config.name} "
+                f"({tower_key(kind)}) ends in a joint space of {width}; set embed_dim to {width}"
             )
         return nn.Identity()
     return build_projection(config.projection, width=width, embed_dim=embed_dim)

@@ -25,6 +25,7 @@ from pretrain.model.sample_dropout import (
     SamplePatchDropout,
     TowerDropKeys,
 )
+from pretrain.settings.model import tower_key
 
 # The variants of nn.Dropout that drop entire channels.
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -119,9 +120,15 @@ def _sample_layer(layer: nn.Module, name: str, drop_keys: TowerDropKeys) -> Samp
     return None
 
 
+def _key_of(layer: str) -> str:
+    """The config key of a layer's tower, followed by the name of the layer in it."""
+    tower, dot, in_tower = layer.partition(".")
+    return tower_key(tower) + dot + in_tower
+
+
 def _is_on(rate: float, name: str) -> bool:
     if not 0 <= rate < 1:
-        raise InputError(f"model.{name}: expected a probability from 0 to below 1, found {rate}")
+        raise InputError(f"{_key_of(name)}: expected a probability from 0 to below 1, found {rate}")
     return rate > 0
 
 
@@ -141,7 +148,7 @@ def _scales_by_keep(layer: nn.Module, name: str) -> bool:
     drops_rows = bool((rows == rows[:, :1, :1]).all())
     if not drops_rows or values not in ([0.0, 1.0], [0.0, 2.0]):
         raise InputError(
-            f"model.{name}: expected a {type(layer).__name__} that drops entire rows and scales "
+            f"{_key_of(name)}: expected a {type(layer).__name__} that drops entire rows and scales "
             f"them by 1 or 1 / (1 - rate), found {values[:4]} from ones at rate 0.5; set its rate "
             "to 0 in options"
         )

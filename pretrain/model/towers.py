@@ -34,7 +34,7 @@ from pretrain.model.transformers_backbone import (
     build_transformers_media,
     build_transformers_text,
 )
-from pretrain.settings.model import MediaKind, MediaTower, TextTower, TowerSection
+from pretrain.settings.model import MediaKind, MediaTower, TextTower, TowerSection, tower_key
 from pretrain.towers.attention_dropout import zero_attention_dropout
 from pretrain.towers.frozen_statistics import freeze_batch_norms, has_frozen_statistics
 from pretrain.towers.model_inputs import timm_size_options
@@ -130,11 +130,11 @@ def build_media_backbone(
     """
     name = name or kind
     if assets is None:
-        _refuse_options(config.options, f"model.{name}")
+        _refuse_options(config.options, tower_key(name))
     saved = None if assets is None else tower_folder(assets, name)
     return _build_backbone(
         lambda: _MEDIA_BUILDERS[config.library](config, kind, saved, input_shape),
-        f"model.{name}",
+        tower_key(name),
         config,
     )
 
@@ -155,10 +155,10 @@ def build_text_backbone(
             its vocabulary is smaller than the tokenizer's.
     """
     if assets is None:
-        _refuse_options(config.options, f"model.{name}")
+        _refuse_options(config.options, tower_key(name))
     saved = None if assets is None else tower_folder(assets, name)
     backbone = _build_backbone(
-        lambda: _TEXT_BUILDERS[config.library](config, tokenizer, saved), f"model.{name}", config
+        lambda: _TEXT_BUILDERS[config.library](config, tokenizer, saved), tower_key(name), config
     )
     if assets is None:
         _refuse_small_vocabulary(backbone, tokenizer, config)

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from data_prep.config_file import Section
-from data_prep.modalities.modality import Kind
+from data_prep.modalities.modality import KINDS, Kind
 from pretrain.settings.warm_start import Start
 
 MediaKind = Literal["image", "audio"]
@@ -252,6 +252,12 @@ class VectorModality(Section):
 
 def _as_modality(value: Any) -> Any:
     """`scan: image` means a modality of kind image that shares the tower of `image`."""
+    kind = _kind_of(value) if isinstance(value, dict | Section) else value
+    if kind not in KINDS:
+        raise ValueError(
+            f"expected a kind ({', '.join(KINDS)}), found {kind!r}; to share the tower of another "
+            "modality, write {kind: ..., tower: its name}"
+        )
     return {"kind": value, "tower": value} if isinstance(value, str) else value
 
 
@@ -271,6 +277,13 @@ ModalitySection = Annotated[
 ]
 ModalityName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 PLAIN_NAMES = ("image", "audio", "text")
+
+
+def tower_key(tower: str) -> str:
+    """Returns the config key of a tower, by the name of the modality that it is declared for."""
+    return f"model.{tower}" if tower in PLAIN_NAMES else f"model.modalities.{tower}.tower"
+
+
 TowerSection = MediaTower | TextTower | VectorTower
 
 
@@ -313,7 +326,7 @@ class Model(Section):
 
     def tower_key(self, tower: str) -> str:
         """Returns the config key of a tower."""
-        return f"model.modalities.{tower}.tower" if tower in self.modalities else f"model.{tower}"
+        return tower_key(tower)
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Model:

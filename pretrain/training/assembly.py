@@ -24,6 +24,7 @@ from pretrain.data.first_samples import first_samples
 from pretrain.data.step_loader import StepLoader
 from pretrain.data.stream_reader import open_readers, with_transforms
 from pretrain.data.transforms import build_transforms_by_step
+from pretrain.data.unused_parts import warn_of_unread_modalities, warn_of_unserved_objectives
 from pretrain.distributed.backward_scale import backward_scale, divide_gradients
 from pretrain.distributed.collectives import on_main_process, world_size
 from pretrain.distributed.engine import Engine
@@ -146,6 +147,12 @@ def check_repeated_samples(config: PretrainConfig, loader: StepLoader) -> None:
         },
         is_new_run=not holds_run(config.run.folder),
     )
+
+
+def warn_of_unused_parts(config: PretrainConfig, loader: StepLoader) -> None:
+    """Warns of objectives without samples and modalities without objectives; main process only."""
+    warn_of_unserved_objectives(loader.readers)
+    warn_of_unread_modalities(config.model, config.streams)
 
 
 def open_validation_sets(

@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import InputError
+from data_prep.shards.dataset import Dataset
 from data_prep.shards.manifest import DatasetInfo
-from data_prep.shards.subset import BLOCK_BYTES, Subset
+from data_prep.shards.subset import BLOCK_BYTES, KeptSamples, Subset
+from tests.support.toy_modalities import FOUR, SUBSETS, write_subsets
 
 
 def info_of(num_samples, fingerprint="f" * 64):
@@ -102,3 +104,19 @@ def test_every_damage_of_a_file_is_found(tmp_path):
 def test_a_missing_file_says_what_makes_one(tmp_path):
     with pytest.raises(InputError, match=r"absent\.subset: expected a subset.*make_subset"):
         Subset.read(tmp_path / "absent.subset")
+
+
+def test_whether_any_kept_sample_has_modalities_is_known_from_the_indexes(tmp_path):
+    names = list(FOUR)
+    dataset = Dataset(write_subsets(tmp_path))  # sample n has the n-th of SUBSETS
+    for seed in range(20):
+        bitmap = np.random.default_rng(seed).random(len(dataset)) < 0.2
+        kept = KeptSamples(dataset, subset=Subset.from_bitmap(dataset.info, bitmap, preparation={}))
+        for wanted in SUBSETS:
+            of_kept = [set(wanted) <= set(SUBSETS[n]) for n in np.flatnonzero(bitmap)]
+            assert kept.has_any_with(wanted) == any(of_kept)
+    assert KeptSamples(dataset, subset=None).has_any_with(names)
+    # Complete samples are in the last shard alone, whose index is lost.
+    assert [set(names) <= set(subset) for subset in SUBSETS] == [False] * 14 + [True]
+    (tmp_path / "00000003.idx").unlink()
+    assert not KeptSamples(Dataset(tmp_path), subset=None).has_any_with(names)
