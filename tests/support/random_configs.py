@@ -14,10 +14,15 @@ from typing import Any
 from pretrain.config import PretrainConfig
 from tests.support.killed_runs import HOW, MOMENTS, OF_MAIN_PROCESS, TIMEOUT_SECONDS, Kill
 from tests.support.random_towers import draw_audio, draw_image, draw_model
+from tests.support.random_views import (
+    agree_on_temperatures,
+    draw_modalities,
+    draw_view_objectives,
+    modalities_of,
+)
 from tests.support.toy_material import DATASETS, TEACHER_TEXTS, ToyMaterial
 
 OF_CAPTIONS = "captions need a causal text tower; tests/pretrain/objectives/test_captioning.py"
-OF_VIEWS = "tests/pretrain/training/test_views.py has them"
 OF_PREPROCESSING = "it is a function of one sample; tests/pretrain/towers compare it"
 # Settings of towers that are never drawn.
 OF_TOWERS = {
@@ -45,9 +50,6 @@ LEFT_OUT = {
     "engine.compile": "it compiles for minutes",
     "engine.timeout_seconds": "the result of a time-out depends on how busy the machine is",
     "engine.start_timeout_seconds": "the result of a time-out depends on how busy the machine is",
-    "model.modalities": f"pairs have no others; {OF_VIEWS}",
-    "streams.*.require": f"all samples are complete pairs; {OF_VIEWS}",
-    "streams.*.objectives.*.projection": OF_VIEWS,
     "streams.*.objectives.*.kind": OF_CAPTIONS,
     **{
         f"streams.*.objectives.*.{name}": OF_CAPTIONS
@@ -68,17 +70,27 @@ LEFT_OUT = {
         for name, reason in OF_TOWERS.items()
         if (kind, name) not in NOT_OF_TOWERS
     },
+    **{
+        f"model.modalities.*.tower.{name}": reason
+        for name, reason in OF_TOWERS.items()
+        if name != "pooling"
+    },
+    "model.modalities.*.tower.pretrained": "the plain towers draw it",
+    "model.modalities.*.tower.tokenizer": "all texts have the tokenizer of model.text",
 }
 # Field -> choices that are never drawn.
 LEFT_OUT_VALUES = {
     "run.trackers": ["wandb"],  # it needs an account
     "model.audio.library": ["open_clip"],  # it has no audio towers
-    "model.text.library": ["torch"],  # its towers are those of tests/pretrain/towers
+    # the towers of torch are those of tests/pretrain/towers
+    "model.text.library": ["torch"],
+    "model.modalities.*.tower.library": ["torch"],
     "model.text.pooling": ["own", "last", "max"],  # not every text tower has them
+    "model.modalities.*.tower.pooling": ["own", "first", "last", "max"],  # the plain towers draw it
     "audio.log_mel.mel_scale": ["kaldi"],  # of a front end that is left out
     **{
-        f"model.{kind}.projection": ["open_clip_mlp", "none"]  # mlp is alike; none needs a width
-        for kind in ("image", "audio", "text")
+        f"model.{tower}.projection": ["open_clip_mlp", "none"]  # mlp is alike; none needs a width
+        for tower in ("image", "audio", "text", "modalities.*.tower")
     },
 }
 # zero3 takes several times as long: it is drawn more rarely, and with few processes.
@@ -165,21 +177,36 @@ def draw_run(seed: int, material: ToyMaterial, *, redraw: int = 0) -> RandomRun:
 def _draw_fixed(rng, material):
     lanes = rng.choice((2, 3, 4, 5, 6, 7, 8))
     names = rng.choice(
-        (["image-text"], ["image-text", "audio-text"], ["audio-text", "image-text"], ["audio-text"])
+        (
+            ["image-text"],
+            ["image-text", "audio-text"],
+            ["audio-text", "image-text"],
+            ["audio-text"],
+            ["clips"],
+            ["image-text", "clips"],
+        )
     )
     # A teacher reads the same inputs and tokens as the model that it teaches.
     teacher = rng.choice(list(TEACHER_TEXTS)) if rng.random() < 0.3 else None
-    kinds = [name.removesuffix("-text") for name in names]
+    kinds = ["views" if name == "clips" else name.removesuffix("-text") for name in names]
     image = draw_image(rng, is_plain=teacher is not None)
     audio = draw_audio(rng, is_plain=teacher is not None)
-    model, audio = draw_model(
-        rng, kinds, image, audio, material=material, has_teacher=teacher is not None
-    )
     num_steps = rng.randint(8, 12)
     streams = {
         name: _draw_stream(rng, kind, material, lanes=lanes, num_steps=num_steps, teacher=teacher)
         for name, kind in zip(names, kinds, strict=True)
     }
+    agree_on_temperatures(streams)
+    read = {"text", *kinds} - {"views"}
+    if "clips" in streams:
+        read = ({*kinds} - {"views"}) | modalities_of(streams["clips"]["objectives"])
+        read |= {"image"} if "scan" in read else set()  # whose tower it may share
+        read |= {"text"} if "title" in read or len(streams) > 1 else set()
+    model, audio = draw_model(
+        rng, read, image, audio, material=material, has_teacher=teacher is not None
+    )
+    if modalities := draw_modalities(rng, read, model.get("text")):
+        model["modalities"] = modalities
     per_step = rng.choice(("all", "all", "one"))
     for stream in streams.values():
         stream["weight"] = rng.choice((1, 0.5)) if per_step == "one" else 1
@@ -226,16 +253,20 @@ def _draw_stream(rng, kind, material, *, lanes, num_steps, teacher):
         "max_repeated_fraction": rng.choice((0.9, 1)),
         "sources": draw_sources(),
         "segments": [{"from_step": step, "sources": draw_sources()} for step in steps],
-        "objectives": _draw_objectives(rng, kind, material, teacher=teacher),
-    }
+    } | _draw_objectives(rng, kind, material, teacher=teacher)
 
 
 def _draw_objectives(rng, kind, material, *, teacher):
+    if kind == "views":
+        objectives, require = draw_view_objectives(
+            rng, lambda: _draw_objective(rng, material, teacher=None)
+        )
+        return {"objectives": objectives, "require": require}
     objectives = {f"{kind}-text": _draw_objective(rng, material, teacher=teacher)}
     if rng.random() < 0.3:
         views = {"left": "text", "right": kind, "temperature": rng.choice((None, f"{kind}_2"))}
         objectives[f"second_{kind}"] = views | _draw_objective(rng, material, teacher=None)
-    return objectives
+    return {"objectives": objectives}
 
 
 def _draw_objective(rng, material, *, teacher):
@@ -294,7 +325,7 @@ def _draw_schedule(rng, num_steps):
 def _draw_validation(rng, names, material):
     streams = {}
     for name in rng.sample(names, rng.randint(0, len(names))):
-        dataset = "more_colors" if name == "image-text" else "bells"
+        dataset = {"image-text": "more_colors", "audio-text": "bells"}.get(name, name)
         streams[name] = {
             "dataset": material.dataset(dataset),
             "subset": material.subset(dataset) if rng.random() < 0.5 else None,
@@ -347,7 +378,8 @@ def _draw_attempt(rng, fixed, material, *, is_last):
         "validation": {"every_steps": rng.randint(2, 6)},
     }
     # Of a damaged tar, the cache refuses the whole shard.
-    names = {Path(source["dataset"]).name for source in _sources_in(fixed)} - {"bad_colors"}
+    names = {Path(source["dataset"]).name for source in _sources_in(fixed)}
+    names -= {"bad_colors", "bad_clips"}
     cached = rng.sample(sorted(names), rng.randint(0, len(names))) if rng.random() < 0.4 else ()
     kill = None if is_last or stops else _draw_kill(rng, world_size)
     return Attempt(world_size, free, tuple(cached), kill)

@@ -83,7 +83,7 @@ def draw_model(rng, kinds, image, audio, *, material, has_teacher):
     """Draws the section `model`.
 
     Args:
-        kinds: kinds of media that have a tower.
+        kinds: kinds of media, and `text`, that have a tower.
         image: section `image`.
         audio: section `audio`.
         material: files that towers are loaded from.
@@ -97,11 +97,12 @@ def draw_model(rng, kinds, image, audio, *, material, has_teacher):
         model["image"] = _draw_image_tower(rng, image["size"], model["embed_dim"], material)
     if "audio" in kinds:
         model["audio"], audio = _draw_audio_tower(rng, audio, material)
-    model["text"] = _draw_text_tower(rng, material, has_teacher=has_teacher)
-    for kind in sorted({*kinds, "text"}.intersection(model)):
+    if "text" in kinds:
+        model["text"] = _draw_text_tower(rng, material, has_teacher=has_teacher)
+    for kind in sorted({*kinds}.intersection(model)):
         if model[kind]["library"] != "open_clip" or "name" not in model[kind]:
             model[kind] = model[kind] | {"projection": rng.choice(("linear", "linear", "mlp"))}
-        model[kind] = model[kind] | _draw_rates(rng, is_frozen=model[kind]["frozen"])
+        model[kind] = model[kind] | draw_rates(rng, is_frozen=model[kind]["frozen"])
     initial = rng.uniform(1, 20)
     model["logit_scale"] = {
         "initial": initial,
@@ -111,7 +112,7 @@ def draw_model(rng, kinds, image, audio, *, material, has_teacher):
     return model, audio
 
 
-def _draw_rates(rng, *, is_frozen):
+def draw_rates(rng, *, is_frozen):
     return {
         "learning_rate_scale": rng.choice((1, 1, 0.3)),
         "layer_decay": None if is_frozen else rng.choice((None, None, 0.7)),

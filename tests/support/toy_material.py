@@ -16,6 +16,7 @@ from data_prep.shards.subset import Subset
 from pretrain.config import PretrainConfig
 from tests.support.toy_run import COLORS, toy_config, toy_members, write_toy_data, write_toy_dataset
 from tests.support.toy_towers import TINY_BERT
+from tests.support.toy_views import write_views
 
 CONTEXT_LENGTH = 12  # of teachers, and of the models that they teach
 # Of the toy captions, and of the captions with which pretrain.model checks a tower.
@@ -33,8 +34,9 @@ CONVNEXT = {"library": "timm", "name": "test_convnext", "options": {"patch_size"
 DATASETS = {
     "image": ("colors", "more_colors", "photos", "twins", "bad_colors"),
     "audio": ("tones", "bells", "lost_tones"),
+    "views": ("clips", "more_clips", "bad_clips"),  # of samples that lack modalities
 }
-BAD_SAMPLES = (3, 17)  # ordinals in bad_colors
+BAD_SAMPLES = (3, 17)  # ordinals in bad_colors and bad_clips
 # Texts of the teachers. The captions of the first can be trimmed, those of the others cannot.
 TEACHER_TEXTS = {
     "causal": {"library": "open_clip", "options": CLIP_TEXT},
@@ -119,6 +121,10 @@ def _write_datasets(material):
     write_bad_colors(data)
     write_toy_dataset(data / "lost_tones", "audio", shard_sizes=(20, 16, 4))
     (data / "lost_tones" / "00000002.tar").unlink()
+    write_views(data / "clips", fraction=0.75)
+    write_views(data / "more_clips", fraction=0.75, seed=1, never=["image"])
+    write_views(data / "bad_clips", fraction=0.75, seed=2, always=["scan"])
+    _flip_bits(data / "bad_clips" / "00000000", BAD_SAMPLES, field="scan.png")
     for name in (name for names in DATASETS.values() for name in names):
         info, _ = read_dataset_files(data / name)
         kept = np.arange(info.num_samples) * 7 % 11 < 7
@@ -160,11 +166,11 @@ def _twin(media, period):
     return members_of
 
 
-def _flip_bits(shard, ordinals):
+def _flip_bits(shard, ordinals, *, field="png"):
     index = ShardIndex.read(shard.with_suffix(".idx"))
     content = bytearray(shard.with_suffix(".tar").read_bytes())
     for ordinal in ordinals:
-        block = int(index.table[ordinal, index.fields.index("png"), 0])
+        block = int(index.table[ordinal, index.fields.index(field), 0])
         content[block * BLOCK_BYTES + 20] ^= 1
     shard.with_suffix(".tar").write_bytes(content)
 
