@@ -121,11 +121,7 @@ class Dataset:
             BadShardError: if the shard is missing or damaged.
             OSError: if the tar cannot be read.
         """
-        return self._read_located(ordinal, *self.locate(ordinal), fields)
-
-    def _read_located(
-        self, ordinal: int, shard: int, position: int, fields: Sequence[str] | None
-    ) -> Sample:
+        shard, position = self.locate(ordinal)
         sample, bad = self._read_current(shard, position, fields)
         if bad and self.fetch_shard is not None and ordinal not in self._corrupt_at_source:
             sample, bad = self._read_past_damage(shard, position, fields)
@@ -154,9 +150,9 @@ class Dataset:
             BadShardError, OSError: as `read_sample`.
         """
         wanted = frozenset(self.modalities if names is None else names)
-        shard, position = self.locate(ordinal)
-        sample = self._read_located(ordinal, shard, position, self._fields_of(wanted))
+        sample = self.read_sample(ordinal, fields=self._fields_of(wanted))
         contents = contents_of(sample, self.modalities, names=wanted)
+        shard, position = self.locate(ordinal)
         presence = self._index(shard).presence
         mask = -1 if presence is None else int(presence[position])
         recorded = self._names_in(mask, wanted)
@@ -203,7 +199,7 @@ class Dataset:
             return self._index(shard)
         row = self.manifest[shard]
         with self._recording_if_bad(shard):
-            content = self.fetch_shard.read_index_at_source(row)
+            content = self.fetch_shard.read_index(row)
             try:
                 return ShardIndex.parse(content, self.folder / f"{row.name}.idx")
             except InputError as error:

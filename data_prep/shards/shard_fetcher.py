@@ -24,8 +24,11 @@ class ShardFetcher(Protocol):
             Whether the copy was damaged.
         """
 
+    def read_index(self, row: ManifestRow) -> bytes:
+        """Reads the index of a shard that need not be fetched, and verifies it."""
+
     def read_index_at_source(self, row: ManifestRow) -> bytes:
-        """Reads the index of a shard where the dataset is stored, and verifies it."""
+        """Reads the index where the dataset is stored, because copies were damaged."""
 
     def read_tar_at_source(self, row: ManifestRow, num_bytes: int, start: int) -> bytes:
         """Reads bytes of a tar where the dataset is stored; fewer at the end."""

@@ -111,18 +111,28 @@ class RemoteShards:
             return False
         return found == (row.tar_sha256, row.index_sha256)
 
+    def read_index(self, row: ManifestRow) -> bytes:
+        """Reads the index of a shard at its URL, without fetching the shard, and verifies it.
+
+        Raises:
+            BadShardError, OSError: as `__call__`.
+        """
+        url = join(self.url, f"{row.name}.idx")
+        with _as_bad_shard(url, row.index_bytes):
+            content = self._read_range(url, row.index_bytes + 1, 0)
+            if hashlib.sha256(content).hexdigest() != row.index_sha256:
+                raise WrongContentError(f"{url}: expected sha256 {row.index_sha256}")
+        return content
+
     def read_index_at_source(self, row: ManifestRow) -> bytes:
-        """Reads the index of a shard at its URL, and verifies it.
+        """Reads the index of a shard at its URL, because copies of it were damaged.
 
         Raises:
             BadShardError, OSError: as `__call__`.
         """
         url = join(self.url, f"{row.name}.idx")
         with self._reading_at_source(url, row.index_bytes):
-            content = self._read_range(url, row.index_bytes + 1, 0)
-            if hashlib.sha256(content).hexdigest() != row.index_sha256:
-                raise WrongContentError(f"{url}: expected sha256 {row.index_sha256}")
-        return content
+            return self.read_index(row)
 
     def read_tar_at_source(self, row: ManifestRow, num_bytes: int, start: int) -> bytes:
         """Reads bytes of a tar at its URL; fewer at the end.

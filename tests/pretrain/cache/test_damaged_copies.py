@@ -25,6 +25,7 @@ from pretrain.data.datasets import open_samples
 from pretrain.settings.data import Cache
 from tests.support.damage import edits, outcomes_of, single_bit_flips, truncations
 from tests.support.shard_fetching import read_all
+from tests.support.toy_modalities import SUBSETS, write_subsets
 from tests.support.toy_shards import write_toy_dataset
 
 PAGE_BYTES = 4096
@@ -34,6 +35,14 @@ PAGE_BYTES = 4096
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("shards") / "pictures"
     return write_toy_dataset(path, num_samples=8, samples_per_shard=4, has_parquet=False)
+
+
+def test_a_selection_by_the_indexes_reports_no_damage(tmp_path, caplog):
+    data = write_subsets(tmp_path / "data")
+    cache = ShardCache(Cache(folder=tmp_path / "cache"), retries=0)
+    samples = open_samples(f"file://{data}", subset=None, required=["scan", "audio"], cache=cache)
+    assert len(samples) == sum({"scan", "audio"} <= set(subset) for subset in SUBSETS)
+    assert caplog.messages == []
 
 
 @pytest.fixture(scope="module")
