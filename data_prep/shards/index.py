@@ -139,8 +139,7 @@ class ShardIndex:
         magic = content[:8]
         if magic not in (INDEX_MAGIC, INDEX_MAGIC_2):
             raise InputError(
-                f"{path}: expected an index ({INDEX_MAGIC!r} or {INDEX_MAGIC_2!r}), found "
-                f"{magic!r}"
+                f"{path}: expected an index ({INDEX_MAGIC!r} or {INDEX_MAGIC_2!r}), found {magic!r}"
             )
         try:
             header_end = 12 + int.from_bytes(content[8:12], "little")

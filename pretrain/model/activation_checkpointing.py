@@ -42,6 +42,8 @@ def checkpoint_blocks(model: ContrastiveModel) -> None:
 def checkpoint_backbone(backbone: nn.Module, drop_keys: TowerDropKeys, *, where: str) -> None:
     """Makes the blocks of a backbone recompute their activations instead of storing them.
 
+    Small towers of this project, whose `has_blocks` is False, store them.
+
     Args:
         backbone: backbone of a tower.
         drop_keys: keys of its dropout layers.
@@ -51,7 +53,7 @@ def checkpoint_backbone(backbone: nn.Module, drop_keys: TowerDropKeys, *, where:
         InputError: if no blocks are found.
     """
     blocks = list(blocks_of(backbone))
-    if not blocks:
+    if not blocks and getattr(backbone, "has_blocks", True):
         raise InputError(
             f"engine.activation_checkpointing: {where} ({type(backbone).__name__}) has no list of "
             "equal blocks to checkpoint; set the key to false and lower micro_batch_size to save "

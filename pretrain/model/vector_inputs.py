@@ -51,6 +51,8 @@ class ArrayRows(nn.Module):
         encoder: module of (values [B, time, width], number of rows int64 [B]).
     """
 
+    has_blocks = False  # too small for recomputed activations
+
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder

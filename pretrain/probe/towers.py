@@ -38,6 +38,7 @@ from pretrain.probe.mixing import (
     refuse_mixing,
     trimmed,
 )
+from pretrain.settings.model import tower_key
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def probe_model(
     with torch.random.fork_rng(devices=[settings.device] if is_on_gpu else []):
         for name, tower in towers.items():
             is_trained = tower.training and not tower.is_frozen
-            probed = ProbedBackbone(tower.backbone, tower.drop_keys, f"{where}.{name}", is_trained)
+            key = where + tower_key(name).removeprefix("model")
+            probed = ProbedBackbone(tower.backbone, tower.drop_keys, key, is_trained)
             if model.kinds[name] == "text":
                 refuse_unknown_tokens(probed, examples[name][MIDDLE : MIDDLE + 1])
             if name == "text":

@@ -34,6 +34,8 @@ class WordVectorText(nn.Module):
 
     ignores_padding = True
 
+    has_blocks = False  # too small for recomputed activations
+
     def __init__(
         self, num_words: int, width: int, *, pad_id: int, unknown_id: int, pooling: str
     ) -> None:
@@ -61,6 +63,8 @@ class GruText(nn.Module):
     """
 
     ignores_padding = True
+
+    has_blocks = False  # too small for recomputed activations
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ from pretrain.towers.masked_gru import MaskedGru
 class VectorMlp(nn.Module):
     """Layers with GELU: [B, input_width] -> [B, W]."""
 
+    has_blocks = False  # too small for recomputed activations
+
     def __init__(self, input_width: int, width: int, *, num_layers: int) -> None:
         super().__init__()
         widths = [input_width] + [width] * num_layers
@@ -27,6 +29,8 @@ class VectorMlp(nn.Module):
 
 class VectorGru(nn.Module):
     """A GRU over the rows of an array: [B, time, input_width] -> last states [B, W]."""
+
+    has_blocks = False  # too small for recomputed activations
 
     def __init__(
         self, input_width: int, width: int, *, num_layers: int, is_bidirectional: bool

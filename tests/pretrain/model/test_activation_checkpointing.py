@@ -6,7 +6,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from data_prep.errors import InputError
-from pretrain.model.activation_checkpointing import checkpoint_blocks, compile_towers
+from pretrain.model.activation_checkpointing import (
+    checkpoint_backbone,
+    checkpoint_blocks,
+    compile_towers,
+)
 from pretrain.model.contrastive_model import Tower
 from pretrain.model.sample_dropout import (
     DropKeys,
@@ -16,8 +20,10 @@ from pretrain.model.sample_dropout import (
     TowerDropKeys,
     pair_keys,
 )
+from pretrain.model.vector_inputs import ArrayRows
 from pretrain.run.attempts import read_metrics
 from pretrain.towers.blocks import blocks_of
+from pretrain.towers.vector_towers import VectorGru, VectorMlp
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_droppers import NUM_PAIRS, VIT, Pairs, dropping_config, largest_difference
 from tests.support.toy_run import toy_config
@@ -83,6 +89,15 @@ def test_a_tower_without_blocks_is_refused_and_a_frozen_one_is_left_alone(tmp_pa
         checkpoint_blocks(model)
     tower.is_frozen = True
     checkpoint_blocks(model)
+
+
+def test_small_towers_without_blocks_store_their_activations():
+    options = {"num_layers": 3, "is_bidirectional": False}
+    gru = VectorGru(3, 4, **options)
+    for backbone in (VectorMlp(3, 4, num_layers=3), gru, ArrayRows(gru)):
+        forward = backbone.forward
+        checkpoint_backbone(backbone, TowerDropKeys(), where="model")
+        assert backbone.forward == forward
 
 
 DECODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
