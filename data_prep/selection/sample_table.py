@@ -20,7 +20,7 @@ import numpy as np
 from data_prep.errors import InputError
 from data_prep.selection.missing_values import holds_floats, without_nan
 from data_prep.selection.scores import check_types_of_scores, local_copies
-from data_prep.shards.embeddings import check_embeddings
+from data_prep.shards.embeddings import CAPTION_EMBEDDINGS, MEDIA_EMBEDDING, check_embeddings
 from data_prep.shards.manifest import read_dataset_files
 from data_prep.shards.parquet import check_parquet_sum
 
@@ -298,7 +298,8 @@ class SampleTable:
             InputError: if the folder is unfinished or belongs to a different dataset, or the
                 column clip_score already exists.
         """
-        check_embeddings(folder, self.info.fingerprint)
+        columns = (MEDIA_EMBEDDING, CAPTION_EMBEDDINGS)
+        check_embeddings(folder, self.info.fingerprint, columns=columns)
         if CLIP_SCORE in (name.lower() for name in self.columns):
             raise InputError(
                 f"embeddings: {folder}: duplicate column {CLIP_SCORE}, also in the dataset"

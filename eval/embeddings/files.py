@@ -28,6 +28,7 @@ import pyarrow.parquet
 from data_prep.config_file import differing_keys
 from data_prep.errors import InputError
 from data_prep.shards.dataset import Dataset
+from data_prep.shards.embeddings import CAPTION_EMBEDDINGS, MEDIA_EMBEDDING
 from data_prep.storage.atomic import write_atomically
 from eval.models.loaded_model import encoding_packages
 from pretrain.settings.views import View
@@ -77,6 +78,12 @@ class FileViews:
     def single(cls, view: str, *, kind: str) -> FileViews:
         """Returns a single view, of a modality of this kind."""
         return cls(None, view, view) if kind == "text" else cls(view, None, view)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of embeddings in the file."""
+        found = {MEDIA_EMBEDDING: self.media, CAPTION_EMBEDDINGS: self.text}
+        return [column for column, view in found.items() if view is not None]
 
     @property
     def members(self) -> list[str]:
@@ -159,10 +166,10 @@ def write_shard(
         "key": pyarrow.array(shard.keys, pyarrow.string()),
     }
     if views.media is not None:
-        columns["media_embedding"] = _vectors(shard.media, origin.embed_dim)
+        columns[MEDIA_EMBEDDING] = _vectors(shard.media, origin.embed_dim)
     if views.text is not None:
         offsets = np.concatenate([[0], np.cumsum(shard.num_captions)]).astype(np.int32)
-        columns["caption_embeddings"] = pyarrow.ListArray.from_arrays(
+        columns[CAPTION_EMBEDDINGS] = pyarrow.ListArray.from_arrays(
             pyarrow.array(offsets), _vectors(shard.captions, origin.embed_dim)
         )
     bad_samples = json.dumps([asdict(bad) for bad in shard.bad_samples])
@@ -240,6 +247,7 @@ def write_summary(
     """Writes embeddings.json, which marks the folder as complete, and returns its content."""
     shards = range(len(dataset.manifest))
     num_having = sum(int(dataset.has_all(shard, views.members).sum()) for shard in shards)
+    num_lacking = len(dataset) - num_having
     paths = [folder / f"{row.name}.parquet" for row in dataset.manifest]
     bad_samples = [asdict(bad) for path in paths for bad in bad_samples_of(path)]
     record = {
@@ -248,7 +256,7 @@ def write_summary(
         "checkpoint_folder": str(model.folder),
         **({"media": dataset.info.media} if views.view is None else {}),
         "num_samples": len(dataset),
-        **({} if views.view is None else {"num_lacking": len(dataset) - num_having}),
+        **({} if views.view is None else {"columns": views.columns, "num_lacking": num_lacking}),
         "num_embedded": num_having - len(bad_samples),
         "num_shards": len(paths),
         "bad_samples": bad_samples,

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+MAX_PAIRS = 100_000_000  # matching pairs that fit into memory
+
 
 @dataclass(frozen=True)
 class Relevance:
@@ -99,25 +101,38 @@ def relevance_of_equal_contents(left: SampleItems, right: SampleItems) -> Releva
     Args:
         left: Q items of the first view.
         right: M items of the second view, which act as captions.
+
+    Raises:
+        ValueError: if there are more than MAX_PAIRS pairs.
     """
-    lefts, rights = (_rows_by_number(side.contents) for side in (left, right))
     together = {
         (one, other)
         for ones, others in zip(*_contents_by_sample(left, right), strict=True)
         for one in ones
         for other in others
     }
-    return _sorted_relevance(
-        (text, item) for one, other in together for text in rights[other] for item in lefts[one]
-    )
+    lefts, rights = (_rows_by_number(side.contents) for side in (left, right))
+    return _all_pairs([(lefts[one], rights[other]) for one, other in together])
 
 
 def relevance_of_samples(left: SampleItems, right: SampleItems) -> Relevance:
     """Pairs the items of two views that belong to one sample; see `relevance_of_equal_contents`."""
-    items_of = _rows_by_number(left.samples)
-    return _sorted_relevance(
-        (text, item) for text, sample in enumerate(right.samples) for item in items_of[sample]
-    )
+    lefts, rights = (_rows_by_number(side.samples) for side in (left, right))
+    return _all_pairs(list(zip(lefts, rights, strict=True)))
+
+
+def _all_pairs(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> Relevance:
+    """Pairs every item with every text of the same group, sorted by text."""
+    num_pairs = sum(len(items) * len(texts) for items, texts in groups)
+    if num_pairs > MAX_PAIRS:
+        raise ValueError(
+            f"expected at most {MAX_PAIRS:,} matching pairs, found {num_pairs:,}: too many items "
+            "are equal"
+        )
+    media = np.concatenate([np.tile(items, len(texts)) for items, texts in groups])
+    texts = np.concatenate([np.repeat(texts, len(items)) for items, texts in groups])
+    order = np.lexsort((media, texts))
+    return Relevance(media[order], texts[order])
 
 
 def clusters_of_equal_contents(

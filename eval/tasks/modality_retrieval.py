@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
+from data_prep.errors import InputError
 from eval.datasets.columns import EvaluatedView
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_values
@@ -177,9 +178,15 @@ class ModalityRetrievalTask(Task, section=ModalityRetrievalSection):
             for items, found in ((self.left, media), (self.right, other))
         )
         pair = relevance_of_equal_contents if self.merges_equal_contents else relevance_of_samples
-        relevance = pair(
-            *(replace(each, samples=self.groups[each.samples]) for each in (left, right))
-        )
+        try:
+            relevance = pair(
+                *(replace(each, samples=self.groups[each.samples]) for each in (left, right))
+            )
+        except ValueError as error:
+            raise InputError(
+                f"evaluations.{self.name}: {error}; set equal_contents: own, remove pair_by, or "
+                "measure a subset"
+            ) from None
         result = retrieve(
             media,
             other,

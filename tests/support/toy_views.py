@@ -79,6 +79,7 @@ def write_views(
     always=(),
     never=(),
     members_of=views_members,
+    modalities=SIX,
 ) -> Path:
     """Writes samples that have each modality with a probability.
 
@@ -86,22 +87,23 @@ def write_views(
         always: modalities of every sample.
         never: modalities of none.
         members_of: returns the members of a sample from its number and its modalities.
+        modalities: modalities of the dataset.
     """
     folder.mkdir(parents=True)
     rng, number, names = np.random.default_rng(seed), 0, []
     for shard, size in enumerate(SHARD_SIZES):
         names.append(f"{shard:08d}")
-        writer = ShardWriter(folder, names[-1], modalities=SIX)
+        writer = ShardWriter(folder, names[-1], modalities=modalities)
         for _ in range(size):
-            drawn = {name for name in SIX if rng.random() < fraction}
+            drawn = {name for name in modalities if rng.random() < fraction}
             present = (drawn - set(never)) | set(always) or {"text"}
             members = members_of(number, present)
             key = f"{number:06d}"
-            contents = contents_of(Sample(names[-1], key, members), SIX)
+            contents = contents_of(Sample(names[-1], key, members), modalities)
             writer.add(key, members=members, contents=contents)
             number += 1
         writer.finish()
-    finish_dataset(folder, names, modalities=SIX, preparation={})
+    finish_dataset(folder, names, modalities=modalities, preparation={})
     return folder
 
 

@@ -58,7 +58,11 @@ def test_every_view_has_a_folder_with_the_samples_that_have_it(embed):
         np.testing.assert_allclose(np.array(embeddings), expected, atol=1e-6)
         assert (record["view"], record["num_embedded"]) == (view, len(rows))
         assert record["num_lacking"] == sum(SHARD_SIZES) - len(rows)
-        check_embeddings(out / view, dataset.info.fingerprint)
+        column = "caption_embeddings" if modality.kind == "text" else "media_embedding"
+        check_embeddings(out / view, dataset.info.fingerprint, columns=[column])
+        with pytest.raises(InputError, match=f"of the view '{view}' without"):
+            both = ["media_embedding", "caption_embeddings"]
+            check_embeddings(out / view, dataset.info.fingerprint, columns=both)
 
 
 def test_named_views_alone_are_embedded_and_finished_shards_kept(embed, capsys):

@@ -14,8 +14,15 @@ from data_prep.shards.dataset import Dataset
 from eval.config import EvaluateConfig
 from eval.evaluate import dry_run, run
 from pretrain.settings.views import View
-from tests.support.toy_evaluation import write_toy_run
+from tests.support.toy_evaluation import (
+    COLORS,
+    load_toy_model,
+    picture_sample,
+    write_dataset,
+    write_toy_run,
+)
 from tests.support.toy_modalities import image
+from tests.support.toy_models import write_open_clip_folder
 from tests.support.toy_views import SHARD_SIZES, views_members, write_views
 from tests.support.toy_views_model import FewNumbers, load_views_model, tokenizer_of_letters
 
@@ -224,3 +231,44 @@ def test_a_dry_run_counts_the_samples_that_take_part(tmp_path, capsys):
     num_samples, (lefts, _) = both_sides(data, "text.title", "scan")
     found = capsys.readouterr().out
     assert f"{len(lefts)} text.title items" in found and f"{num_samples} samples" in found
+
+
+def test_too_many_matching_pairs_are_refused_before_memory_runs_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.models.encoder.load_model", load_views_model)
+    monkeypatch.setattr("eval.metrics.relevance.MAX_PAIRS", 10)
+    data = write_views(tmp_path / "data")
+    evaluation = {"task": "modality_retrieval", "dataset": str(data)}
+    config = config_of(tmp_path, {"pairs": evaluation | {"left": "image", "right": "text"}})
+    with pytest.raises(InputError, match=r"evaluations\.pairs: expected at most 10 .* own"):
+        run(config)
+
+
+def test_a_set_of_pairs_gives_the_metrics_of_its_retrieval_task(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.models.encoder.load_model", load_toy_model)
+    samples = [picture_sample(list(COLORS)[n % 3], seed=n) for n in range(9)]
+    data = {"dataset": str(write_dataset(tmp_path / "pictures", samples))}
+    views = {"task": "modality_retrieval", "left": "image", "right": "text"}
+    evaluations = {"captions": data | {"task": "retrieval"}}
+    evaluations["views"] = data | views | {"equal_contents": "own"}
+    run(config_of(tmp_path, evaluations))
+    records = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    for direction, other in (
+        ("media_to_text", "image_to_text"),
+        ("text_to_media", "text_to_image"),
+    ):
+        for k in KS:
+            expected = records["captions"]["scores"][f"{direction}_recall@{k}"]["value"]
+            found = records["views"]["scores"][f"{other}_recall@{k}"]["value"]
+            assert found == pytest.approx(expected)
+    assert records["views"]["trained_together"] is None
+
+
+def test_models_of_other_libraries_take_views_by_their_kind(tmp_path):
+    data = write_views(tmp_path / "data")
+    pair = {"task": "modality_retrieval", "dataset": str(data), "left": {"image": "scan"}}
+    values = {"checkpoint": write_open_clip_folder(tmp_path / "clip"), "output": tmp_path / "out"}
+    evaluations = {"titles": pair | {"right": {"text": "title"}}}
+    run(EvaluateConfig.model_validate(values | {"batch_size": 8, "evaluations": evaluations}))
+    record = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]["titles"]
+    assert record["directions"] == ["image_scan_to_text_title", "text_title_to_image_scan"]
+    assert record["num_left"] == record["num_right"] == both_sides(data, "scan", "title")[0]
