@@ -502,10 +502,11 @@ class Describe(Section):
 
 
 class DemoData(Section):
-    """Config of `python -m data_prep.make_demo_data`: three small sets of pairs."""
+    """Config of `python -m data_prep.make_demo_data`: four small sets."""
 
     output: Path = Path("demo/data")  # folder to write into
     seed: int = Field(0, ge=0)
     scenes_per_combination: int = Field(9, ge=1)  # training images per kind of scene
     clips_per_sound: int = Field(160, ge=1)  # training clips per kind of sound
+    pairs_per_object: int = Field(40, ge=1)  # training images with sounds per object and distance
     workers: int = free(2, ge=1)  # number of processes; no effect on the result

@@ -1,10 +1,11 @@
-"""Writes the pairs of the demo: media files with manifests for trying the whole pipeline.
+"""Writes the data of the demo: media files with manifests for trying the whole pipeline.
 
     python -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
 
     digits/   real scans of handwritten digits (from scikit-learn): zero-shot classification
     scenes/   drawn scenes with held-out combinations of attributes: zero-shot retrieval
     sounds/   synthesised sounds of twelve kinds: zero-shot audio classification
+    objects/  drawn objects with the sounds they make: retrieval between images and sounds
 
 Each set has train.tsv, validation.tsv and test.tsv. The same seed produces the same bytes.
 """
@@ -32,6 +33,7 @@ from data_prep.demo.images import (
     scene_items,
 )
 from data_prep.demo.item import write_lines, write_split
+from data_prep.demo.objects import DISTANCES, OBJECTS, object_items
 from data_prep.demo.sounds import SOUND_PROMPTS, SOUNDS, sound_items
 from data_prep.workers import run_tasks
 
@@ -39,10 +41,12 @@ from data_prep.workers import run_tasks
 NUM_TRAINING_CAPTIONS = 4
 NUM_TEST_CLIPS = 25  # per kind of sound
 NUM_VALIDATION_CLIPS = 10
+NUM_TEST_PAIRS = 10  # per kind of object and distance
+NUM_VALIDATION_PAIRS = 2
 
 
 def make_demo_data(config: DemoData) -> None:
-    """Writes the three sets and prints a summary of each.
+    """Writes the four sets and prints a summary of each.
 
     Raises:
         InputError: if scikit-learn, which provides the digits, is not installed.
@@ -59,7 +63,7 @@ def _write_set(task: tuple[str, DemoData]) -> str:
 
 def _write_digits(folder: Path, config: DemoData) -> str:
     counts = {
-        split: write_split(folder, split, items)
+        split: write_split(folder, split, items, header="path caption class_name")
         for split, items in digit_splits(config.seed).items()
     }
     write_lines(folder / "class_names.txt", DIGIT_NAMES)
@@ -83,6 +87,7 @@ def _write_scenes(folder: Path, config: DemoData) -> str:
             scene_items(
                 combinations, copies=copies, num_captions=num, seed=[config.seed, 21 + number]
             ),
+            header="path caption",
         )
         for number, (split, (combinations, copies, num)) in enumerate(splits.items())
     }
@@ -106,6 +111,7 @@ def _write_sounds(folder: Path, config: DemoData) -> str:
             folder,
             split,
             sound_items(clips_per_sound=clips, num_captions=num, seed=[config.seed, 30 + number]),
+            header="path caption class_name",
         )
         for number, (split, (clips, num)) in enumerate(splits.items())
     }
@@ -114,8 +120,33 @@ def _write_sounds(folder: Path, config: DemoData) -> str:
     return _summary(folder, counts, f"synthesised sounds of {len(SOUNDS)} kinds")
 
 
+def _write_objects(folder: Path, config: DemoData) -> str:
+    copies_of = {
+        "train": config.pairs_per_object,
+        "validation": NUM_VALIDATION_PAIRS,
+        "test": NUM_TEST_PAIRS,
+    }
+    counts = {
+        split: write_split(
+            folder,
+            split,
+            object_items(copies=copies, seed=[config.seed, 40 + number]),
+            header="image audio caption class_name",
+        )
+        for number, (split, copies) in enumerate(copies_of.items())
+    }
+    return _summary(
+        folder, counts, f"drawings of {len(OBJECTS)} objects, near and far, with their sounds"
+    )
+
+
 # The slowest set is first, so that two processes finish at about the same time.
-WRITERS = {"sounds": _write_sounds, "scenes": _write_scenes, "digits": _write_digits}
+WRITERS = {
+    "sounds": _write_sounds,
+    "objects": _write_objects,
+    "scenes": _write_scenes,
+    "digits": _write_digits,
+}
 
 
 def _summary(folder: Path, counts: dict[str, int], what: str) -> str:
@@ -126,10 +157,13 @@ def _summary(folder: Path, counts: dict[str, int], what: str) -> str:
 def print_plan(config: DemoData) -> None:
     """Prints the sizes of the sets to be written."""
     known, held_out = scene_combinations(config.seed)
+    num_scenes = len(known) * config.scenes_per_combination
+    num_clips = len(SOUNDS) * config.clips_per_sound
+    num_pairs = len(OBJECTS) * len(DISTANCES) * config.pairs_per_object
     say(
-        f"would write into {config.output}: digits (1,797 images), scenes "
-        f"({len(known) * config.scenes_per_combination:,} for training, {len(held_out)} held-out "
-        f"combinations), sounds ({len(SOUNDS) * config.clips_per_sound:,} clips for training)"
+        f"would write into {config.output}: digits (1,797 images), scenes ({num_scenes:,} for "
+        f"training, {len(held_out)} held-out combinations), sounds ({num_clips:,} clips for "
+        f"training), objects ({num_pairs:,} images with sounds for training)"
     )
 
 

@@ -126,7 +126,7 @@ def scene_items(
         rng = np.random.default_rng([*seed, number])
         image = draw_scene(every[index], rng)
         captions = [scene_caption(every[index], rng) for _ in range(num_captions)]
-        yield DemoItem(f"{number:05d}.png", _png(image), tuple(dict.fromkeys(captions)))
+        yield DemoItem({f"{number:05d}.png": encode_png(image)}, tuple(dict.fromkeys(captions)))
 
 
 def scene_caption(combination: Combination, rng: np.random.Generator) -> str:
@@ -146,8 +146,22 @@ def draw_scene(combination: Combination, rng: np.random.Generator) -> np.ndarray
     radius = rng.uniform(*RADII[size])
     centre = np.add(CENTRES[position], rng.uniform(-1.5, 1.5, 2))
     corners = _corners(shape, rng) * radius + centre
-    coverage = _coverage(corners, texture, radius, rng)[:, :, None]  # [H, Wd] -> [H, Wd, 1]
+    coverage = _coverage(corners, texture, radius, rng)
     hue = (HUES[colour] + rng.uniform(-9, 9)) % 360 / 360
+    return paint_on_background(coverage, hue=hue, rng=rng)
+
+
+def paint_on_background(
+    coverage: np.ndarray, *, hue: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Paints a bright colour over a dull background, with grain: uint8 [H, Wd, 3].
+
+    Args:
+        coverage: painted fraction of each pixel, [H, Wd].
+        hue: from 0 to 1.
+        rng: random numbers of the image.
+    """
+    coverage = coverage[:, :, None]  # [H, Wd] -> [H, Wd, 1]
     paint = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.8, 1))
     image = _background(rng) * (1 - coverage) + np.array(paint) * coverage
     image += rng.normal(0, rng.uniform(0.005, 0.03), image.shape)
@@ -194,6 +208,11 @@ def _coverage(
     painted = np.asarray(canvas, dtype=np.float64) / 255
     if texture == "striped":
         painted = painted * _stripes(radius, rng)
+    return reduce_canvas(painted)
+
+
+def reduce_canvas(painted: np.ndarray) -> np.ndarray:
+    """Averages an oversampled canvas: [H * OVERSAMPLING, Wd * OVERSAMPLING] -> [H, Wd]."""
     size = IMAGE_PIXELS
     return painted.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
 
@@ -264,16 +283,16 @@ def _digit_item(number: int, scan: np.ndarray, digit: int, rng: np.random.Genera
     image = small.resize((IMAGE_PIXELS,) * 2, Image.Resampling.BICUBIC).convert("RGB")
     templates = rng.permutation(DIGIT_TEMPLATES)[:2]
     captions = [template.format(name=DIGIT_NAMES[digit], figure=digit) for template in templates]
-    return DemoItem(
-        f"{number:05d}.png", _png(np.asarray(image)), tuple(captions), DIGIT_NAMES[digit]
-    )
+    files = {f"{number:05d}.png": encode_png(np.asarray(image))}
+    return DemoItem(files, tuple(captions), (DIGIT_NAMES[digit],))
 
 
 def _choose(options: Sequence[str], rng: np.random.Generator) -> str:
     return options[rng.integers(len(options))]
 
 
-def _png(image: np.ndarray) -> bytes:
+def encode_png(image: np.ndarray) -> bytes:
+    """Encodes an image, uint8 [H, Wd, 3], as a PNG file."""
     sink = io.BytesIO()
     Image.fromarray(image).save(sink, format="PNG", compress_level=6)
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""A media file of the demo data with its captions, and the writer of a split."""
+"""A sample of the demo data with its captions, and the writer of a split."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoItem:
-    """A media file to write, and its entries in the manifest."""
+    """The media files of a sample, and its entries in the manifest."""
 
-    name: str  # file name inside the split's folder
-    content: bytes
+    files: dict[str, bytes]  # file name inside the split's folder -> content
     captions: tuple[str, ...]
-    class_name: str | None = None
+    labels: tuple[str, ...] = ()
 
 
-def write_split(folder: Path, split: str, items: Iterable[DemoItem]) -> int:
-    """Writes `<split>/` and `<split>.tsv`, one row per caption; returns the number of files."""
+def write_split(folder: Path, split: str, items: Iterable[DemoItem], *, header: str) -> int:
+    """Writes `<split>/` and `<split>.tsv`, one row per caption; returns the number of samples.
+
+    Args:
+        folder: folder of the set.
+        split: name of the split.
+        items: samples of the split.
+        header: columns of files, caption and labels, separated by spaces.
+    """
     (folder / split).mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[str, ...]] = []
-    num_files = 0
+    rows: list[tuple[str, ...]] = [tuple(header.split())]
+    num_samples = 0
     for item in items:
-        path = f"{split}/{item.name}"
-        (folder / path).write_bytes(item.content)
-        label = () if item.class_name is None else (item.class_name,)
-        rows += [(path, caption, *label) for caption in item.captions]
-        num_files += 1
-    header = ("path", "caption", "class_name")[: len(rows[0])]
-    write_lines(folder / f"{split}.tsv", ["\t".join(row) for row in [header, *rows]])
-    return num_files
+        for name, content in item.files.items():
+            (folder / split / name).write_bytes(content)
+        paths = [f"{split}/{name}" for name in item.files]
+        rows += [(*paths, caption, *item.labels) for caption in item.captions]
+        num_samples += 1
+    write_lines(folder / f"{split}.tsv", ["\t".join(row) for row in rows])
+    return num_samples
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from data_prep.demo.item import DemoItem
 
 SAMPLE_RATE_HZ = 16_000
 CLIP_SECONDS = (1.5, 2.0)
+HEADROOM_DB = (1.0, 18.0)  # of the peak of a clip below 1
 
 SOUND_TEMPLATES = (
     "the sound of {}",
@@ -244,7 +245,8 @@ def sound_items(
         captions = [sound_caption(kind, rng) for _ in range(num_captions)]
         extension = ("wav", "flac")[number % 2]
         content = encode_sound(synthesise(kind, rng), extension)
-        yield DemoItem(f"{number:05d}.{extension}", content, tuple(dict.fromkeys(captions)), kind)
+        files = {f"{number:05d}.{extension}": content}
+        yield DemoItem(files, tuple(dict.fromkeys(captions)), (kind,))
 
 
 def sound_caption(kind: str, rng: np.random.Generator) -> str:
@@ -254,14 +256,22 @@ def sound_caption(kind: str, rng: np.random.Generator) -> str:
     return template.format(phrases[rng.integers(len(phrases))])
 
 
-def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Synthesizes a sound over noise, at a random level: float64 [samples] in [-1, 1]."""
+def synthesise(
+    kind: str, rng: np.random.Generator, *, headroom_db: tuple[float, float] = HEADROOM_DB
+) -> np.ndarray:
+    """Synthesizes a sound over noise, at a random level: float64 [samples] in [-1, 1].
+
+    Args:
+        kind: key of SOUNDS.
+        rng: random numbers of the clip.
+        headroom_db: range of the distance of the peak from 1.
+    """
     num_samples = int(rng.uniform(*CLIP_SECONDS) * SAMPLE_RATE_HZ)
     clip = SOUNDS[kind][0](num_samples, rng)
     clip = clip / np.sqrt(np.mean(clip**2))
     noise = _noise(num_samples, rng, low_hz=50, high_hz=6000, tilt=rng.uniform(0, 1))
     clip += noise * 10 ** (-rng.uniform(6, 25) / 20)  # signal to noise: 6 to 25 dB
-    return clip / np.abs(clip).max() * 10 ** (-rng.uniform(1, 18) / 20)  # peak: -18 to -1 dB
+    return clip / np.abs(clip).max() * 10 ** (-rng.uniform(*headroom_db) / 20)
 
 
 def encode_sound(clip: np.ndarray, extension: str) -> bytes:

@@ -5,6 +5,7 @@ import pytest
 
 from data_prep.config import DemoData
 from data_prep.demo.images import ATTRIBUTES, digit_splits, scene_caption, scene_combinations
+from data_prep.demo.objects import DISTANCES, OBJECTS, Pen, draw_object, sound_of_object
 from data_prep.demo.sounds import SAMPLE_RATE_HZ, SOUNDS, synthesise
 from data_prep.make_demo_data import make_demo_data
 from tests.support.toy_pairs import contents
@@ -18,7 +19,8 @@ def demo(tmp_path_factory):
 
 
 def write_config(folder):
-    return DemoData(output=folder, scenes_per_combination=1, clips_per_sound=2, workers=1)
+    sizes = {"scenes_per_combination": 1, "clips_per_sound": 2, "pairs_per_object": 1}
+    return DemoData(output=folder, workers=1, **sizes)
 
 
 def rows_of(manifest):
@@ -63,7 +65,7 @@ def test_captions_name_all_attributes_and_use_the_right_article():
     assert not any("a outlined" in caption for caption in captions)
 
 
-@pytest.mark.parametrize("name", ["digits", "scenes", "sounds"])
+@pytest.mark.parametrize("name", ["digits", "scenes", "sounds", "objects"])
 def test_no_file_of_evaluation_is_in_training(demo, name):
     media = {
         split: set(contents(demo / name / split).values())
@@ -73,8 +75,9 @@ def test_no_file_of_evaluation_is_in_training(demo, name):
         assert not first & second
     for split, files in media.items():
         rows = rows_of(demo / name / f"{split}.tsv")
-        assert len({row[0] for row in rows}) == len(files)
-        assert all((demo / name / row[0]).is_file() for row in rows)
+        paths = {cell for row in rows for cell in row if cell.startswith(f"{split}/")}
+        assert len(paths) == len(files)
+        assert all((demo / name / path).is_file() for path in paths)
 
 
 def test_the_same_seed_gives_the_same_bytes(demo, tmp_path):
@@ -94,6 +97,39 @@ def test_every_class_is_tested_equally_often(demo):
         names = (demo / name / "class_names.txt").read_text().splitlines()
         assert set(labels) == set(names)
         assert {labels.count(label) for label in names} == counts
+    labels = [row[3] for row in rows_of(demo / "objects" / "test.tsv")]
+    assert {labels.count(label) for label in labels} == {10}
+    assert set(labels) == {f"{kind}, {each}" for kind in OBJECTS for each in DISTANCES}
+
+
+def test_an_object_makes_its_own_sound():
+    assert set(OBJECTS) == set(SOUNDS)
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_near_objects_are_large_and_loud(kind):
+    painted, peaks = ([] for _ in range(2))
+    for distance, ranges in DISTANCES.items():
+        for radius in ranges.radius:
+            pen = Pen((16, 16), radius)
+            OBJECTS[kind][0](pen, np.random.default_rng(0))
+            painted.append(pen.coverage().sum())
+        clips = [sound_of_object(kind, distance, np.random.default_rng(n)) for n in range(2)]
+        peaks += [np.abs(clip).max() for clip in clips]
+        image = draw_object(kind, distance, np.random.default_rng(0))
+        assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+    assert min(painted[:2]) > 2 * max(painted[2:])
+    assert min(peaks[:2]) > 3 * max(peaks[2:])
+
+
+def test_captions_of_objects_do_not_tell_the_distance(demo):
+    words = {
+        word
+        for split in ("train", "validation", "test")
+        for row in rows_of(demo / "objects" / f"{split}.tsv")
+        for word in row[2].split()
+    }
+    assert not words & {"near", "far", "close", "distant", "small", "large", "loud", "quiet"}
 
 
 def test_every_sound_is_finite_and_within_range():

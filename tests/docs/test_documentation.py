@@ -59,10 +59,10 @@ def small_demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "configs").symlink_to(ROOT / "configs")
-        sizes = ["scenes_per_combination=1", "clips_per_sound=6", "workers=1"]
-        arguments = ["configs/data_prep/demo_data.yaml", *sizes]
+        sizes = ["scenes_per_combination=1", "clips_per_sound=6", "pairs_per_object=3"]
+        arguments = ["configs/data_prep/demo_data.yaml", *sizes, "workers=1"]
         assert run_in_this_process(patch, "data_prep.make_demo_data", arguments) == 0
-        for name in ("digits", "scenes", "sounds"):
+        for name in ("digits", "scenes", "sounds", "objects"):
             for split in ("train", "validation", "test"):
                 arguments = [
                     f"configs/data_prep/demo_{name}.yaml",
@@ -70,7 +70,7 @@ def small_demo(tmp_path_factory):
                     f"output=demo/datasets/{name}_{split}",
                 ]
                 assert run_in_this_process(patch, "data_prep.make_shards", arguments) == 0
-        for run in ("demo/run", "runs/my_sounds"):
+        for run in ("demo/run", "demo/run_objects", "runs/my_sounds"):
             (folder / run / "checkpoints" / "step_00000001").mkdir(parents=True)
         (folder / "demo/run/config.yaml").write_text("run: {}")  # which eval.watch looks for
         for results in ("demo/results", "results/mine"):

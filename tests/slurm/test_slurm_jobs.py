@@ -309,7 +309,7 @@ def test_preflight_leaves_out_a_node_that_does_not_see_the_data(run_of, cluster,
 def test_the_whole_pipeline_comes_to_the_figures_of_the_demo(cluster, tmp_path):
     datasets = tmp_path / "datasets"
     preparations = []
-    for data in ("digits", "scenes", "sounds"):
+    for data in ("digits", "scenes", "sounds", "objects"):
         for split in ("train", "validation", "test"):
             text = (ROOT / "configs" / "data_prep" / f"demo_{data}.yaml").read_text()
             text = text.replace(f"{data}/train.tsv", f"{data}/{split}.tsv")
