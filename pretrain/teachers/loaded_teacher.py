@@ -13,8 +13,9 @@ from data_prep.config_file import read_stored_config
 from data_prep.errors import InputError
 from pretrain.checkpoint import find_checkpoint, load_model
 from pretrain.checkpoints.record import read_record
+from pretrain.checkpoints.store import find_locations
 from pretrain.config import PretrainConfig
-from pretrain.hub import CONFIG_FILES_OF_HUB, TOKENIZER_FILES_OF_HUB
+from pretrain.hub import CONFIG_FILES_OF_HUB, TOKENIZER_FILES_OF_HUB, parse_hub_name
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.source_files import fingerprint_of_files
 from pretrain.model.tokenizer import build_text_tokenizer
@@ -53,6 +54,12 @@ def load_teacher(
     """
     if is_foreign(location):
         return _load_foreign(location, where, temperature, modalities, device)
+    if not find_locations(location) and parse_hub_name(location) is not None:
+        raise InputError(
+            f"{where}={location}: expected a run folder, a checkpoint or a model of the hub that "
+            "was fetched, found none; if it is one of the hub, run python -m pretrain.fetch CONFIG "
+            "where there is internet"
+        )
     return _load_isopair(location, where, temperature, device)
 
 

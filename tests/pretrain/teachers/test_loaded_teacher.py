@@ -203,6 +203,8 @@ def test_teachers_that_cannot_teach_are_refused(toy_data, tmp_path, open_clip_fo
         load(open_clip_folder, modalities=("audio", "text"))
     with pytest.raises(InputError, match=r"teacher\.checkpoint"):
         load("open_clip:no-such-model/tag")
+    with pytest.raises(InputError, match=r"run python -m pretrain\.fetch CONFIG where there is"):
+        load("nobody/has-this")
     folder = tmp_path / "bert"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
