@@ -42,13 +42,14 @@ def file_chunks(slices: Sequence[TensorSlice], values: Tensor) -> Iterator[memor
         slices: the slices in the file, in order.
         values: [elements of all slices] float32, on the CPU.
     """
-    yield memoryview(_header(slices))
+    yield memoryview(header_of(slices))
     content = memoryview(values.numpy()).cast("B")
     for start in range(0, len(content), CHUNK_BYTES):
         yield content[start : start + CHUNK_BYTES]
 
 
-def _header(slices: Iterable[TensorSlice]) -> bytes:
+def header_of(slices: Iterable[TensorSlice]) -> bytes:
+    """Returns the bytes before the values of a file."""
     entries, start = {}, 0
     for each in slices:
         stop = start + each.length * VALUE_BYTES

@@ -6,6 +6,7 @@ Each front end has the framing, logarithm and floor of the models that were trai
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class LogMelSpectrogram(nn.Module):
             spec_masks: [B, masks, 2] (start, width) of SpecAugment's masks, frequency masks first;
                 None or empty in evaluation.
         """
-        with torch.autocast(waveforms.device.type, enabled=False):
+        with _in_full_precision(waveforms):
             logarithm = _LOGARITHMS[self.settings.frontend]
             mel = logarithm(waveforms.float(), self.bank, self.window, self.settings)
             mel = self._with_num_frames(mel)
@@ -68,6 +69,13 @@ class LogMelSpectrogram(nn.Module):
         return functional.pad(mel, (0, num_frames - mel.shape[2]), value=silence)
 
 
+def _in_full_precision(waveforms: Tensor) -> AbstractContextManager[None]:
+    """A context without autocast, which the meta device does not have."""
+    if waveforms.is_meta:
+        return nullcontext()
+    return torch.autocast(waveforms.device.type, enabled=False)
+
+
 def _filter_bank(settings: LogMel, *, sample_rate_hz: int) -> Tensor:
     """[F, fft / 2 + 1]"""
     from transformers.audio_utils import mel_filter_bank
@@ -83,7 +91,8 @@ def _filter_bank(settings: LogMel, *, sample_rate_hz: int) -> Tensor:
         triangularize_in_mel_space=settings.mel_scale == "kaldi",
     )
     is_double = settings.frontend == "kaldi"
-    return torch.from_numpy(bank if is_double else bank.astype("float32")).T
+    # On the default device, because a model is also built on the meta device.
+    return torch.as_tensor(bank if is_double else bank.astype("float32")).T
 
 
 # ------------------------------------------------------------------------------------ front ends

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.errors import InputError
 from pretrain.captioning.tower_tokens import pooled
+from pretrain.fakes.fake_tensors import run_on_fakes
 from pretrain.model.drop_layers import check_rows_of_samples, refuse_other_randomness
 from pretrain.model.library_errors import describe_library_error
 from pretrain.model.open_clip_backbone import (
@@ -289,8 +290,9 @@ def probe_backbone(
     was_training = backbone.training
     try:
         if examples.is_meta:
-            with torch.no_grad(), (drop_keys or TowerDropKeys()).set_pairs(_first_key(examples)):
-                output = backbone(examples[:1])
+            key = torch.zeros(1, dtype=torch.int64, device="cpu")
+            with (drop_keys or TowerDropKeys()).set_pairs(key):
+                output = run_on_fakes(backbone, examples[:1])
         elif drop_keys is None:
             with refuse_other_randomness(backbone.eval(), where=where):
                 output = backbone(examples[:1])

@@ -69,9 +69,12 @@ class AllocationTrace(TorchDispatchMode):
         """Runs an operator and records the storages of its results; called by torch."""
         result = operator(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
+            if isinstance(leaf, Tensor) and self._is_counted(leaf):
                 self._record(leaf.untyped_storage())
         return result
+
+    def _is_counted(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self.device_type
 
     def _record(self, storage: torch.UntypedStorage) -> None:
         if id(storage) in self._numbers:
@@ -84,6 +87,10 @@ class AllocationTrace(TorchDispatchMode):
     def _record_freed(self, storage_id: int, number: int, num_bytes: int) -> None:
         del self._numbers[storage_id]
         self._changes.append((number, -num_bytes))
+
+    def live_now(self) -> int:
+        """Returns the bytes that are live at the moment."""
+        return sum(change for _, change in self._changes)
 
     def live_bytes(self, *, without: Iterable[Tensor] = ()) -> np.ndarray:
         """Returns the live bytes after each allocation, int64 [allocations].
@@ -159,7 +166,7 @@ def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool
     device = next(model.parameters()).device
     parts = [part for each in inputs.values() for view in each.views.values() for part in view]
     trace = AllocationTrace(device, [*model.parameters(), *model.buffers(), *parts])
-    with _untouched(model, device):
+    with untouched(model, device):
         with trace:
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 features = model([inputs])
@@ -171,9 +178,15 @@ def _live_bytes(model: ContrastiveModel, inputs: EncoderInputs, *, is_bf16: bool
 
 
 @contextmanager
-def _untouched(model: ContrastiveModel, device: torch.device) -> Iterator[None]:
-    """Clears gradients and restores random number generators at the end. Disables garbage
-    collection in the block, so that all passes free their tensors in the same order."""
+def untouched(model: ContrastiveModel, device: torch.device) -> Iterator[None]:
+    """Returns a context that clears gradients and restores random number generators at its end.
+
+    Garbage is not collected in it, so that all passes free their tensors in the same order.
+
+    Args:
+        model: model whose gradients are cleared.
+        device: device of the model.
+    """
     devices = [device] if device.type == "cuda" else []
     was_collecting = gc.isenabled()
     gc.disable()

@@ -1,0 +1,1 @@
+"""Models of fake tensors, which have shapes and types but no values."""

@@ -1,0 +1,1 @@
+"""Plans of runs without data, weights or GPUs: FLOPs, memory, traffic, time and checkpoints."""
