@@ -157,7 +157,9 @@ def write_missing_shards(
 def dry_run(config: EmbedConfig) -> None:
     """Checks the paths without loading the model, and prints what would be embedded."""
     check_output_folder(config.output, key="output")
-    find_model(config.checkpoint, architecture=config.open_clip_architecture)
+    find_model(
+        config.checkpoint, architecture=config.open_clip_architecture, weights=config.weights
+    )
     dataset = Dataset(config.dataset)
     names = [row.name for row in dataset.manifest]
     for views, folder in _parts_of(config, dataset):

@@ -41,7 +41,9 @@ def run(config: EvaluateConfig) -> None:
 def dry_run(config: EvaluateConfig) -> None:
     """Checks the files of every task, and prints what would be measured."""
     check_output_folder(config.output, key="output")
-    find_model(config.checkpoint, architecture=config.open_clip_architecture)
+    find_model(
+        config.checkpoint, architecture=config.open_clip_architecture, weights=config.weights
+    )
     found = read_tasks(config.evaluations, skip_missing=config.skip_missing, seed=config.seed)
     for task in found.present:
         say(task.description())

@@ -106,7 +106,9 @@ def _open(config: SearchConfig) -> EvaluationSet:
 def dry_run(config: SearchConfig) -> None:
     """Checks the model and the dataset, and prints what would be indexed and served."""
     check_output_folder(config.output, key="output")
-    find_model(config.checkpoint, architecture=config.open_clip_architecture)
+    find_model(
+        config.checkpoint, architecture=config.open_clip_architecture, weights=config.weights
+    )
     dataset = _open(config)
     say(
         f"would index {len(dataset):,} {', '.join(_views_of(config, dataset))} items of "

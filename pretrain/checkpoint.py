@@ -3,6 +3,9 @@
     step_00001000/
       model-00002-of-00004.safetensors       fp32 parameters: the slices of the second of four ranks
       optimizer-00002-of-00004.safetensors   the same for the optimizer's moments
+      ema-00002-of-00004.safetensors         the same for averages of the weights (optimizer.ema)
+      optimizer-scalars.json                 numbers of the optimizer's state, if it has any that do
+                                             not follow from the number of updates
       buffers.safetensors                    persistent buffers of the model, if it has any
       config.yaml                            resolved config of the run
       assets/                                tokenizer and tower configs that libraries do not ship
@@ -10,8 +13,8 @@
                                              file; written last
 
 Tensors are flattened. Each entry of a file is a slice, "<key>/<parameter>@<offset>", where the key
-is "parameter" or the name of a moment (see checkpoints/slice_file.py). Which rank writes which
-slices depends on the strategy and the number of processes; reading does not.
+is "parameter", "ema" or the name of a moment (see checkpoints/slice_file.py). Which rank writes
+which slices depends on the strategy and the number of processes; reading does not.
 
 A folder is a valid checkpoint only if checkpoint.json exists and every checksum agrees. No file is
 a pickle.
@@ -19,6 +22,7 @@ a pickle.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -35,11 +39,16 @@ from data_prep.config_file import read_stored_config, to_yaml
 from data_prep.errors import InputError, RunError
 from data_prep.storage.remote_file import join, local_path, open_binary
 from pretrain.checkpoints.download import download_model, verify_model
-from pretrain.checkpoints.record import CheckpointRecord, read_record
+from pretrain.checkpoints.record import (
+    EMA_PREFIX,
+    CheckpointRecord,
+    WeightsKind,
+    read_record,
+)
 from pretrain.checkpoints.slice_file import SliceIndex, StoredSlice, read_slices
 from pretrain.checkpoints.state import (
     BUFFERS_FILE,
-    PARAMETER,
+    SCALARS_FILE,
     load_slices,
     read_whole,
     shapes_of,
@@ -56,9 +65,10 @@ from pretrain.checkpoints.store import (
 from pretrain.config import PretrainConfig
 from pretrain.data.transforms import MediaTransform, build_transforms
 from pretrain.distributed.collectives import gather_objects, on_main_process, rank, world_size
-from pretrain.distributed.tensor_slice import TensorSlice
+from pretrain.distributed.tensor_slice import PARAMETER, TensorSlice
 from pretrain.model.contrastive_model import ContrastiveModel, build_model
 from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
+from pretrain.settings.optimizers import EMA
 
 if TYPE_CHECKING:
     from pretrain.distributed.engine import Engine
@@ -149,7 +159,7 @@ def open_checkpoint(location: str) -> VerifiedCheckpoint:
     try:
         for name in sorted(record.files)[rank() :: world_size()]:
             verify_file(location, name, record.files[name])
-            if name.startswith(("model-", "optimizer-")):
+            if name.endswith(".safetensors") and name != BUFFERS_FILE:
                 found += _slices_in(location, name)
     except (DamagedCheckpointError, OSError) as raised:
         error = raised
@@ -185,6 +195,10 @@ def _record_or_damage(
         return None, error
 
 
+def _read_scalars(location: str, record: CheckpointRecord) -> dict[str, dict[str, float]]:
+    return json.loads(read_file(location, SCALARS_FILE)) if SCALARS_FILE in record.files else {}
+
+
 def _slices_in(location: str, name: str) -> list[StoredSlice]:
     path = join(location, name)
 
@@ -198,6 +212,8 @@ def _slices_in(location: str, name: str) -> list[StoredSlice]:
 def restore(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
     """Loads a checkpoint into an engine; every rank must call it.
 
+    If the checkpoint has no averages of the weights, those of the engine begin with its weights.
+
     Raises:
         InputError: if the checkpoint belongs to a different model.
     """
@@ -205,25 +221,35 @@ def restore(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
     state = checkpoint.record.state
     engine.open_groups(state.step, updates_before=state.num_updates_before)
     _refuse_missing_moments(engine, checkpoint)
-    _load_model(engine, checkpoint, has_moments=True)
-    engine.after_load(num_updates=state.num_updates)
+    has_ema = checkpoint.record.has_ema
+    _load_model(engine, checkpoint, is_loaded=lambda held: held.key != EMA or has_ema)
+    engine.after_load(
+        num_updates=state.num_updates,
+        scalars=_read_scalars(checkpoint.location, checkpoint.record),
+    )
+    if not has_ema:
+        engine.begin_averages()
 
 
 def restore_weights(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
     """Loads the parameters and buffers of a checkpoint into an engine; every rank must call it.
 
-    The optimizer keeps the state of a new run: no updates, and moments of zero.
+    The optimizer keeps the state of a new run: no updates, moments of zero, and averages that begin
+    with the weights.
 
     Raises:
         InputError: if the checkpoint belongs to a different model.
     """
     refuse_other_shapes(checkpoint, shapes_of(engine.model))
-    _load_model(engine, checkpoint, has_moments=False)
+    _load_model(engine, checkpoint, is_loaded=lambda held: held.key == PARAMETER)
     engine.after_load(num_updates=0)
+    engine.begin_averages()
 
 
-def _load_model(engine: Engine, checkpoint: VerifiedCheckpoint, *, has_moments: bool) -> None:
-    load_slices(engine, checkpoint.location, checkpoint.index, has_moments=has_moments)
+def _load_model(
+    engine: Engine, checkpoint: VerifiedCheckpoint, *, is_loaded: Callable[[TensorSlice], bool]
+) -> None:
+    load_slices(engine, checkpoint.location, checkpoint.index, is_loaded=is_loaded)
     engine.model.load_state_dict(
         _read_buffers(checkpoint.location, checkpoint.record), strict=False
     )
@@ -255,7 +281,11 @@ def refuse_other_shapes(checkpoint: VerifiedCheckpoint, shapes: dict[str, tuple[
 
 
 def _refuse_missing_moments(engine: Engine, checkpoint: VerifiedCheckpoint) -> None:
-    own = {held.slice.tensor: held.slice.parameter for held in engine.slices()}
+    own = {
+        held.slice.tensor: held.slice.parameter
+        for held in engine.slices()
+        if held.slice.key != EMA or checkpoint.record.has_ema
+    }
     names = {name for tensor, name in own.items() if not checkpoint.index.has(tensor)}
     missing = sorted(set().union(*gather_objects(names)))
     if missing:
@@ -275,16 +305,17 @@ def _read_buffers(location: str, record: CheckpointRecord) -> dict[str, Tensor]:
 # ------------------------------------------------------------------- used by consumers of a model
 
 
-def find_checkpoint(folder: str | Path) -> Path:
+def find_checkpoint(folder: str | Path, *, weights: WeightsKind = "plain") -> Path:
     """Finds a checkpoint and verifies the files of its model.
 
     Args:
         folder: path or URL of a checkpoint, or of a run folder, whose newest checkpoint is used.
             A remote checkpoint is downloaded to the user's cache, without the optimizer's files.
+        weights: weights that will be read.
 
     Raises:
-        InputError: if there is no checkpoint, or it is damaged. There is no silent fallback to an
-            older one.
+        InputError: if there is no checkpoint, it is damaged, or it does not hold the weights. There
+            is no silent fallback to an older one.
         RunError: if the network or the server fails.
     """
     locations = find_locations(str(folder))
@@ -295,9 +326,10 @@ def find_checkpoint(folder: str | Path) -> Path:
         )
     try:
         record = read_record(locations[0])
+        record.refuse_missing_ema(weights, location=locations[0])
         if local_path(locations[0]) is None:
-            return download_model(locations[0], record)
-        verify_model(locations[0], record)
+            return download_model(locations[0], record, weights=weights)
+        verify_model(locations[0], record, weights=weights)
     except DamagedCheckpointError as error:
         others = ", ".join(locations[1:])
         advice = f"use an older one: {others}" if others else "there is no older one"
@@ -310,27 +342,28 @@ def find_checkpoint(folder: str | Path) -> Path:
 
 
 def load_model(
-    folder: str | Path, *, device: str = "cpu"
+    folder: str | Path, *, device: str = "cpu", weights: WeightsKind = "plain"
 ) -> tuple[ContrastiveModel, dict[str, MediaTransform], Tokenizer | None]:
     """Loads a trained model in evaluation mode.
 
     Args:
         folder: path or URL of a checkpoint, or of a run folder, whose newest checkpoint is used.
         device: device of the model.
+        weights: "plain", or "ema": the averages that a run with optimizer.ema keeps.
 
     Returns:
         (model, {modality: transform} of images and clips, tokenizer of texts or None)
 
     Raises:
-        InputError: if there is no checkpoint, or it is damaged.
+        InputError: if there is no checkpoint, it is damaged, or it does not hold the weights.
     """
-    checkpoint = find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder, weights=weights)
     config = read_stored_config(PretrainConfig, checkpoint / "config.yaml")
     assets = checkpoint / "assets"
     tokenizer = build_text_tokenizer(config.model, assets=assets)
     model = build_model_of(config, tokenizer, assets=assets)
     try:
-        model.load_state_dict(read_model_state(checkpoint))
+        model.load_state_dict(read_model_state(checkpoint, weights=weights))
     except DamagedCheckpointError as error:
         raise InputError(f"damaged checkpoint: {error}; name an older one") from None
     model = model.to(torch.device(device)).eval().requires_grad_(False)
@@ -368,18 +401,30 @@ def build_model_of(
     )
 
 
-def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
+def read_model_state(checkpoint: Path, *, weights: WeightsKind = "plain") -> dict[str, Tensor]:
     """Reads the parameters and persistent buffers of a checkpoint, for `load_state_dict`.
 
     Args:
         checkpoint: folder of the checkpoint.
+        weights: weights to read. Frozen parameters have no averages and are always plain.
+
+    Raises:
+        InputError: if the checkpoint does not hold the weights.
     """
     record = read_record(checkpoint)
     location = str(checkpoint)
-    names = [name for name in record.files if name.startswith("model-")]
+    record.refuse_missing_ema(weights, location=location)
+    names = [name for name in record.files_of(weights) if name.startswith(("model-", EMA_PREFIX))]
     index = SliceIndex(each for name in names for each in _slices_in(location, name))
     refuse_missing_parameters(location, record, index)
-    sizes = {f"{PARAMETER}/{name}": prod(shape) for name, shape in record.shapes.items()}
-    values = read_whole(location, index, sizes=sizes)
-    state = {n: values[f"{PARAMETER}/{n}"].view(shape) for n, shape in record.shapes.items()}
+    tensors = {
+        name: f"{EMA}/{name}" if index.has(f"{EMA}/{name}") else f"{PARAMETER}/{name}"
+        for name in record.shapes
+    }
+    sizes = {tensors[name]: prod(shape) for name, shape in record.shapes.items()}
+    try:
+        values = read_whole(location, index, sizes=sizes)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{location}/{RECORD}: {error}") from None
+    state = {name: values[tensors[name]].view(shape) for name, shape in record.shapes.items()}
     return state | _read_buffers(location, record)

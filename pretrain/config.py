@@ -26,6 +26,7 @@ from pretrain.settings.model import PLAIN_NAMES, Model
 from pretrain.settings.objectives import ModuleUse
 from pretrain.settings.old_form import describe_new_form, has_old_form, in_new_form
 from pretrain.settings.optimizer import Optimizer, Schedule
+from pretrain.settings.optimizers import OPTIMIZERS
 from pretrain.settings.preflight import Preflight
 from pretrain.settings.transforms import AudioTransform, ImageTransform
 from pretrain.settings.views import View, own_features
@@ -96,6 +97,8 @@ class Validation(Section):
     """Loss and in-batch recall on held-out pairs during training."""
 
     every_steps: PositiveInt = free(1000)
+    # measure the averages of the weights (optimizer.ema), too: metrics `validation_ema`
+    ema: bool = free(False)
     streams: dict[StreamName, ValidationSource] = {}
 
 
@@ -272,6 +275,23 @@ class PretrainConfig(Section):
         for name in self.validation.streams:
             if name not in self.streams:
                 raise ValueError(f"validation.streams.{name}: expected one of {list(self.streams)}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> PretrainConfig:
+        reason, strategy = self.optimizer.row.needs_whole, self.engine.strategy
+        if reason is not None and strategy in ("zero1", "zero2", "zero3"):
+            others = [name for name, row in OPTIMIZERS.items() if row.needs_whole is None]
+            raise ValueError(
+                f"optimizer.name={self.optimizer.name} with engine.strategy={strategy}: it needs "
+                f"whole tensors, because {reason}, and this strategy gives every process parts of "
+                f"them; use engine.strategy=ddp or zero0, or one of {', '.join(others)}"
+            )
+        if self.validation.ema and self.optimizer.ema is None:
+            raise ValueError(
+                "validation.ema=true measures averages of the weights, which the run does not "
+                "keep: set optimizer.ema, such as optimizer.ema.decay=0.9999, or remove it"
+            )
         return self
 
     @model_validator(mode="after")

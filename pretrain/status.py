@@ -180,12 +180,14 @@ def _newest_metrics(rows: Sequence[dict[str, Any]]) -> list[str]:
     validations = [row for row in rows if "validation" in row]
     if validations:
         row = validations[-1]
-        losses = "; ".join(
-            f"{name} loss {values['loss']:.4g}"
-            for name, values in row["validation"].items()
-            if "loss" in values
-        )
-        lines.append(f"validation at step {row['step']:,}: {losses}")
+        for kind in ("validation", "validation_ema"):
+            losses = "; ".join(
+                f"{name} loss {values['loss']:.4g}"
+                for name, values in row.get(kind, {}).items()
+                if "loss" in values
+            )
+            if kind in row:
+                lines.append(f"{kind} at step {row['step']:,}: {losses}")
     return lines
 
 

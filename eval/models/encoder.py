@@ -26,7 +26,7 @@ from eval.models.loaded_model import LoadedModel, ModelOrigin, normalized
 from eval.models.model_source import ModelSource, find_model
 from eval.models.preprocessing import FrontEnd, MediaFrontEnd, VectorFrontEnd
 from pretrain.checkpoint import find_checkpoint, load_model
-from pretrain.checkpoints.record import CheckpointRecord, read_record
+from pretrain.checkpoints.record import CheckpointRecord, WeightsKind, read_record
 from pretrain.config import PretrainConfig
 from pretrain.settings.views import View
 
@@ -208,7 +208,9 @@ def load_encoder(config: EncodingConfig) -> Encoder:
     # TF32 rounds inputs to 10 mantissa bits, which reorders near-ties.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    source = find_model(config.checkpoint, architecture=config.open_clip_architecture)
+    source = find_model(
+        config.checkpoint, architecture=config.open_clip_architecture, weights=config.weights
+    )
     loaded = load_any_model(source)
     front_ends: dict[str, FrontEnd] = {
         modality: MediaFrontEnd(
@@ -248,12 +250,12 @@ def load_any_model(source: ModelSource) -> LoadedModel:
         from eval.models.hugging_face_model import load_hugging_face
 
         return load_hugging_face(source)
-    return _load_isopair(source.path)
+    return _load_isopair(source.path, source.weights)
 
 
-def _load_isopair(path: Path) -> LoadedModel:
-    checkpoint = find_checkpoint(path)
-    model, transforms, tokenizer = load_model(checkpoint)
+def _load_isopair(path: Path, weights: WeightsKind) -> LoadedModel:
+    checkpoint = find_checkpoint(path, weights=weights)
+    model, transforms, tokenizer = load_model(checkpoint, weights=weights)
     record = read_record(checkpoint)
     settings = {
         modality: transform.config.model_dump(mode="json")
@@ -265,7 +267,11 @@ def _load_isopair(path: Path) -> LoadedModel:
         if kind == "vector"
     }
     origin = ModelOrigin(
-        "isopair", checkpoint, record.model_sha256, record.state.step, tuple(record.state.tags)
+        "isopair",
+        checkpoint,
+        record.sha256_of(weights),
+        record.state.step,
+        tuple(record.state.tags),
     )
     config = _stored_config(checkpoint, record)
     return LoadedModel(

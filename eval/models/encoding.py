@@ -18,6 +18,8 @@ class EncodingConfig(Section):
     checkpoint: Path
     # open_clip's name of the architecture, such as ViT-B-32, if checkpoint is a weights file
     open_clip_architecture: str | None = None
+    # Of a checkpoint of Isopair: plain, or ema: the averages that a run with optimizer.ema keeps
+    weights: Literal["plain", "ema"] = "plain"
     batch_size: PositiveInt = 128  # media items or captions; affects memory and speed only
     workers: int = Field(0, ge=0)  # worker processes that read and decode; 0: the main process
     # Precision of the towers; embeddings and scores are always float32

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from data_prep.errors import InputError
+from pretrain.checkpoints.record import WeightsKind
 from pretrain.checkpoints.store import find_locations
 from pretrain.model.source_files import fingerprint_of_files
 
@@ -36,18 +37,34 @@ class ModelSource:
     library: Library
     path: Path
     architecture: str | None = None  # open_clip's name, if the path is a weights file
+    weights: WeightsKind = "plain"  # of a checkpoint of Isopair
 
 
-def find_model(checkpoint: Path, *, architecture: str | None = None) -> ModelSource:
+def find_model(
+    checkpoint: Path, *, architecture: str | None = None, weights: WeightsKind = "plain"
+) -> ModelSource:
     """Finds the model at a path and detects its library.
 
     Args:
         checkpoint: path in one of the forms listed in the module's docstring.
         architecture: open_clip's name of the architecture, for a weights file.
+        weights: kind of weights; only checkpoints of Isopair have others than plain ones.
 
     Raises:
-        InputError: if the model is missing, or its type is not supported.
+        InputError: if the model is missing, its type is not supported, or it has no such weights.
     """
+    source = _find_model(checkpoint, architecture=architecture)
+    if weights == "plain":
+        return source
+    if source.library != "isopair":
+        raise InputError(
+            f"{checkpoint}: weights={weights} needs a checkpoint of Isopair, found a model of "
+            f"{source.library}; remove weights"
+        )
+    return replace(source, weights=weights)
+
+
+def _find_model(checkpoint: Path, *, architecture: str | None) -> ModelSource:
     path = Path(str(checkpoint).removeprefix(LOCAL_DIR))
     if architecture is not None:
         if not path.is_file():

@@ -112,12 +112,16 @@ def _by_stream(rows: Sequence[Mapping[str, Any]], key: str) -> Series:
 def _validation_recalls(rows: Sequence[Mapping[str, Any]]) -> Series:
     series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for row in rows:
-        for stream, metrics in row.get("validation", {}).items():
-            for direction in ("media_to_text", "text_to_media"):
-                if f"{direction}_recall@1" in metrics:
-                    name = f"{stream}, {direction.replace('_', ' ')}"
-                    series[name][0].append(row["step"])
-                    series[name][1].append(metrics[f"{direction}_recall@1"])
+        found = [
+            (f"{stream}, {direction.replace('_', ' ')}{suffix}", metrics[f"{direction}_recall@1"])
+            for kind, suffix in (("validation", ""), ("validation_ema", ", EMA"))
+            for stream, metrics in row.get(kind, {}).items()
+            for direction in ("media_to_text", "text_to_media")
+            if f"{direction}_recall@1" in metrics
+        ]
+        for name, value in found:
+            series[name][0].append(row["step"])
+            series[name][1].append(value)
     return dict(series)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.errors import InputError
 from data_prep.storage.remote_file import is_url, points_outside
@@ -27,6 +27,8 @@ from pretrain.checkpoints.store import (
     read_file,
 )
 
+WeightsKind = Literal["plain", "ema"]  # the trained weights, or their averages
+OPTIMIZER_PREFIX, EMA_PREFIX = "optimizer-", "ema-"  # of files that plain weights do not need
 FORMAT_VERSION = 3
 UNSEALED_VERSION = 2  # its records hold no checksum of themselves
 TAGS_KEY = "marks"  # name of RunState.tags in the file
@@ -80,15 +82,39 @@ class CheckpointRecord:
         return to_sealed_json(values | {"files": files}, indent=1)
 
     @property
-    def model_files(self) -> dict[str, StoredFile]:
-        """The files needed to rebuild the model: all except the optimizer's."""
-        return {n: file for n, file in self.files.items() if not n.startswith("optimizer-")}
+    def has_ema(self) -> bool:
+        """Whether the checkpoint holds averages of the trained weights."""
+        return any(name.startswith(EMA_PREFIX) for name in self.files)
 
     @property
     def model_sha256(self) -> str:
-        """A checksum over the checksums of `model_files`."""
-        sums = {name: file.sha256 for name, file in self.model_files.items()}
+        """A checksum of the model with its plain weights."""
+        return self.sha256_of("plain")
+
+    def files_of(self, weights: WeightsKind) -> dict[str, StoredFile]:
+        """Returns the files needed to rebuild the model with its plain weights or their averages.
+
+        Frozen parameters have no averages, so the averages need all files of the model.
+        """
+        others = (OPTIMIZER_PREFIX,) if weights == "ema" else (OPTIMIZER_PREFIX, EMA_PREFIX)
+        return {name: file for name, file in self.files.items() if not name.startswith(others)}
+
+    def sha256_of(self, weights: WeightsKind) -> str:
+        """Returns a checksum over the checksums of `files_of`."""
+        sums = {name: file.sha256 for name, file in self.files_of(weights).items()}
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+    def refuse_missing_ema(self, weights: WeightsKind, *, location: str) -> None:
+        """Checks that the checkpoint holds the weights.
+
+        Raises:
+            InputError: if they are averages, and it holds none.
+        """
+        if weights == "ema" and not self.has_ema:
+            raise InputError(
+                f"{location}: expected averages of the weights (weights: ema), found none: the run "
+                "was trained without optimizer.ema; use weights: plain"
+            )
 
 
 def read_record(location: str | Path) -> CheckpointRecord:

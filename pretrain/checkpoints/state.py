@@ -7,7 +7,8 @@ number of processes and the strategy may differ between saving and loading.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,14 +23,16 @@ from data_prep.storage.remote_file import join, open_binary
 from pretrain.checkpoints.slice_file import SliceIndex, file_chunks, read_values
 from pretrain.checkpoints.store import retry_remote
 from pretrain.distributed.collectives import broadcast_from, rank, world_size
-from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
+from pretrain.distributed.tensor_slice import PARAMETER, HeldSlice, TensorSlice
+from pretrain.settings.optimizers import EMA
 
 if TYPE_CHECKING:
     from pretrain.distributed.engine import Engine
     from pretrain.model.contrastive_model import ContrastiveModel
 
-PARAMETER = "parameter"  # key of the slices of the model itself
 BUFFERS_FILE = "buffers.safetensors"
+SCALARS_FILE = "optimizer-scalars.json"
+FILE_KINDS = {PARAMETER: "model", EMA: "ema"}  # of slices by key; the others: optimizer
 
 
 def slices_to_write(
@@ -91,7 +94,7 @@ class StateCopy:
         files: dict[str, list[HeldSlice]] = {}
         held = self._engine.slices()
         for each in slices_to_write(held, rank=rank(), world_size=world_size()):
-            kind = "model" if each.slice.key == PARAMETER else "optimizer"
+            kind = FILE_KINDS.get(each.slice.key, "optimizer")
             name = f"{kind}-{rank() + 1:05d}-of-{world_size():05d}.safetensors"
             files.setdefault(name, []).append(each)
         return files
@@ -150,8 +153,21 @@ def buffer_file(model: ContrastiveModel) -> dict[str, bytes]:
     return {BUFFERS_FILE: save(buffers)} if buffers else {}
 
 
+def scalar_file(engine: Engine) -> dict[str, bytes]:
+    """Returns {file name: content} of the optimizer's numbers; empty if it has none.
+
+    Every rank holds the same numbers.
+    """
+    scalars = engine.scalars()
+    return {SCALARS_FILE: json.dumps(scalars, indent=1).encode()} if scalars else {}
+
+
 def load_slices(
-    engine: Engine, location: str, index: SliceIndex, *, has_moments: bool = True
+    engine: Engine,
+    location: str,
+    index: SliceIndex,
+    *,
+    is_loaded: Callable[[TensorSlice], bool] = lambda held: True,
 ) -> None:
     """Loads a checkpoint's values into an engine; every rank must call it.
 
@@ -161,13 +177,13 @@ def load_slices(
         engine: engine whose slices are overwritten.
         location: path or URL of the checkpoint.
         index: index of the checkpoint's files.
-        has_moments: whether to load the optimizer's moments with the parameters.
+        is_loaded: returns whether to load a slice; the others stay as they are.
 
     Raises:
         ValueError: if the files lack elements.
         OSError: if a file cannot be read.
     """
-    held = [each for each in engine.slices() if has_moments or each.slice.key == PARAMETER]
+    held = [each for each in engine.slices() if is_loaded(each.slice)]
     shared = [each for each in held if each.is_replicated and world_size() > 1]
     readers = _divide([each.slice.length for each in shared])
     read_here = [each for each, reader in zip(shared, readers, strict=True) if reader == rank()]

@@ -22,7 +22,13 @@ import torch
 
 from data_prep.errors import RunError
 from pretrain.checkpoints.record import CheckpointRecord, RunState
-from pretrain.checkpoints.state import CopiedFile, StateCopy, buffer_file, shapes_of
+from pretrain.checkpoints.state import (
+    CopiedFile,
+    StateCopy,
+    buffer_file,
+    scalar_file,
+    shapes_of,
+)
 from pretrain.checkpoints.store import RECORD, CheckpointStore, StoredFile, write_file
 from pretrain.config import Run
 from pretrain.distributed.collectives import (
@@ -155,7 +161,9 @@ class CheckpointWriter:
                     previous_step,
                 )
         files = self._copy.take()
-        others = buffer_file(self.engine.model) | self._model_files if rank() == 0 else {}
+        others = {}
+        if rank() == 0:
+            others = buffer_file(self.engine.model) | scalar_file(self.engine) | self._model_files
         now = self._clock()
         partial = self.store.partial(state.step, self.attempt)
         task = _Task(lambda: self._write(partial, files, others))

@@ -12,7 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
+from pretrain.distributed.tensor_slice import PARAMETER, HeldSlice, TensorSlice
 from pretrain.optimization.unfreezing import Unfreezing, learning_rates
+from pretrain.settings.optimizers import EMA
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
         OnView,
         StepFeatures,
     )
+    from pretrain.optimization.optimizer import RunOptimizer
 
-OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")  # of the default optimizer, AdamW
 
 
 class Engine:
@@ -51,7 +53,7 @@ class Engine:
         accelerator: Accelerator,
         *,
         model: ContrastiveModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: RunOptimizer,
         gradient_clipping: float | None,
     ) -> None:
         self.accelerator = accelerator
@@ -60,6 +62,7 @@ class Engine:
         self.model = model.to(accelerator.device)
         self.optimizer = optimizer
         self.unfreezing = Unfreezing(self.model, optimizer)
+        self._names_of_groups = _names_of_groups(model, optimizer)
         self._wrap()
 
     def _wrap(self) -> None:
@@ -133,7 +136,7 @@ class Engine:
             FloatingPointError: if the norm is not finite. The gradients are dropped, and
                 parameters and optimizer state are unchanged.
         """
-        self._set_learning_rate(learning_rate)
+        self._prepare_optimizer(learning_rate)
         norm = self.accelerator.clip_grad_norm_(
             self._wrapped_model.parameters(), self.gradient_clipping
         ).item()
@@ -171,7 +174,8 @@ class Engine:
         """Drops the accumulated gradients without taking a step."""
         self._wrapped_optimizer.zero_grad()
 
-    def _set_learning_rate(self, learning_rate: float) -> None:
+    def _prepare_optimizer(self, learning_rate: float) -> None:
+        self.optimizer.num_updates = self.num_updates
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate_scale", 1.0)
 
@@ -181,15 +185,15 @@ class Engine:
         return learning_rates(self.optimizer.param_groups)
 
     def slices(self) -> Iterator[HeldSlice]:
-        """Yields the slices that this rank holds of all parameters and optimizer moments.
+        """Yields the slices that this rank holds of all parameters and of the optimizer's tensors.
 
-        Frozen parameters, and those that are not trained yet, have no moments.
+        The slices of a parameter follow it. Frozen parameters, and those that are not trained yet,
+        have none.
         """
         for name, parameter in self.model.named_parameters():
-            values_by_key = {"parameter": parameter.data}
+            values_by_key = {PARAMETER: parameter.data}
             if self._is_trained(name, parameter):
-                state = self._state_of(parameter)
-                values_by_key |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
+                values_by_key |= self.optimizer.tensors_of(parameter)
             for key, values in values_by_key.items():
                 held = TensorSlice(f"{key}/{name}", 0, values.numel())
                 yield HeldSlice(held, values.view(-1), is_replicated=True)
@@ -198,26 +202,74 @@ class Engine:
         """Whether a parameter is trained now, and has moments."""
         return parameter.requires_grad and self.unfreezing.is_open(name)
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The optimizer's state of a tensor, created before the first step."""
-        state = self.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0, device=parameter.device)
-            state |= {moment: torch.zeros_like(parameter) for moment in OPTIMIZER_MOMENTS}
-        return state
+    def scalars(self) -> dict[str, dict[str, float]]:
+        """Returns {parameter: {name: number}} of the optimizer's state, equal on all ranks.
 
-    def after_load(self, *, num_updates: int) -> None:
-        """Sets the optimizer's step count; must be called after writing to `slices`."""
+        It leaves out numbers that follow from the number of updates.
+        """
+        groups = zip(self._names_of_groups, self.optimizer.scalars, strict=True)
+        return {name: values for names, values in groups if values for name in names}
+
+    def after_load(
+        self, *, num_updates: int, scalars: Mapping[str, Mapping[str, float]] | None = None
+    ) -> None:
+        """Sets the numbers of the optimizer's state; must be called after writing to `slices`.
+
+        Args:
+            num_updates: optimizer updates applied so far.
+            scalars: result of `scalars`.
+        """
         self.num_updates = num_updates
         for name, tensor in self._tensors_of_state():
             updates = num_updates - self.unfreezing.missed_updates(name)
-            self._state_of(tensor)["step"].fill_(float(updates))
+            self.optimizer.set_updates(tensor, updates)
+        self.optimizer.set_scalars(
+            [(scalars or {}).get(names[0], {}) for names in self._names_of_groups]
+        )
+        self._refresh_model()
 
     def _tensors_of_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name of a parameter that is trained now, tensor that the optimizer updates for it)"""
         for name, parameter in self.model.named_parameters():
             if self._is_trained(name, parameter):
                 yield name, parameter
+
+    def _refresh_model(self) -> None:
+        """Copies the tensors that the optimizer updates into the model, if they are others."""
+
+    # ----------------------------------------------------------------------------------- EMA
+
+    @torch.no_grad()
+    def begin_averages(self) -> None:
+        """Sets the averages of the weights to the weights."""
+        for parameter, average in self._averages():
+            average.copy_(parameter)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Returns a context in which the model has the averages as weights.
+
+        An error inside ends the run, so it is left as it is: only some ranks may have raised it.
+        """
+        self._swap_averages()
+        yield
+        self._swap_averages()
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        for parameter, average in self._averages():
+            weights = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weights)
+        self._refresh_model()
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(slice of a trained parameter, the same slice of its average)"""
+        for held in self.slices():
+            if held.slice.key == PARAMETER:
+                parameter = held.values
+            elif held.slice.key == EMA:
+                yield parameter, held.values
 
     def init_trackers(
         self, config: Mapping[str, Any], *, run_folder: Path, num_steps_done: int
@@ -252,6 +304,11 @@ class Engine:
         del self._wrapped_model, self._wrapped_optimizer
         self.accelerator.free_memory()
         del group
+
+
+def _names_of_groups(model: ContrastiveModel, optimizer: RunOptimizer) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(each)] for each in group["params"]] for group in optimizer.param_groups]
 
 
 def refuse_non_finite_norm(norm: float) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate.utils import InitProcessGroupKwargs
 
     from pretrain.model.contrastive_model import ContrastiveModel
+    from pretrain.optimization.optimizer import RunOptimizer
 
 
 def start_accelerator(config: EngineConfig, *, run: Run) -> Accelerator:
@@ -94,7 +95,7 @@ def build_engine(
     *,
     strategy: str,
     model: ContrastiveModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: RunOptimizer,
     gradient_clipping: float | None,
 ) -> Engine:
     """Builds the engine of a strategy around a model and an optimizer over its parameters.

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+PARAMETER = "parameter"  # key of the slices of the model itself
+
 
 @dataclass(frozen=True)
 class TensorSlice:
     """A contiguous range of elements of a flattened tensor, without its values."""
 
-    tensor: str  # "<key>/<parameter>", where key is "parameter" or the name of a moment
+    tensor: str  # "<key>/<parameter>", where key is "parameter", or a name of the optimizer
     offset: int  # index of the first element in the flattened tensor
     length: int  # elements
 
@@ -24,7 +26,7 @@ class TensorSlice:
 
     @property
     def key(self) -> str:
-        """Kind of values: "parameter", "exp_avg" or "exp_avg_sq"."""
+        """Kind of values, such as "parameter", "exp_avg" or "ema"."""
         return self.tensor.partition("/")[0]
 
     @property

@@ -27,8 +27,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from data_prep.errors import InputError
 from pretrain.config import Engine as EngineConfig
 from pretrain.distributed.deepspeed_config import deepspeed_settings
-from pretrain.distributed.engine import OPTIMIZER_MOMENTS, Engine, refuse_non_finite_norm
-from pretrain.distributed.tensor_slice import HeldSlice, TensorSlice
+from pretrain.distributed.engine import Engine, refuse_non_finite_norm
+from pretrain.distributed.tensor_slice import PARAMETER, HeldSlice, TensorSlice
 
 
 def deepspeed_plugin(config: EngineConfig) -> DeepSpeedPlugin:
@@ -106,7 +106,7 @@ class ZeroEngine(Engine):
             FloatingPointError: if the norm is not finite. The gradients are dropped, and
                 parameters and optimizer state are unchanged.
         """
-        self._set_learning_rate(learning_rate)
+        self._prepare_optimizer(learning_rate)
         if self.stage == 0:
             parameters = self.model.parameters()
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clipping).item()
@@ -146,7 +146,7 @@ class ZeroEngine(Engine):
     # ---------------------------------------------------------------------------------- slices
 
     def slices(self) -> Iterator[HeldSlice]:
-        """Yields the slices that this rank holds of all parameters and optimizer moments.
+        """Yields the slices that this rank holds of all parameters and of the optimizer's tensors.
 
         From stage 1 on, they are views of the flat fp32 tensors that the optimizer updates.
         """
@@ -157,10 +157,9 @@ class ZeroEngine(Engine):
             flat, start, offset, length = self._locate(parameter)
             if length == 0:
                 continue
-            values_by_key = {"parameter": flat}
+            values_by_key = {PARAMETER: flat}
             if self._is_trained(name, parameter):
-                state = self._state_of(flat)
-                values_by_key |= {moment: state[moment] for moment in OPTIMIZER_MOMENTS}
+                values_by_key |= self.optimizer.tensors_of(flat)
             is_replicated = self.stage < 3 and not parameter.requires_grad
             for key, values in values_by_key.items():
                 held = TensorSlice(f"{key}/{name}", offset, length)
@@ -201,12 +200,7 @@ class ZeroEngine(Engine):
         group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         return self._zero.fp32_partitioned_groups_flat[group], start, offset, length
 
-    def after_load(self, *, num_updates: int) -> None:
-        """Sets the optimizer's step count and copies the flat tensors into the model.
-
-        Must be called after writing to `slices`.
-        """
-        super().after_load(num_updates=num_updates)
+    def _refresh_model(self) -> None:
         if self.stage in (1, 2):
             self._zero.update_lp_params()
         elif self.stage == 3:

@@ -22,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.optimization.parameter_traits import release_parts
 
+MISSED_UPDATES = "missed_updates"  # key of a group: updates before it was opened
+
 
 def only_open_groups(step: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an optimizer's `step` leave out closed groups."""
@@ -81,6 +83,7 @@ class Unfreezing:
             self._missed[self._from_step[name]] = updates_before(self._from_step[name])
         for group in self._optimizer.param_groups:
             group["is_open"] = group.get("from_step", 0) <= step or group["is_open"]
+            group[MISSED_UPDATES] = self._missed.get(group.get("from_step", 0), 0)
         parameters = dict(self._model.named_parameters())
         ids = {id(parameters[name]) for name in opened}
         for tower in self._model.towers.values() if opened else ():

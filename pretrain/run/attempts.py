@@ -48,6 +48,7 @@ OPTIONAL_METRICS_TYPES = {
     "total_loss": float | None,
     "grad_norm": float | None,
     "validation": dict[str, dict],
+    "validation_ema": dict[str, dict],
 }
 
 

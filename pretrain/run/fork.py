@@ -100,8 +100,8 @@ def check_start(config: PretrainConfig) -> None:
 
     Raises:
         InputError: if there is no run in the parent's folder, or it has no valid checkpoint to
-            start from. Also if it leaves no step to train, or opened other parameters, or if the
-            fork exists and was created with another run.fork.
+            start from. Also if it leaves no step to train, has another optimizer, or opened other
+            parameters. Also if the fork exists and was created with another run.fork.
     """
     run = config.run
     if run.parent is None:
@@ -114,6 +114,7 @@ def check_start(config: PretrainConfig) -> None:
             f"{run.parent}: expected the run to start from (run.fork, run.parent), found no "
             "config.yaml there; use the folder of a run, or remove these keys"
         )
+    _refuse_other_optimizer(config)
     for checkpoint in store_of_run(str(run.parent)).checkpoints():
         if run.start.step in (None, checkpoint.step):
             with suppress(DamagedCheckpointError):  # it is skipped when the fork begins, too
@@ -122,6 +123,16 @@ def check_start(config: PretrainConfig) -> None:
                 refuse_other_openings(config, step=step)
                 return
     refuse_missing_start(run)
+
+
+def _refuse_other_optimizer(config: PretrainConfig) -> None:
+    name, parent = config.optimizer.name, read_config_of_run(config.run.parent).optimizer.name
+    if config.run.start.schedule == "continue" and name != parent:
+        raise InputError(
+            f"optimizer.name={name}: the run would continue with the moments of {parent}, the "
+            f"optimizer of {config.run.parent} (run.fork, run.parent); keep optimizer.name="
+            f"{parent}, or set run.fork.schedule=restart to begin with its weights alone"
+        )
 
 
 def _refuse_other_start(run: Run) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import create_model
 
 from data_prep.config_file import Location, Section, free
@@ -23,6 +25,8 @@ class Start(_From):
     # tower of the source to take: image, audio, text, or a name of a run's modalities; null: the
     # one of the same name or kind
     tower: str | None = None
+    # of a run: plain, or ema: the averages that a run with optimizer.ema keeps
+    weights: Literal["plain", "ema"] = "plain"
     # interpolate positions and patches of another size; cut or extend positions of captions
     resample: bool = True
     # Patterns (* is anything) of tensors of the tower that the source need not have: they keep
@@ -34,3 +38,8 @@ class Start(_From):
     def location(self) -> str:
         """Path, URL or name of the source."""
         return getattr(self, "from")
+
+    @property
+    def source(self) -> str:
+        """Location and, unless they are plain, the kind of weights: what is read of the source."""
+        return self.location if self.weights == "plain" else f"{self.location} ({self.weights})"

@@ -35,7 +35,7 @@ from pretrain.model.source_files import tokenizer_files, tower_files
 from pretrain.model.tokenizer import Tokenizer, build_text_tokenizer
 from pretrain.model.vector_inputs import standardize_vectors
 from pretrain.monitoring.hang_watch import HangWatch
-from pretrain.optimization.optimizer import ClampedAdamW, build_optimizer
+from pretrain.optimization.optimizer import RunOptimizer, build_optimizer
 from pretrain.optimization.parameter_groups import describe_groups
 from pretrain.optimization.parameter_traits import refuse_untrained_streams, set_traits
 from pretrain.probe.towers import ProbeSettings, probe_model
@@ -363,7 +363,7 @@ def fingerprints_of(
     return loader.fingerprints() | held_out | teachers_by_key | mixing | draws | of_model
 
 
-def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> ClampedAdamW:
+def build_training_optimizer(config: PretrainConfig, model: ContrastiveModel) -> RunOptimizer:
     """Builds the optimizer of all parameters that are trained at any step."""
     return build_optimizer(
         config.optimizer,

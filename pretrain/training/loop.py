@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -241,17 +241,32 @@ class Trainer:
                 request = self._poll_requests()
             return request.stops
 
-        metrics = {}
+        if request.stops:
+            self.lacks_validation = True
+            return request
         with self.timer.phase("validation"):
-            for each in self.validation_sets:
-                current = each.after(self.run.num_steps_done)
-                found = None if request.stops else validate(self.engine, current, should_abort)
-                if found is None:
-                    self.lacks_validation = True
-                    return request
-                metrics |= found
+            metrics = {"validation": self._validation_metrics(should_abort)}
+            if self.settings.validation.ema and metrics["validation"] is not None:
+                with self.engine.averaged_weights():
+                    metrics["validation_ema"] = self._validation_metrics(should_abort)
+        if None in metrics.values():
+            self.lacks_validation = True
+            return request
         self.reporter.report_validation(metrics)
         return request
+
+    def _validation_metrics(
+        self, should_abort: Callable[[], bool]
+    ) -> dict[str, dict[str, float]] | None:
+        """Metrics of all sets with the engine's current weights; None if a request aborts them."""
+        metrics = {}
+        for each in self.validation_sets:
+            current = each.after(self.run.num_steps_done)
+            found = validate(self.engine, current, should_abort)
+            if found is None:
+                return None
+            metrics |= found
+        return metrics
 
     def _is_row_due(self, step: int, request: Request) -> bool:
         """Whether to write metrics: on schedule, and before anything that may end the attempt, so

@@ -38,6 +38,7 @@ def bytes_without_graph(
     width: int,
     batches_ahead: int,
     num_trained: int,
+    num_state_values: int,
     num_processes: int,
     device_type: str,
 ) -> dict[str, int]:
@@ -50,12 +51,17 @@ def bytes_without_graph(
         width: D.
         batches_ahead: steps loaded ahead.
         num_trained: number of trained parameters.
+        num_state_values: number of elements of the optimizer's tensors.
         num_processes: number of ranks.
         device_type: type of the device whose memory is counted.
     """
     return {
         "gradients and optimizer": optimizer_bytes(
-            config, num_trained=num_trained, num_processes=num_processes, device_type=device_type
+            config,
+            num_trained=num_trained,
+            num_state_values=num_state_values,
+            num_processes=num_processes,
+            device_type=device_type,
         ),
         "features and loss": loss_bytes(
             num_pairs=sum(num_rows for _, num_rows in layouts.values()),
@@ -69,13 +75,22 @@ def bytes_without_graph(
 
 
 def optimizer_bytes(
-    config: Engine, *, num_trained: int, num_processes: int, device_type: str
+    config: Engine,
+    *,
+    num_trained: int,
+    num_state_values: int | None = None,
+    num_processes: int,
+    device_type: str,
 ) -> int:
-    """Returns the bytes of gradients, their copies for other ranks, moments and ZeRO's fp32 copies.
+    """Returns the bytes of gradients, of the optimizer's tensors and of copies for a strategy.
+
+    The optimizer's tensors are moments and averages of the weights. Copies are gradients on their
+    way to other ranks, and ZeRO's fp32 copies.
 
     Args:
         config: config section `engine`.
         num_trained: number of trained parameters.
+        num_state_values: number of elements of the optimizer's tensors; None: two moments.
         num_processes: number of processes that the strategy partitions state over.
         device_type: type of the device whose memory is counted.
     """
@@ -83,7 +98,7 @@ def optimizer_bytes(
     all_bytes = FLOAT_BYTES * num_trained  # one fp32 value per trained parameter
     tuning = read_deepspeed_file(config)
     gradients = all_bytes  # not partitioned until the last micro-batch, with any strategy
-    moments = 2 * all_bytes
+    moments = 2 * all_bytes if num_state_values is None else FLOAT_BYTES * num_state_values
     if strategy in ("ddp", "zero0"):
         is_alone = strategy == "ddp" and num_processes == 1
         return gradients + moments + (0 if is_alone else all_bytes)

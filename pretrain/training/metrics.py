@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -215,19 +215,23 @@ class StepReporter:
             return {}
         return {"slowest_rank": asdict(slowest) | {"host": self.hosts[slowest.rank]}}
 
-    def report_validation(self, metrics: dict[str, dict[str, float]]) -> None:
-        """Writes one metrics row with the validation metrics of each "<stream>/<objective>"."""
+    def report_validation(self, metrics: Mapping[str, dict[str, dict[str, float]]]) -> None:
+        """Writes one metrics row with the validation metrics of each "<stream>/<objective>".
+
+        Args:
+            metrics: "validation": with the weights; "validation_ema": with their averages.
+        """
         if not self.run.is_writer:
             return
         step = self.run.num_steps_done
-        row = {"step": step, "validation": metrics}
-        self.run.write_metrics(row)
-        self.engine.log(flatten_numbers({"validation": metrics}), step=step)
-        shown = "; ".join(
-            f"{name} " + ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
-            for name, values in metrics.items()
-        )
-        self._say(f"step {step}: validation: {shown}")
+        self.run.write_metrics({"step": step, **metrics})
+        self.engine.log(flatten_numbers(metrics), step=step)
+        for kind, of_kind in metrics.items():
+            shown = "; ".join(
+                f"{name} " + ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
+                for name, values in of_kind.items()
+            )
+            self._say(f"step {step}: {kind}: {shown}")
 
     def close(self) -> None:
         """Closes the progress bar."""
@@ -241,7 +245,7 @@ class StepReporter:
             logger.info("%s", line)
 
 
-def flatten_numbers(values: dict[str, Any], *, prefix: str = "") -> dict[str, float]:
+def flatten_numbers(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float]:
     """Returns nested numbers under names joined by "/", without values that are not numbers."""
     flat: dict[str, float] = {}
     for key, value in values.items():

@@ -25,7 +25,9 @@ from pretrain.data.batch import StreamLayout
 from pretrain.distributed.collectives import gather_objects, rank, world_size
 from pretrain.model.contrastive_model import ContrastiveModel
 from pretrain.model.sample_dropout import patch_dropouts, set_patch_dropout
+from pretrain.optimization.optimizer import num_state_values
 from pretrain.settings.data import StreamName
+from pretrain.settings.optimizer import Optimizer
 from pretrain.training.activation_memory import MEASURED_ROWS, ActivationBytes, measure_activations
 from pretrain.training.memory_budget import (
     bytes_without_graph,
@@ -132,6 +134,7 @@ class StepSizes:
     contrasted_width: int  # numbers per sample and view that the losses of a stream read
     batches_ahead: int  # steps loaded ahead
     engine: Engine  # config section
+    optimizer: Optimizer  # config section
     # least fraction of patches that a step drops, if segments set it: its activations are largest
     patch_dropout: float | None = None
 
@@ -149,6 +152,7 @@ class StepSizes:
             batches_ahead=config.loading.batches_ahead,
             engine=config.engine,
             patch_dropout=min(config.image.patch_dropouts.values(), default=None),
+            optimizer=config.optimizer,
         )
 
 
@@ -285,13 +289,15 @@ def estimate_memory(
         num_processes: number of processes.
     """
     device_type = next(model.parameters()).device.type
+    trained = [each for each in model.parameters() if each.requires_grad]
     other_bytes = bytes_without_graph(
         sizes.engine,
         layouts,
         global_num_pairs=max(sizes.global_batch_sizes.values()),
         width=sizes.contrasted_width,
         batches_ahead=sizes.batches_ahead,
-        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_trained=sum(each.numel() for each in trained),
+        num_state_values=num_state_values(sizes.optimizer, trained),
         num_processes=num_processes,
         device_type=device_type,
     )

@@ -100,13 +100,13 @@ def start_fingerprints(starts: Mapping[str, Start]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     known: dict[str, str | None] = {}
     for kind, start in starts.items():
-        if start.location not in known:
+        if start.source not in known:
             try:
-                source = find_source(start.location, where=start_key(kind))
-                known[start.location] = source.fingerprint()
+                source = find_source(start.location, where=start_key(kind), weights=start.weights)
+                known[start.source] = source.fingerprint()
             except InputError:
-                known[start.location] = None
-        found[start_key(kind)] = known[start.location]
+                known[start.source] = None
+        found[start_key(kind)] = known[start.source]
     return found
 
 
@@ -132,36 +132,37 @@ def start_model(
     temperatures: dict[str, Mapping[str, Tensor]] = {}
     tables = []
     of_modules = starts_of_modules(modules or {})
-    places = {
-        start.location: f"{config.tower_key(name)}.start.from" for name, start in starts.items()
-    } | {
-        use.section.module_start.location: f"{use.where}.start.from" for use in of_modules.values()
-    }
-    tensors = {place: find_source(place, where=key).read() for place, key in places.items()}
+    places = [(start, f"{config.tower_key(name)}.start.from") for name, start in starts.items()]
+    places += [(use.section.module_start, f"{use.where}.start.from") for use in of_modules.values()]
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for start, key in places:
+        if start.source not in tensors:
+            found = find_source(start.location, where=key, weights=start.weights)
+            tensors[start.source] = found.read()
     for name, start in starts.items():
         kind = config.kinds[name]
-        layout = read_layout(tensors[start.location], kind=start.tower or kind)
+        layout = read_layout(tensors[start.source], kind=start.tower or kind)
         part = start.tower or (name if name in layout.towers else kind)
         library = config.towers[name].library
         where = f"{config.tower_key(name)}.start"
         refuse_other_spectrogram(
-            tensors[start.location],
+            tensors[start.source],
             model.towers[name].input_stage,
             where=f"{where}.from={start.location}",
         )
         rows = start_tower(
             model.towers[name], layout, start, part=part, where=where, library=library
         )
-        temperatures[start.location] = layout.temperatures
-        tables.append(KeyTable(name, start.location, tuple(rows)))
+        temperatures[start.source] = layout.temperatures
+        tables.append(KeyTable(name, start.source, tuple(rows)))
     for name, use in of_modules.items():
         start = use.section.module_start
-        layout = read_layout(tensors[start.location], kind=TEXT_DECODER)
+        layout = read_layout(tensors[start.source], kind=TEXT_DECODER)
         part = start.tower or (name if name in layout.towers else TEXT_DECODER)
         rows = start_module(
             model.objective_modules[name], layout, start, part=part, where=f"{use.where}.start"
         )
-        tables.append(KeyTable(name, start.location, tuple(rows)))
+        tables.append(KeyTable(name, start.source, tuple(rows)))
     done = [
         start_temperature(
             model,

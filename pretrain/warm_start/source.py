@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 from data_prep.storage.atomic import sha256_of
 from data_prep.storage.remote_file import is_url
 from pretrain.checkpoint import find_checkpoint, read_model_state
-from pretrain.checkpoints.record import read_record
+from pretrain.checkpoints.record import WeightsKind, read_record
 from pretrain.checkpoints.store import RECORD, find_locations
 from pretrain.hub import (
     CONFIG_FILES_OF_HUB,
@@ -45,17 +45,19 @@ class WeightSource:
         files: files with weights; empty for a checkpoint.
         checkpoint: folder of a checkpoint of Isopair.
         settings: content of the config.json next to the weights, if any.
+        weights: kind of weights of the checkpoint.
     """
 
     location: str
     files: tuple[Path, ...] = ()
     checkpoint: Path | None = None
     settings: Mapping[str, object] | None = None
+    weights: WeightsKind = "plain"
 
     def fingerprint(self) -> str:
         """Computes the SHA-256 of the file, or of the names and contents of several."""
         if self.checkpoint is not None:
-            return read_record(self.checkpoint).model_sha256
+            return read_record(self.checkpoint).sha256_of(self.weights)
         if len(self.files) == 1:
             return sha256_of(self.files[0])
         return fingerprint_of_files(self.files)
@@ -67,26 +69,34 @@ class WeightSource:
             InputError: if a file holds no weights, or is damaged.
         """
         if self.checkpoint is not None:
-            return read_model_state(self.checkpoint)
+            return read_model_state(self.checkpoint, weights=self.weights)
         tensors: dict[str, Tensor] = {}
         for path in self.files:
             tensors |= _read_file(path)
         return _unwrapped(tensors)
 
 
-def find_source(location: str, *, where: str) -> WeightSource:
+def find_source(location: str, *, where: str, weights: WeightsKind = "plain") -> WeightSource:
     """Finds the files that a location names, on this machine; only checkpoints may be remote.
 
     Args:
         location: value of a setting `start.from`.
         where: config key of the setting, for messages.
+        weights: kind of weights; only checkpoints of Isopair have others than plain ones.
 
     Raises:
-        InputError: if there is nothing, or a hub's model has not been fetched.
+        InputError: if there is nothing, a hub's model has not been fetched, or the source does not
+            hold this kind of weights.
     """
     path = Path(location.removeprefix(LOCAL_DIR))
     if is_url(location) or (path.is_dir() and _holds_checkpoint(path)):
-        return WeightSource(location, checkpoint=find_checkpoint(location))
+        checkpoint = find_checkpoint(location, weights=weights)
+        return WeightSource(location, checkpoint=checkpoint, weights=weights)
+    if weights != "plain":
+        raise InputError(
+            f"{where}={location}: expected a run of Isopair with optimizer.ema, because `weights` "
+            f"is {weights}; found none; remove `weights`, or name a run"
+        )
     if path.is_file():
         return WeightSource(location, (path,))
     if path.is_dir():

@@ -58,7 +58,7 @@ def common_source(
     """
     if not all(name in starts for name in towers):
         return None
-    locations = {starts[name].location for name in towers}
+    locations = {starts[name].source for name in towers}
     if len(locations) > 1:
         return None
     ignored = tuple(pattern for name in towers for pattern in starts[name].ignore)

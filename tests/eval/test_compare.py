@@ -28,7 +28,7 @@ class WorseModel(ToyModel):
         return normalize(embeddings, dim=-1)
 
 
-def load_worse_model(folder, *, device="cpu"):
+def load_worse_model(folder, *, device="cpu", weights="plain"):
     return WorseModel().eval(), *load_toy_model(folder)[1:]
 
 

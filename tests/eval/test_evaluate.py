@@ -300,7 +300,7 @@ def test_sample_that_cannot_be_decoded_stops_the_evaluation(config_path, capsys,
 def test_dataset_of_media_that_the_model_has_no_tower_for_is_refused(
     config_path, capsys, monkeypatch
 ):
-    def load_image_model(folder):
+    def load_image_model(folder, *, weights="plain"):
         model, transforms, tokenizer = load_toy_model(folder)
         return model, {"image": transforms["image"]}, tokenizer
 

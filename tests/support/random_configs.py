@@ -24,6 +24,7 @@ from tests.support.toy_material import DATASETS, TEACHER_TEXTS, ToyMaterial
 
 OF_CAPTIONS = "captions need a causal text tower; tests/pretrain/objectives/test_captioning.py"
 OF_PREPROCESSING = "it is a function of one sample; tests/pretrain/towers compare it"
+OF_OPTIMIZERS = "tests/pretrain/distributed/test_optimizers.py compares all strategies"
 # Settings of towers that are never drawn.
 OF_TOWERS = {
     "start": "only step 0 depends on it; tests/pretrain/warm_start compare it",
@@ -45,6 +46,10 @@ LEFT_OUT = {
     "run.parent": "a fork's result is not a function of its config",
     "preflight": "only pretrain.preflight reads it",
     "optimizer.eps": "1e-4: with less, AdamW turns the rounding noise of key biases into steps",
+    "optimizer.name": OF_OPTIMIZERS,
+    "optimizer.options": OF_OPTIMIZERS,
+    "optimizer.ema": OF_OPTIMIZERS,
+    "validation.ema": OF_OPTIMIZERS,
     "engine.precision": "bf16 amplifies rounding above the tolerances of the comparison",
     "engine.device": "tests run on the CPU",
     "engine.compile": "it compiles for minutes",

@@ -126,7 +126,7 @@ def toy_tokenizer(texts):
     return tokens
 
 
-def load_toy_model(folder, *, device="cpu"):
+def load_toy_model(folder, *, device="cpu", weights="plain"):
     """Replaces pretrain.checkpoint.load_model."""
     transforms = {"image": ToyImageTransform(), "audio": ToyAudioTransform()}
     return ToyModel().eval(), transforms, toy_tokenizer

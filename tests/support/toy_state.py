@@ -45,8 +45,14 @@ class ToyEngine:
     def open_groups(self, num_steps_done, *, updates_before):
         pass
 
-    def after_load(self, *, num_updates):
+    def scalars(self):
+        return {}
+
+    def after_load(self, *, num_updates, scalars=None):
         self.num_updates = num_updates
+
+    def begin_averages(self):
+        pass
 
     def values(self):
         return [held.values.clone() for held in self.slices()]

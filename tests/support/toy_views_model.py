@@ -71,7 +71,7 @@ def tokenizer_of_letters(texts):
     return tokens
 
 
-def load_views_model(folder, *, device="cpu", without=()):
+def load_views_model(folder, *, device="cpu", weights="plain", without=()):
     """Replaces pretrain.checkpoint.load_model."""
     model = ViewsModel(without=without)
     transforms = {

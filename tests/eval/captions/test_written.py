@@ -38,7 +38,7 @@ CLIP = CaptionMarks(start=49406, end=49407, pad=0)
 SETTINGS = SearchSettings(num_beams=2, max_tokens=6, length_penalty=1.0, batch_size=3)
 
 
-def load_captioning_model(folder, *, device="cpu"):
+def load_captioning_model(folder, *, device="cpu", weights="plain"):
     """Replaces pretrain.checkpoint.load_model: random weights, with captions of both media."""
     config = small_captioning_config(folder, folder)
     tokenizer = build_tokenizer(config.model.text)

@@ -99,7 +99,11 @@ def test_strategies_share_what_they_share(
 ):
     config = toy_config(toy_data, tmp_path, engine={"strategy": strategy})
     counted = optimizer_bytes(
-        config.engine, num_trained=1000, num_processes=num_processes, device_type="cpu"
+        config.engine,
+        num_trained=1000,
+        num_state_values=2000,
+        num_processes=num_processes,
+        device_type="cpu",
     )
     assert counted == 1000 * bytes_per_parameter
 
@@ -112,7 +116,7 @@ def test_a_gpu_holds_deepspeeds_buckets_whole_and_what_is_offloaded_not(toy_data
     )
     engine = {"strategy": "zero2", "deepspeed_config": tuning}
     config = toy_config(toy_data, tmp_path / "run", engine=engine)
-    share = {"num_trained": 1000, "num_processes": 4}
+    share = {"num_trained": 1000, "num_state_values": 2000, "num_processes": 4}
     assert optimizer_bytes(config.engine, device_type="cuda", **share) == 4000 + 2 * 5000 * 4
     assert optimizer_bytes(config.engine, device_type="cpu", **share) == 4000 + 2 * 4000 + 4000
 
@@ -134,7 +138,7 @@ def test_batches_count_where_they_are(toy_data, tmp_path):
         "text": ViewLayout((12,), torch.int64, has_lengths=True),
     }
     layouts = {"image-text": (StreamLayout(views), 16)}
-    share = {"num_trained": 1, "num_processes": 1}
+    share = {"num_trained": 1, "num_state_values": 2, "num_processes": 1}
     share |= {"global_num_pairs": 16, "width": 8, "batches_ahead": 3}
     on_cpu = bytes_without_graph(config.engine, layouts, device_type="cpu", **share)["batches"]
     on_gpu = bytes_without_graph(config.engine, layouts, device_type="cuda", **share)["batches"]
