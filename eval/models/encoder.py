@@ -288,10 +288,14 @@ def _load_isopair(path: Path, weights: WeightsKind) -> LoadedModel:
 
 
 def _trained_pairs(config: PretrainConfig) -> frozenset[frozenset[str]]:
-    """Returns the pairs of modalities that some objective of a run reads together."""
+    """Returns the pairs of modalities whose embeddings some objective of a run reads together.
+
+    An objective with a projection of its own does not read the embeddings that are evaluated.
+    """
     read = [
         [View.parse(view).modality for view in section.views(key.partition("/")[2])]
         for key, section in config.objectives.items()
+        if not section.projects
     ]
     return frozenset(frozenset(pair) for modalities in read for pair in combinations(modalities, 2))
 

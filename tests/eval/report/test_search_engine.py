@@ -1,11 +1,14 @@
 """Search by text, image, sound and vector among all views, compared with loops."""
 
 import io
+import shutil
+import threading
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from werkzeug.serving import make_server
 
 from data_prep.errors import InputError
 from data_prep.modalities.vectors import to_npy
@@ -19,6 +22,7 @@ from tests.support.toy_modalities import image, sound
 from tests.support.toy_views import SIX, vectors_of, write_views
 from tests.support.toy_views_model import FewNumbers, load_views_model, tokenizer_of_letters
 
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NUM_RESULTS = 3
 
 
@@ -180,3 +184,55 @@ def test_views_of_the_config_are_searched_and_unknown_ones_refused(folder, tmp_p
     assert list(engine.indexes) == ["image.scan", "text.title"]
     with pytest.raises(InputError, match="found 'photo'"):
         searched(folder, folder / "data", monkeypatch, views=["photo"], output=tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+def test_the_page_groups_results_by_view_and_shows_each_kind(engine, tmp_path):
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    server = make_server("127.0.0.1", 0, build_app(engine), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    wait = WebDriverWait(browser, 60)
+
+    def count(selector):
+        return len(browser.find_elements(By.CSS_SELECTOR, selector))
+
+    def state():
+        return browser.find_element(By.ID, "state").text
+
+    try:
+        browser.get(f"http://127.0.0.1:{server.server_port}/?q=picture")
+        wait.until(lambda _: count(".item") == NUM_RESULTS * len(SIX))
+        assert [each.text for each in browser.find_elements(By.TAG_NAME, "h2")] == list(SIX)
+        first = "[data-view={}] > :first-child"
+        assert count(first.format("audio").replace(":first", "audio:first")) == NUM_RESULTS
+        assert count(first.format("scan").replace(":first", "img:first")) == NUM_RESULTS
+        assert count(first.format("title").replace(":first", "p.whole:first")) == NUM_RESULTS
+        assert count("[data-view=series] svg rect") > NUM_RESULTS
+        wait.until(lambda _: browser.find_element(By.ID, "modality").is_displayed())
+        Select(browser.find_element(By.ID, "modality")).select_by_value("series")
+        (tmp_path / "mine.npy").write_bytes(to_npy(vectors_of(7)[1]))
+        browser.find_element(By.ID, "file").send_keys(str(tmp_path / "mine.npy"))
+        wait.until(lambda _: "nearest to mine.npy" in state())
+        (tmp_path / "bad.npy").write_bytes(b"no array")
+        browser.find_element(By.ID, "file").send_keys(str(tmp_path / "bad.npy"))
+        wait.until(lambda _: "cannot be decoded" in state())
+        browser.get(f"http://127.0.0.1:{server.server_port}/?q=picture")
+        wait.until(lambda _: count(".item") == NUM_RESULTS * len(SIX))
+        browser.find_element(By.CSS_SELECTOR, "[data-view=audio] button").click()
+        wait.until(lambda _: "nearest to 0" in state())
+        details = browser.find_elements(By.CSS_SELECTOR, "details summary")
+        details[0].click()
+        wait.until(lambda _: count("details[open] > :not(summary)") > 0)
+    finally:
+        browser.quit()
+        server.shutdown()
