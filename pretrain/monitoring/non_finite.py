@@ -122,9 +122,12 @@ def state_norms(engine: Engine) -> dict[str, dict[str, float]]:
         )
         if not each.is_replicated or engine.is_main_process:
             sums[names.index(each.slice.parameter)] += each.values.double().square().sum()
+    # A rank may hold no moment, if few parameters are trained.
+    keys = sorted(set().union(*gather_objects(set(squares))))
+    zeros = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
     return {
-        key: dict(zip(names, sum_over_ranks(sums).sqrt().tolist(), strict=True))
-        for key, sums in squares.items()
+        key: dict(zip(names, sum_over_ranks(squares.get(key, zeros)).sqrt().tolist(), strict=True))
+        for key in keys
     }
 
 
