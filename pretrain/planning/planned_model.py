@@ -26,6 +26,7 @@ from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs, St
 from pretrain.model.open_clip_backbone import FROM_SCRATCH_TEXT
 from pretrain.model.sample_dropout import DropKeys
 from pretrain.model.tokenizer import Tokenizer, build_tokenizer
+from pretrain.optimization.parameter_traits import set_traits
 from pretrain.settings.data import StreamName
 from pretrain.settings.model import Model, TextTower, TowerSection, VectorTower
 
@@ -76,11 +77,13 @@ def plan_model(config: PretrainConfig) -> PlannedModel:
 
     Raises:
         InputError: if a tower cannot be built without files that are not on this machine.
+        ConfigError: if a pattern of parameters matches none.
     """
     without_weights = config.model_copy(update={"model": without_weights_of(config.model)})
     tokenizer = _stand_in_tokenizer(config.model)
     with torch.device("meta"):
         model = build_model_of(without_weights, tokenizer)
+    set_traits(model, config.optimizer, sections=config.model)  # freezes parameters by pattern
     if config.engine.activation_checkpointing:
         checkpoint_blocks(model)
     fakes = fake_mode()

@@ -85,6 +85,10 @@ def test_frozen_towers_have_no_backward_and_recomputation_is_one_more_forward():
     first = 2 * 3 * 8**2 * 24 * 16  # pixels have no gradient
     assert of_plain.backward_flops == pytest.approx(2 * (of_image + of_text) - first, rel=1e-3)
     assert frozen.num_trained < plain.num_trained == plain.num_parameters
+    optimizer = {"learning_rate": 1e-4, "frozen": ["towers.image.backbone.*"]}
+    by_pattern = measured(plan_config(image, image={"size": 32}, optimizer=optimizer))
+    assert by_pattern.num_trained == frozen.num_trained
+    assert by_pattern.segments[0].passes["pairs"].backward_flops == of_frozen.backward_flops
     engine = {"precision": "fp32", "activation_checkpointing": True}
     recomputed = measured(plan_config(image, image={"size": 32}, engine=engine))
     # torch does not recompute the last product of a block, which no gradient reads.
