@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     )
     from pretrain.optimization.optimizer import RunOptimizer
 
-OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")  # of the default optimizer, AdamW
-
 
 class Engine:
     """Wraps a model and its optimizer; every rank must reach every call except `log`.

@@ -7,7 +7,6 @@ shares.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -224,19 +223,24 @@ def build_optimizer(
     return new_optimizer(config, groups)
 
 
-def num_state_values(config: Optimizer, parameters: Iterable[Tensor]) -> int:
-    """Counts the elements of the tensors that the optimizer keeps of parameters, with the average.
+def state_sizes(config: Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, int]]:
+    """Returns {key: elements} of the tensors that the optimizer keeps of each parameter.
 
     Args:
         config: config section `optimizer`.
-        parameters: trained parameters.
+        parameters: trained parameters; only their shapes are read.
     """
     optimizer = new_optimizer(config, [torch.zeros(1)])
     if config.row.needs_whole is None:
-        per_value = len(optimizer.tensors_of(torch.zeros(1)))
-        return per_value * sum(parameter.numel() for parameter in parameters)
-    shapes = Counter(parameter.shape for parameter in parameters)
-    return sum(
-        number * sum(each.numel() for each in optimizer.tensors_of(torch.zeros(shape)).values())
-        for shape, number in shapes.items()
-    )
+        keys = optimizer.tensors_of(torch.zeros(1)).keys()
+        return [dict.fromkeys(keys, parameter.numel()) for parameter in parameters]
+    known: dict[torch.Size, dict[str, int]] = {}
+    for shape in {parameter.shape for parameter in parameters}:
+        tensors = optimizer.tensors_of(torch.zeros(shape))
+        known[shape] = {key: each.numel() for key, each in tensors.items()}
+    return [known[parameter.shape] for parameter in parameters]
+
+
+def num_state_values(config: Optimizer, parameters: Iterable[Tensor]) -> int:
+    """Counts the elements of all tensors of `state_sizes`."""
+    return sum(sum(sizes.values()) for sizes in state_sizes(config, list(parameters)))

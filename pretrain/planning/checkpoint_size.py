@@ -8,8 +8,8 @@ from data_prep.config_file import to_yaml
 from pretrain.checkpoints.slice_file import header_of
 from pretrain.checkpoints.state import PARAMETER
 from pretrain.config import PretrainConfig
-from pretrain.distributed.engine import OPTIMIZER_MOMENTS
 from pretrain.distributed.tensor_slice import TensorSlice
+from pretrain.optimization.optimizer import state_sizes
 from pretrain.planning.planned_model import PlannedModel
 from pretrain.training.memory_budget import FLOAT_BYTES
 
@@ -24,10 +24,13 @@ def checkpoint_bytes(config: PretrainConfig, planned: PlannedModel) -> int:
         planned: its model, after `measure_model`.
     """
     parameters = dict(planned.model.named_parameters())
+    trained = {name: each for name, each in parameters.items() if each.requires_grad}
+    sizes = state_sizes(config.optimizer, list(trained.values()))
+    of_optimizer = dict(zip(trained, sizes, strict=True))
     held = [
-        TensorSlice(f"{key}/{name}", 0, each.numel())
+        TensorSlice(f"{key}/{name}", 0, size)
         for name, each in parameters.items()
-        for key in (PARAMETER, *(OPTIMIZER_MOMENTS if each.requires_grad else ()))
+        for key, size in ({PARAMETER: each.numel()} | of_optimizer.get(name, {})).items()
     ]
     values = FLOAT_BYTES * sum(each.length for each in held)
     buffers = {

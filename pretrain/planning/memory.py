@@ -118,6 +118,7 @@ class StepMemory:
         of_optimizer = optimizer_bytes(
             engine,
             num_trained=sizes.num_trained,
+            num_state_values=sizes.num_state_values,
             num_processes=self.num_processes,
             device_type=self.device_type,
         )

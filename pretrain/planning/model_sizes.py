@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pretrain.config import PretrainConfig
-from pretrain.distributed.engine import OPTIMIZER_MOMENTS
 from pretrain.model.sample_dropout import set_patch_dropout
+from pretrain.optimization.optimizer import num_state_values
 from pretrain.planning.passes import StreamPass, measure_passes
 from pretrain.planning.planned_model import Layouts, PlannedModel
 from pretrain.settings.data import StreamName
@@ -74,11 +74,11 @@ def measure_model(config: PretrainConfig, planned: PlannedModel, *, is_gpu: bool
         if name.startswith("towers.") and name not in used:
             parameter.requires_grad_(False)
     parameters = list(planned.model.parameters())
-    num_trained = sum(each.numel() for each in parameters if each.requires_grad)
+    trained = [each for each in parameters if each.requires_grad]
     return ModelSizes(
         num_parameters=sum(each.numel() for each in parameters),
-        num_trained=num_trained,
-        num_state_values=len(OPTIMIZER_MOMENTS) * num_trained,
+        num_trained=sum(each.numel() for each in trained),
+        num_state_values=num_state_values(config.optimizer, trained),
         buffer_bytes=sum(each.numel() * each.element_size() for each in planned.model.buffers()),
         segments=segments,
     )

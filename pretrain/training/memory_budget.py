@@ -78,7 +78,7 @@ def optimizer_bytes(
     config: Engine,
     *,
     num_trained: int,
-    num_state_values: int | None = None,
+    num_state_values: int,
     num_processes: int,
     device_type: str,
 ) -> int:
@@ -90,7 +90,7 @@ def optimizer_bytes(
     Args:
         config: config section `engine`.
         num_trained: number of trained parameters.
-        num_state_values: number of elements of the optimizer's tensors; None: two moments.
+        num_state_values: number of elements of the optimizer's tensors.
         num_processes: number of processes that the strategy partitions state over.
         device_type: type of the device whose memory is counted.
     """
@@ -98,7 +98,7 @@ def optimizer_bytes(
     all_bytes = FLOAT_BYTES * num_trained  # one fp32 value per trained parameter
     tuning = read_deepspeed_file(config)
     gradients = all_bytes  # not partitioned until the last micro-batch, with any strategy
-    moments = 2 * all_bytes if num_state_values is None else FLOAT_BYTES * num_state_values
+    moments = FLOAT_BYTES * num_state_values
     if strategy in ("ddp", "zero0"):
         is_alone = strategy == "ddp" and num_processes == 1
         return gradients + moments + (0 if is_alone else all_bytes)
