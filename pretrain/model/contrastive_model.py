@@ -275,7 +275,9 @@ class ContrastiveModel(nn.Module):
         Without modules, a view is complete as early as possible. Modules need all views of a
         micro-batch, whose tokens are then freed.
         """
-        uses = self._module_uses.get(name, ())
+        # Held-out samples may lack a view altogether.
+        shown = inputs[0].views.keys()
+        uses = [use for use in self._module_uses.get(name, ()) if shown >= set(use.views)]
         if not uses:
             yield from (
                 self.encode_view(name, view, each) for view in inputs[0].views for each in inputs

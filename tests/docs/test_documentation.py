@@ -70,7 +70,7 @@ def small_demo(tmp_path_factory):
                     f"output=demo/datasets/{name}_{split}",
                 ]
                 assert run_in_this_process(patch, "data_prep.make_shards", arguments) == 0
-        for run in ("demo/run", "demo/run_objects", "runs/my_sounds"):
+        for run in ("demo/run", "demo/run_objects", "demo/captions_run", "runs/my_sounds"):
             (folder / run / "checkpoints" / "step_00000001").mkdir(parents=True)
         (folder / "demo/run/config.yaml").write_text("run: {}")  # which eval.watch looks for
         for results in ("demo/results", "results/mine"):

@@ -7,6 +7,7 @@ import torch
 from data_prep.errors import InputError
 from pretrain.checkpoint import load_model
 from pretrain.config import PretrainConfig
+from pretrain.describe import describe
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.contrastive_model import StreamInputs
@@ -220,6 +221,19 @@ def test_samples_that_lack_a_view_take_no_part(tmp_path, fraction, num_processes
             assert worst < 1e-5
             assert has_counts
             assert have_gradients
+
+
+def test_held_out_samples_without_captions_need_no_decoder(toy_data, tmp_path):
+    model = build_toy_model(small_captioning_config(toy_data, tmp_path)).eval()
+    pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    for views in ({"image": (pixels,)}, {"text": (torch.ones(2, 12, dtype=torch.int64),)}):
+        found = model([{"image-text": StreamInputs(views)}]).views["image-text"]
+        assert found.keys() == views.keys()
+
+
+def test_a_decoder_is_planned_without_values(tmp_path, capsys):
+    describe(small_captioning_config(tmp_path, tmp_path))
+    assert "objective_modules: " in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- runs

@@ -6,8 +6,9 @@ from data_prep.errors import InputError
 from pretrain.distributed.engine import Engine
 from pretrain.distributed.start import start_accelerator
 from pretrain.model.tokenizer import build_tokenizer
+from pretrain.objectives.objective import ObjectiveLoss
 from pretrain.training.assembly import build_training_optimizer, open_validation_sets
-from pretrain.training.validation import validate
+from pretrain.training.validation import RunningMean, validate
 from tests.support.gloo_processes import run_in_processes
 from tests.support.toy_run import toy_config, toy_members, write_toy_dataset
 from tests.support.toy_towers import build_toy_model
@@ -52,6 +53,14 @@ def test_figures_are_those_of_the_obvious_way_for_any_number_of_processes(toy_da
     for figures, _, _ in results:
         assert figures["loss"] == pytest.approx(sum(losses) / 25, rel=1e-5)
         assert figures["image_to_text_recall@1"] == pytest.approx(sum(hits) / 25, abs=1e-6)
+
+
+def test_means_over_tokens_are_weighted_by_their_number():
+    mean = RunningMean()
+    for loss, num_tokens in ((2.0, 1), (5.0, 8), (9.0, 0)):
+        mean.add(ObjectiveLoss(torch.zeros(()), loss, 4, {"a": 1.0}, num_averaged=num_tokens))
+    assert mean.values() == {"loss": (2 + 5 * 8) / 9, "a": 1.0}
+    assert mean.num_samples == 12
 
 
 def test_a_held_out_pair_that_does_not_decode_is_named(toy_data, tmp_path, monkeypatch):
