@@ -385,8 +385,12 @@ class PretrainConfig(Section):
 
     @property
     def matryoshka_dims(self) -> list[int]:
-        """Numbers of first elements of an embedding that some objective trains, in rising order."""
-        return sorted({dim for each in self.objectives.values() for dim in each.nested_dims})
+        """Numbers of first elements that some objective trains of embeddings, in rising order.
+
+        Objectives with projections of their own train other features than embeddings.
+        """
+        sections = [each for each in self.objectives.values() if not each.projects]
+        return sorted({dim for each in sections for dim in each.nested_dims})
 
     @property
     def contrasted_width(self) -> int:

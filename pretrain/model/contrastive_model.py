@@ -506,7 +506,7 @@ def _build_image_tower(
 
         resample_positions(tower.backbone)
         others = (_two_examples(3, size, size).to(torch.uint8) for size in sorted(sizes))
-        refuse_other_sizes(tower.backbone, map(stage, others), where=f"model.{name}")
+        refuse_other_sizes(tower.backbone, map(stage, others), where=tower_key(name))
     return tower
 
 

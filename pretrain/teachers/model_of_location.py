@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from data_prep.errors import InputError
 from pretrain.hub import HUB_PREFIX, OPEN_CLIP_PREFIX
 from pretrain.settings.model import LARGEST_LOGIT_SCALE, Model
@@ -87,7 +89,7 @@ def _of_open_clip(location: str, where: str) -> DescribedModel:
     size = sizes["vision_cfg"].get("image_size", 224)
     if not isinstance(size, int):
         raise InputError(f"{where}={location}: expected square images, found size {size}")
-    return _described(model, size=size)
+    return _described(model, size=size, where=f"{where}={location}")
 
 
 def _open_clip_model(location: str, where: str) -> tuple[str, Mapping[str, Any]]:
@@ -142,7 +144,8 @@ def _of_transformers(location: str, folder: Path, where: str) -> DescribedModel:
     width = getattr(text, "projection_size", width) if projection == "none" else width
     model = {"embed_dim": width, "text": tower | {"context_length": length}}
     model["audio" if found == "clap" else "image"] = tower
-    return _described(model, size=0 if found == "clap" else _image_size(config.vision_config))
+    size = 0 if found == "clap" else _image_size(config.vision_config)
+    return _described(model, size=size, where=f"{where}={location}")
 
 
 def _image_size(vision: Any) -> int:
@@ -151,7 +154,7 @@ def _image_size(vision: Any) -> int:
     return size or vision.patch_size * math.isqrt(vision.num_patches)
 
 
-def _described(model: dict[str, Any], *, size: int) -> DescribedModel:
+def _described(model: dict[str, Any], *, size: int, where: str) -> DescribedModel:
     """Adds the preprocessing of the source; images have `size` if it names no other."""
     kind = "audio" if "audio" in model else "image"
     scale = {"initial": LARGEST_LOGIT_SCALE, "maximum": LARGEST_LOGIT_SCALE}
@@ -165,10 +168,20 @@ def _described(model: dict[str, Any], *, size: int) -> DescribedModel:
             inner = inner.setdefault(each, {})
         inner[name] = value
     image, audio = ImageTransform(), AudioTransform()
-    if kind == "image":
-        image = ImageTransform.model_validate(values)
-    else:
-        audio = AudioTransform.model_validate(values)
+    try:
+        if kind == "image":
+            image = ImageTransform.model_validate(values)
+        else:
+            audio = AudioTransform.model_validate(values)
+    except ValidationError as error:
+        found = "; ".join(
+            f"{'.'.join(map(str, each['loc']))}={each['input']}: {each['msg']}"
+            for each in error.errors()
+        )
+        raise InputError(
+            f"{where}: this preprocessing of the model is not supported: {found}; choose another "
+            "teacher"
+        ) from None
     return DescribedModel(section, image, audio)
 
 

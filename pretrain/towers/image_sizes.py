@@ -14,7 +14,7 @@ from open_clip.transformer import VisionTransformer
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from data_prep.errors import InputError
+from data_prep.errors import ConfigError, InputError
 
 
 class ResampledVisionTransformer(VisionTransformer):
@@ -59,7 +59,30 @@ def refuse_other_sizes(backbone: nn.Module, examples: Iterable[Tensor], *, where
         except Exception as error:  # libraries raise errors of any type
             raise InputError(
                 f"image.segments: {where} does not take images of {images.shape[-1]} pixels: "
-                f"{error}; for a vision transformer of timm, set options: "
-                "{dynamic_img_size: true}; sizes must be multiples of its patch size"
+                f"{error}; use a convolutional tower, or a vision transformer of open_clip or of "
+                "timm with options: {dynamic_img_size: true}; sizes must be multiples of its patch "
+                "size"
             ) from error
     backbone.train(was_training)
+
+
+def refuse_deterministic_sizes(backbone: nn.Module, *, where: str) -> None:
+    """Checks that no positions are trained that `forward` resamples.
+
+    torch has no deterministic gradient of interpolation on a GPU, and raises an error in the first
+    step that needs it.
+
+    Args:
+        backbone: backbone of an image tower of a run with several image sizes.
+        where: config key of the tower.
+
+    Raises:
+        ConfigError: if it has such positions.
+    """
+    for name, parameter in backbone.named_parameters():
+        if name.endswith(("pos_embed", "positional_embedding")) and parameter.requires_grad:
+            raise ConfigError(
+                f"engine.deterministic=true with image.segments of several sizes: {where} "
+                f"resamples its positions ({name}), whose gradient is not deterministic on a GPU; "
+                "set engine.deterministic: false, use one size, or train a convolutional tower"
+            )

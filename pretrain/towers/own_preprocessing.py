@@ -66,6 +66,8 @@ def refuse_other_preprocessing(
         if tower.start is not None and tower.start.resample:
             for size in ("size", "log_mel.num_frames"):  # positions are resampled to them
                 own.pop(size, None)
+        if isinstance(section, ImageTransform) and own.get("size") in section.sizes.values():
+            own.pop("size")  # that of a segment
         weights = tower.name if source == "True" else source
         refuse_differences(own, section, kind=kind, source=weights)
 

@@ -54,6 +54,7 @@ from pretrain.settings.model import MediaTower
 from pretrain.settings.views import View
 from pretrain.teachers.loaded_teacher import shapes_of
 from pretrain.teachers.teacher_inputs import ModelInputs
+from pretrain.towers.image_sizes import refuse_deterministic_sizes
 from pretrain.towers.measured_statistics import measure_statistics
 from pretrain.towers.own_preprocessing import refuse_other_preprocessing
 from pretrain.training.distillation import ObjectiveTeacher, formats_of_teachers, load_teachers
@@ -236,6 +237,12 @@ def build_training_model(
             "first step on, found none; set its options: {patch_drop_rate: 0.5} (timm) or "
             "{force_patch_dropout: 0.5} (open_clip)"
         )
+    if config.engine.deterministic and device.type == "cuda" and len(config.image.sizes) > 1:
+        for name in config.model.towers:
+            if config.model.kinds[name] == "image":
+                refuse_deterministic_sizes(
+                    model.towers[name].backbone, where=config.model.tower_key(name)
+                )
     settings = ProbeSettings(
         device,
         is_bf16=config.engine.precision == "bf16",

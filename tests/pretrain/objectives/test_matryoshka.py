@@ -186,3 +186,16 @@ def test_dims_that_cannot_be_trained_are_refused(toy_data, tmp_path, settings, w
     streams["image-text"]["objectives"]["image-text"] |= settings
     with pytest.raises(ValidationError, match=words):
         toy_config(toy_data, tmp_path, streams=streams)
+
+
+def test_dims_of_own_projections_are_not_those_of_embeddings(toy_data, tmp_path):
+    def dims(*, projection):
+        config = toy_config(toy_data, tmp_path)
+        values = config.model_dump(mode="json")
+        objective = {"left": "image", "right": "text"}
+        objective |= {"projection": projection, "matryoshka_dims": [2, 4]}
+        values["streams"]["image-text"]["objectives"]["other"] = objective
+        return type(config).model_validate(values).matryoshka_dims
+
+    assert dims(projection="shared") == [2, 4]
+    assert dims(projection="own") == []

@@ -210,6 +210,11 @@ def test_teachers_that_cannot_teach_are_refused(toy_data, tmp_path, open_clip_fo
     (folder / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match=r"expected a model of type clip, .* found 'bert'"):
         load(folder)
+    WRITERS["CLIP"](tmp_path / "clip").save_pretrained(tmp_path / "clip")
+    processor = tmp_path / "clip" / "preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_bytes()) | {"resample": 1}))
+    with pytest.raises(InputError, match=r"clip: this preprocessing .* interpolation=lanczos: "):
+        load(tmp_path / "clip")
     sections = {"image": {"size": 8, "scaled_decoding": True}}
     config = config_of(toy_data, tmp_path, open_clip_folder, **sections)
     tokenizer = build_tokenizer(config.model.text)

@@ -5,8 +5,12 @@ import torch
 from open_clip.transformer import VisionTransformer
 from timm.layers import resample_abs_pos_embed
 
-from data_prep.errors import InputError
-from pretrain.towers.image_sizes import refuse_other_sizes, resample_positions
+from data_prep.errors import ConfigError, InputError
+from pretrain.towers.image_sizes import (
+    refuse_deterministic_sizes,
+    refuse_other_sizes,
+    resample_positions,
+)
 
 
 def open_clip_tower(**options):
@@ -52,3 +56,11 @@ def test_positions_keep_their_shape_and_receive_gradients_at_every_size():
 def test_a_tower_of_one_size_is_refused():
     with pytest.raises(InputError, match=r"model\.image does not take images of 24 pixels: .*dyn"):
         refuse_other_sizes(open_clip_tower(), [images(24)], where="model.image")
+
+
+def test_trained_positions_of_several_sizes_are_refused_where_gradients_must_be_deterministic():
+    tower = open_clip_tower()
+    with pytest.raises(ConfigError, match=r"model\.image resamples its positions \(positional_"):
+        refuse_deterministic_sizes(tower, where="model.image")
+    refuse_deterministic_sizes(tower.requires_grad_(False), where="model.image")
+    refuse_deterministic_sizes(torch.nn.Conv2d(3, 4, 2), where="model.image")

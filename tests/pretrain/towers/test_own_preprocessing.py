@@ -232,3 +232,18 @@ def test_the_size_may_differ_where_positions_are_resampled(tmp_path):
         else:
             with pytest.raises(ConfigError, match="size=48; found size=64"):
                 refuse_other_preprocessing(model, **arguments)
+
+
+def test_the_size_may_be_that_of_a_segment(tmp_path):
+    SiglipImageProcessor(**SQUARE).save_pretrained(tmp_path)
+    own = settings_of_folder(tmp_path, kind="image")
+    model = model_with(library="transformers", name="siglip_vision_model", pretrained=str(tmp_path))
+    for last in (48, 56):
+        segments = [{"from_step": 5, "size": last}]
+        image = own_section(ImageTransform, own, size=32, segments=segments)
+        arguments = {"image": image, "audio": AudioTransform(), "folder_of": Path}
+        if last == 48:
+            refuse_other_preprocessing(model, **arguments)
+        else:
+            with pytest.raises(ConfigError, match="size=48; found size=32"):
+                refuse_other_preprocessing(model, **arguments)
