@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from data_prep.report.html import INK, SERIES_COLORS, chart, svg_chart
 
 MAX_CLASSES_WITH_COUNTS = 25  # with more cells, counts would be unreadable
 CELL_COLOR = (0.2, 0.42, 0.82)
+RECALL = "_recall@1"
+OF_FIRST_NUMBERS = re.compile(r"dim\d+_")  # prefix of metrics of the first numbers of embeddings
 
 # Series name -> (steps, values)
 Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -113,11 +116,11 @@ def _validation_recalls(rows: Sequence[Mapping[str, Any]]) -> Series:
     series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for row in rows:
         found = [
-            (f"{stream}, {direction.replace('_', ' ')}{suffix}", metrics[f"{direction}_recall@1"])
+            (f"{objective}, {metric.removesuffix(RECALL).replace('_', ' ')}{suffix}", value)
             for kind, suffix in (("validation", ""), ("validation_ema", ", EMA"))
-            for stream, metrics in row.get(kind, {}).items()
-            for direction in ("media_to_text", "text_to_media")
-            if f"{direction}_recall@1" in metrics
+            for objective, metrics in row.get(kind, {}).items()
+            for metric, value in metrics.items()
+            if metric.endswith(RECALL) and not OF_FIRST_NUMBERS.match(metric)
         ]
         for name, value in found:
             series[name][0].append(row["step"])

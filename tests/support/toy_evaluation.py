@@ -150,8 +150,8 @@ def write_toy_run(folder, *, num_steps=40):
         )
         if step % 10 == 0:
             recalls = {"loss": 2.0}
-            recalls |= {"media_to_text_recall@1": step / 50, "text_to_media_recall@1": step / 60}
-            rows.append({"step": step, "validation": {"image-text": recalls}})
+            recalls |= {"image_to_text_recall@1": step / 50, "text_to_image_recall@1": step / 60}
+            rows.append({"step": step, "validation": {"image-text/image-text": recalls}})
     (folder / "metrics").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics" / "0001.jsonl").write_text(lines)

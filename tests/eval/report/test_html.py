@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -65,6 +67,25 @@ def test_training_charts_leave_out_what_was_not_logged():
     assert "image-text" in html
     assert "learning rate" not in html
     assert "validation" not in html
+
+
+def test_training_charts_show_every_recall_of_validation():
+    of_pair = {"image_to_text_recall@1": 0.5, "text_to_image_recall@1": 0.25}
+    of_views = {"text.title_to_scan_recall@1": 0.75, "caption_token_accuracy": 0.5}
+    validation = {"pairs/image-text": of_pair | {"loss": 2.0}, "clips/titles": of_views}
+    nested = {f"dim4_{name}": value for name, value in of_pair.items()}
+    validation["pairs/image-text"] |= nested
+    html = training_charts(
+        [{"step": 10, "validation": validation}, {"step": 10, "validation_ema": validation}]
+    )
+    shown = re.findall(r">([^<>]* to [^<>]*)</text>", html)
+    names = [
+        "pairs/image-text, image to text",
+        "pairs/image-text, text to image",
+        "clips/titles, text.title to scan",
+    ]
+    assert "validation recall@1" in html
+    assert shown == names + [f"{name}, EMA" for name in names]
 
 
 def test_metrics_of_the_shared_space_are_those_of_their_papers():
