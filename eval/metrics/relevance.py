@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 MAX_PAIRS = 100_000_000  # matching pairs that fit into memory
@@ -44,13 +44,15 @@ def relevance_of_equal_captions(media_of_text: np.ndarray, captions: Sequence[st
     Args:
         media_of_text: [M] item of each caption.
         captions: [M] captions.
+
+    Raises:
+        ValueError: if there are more than MAX_PAIRS pairs.
     """
-    items_of: dict[str, set[int]] = {}
-    for item, caption in zip(media_of_text, captions, strict=True):
-        items_of.setdefault(caption, set()).add(int(item))
-    return _sorted_relevance(
-        (text, item) for text, caption in enumerate(captions) for item in items_of[caption]
-    )
+    owners = np.asarray(media_of_text, dtype=np.int64)
+    _, of_text = np.unique(np.array(captions, dtype=object), return_inverse=True)
+    distinct = _incidence(owners, of_text)  # [Q, number of distinct captions]
+    _check_num_pairs(int(distinct.sum(axis=0) @ np.bincount(of_text)))
+    return _relevance(_incidence(np.arange(len(captions)), of_text) @ distinct.T)
 
 
 def relevance_of_equal_values(values: Sequence[str], other_values: Sequence[str]) -> Relevance:
@@ -59,13 +61,13 @@ def relevance_of_equal_values(values: Sequence[str], other_values: Sequence[str]
     Args:
         values: [Q] value of each item of the first dataset.
         other_values: [M] value of each item of the second dataset, whose items act as captions.
+
+    Raises:
+        ValueError: if there are more than MAX_PAIRS pairs.
     """
-    items_of: dict[str, list[int]] = {}
-    for item, value in enumerate(values):
-        items_of.setdefault(value, []).append(item)
-    return _sorted_relevance(
-        (other, item) for other, value in enumerate(other_values) for item in items_of[value]
-    )
+    both = np.array([*values, *other_values], dtype=object)
+    _, numbers = np.unique(both, return_inverse=True)
+    return _relevance_of_groups(numbers[: len(values)], numbers[len(values) :])
 
 
 def clusters_of_equal_values(relevance: Relevance) -> tuple[np.ndarray, np.ndarray]:
@@ -105,34 +107,46 @@ def relevance_of_equal_contents(left: SampleItems, right: SampleItems) -> Releva
     Raises:
         ValueError: if there are more than MAX_PAIRS pairs.
     """
-    together = {
-        (one, other)
-        for ones, others in zip(*_contents_by_sample(left, right), strict=True)
-        for one in ones
-        for other in others
-    }
-    lefts, rights = (_rows_by_number(side.contents) for side in (left, right))
-    return _all_pairs([(lefts[one], rights[other]) for one, other in together])
+    # Pairs of items of one sample are matching pairs, and bound the cost of the first product.
+    _check_num_pairs(_num_pairs_of_groups(left.samples, right.samples))
+    of_left, of_right = (_incidence(side.samples, side.contents) for side in (left, right))
+    together = of_left.T @ of_right  # [contents of left, contents of right]
+    num_lefts, num_rights = (np.bincount(side.contents) for side in (left, right))
+    _check_num_pairs(int(num_lefts @ (together @ num_rights)))
+    lefts, rights = (
+        _incidence(np.arange(len(side.contents)), side.contents) for side in (left, right)
+    )
+    return _relevance(rights @ together.T @ lefts.T)
 
 
 def relevance_of_samples(left: SampleItems, right: SampleItems) -> Relevance:
     """Pairs the items of two views that belong to one sample; see `relevance_of_equal_contents`."""
-    lefts, rights = (_rows_by_number(side.samples) for side in (left, right))
-    return _all_pairs(list(zip(lefts, rights, strict=True)))
+    return _relevance_of_groups(left.samples, right.samples)
 
 
-def _all_pairs(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> Relevance:
-    """Pairs every item with every text of the same group, sorted by text."""
-    num_pairs = sum(len(items) * len(texts) for items, texts in groups)
+def _relevance_of_groups(of_items: np.ndarray, of_texts: np.ndarray) -> Relevance:
+    """Pairs every item with every text of the same group: [Q], [M] numbers of groups"""
+    _check_num_pairs(_num_pairs_of_groups(of_items, of_texts))
+    num_groups = int(max(of_items.max(), of_texts.max())) + 1
+    items, texts = (
+        _incidence(np.arange(len(numbers)), numbers, num_columns=num_groups)
+        for numbers in (of_items, of_texts)
+    )
+    return _relevance(texts @ items.T)
+
+
+def _num_pairs_of_groups(of_items: np.ndarray, of_texts: np.ndarray) -> int:
+    num_items, num_texts = np.bincount(of_items), np.bincount(of_texts)
+    common = min(len(num_items), len(num_texts))
+    return int(num_items[:common] @ num_texts[:common])
+
+
+def _check_num_pairs(num_pairs: int) -> None:
     if num_pairs > MAX_PAIRS:
         raise ValueError(
-            f"expected at most {MAX_PAIRS:,} matching pairs, found {num_pairs:,}: too many items "
-            "are equal"
+            f"expected at most {MAX_PAIRS:,} matching pairs, found at least {num_pairs:,}: too "
+            "many items are equal"
         )
-    media = np.concatenate([np.tile(items, len(texts)) for items, texts in groups])
-    texts = np.concatenate([np.repeat(texts, len(items)) for items, texts in groups])
-    order = np.lexsort((media, texts))
-    return Relevance(media[order], texts[order])
 
 
 def clusters_of_equal_contents(
@@ -155,22 +169,19 @@ def clusters_of_equal_contents(
     return of_sample[left.samples], of_sample[right.samples]
 
 
-def _contents_by_sample(*sides: SampleItems) -> list[list[list[int]]]:
-    """Lists the contents of each sample, for each side."""
-    found = []
-    for side in sides:
-        of_sample = _rows_by_number(side.samples)
-        found.append([np.unique(side.contents[rows]).tolist() for rows in of_sample])
-    return found
+def _incidence(
+    rows: np.ndarray, columns: np.ndarray, *, num_columns: int | None = None
+) -> csr_array:
+    """Returns bool [max row + 1, num_columns], true at the given places; None: max column + 1."""
+    if num_columns is None:
+        num_columns = int(columns.max()) + 1
+    values = np.ones(len(rows), dtype=bool)
+    shape = (int(rows.max()) + 1, num_columns)
+    return coo_array((values, (rows, columns)), shape=shape).tocsr()
 
 
-def _rows_by_number(numbers: np.ndarray) -> list[np.ndarray]:
-    """Returns the indices of each number, which are numbered from 0 without gaps."""
-    order = np.argsort(numbers, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(numbers))[:-1])
-
-
-def _sorted_relevance(pairs: Iterable[tuple[int, int]]) -> Relevance:
-    """Sorts (text, item) pairs by text."""
-    texts, media = np.array(sorted(pairs), dtype=np.int64).T
-    return Relevance(media, texts)
+def _relevance(matches: csr_array) -> Relevance:
+    """Lists the pairs of bool [M, Q], sorted by text and then by item."""
+    matches.sort_indices()
+    texts = np.repeat(np.arange(matches.shape[0]), np.diff(matches.indptr))
+    return Relevance(matches.indices.astype(np.int64), texts)

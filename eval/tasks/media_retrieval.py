@@ -92,7 +92,12 @@ class MediaRetrievalTask(Task, section=MediaRetrievalSection):
                     f"{unpaired[0]!r} and {len(unpaired) - 1} others have no match in the other "
                     "dataset"
                 )
-        relevance = relevance_of_equal_values(values, other_values)
+        try:
+            relevance = relevance_of_equal_values(values, other_values)
+        except ValueError as error:
+            raise InputError(
+                f"evaluations.{name}: {error}; remove pair_by, or measure subsets"
+            ) from None
         return cls(name, dataset, keys, MediaSet(other, other_keys), relevance, list(section.ks))
 
     @property

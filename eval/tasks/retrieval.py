@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator
 
+from data_prep.errors import InputError
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
 from eval.datasets.labels import read_texts, texts_of
 from eval.metrics.relevance import (
@@ -113,10 +114,19 @@ class RetrievalTask(Task, section=RetrievalSection):
 
     @cached_property
     def relevance(self) -> Relevance:
-        """Matching pairs of item and caption."""
-        if self.merges_equal_captions:
+        """Matching pairs of item and caption.
+
+        Raises:
+            InputError: if there are too many.
+        """
+        if not self.merges_equal_captions:
+            return relevance_of_owners(self.media_of_text)
+        try:
             return relevance_of_equal_captions(self.media_of_text, self.captions)
-        return relevance_of_owners(self.media_of_text)
+        except ValueError as error:
+            raise InputError(
+                f"evaluations.{self.name}: {error}; set equal_captions: own, or measure a subset"
+            ) from None
 
     def method(self) -> str:
         return "retrieval"

@@ -110,6 +110,21 @@ def test_a_subset_is_measured_as_if_nothing_else_were_there(tmp_path):
         read_tasks(config_of(other, **section))
 
 
+def test_too_many_equal_captions_or_values_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.metrics.relevance.MAX_PAIRS", 10)
+    kind = json.dumps({"kind": "same", "captions": ["same"]}).encode()
+    pictures = write_dataset(tmp_path / "pictures", [{"json": kind}] * 4)
+    tones = write_dataset(tmp_path / "tones", [{"json": kind}] * 4, media="audio")
+    (task,) = read_tasks(config_of(pictures, task="retrieval", equal_captions="merged"))
+    with pytest.raises(
+        InputError, match=r"evaluations\.toy: expected at most 10 .* found at .* 16"
+    ):
+        _ = task.relevance
+    section = {"task": "media_retrieval", "other": str(tones), "pair_by": "kind"}
+    with pytest.raises(InputError, match=r"expected at most 10 .* found at .* 16.*remove pair_by"):
+        read_tasks(config_of(pictures, **section))
+
+
 def test_sample_without_caption_is_named(tmp_path):
     write_dataset(tmp_path / "toy", [{"txt": b"a"}, {"txt": b" "}])
     with pytest.raises(InputError, match="sample 0001: expected a caption"):
