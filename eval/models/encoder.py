@@ -290,12 +290,13 @@ def _load_isopair(path: Path, weights: WeightsKind) -> LoadedModel:
 def _trained_pairs(config: PretrainConfig) -> frozenset[frozenset[str]]:
     """Returns the pairs of modalities whose embeddings some objective of a run reads together.
 
-    An objective with a projection of its own does not read the embeddings that are evaluated.
+    Objectives with a projection of their own, and those that read tokens, do not read the
+    embeddings that are evaluated.
     """
     read = [
         [View.parse(view).modality for view in section.views(key.partition("/")[2])]
         for key, section in config.objectives.items()
-        if not section.projects
+        if not (section.projects or section.reads_tokens)
     ]
     return frozenset(frozenset(pair) for modalities in read for pair in combinations(modalities, 2))
 
