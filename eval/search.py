@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from eval.datasets.datasets import EvaluationSet, open_dataset
 from eval.datasets.download import fetch_dataset
 from eval.datasets.labels import read_texts
-from eval.datasets.views import media_view, modalities_of, samples_having
+from eval.datasets.views import has_any_with, media_view, modalities_of, samples_having
 from eval.models.model_source import find_model
 from pretrain.settings.views import View
 
@@ -67,7 +67,7 @@ def _views_of(config: SearchConfig, dataset: EvaluationSet) -> list[str]:
     if config.views is None:
         if modalities.is_pair:
             return [media_view(dataset)]
-        return [name for name, each in modalities.items() if each.num_samples != 0]
+        return [name for name in modalities if has_any_with(dataset, [name])]
     members = [View.parse(view).member for view in config.views]
     modalities.check_known(members, where=str(dataset.folder))
     return list(config.views)

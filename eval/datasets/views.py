@@ -59,6 +59,16 @@ def samples_having(dataset: EvaluationSet, views: Sequence[str]) -> EvaluationSe
     return dataset
 
 
+def has_any_with(dataset: EvaluationSet, views: Sequence[str]) -> bool:
+    """Returns whether a sample of a dataset has all of some views.
+
+    Args:
+        dataset: samples.
+        views: views of modalities that the dataset has.
+    """
+    return not isinstance(dataset, KeptSamples) or dataset.has_any_with(members_of(views))
+
+
 def read_contents(
     dataset: EvaluationSet, ordinal: int, *, members: Collection[str]
 ) -> SampleContents:

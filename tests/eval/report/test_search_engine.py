@@ -13,6 +13,7 @@ from werkzeug.serving import make_server
 from data_prep.errors import InputError
 from data_prep.modalities.vectors import to_npy
 from data_prep.shards.dataset import Dataset
+from data_prep.shards.subset import Subset
 from eval import search
 from eval.config import SearchConfig
 from eval.report.search_page import build_app
@@ -39,6 +40,20 @@ def searched(folder, data, monkeypatch, *, without=(), **settings):
     values |= {"batch_size": 4, "num_results": NUM_RESULTS}
     search.run(SearchConfig.model_validate(values | settings))
     return engines[0]
+
+
+def test_modalities_that_a_subset_lacks_are_left_out(folder, tmp_path, monkeypatch):
+    dataset = Dataset(folder / "data")
+    shards = range(len(dataset.manifest))
+    lacks = ~np.concatenate([dataset.has_all(shard, ["scan"]) for shard in shards])
+    subset = Subset.from_bitmap(dataset.info, lacks, preparation={})
+    subset.write(tmp_path / "no_scan.subset")
+    write_toy_run(tmp_path / "run")
+    settings = {"subset": tmp_path / "no_scan.subset"}
+    engine = searched(tmp_path, folder / "data", monkeypatch, **settings)
+    assert list(engine.indexes) == [name for name in SIX if name != "scan"]
+    with pytest.raises(InputError, match="no sample has all of scan"):
+        searched(tmp_path, folder / "data", monkeypatch, views=["scan"], **settings)
 
 
 @pytest.fixture(scope="module")
