@@ -272,6 +272,7 @@ def _load_isopair(path: Path, weights: WeightsKind) -> LoadedModel:
         record.sha256_of(weights),
         record.state.step,
         tuple(record.state.tags),
+        weights,
     )
     config = _stored_config(checkpoint, record)
     return LoadedModel(

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_prep.modalities.modality import Kind
 from data_prep.versions import package_version
 from eval.models.model_source import Library
+from pretrain.checkpoints.record import WeightsKind
 
 # Packages whose code determines an embedding; another version may compute a different one
 PACKAGES = (
@@ -29,6 +30,7 @@ class ModelOrigin:
     sha256: str  # SHA-256 over the model's files
     step: int | None = None  # training step; known only for Isopair's checkpoints
     tags: tuple[str, ...] = ()  # reasons why the model depends on more than its run's config
+    weights: WeightsKind = "plain"
     # Everything except the files that determines the model and its tokenizer, in JSON types
     settings: Mapping[str, Any] = field(default_factory=dict)
 

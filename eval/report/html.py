@@ -55,6 +55,8 @@ def _subtitle(checkpoint: dict[str, Any]) -> str:
     subtitle = f"{checkpoint['folder']}"
     if checkpoint["step"] is not None:
         subtitle += f", step {checkpoint['step']}"
+    if checkpoint["weights"] != "plain":
+        subtitle += f", weights {checkpoint['weights']}"
     if checkpoint["marks"]:
         subtitle += f". Depends on more than its config: {', '.join(checkpoint['marks'])}"
     return subtitle
@@ -120,6 +122,8 @@ def provenance_section(record: dict[str, Any]) -> Section:
         "step": record["checkpoint"]["step"],
         "sha256 of the model": record["checkpoint"]["model_sha256"],
     }
+    if record["checkpoint"]["weights"] != "plain":
+        facts["weights"] = record["checkpoint"]["weights"]
     for name, evaluation in record["evaluations"].items():
         dataset = evaluation["dataset"]
         counts = {key: value for key, value in evaluation.items() if key.startswith("num_")}

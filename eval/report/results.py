@@ -110,6 +110,7 @@ def _model_record(origin: ModelOrigin) -> dict[str, Any]:
         "library": origin.library,
         "folder": str(origin.folder),
         "step": origin.step,
+        "weights": origin.weights,
         "marks": list(origin.tags),
         "model_sha256": origin.sha256,
         "settings": dict(origin.settings),

@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from eval.metrics.intervals import Score, wilson_interval
+from eval.metrics.intervals import Bootstrap, Score, wilson_interval
+from eval.models.encoder import load_encoder
+from eval.models.encoding import EncodingConfig
 from eval.report.averages import mean_of_scores
+from eval.report.html import write_report
 from eval.report.markdown_table import markdown_table
-from eval.report.results import json_text, score_cells
+from eval.report.results import json_text, results_record, score_cells
+from tests.support.toy_evaluation import load_toy_model, write_toy_run
 
 
 def refuse(constant):
@@ -20,6 +24,30 @@ def test_numbers_that_json_lacks_become_null(value):
     record = {"a": [value, {"b": value}, (value, 1.5)], "c": 2}
     found = json.loads(json_text(record), parse_constant=refuse)
     assert found == {"a": [None, {"b": None}, [None, 1.5]], "c": 2}
+
+
+@pytest.mark.parametrize("weights", ["plain", "ema"])
+def test_results_name_the_weights_and_the_page_those_that_are_not_plain(
+    tmp_path, monkeypatch, weights
+):
+    checkpoint = write_toy_run(tmp_path / "run") / "checkpoints/step_00000040"
+    monkeypatch.setattr("eval.models.encoder.find_checkpoint", lambda path, weights: checkpoint)
+    monkeypatch.setattr("eval.models.encoder.load_model", load_toy_model)
+    encoder = load_encoder(EncodingConfig(checkpoint=tmp_path / "run", weights=weights))
+    record = results_record(
+        [],
+        averages={},
+        encoder=encoder,
+        long_clips="windows",
+        bootstrap=Bootstrap(100),
+        skipped={},
+        seconds=1.0,
+        config={},
+    )
+    assert record["checkpoint"]["weights"] == weights
+    page = write_report(tmp_path, [], record=record).read_text()
+    assert ("step 40, weights ema" in page) == (weights == "ema")
+    assert (">weights<" in page) == (weights == "ema")
 
 
 def test_a_metric_without_an_interval_is_shown_without_one():

@@ -101,9 +101,11 @@ def test_a_fork_begins_averages_with_its_first_weights(runs):
 def test_averages_are_read_wherever_a_model_is(runs):
     plain, averaged, *_ = runs
     expected = state(averaged, NUM_STEPS, "ema")
+    evaluated = load_any_model(find_model(averaged, weights="ema"))
+    assert evaluated.origin.weights == "ema"
     loaded = [
         load_model(averaged, weights="ema")[0].state_dict(),
-        load_any_model(find_model(averaged, weights="ema")).model.state_dict(),
+        evaluated.model.state_dict(),
         find_source(str(averaged), where="", weights="ema").read(),
     ]
     for found in loaded:
