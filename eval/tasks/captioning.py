@@ -153,7 +153,7 @@ class CaptioningTask(Task, section=CaptioningSection):
         )
         cider = cider_d(words, self.reference_words)
         scores = self._scores(captions, hits, cider, vocab_size=vocab_size, seed=bootstrap.seed)
-        return CaptioningResult(scores, captions, hits, cider), media[:0]
+        return CaptioningResult(scores, captions, hits, cider), media
 
     def _scores(
         self,

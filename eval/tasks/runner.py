@@ -38,6 +38,14 @@ class Embeddings:
         """Returns the embeddings of a set of items, [Q, D]."""
         return source.embeddings(self.store, num_dims=self.num_dims).to(self.device)
 
+    def measured(self, task: Task) -> Tensor:
+        """Returns the embeddings of a task's first media set, [Q, D]; [0, 0] if it needs none."""
+        import torch
+
+        if not task.measures_embeddings:
+            return torch.empty(0, 0, device=self.device)
+        return self.media(task.media_sets[0])
+
     def labelled_media(self, items: LabelledItems) -> tuple[Tensor, Tensor]:
         """Returns ([n, D] embeddings, int64 [n] classes) of labelled items."""
         import torch
@@ -97,12 +105,12 @@ def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:
-    """Computes this process's share of all missing embeddings.
+    """Computes this process's share of all missing embeddings that are measured.
 
     Raises:
         InputError: see `EmbeddingStore`.
     """
-    for task in tasks:
+    for task in (each for each in tasks if each.measures_embeddings):
         for source in task.media_sets:
             source.encode(store)
         if task.texts:
@@ -139,7 +147,7 @@ def measure_tasks(
     outcomes = []
     for task in tasks:
         start = time.monotonic()
-        media = embeddings.media(task.media_sets[0])
+        media = embeddings.measured(task)
         result, other = task.measure(media, embeddings, bootstrap=bootstrap)
         counts = task.audit(media, embeddings)
         of_dims: dict[str, Score] = {}
@@ -154,5 +162,5 @@ def measure_tasks(
 
 
 def _scores_of_dim(task: Task, embeddings: Embeddings, bootstrap: Bootstrap) -> dict[str, Score]:
-    result, _ = task.measure(embeddings.media(task.media_sets[0]), embeddings, bootstrap=bootstrap)
+    result, _ = task.measure(embeddings.measured(task), embeddings, bootstrap=bootstrap)
     return {f"dim{embeddings.num_dims}_{name}": score for name, score in result.scores.items()}

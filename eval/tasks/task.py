@@ -168,7 +168,8 @@ class Task(ABC):
     main_metrics: ClassVar[tuple[str, ...]] = ()
     # Keys of the record that must be equal in comparable results
     conditions: ClassVar[tuple[str, ...]] = ()
-    # Whether the metrics depend on embeddings, and thus on how many of their numbers are measured
+    # Whether the metrics depend on embeddings, which are then computed, and thus on how many of
+    # their numbers are measured
     measures_embeddings: ClassVar[bool] = True
     # Whether the report shows queries of the task; such tasks share the page's limit on queries
     shows_queries: ClassVar[bool] = True
@@ -267,7 +268,8 @@ class Task(ABC):
         """Measures the task.
 
         Args:
-            media: [Q, D] embeddings of the first media set, L2-normalised.
+            media: [Q, D] embeddings of the first media set, L2-normalised; [0, 0] if the task
+                does not measure embeddings.
             embeddings: source of all other embeddings.
             bootstrap: settings of resampling; its seed is also that of random orders of ties.
 

@@ -159,6 +159,13 @@ def test_settings_that_no_model_has_are_refused(tmp_path, monkeypatch, capsys, s
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
+def test_captions_need_no_embeddings(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.models.encoder.load_model", load_captioning_model)
+    samples = [picture_sample("red", seed=seed) for seed in range(3)]
+    assert evaluate_captions(tmp_path, samples, "matryoshka_dims=[2]") == 0
+    assert not list((tmp_path / "results").rglob("origin.json"))
+
+
 def test_cider_and_loss_are_no_metrics_of_averages(tmp_path):
     with pytest.raises(ValueError, match="use exact_match or token_accuracy"):
         EvaluateConfig.model_validate(
