@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from data_prep.errors import InputError
 from eval.models.encoder import Encoder
 from pretrain.captioning.caption_decoder import CaptionDecoder
 from pretrain.captioning.caption_marks import CaptionMarks, find_marks
+from pretrain.settings.objectives import ModuleUse
 from pretrain.settings.views import View
 
 
@@ -59,7 +61,8 @@ class IsopairCaptioner:
         self.media, self.text = (View.parse(view).modality for view in views)
         self.tokenizer = tokenizer
         self.marks = decoder.marks
-        self.context_length = decoder.decoder.context_length
+        # A text tower may have positions beyond the longest caption of training.
+        self.context_length = min(decoder.decoder.context_length, tokenizer.context_length)
         self.vocab_size = decoder.decoder.text_projection.shape[1]
 
     def memory(self, *media: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ class OpenClipCaptioner:
 
 
 def _padded(ids: Tensor, length: int, pad: int) -> Tensor:
-    """Ids padded to a text tower's length; its tokens depend only on those before them"""
+    """Ids padded to the length of captions; a token depends only on those before it"""
     return functional.pad(ids, (0, length - ids.shape[1]), value=pad)
 
 
@@ -120,18 +123,19 @@ def find_captioner(
     Args:
         encoder: encoder of the model.
         modality: modality of the model that is described.
-        objective: name of the objective whose decoder is used; None: the only one.
+        objective: name of the objective whose decoder is used, or of the decoder if objectives of
+            this name have several; None: the only one.
         where: config key of the evaluation, for messages.
 
     Raises:
-        InputError: if the model has no decoder, or several and none is named.
+        InputError: if the model has no decoder, or several and not one of them is named.
     """
     model, tokenizer = encoder.model, encoder.tokenizer
     if _is_coca_of_open_clip(getattr(model, "model", None)) and modality == "image":
         marks = find_marks(_TokenizerOfOpenClip(tokenizer), where=where)
         return OpenClipCaptioner(model.model, tokenizer, marks)
     uses = {
-        use.objective: use
+        use.module: use
         for use in getattr(model, "module_uses", ())
         if isinstance(model.objective_modules[use.module], CaptionDecoder)
         and View.parse(use.views[0]).modality == modality
@@ -141,14 +145,24 @@ def find_captioner(
             f"{where}: the model has no decoder of captions for {modality}; train one with an "
             "objective of kind captioning (docs/training.md), or remove this evaluation"
         )
-    if objective not in uses and (objective is not None or len(uses) > 1):
-        raise InputError(
-            f"{where}.objective={'null' if objective is None else objective}: expected one of the "
-            f"model's objectives that caption {modality}: {', '.join(uses)}"
-        )
-    use = uses[objective] if objective is not None else next(iter(uses.values()))
+    use = _chosen(list(uses.values()), objective, modality=modality, where=where)
     decoder = model.objective_modules[use.module]
     return IsopairCaptioner(model, decoder, use.views, tokenizer)
+
+
+def _chosen(
+    uses: Sequence[ModuleUse], objective: str | None, *, modality: str, where: str
+) -> ModuleUse:
+    """Use of the decoder that an objective's or a decoder's name chooses"""
+    matching = [use for use in uses if objective in (None, use.objective, use.module)]
+    if len(matching) != 1:
+        counts = Counter(use.objective for use in uses)
+        names = [use.objective if counts[use.objective] == 1 else use.module for use in uses]
+        raise InputError(
+            f"{where}.objective={'null' if objective is None else objective}: expected one of the "
+            f"model's objectives that caption {modality}: {', '.join(names)}"
+        )
+    return matching[0]
 
 
 def _is_coca_of_open_clip(model: Any) -> bool:

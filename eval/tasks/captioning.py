@@ -42,7 +42,8 @@ class CaptioningSection(CaptionedSection):
     max_tokens: PositiveInt | None = None  # with start and end; null: the model's context length
     length_penalty: float = Field(1.0, ge=0)  # log probabilities are divided by length to its power
     caption_batch_size: PositiveInt = 16  # items captioned at once
-    # Objective of the model whose decoder is used; null: the only one for this kind of media
+    # Objective of the model whose decoder is used, or the decoder, such as captions:image-text, if
+    # objectives of this name have several; null: the only one for this kind of media
     objective: str | None = None
 
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from data_prep.command import run_command
+from data_prep.errors import InputError
 from eval import evaluate
 from eval.captions.captioner import OpenClipCaptioner, find_captioner
 from eval.captions.cider import caption_words
@@ -20,10 +21,15 @@ from eval.datasets.datasets import open_dataset
 from eval.models.encoder import load_encoder
 from eval.models.encoding import EncodingConfig
 from pretrain.captioning.caption_marks import CaptionMarks
+from pretrain.config import PretrainConfig
 from pretrain.data.transforms import build_transforms
 from pretrain.model.tokenizer import build_tokenizer
 from tests.support.gloo_processes import run_in_processes
-from tests.support.toy_coca import build_tiny_coca, small_captioning_config
+from tests.support.toy_coca import (
+    SMALL_DECODER,
+    build_tiny_coca,
+    small_captioning_config,
+)
 from tests.support.toy_evaluation import (
     COLORS,
     load_toy_model,
@@ -33,6 +39,7 @@ from tests.support.toy_evaluation import (
     write_toy_run,
 )
 from tests.support.toy_towers import build_toy_model
+from tests.support.toy_views import views_config
 
 CLIP = CaptionMarks(start=49406, end=49407, pad=0)
 SETTINGS = SearchSettings(num_beams=2, max_tokens=6, length_penalty=1.0, batch_size=3)
@@ -40,7 +47,10 @@ SETTINGS = SearchSettings(num_beams=2, max_tokens=6, length_penalty=1.0, batch_s
 
 def load_captioning_model(folder, *, device="cpu", weights="plain"):
     """Replaces pretrain.checkpoint.load_model: random weights, with captions of both media."""
-    config = small_captioning_config(folder, folder)
+    return untrained_model(small_captioning_config(folder, folder))
+
+
+def untrained_model(config):
     tokenizer = build_tokenizer(config.model.text)
     transforms = build_transforms(config.model, image=config.image, audio=config.audio)
     return build_toy_model(config, tokenizer).eval(), transforms, tokenizer
@@ -157,6 +167,48 @@ def test_settings_that_no_model_has_are_refused(tmp_path, monkeypatch, capsys, s
     monkeypatch.setattr("eval.models.encoder.load_model", load_captioning_model)
     assert evaluate_captions(tmp_path, [picture_sample("red", seed=0)], **settings) == 1
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def encoder_of(folder, monkeypatch, config):
+    monkeypatch.setattr("eval.models.encoder.load_model", lambda *_, **__: untrained_model(config))
+    return load_encoder(EncodingConfig(checkpoint=write_toy_run(folder / "run"), batch_size=4))
+
+
+def test_captions_are_no_longer_than_those_of_the_tokenizer(tmp_path, monkeypatch):
+    encoder = encoder_of(tmp_path, monkeypatch, small_captioning_config(tmp_path, tmp_path))
+    encoder.tokenizer.context_length = 9
+    captioner = find_captioner(encoder, "image", objective=None, where="here")
+    assert captioner.decoder.decoder.context_length == 12
+    ids = captioner.tokenize(["a picture of a very large and very red dog"])
+    assert captioner.context_length == ids.shape[1] == 9
+    memory = torch.zeros(1, 4, captioner.decoder.decoder.width)
+    assert captioner.logits(memory, ids).shape == (1, 9, captioner.vocab_size)
+
+
+def test_decoders_of_objectives_with_one_name_are_told_apart(tmp_path, monkeypatch):
+    values = views_config(tmp_path, tmp_path / "run").model_dump(mode="json")
+    text = values["model"]["text"]
+    values["model"]["modalities"]["title"]["tower"] = text
+    captions = {"kind": "captioning", **SMALL_DECODER}
+    values["streams"]["clips"]["objectives"]["captions"] = captions
+    values["streams"]["texts"]["objectives"]["captions"] = captions | {"text": "title"}
+    values["streams"]["texts"]["objectives"]["sounds"] = captions | {"media": "audio"}
+    values["streams"]["texts"]["objectives"]["titles"] = captions | {"text": "title"}
+    encoder = encoder_of(tmp_path, monkeypatch, PretrainConfig.model_validate(values))
+    modules = encoder.model.objective_modules
+    for objective in (None, "captions", "none", "sounds"):
+        names = "captions:image-text, captions:image-title, titles"
+        with pytest.raises(InputError, match=rf"here\.objective=.* caption image: {names}"):
+            find_captioner(encoder, "image", objective=objective, where="here")
+    for objective, modality, module in (
+        ("captions:image-text", "image", "captions:image-text"),
+        ("captions:image-title", "image", "captions:image-title"),
+        ("titles", "image", "titles:image-title"),
+        (None, "audio", "sounds:audio-text"),
+    ):
+        found = find_captioner(encoder, modality, objective=objective, where="here")
+        assert found.decoder is modules[module]
+        assert found.text == module.rpartition("-")[2]
 
 
 def test_captions_need_no_embeddings(tmp_path, monkeypatch):
