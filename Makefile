@@ -8,18 +8,22 @@ RUN = .venv/bin/python
 .PHONY: demo check-demo test test-slow test-slurm soak lint bench clean
 
 demo: .venv/ready                ## the whole pipeline, on data it makes: five to seven minutes on two cores
-	@echo "1 of 4  Making pictures, sounds and captions."
+	@echo "1 of 5  Making pictures, sounds and captions."
 	@$(RUN) -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
-	@echo "2 of 4  Packing them into shards."
-	@for set in digits scenes sounds; do for split in train validation test; do \
+	@echo "2 of 5  Packing them into shards."
+	@for set in digits scenes sounds objects; do for split in train validation test; do \
 		$(RUN) -m data_prep.make_shards configs/data_prep/demo_$$set.yaml \
 			input=demo/data/$$set/$$split.tsv output=demo/datasets/$${set}_$$split || exit; \
 	done; done
-	@echo "3 of 4  Training one model of images, sounds and text, in two processes."
+	@echo "3 of 5  Training one model of images, sounds and text, in two processes."
 	@.venv/bin/accelerate launch --config_file configs/accelerate/two_processes.yaml \
 		-m pretrain.train configs/pretrain/demo.yaml
-	@echo "4 of 4  Measuring it on what it has never seen."
+	@echo "4 of 5  Training it further, on images together with sounds."
+	@.venv/bin/accelerate launch --config_file configs/accelerate/two_processes.yaml \
+		-m pretrain.train configs/pretrain/demo_objects.yaml run.parent=demo/run run.fork.schedule=restart
+	@echo "5 of 5  Measuring both on what they have never seen."
 	@$(RUN) -m eval.evaluate configs/eval/demo.yaml
+	@$(RUN) -m eval.evaluate configs/eval/demo_objects.yaml
 
 check-demo: demo                 ## fails if the demo's metrics are below their goals
 	$(RUN) -m pytest tests/docs/demo_goals.py
