@@ -136,7 +136,6 @@ def test_a_tower_that_sees_padding_is_not_trimmed():
         ({"embed_cls": True}, 0),
         ({"pool_type": "last"}, 0),
         ({"pool_type": "first"}, 0),
-        ({"output_tokens": True}, 0),
         ({}, END),  # padding like the end token: it is the highest
         ({"pool_type": "eos", "eos_id": END}, END),
     ],
