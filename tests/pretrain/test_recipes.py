@@ -1,12 +1,11 @@
 """Tiny twins of published recipes: 20 steps with every strategy, and resumed on one process.
 
-    CLIP      Radford et al. 2021: two transformers, softmax over the batch
-    SigLIP    Zhai et al. 2023: a vision transformer with attention pooling, sigmoid of each pair
-    CLAP      Wu et al. 2023: HTSAT and a masked text transformer, projections of two layers
-    LiT       Zhai et al. 2022: a frozen image tower, a text tower from scratch
-    FLIP      Li et al. 2023: masked images, and whole ones at the end, here also larger
-
-CoCa's is in tests/pretrain/objectives/test_captioning.py.
+CLIP      Radford et al. 2021: two transformers, softmax over the batch
+SigLIP    Zhai et al. 2023: a vision transformer with attention pooling, sigmoid of each pair
+CLAP      Wu et al. 2023: HTSAT and a masked text transformer, projections of two layers
+LiT       Zhai et al. 2022: a frozen image tower, a text tower from scratch
+FLIP      Li et al. 2023: masked images, and whole ones at the end, here also larger
+CoCa      Yu et al. 2022: CLIP with a decoder that attends to the image and writes the caption
 """
 
 import shutil
@@ -21,6 +20,7 @@ from pretrain.train import pretrain
 from tests.pretrain.towers.test_every_tower import HTSAT
 from tests.support.gloo_processes import run_in_processes
 from tests.support.killed_runs import train
+from tests.support.toy_coca import SMALL_DECODER
 from tests.support.toy_run import toy_config
 from tests.support.toy_towers import write_clip_tokenizer
 
@@ -82,7 +82,13 @@ def flip(values):
     ]
 
 
-RECIPES = {"CLIP": clip, "SigLIP": siglip, "CLAP": clap, "LiT": lit, "FLIP": flip}
+def coca(values):
+    clip(values)
+    captions = {"kind": "captioning", "weight": 2.0} | SMALL_DECODER
+    values["streams"]["image-text"]["objectives"]["captions"] = captions
+
+
+RECIPES = {"CLIP": clip, "SigLIP": siglip, "CLAP": clap, "LiT": lit, "FLIP": flip, "CoCa": coca}
 
 
 def config_of(toy_data, folder, recipe, *, strategy="ddp", tokenizer):
