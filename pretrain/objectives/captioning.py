@@ -89,7 +89,8 @@ class CaptioningSection(ObjectiveSection):
             raise InputError(
                 f"{where}.text: expected a text tower whose tokens see only those before them; set "
                 "library: open_clip and name: TextTransformer, or a CLIP or CoCa model of "
-                f"open_clip; found {type(backbone).__name__}"
+                f"open_clip, without no_causal_mask; found {type(backbone).__name__}"
+                + (" with no_causal_mask" if isinstance(backbone, TextTransformer) else "")
             )
         width = text.token_width
         layers, heads = self._sizes(where)

@@ -75,7 +75,10 @@ class PlanConfig(PretrainConfig):
         Raises:
             ConfigError: if the file cannot be used or has no such GPU.
         """
-        hardware = read_config(Hardware, self.hardware)
+        try:
+            hardware = read_config(Hardware, self.hardware)
+        except ConfigError as error:
+            raise ConfigError(f"hardware={self.hardware}: {error}") from None
         if self.gpu not in hardware.gpus:
             raise ConfigError(
                 f"gpu={self.gpu}: expected one of {', '.join(hardware.gpus)} "

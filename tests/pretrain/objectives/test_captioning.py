@@ -331,6 +331,13 @@ def test_decoders_that_do_not_fit_the_towers_are_refused(toy_data, tmp_path, set
         build_toy_model(with_captions(toy_data, tmp_path, **settings))
 
 
+def test_a_text_tower_that_is_not_causal_is_refused(toy_data, tmp_path):
+    config = with_captions(toy_data, tmp_path)
+    config.model.text.options["no_causal_mask"] = True
+    with pytest.raises(InputError, match="found TextTransformer with no_causal_mask"):
+        build_toy_model(config)
+
+
 def test_objectives_of_one_name_and_towers_have_one_decoder(toy_data, tmp_path):
     values = small_captioning_config(toy_data, tmp_path).model_dump(mode="json")
     again = values["streams"]["image-text"] | {"sources": [{"name": "more", "dataset": "more"}]}

@@ -72,6 +72,8 @@ def test_slow_loading_makes_steps_as_long_as_reading():
 def test_unknown_gpus_and_too_many_gpus_are_refused():
     with pytest.raises(ConfigError, match="gpu=z9: expected one of b200, h200"):
         planner(gpu="z9")
+    with pytest.raises(ConfigError, match=r"hardware=missing\.yaml: .*no such config file"):
+        planner(hardware="missing.yaml")
     with pytest.raises(InputError, match="lanes"):
         planner(nodes=100).plan(nodes=100, gpus_per_node=8, strategy="ddp")
     with pytest.raises(InputError, match="expected at most as many GPUs as lanes=64"):
