@@ -59,17 +59,18 @@ def evaluate(config: EvaluateConfig) -> None:
     _share_fingerprints(found.present)
     check_fingerprints(found.present)
     encoder = load_encoder(config)
-    check_towers(found.present, encoder)
+    tasks = [task.for_model(encoder) for task in found.present]
+    check_towers(tasks, encoder)
     dims = dims_to_measure(config, encoder)
     store = EmbeddingStore(config.embeddings or config.output / "embeddings", encoder)
-    encode_tasks(found.present, store)
-    computed = compute_tasks(found.present, encoder)
+    encode_tasks(tasks, store)
+    computed = compute_tasks(tasks, encoder)
     wait_for_all()  # every process has encoded its part
     if rank() > 0:
         return
     bootstrap = Bootstrap(config.bootstrap_samples, config.seed)
     embeddings = Embeddings(store, encoder.device, computed=computed)
-    outcomes = measure_tasks(found.present, embeddings, bootstrap=bootstrap, matryoshka_dims=dims)
+    outcomes = measure_tasks(tasks, embeddings, bootstrap=bootstrap, matryoshka_dims=dims)
     seconds = time.monotonic() - start
     record = results_record(
         outcomes,

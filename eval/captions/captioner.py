@@ -21,11 +21,13 @@ class Captioner(Protocol):
     """A model that predicts the tokens of captions.
 
     Attributes:
+        views: view that it describes, and view of the texts that it predicts.
         marks: start, end and padding of captions.
         context_length: largest number of tokens of a caption.
         vocab_size: number of tokens that it can predict.
     """
 
+    views: tuple[str, str]
     marks: CaptionMarks
     context_length: int
     vocab_size: int
@@ -49,15 +51,16 @@ class IsopairCaptioner:
     Args:
         model: model of a checkpoint.
         decoder: decoder of one of its objectives.
-        views: media and text that the decoder reads.
+        views: media and text that the decoder reads, without augmentations.
         tokenizer: tokenizer of the model.
     """
 
     def __init__(
-        self, model: Any, decoder: CaptionDecoder, views: tuple[str, ...], tokenizer: Any
+        self, model: Any, decoder: CaptionDecoder, views: tuple[str, str], tokenizer: Any
     ) -> None:
         self.model = model
         self.decoder = decoder
+        self.views = views
         self.media, self.text = (View.parse(view).modality for view in views)
         self.tokenizer = tokenizer
         self.marks = decoder.marks
@@ -89,6 +92,8 @@ class OpenClipCaptioner:
         marks: start, end and padding of captions.
     """
 
+    views = ("image", "text")
+
     def __init__(self, model: Any, tokenizer: Any, marks: CaptionMarks) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -116,13 +121,13 @@ def _padded(ids: Tensor, length: int, pad: int) -> Tensor:
 
 
 def find_captioner(
-    encoder: Encoder, modality: str, *, objective: str | None, where: str
+    encoder: Encoder, modality: str | None, *, objective: str | None, where: str
 ) -> Captioner:
     """Finds the decoder of captions of a model.
 
     Args:
         encoder: encoder of the model.
-        modality: modality of the model that is described.
+        modality: modality of the model that is described; None: that of the decoder.
         objective: name of the objective whose decoder is used, or of the decoder if objectives of
             this name have several; None: the only one.
         where: config key of the evaluation, for messages.
@@ -131,38 +136,48 @@ def find_captioner(
         InputError: if the model has no decoder, or several and not one of them is named.
     """
     model, tokenizer = encoder.model, encoder.tokenizer
-    if _is_coca_of_open_clip(getattr(model, "model", None)) and modality == "image":
+    if _is_coca_of_open_clip(getattr(model, "model", None)) and modality in (None, "image"):
         marks = find_marks(_TokenizerOfOpenClip(tokenizer), where=where)
         return OpenClipCaptioner(model.model, tokenizer, marks)
     uses = {
         use.module: use
         for use in getattr(model, "module_uses", ())
         if isinstance(model.objective_modules[use.module], CaptionDecoder)
-        and View.parse(use.views[0]).modality == modality
+        and modality in (None, View.parse(use.views[0]).modality)
     }
     if not uses:
+        of_media = "" if modality is None else f" for {modality}"
         raise InputError(
-            f"{where}: the model has no decoder of captions for {modality}; train one with an "
+            f"{where}: the model has no decoder of captions{of_media}; train one with an "
             "objective of kind captioning (docs/training.md), or remove this evaluation"
         )
     use = _chosen(list(uses.values()), objective, modality=modality, where=where)
     decoder = model.objective_modules[use.module]
-    return IsopairCaptioner(model, decoder, use.views, tokenizer)
+    return IsopairCaptioner(model, decoder, _plain_views(use), tokenizer)
 
 
 def _chosen(
-    uses: Sequence[ModuleUse], objective: str | None, *, modality: str, where: str
+    uses: Sequence[ModuleUse], objective: str | None, *, modality: str | None, where: str
 ) -> ModuleUse:
     """Use of the decoder that an objective's or a decoder's name chooses"""
     matching = [use for use in uses if objective in (None, use.objective, use.module)]
     if len(matching) != 1:
         counts = Counter(use.objective for use in uses)
         names = [use.objective if counts[use.objective] == 1 else use.module for use in uses]
+        if modality is None:
+            views = [" with ".join(_plain_views(use)) for use in uses]
+            names = [f"{name} ({own})" for name, own in zip(names, views, strict=True)]
         raise InputError(
             f"{where}.objective={'null' if objective is None else objective}: expected one of the "
-            f"model's objectives that caption {modality}: {', '.join(names)}"
+            f"model's objectives that caption {modality or 'media'}: {', '.join(names)}"
         )
     return matching[0]
+
+
+def _plain_views(use: ModuleUse) -> tuple[str, str]:
+    """Media and text of a use, without augmentations"""
+    media, text = (View.parse(view) for view in use.views)
+    return str(View(media.modality, media.member)), str(View(text.modality, text.member))
 
 
 def _is_coca_of_open_clip(model: Any) -> bool:

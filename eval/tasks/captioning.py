@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,9 @@ from pydantic import Field, PositiveInt
 from data_prep.errors import InputError
 from eval.captions.cider import caption_words, cider_d
 from eval.datasets.datasets import EvaluationSet, EvaluationSets
-from eval.datasets.labels import read_texts, texts_of
+from eval.datasets.labels import named_modalities, read_texts, texts_of
+from eval.datasets.views import modalities_of, samples_having
+from eval.embeddings.items import MediaSet, read_items
 from eval.tasks.task import CaptionedSection, Outcome, Task
 from pretrain.settings.views import View
 
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 class CaptioningSection(CaptionedSection):
     """Writes a caption of each media item; for models with a decoder, such as CoCa.
 
-    Samples carry references in .json or .txt.
+    Samples carry references in .json or .txt. Of shards with named modalities, the views are those
+    of the model's objective.
     """
 
     task: Literal["captioning"]
@@ -43,8 +46,13 @@ class CaptioningSection(CaptionedSection):
     length_penalty: float = Field(1.0, ge=0)  # log probabilities are divided by length to its power
     caption_batch_size: PositiveInt = 16  # items captioned at once
     # Objective of the model whose decoder is used, or the decoder, such as captions:image-text, if
-    # objectives of this name have several; null: the only one for this kind of media
+    # objectives of this name have several; null: the only one, for media with captions the only one
+    # for this kind of media
     objective: str | None = None
+
+    def views_of(self, dataset: EvaluationSet) -> list[str]:
+        """Returns the media and the captions; of named modalities none, as the model decides."""
+        return super().views_of(dataset) if named_modalities(dataset) is None else []
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class CaptioningResult:
 class CaptioningTask(Task, section=CaptioningSection):
     """Captions of media items, compared with references."""
 
-    references: list[list[str]]  # [Q] captions of each item
+    references: list[list[str]]  # [Q] captions of each item; []: of views that a model decides
     section: CaptioningSection
 
     dataset_types = ("retrieval",)
@@ -79,9 +87,19 @@ class CaptioningTask(Task, section=CaptioningSection):
         sets: EvaluationSets,
         seed: int,
     ) -> CaptioningTask:
+        if named_modalities(dataset) is not None:
+            return cls(name, dataset, [], [], section)
         samples = [(sample.key, texts_of(sample, dataset)) for sample in read_texts(dataset)]
         keys, references = [key for key, _ in samples], [texts for _, texts in samples]
         return cls(name, dataset, keys, references, section)
+
+    def description(self) -> str:
+        if self.references:
+            return super().description()
+        return (
+            f"{self.name}: {self.method()}, {len(self.dataset)} samples, the views of the model's "
+            f"objective ({self.dataset.folder})"
+        )
 
     def method(self) -> str:
         beams = self.section.num_beams
@@ -109,7 +127,8 @@ class CaptioningTask(Task, section=CaptioningSection):
         from eval.captions.captioner import find_captioner
 
         where = f"evaluations.{self.name}"
-        modality = View.parse(self.view).modality
+        is_named = named_modalities(self.dataset) is not None
+        modality = None if is_named else View.parse(self.view).modality
         found = find_captioner(encoder, modality, objective=self.section.objective, where=where)
         if (self.section.max_tokens or 0) > found.context_length:
             raise InputError(
@@ -118,8 +137,39 @@ class CaptioningTask(Task, section=CaptioningSection):
             )
         return found
 
-    def check_model(self, encoder: Encoder) -> None:
-        self.captioner(encoder)
+    def for_model(self, encoder: Encoder) -> CaptioningTask:
+        """Returns the task with the views of the model's decoder; see the base class."""
+        found = self.captioner(encoder)
+        if named_modalities(self.dataset) is None:
+            return self
+        try:
+            return self._with_views(encoder, found.views)
+        except InputError as error:
+            media, text = found.views
+            raise InputError(
+                f"evaluations.{self.name}: the decoder describes {media}, and its captions are "
+                f"compared with {text}: {error}"
+            ) from None
+
+    def _with_views(self, encoder: Encoder, views: tuple[str, str]) -> CaptioningTask:
+        from eval.models.encoder import check_view
+
+        having = samples_having(self.dataset, views)
+        for view in views:
+            modality = modalities_of(having)[View.parse(view).member]
+            check_view(encoder, view, modality, folder=having.folder)
+        keys = [sample.key for sample in read_texts(having)]
+        items = read_items(having, keys, views[1])
+        texts = [[items.texts[n] for n in items.items_of(sample)] for sample in range(len(keys))]
+        return replace(
+            self,
+            dataset=having,
+            keys=keys,
+            references=texts,
+            items=MediaSet(having, keys, views[0]),
+            needed_views=views,
+            num_lacking=len(self.dataset) - len(having),
+        )
 
     def compute(self, encoder: Encoder) -> tuple[list[WrittenCaption], int]:
         """Writes the captions; returns them with the size of the vocabulary."""
@@ -216,6 +266,7 @@ class CaptioningTask(Task, section=CaptioningSection):
         from eval.embeddings.store import checksum_of_texts
 
         return {
+            **({} if self.items is None else {"text": self.needed_views[1]}),
             "num_queries": len(self.references),
             "num_references": sum(map(len, self.references)),
             "references_sha256": checksum_of_texts(chain.from_iterable(self.references)),
@@ -247,13 +298,13 @@ class CaptioningTask(Task, section=CaptioningSection):
     def report_section(self, outcome: Outcome, *, num_queries: int) -> html.Section:
         """Shows items with the caption that was written and their references, worst first."""
         from data_prep.report import html
-        from eval.report.gallery import MediaViews, card, cards, shown_queries
+        from eval.report.gallery import ItemViews, card, cards, shown_queries
 
-        views, result = MediaViews(self.dataset), outcome.result
+        views, result = ItemViews(self.media_sets[0]), outcome.result
         blocks = []
         for item in shown_queries(-result.cider, num_queries=num_queries):
             kind = "good" if result.exact_matches[item] else "missed"
             label = f"{result.captions[item].caption} ({' / '.join(self.references[item][:2])})"
             blocks.append(card(views.of(item), label, kind=kind))
-        note = f"{self.description()}. References in parentheses."
-        return html.Section(self.name, [cards(blocks)], note=note)
+        note = [f"{self.description()}. References in parentheses.", *self.notes(outcome)]
+        return html.Section(self.name, [cards(blocks)], note=" ".join(note))

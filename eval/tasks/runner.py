@@ -101,7 +101,6 @@ def check_towers(tasks: Sequence[Task], encoder: Encoder) -> None:
                 f"evaluations.{task.name}: {error}; remove this evaluation, or name another "
                 "checkpoint"
             ) from None
-        task.check_model(encoder)
 
 
 def encode_tasks(tasks: Sequence[Task], store: EmbeddingStore) -> None:

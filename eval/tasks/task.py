@@ -241,12 +241,14 @@ class Task(ABC):
         """Datasets that must not have equal contents; empty for most tasks."""
         return []
 
-    def check_model(self, encoder: Encoder) -> None:  # noqa: B027 (most tasks need nothing else)
-        """Checks that a model can do what the task needs, beyond encoding its media and texts.
+    def for_model(self, encoder: Encoder) -> Self:
+        """Returns the task for a model, with samples and texts that depend on the model.
 
         Raises:
-            InputError: if it cannot.
+            InputError: if the model cannot do what the task needs, beyond encoding its media and
+                texts, or if the dataset lacks what the model needs.
         """
+        return self
 
     # ---------------------------------------------------------------------------- measuring
 
