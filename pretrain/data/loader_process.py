@@ -26,7 +26,7 @@ from pretrain.data.batch import StepBatch, StreamBuffers
 from pretrain.data.loader_threads import LoadRequest, StepMessage, serve
 from pretrain.data.step_loader import StepLoader
 from pretrain.settings.data import Loading, StreamName
-from pretrain.settings.transforms import value_at
+from pretrain.settings.segments import value_at
 
 
 class LoaderProcess:

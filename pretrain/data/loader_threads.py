@@ -39,7 +39,7 @@ from pretrain.data.step_loader import StepLoader
 from pretrain.data.stream_reader import FilledRows
 from pretrain.sampling.order import StepSamples
 from pretrain.settings.data import StreamName
-from pretrain.settings.transforms import value_at
+from pretrain.settings.segments import value_at
 
 LARGEST_CHUNK = 32  # rows that a thread fills, and texts that are tokenised together
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl

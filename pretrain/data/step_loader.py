@@ -15,7 +15,7 @@ from pretrain.data.stream_reader import StreamReader
 from pretrain.sampling.order import lanes_of_rank
 from pretrain.sampling.schedule import RunSchedule
 from pretrain.settings.data import StreamName
-from pretrain.settings.transforms import value_at
+from pretrain.settings.segments import value_at
 
 
 class StepLoader:

@@ -10,7 +10,7 @@ from pretrain.optimization.optimizer import num_state_values
 from pretrain.planning.passes import StreamPass, measure_passes
 from pretrain.planning.planned_model import Layouts, PlannedModel
 from pretrain.settings.data import StreamName
-from pretrain.settings.transforms import value_at
+from pretrain.settings.segments import value_at
 
 
 @dataclass(frozen=True)

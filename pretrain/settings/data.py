@@ -20,6 +20,7 @@ from data_prep.config_file import Location, Section, free
 from pretrain.settings.objectives import ObjectiveSection
 from pretrain.settings.objectives import validate_section as validate_objective
 from pretrain.settings.old_form import OBJECTIVE_KEYS
+from pretrain.settings.segments import check_rising_steps
 from pretrain.settings.transforms import Share
 from pretrain.settings.views import View
 
@@ -119,9 +120,7 @@ class Stream(Section):
 
     @model_validator(mode="after")
     def _segments_in_order(self) -> Stream:
-        steps = [segment.from_step for segment in self.segments]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"expected segments with rising from_step, found {steps}")
+        check_rising_steps([segment.from_step for segment in self.segments], name="segments")
         return self
 
     @model_validator(mode="after")

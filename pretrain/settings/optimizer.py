@@ -16,6 +16,7 @@ from pydantic import (
 
 from data_prep.config_file import Section
 from pretrain.settings.optimizers import OPTIMIZERS, Fraction, OptimizerRow
+from pretrain.settings.segments import check_rising_steps
 
 
 class Ema(Section):
@@ -65,9 +66,7 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _opens_in_order(self) -> Optimizer:
-        steps = [each.from_step for each in self.unfreeze]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"expected entries of unfreeze with rising from_step, found {steps}")
+        check_rising_steps([each.from_step for each in self.unfreeze], name="entries of unfreeze")
         return self
 
     @property

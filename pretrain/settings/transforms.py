@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -14,6 +13,7 @@ from pydantic import (
 )
 
 from data_prep.config_file import Section
+from pretrain.settings.segments import check_rising_steps, value_at
 
 Share = Annotated[float, Field(ge=0, le=1)]
 # Mean and standard deviation of RGB in [0, 1] for CLIP's image towers (Radford et al. 2021).
@@ -84,9 +84,7 @@ class ImageTransform(Section):
     @field_validator("segments")
     @classmethod
     def _in_order(cls, segments: list[ImageSegment]) -> list[ImageSegment]:
-        steps = [segment.from_step for segment in segments]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"expected segments with rising from_step, found {steps}")
+        check_rising_steps([segment.from_step for segment in segments], name="segments")
         return segments
 
     @property
@@ -116,14 +114,6 @@ class ImageTransform(Section):
     def after(self, num_steps: int) -> ImageTransform:
         """Returns the settings of the last of `num_steps` steps, without segments."""
         return self.at_step(max(0, num_steps - 1))
-
-
-T = TypeVar("T")
-
-
-def value_at(values: Mapping[int, T], step: int) -> T:
-    """Returns the value with the largest key that is at most `step`."""
-    return values[max(start for start in values if start <= step)]
 
 
 class LogMel(Section):

@@ -16,7 +16,7 @@ from pretrain.model.contrastive_model import ContrastiveModel, EncoderInputs
 from pretrain.model.sample_dropout import set_patch_dropout
 from pretrain.monitoring.timing import PhaseTimer
 from pretrain.settings.data import StreamName
-from pretrain.settings.transforms import value_at
+from pretrain.settings.segments import value_at
 from pretrain.training.distillation import ObjectiveTeacher
 from pretrain.training.gradient_cache import (
     StepTerms,

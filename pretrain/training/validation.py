@@ -32,7 +32,7 @@ from pretrain.objectives.objective import (
 )
 from pretrain.settings.data import Stream, StreamName
 from pretrain.settings.model import Model
-from pretrain.settings.transforms import value_at
+from pretrain.settings.segments import value_at
 from pretrain.settings.views import View
 from pretrain.training.step_loss import feature_type, rows_with_all
 

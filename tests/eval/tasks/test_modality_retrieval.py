@@ -75,6 +75,14 @@ def config_of(folder, evaluations):
     return EvaluateConfig.model_validate(values)
 
 
+def records_of(folder, evaluations):
+    """Evaluates the toy model of views and returns the record of each evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.models.encoder.load_model", load_views_model)
+        run(config_of(folder, evaluations))
+    return json.loads((folder / "out/results.json").read_text())["evaluations"]
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """Evaluates all pairs: (dataset folder, output folder, records)."""
@@ -91,11 +99,7 @@ def evaluated(tmp_path_factory):
         for left, right in PAIRS
         for pairing in PAIRINGS
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.models.encoder.load_model", load_views_model)
-        run(config_of(folder, evaluations))
-    record = json.loads((folder / "out/results.json").read_text())
-    return data, folder / "out", record["evaluations"]
+    return data, folder / "out", records_of(folder, evaluations)
 
 
 def items_of(dataset, view):

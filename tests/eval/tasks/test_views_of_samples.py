@@ -12,7 +12,7 @@ from data_prep.errors import ConfigError, InputError
 from data_prep.shards.dataset import Dataset
 from eval.config import EvaluateConfig
 from eval.evaluate import run
-from tests.eval.tasks.test_modality_retrieval import config_of, items_of
+from tests.eval.tasks.test_modality_retrieval import config_of, items_of, records_of
 from tests.support.toy_views import SHARD_SIZES, views_members, write_views
 from tests.support.toy_views_model import load_views_model, tokenizer_of_letters
 
@@ -50,11 +50,7 @@ def evaluated(tmp_path_factory):
     evaluations["captions"] = {"task": "retrieval", "dataset": str(data)}
     evaluations["neighbours"] = {"task": "nearest_neighbours", "train": str(train)}
     evaluations["neighbours"] |= shared | {"views": ["scan", "audio"], "num_neighbours": 3}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.models.encoder.load_model", load_views_model)
-        run(config_of(folder, evaluations))
-    record = json.loads((folder / "out/results.json").read_text())
-    return data, folder / "out", record["evaluations"]
+    return data, folder / "out", records_of(folder, evaluations)
 
 
 def embedding_of(items, sample):
