@@ -7,7 +7,7 @@ RUN = .venv/bin/python
 
 .PHONY: demo check-demo test test-slow test-slurm soak lint bench clean
 
-demo: .venv/ready                ## the whole pipeline, on data it makes: five to seven minutes on two cores
+demo: .venv/ready                ## the whole pipeline, on data it makes: about nine minutes on two cores
 	@echo "1 of 5  Making pictures, sounds and captions."
 	@$(RUN) -m data_prep.make_demo_data configs/data_prep/demo_data.yaml
 	@echo "2 of 5  Packing them into shards."
